@@ -1,0 +1,47 @@
+# Everything a newcomer needs; `make help` lists it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+RUN := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint bench app
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/installed ## install everything into .venv (a few GB, a minute or two)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(RUN) --constraint constraints.txt \
+		-r pyproject.toml --all-extras
+	touch $@
+
+demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, predict (5 minutes)
+	$(RUN) -m sharding demo $(DEMO)
+	$(RUN) -m sharding build --raw $(DEMO)/raw --catalog $(DEMO)/catalog.toml --out $(DEMO)/shards
+	$(RUN) train.py --recipe recipes/demo-phase1.toml --data $(DEMO)/shards --runs $(DEMO)/runs
+	$(RUN) train.py --recipe recipes/demo-phase2.toml --data $(DEMO)/shards --runs $(DEMO)/runs
+	$(RUN) predict.py $(DEMO)/raw/unseen/real/000*.* --runs $(DEMO)/runs
+
+test: setup ## the tests that take at most 5 minutes on two cores
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: setup ## every test
+	$(RUN) -m pytest
+
+test-gpu: setup ## the tests that need a GPU; without one this fails
+	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu
+
+lint: setup ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## loader throughput of both backends against torchvision, one run, one table
+	$(RUN) benchmarks/loader.py
+
+app: setup ## the web page, on this machine only
+	$(BIN)/streamlit run app.py --server.address 127.0.0.1

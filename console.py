@@ -1,0 +1,192 @@
+"""Everything about talking to a terminal: shared options, logging, progress bars, tables, errors.
+
+Packages return values and raise; only commands print, and they print through this module.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+log = logging.getLogger("ai_images_detector")
+
+# Where no terminal gives a width (a pipe, a file), tables are not squeezed into 80 columns.
+_WIDE = 160
+
+
+def _console(stderr: bool) -> Console:
+    """Standard output for answers; standard error for progress and log lines, so that the answers
+    can be piped. The stream is looked up at each print.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDE)
+
+
+ERR = _console(stderr=True)
+
+
+class _LogHandler(logging.Handler):
+    """Log lines above a running progress bar, unwrapped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        ERR.print(self.format(record), markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn a user's mistake into one clear line and exit code 1.
+
+    `ValueError` and `OSError` are what a user can cause; anything else is our bug and keeps its
+    traceback. `--verbose` shows the traceback of both.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        log.debug("traceback", exc_info=True)
+        raise click.ClickException(str(error)) from error
+
+
+class Command(click.Command):
+    """A click command under `plain_errors`."""
+
+    def invoke(self, context: click.Context) -> object:
+        """Run the command."""
+        with plain_errors():
+            return super().invoke(context)
+
+
+class Group(click.Group):
+    """A group whose own function and commands run under `plain_errors`."""
+
+    command_class = Command
+
+    def invoke(self, context: click.Context) -> object:
+        """Run the group."""
+        with plain_errors():
+            return super().invoke(context)
+
+
+def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
+    """Send log lines to standard error: the message alone, or with time, level and module."""
+    handler = _LogHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(module)s: %(message)s" if verbose else None)
+    )
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+
+
+OPTIONS: dict[str, Callable] = {
+    "data": click.option(
+        "--data",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("data/shards"),
+        show_default=True,
+        help="Folder that holds the shard sets.",
+    ),
+    "runs": click.option(
+        "--runs",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("runs"),
+        show_default=True,
+        help="Folder that holds the training runs.",
+    ),
+    "checkpoint": click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Checkpoint folder. Default: the best one of the newest run.",
+    ),
+    "device": click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+    ),
+    "backend": click.option(
+        "--backend",
+        type=click.Choice(["auto", "dali", "pil"]),
+        default="auto",
+        show_default=True,
+        help="What decodes the images.",
+    ),
+    "batch_size": click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Images scored at a time.",
+    ),
+    "verbose": click.option(
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_start_logging,
+        help="Say more, and show the traceback of an error.",
+    ),
+}
+
+
+def options(*names: str) -> Callable[[Callable], Callable]:
+    """Shared options, declared once: `@options("data", "runs")`. `--verbose` always comes along."""
+
+    def decorate(function: Callable) -> Callable:
+        for name in reversed([*names, "verbose"]):
+            function = OPTIONS[name](function)
+        return function
+
+    return decorate
+
+
+def say(text: str = "") -> None:
+    """Print one line of a command's answer on standard output, never wrapped."""
+    click.echo(text)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields `advance(done=1, note="")`.
+
+    `done` is added to the count, `note` is shown behind the bar. Without a terminal nothing is
+    drawn, so that logs stay clean.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=total, note="")
+        yield lambda done=1, note="": bar.update(task, advance=done, note=note)
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it: shares with 3 digits, counts with separators, nothing as '-'."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table: the first column is text, numbers stand to the right."""
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    rows = [list(row) for row in rows]
+    for number, name in enumerate(columns):
+        numeric = any(isinstance(row[number], int | float) for row in rows)
+        grid.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
+    for row in rows:
+        grid.add_row(*[cell(value) for value in row])
+    _console(stderr=False).print(grid)

@@ -1,0 +1,220 @@
+"""Measure a checkpoint on shard sets: `python evaluate.py --shards evalgen`.
+
+Every sample is scored exactly once. Fakes found (recall) never stand without the false-positive
+rate on real images; where a set has no real images, the report says so in words.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import console
+from model.checkpoint import find, git_commit, load_network
+from model.device import choose_device, choose_precision, describe
+from model.metrics import Metrics, measure, measure_generators, what_is_missing
+from model.network import Detector
+from model.score import Scores, probability, score
+from pipeline import Loading, View, draw_centre, evaluation_epoch, open_loader
+from sharding.format import ShardSet, open_shards, read_index
+
+REPORT_VERSION = 1
+
+COLUMNS = (
+    "what", "images", "reals", "fakes", "accuracy", "recall", "false positives", "F1", "AUROC",
+)  # fmt: skip
+
+
+def score_set(
+    net: Detector, view: View, folder: Path, loading: Loading, device_name: str
+) -> tuple[ShardSet, Scores]:
+    """Score every sample of the set in `folder` once.
+
+    Raises:
+        RuntimeError: the scored samples are not exactly those of the index (our bug, never yours).
+    """
+    shards = open_shards([folder])
+    device = choose_device(device_name)
+    dtype, reason = choose_precision("auto", device)
+    loader = open_loader(shards, view=view, loading=loading, device=device)
+    console.log.info(
+        "%s: %s images through %s (%s), %s on %s (%s)", folder, f"{len(shards):,}", loader.backend,
+        loader.reason, describe(dtype), device, reason,
+    )  # fmt: skip
+    epoch = evaluation_epoch(len(shards), loader.global_batch)
+    with console.progress(f"scoring {folder.name}", len(shards)) as advance:
+        batches = loader.batches(epoch, draw_centre(shards, view))
+        scores = score(net.to(device), batches, device, dtype, advance)
+    covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
+    if not np.array_equal(covered, np.arange(len(shards))):
+        raise RuntimeError(
+            f"scored {len(covered)} samples, the index of {folder} has {len(shards)}"
+        )
+    return shards, scores
+
+
+def report_set(shards: ShardSet, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one set: overall, per source and per generator."""
+    fake = probability(scores.logits, meta["temperature"])
+    threshold = meta["threshold"]
+    overall = measure(scores.labels, fake, threshold)
+    codes, names = shards.codes("source")
+    sources = {}
+    for code, name in enumerate(names):
+        rows = codes[scores.samples] == code
+        sources[name] = asdict(measure(scores.labels[rows], fake[rows], threshold))
+    codes, names = shards.codes("generator")
+    generators = measure_generators(
+        scores.labels, fake, [names[code] for code in codes[scores.samples]], threshold
+    )
+    return {
+        "index_sha256": shards.sha256,
+        "overall": asdict(overall),
+        "sources": sources,
+        "generators": {name: asdict(metrics) for name, metrics in generators.items()},
+        "unreadable": [f"{shards.name(s)}: {why}" for s, why in sorted(scores.failures.items())],
+        "note": what_is_missing(overall),
+    }
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    names: Sequence[str],
+    *,
+    loading: Loading,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """The report on `names` (sets below `data`): what `report.json` holds."""
+    for name in names:
+        read_index(data / name)  # a wrong name is said before any work is done
+    net, view, meta = load_network(checkpoint)
+    sets = {}
+    for name in names:
+        shards, scores = score_set(net, view, data / name, loading, device)
+        sets[name] = report_set(shards, scores, meta)
+    return {
+        "report_version": REPORT_VERSION,
+        "checkpoint": str(checkpoint),
+        "run": meta["recipe"]["name"],
+        "step": meta["step"],
+        "commit": git_commit(),
+        "threshold": meta["threshold"],
+        "temperature": meta["temperature"],
+        "sets": sets,
+    }
+
+
+def _row(name: str, found: dict[str, Any]) -> list[Any]:
+    metrics = Metrics(**found)
+    return [
+        name, metrics.count, metrics.reals, metrics.fakes, metrics.accuracy, metrics.recall,
+        metrics.false_positive_rate, metrics.f1, metrics.auroc,
+    ]  # fmt: skip
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A table per set, and what a reader must know to read it."""
+    for name, found in report["sets"].items():
+        rows = [_row("overall", found["overall"])]
+        rows += [_row(f"source {source}", m) for source, m in found["sources"].items()]
+        rows += [_row(f"generator {gen}", m) for gen, m in found["generators"].items()]
+        title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
+        console.table(title, COLUMNS, rows)
+        if found["generators"] and found["overall"]["reals"]:
+            console.say("A generator's fakes are held against all real images of the set.")
+        if found["note"]:
+            console.say(found["note"])
+        if found["unreadable"]:
+            console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
+
+
+def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Two reports side by side, for the sets that both have."""
+    rows = []
+    for name in before["sets"]:
+        if name not in after["sets"]:
+            continue
+        one, two = before["sets"][name], after["sets"][name]
+        pairs = [(name, one["overall"], two["overall"])]
+        for kind in ("sources", "generators"):
+            shared = [key for key in one[kind] if key in two[kind]]
+            pairs += [(f"  {kind[:-1]} {key}", one[kind][key], two[kind][key]) for key in shared]
+        for label, first, second in pairs:
+            rows.append([label, first["count"]])
+            for figure in ("auroc", "recall", "false_positive_rate"):
+                rows[-1] += [first[figure], second[figure], _change(first[figure], second[figure])]
+    first, second = before["run"], after["run"]
+    columns = [
+        "set", "images", f"AUROC {first}", second, "change", f"recall {first}", second, "change",
+        f"false positives {first}", second, "change",
+    ]  # fmt: skip
+    console.table(
+        f"{first} step {before['step']} against {second} step {after['step']}", columns, rows
+    )
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    return None if before is None or after is None else f"{after - before:+.3f}"
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("report_version") != REPORT_VERSION:
+        raise ValueError(f"{path} is not a report of this program (version {REPORT_VERSION})")
+    return report
+
+
+@click.group(cls=console.Group, invoke_without_command=True)
+@click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for report.json. Default: evaluation/ beside the checkpoint.",
+)
+@console.options("checkpoint", "data", "runs", "device", "backend", "batch_size")
+@click.pass_context
+def main(
+    context: click.Context,
+    names: tuple[str, ...],
+    out: Path | None,
+    checkpoint: Path | None,
+    data: Path,
+    runs: Path,
+    device: str,
+    backend: str,
+    batch_size: int,
+) -> None:
+    """Measure a checkpoint on one or more shard sets, or compare two reports."""
+    if context.invoked_subcommand:
+        return
+    if not names:
+        raise click.UsageError("say which set to measure on, such as --shards evalgen")
+    chosen = checkpoint or find(runs)
+    console.say(f"checkpoint: {chosen}")
+    loading = Loading(batch_size=batch_size, backend=backend)
+    report = evaluate(chosen, data, names, loading=loading, device=device)
+    out = out or chosen.parent / "evaluation" / "+".join(names)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(out / "report.json")
+    print_report(report)
+    console.say(f"report: {out / 'report.json'}")
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("after", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@console.options()
+def compare(before: Path, after: Path) -> None:
+    """Put two report.json files side by side."""
+    print_comparison(_read_report(before), _read_report(after))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""THE OTHER DISK CONTRACT: a checkpoint is a folder, and exists once its `meta.json` does.
+
+`weights.safetensors` (plain timm names), `state.pt` (what only training needs; read with
+`weights_only=True`) and `meta.json`, written last. Prediction needs weights and meta, and nothing
+from the command line.
+"""
+
+import functools
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import recipes
+from model.network import Detector, Network, build, load_weights
+from model.score import DEFAULT_THRESHOLD
+from pipeline.augment import View
+from sharding.format import CLASSES
+
+FORMAT_VERSION = 1
+
+WEIGHTS_FILE = "weights.safetensors"
+STATE_FILE = "state.pt"
+META_FILE = "meta.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or cannot be used; the message says what to do."""
+
+
+def save(
+    folder: Path,
+    net: Detector,
+    *,
+    recipe: Any,
+    step: int,
+    epoch: int,
+    metrics: Mapping[str, Any],
+    selection: float | None,
+    data: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+) -> None:
+    """Write a checkpoint: everything under a temporary name, then one rename.
+
+    `recipe` is the run's recipe (a dataclass with `network` and `view`), `metrics` what validation
+    found, `selection` the figure that the best checkpoint has most of, `data` says which sets were
+    trained on and their hash, `state` is what resuming needs.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: value.contiguous() for name, value in net.backbone.state_dict().items()}
+    save_file(weights, partial / WEIGHTS_FILE)
+    if state is not None:
+        torch.save(dict(state), partial / STATE_FILE)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created_ns": time.time_ns(),
+        "step": step,
+        "epoch": epoch,
+        "classes": list(CLASSES),
+        "view": asdict(recipe.view),
+        "temperature": 1.0,
+        "threshold": DEFAULT_THRESHOLD,
+        "metrics": metrics,
+        "selection": selection,
+        "data": data,
+        "recipe": asdict(recipe),
+        "commit": git_commit(),
+        "versions": versions(),
+    }
+    text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
+    (partial / META_FILE).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The parsed `meta.json`.
+
+    Raises:
+        CheckpointError: no checkpoint there, another version, or other classes.
+    """
+    path = folder / META_FILE
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint (it has no {META_FILE})")
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint version {meta.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}"
+        )
+    if tuple(meta["classes"]) != CLASSES:
+        raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
+    return meta
+
+
+def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
+    """The network with its weights (on the CPU, ready for evaluation), its view and its meta."""
+    meta = read_meta(folder)
+    network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
+    net = build(network, pretrained=False)
+    load_weights(net, load_file(folder / WEIGHTS_FILE), str(folder))
+    return net.eval(), View(**meta["view"]), meta
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What resuming needs; tensors on the CPU.
+
+    Raises:
+        CheckpointError: the checkpoint was stored for prediction only.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot go on from it")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest step first."""
+    return sorted(path.parent for path in run.glob(f"step_*/{META_FILE}"))
+
+
+def last_of(run: Path) -> Path | None:
+    """The checkpoint with most steps, or None."""
+    return max(checkpoints_of(run), default=None)
+
+
+def best_of(run: Path) -> Path | None:
+    """The checkpoint with the highest selection figure (the later one of equals), or None."""
+    found = checkpoints_of(run)
+
+    def rank(folder: Path) -> tuple[float, str]:
+        selection = read_meta(folder)["selection"]
+        return (float("-inf") if selection is None else selection, folder.name)
+
+    return max(found, key=rank, default=None)
+
+
+def prune(run: Path) -> None:
+    """Keep the best and the last checkpoint of a run."""
+    keep = {best_of(run), last_of(run)}
+    for folder in checkpoints_of(run):
+        if folder not in keep:
+            (folder / META_FILE).unlink()  # from here on it does not exist
+            shutil.rmtree(folder)
+
+
+def find(runs: Path) -> Path:
+    """The best checkpoint of the newest run below `runs`.
+
+    Raises:
+        CheckpointError: there is none; the message says how to get one.
+    """
+    newest = {run: last_of(run) for run in sorted(runs.glob("*")) if last_of(run)}
+    if not newest:
+        raise CheckpointError(
+            f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
+            "whole flow on synthetic data with `make demo` (then pass --runs demo/runs), or name "
+            "one with --checkpoint FOLDER"
+        )
+    run = max(newest, key=lambda run: read_meta(newest[run])["created_ns"])
+    return best_of(run)
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit this program runs from, with '-dirty' if files differ; '' outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("torch", "timm", "pillow", "simplejpeg", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

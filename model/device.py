@@ -1,0 +1,39 @@
+"""Where and in which precision to compute, each with the reason for the choice."""
+
+import torch
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that does not exist here.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {asked}, but there is no CUDA device here")
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype for mixed precision, and why: bf16 where the GPU has it, else fp16, else fp32."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if asked != "auto":
+        return named[asked], "asked for"
+    if device.type != "cuda":
+        return torch.float32, f"no mixed precision on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU computes in bf16"
+    if torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16, "the GPU has tensor cores but no bf16"
+    return torch.float32, "the GPU has no tensor cores"
+
+
+def describe(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -1,0 +1,131 @@
+"""The network: a timm backbone with two outputs, and normalisation inside.
+
+It takes uint8 images as the pipeline hands them over, so mean and std are applied once, on the
+device, in training and serving alike.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from sharding.format import CLASSES
+
+log = logging.getLogger("ai_images_detector")
+
+Triple = tuple[float, float, float]
+
+
+class NetworkError(ValueError):
+    """A network that cannot be built or filled; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which network, and where its first weights come from.
+
+    `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
+    starts from a checkpoint or a file needs none. `options` go to `timm.create_model` as they are.
+    `mean` and `std` are per channel, for RGB values in 0 to 1.
+    """
+
+    name: str = "convnextv2_base.fcmae_ft_in1k"
+    pretrained: bool = True
+    drop_path: float = 0.0
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Detector(nn.Module):
+    """`forward`: uint8 (B, 3, H, W) -> float logits (B, 2), columns in the order of `CLASSES`."""
+
+    def __init__(self, backbone: nn.Module, mean: Triple, std: Triple):
+        super().__init__()
+        self.backbone = backbone
+        shape = (1, 3, 1, 1)
+        scaled_mean = 255 * torch.tensor(mean).reshape(shape)
+        scaled_std = 255 * torch.tensor(std).reshape(shape)
+        self.register_buffer("mean", scaled_mean, persistent=False)
+        self.register_buffer("std", scaled_std, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise and classify."""
+        return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+
+
+def build(network: Network, *, pretrained: bool) -> Detector:
+    """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`.
+
+    Raises:
+        NetworkError: timm does not know the name or an option, or the weights cannot be fetched.
+    """
+    options = dict(network.options)
+    if network.drop_path:
+        options["drop_path_rate"] = network.drop_path
+    try:
+        backbone = timm.create_model(
+            network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not pretrained or "nknown model" in str(error):
+            raise NetworkError(f"timm cannot build {network.name!r}: {error}") from error
+        raise NetworkError(_how_to_get_weights(network, error)) from error
+    except OSError as error:
+        raise NetworkError(_how_to_get_weights(network, error)) from error
+    if pretrained:
+        licence = backbone.pretrained_cfg.get("license")
+        log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
+    net = Detector(backbone, network.mean, network.std)
+    return net.to(memory_format=torch.channels_last)
+
+
+def _how_to_get_weights(network: Network, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (
+        f"the ImageNet weights of {network.name} could not be fetched ({reason}); give a file with "
+        "--init weights.safetensors, or train from scratch with --set network.pretrained=false"
+    )
+
+
+def load_weights(net: Detector, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Fill the backbone from plain timm names, strictly.
+
+    Raises:
+        NetworkError: names or shapes that do not fit.
+    """
+    try:
+        net.backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise NetworkError(f"the weights in {where} do not fit: {error}") from error
+
+
+def load_backbone_file(net: Detector, path: Path) -> None:
+    """Fill the backbone from an ImageNet `.safetensors` file; its classifier is left out.
+
+    Raises:
+        NetworkError: names or shapes that do not fit outside the classifier.
+    """
+    weights = load_file(path)
+    own = net.backbone.state_dict()
+    heads = net.backbone.get_classifier()
+    head_names = {name for name, module in net.backbone.named_modules() if module is heads}
+    kept = {n: w for n, w in weights.items() if n.rpartition(".")[0] not in head_names}
+    missing = [n for n in own if n not in kept and n.rpartition(".")[0] not in head_names]
+    strange = [n for n in kept if n not in own or kept[n].shape != own[n].shape]
+    # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
+    missing = [n for n in missing if not n.endswith("num_batches_tracked")]
+    if missing or strange:
+        raise NetworkError(
+            f"{path} does not fit the network: {len(missing)} parameters are missing "
+            f"(first: {missing[:1]}), {len(strange)} are unknown or of another shape "
+            f"(first: {strange[:1]})"
+        )
+    net.backbone.load_state_dict(own | kept)

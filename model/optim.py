@@ -1,0 +1,147 @@
+"""Layer-wise learning rates, weight decay where it belongs, and the schedule as a pure function.
+
+timm only writes `lr_scale` into parameter groups and torch's schedulers ignore it; here each group
+holds its own `base_lr`, and every step sets `lr = base_lr * schedule`. The schedule multiplies, so
+a small group is never raised to an absolute floor.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.models._manipulate import group_with_matcher
+from torch import nn
+
+
+class OptimError(ValueError):
+    """Parameters that cannot be put into layer groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with warm-up and cosine.
+
+    `lr` is the head's. `layer_decay` multiplies it once per group on the way down; `grouping` says
+    what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base) or `stage12`
+    (the official ConvNeXt grouping: 12 and the head). `warmup` is the share of all steps, starting
+    from `warmup_start` * lr; the cosine ends at `min_lr` for the head.
+    """
+
+    lr: float
+    weight_decay: float = 0.02
+    layer_decay: float = 1.0
+    grouping: Literal["none", "block", "stage12"] = "none"
+    warmup: float = 0.05
+    warmup_start: float = 0.01
+    min_lr: float = 0.0
+    label_smoothing: float = 0.05
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.layer_decay < 1 and self.grouping == "none":
+            raise ValueError("layer_decay below 1 needs grouping block or stage12")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, got {self.warmup}")
+
+
+def schedule(optim: Optim, step: int, steps: int) -> float:
+    """The factor on every group's learning rate at `step` (0 .. steps-1)."""
+    warmup = round(optim.warmup * steps)
+    if step < warmup:
+        return optim.warmup_start + (1 - optim.warmup_start) * step / warmup
+    floor = optim.min_lr / optim.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's rate to its own base times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def make_optimizer(backbone: nn.Module, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over layer groups; no weight decay on biases, norms and GRN (all 1-D parameters).
+
+    Raises:
+        OptimError: a parameter that belongs to no layer.
+    """
+    layers = layer_of_parameters(backbone, optim.grouping)
+    top = max(layers.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in backbone.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta"))
+        base_lr = optim.lr * optim.layer_decay ** (top - layers[name])
+        group = groups.setdefault(
+            (layers[name], decays),
+            {
+                "params": [],
+                "layer": layers[name],
+                "lr": base_lr,
+                "base_lr": base_lr,
+                "weight_decay": optim.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return torch.optim.AdamW([groups[key] for key in sorted(groups)], fused=fused)
+
+
+def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
+    """The layer number of each parameter, 0 at the stem, the highest at the head.
+
+    Raises:
+        OptimError: the network has no layer description, or one that misses a parameter.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    if grouping == "none":
+        return dict.fromkeys(names, 0)
+    if grouping == "block":
+        if not hasattr(backbone, "group_matcher"):
+            raise OptimError(f"{type(backbone).__name__} has no group_matcher; use grouping none")
+        layers = group_with_matcher(
+            backbone.named_parameters(), backbone.group_matcher(coarse=False), reverse=True
+        )
+    else:
+        layers = _official_convnext_layers(names)
+    unmatched = [name for name in names if name not in layers]
+    if unmatched:
+        raise OptimError(
+            f"grouping {grouping} knows no layer for {len(unmatched)} parameters, the first is "
+            f"{unmatched[0]}"
+        )
+    return {name: int(layers[name]) for name in names}
+
+
+def _official_convnext_layers(names: Iterable[str]) -> dict[str, int]:
+    """The grouping of facebookresearch/ConvNeXt (`optim_factory.py`) in timm's names.
+
+    Stem 0, stages 1 and 2 one group each, stage 3 in groups of three blocks, stage 4 one group,
+    head last: 12 groups and the head for Base.
+    """
+    names = list(names)
+    blocks = [re.match(r"stages\.2\.blocks\.(\d+)\.", name) for name in names]
+    depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
+    last = 3 + (depth + 2) // 3
+    layers = {}
+    for name in names:
+        stage = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)\.)?", name)
+        if name.startswith("stem."):
+            layers[name] = 0
+        elif name.startswith(("head.", "norm_pre.")):
+            layers[name] = last + 1
+        elif stage and stage[1] in "01":
+            layers[name] = 1 + int(stage[1])
+        elif stage and stage[1] == "2":
+            layers[name] = 3 + int(stage[2] or 0) // 3
+        elif stage:
+            layers[name] = last
+    return layers

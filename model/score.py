@@ -1,0 +1,77 @@
+"""Run a network over batches: the one place where images become scores."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.batch import Batch
+
+DEFAULT_THRESHOLD = 0.5
+"""From this probability of fake on an image is called fake, until a calibration says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One row per image that was scored.
+
+    `samples` int64 are row numbers of the shard set, `labels` int64, `logits` float32: the logit
+    of fake minus that of real, before any temperature. `failures` are rows that could not be
+    decoded: sample -> reason.
+    """
+
+    samples: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    failures: dict[int, str]
+
+
+def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """The probability of fake, float64: the softmax of the two logits at a temperature."""
+    return 1.0 / (1.0 + np.exp(-np.asarray(logits, np.float64) / temperature))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision on `device`, or nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def score_batches(
+    net: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch with its logits, float32 (B,); rows that are not valid are NaN."""
+    training = net.training
+    net.eval()
+    try:
+        for batch in batches:
+            with torch.inference_mode(), autocast(device, dtype):
+                real, fake = net(batch.images).float().unbind(1)
+            logits = (fake - real).masked_fill(~batch.valid, float("nan"))
+            yield batch, logits.cpu().numpy()
+    finally:
+        net.train(training)
+
+
+def score(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    on_images: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score every valid image of `batches`; `on_images(n)` is called as they come."""
+    samples, labels, logits, failures = [], [], [], {}
+    for batch, found in score_batches(net, batches, device, dtype):
+        rows = batch.valid.cpu().numpy()
+        samples.append(batch.samples[rows])
+        labels.append(batch.labels.cpu().numpy()[rows])
+        logits.append(found[rows])
+        failures |= {int(batch.samples[row]): why for row, why in batch.failures.items()}
+        if on_images:
+            on_images(int(rows.sum()))
+    return Scores(np.concatenate(samples), np.concatenate(labels), np.concatenate(logits), failures)

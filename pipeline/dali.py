@@ -1,0 +1,249 @@
+"""Apply `Draw`s with NVIDIA DALI: the fast backend. The only file that imports nvidia.
+
+One graph, with CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and the columns of the
+draws come in from outside, so the graph holds no dice and no state. `Pipeline.run()` is driven
+directly: after a bad sample it loses that one batch, which is then repaired sample by sample;
+DALIGenericIterator would end the epoch early without a word.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from pipeline.augment import BLUR_TAPS, GREY, IDENTITY, Draw, stack
+from pipeline.batch import Pixels, Request
+
+QUEUE_BATCHES = 4
+"""Batches of encoded bytes read ahead of the decoder."""
+
+# A column of the graph: name, element type, dimensions per sample.
+COLUMNS = (
+    ("data", types.UINT8, 1),
+    ("anchor", types.INT32, 1),
+    ("shape", types.INT32, 1),
+    ("flip", types.INT32, 0),
+    ("jitter", types.BOOL, 0),
+    ("matrix", types.FLOAT, 2),
+    ("offset", types.FLOAT, 1),
+    ("resample", types.FLOAT, 0),
+    ("jpeg", types.INT32, 0),
+    ("blur", types.FLOAT, 0),
+    ("grey", types.BOOL, 0),
+)
+
+
+@pipeline_def(enable_conditionals=True)
+def graph(feed: Callable[[], tuple], size: int, on_gpu: bool) -> Any:
+    """Encoded images and columns in, (size, size, 3) uint8 out; the order is that of `augment`."""
+    data, anchor, shape, flip, jitter, matrix, offset, resample, jpeg, blur, grey = (
+        fn.external_source(
+            source=feed,
+            num_outputs=len(COLUMNS),
+            batch=True,
+            dtype=[column[1] for column in COLUMNS],
+            ndim=[column[2] for column in COLUMNS],
+        )
+    )
+    image = fn.decoders.image(
+        data,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=True,
+        jpeg_fancy_upsampling=True,
+        use_fast_idct=False,
+    )
+    image = fn.slice(image, anchor, shape, axes=(0, 1))
+    image = _resize(image, size)
+    image = fn.flip(image, horizontal=flip)
+    if jitter:
+        image = _colour(image, matrix, offset)
+    if resample > 0.0:
+        image = _resize(_resize(image, resample), size)
+    if jpeg > 0:
+        image = _jpeg(image, jpeg, on_gpu)
+    if blur > 0.0:
+        image = fn.gaussian_blur(image, sigma=blur, window_size=BLUR_TAPS)
+    if grey:
+        rows = np.array(GREY, np.float32).reshape(3, 4)
+        image = _colour(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
+    return image
+
+
+def _resize(image: Any, side: Any) -> Any:
+    """Bilinear as Pillow does it: antialiased, and without shifting the grid by part of a pixel."""
+    return fn.resize(
+        image,
+        resize_x=side,
+        resize_y=side,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        subpixel_scale=False,
+    )
+
+
+def _colour(image: Any, matrix: Any, offset: Any) -> Any:
+    turned = fn.coord_transform(image, M=matrix, T=offset, dtype=types.UINT8)
+    return fn.reshape(turned, layout="HWC")
+
+
+def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
+    """A real libjpeg round trip. DALI's GPU operator is another algorithm, so a GPU batch comes
+    to the host for it: 200 kB per image that is drawn.
+    """
+    if not on_gpu:
+        return fn.jpeg_compression_distortion(image, quality=quality)
+    return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
+
+
+def columns_of(data: list[bytes], draws: list[Draw]) -> tuple:
+    """What the graph is fed for one batch, in the order of `COLUMNS`."""
+    table = stack(draws)
+    colour = table["colour"].reshape(-1, 3, 4)
+    return (
+        [np.frombuffer(item, np.uint8) for item in data],
+        np.stack([table["top"], table["left"]], axis=1),
+        np.stack([table["height"], table["width"]], axis=1),
+        table["flip"],
+        np.array([draw.colour != IDENTITY for draw in draws]),
+        np.ascontiguousarray(colour[:, :, :3]),
+        np.ascontiguousarray(colour[:, :, 3]),
+        table["resample"].astype(np.float32),
+        table["jpeg"],
+        table["blur"],
+        table["grey"],
+    )
+
+
+class DaliBackend:
+    """Decodes requests in order; see `run`."""
+
+    def __init__(self, size: int, batch_size: int, device: torch.device, threads: int):
+        self.size = size
+        self.batch_size = batch_size
+        self.device = device
+        self.threads = threads
+        self._repair: Callable[[bytes, Draw], torch.Tensor] | None = None
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Pixels]:
+        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device."""
+        fed: queue.Queue[Request] = queue.Queue()
+        with _ReadAhead(requests) as ahead:
+
+            def feed() -> tuple:
+                request = ahead.next()
+                fed.put(request)
+                return columns_of(request.data, request.draws)
+
+            pipe = self._build(feed, self.batch_size, depth=2)
+            while True:
+                try:
+                    images, failures = _tensor_of(pipe.run()), {}
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if "CUDA" in str(error):
+                        raise  # the device is gone, not one sample
+                    images, failures = self._one_by_one(fed.queue[0])
+                request = fed.get()
+                yield Pixels(images, request.failures | failures)
+
+    def _build(self, feed: Callable[[], tuple], batch_size: int, depth: int) -> Any:
+        on_gpu = self.device.type == "cuda"
+        pipe = graph(
+            feed,
+            self.size,
+            on_gpu,
+            batch_size=batch_size,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=depth,
+        )
+        pipe.build()
+        return pipe
+
+    def _one_by_one(self, request: Request) -> tuple[torch.Tensor, dict[int, str]]:
+        """Redo a lost batch with the same graph, one image at a time, so that only the bad ones
+        are lost and the good ones keep their exact bits.
+        """
+        if self._repair is None:
+            self._repair = self._build_repair()
+        images = torch.zeros(
+            (len(request.data), self.size, self.size, 3), dtype=torch.uint8, device=self.device
+        )
+        failures = {}
+        for row, (data, draw) in enumerate(zip(request.data, request.draws, strict=True)):
+            try:
+                images[row] = self._repair(data, draw)
+            except RuntimeError as error:
+                failures[row] = _reason(error)
+        return images, failures
+
+    def _build_repair(self) -> Callable[[bytes, Draw], torch.Tensor]:
+        waiting: list[tuple] = []
+        pipe = self._build(waiting.pop, 1, depth=1)
+
+        def decode(data: bytes, draw: Draw) -> torch.Tensor:
+            waiting.append(columns_of([data], [draw]))
+            return _tensor_of(pipe.run())[0]
+
+        return decode
+
+
+class _ReadAhead:
+    """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
+
+    def __init__(self, requests: Iterable[Request]):
+        self._requests = requests
+        self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
+
+    def __enter__(self) -> "_ReadAhead":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def next(self) -> Request:
+        """The next request; `StopIteration` after the last."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._put(item)  # the graph may ask again while it drains
+            raise item
+        return item
+
+    def _read(self) -> None:
+        try:
+            for request in self._requests:
+                self._put(request)
+                if self._stopped.is_set():
+                    return
+            self._put(StopIteration())
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+
+def _tensor_of(outputs: tuple) -> torch.Tensor:
+    """The batch without a copy; DALI keeps the buffer as long as the tensor lives."""
+    return torch.from_dlpack(outputs[0].as_tensor())
+
+
+def _reason(error: RuntimeError) -> str:
+    """The one line of DALI's message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "rror" in line and "Current pipeline" not in line]
+    return (telling or lines)[-1][:200]

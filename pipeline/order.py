@@ -1,0 +1,160 @@
+"""ORDER: (index, seed, epoch, position) -> sample, as a pure function. No iterator state anywhere.
+
+An epoch is an array of sample numbers by global position. Rank r of `world` takes, at a step, the
+positions from (step * world + r) * batch on, so 2 ranks x 12 see what 1 rank x 24 sees, and a run
+resumes at any step from a handful of integers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.replay import interleave
+
+Shuffle = Literal["global", "block"]
+
+ORDER_VERSION = 1
+"""Grows whenever the same seed gives another order; a state of another version is refused."""
+
+BLOCK = 256
+WINDOW = 64
+"""A block shuffle permutes runs of `BLOCK` samples and then samples inside `WINDOW` open runs."""
+
+# Philox counters are 4 x 64 bits: the last word keeps independent uses of one key apart
+# (0: the draws of samples).
+_SHUFFLE, _REPLAY = 1, 2
+
+
+class OrderError(ValueError):
+    """An order that cannot be made or resumed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """One epoch: which sample stands at each global position, and which of them count.
+
+    `samples` int64, `replayed` bool (old samples, phase 2) and `valid` bool (False: padding) are
+    all of length `steps * global_batch`.
+    """
+
+    seed: int
+    number: int
+    global_batch: int
+    samples: np.ndarray
+    replayed: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Batches in this epoch, the same on every rank."""
+        return len(self.samples) // self.global_batch
+
+    def positions(self, step: int, rank: int = 0, world: int = 1) -> slice:
+        """The global positions of one rank's batch."""
+        batch = self.global_batch // world
+        first = (step * world + rank) * batch
+        return slice(first, first + batch)
+
+
+def training_epoch(
+    new: np.ndarray,
+    *,
+    seed: int,
+    number: int,
+    global_batch: int,
+    shuffle: Shuffle = "global",
+    old: np.ndarray | None = None,
+) -> Epoch:
+    """Shuffle the sample numbers `new` and spread the old ones (see `replay`) among them.
+
+    Only the last partial global batch is dropped; another epoch drops other samples.
+
+    Raises:
+        OrderError: fewer samples than one global batch.
+    """
+    rng = rng_of(seed, number, _SHUFFLE)
+    fresh = new[rng.permutation(len(new)) if shuffle == "global" else _blocks(len(new), rng)]
+    samples, replayed = interleave(fresh, np.empty(0, np.int64) if old is None else old)
+    count = len(samples) // global_batch * global_batch
+    if count == 0:
+        raise OrderError(
+            f"{len(samples)} training samples do not fill one batch of {global_batch}; "
+            "use a smaller loading.batch_size"
+        )
+    valid = np.ones(count, np.bool_)
+    return Epoch(seed, number, global_batch, samples[:count], replayed[:count], valid)
+
+
+def evaluation_epoch(count: int, global_batch: int) -> Epoch:
+    """Samples 0 .. count-1 in order, each exactly once, padded to whole global batches.
+
+    Every rank makes the same number of steps; padding repeats sample 0 with `valid` False.
+
+    Raises:
+        OrderError: nothing to evaluate.
+    """
+    if count == 0:
+        raise OrderError("there is no sample to evaluate")
+    padded = -(-count // global_batch) * global_batch
+    samples = np.zeros(padded, np.int64)
+    samples[:count] = np.arange(count)
+    valid = np.arange(padded) < count
+    return Epoch(0, 0, global_batch, samples, np.zeros(padded, np.bool_), valid)
+
+
+def rng_of(seed: int, epoch: int, purpose: int) -> np.random.Generator:
+    """The dice of one purpose in one epoch; see `augment.rng_for` for those of a sample."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
+
+
+def replay_rng(seed: int, epoch: int) -> np.random.Generator:
+    """The dice that choose the old samples of an epoch."""
+    return rng_of(seed, epoch, _REPLAY)
+
+
+def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
+    """A shuffle for remote shards: reads stay in runs, samples mix over `WINDOW` runs."""
+    starts = rng.permutation(-(-count // BLOCK)) * BLOCK
+    order = (starts[:, None] + np.arange(BLOCK)).ravel()
+    order = order[order < count]
+    span = BLOCK * WINDOW
+    return np.concatenate(
+        [rng.permutation(order[first : first + span]) for first in range(0, count, span)]
+    )
+
+
+def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:
+    """What must be saved to go on before `step` of `epoch`."""
+    return {
+        "order_version": ORDER_VERSION,
+        "seed": epoch.seed,
+        "epoch": epoch.number,
+        "step": step,
+        "global_batch": epoch.global_batch,
+        "index_sha256": index_sha256,
+    }
+
+
+def check_state(
+    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str
+) -> tuple[int, int]:
+    """The (epoch, step) to go on from.
+
+    Raises:
+        OrderError: the state belongs to other shards, another seed, batch or version of the order.
+    """
+    expected = {
+        "order_version": ORDER_VERSION,
+        "seed": seed,
+        "global_batch": global_batch,
+        "index_sha256": index_sha256,
+    }
+    for name, value in expected.items():
+        if state[name] != value:
+            raise OrderError(
+                f"cannot resume: {name} was {state[name]} when this was saved and is {value} now, "
+                "so the samples would come in another order; start a new run"
+            )
+    return int(state["epoch"]), int(state["step"])

@@ -1,0 +1,118 @@
+"""Replay: a few old samples among the new ones, so that phase 2 does not forget phase 1.
+
+The ratio is old to new: "1:8" is one old sample for eight new ones (2,500 for 20,000 in the
+original). Old samples are drawn afresh each epoch, in equal quotas per source, balanced by class
+inside a source, and spread evenly over the epoch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Which sets are old, and how many of their samples come with the new ones.
+
+    `old_per_new` is "1:8", "0.125" or "0" for none. Sources whose index says `replay = false` and
+    those in `leave_out` are not drawn from.
+    """
+
+    sets: list[str] = field(default_factory=list)
+    old_per_new: str = "0"
+    leave_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.ratio > 0 and not self.sets:
+            raise ValueError(f"old_per_new is {self.old_per_new}, but sets names no old set")
+
+    @property
+    def ratio(self) -> Fraction:
+        """Old samples per new one, exactly."""
+        try:
+            ratio = Fraction(str(self.old_per_new).replace(":", "/"))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(
+                f"old_per_new must look like 1:8 or 0.125, got {self.old_per_new!r}"
+            ) from None
+        if ratio < 0:
+            raise ValueError(f"old_per_new must not be negative, got {self.old_per_new!r}")
+        return ratio
+
+
+def draw_old(
+    pool: np.ndarray,
+    sources: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Choose `count` samples of `pool`, stratified by source and, inside a source, by class.
+
+    `pool`, `sources` and `labels` (int, one entry per old sample) belong together. A source that
+    has fewer than its quota gives all it has and the others share the rest, as in the original. A
+    pool smaller than `count` is used again from the start, so that the ratio stays exact.
+
+    Returns:
+        (count,) int64 sample numbers, shuffled.
+    """
+    if count and not len(pool):
+        raise ValueError("replay is on, but there is no old sample to draw from")
+    chosen: list[np.ndarray] = []
+    while (missing := count - sum(map(len, chosen))) > 0:
+        strata = [pool[sources == source] for source in np.unique(sources)]
+        classes = [labels[sources == source] for source in np.unique(sources)]
+        quotas = share_out(missing, [len(stratum) for stratum in strata], rng)
+        for stratum, label, quota in zip(strata, classes, quotas, strict=True):
+            chosen.append(_balanced(stratum, label, quota, rng))
+    return rng.permutation(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+
+
+def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """Split `count` into quotas as equal as `sizes` allow; odd remainders go to drawn places.
+
+    The quotas sum to `min(count, sum(sizes))` and none is larger than its size.
+    """
+    quotas = np.zeros(len(sizes), np.int64)
+    room = np.array(sizes, np.int64)
+    left = min(count, int(room.sum()))
+    while left:
+        open_places = np.flatnonzero(room)
+        each, rest = divmod(left, len(open_places))
+        grant = np.full(len(open_places), each)
+        grant[rng.permutation(len(open_places))[:rest]] += 1
+        grant = np.minimum(grant, room[open_places])
+        quotas[open_places] += grant
+        room[open_places] -= grant
+        left -= int(grant.sum())
+    return quotas.tolist()
+
+
+def _balanced(
+    samples: np.ndarray, labels: np.ndarray, quota: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`quota` samples without repetition, half of each class where the source has both."""
+    by_class = [samples[labels == label] for label in np.unique(labels)]
+    quotas = share_out(quota, [len(members) for members in by_class], rng)
+    return np.concatenate(
+        [rng.permutation(members)[:take] for members, take in zip(by_class, quotas, strict=True)]
+    )
+
+
+def interleave(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spread `old` evenly among `new` by error diffusion over the global position.
+
+    Position p is old exactly where floor((p + 1) * share) exceeds floor(p * share), with share =
+    old / (old + new). So every stretch of b positions holds b * share old ones, give or take one.
+
+    Returns:
+        samples (new + old,) int64, and a bool array that is True where a sample is old.
+    """
+    total = len(new) + len(old)
+    passed = np.arange(total + 1, dtype=np.int64) * len(old) // max(total, 1)
+    replayed = np.diff(passed) > 0
+    samples = np.empty(total, np.int64)
+    samples[replayed], samples[~replayed] = old, new
+    return samples, replayed

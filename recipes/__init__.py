@@ -1,0 +1,112 @@
+"""Recipes: a TOML file in, a frozen dataclass out. A key that nobody knows is an error.
+
+A recipe may start from another one: `extends = "phase1.toml"` takes every value of that file (in
+the same folder) and changes only what stands below it.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+FOLDER = Path(__file__).parent
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message says where and what is known instead."""
+
+
+def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """Read the recipe at `path` as a `kind`, with `overrides` such as `optim.lr=1e-4` on top.
+
+    Raises:
+        RecipeError: no such file, broken TOML, an unknown or missing key, a value out of range.
+    """
+    values = _read(path)
+    for override in overrides:
+        _apply(values, override)
+    return build(kind, values, str(path))
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`."""
+    _refuse_unknown(kind, values, where, prefix="")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {name or 'recipe'}: {reason}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
+        raise RecipeError(f"no recipe at {path}; built in are {known}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    base = values.pop("extends", None)
+    return values if base is None else _merge(_read(path.parent / base), values)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top; tables are merged key by key, everything else is replaced."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+    return base
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `path.to.key=value`; the value is TOML where it parses as TOML, else plain text."""
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise RecipeError(f"--set takes KEY=VALUE, such as optim.lr=1e-4; got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *tables, key = name.strip().split(".")
+    for part in tables:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override}: {part} is a value, not a table")
+    values[key] = value
+
+
+def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
+    """Walk a type and a value together; the first key that a dataclass lacks is an error.
+
+    Pydantic alone would say so too, but without the names that are known.
+    """
+    arguments = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        known = typing.get_type_hints(kind)
+        for key, entry in value.items():
+            if key not in known:
+                raise RecipeError(
+                    f"{where}: unknown key '{prefix}{key}'; "
+                    f"{prefix.rstrip('.') or kind.__name__} knows {', '.join(sorted(known))}"
+                )
+            _refuse_unknown(known[key], entry, where, f"{prefix}{key}.")
+    elif isinstance(value, Mapping) and typing.get_origin(kind) is dict:
+        for key, entry in value.items():
+            _refuse_unknown(arguments[1], entry, where, f"{prefix}{key}.")
+    elif isinstance(value, list) and typing.get_origin(kind) in (list, tuple):
+        for number, entry in enumerate(value):
+            _refuse_unknown(arguments[0], entry, where, f"{prefix}{number}.")
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for member in arguments:
+            _refuse_unknown(member, value, where, prefix)

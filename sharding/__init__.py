@@ -1,0 +1,1 @@
+"""Raw images in, WebDataset tar shards and an index out: `python -m sharding build`."""

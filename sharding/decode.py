@@ -1,0 +1,199 @@
+"""Any image file in; bytes that every decoder reads alike, and the facts about them, out.
+
+8-bit JPEG (grey or YCbCr), PNG and WebP keep their original bytes. Everything else that a person
+may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated) becomes an 8-bit RGB PNG, losslessly
+from the decoded pixels, and the facts say so. Packing and prediction both go through `prepare`.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from pillow_heif import register_heif_opener
+
+from sharding.format import DecodeError, decode_image, exif_orientation
+
+register_heif_opener()
+Image.init()  # load every plugin now: `Image.open(formats=...)` looks names up in those loaded
+
+MAX_PIXELS = 200_000_000
+"""The largest picture a phone takes today (Samsung, 16,320 x 12,240). More is refused unread."""
+
+MAX_BYTES = 512 * 2**20
+"""A larger file is refused before it is read into memory."""
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises past twice its limit
+
+
+# Everything Pillow may open. PostScript, PDF and formats that run other programs are left out.
+READABLE = (
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000",
+    "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+
+# 8-bit modes that Pillow and DALI turn into the same RGB values (docs/shards.md has the list).
+_PLAIN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of an image from its own bytes; the columns of the same names in the index."""
+
+    width: int
+    height: int
+    format: str
+    chroma: str
+    jpeg_quality: int
+    orientation: int
+    phash: int
+    transcoded_from: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts."""
+
+    data: bytes
+    pixels: np.ndarray
+    facts: Facts
+
+
+def prepare(data: bytes) -> Prepared:
+    """Decode `data` fully and describe it; see the module.
+
+    Raises:
+        DecodeError: not an image, damaged, or too large; the message is the reason.
+    """
+    if len(data) > MAX_BYTES:
+        raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        name = "JPEG" if image.format == "MPO" else image.format
+        orientation = exif_orientation(image)
+        if _is_plain(image, name, data):
+            pixels, transcoded_from = decode_image(data, name, orientation), ""
+        else:
+            pixels = _eight_bit_rgb(image, orientation)
+            data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
+    height, width = pixels.shape[:2]
+    facts = Facts(
+        width=width,
+        height=height,
+        format=name,
+        chroma=simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else "",
+        jpeg_quality=_jpeg_quality(image) if name == "JPEG" else 0,
+        orientation=orientation,
+        phash=perceptual_hash(pixels),
+        transcoded_from=transcoded_from,
+    )
+    return Prepared(data, pixels, facts)
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image with its header read and nothing decoded; the size is checked here."""
+    if not data:
+        raise DecodeError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=READABLE)
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise DecodeError(f"not an image this program reads (it begins {data[:8]!r})") from error
+    except Exception as error:  # Pillow's plugins raise almost anything on hostile headers
+        raise DecodeError(f"damaged header: {type(error).__name__}: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+    if image.width < 1 or image.height < 1:
+        raise DecodeError(f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
+    """Whether the original bytes may stay: both decoders read them, and read the same."""
+    if name == "JPEG":
+        try:
+            return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
+        except ValueError as error:
+            raise DecodeError(f"JPEG does not decode: {error}") from error
+    if getattr(image, "n_frames", 1) > 1:
+        return False
+    if name == "PNG":
+        return image.mode in _PLAIN_MODES and data[24] <= 8  # byte 24 is IHDR's bit depth
+    return name == "WEBP" and image.mode in _PLAIN_MODES
+
+
+def _eight_bit_rgb(image: Image.Image, orientation: int) -> np.ndarray:
+    """The first frame as upright 8-bit RGB."""
+    try:
+        image.seek(0)
+        image.load()
+        image = image.convert("RGB") if image.mode[0] not in "IF" else _from_deep(image)
+        stream = io.BytesIO(_png(np.asarray(image)))
+        return decode_image(stream.getvalue(), "PNG", orientation)
+    except DecodeError:
+        raise
+    except Exception as error:  # as in _open: a plugin may raise anything
+        raise DecodeError(f"{image.format} does not decode: {error}") from error
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """16-bit grey by its full range, 32-bit float by its own; `convert` would clip both at 255."""
+    values = np.asarray(image, np.float64)
+    low, high = (0.0, 65535.0) if image.mode[0] == "I" else (min(0.0, values.min()), values.max())
+    scaled = np.rint((values - low) * (255.0 / max(high - low, 1e-12)))
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=6)
+    return stream.getvalue()
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    """64-bit pHash of (height, width, 3) uint8 pixels; near-duplicates differ in a few bits.
+
+    The 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 grey thumbnail, each against
+    their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
+    2010).
+    """
+    grey = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
+    low = _COSINES @ np.asarray(grey.convert("L"), np.float64) @ _COSINES.T
+    bits = (low > np.median(low)).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+_COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)
+
+# ITU-T T.81 table K.1 (luma), the base that libjpeg scales by quality; sorted, because Pillow's
+# order of the entries (zigzag or natural) has changed between versions.
+_LUMA = np.sort(np.array([
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
+    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
+    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+]))  # fmt: skip
+
+
+def _luma_tables() -> np.ndarray:
+    """(100, 64): the sorted luma table at quality 1 to 100, by libjpeg's `jpeg_quality_scaling`."""
+    quality = np.arange(1, 101)
+    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    return np.clip((_LUMA[None] * scale[:, None] + 50) // 100, 1, 255)
+
+
+_TABLES = _luma_tables()
+
+
+def _jpeg_quality(image: Image.Image) -> int:
+    """The libjpeg quality (1 to 100) whose luma table is nearest to the file's own."""
+    tables = getattr(image, "quantization", None)
+    if not tables:
+        return 0
+    luma = np.sort(np.array(tables[min(tables)], np.int64))
+    return int(np.abs(_TABLES - luma).sum(axis=1).argmin()) + 1

@@ -1,0 +1,242 @@
+"""THE DISK CONTRACT: what a shard set holds, and how the bytes of a member become pixels.
+
+A set is a folder: `<source>-<split>-<NNNNN>.tar` with `<key>.<jpg|png|webp>` (original bytes) and
+`<key>.json`, one `.idx` beside each tar (for DALI's reader), `samples.parquet` with one row per
+sample, and `index.json`, written last. A folder without `index.json` is not a set. The format is
+described for people without this code in `docs/shards.md`.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import simplejpeg
+from PIL import Image
+
+FORMAT_VERSION = 1
+CLASSES = ("real", "fake")
+"""Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
+
+IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats that a shard may hold, and the extension of their members."""
+
+SAMPLES_FILE = "samples.parquet"
+INDEX_FILE = "index.json"
+
+_name = pa.dictionary(pa.int32(), pa.string())
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("shard", _name),
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the image's first byte in the tar
+        ("size", pa.int32()),  # bytes of the image
+        ("sha256", pa.binary(32)),  # of those bytes
+        ("label", pa.int8()),
+        ("source", _name),
+        ("generator", _name),
+        ("split", _name),
+        ("group", pa.string()),  # pair, prompt or video; a group never crosses a split
+        ("width", pa.int32()),  # pixels, upright: after the EXIF orientation
+        ("height", pa.int32()),
+        ("format", _name),
+        ("chroma", _name),  # 420, 422, 444, ...; Gray; empty where it is no JPEG
+        ("jpeg_quality", pa.int8()),  # estimate, 1 to 100; 0 where it is no JPEG
+        ("orientation", pa.int8()),  # EXIF, 1 to 8
+        ("phash", pa.uint64()),  # perceptual hash
+        ("transcoded_from", _name),  # the format before packing; empty where bytes are original
+        ("origin", pa.string()),  # path below the raw folder
+    ]
+)
+
+
+class ShardError(ValueError):
+    """A shard set that cannot be used; the message says what was found and what to do."""
+
+
+class DecodeError(ValueError):
+    """Bytes that are not the image they claim to be."""
+
+
+def shard_name(source: str, split: str, number: int) -> str:
+    """`<source>-<split>-<NNNNN>.tar`."""
+    return f"{source}-{split}-{number:05d}.tar"
+
+
+def decode_image(data: bytes, image_format: str, orientation: int = 1) -> np.ndarray:
+    """The pixels of a member: (height, width, 3) uint8 RGB, upright.
+
+    This is the reference that every other decoder is held against: exact inverse DCT and smooth
+    chroma upsampling for JPEG, alpha dropped, EXIF orientation applied. Never a scaled decode: it
+    deletes the traces that a detector reads.
+
+    Raises:
+        DecodeError: truncated or damaged bytes, or not `image_format`.
+    """
+    try:
+        if image_format == "JPEG":
+            pixels = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
+            return np.ascontiguousarray(_upright(pixels, orientation))
+        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+            # Orientation comes from the index for every format, so that EXIF is parsed once.
+            return np.ascontiguousarray(_upright(np.asarray(image.convert("RGB")), orientation))
+    except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"{image_format} does not decode: {error}") from error
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; what is absent or nonsense counts as 1."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except (ValueError, OSError, SyntaxError, KeyError, TypeError):
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then mirror the axes."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """One or more shard sets on disk, seen as one table; a sample is a row number.
+
+    `folders[code]` holds the shard `shards[code]`; the column `shard_code` says which one a row is
+    in. `sources` is what the index says of each source: licence, augmentation law, replay.
+    `sha256` stands for everything: it covers the hashes of the tables and of the tars.
+    """
+
+    folders: tuple[Path, ...]
+    shards: tuple[str, ...]
+    table: pa.Table
+    sources: Mapping[str, Mapping[str, Any]]
+    sha256: str
+    _columns: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column as an array of the table's dtype, one value per sample."""
+        if name not in self._columns:
+            self._columns[name] = self.table.column(name).to_numpy()
+        return self._columns[name]
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """A column of names as (int32 code per sample, names): `names[codes[i]]` is the value."""
+        if name not in self._columns:
+            self._columns[name] = _codes_of(self.table.column(name))
+        return self._columns[name]
+
+    def text(self, name: str, sample: int) -> str:
+        """One value of a text column."""
+        return self.table.column(name)[int(sample)].as_py()
+
+    def shard_path(self, sample: int) -> Path:
+        """The tar that holds a sample."""
+        code = int(self.column("shard_code")[sample])
+        return self.folders[code] / self.shards[code]
+
+    def name(self, sample: int) -> str:
+        """A sample as messages name it: set, shard and key."""
+        path = self.shard_path(sample)
+        return f"{path.parent.name}/{path.name}:{self.text('key', sample)}"
+
+    def describe(self) -> str:
+        """The folders, for messages."""
+        return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
+
+
+def _codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """The codes and names of a dictionary column whose chunks may have different dictionaries."""
+    chunks = column.unify_dictionaries().chunks
+    if not chunks:
+        return np.empty(0, np.int32), []
+    return np.concatenate([c.indices.to_numpy() for c in chunks]), chunks[0].dictionary.to_pylist()
+
+
+def read_index(folder: Path) -> dict:
+    """The parsed `index.json` of a set.
+
+    Raises:
+        ShardError: no such folder, no `index.json` (the build did not finish), or another version.
+    """
+    path = folder / INDEX_FILE
+    if not path.exists():
+        tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
+        if tars:
+            raise ShardError(
+                f"{folder} has {tars} tar files but no {INDEX_FILE}, so its build did not finish; "
+                "run `python -m sharding build` again to resume it"
+            )
+        beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{INDEX_FILE}"))
+        raise ShardError(
+            f"no shard set at {folder}; "
+            + (
+                f"{folder.parent} holds {', '.join(beside)}"
+                if beside
+                else "make one with `python -m sharding build`, or try `make demo`"
+            )
+        )
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index.get("format_version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{path} has format version {index.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; build the set again"
+        )
+    if tuple(index["classes"]) != CLASSES:
+        raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")
+    return index
+
+
+def open_shards(folders: Sequence[Path]) -> ShardSet:
+    """Open sets as one `ShardSet`, rows in the order of `folders`.
+
+    Raises:
+        ShardError: as `read_index`, or a table that does not belong to its index.
+    """
+    tables, shards, homes, sources = [], [], [], {}
+    digest = hashlib.sha256()
+    for folder in folders:
+        index = read_index(folder)
+        data = (folder / SAMPLES_FILE).read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if found != index["samples_sha256"]:
+            raise ShardError(
+                f"{folder / SAMPLES_FILE} has sha256 {found[:12]}, {INDEX_FILE} says "
+                f"{index['samples_sha256'][:12]}; build the set again"
+            )
+        names = [shard["name"] for shard in index["shards"]]
+        table = pq.read_table(io.BytesIO(data), schema=SAMPLES_SCHEMA)
+        tables.append(_number_shards(table, names, len(shards)))
+        shards += names
+        homes += [folder] * len(names)
+        sources |= index["sources"]
+        digest.update((folder / INDEX_FILE).read_bytes())
+    return ShardSet(
+        tuple(homes), tuple(shards), pa.concat_tables(tables), sources, digest.hexdigest()
+    )
+
+
+def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
+    """The table with its shard column coded by position in the opened sets, starting at `first`.
+
+    Two sets may hold shards of one name; coded by position they stay apart.
+    """
+    codes, used = _codes_of(table.column("shard"))
+    position = {name: first + number for number, name in enumerate(names)}
+    numbered = np.array([position[name] for name in used], np.int32)[codes]
+    return table.set_column(table.schema.get_field_index("shard"), "shard_code", pa.array(numbered))
