@@ -20,12 +20,18 @@ setup: .venv/installed ## install everything into .venv (a few GB, a minute or t
 		-r pyproject.toml --all-extras
 	touch $@
 
-demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, predict (5 minutes)
+demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, predict (4 minutes)
 	$(RUN) -m sharding demo $(DEMO)
 	$(RUN) -m sharding build --raw $(DEMO)/raw --catalog $(DEMO)/catalog.toml --out $(DEMO)/shards
 	$(RUN) train.py --recipe recipes/demo-phase1.toml --data $(DEMO)/shards --runs $(DEMO)/runs
 	$(RUN) train.py --recipe recipes/demo-phase2.toml --data $(DEMO)/shards --runs $(DEMO)/runs
-	$(RUN) predict.py $(DEMO)/raw/unseen/real/000*.* --runs $(DEMO)/runs
+	$(RUN) evaluate.py --shards val --shards val-phase2 --shards evalgen --data $(DEMO)/shards \
+		--checkpoint $(DEMO)/runs/demo-phase1 --out $(DEMO)/report-phase1
+	$(RUN) evaluate.py --shards val --shards val-phase2 --shards evalgen --data $(DEMO)/shards \
+		--checkpoint $(DEMO)/runs/demo-phase2 --out $(DEMO)/report-phase2
+	$(RUN) predict.py $(DEMO)/raw/unseen/*/*/0000* --runs $(DEMO)/runs
+	$(RUN) evaluate.py compare $(DEMO)/report-phase1/report.json $(DEMO)/report-phase2/report.json
+	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
 test: setup ## the tests that take at most 5 minutes on two cores
 	$(RUN) -m pytest -m "not slow"

@@ -104,7 +104,7 @@ OPTIONS: dict[str, Callable] = {
     "checkpoint": click.option(
         "--checkpoint",
         type=click.Path(path_type=Path, file_okay=False),
-        help="Checkpoint folder. Default: the best one of the newest run.",
+        help="Checkpoint, or a run to take the best one of. Default: the newest run.",
     ),
     "device": click.option(
         "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
@@ -180,12 +180,17 @@ def cell(value: object) -> str:
     return str(value)
 
 
+def _is_figure(value: object) -> bool:
+    """Numbers, and text that begins like one; they stand to the right."""
+    return isinstance(value, int | float) or (isinstance(value, str) and value[:1].isdigit())
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table: the first column is text, numbers stand to the right."""
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     rows = [list(row) for row in rows]
     for number, name in enumerate(columns):
-        numeric = any(isinstance(row[number], int | float) for row in rows)
+        numeric = any(_is_figure(row[number]) for row in rows)
         grid.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
     for row in rows:
         grid.add_row(*[cell(value) for value in row])

@@ -134,32 +134,29 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Two reports side by side, for the sets that both have."""
+    """Two reports side by side, for the sets, sources and generators that both have."""
     rows = []
-    for name in before["sets"]:
-        if name not in after["sets"]:
-            continue
+    for name in (name for name in before["sets"] if name in after["sets"]):
         one, two = before["sets"][name], after["sets"][name]
         pairs = [(name, one["overall"], two["overall"])]
         for kind in ("sources", "generators"):
             shared = [key for key in one[kind] if key in two[kind]]
-            pairs += [(f"  {kind[:-1]} {key}", one[kind][key], two[kind][key]) for key in shared]
+            if kind == "generators" or len(shared) > 1:
+                pairs += [
+                    (f"  {kind[:-1]} {key}", one[kind][key], two[kind][key]) for key in shared
+                ]
         for label, first, second in pairs:
-            rows.append([label, first["count"]])
-            for figure in ("auroc", "recall", "false_positive_rate"):
-                rows[-1] += [first[figure], second[figure], _change(first[figure], second[figure])]
-    first, second = before["run"], after["run"]
-    columns = [
-        "set", "images", f"AUROC {first}", second, "change", f"recall {first}", second, "change",
-        f"false positives {first}", second, "change",
-    ]  # fmt: skip
-    console.table(
-        f"{first} step {before['step']} against {second} step {after['step']}", columns, rows
-    )
+            figures = ("auroc", "recall", "false_positive_rate")
+            changes = [_change(first[figure], second[figure]) for figure in figures]
+            rows.append([label, first["count"], *changes])
+    title = f"{before['run']} step {before['step']} -> {after['run']} step {after['step']}"
+    console.table(title, ["set", "images", "AUROC", "recall", "false positives"], rows)
 
 
 def _change(before: float | None, after: float | None) -> str | None:
-    return None if before is None or after is None else f"{after - before:+.3f}"
+    if before is None or after is None:
+        return None
+    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -194,7 +191,7 @@ def main(
         return
     if not names:
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
-    chosen = checkpoint or find(runs)
+    chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     loading = Loading(batch_size=batch_size, backend=backend)
     report = evaluate(chosen, data, names, loading=loading, device=device)
@@ -214,6 +211,7 @@ def main(
 def compare(before: Path, after: Path) -> None:
     """Put two report.json files side by side."""
     print_comparison(_read_report(before), _read_report(after))
+    console.say(f"reports: {before} and {after}")
 
 
 if __name__ == "__main__":

@@ -156,12 +156,18 @@ def prune(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def find(runs: Path) -> Path:
-    """The best checkpoint of the newest run below `runs`.
+def find(runs: Path, named: Path | None = None) -> Path:
+    """The checkpoint that is meant: `named` itself, the best one of the run `named`, or, with
+    nothing named, the best one of the newest run below `runs`.
 
     Raises:
         CheckpointError: there is none; the message says how to get one.
     """
+    if named:
+        best = named if (named / META_FILE).exists() else best_of(named)
+        if best is None:
+            raise CheckpointError(f"{named} is neither a checkpoint nor a run that has one")
+        return best
     newest = {run: last_of(run) for run in sorted(runs.glob("*")) if last_of(run)}
     if not newest:
         raise CheckpointError(

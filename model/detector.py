@@ -110,12 +110,12 @@ class ImageDetector:
 def load_detector(
     checkpoint: Path | str | None = None, *, runs: Path | str = "runs", device: str = "auto"
 ) -> ImageDetector:
-    """Load `checkpoint`, or the best one of the newest run below `runs`.
+    """Load `checkpoint` (or the best one of that run), or the best one of the newest run in `runs`.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
     """
-    folder = Path(checkpoint) if checkpoint else find(Path(runs))
+    folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
     where = choose_device(device)
     dtype, _ = choose_precision("auto", where)
     net, view, meta = load_network(folder)

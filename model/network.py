@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -32,12 +32,15 @@ class Network:
     """Which network, and where its first weights come from.
 
     `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `options` go to `timm.create_model` as they are.
-    `mean` and `std` are per channel, for RGB values in 0 to 1.
+    starts from a checkpoint or a file needs none. `scratch` is how weights are drawn otherwise: by
+    timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
+    narrow network hardly passes a signal and learns nothing in minutes. `options` go to
+    `timm.create_model` as they are. `mean` and `std` are per channel, for RGB values in 0 to 1.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
     pretrained: bool = True
+    scratch: Literal["timm", "fan_in"] = "timm"
     drop_path: float = 0.0
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
@@ -80,11 +83,20 @@ def build(network: Network, *, pretrained: bool) -> Detector:
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except OSError as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
+    if network.scratch == "fan_in" and not pretrained:
+        _init_by_fan_in(backbone)
     if pretrained:
         licence = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
     net = Detector(backbone, network.mean, network.std)
     return net.to(memory_format=torch.channels_last)
+
+
+def _init_by_fan_in(backbone: nn.Module) -> None:
+    """Draw every convolution and linear weight with sigma 1 / sqrt(fan-in)."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Recipes: a TOML file in, a frozen dataclass out. A key that nobody knows is an error.
 
-A recipe may start from another one: `extends = "phase1.toml"` takes every value of that file (in
-the same folder) and changes only what stands below it.
+A recipe may start from others: `extends = ["phase1.toml", "demo.toml"]` takes every value of those
+files (in the same folder, a later one over an earlier one) and changes only what stands below it.
 """
 
 import dataclasses
@@ -55,8 +55,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"no recipe at {path}; built in are {known}") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    base = values.pop("extends", None)
-    return values if base is None else _merge(_read(path.parent / base), values)
+    merged: dict[str, Any] = {}
+    for base in values.pop("extends", []):
+        _merge(merged, _read(path.parent / base))
+    return _merge(merged, values)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

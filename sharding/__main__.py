@@ -113,7 +113,7 @@ def _say_what_was_built(built: list[BuiltSet], found: Scan, out: Path) -> None:
                 *[totals["label"].get(name, 0) for name in CLASSES],
                 len(totals["source"]),
                 len(one.index["shards"]),
-                round(sum(shard["bytes"] for shard in one.index["shards"]) / 2**20, 1),
+                f"{sum(shard['bytes'] for shard in one.index['shards']) / 2**20:.1f}",
                 len(one.index["quarantine"]),
                 "packed" if one.shards_written else "was up to date",
             ]
