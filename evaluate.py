@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 import console
 from model.checkpoint import find, git_commit, load_network
 from model.device import choose_device, choose_precision, describe
 from model.metrics import Metrics, measure, measure_generators, what_is_missing
-from model.network import Detector
-from model.score import Scores, probability, score
-from pipeline import Loading, View, draw_centre, evaluation_epoch, open_loader
+from model.score import Scores, probability, score_set
+from pipeline import Loading, open_loader
 from sharding.format import ShardSet, open_shards, read_index
 
 REPORT_VERSION = 1
@@ -27,34 +25,6 @@ REPORT_VERSION = 1
 COLUMNS = (
     "what", "images", "reals", "fakes", "accuracy", "recall", "false positives", "F1", "AUROC",
 )  # fmt: skip
-
-
-def score_set(
-    net: Detector, view: View, folder: Path, loading: Loading, device_name: str
-) -> tuple[ShardSet, Scores]:
-    """Score every sample of the set in `folder` once.
-
-    Raises:
-        RuntimeError: the scored samples are not exactly those of the index (our bug, never yours).
-    """
-    shards = open_shards([folder])
-    device = choose_device(device_name)
-    dtype, reason = choose_precision("auto", device)
-    loader = open_loader(shards, view=view, loading=loading, device=device)
-    console.log.info(
-        "%s: %s images through %s (%s), %s on %s (%s)", folder, f"{len(shards):,}", loader.backend,
-        loader.reason, describe(dtype), device, reason,
-    )  # fmt: skip
-    epoch = evaluation_epoch(len(shards), loader.global_batch)
-    with console.progress(f"scoring {folder.name}", len(shards)) as advance:
-        batches = loader.batches(epoch, draw_centre(shards, view))
-        scores = score(net.to(device), batches, device, dtype, advance)
-    covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
-    if not np.array_equal(covered, np.arange(len(shards))):
-        raise RuntimeError(
-            f"scored {len(covered)} samples, the index of {folder} has {len(shards)}"
-        )
-    return shards, scores
 
 
 def report_set(shards: ShardSet, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +63,17 @@ def evaluate(
     for name in names:
         read_index(data / name)  # a wrong name is said before any work is done
     net, view, meta = load_network(checkpoint)
+    where = choose_device(device)
+    dtype, reason = choose_precision("auto", where)
+    console.log.info("%s on %s (%s)", describe(dtype), where, reason)
+    net.to(where)
     sets = {}
     for name in names:
-        shards, scores = score_set(net, view, data / name, loading, device)
+        shards = open_shards([data / name])
+        loader = open_loader(shards, view=view, loading=loading, device=where)
+        console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
+        with console.progress(f"scoring {name}", len(shards)) as advance:
+            scores = score_set(net, loader, dtype, advance)
         sets[name] = report_set(shards, scores, meta)
     return {
         "report_version": REPORT_VERSION,

@@ -4,11 +4,10 @@ Phase 1 learns from the old sets; phase 2 starts from phase 1's best checkpoint 
 sets with a little of the old ones replayed. Interrupted runs go on where they stopped.
 """
 
+import contextlib
 import json
-import math
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,34 +17,18 @@ import click
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 
 import console
 import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
+from model.history import History
 from model.metrics import Metrics, measure
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
-from model.score import autocast, probability, score
-from pipeline import (
-    Augment,
-    Batch,
-    Loader,
-    Loading,
-    Replay,
-    View,
-    check_state,
-    draw_by_law,
-    draw_centre,
-    draw_old,
-    evaluation_epoch,
-    open_loader,
-    state_of,
-    training_epoch,
-)  # fmt: skip
-from pipeline.order import Epoch, replay_rng
-from sharding.format import CLASSES, ShardSet, open_shards
+from model.score import autocast, probability, score_set
+from pipeline import Augment, Batch, Loading, Replay, Stream, View, open_loader, open_pool
+from sharding.format import CLASSES, open_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +42,10 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How long, how seeded, how often. `start` names a run whose best checkpoint is the start."""
+    """How long, how seeded, how often. `start` names a run whose best checkpoint is the start.
+
+    `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
+    """
 
     epochs: int
     seed: int = 70
@@ -67,7 +53,11 @@ class Run:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
-    save_every: int = 0  # steps; 0 saves at the end of each epoch
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.log_every < 1 or self.save_every < 0 or self.seed < 0:
+            raise ValueError("needs epochs and log_every of at least 1, no negative number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +76,8 @@ class Recipe:
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
-    """What an epoch is drawn from: new samples, and the old ones that may be replayed."""
-
-    shards: ShardSet
-    new: np.ndarray
-    old: np.ndarray
-    replayed: int  # old samples per epoch
-
-
-@dataclass(frozen=True, eq=False)
 class Trainer:
-    """The moving parts of a run; functions below act on them."""
+    """The moving parts of a run; the functions below act on them."""
 
     net: Detector
     optimizer: torch.optim.Optimizer
@@ -106,39 +86,17 @@ class Trainer:
     dtype: torch.dtype
 
 
-def open_streams(recipe: Recipe, data: Path) -> Streams:
-    """Open the new and, with replay, the old sets as one shard set."""
-    replay = recipe.replay
-    old_sets = replay.sets if replay.ratio else []
-    shards = open_shards([data / name for name in [*recipe.data.train, *old_sets]])
-    count = sum(len(open_shards([data / name])) for name in recipe.data.train)
-    codes, names = shards.codes("source")
-    allowed = np.array(
-        [bool(shards.sources[n]["replay"]) and n not in replay.leave_out for n in names], np.bool_
-    )
-    rows = np.arange(len(shards))
-    new, old = rows[:count], rows[count:]
-    return Streams(shards, new, old[allowed[codes[old]]], math.floor(count * replay.ratio))
+@dataclass(frozen=True)
+class Validation:
+    """Metrics per set and per `set/source`, and the figure that picks the best checkpoint."""
+
+    sets: dict[str, Metrics]
+    sources: dict[str, Metrics]
+    selection: float
 
 
-def order_epoch(recipe: Recipe, streams: Streams, number: int, global_batch: int) -> Epoch:
-    """The samples of epoch `number`, old ones drawn afresh: a pure function of its arguments."""
-    shards, old = streams.shards, streams.old
-    replayed = draw_old(
-        old,
-        shards.codes("source")[0][old],
-        shards.column("label")[old],
-        streams.replayed,
-        replay_rng(recipe.run.seed, number),
-    )
-    return training_epoch(
-        streams.new,
-        seed=recipe.run.seed,
-        number=number,
-        global_batch=global_batch,
-        shuffle=recipe.loading.shuffle,
-        old=replayed,
-    )
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything is saved."""
 
 
 def train(
@@ -160,60 +118,50 @@ def train(
     """
     folder = runs / recipe.name
     resumed = _resumable(folder, recipe)
-    streams = open_streams(recipe, data)
     device = choose_device("auto")
-    loader = open_loader(streams.shards, view=recipe.view, loading=recipe.loading, device=device)
-    per_epoch = order_epoch(recipe, streams, 0, loader.global_batch).steps
-    steps = per_epoch * recipe.run.epochs
+    stream = open_stream(recipe, data, device)
+    steps = stream.epoch(0).steps * recipe.run.epochs
     trainer = _assemble(recipe, device, runs, start, resumed)
-    done = _restore(trainer, resumed, recipe, loader, per_epoch) if resumed else 0
+    done = _restore(trainer, resumed, stream) if resumed else 0
     if done == steps:
         console.log.info("%s is finished; nothing to do", folder)
         return checkpoint.best_of(folder)
-    _announce(recipe, streams, loader, trainer, steps, resumed, done)
+    _announce(recipe, stream, trainer, steps)
     forward = _compile(trainer, recipe)
-    stop = _listen_for_signals()
-    with RunLog(folder, done) as log, console.progress("training", steps) as advance:
+    with (
+        _signals() as received,
+        History(folder, done) as history,
+        console.progress("training", steps) as advance,
+    ):
         advance(done)
-        for batch in log.timed(run_batches(recipe, streams, loader, done)):
+        for batch in history.timed(stream.batches(done, recipe.run.epochs)):
             set_learning_rate(trainer.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(trainer, forward, batch, recipe.optim)
             done += 1
-            ended = done % per_epoch == 0
-            log.count(batch, loader.name_failures(batch))
-            if done % recipe.run.log_every == 0 or ended or device.type == "cpu":
-                _stop_unless_finite(loss, done, batch, streams.shards)
-            if done % recipe.run.log_every == 0 or ended:
-                log.training(done, loss.item(), trainer.optimizer.param_groups[-1]["lr"])
-            advance(1, f"epoch {(done - 1) // per_epoch + 1}/{recipe.run.epochs} {log.note}")
+            ended = done % stream.steps_per_epoch == 0
+            for failure in stream.loader.name_failures(batch):
+                console.log.warning("not decoded: %s", failure)
+            if ended or done % recipe.run.log_every == 0:
+                _log_step(history, trainer, stream, batch, done, loss)
+            advance(1, f"epoch {-(-done // stream.steps_per_epoch)} of {recipe.run.epochs}")
             found = validate(trainer, recipe, data) if ended else None
             if found:
-                log.validation(done, found)
+                _log_validation(history, done, found)
             due = recipe.run.save_every and done % recipe.run.save_every == 0
-            if ended or due or stop or done == stop_at:
-                state = _state(trainer, recipe, streams, loader, done, per_epoch)
-                _save(folder, trainer, recipe, streams, done, per_epoch, found, state)
-            if stop:
-                raise Interrupted(f"stopped by a signal at step {done} of {steps}")
+            if ended or due or received or done == stop_at:
+                _save(folder, trainer, recipe, stream, done, found)
+            if received and done < steps:
+                raise Interrupted(f"stopped by {received[0].name} at step {done} of {steps}")
             if done == stop_at:
                 break
     return checkpoint.best_of(folder)
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything is saved."""
-
-
-def run_batches(recipe: Recipe, streams: Streams, loader: Loader, start: int) -> Iterator[Batch]:
-    """All batches of a run from global step `start` on, epoch after epoch."""
-    number = start // order_epoch(recipe, streams, 0, loader.global_batch).steps
-    while number < recipe.run.epochs:
-        epoch = order_epoch(recipe, streams, number, loader.global_batch)
-        draws = draw_by_law(
-            streams.shards, recipe.augment, recipe.data.law, recipe.view, recipe.run.seed, number
-        )
-        yield from loader.batches(epoch, draws, max(0, start - number * epoch.steps))
-        number += 1
+def open_stream(recipe: Recipe, data: Path, device: torch.device) -> Stream:
+    """The run's batches, from the sets below `data`."""
+    pool = open_pool(data, recipe.data.train, recipe.replay)
+    loader = open_loader(pool.shards, view=recipe.view, loading=recipe.loading, device=device)
+    return Stream(loader, pool, recipe.replay, recipe.augment, recipe.data.law, recipe.run.seed)
 
 
 def train_step(
@@ -236,18 +184,9 @@ def train_step(
     return loss.detach()
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Metrics per set and per source of each set, and the figure that picks the best checkpoint."""
-
-    sets: dict[str, Metrics]
-    sources: dict[str, Metrics]
-    selection: float
-
-
 def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
-    """Score every validation set; each set counts alike in the selection figure (AUROC, or
-    accuracy where a set has one class).
+    """Score every validation set. In the selection figure each set counts alike, by its AUROC, or
+    by its accuracy where it has one class only.
     """
     sets, sources = {}, {}
     for name in recipe.data.validate:
@@ -255,9 +194,7 @@ def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
         loader = open_loader(
             shards, view=recipe.view, loading=recipe.loading, device=trainer.device
         )
-        epoch = evaluation_epoch(len(shards), loader.global_batch)
-        batches = loader.batches(epoch, draw_centre(shards, recipe.view))
-        scores = score(trainer.net, batches, trainer.device, trainer.dtype)
+        scores = score_set(trainer.net, loader, trainer.dtype)
         fake = probability(scores.logits)
         sets[name] = measure(scores.labels, fake)
         codes, names = shards.codes("source")
@@ -282,6 +219,7 @@ def _resumable(folder: Path, recipe: Recipe) -> Path | None:
             f"{folder} holds a run of another recipe ({key} was {before.get(key)}, now "
             f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
         )
+    console.log.info("going on from %s", last)
     return last
 
 
@@ -289,9 +227,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one level: {"optim.lr": ...}."""
     flat = {}
     for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 
@@ -306,8 +243,7 @@ def _assemble(
     if first and first.suffix == ".safetensors":
         load_backbone_file(net, first)
     elif first:
-        from_net, _, _ = checkpoint.load_network(first)
-        load_weights(net, from_net.backbone.state_dict(), str(first))
+        load_weights(net, checkpoint.read_weights(first), str(first))
     if first:
         console.log.info("weights from %s", first)
     net.to(device)
@@ -331,75 +267,58 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     return best
 
 
-def _state(
-    trainer: Trainer, recipe: Recipe, streams: Streams, loader: Loader, done: int, per_epoch: int
-) -> dict[str, Any]:
-    """All that resuming needs besides the weights."""
-    number = (done - 1) // per_epoch
-    epoch = order_epoch(recipe, streams, number, loader.global_batch)
-    return {
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "order": state_of(epoch, done - number * per_epoch, streams.shards.sha256),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
-    }
-
-
-def _restore(trainer: Trainer, folder: Path, recipe: Recipe, loader: Loader, per_epoch: int) -> int:
+def _restore(trainer: Trainer, folder: Path, stream: Stream) -> int:
     """Put the training state back; returns how many steps are done."""
     state = checkpoint.load_state(folder)
-    number, step = check_state(
-        state["order"],
-        seed=recipe.run.seed,
-        global_batch=loader.global_batch,
-        index_sha256=loader.shards.sha256,
-    )
+    done = stream.resume(state["order"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
     if trainer.device.type == "cuda":
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return number * per_epoch + step
+    return done
 
 
 def _save(
     folder: Path,
     trainer: Trainer,
     recipe: Recipe,
-    streams: Streams,
+    stream: Stream,
     done: int,
-    per_epoch: int,
     found: Validation | None,
-    state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint, then prune the older ones."""
-    sets = {"train": recipe.data.train, "replay": recipe.replay.sets}
+    """Write a checkpoint with all that resuming needs, then prune the older ones."""
+    on_gpu = trainer.device.type == "cuda"
+    state = {
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "order": stream.state(done),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if on_gpu else [],
+    }
     checkpoint.save(
         folder / f"step_{done:07d}",
         trainer.net,
         recipe=recipe,
         step=done,
-        epoch=(done - 1) // per_epoch + 1,
+        epoch=done / stream.steps_per_epoch,
         metrics=asdict(found) if found else {},
         selection=found.selection if found else None,
-        data={**sets, "index_sha256": streams.shards.sha256},
+        data={
+            "train": recipe.data.train,
+            "replay": recipe.replay.sets,
+            "replayed_per_epoch": stream.replayed_per_epoch,
+            "index_sha256": stream.pool.shards.sha256,
+        },
         state=state,
     )
     checkpoint.prune(folder)
 
 
-def _announce(
-    recipe: Recipe,
-    streams: Streams,
-    loader: Loader,
-    trainer: Trainer,
-    steps: int,
-    resumed: Path | None,
-    done: int,
-) -> None:
-    """Every choice that was made for the user, each in a line."""
+def _announce(recipe: Recipe, stream: Stream, trainer: Trainer, steps: int) -> None:
+    """What will run, and every choice that was made for the user, each in a line."""
     say = console.log.info
+    pool, loader = stream.pool, stream.loader
     parameters = sum(p.numel() for p in trainer.net.parameters())
     rates = {group["base_lr"] for group in trainer.optimizer.param_groups}
     say(
@@ -407,130 +326,89 @@ def _announce(
         *(recipe.name, recipe.network.name, parameters / 1e6),
         *(len(rates), min(rates), max(rates)),
     )
-    labels = streams.shards.column("label")[streams.new]
+    labels = pool.shards.column("label")[pool.new]
     counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
-    say("%s new samples (%s) and %s old ones per epoch; %d epochs, %s steps of %d",
-        f"{len(streams.new):,}", counts, f"{streams.replayed:,}", recipe.run.epochs, f"{steps:,}",
-        loader.global_batch)  # fmt: skip
+    left = (len(pool.new) + stream.replayed_per_epoch) % loader.global_batch
+    say(
+        "per epoch %s new samples (%s) and %s old ones, less the last %d that fill no batch; "
+        "%d epochs, %s steps of %d",
+        *(f"{len(pool.new):,}", counts, f"{stream.replayed_per_epoch:,}", left),
+        *(recipe.run.epochs, f"{steps:,}", loader.global_batch),
+    )
     say("images through %s (%s)", loader.backend, loader.reason)
-    if resumed:
-        say("resuming from %s at step %d", resumed, done)
 
 
 def _compile(trainer: Trainer, recipe: Recipe) -> torch.nn.Module:
     """The network as the loop calls it, compiled where that pays."""
-    wanted = recipe.run.compile
-    on = wanted == "on" or (wanted == "auto" and trainer.device.type == "cuda")
-    reason = (
-        "asked for"
-        if wanted != "auto"
-        else f"{'pays' if on else 'does not pay'} on {trainer.device.type}"
-    )
+    wanted, where = recipe.run.compile, trainer.device.type
+    on = wanted == "on" or (wanted == "auto" and where == "cuda")
+    reason = f"{'pays' if on else 'does not pay'} on {where}" if wanted == "auto" else "asked for"
     console.log.info("torch.compile %s (%s)", "on" if on else "off", reason)
     return torch.compile(trainer.net) if on else trainer.net
 
 
-def _listen_for_signals() -> list[int]:
-    """A list that SIGINT or SIGTERM makes non-empty; a second SIGINT interrupts at once."""
-    received: list[int] = []
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGINT and SIGTERM are put into; a second SIGINT interrupts at once."""
+    received: list[signal.Signals] = []
 
     def note(number: int, _frame: object) -> None:
-        received.append(number)
+        received.append(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.log.warning("%s: saving, then stopping", signal.Signals(number).name)
+        console.log.warning("%s: saving, then stopping", received[-1].name)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
-    return received
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _stop_unless_finite(loss: torch.Tensor, step: int, batch: Batch, shards: ShardSet) -> None:
+def _log_step(
+    history: History, trainer: Trainer, stream: Stream, batch: Batch, done: int, loss: torch.Tensor
+) -> None:
+    """One row about the steps since the last; a loss that is not finite ends the run."""
     if not torch.isfinite(loss):
-        keys = ", ".join(shards.text("key", sample) for sample in batch.samples[:8])
+        keys = ", ".join(stream.pool.shards.text("key", sample) for sample in batch.samples[:8])
         raise ValueError(
-            f"the loss is {loss.item()} at step {step} (first samples: {keys}); "
+            f"the loss is {loss.item()} at step {done} (first samples: {keys}); "
             "lower optim.lr, or use --set run.precision=fp32"
         )
+    rate = trainer.optimizer.param_groups[-1]["lr"]
+    row = {"loss": loss.item(), "lr": rate, **history.since_last()}
+    history.write(done, "train", row)
+    console.log.info(
+        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them",
+        *(done, row["loss"], row["images_per_s"], 100 * row["wait_share"]),
+    )
 
 
-class RunLog:
-    """`metrics.jsonl` and TensorBoard of a run, and the counts between two log lines."""
+def _log_validation(history: History, done: int, found: Validation) -> None:
+    """Rows per set and source, and a line for the person watching."""
+    history.write(done, "validate", {"selection": found.selection})
+    for name, metrics in [*found.sets.items(), *found.sources.items()]:
+        history.write(done, f"validate/{name}", asdict(metrics))
+    figures = ", ".join(
+        f"{name} accuracy {m.accuracy:.3f}" + (f" AUROC {m.auroc:.3f}" if m.auroc else "")
+        for name, m in found.sets.items()
+    )
+    console.log.info("step %d: %s", done, figures)
+    history.reset()
 
-    def __init__(self, folder: Path, done: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():  # what an interrupted run logged past its checkpoint comes again
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        self.note = ""
-        self._reset()
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.board.close()
-
-    def _reset(self) -> None:
-        self.images = self.replayed = self.unreadable = 0
-        self.waited, self.since = 0.0, time.perf_counter()
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; notes how long the loop waited for each."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def count(self, batch: Batch, failures: list[str]) -> None:
-        """Add a batch to the counts, and name what could not be decoded."""
-        self.images += len(batch)
-        self.replayed += int(batch.replayed.sum())
-        self.unreadable += len(failures)
-        for failure in failures:
-            console.log.warning("not decoded: %s", failure)
-
-    def training(self, step: int, loss: float, lr: float) -> None:
-        """A row about the steps since the last one."""
-        passed = time.perf_counter() - self.since
-        row = {
-            "loss": loss,
-            "lr": lr,
-            "images_per_s": self.images / passed,
-            "wait_share": self.waited / passed,
-            "replay_share": self.replayed / self.images,
-            "unreadable": self.unreadable,
-        }
-        self.note = f"loss {loss:.3f} {row['images_per_s']:.0f} images/s"
-        self._write(step, "train", row)
-        self._reset()
-
-    def validation(self, step: int, found: Validation) -> None:
-        """Rows per set and source, and a table for the person watching."""
-        self._write(step, "validate", {"selection": found.selection})
-        rows = []
-        for name, metrics in [*found.sets.items(), *found.sources.items()]:
-            self._write(step, f"validate/{name}", asdict(metrics))
-            rows.append(
-                [name, metrics.count, metrics.accuracy, metrics.recall,
-                 metrics.false_positive_rate, metrics.auroc]
-            )  # fmt: skip
-        columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-        console.table(f"Step {step}", columns, rows)
-        self._reset()
-
-    def _write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
-        for name, value in row.items():
-            if value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+def _print_validation(meta: Mapping[str, Any]) -> None:
+    """What validation found for a checkpoint, per set and source."""
+    rows = [
+        [name, m.count, m.accuracy, m.recall, m.false_positive_rate, m.auroc]
+        for kind in ("sets", "sources")
+        for name, m in ((n, Metrics(**found)) for n, found in meta["metrics"][kind].items())
+    ]
+    columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
+    console.table(f"{meta['recipe']['name']}, step {meta['step']}", columns, rows)
 
 
 @click.command(cls=console.Command)
@@ -570,6 +448,7 @@ def main(
         console.say(f"{stopped}; the same command goes on from there")
         raise SystemExit(130) from None
     meta = checkpoint.read_meta(best)
+    _print_validation(meta)
     console.say(f"best checkpoint: {best} (step {meta['step']}, selection {meta['selection']:.4f})")
 
 

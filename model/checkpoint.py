@@ -43,7 +43,7 @@ def save(
     *,
     recipe: Any,
     step: int,
-    epoch: int,
+    epoch: float,
     metrics: Mapping[str, Any],
     selection: float | None,
     data: Mapping[str, Any],
@@ -110,8 +110,14 @@ def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False)
-    load_weights(net, load_file(folder / WEIGHTS_FILE), str(folder))
+    load_weights(net, read_weights(folder), str(folder))
     return net.eval(), View(**meta["view"]), meta
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The backbone's weights by their timm names, on the CPU."""
+    read_meta(folder)
+    return load_file(folder / WEIGHTS_FILE)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

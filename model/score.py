@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.batch import Batch
+from pipeline.loader import Loader
+from pipeline.stream import evaluation_batches
 
 DEFAULT_THRESHOLD = 0.5
 """From this probability of fake on an image is called fake, until a calibration says otherwise."""
@@ -75,3 +77,24 @@ def score(
         if on_images:
             on_images(int(rows.sum()))
     return Scores(np.concatenate(samples), np.concatenate(labels), np.concatenate(logits), failures)
+
+
+def score_set(
+    net: nn.Module,
+    loader: Loader,
+    dtype: torch.dtype = torch.float32,
+    on_images: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score every sample of the loader's shard set exactly once.
+
+    Raises:
+        RuntimeError: scored and failed samples together are not those of the index (our bug).
+    """
+    scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
+    if not np.array_equal(covered, np.arange(len(loader.shards))):
+        raise RuntimeError(
+            f"{len(covered)} samples came out of {loader.shards.describe()}, which has "
+            f"{len(loader.shards)}"
+        )
+    return scores

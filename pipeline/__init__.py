@@ -1,15 +1,14 @@
 """Shards in, batches on the device out: uint8 images, labels, and where each sample came from.
 
-loader = open_loader(shards, view=View(), loading=Loading(), device=device)
-epoch = evaluation_epoch(len(shards), loader.global_batch)
-for batch in loader.batches(epoch, draw_centre(shards, view)): ...
+loader = open_loader(open_shards([folder]), view=View(), loading=Loading(), device=device)
+for batch in evaluation_batches(loader): ...
 """
 
 from pipeline.augment import Augment, Draw, View
 from pipeline.batch import Batch
-from pipeline.loader import Loader, Loading, draw_by_law, draw_centre, open_loader
-from pipeline.order import check_state, evaluation_epoch, state_of, training_epoch
-from pipeline.replay import Replay, draw_old
+from pipeline.loader import Loader, Loading, open_loader
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream, evaluation_batches, open_pool
 
 __all__ = [
     "Augment",
@@ -17,14 +16,11 @@ __all__ = [
     "Draw",
     "Loader",
     "Loading",
+    "Pool",
     "Replay",
+    "Stream",
     "View",
-    "check_state",
-    "draw_by_law",
-    "draw_centre",
-    "draw_old",
-    "evaluation_epoch",
+    "evaluation_batches",
     "open_loader",
-    "state_of",
-    "training_epoch",
+    "open_pool",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 from pillow_heif import register_heif_opener
 
 from sharding.format import DecodeError, decode_image, exif_orientation
@@ -78,7 +78,7 @@ def prepare(data: bytes) -> Prepared:
         if _is_plain(image, name, data):
             pixels, transcoded_from = decode_image(data, name, orientation), ""
         else:
-            pixels = _eight_bit_rgb(image, orientation)
+            pixels = _eight_bit_rgb(image)
             data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
     height, width = pixels.shape[:2]
     facts = Facts(
@@ -127,16 +127,14 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     return name == "WEBP" and image.mode in _PLAIN_MODES
 
 
-def _eight_bit_rgb(image: Image.Image, orientation: int) -> np.ndarray:
+def _eight_bit_rgb(image: Image.Image) -> np.ndarray:
     """The first frame as upright 8-bit RGB."""
     try:
         image.seek(0)
         image.load()
-        image = image.convert("RGB") if image.mode[0] not in "IF" else _from_deep(image)
-        stream = io.BytesIO(_png(np.asarray(image)))
-        return decode_image(stream.getvalue(), "PNG", orientation)
-    except DecodeError:
-        raise
+        # After loading, because some plugins (TIFF, HEIF) turn the image themselves then.
+        image = ImageOps.exif_transpose(image)
+        return np.array(_from_deep(image) if image.mode[0] in "IF" else image.convert("RGB"))
     except Exception as error:  # as in _open: a plugin may raise anything
         raise DecodeError(f"{image.format} does not decode: {error}") from error
 

@@ -1,0 +1,128 @@
+"""All batches of a training run, epoch after epoch: new sets, replayed old ones, draws by law.
+
+A stream is a pure function of its settings: `batches(step)` from any step gives what an
+uninterrupted run would have given.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.augment import Augment
+from pipeline.batch import Batch
+from pipeline.loader import Loader, draw_by_law, draw_centre
+from pipeline.order import (
+    Epoch,
+    check_state,
+    evaluation_epoch,
+    replay_rng,
+    state_of,
+    training_epoch,
+)
+from pipeline.replay import Replay, draw_old
+from sharding.format import ShardSet, open_shards
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The samples of a run: rows of `shards` that are new, and old ones that may be replayed."""
+
+    shards: ShardSet
+    new: np.ndarray
+    old: np.ndarray
+
+
+def open_pool(data: Path, train: Sequence[str], replay: Replay) -> Pool:
+    """Open the new and, with replay, the old sets below `data` as one shard set."""
+    new = open_shards([data / name for name in train])
+    if not replay.ratio:
+        return Pool(new, np.arange(len(new)), np.empty(0, np.int64))
+    shards = open_shards([data / name for name in [*train, *replay.sets]])
+    codes, names = shards.codes("source")
+    allowed = np.array(
+        [bool(shards.sources[n]["replay"]) and n not in replay.leave_out for n in names], np.bool_
+    )
+    old = np.arange(len(new), len(shards))
+    return Pool(shards, np.arange(len(new)), old[allowed[codes[old]]])
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The batches of a run on one rank. `law` is that of sources without one of their own."""
+
+    loader: Loader
+    pool: Pool
+    replay: Replay
+    augment: Mapping[str, Augment]
+    law: str
+    seed: int
+
+    @property
+    def replayed_per_epoch(self) -> int:
+        """Old samples drawn for each epoch."""
+        return math.floor(len(self.pool.new) * self.replay.ratio)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in each epoch; the last partial global batch is dropped."""
+        total = len(self.pool.new) + self.replayed_per_epoch
+        return total // self.loader.global_batch
+
+    def epoch(self, number: int) -> Epoch:
+        """The order of epoch `number`, with old samples drawn afresh."""
+        shards, old = self.pool.shards, self.pool.old
+        replayed = draw_old(
+            old,
+            shards.codes("source")[0][old],
+            shards.column("label")[old],
+            self.replayed_per_epoch,
+            replay_rng(self.seed, number),
+        )
+        return training_epoch(
+            self.pool.new,
+            seed=self.seed,
+            number=number,
+            global_batch=self.loader.global_batch,
+            shuffle=self.loader.loading.shuffle,
+            old=replayed,
+        )
+
+    def batches(self, start: int, epochs: int) -> Iterator[Batch]:
+        """Batches from global step `start` to the end of the last of `epochs`."""
+        number = start // self.epoch(0).steps
+        while number < epochs:
+            epoch = self.epoch(number)
+            draws = draw_by_law(
+                self.pool.shards, self.augment, self.law, self.loader.view, self.seed, number
+            )
+            yield from self.loader.batches(epoch, draws, max(0, start - number * epoch.steps))
+            number += 1
+
+    def state(self, done: int) -> dict[str, Any]:
+        """What must be saved to go on after `done` steps: a few integers and the index hash."""
+        number, step = divmod(done, self.steps_per_epoch)
+        return state_of(self.epoch(number), step, self.pool.shards.sha256)
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """The steps that are done, from a saved state.
+
+        Raises:
+            OrderError: the state belongs to other shards, another seed, batch or order.
+        """
+        number, step = check_state(
+            state,
+            seed=self.seed,
+            global_batch=self.loader.global_batch,
+            index_sha256=self.pool.shards.sha256,
+        )
+        return number * self.steps_per_epoch + step
+
+
+def evaluation_batches(loader: Loader) -> Iterator[Batch]:
+    """Every sample of the loader's shard set exactly once, seen by the view without dice."""
+    epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
+    return loader.batches(epoch, draw_centre(loader.shards, loader.view))

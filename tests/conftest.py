@@ -1,0 +1,203 @@
+"""Real, tiny, seeded data: images of every awkward kind, and shard sets built by the real builder."""
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import recipes
+from model.network import Network
+from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool
+from pipeline.augment import Augment, View
+from sharding.build import build_set, scan
+from sharding.catalog import Catalog, read_catalog
+from sharding.format import ShardSet, open_shards
+
+VIEW = View(size=48, resize=54)
+
+TINY = Network(
+    name="convnextv2_atto",
+    pretrained=False,
+    scratch="fan_in",
+    options={"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
+)
+
+# Every operation at once, often: nothing of the graph stays unused.
+HARSH = Augment(
+    scale=(0.4, 1.0), ratio=(0.8, 1.25), flip=0.5, jitter=0.6, brightness=0.3, contrast=0.3,
+    saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
+    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grey=0.2,
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Without a GPU its tests are skipped with a reason, or fail where one is required."""
+    if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def photo(seed: int, width: int = 90, height: int = 70) -> np.ndarray:
+    """Smooth colour fields with noise: compresses like a photograph, and every pixel matters."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noisy = np.asarray(smooth, np.float32) + rng.normal(0, 5, (height, width, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def encode(
+    pixels: np.ndarray | Image.Image, image_format: str = "JPEG", **options: object
+) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    stream = io.BytesIO()
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+CATALOG = """
+[sets]
+old = "train"
+new = "train"
+val = "val"
+
+[sources.alpha]
+licence = "test"
+set = "old"
+real = [{ folder = "real", generator = "camera" }]
+fake = [{ folder = "fake", generator = "gan" }]
+
+[sources.beta]
+licence = "test"
+set = "old"
+law = "dda"
+real = [{ folder = "real", generator = "camera" }]
+fake = [{ folder = "fake", generator = "vae" }]
+
+[sources.dummy]
+licence = "test"
+set = "old"
+replay = false
+fake = ["fake"]
+
+[sources.gamma]
+licence = "test"
+set = { new = 0.8, val = 0.2 }
+real = [{ folder = "real", generator = "camera" }]
+fake = [{ folder = "fake", generator = "diffusion" }]
+"""
+
+
+def write_raw(folder: Path) -> Path:
+    """Raw datasets and `catalog.toml`: 40 + 30 + 10 old images, 120 new or validation ones."""
+    kinds = [
+        ("jpg", "JPEG", {"quality": 90}), ("JPEG", "JPEG", {"quality": 75, "subsampling": 0}),
+        ("png", "PNG", {}), ("webp", "WEBP", {"quality": 80}),
+    ]  # fmt: skip
+    plan = {"alpha": (25, 15), "beta": (15, 15), "dummy": (0, 10), "gamma": (60, 60)}
+    number = 0
+    for source, counts in plan.items():
+        for label, count in zip(("real", "fake"), counts, strict=True):
+            for i in range(count):
+                suffix, image_format, options = kinds[number % len(kinds)]
+                pixels = photo(number, 60 + 7 * (number % 9), 60 + 5 * (number % 7))
+                path = folder / source / label / f"{i:03d}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The fakes carry a grid, so that something can be learned.
+                pixels[::2, ::2] = pixels[::2, ::2] // 2 if label == "fake" else pixels[::2, ::2]
+                path.write_bytes(encode(pixels, image_format, **options))
+                number += 1
+    (folder / "catalog.toml").write_text(CATALOG)
+    return folder
+
+
+def build_all(
+    raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
+) -> Path:
+    """Every set of `raw`, by the real builder."""
+    catalog = catalog or read_catalog([raw / "catalog.toml"])
+    found = scan(catalog, raw)
+    for name in sorted({item.set for item in found.items}):
+        build_set(name, found, catalog, out, jobs=jobs, max_bad=max_bad)
+    return out
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="session")
+def data(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds the sets old, new and val."""
+    return build_all(raw, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def old(data: Path) -> ShardSet:
+    return open_shards([data / "old"])
+
+
+@pytest.fixture(scope="session")
+def new(data: Path) -> ShardSet:
+    return open_shards([data / "new"])
+
+
+@pytest.fixture
+def make_stream(data: Path) -> Callable[..., Stream]:
+    """A training stream over the tiny sets: `make_stream(backend="pil", batch_size=6, ...)`."""
+
+    def make(
+        *, batch_size: int = 6, rank: int = 0, world: int = 1, pool: Pool | None = None,
+        old_per_new: str = "1:8", seed: int = 3, **loading: object,
+    ) -> Stream:  # fmt: skip
+        replay = Replay(sets=["old"], old_per_new=old_per_new)
+        pool = pool or open_pool(data, ["new"], replay)
+        loader = open_loader(
+            pool.shards, view=VIEW, loading=Loading(batch_size=batch_size, **loading),
+            device=torch.device("cpu"), rank=rank, world=world,
+        )  # fmt: skip
+        return Stream(loader, pool, replay, {"train": HARSH, "dda": Augment()}, "train", seed)
+
+    return make
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path) -> Path:
+    """A recipe that trains in a second, on the tiny sets."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+extends = ["{recipes.FOLDER / "phase1.toml"}"]
+name = "tiny"
+[data]
+train = ["old"]
+validate = ["val"]
+[view]
+size = 32
+resize = 36
+[network]
+name = "convnextv2_atto"
+pretrained = false
+scratch = "fan_in"
+drop_path = 0.2
+[network.options]
+depths = [1, 1, 2, 1]
+dims = [8, 8, 16, 16]
+patch_size = 2
+[loading]
+batch_size = 16
+workers = 0
+[run]
+epochs = 2
+log_every = 2
+"""
+    )
+    return path

@@ -1,0 +1,188 @@
+"""Packing: the contract on disk, the same bytes every time, and nothing lost on the way."""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from sharding.build import build_set, scan
+from sharding.catalog import read_catalog
+from sharding.format import ShardError, open_shards, read_index
+from tests.conftest import build_all, write_raw
+
+ROOT = Path(__file__).parents[2]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of every set, without the builder's own notes."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".build" not in path.parts
+    }
+
+
+def test_the_index_says_what_is_there(data: Path) -> None:
+    index = read_index(data / "old")
+    assert index["samples"] == 80
+    assert index["totals"]["label"] == {"fake": 40, "real": 40}
+    assert index["totals"]["source"] == {"alpha": 40, "beta": 30, "dummy": 10}
+    assert index["sources"]["dummy"]["replay"] is False
+    assert index["sources"]["beta"]["law"] == "dda"
+    for shard in index["shards"]:
+        path = data / "old" / shard["name"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        assert path.stat().st_size == shard["bytes"]
+        assert {name.split("-")[0] for name in [shard["name"]]} <= {"alpha", "beta", "dummy"}
+
+
+def test_every_row_finds_its_original_bytes(data: Path, raw: Path) -> None:
+    shards = open_shards([data / "old", data / "new"])
+    assert len(set(shards.table.column("key").to_pylist())) == len(shards)
+    for row in shards.table.to_pylist():
+        shard = shards.folders[row["shard_code"]] / shards.shards[row["shard_code"]]
+        stored = shard.read_bytes()[row["offset"] : row["offset"] + row["size"]]
+        assert stored == (raw / row["origin"]).read_bytes()
+        assert hashlib.sha256(stored).digest() == row["sha256"]
+        assert "." not in row["key"]
+
+
+def test_members_are_adjacent_and_dateless(data: Path) -> None:
+    for path in (data / "old").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        keys = [member.name.split(".")[0] for member in members]
+        assert keys[::2] == keys[1::2]
+        assert {member.mtime for member in members} == {0}
+
+
+def test_the_same_input_gives_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(raw, tmp_path / "copy")  # other path, other times of change
+    assert hashes(build_all(copied, tmp_path / "again", jobs=2)) == hashes(data)
+
+
+def test_a_second_build_does_nothing(raw: Path, tmp_path: Path) -> None:
+    build_all(raw, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
+    build_all(raw, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
+
+
+def test_a_changed_file_is_packed_again(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    build_all(raw, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
+    (raw / "dummy/fake/000.jpg").unlink(missing_ok=True)
+    after = hashes(build_all(raw, tmp_path / "out"))
+    assert before["old/alpha-train-00000.tar"] != after["old/alpha-train-00000.tar"]
+    assert before["old/beta-train-00000.tar"] == after["old/beta-train-00000.tar"]
+
+
+def test_shards_of_an_earlier_plan_are_removed(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    build_all(raw, tmp_path / "out")
+    shutil.rmtree(raw / "dummy")
+    build_all(raw, tmp_path / "out")
+    assert not list((tmp_path / "out/old").glob("dummy*"))
+
+
+def run_build(raw: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sharding", "build", "--jobs", "2", "--raw", str(raw)]
+    command += ["--catalog", str(raw / "catalog.toml"), "--out", str(out)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to the builder and all its workers, once the first shard is there."""
+    process = run_build(raw, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/*.tar")) and time.monotonic() < deadline:
+        time.sleep(random.random() * 0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert list(tmp_path.glob("*/*.tar")), "nothing was written before the kill"
+    unfinished = [p for p in tmp_path.glob("*") if not (p / "index.json").exists()]
+    assert unfinished or not (tmp_path / "val/index.json").exists()
+    again = run_build(raw, tmp_path)
+    output = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0, output
+    assert hashes(tmp_path) == hashes(data)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_a_partial_tar_is_never_taken_for_a_whole_one(
+    raw: Path, data: Path, tmp_path: Path, keep: float
+) -> None:
+    shutil.copytree(data, tmp_path / "out")
+    tar = tmp_path / "out/old/alpha-train-00000.tar"
+    os.truncate(tar, int(tar.stat().st_size * keep))
+    (tmp_path / "out/old/index.json").unlink()
+    assert hashes(build_all(raw, tmp_path / "out")) == hashes(data)
+
+
+def test_a_second_builder_is_told_to_wait(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "old/.build").mkdir(parents=True)
+    with (tmp_path / "old/.build/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ShardError, match="another build is writing"):
+            build_one(raw, tmp_path, "old")
+
+
+def build_one(raw: Path, out: Path, name: str, max_bad: float = 0.01):
+    catalog = read_catalog([raw / "catalog.toml"])
+    return build_set(name, scan(catalog, raw), catalog, out, jobs=1, max_bad=max_bad)
+
+
+def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    victim = raw / "alpha/real/004.jpg"
+    victim.write_bytes(victim.read_bytes()[:-200])
+    built = build_one(raw, tmp_path / "out", "old", max_bad=0.05)
+    (entry,) = built.index["quarantine"]
+    assert entry["path"] == "alpha/real/004.jpg"
+    assert "does not decode" in entry["reason"]
+    assert built.index["samples"] == 79
+
+
+def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    for number in (0, 4, 8):
+        (raw / f"alpha/real/{number:03d}.jpg").write_bytes(b"<html>")
+    with pytest.raises(ShardError, match="3 of 80 images of set old are unreadable, more than 1%"):
+        build_one(raw, tmp_path / "out", "old")
+    assert not (tmp_path / "out/old/index.json").exists()
+
+
+def test_a_set_without_an_index_does_not_exist(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "out")
+    (tmp_path / "out/old/index.json").unlink()
+    with pytest.raises(ShardError, match=r"tar files but no index\.json, so its build did not fin"):
+        open_shards([tmp_path / "out/old"])
+    with pytest.raises(ShardError, match=r"no shard set at .*; .* holds new, val"):
+        open_shards([tmp_path / "out/nowhere"])
+
+
+def test_a_foreign_table_or_version_is_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "out")
+    shutil.copy(data / "new/samples.parquet", tmp_path / "out/old/samples.parquet")
+    with pytest.raises(ShardError, match=r"samples\.parquet has sha256"):
+        open_shards([tmp_path / "out/old"])
+    index = json.loads((tmp_path / "out/val/index.json").read_text())
+    (tmp_path / "out/val/index.json").write_text(json.dumps(index | {"format_version": 99}))
+    with pytest.raises(ShardError, match="format version 99"):
+        open_shards([tmp_path / "out/val"])

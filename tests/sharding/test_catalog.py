@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import pytest
+
+from sharding.catalog import BUILT_IN, CatalogError, read_catalog
+from sharding.layouts import choose_set, folder_pattern, read_folders
+from tests.conftest import encode, photo
+
+
+def catalog_of(tmp_path: Path, text: str):
+    path = tmp_path / "catalog.toml"
+    path.write_text('[sets]\ntrain = "train"\nheld = "test"\n' + text)
+    return read_catalog([path])
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(len(path.parts)), "PNG"))
+
+
+def labels_of(tmp_path: Path, source: str) -> dict[str, tuple[int, str]]:
+    catalog = catalog_of(tmp_path, source)
+    items, _ = read_folders("s", catalog.sources["s"], tmp_path)
+    return {item.origin.removeprefix("s/"): (item.label, item.generator) for item in items}
+
+
+def test_the_built_in_catalogue_is_valid() -> None:
+    catalog = read_catalog([BUILT_IN])
+    assert catalog.sources["dda"].law == "dda"
+    assert {"phase1", "phase2", "val", "val-phase2", "evalgen"} <= catalog.sets.keys()
+
+
+def test_the_example_catalogue_holds_whole_sources_out() -> None:
+    example = Path(__file__).parents[2] / "docs" / "example-catalog.toml"
+    catalog = read_catalog([BUILT_IN, example])
+    assert catalog.sources["bsds500"].set == "unseen"
+    assert catalog.sets["unseen"] == "test"
+
+
+def test_labels_go_by_whole_path_part_and_name_never_by_order(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    touch(
+        root / "real-vs-ai" / "AI" / "a.png",
+        root / "real-vs-ai" / "Nature" / "b.png",
+        root / "real-vs-ai" / "nature_ai" / "c.png",
+    )
+    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["**/nature"]\nfake = ["**/ai"]\n'
+    assert labels_of(tmp_path, source) == {
+        "real-vs-ai/AI/a.png": (1, "fake"),
+        "real-vs-ai/Nature/b.png": (0, "real"),
+    }
+
+
+def test_the_deepest_folder_decides(tmp_path: Path) -> None:
+    touch(tmp_path / "s/real/x/fake/a.png", tmp_path / "s/real/b.png")
+    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["real"]\nfake = ["**/fake"]\n'
+    assert labels_of(tmp_path, source) == {
+        "real/x/fake/a.png": (1, "fake"),
+        "real/b.png": (0, "real"),
+    }
+
+
+def test_a_file_that_is_both_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "s/mixed/a.png")
+    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["mixed"]\nfake = ["*"]\n'
+    with pytest.raises(CatalogError, match=r"a\.png is real by folder 'mixed' and fake by"):
+        labels_of(tmp_path, source)
+
+
+def test_generators_may_go_by_file_name(tmp_path: Path) -> None:
+    touch(tmp_path / "s/fake/1__sdxl.png", tmp_path / "s/fake/1__Flux.png")
+    source = (
+        '[sources.s]\nlicence = "x"\nset = "train"\nfake = [\n'
+        '{ folder = "fake", name = "*__sdxl*", generator = "sdxl" },\n'
+        '{ folder = "fake", name = "*__flux*", generator = "flux" } ]\n'
+    )
+    assert {generator for _, generator in labels_of(tmp_path, source).values()} == {"sdxl", "flux"}
+
+
+def test_what_is_left_out_is_counted_with_its_reason(tmp_path: Path) -> None:
+    touch(tmp_path / "s/real/a.png", tmp_path / "s/other/b.png", tmp_path / "s/skip/c.png")
+    (tmp_path / "s/real/labels.csv").write_text("x")
+    catalog = catalog_of(
+        tmp_path, '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["real"]\nignore = ["skip"]\n'
+    )
+    items, left_out = read_folders("s", catalog.sources["s"], tmp_path)
+    assert len(items) == 1
+    assert dict(left_out) == {
+        ("s", "not an image by its name (.csv)"): 1,
+        ("s", "in no folder the catalogue names"): 1,
+        ("s", "in a folder the catalogue ignores"): 1,
+    }
+
+
+def test_a_group_never_crosses_a_set(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"s/fake/prompt{n}_{i}.png" for n in range(40) for i in range(3)))
+    catalog = catalog_of(
+        tmp_path,
+        '[sources.s]\nlicence = "x"\nset = { train = 0.5, held = 0.5 }\nfake = ["fake"]\n'
+        "group = '([^/]+)_[0-9]+\\.png$'\n",
+    )
+    items, _ = read_folders("s", catalog.sources["s"], tmp_path)
+    sets = {}
+    for item in items:
+        sets.setdefault(item.group, set()).add(item.set)
+    assert len(sets) == 40
+    assert all(len(found) == 1 for found in sets.values())
+    assert {"train", "held"} == set().union(*sets.values())
+
+
+def test_shares_are_kept() -> None:
+    chosen = [choose_set(f"group {i}", {"a": 0.7, "b": 0.2, "c": 0.1}) for i in range(5000)]
+    assert abs(chosen.count("a") / 5000 - 0.7) < 0.03
+    assert abs(chosen.count("c") / 5000 - 0.1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("real", "real/x/", True),
+        ("real", "x/real/", False),
+        ("**/real", "x/y/real/z/", True),
+        ("**/real", "x/unreal/", False),
+        ("a/*/c", "a/b/c/", True),
+        ("a/*/c", "a/b/b/c/", False),
+        ("imagenet_*/train", "ImageNet_ai/train/".lower(), True),
+        (".", "", True),
+    ],
+)
+def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
+    assert bool(folder_pattern(pattern).match(path)) is matches
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[sources.s]\nlicence = "x"\nset = "train"\nreal = ["a"]\nlicense = "y"\n',
+         "unknown key 'sources.s.license'; sources.s knows"),
+        ('[sources.s]\nlicence = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
+         "unknown key 'sources.s.real.0.generatr'"),
+        ('[sources.s]\nlicence = "x"\nset = "train"\n', "names neither real nor fake folders"),
+        ('[sources.s]\nlicence = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
+        ('[sources.s]\nlicence = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
+        ('[sources."S 1"]\nlicence = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
+        ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.licence: "),
+    ],
+)  # fmt: skip
+def test_a_bad_catalogue_is_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(CatalogError) as caught:
+        catalog_of(tmp_path, text)
+    assert said in str(caught.value)

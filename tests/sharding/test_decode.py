@@ -1,0 +1,145 @@
+"""Any file in: the right pixels and facts, or one clear reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sharding.decode import perceptual_hash, prepare
+from sharding.format import DecodeError, decode_image
+from tests.conftest import encode, photo
+
+PIXELS = photo(1, 93, 71)
+IMAGE = Image.fromarray(PIXELS)
+
+
+@pytest.mark.parametrize("quality", [5, 30, 50, 75, 90, 96, 100])
+def test_jpeg_quality_is_estimated_exactly_for_libjpeg(quality: int) -> None:
+    assert prepare(encode(PIXELS, quality=quality)).facts.jpeg_quality == quality
+
+
+@pytest.mark.parametrize(("subsampling", "chroma"), [(0, "444"), (1, "422"), (2, "420")])
+def test_chroma_is_recorded(subsampling: int, chroma: str) -> None:
+    assert prepare(encode(PIXELS, subsampling=subsampling)).facts.chroma == chroma
+
+
+@pytest.mark.parametrize(
+    ("image", "image_format", "options"),
+    [
+        (IMAGE, "JPEG", {"quality": 90}),
+        (IMAGE, "JPEG", {"quality": 90, "progressive": True}),
+        (IMAGE.convert("L"), "JPEG", {}),
+        (IMAGE, "PNG", {}),
+        (IMAGE.convert("RGBA"), "PNG", {}),
+        (IMAGE.convert("P"), "PNG", {}),
+        (IMAGE.convert("1"), "PNG", {}),
+        (IMAGE.convert("LA"), "PNG", {}),
+        (IMAGE, "WEBP", {"quality": 80}),
+        (IMAGE.convert("RGBA"), "WEBP", {"lossless": True}),
+    ],
+    ids=["jpeg", "progressive", "grey", "png", "rgba", "palette", "1bit", "la", "webp", "webpa"],
+)
+def test_plain_files_keep_their_bytes(image, image_format, options) -> None:
+    data = encode(image, image_format, **options)
+    prepared = prepare(data)
+    assert prepared.data == data
+    assert (prepared.facts.format, prepared.facts.transcoded_from) == (image_format, "")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(prepared.pixels, expected)
+
+
+def deep_png(mode: str) -> bytes:
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    return encode(Image.fromarray(values), mode)
+
+
+@pytest.mark.parametrize(
+    ("data", "was"),
+    [
+        (encode(IMAGE, "GIF"), "GIF"),
+        (encode(IMAGE, "BMP"), "BMP"),
+        (encode(IMAGE, "TIFF"), "TIFF"),
+        (encode(IMAGE, "AVIF", quality=80), "AVIF"),
+        (encode(IMAGE, "HEIF", quality=80), "HEIF"),
+        (encode(IMAGE.convert("CMYK"), "JPEG"), "JPEG"),
+        (encode(IMAGE, "JPEG", keep_rgb=True), "JPEG"),
+        (encode(IMAGE, "WEBP", save_all=True, append_images=[IMAGE.rotate(9)]), "WEBP"),
+        (encode(IMAGE, "PNG", save_all=True, append_images=[IMAGE.rotate(9)]), "PNG"),
+        (deep_png("PNG"), "PNG"),
+    ],
+    ids=["gif", "bmp", "tiff", "avif", "heic", "cmyk", "rgb-jpeg", "webp-anim", "apng", "png16"],
+)
+def test_anything_else_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
+    prepared = prepare(data)
+    assert (prepared.facts.format, prepared.facts.transcoded_from) == ("PNG", was)
+    stored = Image.open(io.BytesIO(prepared.data))
+    assert (stored.format, stored.mode) == ("PNG", "RGB")
+    np.testing.assert_array_equal(np.asarray(stored), prepared.pixels)
+
+
+def test_16_bit_grey_keeps_its_range() -> None:
+    """`convert("RGB")` alone would clip everything above 255 to white."""
+    pixels = prepare(deep_png("PNG")).pixels
+    assert pixels.min() == 0
+    assert 250 <= pixels.max() <= 255
+    assert len(np.unique(pixels)) > 200
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_ends_upright(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PIXELS, image_format, exif=exif)
+    prepared = prepare(data)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
+    assert (prepared.facts.width, prepared.facts.height) == expected.size
+
+
+JPEG, PNG, WEBP = encode(PIXELS), encode(PIXELS, "PNG"), encode(PIXELS, "WEBP")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>", "not an image this program reads"),
+        (JPEG[: len(JPEG) // 2], "JPEG does not decode"),
+        (JPEG[:-2], "JPEG does not decode"),
+        (JPEG[:30], "damaged header|does not decode|not an image"),
+        (PNG[: len(PNG) // 2], "PNG does not decode"),
+        (WEBP[: len(WEBP) // 2], "WEBP does not decode|damaged header"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image this program reads"),
+    ],
+    ids=["empty", "html", "half", "no-end", "header", "png-half", "webp-half", "postscript"],
+)
+def test_what_cannot_be_decoded_has_a_reason(data: bytes, said: str) -> None:
+    with pytest.raises(DecodeError, match=said):
+        prepare(data)
+
+
+def test_a_decompression_bomb_is_refused_unread() -> None:
+    bomb = encode(Image.new("1", (30_000, 30_000)), "PNG")
+    assert len(bomb) < 2**20
+    with pytest.raises(DecodeError, match="200,000,000 pixels"):
+        prepare(bomb)
+
+
+def test_near_duplicates_hash_alike_and_others_do_not() -> None:
+    other = perceptual_hash(photo(2, 93, 71))
+    one = perceptual_hash(PIXELS)
+    smaller = perceptual_hash(np.asarray(IMAGE.resize((60, 46))))
+    worse = prepare(encode(PIXELS, quality=40)).facts.phash
+    assert (one ^ smaller).bit_count() <= 6
+    assert (one ^ worse).bit_count() <= 6
+    assert (one ^ other).bit_count() >= 16
+
+
+def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:
+    """Exact DCT and smooth chroma: the fast variants delete the traces a detector reads."""
+    for subsampling in (0, 1, 2):
+        data = encode(PIXELS, quality=80, subsampling=subsampling)
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(decode_image(data, "JPEG"), expected)

@@ -1,0 +1,79 @@
+"""Imports point upstream: a stage may import what produces its input, never what consumes it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPTS = ("train", "evaluate", "predict", "app")
+MAY_IMPORT = {
+    "console": set(),
+    "recipes": set(),
+    "sharding": {"console", "recipes"},
+    "pipeline": {"sharding.format"},
+    "model": {"recipes", "sharding.format", "sharding.decode", "pipeline"},
+    **{script: {"console", "recipes", "sharding", "pipeline", "model"} for script in SCRIPTS},
+}
+
+
+def imports_of(path: Path) -> list[str]:
+    """Everything a file imports, as dotted names."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} uses a relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def refused(owner: str, module: str) -> bool:
+    """Whether `owner` may not import `module`; what is not ours is nobody's business here."""
+    target = module.partition(".")[0]
+    if target not in MAY_IMPORT or target == owner:
+        return False
+    return not any(module == name or module.startswith(f"{name}.") for name in MAY_IMPORT[owner])
+
+
+@pytest.mark.parametrize("owner", MAY_IMPORT)
+def test_imports_point_upstream(owner: str) -> None:
+    files = sorted((ROOT / owner).rglob("*.py")) or [ROOT / f"{owner}.py"]
+    for path in files:
+        for module in imports_of(path):
+            assert not refused(owner, module), (
+                f"{path.relative_to(ROOT)} imports {module}; "
+                f"{owner} may import only {sorted(MAY_IMPORT[owner])}"
+            )
+
+
+def test_the_rule_can_refuse() -> None:
+    assert refused("pipeline", "sharding.build.build_set")
+    assert refused("sharding", "pipeline.augment")
+    assert refused("evaluate", "train.Recipe")
+    assert not refused("pipeline", "sharding.format.open_shards")
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py"}),
+     ("webdataset", {"sharding/write.py"})],
+)  # fmt: skip
+def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*MAY_IMPORT,)
+        for path in (
+            [ROOT / f"{folder}.py"] if folder in SCRIPTS else (ROOT / folder).rglob("*.py")
+        )
+        if any(module.partition(".")[0] == library for module in imports_of(path))
+    }
+    assert users == home
+
+
+def test_no_dice_in_the_graph() -> None:
+    """Randomness comes from outside; DALI's own would not survive a resume or another backend."""
+    for path in (ROOT / "pipeline").glob("*.py"):
+        assert "fn.random" not in path.read_text(), path

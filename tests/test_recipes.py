@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+import recipes
+from train import Recipe
+
+BUILT_IN = sorted(p for p in recipes.FOLDER.glob("*.toml") if p.stem != "demo")
+
+
+@pytest.mark.parametrize("path", BUILT_IN, ids=lambda path: path.stem)
+def test_built_in_recipes_are_valid(path: Path) -> None:
+    assert recipes.load(Recipe, path).name == path.stem
+
+
+def test_phase_1_holds_the_original_values() -> None:
+    """The table of the original's training code; a change of one of these is a decision."""
+    recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml")
+    assert (recipe.run.epochs, recipe.loading.batch_size) == (8, 30)
+    optim = recipe.optim
+    assert (optim.lr, optim.weight_decay, optim.layer_decay) == (2e-4, 0.02, 0.8)
+    assert (optim.warmup, optim.warmup_start, optim.min_lr) == (0.05, 0.01, 0)
+    assert (optim.label_smoothing, optim.clip) == (0.05, 1.0)
+    law = recipe.augment["train"]
+    assert (law.scale, law.ratio, law.flip) == ((0.6, 1.0), (0.85, 1.15), 0.5)
+    assert (law.jitter, law.brightness, law.contrast) == (0.3, 0.06, 0.06)
+    assert (law.saturation, law.hue, law.grey) == (0.06, 0.02, 0.03)
+    assert (law.resample, law.resample_scale) == (0.3, (0.8, 0.95))
+    assert (law.jpeg, law.jpeg_quality) == (0.3, (80, 95))
+    assert (law.blur, law.blur_sigma) == (0.2, (0.1, 0.5))
+    dda = recipe.augment["dda"]
+    assert (dda.scale, dda.ratio, dda.flip) == ((0.75, 1.0), (0.9, 1.1), 0.5)
+    assert (dda.jpeg, dda.resample, dda.jitter, dda.blur, dda.grey) == (0, 0, 0, 0, 0)
+    assert (recipe.view.size, recipe.view.resize) == (256, 288)
+
+
+def test_phase_2_holds_the_original_values() -> None:
+    recipe = recipes.load(Recipe, recipes.FOLDER / "phase2.toml")
+    assert (recipe.run.epochs, recipe.loading.batch_size, recipe.run.start) == (5, 28, "phase1")
+    optim = recipe.optim
+    assert (optim.lr, optim.weight_decay, optim.layer_decay) == (7.5e-5, 0.02, 0.85)
+    assert (optim.warmup, optim.warmup_start, optim.min_lr) == (0.07, 0.01, 1e-7)
+    assert recipe.replay.sets == ["phase1"]
+    assert recipe.replay.ratio * 20_000 == 2_500
+    law = recipe.augment[recipe.data.law]
+    assert (law.scale, law.ratio, law.flip) == ((0.85, 1.0), (0.95, 1.05), 0.5)
+    assert (law.jitter, law.brightness, law.hue) == (0.2, 0.03, 0.01)
+    assert (law.resample, law.resample_scale) == (0.1, (0.9, 0.97))
+    assert (law.jpeg, law.jpeg_quality) == (0.1, (88, 98))
+    assert (law.blur, law.grey) == (0.1, 0.03)
+
+
+def test_overrides_take_toml_values_and_plain_text() -> None:
+    path = recipes.FOLDER / "phase2.toml"
+    recipe = recipes.load(
+        Recipe, path, ["optim.lr=1e-4", "replay.old_per_new=1:16", "augment.continual.flip=0"]
+    )
+    assert recipe.optim.lr == 1e-4
+    assert recipe.replay.ratio * 16 == 1
+    assert recipe.augment["continual"].flip == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=1", "unknown key 'optim.lrr'; optim knows clip"),
+        ("augment.train.flipp=1", "unknown key 'augment.train.flipp'; augment.train knows"),
+        ("optim.lr=-1", "optim: needs 0 <= min_lr <= lr"),
+        ("augment.train.jpeg=1.5", "jpeg is a probability, got 1.5"),
+        ("replay.old_per_new=much", "old_per_new must look like 1:8"),
+        ("run.epochs=many", "run.epochs: Input should be a valid integer"),
+        ("run.epochs", "--set takes KEY=VALUE"),
+        ("name.x=1", "name is a value, not a table"),
+    ],
+)
+def test_a_bad_override_is_one_clear_error(override: str, said: str) -> None:
+    with pytest.raises(recipes.RecipeError, match="(?s).*") as caught:
+        recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [override])
+    assert said in str(caught.value)
+
+
+def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(recipes.RecipeError, match="built in are demo.*phase1.*phase2"):
+        recipes.load(Recipe, tmp_path / "none.toml")
+
+
+def test_broken_toml_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("name = ")
+    with pytest.raises(recipes.RecipeError, match=r"broken\.toml is not valid TOML"):
+        recipes.load(Recipe, path)
