@@ -24,7 +24,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 GREY = (*LUMA, 0.0, *LUMA, 0.0, *LUMA, 0.0)
 
-TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.321), (0.211, -0.523, 0.311)])
+TO_YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 BLUR_TAPS = 3

@@ -185,7 +185,7 @@ class DaliBackend:
 
     def _build_repair(self) -> Callable[[bytes, Draw], torch.Tensor]:
         waiting: list[tuple] = []
-        pipe = self._build(waiting.pop, 1, depth=1)
+        pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
 
         def decode(data: bytes, draw: Draw) -> torch.Tensor:
             waiting.append(columns_of([data], [draw]))

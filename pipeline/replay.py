@@ -75,18 +75,21 @@ def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> lis
 
     The quotas sum to `min(count, sum(sizes))` and none is larger than its size.
     """
-    quotas = np.zeros(len(sizes), np.int64)
     room = np.array(sizes, np.int64)
+    quotas = np.zeros(len(sizes), np.int64)
     left = min(count, int(room.sum()))
     while left:
-        open_places = np.flatnonzero(room)
-        each, rest = divmod(left, len(open_places))
-        grant = np.full(len(open_places), each)
-        grant[rng.permutation(len(open_places))[:rest]] += 1
-        grant = np.minimum(grant, room[open_places])
-        quotas[open_places] += grant
-        room[open_places] -= grant
-        left -= int(grant.sum())
+        unfilled = np.flatnonzero(room)
+        each, rest = divmod(left, len(unfilled))
+        small = unfilled[room[unfilled] <= each]
+        if len(small):  # these give all they have; the others share what that leaves
+            quotas[small] = room[small]
+            left -= int(room[small].sum())
+            room[small] = 0
+            continue
+        quotas[unfilled] = each
+        quotas[rng.permutation(unfilled)[:rest]] += 1
+        left = 0
     return quotas.tolist()
 
 

@@ -1,0 +1,149 @@
+"""The dice: what they depend on, what they never depend on, and that they keep to their ranges."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from pipeline.augment import (
+    IDENTITY,
+    Augment,
+    Draw,
+    View,
+    centre,
+    colour_matrix,
+    draw,
+    rng_for,
+)
+from pipeline.pil import apply
+from tests.conftest import HARSH, VIEW, photo
+
+PHASE1 = Augment(
+    scale=(0.6, 1.0), ratio=(0.85, 1.15), flip=0.5, jitter=0.3, brightness=0.06, resample=0.3,
+    resample_scale=(0.8, 0.95), jpeg=0.3, jpeg_quality=(80, 95), blur=0.2, blur_sigma=(0.1, 0.5),
+    grey=0.03,
+)  # fmt: skip
+
+
+def draws(augment: Augment, count: int = 4000, width: int = 500, height: int = 375) -> list[Draw]:
+    return [draw(augment, View(), width, height, rng_for(7, 2, i)) for i in range(count)]
+
+
+def test_probabilities_and_ranges_are_those_of_the_law() -> None:
+    found = draws(PHASE1)
+    share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
+    assert abs(share(lambda d: d.flip) - 0.5) < 0.03
+    assert abs(share(lambda d: d.colour != IDENTITY) - 0.3) < 0.03
+    assert abs(share(lambda d: d.resample > 0) - 0.3) < 0.03
+    assert abs(share(lambda d: d.jpeg > 0) - 0.3) < 0.03
+    assert abs(share(lambda d: d.blur > 0) - 0.2) < 0.03
+    assert abs(share(lambda d: d.grey) - 0.03) < 0.015
+    assert {d.jpeg for d in found if d.jpeg} == set(range(80, 96))
+    assert {d.resample for d in found if d.resample} == set(range(205, 244))
+    assert all(0.1 <= d.blur <= 0.5 for d in found if d.blur)
+
+
+def test_crops_stay_inside_and_cover_the_scale() -> None:
+    """The referee is torchvision, which cropped for the original."""
+    found = draws(PHASE1)
+    areas = np.array([d.width * d.height / (500 * 375) for d in found])
+    torch.manual_seed(0)
+    image = torch.zeros(3, 375, 500)
+    params = transforms.RandomResizedCrop.get_params
+    theirs = [params(image, (0.6, 1.0), (0.85, 1.15)) for _ in range(4000)]
+    reference = np.array([h * w / (500 * 375) for _, _, h, w in theirs])
+    assert areas.min() >= 0.595
+    assert abs(areas.mean() - reference.mean()) < 0.006
+    assert abs(areas.std() - reference.std()) < 0.004
+    for d in found:
+        assert 0 <= d.top <= 375 - d.height
+        assert 0 <= d.left <= 500 - d.width
+        assert 0.84 < d.width / d.height < 1.16
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 900), (900, 3), (17, 16)])
+def test_odd_sizes_have_a_crop(width: int, height: int) -> None:
+    for d in [centre(VIEW, width, height), *draws(HARSH, 50, width, height)]:
+        assert 1 <= d.height <= height
+        assert 1 <= d.width <= width
+        assert apply(photo(1, width, height), d, 48).shape == (48, 48, 3)
+
+
+def test_a_draw_depends_on_seed_epoch_and_sample_and_nothing_else() -> None:
+    one = draw(HARSH, VIEW, 90, 70, rng_for(1, 2, 3))
+    for _ in range(3):
+        draw(HARSH, VIEW, 90, 70, rng_for(1, 2, 4))
+    assert draw(HARSH, VIEW, 90, 70, rng_for(1, 2, 3)) == one
+    others = [rng_for(0, 2, 3), rng_for(1, 0, 3), rng_for(1, 2, 0)]
+    assert all(draw(HARSH, VIEW, 90, 70, rng) != one for rng in others)
+
+
+def test_one_probability_does_not_shift_the_other_dice() -> None:
+    without = draw(
+        Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90)), VIEW, 90, 70, rng_for(1, 1, 1)
+    )
+    more = Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=1.0, grey=1.0, jitter=1.0)
+    assert draw(more, VIEW, 90, 70, rng_for(1, 1, 1))[:5] == without[:5]
+    assert draw(more, VIEW, 90, 70, rng_for(1, 1, 1)).jpeg == without.jpeg
+
+
+def test_these_draws_never_change() -> None:
+    """Golden: another value means another training run for everyone's seed."""
+    found = draw(PHASE1, View(), 500, 375, rng_for(70, 0, 1309))
+    assert found[:5] == (3, 28, 359, 376, True)
+    assert (found.resample, found.jpeg, found.grey) == (217, 84, False)
+    np.testing.assert_allclose(found.blur, 0.3381189495866347)
+    np.testing.assert_allclose(np.diag(np.reshape(found.colour, (3, 4))), 0.94648087, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
+def test_the_evaluation_view_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    """Against torchvision's Resize(288) + CenterCrop(256), which trained the original: the same
+    where the crop falls on whole pixels, but for the border, where a resize before the crop still
+    sees a pixel beyond it.
+    """
+    pixels = np.asarray(Image.fromarray(photo(5)).resize(size, Image.Resampling.BICUBIC))
+    ours = apply(pixels, centre(View(), *size), 256)
+    reference = transforms.Compose([transforms.Resize(288), transforms.CenterCrop(256)])
+    difference = np.abs(ours.astype(int) - np.asarray(reference(Image.fromarray(pixels))))
+    assert difference[2:-2, 2:-2].max() <= 2
+    assert difference.mean() < 0.2
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 640), (100, 3000)])
+def test_elsewhere_the_view_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
+    side = min(size) * 256 / 288
+    found = centre(View(), *size)
+    assert found.width == found.height
+    assert abs(found.width - side) <= 0.5
+    assert abs(found.left - (size[0] - side) / 2) <= 0.75
+    assert abs(found.top - (size[1] - side) / 2) <= 0.75
+
+
+def test_colour_matrix_does_what_its_names_say() -> None:
+    def turn(rgb: tuple[float, ...], **change: float) -> np.ndarray:
+        return np.array(colour_matrix(**change)).reshape(3, 4) @ np.array([*rgb, 1.0])
+
+    np.testing.assert_allclose(turn((10, 20, 30)), (10, 20, 30), atol=1e-3)
+    np.testing.assert_allclose(turn((10, 20, 30), brightness=1.5), (15, 30, 45), atol=1e-2)
+    np.testing.assert_allclose(turn((127.5,) * 3, contrast=1.4), (127.5,) * 3, atol=1e-2)
+    np.testing.assert_allclose(turn((0, 0, 0), contrast=0.8), (25.5,) * 3, atol=1e-2)
+    grey = turn((200, 100, 50), saturation=0.0)
+    np.testing.assert_allclose(grey, np.full(3, 0.299 * 200 + 0.587 * 100 + 0.114 * 50), atol=0.5)
+    np.testing.assert_allclose(turn((90, 90, 90), hue=0.3), (90, 90, 90), atol=0.3)
+    assert np.abs(turn((200, 100, 50), hue=0.1) - (200, 100, 50)).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"flip": 1.2}, "flip is a probability"),
+        ({"scale": (0.9, 0.5)}, "scale must be 0 < low <= high"),
+        ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
+        ({"jpeg_quality": (50, 101)}, "at most 100"),
+    ],
+)
+def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Augment(**values)

@@ -1,0 +1,279 @@
+"""Batches: the same for any workers, ranks and resume, and no good image lost to a bad one."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import (
+    Batch,
+    Loading,
+    Pool,
+    Replay,
+    Stream,
+    evaluation_batches,
+    open_loader,
+    open_pool,
+)
+from pipeline.loader import LoadError, choose_backend, draw_by_law
+from pipeline.order import OrderError
+from pipeline.read import ReadError, ShardReader
+from sharding.format import ShardSet, open_shards
+from tests.conftest import HARSH, VIEW
+
+BACKENDS = ("pil", "dali")
+CPU = torch.device("cpu")
+
+
+def facts(batch: Batch) -> tuple:
+    """All of a batch in a form that compares."""
+    digest = hashlib.sha256(batch.images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    return (
+        digest.hexdigest(), tuple(batch.samples.tolist()), tuple(batch.labels.tolist()),
+        tuple(batch.valid.tolist()), tuple(batch.replayed.tolist()), tuple(batch.failures),
+    )  # fmt: skip
+
+
+def all_facts(stream: Stream, start: int = 0, epochs: int = 2) -> list[tuple]:
+    return [facts(batch) for batch in stream.batches(start, epochs)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_is_what_the_contract_says(make_stream: Callable, backend: str) -> None:
+    stream = make_stream(backend=backend, workers=0)
+    batch = next(stream.batches(0, 1))
+    assert batch.images.shape == (6, 3, 48, 48)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == torch.int64
+    labels = stream.pool.shards.column("label")[batch.samples]
+    assert batch.labels.tolist() == labels.tolist()
+    assert batch.valid.all()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_workers_do_not_matter(make_stream: Callable, backend: str) -> None:
+    expected = all_facts(make_stream(backend=backend, workers=0))
+    assert len(expected) == 2 * make_stream().steps_per_epoch
+    for workers in (1, 4):
+        assert all_facts(make_stream(backend=backend, workers=workers)) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_see_the_batches_of_one(make_stream: Callable, backend: str) -> None:
+    whole = list(make_stream(backend=backend, workers=0, batch_size=8).batches(0, 2))
+    ranks = [
+        list(make_stream(backend=backend, workers=0, batch_size=4, rank=r, world=2).batches(0, 2))
+        for r in (0, 1)
+    ]
+    assert len(whole) == len(ranks[0]) == len(ranks[1])
+    for one, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(one.images, torch.cat([part.images for part in parts]))
+        assert one.samples.tolist() == [s for part in parts for s in part.samples.tolist()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resume_at_any_step_equals_the_uninterrupted_run(
+    make_stream: Callable, backend: str
+) -> None:
+    """Twice in one epoch, at step 0, at the last step and past an epoch's end."""
+    stream = make_stream(backend=backend, workers=0)
+    expected = all_facts(stream)
+    for done in (0, 1, 2, stream.steps_per_epoch, stream.steps_per_epoch + 1, len(expected) - 1):
+        state = stream.state(done)
+        assert set(map(type, state.values())) <= {int, str}
+        again = make_stream(backend=backend, workers=0)
+        assert again.resume(state) == done
+        assert all_facts(again, done) == expected[done:]
+    assert all_facts(stream, len(expected)) == []
+
+
+def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path) -> None:
+    state = make_stream().state(1)
+    other = make_stream(pool=open_pool(data, ["val"], Replay()), old_per_new="0")
+    with pytest.raises(OrderError, match="cannot resume: index_sha256 was"):
+        other.resume(state)
+
+
+def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
+    make_stream: Callable,
+) -> None:
+    stream = make_stream(backend="pil", workers=0, batch_size=9)
+    assert stream.replayed_per_epoch == len(stream.pool.new) // 8
+    epoch = stream.epoch(0)
+    share = stream.replayed_per_epoch / (stream.replayed_per_epoch + len(stream.pool.new))
+    assert abs(epoch.replayed.sum() - share * len(epoch.samples)) < 1
+    for batch in stream.batches(0, 1):
+        assert abs(batch.replayed.sum() - share * 9) < 1
+        assert (batch.samples[batch.replayed] >= len(stream.pool.new)).all()
+
+
+def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
+    pool = make_stream().pool
+    codes, names = pool.shards.codes("source")
+    assert {names[code] for code in codes[pool.old]} == {"alpha", "beta"}
+
+
+def test_each_source_keeps_its_law(old: ShardSet) -> None:
+    """`beta` is marked dda, which here changes nothing; the others are augmented."""
+    from pipeline.augment import Augment
+
+    draw = draw_by_law(old, {"train": HARSH, "dda": Augment()}, "train", VIEW, 1, 0)
+    codes, names = old.codes("source")
+    for sample in range(len(old)):
+        found = draw(sample)
+        if names[codes[sample]] == "beta":
+            assert (found.jpeg, found.flip, found.resample, found.grey) == (0, False, 0, False)
+    assert any(draw(s).jpeg for s in range(len(old)) if names[codes[s]] == "alpha")
+    with pytest.raises(LoadError, match="source beta is augmented by law 'dda'"):
+        draw_by_law(old, {"train": HARSH}, "train", VIEW, 1, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_size", [1, 7, 80, 81])
+def test_evaluation_sees_every_sample_once(old: ShardSet, backend: str, batch_size: int) -> None:
+    loading = Loading(batch_size=batch_size, backend=backend, workers=0)
+    loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
+    seen = [s for b in evaluation_batches(loader) for s in b.samples[b.valid.numpy()].tolist()]
+    assert seen == list(range(len(old)))
+
+
+def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> ShardSet:
+    """The old set with the bytes of some samples overwritten inside their tars."""
+    shutil.copytree(data / "old", folder / "old")
+    shards = open_shards([folder / "old"])
+    for sample in samples:
+        offset, size = (int(shards.column(name)[sample]) for name in ("offset", "size"))
+        first = {"half": size // 2, "all": 0}[cut]
+        with shards.shard_path(sample).open("r+b") as stream:
+            stream.seek(offset + first)
+            stream.write((b"\xff\xd9" + b"\0" * size)[: size - first])  # an early end of image
+    return shards
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cut", ["half", "all"])
+def test_every_fiftieth_image_broken_costs_only_itself(
+    data: Path, old: ShardSet, tmp_path: Path, backend: str, cut: str
+) -> None:
+    """The run ends, the broken are named, all others come bit for bit as without them.
+
+    A file that ends early but properly (an early end-of-image marker) is no error to DALI, and
+    half a WebP is none to Pillow: only the hash finds those.
+    """
+    bad = [sample for sample in range(0, len(old), 50)]
+    shards = broken_copy(data, tmp_path, bad, cut)
+    pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
+    whole = Pool(old, np.arange(len(old)), np.empty(0, np.int64))
+
+    def run(pool: Pool) -> dict[int, tuple[bool, bytes, str]]:
+        check = cut == "half"
+        loading = Loading(batch_size=8, backend=backend, workers=0, check_hashes=check)
+        loader = open_loader(pool.shards, view=VIEW, loading=loading, device=CPU)
+        stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
+        found = {}
+        for batch in stream.batches(0, 1):
+            names = loader.name_failures(batch)
+            for row, sample in enumerate(batch.samples.tolist()):
+                pixels = batch.images[row].contiguous().numpy().tobytes()
+                reason = names[list(batch.failures).index(row)] if row in batch.failures else ""
+                found[sample] = (bool(batch.valid[row]), pixels, reason)
+        return found
+
+    good, damaged = run(whole), run(pool)
+    assert damaged.keys() == good.keys() == set(range(len(old)))
+    assert {sample for sample, (valid, _, _) in damaged.items() if not valid} == set(bad)
+    for sample, (valid, pixels, reason) in damaged.items():
+        if sample not in bad:
+            assert (valid, pixels) == good[sample][:2]
+        elif not valid:
+            assert set(pixels) == {0}
+            assert shards.text("key", sample) in reason
+            assert len(reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_bad_batch_is_survived(data: Path, tmp_path: Path, backend: str) -> None:
+    shards = broken_copy(data, tmp_path, list(range(4)), "all")
+    loading = Loading(batch_size=4, backend=backend, workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    batches = list(evaluation_batches(loader))
+    assert not batches[0].valid.any()
+    assert all(batch.valid.all() for batch in batches[1:])
+    assert len(batches) == 20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_many_bad_images_stop_the_run(
+    data: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader.MIN_SEEN", 20)
+    shards = broken_copy(data, tmp_path, list(range(10)), "all")
+    loading = Loading(batch_size=10, backend=backend, workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    with pytest.raises(LoadError, match="10 of 20 samples cannot be decoded, more than 5%"):
+        list(evaluation_batches(loader))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_truncated_tar_and_a_missing_one_are_named(
+    data: Path, tmp_path: Path, backend: str
+) -> None:
+    shards = broken_copy(data, tmp_path, [], "all")
+    dummy = tmp_path / "old/dummy-train-00000.tar"
+    dummy.write_bytes(dummy.read_bytes()[:2000])
+    loading = Loading(batch_size=16, backend=backend, workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    reasons = [r for batch in evaluation_batches(loader) for r in loader.name_failures(batch)]
+    assert len(reasons) == 10
+    assert all("dummy-train-00000.tar" in r and "the tar ends early" in r for r in reasons)
+    dummy.unlink()
+    with pytest.raises(ReadError, match="cannot be read"):
+        ShardReader(shards).read(len(shards) - 1)
+
+
+def test_changed_bytes_are_found_by_their_hash(data: Path, tmp_path: Path) -> None:
+    shards = broken_copy(data, tmp_path, [5], "half")
+    assert ShardReader(shards).read(5)
+    with pytest.raises(ReadError, match="have changed since"):
+        ShardReader(shards, check_hashes=True).read(5)
+    assert ShardReader(shards, check_hashes=True).read(6)
+
+
+def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto", CPU) == ("pil", "no CUDA device")
+    assert choose_backend("dali", CPU) == ("dali", "asked for")
+    assert choose_backend("auto", torch.device("cuda")) == ("dali", "CUDA device and DALI found")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    backend, reason = choose_backend("auto", torch.device("cuda"))
+    assert (backend, reason) == ("pil", "nvidia-dali-cuda120 is not installed")
+    with pytest.raises(LoadError, match="backend dali: nvidia-dali-cuda120 is not installed"):
+        choose_backend("dali", CPU)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loader_may_be_left_in_the_middle(old: ShardSet, backend: str) -> None:
+    loading = Loading(batch_size=4, backend=backend, workers=1)
+    loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
+    for _ in range(3):
+        batches = evaluation_batches(loader)
+        assert next(batches).samples.tolist() == [0, 1, 2, 3]
+        batches.close()
+
+
+@pytest.mark.gpu
+def test_the_gpu_graph_agrees_with_the_reference(old: ShardSet) -> None:
+    """nvJPEG's inverse DCT may differ by rounding; everything else as on the CPU."""
+    images = {}
+    for backend, device in (("pil", CPU), ("dali", torch.device("cuda"))):
+        loading = Loading(batch_size=8, backend=backend, workers=2)
+        loader = open_loader(old, view=VIEW, loading=loading, device=device)
+        found = [batch.images.cpu().int() for batch in evaluation_batches(loader)]
+        images[backend] = torch.cat(found)
+    difference = (images["pil"] - images["dali"]).abs().float()
+    assert difference.mean() < 1.0

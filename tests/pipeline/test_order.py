@@ -1,0 +1,143 @@
+"""Order and replay: exact counts, the same on any number of ranks, from any step."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from pipeline.order import (
+    OrderError,
+    check_state,
+    evaluation_epoch,
+    replay_rng,
+    state_of,
+    training_epoch,
+)
+from pipeline.replay import Replay, draw_old, interleave, share_out
+
+
+def epoch(count: int = 1000, batch: int = 24, number: int = 0, **options):
+    return training_epoch(
+        np.arange(count), seed=5, number=number, global_batch=batch, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+@pytest.mark.parametrize("count", [24, 1000, 40_000])
+def test_every_sample_comes_at_most_once(shuffle: str, count: int) -> None:
+    samples = epoch(count, shuffle=shuffle).samples
+    assert len(samples) == count // 24 * 24
+    assert len(np.unique(samples)) == len(samples)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_epochs_differ_and_repeat_by_seed(shuffle: str) -> None:
+    first, second = epoch(shuffle=shuffle), epoch(number=1, shuffle=shuffle)
+    assert not np.array_equal(first.samples, second.samples)
+    assert np.array_equal(first.samples, epoch(shuffle=shuffle).samples)
+    assert not np.array_equal(first.samples, np.sort(first.samples))
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(2, 12), (3, 8), (4, 6)])
+def test_ranks_see_the_batch_of_one_rank(ranks: int, batch: int) -> None:
+    whole = epoch()
+    for step in range(whole.steps):
+        parts = [whole.samples[whole.positions(step, r, ranks)] for r in range(ranks)]
+        assert all(len(part) == batch for part in parts)
+        assert np.array_equal(np.concatenate(parts), whole.samples[whole.positions(step)])
+
+
+@pytest.mark.parametrize("count", [1, 23, 24, 25, 100])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_covers_every_sample_once_on_any_ranks(count: int, ranks: int) -> None:
+    whole = evaluation_epoch(count, 4 * ranks)
+    seen = []
+    for step in range(whole.steps):
+        for rank in range(ranks):
+            rows = whole.positions(step, rank, ranks)
+            assert len(whole.samples[rows]) == 4
+            seen += whole.samples[rows][whole.valid[rows]].tolist()
+    assert sorted(seen) == list(range(count))
+
+
+def test_nothing_to_do_is_said() -> None:
+    with pytest.raises(OrderError, match="no sample to evaluate"):
+        evaluation_epoch(0, 4)
+    with pytest.raises(OrderError, match="7 training samples do not fill one batch of 24"):
+        epoch(7)
+
+
+@pytest.mark.parametrize("changed", ["order_version", "seed", "global_batch", "index_sha256"])
+def test_a_state_of_something_else_is_refused(changed: str) -> None:
+    state = state_of(epoch(number=2), 17, "abc")
+    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
+    assert check_state(state, **now) == (2, 17)
+    with pytest.raises(OrderError, match=f"cannot resume: {changed} was"):
+        check_state(state | {changed: "other"}, **now)
+
+
+@pytest.mark.parametrize("old_per_new", ["1:8", "1:1", "1:16", "3:7"])
+@pytest.mark.parametrize("new", [20_000, 1003])
+def test_replay_is_exact_over_an_epoch_and_within_one_in_any_batch(
+    old_per_new: str, new: int
+) -> None:
+    ratio = Replay(sets=["x"], old_per_new=old_per_new).ratio
+    count = int(new * ratio)
+    samples, replayed = interleave(np.arange(new), np.arange(10**6, 10**6 + count))
+    assert replayed.sum() == count
+    assert np.array_equal(samples >= 10**6, replayed)
+    share = Fraction(count, new + count)
+    for batch in (9, 28, 64):
+        per_batch = replayed[: len(replayed) // batch * batch].reshape(-1, batch).sum(1)
+        assert np.abs(per_batch - float(share * batch)).max() < 1
+    if old_per_new == "1:8" and new == 20_000:
+        assert count == 2500
+
+
+def pools(**sizes: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples, sources and labels of sources with (real, fake) images."""
+    sources = np.concatenate([np.full(sum(n), i) for i, n in enumerate(sizes.values())])
+    labels = np.concatenate([np.repeat([0, 1], n) for n in sizes.values()])
+    return np.arange(len(sources)) + 500, sources, labels
+
+
+def counts(chosen, samples, sources, labels) -> dict[tuple[int, int], int]:
+    rows = np.searchsorted(samples, chosen)
+    pairs, n = np.unique(np.stack([sources[rows], labels[rows]]), axis=1, return_counts=True)
+    return {(int(s), int(c)): int(k) for (s, c), k in zip(pairs.T, n, strict=True)}
+
+
+def test_quotas_are_equal_and_balanced_by_class() -> None:
+    pool = pools(a=(900, 100), b=(0, 300), c=(500, 500))
+    found = counts(draw_old(*pool, 300, replay_rng(1, 0)), *pool)
+    assert found == {(0, 0): 50, (0, 1): 50, (1, 1): 100, (2, 0): 50, (2, 1): 50}
+
+
+def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
+    pool = pools(a=(4, 2), b=(400, 400), c=(400, 3))
+    found = counts(draw_old(*pool, 206, replay_rng(1, 0)), *pool)
+    assert found == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
+
+
+def test_old_samples_are_drawn_afresh_each_epoch_and_never_twice_in_one() -> None:
+    pool = pools(a=(500, 500), b=(500, 500))
+    first, second = (draw_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
+    assert len(np.unique(first)) == len(np.unique(second)) == 200
+    assert len(np.intersect1d(first, second)) < 60
+
+
+def test_a_pool_that_is_too_small_is_used_again() -> None:
+    pool = pools(a=(3, 4))
+    chosen = draw_old(*pool, 17, replay_rng(1, 0))
+    assert len(chosen) == 17
+    assert np.bincount(chosen - 500).min() >= 2
+
+
+def test_share_out_sums_and_keeps_to_the_sizes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = rng.integers(0, 50, rng.integers(1, 8)).tolist()
+        count = int(rng.integers(0, 200))
+        quotas = share_out(count, sizes, rng)
+        assert sum(quotas) == min(count, sum(sizes))
+        assert all(q <= size for q, size in zip(quotas, sizes, strict=True))
