@@ -107,9 +107,11 @@ def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
     if grouping == "block":
         if not hasattr(backbone, "group_matcher"):
             raise OptimError(f"{type(backbone).__name__} has no group_matcher; use grouping none")
-        layers = group_with_matcher(
-            backbone.named_parameters(), backbone.group_matcher(coarse=False), reverse=True
-        )
+        matcher = backbone.group_matcher(coarse=False)
+        layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
+        # timm puts what no pattern matches into the last group, where only the head belongs.
+        head = _head_prefixes(backbone)
+        layers = {n: layers[n] for n in names if _matches(matcher, n) or n.startswith(head)}
     else:
         layers = _official_convnext_layers(names)
     unmatched = [name for name in names if name not in layers]
@@ -119,6 +121,23 @@ def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
             f"{unmatched[0]}"
         )
     return {name: int(layers[name]) for name in names}
+
+
+def _head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
+    """How the names of parameters behind the last block begin."""
+    classifier = backbone.get_classifier()
+    names = [name for name, module in backbone.named_modules() if module is classifier]
+    return tuple(f"{name.partition('.')[0]}." for name in [*names, "fc_norm"])
+
+
+def _matches(matcher: Any, name: str) -> bool:
+    """Whether a pattern of timm's group matcher covers a parameter."""
+    if callable(matcher):
+        return True
+    entries = [
+        [v] if isinstance(v, str) else [pattern for pattern, _ in v] for v in matcher.values()
+    ]
+    return any(re.match(pattern, name) for patterns in entries for pattern in patterns)
 
 
 def _official_convnext_layers(names: Iterable[str]) -> dict[str, int]:

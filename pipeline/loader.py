@@ -163,6 +163,9 @@ class Loader:
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_unchanged,
+            # Else it takes a number from torch's global generator each time it starts, and a run
+            # that resumes in mid-epoch would draw its dropout from another place.
+            generator=torch.Generator(),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Real, tiny, seeded data: images of every awkward kind, and shard sets built by the real builder."""
+"""Real, tiny, seeded data: awkward images, and shard sets built by the real builder."""
 
 import io
 import os

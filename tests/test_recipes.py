@@ -74,13 +74,13 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
     ],
 )
 def test_a_bad_override_is_one_clear_error(override: str, said: str) -> None:
-    with pytest.raises(recipes.RecipeError, match="(?s).*") as caught:
+    with pytest.raises(recipes.RecipeError, match=r"(?s).*") as caught:
         recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [override])
     assert said in str(caught.value)
 
 
 def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match="built in are demo.*phase1.*phase2"):
+    with pytest.raises(recipes.RecipeError, match=r"built in are demo.*phase1.*phase2"):
         recipes.load(Recipe, tmp_path / "none.toml")
 
 

@@ -166,7 +166,7 @@ def test_every_fiftieth_image_broken_costs_only_itself(
     A file that ends early but properly (an early end-of-image marker) is no error to DALI, and
     half a WebP is none to Pillow: only the hash finds those.
     """
-    bad = [sample for sample in range(0, len(old), 50)]
+    bad = list(range(0, len(old), 50))
     shards = broken_copy(data, tmp_path, bad, cut)
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
     whole = Pool(old, np.arange(len(old)), np.empty(0, np.int64))
@@ -249,7 +249,7 @@ def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_backend("auto", CPU) == ("pil", "no CUDA device")
     assert choose_backend("dali", CPU) == ("dali", "asked for")
     assert choose_backend("auto", torch.device("cuda")) == ("dali", "CUDA device and DALI found")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     backend, reason = choose_backend("auto", torch.device("cuda"))
     assert (backend, reason) == ("pil", "nvidia-dali-cuda120 is not installed")
     with pytest.raises(LoadError, match="backend dali: nvidia-dali-cuda120 is not installed"):

@@ -1,0 +1,168 @@
+"""A checkpoint is whole or does not exist, and needs nothing from the command line."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.checkpoint import CheckpointError
+from model.device import choose_device, choose_precision
+from model.network import Network, NetworkError, build, load_backbone_file
+from pipeline import View
+from tests.conftest import TINY
+
+
+class Recipe(SimpleNamespace):
+    pass
+
+
+def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
+    from dataclasses import dataclass, field
+
+    @dataclass
+    class Small:
+        name: str = "small"
+        network: Network = field(default_factory=lambda: TINY)
+        view: View = field(default_factory=lambda: View(size=32, resize=36))
+
+    net = net or build(TINY, pretrained=False)
+    checkpoint.save(
+        folder / f"step_{step:07d}", net, recipe=Small(), step=step, epoch=1, metrics={},
+        selection=selection, data={"train": ["x"]}, state=state,
+    )  # fmt: skip
+    return folder / f"step_{step:07d}"
+
+
+def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
+    net = build(TINY, pretrained=False).eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    folder = save(tmp_path, net)
+    loaded, view, meta = checkpoint.load_network(folder)
+    assert torch.equal(net(images), loaded(images))
+    assert (view.size, view.resize) == (32, 36)
+    assert meta["classes"] == ["real", "fake"]
+    assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
+
+
+def test_weights_have_plain_timm_names(tmp_path: Path) -> None:
+    names = checkpoint.read_weights(save(tmp_path)).keys()
+    assert {"stem.0.weight", "head.fc.weight"} <= names
+
+
+def test_the_state_is_read_without_running_code(tmp_path: Path) -> None:
+    state = {"optimizer": {"state": {}}, "order": {"seed": 1}, "rng": torch.get_rng_state()}
+    folder = save(tmp_path, state=state)
+    assert checkpoint.load_state(folder)["order"] == {"seed": 1}
+    torch.save({"evil": time.sleep}, folder / "state.pt")
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
+        checkpoint.load_state(folder)
+
+
+def test_without_meta_there_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "meta.json").unlink()
+    assert checkpoint.checkpoints_of(tmp_path) == []
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        checkpoint.load_network(folder)
+
+
+def test_a_crash_while_saving_keeps_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(tmp_path)
+
+    def full_disk(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.checkpoint.torch.save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, step=2, state={"a": 1})
+    assert checkpoint.checkpoints_of(tmp_path) == [good]
+    assert checkpoint.load_network(good)
+
+
+def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
+    net = build(TINY, pretrained=False)
+    for step, selection in ((1, 0.6), (2, 0.9), (3, None), (4, 0.7)):
+        save(tmp_path, net, step=step, selection=selection)
+    checkpoint.prune(tmp_path)
+    assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_0000002", "step_0000004"]
+    assert checkpoint.best_of(tmp_path).name == "step_0000002"
+    assert checkpoint.last_of(tmp_path).name == "step_0000004"
+
+
+def test_the_newest_runs_best_is_found(tmp_path: Path) -> None:
+    net = build(TINY, pretrained=False)
+    save(tmp_path / "one", net, step=5, selection=0.9)
+    save(tmp_path / "two", net, step=1, selection=0.8)
+    save(tmp_path / "two", net, step=2, selection=0.7)
+    assert checkpoint.find(tmp_path) == tmp_path / "two" / "step_0000001"
+    assert checkpoint.find(tmp_path, tmp_path / "one") == tmp_path / "one" / "step_0000005"
+    with pytest.raises(CheckpointError, match=r"python train\.py --phase 1.*make demo"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        checkpoint.find(tmp_path, tmp_path / "nothing")
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"format_version": 7}))
+    with pytest.raises(CheckpointError, match="checkpoint version 7"):
+        checkpoint.load_network(folder)
+
+
+def test_normalisation_happens_inside_once() -> None:
+    net = build(TINY, pretrained=False).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
+    expected = net.backbone((images / 255 - mean) / std)
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_imagenet_file_fills_all_but_the_classifier(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net = build(TINY, pretrained=False).backbone
+    wide = {name: value.contiguous() for name, value in net.state_dict().items()}
+    wide["head.fc.weight"], wide["head.fc.bias"] = torch.zeros(1000, 16), torch.zeros(1000)
+    save_file(wide, tmp_path / "w.safetensors")
+    net = build(TINY, pretrained=False)
+    head = net.backbone.head.fc.weight.clone()
+    load_backbone_file(net, tmp_path / "w.safetensors")
+    assert torch.equal(net.backbone.stem[0].weight, wide["stem.0.weight"])
+    assert torch.equal(net.backbone.head.fc.weight, head)
+    save_file({"stem.0.weight": wide["stem.0.weight"]}, tmp_path / "half.safetensors")
+    with pytest.raises(NetworkError, match="parameters are missing"):
+        load_backbone_file(net, tmp_path / "half.safetensors")
+
+
+def test_a_network_that_timm_does_not_know_is_named() -> None:
+    with pytest.raises(NetworkError, match="timm cannot build 'convnextv9'"):
+        build(Network(name="convnextv9"), pretrained=True)
+
+
+def test_without_a_network_the_weights_message_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hub that refuses the connection: the loopback discard port."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match=r"--init weights\.safetensors.*pretrained=false"):
+        build(Network(name="convnextv2_atto.fcmae_ft_in1k"), pretrained=True)
+
+
+def test_device_and_precision_are_chosen_with_a_reason() -> None:
+    cpu = choose_device("cpu")
+    assert choose_precision("auto", cpu) == (torch.float32, "no mixed precision on cpu")
+    assert choose_precision("bf16", cpu) == (torch.bfloat16, "asked for")
+    with pytest.raises(ValueError, match="no such device: gpu"):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no CUDA device here"):
+            choose_device("cuda")

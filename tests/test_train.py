@@ -1,0 +1,205 @@
+"""Training: both phases on tiny shards, interrupted or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import recipes
+import train as script
+from model import checkpoint
+from pipeline.order import OrderError
+from train import Recipe, train
+
+ROOT = Path(__file__).parents[1]
+
+# TensorBoard's own use of protobuf and numpy.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read_weights(folder)
+
+
+def same(one: Path, other: Path) -> bool:
+    left, right = weights_of(one), weights_of(other)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_a_run_learns_and_writes_everything_down(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=12", "optim.lr=5e-3", "data.law=dda"])
+    best = train(recipe, data, tmp_path / "runs")
+    rows = [json.loads(line) for line in (best.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    validated = [row for row in rows if row["kind"] == "validate/val/gamma"]
+    assert len(validated) == 12
+    assert {"recall", "false_positive_rate", "auroc", "count"} <= validated[0].keys()
+    assert list((best.parent / "tensorboard").iterdir())
+    meta = checkpoint.read_meta(best)
+    assert meta["selection"] == max(row["selection"] for row in rows if row["kind"] == "validate")
+    assert meta["recipe"]["optim"]["lr"] == 5e-3
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 9])
+def test_resume_at_any_step_equals_the_uninterrupted_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path, stop_at: int
+) -> None:
+    """Bit for bit, with drop path drawing from torch's generator: 2 epochs of 5 steps."""
+    recipe = recipes.load(Recipe, tiny_recipe)
+    train(recipe, data, tmp_path / "whole")
+    train(recipe, data, tmp_path / "parts", stop_at=stop_at)
+    assert checkpoint.last_of(tmp_path / "parts/tiny").name == f"step_{stop_at:07d}"
+    torch.manual_seed(99)  # whatever else used the generator in between
+    train(recipe, data, tmp_path / "parts")
+    whole, parts = (checkpoint.last_of(tmp_path / name / "tiny") for name in ("whole", "parts"))
+    assert whole.name == parts.name == "step_0000010"
+    assert same(whole, parts)
+    one, other = (checkpoint.load_state(folder)["optimizer"] for folder in (whole, parts))
+    assert all(
+        torch.equal(one["state"][i]["exp_avg_sq"], other["state"][i]["exp_avg_sq"])
+        for i in one["state"]
+    )
+
+
+def test_rows_after_the_last_checkpoint_are_not_doubled(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
+    train(recipe, data, tmp_path, stop_at=3)
+    history = tmp_path / "tiny/metrics.jsonl"
+    history.write_text(history.read_text() + '{"step": 4, "kind": "train", "loss": 9.9}\n')
+    train(recipe, data, tmp_path)
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
+
+
+def test_a_finished_run_is_left_alone(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe)
+    best = train(recipe, data, tmp_path)
+    before = (best / "meta.json").stat().st_mtime_ns
+    assert train(recipe, data, tmp_path) == best
+    assert (best / "meta.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_or_other_shards_are_refused(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe)
+    train(recipe, data, tmp_path, stop_at=2)
+    changed = recipes.load(Recipe, tiny_recipe, ["optim.lr=1e-3"])
+    with pytest.raises(
+        ValueError, match=r"another recipe \(optim\.lr was 0\.0002, now 0\.001; 1 d"
+    ):
+        train(changed, data, tmp_path)
+    other = tmp_path / "data"
+    other.mkdir()
+    (other / "old").symlink_to(data / "new")
+    (other / "val").symlink_to(data / "val")
+    with pytest.raises(OrderError, match="cannot resume: index_sha256"):
+        train(recipe, other, tmp_path)
+
+
+def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    best = train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    second = [
+        'name="second"', 'run.start="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
+        "replay.old_per_new=1:8", "optim.lr=1e-12", "optim.weight_decay=0",
+    ]  # fmt: skip
+    recipe = recipes.load(Recipe, tiny_recipe, second)
+    found = train(recipe, data, tmp_path)
+    for name, weights in weights_of(found).items():
+        torch.testing.assert_close(weights, weights_of(best)[name], rtol=0, atol=1e-9)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "second/metrics.jsonl").read_text().split("\n")
+        if line
+    ]
+    shares = [row["replay_share"] for row in rows if row["kind"] == "train"]
+    assert max(shares) > 0
+    assert checkpoint.read_meta(found)["data"]["replay"] == ["old"]
+
+
+def test_phase_2_without_phase_1_says_what_to_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ['run.start="phase1"'])
+    with pytest.raises(checkpoint.CheckpointError, match=r"run `python train\.py --phase 1` first"):
+        train(recipe, data, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.std=[1e-30, 1e-30, 1e-30]"])
+    with pytest.raises(ValueError, match=r"the loss is .* at step 2 \(first samples: \w+_\w+"):
+        train(recipe, data, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "train.py", "--recipe", str(tiny_recipe), "--data", str(data)]
+    command += ["--runs", str(tmp_path / "runs"), "--set", "run.epochs=300"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    history = tmp_path / "runs/tiny/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not history.exists() or not history.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130
+    assert f"stopped by {number.name} at step" in output
+    last = checkpoint.last_of(tmp_path / "runs/tiny")
+    step = checkpoint.read_meta(last)["step"]
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=300"])
+    train(recipe, data, tmp_path / "runs", stop_at=step + 2)
+    assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
+
+
+def test_ten_losses_never_change(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    """Golden: a change that should not alter the numbers alters none of these."""
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
+    best = train(recipe, data, tmp_path)
+    rows = [json.loads(line) for line in (best.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-3)
+
+
+GOLDEN_LOSSES = [
+    0.663545, 0.741462, 0.691566, 0.751568, 0.697145,
+    0.559393, 0.792457, 0.734180, 0.557497, 0.812057,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say --phase 1, --phase 2 or --recipe FILE"),
+        (["--phase", "1", "--recipe", "x.toml"], "say --phase 1, --phase 2 or --recipe FILE"),
+        (["--phase", "3"], "'3' is not one of '1', '2'"),
+        (["--recipe", "none.toml"], "no recipe at none.toml"),
+        (["--phase", "1", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'"),
+        (["--phase", "1", "--data", "nowhere"], "no shard set at nowhere/phase1"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(script.main, arguments)
+    assert result.exit_code != 0
+    assert said in result.output
+    assert "Traceback" not in result.output
