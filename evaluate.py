@@ -14,7 +14,7 @@ import click
 
 import console
 from model.checkpoint import find, git_commit, load_network
-from model.device import choose_device, choose_precision, describe
+from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.metrics import Metrics, measure, measure_generators, what_is_missing
 from model.score import Scores, probability, score_set
 from pipeline import Loading, open_loader
@@ -64,6 +64,7 @@ def evaluate(
         read_index(data / name)  # a wrong name is said before any work is done
     net, view, meta = load_network(checkpoint)
     where = choose_device(device)
+    keep_freed_memory(where)
     dtype, reason = choose_precision("auto", where)
     console.log.info("%s on %s (%s)", describe(dtype), where, reason)
     net.to(where)

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 import console
 import recipes
 from model import checkpoint
-from model.device import choose_device, choose_precision, describe
+from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.history import History
 from model.metrics import Metrics, measure
 from model.network import Detector, Network, build, load_backbone_file, load_weights
@@ -119,6 +119,7 @@ def train(
     folder = runs / recipe.name
     resumed = _resumable(folder, recipe)
     device = choose_device("auto")
+    keep_freed_memory(device)
     stream = open_stream(recipe, data, device)
     steps = stream.epoch(0).steps * recipe.run.epochs
     trainer = _assemble(recipe, device, runs, start, resumed)
@@ -185,8 +186,9 @@ def train_step(
 
 
 def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
-    """Score every validation set. In the selection figure each set counts alike, by its AUROC, or
-    by its accuracy where it has one class only.
+    """Score every validation set. In the selection figure each set counts alike, by its balanced
+    accuracy, or by its accuracy where it has one class only: not by its AUROC, which does not see
+    a checkpoint that calls everything fake.
     """
     sets, sources = {}, {}
     for name in recipe.data.validate:
@@ -201,7 +203,9 @@ def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
         for code, source in enumerate(names):
             rows = codes[scores.samples] == code
             sources[f"{name}/{source}"] = measure(scores.labels[rows], fake[rows])
-    figures = [m.accuracy if m.auroc is None else m.auroc for m in sets.values()]
+    figures = [
+        m.accuracy if m.balanced_accuracy is None else m.balanced_accuracy for m in sets.values()
+    ]
     return Validation(sets, sources, float(np.mean(figures)))
 
 

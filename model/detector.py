@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model.checkpoint import find, load_network
-from model.device import choose_device, choose_precision
+from model.device import choose_device, choose_precision, keep_freed_memory
 from model.network import Detector
 from model.score import probability, score_batches
 from pipeline import pil
@@ -117,6 +117,7 @@ def load_detector(
     """
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
     where = choose_device(device)
+    keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)
     net, view, meta = load_network(folder)
     return ImageDetector(folder, net.to(where), view, meta, where, dtype)

@@ -19,13 +19,15 @@ class Metrics:
     """Counts, and shares in 0 to 1.
 
     `recall` is the share of fakes called fake, `false_positive_rate` the share of reals called
-    fake; `f1` is that of the class fake.
+    fake; `balanced_accuracy` is the mean of recall and of the share of reals called real; `f1` is
+    that of the class fake.
     """
 
     count: int
     reals: int
     fakes: int
     accuracy: float | None
+    balanced_accuracy: float | None
     recall: float | None
     false_positive_rate: float | None
     f1: float | None
@@ -45,6 +47,7 @@ def measure(
         reals=reals,
         fakes=fakes,
         accuracy=float((called == fake).mean()) if len(labels) else None,
+        balanced_accuracy=_balanced_accuracy(called, fake) if both else None,
         recall=float(called[fake].mean()) if fakes else None,
         false_positive_rate=float(called[~fake].mean()) if reals else None,
         f1=_f1(called, fake) if both else None,
@@ -59,6 +62,10 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
     scaled = torch.from_numpy(ranks / max(1.0, ranks.max()))
     return float(binary_auroc(scaled, torch.from_numpy(np.asarray(labels, np.int64))))
+
+
+def _balanced_accuracy(called: np.ndarray, fake: np.ndarray) -> float:
+    return float((called[fake].mean() + (~called[~fake]).mean()) / 2)
 
 
 def _f1(called: np.ndarray, fake: np.ndarray) -> float:

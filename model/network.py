@@ -34,7 +34,8 @@ class Network:
     `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
     starts from a checkpoint or a file needs none. `scratch` is how weights are drawn otherwise: by
     timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
-    narrow network hardly passes a signal and learns nothing in minutes. `options` go to
+    narrow network hardly passes a signal and learns nothing in minutes. `frozen_norm` keeps the
+    statistics of batch norm as they were loaded. `options` go to
     `timm.create_model` as they are. `mean` and `std` are per channel, for RGB values in 0 to 1.
     """
 
@@ -44,20 +45,31 @@ class Network:
     drop_path: float = 0.0
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
+    frozen_norm: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
 class Detector(nn.Module):
     """`forward`: uint8 (B, 3, H, W) -> float logits (B, 2), columns in the order of `CLASSES`."""
 
-    def __init__(self, backbone: nn.Module, mean: Triple, std: Triple):
+    def __init__(self, backbone: nn.Module, mean: Triple, std: Triple, frozen_norm: bool):
         super().__init__()
         self.backbone = backbone
+        self.frozen_norm = frozen_norm
         shape = (1, 3, 1, 1)
         scaled_mean = 255 * torch.tensor(mean).reshape(shape)
         scaled_std = 255 * torch.tensor(std).reshape(shape)
         self.register_buffer("mean", scaled_mean, persistent=False)
         self.register_buffer("std", scaled_std, persistent=False)
+
+    def train(self, mode: bool = True) -> "Detector":
+        """Switch mode; frozen batch norms stay in evaluation."""
+        super().train(mode)
+        if self.frozen_norm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise and classify."""
@@ -88,7 +100,7 @@ def build(network: Network, *, pretrained: bool) -> Detector:
     if pretrained:
         licence = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
-    net = Detector(backbone, network.mean, network.std)
+    net = Detector(backbone, network.mean, network.std, network.frozen_norm)
     return net.to(memory_format=torch.channels_last)
 
 

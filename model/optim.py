@@ -134,10 +134,10 @@ def _matches(matcher: Any, name: str) -> bool:
     """Whether a pattern of timm's group matcher covers a parameter."""
     if callable(matcher):
         return True
-    entries = [
-        [v] if isinstance(v, str) else [pattern for pattern, _ in v] for v in matcher.values()
-    ]
-    return any(re.match(pattern, name) for patterns in entries for pattern in patterns)
+    patterns = []
+    for entry in matcher.values():
+        patterns += [entry] if isinstance(entry, str) else [pattern for pattern, _ in entry]
+    return any(re.match(pattern, name) for pattern in patterns)
 
 
 def _official_convnext_layers(names: Iterable[str]) -> dict[str, int]:

@@ -87,13 +87,15 @@ def _say_what_is_missing(catalog: Catalog, found: Scan, raw: Path) -> None:
     rows = [
         [
             name,
-            str(raw / (source.root or name)),
+            (source.root or name) + "/",
             "no image" if name in found.found else "not there",
             source.homepage or "-",
         ]
         for name, source in catalog.sources.items()
     ]
-    console.table("Known sources", ["source", "looked in", "found", "get it from"], rows)
+    console.table(
+        f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
+    )
     console.say(
         f"Nothing to build below {raw.absolute()}.\n"
         "Download and unpack a dataset of the table into the folder beside its name, or describe "

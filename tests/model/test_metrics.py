@@ -12,6 +12,7 @@ def test_figures_worked_out_by_hand() -> None:
     found = measure(LABELS, SCORES)
     assert (found.count, found.reals, found.fakes) == (8, 4, 4)
     assert found.accuracy == pytest.approx(6 / 8)
+    assert found.balanced_accuracy == pytest.approx((3 / 4 + 3 / 4) / 2)
     assert found.recall == pytest.approx(3 / 4)
     assert found.false_positive_rate == pytest.approx(1 / 4)
     assert found.f1 == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))

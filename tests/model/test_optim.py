@@ -1,6 +1,6 @@
 """Layer-wise rates that really apply, decay only where it belongs, a schedule that multiplies."""
 
-import itertools
+from itertools import pairwise
 
 import pytest
 import timm

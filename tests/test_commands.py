@@ -1,0 +1,256 @@
+"""The commands as a person types them, on a checkpoint trained on the tiny sets."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import evaluate
+import predict
+import recipes
+import train
+from model import load_detector
+from pipeline import Loading
+from sharding.__main__ import main as sharding
+from sharding.format import open_shards
+from tests.conftest import encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run `tiny` with a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = [
+        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
+        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
+        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
+        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
+        "loading.batch_size=16", "loading.workers=0",
+    ]  # fmt: skip
+    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides)
+    train.train(recipe, data, folder)
+    return folder
+
+
+def run(command, *arguments: object):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_build_with_nothing_to_build_says_what_it_knows(tmp_path: Path) -> None:
+    result = run(sharding, "build", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    for said in ("tiny_genimage", "kaggle.com", "not there", "Nothing to build", "make demo"):
+        assert said in result.output
+    assert f"Nothing to build below {tmp_path / 'raw'}" in result.output
+
+
+def test_build_and_show(raw: Path, tmp_path: Path) -> None:
+    result = run(
+        sharding, "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path,
+        "--jobs", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "packed" in result.output
+    again = run(
+        sharding, "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path
+    )
+    assert "was up to date" in again.output
+    shown = run(sharding, "show", tmp_path / "old")
+    assert shown.exit_code == 0
+    assert "dummy" in shown.output
+    assert "0 quarantined" in shown.output
+    missing = run(sharding, "show", tmp_path / "none")
+    assert missing.exit_code == 1
+    assert "holds new, old, val" in missing.output
+
+
+def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: Path) -> None:
+    result = run(
+        evaluate.main, "--shards", "val", "--data", data, "--runs", runs, "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    assert "checkpoint:" in result.output
+    assert "source gamma" in result.output
+    assert "generator diffusion" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    overall = report["sets"]["val"]["overall"]
+    assert overall["count"] == len(open_shards([data / "val"]))
+    assert overall["reals"] + overall["fakes"] == overall["count"]
+    assert report["sets"]["val"]["note"] is None
+    compared = run(evaluate.main, "compare", tmp_path / "report.json", tmp_path / "report.json")
+    assert compared.exit_code == 0, compared.output
+    assert "(+0.000)" in compared.output
+
+
+def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: Path) -> None:
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(
+        '[sets]\nevalgen = "test"\n[sources.dummy]\nlicence = "x"\nset = "evalgen"\nfake = ["fake"]'
+    )
+    built = run(
+        sharding, "build", "--raw", raw, "--catalog", catalog, "--out", tmp_path, "--jobs", 1
+    )
+    assert built.exit_code == 0, built.output
+    result = run(evaluate.main, "--shards", "evalgen", "--data", tmp_path, "--runs", runs)
+    assert result.exit_code == 0, result.output
+    assert "There are no real images here" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say which set to measure on"),
+        (["--shards", "nope"], "no shard set at"),
+        (["--shards", "val", "--device", "gpu"], "no such device: gpu"),
+    ],
+)
+def test_evaluate_mistakes(data: Path, runs: Path, arguments: list[str], said: str) -> None:
+    result = run(evaluate.main, *arguments, "--data", data, "--runs", runs)
+    assert result.exit_code != 0
+    assert said in result.output
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with good images, one broken, and one file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(encode(photo(1)))
+    (folder / "inside" / "b.PNG").write_bytes(encode(photo(2), "PNG"))
+    (folder / "inside" / "c, d.gif").write_bytes(encode(photo(3), "GIF"))
+    (folder / "broken.jpg").write_bytes(encode(photo(4))[:200])
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_predict_prints_a_line_per_image(runs: Path, photos: Path) -> None:
+    result = run(predict.main, photos, "--runs", runs)
+    assert result.exit_code == 1
+    lines = [line for line in result.output.splitlines() if "likely" in line]
+    assert len(lines) == 3
+    assert sum("unreadable" in line for line in result.output.splitlines()) == 1
+    assert "1 of 4 images could not be read" in result.output
+    (photos / "broken.jpg").unlink()
+    assert run(predict.main, photos, "--runs", runs).exit_code == 0
+
+
+def test_predict_as_csv_and_jsonl(runs: Path, photos: Path) -> None:
+    table = run(predict.main, photos, "--runs", runs, "--format", "csv").stdout
+    rows = list(csv.DictReader(io.StringIO(table)))
+    lines = run(predict.main, photos, "--runs", runs, "--format", "jsonl").stdout.splitlines()
+    objects = [json.loads(line) for line in lines]
+    assert [row["path"] for row in rows] == [entry["path"] for entry in objects]
+    assert len(rows) == 4
+    for row, entry in zip(rows, objects, strict=True):
+        if entry["error"]:
+            assert (row["probability"], entry["probability"]) == ("", None)
+        else:
+            assert float(row["probability"]) == pytest.approx(entry["probability"])
+
+
+def test_predict_without_a_checkpoint_says_how_to_get_one(tmp_path: Path, photos: Path) -> None:
+    result = run(predict.main, photos, "--runs", tmp_path / "none")
+    assert result.exit_code == 1
+    assert "python train.py --phase 1" in result.output
+    assert "make demo" in result.output
+
+
+def test_predict_with_nothing_to_predict(runs: Path, tmp_path: Path) -> None:
+    assert "no image in" in run(predict.main, tmp_path, "--runs", runs).output
+    assert "does not exist" in run(predict.main, tmp_path / "none", "--runs", runs).output
+
+
+def test_predict_evaluate_and_python_agree_on_the_same_bytes(
+    data: Path, raw: Path, runs: Path
+) -> None:
+    """The file, the shard through Pillow, the shard through DALI: one probability."""
+    import numpy as np
+    import torch
+
+    from model.score import probability, score_set
+    from pipeline import open_loader
+
+    detector = load_detector(runs=runs)
+    shards = open_shards([data / "val"])
+    files = [raw / origin for origin in shards.table.column("origin").to_pylist()]
+    from_files = np.array([result.probability for result in detector.predict(files)])
+    as_bytes = [file.read_bytes() for file in files]
+    from_bytes = np.array([result.probability for result in detector.predict(as_bytes, 7)])
+    np.testing.assert_allclose(from_bytes, from_files, atol=1e-6)
+    for backend, tolerance in (("pil", 1e-6), ("dali", 0.02)):
+        loader = open_loader(
+            shards, view=detector.view, loading=Loading(backend=backend, workers=0),
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        scores = score_set(detector.net, loader)
+        np.testing.assert_allclose(probability(scores.logits), from_files, atol=tolerance)
+
+
+def test_the_page_shows_a_verdict_and_an_error(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    page = Path(__file__).parents[1] / "app.py"
+    monkeypatch.setenv("DETECTOR_RUNS", str(runs))
+    shown = AppTest.from_file(str(page), default_timeout=60).run()
+    assert not shown.exception
+    assert "tiny" in shown.caption[-1].value
+    shown.file_uploader[0].set_value(
+        [("a.png", encode(photo(1), "PNG"), "image/png"), ("b.jpg", b"<html>", "image/jpeg")]
+    ).run()
+    assert not shown.exception
+    assert shown.subheader[0].value in ("Likely real", "Likely ai")
+    assert "not an image" in shown.error[0].value
+
+
+def test_the_page_without_a_checkpoint_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import streamlit
+    from streamlit.testing.v1 import AppTest
+
+    streamlit.cache_resource.clear()
+    monkeypatch.setenv("DETECTOR_RUNS", str(tmp_path))
+    shown = AppTest.from_file(str(Path(__file__).parents[1] / "app.py"), default_timeout=60).run()
+    assert "no checkpoint below" in shown.error[0].value
+
+
+@pytest.mark.parametrize(
+    "command", [train.main, evaluate.main, predict.main, *sharding.commands.values()],
+    ids=lambda command: command.name,
+)  # fmt: skip
+def test_every_command_has_help_and_few_flags(command) -> None:
+    """Flags say where and how to run; the recipe says what."""
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    for option in command.params:
+        if option.param_type_name == "option":
+            assert option.help, option.name
+    flags = [p for p in command.params if p.param_type_name == "option" and p.name != "verbose"]
+    assert len(flags) <= 8
+
+
+def test_the_demo_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    """A few of its images; the whole takes half a minute."""
+    from sharding.demo import SOURCES, path_of, shots_of, write_shot
+
+    shots = [shots_of(name)[i] for name in SOURCES for i in (1, -1)]
+    for folder in ("one", "two"):
+        for shot in shots[:: 1 if folder == "one" else -1]:
+            path = path_of(tmp_path / folder, shot, 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_shot((tmp_path / folder, shot, 0))
+    for path in (tmp_path / "one").rglob("*.*"):
+        twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == twin.read_bytes()
+        with Image.open(path) as image:
+            assert min(image.size) >= 120
+    shutil.rmtree(tmp_path / "one")

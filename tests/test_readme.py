@@ -1,0 +1,73 @@
+"""What the README tells people to type exists and parses."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import evaluate
+import predict
+import train
+from sharding.__main__ import main as sharding
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {
+    "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
+    "-m sharding": sharding,
+}  # fmt: skip
+
+
+def typed(prefix: str) -> list[str]:
+    """Lines of the pages' code blocks that begin with `prefix`."""
+    blocks = [b for page in PAGES for b in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)]
+    indented = [re.findall(r"^    (\S.*)$", page.read_text(), re.M) for page in PAGES]
+    lines = [
+        line for block in [*blocks, *("\n".join(i) for i in indented)] for line in block.split("\n")
+    ]
+    return sorted(
+        {line.split(" #")[0].strip() for line in lines if line.strip().startswith(prefix)}
+    )
+
+
+@pytest.mark.parametrize("line", typed("make "))
+def test_make_targets_exist(line: str) -> None:
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    for target in shlex.split(line)[1:]:
+        assert "=" in target or target in targets, line
+
+
+@pytest.mark.parametrize("line", typed("python "))
+def test_python_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = next((name for name in COMMANDS if line.startswith(f"python {name}")), None)
+    if name is None:
+        assert (ROOT / shlex.split(line)[1]).exists(), line
+        return
+    arguments = shlex.split(line.removeprefix(f"python {name}"))
+    for argument in arguments:  # what must exist when the person types it
+        if re.search(r"[/.]", argument) and not argument.startswith("-") and "=" not in argument:
+            path = tmp_path / argument
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("") if path.suffix else path.mkdir(exist_ok=True)
+    command: click.Command = COMMANDS[name]
+    if isinstance(command, click.Group) and arguments and arguments[0] in command.commands:
+        command = command.commands[arguments.pop(0)]
+    command.make_context(name, arguments)
+
+
+def test_the_four_commands_are_shown() -> None:
+    text = PAGES[0].read_text()
+    for command in (
+        "make demo", "make test", "python -m sharding build", "python train.py --phase 2",
+        "python evaluate.py --shards evalgen", "python predict.py dir/",
+    ):  # fmt: skip
+        assert command in text
+
+
+def test_no_page_is_linked_that_is_not_there() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
