@@ -28,7 +28,7 @@ from model.network import Detector, Network, build, load_backbone_file, load_wei
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
 from model.score import autocast, probability, score_set
 from pipeline import Augment, Batch, Loading, Replay, Stream, View, open_loader, open_pool
-from sharding.format import CLASSES, open_shards
+from sharding.format import CLASSES, open_shards, read_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,8 @@ def train(
     """
     folder = runs / recipe.name
     resumed = _resumable(folder, recipe)
+    for name in recipe.data.validate:
+        read_index(data / name)  # a missing set is said now, not after an epoch
     device = choose_device("auto")
     keep_freed_memory(device)
     stream = open_stream(recipe, data, device)

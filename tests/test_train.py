@@ -140,6 +140,15 @@ def test_phase_2_without_phase_1_says_what_to_run(
         train(recipe, data, tmp_path)
 
 
+def test_a_missing_validation_set_is_said_before_training(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ['data.validate=["vall"]'])
+    with pytest.raises(ValueError, match="no shard set at .*vall"):
+        train(recipe, data, tmp_path)
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
