@@ -144,7 +144,7 @@ def test_a_missing_validation_set_is_said_before_training(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ['data.validate=["vall"]'])
-    with pytest.raises(ValueError, match="no shard set at .*vall"):
+    with pytest.raises(ValueError, match=r"no shard set at .*vall"):
         train(recipe, data, tmp_path)
     assert not (tmp_path / "tiny").exists()
 
