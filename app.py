@@ -7,15 +7,29 @@ import streamlit as st
 
 from model import ImageDetector, load_detector
 from model.checkpoint import CheckpointError
+from sharding.decode import prepare
 
+# Where checkpoints are looked for: `DETECTOR_RUNS=demo/runs make app` shows the demo's.
 RUNS = Path(os.environ.get("DETECTOR_RUNS", "runs"))
-"""Where checkpoints are looked for; the demo's are in demo/runs."""
 
 
 @st.cache_resource(show_spinner="Loading the detector")
 def detector() -> ImageDetector:
     """The newest run's best checkpoint, loaded once."""
     return load_detector(runs=RUNS)
+
+
+def show(found: ImageDetector, name: str, data: bytes) -> None:
+    """One image with its verdict, or with the reason why it cannot be read."""
+    (result,) = found.predict([data])
+    left, right = st.columns([1, 2])
+    if result.error:
+        right.error(f"{name}: {result.error}")
+        return
+    left.image(prepare(data).pixels)  # decoded here: a browser knows fewer formats
+    right.subheader(result.verdict[:1].upper() + result.verdict[1:])
+    right.progress(result.probability, f"probability of AI-generated: {result.probability:.1%}")
+    right.caption(name)
 
 
 def main() -> None:
@@ -27,17 +41,8 @@ def main() -> None:
     except CheckpointError as error:
         st.error(str(error))
         return
-    files = st.file_uploader("Images", accept_multiple_files=True)
-    for file in files:
-        (result,) = found.predict([file.getvalue()])
-        left, right = st.columns([1, 2])
-        if result.error:
-            right.error(f"{file.name}: {result.error}")
-            continue
-        left.image(file.getvalue())
-        right.subheader(result.verdict.capitalize())
-        right.progress(result.probability, f"probability of AI-generated: {result.probability:.1%}")
-        right.caption(file.name)
+    for file in st.file_uploader("Images", accept_multiple_files=True):
+        show(found, file.name, file.getvalue())
     st.caption(
         f"Model {found.checkpoint}. The probability is not calibrated, and a detector can be wrong "
         "on images unlike those it was trained on. Uploaded images are not kept."

@@ -118,11 +118,11 @@ def train(
     """
     folder = runs / recipe.name
     resumed = _resumable(folder, recipe)
-    for name in recipe.data.validate:
-        read_index(data / name)  # a missing set is said now, not after an epoch
     device = choose_device("auto")
     keep_freed_memory(device)
     stream = open_stream(recipe, data, device)
+    for name in recipe.data.validate:
+        read_index(data / name)  # a missing set is said now, not after an epoch
     steps = stream.epoch(0).steps * recipe.run.epochs
     trainer = _assemble(recipe, device, runs, start, resumed)
     done = _restore(trainer, resumed, stream) if resumed else 0
@@ -327,10 +327,11 @@ def _announce(recipe: Recipe, stream: Stream, trainer: Trainer, steps: int) -> N
     pool, loader = stream.pool, stream.loader
     parameters = sum(p.numel() for p in trainer.net.parameters())
     rates = {group["base_lr"] for group in trainer.optimizer.param_groups}
+    spread = f"{len(rates)} learning rates from {min(rates):.2g} to {max(rates):.2g}"
     say(
-        "%s: %s, %.1f M parameters, %d learning rates from %.2g to %.2g",
+        "%s: %s, %.1f M parameters, %s",
         *(recipe.name, recipe.network.name, parameters / 1e6),
-        *(len(rates), min(rates), max(rates)),
+        spread if len(rates) > 1 else f"learning rate {max(rates):.2g}",
     )
     labels = pool.shards.column("label")[pool.new]
     counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))

@@ -203,11 +203,12 @@ def test_the_page_shows_a_verdict_and_an_error(
     shown = AppTest.from_file(str(page), default_timeout=60).run()
     assert not shown.exception
     assert "tiny" in shown.caption[-1].value
+    assert not shown.markdown, "Streamlit prints any bare string of the script"
     shown.file_uploader[0].set_value(
         [("a.png", encode(photo(1), "PNG"), "image/png"), ("b.jpg", b"<html>", "image/jpeg")]
     ).run()
     assert not shown.exception
-    assert shown.subheader[0].value in ("Likely real", "Likely ai")
+    assert shown.subheader[0].value in ("Likely real", "Likely AI")
     assert "not an image" in shown.error[0].value
 
 
