@@ -113,6 +113,13 @@ def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
         assert (batch.samples[batch.replayed] >= len(stream.pool.new)).all()
 
 
+def test_each_epoch_replays_other_samples(make_stream: Callable) -> None:
+    stream = make_stream(old_per_new="1:8")
+    chosen = [set(e.samples[e.replayed].tolist()) for e in map(stream.epoch, range(3))]
+    assert chosen[0] != chosen[1] != chosen[2]
+    assert chosen[0] == set(stream.epoch(0).samples[stream.epoch(0).replayed].tolist())
+
+
 def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
     pool = make_stream().pool
     codes, names = pool.shards.codes("source")

@@ -89,6 +89,24 @@ def test_a_changed_file_is_packed_again(tmp_path: Path) -> None:
     assert before["old/beta-train-00000.tar"] == after["old/beta-train-00000.tar"]
 
 
+def test_a_rebuild_that_breaks_off_leaves_no_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old index beside new tars would be believed."""
+    raw = write_raw(tmp_path / "raw")
+    build_all(raw, tmp_path / "out")
+    (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
+
+    def full_disk(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sharding.build.write_shard", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build_all(raw, tmp_path / "out")
+    with pytest.raises(ShardError, match="its build did not finish"):
+        open_shards([tmp_path / "out/old"])
+
+
 def test_shards_of_an_earlier_plan_are_removed(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
