@@ -25,7 +25,8 @@ MAX_PIXELS = 200_000_000
 MAX_BYTES = 512 * 2**20
 """A larger file is refused before it is read into memory."""
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises past twice its limit
+# Pillow looks at every header before it decodes, and raises past twice this.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
 # Everything Pillow may open. PostScript, PDF and formats that run other programs are left out.
@@ -106,8 +107,6 @@ def _open(data: bytes) -> Image.Image:
         raise DecodeError(f"not an image this program reads (it begins {data[:8]!r})") from error
     except Exception as error:  # Pillow's plugins raise almost anything on hostile headers
         raise DecodeError(f"damaged header: {type(error).__name__}: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
     if image.width < 1 or image.height < 1:
         raise DecodeError(f"{image.width} x {image.height} pixels")
     return image

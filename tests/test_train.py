@@ -140,6 +140,27 @@ def test_phase_2_without_phase_1_says_what_to_run(
         train(recipe, data, tmp_path)
 
 
+def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> None:
+    """A batch with black, invalid rows moves the weights as the batch of its valid rows does."""
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.drop_path=0", "optim.lr=1e-2"])
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    images[2:] = 0
+    labels = torch.tensor([0, 1, 1, 1])
+    moved = []
+    for rows, valid in ((4, [True, True, False, False]), (2, [True, True])):
+        torch.manual_seed(0)
+        net = script.build(recipe.network, pretrained=False)
+        optimizer = script.make_optimizer(net.backbone, recipe.optim, fused=False)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        trainer = script.Trainer(net, optimizer, scaler, torch.device("cpu"), torch.float32)
+        batch = script.Batch(
+            images[:rows], labels[:rows], torch.tensor(valid), np.arange(rows), np.zeros(rows), {}
+        )
+        loss = script.train_step(trainer, net, batch, recipe.optim)
+        moved.append((loss, net.backbone.stem[0].weight.detach()))
+    torch.testing.assert_close(moved[0], moved[1])
+
+
 def test_a_missing_validation_set_is_said_before_training(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
