@@ -47,7 +47,7 @@ lint: setup ## ruff: style and format
 	$(BIN)/ruff format --check .
 
 bench: setup ## loader throughput of both backends against torchvision, one run, one table
-	$(RUN) benchmarks/loader.py
+	$(RUN) -m benchmarks.loader
 
 app: setup ## the web page, on this machine only
 	$(BIN)/streamlit run app.py --server.address 127.0.0.1

@@ -1,6 +1,6 @@
 """Loader throughput: both backends against the usual torchvision loader, on one set of images.
 
-    python benchmarks/loader.py [--images N] [--repeats N] [--json FILE]
+    python -m benchmarks.loader [--images N] [--repeats N] [--json FILE]
 
 Prints images/s and the ratio to the torchvision loader of the same run. The images are synthetic,
 500 x 375, JPEG quality 96 (ImageNet's size and usual quality), under the law of phase 1. The limit
