@@ -3,7 +3,8 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
     Raises:
         LoadError: DALI was asked for and is not installed.
     """
-    have_dali = importlib.util.find_spec("nvidia.dali") is not None
+    have_dali = _is_installed("nvidia.dali")
     if asked == "dali" and not have_dali:
         raise LoadError("backend dali: nvidia-dali-cuda120 is not installed (Linux only)")
     if asked != "auto":
@@ -69,9 +70,50 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
     return "dali", "CUDA device and DALI found"
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package it would be in
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class DrawByLaw:
+    """Training draws of one epoch; made by `draw_by_law`. An object, so that workers can be sent it
+    where they are not forked.
+    """
+
+    laws: Sequence[Augment]  # by source code
+    sources: np.ndarray
+    widths: np.ndarray
+    heights: np.ndarray
+    view: View
+    seed: int
+    epoch: int
+
+    def __call__(self, sample: int) -> Draw:
+        """Roll the dice of one sample."""
+        law = self.laws[self.sources[sample]]
+        size = int(self.widths[sample]), int(self.heights[sample])
+        return draw(law, self.view, *size, rng_for(self.seed, self.epoch, sample))
+
+
+@dataclass(frozen=True, eq=False)
+class DrawCentre:
+    """Evaluation draws: the same view of every image, without dice."""
+
+    widths: np.ndarray
+    heights: np.ndarray
+    view: View
+
+    def __call__(self, sample: int) -> Draw:
+        """What the view shows of one sample."""
+        return centre(self.view, int(self.widths[sample]), int(self.heights[sample]))
+
+
 def draw_by_law(
     shards: ShardSet, augment: Mapping[str, Augment], law: str, view: View, seed: int, epoch: int
-) -> DrawSample:
+) -> DrawByLaw:
     """Training draws: each source by its own law where the index names one, else by `law`.
 
     Raises:
@@ -87,19 +129,13 @@ def draw_by_law(
                 f"{', '.join(augment) or 'none'}; add [augment.{wanted}]"
             )
         laws.append(augment[wanted])
-    widths, heights = shards.column("width"), shards.column("height")
-
-    def draw_sample(sample: int) -> Draw:
-        size = int(widths[sample]), int(heights[sample])
-        return draw(laws[codes[sample]], view, *size, rng_for(seed, epoch, sample))
-
-    return draw_sample
+    size = shards.column("width"), shards.column("height")
+    return DrawByLaw(laws, codes, *size, view, seed, epoch)
 
 
-def draw_centre(shards: ShardSet, view: View) -> DrawSample:
-    """Evaluation draws: the same view of every image, without dice."""
-    widths, heights = shards.column("width"), shards.column("height")
-    return lambda sample: centre(view, int(widths[sample]), int(heights[sample]))
+def draw_centre(shards: ShardSet, view: View) -> DrawCentre:
+    """Evaluation draws of a shard set."""
+    return DrawCentre(shards.column("width"), shards.column("height"), view)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +206,7 @@ class Loader:
 
     @property
     def _workers(self) -> int:
-        cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         return self.loading.workers if self.loading.workers >= 0 else min(16, cores)
 
     @functools.cached_property

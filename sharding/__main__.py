@@ -1,6 +1,7 @@
 """`python -m sharding build | show | demo`: parses, calls, prints."""
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -10,6 +11,11 @@ from sharding.build import BuiltSet, Scan, build_set, scan
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.demo import make_demo
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
+
+
+def _cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @click.group(cls=console.Group)
@@ -73,7 +79,7 @@ def build(
         raise SystemExit(1)
     chosen = [name for name in sets if not only or name in only]
     total = sum(item.set in chosen for item in found.items)
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or _cores()
     with console.progress("packing", total) as advance:
         built = [
             build_set(name, found, catalog, out, jobs=jobs, max_bad=max_bad, on_samples=advance)
@@ -174,7 +180,7 @@ def demo(folder: Path, seed: int) -> None:
         counts = make_demo(
             folder,
             seed=seed,
-            jobs=len(os.sched_getaffinity(0)),
+            jobs=_cores(),
             on_done=lambda _done, total: advance(1, f"of {total}"),
         )
     console.table(

@@ -1,6 +1,7 @@
 """Batches: the same for any workers, ranks and resume, and no good image lost to a bad one."""
 
 import hashlib
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline import (
     open_loader,
     open_pool,
 )
-from pipeline.loader import LoadError, choose_backend, draw_by_law
+from pipeline.loader import LoadError, _Requests, choose_backend, draw_by_law
 from pipeline.order import OrderError
 from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet, open_shards
@@ -62,6 +63,15 @@ def test_workers_do_not_matter(make_stream: Callable, backend: str) -> None:
     assert len(expected) == 2 * make_stream().steps_per_epoch
     for workers in (1, 4):
         assert all_facts(make_stream(backend=backend, workers=workers)) == expected
+
+
+def test_workers_that_are_not_forked_see_the_same(make_stream: Callable) -> None:
+    """Where processes are spawned, all they know is what was pickled."""
+    stream = make_stream(workers=0)
+    draws = draw_by_law(stream.pool.shards, stream.augment, "train", VIEW, 3, 0)
+    requests = _Requests(stream.loader, stream.epoch(0), draws)
+    sent = pickle.loads(pickle.dumps(requests))
+    assert torch.equal(sent[2].images, requests[2].images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
