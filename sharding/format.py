@@ -84,6 +84,8 @@ def decode_image(data: bytes, image_format: str, orientation: int = 1) -> np.nda
             pixels = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
             return np.ascontiguousarray(_upright(pixels, orientation))
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+            image.load()
+            image.info.pop("transparency", None)  # dropped anyway; Pillow would warn of it
             # Orientation comes from the index for every format, so that EXIF is parsed once.
             return np.ascontiguousarray(_upright(np.asarray(image.convert("RGB")), orientation))
     except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

@@ -17,8 +17,8 @@ from sharding.catalog import CatalogError, Folder, Source, shares
 from sharding.format import CLASSES
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .png .pgm .pnm .ppm .qoi "
-    ".tga .tif .tiff .webp".split()
+    ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
+    ".qoi .tga .tif .tiff .webp".split()
 )
 
 

@@ -128,6 +128,9 @@ FILES = {
     "png alpha": encode(ALPHA, "PNG"),
     "png palette": encode(IMAGE.convert("P"), "PNG"),
     "png palette transparent": encode(IMAGE.convert("P"), "PNG", transparency=3),
+    "png palette half transparent": encode(
+        IMAGE.convert("P"), "PNG", transparency=bytes(range(0, 250, 5))
+    ),
     "png 1 bit": encode(IMAGE.convert("1"), "PNG"),
     "webp": encode(IMAGE, "WEBP", quality=80),
     "webp lossless": encode(IMAGE, "WEBP", lossless=True),
