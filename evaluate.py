@@ -15,7 +15,13 @@ import click
 import console
 from model.checkpoint import find, git_commit, load_network
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from model.metrics import Metrics, measure, measure_generators, what_is_missing
+from model.metrics import (
+    Metrics,
+    measure,
+    measure_generators,
+    measure_sources,
+    what_is_missing,
+)  # fmt: skip
 from model.score import Scores, probability, score_set
 from pipeline import Loading, open_loader
 from sharding.format import ShardSet, open_shards, read_index
@@ -32,20 +38,18 @@ def report_set(shards: ShardSet, scores: Scores, meta: dict[str, Any]) -> dict[s
     fake = probability(scores.logits, meta["temperature"])
     threshold = meta["threshold"]
     overall = measure(scores.labels, fake, threshold)
-    codes, names = shards.codes("source")
-    sources = {}
-    for code, name in enumerate(names):
-        rows = codes[scores.samples] == code
-        sources[name] = asdict(measure(scores.labels[rows], fake[rows], threshold))
-    codes, names = shards.codes("generator")
-    generators = measure_generators(
-        scores.labels, fake, [names[code] for code in codes[scores.samples]], threshold
-    )
+    groups = {
+        "sources": measure_sources(
+            scores.labels, fake, shards.names("source", scores.samples), threshold
+        ),
+        "generators": measure_generators(
+            scores.labels, fake, shards.names("generator", scores.samples), threshold
+        ),
+    }
     return {
         "index_sha256": shards.sha256,
         "overall": asdict(overall),
-        "sources": sources,
-        "generators": {name: asdict(metrics) for name, metrics in generators.items()},
+        **{kind: {name: asdict(m) for name, m in found.items()} for kind, found in groups.items()},
         "unreadable": [f"{shards.name(s)}: {why}" for s, why in sorted(scores.failures.items())],
         "note": what_is_missing(overall),
     }

@@ -73,6 +73,8 @@ def main(
         raise click.ClickException(f"no image in {', '.join(map(str, paths))}")
     if output == "table":
         console.say(f"checkpoint: {detector.checkpoint} (fake from {detector.threshold:g})")
+    else:  # standard output is for the rows alone
+        console.log.info("checkpoint: %s", detector.checkpoint)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
         writer.writerow(COLUMNS)

@@ -23,7 +23,7 @@ import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.history import History
-from model.metrics import Metrics, measure
+from model.metrics import Metrics, measure, measure_sources
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
 from model.score import autocast, probability, score_set
@@ -201,10 +201,8 @@ def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
         scores = score_set(trainer.net, loader, trainer.dtype)
         fake = probability(scores.logits)
         sets[name] = measure(scores.labels, fake)
-        codes, names = shards.codes("source")
-        for code, source in enumerate(names):
-            rows = codes[scores.samples] == code
-            sources[f"{name}/{source}"] = measure(scores.labels[rows], fake[rows])
+        by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
+        sources |= {f"{name}/{source}": found for source, found in by_source.items()}
     figures = [
         m.accuracy if m.balanced_accuracy is None else m.balanced_accuracy for m in sets.values()
     ]

@@ -74,6 +74,21 @@ def _f1(called: np.ndarray, fake: np.ndarray) -> float:
     )
 
 
+def measure_sources(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    sources: Sequence[str],
+    threshold: float = DEFAULT_THRESHOLD,
+) -> dict[str, Metrics]:
+    """Metrics of each source's own images."""
+    sources = np.asarray(sources, object)
+    result = {}
+    for name in sorted(set(sources)):
+        rows = sources == name
+        result[name] = measure(labels[rows], probabilities[rows], threshold)
+    return result
+
+
 def measure_generators(
     labels: np.ndarray,
     probabilities: np.ndarray,

@@ -26,8 +26,8 @@ class Optim:
 
     `lr` is the head's. `layer_decay` multiplies it once per group on the way down; `grouping` says
     what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base) or `stage12`
-    (the official ConvNeXt grouping: 12 and the head). `warmup` is the share of all steps, starting
-    from `warmup_start` * lr; the cosine ends at `min_lr` for the head.
+    (the official ConvNeXt grouping: stem, 12 groups, head). `warmup` is the share of all steps,
+    starting from `warmup_start` * lr; the cosine ends at `min_lr` for the head.
     """
 
     lr: float

@@ -143,6 +143,11 @@ class ShardSet:
             self._columns[name] = _codes_of(self.table.column(name))
         return self._columns[name]
 
+    def names(self, column: str, samples: np.ndarray) -> list[str]:
+        """The names in a column of names, one for each of `samples`."""
+        codes, names = self.codes(column)
+        return [names[code] for code in codes[samples]]
+
     def text(self, name: str, sample: int) -> str:
         """One value of a text column."""
         return self.table.column(name)[int(sample)].as_py()

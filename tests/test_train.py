@@ -51,7 +51,7 @@ def test_a_run_learns_and_writes_everything_down(
     assert meta["recipe"]["optim"]["lr"] == 5e-3
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 9])
+@pytest.mark.parametrize("stop_at", range(1, 10))
 def test_resume_at_any_step_equals_the_uninterrupted_run(
     tiny_recipe: Path, data: Path, tmp_path: Path, stop_at: int
 ) -> None:

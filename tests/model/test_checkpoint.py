@@ -3,7 +3,6 @@
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +13,6 @@ from model.device import choose_device, choose_precision
 from model.network import Detector, Network, NetworkError, build, load_backbone_file
 from pipeline import View
 from tests.conftest import TINY
-
-
-class Recipe(SimpleNamespace):
-    pass
 
 
 def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
@@ -149,7 +144,7 @@ def test_a_network_that_timm_does_not_know_is_named() -> None:
 def test_without_a_network_the_weights_message_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A hub that refuses the connection: the loopback discard port."""
+    """huggingface_hub in its offline mode ends as a machine without a network does."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match=r"--init weights\.safetensors.*pretrained=false"):
