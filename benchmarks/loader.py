@@ -27,7 +27,7 @@ import console
 import recipes
 from model.device import choose_device
 from pipeline import Loading, Replay, Stream, open_loader, open_pool
-from sharding.build import build_set, scan
+from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import decode_image
 from sharding.scenes import SCENES
@@ -145,8 +145,7 @@ def main(images: int, repeats: int, workers: int, out: Path | None) -> None:
         paths = write_images(folder / "raw" / "bench", images)
         (folder / "catalog.toml").write_text(CATALOG)
         catalog = read_catalog([folder / "catalog.toml"])
-        found = scan(catalog, folder / "raw")
-        build_set("bench", found, catalog, folder / "shards", jobs=workers, max_bad=0)
+        build(catalog, folder / "raw", folder / "shards", jobs=workers, max_bad=0)
         loaders = {
             "torchvision ImageFolder": lambda: torchvision_images(folder / "raw/bench", workers),
             "ours, pil": lambda: our_images(folder / "shards", "pil", workers),

@@ -1,116 +1,137 @@
 """`python -m sharding build | show | demo`: parses, calls, prints."""
 
-import os
-import sys
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 import console
-from sharding.build import BuiltSet, Scan, build_set, scan
+from sharding.build import BuiltSet, Found, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
+from sharding.compare import compare_sets
 from sharding.demo import make_demo
+from sharding.describe import describe
+from sharding.engine import cores
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
+from sharding.storage import AnyPath, any_path, write_text
+from sharding.verify import sets_in, verify
 
 
-def _cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+class Place(click.ParamType):
+    """A folder, or an address such as s3://bucket/shards."""
+
+    name = "folder or address"
+
+    def convert(
+        self, value: object, _param: click.Parameter | None, _context: click.Context | None
+    ) -> AnyPath:
+        """A `Path` or a `UPath`."""
+        return any_path(value)
 
 
-@click.group(cls=console.Group)
-def main() -> None:
-    """Pack raw images into WebDataset shards, and look at them."""
-
-
-@main.command()
-@click.option(
+RAW = click.option(
     "--raw",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("data/raw"),
+    type=Place(),
+    default="data/raw",
     show_default=True,
-    help="Folder that holds the raw datasets.",
+    help="Folder or address that holds the raw datasets.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("data/shards"),
-    show_default=True,
-    help="Folder that gets one folder per set.",
-)
-@click.option(
+CATALOG = click.option(
     "--catalog",
     "catalogs",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     multiple=True,
-    help="A catalogue of your own, beside the built-in one. May be repeated.",
+    help="A catalogue of your own, on top of the built-in one. May be repeated.",
 )
+
+
+@click.group(cls=console.Group)
+def main() -> None:
+    """Pack raw images into WebDataset shards, check them, and look at them."""
+
+
+@main.command("build")
+@RAW
+@click.option(
+    "--out",
+    type=Place(),
+    default="data/shards",
+    show_default=True,
+    help="Folder or address that gets one folder per set.",
+)
+@CATALOG
 @click.option("--set", "only", multiple=True, help="Build only this set. May be repeated.")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Processes. Default: one per processor core."
+    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, or the Ray cluster of RAY_ADDRESS.",
 )
 @click.option(
     "--max-bad",
     type=click.FloatRange(0, 1),
     default=0.01,
     show_default=True,
-    help="Share of a set's images that may be unreadable; more fails the build.",
+    help="Share of images that may be unreadable or missing; more fails the build.",
 )
 @console.options()
-def build(
-    raw: Path,
-    out: Path,
+def build_command(
+    raw: AnyPath,
+    out: AnyPath,
     catalogs: tuple[Path, ...],
     only: tuple[str, ...],
     jobs: int | None,
+    engine: str,
     max_bad: float,
 ) -> None:
     """Pack every dataset of the catalogue that lies below RAW; run again to resume."""
     catalog = read_catalog([BUILT_IN, *catalogs])
-    found = scan(catalog, raw)
-    sets = sorted({item.set for item in found.items})
-    if unknown := sorted(set(only) - set(sets)):
-        raise click.ClickException(
-            f"nothing to build for set {', '.join(unknown)}; below {raw} lie images for "
-            f"{', '.join(sets) or 'no set'}"
-        )
-    if not sets:
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        console.log.info("%s %s images", what, f"{total:,}")
+        with console.progress(what, total) as advance:
+            yield advance
+
+    found, built = build(
+        catalog, raw, out,
+        only=only, jobs=jobs or 0, engine=engine, max_bad=max_bad, progress=progress,
+    )  # fmt: skip
+    if not built:
         _say_what_is_missing(catalog, found, raw)
         raise SystemExit(1)
-    chosen = [name for name in sets if not only or name in only]
-    total = sum(item.set in chosen for item in found.items)
-    jobs = jobs or _cores()
-    with console.progress("packing", total) as advance:
-        built = [
-            build_set(name, found, catalog, out, jobs=jobs, max_bad=max_bad, on_samples=advance)
-            for name in chosen
-        ]
     _say_what_was_built(built, found, out)
 
 
-def _say_what_is_missing(catalog: Catalog, found: Scan, raw: Path) -> None:
+def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
     """With nothing to build: what is known, where it was looked for, what to do."""
     rows = [
         [
             name,
             (source.root or name) + "/",
-            "no image" if name in found.found else "not there",
+            "no image" if (raw / (source.root or name)).is_dir() else "not there",
             source.homepage or "-",
         ]
         for name, source in catalog.sources.items()
+        if name in found.missing
     ]
     console.table(
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
     )
     console.say(
-        f"Nothing to build below {raw.absolute()}.\n"
-        "Download and unpack a dataset of the table into the folder beside its name, or describe "
-        "your own\nfolders in a catalogue and pass --catalog FILE (the grammar is in "
-        "sharding/catalog.py).\nTo see everything work without a download: make demo"
+        f"Nothing to build below {raw}.\n"
+        "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
+        "`python -m sharding describe FOLDER` write a catalogue for your own images.\n"
+        "To see everything work without a download: make demo"
     )
 
 
-def _say_what_was_built(built: list[BuiltSet], found: Scan, out: Path) -> None:
+def _say_what_was_built(built: list[BuiltSet], found: Found, out: AnyPath) -> None:
     rows = []
     for one in built:
         totals = one.index["totals"]
@@ -122,26 +143,39 @@ def _say_what_was_built(built: list[BuiltSet], found: Scan, out: Path) -> None:
                 len(totals["source"]),
                 len(one.index["shards"]),
                 f"{sum(shard['bytes'] for shard in one.index['shards']) / 2**20:.1f}",
+                sum(one.index["left_out"].values()),
                 len(one.index["quarantine"]),
                 "packed" if one.shards_written else "was up to date",
             ]
         )
-    columns = ["set", "images", *CLASSES, "sources", "shards", "MiB", "quarantined", "this run"]
+    columns = [
+        "set", "images", *CLASSES, "sources", "shards", "MiB", "left out", "quarantined",
+        "this run",
+    ]  # fmt: skip
     console.table(f"Shard sets in {out}", columns, rows)
     for one in built:
         for entry in one.index["quarantine"][:5]:
             console.say(f"quarantined: {entry['path']}: {entry['reason']}")
         if len(one.index["quarantine"]) > 5:
             console.say(f"... and more: see quarantine in {out / one.name / INDEX_FILE}")
-    for source, reasons in found.left_out.items():
-        for reason, count in reasons.items():
-            console.say(f"left out: {source}: {count:,} files {reason}")
+        for reason, count in one.index["left_out"].items():
+            console.say(f"left out of {one.name}: {count:,} images: {reason}")
+    for source, listing in found.listings.items():
+        for reason, entry in listing.left_out.items():
+            console.say(
+                f"passed over: {source}: {entry['files']:,} files: {reason} "
+                f"(first: {entry['first'][0]})"
+            )
+        for rule, count in listing.read_as.items():
+            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
+    if found.kept:
+        console.say(f"raw files gone, kept as packed: {', '.join(found.kept)}")
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Place())
 @console.options()
-def show(folder: Path) -> None:
+def show(folder: AnyPath) -> None:
     """Print what the shard set in FOLDER holds."""
     index = read_index(folder)
     shards = open_shards([folder])
@@ -170,6 +204,113 @@ def show(folder: Path) -> None:
     console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantine'])} quarantined")
 
 
+@main.command("list")
+@RAW
+@click.option(
+    "--out",
+    type=Place(),
+    default="data/shards",
+    show_default=True,
+    help="Folder or address of the packed sets.",
+)
+@CATALOG
+@console.options()
+def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
+    """List the known sources: what is on disk, what is packed, and their licences."""
+    catalog = read_catalog([BUILT_IN, *catalogs])
+    packed: dict[str, list[str]] = {}
+    sets = []
+    for folder in sets_in(out) if any(out.glob(f"*/{INDEX_FILE}")) else []:
+        index = read_index(folder)
+        sets.append([folder.name, index["split"], index["samples"], len(index["sources"])])
+        for source, count in index["totals"]["source"].items():
+            packed.setdefault(source, []).append(f"{index['set']} {count:,}")
+    rows = []
+    for name, source in catalog.sources.items():
+        places = sorted({place for shares in source.places() for place in shares})
+        there = "yes" if (raw / (source.root or name)).is_dir() else "-"
+        rows.append(
+            [name, " ".join(places), there, ", ".join(packed.get(name, [])) or "-", source.licence]
+        )
+    columns = ["source", "goes to", f"in {raw}", "packed", "licence"]
+    console.table("Known sources", columns, rows)
+    if sets:
+        console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
+    console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
+
+
+@main.command("verify")
+@click.argument("folder", type=Place())
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
+)
+@console.options()
+def verify_command(folder: AnyPath, jobs: int | None) -> None:
+    """Check the set in FOLDER, or all sets below it: bytes, images, counts, and splits."""
+    folders = sets_in(folder)
+    total = sum(read_index(each)["samples"] for each in folders)
+    with console.progress("verifying", total) as advance:
+        faults = verify(folders, jobs=jobs or 0, on_images=advance)
+    for fault in faults[:20]:
+        console.say(fault)
+    names = ", ".join(each.name for each in folders)
+    if faults:
+        raise click.ClickException(
+            f"{len(faults):,} faults in {names}, {min(20, len(faults))} of them above. Delete a "
+            "damaged shard and run the build again: it is packed anew"
+        )
+    console.say(f"{names}: {total:,} images as the index says, no image in two splits")
+
+
+@main.command("diff")
+@click.argument("before", type=Place())
+@click.argument("after", type=Place())
+@console.options()
+def diff(before: AnyPath, after: AnyPath) -> None:
+    """Say what differs between two shard sets; exit 1 if anything does."""
+    found = compare_sets(open_shards([before]), open_shards([after]))
+    if not found:
+        console.say(f"{before} and {after} hold the same samples")
+        return
+    rows = [
+        [what, where, count]
+        for what, counts in found.counts.items()
+        for where, count in sorted(counts.items())
+    ]
+    if rows:
+        console.table(f"{before} -> {after}", ["", "source, class", "images"], rows)
+    for key, changes in list(found.changed.items())[:20]:
+        console.say(f"changed: {key}: {'; '.join(changes)}")
+    added, removed, changed = len(found.added), len(found.removed), len(found.changed)
+    console.say(f"{added:,} added, {removed:,} removed, {changed:,} changed")
+    raise SystemExit(1)
+
+
+@main.command("describe")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("my-catalog.toml"),
+    show_default=True,
+    help="Catalogue to write; an existing file is not overwritten.",
+)
+@console.options()
+def describe_command(folder: Path, out: Path) -> None:
+    """Propose a catalogue for the images in FOLDER, by the names of its folders."""
+    if out.exists():
+        raise click.ClickException(f"{out} exists; choose another --out, or remove it")
+    found = describe(folder)
+    rows = [[path, kind, count] for path, (kind, count) in found.folders.items()]
+    rows += [[path, "?", count] for path, count in found.undecided.items()]
+    console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
+    write_text(out, found.text)
+    if found.undecided:
+        console.say(f"{len(found.undecided)} folders have no class: say it in {out}, then")
+    command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
+    console.say(f"check {out}, then: {command}")
+
+
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
@@ -180,7 +321,7 @@ def demo(folder: Path, seed: int) -> None:
         counts = make_demo(
             folder,
             seed=seed,
-            jobs=_cores(),
+            jobs=cores(),
             on_done=lambda _done, total: advance(1, f"of {total}"),
         )
     console.table(

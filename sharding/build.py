@@ -1,45 +1,86 @@
-"""Run a plan over processes, resume what an earlier run left, and write the index last."""
+"""From raw folders to shard sets: list, decode once, decide, pack, and write each index last.
+
+Whatever an earlier run has finished is kept, however it ended. Below the output:
+
+    .build/inventory/<source>.parquet      every raw image, described (sharding/inventory.py)
+    .build/<set>/<shard>.tar.parquet       the rows of a finished shard, and the mark that it is
+    <set>/                                 what `sharding/format.py` promises
+"""
 
 import contextlib
-import fcntl
-import hashlib
+import csv
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.catalog import Catalog
+from sharding.catalog import Catalog, CatalogError, Source
+from sharding.dedupe import SPLIT_RANK, Decision, decide
+from sharding.engine import Engine, run_all
 from sharding.format import (
     CLASSES,
     FORMAT_VERSION,
     INDEX_FILE,
+    LEFT_OUT_FILE,
     SAMPLES_FILE,
     SAMPLES_SCHEMA,
     ShardError,
 )  # fmt: skip
-from sharding.layouts import Item, read_folders
-from sharding.plan import ShardPlan, plan_shards
-from sharding.write import Written, read_done, write_atomically, write_shard
+from sharding.inventory import (
+    finish_source,
+    item_table,
+    known_facts,
+    missing_chunks,
+    read_source,
+    take_inventory,
+)  # fmt: skip
+from sharding.layouts import Listing, capped, list_source
+from sharding.plan import plan_shards, sample_key
+from sharding.storage import (
+    AnyPath,
+    files_in,
+    locked,
+    make_folder,
+    sha256_of,
+    write_atomically,
+    write_text,
+)  # fmt: skip
+from sharding.write import Written, read_done, write_shard
 
 WORK_FOLDER = ".build"
-"""Inside a set: the rows of finished shards, and the lock. Only a build reads it."""
+"""Below the output; only a build reads it."""
+
+COUNT_TOLERANCE = 0.02
+"""How far a source may be from the count that its catalogue entry expects."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""`progress(what, total)` is a context whose value is called with the number of images done."""
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What the raw folder holds of a catalogue."""
+@contextlib.contextmanager
+def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
+    """Shows nothing."""
+    yield lambda _done: None
 
-    items: list[Item]
-    left_out: dict[str, dict[str, int]]  # source -> reason -> files
-    found: list[str]  # sources with a folder
-    missing: list[str]  # sources without
+
+@dataclass
+class Found:
+    """The sources of a catalogue as one table of their images; see `sharding/inventory.py`.
+
+    `kept` are sources whose raw files are gone, known from an earlier build; `missing` are those
+    that were never there.
+    """
+
+    listings: dict[str, Listing] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,147 +92,283 @@ class BuiltSet:
     shards_written: int
 
 
-def scan(catalog: Catalog, raw: Path) -> Scan:
-    """List every image of every catalogue source that is on disk."""
-    items: list[Item] = []
-    left_out: dict[str, dict[str, int]] = {}
-    found, missing = [], []
-    for name, source in catalog.sources.items():
-        if not (raw / (source.root or name)).is_dir():
-            missing.append(name)
-            continue
-        found.append(name)
-        listed, skipped = read_folders(name, source, raw)
-        items += listed
-        for (_, reason), count in sorted(skipped.items()):
-            left_out.setdefault(name, {})[reason] = count
-    return Scan(items, left_out, found, missing)
+def find_sources(
+    catalog: Catalog, raw: AnyPath, out: AnyPath, only: Sequence[str] = (), max_bad: float = 0.01
+) -> Found:
+    """List the images of every catalogue source that is on disk or was packed before.
 
-
-def build_set(
-    name: str,
-    found: Scan,
-    catalog: Catalog,
-    out: Path,
-    *,
-    jobs: int,
-    max_bad: float,
-    on_samples: Callable[[int], None] = lambda _count: None,
-) -> BuiltSet:
-    """Pack the items of set `name` into `out/name`.
-
-    A finished set whose input has not changed is left alone; an interrupted one continues with the
-    shards that are missing. `max_bad` is the share of images that may be unreadable.
-    `on_samples(n)` is called as shards finish.
+    With `only`, sources that have no say in those sets are passed over: who is left out of a set
+    depends on sets whose split goes before its own, and on no other.
 
     Raises:
-        ShardError: another build runs on this set, or too many of its images are unreadable.
+        CatalogError: a layout that does not fit, or a source with far fewer images than expected.
+    """
+    found = Found()
+    lowest = min(
+        (SPLIT_RANK[catalog.sets[name]] for name in only if name in catalog.sets), default=0
+    )
+    for name, source in catalog.sources.items():
+        sets = {name for place in source.places() for name in place}
+        if not any(SPLIT_RANK[catalog.sets[name]] >= lowest for name in sets):
+            continue
+        if (raw / (source.root or name)).is_dir():
+            listing = list_source(name, source, raw)
+            if listing.items:
+                _check_counts(name, source, listing, max(COUNT_TOLERANCE, max_bad))
+                capped(listing, source.cap)
+                found.listings[name] = listing
+            else:
+                found.missing.append(name)
+        elif (out / WORK_FOLDER / "inventory" / f"{name}.parquet").exists():
+            found.kept.append(name)
+        else:
+            found.missing.append(name)
+    return found
+
+
+def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
+    """A source with far fewer images than were counted elsewhere is half a download."""
+    counts = Counter(CLASSES[item.label] for item in listing.items)
+    for kind, expected in source.expected.items():
+        if abs(counts[kind] - expected) > tolerance * expected:
+            raise CatalogError(
+                f"source {name} has {counts[kind]:,} {kind} images, its catalogue entry expects "
+                f"{expected:,}. Complete it (python -m sharding fetch {name}), allow more with "
+                f"--max-bad, or say in a catalogue of your own: [sources.{name}] expected = {{}}"
+            )
+
+
+def build(
+    catalog: Catalog,
+    raw: AnyPath,
+    out: AnyPath,
+    *,
+    only: Sequence[str] = (),
+    jobs: int = 0,
+    engine: Engine = "local",
+    max_bad: float = 0.01,
+    progress: Progress = no_progress,
+) -> tuple[Found, list[BuiltSet]]:
+    """Pack everything of `catalog` below `raw` into sets below `out`, or only the sets `only`.
+
+    Finished sets whose input has not changed are left alone; an interrupted build goes on with what
+    is missing. `max_bad` is the share of a set's images that may be unreadable. `jobs` is the
+    number of processes, 0 for one per core.
+
+    Raises:
+        ShardError: another build runs here, a set lost too many images, or a raw file changed.
+        CatalogError, RawError: what lies below `raw` does not fit the catalogue.
         OSError: a file that cannot be read or written.
     """
-    folder = out / name
-    work = folder / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, work):
-        items = [item for item in found.items if item.set == name]
-        plans = plan_shards(items, catalog.sets[name])
-        done = {plan.name: read_done(plan, folder, work) for plan in plans}
-        todo = [plan for plan in plans if done[plan.name] is None]
-        on_samples(sum(len(plan.items) for plan in plans if done[plan.name]))
-        index_path = folder / INDEX_FILE
-        if todo:
-            index_path.unlink(missing_ok=True)  # from here until the end this is no set
-        for plan, written in _write_all(todo, folder, work, jobs):
-            done[plan.name] = written
-            on_samples(len(plan.items))
-        _refuse_many_bad(name, items, list(done.values()), max_bad)
-        index = _finish(name, plans, done, found, catalog, folder, work)
-        return BuiltSet(name, index, len(todo))
+    found = find_sources(catalog, raw, out, only, max_bad)
+    if not found.listings and not found.kept:
+        return found, []
+    work = out / WORK_FOLDER
+    make_folder(work / "inventory")
+    with locked(work, out):
+        inventory = _read_everything(found, raw, work / "inventory", jobs, engine, progress)
+        decision = decide(inventory, catalog.sets)
+        present = sorted(set(decision.wanted.tolist()))
+        if unknown := sorted(set(only) - set(present)):
+            raise ShardError(
+                f"nothing to build for set {', '.join(unknown)}; below {raw} lie images for "
+                f"{', '.join(present)}"
+            )
+        chosen = [name for name in present if not only or name in only]
+        builds = {name: _SetBuild(name, catalog, found, inventory, decision) for name in chosen}
+        for one in builds.values():
+            one.refuse_many_bad(max_bad)
+        for one in builds.values():
+            one.plan(out)
+        with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
+            advance(sum(w.samples for one in builds.values() for w in one.done.values()))
+            # The sets' shards share one pool; a set is finished as soon as its last one is there.
+            tasks = [task for one in builds.values() for task in one.tasks(raw)]
+            for name, written in run_all(_write_one, tasks, engine, jobs):
+                builds[name].done[written.name] = written
+                advance(written.samples)
+        return found, [one.finish() for one in builds.values()]
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, work: Path) -> Iterator[None]:
-    """Hold the set for one builder; the lock goes with the process, however it ends."""
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(f"another build is writing {folder}; wait for it to end") from None
-        yield
+def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
+    return set_name, write_shard(*task)
 
 
-def _write_all(
-    plans: Sequence[ShardPlan], folder: Path, work: Path, jobs: int
-) -> Iterator[tuple[ShardPlan, Written]]:
-    """Write shards in `jobs` processes; yields each as it is done."""
-    if jobs == 1 or len(plans) < 2:
-        for plan in plans:
-            yield plan, write_shard(plan, folder, work)
-        return
-    # Forking a process that has threads (a progress bar, a test runner) can deadlock.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharding.write", "webdataset"])  # seconds, paid once
-    with ProcessPoolExecutor(min(jobs, len(plans)), mp_context=context) as pool:
-        futures = {pool.submit(write_shard, plan, folder, work): plan for plan in plans}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _read_everything(
+    found: Found, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
+) -> pa.Table:
+    """The inventory of all sources, in the order of the catalogue; decodes what is not known."""
+    items = {name: item_table(listing.items) for name, listing in found.listings.items()}
+    tasks = [
+        (str(raw), str(folder), file, chunk)
+        for name, table in items.items()
+        for file, chunk in missing_chunks(name, table, known_facts(folder, name))
+    ]
+    if tasks:
+        with progress("decoding", sum(chunk.num_rows for *_, chunk in tasks)) as advance:
+            for done in run_all(take_inventory, tasks, engine, jobs):
+                advance(done)
+    tables = [
+        finish_source(folder, name, table, found.listings[name]) for name, table in items.items()
+    ]
+    for name in found.kept:
+        table, listing = read_source(folder, name)
+        found.listings[name] = listing
+        tables.append(table)
+    return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
 
 
-def _refuse_many_bad(
-    name: str, items: Sequence[Item], shards: Sequence[Written], max_bad: float
-) -> None:
-    """A set that lost more than a few images is not the set that was meant."""
-    bad = [entry for shard in shards for entry in shard.quarantine]
-    if len(bad) > max(1, max_bad * len(items)) or len(bad) == len(items):
-        raise ShardError(
-            f"{len(bad):,} of {len(items):,} images of set {name} are unreadable, more than "
-            f"{max_bad:.0%}; the first is {bad[0]['path']} ({bad[0]['reason']}). Mend or remove "
-            "them, or allow more with --max-bad"
+class _SetBuild:
+    """One set to build: its samples, and what is left out of it."""
+
+    def __init__(
+        self, name: str, catalog: Catalog, found: Found, inventory: pa.Table, decision: Decision
+    ) -> None:
+        self.name, self.catalog, self.found = name, catalog, found
+        self.split = catalog.sets[name]
+        bad = np.asarray(inventory.column("error").to_numpy() != "")
+        wanted = decision.wanted == name
+        taken = np.flatnonzero((decision.sets == name) & ~bad)
+        self.total = int(wanted.sum())
+        self.samples = self._samples(inventory.take(taken), decision.groups[taken])
+        self.quarantine = inventory.take(np.flatnonzero(wanted & bad)).select(
+            ["source", "origin", "error"]
         )
+        away = np.flatnonzero(wanted & ~bad & (decision.sets == ""))
+        self.left_out = _left_out(inventory, decision, away)
+
+    def _samples(self, table: pa.Table, groups: np.ndarray) -> pa.Table:
+        """Inventory rows as rows of the index: with key, split and merged group."""
+        pairs = zip(
+            table.column("source").to_pylist(), table.column("origin").to_pylist(), strict=True
+        )
+        keys = [sample_key(source, origin) for source, origin in pairs]
+        table = table.drop_columns(["group", "thumbnail", "error", "place"])
+        table = table.append_column("key", pa.array(keys, pa.string()))
+        table = table.append_column("group", pa.array(groups, pa.string()))
+        return table.append_column("split", pa.array([self.split] * len(keys), pa.string()))
+
+    def refuse_many_bad(self, max_bad: float) -> None:
+        """A set that lost more than a few images is not the set that was meant."""
+        bad = self.quarantine.num_rows
+        if bad > max(1, max_bad * self.total) or (bad and bad == self.total):
+            first = self.quarantine.slice(0, 1).to_pylist()[0]
+            raise ShardError(
+                f"{bad:,} of {self.total:,} images of set {self.name} are unreadable, more than "
+                f"{max_bad:.0%}; the first is {first['origin']} ({first['error']}). Mend or remove "
+                "them, or allow more with --max-bad"
+            )
+
+    def plan(self, out: AnyPath) -> None:
+        """Divide the samples into shards, and see which are there already."""
+        self.folder, self.marks = out / self.name, out / WORK_FOLDER / self.name
+        make_folder(self.folder)
+        make_folder(self.marks)
+        self.plans = plan_shards(self.samples, self.split)
+        found = [read_done(plan, self.folder, self.marks) for plan in self.plans]
+        self.done: dict[str, Written] = {written.name: written for written in found if written}
+        self.todo = [plan for plan in self.plans if plan.name not in self.done]
+        self._refuse_to_lose(out)
+
+    def tasks(self, raw: AnyPath) -> Iterator[tuple]:
+        """The shards to write; from here until the end this is no set."""
+        if self.todo:
+            (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        for plan in self.todo:
+            yield (
+                self.name, str(raw), str(self.folder), str(self.marks), plan.name,
+                plan.fingerprint, self.samples.take(plan.rows),
+            )  # fmt: skip
+
+    def _refuse_to_lose(self, out: AnyPath) -> None:
+        """What was packed does not go away because its raw files or its catalogue entry did.
+
+        Raises:
+            ShardError: the plan needs raw files that are gone, or forgets a source.
+        """
+        gone = sorted({plan.source for plan in self.todo} & set(self.found.kept))
+        if gone:
+            raise ShardError(
+                f"set {self.name} must be packed again in parts, and the raw files of "
+                f"{', '.join(gone)} are gone; put them back (nothing was changed)"
+            )
+        if not (self.folder / INDEX_FILE).exists():
+            return
+        before = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["sources"]
+        inventory = out / WORK_FOLDER / "inventory"
+        for name in sorted(before.keys() - self.catalog.sources.keys()):
+            if (inventory / f"{name}.parquet").exists():
+                raise ShardError(
+                    f"set {self.name} holds source {name}, which this catalogue does not name; "
+                    "pass the --catalog that describes it, or, to take it out of the set, delete "
+                    f"{inventory / name}.parquet (nothing was changed)"
+                )
+
+    def finish(self) -> BuiltSet:
+        """Write what was left out, the table, and then the index; all follow from the input."""
+        folder, plans = self.folder, self.plans
+        shards = [self.done[plan.name] for plan in plans]
+        tables = [_read_rows(self.marks / f"{plan.name}.parquet") for plan in plans]
+        table = pa.concat_tables([SAMPLES_SCHEMA.empty_table(), *tables]).unify_dictionaries()
+        table = table.replace_schema_metadata(None)
+        write_atomically(folder / SAMPLES_FILE, lambda path: pq.write_table(table, path))
+        write_atomically(folder / LEFT_OUT_FILE, self._write_left_out)
+        sources = sorted({plan.source for plan in plans})
+        quarantine = [
+            {"source": row["source"], "path": row["origin"], "reason": row["error"]}
+            for row in self.quarantine.to_pylist()
+        ]
+        index = {
+            "format_version": FORMAT_VERSION,
+            "set": self.name,
+            "split": self.split,
+            "classes": list(CLASSES),
+            "samples": table.num_rows,
+            "samples_sha256": sha256_of(folder / SAMPLES_FILE),
+            "shards": [asdict(shard) for shard in shards],
+            "totals": _totals(table),
+            "sources": {name: self._about(name) for name in sources},
+            "quarantine": sorted(quarantine, key=lambda entry: entry["path"]),
+            "left_out": dict(sorted(Counter(reason for *_, reason, _ in self.left_out).items())),
+            "left_out_sha256": sha256_of(folder / LEFT_OUT_FILE),
+        }
+        text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        _remove_strangers(folder, self.marks, {shard.name for shard in shards})
+        if not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
+            write_text(folder / INDEX_FILE, text)
+        return BuiltSet(self.name, index, len(self.todo))
+
+    def _about(self, name: str) -> dict[str, Any]:
+        """What a loader and a reader of the index need to know of a source."""
+        source, listing = self.catalog.sources[name], self.found.listings[name]
+        return {
+            "licence": source.licence,
+            "homepage": source.homepage,
+            "law": source.law,
+            "replay": source.replay,
+            "read_as": listing.read_as,
+            "passed_over": {reason: entry["files"] for reason, entry in listing.left_out.items()},
+        }
+
+    def _write_left_out(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["source", "origin", "reason", "kept"])
+            writer.writerows(self.left_out)
 
 
-def _finish(
-    name: str,
-    plans: Sequence[ShardPlan],
-    done: dict[str, Written],
-    found: Scan,
-    catalog: Catalog,
-    folder: Path,
-    work: Path,
-) -> dict[str, Any]:
-    """Write `samples.parquet` and then `index.json`; both depend on the input alone."""
-    shards = [done[plan.name] for plan in plans]
-    kept = [plan for plan in plans if done[plan.name].samples]
-    table = pa.concat_tables(
-        [pq.read_table(work / f"{plan.name}.parquet", schema=SAMPLES_SCHEMA) for plan in kept]
-    ).unify_dictionaries()
-    table = table.replace_schema_metadata(None)
-    write_atomically(folder / SAMPLES_FILE, lambda path: pq.write_table(table, path))
-    sources = sorted({plan.items[0][1].source for plan in plans})
-    index = {
-        "format_version": FORMAT_VERSION,
-        "set": name,
-        "split": catalog.sets[name],
-        "classes": list(CLASSES),
-        "samples": table.num_rows,
-        "samples_sha256": hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
-        "shards": [
-            {key: value for key, value in asdict(shard).items() if key != "quarantine"}
-            for shard in shards
-            if shard.samples
-        ],
-        "totals": _totals(table),
-        "sources": {source: _about(catalog, source) for source in sources},
-        "quarantine": [entry for shard in shards for entry in shard.quarantine],
-        "left_out": {s: found.left_out[s] for s in sources if s in found.left_out},
-    }
-    text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    _remove_strangers(folder, {shard["name"] for shard in index["shards"]})
-    write_atomically(folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    return index
+def _left_out(
+    inventory: pa.Table, decision: Decision, rows: np.ndarray
+) -> list[tuple[str, str, str, str]]:
+    """(source, origin, reason, origin of the image kept instead) of what is left out."""
+    others = decision.other[rows]
+    columns = [
+        inventory.column("source").take(rows).to_pylist(),
+        inventory.column("origin").take(rows).to_pylist(),
+        decision.reasons[rows].tolist(),
+        inventory.column("origin").take(np.maximum(others, 0)).to_pylist(),
+    ]
+    return sorted(zip(*columns, strict=True))
 
 
 def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
@@ -204,19 +381,23 @@ def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
     }
 
 
-def _about(catalog: Catalog, name: str) -> dict[str, Any]:
-    """What a loader and a reader of the index need to know of a source."""
-    source = catalog.sources[name]
-    return {
-        "licence": source.licence,
-        "homepage": source.homepage,
-        "law": source.law,
-        "replay": source.replay,
-    }
+def _read_rows(path: AnyPath) -> pa.Table:
+    with path.open("rb") as stream:
+        return pq.read_table(stream, schema=SAMPLES_SCHEMA)
 
 
-def _remove_strangers(folder: Path, names: set[str]) -> None:
+def _text_of(path: AnyPath) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _remove_strangers(folder: AnyPath, marks: AnyPath, names: set[str]) -> None:
     """Delete shards of an earlier, different plan: a set holds what its index lists."""
-    for path in [*folder.glob("*.tar"), *folder.glob("*.idx"), *folder.glob("*.partial")]:
-        if path.with_suffix(".tar").name not in names:
+    for path in files_in(folder):
+        if (
+            path.suffix in (".tar", ".idx", ".partial")
+            and path.with_suffix(".tar").name not in names
+        ):
+            path.unlink()
+    for path in files_in(marks):
+        if path.name.removesuffix(".parquet") not in names:
             path.unlink()

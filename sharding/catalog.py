@@ -1,4 +1,4 @@
-"""The catalogue: a TOML file that says, for each source, which folders are real and which fake.
+"""The catalogue: TOML files that say, for each source, what is real, what is fake, where it goes.
 
     [sets]                                  # set -> split; a set is a folder of shards
     phase1 = "train"
@@ -11,14 +11,20 @@
     fake = [{ folder = "sdxl", generator = "sdxl" }]
     group = '(\\d+)_\\d+\\.png$'              # optional: files with one capture stay in one set
 
-Labels come from these names and from nothing else.
+Labels come from these names and from nothing else. Zip archives are read as the folders that they
+hold. Parquet tables are read through rules with a `column`:
+
+    fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
+
+Later files add to earlier ones key by key: two lines change one setting of a built-in source.
 """
 
 import re
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import recipes
 
@@ -32,44 +38,105 @@ class CatalogError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
-    """One place of a source: every image below `folder` (and named like `name`) has one label.
+class Rule:
+    """One kind of image of a source: where it lies, and what made it.
 
     `folder` is a path below the source's root, matched part by part and without regard to case:
-    `*` and `?` match within a part, `**` matches any number of parts.
+    `*` and `?` match within a part, `**` matches any number of parts, and `<generator>` matches one
+    part and names the generator. `name` is a pattern for the file's own name. With `column` the
+    files are parquet tables and the images lie in that column. `where` are columns and the values
+    they must have: of the parquet row, or of the file's row in the source's `table`. A text value
+    for a column of numbers is a class name, looked up in the table's own metadata.
     """
 
-    folder: str
-    generator: str = ""
+    folder: str = "**"
     name: str = "*"
+    column: str = ""
+    where: dict[str, str | int] = field(default_factory=dict)
+    generator: str = ""
     set: str | dict[str, float] = ""
+
+    def __str__(self) -> str:
+        """The rule as messages name it."""
+        parts = [self.folder if self.name == "*" else f"{self.folder}/{self.name}"]
+        parts += [f"column {self.column}"] if self.column else []
+        parts += [f"{column}={value}" for column, value in self.where.items()]
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """CSV files (by `name` pattern) with a row per image; `key` is the column of file names."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Where a source is downloaded from: one of the Hugging Face hub (`files`: patterns of what is
+    needed there), Kaggle, or plain addresses; or `by_hand`, what a person has to do.
+    """
+
+    hub: str = ""
+    files: list[str] = field(default_factory=list)
+    kaggle: str = ""
+    urls: list[str] = field(default_factory=list)
+    by_hand: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.hub, self.kaggle, self.urls, self.by_hand))) != 1:
+            raise ValueError("fetch takes exactly one of hub, kaggle, urls and by_hand")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset. `law` names the augmentation its training images keep; see `recipes/`."""
+    """One dataset. `law` names the augmentation its training images keep; see `recipes/`.
+
+    `cap` is the most images to take per class, whole groups at a time; `expected` is how many a
+    complete download has per class, checked before anything is packed (an empty table checks
+    nothing). `group_column` is the parquet column whose equal values make a group.
+    """
 
     licence: str
     set: str | dict[str, float]
-    real: list[str | Folder] = field(default_factory=list)
-    fake: list[str | Folder] = field(default_factory=list)
-    ignore: list[str] = field(default_factory=list)
+    real: list[str | Rule] = field(default_factory=list)
+    fake: list[str | Rule] = field(default_factory=list)
+    ignore: list[str | Rule] = field(default_factory=list)
     root: str = ""
     homepage: str = ""
-    group: str = ""
+    fetch: Fetch | None = None
+    table: Table | None = None
+    group: str | list[str] = ""
+    group_column: str = ""
+    cap: dict[Literal["real", "fake"], int] = field(default_factory=dict)
+    expected: dict[Literal["real", "fake"], int] = field(default_factory=dict)
     law: str = ""
     replay: bool = True
 
     def __post_init__(self) -> None:
         if not self.real and not self.fake:
-            raise ValueError("names neither real nor fake folders")
-        if self.group and re.compile(self.group).groups != 1:
-            raise ValueError(f"group {self.group!r} must have exactly one capture group")
+            raise ValueError("names neither real nor fake images")
+        for pattern in self.groups():
+            if re.compile(pattern).groups != 1:
+                raise ValueError(f"group {pattern!r} must have exactly one capture group")
 
-    def folders(self, label: int) -> list[Folder]:
-        """The places of one label, 0 real or 1 fake, all as `Folder`."""
-        places = self.fake if label else self.real
-        return [Folder(folder=p) if isinstance(p, str) else p for p in places]
+    def rules(self, label: int) -> list[Rule]:
+        """The rules of one label, 0 real or 1 fake."""
+        return [_as_rule(rule) for rule in (self.fake if label else self.real)]
+
+    def ignored(self) -> list[Rule]:
+        """What belongs to no class."""
+        return [_as_rule(rule) for rule in self.ignore]
+
+    def groups(self) -> list[str]:
+        """The patterns that find a file's group; the first that fits counts."""
+        return [self.group] if isinstance(self.group, str) and self.group else list(self.group)
+
+    def places(self) -> list[dict[str, float]]:
+        """Every set, or mixture of sets, that images of this source may go to."""
+        own = [r.set for label in (0, 1) for r in self.rules(label) if r.set]
+        return [shares(place) for place in (self.set, *own)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,41 +147,58 @@ class Catalog:
     sources: dict[str, Source] = field(default_factory=dict)
 
 
-def shares(place: str | dict[str, float]) -> dict[str, float]:
+def _as_rule(rule: str | Rule) -> Rule:
+    return Rule(folder=rule) if isinstance(rule, str) else rule
+
+
+def shares(place: str | Mapping[str, float]) -> dict[str, float]:
     """Where samples go: `{set: share}`, shares summing to 1."""
-    return {place: 1.0} if isinstance(place, str) else place
+    return {place: 1.0} if isinstance(place, str) else dict(place)
 
 
 def read_catalog(files: Sequence[Path]) -> Catalog:
-    """The files as one catalogue; a later file replaces sources of the same name.
+    """The files as one catalogue; a later file adds to, and overrides, an earlier one.
 
     Raises:
         CatalogError: unknown keys, bad names, shares that do not sum to 1, sets without a split.
     """
-    sets: dict[str, str] = {}
-    sources: dict[str, Source] = {}
+    sets: dict[str, Any] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    catalog = Catalog()
     for file in files:
+        values = _read(file)
+        sets |= values.pop("sets", {})
+        for name, entry in values.pop("sources", {}).items():
+            sources[name] = {**sources.get(name, {}), **entry}
         try:
-            catalog = recipes.load(Catalog, file)
+            catalog = recipes.build(
+                Catalog, {"sets": sets, "sources": sources, **values}, str(file)
+            )
         except recipes.RecipeError as error:
             raise CatalogError(str(error)) from error
-        sets |= catalog.sets
-        sources |= catalog.sources
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
-    return Catalog(sets=sets, sources=sources)
+    return catalog
 
 
-def _check(name: str, source: Source, sets: dict[str, str], file: Path) -> None:
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CatalogError(f"no catalogue at {file}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"{file} is not valid TOML: {error}") from error
+
+
+def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:
     """Names are safe in file names, and every set that is used has a split."""
     if not _NAME.fullmatch(name):
         raise CatalogError(f"{file}: source {name!r}: use lower-case letters, digits, '-' and '_'")
-    places = [source.set, *(f.set for label in (0, 1) for f in source.folders(label) if f.set)]
-    for place in places:
-        total = sum(shares(place).values())
+    for place in source.places():
+        total = sum(place.values())
         if abs(total - 1) > 1e-6:
             raise CatalogError(f"{file}: source {name}: the shares of {place} sum to {total:g}")
-        for set_name in shares(place):
+        for set_name in place:
             if set_name not in sets:
                 raise CatalogError(
                     f"{file}: source {name} goes to set {set_name!r}, but [sets] has only "

@@ -5,6 +5,7 @@ may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated) becomes an 8-bit R
 from the decoded pixels, and the facts say so. Packing and prediction both go through `prepare`.
 """
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Facts:
     format: str
     chroma: str
     jpeg_quality: int
+    jpeg_tables: str
+    exif: bool
     orientation: int
     phash: int
     transcoded_from: str
@@ -55,11 +58,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts."""
+    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts.
+
+    `thumbnail` is (16, 16) uint8 grey: what two near-duplicates are compared by.
+    """
 
     data: bytes
     pixels: np.ndarray
     facts: Facts
+    thumbnail: np.ndarray
 
 
 def prepare(data: bytes) -> Prepared:
@@ -82,17 +89,20 @@ def prepare(data: bytes) -> Prepared:
             pixels = _eight_bit_rgb(image)
             data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
     height, width = pixels.shape[:2]
+    phash, thumbnail = fingerprint(pixels)
     facts = Facts(
         width=width,
         height=height,
         format=name,
         chroma=simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else "",
         jpeg_quality=_jpeg_quality(image) if name == "JPEG" else 0,
+        jpeg_tables=_jpeg_tables(image) if name == "JPEG" else "",
+        exif="exif" in image.info,
         orientation=orientation,
-        phash=perceptual_hash(pixels),
+        phash=phash,
         transcoded_from=transcoded_from,
     )
-    return Prepared(data, pixels, facts)
+    return Prepared(data, pixels, facts, thumbnail)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -152,20 +162,24 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def perceptual_hash(pixels: np.ndarray) -> int:
-    """64-bit pHash of (height, width, 3) uint8 pixels; near-duplicates differ in a few bits.
+def fingerprint(pixels: np.ndarray) -> tuple[int, np.ndarray]:
+    """64-bit pHash and (16, 16) uint8 thumbnail of (height, width, 3) uint8 pixels.
 
-    The 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 grey thumbnail, each against
-    their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
-    2010).
+    The hash is the 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 thumbnail, each
+    against their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash
+    Functions", 2010). The thumbnails average green, the larger part of luma, over every n-th pixel
+    such that at least 4 x 4 fall on one of theirs: half the time of all pixels (docs/log.md has
+    what it costs in bits).
     """
-    grey = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)
-    low = _COSINES @ np.asarray(grey.convert("L"), np.float64) @ _COSINES.T
-    bits = (low > np.median(low)).ravel()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    step = max(1, min(pixels.shape[:2]) // 128)
+    green = Image.fromarray(np.ascontiguousarray(pixels[::step, ::step, 1]))
+    small = green.resize((32, 32), Image.Resampling.BOX)
+    low = (_COSINES @ np.asarray(small, np.float32) @ _COSINES.T).ravel()
+    bits = np.packbits(low > np.sort(low)[31:33].mean())
+    return int.from_bytes(bits.tobytes(), "big"), np.asarray(small.reduce(2))
 
 
-_COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)
+_COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32).astype(np.float32)
 
 # ITU-T T.81 table K.1 (luma), the base that libjpeg scales by quality; sorted, because Pillow's
 # order of the entries (zigzag or natural) has changed between versions.
@@ -194,3 +208,10 @@ def _jpeg_quality(image: Image.Image) -> int:
         return 0
     luma = np.sort(np.array(tables[min(tables)], np.int64))
     return int(np.abs(_TABLES - luma).sum(axis=1).argmin()) + 1
+
+
+def _jpeg_tables(image: Image.Image) -> str:
+    """The quantisation tables as 8 hex digits: equal for files of one encoder and quality."""
+    tables = getattr(image, "quantization", None) or {}
+    content = repr([sorted(tables[number]) for number in sorted(tables)])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

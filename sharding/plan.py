@@ -1,13 +1,15 @@
-"""What goes into which shard: items in, shard plans out. Pure, and the same for the same items."""
+"""What goes into which shard: a table of samples in, shard plans out. Pure."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+import numpy as np
+import pyarrow as pa
+
 from sharding.format import FORMAT_VERSION, shard_name
-from sharding.layouts import Item
 
 MAX_SAMPLES = 2048
 MAX_BYTES = 256 * 2**20
@@ -16,54 +18,80 @@ MAX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One tar to write. `fingerprint` changes whenever its content would."""
+    """One tar to write: rows of the samples table. `fingerprint` changes whenever its content
+    would.
+    """
 
     name: str
-    split: str
-    items: tuple[tuple[str, Item], ...]  # (key, item)
+    source: str
+    rows: np.ndarray
     fingerprint: str
 
 
-def sample_key(item: Item) -> str:
+def sample_key(source: str, origin: str) -> str:
     """A key that is unique in its set, free of dots, and the same on every machine."""
-    return f"{item.source}_{hashlib.sha256(item.origin.encode()).hexdigest()[:16]}"
+    return f"{source}_{_digest(origin)}"
 
 
-def plan_shards(items: Iterable[Item], split: str) -> list[ShardPlan]:
-    """The shards of one set. Inside a source, items go in the order of their keys' hashes.
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan_shards(samples: pa.Table, split: str) -> list[ShardPlan]:
+    """The shards of one set. Inside a source, samples go in the order of their keys' hashes.
 
     So a shard mixes the labels and generators of its source, and adding a file moves no other
-    file past its neighbours.
+    file past its neighbours. Cells of a parquet table go in the order of their row groups' hashes,
+    rows together: a group can only be read as a whole.
 
     Raises:
         ValueError: two files with one key (a hash collision, or a path listed twice).
     """
-    keyed = sorted((item.source, sample_key(item), item) for item in items)
-    for (_, left, a), (_, right, b) in pairwise(keyed):
+    names = ("source", "key", "origin", "path", "member")
+    columns = [samples.column(name).to_pylist() for name in names]
+    order = sorted(
+        (source, *_position(key, path, member), key, row)
+        for row, (source, key, _, path, member) in enumerate(zip(*columns, strict=True))
+    )
+    keys = sorted(zip(columns[1], columns[2], strict=True))
+    for (left, a), (right, b) in pairwise(keys):
         if left == right:
-            raise ValueError(f"{a.origin} and {b.origin} have one key, {left}; rename one of them")
+            raise ValueError(f"{a} and {b} have one key, {left}; rename one of them")
+    sizes = samples.column("stored").to_numpy()
+    content = list(zip(*(samples.column(name).to_pylist() for name in _CONTENT), strict=True))
     plans = []
-    for source, entries in groupby(keyed, key=lambda entry: entry[0]):
-        for number, chunk in enumerate(_chunks((key, item) for _, key, item in entries)):
+    for source, entries in groupby(order, key=lambda entry: entry[0]):
+        rows = np.array([entry[-1] for entry in entries])
+        for number, chunk in enumerate(_chunks(rows, sizes)):
             name = shard_name(source, split, number)
-            plans.append(ShardPlan(name, split, chunk, _fingerprint(name, chunk)))
+            print_of = _fingerprint(name, [content[row] for row in chunk])
+            plans.append(ShardPlan(name, source, chunk, print_of))
     return plans
 
 
-def _chunks(entries: Iterable[tuple[str, Item]]) -> Iterator[tuple[tuple[str, Item], ...]]:
-    chunk: list[tuple[str, Item]] = []
-    size = 0
-    for key, item in entries:
-        if chunk and (len(chunk) == MAX_SAMPLES or size + item.size > MAX_BYTES):
-            yield tuple(chunk)
-            chunk, size = [], 0
-        chunk.append((key, item))
-        size += item.size
-    if chunk:
-        yield tuple(chunk)
+_CONTENT = ("key", "sha256", "label", "generator", "group", "origin", "transcoded_from")
 
 
-def _fingerprint(name: str, chunk: tuple[tuple[str, Item], ...]) -> str:
-    """Everything a shard is made from, files by size and time of change."""
-    content = [FORMAT_VERSION, name, [[key, *item._replace(path="")] for key, item in chunk]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _position(key: str, path: str, member: str) -> tuple[str, int, str]:
+    """Where a sample stands in its source: (hash, row, column)."""
+    if path.lower().endswith(".parquet") and member:
+        group, row, column = member.split(":", 2)
+        return _digest(f"{path}:{group}"), int(row), column
+    return key.rpartition("_")[2], 0, ""
+
+
+def _chunks(rows: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    start, size = 0, 0
+    for end, row in enumerate(rows):
+        if end > start and (end - start == MAX_SAMPLES or size + int(sizes[row]) > MAX_BYTES):
+            yield rows[start:end]
+            start, size = end, 0
+        size += int(sizes[row])
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _fingerprint(name: str, content: list[tuple]) -> str:
+    """Everything that a shard's bytes and rows follow from; the rest follows from the hashes."""
+    text = json.dumps([FORMAT_VERSION, name, content], default=bytes.hex)
+    return hashlib.sha256(text.encode()).hexdigest()

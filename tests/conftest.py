@@ -14,7 +14,7 @@ import recipes
 from model.network import Network
 from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool
 from pipeline.augment import Augment, View
-from sharding.build import build_set, scan
+from sharding.build import build
 from sharding.catalog import Catalog, read_catalog
 from sharding.format import ShardSet, open_shards
 
@@ -123,9 +123,7 @@ def build_all(
 ) -> Path:
     """Every set of `raw`, by the real builder."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
-    found = scan(catalog, raw)
-    for name in sorted({item.set for item in found.items}):
-        build_set(name, found, catalog, out, jobs=jobs, max_bad=max_bad)
+    build(catalog, raw, out, jobs=jobs, max_bad=max_bad)
     return out
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.build import build_set, scan
+from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, open_shards, read_index
 from tests.conftest import build_all, write_raw
@@ -107,12 +107,30 @@ def test_a_rebuild_that_breaks_off_leaves_no_set(
         open_shards([tmp_path / "out/old"])
 
 
-def test_shards_of_an_earlier_plan_are_removed(tmp_path: Path) -> None:
+def test_packed_sources_outlive_their_raw_files(tmp_path: Path) -> None:
+    """People delete a download once it is packed; the next build must not take its shards away."""
+    raw = write_raw(tmp_path / "raw")
+    before = hashes(build_all(raw, tmp_path / "out"))
+    shutil.rmtree(raw / "dummy")
+    assert hashes(build_all(raw, tmp_path / "out")) == before
+    (tmp_path / "out/old/dummy-train-00000.tar").unlink()
+    with pytest.raises(ShardError, match="the raw files of dummy are gone"):
+        build_all(raw, tmp_path / "out")
+    assert (tmp_path / "out/old/index.json").exists()
+
+
+def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
-    shutil.rmtree(raw / "dummy")
+    text = (raw / "catalog.toml").read_text()
+    start, end = text.index("[sources.dummy]"), text.index("[sources.gamma]")
+    (raw / "catalog.toml").write_text(text[:start] + text[end:])
+    with pytest.raises(ShardError, match="set old holds source dummy, which this catalogue does"):
+        build_all(raw, tmp_path / "out")
+    (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
     build_all(raw, tmp_path / "out")
     assert not list((tmp_path / "out/old").glob("dummy*"))
+    assert "dummy" not in read_index(tmp_path / "out/old")["sources"]
 
 
 def run_build(raw: Path, out: Path) -> subprocess.Popen:
@@ -154,16 +172,17 @@ def test_a_partial_tar_is_never_taken_for_a_whole_one(
 
 
 def test_a_second_builder_is_told_to_wait(raw: Path, tmp_path: Path) -> None:
-    (tmp_path / "old/.build").mkdir(parents=True)
-    with (tmp_path / "old/.build/lock").open("w") as lock:
+    (tmp_path / ".build").mkdir(parents=True)
+    with (tmp_path / ".build/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ShardError, match="another build is writing"):
+        with pytest.raises(OSError, match="another build is writing"):
             build_one(raw, tmp_path, "old")
 
 
 def build_one(raw: Path, out: Path, name: str, max_bad: float = 0.01):
     catalog = read_catalog([raw / "catalog.toml"])
-    return build_set(name, scan(catalog, raw), catalog, out, jobs=1, max_bad=max_bad)
+    (built,) = build(catalog, raw, out, only=[name], jobs=1, max_bad=max_bad)[1]
+    return built
 
 
 def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
-from sharding.layouts import choose_set, folder_pattern, read_folders
+from sharding.layouts import choose_set, folder_pattern, list_source
 from tests.conftest import encode, photo
 
 
@@ -21,7 +22,7 @@ def touch(*paths: Path) -> None:
 
 def labels_of(tmp_path: Path, source: str) -> dict[str, tuple[int, str]]:
     catalog = catalog_of(tmp_path, source)
-    items, _ = read_folders("s", catalog.sources["s"], tmp_path)
+    items = list_source("s", catalog.sources["s"], tmp_path).items
     return {item.origin.removeprefix("s/"): (item.label, item.generator) for item in items}
 
 
@@ -64,7 +65,7 @@ def test_the_deepest_folder_decides(tmp_path: Path) -> None:
 def test_a_file_that_is_both_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "s/mixed/a.png")
     source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["mixed"]\nfake = ["*"]\n'
-    with pytest.raises(CatalogError, match=r"a\.png is real by folder 'mixed' and fake by"):
+    with pytest.raises(CatalogError, match=r"a\.png is real by rule 'mixed' and fake by"):
         labels_of(tmp_path, source)
 
 
@@ -84,12 +85,12 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path: Path) -> None:
     catalog = catalog_of(
         tmp_path, '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["real"]\nignore = ["skip"]\n'
     )
-    items, left_out = read_folders("s", catalog.sources["s"], tmp_path)
-    assert len(items) == 1
-    assert dict(left_out) == {
-        ("s", "not an image by its name (.csv)"): 1,
-        ("s", "in no folder the catalogue names"): 1,
-        ("s", "in a folder the catalogue ignores"): 1,
+    listing = list_source("s", catalog.sources["s"], tmp_path)
+    assert len(listing.items) == 1
+    assert listing.left_out == {
+        "not an image by its name (.csv)": {"files": 1, "first": ["real/labels.csv"]},
+        "in no folder the catalogue names": {"files": 1, "first": ["other/b.png"]},
+        "the catalogue ignores it": {"files": 1, "first": ["skip/c.png"]},
     }
 
 
@@ -100,10 +101,11 @@ def test_a_group_never_crosses_a_set(tmp_path: Path) -> None:
         '[sources.s]\nlicence = "x"\nset = { train = 0.5, held = 0.5 }\nfake = ["fake"]\n'
         "group = '([^/]+)_[0-9]+\\.png$'\n",
     )
-    items, _ = read_folders("s", catalog.sources["s"], tmp_path)
+    items = list_source("s", catalog.sources["s"], tmp_path).items
     sets = {}
     for item in items:
-        sets.setdefault(item.group, set()).add(item.set)
+        chosen = choose_set(item.group, json.loads(item.place))
+        sets.setdefault(item.group, set()).add(chosen)
     assert len(sets) == 40
     assert all(len(found) == 1 for found in sets.values())
     assert {"train", "held"} == set().union(*sets.values())
@@ -139,7 +141,7 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
          "unknown key 'sources.s.license'; sources.s knows"),
         ('[sources.s]\nlicence = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
          "unknown key 'sources.s.real.0.generatr'"),
-        ('[sources.s]\nlicence = "x"\nset = "train"\n', "names neither real nor fake folders"),
+        ('[sources.s]\nlicence = "x"\nset = "train"\n', "names neither real nor fake images"),
         ('[sources.s]\nlicence = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
         ('[sources.s]\nlicence = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
         ('[sources."S 1"]\nlicence = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),

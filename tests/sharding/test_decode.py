@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sharding.decode import perceptual_hash, prepare
+from sharding.decode import fingerprint, prepare
 from sharding.format import DecodeError, decode_image
 from tests.conftest import encode, photo
 
@@ -128,9 +128,9 @@ def test_a_decompression_bomb_is_refused_unread() -> None:
 
 
 def test_near_duplicates_hash_alike_and_others_do_not() -> None:
-    other = perceptual_hash(photo(2, 93, 71))
-    one = perceptual_hash(PIXELS)
-    smaller = perceptual_hash(np.asarray(IMAGE.resize((60, 46))))
+    other = fingerprint(photo(2, 93, 71))[0]
+    one = fingerprint(PIXELS)[0]
+    smaller = fingerprint(np.asarray(IMAGE.resize((60, 46))))[0]
     worse = prepare(encode(PIXELS, quality=40)).facts.phash
     assert (one ^ smaller).bit_count() <= 6
     assert (one ^ worse).bit_count() <= 6

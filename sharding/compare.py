@@ -1,0 +1,64 @@
+"""What differs between two shard sets: samples added, removed, or changed."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardSet
+
+IGNORED = {"shard", "offset", "key"}
+"""Columns that say where a sample lies, not what it is."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Keys per kind, and for changed samples which columns changed (`"label: real -> fake"`)."""
+
+    added: list[str]
+    removed: list[str]
+    changed: dict[str, list[str]]
+    counts: dict[str, Counter[str]]  # "added" and "removed" -> "source, class" -> samples
+
+    def __bool__(self) -> bool:
+        """Whether there is any difference."""
+        return bool(self.added or self.removed or self.changed)
+
+
+def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
+    """Samples by key, which stands for source and origin; see `Difference`."""
+    names = [name for name in SAMPLES_SCHEMA.names if name not in IGNORED]
+    old, new = (
+        dict(zip(s.table.column("key").to_pylist(), range(len(s)), strict=True))
+        for s in (before, after)
+    )
+    columns = {
+        name: (before.table.column(name).to_pylist(), after.table.column(name).to_pylist())
+        for name in names
+    }
+    changed = {}
+    for key in sorted(old.keys() & new.keys()):
+        differing = [
+            _say(name, one[old[key]], two[new[key]])
+            for name, (one, two) in columns.items()
+            if one[old[key]] != two[new[key]]
+        ]
+        if differing:
+            changed[key] = differing
+    added, removed = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
+    counts = {
+        "added": _count(after, [new[key] for key in added]),
+        "removed": _count(before, [old[key] for key in removed]),
+    }
+    return Difference(added, removed, changed, counts)
+
+
+def _say(name: str, before: object, after: object) -> str:
+    if name == "label":
+        before, after = CLASSES[before], CLASSES[after]
+    if isinstance(before, bytes):
+        return f"{name}: {before.hex()[:8]} -> {after.hex()[:8]}"
+    return f"{name}: {before} -> {after}"
+
+
+def _count(shards: ShardSet, rows: list[int]) -> Counter[str]:
+    sources, labels = shards.table.column("source"), shards.column("label")
+    return Counter(f"{sources[row].as_py()}, {CLASSES[labels[row]]}" for row in rows)

@@ -1,0 +1,125 @@
+"""A first catalogue for a person's own folders: classes by the words in their names.
+
+It only writes down what the names say, for a person to check: a folder whose name says nothing, or
+both, is listed and left undecided.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sharding.catalog import CatalogError
+from sharding.format import CLASSES
+from sharding.layouts import IMAGE_SUFFIXES
+from sharding.raw import walk
+
+WORDS = (
+    frozenset("real reals nature natural photo photos photograph photographs camera human "
+              "original originals authentic pristine".split()),
+    frozenset("fake fakes ai aigc synthetic synth generated artificial deepfake deepfakes gan "
+              "diffusion midjourney dalle flux sdxl sd imagen firefly stylegan".split()),
+)  # fmt: skip
+"""Words that speak for a class, by label."""
+
+_GENERIC = frozenset(
+    "fake fakes ai aigc synthetic synth generated artificial images image 1".split()
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The catalogue as TOML, what it says of each folder (images), and what it could not say."""
+
+    text: str
+    folders: dict[str, tuple[str, int]]  # folder -> (class, images)
+    undecided: dict[str, int]
+
+
+def describe(folder: Path) -> Description:
+    """Propose a catalogue for the images below `folder`.
+
+    Raises:
+        CatalogError: no image there.
+    """
+    folder = folder.absolute()
+    images: Counter[str] = Counter()
+    for file in walk(folder.parent, folder.name):
+        if not file.refused and PurePosixPath(file.inside.lower()).suffix in IMAGE_SUFFIXES:
+            images[file.inside.rpartition("/")[0]] += 1
+    if not images:
+        raise CatalogError(
+            f"no image below {folder}; expected files such as .jpg, .png or .webp in folders or "
+            "zip archives"
+        )
+    folders: dict[str, tuple[str, int]] = {}
+    undecided: dict[str, int] = {}
+    nested: Counter[str] = Counter()
+    for inside, count in sorted(images.items()):
+        label, decided = _class_of(inside)
+        if label is None:
+            undecided[inside or "."] = count
+            continue
+        folders[decided] = (CLASSES[label], folders.get(decided, ("", 0))[1] + count)
+        nested[decided] += count if inside != decided else 0
+    return Description(_catalogue(folder, folders, undecided, nested), folders, undecided)
+
+
+def _class_of(inside: str) -> tuple[int | None, str]:
+    """Label of a folder, and the path down to the part that says so: the deepest that is clear."""
+    parts = inside.split("/") if inside else []
+    for depth in range(len(parts), 0, -1):
+        words = set(re.split(r"[^a-z]+", parts[depth - 1].lower()))
+        spoken = [label for label, known in enumerate(WORDS) if words & known]
+        if len(spoken) == 1:
+            return spoken[0], "/".join(parts[:depth])
+    return None, ""
+
+
+def _catalogue(
+    folder: Path,
+    folders: dict[str, tuple[str, int]],
+    undecided: dict[str, int],
+    nested: Counter[str],
+) -> str:
+    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower()).strip("_-") or "mine"
+    lines = [
+        f"# Proposed from the folder names of {folder.name}; check every line: labels come from",
+        "# here alone.",
+        "",
+        f"[sources.{name}]",
+        f"root = {json.dumps(folder.name)}",
+        'licence = "mine"',
+        "# To train on: nine in ten, and one in ten to choose the checkpoint by.",
+        "set = { phase1 = 0.9, val = 0.1 }",
+        '# To measure on only: set = "mine", and above the source: [sets] / mine = "test".',
+        "# Files of one scene, prompt or video belong together; one capture names the group:",
+        "# group = '([^/]+)_[0-9]+\\.jpg$'",
+    ]
+    for kind in CLASSES:
+        lines.append(f"{kind} = [")
+        for path, (found, count) in folders.items():
+            if found != kind:
+                continue
+            whole = kind == "fake" and nested[path] == count
+            generator = _generator(path) if kind == "fake" else "camera"
+            entry = (
+                f"{{ folder = {json.dumps(path + '/<generator>')} }}"
+                if whole
+                else f"{{ folder = {json.dumps(path)}, generator = {json.dumps(generator)} }}"
+            )
+            lines.append(f"    {entry},  # {count:,} images")
+        for path, count in undecided.items():
+            lines.append(f"    # {{ folder = {json.dumps(path)} }},  # {count:,} images: {kind}?")
+        lines.append("]")
+    return "\n".join(lines) + "\n"
+
+
+def _generator(path: str) -> str:
+    """The deepest part of a path that says more than that it is fake, without those words."""
+    for part in reversed(path.lower().split("/")):
+        words = [word for word in re.split(r"[^a-z0-9.]+", part) if word not in {"", *_GENERIC}]
+        if words:
+            return "-".join(words)
+    return "unknown"

@@ -1,0 +1,93 @@
+"""Where tasks run: processes of this machine, or a Ray cluster. The results are the same.
+
+A task is a module-level function and its arguments; what it writes lies on storage that every
+worker reaches.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Literal
+
+Engine = Literal["local", "ray"]
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def run_all(
+    function: Callable[..., Any], tasks: Iterable[tuple], engine: Engine = "local", jobs: int = 0
+) -> Iterator[Any]:
+    """`function(*task)` for each task; yields results as they come, in any order.
+
+    `jobs` is how many run at a time: 0 for every core, here or in the cluster. The first task that
+    fails ends it all: what has not begun is dropped, and its error is raised. Tasks are taken from
+    `tasks` only a few ahead.
+
+    Raises:
+        ValueError: the engine is not installed.
+    """
+    if engine == "ray":
+        yield from _run_ray(function, tasks, jobs)
+    elif jobs == 1:
+        for task in tasks:
+            yield function(*task)
+    else:
+        yield from _run_processes(function, tasks, jobs or cores())
+
+
+def _run_processes(
+    function: Callable[..., Any], tasks: Iterable[tuple], jobs: int
+) -> Iterator[Any]:
+    # Forking a process that has threads (a progress bar, a test runner) can deadlock.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        try:
+            running = set()
+            for task in tasks:
+                running.add(pool.submit(function, *task))
+                if len(running) >= 2 * jobs:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_ray(function: Callable[..., Any], tasks: Iterable[tuple], jobs: int) -> Iterator[Any]:
+    """Tasks of one core each on the cluster that RAY_ADDRESS names, or on a local one."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--engine ray needs Ray; install the extra `ray`, as `make setup` does")
+    import ray
+
+    if not ray.is_initialized():
+        here = Path(__file__).parent
+        packages = {"py_modules": [str(here), str(here.parent / "recipes")]}
+        ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
+    at_once = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    running: list[Any] = []
+    try:
+        for task in tasks:
+            running.append(remote.remote(*task))
+            if len(running) >= 2 * at_once:
+                done, running = ray.wait(running)
+                yield from ray.get(done)
+        while running:
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)

@@ -1,0 +1,189 @@
+"""The inventory: every raw image read and decoded once, and described in one row.
+
+It lies below the output, in `.build/inventory/`, so that a second build decodes only what is new or
+has changed, and so that sources whose raw files are gone stay known.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.decode import Facts, Prepared, prepare
+from sharding.format import DecodeError
+from sharding.layouts import Item, Listing
+from sharding.raw import read_all
+from sharding.storage import AnyPath, any_path, files_in, write_atomically
+
+FACTS_VERSION = "1"
+"""Changes when `prepare` would describe an image in another way; old rows are then made again."""
+
+CHUNK = 512
+"""Images per task: a few seconds of work, which is what a kill can lose."""
+
+_name = pa.dictionary(pa.int32(), pa.string())
+
+ITEM_SCHEMA = pa.schema(
+    [
+        ("source", _name), ("origin", pa.string()), ("path", pa.string()), ("member", pa.string()),
+        ("size", pa.int64()), ("version", pa.string()), ("label", pa.int8()),
+        ("generator", _name), ("group", pa.string()), ("place", _name), ("refused", pa.string()),
+    ]
+)  # fmt: skip
+
+FACT_SCHEMA = pa.schema(
+    [
+        ("error", pa.string()),  # why the image cannot be used; the rest is then empty
+        ("sha256", pa.binary(32)), ("stored", pa.int32()),  # of the bytes that a shard will hold
+        ("thumbnail", pa.binary(256)),
+        ("width", pa.int32()), ("height", pa.int32()), ("format", _name), ("chroma", _name),
+        ("jpeg_quality", pa.int8()), ("jpeg_tables", _name), ("exif", pa.bool_()),
+        ("orientation", pa.int8()), ("phash", pa.uint64()), ("transcoded_from", _name),
+    ]
+)  # fmt: skip
+
+SCHEMA = pa.schema([*ITEM_SCHEMA, *FACT_SCHEMA])
+
+_KEY = ["origin", "member", "size", "version", "refused"]
+"""What tells whether a row still describes the file."""
+
+_NO_FACTS = Facts(
+    width=0, height=0, format="", chroma="", jpeg_quality=0, jpeg_tables="", exif=False,
+    orientation=1, phash=0, transcoded_from="",
+)  # fmt: skip
+
+
+def item_table(items: Sequence[Item]) -> pa.Table:
+    """Items as a table: a hundred bytes each instead of a thousand."""
+    columns = zip(*items, strict=True) if items else [[] for _ in ITEM_SCHEMA]
+    arrays = [
+        pa.array(column, field.type) for column, field in zip(columns, ITEM_SCHEMA, strict=True)
+    ]
+    return pa.table(arrays, schema=ITEM_SCHEMA)
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """The row of an image that decodes."""
+    return {
+        "error": "",
+        "sha256": hashlib.sha256(prepared.data).digest(),
+        "stored": len(prepared.data),
+        "thumbnail": prepared.thumbnail.tobytes(),
+        **asdict(prepared.facts),
+    }
+
+
+def refuse(reason: str) -> dict[str, Any]:
+    """The row of an image that does not."""
+    return {
+        "error": reason or "unknown",
+        "sha256": bytes(32),
+        "stored": 0,
+        "thumbnail": bytes(256),
+        **asdict(_NO_FACTS),
+    }
+
+
+def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
+    """Decode `items` and write their rows to `folder/name`; returns how many. Runs in a worker.
+
+    Raises:
+        OSError: a file that cannot be read (never: a bad image, whose row says why).
+    """
+    rows = items.to_pylist()
+    facts = []
+    for data in read_all(any_path(raw), rows):
+        try:
+            if isinstance(data, DecodeError):
+                raise data
+            facts.append(describe(prepare(data)))
+        except DecodeError as error:
+            facts.append(refuse(str(error)))
+    table = pa.Table.from_pylist(facts, FACT_SCHEMA)
+    for key in _KEY:
+        table = table.append_column(key, items.column(key))
+    table = table.replace_schema_metadata({"facts": FACTS_VERSION})
+    write_atomically(any_path(folder) / name, lambda path: pq.write_table(table, path))
+    return len(rows)
+
+
+def known_facts(folder: AnyPath, source: str) -> pa.Table | None:
+    """Rows that earlier runs left for a source, finished or not."""
+    tables = []
+    for path in files_in(folder):
+        # Not what is still being written, by a worker whose builder was killed.
+        whole = path.suffix == ".parquet"
+        if whole and (path.stem == source or path.name.startswith(f"{source}+")):
+            table = _read(path)
+            if (table.schema.metadata or {}).get(b"facts") == FACTS_VERSION.encode():
+                tables.append(table.select([*_KEY, *FACT_SCHEMA.names]))
+    return pa.concat_tables(tables, promote_options="default") if tables else None
+
+
+def missing_chunks(
+    source: str, items: pa.Table, facts: pa.Table | None
+) -> Iterator[tuple[str, pa.Table]]:
+    """The items without facts, as (file name, items) for `take_inventory`."""
+    where = _match(items, facts)
+    missing = items.filter(pa.compute.is_null(where))
+    for start in range(0, missing.num_rows, CHUNK):
+        chunk = missing.slice(start, CHUNK).combine_chunks()
+        content = "\n".join(chunk.column("origin").to_pylist())
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
+        yield f"{source}+{fingerprint}.parquet", chunk
+
+
+def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listing) -> pa.Table:
+    """Join the items of a source with their facts, write them as one file, drop the pieces."""
+    facts = known_facts(folder, source)
+    where = _match(items, facts)
+    if where.null_count:
+        raise RuntimeError(f"{where.null_count} images of {source} were never read")
+    table = items
+    if facts is not None:
+        chosen = facts.take(where)
+        for field in FACT_SCHEMA:
+            table = table.append_column(field.name, chosen.column(field.name).cast(field.type))
+        table = table.unify_dictionaries()
+    else:
+        table = SCHEMA.empty_table()
+    notes = {"left_out": listing.left_out, "read_as": listing.read_as}
+    table = table.replace_schema_metadata({"facts": FACTS_VERSION, "listing": json.dumps(notes)})
+    path = folder / f"{source}.parquet"
+    if not path.exists() or not _read(path).equals(table, check_metadata=True):
+        write_atomically(path, lambda partial: pq.write_table(table, partial))
+    for piece in files_in(folder):
+        if piece.name.startswith(f"{source}+"):
+            piece.unlink()
+    return table.replace_schema_metadata(None)
+
+
+def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None:
+    """What an earlier build found in a source, whose raw files may be gone; None if nothing."""
+    path = folder / f"{source}.parquet"
+    if not path.exists():
+        return None
+    table = _read(path)
+    notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
+    return table.replace_schema_metadata(None), Listing([], notes["left_out"], notes["read_as"])
+
+
+def _read(path: AnyPath) -> pa.Table:
+    with path.open("rb") as stream:
+        return pq.read_table(stream)
+
+
+def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:
+    """For each item the row of its facts, or null."""
+    if facts is None:
+        return pa.nulls(items.num_rows, pa.int64())
+    left = items.select(_KEY).append_column("item", pa.array(range(items.num_rows)))
+    right = facts.select(_KEY).append_column("fact", pa.array(range(facts.num_rows)))
+    joined = left.join(right, keys=_KEY, join_type="left outer")
+    # A file may be described twice, by runs that overlapped: any row will do.
+    best = joined.group_by("item").aggregate([("fact", "max")]).sort_by("item")
+    return best.column("fact_max").combine_chunks()

@@ -1,0 +1,222 @@
+"""Hold shard sets against their own index: every byte, every image, and every split.
+
+Nothing is trusted but the hashes: tars are read again, images decoded again, counts made again.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sharding.decode import fingerprint
+from sharding.dedupe import SPLIT_RANK
+from sharding.engine import run_all
+from sharding.format import (
+    CLASSES,
+    IMAGE_FORMATS,
+    INDEX_FILE,
+    DecodeError,
+    ShardSet,
+    decode_image,
+    open_shards,
+    read_index,
+)  # fmt: skip
+from sharding.storage import AnyPath, any_path, files_in, sha256_of
+
+
+def sets_in(folder: AnyPath) -> list[AnyPath]:
+    """The set at `folder`, or the sets directly below it.
+
+    Raises:
+        ShardError: neither.
+    """
+    if (folder / INDEX_FILE).exists():
+        return [folder]
+    below = sorted(path.parent for path in folder.glob(f"*/{INDEX_FILE}"))
+    if not below:
+        read_index(folder)  # says what is wrong
+    return below
+
+
+def verify(
+    folders: Sequence[AnyPath],
+    *,
+    jobs: int = 0,
+    on_images: Callable[[int], None] = lambda _count: None,
+) -> list[str]:
+    """Every fault found in the sets, one line each; an empty list is a clean bill.
+
+    Raises:
+        ShardError: a set that cannot be opened at all.
+    """
+    faults: list[str] = []
+    opened = []
+    for folder in folders:
+        shards = open_shards([folder])
+        opened.append(shards)
+        index = read_index(folder)
+        faults += _check_totals(folder, index, shards)
+        tasks = [
+            (str(folder), entry, shards.table.filter(np.equal(shards.column("shard_code"), number)))
+            for number, entry in enumerate(index["shards"])
+        ]
+        for count, found in run_all(verify_shard, tasks, "local", jobs if len(tasks) > 1 else 1):
+            faults += found
+            on_images(count)
+    return sorted(faults) + _check_splits(folders, opened)
+
+
+def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[int, list[str]]:
+    """Images looked at, and the faults of one shard: its hash, its members, its images."""
+    path = any_path(folder) / entry["name"]
+    where = f"{any_path(folder).name}/{entry['name']}"
+    if not path.exists():
+        return len(rows), [f"{where}: missing"]
+    faults = []
+    if path.stat().st_size != entry["bytes"]:
+        faults.append(f"{where}: {path.stat().st_size:,} bytes, the index says {entry['bytes']:,}")
+    elif sha256_of(path) != entry["sha256"]:
+        faults.append(f"{where}: its sha256 is not the one in the index")
+    if len(rows) != entry["samples"]:
+        faults.append(f"{where}: {len(rows):,} rows, the index says {entry['samples']:,}")
+    listed = {row["key"]: row for row in rows.to_pylist()}
+    try:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream) as tar:
+            seen, lines = _check_members(tar, listed, faults, where)
+    except (tarfile.TarError, OSError) as error:
+        return len(rows), [*faults, f"{where}: not a whole tar: {error}"]
+    for key in sorted(listed.keys() - seen):
+        faults.append(f"{where}:{key}: in the index and not in the tar")
+    idx = path.with_suffix(".idx")
+    expected = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
+    if not idx.exists() or idx.read_text(encoding="utf-8") != expected:
+        faults.append(f"{where}: its .idx does not say where the members are")
+    return len(rows), faults
+
+
+def _check_members(
+    tar: tarfile.TarFile, listed: dict[str, dict[str, Any]], faults: list[str], where: str
+) -> tuple[set[str], list[str]]:
+    """Every member against its row; returns the keys with an image, and the lines of the `.idx`."""
+    seen: set[str] = set()
+    parts: dict[str, list[str]] = {}
+    for member in tar:
+        key, _, extension = member.name.partition(".")
+        name = f"{where}:{member.name}"
+        row = listed.get(key)
+        if not member.isreg() or row is None:
+            faults.append(f"{name}: a member that the index does not know")
+            continue
+        parts.setdefault(key, []).append(
+            f"{extension} {member.offset_data} {member.size} {member.name}"
+        )
+        data = tar.extractfile(member).read()
+        if extension == "json":
+            faults += [f"{name}: {fault}" for fault in _check_metadata(data, row)]
+        elif key in seen:
+            faults.append(f"{name}: a second image of one sample")
+        else:
+            seen.add(key)
+            if (member.offset_data, member.size) != (row["offset"], row["size"]):
+                faults.append(f"{name}: not where the index says")
+            faults += [f"{name}: {fault}" for fault in _check_image(data, extension, row)]
+    return seen, [" ".join(part) for part in parts.values()]
+
+
+def _check_metadata(data: bytes, row: dict[str, Any]) -> Iterator[str]:
+    try:
+        meta = json.loads(data)
+    except ValueError as error:
+        yield f"not JSON: {error}"
+        return
+    expected = {name: row[name] for name in ("source", "generator", "origin")}
+    expected["label"] = CLASSES[row["label"]]
+    for name, value in expected.items():
+        if meta.get(name) != value:
+            yield f"{name} is {meta.get(name)!r}, the index says {value!r}"
+
+
+def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[str]:
+    if hashlib.sha256(data).digest() != row["sha256"]:
+        yield "other bytes than the index says"
+    if IMAGE_FORMATS.get(row["format"]) != extension:
+        yield f"a .{extension}, the index says {row['format']}"
+    try:
+        pixels = decode_image(data, row["format"], row["orientation"])
+    except DecodeError as error:
+        yield str(error)
+        return
+    if pixels.shape[:2] != (row["height"], row["width"]):
+        yield (
+            f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the index says "
+            f"{row['width']} x {row['height']}"
+        )
+    if fingerprint(pixels)[0] != row["phash"]:
+        yield "another perceptual hash than the index says"
+
+
+def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> Iterator[str]:
+    """Counts, keys, and files that no index lists."""
+    where = folder.name
+    if len(shards) != index["samples"]:
+        yield f"{where}: {len(shards):,} rows, the index says {index['samples']:,}"
+    keys = shards.table.column("key").to_pylist()
+    for key, count in Counter(keys).items():
+        if count > 1:
+            yield f"{where}:{key}: {count} samples have this key"
+    labels = Counter(CLASSES[label] for label in shards.column("label").tolist())
+    if dict(labels) != index["totals"]["label"]:
+        yield f"{where}: labels are {dict(labels)}, the index says {index['totals']['label']}"
+    for name in ("source", "generator"):
+        codes, names = shards.codes(name)
+        found = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
+        if found != index["totals"][name]:
+            yield f"{where}: the counts per {name} are not those of the index"
+    listed = {entry["name"] for entry in index["shards"]}
+    for path in files_in(folder):
+        shard = Path(path.name).with_suffix(".tar").name
+        if path.suffix in (".tar", ".idx") and shard not in listed:
+            yield f"{where}/{path.name}: a file that the index does not list"
+
+
+def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> list[str]:
+    """Groups, equal bytes and equal pictures must not lie in two splits (of the sets given)."""
+    if not opened:
+        return []
+    table = pa.concat_tables([shards.table.drop_columns("shard_code") for shards in opened])
+    table = table.unify_dictionaries()
+    sizes = [len(shards) for shards in opened]
+    home = np.repeat(np.arange(len(opened)), sizes)
+    rank = np.array([SPLIT_RANK[split] for split in table.column("split").to_pylist()], np.int8)
+    keys, origins = table.column("key").to_pylist(), table.column("origin").to_pylist()
+
+    def name(row: int) -> str:
+        return f"{folders[home[row]].name}:{keys[row]} ({origins[row]})"
+
+    faults = []
+    for column, what in _TIES:
+        for a, b in _repeated(table.column(column).to_pylist()):
+            if rank[a] != rank[b] or column == "sha256":
+                faults.append(f"{name(a)}: {what} {name(b)}")
+    return faults
+
+
+_TIES = (
+    ("sha256", "the same bytes as"),
+    ("group", "in another split than the rest of its group, such as"),
+    ("phash", "in another split than an image with its perceptual hash,"),
+)
+
+
+def _repeated(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Rows with a value that was there before, each with the first that had it."""
+    first: dict[Any, int] = {}
+    for row, value in enumerate(values):
+        if first.setdefault(value, row) != row:
+            yield row, first[value]

@@ -1,0 +1,216 @@
+"""Duplicates, and the promise that nothing evaluated was trained on."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sharding.build import build
+from sharding.catalog import read_catalog
+from sharding.dedupe import MAX_BITS, near_duplicates
+from sharding.format import open_shards, read_index
+from tests.conftest import encode, photo
+
+CATALOG = """
+[sets]
+phase1 = "train"
+val = "val"
+evalgen = "test"
+
+[sources.coco]
+licence = "x"
+set = "evalgen"
+real = ["real"]
+
+[sources.pairs]
+licence = "x"
+set = "phase1"
+group = '([^/]+)\\.\\w+$'
+real = ["real"]
+fake = ["fake"]
+
+[sources.faces]
+licence = "x"
+set = { phase1 = 0.5, val = 0.5 }
+real = ["real"]
+fake = ["fake"]
+
+[sources.more]
+licence = "x"
+set = "phase1"
+real = ["real"]
+fake = ["fake"]
+"""
+
+
+def picture(seed: int) -> np.ndarray:
+    """Large shapes and a little noise: the spectrum of a photograph, falling with frequency."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((160, 128), Image.Resampling.BICUBIC))
+    fine = (photo(seed, 160, 128).astype(int) - 128) // 8
+    return (smooth + fine).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(seed: int, quality: int = 90, size: tuple[int, int] | None = None) -> bytes:
+    image = Image.fromarray(picture(seed))
+    return encode(image.resize(size) if size else image, "JPEG", quality=quality)
+
+
+def put(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def pack(tmp_path: Path, only: list[str] | None = None):
+    (tmp_path / "catalog.toml").write_text(CATALOG)
+    catalog = read_catalog([tmp_path / "catalog.toml"])
+    _, built = build(catalog, tmp_path / "raw", tmp_path / "out", jobs=1, only=only or [])
+    rows = {}
+    for one in built:
+        for row in open_shards([tmp_path / "out" / one.name]).table.to_pylist():
+            rows[row["origin"]] = (one.name, row["group"])
+    return rows
+
+
+def left_out(tmp_path: Path, name: str) -> dict[str, tuple[str, str]]:
+    with (tmp_path / "out" / name / "left_out.csv").open() as stream:
+        return {r["origin"]: (r["reason"], r["kept"]) for r in csv.DictReader(stream)}
+
+
+def test_training_gives_way_to_evaluation_with_the_whole_pair(tmp_path: Path) -> None:
+    put(tmp_path / "raw", {
+        "coco/real/a.jpg": jpeg(1),
+        "coco/real/b.jpg": jpeg(2),
+        "pairs/real/1.png": encode(picture(1), "PNG"),  # the same picture as coco's a
+        "pairs/fake/1.png": encode(picture(50), "PNG"),  # its partner, another picture
+        "pairs/real/2.png": encode(picture(3), "PNG"),
+        "pairs/fake/2.png": encode(picture(51), "PNG"),
+        "more/real/x.jpg": jpeg(2),  # b, byte for byte
+        "more/real/y.jpg": jpeg(2, 60, (200, 200)),  # b, squashed and compressed
+    })  # fmt: skip
+    rows = pack(tmp_path)
+    assert {o for o, (name, _) in rows.items() if name == "evalgen"} == {
+        "coco/real/a.jpg", "coco/real/b.jpg",
+    }  # fmt: skip
+    assert {o for o, (name, _) in rows.items() if name == "phase1"} == {
+        "pairs/real/2.png", "pairs/fake/2.png",
+    }  # fmt: skip
+    near, group = "near-duplicate of an image of evalgen", "belongs to the group of an image of"
+    assert left_out(tmp_path, "phase1") == {
+        "pairs/real/1.png": (near, "coco/real/a.jpg"),
+        "pairs/fake/1.png": (f"{group} evalgen", "coco/real/a.jpg"),
+        "more/real/x.jpg": (near, "coco/real/b.jpg"),
+        "more/real/y.jpg": (near, "coco/real/b.jpg"),
+    }
+    assert read_index(tmp_path / "out/phase1")["left_out"] == {near: 3, f"{group} evalgen": 1}
+
+
+def test_copies_inside_training_are_kept_once(tmp_path: Path) -> None:
+    put(tmp_path / "raw", {
+        "pairs/real/1.jpg": jpeg(1), "more/real/copy.jpg": jpeg(1), "more/fake/z.jpg": jpeg(2),
+        "more/real/again.jpg": jpeg(1), "more/fake/recompressed.jpg": jpeg(2, 70),
+    })  # fmt: skip
+    rows = pack(tmp_path)
+    assert set(rows) == {"pairs/real/1.jpg", "more/fake/z.jpg", "more/fake/recompressed.jpg"}
+    assert rows["more/fake/z.jpg"][1] == rows["more/fake/recompressed.jpg"][1]  # one group
+
+
+def test_one_picture_under_both_labels_is_refused_everywhere(tmp_path: Path) -> None:
+    put(tmp_path / "raw", {
+        "coco/real/a.jpg": jpeg(1), "more/fake/a.jpg": jpeg(1), "more/real/b.jpg": jpeg(2),
+        "coco/real/c.jpg": jpeg(3),
+    })  # fmt: skip
+    assert set(pack(tmp_path)) == {"more/real/b.jpg", "coco/real/c.jpg"}
+    reason = "the same bytes are labelled real and fake"
+    assert left_out(tmp_path, "evalgen") == {"coco/real/a.jpg": (reason, "more/fake/a.jpg")}
+
+
+def test_near_duplicates_go_to_one_set_whichever_it_is(tmp_path: Path) -> None:
+    for n in range(30):
+        put(tmp_path / "raw/faces", {
+            f"real/{n}.jpg": jpeg(n), f"fake/{n}b.jpg": jpeg(n, 50, (120, 120)),
+        })  # fmt: skip
+    rows = pack(tmp_path)
+    assert len(rows) == 60
+    for n in range(30):
+        assert rows[f"faces/real/{n}.jpg"] == rows[f"faces/fake/{n}b.jpg"]
+    assert {name for name, _ in rows.values()} == {"phase1", "val"}
+
+
+def test_new_data_moves_no_old_image(tmp_path: Path) -> None:
+    for n in range(30):
+        put(tmp_path / "raw/faces", {f"real/{n}.jpg": jpeg(n)})
+    before = pack(tmp_path)
+    for n in range(30, 40):
+        put(tmp_path / "raw/faces", {f"real/{n}.jpg": jpeg(n)})
+    put(tmp_path / "raw", {"more/real/x.jpg": jpeg(100)})
+    after = pack(tmp_path)
+    assert {origin: after[origin] for origin in before} == before
+
+
+def test_an_evaluation_set_is_the_same_alone_or_with_everything(tmp_path: Path) -> None:
+    put(tmp_path / "raw", {
+        "coco/real/a.jpg": jpeg(1), "more/fake/a.jpg": jpeg(4), "more/real/b.jpg": jpeg(1, 60),
+    })  # fmt: skip
+    pack(tmp_path, only=["evalgen"])
+    index = (tmp_path / "out/evalgen/index.json").read_bytes()
+    pack(tmp_path)
+    assert (tmp_path / "out/evalgen/index.json").read_bytes() == index
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3000])
+def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
+    rng = np.random.default_rng(n)
+    hashes = rng.integers(0, 2**63, n, dtype=np.uint64)
+    thumbnails = rng.integers(0, 256, (n, 256), dtype=np.uint8)
+    for row in range(1, n, 3):  # copies with 0 to 9 bits changed, half of them with other pixels
+        other = int(rng.integers(0, row))
+        flips = rng.permutation(64)[: rng.integers(0, 10)]
+        hashes[row] = int(hashes[other]) ^ sum(1 << int(bit) for bit in flips)
+        if row % 2:
+            thumbnails[row] = thumbnails[other]
+    found = {tuple(pair) for pair in near_duplicates(hashes, thumbnails).tolist()}
+    expected = set()
+    for a in range(n):
+        bits = np.bitwise_count(hashes[a] ^ hashes[a + 1 :])
+        for b in a + 1 + np.flatnonzero(bits <= MAX_BITS):
+            apart = np.abs(thumbnails[a].astype(int) - thumbnails[b]).mean()
+            if hashes[a] != hashes[b] and apart <= 8:
+                expected.add((a, int(b)))
+    assert expected <= found
+    assert len(expected) > 100 or n < 3000
+    for a, b in found - expected:
+        assert hashes[a] == hashes[b]
+
+
+def test_different_photographs_are_not_near_and_copies_are() -> None:
+    from sharding.decode import prepare
+
+    def facts(data: bytes) -> tuple[int, np.ndarray]:
+        prepared = prepare(data)
+        return prepared.facts.phash, prepared.thumbnail.reshape(256)
+
+    images = [facts(jpeg(n)) for n in range(60)]
+    copies = [facts(jpeg(n, 50)) for n in range(60)]
+    copies += [facts(jpeg(n, 85, (256, 256))) for n in range(60)]
+    hashes, thumbnails = (np.array(part) for part in zip(*images, *copies, strict=True))
+    found = near_duplicates(hashes.astype(np.uint64), thumbnails)
+    assert all(a % 60 == b % 60 for a, b in found)
+    assert (
+        len({tuple(p) for p in found.tolist() if p[0] < 60}) >= 108
+    )  # nine in ten, squashed or at quality 50
+
+
+def test_an_image_read_from_memory_is_described_like_one_from_disk(tmp_path: Path) -> None:
+    put(tmp_path / "raw", {"more/real/a.jpg": jpeg(1)})
+    pack(tmp_path)
+    (row,) = open_shards([tmp_path / "out/phase1"]).table.to_pylist()
+    with Image.open(io.BytesIO(jpeg(1))) as image:
+        assert (row["width"], row["height"]) == image.size
+    assert row["exif"] is False
+    assert len(row["jpeg_tables"]) == 8

@@ -1,0 +1,189 @@
+"""Archives as they come: split, damaged, hostile, and larger than their own offsets."""
+
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from sharding.format import DecodeError
+from sharding.raw import RawError, read_all, walk
+
+
+def write_split_zip(path: Path, members: dict[str, bytes], volumes: int) -> None:
+    """A split archive, as `zip -s` writes it: X.z01, X.z02, ..., X.zip.
+
+    Local headers and data run through the volumes; the directory gives volume and offset in it.
+    """
+    body = bytearray(b"PK\7\x08")  # the mark of a split archive
+    entries = []
+    for name, data in members.items():
+        encoded = name.encode()
+        packed = zlib.compressobj(6, zlib.DEFLATED, -15)
+        packed = packed.compress(data) + packed.flush()
+        fields = (20, 0, 8, 0, 0x21, zlib.crc32(data), len(packed), len(data), len(encoded), 0)
+        entries.append((len(body), encoded, fields))
+        body += struct.pack("<4s5H3L2H", b"PK\3\4", *fields) + encoded + packed
+    step = -(-len(body) // (volumes - 1)) if volumes > 1 else len(body)
+    directory = b""
+    for offset, encoded, fields in entries:
+        disk, inside = divmod(offset, step)
+        directory += struct.pack("<4sH", b"PK\1\2", 20) + struct.pack("<5H3L2H", *fields)
+        directory += struct.pack("<3H2L", 0, disk, 0, 0, inside) + encoded
+    last = volumes - 1
+    count = len(members)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", last, last, count, count, len(directory), 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(last):
+        piece = body[number * step : (number + 1) * step]
+        path.with_suffix(f".z{number + 1:02d}").write_bytes(piece)
+    path.write_bytes(directory + end)
+
+
+def contents(raw: Path, root: str = "s") -> dict[str, bytes | DecodeError]:
+    files = [file for file in walk(raw, root) if not file.refused]
+    return dict(
+        zip([f.inside for f in files], read_all(raw, [f._asdict() for f in files]), strict=True)
+    )
+
+
+MEMBERS = {f"d/{n}.bin": os.urandom(3000) + bytes(2000) for n in range(20)}
+
+
+@pytest.mark.parametrize("volumes", [2, 3, 7])
+def test_split_archives_are_read_without_unpacking(tmp_path: Path, volumes: int) -> None:
+    write_split_zip(tmp_path / "s/X.zip", MEMBERS, volumes)
+    assert contents(tmp_path) == {f"X.zip/{name}": data for name, data in MEMBERS.items()}
+
+
+@pytest.mark.skipif(not shutil.which("zip"), reason="no zip program")
+@pytest.mark.parametrize("options", [[], ["-fz"]], ids=["zip32", "zip64"])
+def test_archives_split_by_zip_itself(tmp_path: Path, options: list[str]) -> None:
+    members = {f"d/{n}.bin": os.urandom(30_000) for n in range(12)}
+    for name, data in members.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "s").mkdir()
+    command = ["zip", "-q", "-r", "-s", "64k", *options, "s/X.zip", "d"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert len(list((tmp_path / "s").iterdir())) > 4
+    assert contents(tmp_path) == {f"X.zip/{name}": data for name, data in members.items()}
+    (tmp_path / "s/X.z03").unlink()
+    with pytest.raises(RawError, match="fetch the missing ones"):
+        contents(tmp_path)
+
+
+def test_an_archive_past_4_gib_that_counts_modulo_4_gib(tmp_path: Path) -> None:
+    """Written without zip64 records, as macOS does; `zipfile` reports overlapping entries."""
+    small = tmp_path / "small.zip"
+    with zipfile.ZipFile(small, "w") as opened:
+        opened.writestr("a.bin", b"first" * 100)
+        opened.writestr("b.bin", b"second" * 100)
+    data = small.read_bytes()
+    second = data.index(b"PK\3\4", 4)
+    directory = data.index(b"PK\1\2")
+    gap = 2**32
+    path = tmp_path / "s/big.zip"
+    path.parent.mkdir()
+    with path.open("wb") as stream:
+        stream.write(data[:second])
+        stream.seek(second + gap)  # sparse: b's offset in the directory is short by 2**32
+        stream.write(data[second:])
+    assert path.stat().st_size == gap + len(data)
+    assert directory > second
+    assert contents(tmp_path) == {"big.zip/a.bin": b"first" * 100, "big.zip/b.bin": b"second" * 100}
+
+
+def test_entries_that_share_their_data(tmp_path: Path) -> None:
+    """Two names for one local header: newer `zipfile`s refuse to open either."""
+    path = tmp_path / "s/x.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("a.bin", b"data" * 50)
+        twin = zipfile.ZipInfo("b.bin")
+        for name in ("header_offset", "file_size", "compress_size", "CRC"):
+            setattr(twin, name, getattr(opened.infolist()[0], name))
+        opened.filelist.append(twin)
+    assert contents(tmp_path) == {"x.zip/a.bin": b"data" * 50, "x.zip/b.bin": b"data" * 50}
+
+
+def test_hostile_members_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    with zipfile.ZipFile(tmp_path / "s/x.zip", "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("../up.png", b"x")
+        opened.writestr("/etc/absolute.png", b"x")
+        opened.writestr("C:\\windows.png", b"x")
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        opened.writestr(link, "/etc/passwd")
+        opened.writestr("large.png", bytes(600 * 2**20))  # 600 MiB in 600 kB
+        opened.writestr(zipfile.ZipInfo("bz2.png"), b"x", zipfile.ZIP_BZIP2)
+        opened.writestr("good.png", b"good")
+    found = {file.inside: file.refused for file in walk(tmp_path, "s")}
+    assert {name.removeprefix("x.zip/"): reason for name, reason in found.items() if reason} == {
+        "../up.png": "a path that leaves the archive",
+        "/etc/absolute.png": "a path that leaves the archive",
+        "C:\\windows.png": "a path that leaves the archive",
+        "link.png": "a symbolic link, which is not followed",
+        "large.png": "629,145,600 bytes, more than the limit of 536,870,912",
+        "bz2.png": "compression method 12, which is not read; unpack it yourself",
+    }
+    assert contents(tmp_path) == {"x.zip/good.png": b"good"}
+
+
+def test_a_member_that_lies_about_its_size_stops_at_its_promise(tmp_path: Path) -> None:
+    """A directory that promises 10 bytes before data of 100 MiB."""
+    path = tmp_path / "s/x.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("a.png", bytes(100 * 2**20))
+        opened.infolist()[0].file_size = 10
+    (found,) = contents(tmp_path).values()
+    assert isinstance(found, DecodeError)
+    assert "damaged in the archive" in str(found)
+
+
+def test_damage_inside_an_archive_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "s/x.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("a.bin", b"a" * 1000)
+        opened.writestr("b.bin", b"b" * 1000)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"bbb") + 500] ^= 1
+    path.write_bytes(data)
+    found = contents(tmp_path)
+    assert found["x.zip/a.bin"] == b"a" * 1000
+    assert isinstance(found["x.zip/b.bin"], DecodeError)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, 1500])
+def test_half_an_archive_is_one_error(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "s/x.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as opened:
+        for n in range(10):
+            opened.writestr(f"{n}.bin", os.urandom(150))
+    os.truncate(path, keep)
+    with pytest.raises(RawError, match=r"s/x\.zip is not a whole zip archive"):
+        contents(tmp_path)
+
+
+def test_links_and_devices_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "s/d").mkdir(parents=True)
+    (tmp_path / "s/d/real.bin").write_bytes(b"x")
+    (tmp_path / "s/file.png").symlink_to("d/real.bin")
+    (tmp_path / "s/loop").symlink_to("..")
+    os.mkfifo(tmp_path / "s/pipe.png")  # reading it would wait for ever
+    found = {file.inside: file.refused for file in walk(tmp_path, "s")}
+    assert found == {
+        "d/real.bin": "",
+        "file.png": "a symbolic link, which is not followed",
+        "loop": "a symbolic link, which is not followed",
+        "pipe.png": "neither a file nor a folder",
+    }

@@ -1,0 +1,186 @@
+"""verify, diff, list, describe: each fault is found, named, and turned into an exit code."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from sharding.__main__ import main
+from sharding.format import SAMPLES_SCHEMA, open_shards
+from sharding.verify import sets_in, verify
+from tests.conftest import encode, photo, write_raw
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(data, tmp_path / "copy")
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the table of a set and make its index agree, as a careful forger would."""
+    import hashlib
+
+    table = pq.read_table(folder / "samples.parquet", schema=SAMPLES_SCHEMA)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), folder / "samples.parquet")
+    index = json.loads((folder / "index.json").read_text())
+    digest = hashlib.sha256((folder / "samples.parquet").read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
+
+
+def test_what_was_built_is_clean(data: Path) -> None:
+    assert verify(sets_in(data), jobs=1) == []
+    status, output = run("verify", data, "--jobs", 2)
+    assert status == 0
+    assert "new, old, val: 200 images as the index says, no image in two splits" in output
+
+
+def test_a_flipped_bit_is_found_in_its_shard_and_its_image(copy: Path) -> None:
+    tar = copy / "old/alpha-train-00000.tar"
+    row = open_shards([copy / "old"]).table.to_pylist()[3]
+    data = bytearray(tar.read_bytes())
+    data[row["offset"] + row["size"] // 2] ^= 4
+    tar.write_bytes(data)
+    status, output = run("verify", copy)
+    assert status == 1
+    assert "old/alpha-train-00000.tar: its sha256 is not the one in the index" in output
+    assert f"{row['key']}" in output and "other bytes than the index says" in output
+    assert "Delete a damaged shard and run the build again" in output
+
+
+def test_missing_short_and_strange_files_are_found(copy: Path) -> None:
+    (copy / "old/alpha-train-00000.tar").unlink()
+    (copy / "old/beta-train-00000.idx").write_text("v1.2 0\n")
+    (copy / "old/zeta-train-00000.tar").write_bytes(b"")
+    tar = copy / "new/gamma-train-00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    shutil.copy(copy / "val/gamma-val-00000.tar", copy / "old/dummy-train-00000.tar")
+    faults = "\n".join(verify(sets_in(copy), jobs=1))
+    assert "old/alpha-train-00000.tar: missing" in faults
+    assert "old/beta-train-00000.tar: its .idx does not say" in faults
+    assert "old/zeta-train-00000.tar: a file that the index does not list" in faults
+    assert "new/gamma-train-00000.tar: not a whole tar" in faults
+    assert "in the index and not in the tar" in faults
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[0].update(label=1 - rows[0]["label"]), "label is 'fake', the index"),
+        (lambda rows: rows[0].update(width=rows[0]["width"] + 1), "pixels, the index says"),
+        (lambda rows: rows[0].update(offset=rows[0]["offset"] + 512), "not where the index says"),
+        (lambda rows: rows[0].update(phash=1), "another perceptual hash"),
+        (lambda rows: rows[0].update(generator="other"), "generator is 'gan', the index says"),
+        (lambda rows: rows.pop(), "a member that the index does not know"),
+        (lambda rows: rows[1].update(key=rows[0]["key"]), "2 samples have this key"),
+    ],
+)  # fmt: skip
+def test_a_table_that_lies_is_found_out(copy: Path, change, said: str) -> None:
+    rewrite(copy / "old", change)
+    assert said in "\n".join(verify([copy / "old"], jobs=1))
+
+
+def test_an_image_in_two_splits_is_found(copy: Path) -> None:
+    old = open_shards([copy / "old"]).table.to_pylist()[0]
+
+    def leak(rows: list[dict]) -> None:
+        rows[0].update(group=old["group"])
+        rows[1].update(phash=old["phash"])
+        rows[2].update(sha256=old["sha256"])
+
+    rewrite(copy / "val", leak)
+    faults = "\n".join(verify(sets_in(copy), jobs=1))
+    assert "in another split than the rest of its group" in faults
+    assert "in another split than an image with its perceptual hash" in faults
+    assert "the same bytes as old:" in faults
+
+
+def test_a_foreign_member_is_found(copy: Path, tmp_path: Path) -> None:
+    with tarfile.open(copy / "old/dummy-train-00000.tar", "a") as tar:
+        (tmp_path / "extra.jpg").write_bytes(b"x")
+        tar.add(tmp_path / "extra.jpg", "extra.jpg")
+    assert "extra.jpg: a member that the index does not know" in "\n".join(
+        verify([copy / "old"], jobs=1)
+    )
+
+
+def test_verify_of_nothing_is_an_error(tmp_path: Path) -> None:
+    status, output = run("verify", tmp_path)
+    assert status == 1
+    assert "no shard set at" in output
+
+
+def test_diff_says_what_changed(data: Path, copy: Path) -> None:
+    assert run("diff", data / "old", copy / "old")[0] == 0
+    rewrite(copy / "old", lambda rows: (rows.pop(), rows[0].update(label=1 - rows[0]["label"])))
+    status, output = run("diff", data / "old", copy / "old")
+    assert status == 1
+    assert "0 added, 1 removed, 1 changed" in output
+    assert "label: " in output
+    status, output = run("diff", data / "old", data / "val")
+    assert status == 1
+    assert "80 removed" in output
+
+
+def test_list_shows_what_is_known_and_packed(raw: Path, data: Path) -> None:
+    status, output = run("list", "--raw", raw, "--out", data, "--catalog", raw / "catalog.toml")
+    assert status == 0
+    (line,) = [line for line in output.splitlines() if line.startswith("│ gamma")]
+    assert "new" in line and "yes" in line and "test" in line
+    assert "CC BY-NC-SA 4.0 (GenImage)" in output
+
+
+def test_describe_then_build(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for n, name in enumerate(
+        ["My Photos/2019/a.jpg", "My Photos/b.JPG", "ai art/flux/c.png", "ai art/sdxl/d.png",
+         "misc/e.jpg"]
+    ):  # fmt: skip
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(n), "PNG" if name.endswith("png") else "JPEG"))
+    out = tmp_path / "mine.toml"
+    status, output = run("describe", folder, "--out", out)
+    assert status == 0, output
+    assert "1 folders have no class" in output
+    assert '# { folder = "misc" }' in out.read_text()
+    status, output = run("build", "--raw", tmp_path, "--catalog", out, "--out", tmp_path / "out")
+    assert status == 0, output
+    rows = [
+        row for path in sets_in(tmp_path / "out") for row in open_shards([path]).table.to_pylist()
+    ]
+    assert {(row["label"], row["generator"]) for row in rows} == {
+        (0, "camera"), (1, "flux"), (1, "sdxl"),
+    }  # fmt: skip
+    assert len(rows) == 4
+    assert "in no folder the catalogue names" in output
+    assert run("describe", folder, "--out", out)[0] == 1  # never overwrites
+
+
+def test_describe_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    status, output = run("describe", tmp_path, "--out", tmp_path / "x.toml")
+    assert status == 1
+    assert "no image below" in output
+
+
+def test_a_damaged_shard_is_mended_by_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    arguments = ("build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path / "o")
+    assert run(*arguments, "--jobs", 1)[0] == 0
+    before = (tmp_path / "o/old/alpha-train-00000.tar").read_bytes()
+    (tmp_path / "o/old/alpha-train-00000.tar").unlink()
+    assert run("verify", tmp_path / "o")[0] == 1
+    assert run(*arguments, "--jobs", 1)[0] == 0
+    assert (tmp_path / "o/old/alpha-train-00000.tar").read_bytes() == before
+    assert run("verify", tmp_path / "o")[0] == 0
