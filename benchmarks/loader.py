@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -25,12 +24,12 @@ from torchvision import datasets, transforms
 
 import console
 import recipes
+from benchmarks.images import write_images
 from model.device import choose_device
 from pipeline import Loading, Replay, Stream, open_loader, open_pool
 from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import decode_image
-from sharding.scenes import SCENES
 from train import Recipe
 
 CATALOG = """
@@ -44,21 +43,6 @@ fake = ["fake"]
 """
 
 RECIPE = recipes.load(Recipe, recipes.FOLDER / "phase1.toml")
-
-
-def write_images(folder: Path, count: int) -> list[Path]:
-    """Half of them called real, half fake; the labels do not matter here."""
-    paths = []
-    for number in range(count):
-        rng = np.random.default_rng([7, number])
-        scene = SCENES[list(SCENES)[number % len(SCENES)]](rng, 375, 500)
-        noisy = scene + rng.normal(0, 0.02, scene.shape)
-        pixels = (255 * np.clip(noisy, 0, 1) ** (1 / 2.2)).astype(np.uint8)
-        path = folder / ("real", "fake")[number % 2] / f"{number:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path, quality=96)
-        paths.append(path)
-    return paths
 
 
 class Reencode:

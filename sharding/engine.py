@@ -4,12 +4,16 @@ A task is a module-level function and its arguments; what it writes lies on stor
 worker reaches.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +52,8 @@ def _run_processes(
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
+    with _deaf_to_interrupts():
+        forkserver.ensure_running()
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         try:
             running = set()
@@ -62,6 +68,21 @@ def _run_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started here ignores Ctrl-C, which goes to the whole terminal: workers finish what
+    they are at and say nothing, and their builder decides.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run_ray(function: Callable[..., Any], tasks: Iterable[tuple], jobs: int) -> Iterator[Any]:

@@ -1,15 +1,21 @@
 """Buckets and clusters: a real S3-speaking server on this machine, and a real local Ray."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from click.testing import CliRunner
 
+from sharding.__main__ import main
+from tests.conftest import build_all
 from tests.sharding.test_build import ROOT, hashes
 
 
@@ -41,6 +47,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     log.close()
 
 
+@pytest.fixture(scope="module")
+def client(s3: dict[str, str]) -> Iterator[object]:
+    """Amazon's own client of that server."""
+    found = boto3.client(
+        "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
+        aws_access_key_id="test", aws_secret_access_key="test",
+    )  # fmt: skip
+    yield found
+    found.close()
+
+
 def command(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:
     result = subprocess.run(
         [sys.executable, "-m", "sharding", *map(str, arguments)],
@@ -49,60 +66,67 @@ def command(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-def bucket(environment: dict[str, str], script: str) -> str:
-    """Run a few lines with a file system `s3`, apart from this process and its event loop."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"import s3fs, sys; s3 = s3fs.S3FileSystem()\n{script}"],
-        env=os.environ | environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return result.stdout
+@pytest.fixture
+def small(raw: Path, tmp_path: Path) -> Path:
+    """Two of the tiny sources."""
+    for name in ("dummy", "alpha"):
+        shutil.copytree(raw / name, tmp_path / "raw" / name)
+    shutil.copy(raw / "catalog.toml", tmp_path / "raw")
+    return tmp_path / "raw"
 
 
 def test_a_bucket_as_input_and_output(
-    s3: dict[str, str], raw: Path, data: Path, tmp_path: Path
+    s3: dict[str, str], client, small: Path, tmp_path: Path
 ) -> None:
-    bucket(s3, f"s3.mkdir('work'); s3.put({str(raw)!r}, 'work/raw', recursive=True)")
-    catalog = raw / "catalog.toml"
+    client.create_bucket(Bucket="work")
+    for path in small.rglob("*.*"):
+        client.upload_file(str(path), "work", f"raw/{path.relative_to(small)}")
+    catalog = small / "catalog.toml"
     build = ("build", "--raw", "s3://work/raw", "--catalog", catalog, "--out", "s3://work/shards")
     status, output = command(*build, "--jobs", 2, environment=s3)
     assert status == 0, output
-    bucket(s3, f"s3.get('work/shards', {str(tmp_path / 'got')!r}, recursive=True)")
-    assert hashes(tmp_path / "got") == hashes(data)
+    expected = hashes(build_all(small, tmp_path / "local"))
+    for name, digest in expected.items():
+        found = client.get_object(Bucket="work", Key=f"shards/{name}")["Body"].read()
+        assert hashlib.sha256(found).hexdigest() == digest, name
     status, output = command(*build, environment=s3)
     assert status == 0, output
-    assert output.count("was up to date") == 3
+    assert output.count("was up to date") == 1
     status, output = command("verify", "s3://work/shards", environment=s3)
     assert status == 0, output
-    status, output = command("show", "s3://work/shards/old", environment=s3)
-    assert status == 0, output
-    assert "alpha" in output
 
 
-def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], raw: Path) -> None:
-    lease = json.dumps({"owner": "elsewhere:1", "renewed": time.time()})
-    bucket(s3, f"s3.mkdir('held'); s3.pipe_file('held/out/.build/lock.json', {lease.encode()!r})")
-    build = ("build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", "s3://held/out")
+def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], client, small: Path) -> None:
+    def hold(age: float) -> None:
+        lease = json.dumps({"owner": "elsewhere:1", "renewed": time.time() - age})
+        client.put_object(Bucket="held", Key="out/.build/lock.json", Body=lease.encode())
+
+    client.create_bucket(Bucket="held")
+    hold(0)
+    build = ("build", "--raw", small, "--catalog", small / "catalog.toml", "--out", "s3://held/out")
     status, output = command(*build, environment=s3)
     assert status == 1
     assert "another build is writing s3://held/out" in output
     assert "held by elsewhere:1" in output
-    old = json.dumps({"owner": "elsewhere:1", "renewed": time.time() - 1000})
-    bucket(s3, f"s3.pipe_file('held/out/.build/lock.json', {old.encode()!r})")
-    status, output = command(*build, environment=s3)  # its builder has died
+    hold(1000)  # its builder has died
+    status, output = command(*build, "--jobs", 1, environment=s3)
     assert status == 0, output
-    assert "lock.json" not in bucket(s3, "print(s3.ls('held/out/.build'))")
+    left = client.list_objects_v2(Bucket="held")["Contents"]
+    assert not [entry for entry in left if "lock" in entry["Key"]]
 
 
-def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], raw: Path) -> None:
-    catalog = raw / "catalog.toml"
-    status, output = command(
-        "build", "--raw", raw, "--catalog", catalog, "--out", "s3://nowhere/x", environment=s3
-    )
+def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, small: Path) -> None:
+    arguments = ("--raw", small, "--catalog", small / "catalog.toml", "--out", "s3://nowhere/x")
+    status, output = command("build", *arguments, environment=s3)
     assert status == 1
     assert "Traceback" not in output
-    status, output = command("show", "nosuch://x/y", environment=s3)
-    assert status == 1
-    assert "Traceback" not in output
+    assert "nowhere" not in [b["Name"] for b in client.list_buckets()["Buckets"]]  # not made
+
+
+def test_an_unknown_kind_of_address_is_one_error() -> None:
+    result = CliRunner().invoke(main, ["show", "nosuch://x/y"])
+    assert result.exit_code == 1
+    assert "nosuch" in result.output
 
 
 def test_ray_packs_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Images to measure with: synthetic photographs, or a folder of real ones made more of."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sharding.scenes import SCENES
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Synthetic JPEGs of 500 x 375 at quality 96; half of them called real, half fake."""
+    paths = []
+    for number in range(count):
+        rng = np.random.default_rng([7, number])
+        scene = SCENES[list(SCENES)[number % len(SCENES)]](rng, 375, 500)
+        noisy = scene + rng.normal(0, 0.02, scene.shape)
+        pixels = (255 * np.clip(noisy, 0, 1) ** (1 / 2.2)).astype(np.uint8)
+        path = folder / ("real", "fake")[number % 2] / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=96)
+        paths.append(path)
+    return paths
+
+
+def write_copies(folder: Path, originals: Path, count: int) -> list[Path]:
+    """`count` JPEGs from those below `originals`: each as it is, then at other qualities.
+
+    The sizes are real and no two files are equal.
+    """
+    files = sorted(path for path in originals.rglob("*") if path.is_file())
+    found = [path for path in files if path.read_bytes()[:2] == b"\xff\xd8"]
+    if not found:
+        raise ValueError(f"no JPEG below {originals}")
+    paths, seen = [], set()
+    for number in range(100 * count):
+        original, turn = found[number % len(found)], number // len(found)
+        path = folder / ("real", "fake")[number % 2] / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if turn == 0:
+            path.write_bytes(original.read_bytes())
+        else:
+            with Image.open(original) as image:
+                image.convert("RGB").save(path, "JPEG", quality=96 - turn)
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        if digest in seen:
+            path.unlink()
+            continue
+        seen.add(digest)
+        paths.append(path)
+        if len(paths) == count:
+            return paths
+    raise ValueError(f"only {len(paths)} different JPEGs can be made from {originals}")

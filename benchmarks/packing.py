@@ -1,0 +1,185 @@
+"""Packing speed: `sharding build` against what people write themselves, and against bare decoding.
+
+    python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
+
+Each contender is a process of its own, timed whole, on the same JPEGs and the same number of
+processor cores: once with a few images and once with all. The difference gives images/s without
+start-up; both are printed. Build decodes and checks every image, finds duplicates, hashes, packs
+and indexes; the loop packs what Pillow can decode; img2dataset (where its command is given) does
+what it does; the limit reads and decodes with simplejpeg and does nothing else.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+import console
+from benchmarks.images import write_copies, write_images
+
+ROOT = Path(__file__).parents[1]
+
+CATALOG = """
+[sets]
+bench = "train"
+[sources.bench]
+licence = "measured only"
+set = "bench"
+real = ["real"]
+fake = ["fake"]
+"""
+
+LOOP = """
+import io, sys
+from pathlib import Path
+import webdataset
+from PIL import Image
+
+folder, out = map(Path, sys.argv[1:3])
+with webdataset.ShardWriter(f"{out}/%05d.tar", maxcount=2048, verbose=0) as writer:
+    for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        data = path.read_bytes()
+        try:
+            Image.open(io.BytesIO(data)).convert("RGB")
+        except OSError:
+            continue
+        label = int(path.parent.name == "fake")
+        writer.write({"__key__": f"{number:08d}", "jpg": data, "cls": label})
+"""
+
+LIMIT = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import simplejpeg
+
+def decode(paths):
+    for path in paths:
+        simplejpeg.decode_jpeg(Path(path).read_bytes(), fastdct=False, fastupsample=False)
+
+if __name__ == "__main__":
+    jobs = int(sys.argv[3])
+    paths = sorted(map(str, Path(sys.argv[1]).rglob("*.jpg")))
+    with ProcessPoolExecutor(jobs) as pool:
+        list(pool.map(decode, [paths[start::jobs] for start in range(jobs)]))
+"""
+
+
+def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, list[str]]:
+    """Each contender as a command that packs `raw` into `out`."""
+    (out / "loop.py").write_text(LOOP)
+    (out / "limit.py").write_text(LIMIT)
+    (out / "catalog.toml").write_text(CATALOG)
+    files = sorted(raw.rglob("*.jpg"))
+    (out / "list.txt").write_text("\n".join(f"file://{path}" for path in files))
+    build = ["-m", "sharding", "build", "--raw", raw, "--catalog", out / "catalog.toml"]
+    found = {
+        "sharding build": [*build, "--out", out / "shards", "--jobs", jobs],
+        "ShardWriter loop, Pillow check": [out / "loop.py", raw, out],
+        "bare simplejpeg decode (limit)": [out / "limit.py", raw, out, jobs],
+    }
+    found = {name: [sys.executable, *map(str, command)] for name, command in found.items()}
+    if img2dataset:
+        found["img2dataset, webdataset output"] = [
+            img2dataset, "--url_list", str(out / "list.txt"), "--output_folder", str(out / "i2d"),
+            "--output_format", "webdataset", "--resize_mode", "no", "--enable_wandb", "False",
+            "--processes_count", str(jobs), "--thread_count", "4",
+            "--number_sample_per_shard", "2048",
+        ]  # fmt: skip
+    return found
+
+
+def seconds(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, int]:
+    """Wall time of one run of a contender, and the largest of its processes in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = commands(raw, Path(folder), jobs, img2dataset)[name]
+        # `resource` remembers the largest child for ever, so each run is a grandchild.
+        code = (
+            "import resource, subprocess, sys\n"
+            "result = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=-1)\n"
+            "sys.exit(result.stderr.decode()[-2000:]) if result.returncode else None\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+        )
+        started = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-c", code, *command],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        return time.perf_counter() - started, int(result.stdout)
+
+
+@click.command(cls=console.Command)
+@click.option("--images", default=6000, show_default=True, help="Images to pack.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
+@click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option(
+    "--originals",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Real JPEGs to pack, with copies at other qualities. Default: synthetic ones.",
+)
+@click.option("--img2dataset", default="", help="The command, in an environment of its own.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(
+    images: int,
+    repeats: int,
+    jobs: int,
+    originals: Path | None,
+    img2dataset: str,
+    out: Path | None,
+) -> None:
+    """Measure the packers in turn, and print one table."""
+    few = min(200, images // 2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw = folder / "all" / "bench"
+        paths = write_copies(raw, originals, images) if originals else write_images(raw, images)
+        for path in paths[:few]:
+            copy = folder / "few" / path.relative_to(folder / "all")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        size = sum(path.stat().st_size for path in paths) / len(paths)
+        with tempfile.TemporaryDirectory() as empty:
+            names = list(commands(raw, Path(empty), jobs, img2dataset))
+        times: dict[str, dict[str, list[float]]] = {n: {"few": [], "all": []} for n in names}
+        memory = dict.fromkeys(names, 0)
+        for _ in range(repeats):
+            for contender in names:
+                for kind in ("few", "all"):
+                    took, largest = seconds(folder / kind, contender, jobs, img2dataset)
+                    times[contender][kind].append(took)
+                    memory[contender] = max(memory[contender], largest)
+    rates = {
+        name: [(images - few) / (a - b) for a, b in zip(found["all"], found["few"], strict=True)]
+        for name, found in times.items()
+    }
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    loop, limit = middle["ShardWriter loop, Pillow check"], middle["bare simplejpeg decode (limit)"]
+    rows = []
+    for name, found in times.items():
+        start = statistics.median(found["few"]) - few / middle[name]
+        rows.append(
+            [
+                name, round(middle[name]), f"{min(rates[name]):,.0f}-{max(rates[name]):,.0f}",
+                f"{middle[name] / loop:.2f}", f"{middle[name] / limit:.2f}", f"{start:.1f}",
+                f"{(420_000 / middle[name] + start) / 60:.0f}", f"{memory[name] / 2**20:.0f}",
+            ]
+        )  # fmt: skip
+    title = f"{images:,} JPEGs of {size / 1000:.0f} kB on average, {jobs} processes, {repeats} runs"
+    columns = [
+        "packer", "images/s", "spread", "to the loop", "to the limit", "start-up s",
+        "420k images, min", "largest process MiB",
+    ]  # fmt: skip
+    console.table(title, columns, rows)
+    if out:
+        figures = {"title": title, "seconds": times, "images_per_s": rates, "bytes": memory}
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""Download the sources of the catalogue: a source's `fetch` in, a folder of raw files out.
+
+Everything resumes. A folder is complete when it holds MARK, which is written last; BEGUN says which
+revision an interrupted download began with, and the next one goes on with that.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import filelock
+import requests
+
+from sharding.catalog import Catalog, CatalogError, Fetch, Source
+
+MARK = ".fetched.json"
+BEGUN = ".fetching.json"
+
+# Seconds to connect, and to wait for the next bytes.
+TIMEOUT_S = (10, 60)
+MIB = 2**20
+
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
+"""Opens a progress bar (label, total) and gives `advance(done)`, as `console.progress` does."""
+
+
+class FetchError(ValueError):
+    """A source that could not be downloaded; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of one source; `note` says where it lies, what to do, or what went wrong."""
+
+    source: str
+    status: Literal["complete", "downloaded", "by hand", "failed"]
+    note: str
+
+
+def _no_progress(_label: str, _total: int | None) -> AbstractContextManager[Callable[..., None]]:
+    return contextlib.nullcontext(lambda *_: None)
+
+
+def fetch_all(
+    catalog: Catalog, raw: Path, names: Sequence[str] = (), progress: Progress = _no_progress
+) -> Iterator[Fetched]:
+    """Fetch the named sources, or all with a `fetch`, one as each result is asked for.
+
+    Raises:
+        CatalogError: a name that the catalogue does not know; at once, before any download.
+    """
+    if unknown := sorted(set(names) - catalog.sources.keys()):
+        raise CatalogError(
+            f"no source {', '.join(unknown)}; the catalogue knows {', '.join(catalog.sources)}"
+        )
+    chosen = names or [name for name, source in catalog.sources.items() if source.fetch]
+    return (
+        fetch_source(name, catalog.sources[name], raw, progress) for name in dict.fromkeys(chosen)
+    )
+
+
+def fetch_source(
+    name: str, source: Source, raw: Path, progress: Progress = _no_progress
+) -> Fetched:
+    """Fetch one source into its folder below `raw`. What the network, the disk or a login does to
+    it is a result, "failed", and not raised: other sources can go on.
+    """
+    target = (raw / (source.root or name)).absolute()
+    fetch = source.fetch
+    if fetch is None or fetch.by_hand:
+        todo = fetch.by_hand if fetch else f"no download is known ({source.homepage or 'no page'})"
+        return Fetched(name, "by hand", f"{todo.strip()} Put it in {target}")
+    try:
+        if _read(target / MARK).get("fetch") == _wanted(fetch):
+            return Fetched(name, "complete", str(target))
+        with _alone(target):
+            if fetch.hub:
+                _from_hub(fetch, target)
+            elif fetch.kaggle:
+                _from_kaggle(fetch, target)
+            else:
+                _from_urls(fetch, target, progress)
+    except (OSError, ValueError) as error:
+        return Fetched(name, "failed", _plain(error))
+    return Fetched(name, "downloaded", str(target))
+
+
+# --- what all of them share -----------------------------------------------------------------------
+
+
+def _wanted(fetch: Fetch) -> dict[str, Any]:
+    """What is asked for, as MARK and BEGUN keep it."""
+    return {key: value for key, value in asdict(fetch).items() if value}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _finish(folder: Path, fetch: Fetch, **facts: object) -> None:
+    """Everything is there: say so, last."""
+    _write(folder / MARK, {"fetch": _wanted(fetch), **facts})
+    (folder / BEGUN).unlink(missing_ok=True)
+
+
+def _plain(error: object) -> str:
+    """An error on one line, without what may be secret in an address: its query, its login."""
+    return re.sub(r"\?\S+|(?<=//)[^/\s@]+@", "", " ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> Iterator[None]:
+    """Say what to do about an error of the network, the disk, or a library (`also`)."""
+    try:
+        yield
+    except FetchError:
+        raise
+    except (OSError, *also) as error:
+        responses = [getattr(each, "response", None) for each in (error, error.__cause__)]
+        status = next((each.status_code for each in responses if each is not None), None)
+        anew = f", or delete {begun} to start over" if begun.exists() else ""
+        if status in (401, 403):
+            raise FetchError(f"{page} refuses access (HTTP {status}): {login}") from error
+        if status == 404:
+            todo = f"correct its address in the catalogue{anew}"
+            raise FetchError(f"{page} is not there (HTTP 404); {todo}") from error
+        reason = f"HTTP {status}" if status else error.__cause__ or error
+        raise FetchError(
+            f"no download from {page}: {reason}; run the command again to resume{anew}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Two downloads into one folder would write into each other's unfinished files."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
+            yield
+    except filelock.Timeout:
+        raise FetchError(f"another fetch is writing {target}; wait for it to end") from None
+
+
+def _check_space(target: Path, needed: int) -> None:
+    place = next(folder for folder in (target, *target.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise FetchError(
+            f"{needed / 2**30:.2f} GiB are to be downloaded to {target}, but its disk has "
+            f"{free / 2**30:.2f} GiB free; make room, or choose another folder with --raw"
+        )
+
+
+def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str]:
+    """The names that fit a pattern; `*` also goes across folders. Without patterns, all."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = list(names)
+    found = list(filter_repo_objects(names, allow_patterns=patterns or None))
+    if not found:
+        there = sorted({name.partition("/")[0] for name in names})
+        raise FetchError(
+            f"{where} holds nothing that fits {', '.join(patterns) or '*'}, but "
+            f"{', '.join(there[:8]) or 'nothing'}; correct `files` in the catalogue"
+        )
+    return found
+
+
+# --- the Hugging Face hub -------------------------------------------------------------------------
+
+
+def _from_hub(fetch: Fetch, target: Path) -> None:
+    """The matching files of one revision, the one that was begun with. Files that are whole are
+    kept; the library keeps no part of the others when its process ends.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download  # it takes most of a second
+    from huggingface_hub.errors import HTTPError
+
+    before = _read(target / BEGUN) or _read(target / MARK)
+    same = before.get("fetch", {}).get("hub") == fetch.hub
+    revision = before.get("revision") if same else None
+    # HTTPError is what the library's HTTP client raises, whichever it is in its version; the Xet
+    # transfer may raise RuntimeError.
+    explained = functools.partial(
+        _explained,
+        f"{constants.ENDPOINT}/datasets/{fetch.hub}",
+        "it is gated, private or misspelt. Accept its terms on that page, then log in with "
+        "`hf auth login` or set HF_TOKEN",
+        target / BEGUN,
+        HTTPError,
+        RuntimeError,
+    )
+    with explained():
+        # Without retries, unlike the download: no network is an error now, not in a minute.
+        info = HfApi().dataset_info(
+            fetch.hub, revision=revision, files_metadata=True, timeout=TIMEOUT_S[0]
+        )
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    names = _matching(sizes, fetch.files, f"{fetch.hub} on the hub")
+    _check_space(target, sum(sizes[name] or 0 for name in _lacking(target, names, sizes)))
+    target.mkdir(exist_ok=True)
+    _write(target / BEGUN, {"fetch": _wanted(fetch), "revision": info.sha})
+    # A killed download leaves these, under names that the library never looks for again.
+    for orphan in (target / ".cache" / "huggingface").rglob("*.*.*.incomplete"):
+        orphan.unlink()
+    with explained():
+        snapshot_download(
+            fetch.hub, repo_type="dataset", revision=info.sha, local_dir=target,
+            allow_patterns=fetch.files or None,
+        )  # fmt: skip
+    # Where the hub fails midway the library may be content with what there is.
+    if lacking := _lacking(target, names, sizes):
+        raise FetchError(
+            f"{len(lacking)} of {len(names)} files of {fetch.hub} did not arrive whole, first "
+            f"{lacking[0]}; run the command again to resume"
+        )
+    _finish(target, fetch, revision=info.sha)
+
+
+def _lacking(target: Path, names: list[str], sizes: dict[str, int | None]) -> list[str]:
+    """The files that are not there at their full size."""
+    return [
+        name
+        for name in names
+        if not (target / name).is_file()
+        or sizes[name] not in (None, (target / name).stat().st_size)
+    ]
+
+
+# --- Kaggle ---------------------------------------------------------------------------------------
+
+
+def _from_kaggle(fetch: Fetch, target: Path) -> None:
+    """The whole archive, which is all that Kaggle gives in one request, unpacked; then only the
+    matching files are kept. Its size is not known before.
+    """
+    try:
+        import kagglehub
+        from kagglehub import exceptions
+    except ImportError:
+        raise FetchError(
+            "Kaggle downloads need kagglehub; install the extra `fetch`, as `make setup` does"
+        ) from None
+    if target.exists() and any(target.iterdir()):
+        raise FetchError(
+            f"{target} holds files already, and not by this fetch; build them as they are, or "
+            "move them away to fetch the dataset"
+        )
+    # With an output_dir the library clears an unfinished download; with its cache it resumes one.
+    # This cache lies beside the target, so that the result only has to be renamed.
+    work = target.with_name(f".{target.name}.kaggle")
+    logging.getLogger("kagglehub").setLevel(logging.WARNING)  # it reports on standard output
+    explained = _explained(
+        f"https://www.kaggle.com/datasets/{fetch.kaggle}",
+        "accept its terms on that page, make a token at https://www.kaggle.com/settings, and put "
+        "it in ~/.kaggle/kaggle.json, KAGGLE_API_TOKEN, or KAGGLE_USERNAME and KAGGLE_KEY",
+        work,
+        exceptions.BackendError,
+        exceptions.CredentialError,
+        exceptions.DataCorruptionError,
+        zipfile.BadZipFile,
+        ValueError,  # what arrived is no archive
+    )
+    with explained, _kaggle_cache(work):
+        folder = Path(kagglehub.dataset_download(fetch.kaggle))
+    inside = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    for name in inside.keys() - _matching(inside, fetch.files, f"{fetch.kaggle} on Kaggle"):
+        inside[name].unlink()
+    _finish(folder, fetch, revision=folder.name)
+    folder.replace(target)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _kaggle_cache(folder: Path) -> Iterator[None]:
+    """The library takes its cache from the environment only. In a notebook of Kaggle or Colab it
+    would give a folder that is read-only.
+    """
+    ours = {
+        "KAGGLEHUB_CACHE": str(folder), "DISABLE_KAGGLE_CACHE": "1", "DISABLE_COLAB_CACHE": "1",
+    }  # fmt: skip
+    before = {key: os.environ.get(key) for key in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key)
+            os.environ.update({key: value} if value is not None else {})
+
+
+# --- plain addresses ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file to download: where to, and what the server says of it."""
+
+    url: str
+    path: Path
+    size: int | None
+    version: str  # changes when the file does; empty where the server does not say
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+
+def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
+    """Each address as one file, in the order of the catalogue."""
+    by_hand = f"download it by hand, to {target}"
+    names = [_file_name(url) for url in fetch.urls]
+    if len(set(names)) < len(names):
+        raise FetchError(f"two addresses would be one file of {target}: {', '.join(names)}")
+    with requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"  # lengths are then those of the file
+        remotes = []
+        for url, name in zip(fetch.urls, names, strict=True):
+            with _explained(url, by_hand, target / BEGUN):
+                remotes.append(_ask(session, url, target / name))
+        begun = _read(target / BEGUN).get("versions", {})
+        for remote in remotes:
+            if begun.get(remote.path.name) != remote.version:
+                remote.partial.unlink(missing_ok=True)  # of another file
+        lacking = [each for each in remotes if each.size is None or _size(each.path) != each.size]
+        _check_space(target, sum((each.size or 0) - _size(each.partial) for each in lacking))
+        target.mkdir(exist_ok=True)
+        versions = {each.path.name: each.version for each in remotes}
+        _write(target / BEGUN, {"fetch": _wanted(fetch), "versions": versions})
+        for remote in lacking:
+            with _explained(remote.url, by_hand, remote.partial):
+                _download(session, remote, progress)
+    _finish(target, fetch, versions=versions)
+
+
+def _file_name(url: str) -> str:
+    name = unquote(urlsplit(url).path.rpartition("/")[2])
+    if not name or name.startswith(".") or re.search(r"[/\\:\0]", name):
+        raise FetchError(f"{url} does not end in a name for a file; correct the catalogue")
+    return name
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _ask(session: requests.Session, url: str, path: Path) -> _Remote:
+    response = session.head(url, allow_redirects=True, timeout=TIMEOUT_S)
+    if response.status_code in (429, 500, 502, 503, 504):
+        response.raise_for_status()
+    facts = response.headers if response.ok else {}  # not every server answers HEAD
+    size = int(facts.get("Content-Length", 0)) or None
+    return _Remote(url, path, size, facts.get("ETag") or facts.get("Last-Modified") or "")
+
+
+def _download(session: requests.Session, remote: _Remote, progress: Progress) -> None:
+    """Go on with what there is of the file; give it its name when all of it has arrived."""
+    have = _size(remote.partial)
+    if have and have == remote.size:
+        remote.partial.replace(remote.path)
+        return
+    with _open(session, remote.url, have) as response:
+        have = have if response.status_code == 206 else 0
+        size = _expected(response, have)
+        bar = progress(f"{remote.path.name}, MiB", size and size // MIB)
+        with bar as advance, remote.partial.open("ab" if have else "wb") as stream:
+            advance(have / MIB)
+            for chunk in response.iter_content(MIB):
+                stream.write(chunk)
+                advance(len(chunk) / MIB)
+            stream.flush()
+            os.fsync(stream.fileno())
+    if size is not None and _size(remote.partial) != size:
+        raise FetchError(
+            f"{remote.url} has {size:,} bytes, of which {_size(remote.partial):,} arrived; "
+            "run the command again to resume"
+        )
+    remote.partial.replace(remote.path)
+
+
+def _open(session: requests.Session, url: str, have: int) -> requests.Response:
+    """The file from byte `have` on (status 206), or all of it from a server that cannot do that."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    if have and (response.status_code == 416 or (response.status_code == 206 and not begins)):
+        response.close()
+        return _open(session, url, 0)
+    response.raise_for_status()
+    return response
+
+
+def _expected(response: requests.Response, have: int) -> int | None:
+    """The length of the whole file; None where its end will be marked instead."""
+    if "Content-Length" in response.headers:
+        return have + int(response.headers["Content-Length"])
+    if response.headers.get("Transfer-Encoding", "").lower() == "chunked":
+        return None
+    raise FetchError(
+        f"{response.url}: the server gives no length, so that a part could pass for the "
+        "whole; download it by hand"
+    )
