@@ -1,4 +1,4 @@
-"""`python -m sharding build | show | demo`: parses, calls, prints."""
+"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import console
+from sharding import audit
 from sharding.build import BuiltSet, Found, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
@@ -49,6 +50,33 @@ CATALOG = click.option(
 @click.group(cls=console.Group)
 def main() -> None:
     """Pack raw images into WebDataset shards, check them, and look at them."""
+
+
+@main.command("fetch")
+@click.argument("sources", nargs=-1)
+@click.option(
+    "--raw",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("data/raw"),
+    show_default=True,
+    help="Folder that gets one folder per source.",
+)
+@CATALOG
+@console.options()
+def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...]) -> None:
+    """Download SOURCES, or every source with a known download; run again to resume."""
+    from sharding.fetch import fetch_all  # its libraries take most of a second
+
+    results = []
+    for one in fetch_all(read_catalog([BUILT_IN, *catalogs]), raw, sources, console.progress):
+        console.say(f"{one.source}: {one.status}: {one.note}")
+        results.append(one)
+    failed = [one.source for one in results if one.status == "failed"]
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(results)} sources failed: {', '.join(failed)}; what arrived is "
+            "kept, and the same command goes on from there"
+        )
 
 
 @main.command("build")
@@ -309,6 +337,89 @@ def describe_command(folder: Path, out: Path) -> None:
         console.say(f"{len(found.undecided)} folders have no class: say it in {out}, then")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
     console.say(f"check {out}, then: {command}")
+
+
+@main.command("audit")
+@click.argument("folders", type=Place(), nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("data/audit"),
+    show_default=True,
+    help="Folder for report.json and a PNG per set.",
+)
+@click.option(
+    "--match",
+    "sample_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="CSV to write: samples in which real and fake agree on metadata.",
+)
+@click.option("--seed", default=0, show_default=True, help="Another seed, other folds and samples.")
+@console.options()
+def audit_command(
+    folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
+) -> None:
+    """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
+    sets = audit.open_sets(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    results, entries, chosen = [], {}, {}
+    for name, shards in sets.items():
+        with console.progress(f"auditing {name}", audit.steps_of(shards)) as advance:
+            found = audit.audit(shards, seed=seed, on_step=advance)
+        audit.draw(shards, name, found, out / f"{name}.png")
+        match: audit.Match | str | None = None
+        if sample_file:
+            try:
+                match = audit.match_classes(shards, seed=seed)
+                chosen[name] = shards, match.rows
+            except ValueError as error:
+                match = str(error)
+        entries[name] = audit.as_json(shards, found, match)
+        results.append((name, found, match))
+    audit.write_report(out / "report.json", seed, entries)
+    for result in results:
+        _say_what_was_audited(*result)
+    console.say(f"report: {out / 'report.json'}, histograms: {out / '<set>.png'}")
+    if sample_file:
+        missing = [match for _name, _found, match in results if isinstance(match, str)]
+        if missing:
+            raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
+        sample_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(sample_file, audit.sample_list(chosen))
+        console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
+
+
+def _say_what_was_audited(name: str, found: audit.Audit, match: audit.Match | str | None) -> None:
+    """The figures, the values behind them, and what to do."""
+    rows = [
+        [source, one.reals, one.fakes, one.within, one.from_others, one.note]
+        for source, one in found.sources.items()
+    ]
+    rows.append(["all", found.reals, found.fakes, found.pooled, found.across, ""])
+    if found.source_name:
+        rows.append(["name of the source alone", "", "", found.source_name, None, ""])
+    console.table(
+        f"{name}: AUROC of metadata alone (95 % interval)",
+        ["source", *CLASSES, "cross-validated", "fitted on other sources", ""],
+        rows,
+    )
+    if found.features:
+        console.table(
+            f"{name}: what carries it (AUROC)",
+            ["feature", "alone", "lost without it"],
+            [[feature, one.alone, one.drop] for feature, one in found.features.items()],
+        )
+    for value in found.telling:
+        console.say(str(value))
+    console.say()
+    console.say(f"{name}: shortcut by metadata: {found.verdict}")
+    for line in [*found.notes, *audit.advice_of(found)]:
+        console.say(line)
+    if isinstance(match, audit.Match):
+        console.say(
+            f"matched: {match.per_class:,} real and {match.per_class:,} fake images, AUROC of "
+            f"metadata {match.before} before and {match.after} after"
+        )
 
 
 @main.command()

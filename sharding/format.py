@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,12 @@ class ShardSet:
         """A sample as messages name it: set, shard and key."""
         path = self.shard_path(sample)
         return f"{path.parent.name}/{path.name}:{self.text('key', sample)}"
+
+    def take(self, samples: np.ndarray) -> "ShardSet":
+        """These samples only, in this order, as a set of their own with its own `sha256`."""
+        rows = np.asarray(samples, np.int64)
+        digest = hashlib.sha256(self.sha256.encode() + rows.astype("<i8").tobytes())
+        return replace(self, table=self.table.take(rows), sha256=digest.hexdigest(), _columns={})
 
     def describe(self) -> str:
         """The folders, for messages."""

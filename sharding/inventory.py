@@ -183,7 +183,7 @@ def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:
         return pa.nulls(items.num_rows, pa.int64())
     left = items.select(_KEY).append_column("item", pa.array(range(items.num_rows)))
     right = facts.select(_KEY).append_column("fact", pa.array(range(facts.num_rows)))
-    joined = left.join(right, keys=_KEY, join_type="left outer")
+    joined = left.join(right, keys=_KEY, join_type="left outer", use_threads=False)
     # A file may be described twice, by runs that overlapped: any row will do.
-    best = joined.group_by("item").aggregate([("fact", "max")]).sort_by("item")
+    best = joined.group_by("item", use_threads=False).aggregate([("fact", "max")]).sort_by("item")
     return best.column("fact_max").combine_chunks()
