@@ -91,7 +91,10 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An AUROC, 0 to 1 with 0.5 for guessing, and its 95 % interval."""
+    """An AUROC, 0 to 1 with 0.5 for guessing, and its 95 % interval.
+
+    The interval leaves out how the folds fell, so on a few hundred images it is somewhat narrow.
+    """
 
     auroc: float
     low: float
@@ -335,7 +338,7 @@ def verdict_of(pooled: Estimate | None) -> str:
 def advice_of(found: Audit) -> list[str]:
     """What to do about the verdict, one sentence each."""
     if found.pooled is None:
-        return ["Audit it together with images of the other class, packed as one set."]
+        return ["Pack it in one set with more images, or those of the other class, and audit that."]
     inside = {n: s.within for n, s in found.sources.items() if s.within is not None}
     worse = [f"{n} {s.auroc:.2f}" for n, s in inside.items() if s.auroc >= LITTLE]
     if found.verdict == "little" and not worse:
