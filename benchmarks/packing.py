@@ -31,8 +31,8 @@ bench = "train"
 [sources.bench]
 licence = "measured only"
 set = "bench"
-real = ["real"]
-fake = ["fake"]
+real = ["**/real"]
+fake = ["**/fake"]
 """
 
 LOOP = """
@@ -95,23 +95,27 @@ def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, lis
     return found
 
 
-def seconds(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, int]:
-    """Wall time of one run of a contender, and the largest of its processes in bytes."""
+def seconds_and_memory(command: list[str]) -> tuple[float, int]:
+    """Wall time of a command, and the largest of its processes in bytes."""
+    # `resource` remembers the largest child for ever, so each run is a grandchild.
+    code = (
+        "import resource, subprocess, sys\n"
+        "result = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=-1)\n"
+        "sys.exit(result.stderr.decode()[-2000:]) if result.returncode else None\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    )
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return time.perf_counter() - started, int(result.stdout)
+
+
+def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, int]:
+    """`seconds_and_memory` of one run of a contender, into a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = commands(raw, Path(folder), jobs, img2dataset)[name]
-        # `resource` remembers the largest child for ever, so each run is a grandchild.
-        code = (
-            "import resource, subprocess, sys\n"
-            "result = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=-1)\n"
-            "sys.exit(result.stderr.decode()[-2000:]) if result.returncode else None\n"
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-        )
-        started = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-c", code, *command],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-        return time.perf_counter() - started, int(result.stdout)
+        return seconds_and_memory(commands(raw, Path(folder), jobs, img2dataset)[name])
 
 
 @click.command(cls=console.Command)
@@ -151,7 +155,7 @@ def main(
         for _ in range(repeats):
             for contender in names:
                 for kind in ("few", "all"):
-                    took, largest = seconds(folder / kind, contender, jobs, img2dataset)
+                    took, largest = measure(folder / kind, contender, jobs, img2dataset)
                     times[contender][kind].append(took)
                     memory[contender] = max(memory[contender], largest)
     rates = {

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from sharding.format import (
     LEFT_OUT_FILE,
     SAMPLES_FILE,
     SAMPLES_SCHEMA,
+    TIMM_FILE,
     ShardError,
+    table_from,
+    timm_info,
 )  # fmt: skip
 from sharding.inventory import (
     finish_source,
@@ -72,12 +75,13 @@ def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass
 class Found:
-    """The sources of a catalogue as one table of their images; see `sharding/inventory.py`.
+    """The sources of a catalogue that are there: their images as tables, and notes on their layout.
 
     `kept` are sources whose raw files are gone, known from an earlier build; `missing` are those
     that were never there.
     """
 
+    items: dict[str, pa.Table] = field(default_factory=dict)
     listings: dict[str, Listing] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -116,7 +120,8 @@ def find_sources(
             if listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, max_bad))
                 capped(listing, source.cap)
-                found.listings[name] = listing
+                found.items[name] = item_table(listing.items)
+                found.listings[name] = replace(listing, items=[])  # ten times the memory
             else:
                 found.missing.append(name)
         elif (out / WORK_FOLDER / "inventory" / f"{name}.parquet").exists():
@@ -198,10 +203,9 @@ def _read_everything(
     found: Found, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
 ) -> pa.Table:
     """The inventory of all sources, in the order of the catalogue; decodes what is not known."""
-    items = {name: item_table(listing.items) for name, listing in found.listings.items()}
     tasks = [
         (str(raw), str(folder), file, chunk)
-        for name, table in items.items()
+        for name, table in found.items.items()
         for file, chunk in missing_chunks(name, table, known_facts(folder, name))
     ]
     if tasks:
@@ -209,7 +213,8 @@ def _read_everything(
             for done in run_all(take_inventory, tasks, engine, jobs):
                 advance(done)
     tables = [
-        finish_source(folder, name, table, found.listings[name]) for name, table in items.items()
+        finish_source(folder, name, table, found.listings[name])
+        for name, table in found.items.items()
     ]
     for name in found.kept:
         table, listing = read_source(folder, name)
@@ -333,6 +338,7 @@ class _SetBuild:
             "left_out_sha256": sha256_of(folder / LEFT_OUT_FILE),
         }
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
         _remove_strangers(folder, self.marks, {shard.name for shard in shards})
         if not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
             write_text(folder / INDEX_FILE, text)
@@ -382,8 +388,7 @@ def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
 
 
 def _read_rows(path: AnyPath) -> pa.Table:
-    with path.open("rb") as stream:
-        return pq.read_table(stream, schema=SAMPLES_SCHEMA)
+    return table_from(path.read_bytes()).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
 
 
 def _text_of(path: AnyPath) -> str:

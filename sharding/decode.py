@@ -9,6 +9,7 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import simplejpeg
@@ -30,10 +31,11 @@ MAX_BYTES = 512 * 2**20
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
-# Everything Pillow may open. PostScript, PDF and formats that run other programs are left out.
+# Everything Pillow may open, the common ones first. PostScript, PDF and formats that run other
+# programs are left out.
 READABLE = (
-    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000",
-    "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP",
+    "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG2000",
+    "PPM", "QOI", "TGA", "TIFF",
 )  # fmt: skip
 
 # 8-bit modes that Pillow and DALI turn into the same RGB values (docs/shards.md has the list).
@@ -90,13 +92,14 @@ def prepare(data: bytes) -> Prepared:
             data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
     height, width = pixels.shape[:2]
     phash, thumbnail = fingerprint(pixels)
+    quality, tables = _jpeg_tables(image) if name == "JPEG" else (0, "")
     facts = Facts(
         width=width,
         height=height,
         format=name,
         chroma=simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else "",
-        jpeg_quality=_jpeg_quality(image) if name == "JPEG" else 0,
-        jpeg_tables=_jpeg_tables(image) if name == "JPEG" else "",
+        jpeg_quality=quality,
+        jpeg_tables=tables,
         exif="exif" in image.info,
         orientation=orientation,
         phash=phash,
@@ -201,17 +204,19 @@ def _luma_tables() -> np.ndarray:
 _TABLES = _luma_tables()
 
 
-def _jpeg_quality(image: Image.Image) -> int:
-    """The libjpeg quality (1 to 100) whose luma table is nearest to the file's own."""
-    tables = getattr(image, "quantization", None)
-    if not tables:
-        return 0
-    luma = np.sort(np.array(tables[min(tables)], np.int64))
-    return int(np.abs(_TABLES - luma).sum(axis=1).argmin()) + 1
-
-
-def _jpeg_tables(image: Image.Image) -> str:
-    """The quantisation tables as 8 hex digits: equal for files of one encoder and quality."""
+def _jpeg_tables(image: Image.Image) -> tuple[int, str]:
+    """Quality and hash of a JPEG's quantisation tables; 0 and empty where it has none."""
     tables = getattr(image, "quantization", None) or {}
-    content = repr([sorted(tables[number]) for number in sorted(tables)])
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
+    return _describe_tables(tuple(tuple(sorted(tables[number])) for number in sorted(tables)))
+
+
+@lru_cache(maxsize=1024)  # a million files have a few hundred different tables
+def _describe_tables(tables: tuple[tuple[int, ...], ...]) -> tuple[int, str]:
+    """The libjpeg quality (1 to 100) whose luma table is nearest to the first of sorted `tables`,
+    and all of them as 8 hex digits: equal for files of one encoder and quality.
+    """
+    if not tables:
+        return 0, ""
+    quality = int(np.abs(_TABLES - np.array(tables[0], np.int64)).sum(axis=1).argmin()) + 1
+    content = repr([list(table) for table in tables])
+    return quality, hashlib.sha256(content.encode()).hexdigest()[:8]

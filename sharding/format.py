@@ -2,8 +2,8 @@
 
 A set is a folder: `<source>-<split>-<NNNNN>.tar` with `<key>.<jpg|png|webp>` (original bytes) and
 `<key>.json`, one `.idx` beside each tar (for DALI's reader), `samples.parquet` with one row per
-sample, and `index.json`, written last. A folder without `index.json` is not a set. The format is
-described for people without this code in `docs/shards.md`.
+sample, `_info.json` (for timm's), and `index.json`, written last. A folder without `index.json` is
+not a set. The format is described for people without this code in `docs/shards.md`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 from PIL import Image
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CLASSES = ("real", "fake")
 """Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
 
@@ -30,6 +30,7 @@ IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 SAMPLES_FILE = "samples.parquet"
 INDEX_FILE = "index.json"
 LEFT_OUT_FILE = "left_out.csv"
+TIMM_FILE = "_info.json"
 
 _name = pa.dictionary(pa.int32(), pa.string())
 SAMPLES_SCHEMA = pa.schema(
@@ -70,6 +71,25 @@ class DecodeError(ValueError):
 def shard_name(source: str, split: str, number: int) -> str:
     """`<source>-<split>-<NNNNN>.tar`."""
     return f"{source}-{split}-{number:05d}.tar"
+
+
+def member_metadata(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `<key>.json` says of a sample; `cls` is its label as a number, which timm asks for."""
+    names = {name: row[name] for name in ("source", "generator", "origin")}
+    return {"label": CLASSES[row["label"]], "cls": int(row["label"]), **names}
+
+
+def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The `_info.json` that timm's webdataset reader looks for, from a set's index."""
+    shards = index["shards"]
+    split = {
+        "name": index["split"],
+        "num_samples": index["samples"],
+        "filenames": [shard["name"] for shard in shards],
+        "shard_lengths": [shard["samples"] for shard in shards],
+        "alt_label": "cls",
+    }
+    return {"splits": {index["split"]: split}}
 
 
 def decode_image(data: bytes, image_format: str, orientation: int = 1) -> np.ndarray:
@@ -139,7 +159,7 @@ class ShardSet:
     def column(self, name: str) -> np.ndarray:
         """A numeric column as an array of the table's dtype, one value per sample."""
         if name not in self._columns:
-            self._columns[name] = self.table.column(name).to_numpy()
+            self._columns[name] = _numpy(self.table.column(name))
         return self._columns[name]
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
@@ -178,12 +198,22 @@ class ShardSet:
         return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
 
 
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """A column without nulls; not by pyarrow's `to_numpy`, which imports pandas."""
+    if pa.types.is_boolean(column.type):  # packed bits, which dlpack cannot say
+        column = pa.compute.cast(column, pa.uint8())
+        return _numpy(column).astype(np.bool_)
+    chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
+
+
 def _codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     """The codes and names of a dictionary column whose chunks may have different dictionaries."""
     chunks = column.unify_dictionaries().chunks
     if not chunks:
         return np.empty(0, np.int32), []
-    return np.concatenate([c.indices.to_numpy() for c in chunks]), chunks[0].dictionary.to_pylist()
+    codes = _numpy(pa.chunked_array([chunk.indices for chunk in chunks]))
+    return codes, chunks[0].dictionary.to_pylist()
 
 
 def read_index(folder: Path) -> dict:
@@ -238,7 +268,7 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
                 f"{index['samples_sha256'][:12]}; build the set again"
             )
         names = [shard["name"] for shard in index["shards"]]
-        table = pq.read_table(io.BytesIO(data), schema=SAMPLES_SCHEMA)
+        table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
         tables.append(_number_shards(table, names, len(shards)))
         shards += names
         homes += [folder] * len(names)
@@ -249,6 +279,15 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
     )
 
 
+def table_from(data: bytes) -> pa.Table:
+    """The table in the bytes of a parquet file.
+
+    Not by `pyarrow.parquet.read_table`: that imports pandas where it is installed (most of a
+    second), and on a Python stream it may abort the process when that ends (pyarrow 26).
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read()
+
+
 def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
     """The table with its shard column coded by position in the opened sets, starting at `first`.
 
@@ -257,4 +296,5 @@ def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
     codes, used = _codes_of(table.column("shard"))
     position = {name: first + number for number, name in enumerate(names)}
     numbered = np.array([position[name] for name in used], np.int32)[codes]
-    return table.set_column(table.schema.get_field_index("shard"), "shard_code", pa.array(numbered))
+    column = pa.Array.from_buffers(pa.int32(), len(numbered), [None, pa.py_buffer(numbered)])
+    return table.set_column(table.schema.get_field_index("shard"), "shard_code", column)

@@ -7,14 +7,13 @@ has changed, and so that sources whose raw files are gone stay known.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.decode import Facts, Prepared, prepare
-from sharding.format import DecodeError
+from sharding.format import DecodeError, table_from
 from sharding.layouts import Item, Listing
 from sharding.raw import read_all
 from sharding.storage import AnyPath, any_path, files_in, write_atomically
@@ -73,7 +72,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "sha256": hashlib.sha256(prepared.data).digest(),
         "stored": len(prepared.data),
         "thumbnail": prepared.thumbnail.tobytes(),
-        **asdict(prepared.facts),
+        **vars(prepared.facts),
     }
 
 
@@ -84,7 +83,7 @@ def refuse(reason: str) -> dict[str, Any]:
         "sha256": bytes(32),
         "stored": 0,
         "thumbnail": bytes(256),
-        **asdict(_NO_FACTS),
+        **vars(_NO_FACTS),
     }
 
 
@@ -173,8 +172,7 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
 
 
 def _read(path: AnyPath) -> pa.Table:
-    with path.open("rb") as stream:
-        return pq.read_table(stream)
+    return table_from(path.read_bytes())
 
 
 def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:

@@ -21,11 +21,14 @@ from sharding.format import (
     CLASSES,
     IMAGE_FORMATS,
     INDEX_FILE,
+    TIMM_FILE,
     DecodeError,
     ShardSet,
     decode_image,
+    member_metadata,
     open_shards,
     read_index,
+    timm_info,
 )  # fmt: skip
 from sharding.storage import AnyPath, any_path, files_in, sha256_of
 
@@ -135,9 +138,7 @@ def _check_metadata(data: bytes, row: dict[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"not JSON: {error}"
         return
-    expected = {name: row[name] for name in ("source", "generator", "origin")}
-    expected["label"] = CLASSES[row["label"]]
-    for name, value in expected.items():
+    for name, value in member_metadata(row).items():
         if meta.get(name) != value:
             yield f"{name} is {meta.get(name)!r}, the index says {value!r}"
 
@@ -178,6 +179,9 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         found = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
         if found != index["totals"][name]:
             yield f"{where}: the counts per {name} are not those of the index"
+    info = folder / TIMM_FILE
+    if not info.exists() or json.loads(info.read_text(encoding="utf-8")) != timm_info(index):
+        yield f"{where}/{TIMM_FILE}: does not say what the index says"
     listed = {entry["name"] for entry in index["shards"]}
     for path in files_in(folder):
         shard = Path(path.name).with_suffix(".tar").name

@@ -16,7 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.decode import prepare
-from sharding.format import CLASSES, IMAGE_FORMATS, SAMPLES_SCHEMA, DecodeError, ShardError
+from sharding.format import (
+    IMAGE_FORMATS,
+    SAMPLES_SCHEMA,
+    DecodeError,
+    ShardError,
+    member_metadata,
+)  # fmt: skip
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
 from sharding.storage import AnyPath, any_path, sha256_of, size_of, write_atomically, write_text
@@ -79,10 +85,12 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> list[str]:
 
     lines = []
     with path.open("wb") as stream, Writer(stream, encoder=False, mtime=0) as tar:
+        tar.tarstream.copybufsize = 2**20  # one write per image, not one per 16 KiB
         for row, data in zip(rows, read_all(raw, rows), strict=True):
             data = _the_same(row, data)
             row["offset"], row["size"] = 0, len(data)
-            members = {IMAGE_FORMATS[row["format"]]: data, "json": _metadata(row)}
+            meta = json.dumps(member_metadata(row), sort_keys=True).encode()
+            members = {IMAGE_FORMATS[row["format"]]: data, "json": meta}
             offset = tar.tarstream.offset
             tar.write({"__key__": row["key"], **members})
             line = []
@@ -101,24 +109,19 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> list[str]:
 
 def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
     """The bytes to store, which are the ones that were decoded when the row was made."""
-    found = str(data)
-    if not isinstance(data, DecodeError):
-        try:
-            stored = prepare(data).data if row["transcoded_from"] else data
-            if hashlib.sha256(stored).digest() == row["sha256"]:
-                return stored
-            found = "other bytes"
-        except DecodeError as error:
-            found = str(error)
+    try:
+        if isinstance(data, DecodeError):
+            raise data
+        stored = prepare(data).data if row["transcoded_from"] else data
+        if hashlib.sha256(stored).digest() == row["sha256"]:
+            return stored
+        found = "other bytes"
+    except DecodeError as error:
+        found = str(error)
     raise ShardError(
         f"{row['origin']} has changed since this build decoded it ({found}); run the build again "
         "when the raw files stay as they are"
     )
-
-
-def _metadata(row: dict[str, Any]) -> bytes:
-    meta = {name: row[name] for name in ("source", "generator", "origin")}
-    return json.dumps({"label": CLASSES[row["label"]], **meta}, sort_keys=True).encode()
 
 
 def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:

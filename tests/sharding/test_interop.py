@@ -9,6 +9,7 @@ import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from timm.data import create_dataset
 
 from sharding.format import CLASSES, ShardSet
 
@@ -47,3 +48,10 @@ def test_dali_reads_every_sample_through_our_idx(data: Path, old: ShardSet) -> N
     assert sizes == sorted(expected)
     labels = [json.loads(np.asarray(meta).tobytes())["label"] for meta in metas]
     assert labels.count("fake") == int(old.column("label").sum())
+
+
+def test_timm_reads_every_sample_with_its_label(data: Path, old: ShardSet) -> None:
+    reader = create_dataset("wds/", root=str(data / "old"), split="train", batch_size=1)
+    assert len(reader) == len(old)
+    targets = [target for _image, target in reader]
+    assert sorted(targets) == sorted(old.column("label").tolist())

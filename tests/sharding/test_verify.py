@@ -63,6 +63,7 @@ def test_missing_short_and_strange_files_are_found(copy: Path) -> None:
     (copy / "old/alpha-train-00000.tar").unlink()
     (copy / "old/beta-train-00000.idx").write_text("v1.2 0\n")
     (copy / "old/zeta-train-00000.tar").write_bytes(b"")
+    (copy / "val/_info.json").write_text('{"splits": {}}')
     tar = copy / "new/gamma-train-00000.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     shutil.copy(copy / "val/gamma-val-00000.tar", copy / "old/dummy-train-00000.tar")
@@ -70,6 +71,7 @@ def test_missing_short_and_strange_files_are_found(copy: Path) -> None:
     assert "old/alpha-train-00000.tar: missing" in faults
     assert "old/beta-train-00000.tar: its .idx does not say" in faults
     assert "old/zeta-train-00000.tar: a file that the index does not list" in faults
+    assert "val/_info.json: does not say what the index says" in faults
     assert "new/gamma-train-00000.tar: not a whole tar" in faults
     assert "in the index and not in the tar" in faults
 

@@ -1,0 +1,126 @@
+"""How packing and opening grow with the number of images: time, and memory of the largest process.
+
+    python -m benchmarks.scale [--images 10000 --images 100000] [--rows 420000] [--json FILE]
+
+Packs that many tiny JPEGs (48 x 48) out of a zip archive, so that what is measured is the cost of
+a sample and not of its pixels; then opens a set of `--rows` samples as training does, with the
+columns that every loader reads.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+import console
+from benchmarks.packing import CATALOG, seconds_and_memory
+from sharding.format import INDEX_FILE, SAMPLES_FILE, SAMPLES_SCHEMA
+
+OPEN = """
+import resource, sys, time
+from pathlib import Path
+import sharding.format
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before, started = peak(), time.perf_counter()
+shards = sharding.format.open_shards([Path(sys.argv[1])])
+for name in ("label", "offset", "size", "width", "height", "orientation", "shard_code"):
+    shards.column(name)
+for name in ("source", "generator", "format"):
+    shards.codes(name)
+print(time.perf_counter() - started, peak() - before, len(shards))
+"""
+
+
+def write_archive(path: Path, count: int) -> None:
+    """`count` different JPEGs of 48 x 48, half of them called real, half fake."""
+    path.parent.mkdir(parents=True)
+    rng = np.random.default_rng(count)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+            stream = io.BytesIO()
+            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+            archive.writestr(f"{('real', 'fake')[number % 2]}/{number:08d}.jpg", stream.getvalue())
+
+
+def grow_index(folder: Path, rows: int) -> None:
+    """Repeat the rows of a set, under new keys, until there are `rows` of them."""
+    table = pq.read_table(folder / SAMPLES_FILE, schema=SAMPLES_SCHEMA)
+    turns = -(-rows // len(table))
+    table = pa.concat_tables([table] * turns).slice(0, rows).unify_dictionaries()
+    keys = pa.array([f"bench_{number:016x}" for number in range(rows)])
+    table = table.set_column(table.schema.get_field_index("key"), "key", keys)
+    pq.write_table(table, folder / SAMPLES_FILE)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["samples_sha256"] = hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest()
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+@click.command(cls=console.Command)
+@click.option(
+    "--images", "counts", multiple=True, default=[10_000, 100_000], show_default=True,
+    help="Images to pack. May be repeated.",
+)  # fmt: skip
+@click.option("--rows", default=420_000, show_default=True, help="Samples of the opened set.")
+@click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> None:
+    """Pack and open, and print one table of each."""
+    packed = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "catalog.toml").write_text(CATALOG)
+        for count in counts:
+            raw, shards = folder / f"raw{count}", folder / f"shards{count}"
+            write_archive(raw / "bench" / "images.zip", count)
+            command = [
+                sys.executable, "-m", "sharding", "build", "--raw", raw, "--out", shards,
+                "--catalog", folder / "catalog.toml", "--jobs", jobs,
+            ]  # fmt: skip
+            took, largest = seconds_and_memory(list(map(str, command)))
+            packed.append({"images": count, "seconds": took, "bytes": largest})
+        columns = ["images", "seconds", "microseconds an image", "largest process MiB"]
+        table = [
+            [p["images"], f"{p['seconds']:.1f}", round(1e6 * p["seconds"] / p["images"]),
+             round(p["bytes"] / 2**20)]
+            for p in packed
+        ]  # fmt: skip
+        console.table(f"sharding build of tiny JPEGs, {jobs} processes", columns, table)
+        grow_index(shards / "bench", rows)
+        opened = []
+        for _ in range(5):
+            result = subprocess.run(
+                [sys.executable, "-c", OPEN, shards / "bench"],
+                cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            took, memory, count = result.stdout.split()
+            opened.append({"samples": int(count), "seconds": float(took), "bytes": int(memory)})
+    middle = sorted(opened, key=lambda one: one["seconds"])[len(opened) // 2]
+    spread = [one["seconds"] for one in opened]
+    console.table(
+        "Opening one set",
+        ["samples", "seconds, median", "spread", "MiB more than before"],
+        [[middle["samples"], f"{middle['seconds']:.2f}", f"{min(spread):.2f}-{max(spread):.2f}",
+          round(max(one["bytes"] for one in opened) / 2**20)]],
+    )  # fmt: skip
+    if out:
+        figures = {"time": time.time(), "packed": packed, "opened": opened}
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
