@@ -25,15 +25,15 @@ from PIL import Image
 
 import console
 from benchmarks.packing import CATALOG, seconds_and_memory
-from sharding.format import INDEX_FILE, SAMPLES_FILE, SAMPLES_SCHEMA
+from sharding.format import INDEX_FILE, ROW_GROUP, SAMPLES_FILE, SAMPLES_SCHEMA
 
 OPEN = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 import sharding.format
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this program alone; getrusage would count what started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 before, started = peak(), time.perf_counter()
 shards = sharding.format.open_shards([Path(sys.argv[1])])
@@ -64,7 +64,7 @@ def grow_index(folder: Path, rows: int) -> None:
     table = pa.concat_tables([table] * turns).slice(0, rows).unify_dictionaries()
     keys = pa.array([f"bench_{number:016x}" for number in range(rows)])
     table = table.set_column(table.schema.get_field_index("key"), "key", keys)
-    pq.write_table(table, folder / SAMPLES_FILE)
+    pq.write_table(table, folder / SAMPLES_FILE, row_group_size=ROW_GROUP)
     index = json.loads((folder / INDEX_FILE).read_text())
     index["samples_sha256"] = hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest()
     (folder / INDEX_FILE).write_text(json.dumps(index))

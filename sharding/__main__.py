@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import console
-from sharding import audit
+from sharding import audit, match
 from sharding.build import BuiltSet, Found, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
@@ -15,6 +15,7 @@ from sharding.demo import make_demo
 from sharding.describe import describe
 from sharding.engine import cores
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
+from sharding.histograms import draw
 from sharding.storage import AnyPath, any_path, write_text
 from sharding.verify import sets_in, verify
 
@@ -366,30 +367,30 @@ def audit_command(
     for name, shards in sets.items():
         with console.progress(f"auditing {name}", audit.steps_of(shards)) as advance:
             found = audit.audit(shards, seed=seed, on_step=advance)
-        audit.draw(shards, name, found, out / f"{name}.png")
-        match: audit.Match | str | None = None
+        draw(shards, name, found, out / f"{name}.png")
+        matched: match.Match | str | None = None
         if sample_file:
             try:
-                match = audit.match_classes(shards, seed=seed)
-                chosen[name] = shards, match.rows
+                matched = match.match_classes(shards, seed=seed)
+                chosen[name] = shards, matched.rows
             except ValueError as error:
-                match = str(error)
-        entries[name] = audit.as_json(shards, found, match)
-        results.append((name, found, match))
+                matched = str(error)
+        entries[name] = audit.as_json(shards, found) | {"match": match.as_json(matched)}
+        results.append((name, found, matched))
     audit.write_report(out / "report.json", seed, entries)
     for result in results:
         _say_what_was_audited(*result)
     console.say(f"report: {out / 'report.json'}, histograms: {out / '<set>.png'}")
     if sample_file:
-        missing = [match for _name, _found, match in results if isinstance(match, str)]
+        missing = [matched for _name, _found, matched in results if isinstance(matched, str)]
         if missing:
             raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(sample_file, audit.sample_list(chosen))
+        write_text(sample_file, match.sample_list(chosen))
         console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
 
 
-def _say_what_was_audited(name: str, found: audit.Audit, match: audit.Match | str | None) -> None:
+def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | str | None) -> None:
     """The figures, the values behind them, and what to do."""
     rows = [
         [source, one.reals, one.fakes, one.within, one.from_others, one.note]
@@ -415,10 +416,10 @@ def _say_what_was_audited(name: str, found: audit.Audit, match: audit.Match | st
     console.say(f"{name}: shortcut by metadata: {found.verdict}")
     for line in [*found.notes, *audit.advice_of(found)]:
         console.say(line)
-    if isinstance(match, audit.Match):
+    if isinstance(matched, match.Match):
         console.say(
-            f"matched: {match.per_class:,} real and {match.per_class:,} fake images, AUROC of "
-            f"metadata {match.before} before and {match.after} after"
+            f"matched: {matched.per_class:,} real and {matched.per_class:,} fake images, AUROC of "
+            f"metadata {matched.before} before and {matched.after} after"
         )
 
 

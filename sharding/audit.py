@@ -7,9 +7,7 @@ Groups never cross folds. `docs/audit.md` says how to read the figures.
 scikit-learn and matplotlib are the optional extra `audit`, imported where they are used.
 """
 
-import csv
 import importlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,29 +17,23 @@ from typing import Any
 import numpy as np
 
 from sharding.format import CLASSES, ShardSet, open_shards
-from sharding.storage import AnyPath, write_atomically, write_text
+from sharding.metadata import (
+    FEATURES,
+    NAMED,
+    NO_JPEG,
+    SOURCE,
+    Metadata,
+    assign_folds,
+    metadata_of,
+    spelled,
+)  # fmt: skip
+from sharding.storage import AnyPath, write_text
 from sharding.verify import sets_in
 
 AUDIT_VERSION = 1
 """Of `report.json`; grows when a name or a meaning in it changes."""
 
-FEATURES = {
-    "format": (0,),
-    "size": (1, 2),
-    "aspect": (3,),
-    "bits per pixel": (4,),
-    "JPEG quality": (5,),
-    "JPEG tables": (6,),
-    "chroma": (7,),
-    "EXIF": (8,),
-}
-"""Feature -> columns of `Metadata.values`."""
 
-_SOURCE = (9,)
-_NAMED = (0, 6, 7, 8, 9)  # columns that hold codes of names, not quantities
-_STRATA = (0, 7, 8)  # of these, what a match must agree on exactly: format, chroma, EXIF
-
-FOLDS = 5
 MIN_GROUPS = 30
 """Groups of each class below which nothing is estimated: the interval would span half the scale."""
 
@@ -51,42 +43,7 @@ FIT_LIMIT = 20_000
 LITTLE, STRONG = 0.60, 0.75
 """The verdict: below the first AUROC metadata gives little away, above the second a lot."""
 
-MATCHED = 0.55
-"""A match goes on until metadata alone reaches no more than this AUROC, or what chance explains."""
-
-NO_JPEG = "no JPEG"
-"""What stands for the tables and the chroma of other formats."""
-
-_MAX_NAMES = 250  # scikit-learn's limit for one column is 255; the rarest share one code
-_ROUNDS = 8
 _PERMUTED = 20_000  # held-out samples per fold that importance is measured on
-
-
-@dataclass(frozen=True, eq=False)
-class Metadata:
-    """What is known of each sample without its pixels.
-
-    `values` is (samples, 10) float32, columns as in `FEATURES` and then the source: codes into
-    `names[column]`, or quantities (pixels, width / height, bits per pixel, 1 to 100), NaN where an
-    image has none. `labels` int8, `groups` int64: equal for images that belong together.
-    """
-
-    values: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray
-    names: dict[int, list[str]]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def sources(self) -> np.ndarray:
-        """The source of each sample: a position in `names[9]`."""
-        return self.values[:, _SOURCE[0]].astype(np.int64)
-
-    def take(self, rows: np.ndarray) -> "Metadata":
-        """These samples only."""
-        return Metadata(self.values[rows], self.labels[rows], self.groups[rows], self.names)
 
 
 @dataclass(frozen=True)
@@ -168,17 +125,6 @@ class Audit:
     notes: list[str]
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
-    """Rows of the set in which the classes agree on metadata, and the AUROC before and after."""
-
-    rows: np.ndarray
-    per_class: int
-    before: Estimate
-    after: Estimate
-    rounds: int
-
-
 def open_sets(folders: Sequence[AnyPath]) -> dict[str, ShardSet]:
     """The sets at or directly below `folders`, by name.
 
@@ -197,85 +143,6 @@ def open_sets(folders: Sequence[AnyPath]) -> dict[str, ShardSet]:
     return {name: open_shards([folder]) for name, folder in found.items()}
 
 
-def metadata_of(shards: ShardSet) -> Metadata:
-    """The metadata of every sample, from the index alone.
-
-    The format is that of the published file, before packing.
-    """
-    pixels = shards.column("width") * np.maximum(1, shards.column("height")).astype(np.float64)
-    quality = shards.column("jpeg_quality").astype(np.float64)
-    turned = np.where(shards.column("orientation") != 1, 2, 1)
-    columns = [
-        shards.column("width"),
-        shards.column("height"),
-        shards.column("width") / np.maximum(1, shards.column("height")),
-        8.0 * shards.column("size") / np.maximum(1, pixels),
-        np.where(quality > 0, quality, np.nan),
-    ]
-    named = {
-        0: _frequent(*_published_format(shards)),
-        6: _frequent(*shards.codes("jpeg_tables")),
-        7: _frequent(*shards.codes("chroma")),
-        8: (np.where(shards.column("exif"), turned, 0), ["none", "present", "with a rotation"]),
-        9: _frequent(*shards.codes("source")),
-    }
-    values = np.empty((len(shards), 10), np.float32)
-    for place, column in enumerate(columns, start=1):
-        values[:, place] = column
-    for place, (codes, _names) in named.items():
-        values[:, place] = codes
-    names = {place: found for place, (_codes, found) in named.items()}
-    return Metadata(values, shards.column("label"), _groups(shards), names)
-
-
-def _published_format(shards: ShardSet) -> tuple[np.ndarray, list[str]]:
-    """Codes and names of the format before packing."""
-    codes, names = shards.codes("format")
-    before, names_before = shards.codes("transcoded_from")
-    changed = np.array([bool(name) for name in names_before], np.bool_)[before]
-    every = list(dict.fromkeys([*names, *filter(None, names_before)]))
-    position = {name: number for number, name in enumerate(every)}
-    kept = np.array([position[name] for name in names], np.int64)[codes]
-    original = np.array([position.get(name, 0) for name in names_before], np.int64)[before]
-    return np.where(changed, original, kept), every
-
-
-def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Codes by falling frequency, so that the rarest share one where there are too many."""
-    counts = np.bincount(codes, minlength=len(names))
-    order = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(names), np.int64)
-    rank[order] = np.minimum(np.arange(len(names)), _MAX_NAMES)
-    kept = [names[code] or NO_JPEG for code in order[:_MAX_NAMES]]
-    return rank[codes], [*kept, "others"]
-
-
-def _groups(shards: ShardSet) -> np.ndarray:
-    """A number per group; an image without a group is one of its own."""
-    encoded = shards.table.column("group").combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    empty = np.array([not name for name in encoded.dictionary.to_pylist()], np.bool_)[codes]
-    return np.where(empty, len(empty) + np.arange(len(codes)), codes.astype(np.int64))
-
-
-def assign_folds(metadata: Metadata, seed: int) -> np.ndarray:
-    """A fold, 0 to 4, per sample: whole groups, dealt out by source, class and size.
-
-    The same idea as scikit-learn's StratifiedGroupKFold, which visits groups one by one in Python
-    and would take minutes for 420,000 of them.
-    """
-    _, first, group, size = np.unique(
-        metadata.groups, return_index=True, return_inverse=True, return_counts=True
-    )
-    fakes = np.bincount(group, weights=metadata.labels)
-    kind = (fakes > 0).astype(int) + (fakes == size)
-    shuffled = np.random.default_rng(seed).random(len(first))
-    order = np.lexsort((shuffled, -size, kind, metadata.sources[first]))
-    fold = np.empty(len(first), np.int64)
-    fold[order] = np.arange(len(first)) % FOLDS
-    return fold[group]
-
-
 def audit(
     shards: ShardSet,
     *,
@@ -287,11 +154,11 @@ def audit(
     Raises:
         ValueError: the extra `audit` is not installed.
     """
-    _extra("sklearn.ensemble")
+    extra("sklearn.ensemble")
     metadata = metadata_of(shards)
     folds = assign_folds(metadata, seed)
     everything = [column for columns in FEATURES.values() for column in columns]
-    models, scores = _cross_fit(metadata, folds, everything, seed)
+    models, scores = cross_fit(metadata, folds, everything, seed)
     pooled = estimate(metadata.labels, scores, metadata.groups)
     on_step(1)
     sources, across = _audit_sources(metadata, folds, everything, seed, on_step)
@@ -305,7 +172,7 @@ def audit(
         on_step(1)
     source_name = None
     if pooled and len(sources) > 1:
-        source_name = _cross_validate(metadata, folds, _SOURCE, seed)
+        source_name = _cross_validate(metadata, folds, SOURCE, seed)
     on_step(1)
     fakes = int(metadata.labels.sum())
     return Audit(
@@ -371,7 +238,7 @@ def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Esti
     reals, fakes = (len(np.unique(groups[labels == label])) for label in (0, 1))
     if min(reals, fakes) < MIN_GROUPS:
         return None
-    area = float(_extra("sklearn.metrics").roc_auc_score(labels, scores))
+    area = float(extra("sklearn.metrics").roc_auc_score(labels, scores))
     return Estimate(area, *auroc_interval(area, reals, fakes))
 
 
@@ -390,7 +257,12 @@ def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tupl
     return float(inside.min()), float(inside.max())
 
 
-def _extra(module: str) -> ModuleType:
+def extra(module: str) -> ModuleType:
+    """A module of the extra `audit`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -409,24 +281,24 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     labels = metadata.labels[rows]
     if len(np.unique(labels)) < len(CLASSES):
         return None
-    trees = _extra("sklearn.ensemble").HistGradientBoostingClassifier(
+    trees = extra("sklearn.ensemble").HistGradientBoostingClassifier(
         max_iter=30 if len(columns) == 1 else 60,
         learning_rate=0.15,
         max_leaf_nodes=8,
         early_stopping=False,
-        categorical_features=[place for place, c in enumerate(columns) if c in _NAMED],
+        categorical_features=[place for place, c in enumerate(columns) if c in NAMED],
         class_weight="balanced",
         random_state=seed,
     )
     # One thread is as fast at this size, and gives the same trees on any number of cores.
-    with _extra("threadpoolctl").threadpool_limits(1):
+    with extra("threadpoolctl").threadpool_limits(1):
         return trees.fit(metadata.values[np.ix_(rows, columns)], labels)
 
 
 Models = list[tuple[np.ndarray, Any]]  # held-out rows, and what was fitted on the others
 
 
-def _cross_fit(
+def cross_fit(
     metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
 ) -> tuple[Models, np.ndarray]:
     """A model per fold, and the score of each sample (log-odds of fake) by the model that has not
@@ -446,7 +318,7 @@ def _cross_fit(
 def _cross_validate(
     metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
 ) -> Estimate | None:
-    scores = _cross_fit(metadata, folds, columns, seed)[1]
+    scores = cross_fit(metadata, folds, columns, seed)[1]
     return estimate(metadata.labels, scores, metadata.groups)
 
 
@@ -479,7 +351,7 @@ def _audit_sources(
             )
         else:
             within = _cross_validate(one, folds[here], columns, seed)
-        found[metadata.names[_SOURCE[0]][code]] = SourceAudit(
+        found[metadata.names[SOURCE[0]][code]] = SourceAudit(
             reals=reals,
             fakes=fakes,
             within=within,
@@ -494,7 +366,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     """Permutation importance (Breiman 2001): the mean drop of the AUROC over the held-out folds
     when the values of one feature are shuffled among the samples.
     """
-    area = _extra("sklearn.metrics").roc_auc_score
+    area = extra("sklearn.metrics").roc_auc_score
     everything = [column for columns in FEATURES.values() for column in columns]
     drops: dict[str, list[float]] = {name: [] for name in FEATURES}
     for number, (rows, model) in enumerate(models):
@@ -512,38 +384,12 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     return {name: float(np.mean(found)) if found else 0.0 for name, found in drops.items()}
 
 
-_BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 24])
-
-
-def _spelled(metadata: Metadata, feature: str) -> tuple[np.ndarray, Callable[[int], str]]:
-    """A feature as whole numbers, one per sample, and the words for each; negative: no value."""
-    first = metadata.values[:, FEATURES[feature][0]]
-    if feature == "size":
-        height = metadata.values[:, FEATURES[feature][1]].astype(np.int64)
-        code = first.astype(np.int64) * 2**24 + height
-        return code, lambda value: f"{value >> 24} x {value & (2**24 - 1)}"
-    if feature == "aspect":
-        return np.rint(first * 100).astype(np.int64), lambda value: f"{value / 100:.2f}"
-    if feature == "bits per pixel":
-        code = np.searchsorted(_BITS, first, "right") - 1
-
-        def between(value: int) -> str:
-            after = f" to {_BITS[value + 1]:g}" if value + 1 < len(_BITS) else " and more"
-            return f"{_BITS[value]:g}{after}"
-
-        return code, between
-    if feature == "JPEG quality":
-        return np.nan_to_num(first, nan=-1).astype(np.int64), str
-    names = metadata.names[FEATURES[feature][0]]
-    return first.astype(np.int64), lambda value: names[value]
-
-
 def _telling(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Telling]:
     """The values that say most: rare ones far from the set's share of fakes, or common ones."""
     base = metadata.labels.mean()
     found = []
     for feature in FEATURES:
-        codes, words = _spelled(metadata, feature)
+        codes, words = spelled(metadata, feature)
         value, place = np.unique(codes, return_inverse=True)
         images = np.bincount(place)
         share = np.bincount(place, weights=metadata.labels) / images
@@ -593,158 +439,12 @@ def _notes(
     return notes
 
 
-def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
-    """A sample in which real and fake agree on metadata, as many of each.
-
-    Inside a source (sources of one class are taken together) and of equal format, chroma and EXIF,
-    images are put in bins of the cross-validated log-odds of fake, the propensity score of
-    Rosenbaum and Rubin (1983), 0.2 standard deviations wide (Austin 2011), and as many of each
-    class are drawn from a bin as the smaller has. A classifier fitted anew on what is left shows
-    what still differs, and the next round matches on that. Bins lie inside the folds: what is held
-    out together is balanced, so the last figure is not below 0.5 for having been matched.
-
-    Raises:
-        ValueError: too few images can be matched, or they still differ after all rounds.
-    """
-    where = shards.describe()
-    metadata = metadata_of(shards)
-    folds = assign_folds(metadata, seed)
-    rng = np.random.default_rng(seed)
-    everything = [column for columns in FEATURES.values() for column in columns]
-    before = None
-    rows = np.arange(len(metadata))
-    strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
-    for number in range(_ROUNDS + 1):
-        left = metadata.take(rows)
-        counts = [len(np.unique(left.groups[left.labels == label])) for label in (0, 1)]
-        if min(counts) < MIN_GROUPS:
-            raise ValueError(
-                f"{where}: only {counts[0]:,} real and {counts[1]:,} fake images (groups of them) "
-                f"can be matched on metadata, {MIN_GROUPS} of each are needed; add sources whose "
-                "real and fake images have the same formats and sizes, or re-encode both classes "
-                "alike before packing"
-            )
-        scores = _cross_fit(left, folds[rows], everything, seed)[1]
-        now = estimate(left.labels, scores, left.groups)
-        before = before or now
-        if number and (now.auroc <= MATCHED or now.low <= 0.5):
-            return Match(rows, int(left.labels.sum()), before, now, number)
-        width = max(0.2 * scores.std(), 1e-9)
-        cells = np.column_stack([strata[rows], np.floor(scores / width)])
-        rows = rows[_balanced(cells, left.labels, rng)]
-    raise ValueError(
-        f"{where}: after {_ROUNDS} rounds of matching metadata still reaches an AUROC of {now}, "
-        f"expected {MATCHED} at most; the classes differ too much to be matched"
-    )
-
-
-def _home(metadata: Metadata) -> np.ndarray:
-    """The source of each sample, or -1 where its source has one class only."""
-    images = np.bincount(metadata.sources)
-    fakes = np.bincount(metadata.sources, weights=metadata.labels)
-    both = (fakes > 0) & (fakes < images)
-    return np.where(both[metadata.sources], metadata.sources, -1)
-
-
-def _balanced(cells: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which samples to keep, in order, so that each cell (equal rows) has as many of each class."""
-    cell = np.unique(cells, axis=0, return_inverse=True)[1].ravel()
-    kept = np.minimum(np.bincount(cell, weights=labels), np.bincount(cell, weights=1 - labels))
-    kind = cell * 2 + labels
-    order = np.lexsort((rng.random(len(cell)), kind))
-    starts = np.cumsum(np.bincount(kind)) - np.bincount(kind)
-    rank = np.arange(len(cell)) - starts[kind[order]]
-    return np.sort(order[rank < kept[cell[order]]])
-
-
-def sample_list(chosen: dict[str, tuple[ShardSet, np.ndarray]]) -> str:
-    """CSV with the columns `set` and `key`, for `evaluate.py --subset`: set -> (shards, rows)."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["set", "key"])
-    for name, (shards, rows) in chosen.items():
-        keys = shards.table.column("key").take(rows).to_pylist()
-        writer.writerows((name, key) for key in keys)
-    return stream.getvalue()
-
-
-def as_json(shards: ShardSet, found: Audit, match: Match | str | None) -> dict[str, Any]:
-    """One set of `report.json`; `match` may be the reason why there is none."""
-    entry = {"index_sha256": shards.sha256, **asdict(found), "advice": advice_of(found)}
-    if isinstance(match, str):
-        return entry | {"match": {"error": match}}
-    if match is None:
-        return entry | {"match": None}
-    matched = {"per_class": match.per_class, "rounds": match.rounds}
-    figures = {"auroc_before": asdict(match.before), "auroc_after": asdict(match.after)}
-    return entry | {"match": matched | figures}
+def as_json(shards: ShardSet, found: Audit) -> dict[str, Any]:
+    """One set of `report.json`."""
+    return {"index_sha256": shards.sha256, **asdict(found), "advice": advice_of(found)}
 
 
 def write_report(path: AnyPath, seed: int, sets: dict[str, dict[str, Any]]) -> None:
     """Write `report.json`: the version, the seed and an entry of `as_json` per set."""
     report = {"audit_version": AUDIT_VERSION, "seed": seed, "sets": sets}
     write_text(path, json.dumps(report, indent=1, sort_keys=True) + "\n")
-
-
-_COLOURS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
-
-
-def draw(shards: ShardSet, name: str, found: Audit, path: AnyPath) -> None:
-    """Write the histograms of a set as PNG: a panel per feature, the share of each class."""
-    figure = _extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
-    metadata = metadata_of(shards)
-    pooled = f", AUROC of metadata {found.pooled}" if found.pooled else ""
-    figure.suptitle(f"{name}: {found.reals:,} real and {found.fakes:,} fake images{pooled}")
-    for axes, feature in zip(figure.subplots(2, 4).flat, FEATURES, strict=True):
-        if feature in ("size", "aspect", "bits per pixel", "JPEG quality"):
-            _draw_quantity(axes, metadata, feature)
-        else:
-            _draw_names(axes, metadata, feature)
-        alone = found.features.get(feature)
-        axes.set_title(feature + (f" (alone {alone.alone.auroc:.2f})" if alone else ""))
-        axes.set_ylabel("share of the class")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
-
-
-def _draw_names(axes: Any, metadata: Metadata, feature: str, most: int = 8) -> None:
-    codes, words = _spelled(metadata, feature)
-    shown = np.unique(codes)  # most frequent first
-    labels = [words(int(code)) for code in shown[:most]]
-    codes = np.minimum(np.searchsorted(shown, codes), most)
-    labels += ["others"] if len(shown) > most else []
-    for label, class_name in enumerate(CLASSES):
-        here = codes[metadata.labels == label]
-        share = np.bincount(here, minlength=len(labels)) / max(1, len(here))
-        places = np.arange(len(labels)) + (label - 0.5) * 0.4
-        axes.bar(places, share, 0.4, color=_COLOURS[label], label=class_name)
-    long = max(map(len, labels)) > 6 and len(labels) > 3
-    axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0)
-
-
-def _draw_quantity(axes: Any, metadata: Metadata, feature: str) -> None:
-    values = metadata.values[:, FEATURES[feature][0]].astype(np.float64)
-    if feature == "size":
-        values = np.sqrt(values * metadata.values[:, FEATURES[feature][1]])
-        axes.set_xlabel("square root of width x height, pixels")
-    else:
-        axes.set_xlabel(
-            {"aspect": "width / height", "bits per pixel": "8 x bytes / (width x height)"}.get(
-                feature, "libjpeg quality; other formats are left out"
-            )
-        )
-    known = np.isfinite(values)
-    if not known.any():
-        axes.text(0.5, 0.5, "no JPEG", ha="center", transform=axes.transAxes)
-        return
-    # The farthest hundredth would squeeze all others into a few bars: it stands in the last one.
-    low, high = np.percentile(values[known], [0.5, 99.5])
-    edges = np.linspace(low, high if high > low else low + 1, 41)
-    if feature == "JPEG quality":
-        edges = np.arange(np.floor(low), np.ceil(high) + 2) - 0.5
-    for label, class_name in enumerate(CLASSES):
-        here = values[known & (metadata.labels == label)].clip(edges[0], edges[-1])
-        total = max(1, int((metadata.labels == label).sum()))
-        weights = np.full(len(here), 1 / total)
-        axes.hist(here, edges, weights=weights, color=_COLOURS[label], alpha=0.6, label=class_name)

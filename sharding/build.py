@@ -29,6 +29,7 @@ from sharding.format import (
     FORMAT_VERSION,
     INDEX_FILE,
     LEFT_OUT_FILE,
+    ROW_GROUP,
     SAMPLES_FILE,
     SAMPLES_SCHEMA,
     TIMM_FILE,
@@ -316,7 +317,10 @@ class _SetBuild:
         tables = [_read_rows(self.marks / f"{plan.name}.parquet") for plan in plans]
         table = pa.concat_tables([SAMPLES_SCHEMA.empty_table(), *tables]).unify_dictionaries()
         table = table.replace_schema_metadata(None)
-        write_atomically(folder / SAMPLES_FILE, lambda path: pq.write_table(table, path))
+        write_atomically(
+            folder / SAMPLES_FILE,
+            lambda path: pq.write_table(table, path, row_group_size=ROW_GROUP),
+        )
         write_atomically(folder / LEFT_OUT_FILE, self._write_left_out)
         sources = sorted({plan.source for plan in plans})
         quarantine = [

@@ -32,6 +32,9 @@ INDEX_FILE = "index.json"
 LEFT_OUT_FILE = "left_out.csv"
 TIMM_FILE = "_info.json"
 
+ROW_GROUP = 65536
+"""Rows of the table that are read at a time."""
+
 _name = pa.dictionary(pa.int32(), pa.string())
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -285,7 +288,12 @@ def table_from(data: bytes) -> pa.Table:
     Not by `pyarrow.parquet.read_table`: that imports pandas where it is installed (most of a
     second), and on a Python stream it may abort the process when that ends (pyarrow 26).
     """
-    return pq.ParquetFile(pa.BufferReader(data)).read()
+    file = pq.ParquetFile(pa.BufferReader(data))
+    groups = []
+    for number in range(file.num_row_groups):
+        groups.append(file.read_row_group(number))
+        pa.default_memory_pool().release_unused()  # else the buffers of all of them pile up
+    return pa.concat_tables(groups) if groups else file.read()
 
 
 def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from sharding import audit
+from sharding import audit, match
+from sharding import metadata as facts
 from sharding.__main__ import main as sharding
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
@@ -107,7 +108,7 @@ def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
     assert max(found.features["size"].alone.auroc, found.features["EXIF"].alone.auroc) < 0.7
     assert "format PNG: 100 % fake (52 images)" in map(str, found.telling)
     assert "format JPEG: 100 % real (60 images)" in map(str, found.telling)
-    assert not any(value.value == audit.NO_JPEG for value in found.telling)
+    assert not any(value.value == facts.NO_JPEG for value in found.telling)
     mixed, few = found.sources["mixed"], found.sources["few"]
     assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
     assert mixed.within.auroc > 0.99
@@ -136,10 +137,10 @@ def test_without_a_shortcut_the_interval_covers_guessing(sets: Path) -> None:
 
 def test_groups_do_not_leak(sets: Path) -> None:
     """Each video has a size of its own: known from another frame, it gives the label away."""
-    metadata = audit.metadata_of(shards_of(sets, "videos"))
+    metadata = facts.metadata_of(shards_of(sets, "videos"))
     assert len(np.unique(metadata.groups)) == 80
-    size = audit.FEATURES["size"]
-    apart = audit._cross_validate(metadata, audit.assign_folds(metadata, 0), size, 0)
+    size = facts.FEATURES["size"]
+    apart = audit._cross_validate(metadata, facts.assign_folds(metadata, 0), size, 0)
     mixed = audit._cross_validate(metadata, np.arange(len(metadata)) % 5, size, 0)
     assert apart.low <= 0.5 <= apart.high
     assert mixed.auroc > 0.75
@@ -149,12 +150,12 @@ def test_groups_do_not_leak(sets: Path) -> None:
 
 def test_folds_keep_groups_whole_and_share_out_classes_and_sources(sets: Path) -> None:
     for name in ("videos", "planted"):
-        metadata = audit.metadata_of(shards_of(sets, name))
-        folds = audit.assign_folds(metadata, 3)
+        metadata = facts.metadata_of(shards_of(sets, name))
+        folds = facts.assign_folds(metadata, 3)
         for group in np.unique(metadata.groups):
             assert len(set(folds[metadata.groups == group])) == 1
         for label in (0, 1):
-            counts = np.bincount(folds[metadata.labels == label], minlength=audit.FOLDS)
+            counts = np.bincount(folds[metadata.labels == label], minlength=facts.FOLDS)
             groups = len(np.unique(metadata.groups[metadata.labels == label]))
             size = (metadata.labels == label).sum() / groups
             assert counts.max() - counts.min() <= 2 * size
@@ -210,7 +211,7 @@ def test_the_published_format_counts(tmp_path: Path) -> None:
     )
     build_all(tmp_path / "raw", tmp_path / "shards", catalog=read_catalog([catalog]))
     shards = shards_of(tmp_path / "shards", "web")
-    metadata = audit.metadata_of(shards)
+    metadata = facts.metadata_of(shards)
     rows = {Path(origin).name: row for row, origin in enumerate(shards.table["origin"].to_pylist())}
 
     def named(file: str, column: int) -> str:
@@ -218,7 +219,7 @@ def test_the_published_format_counts(tmp_path: Path) -> None:
 
     assert [named(file, 0) for file in ("a.gif", "b.png", "c.jpg")] == ["GIF", "PNG", "JPEG"]
     assert [named(file, 8) for file in ("a.gif", "c.jpg")] == ["none", "with a rotation"]
-    assert [named(file, 7) for file in ("b.png", "c.jpg")] == [audit.NO_JPEG, "420"]
+    assert [named(file, 7) for file in ("b.png", "c.jpg")] == [facts.NO_JPEG, "420"]
     width, height, aspect, bits, quality = metadata.values[rows["c.jpg"], 1:6]
     assert (width, height, quality) == (60, 90, 75)
     assert aspect == pytest.approx(60 / 90)
@@ -227,7 +228,7 @@ def test_the_published_format_counts(tmp_path: Path) -> None:
 
 
 def test_too_many_names_share_one_code() -> None:
-    codes, names = audit._frequent(np.arange(600) % 300, [str(n) for n in range(300)])
+    codes, names = facts._frequent(np.arange(600) % 300, [str(n) for n in range(300)])
     assert codes.max() == 250
     assert len(names) == 251
     assert names[-1] == "others"
@@ -235,7 +236,7 @@ def test_too_many_names_share_one_code() -> None:
 
 def test_a_match_balances_the_classes(sets: Path) -> None:
     shards = shards_of(sets, "partly")
-    found = audit.match_classes(shards)
+    found = match.match_classes(shards)
     assert found.before.low > 0.6
     assert found.after.auroc <= audit.LITTLE
     assert found.after.low <= 0.5
@@ -245,8 +246,8 @@ def test_a_match_balances_the_classes(sets: Path) -> None:
         of_format = labels[np.array(formats) == name]
         assert of_format.sum() * 2 == len(of_format)
     assert np.array_equal(found.rows, np.unique(found.rows))
-    assert np.array_equal(found.rows, audit.match_classes(shards).rows)
-    assert not np.array_equal(found.rows, audit.match_classes(shards, seed=1).rows)
+    assert np.array_equal(found.rows, match.match_classes(shards).rows)
+    assert not np.array_equal(found.rows, match.match_classes(shards, seed=1).rows)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_a_match_balances_the_classes(sets: Path) -> None:
 )
 def test_what_cannot_be_matched_is_refused(sets: Path, name: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"{said} images .* 30 of each are needed; add sources"):
-        audit.match_classes(shards_of(sets, name))
+        match.match_classes(shards_of(sets, name))
 
 
 def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Pat
     assert report["audit_version"] == audit.AUDIT_VERSION
     partly = report["sets"]["partly"]
     assert partly["index_sha256"] == shards_of(sets, "partly").sha256
-    assert partly["features"].keys() == audit.FEATURES.keys()
+    assert partly["features"].keys() == facts.FEATURES.keys()
     assert {"auroc", "low", "high"} == partly["pooled"].keys()
     assert partly["match"] is None
     for name in ("partly", "lonely"):

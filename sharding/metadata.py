@@ -1,0 +1,162 @@
+"""What is known of every image without its pixels, as numbers: what `audit` and `match` go by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sharding.format import ShardSet
+
+FEATURES = {
+    "format": (0,),
+    "size": (1, 2),
+    "aspect": (3,),
+    "bits per pixel": (4,),
+    "JPEG quality": (5,),
+    "JPEG tables": (6,),
+    "chroma": (7,),
+    "EXIF": (8,),
+}
+"""Feature -> columns of `Metadata.values`."""
+
+SOURCE = (9,)
+NAMED = (0, 6, 7, 8, 9)  # columns that hold codes of names, not quantities
+
+FOLDS = 5
+
+NO_JPEG = "no JPEG"
+"""What stands for the tables and the chroma of other formats."""
+
+_MAX_NAMES = 250  # scikit-learn's limit for one column is 255; the rarest share one code
+
+
+@dataclass(frozen=True, eq=False)
+class Metadata:
+    """What is known of each sample without its pixels.
+
+    `values` is (samples, 10) float32, columns as in `FEATURES` and then the source: codes into
+    `names[column]`, or quantities (pixels, width / height, bits per pixel, 1 to 100), NaN where an
+    image has none. `labels` int8, `groups` int64: equal for images that belong together.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    names: dict[int, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """The source of each sample: a position in `names[9]`."""
+        return self.values[:, SOURCE[0]].astype(np.int64)
+
+    def take(self, rows: np.ndarray) -> "Metadata":
+        """These samples only."""
+        return Metadata(self.values[rows], self.labels[rows], self.groups[rows], self.names)
+
+
+def metadata_of(shards: ShardSet) -> Metadata:
+    """The metadata of every sample, from the index alone.
+
+    The format is that of the published file, before packing.
+    """
+    pixels = shards.column("width") * np.maximum(1, shards.column("height")).astype(np.float64)
+    quality = shards.column("jpeg_quality").astype(np.float64)
+    turned = np.where(shards.column("orientation") != 1, 2, 1)
+    columns = [
+        shards.column("width"),
+        shards.column("height"),
+        shards.column("width") / np.maximum(1, shards.column("height")),
+        8.0 * shards.column("size") / np.maximum(1, pixels),
+        np.where(quality > 0, quality, np.nan),
+    ]
+    named = {
+        0: _frequent(*_published_format(shards)),
+        6: _frequent(*shards.codes("jpeg_tables")),
+        7: _frequent(*shards.codes("chroma")),
+        8: (np.where(shards.column("exif"), turned, 0), ["none", "present", "with a rotation"]),
+        9: _frequent(*shards.codes("source")),
+    }
+    values = np.empty((len(shards), 10), np.float32)
+    for place, column in enumerate(columns, start=1):
+        values[:, place] = column
+    for place, (codes, _names) in named.items():
+        values[:, place] = codes
+    names = {place: found for place, (_codes, found) in named.items()}
+    return Metadata(values, shards.column("label"), _groups(shards), names)
+
+
+def _published_format(shards: ShardSet) -> tuple[np.ndarray, list[str]]:
+    """Codes and names of the format before packing."""
+    codes, names = shards.codes("format")
+    before, names_before = shards.codes("transcoded_from")
+    changed = np.array([bool(name) for name in names_before], np.bool_)[before]
+    every = list(dict.fromkeys([*names, *filter(None, names_before)]))
+    position = {name: number for number, name in enumerate(every)}
+    kept = np.array([position[name] for name in names], np.int64)[codes]
+    original = np.array([position.get(name, 0) for name in names_before], np.int64)[before]
+    return np.where(changed, original, kept), every
+
+
+def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Codes by falling frequency, so that the rarest share one where there are too many."""
+    counts = np.bincount(codes, minlength=len(names))
+    order = np.argsort(-counts, kind="stable")
+    rank = np.empty(len(names), np.int64)
+    rank[order] = np.minimum(np.arange(len(names)), _MAX_NAMES)
+    kept = [names[code] or NO_JPEG for code in order[:_MAX_NAMES]]
+    return rank[codes], [*kept, "others"]
+
+
+def _groups(shards: ShardSet) -> np.ndarray:
+    """A number per group; an image without a group is one of its own."""
+    encoded = shards.table.column("group").combine_chunks().dictionary_encode()
+    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    empty = np.array([not name for name in encoded.dictionary.to_pylist()], np.bool_)[codes]
+    return np.where(empty, len(empty) + np.arange(len(codes)), codes.astype(np.int64))
+
+
+def assign_folds(metadata: Metadata, seed: int) -> np.ndarray:
+    """A fold, 0 to 4, per sample: whole groups, dealt out by source, class and size.
+
+    The same idea as scikit-learn's StratifiedGroupKFold, which visits groups one by one in Python
+    and would take minutes for 420,000 of them.
+    """
+    _, first, group, size = np.unique(
+        metadata.groups, return_index=True, return_inverse=True, return_counts=True
+    )
+    fakes = np.bincount(group, weights=metadata.labels)
+    kind = (fakes > 0).astype(int) + (fakes == size)
+    shuffled = np.random.default_rng(seed).random(len(first))
+    order = np.lexsort((shuffled, -size, kind, metadata.sources[first]))
+    fold = np.empty(len(first), np.int64)
+    fold[order] = np.arange(len(first)) % FOLDS
+    return fold[group]
+
+
+_BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 24])
+
+
+def spelled(metadata: Metadata, feature: str) -> tuple[np.ndarray, Callable[[int], str]]:
+    """A feature as whole numbers, one per sample, and the words for each; negative: no value."""
+    first = metadata.values[:, FEATURES[feature][0]]
+    if feature == "size":
+        height = metadata.values[:, FEATURES[feature][1]].astype(np.int64)
+        code = first.astype(np.int64) * 2**24 + height
+        return code, lambda value: f"{value >> 24} x {value & (2**24 - 1)}"
+    if feature == "aspect":
+        return np.rint(first * 100).astype(np.int64), lambda value: f"{value / 100:.2f}"
+    if feature == "bits per pixel":
+        code = np.searchsorted(_BITS, first, "right") - 1
+
+        def between(value: int) -> str:
+            after = f" to {_BITS[value + 1]:g}" if value + 1 < len(_BITS) else " and more"
+            return f"{_BITS[value]:g}{after}"
+
+        return code, between
+    if feature == "JPEG quality":
+        return np.nan_to_num(first, nan=-1).astype(np.int64), str
+    names = metadata.names[FEATURES[feature][0]]
+    return first.astype(np.int64), lambda value: names[value]
