@@ -27,7 +27,7 @@ from model.metrics import Metrics, measure, measure_sources
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
 from model.score import autocast, probability, score_set
-from pipeline import Augment, Batch, Loading, Replay, Stream, View, open_loader, open_pool
+from pipeline import Augment, Batch, Loading, Meter, Replay, Stream, View, open_loader, open_pool
 from sharding.format import CLASSES, open_shards, read_index
 
 
@@ -137,7 +137,8 @@ def train(
         console.progress("training", steps) as advance,
     ):
         advance(done)
-        for batch in history.timed(stream.batches(done, recipe.run.epochs)):
+        meter = Meter(stream.pool.shards.codes("source")[1])
+        for batch in meter.timed(stream.batches(done, recipe.run.epochs)):
             set_learning_rate(trainer.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(trainer, forward, batch, recipe.optim)
             done += 1
@@ -145,11 +146,13 @@ def train(
             for failure in stream.loader.name_failures(batch):
                 console.log.warning("not decoded: %s", failure)
             if ended or done % recipe.run.log_every == 0:
-                _log_step(history, trainer, stream, batch, done, loss)
-            advance(1, f"epoch {-(-done // stream.steps_per_epoch)} of {recipe.run.epochs}")
+                _log_step(history, meter, trainer, stream, batch, done, loss)
+            number = -(-done // stream.steps_per_epoch)
+            advance(1, f"epoch {number} of {recipe.run.epochs}, {meter.note()}")
             found = validate(trainer, recipe, data) if ended else None
             if found:
                 _log_validation(history, done, found)
+                meter.reset()
             due = recipe.run.save_every and done % recipe.run.save_every == 0
             if ended or due or received or done == stop_at:
                 _save(folder, trainer, recipe, stream, done, found)
@@ -374,7 +377,13 @@ def _signals() -> Iterator[list[signal.Signals]]:
 
 
 def _log_step(
-    history: History, trainer: Trainer, stream: Stream, batch: Batch, done: int, loss: torch.Tensor
+    history: History,
+    meter: Meter,
+    trainer: Trainer,
+    stream: Stream,
+    batch: Batch,
+    done: int,
+    loss: torch.Tensor,
 ) -> None:
     """One row about the steps since the last; a loss that is not finite ends the run."""
     if not torch.isfinite(loss):
@@ -384,11 +393,13 @@ def _log_step(
             "lower optim.lr, or use --set run.precision=fp32"
         )
     rate = trainer.optimizer.param_groups[-1]["lr"]
-    row = {"loss": loss.item(), "lr": rate, **history.since_last()}
+    row = {"loss": loss.item(), "lr": rate, **meter.row()}
     history.write(done, "train", row)
     console.log.info(
-        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them",
+        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them "
+        "(%.0f %% for bytes, %.0f %% for pixels; at most %.0f ms)",
         *(done, row["loss"], row["images_per_s"], 100 * row["wait_share"]),
+        *(100 * row["wait_read"], 100 * row["wait_decode"], row["stall_max_ms"]),
     )
 
 
@@ -402,7 +413,6 @@ def _log_validation(history: History, done: int, found: Validation) -> None:
         for name, m in found.sets.items()
     )
     console.log.info("step %d: %s", done, figures)
-    history.reset()
 
 
 def _print_validation(meta: Mapping[str, Any]) -> None:

@@ -79,7 +79,9 @@ class ImageDetector:
         except (DecodeError, OSError) as error:
             return _one_line(error)
         height, width = pixels.shape[:2]
-        return pil.apply(pixels, centre(self.view, width, height), self.view.size)
+        view = torch.empty((self.view.size, self.view.size, 3), dtype=torch.uint8)
+        pil.apply(pixels, centre(self.view, np.array([width]), np.array([height])).row(0), view)
+        return view.numpy()
 
     def _predict_group(
         self, names: Sequence[str], views: Sequence[np.ndarray | str]
@@ -92,6 +94,7 @@ class ImageDetector:
             labels=torch.zeros(len(views), dtype=torch.int64, device=self.device),
             valid=torch.tensor([row not in failures for row in range(len(views))]).to(self.device),
             samples=np.arange(len(views)),
+            sources=np.zeros(len(views), np.int32),
             replayed=np.zeros(len(views), np.bool_),
             failures=failures,
         )

@@ -7,6 +7,7 @@ for batch in evaluation_batches(loader): ...
 from pipeline.augment import Augment, Draw, View
 from pipeline.batch import Batch
 from pipeline.loader import Loader, Loading, open_loader
+from pipeline.meter import Meter
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches, open_pool
 
@@ -16,6 +17,7 @@ __all__ = [
     "Draw",
     "Loader",
     "Loading",
+    "Meter",
     "Pool",
     "Replay",
     "Stream",

@@ -1,18 +1,20 @@
 """THE AUGMENTATION: ranges in, one `Draw` per image out. Two backends only apply it.
 
-The dice roll here and nowhere else, on the host, from the index's width and height. So the same
-(seed, epoch, sample) gives the same picture with any backend, worker count, rank or resume.
+The dice (`pipeline/dice.py`) are read here and nowhere else, on the host, from the index's width
+and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker count,
+rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> colour jitter ->
 resample down and back up -> JPEG re-encode -> 3x3 blur -> grey.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
+
+from pipeline.dice import roll
 
 Range = tuple[float, float]
 
@@ -105,114 +107,217 @@ class Draw(NamedTuple):
     grey: bool = False
 
 
-def rng_for(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The dice of one sample in one epoch: counter-based, so no other sample matters."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, sample, 0, 0]))
+class Draws(NamedTuple):
+    """The draws of a batch as columns, the fields of `Draw` in its order: one entry per image.
 
-
-def draw(augment: Augment, view: View, width: int, height: int, rng: np.random.Generator) -> Draw:
-    """Roll the dice for an upright image of `width` x `height` pixels.
-
-    Always takes the same count of random numbers, so one probability does not shift the others.
+    int32 but for `flip` and `grey`, bool, `blur`, float64, and `colour`, float32 (N, 12).
     """
-    top, left, crop_height, crop_width = _crop(augment, width, height, rng)
-    chance = rng.random(6)
-    factors = rng.uniform(-1.0, 1.0, 4)
-    within = rng.random(3)
-    low, high = augment.jpeg_quality
-    return Draw(
+
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip: np.ndarray
+    colour: np.ndarray
+    resample: np.ndarray
+    jpeg: np.ndarray
+    blur: np.ndarray
+    grey: np.ndarray
+
+    @property
+    def jitter(self) -> np.ndarray:
+        """Which images have a colour matrix that changes anything, bool (N,)."""
+        return (self.colour != np.float32(IDENTITY)).any(axis=1)
+
+    def row(self, number: int) -> Draw:
+        """The draw of one image."""
+        return next(self.take(np.array([number])).rows())
+
+    def rows(self) -> Iterator[Draw]:
+        """The draw of each image."""
+        columns = [column.tolist() for column in self]
+        columns[5] = list(map(tuple, columns[5]))
+        return map(Draw._make, zip(*columns, strict=True))
+
+    def take(self, rows: np.ndarray) -> "Draws":
+        """These draws only."""
+        return Draws._make(column[rows] for column in self)
+
+
+def blank(draws: Draws, rows: Sequence[int]) -> Draws:
+    """The draws with those of `rows` replaced by one that fits the smallest image."""
+    columns = [column.copy() for column in draws]
+    for column, value in zip(columns, stack([Draw(0, 0, 1, 1)]), strict=True):
+        column[list(rows)] = value
+    return Draws._make(columns)
+
+
+_TYPES = Draws(
+    np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
+    np.bool_,
+)  # fmt: skip
+
+
+def stack(draws: Sequence[Draw]) -> Draws:
+    """Draws as columns."""
+    columns = zip(*draws, strict=True)
+    return Draws._make(np.array(c, t) for c, t in zip(columns, _TYPES, strict=True))
+
+
+_TRIES = 10
+_DICE = 2 * _TRIES + 2 + 6 + 4 + 3
+"""Numbers that a draw takes, whatever the law, so that one probability does not shift the others:
+areas and ratios to try, the place, six chances, four colour factors, three places in a range."""
+
+
+class Laws:
+    """Augmentation laws as a table: row i holds the ranges of `laws[i]`."""
+
+    def __init__(self, laws: Sequence[Augment]):
+        self._columns = {
+            field.name: np.array([getattr(law, field.name) for law in laws], np.float64)
+            for field in fields(Augment)
+        }
+
+    def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Each setting for these rows: (N,), or (2, N) for a range."""
+        return {name: column[rows].T for name, column in self._columns.items()}
+
+
+def draw(
+    laws: Laws,
+    law: np.ndarray,
+    view: View,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+) -> Draws:
+    """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
+
+    `law` is the row of each in `laws`. All four arrays are (N,) int.
+    """
+    ranges = laws.of(law)
+    dice = roll(seed, epoch, samples, _DICE)
+    areas, ratios, place, chance, colour, within = np.split(
+        dice, np.cumsum([_TRIES, _TRIES, 2, 6, 4]), axis=1
+    )
+    top, left, height, width = _crop(ranges, widths, heights, areas, ratios, place)
+    happens = {
+        name: chance[:, number] < ranges[name]
+        for number, name in enumerate(("flip", "jitter", "resample", "jpeg", "blur", "grey"))
+    }
+    side = np.rint(view.size * _between(ranges["resample_scale"], within[:, 0]))
+    low, high = ranges["jpeg_quality"]
+    quality = low + np.floor(within[:, 1] * (high - low + 1))
+    sigma = _between(ranges["blur_sigma"], within[:, 2])
+    return Draws(
         top=top,
         left=left,
-        height=crop_height,
-        width=crop_width,
-        flip=bool(chance[0] < augment.flip),
-        colour=_jitter(augment, factors) if chance[1] < augment.jitter else IDENTITY,
-        resample=round(view.size * _between(augment.resample_scale, within[0]))
-        if chance[2] < augment.resample
-        else 0,
-        jpeg=low + int(within[1] * (high - low + 1)) if chance[3] < augment.jpeg else 0,
-        blur=_between(augment.blur_sigma, within[2]) if chance[4] < augment.blur else 0.0,
-        grey=bool(chance[5] < augment.grey),
+        height=height,
+        width=width,
+        flip=happens["flip"],
+        colour=np.where(
+            happens["jitter"][:, None], _jitter(ranges, 2 * colour - 1), np.float32(IDENTITY)
+        ),
+        resample=np.where(happens["resample"], side, 0).astype(np.int32),
+        jpeg=np.where(happens["jpeg"], quality, 0).astype(np.int32),
+        blur=np.where(happens["blur"], sigma, 0.0),
+        grey=happens["grey"],
     )
 
 
-def centre(view: View, width: int, height: int) -> Draw:
-    """Evaluation is a draw without dice: the part of the image that the view shows.
+def centre(view: View, widths: np.ndarray, heights: np.ndarray) -> Draws:
+    """Evaluation is a draw without dice: the part of each image that the view shows.
 
     Cropping `size / resize` of the shorter side and resizing once equals resizing the whole and
     cropping the centre, up to the rounding of the crop to whole pixels.
     """
-    side = max(1, round(min(width, height) * view.size / view.resize))
-    return Draw(top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
-
-
-def _crop(
-    augment: Augment, width: int, height: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Inception's random resized crop as torchvision does it, from one set of ten tries."""
-    areas = rng.uniform(*augment.scale, 10) * (width * height)
-    ratios = np.exp(rng.uniform(*np.log(augment.ratio), 10))
-    place = rng.random(2)
-    for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            break
-    else:  # a very long image: the largest crop of an allowed ratio
-        low, high = augment.ratio
-        crop_width = max(1, min(width, round(height * high)))
-        crop_height = max(1, min(height, round(width / low)))
-    top = int(place[0] * (height - crop_height + 1))
-    left = int(place[1] * (width - crop_width + 1))
-    return top, left, crop_height, crop_width
-
-
-def _between(limits: Range, share: float) -> float:
-    return limits[0] + (limits[1] - limits[0]) * float(share)
-
-
-def _jitter(augment: Augment, factors: np.ndarray) -> tuple[float, ...]:
-    return colour_matrix(
-        brightness=1 + augment.brightness * factors[0],
-        contrast=1 + augment.contrast * factors[1],
-        saturation=1 + augment.saturation * factors[2],
-        hue=augment.hue * factors[3],
+    shorter = np.minimum(widths, heights)
+    side = np.maximum(1, np.rint(shorter * view.size / view.resize)).astype(np.int32)
+    none = np.zeros(len(side), np.int32)
+    return Draws(
+        top=((heights - side) // 2).astype(np.int32),
+        left=((widths - side) // 2).astype(np.int32),
+        height=side,
+        width=side,
+        flip=none.astype(np.bool_),
+        colour=np.tile(np.float32(IDENTITY), (len(side), 1)),
+        resample=none,
+        jpeg=none,
+        blur=none.astype(np.float64),
+        grey=none.astype(np.bool_),
     )
 
 
-def colour_matrix(
-    brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
-) -> tuple[float, ...]:
-    """Brightness, contrast, saturation and hue (in turns) as one 3 x 4 matrix, row by row.
+def _crop(
+    ranges: dict[str, np.ndarray],
+    widths: np.ndarray,
+    heights: np.ndarray,
+    areas: np.ndarray,
+    ratios: np.ndarray,
+    place: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Inception's random resized crop as torchvision does it: the first of ten tries that fits."""
+    area = _between(ranges["scale"][..., None], areas) * (widths * heights)[:, None]
+    ratio = np.exp(_between(np.log(ranges["ratio"])[..., None], ratios))
+    tried_width, tried_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (0 < tried_width) & (tried_width <= widths[:, None])
+    fits &= (0 < tried_height) & (tried_height <= heights[:, None])
+    first = np.argmax(fits, axis=1)[:, None]
+    width = np.take_along_axis(tried_width, first, 1)[:, 0]
+    height = np.take_along_axis(tried_height, first, 1)[:, 0]
+    # A very long image: the largest crop of an allowed ratio.
+    low, high = ranges["ratio"]
+    none = ~fits.any(axis=1)
+    width = np.where(none, np.clip(np.rint(heights * high), 1, widths), width)
+    height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)
+    top = place[:, 0] * (heights - height + 1)
+    left = place[:, 1] * (widths - width + 1)
+    return tuple(column.astype(np.int32) for column in (top, left, height, width))
+
+
+def _between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return limits[0] + (limits[1] - limits[0]) * share
+
+
+def _jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:
+    """Colour matrices, float32 (N, 12), from factors of -1 to 1."""
+    return colour_matrices(
+        brightness=1 + ranges["brightness"] * factors[:, 0],
+        contrast=1 + ranges["contrast"] * factors[:, 1],
+        saturation=1 + ranges["saturation"] * factors[:, 2],
+        hue=ranges["hue"] * factors[:, 3],
+    )
+
+
+def colour_matrices(
+    brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
+) -> np.ndarray:
+    """Brightness, contrast, saturation and hue (in turns), (N,) each, as 3 x 4 matrices, row by
+    row: float32 (N, 12).
 
     All four are linear here, unlike in torchvision, whose contrast needs the image's mean and
     whose hue goes through HSV: contrast pivots on mid-grey (127.5) and hue turns the chroma plane
     of YIQ (the NTSC primaries, as DALI's colour operators do). So the matrix is known before the
     pixels are, and both backends apply the very same numbers.
     """
-    angle = 2 * math.pi * hue
-    turn = np.array(
-        [
-            [1.0, 0.0, 0.0],
-            [0.0, saturation * math.cos(angle), -saturation * math.sin(angle)],
-            [0.0, saturation * math.sin(angle), saturation * math.cos(angle)],
-        ]
-    )
-    linear = brightness * contrast * (FROM_YIQ @ turn @ TO_YIQ)
-    offset = np.full((3, 1), 127.5 * (1.0 - contrast))
-    return tuple(np.hstack([linear, offset]).astype(np.float32).ravel().tolist())
+    angle = 2 * np.pi * hue
+    turn = np.zeros((len(hue), 3, 3))
+    turn[:, 0, 0] = 1.0
+    turn[:, 1, 1] = turn[:, 2, 2] = saturation * np.cos(angle)
+    turn[:, 2, 1] = saturation * np.sin(angle)
+    turn[:, 1, 2] = -turn[:, 2, 1]
+    linear = (brightness * contrast)[:, None, None] * (FROM_YIQ @ turn @ TO_YIQ)
+    offset = np.repeat(127.5 * (1.0 - contrast), 3).reshape(-1, 3, 1)
+    return np.concatenate([linear, offset], axis=2).astype(np.float32).reshape(-1, 12)
 
 
-def stack(draws: Sequence[Draw]) -> dict[str, np.ndarray]:
-    """Draws as columns, one row per image; `colour` is (N, 12) float32."""
-    return {
-        "top": np.array([d.top for d in draws], np.int32),
-        "left": np.array([d.left for d in draws], np.int32),
-        "height": np.array([d.height for d in draws], np.int32),
-        "width": np.array([d.width for d in draws], np.int32),
-        "flip": np.array([d.flip for d in draws], np.int32),
-        "colour": np.array([d.colour for d in draws], np.float32),
-        "resample": np.array([d.resample for d in draws], np.int32),
-        "jpeg": np.array([d.jpeg for d in draws], np.int32),
-        "blur": np.array([d.blur for d in draws], np.float32),
-        "grey": np.array([d.grey for d in draws], np.bool_),
-    }
+def colour_matrix(
+    brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
+) -> tuple[float, ...]:
+    """One of `colour_matrices`, as `Draw.colour` holds it."""
+    values = (np.array([value]) for value in (brightness, contrast, saturation, hue))
+    return tuple(colour_matrices(*values)[0].tolist())

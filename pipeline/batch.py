@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augment import Draw
+from pipeline.augment import Draws
 
 
 def _black_pixel() -> bytes:
@@ -16,8 +16,22 @@ def _black_pixel() -> bytes:
     return stream.getvalue()
 
 
-PLACEHOLDER = _black_pixel(), "PNG", 1, Draw(top=0, left=0, height=1, width=1)
-"""Data, format, orientation and draw that stand in for a sample whose bytes cannot be read."""
+PLACEHOLDER = _black_pixel(), "PNG", 1
+"""Data, format and orientation that stand in for a sample whose bytes cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a batch cost, for the meter: seconds spent reading and decoding it, and how many batches
+    were waiting, ready, when it was asked for.
+
+    With DALI, reading is the time that its feed waited for bytes, and decoding the rest of the
+    time that it was waited for; with Pillow both are a worker's own time.
+    """
+
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    ready: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +45,9 @@ class Request:
     data: list[bytes]
     formats: list[str]
     orientations: list[int]
-    draws: list[Draw]
+    draws: Draws
     failures: dict[int, str] = field(default_factory=dict)
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +56,11 @@ class Pixels:
 
     images: torch.Tensor
     failures: dict[int, str]
+    cost: Cost = field(default_factory=Cost)
 
     def pin_memory(self) -> "Pixels":
         """The same in page-locked memory; torch's DataLoader looks for this method."""
-        return Pixels(self.images.pin_memory(), self.failures)
+        return Pixels(self.images.pin_memory(), self.failures, self.cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +70,19 @@ class Batch:
     `images` is uint8 (B, 3, size, size) with channels_last strides; normalisation happens inside
     the model. `labels` is int64 (B,), 0 real, 1 fake. `valid` is bool (B,), False for padding and
     for images that could not be decoded: they are black and must not count. On the host stay
-    `samples` int64 (B,), the row numbers of the shard set, `replayed` bool (B,), True for old
-    samples, and `failures`, which names what could not be decoded (row -> reason).
+    `samples` int64 (B,), the row numbers of the shard set, `sources` int32 (B,), the code of each
+    one's source, `replayed` bool (B,), True for old samples, and `failures`, which names what could
+    not be decoded (row -> reason).
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
     samples: np.ndarray
+    sources: np.ndarray
     replayed: np.ndarray
     failures: dict[int, str]
+    cost: Cost = field(default_factory=Cost)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -8,6 +8,7 @@ DALIGenericIterator would end the epoch early without a word.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.augment import BLUR_TAPS, GREY, IDENTITY, Draw, stack
-from pipeline.batch import Pixels, Request
+from pipeline.augment import BLUR_TAPS, GREY, Draws
+from pipeline.batch import Cost, Pixels, Request
+from pipeline.meter import Board
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
@@ -100,23 +102,26 @@ def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
     return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
 
 
-def columns_of(data: list[bytes], draws: list[Draw]) -> tuple:
+def columns_of(data: list[bytes], draws: Draws) -> tuple:
     """What the graph is fed for one batch, in the order of `COLUMNS`."""
-    table = stack(draws)
-    colour = table["colour"].reshape(-1, 3, 4)
+    colour = draws.colour.reshape(-1, 3, 4)
     return (
         [np.frombuffer(item, np.uint8) for item in data],
-        np.stack([table["top"], table["left"]], axis=1),
-        np.stack([table["height"], table["width"]], axis=1),
-        table["flip"],
-        np.array([draw.colour != IDENTITY for draw in draws]),
+        np.stack([draws.top, draws.left], axis=1),
+        np.stack([draws.height, draws.width], axis=1),
+        draws.flip.astype(np.int32),
+        draws.jitter,
         np.ascontiguousarray(colour[:, :, :3]),
         np.ascontiguousarray(colour[:, :, 3]),
-        table["resample"].astype(np.float32),
-        table["jpeg"],
-        table["blur"],
-        table["grey"],
+        draws.resample.astype(np.float32),
+        draws.jpeg,
+        draws.blur.astype(np.float32),
+        draws.grey,
     )
+
+
+READER, DECODER = 0, 1
+"""Who stands where on the backend's board."""
 
 
 class DaliBackend:
@@ -127,22 +132,32 @@ class DaliBackend:
         self.batch_size = batch_size
         self.device = device
         self.threads = threads
-        self._repair: Callable[[bytes, Draw], torch.Tensor] | None = None
+        self.board = Board(["reader", "DALI"])
+        self._repair: Callable[[bytes, Draws], torch.Tensor] | None = None
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Pixels]:
-        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device."""
+    def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
+        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device; the first is
+        that of step `start`.
+        """
         fed: queue.Queue[Request] = queue.Queue()
-        with _ReadAhead(requests) as ahead:
+        waited = 0.0
+        with _ReadAhead(requests, self.board, start) as ahead:
 
             def feed() -> tuple:
+                nonlocal waited
+                began = time.perf_counter()
                 request = ahead.next()
+                waited += time.perf_counter() - began
                 fed.put(request)
                 return columns_of(request.data, request.draws)
 
             pipe = self._build(feed, self.batch_size, depth=2)
+            step = start
             while True:
+                ready, before, began = ahead.ready, waited, time.perf_counter()
                 try:
-                    images, failures = _tensor_of(pipe.run()), {}
+                    with self.board.at(DECODER, "decoding", step):
+                        images, failures = _tensor_of(pipe.run(*self._stream)), {}
                 except StopIteration:
                     return
                 except RuntimeError as error:
@@ -150,7 +165,20 @@ class DaliBackend:
                         raise  # the device is gone, not one sample
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
-                yield Pixels(images, request.failures | failures)
+                read_s = waited - before
+                decode_s = time.perf_counter() - began - read_s
+                cost = Cost(read_s=read_s, decode_s=decode_s, ready=ready)
+                self.board.finished(DECODER)
+                step += 1
+                yield Pixels(images, request.failures | failures, cost)
+
+    @property
+    def _stream(self) -> tuple[torch.cuda.Stream, ...]:
+        """The stream that the batch is used on: DALI hands it over in the order of that stream and
+        takes the memory back in it, so that neither side waits for the other on the host.
+        """
+        on_gpu = self.device.type == "cuda"
+        return (torch.cuda.current_stream(self.device),) if on_gpu else ()
 
     def _build(self, feed: Callable[[], tuple], batch_size: int, depth: int) -> Any:
         on_gpu = self.device.type == "cuda"
@@ -176,20 +204,20 @@ class DaliBackend:
             (len(request.data), self.size, self.size, 3), dtype=torch.uint8, device=self.device
         )
         failures = {}
-        for row, (data, draw) in enumerate(zip(request.data, request.draws, strict=True)):
+        for row, data in enumerate(request.data):
             try:
-                images[row] = self._repair(data, draw)
+                images[row] = self._repair(data, request.draws.take(np.array([row])))
             except RuntimeError as error:
                 failures[row] = _reason(error)
         return images, failures
 
-    def _build_repair(self) -> Callable[[bytes, Draw], torch.Tensor]:
+    def _build_repair(self) -> Callable[[bytes, Draws], torch.Tensor]:
         waiting: list[tuple] = []
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
 
-        def decode(data: bytes, draw: Draw) -> torch.Tensor:
-            waiting.append(columns_of([data], [draw]))
-            return _tensor_of(pipe.run())[0]
+        def decode(data: bytes, draws: Draws) -> torch.Tensor:
+            waiting.append(columns_of([data], draws))
+            return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode
 
@@ -197,8 +225,8 @@ class DaliBackend:
 class _ReadAhead:
     """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
 
-    def __init__(self, requests: Iterable[Request]):
-        self._requests = requests
+    def __init__(self, requests: Iterable[Request], board: Board, start: int):
+        self._requests, self._board, self._start = requests, board, start
         self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
@@ -211,6 +239,11 @@ class _ReadAhead:
         self._stopped.set()
         self._thread.join()
 
+    @property
+    def ready(self) -> int:
+        """Batches of encoded bytes that wait to be decoded."""
+        return self._queue.qsize()
+
     def next(self) -> Request:
         """The next request; `StopIteration` after the last."""
         item = self._queue.get()
@@ -220,13 +253,16 @@ class _ReadAhead:
         return item
 
     def _read(self) -> None:
+        requests = iter(self._requests)
+        step = self._start
         try:
-            for request in self._requests:
+            while not self._stopped.is_set():
+                with self._board.at(READER, "reading", step):
+                    request = next(requests)
                 self._put(request)
-                if self._stopped.is_set():
-                    return
-            self._put(StopIteration())
-        except Exception as error:
+                self._board.finished(READER)
+                step += 1
+        except Exception as error:  # StopIteration too: it ends the run on the other side
             self._put(error)
 
     def _put(self, item: Any) -> None:

@@ -4,23 +4,30 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.augment import Augment, Draw, View, centre, draw, rng_for
+from pipeline.augment import Augment, Draws, Laws, View, blank, centre, draw
 from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
+from pipeline.meter import PATIENCE_S, Board, Watchdog
 from pipeline.order import Epoch, Shuffle
 from pipeline.pil import decode_request
 from pipeline.read import ReadError, ShardReader
+from pipeline.remote import Cache
 from sharding.format import ShardSet
 
 Backend = Literal["auto", "dali", "pil"]
-DrawSample = Callable[[int], Draw]
+DrawSamples = Callable[[np.ndarray], Draws]
+
+READ_THREADS = 8
+"""Reads in flight at a time, where one process reads for all: an address, or DALI."""
 
 MAX_BAD_SHARE = 0.05
 MIN_SEEN = 200
@@ -36,7 +43,8 @@ class Loading:
     """How batches are made.
 
     `batch_size` is per rank. `workers` are processes (pil) or threads (dali): 0 decodes in the
-    calling process, -1 takes one per processor core, up to 16.
+    calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
+    GPU decodes most of the images). `cache` and `cache_gb` are for shards at an address.
     """
 
     batch_size: int = 32
@@ -44,12 +52,17 @@ class Loading:
     backend: Backend = "auto"
     shuffle: Shuffle = "global"
     check_hashes: bool = False
+    cache: str = "data/cache"
+    cache_gb: float = 20.0
+    patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.workers < -1:
             raise ValueError(f"workers must be at least -1, got {self.workers}")
+        if self.cache_gb <= 0 or self.patience_s <= 0:
+            raise ValueError("cache_gb and patience_s must be more than 0")
 
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
@@ -83,7 +96,7 @@ class DrawByLaw:
     where they are not forked.
     """
 
-    laws: Sequence[Augment]  # by source code
+    laws: Laws  # by source code
     sources: np.ndarray
     widths: np.ndarray
     heights: np.ndarray
@@ -91,11 +104,13 @@ class DrawByLaw:
     seed: int
     epoch: int
 
-    def __call__(self, sample: int) -> Draw:
-        """Roll the dice of one sample."""
-        law = self.laws[self.sources[sample]]
-        size = int(self.widths[sample]), int(self.heights[sample])
-        return draw(law, self.view, *size, rng_for(self.seed, self.epoch, sample))
+    def __call__(self, samples: np.ndarray) -> Draws:
+        """Roll the dice of these samples."""
+        return draw(
+            self.laws, self.sources[samples], self.view,
+            self.widths[samples], self.heights[samples],
+            seed=self.seed, epoch=self.epoch, samples=samples,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +121,9 @@ class DrawCentre:
     heights: np.ndarray
     view: View
 
-    def __call__(self, sample: int) -> Draw:
-        """What the view shows of one sample."""
-        return centre(self.view, int(self.widths[sample]), int(self.heights[sample]))
+    def __call__(self, samples: np.ndarray) -> Draws:
+        """What the view shows of these samples."""
+        return centre(self.view, self.widths[samples], self.heights[samples])
 
 
 def draw_by_law(
@@ -130,7 +145,7 @@ def draw_by_law(
             )
         laws.append(augment[wanted])
     size = shards.column("width"), shards.column("height")
-    return DrawByLaw(laws, codes, *size, view, seed, epoch)
+    return DrawByLaw(Laws(laws), codes, *size, view, seed, epoch)
 
 
 def draw_centre(shards: ShardSet, view: View) -> DrawCentre:
@@ -156,7 +171,7 @@ class Loader:
         """Samples per step over all ranks."""
         return self.loading.batch_size * self.world
 
-    def batches(self, epoch: Epoch, draw_sample: DrawSample, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: Epoch, draw_samples: DrawSamples, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on, in order.
 
         Raises:
@@ -165,18 +180,21 @@ class Loader:
         if epoch.global_batch != self.global_batch:
             raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
         seen, bad = 0, []
-        for step, pixels in zip(
-            range(start, epoch.steps), self._decode(epoch, draw_sample, start), strict=True
-        ):
-            batch = self._batch(epoch, step, pixels)
-            seen += len(batch)
-            bad += self.name_failures(batch)
-            if seen >= MIN_SEEN and len(bad) > MAX_BAD_SHARE * seen:
-                raise LoadError(
-                    f"{len(bad)} of {seen} samples cannot be decoded, more than "
-                    f"{MAX_BAD_SHARE:.0%}; the first: {bad[0]}"
-                )
-            yield batch
+        board = self._board
+        with Watchdog(board.describe, self.loading.patience_s) as watchdog:
+            decoded = self._decode(epoch, draw_samples, start)
+            for step in range(start, epoch.steps):
+                with watchdog.waiting(step):
+                    pixels = next(decoded)
+                batch = self._batch(epoch, step, pixels)
+                seen += len(batch)
+                bad += self.name_failures(batch)
+                if seen >= MIN_SEEN and len(bad) > MAX_BAD_SHARE * seen:
+                    raise LoadError(
+                        f"{len(bad)} of {seen} samples cannot be decoded, more than "
+                        f"{MAX_BAD_SHARE:.0%}; the first: {bad[0]}"
+                    )
+                yield batch
 
     def name_failures(self, batch: Batch) -> list[str]:
         """One line per sample of the batch that could not be decoded: where it is, and why."""
@@ -185,14 +203,14 @@ class Loader:
             for row, reason in batch.failures.items()
         ]
 
-    def _decode(self, epoch: Epoch, draw_sample: DrawSample, start: int) -> Iterator[Pixels]:
+    def _decode(self, epoch: Epoch, draw_samples: DrawSamples, start: int) -> Iterator[Pixels]:
         """Pixels of each step, by the chosen backend."""
-        requests = _Requests(self, epoch, draw_sample)
+        requests = _Requests(self, epoch, draw_samples)
         steps = range(start, epoch.steps)
         if self.backend == "dali":
-            yield from self._dali.run(map(requests.make, steps))
+            yield from self._dali.run(map(requests.make, steps), start)
             return
-        yield from DataLoader(
+        loader = DataLoader(
             requests,
             sampler=steps,
             batch_size=None,
@@ -203,6 +221,16 @@ class Loader:
             # that resumes in mid-epoch would draw its dropout from another place.
             generator=torch.Generator(),
         )
+        before = self._board.made()
+        for taken, pixels in enumerate(loader):
+            ready = self._board.made() - before - taken - 1
+            yield replace(pixels, cost=replace(pixels.cost, ready=ready))
+
+    @functools.cached_property
+    def _board(self) -> Board:
+        if self.backend == "dali":
+            return self._dali.board
+        return Board([f"worker {number}" for number in range(max(1, self._workers))])
 
     @property
     def _workers(self) -> int:
@@ -213,8 +241,11 @@ class Loader:
     def _dali(self):
         from pipeline.dali import DaliBackend
 
-        threads = max(1, self._workers)
-        return DaliBackend(self.view.size, self.loading.batch_size, self.device, threads)
+        threads = self._workers
+        if self.loading.workers < 0 and self.device.type == "cuda":
+            threads = decode_threads(threads, self.shards)
+        size, batch = self.view.size, self.loading.batch_size
+        return DaliBackend(size, batch, self.device, max(1, threads))
 
     def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
         rows = epoch.positions(step, self.rank, self.world)
@@ -222,50 +253,80 @@ class Loader:
         valid = epoch.valid[rows].copy()
         valid[list(pixels.failures)] = False
         labels = self.shards.column("label")[samples].astype(np.int64)
+        sources = self.shards.codes("source")[0][samples]
         return Batch(
             images=pixels.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2),
             labels=torch.from_numpy(labels).to(self.device, non_blocking=True),
             valid=torch.from_numpy(valid).to(self.device, non_blocking=True),
             samples=samples,
+            sources=sources,
             replayed=epoch.replayed[rows],
             failures=pixels.failures,
+            cost=pixels.cost,
         )
+
+
+GPU_THREADS = 4
+"""DALI threads for a GPU that decodes everything: they parse headers and copy."""
+
+
+def decode_threads(cores: int, shards: ShardSet) -> int:
+    """DALI threads beside a GPU: only JPEG is decoded there, so the more of the shards is PNG or
+    WebP, the more of the cores decode (PNG takes 5 times as long as JPEG on one).
+    """
+    codes, names = shards.codes("format")
+    other = np.array([name != "JPEG" for name in names], np.bool_)[codes].mean()
+    return min(cores, max(GPU_THREADS, round(cores * min(1.0, 5 * other))))
 
 
 class _Requests(Dataset):
     """What each step asks of a backend; as a dataset, each item is a step already decoded."""
 
-    def __init__(self, loader: Loader, epoch: Epoch, draw_sample: DrawSample):
-        self.epoch, self.draw_sample = epoch, draw_sample
+    def __init__(self, loader: Loader, epoch: Epoch, draw_samples: DrawSamples):
+        self.epoch, self.draw_samples = epoch, draw_samples
         self.rank, self.world, self.size = loader.rank, loader.world, loader.view.size
-        self.reader = ShardReader(loader.shards, loader.loading.check_hashes)
+        loading = loader.loading
+        remote = not all(isinstance(folder, Path) for folder in loader.shards.folders)
+        threads = READ_THREADS if loader.backend == "dali" or remote else 0
+        self.reader = ShardReader(
+            loader.shards,
+            check_hashes=loading.check_hashes,
+            threads=threads,
+            cache=Cache(folder=Path(loading.cache), limit=round(loading.cache_gb * 1e9)),
+        )
         self.formats = loader.shards.codes("format")
         self.orientations = loader.shards.column("orientation")
+        self.board = loader._board
 
     def __len__(self) -> int:
         return self.epoch.steps
 
     def __getitem__(self, step: int) -> Pixels:
-        return decode_request(self.make(step), self.size)
+        worker = get_worker_info()
+        number = worker.id if worker else 0
+        with self.board.at(number, "reading", step):
+            request = self.make(step)
+        with self.board.at(number, "decoding", step):
+            pixels = decode_request(request, self.size)
+        self.board.finished(number)
+        return pixels
 
     def make(self, step: int) -> Request:
         """Read the samples of one step and draw for each."""
-        samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world)].tolist()
+        began = time.perf_counter()
+        samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world)]
+        draws = self.draw_samples(samples)
+        data = self.reader.read(samples)
         codes, names = self.formats
-        data, formats, orientations, draws, failures = [], [], [], [], {}
-        for row, sample in enumerate(samples):
-            try:
-                entry = (
-                    self.reader.read(sample),
-                    names[codes[sample]],
-                    int(self.orientations[sample]),
-                    self.draw_sample(sample),
-                )
-            except ReadError as error:
-                entry, failures[row] = PLACEHOLDER, str(error)
-            for column, value in zip((data, formats, orientations, draws), entry, strict=True):
-                column.append(value)
-        return Request(data, formats, orientations, draws, failures)
+        formats = [names[code] for code in codes[samples].tolist()]
+        orientations = self.orientations[samples].tolist()
+        failures = {row: str(e) for row, e in enumerate(data) if isinstance(e, ReadError)}
+        for row in failures:
+            data[row], formats[row], orientations[row] = PLACEHOLDER
+        if failures:
+            draws = blank(draws, list(failures))
+        read_s = time.perf_counter() - began
+        return Request(data, formats, orientations, draws, failures, read_s)
 
 
 def _unchanged(pixels: Pixels) -> Pixels:

@@ -1,10 +1,12 @@
-"""Apply a `Draw` with Pillow: the reference, and what runs where DALI cannot.
+"""Apply draws without DALI: the reference, and what runs where DALI cannot.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow: simplejpeg's encoder takes
-the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one.
+the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one. Resizing
+is torch's vectorised form of Pillow's algorithm: five times as fast, and within one grey level.
 """
 
 import io
+import time
 
 import numpy as np
 import simplejpeg
@@ -12,29 +14,30 @@ import torch
 from PIL import Image
 
 from pipeline.augment import BLUR_TAPS, GREY, IDENTITY, Draw
-from pipeline.batch import Pixels, Request
+from pipeline.batch import Cost, Pixels, Request
 from sharding.format import decode_image
-
-BILINEAR = Image.Resampling.BILINEAR
 
 
 def decode_request(request: Request, size: int) -> Pixels:
     """Decode and augment one batch; an image that fails stays black and is named."""
-    images = np.zeros((len(request.data), size, size, 3), np.uint8)
+    started = time.perf_counter()
+    images = torch.zeros((len(request.data), size, size, 3), dtype=torch.uint8)
     failures = dict(request.failures)
-    for row, draw in enumerate(request.draws):
+    for row, draw in enumerate(request.draws.rows()):
         try:
             pixels = decode_image(
                 request.data[row], request.formats[row], request.orientations[row]
             )
-            images[row] = apply(pixels, draw, size)
+            apply(pixels, draw, images[row])
         except ValueError as error:
             failures[row] = str(error)
-    return Pixels(torch.from_numpy(images), failures)
+    cost = Cost(read_s=request.read_s, decode_s=time.perf_counter() - started)
+    return Pixels(images, failures, cost)
 
 
-def apply(pixels: np.ndarray, draw: Draw, size: int) -> np.ndarray:
-    """One upright (height, width, 3) uint8 RGB image as the (size, size, 3) uint8 the net sees.
+def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
+    """Write into `out`, uint8 (size, size, 3), what the net sees of an upright (height, width, 3)
+    uint8 RGB image.
 
     Raises:
         ValueError: the crop reaches outside the image, so the draw was made for another one.
@@ -45,28 +48,48 @@ def apply(pixels: np.ndarray, draw: Draw, size: int) -> np.ndarray:
             f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
             f"its crop reaches to {right} x {bottom}"
         )
-    crop = np.ascontiguousarray(pixels[draw.top : bottom, draw.left : right])
-    image = Image.fromarray(crop).resize((size, size), BILINEAR)
+    crop = pixels[draw.top : bottom, draw.left : right]
+    if not crop.flags.writeable:  # as Pillow gives it, and torch does not like it
+        crop = crop.copy()
+    resize(torch.from_numpy(crop), out)
+    image = out.numpy()
     if draw.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        out.copy_(out.flip(1))  # NumPy takes twenty times as long
     if draw.colour != IDENTITY:
-        image = image.convert("RGB", draw.colour)
+        image[:] = _recolour(image, draw.colour)
     if draw.resample:
-        image = image.resize((draw.resample, draw.resample), BILINEAR)
-        image = image.resize((size, size), BILINEAR)
+        small = torch.empty((draw.resample, draw.resample, 3), dtype=torch.uint8)
+        resize(out, small)
+        resize(small, out)
     if draw.jpeg:
-        image = Image.fromarray(jpeg_round_trip(image, draw.jpeg))
+        image[:] = jpeg_round_trip(image, draw.jpeg)
     if draw.blur:
-        image = Image.fromarray(gaussian_blur(np.asarray(image), draw.blur))
+        image[:] = gaussian_blur(image, draw.blur)
     if draw.grey:
-        image = image.convert("RGB", GREY)
-    return np.asarray(image)
+        image[:] = _recolour(image, GREY)
 
 
-def jpeg_round_trip(image: Image.Image, quality: int) -> np.ndarray:
+def resize(image: torch.Tensor, out: torch.Tensor) -> None:
+    """Bilinear and antialiased from uint8 (height, width, 3) to `out`, likewise, of any size.
+
+    Pillow's algorithm with 16-bit weights, the same numbers on every processor. The operator itself
+    and not `interpolate`, which gives separate colour planes: putting them back together would cost
+    more than all the rest.
+    """
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        image.permute(2, 0, 1)[None], list(out.shape[:2]), False, None, None,
+        out=out.permute(2, 0, 1)[None],
+    )  # fmt: skip
+
+
+def _recolour(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).convert("RGB", matrix))
+
+
+def jpeg_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
     """Baseline JPEG with 4:2:0 chroma, as libjpeg writes it, and back."""
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality, subsampling="4:2:0")
+    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
     return simplejpeg.decode_jpeg(stream.getvalue(), fastdct=False, fastupsample=False)
 
 
@@ -75,7 +98,21 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     reach = np.arange(BLUR_TAPS) - BLUR_TAPS // 2
     taps = np.exp(-0.5 * (reach / sigma) ** 2)
     outer, inner = (taps / taps.sum()).astype(np.float32)[:2]
-    padded = np.pad(pixels.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="reflect")
-    rows = inner * padded[1:-1] + outer * (padded[:-2] + padded[2:])
-    blurred = inner * rows[:, 1:-1] + outer * (rows[:, :-2] + rows[:, 2:])
-    return np.rint(blurred).clip(0, 255).astype(np.uint8)
+    rows = pixels.astype(np.float32)
+    blurred = inner * rows
+    blurred += outer * _neighbours(rows)
+    columns = blurred.swapaxes(0, 1)
+    blurred = inner * blurred
+    blurred += outer * _neighbours(columns).swapaxes(0, 1)
+    return np.rint(blurred, out=blurred).astype(np.uint8)  # weights sum to 1: nothing to clip
+
+
+def _neighbours(values: np.ndarray) -> np.ndarray:
+    """The sum of the two neighbours along the first axis, mirrored at its ends."""
+    if len(values) == 1:
+        return values + values
+    sums = np.empty_like(values)
+    np.add(values[:-2], values[2:], out=sums[1:-1])
+    np.multiply(values[1], 2, out=sums[0])
+    np.multiply(values[-2], 2, out=sums[-1])
+    return sums

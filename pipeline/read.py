@@ -2,8 +2,16 @@
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
 
 MAX_OPEN = 256
@@ -15,48 +23,122 @@ class ReadError(ValueError):
 
 
 class ShardReader:
-    """Reads the encoded image of any sample of a shard set."""
+    """Reads the encoded images of a shard set, here or at an address.
 
-    def __init__(self, shards: ShardSet, check_hashes: bool = False):
-        self.shards = shards
-        self.check_hashes = check_hashes
-        self._open: OrderedDict[int, int] = OrderedDict()
+    `threads` read beside each other inside one call: 0 reads in the calling thread. An object that
+    can be sent to another process, or forked with it, at any time.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        check_hashes: bool = False,
+        threads: int = 0,
+        cache: Cache | None = None,
+    ):
+        self.shards, self.check_hashes, self.threads = shards, check_hashes, threads
+        local = all(isinstance(folder, Path) for folder in shards.folders)
+        self._files: _Files | RemoteShards = (
+            _Files(shards) if local else RemoteShards(shards, cache or Cache())
+        )
+        self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
-    def read(self, sample: int) -> bytes:
-        """The bytes of a sample's image.
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": None}
 
-        Raises:
-            ReadError: the tar is missing or shorter than the index says, or (with `check_hashes`)
-                the bytes have changed.
+    def read(self, samples: Sequence[int]) -> list[bytes | ReadError]:
+        """The image of each sample, or why there is none: the tar is missing or shorter than the
+        index says, the address does not answer, or (with `check_hashes`) the bytes have changed.
         """
-        size = int(self.shards.column("size")[sample])
-        try:
-            data = os.pread(self._file(sample), size, int(self.shards.column("offset")[sample]))
-        except OSError as error:
-            raise ReadError(f"cannot be read: {error}") from error
-        if len(data) != size:
-            raise ReadError(f"the tar ends early: {len(data)} of {size} bytes")
+        rows = np.asarray(samples, np.int64)
+        places = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
+        wanted = list(zip(*places, strict=True))
+        if self.threads and len(wanted) > 1:
+            found = list(self._threads.map(self._read_one, wanted, chunksize=1))
+        else:
+            found = [self._read_one(place) for place in wanted]
         if self.check_hashes:
-            expected = self.shards.table.column("sha256")[int(sample)].as_py()
-            if hashlib.sha256(data).digest() != expected:
-                raise ReadError("its bytes have changed since it was packed (sha256)")
+            expected = self.shards.table.column("sha256").take(rows).to_pylist()
+            found = [_checked(data, sha) for data, sha in zip(found, expected, strict=True)]
+        return found
+
+    @property
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
+        return self._pool
+
+    def _read_one(self, place: tuple[int, int, int]) -> bytes | ReadError:
+        code, offset, size = place
+        try:
+            data = self._files.read(code, offset, size)
+        except OSError as error:
+            return ReadError(f"cannot be read: {error}")
+        if len(data) != size:
+            return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
         return data
 
-    def _file(self, sample: int) -> int:
-        if self._process != os.getpid():  # a forked worker shares no descriptor with its parent
-            self._open.clear()
-            self._process = os.getpid()
-        code = int(self.shards.column("shard_code")[sample])
-        if code in self._open:
-            self._open.move_to_end(code)
-            return self._open[code]
-        if len(self._open) >= MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[code] = os.open(self.shards.shard_path(sample), os.O_RDONLY)
-        return self._open[code]
 
-    def close(self) -> None:
-        """Close every open tar."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:
+    if isinstance(data, bytes) and hashlib.sha256(data).digest() != sha256:
+        return ReadError("its bytes have changed since it was packed (sha256)")
+    return data
+
+
+class _Files:
+    """The tars of a shard set on this machine, opened as they are needed."""
+
+    def __init__(self, shards: ShardSet):
+        self.shards = shards
+        self._reset()
+
+    def _reset(self) -> None:
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._reading: dict[int, int] = {}  # descriptor -> threads that read from it now
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shards": self.shards}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["shards"])
+
+    def read(self, code: int, offset: int, size: int) -> bytes:
+        """`size` bytes, fewer at the end of the tar."""
+        file = self._take(code)
+        try:
+            return os.pread(file, size, offset)
+        finally:
+            with self._lock:
+                self._reading[file] -= 1
+
+    def _take(self, code: int) -> int:
+        if self._process != os.getpid():  # a forked worker shares no descriptor with its parent
+            self._reset()
+        with self._lock:
+            if code not in self._open:
+                self._close_oldest()
+                path = self.shards.folders[code] / self.shards.shards[code]
+                self._open[code] = os.open(path, os.O_RDONLY)
+            self._open.move_to_end(code)
+            file = self._open[code]
+            self._reading[file] = self._reading.get(file, 0) + 1
+            return file
+
+    def _close_oldest(self) -> None:
+        """Close what nobody reads from, the least recently used first, down to `MAX_OPEN`."""
+        for code, file in list(self._open.items()):
+            if len(self._open) < MAX_OPEN:
+                return
+            if not self._reading.get(file):
+                os.close(self._open.pop(code))
+                self._reading.pop(file, None)
+
+    def __del__(self) -> None:
+        if self._process == os.getpid():
+            for file in self._open.values():
+                os.close(file)

@@ -144,13 +144,15 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 class ShardSet:
     """One or more shard sets on disk, seen as one table; a sample is a row number.
 
-    `folders[code]` holds the shard `shards[code]`; the column `shard_code` says which one a row is
-    in. `sources` is what the index says of each source: licence, augmentation law, replay.
-    `sha256` stands for everything: it covers the hashes of the tables and of the tars.
+    `folders[code]` holds the shard `shards[code]` of `shard_bytes[code]` bytes; the column
+    `shard_code` says which one a row is in. `sources` is what the index says of each source:
+    licence, augmentation law, replay. `sha256` stands for everything: it covers the hashes of the
+    tables and of the tars.
     """
 
     folders: tuple[Path, ...]
     shards: tuple[str, ...]
+    shard_bytes: tuple[int, ...]
     table: pa.Table
     sources: Mapping[str, Mapping[str, Any]]
     sha256: str
@@ -259,7 +261,7 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
     Raises:
         ShardError: as `read_index`, or a table that does not belong to its index.
     """
-    tables, shards, homes, sources = [], [], [], {}
+    tables, shards, sizes, homes, sources = [], [], [], [], {}
     digest = hashlib.sha256()
     for folder in folders:
         index = read_index(folder)
@@ -274,11 +276,17 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
         table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
         tables.append(_number_shards(table, names, len(shards)))
         shards += names
+        sizes += [shard["bytes"] for shard in index["shards"]]
         homes += [folder] * len(names)
         sources |= index["sources"]
         digest.update((folder / INDEX_FILE).read_bytes())
     return ShardSet(
-        tuple(homes), tuple(shards), pa.concat_tables(tables), sources, digest.hexdigest()
+        tuple(homes),
+        tuple(shards),
+        tuple(sizes),
+        pa.concat_tables(tables),
+        sources,
+        digest.hexdigest(),
     )
 
 

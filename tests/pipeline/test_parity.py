@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.augment import Draw, colour_matrix
+from pipeline.augment import Draw, colour_matrix, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
 from pipeline.pil import decode_request
@@ -58,7 +58,7 @@ STAGES = {
 def both(data: list[bytes], draws: list[Draw], size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """The same encoded images and draws through Pillow and through DALI, uint8 (B, S, S, 3)."""
     facts = [prepare(item).facts for item in data]
-    request = Request(data, [f.format for f in facts], [f.orientation for f in facts], draws)
+    request = Request(data, [f.format for f in facts], [f.orientation for f in facts], stack(draws))
     pil = decode_request(request, size)
     (dali,) = DaliBackend(size, len(data), torch.device("cpu"), threads=2).run([request])
     assert not pil.failures

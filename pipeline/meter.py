@@ -1,0 +1,187 @@
+"""METER: what the loader is doing, in numbers, always on; and who is at what when nothing comes.
+
+Workers note their stage on a `Board` that processes share, each batch carries its `Cost`, the
+`Meter` adds up what the consumer sees, and the `Watchdog` speaks when it sees nothing for long.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.batch import Batch
+
+log = logging.getLogger("ai_images_detector")
+
+STAGES = ("idle", "reading", "decoding")
+
+PATIENCE_S = 60.0
+"""How long the consumer waits for one batch before the watchdog says who is at what."""
+
+
+class Board:
+    """What each worker is at: a stage of `STAGES`, a step, and how many batches it has made."""
+
+    def __init__(self, workers: Sequence[str]):
+        self.workers = list(workers)
+        self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64).share_memory_()
+
+    @contextlib.contextmanager
+    def at(self, worker: int, stage: str, step: int) -> Iterator[None]:
+        """Note that `worker` is at `stage` of batch `step` for as long as the context lasts."""
+        cell = self._cells[worker]
+        cell[1], cell[0] = step, STAGES.index(stage)
+        try:
+            yield
+        finally:
+            cell[0] = 0
+
+    def finished(self, worker: int) -> None:
+        """One more batch of this worker is ready."""
+        self._cells[worker, 2] += 1
+
+    def made(self) -> int:
+        """Batches that are ready or were."""
+        return int(self._cells[:, 2].sum())
+
+    def describe(self) -> str:
+        """Each worker in words: `reader 1 reading step 12, reader 2 idle`."""
+        return ", ".join(
+            f"{name} {STAGES[stage]}" + (f" step {step}" if stage else "")
+            for name, (stage, step, _) in zip(self.workers, self._cells.tolist(), strict=True)
+        )
+
+
+class Watchdog:
+    """Warns when one batch is waited for longer than `patience_s`: a context manager."""
+
+    def __init__(self, describe: Callable[[], str], patience_s: float = PATIENCE_S):
+        self.describe, self.patience_s = describe, patience_s
+        self._asked: tuple[int, float] | None = None
+        self._ended = threading.Event()
+        self._consumer = threading.get_ident()
+
+    def __enter__(self) -> "Watchdog":
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def waiting(self, step: int) -> Iterator[None]:
+        """The consumer waits for batch `step` in this context."""
+        self._asked = step, time.monotonic()
+        try:
+            yield
+        finally:
+            self._asked = None
+
+    def _watch(self) -> None:
+        said = 0.0
+        while not self._ended.wait(self.patience_s / 4):
+            asked, now = self._asked, time.monotonic()
+            if asked and now - max(asked[1], said) > self.patience_s:
+                said = now
+                log.warning(
+                    "no batch for %.0f s: step %d is waited for; %s",
+                    *(now - asked[1], asked[0], self.describe()),
+                )
+                log.debug("threads of this process:\n%s", _stacks())
+
+
+def _stacks() -> str:
+    """The stack of every thread of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+class Meter:
+    """Adds up what a consumer of batches sees, between two calls of `row`.
+
+    `sources` are the names behind `Batch.sources`.
+    """
+
+    def __init__(self, sources: Sequence[str]):
+        self.sources = list(sources)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting afresh."""
+        self.stalls: list[float] = []
+        self.images = self.replayed = self.unreadable = self.ready = 0
+        self.read_s = self.decode_s = 0.0
+        self.seen: Counter[int] = Counter()
+        self.since = time.perf_counter()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, counted; notes how long the consumer waited for each."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.stalls.append(time.perf_counter() - asked)
+            self.images += len(batch)
+            self.replayed += int(batch.replayed.sum())
+            self.unreadable += len(batch.failures)
+            self.ready += batch.cost.ready
+            self.read_s += batch.cost.read_s
+            self.decode_s += batch.cost.decode_s
+            self.seen.update(batch.sources.tolist())
+            yield batch
+
+    def rates(self) -> dict[str, float]:
+        """Images per second, and the share of time spent waiting: for bytes and for pixels.
+
+        A stall is put down to reading and decoding as the batches' costs are to one another.
+        """
+        passed = max(time.perf_counter() - self.since, 1e-9)
+        waited = sum(self.stalls) / passed
+        reading = self.read_s / max(self.read_s + self.decode_s, 1e-9)
+        return {
+            "images_per_s": self.images / passed,
+            "wait_share": waited,
+            "wait_read": waited * reading,
+            "wait_decode": waited * (1 - reading),
+        }
+
+    def row(self) -> dict[str, Any]:
+        """Everything since the last row, as `metrics.jsonl` holds it; then counts afresh."""
+        count = max(1, len(self.stalls))
+        stalls = 1000 * np.array(self.stalls or [0.0])
+        row = self.rates() | {
+            "stall_p50_ms": float(np.percentile(stalls, 50)),
+            "stall_p99_ms": float(np.percentile(stalls, 99)),
+            "stall_max_ms": float(stalls.max()),
+            "ready": self.ready / count,
+            "read_ms": 1000 * self.read_s / count,
+            "decode_ms": 1000 * self.decode_s / count,
+            "replay_share": self.replayed / max(1, self.images),
+            "unreadable": self.unreadable,
+        }
+        row |= {f"images/{self.sources[code]}": count for code, count in sorted(self.seen.items())}
+        self.reset()
+        return row
+
+    def note(self) -> str:
+        """The rates in a few words, for a progress bar."""
+        found = self.rates()
+        return (
+            f"{found['images_per_s']:,.0f} images/s, waits {found['wait_share']:.0%} "
+            f"(read {found['wait_read']:.0%}, decode {found['wait_decode']:.0%})"
+        )
