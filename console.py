@@ -89,10 +89,9 @@ def _start_logging(_context: click.Context, _option: click.Parameter, verbose: b
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path("data/shards"),
+        default="data/shards",
         show_default=True,
-        help="Folder that holds the shard sets.",
+        help="Folder or address (s3://, hf://, https://) that holds the shard sets.",
     ),
     "runs": click.option(
         "--runs",

@@ -29,6 +29,7 @@ from model.metrics import (
 from model.score import Scores, probability, score_set
 from pipeline import Loading, open_loader
 from sharding.format import ShardSet, open_shards, read_index
+from sharding.storage import AnyPath, any_path
 
 REPORT_VERSION = 1
 
@@ -128,7 +129,7 @@ def report_set(shards: ShardSet, scores: Scores, meta: dict[str, Any]) -> dict[s
 
 def evaluate(
     checkpoint: Path,
-    data: Path,
+    data: AnyPath,
     names: Sequence[str],
     *,
     loading: Loading,
@@ -260,7 +261,7 @@ def main(
     subset: Path | None,
     out: Path | None,
     checkpoint: Path | None,
-    data: Path,
+    data: str,
     runs: Path,
     device: str,
     backend: str,
@@ -275,7 +276,7 @@ def main(
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     loading = Loading(backend=backend)
-    report = evaluate(chosen, data, names, loading=loading, device=device, subset=listed)
+    report = evaluate(chosen, any_path(data), names, loading=loading, device=device, subset=listed)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
     out = out or chosen.parent / "evaluation" / folder
     out.mkdir(parents=True, exist_ok=True)

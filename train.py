@@ -29,15 +29,25 @@ from model.optim import Optim, make_optimizer, schedule, set_learning_rate
 from model.score import autocast, probability, score_set
 from pipeline import Augment, Batch, Loading, Meter, Replay, Stream, View, open_loader, open_pool
 from sharding.format import CLASSES, open_shards, read_index
+from sharding.storage import AnyPath, any_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Shard sets to learn from and to validate on, and the augmentation law of most sources."""
+    """Shard sets to learn from and to validate on, and the augmentation law of most sources.
+
+    `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
+    twice and half of them once more, 0 leaves a source out.
+    """
 
     train: list[str]
     validate: list[str]
     law: str
+    repeats: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(times < 0 for times in self.repeats.values()):
+            raise ValueError(f"repeats must not be negative, got {self.repeats}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +111,7 @@ class Interrupted(Exception):
 
 def train(
     recipe: Recipe,
-    data: Path,
+    data: AnyPath,
     runs: Path,
     *,
     start: Path | None = None,
@@ -163,11 +173,19 @@ def train(
     return checkpoint.best_of(folder)
 
 
-def open_stream(recipe: Recipe, data: Path, device: torch.device) -> Stream:
+def open_stream(recipe: Recipe, data: AnyPath, device: torch.device) -> Stream:
     """The run's batches, from the sets below `data`."""
     pool = open_pool(data, recipe.data.train, recipe.replay)
     loader = open_loader(pool.shards, view=recipe.view, loading=recipe.loading, device=device)
-    return Stream(loader, pool, recipe.replay, recipe.augment, recipe.data.law, recipe.run.seed)
+    return Stream(
+        loader,
+        pool,
+        recipe.replay,
+        recipe.augment,
+        recipe.data.law,
+        recipe.run.seed,
+        recipe.data.repeats,
+    )
 
 
 def train_step(
@@ -190,7 +208,7 @@ def train_step(
     return loss.detach()
 
 
-def validate(trainer: Trainer, recipe: Recipe, data: Path) -> Validation:
+def validate(trainer: Trainer, recipe: Recipe, data: AnyPath) -> Validation:
     """Score every validation set. In the selection figure each set counts alike, by its balanced
     accuracy, or by its accuracy where it has one class only: not by its AUROC, which does not see
     a checkpoint that calls everything fake.
@@ -334,13 +352,13 @@ def _announce(recipe: Recipe, stream: Stream, trainer: Trainer, steps: int) -> N
         *(recipe.name, recipe.network.name, parameters / 1e6),
         spread if len(rates) > 1 else f"learning rate {max(rates):.2g}",
     )
-    labels = pool.shards.column("label")[pool.new]
+    labels = pool.shards.column("label")[stream.new(0)]
     counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
-    left = (len(pool.new) + stream.replayed_per_epoch) % loader.global_batch
+    left = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
     say(
         "per epoch %s new samples (%s) and %s old ones, less the last %d that fill no batch; "
         "%d epochs, %s steps of %d",
-        *(f"{len(pool.new):,}", counts, f"{stream.replayed_per_epoch:,}", left),
+        *(f"{len(labels):,}", counts, f"{stream.replayed_per_epoch:,}", left),
         *(recipe.run.epochs, f"{steps:,}", loader.global_batch),
     )
     say("images through %s (%s)", loader.backend, loader.reason)
@@ -448,7 +466,7 @@ def main(
     overrides: tuple[str, ...],
     name: str | None,
     init: Path | None,
-    data: Path,
+    data: str,
     runs: Path,
 ) -> None:
     """Train a phase; run the same command again to go on after an interruption."""
@@ -458,7 +476,7 @@ def main(
     naming = [f"name={json.dumps(name)}"] if name else []
     recipe = recipes.load(Recipe, path, [*overrides, *naming])
     try:
-        best = train(recipe, data, runs, start=init)
+        best = train(recipe, any_path(data), runs, start=init)
     except Interrupted as stopped:
         console.say(f"{stopped}; the same command goes on from there")
         raise SystemExit(130) from None

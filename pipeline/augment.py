@@ -194,13 +194,15 @@ def draw(
     seed: int,
     epoch: int,
     samples: np.ndarray,
+    turns: np.ndarray | None = None,
 ) -> Draws:
     """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
 
-    `law` is the row of each in `laws`. All four arrays are (N,) int.
+    `law` is the row of each in `laws`, `turns` how often the epoch had the sample before. All
+    arrays are (N,) int.
     """
     ranges = laws.of(law)
-    dice = roll(seed, epoch, samples, _DICE)
+    dice = roll(seed, epoch, samples, _DICE, turns)
     areas, ratios, place, chance, colour, within = np.split(
         dice, np.cumsum([_TRIES, _TRIES, 2, 6, 4]), axis=1
     )

@@ -24,7 +24,7 @@ from pipeline.remote import Cache
 from sharding.format import ShardSet
 
 Backend = Literal["auto", "dali", "pil"]
-DrawSamples = Callable[[np.ndarray], Draws]
+DrawSamples = Callable[[np.ndarray, np.ndarray], Draws]
 
 READ_THREADS = 8
 """Reads in flight at a time, where one process reads for all: an address, or DALI."""
@@ -104,12 +104,12 @@ class DrawByLaw:
     seed: int
     epoch: int
 
-    def __call__(self, samples: np.ndarray) -> Draws:
-        """Roll the dice of these samples."""
+    def __call__(self, samples: np.ndarray, turns: np.ndarray) -> Draws:
+        """Roll the dice of these samples, each for the stated time in this epoch."""
         return draw(
             self.laws, self.sources[samples], self.view,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples,
+            seed=self.seed, epoch=self.epoch, samples=samples, turns=turns,
         )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ class DrawCentre:
     heights: np.ndarray
     view: View
 
-    def __call__(self, samples: np.ndarray) -> Draws:
+    def __call__(self, samples: np.ndarray, _turns: np.ndarray) -> Draws:
         """What the view shows of these samples."""
         return centre(self.view, self.widths[samples], self.heights[samples])
 
@@ -314,8 +314,9 @@ class _Requests(Dataset):
     def make(self, step: int) -> Request:
         """Read the samples of one step and draw for each."""
         began = time.perf_counter()
-        samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world)]
-        draws = self.draw_samples(samples)
+        rows = self.epoch.positions(step, self.rank, self.world)
+        samples = self.epoch.samples[rows]
+        draws = self.draw_samples(samples, self.epoch.turns[rows])
         data = self.reader.read(samples)
         codes, names = self.formats
         formats = [names[code] for code in codes[samples].tolist()]

@@ -5,9 +5,10 @@ positions from (step * world + r) * batch on, so 2 ranks x 12 see what 1 rank x 
 resumes at any step from a handful of integers.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ WINDOW = 64
 
 # Philox counters are 4 x 64 bits: the last word keeps independent uses of one key apart
 # (0: the draws of samples).
-_SHUFFLE, _REPLAY = 1, 2
+_SHUFFLE, _REPLAY, _REPEAT = 1, 2, 3
 
 
 class OrderError(ValueError):
@@ -36,7 +37,8 @@ class Epoch:
     """One epoch: which sample stands at each global position, and which of them count.
 
     `samples` int64, `replayed` bool (old samples, phase 2) and `valid` bool (False: padding) are
-    all of length `steps * global_batch`.
+    all of length `steps * global_batch`. So is `turns`: how often each sample came before in this
+    epoch, so that an image that comes twice is augmented in two ways.
     """
 
     seed: int
@@ -45,6 +47,17 @@ class Epoch:
     samples: np.ndarray
     replayed: np.ndarray
     valid: np.ndarray
+
+    @functools.cached_property
+    def turns(self) -> np.ndarray:
+        """0 where a sample comes for the first time, 1 for the second, and so on."""
+        order = np.argsort(self.samples, kind="stable")
+        ordered = self.samples[order]
+        begins = np.r_[True, ordered[1:] != ordered[:-1]]
+        place = np.arange(len(order))
+        turns = np.empty(len(order), np.int64)
+        turns[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+        return turns
 
     @property
     def steps(self) -> int:
@@ -85,6 +98,58 @@ def training_epoch(
         )
     valid = np.ones(count, np.bool_)
     return Epoch(seed, number, global_batch, samples[:count], replayed[:count], valid)
+
+
+def repeat(
+    samples: np.ndarray, sources: np.ndarray, times: Mapping[int, float], rng: np.random.Generator
+) -> np.ndarray:
+    """The samples of an epoch in which each source comes a stated number of times.
+
+    `sources` is the source code of each sample, `times` code -> how often (1 where it is not
+    named): 2.5 takes every sample twice and half of them, drawn by `rng`, once more. Exact, unlike
+    weights in a sampler: an epoch's length and its shares follow from the index.
+    """
+    parts = []
+    for code in np.unique(sources):
+        own = samples[sources == code]
+        whole, part = divmod(float(times.get(int(code), 1.0)), 1.0)
+        parts += [own] * int(whole)
+        parts.append(np.sort(rng.permutation(own)[: round(part * len(own))]))
+    return np.concatenate(parts) if parts else samples
+
+
+def repeat_rng(seed: int, epoch: int) -> np.random.Generator:
+    """The dice that choose which samples of a source come once more in an epoch."""
+    return rng_of(seed, epoch, _REPEAT)
+
+
+class Mixing(NamedTuple):
+    """How well an order is shuffled: 1 is as well as by chance, for both figures.
+
+    `distance` is how far samples end from where they lie on disk, against the mean of a random
+    order, a third of its length; 0 is not at all. `batches` is the spread of sources over batches:
+    the chi-squared statistic of their counts per batch over its degrees of freedom; more than 1
+    means that batches hold more of one source than chance gives them.
+    """
+
+    distance: float
+    batches: float
+
+
+def mixing_of(samples: np.ndarray, sources: np.ndarray, batch: int) -> Mixing:
+    """Measure an order: sample numbers by position, and the source code of each position."""
+    count = len(samples)
+    place = np.argsort(np.argsort(samples, kind="stable"), kind="stable")
+    distance = float(np.abs(place - np.arange(count)).mean() / (count / 3))
+    rows = count // batch
+    codes, compact = np.unique(sources, return_inverse=True)
+    cells = np.repeat(np.arange(rows), batch) * len(codes) + compact[: rows * batch]
+    seen = np.bincount(cells, minlength=rows * len(codes)).reshape(rows, len(codes))
+    expected = seen.sum(axis=0) / max(rows, 1)
+    freedom = (rows - 1) * (len(codes) - 1)
+    if freedom < 1:
+        return Mixing(distance, 1.0)
+    return Mixing(distance, float((((seen - expected) ** 2) / expected).sum() / freedom))
 
 
 def evaluation_epoch(count: int, global_batch: int) -> Epoch:

@@ -4,9 +4,10 @@ A stream is a pure function of its settings: `batches(step)` from any step gives
 uninterrupted run would have given.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 
 from pipeline.augment import Augment
 from pipeline.batch import Batch
-from pipeline.loader import Loader, draw_by_law, draw_centre
+from pipeline.loader import Loader, LoadError, draw_by_law, draw_centre
 from pipeline.order import (
     Epoch,
     check_state,
     evaluation_epoch,
+    repeat,
+    repeat_rng,
     replay_rng,
     state_of,
     training_epoch,
@@ -52,7 +55,9 @@ def open_pool(data: Path, train: Sequence[str], replay: Replay) -> Pool:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The batches of a run on one rank. `law` is that of sources without one of their own."""
+    """The batches of a run on one rank. `law` is that of sources without one of their own;
+    `repeats` says how often sources of the new sets come in an epoch, where that is not once.
+    """
 
     loader: Loader
     pool: Pool
@@ -60,17 +65,36 @@ class Stream:
     augment: Mapping[str, Augment]
     law: str
     seed: int
+    repeats: Mapping[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def new_per_epoch(self) -> int:
+        """New samples in each epoch."""
+        return len(self.new(0))
 
     @property
     def replayed_per_epoch(self) -> int:
         """Old samples drawn for each epoch."""
-        return math.floor(len(self.pool.new) * self.replay.ratio)
+        return math.floor(self.new_per_epoch * self.replay.ratio)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in each epoch; the last partial global batch is dropped."""
-        total = len(self.pool.new) + self.replayed_per_epoch
+        total = self.new_per_epoch + self.replayed_per_epoch
         return total // self.loader.global_batch
+
+    def new(self, number: int) -> np.ndarray:
+        """The new samples of epoch `number`, in the order of the index."""
+        codes, names = self.pool.shards.codes("source")
+        if unknown := sorted(self.repeats.keys() - set(names)):
+            raise LoadError(
+                f"repeats names source {', '.join(unknown)}; the sets hold {', '.join(names)}"
+            )
+        if not self.repeats:
+            return self.pool.new
+        times = {names.index(name): count for name, count in self.repeats.items()}
+        rng = repeat_rng(self.seed, number)
+        return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
     def epoch(self, number: int) -> Epoch:
         """The order of epoch `number`, with old samples drawn afresh."""
@@ -83,7 +107,7 @@ class Stream:
             replay_rng(self.seed, number),
         )
         return training_epoch(
-            self.pool.new,
+            self.new(number),
             seed=self.seed,
             number=number,
             global_batch=self.loader.global_batch,
@@ -93,7 +117,7 @@ class Stream:
 
     def batches(self, start: int, epochs: int) -> Iterator[Batch]:
         """Batches from global step `start` to the end of the last of `epochs`."""
-        number = start // self.epoch(0).steps
+        number = start // self.steps_per_epoch
         while number < epochs:
             epoch = self.epoch(number)
             draws = draw_by_law(

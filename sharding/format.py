@@ -6,10 +6,11 @@ sample, `_info.json` (for timm's), and `index.json`, written last. A folder with
 not a set. The format is described for people without this code in `docs/shards.md`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,25 @@ def read_index(folder: Path) -> dict:
     Raises:
         ShardError: no such folder, no `index.json` (the build did not finish), or another version.
     """
+    with _explained(folder):
+        return _read_index(folder)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """The clients behind an address raise errors of their own kinds; here they become one."""
+    try:
+        yield
+    except (ShardError, OSError):
+        raise
+    except Exception as error:
+        if isinstance(folder, Path):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ShardError(f"{folder} cannot be read: {reason}; try again") from error
+
+
+def _read_index(folder: Path) -> dict:
     path = folder / INDEX_FILE
     if not path.exists():
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
@@ -265,7 +285,8 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
     digest = hashlib.sha256()
     for folder in folders:
         index = read_index(folder)
-        data = (folder / SAMPLES_FILE).read_bytes()
+        with _explained(folder):
+            data = (folder / SAMPLES_FILE).read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != index["samples_sha256"]:
             raise ShardError(

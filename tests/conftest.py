@@ -2,9 +2,13 @@
 
 import io
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import torch
@@ -146,6 +150,45 @@ def old(data: Path) -> ShardSet:
 @pytest.fixture(scope="session")
 def new(data: Path) -> ShardSet:
     return open_shards([data / "new"])
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which s3:// means moto's server."""
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w+")
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+        stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    address = ""
+    for _ in range(300):
+        log.seek(0)
+        if found := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
+            address = found[0]
+            break
+        time.sleep(0.1)
+    assert address, "moto's server did not start"
+    yield {
+        "AWS_ENDPOINT_URL": address,
+        "FSSPEC_S3_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.terminate()
+    server.wait()
+    log.close()
+
+
+@pytest.fixture(scope="session")
+def client(s3: dict[str, str]) -> Iterator[object]:
+    """Amazon's own client of that server."""
+    found = boto3.client(
+        "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
+        aws_access_key_id="test", aws_secret_access_key="test",
+    )  # fmt: skip
+    yield found
+    found.close()
 
 
 @pytest.fixture

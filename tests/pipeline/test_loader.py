@@ -142,7 +142,7 @@ def test_each_source_keeps_its_law(old: ShardSet) -> None:
 
     draw = draw_by_law(old, {"train": HARSH, "dda": Augment()}, "train", VIEW, 1, 0)
     codes, names = old.codes("source")
-    drawn = list(draw(np.arange(len(old))).rows())
+    drawn = list(draw(np.arange(len(old)), np.zeros(len(old), int)).rows())
     for sample, found in enumerate(drawn):
         if names[codes[sample]] == "beta":
             assert (found.jpeg, found.flip, found.resample, found.grey) == (0, False, 0, False)

@@ -7,55 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
 from tests.conftest import build_all
 from tests.sharding.test_build import ROOT, hashes
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which s3:// means moto's server."""
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w+")
-    server = subprocess.Popen(
-        [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-        stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    address = ""
-    for _ in range(300):
-        log.seek(0)
-        if found := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
-            address = found[0]
-            break
-        time.sleep(0.1)
-    assert address, "moto's server did not start"
-    yield {
-        "AWS_ENDPOINT_URL": address,
-        "FSSPEC_S3_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.terminate()
-    server.wait()
-    log.close()
-
-
-@pytest.fixture(scope="module")
-def client(s3: dict[str, str]) -> Iterator[object]:
-    """Amazon's own client of that server."""
-    found = boto3.client(
-        "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
-        aws_access_key_id="test", aws_secret_access_key="test",
-    )  # fmt: skip
-    yield found
-    found.close()
 
 
 def command(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:

@@ -1,0 +1,198 @@
+"""Shards at an address: a real S3-speaking server, and an HTTP server that fails on purpose."""
+
+import http.server
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from upath import UPath
+
+from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool, remote
+from pipeline.read import ReadError, ShardReader
+from pipeline.remote import Cache
+from sharding.format import ShardError, ShardSet, open_shards
+from tests.conftest import HARSH, VIEW
+
+# aiobotocore leaves its sessions to the garbage collector when a test ends.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed:ResourceWarning",
+    "ignore:Unclosed:ResourceWarning", "ignore:datetime.datetime.utcnow:DeprecationWarning",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PIECE", 16_384)
+    monkeypatch.setattr(remote, "DELAYS_S", (0.01, 0.02, 0.04))
+
+
+def local_facts(shards: ShardSet, cache: Path, workers: int, backend: str) -> list[tuple]:
+    pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
+    loading = Loading(
+        batch_size=8, backend=backend, workers=workers, shuffle="block", cache=str(cache),
+        cache_gb=1.0,
+    )  # fmt: skip
+    loader = open_loader(shards, view=VIEW, loading=loading, device=torch.device("cpu"))
+    stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
+    return [
+        (b.samples.tolist(), b.valid.tolist(), b.images.sum(dtype=torch.int64).item())
+        for b in stream.batches(0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("pil", 0), ("pil", 2), ("dali", 2)])
+def test_a_bucket_gives_the_batches_of_a_folder(
+    s3: dict[str, str], client, data: Path, old: ShardSet, tmp_path: Path, backend, workers
+) -> None:
+    bucket = f"shards-{backend}-{workers}"
+    client.create_bucket(Bucket=bucket)
+    for path in (data / "old").iterdir():
+        client.upload_file(str(path), bucket, f"shards/old/{path.name}")
+    place = UPath(
+        f"s3://{bucket}/shards", endpoint_url=s3["AWS_ENDPOINT_URL"], key="test", secret="test"
+    )
+    shards = open_pool(place, ["old"], Replay()).shards
+    assert shards.sha256 == old.sha256
+    expected = local_facts(old, tmp_path / "unused", 0, backend)
+    assert local_facts(shards, tmp_path / "cache", workers, backend) == expected
+    assert not (tmp_path / "unused").exists()
+    assert list((tmp_path / "cache").glob("*.piece"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Files of a folder with byte ranges; `wrong` says how the next answers go wrong."""
+
+    folder: Path
+    wrong: list[str]
+    asked: int = 0
+
+    def do_HEAD(self) -> None:
+        self.answer(send=False)
+
+    def do_GET(self) -> None:
+        self.answer(send=True)
+
+    def answer(self, send: bool) -> None:
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, status = path.read_bytes(), 200
+        if asked := self.headers.get("Range"):
+            first, last = asked.removeprefix("bytes=").split("-")
+            begin, end = int(first), min(int(last or len(data)), len(data) - 1)
+            whole, data, status = len(data), data[begin : end + 1], 206
+            type(self).asked += 1
+            how = self.wrong.pop(0) if self.wrong else ""
+            if how == "busy":
+                self.send_error(503)
+                return
+            if how == "drops":
+                self.send_response(206)
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Range", f"bytes {begin}-{end}/{whole}")
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+                return
+            data = data[: len(data) // 2] if how == "short" else data
+        self.send_response(status)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {begin}-{end}/{whole}")
+        self.end_headers()
+        if send:
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(data: Path) -> Iterator[Callable[..., ShardSet]]:
+    """`web(*wrong)`: the old set over HTTP, the next range requests going wrong as said."""
+    servers = []
+
+    def serve(*wrong: str) -> ShardSet:
+        handler = type("Handler", (Flaky,), {"folder": data, "wrong": [], "asked": 0})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        shards = open_shards([UPath(f"http://127.0.0.1:{server.server_port}/old")])
+        handler.wrong[:] = wrong
+        handler.asked = 0
+        serve.handler = handler
+        return shards
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("wrong", ["busy", "drops", "short"])
+def test_a_remote_that_stumbles_is_asked_again(
+    web: Callable, old: ShardSet, tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ai_images_detector").propagate = True
+    shards = web(wrong, wrong)
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path), check_hashes=True)
+    expected = ShardReader(old).read(range(len(old)))
+    assert reader.read(range(len(old))) == expected
+    assert caplog.text.count("trying again in") == 2
+    asked = web.handler.asked
+    assert reader.read(range(len(old))) == expected
+    assert web.handler.asked == asked  # everything is here now
+
+
+def test_a_remote_that_is_gone_is_named(web: Callable, tmp_path: Path) -> None:
+    shards = web(*["busy"] * 100)
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path))
+    (found,) = reader.read([0])
+    assert isinstance(found, ReadError)
+    assert "old/alpha-train-00000.tar did not answer 4 times in" in str(found)
+    assert "503" in str(found)
+
+
+def test_an_address_that_fails_while_opening_is_one_error(web: Callable) -> None:
+    folder = web().folders[0]
+    web.handler.wrong[:] = ["busy"] * 10
+    with pytest.raises(ShardError, match=r"http://127.0.0.1.* cannot be read: 503"):
+        open_shards([folder])
+
+
+def test_a_shard_that_is_not_there_is_named_at_once(web: Callable, tmp_path: Path) -> None:
+    shards = web()
+    web.handler.folder = tmp_path
+    started = time.monotonic()
+    (found,) = ShardReader(shards, cache=Cache(folder=tmp_path / "c")).read([0])
+    assert isinstance(found, ReadError) and "alpha-train-00000.tar" in str(found)
+    assert time.monotonic() - started < 5
+
+
+def test_the_cache_stays_below_its_limit(web: Callable, old: ShardSet, tmp_path: Path) -> None:
+    shards = web()
+    limit = 4 * remote.PIECE
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path, limit=limit), threads=4)
+    expected = ShardReader(old).read(range(len(old)))
+    order = np.random.default_rng(0).permutation(len(old))
+    for _ in range(2):
+        for start in range(0, len(order), 8):
+            rows = order[start : start + 8]
+            assert reader.read(rows) == [expected[row] for row in rows]
+            held = sum(path.stat().st_size for path in tmp_path.glob("*.piece"))
+            assert held <= limit + 4 * remote.PIECE  # threads may each bring one at a time
+    pieces = sum(-(-size // remote.PIECE) for size in shards.shard_bytes)
+    assert web.handler.asked > pieces  # the limit really made it drop some
+
+
+def test_a_cache_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="a cache needs at least"):
+        Cache(limit=remote.PIECE)
