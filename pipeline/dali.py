@@ -6,6 +6,7 @@ directly: after a bad sample it loses that one batch, which is then repaired sam
 DALIGenericIterator would end the epoch early without a word.
 """
 
+import gc
 import queue
 import threading
 import time
@@ -139,6 +140,14 @@ class DaliBackend:
         """Yield the pixels of each request, uint8 (B, size, size, 3) on the device; the first is
         that of step `start`.
         """
+        try:
+            yield from self._run(requests, start)
+        finally:
+            # A DALI pipeline is part of a reference cycle: without this it keeps its memory, on the
+            # GPU too, until Python happens to look for cycles.
+            gc.collect()
+
+    def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
         with _ReadAhead(requests, self.board, start) as ahead:

@@ -1,5 +1,6 @@
 """Open a shard set as batches: choose a backend and say why, read, draw, decode, hand over."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -181,7 +182,8 @@ class Loader:
             raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
         seen, bad = 0, []
         board = self._board
-        with Watchdog(board.describe, self.loading.patience_s) as watchdog:
+        watching = Watchdog(board.describe, self.loading.patience_s)
+        with _named_worker_death(), watching as watchdog:
             decoded = self._decode(epoch, draw_samples, start)
             for step in range(start, epoch.steps):
                 with watchdog.waiting(step):
@@ -222,8 +224,8 @@ class Loader:
             generator=torch.Generator(),
         )
         before = self._board.made()
-        for taken, pixels in enumerate(loader):
-            ready = self._board.made() - before - taken - 1
+        for taken, pixels in enumerate(loader, start=1):
+            ready = self._board.made() - before - taken
             yield replace(pixels, cost=replace(pixels.cost, ready=ready))
 
     @functools.cached_property
@@ -264,6 +266,20 @@ class Loader:
             failures=pixels.failures,
             cost=pixels.cost,
         )
+
+
+@contextlib.contextmanager
+def _named_worker_death() -> Iterator[None]:
+    """torch raises a plain RuntimeError, wherever the main thread is, when a worker dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LoadError(
+            f"a loading worker died ({str(error).splitlines()[0]}); if memory ran out, use a "
+            "smaller loading.workers or loading.batch_size"
+        ) from error
 
 
 GPU_THREADS = 4

@@ -1,7 +1,9 @@
 """Bytes out of tars: positional reads through the index, safe from any thread or process."""
 
+import contextlib
 import hashlib
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
@@ -50,7 +53,9 @@ class ShardReader:
 
     def read(self, samples: Sequence[int]) -> list[bytes | ReadError]:
         """The image of each sample, or why there is none: the tar is missing or shorter than the
-        index says, the address does not answer, or (with `check_hashes`) the bytes have changed.
+        index says, the address does not answer, the image claims another size than the index (so
+        that no decoder is asked for more memory than the packed image took), or (with
+        `check_hashes`) the bytes have changed.
         """
         rows = np.asarray(samples, np.int64)
         places = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
@@ -59,9 +64,24 @@ class ShardReader:
             found = list(self._threads.map(self._read_one, wanted, chunksize=1))
         else:
             found = [self._read_one(place) for place in wanted]
+        found = self._check_sizes(rows, found)
         if self.check_hashes:
             expected = self.shards.table.column("sha256").take(rows).to_pylist()
             found = [_checked(data, sha) for data, sha in zip(found, expected, strict=True)]
+        return found
+
+    def _check_sizes(
+        self, rows: np.ndarray, found: list[bytes | ReadError]
+    ) -> list[bytes | ReadError]:
+        names = ("width", "height", "orientation")
+        width, height, turned = (self.shards.column(name)[rows] for name in names)
+        stored = np.where(turned >= 5, [height, width], [width, height]).T.tolist()
+        for row, (data, expected) in enumerate(zip(found, stored, strict=True)):
+            claimed = _claimed_size(data) if isinstance(data, bytes) else None
+            if claimed and claimed != tuple(expected):
+                found[row] = ReadError(
+                    "it claims {} x {} pixels, the index says {} x {}".format(*claimed, *expected)
+                )
         return found
 
     @property
@@ -80,6 +100,17 @@ class ShardReader:
         if len(data) != size:
             return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
         return data
+
+
+def _claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the header of a JPEG or PNG; None where it has none that can be read."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
+        return struct.unpack_from(">2I", data, 16)
+    if data.startswith(b"\xff\xd8"):
+        with contextlib.suppress(ValueError, KeyError):  # simplejpeg knows no colour -1
+            height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
+            return width, height
+    return None
 
 
 def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:

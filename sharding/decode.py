@@ -130,7 +130,7 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     if name == "JPEG":
         try:
             return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
-        except ValueError as error:
+        except (ValueError, KeyError) as error:  # KeyError: no colour space before the data ends
             raise DecodeError(f"JPEG does not decode: {error}") from error
     if getattr(image, "n_frames", 1) > 1:
         return False

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,34 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(
         assert again.resume(state) == done
         assert all_facts(again, done) == expected[done:]
     assert all_facts(stream, len(expected)) == []
+
+
+def test_a_state_of_four_ranks_resumes_on_two(make_stream: Callable) -> None:
+    """Elastic: what counts is the global batch."""
+    saved = make_stream(batch_size=2, world=4).state(3)
+    whole = list(make_stream(workers=0, batch_size=8).batches(3, 1))
+    ranks = []
+    for rank in (0, 1):
+        stream = make_stream(workers=0, batch_size=4, rank=rank, world=2)
+        ranks.append(list(stream.batches(stream.resume(saved), 1)))
+    for one, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(one.images, torch.cat([part.images for part in parts]))
+    with pytest.raises(OrderError, match="global_batch was 8 when this was saved and is 6 now"):
+        make_stream(batch_size=3, world=2).resume(saved)
+
+
+def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
+    stream = replace(make_stream(old_per_new="0", workers=0), repeats={"gamma": 2})
+    assert stream.steps_per_epoch == 2 * len(stream.pool.new) // 6
+    seen: dict[int, list[bytes]] = {}
+    for batch in stream.batches(0, 1):
+        for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
+            seen.setdefault(sample, []).append(image.contiguous().numpy().tobytes())
+    twice = [images for images in seen.values() if len(images) == 2]
+    assert len(twice) > len(stream.pool.new) - 6  # less what fills no batch
+    assert all(first != second for first, second in twice)
+    with pytest.raises(LoadError, match="repeats names source delta; the sets hold gamma"):
+        replace(stream, repeats={"delta": 2}).epoch(0)
 
 
 def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path) -> None:

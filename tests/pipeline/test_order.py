@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from pipeline.order import (
+    BLOCK,
     OrderError,
     check_state,
     evaluation_epoch,
+    mixing_of,
+    repeat,
+    repeat_rng,
     replay_rng,
     state_of,
     training_epoch,
@@ -141,3 +145,54 @@ def test_share_out_sums_and_keeps_to_the_sizes() -> None:
         quotas = share_out(count, sizes, rng)
         assert sum(quotas) == min(count, sum(sizes))
         assert all(q <= size for q, size in zip(quotas, sizes, strict=True))
+
+
+def test_sources_come_as_often_as_they_are_said_to() -> None:
+    samples, sources = np.arange(1000), np.repeat([0, 1, 2], [100, 300, 600])
+    found = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 0))
+    times = np.bincount(found, minlength=1000)
+    assert sorted(times[:100].tolist()) == [2] * 50 + [3] * 50
+    assert (times[100:400] == 1).all()
+    assert times[400:].sum() == 150 and times[400:].max() == 1
+    again = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 1))
+    assert len(again) == len(found)
+    assert not np.array_equal(np.bincount(again, minlength=1000), times)  # others, each epoch
+    assert len(repeat(samples, sources, {1: 0}, repeat_rng(1, 0))) == 700
+
+
+def test_turns_count_how_often_a_sample_came_before() -> None:
+    made = training_epoch(np.array([4, 4, 4, 9, 7, 7]), seed=1, number=0, global_batch=6)
+    for sample in (4, 7, 9):
+        here = made.samples == sample
+        assert made.turns[here].tolist() == list(range(here.sum()))
+
+
+def test_mixing_is_one_for_a_random_order_and_tells_blocks_from_none() -> None:
+    count, batch = 100_000, 64
+    sources = np.repeat(np.arange(10), count // 10)
+
+    def mixing(shuffle: str):
+        samples = training_epoch(
+            np.arange(count), seed=3, number=0, global_batch=batch, shuffle=shuffle
+        ).samples
+        return mixing_of(samples, sources[samples], batch)
+
+    good, block = mixing("global"), mixing("block")
+    none = mixing_of(np.arange(count), sources, batch)
+    assert abs(good.distance - 1) < 0.02 and abs(good.batches - 1) < 0.1
+    assert block.distance > 0.8
+    assert none.distance == 0 and none.batches > 30
+    assert 1 < block.batches < none.batches / 4
+
+
+def test_a_block_shuffle_reads_in_runs() -> None:
+    """In a window of open blocks each piece of a shard is needed, and then never again."""
+    samples = training_epoch(
+        np.arange(100_000), seed=3, number=0, global_batch=50, shuffle="block"
+    ).samples
+    place = {}
+    for position, block in enumerate((samples // BLOCK).tolist()):
+        first, _ = place.get(block, (position, 0))
+        place[block] = first, position
+    longest = max(last - first for first, last in place.values())
+    assert longest <= 2 * 64 * BLOCK
