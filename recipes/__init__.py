@@ -29,7 +29,7 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     Raises:
         RecipeError: no such file, broken TOML, an unknown or missing key, a value out of range.
     """
-    values = _read(path)
+    values = read(path)
     for override in overrides:
         _apply(values, override)
     return build(kind, values, str(path))
@@ -47,7 +47,12 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         raise RecipeError(f"{where}: {name or 'recipe'}: {reason}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The values of a recipe with those it extends, as TOML has them.
+
+    Raises:
+        RecipeError: no such file, or broken TOML.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -57,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     merged: dict[str, Any] = {}
     for base in values.pop("extends", []):
-        _merge(merged, _read(path.parent / base))
+        _merge(merged, read(path.parent / base))
     return _merge(merged, values)
 
 

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "console": set(),
     "recipes": set(),
     "sharding": {"console", "recipes"},
-    "pipeline": {"sharding.format"},
+    "pipeline": {"console", "recipes", "sharding.format"},
     "model": {"recipes", "sharding.format", "sharding.decode", "pipeline"},
     **{script: {"console", "recipes", "sharding", "pipeline", "model"} for script in SCRIPTS},
 }

@@ -16,6 +16,7 @@ import recipes
 import train
 from model import load_detector
 from pipeline import Loading
+from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
 from tests.conftest import encode, photo
@@ -225,7 +226,7 @@ def test_the_page_without_a_checkpoint_says_how_to_get_one(
 
 
 @pytest.mark.parametrize(
-    "command", [train.main, evaluate.main, predict.main, *sharding.commands.values()],
+    "command", [train.main, evaluate.main, predict.main, *sharding.commands.values(), *pipeline.commands.values()],
     ids=lambda command: command.name,
 )  # fmt: skip
 def test_every_command_has_help_and_few_flags(command) -> None:

@@ -10,13 +10,14 @@ import pytest
 import evaluate
 import predict
 import train
+from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
-    "-m sharding": sharding,
+    "-m sharding": sharding, "-m pipeline": pipeline,
 }  # fmt: skip
 
 

@@ -1,0 +1,166 @@
+"""`python -m pipeline view | order`: look at what the loader gives, and in which order."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from upath import UPath
+
+import console
+import recipes
+from pipeline.augment import Augment, View
+from pipeline.batch import Request
+from pipeline.loader import LoadError, choose_backend, draw_by_law
+from pipeline.order import mixing_of, training_epoch
+from pipeline.picture import Row, picture_of
+from pipeline.pil import decode_request
+from pipeline.read import ReadError, ShardReader
+from sharding.format import CLASSES, ShardSet, decode_image, open_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """The part of a recipe that says what is done to images."""
+
+    augment: dict[str, Augment]
+    view: View = field(default_factory=View)
+
+
+@click.group(cls=console.Group)
+def main() -> None:
+    """Look at what the loader gives."""
+
+
+def _open(place: str) -> ShardSet:
+    path = UPath(place)
+    return open_shards([Path(path) if isinstance(path, Path) else path])
+
+
+@main.command()
+@click.argument("shards")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("grid.png"),
+    show_default=True,
+    help="PNG to write.",
+)
+@click.option(
+    "--recipe",
+    "path",
+    type=click.Path(path_type=Path),
+    default=recipes.FOLDER / "phase1.toml",
+    help="Recipe whose augmentation laws and view are shown. Default: that of phase 1.",
+)
+@click.option("--law", help="Law of sources that keep none of their own. Default: the recipe's.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other samples and dice.")
+@console.options()
+def view(shards: str, out: Path, path: Path, law: str | None, count: int, seed: int) -> None:
+    """Draw what the network is fed of the set SHARDS, by both backends."""
+    opened = _open(shards)
+    values = recipes.read(path)
+    laws = recipes.build(
+        Laws, {key: values[key] for key in ("augment", "view") if key in values}, str(path)
+    )
+    law = law or values["data"]["law"]
+    samples = _spread(opened, count, seed)
+    request = _request(opened, samples, laws, law, seed)
+    size = laws.view.size
+    pil = decode_request(request, size)
+    if pil.failures:
+        row, reason = next(iter(pil.failures.items()))
+        raise LoadError(f"{opened.name(samples[row])}: {reason}")
+    dali = _by_dali(request, size)
+    rows = [
+        Row(
+            whole=decode_image(data, request.formats[row], request.orientations[row]),
+            draw=draw,
+            pil=pil.images[row].numpy(),
+            dali=None if dali is None else dali[row],
+            lines=_lines(opened, sample, law),
+        )
+        for row, (sample, data, draw) in enumerate(
+            zip(samples.tolist(), request.data, request.draws.rows(), strict=True)
+        )
+    ]
+    picture_of(rows).save(out, "PNG")
+    if dali is not None:
+        change = np.abs(dali.astype(np.int16) - pil.images.numpy())
+        console.say(f"dali - pil: mean {change.mean():.2f}, at most {change.max()} grey levels")
+    console.say(f"{len(rows)} samples of {shards}: {out}")
+
+
+def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:
+    """`count` samples, the sources and classes in turn."""
+    kinds = 2 * shards.codes("source")[0] + shards.column("label")
+    shuffled = np.random.default_rng(seed).permutation(len(shards))
+    kind = kinds[shuffled]
+    turn = np.zeros(len(shards), np.int64)
+    for code in np.unique(kind):
+        here = kind == code
+        turn[here] = np.arange(here.sum())
+    return shuffled[np.lexsort((kind, turn))][:count]
+
+
+def _request(shards: ShardSet, samples: np.ndarray, laws: Laws, law: str, seed: int) -> Request:
+    draws = draw_by_law(shards, laws.augment, law, laws.view, seed, 0)
+    data = ShardReader(shards).read(samples)
+    for sample, found in zip(samples.tolist(), data, strict=True):
+        if isinstance(found, ReadError):
+            raise LoadError(f"{shards.name(sample)}: {found}")
+    return Request(
+        data,
+        shards.names("format", samples),
+        shards.column("orientation")[samples].tolist(),
+        draws(samples, np.zeros(len(samples), np.int64)),
+    )
+
+
+def _by_dali(request: Request, size: int) -> np.ndarray | None:
+    """The same by DALI, on the GPU where there is one; None, said in words, where it is missing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose_backend("dali", device)
+    except LoadError as error:
+        console.log.warning("%s: shown by pil alone", error)
+        return None
+    from pipeline.dali import DaliBackend
+
+    (found,) = DaliBackend(size, len(request.data), device, threads=2).run([request])
+    return found.images.cpu().numpy()
+
+
+def _lines(shards: ShardSet, sample: int, law: str) -> list[str]:
+    (source,), (generator,) = (
+        shards.names(name, np.array([sample])) for name in ("source", "generator")
+    )
+    label = CLASSES[int(shards.column("label")[sample])]
+    kept = shards.sources[source]["law"]
+    return [shards.text("key", sample), f"{label}, {generator}", f"law {kept or law}"]
+
+
+@main.command()
+@click.argument("shards")
+@click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, another order.")
+@console.options()
+def order(shards: str, batch: int, seed: int) -> None:
+    """Measure how well each shuffle mixes the set SHARDS; 1 is as well as by chance."""
+    opened = _open(shards)
+    codes = opened.codes("source")[0]
+    rows = []
+    for shuffle in ("global", "block"):
+        samples = training_epoch(
+            np.arange(len(opened)), seed=seed, number=0, global_batch=batch, shuffle=shuffle
+        ).samples
+        found = mixing_of(samples, codes[samples], batch)
+        rows.append([shuffle, found.distance, found.batches])
+    columns = ["shuffle", "distance (1: random)", "sources per batch (1: random)"]
+    console.table(f"{shards}: {len(opened):,} samples in batches of {batch}", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
