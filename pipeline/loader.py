@@ -270,15 +270,18 @@ class Loader:
 
 @contextlib.contextmanager
 def _named_worker_death() -> Iterator[None]:
-    """torch raises a plain RuntimeError, wherever the main thread is, when a worker dies."""
+    """When a worker dies torch raises a plain RuntimeError, wherever the main thread is, or the
+    pipe to it breaks in the middle of a batch.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"a loading worker died ({str(error).splitlines()[0]}); if memory ran out, use a "
-            "smaller loading.workers or loading.batch_size"
+            f"a loading worker died ({reason}); if memory ran out, use a smaller loading.workers or "
+            "loading.batch_size"
         ) from error
 
 

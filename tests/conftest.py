@@ -1,6 +1,7 @@
 """Real, tiny, seeded data: awkward images, and shard sets built by the real builder."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def old(data: Path) -> ShardSet:
 @pytest.fixture(scope="session")
 def new(data: Path) -> ShardSet:
     return open_shards([data / "new"])
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the program logs from info on, a message each."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("ai_images_detector")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

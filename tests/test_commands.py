@@ -226,7 +226,9 @@ def test_the_page_without_a_checkpoint_says_how_to_get_one(
 
 
 @pytest.mark.parametrize(
-    "command", [train.main, evaluate.main, predict.main, *sharding.commands.values(), *pipeline.commands.values()],
+    "command",
+    [train.main, evaluate.main, predict.main,
+     *sharding.commands.values(), *pipeline.commands.values()],
     ids=lambda command: command.name,
 )  # fmt: skip
 def test_every_command_has_help_and_few_flags(command) -> None:

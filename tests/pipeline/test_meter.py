@@ -1,6 +1,5 @@
 """What the meter adds up, and what the watchdog says when a stage hangs."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -58,25 +57,21 @@ def test_each_batch_says_what_it_cost(make_stream: Callable) -> None:
             assert 0 <= found.cost.ready <= 10
 
 
-def test_the_watchdog_says_who_is_at_what(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ai_images_detector").propagate = True
+def test_the_watchdog_says_who_is_at_what(logged: list[str]) -> None:
     board = Board(["worker 0", "worker 1"])
     with Watchdog(board.describe, patience_s=0.2) as watchdog:
         with watchdog.waiting(3):
             time.sleep(0.1)
-        assert not caplog.records  # not long enough
+        assert not logged  # not long enough
         with watchdog.waiting(4), board.at(1, "reading", 6):
             time.sleep(0.6)
-    (first, *_) = caplog.records
-    assert "step 4 is waited for; worker 0 idle, worker 1 reading step 6" in first.getMessage()
+    assert "step 4 is waited for; worker 0 idle, worker 1 reading step 6" in logged[0]
 
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])
 def test_a_reader_that_hangs_is_named(
-    make_stream: Callable, backend: str, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    logging.getLogger("ai_images_detector").propagate = True
+    make_stream: Callable, backend: str, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
     go_on = threading.Event()
     read = ShardReader.read
 
@@ -88,9 +83,8 @@ def test_a_reader_that_hangs_is_named(
     stream = make_stream(backend=backend, workers=0, patience_s=0.2)
     threading.Timer(0.8, go_on.set).start()
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
-    message = caplog.records[0].getMessage()
-    assert "step 0 is waited for" in message
-    assert ("worker 0" if backend == "pil" else "reader") + " reading step 0" in message
+    assert "step 0 is waited for" in logged[0]
+    assert ("worker 0" if backend == "pil" else "reader") + " reading step 0" in logged[0]
 
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])
