@@ -5,7 +5,9 @@ Packages return values and raise; only commands print, and they print through th
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -150,11 +152,11 @@ def say(text: str = "") -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error; yields `advance(done=1, note="")`.
 
-    `done` is added to the count, `note` is shown behind the bar. Without a terminal nothing is
-    drawn, so that logs stay clean.
+    `done` is added to the count, `note` is shown behind the bar. Without a terminal, or if it is
+    not to be `shown`, nothing is drawn, so that logs stay clean.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -163,9 +165,31 @@ def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=ERR, disable=not ERR.is_terminal, transient=True) as bar:
+    hidden = not (shown and ERR.is_terminal)
+    with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda done=1, note="": bar.update(task, advance=done, note=note)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGINT and SIGTERM are put into; a second SIGINT interrupts at once."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log.warning("%s: saving, then stopping", received[-1].name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cell(value: object) -> str:

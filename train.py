@@ -6,9 +6,8 @@ sets with a little of the old ones replayed. Interrupted runs go on where they s
 
 import contextlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +15,20 @@ from typing import Any, Literal
 import click
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 import console
 import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
+from model.distributed import Ranks, any_over, gather, joined, sum_over
+from model.forgetting import Gate, accuracy_of, changes, forgetting, refusals
 from model.history import History
 from model.metrics import Metrics, measure, measure_sources
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
-from model.score import autocast, probability, score_set
-from pipeline import Augment, Batch, Loading, Meter, Replay, Stream, View, open_loader, open_pool
+from model.score import probability, score_set
+from model.step import Trainer, average_of, spread, train_step
+from pipeline import Augment, Loading, Meter, Replay, Stream, View, open_loader, open_pool
 from sharding.format import CLASSES, open_shards, read_index
 from sharding.storage import AnyPath, any_path
 
@@ -55,6 +56,7 @@ class Run:
     """How long, how seeded, how often. `start` names a run whose best checkpoint is the start.
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
+    `accumulate` takes each batch in so many pieces, which saves memory and changes nothing else.
     """
 
     epochs: int
@@ -64,10 +66,14 @@ class Run:
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     save_every: int = 0
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.log_every < 1 or self.save_every < 0 or self.seed < 0:
-            raise ValueError("needs epochs and log_every of at least 1, no negative number")
+        least = min(self.epochs, self.log_every, self.accumulate)
+        if least < 1 or self.save_every < 0 or self.seed < 0:
+            raise ValueError(
+                "needs epochs, log_every and accumulate of at least 1, no negative number"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +88,8 @@ class Recipe:
     run: Run
     loading: Loading = field(default_factory=Loading)
     replay: Replay = field(default_factory=Replay)
+    gate: Gate = field(default_factory=Gate)
     view: View = field(default_factory=View)
-
-
-@dataclass(frozen=True, eq=False)
-class Trainer:
-    """The moving parts of a run; the functions below act on them."""
-
-    net: Detector
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,10 @@ class Validation:
     sets: dict[str, Metrics]
     sources: dict[str, Metrics]
     selection: float
+
+
+class Refused(ValueError):
+    """The gate does not let a trained checkpoint pass; the message says why."""
 
 
 class Interrupted(Exception):
@@ -116,67 +116,86 @@ def train(
     *,
     start: Path | None = None,
     stop_at: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Run `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
 
     `start` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of what
-    the recipe says. A run of the same recipe in `runs` is continued.
+    the recipe says. A run of the same recipe in `runs` is continued. On many `ranks` each calls
+    this; the first one writes.
 
     Raises:
         ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
+    ranks = ranks or Ranks()
     folder = runs / recipe.name
     resumed = _resumable(folder, recipe)
-    device = choose_device("auto")
+    device = choose_device("auto", ranks.local)
     keep_freed_memory(device)
-    stream = open_stream(recipe, data, device)
+    stream = open_stream(recipe, data, device, ranks)
     for name in recipe.data.validate:
         read_index(data / name)  # a missing set is said now, not after an epoch
-    steps = stream.epoch(0).steps * recipe.run.epochs
-    trainer = _assemble(recipe, device, runs, start, resumed)
+    steps = stream.steps_per_epoch * recipe.run.epochs
+    trainer = _assemble(recipe, device, runs, start, resumed, ranks)
     done = _restore(trainer, resumed, stream) if resumed else 0
     if done == steps:
         console.log.info("%s is finished; nothing to do", folder)
         return checkpoint.best_of(folder)
     _announce(recipe, stream, trainer, steps)
+    before = _validate_before(trainer, recipe, data, folder) if _continues(recipe, start) else None
     forward = _compile(trainer, recipe)
     with (
-        _signals() as received,
-        History(folder, done) as history,
-        console.progress("training", steps) as advance,
+        console.stop_signals() as received,
+        History(folder, done) if ranks.first else contextlib.nullcontext() as history,
+        console.progress("training", steps, shown=ranks.first) as advance,
     ):
         advance(done)
         meter = Meter(stream.pool.shards.codes("source")[1])
         for batch in meter.timed(stream.batches(done, recipe.run.epochs)):
             set_learning_rate(trainer.optimizer, schedule(recipe.optim, done, steps))
-            loss = train_step(trainer, forward, batch, recipe.optim)
+            loss = train_step(
+                trainer, forward, batch, recipe.optim,
+                step=done, accumulate=recipe.run.accumulate, distill=recipe.replay.distill,
+            )  # fmt: skip
             done += 1
             ended = done % stream.steps_per_epoch == 0
             for failure in stream.loader.name_failures(batch):
                 console.log.warning("not decoded: %s", failure)
-            if ended or done % recipe.run.log_every == 0:
-                _log_step(history, meter, trainer, stream, batch, done, loss)
+            stopping = any_over(ranks, bool(received))
+            due = recipe.run.save_every and done % recipe.run.save_every == 0
+            saving = ended or due or stopping or done == stop_at
+            if saving or done % recipe.run.log_every == 0:
+                _refuse_bad_loss(trainer, stream)
+                _log_step(history, meter, trainer, done, loss)
             number = -(-done // stream.steps_per_epoch)
             advance(1, f"epoch {number} of {recipe.run.epochs}, {meter.note()}")
             found = validate(trainer, recipe, data) if ended else None
             if found:
                 _log_validation(history, done, found)
                 meter.reset()
-            due = recipe.run.save_every and done % recipe.run.save_every == 0
-            if ended or due or received or done == stop_at:
+            if saving:
                 _save(folder, trainer, recipe, stream, done, found)
-            if received and done < steps:
-                raise Interrupted(f"stopped by {received[0].name} at step {done} of {steps}")
+            if stopping and done < steps:
+                name = received[0].name if received else "a signal to another rank"
+                raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if done == stop_at:
                 break
+    if before and done == steps and ranks.first:
+        _judge(folder, recipe, stream, before)
     return checkpoint.best_of(folder)
 
 
-def open_stream(recipe: Recipe, data: AnyPath, device: torch.device) -> Stream:
-    """The run's batches, from the sets below `data`."""
+def open_stream(
+    recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks | None = None
+) -> Stream:
+    """The run's batches on this rank, from the sets below `data`."""
+    ranks = ranks or Ranks()
     pool = open_pool(data, recipe.data.train, recipe.replay)
-    loader = open_loader(pool.shards, view=recipe.view, loading=recipe.loading, device=device)
+    loader = open_loader(
+        pool.shards, view=recipe.view, loading=recipe.loading, device=device,
+        rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
     return Stream(
         loader,
         pool,
@@ -188,26 +207,6 @@ def open_stream(recipe: Recipe, data: AnyPath, device: torch.device) -> Stream:
     )
 
 
-def train_step(
-    trainer: Trainer, forward: torch.nn.Module, batch: Batch, optim: Optim
-) -> torch.Tensor:
-    """One optimizer step; returns the loss, a scalar on the device, mean over valid images."""
-    trainer.net.train()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    with autocast(trainer.device, trainer.dtype):
-        logits = forward(batch.images)
-    losses = cross_entropy(
-        logits.float(), batch.labels, reduction="none", label_smoothing=optim.label_smoothing
-    )
-    loss = (losses * batch.valid).sum() / batch.valid.sum().clamp(min=1)
-    trainer.scaler.scale(loss).backward()
-    trainer.scaler.unscale_(trainer.optimizer)
-    torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), optim.clip)
-    trainer.scaler.step(trainer.optimizer)
-    trainer.scaler.update()
-    return loss.detach()
-
-
 def validate(trainer: Trainer, recipe: Recipe, data: AnyPath) -> Validation:
     """Score every validation set. In the selection figure each set counts alike, by its balanced
     accuracy, or by its accuracy where it has one class only: not by its AUROC, which does not see
@@ -216,18 +215,81 @@ def validate(trainer: Trainer, recipe: Recipe, data: AnyPath) -> Validation:
     sets, sources = {}, {}
     for name in recipe.data.validate:
         shards = open_shards([data / name])
+        ranks = trainer.ranks
         loader = open_loader(
-            shards, view=recipe.view, loading=recipe.loading, device=trainer.device
-        )
-        scores = score_set(trainer.net, loader, trainer.dtype)
+            shards, view=recipe.view, loading=recipe.loading, device=trainer.device,
+            rank=ranks.rank, world=ranks.world,
+        )  # fmt: skip
+        scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
         fake = probability(scores.logits)
         sets[name] = measure(scores.labels, fake)
         by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
         sources |= {f"{name}/{source}": found for source, found in by_source.items()}
-    figures = [
-        m.accuracy if m.balanced_accuracy is None else m.balanced_accuracy for m in sets.values()
-    ]
-    return Validation(sets, sources, float(np.mean(figures)))
+    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
+
+
+def _continues(recipe: Recipe, start: Path | None) -> bool:
+    """Whether the run goes on from a trained detector, which it may then make forget."""
+    trained = start is not None and start.suffix != ".safetensors"
+    return trained or (start is None and bool(recipe.run.start))
+
+
+def _validate_before(trainer: Trainer, recipe: Recipe, data: AnyPath, folder: Path) -> Validation:
+    """What the detector knew before; kept in `before.json`, so that a resumed run knows it too."""
+    path = folder / "before.json"
+    if not path.exists():
+        console.log.info("validating what the detector knows before")
+        found = validate(trainer, recipe, data)
+        if trainer.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        return found
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return Validation(
+        **{
+            kind: {name: Metrics(**m) for name, m in saved[kind].items()}
+            for kind in ("sets", "sources")
+        },
+        selection=saved["selection"],
+    )
+
+
+def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> None:
+    """Hold the best checkpoint against what was known before, say what changed, and mark it where
+    the gate refuses it.
+
+    Raises:
+        Refused: the gate's reasons; the checkpoint and the one before it are both kept.
+    """
+    best = checkpoint.best_of(folder)
+    metrics = checkpoint.read_meta(best)["metrics"]
+    after = {
+        kind: {name: Metrics(**m) for name, m in metrics[kind].items()}
+        for kind in ("sets", "sources")
+    }
+    names = stream.pool.shards.codes("source")[1]
+    codes = stream.pool.shards.codes("source")[0][stream.pool.new]
+    rows = changes(before.sources, after["sources"], {names[code] for code in np.unique(codes)})
+    console.table(
+        f"{recipe.name}: accuracy per source, before and after (step {best.name[5:].lstrip('0')})",
+        ["set/source", "", "images", "before", "after", "change"],
+        [
+            [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]
+            for r in rows
+        ],
+    )
+    worst = max((row.lost for row in rows if row.old), default=0.0)
+    console.say(
+        f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
+        f"{max(worst, 0.0):.3f} at worst"
+    )
+    reasons = refusals(recipe.gate, rows, after["sets"])
+    found = {"forgetting": forgetting(rows), "worst": worst, "sources": [asdict(r) for r in rows]}
+    checkpoint.annotate(best, {"compared": found, "refused": reasons})
+    if reasons:
+        raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
 
 
 def _resumable(folder: Path, recipe: Recipe) -> Path | None:
@@ -258,7 +320,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _assemble(
-    recipe: Recipe, device: torch.device, runs: Path, start: Path | None, resumed: Path | None
+    recipe: Recipe,
+    device: torch.device,
+    runs: Path,
+    start: Path | None,
+    resumed: Path | None,
+    ranks: Ranks,
 ) -> Trainer:
     """Network with its first weights, optimizer and scaler, on the device."""
     torch.manual_seed(recipe.run.seed)
@@ -276,7 +343,22 @@ def _assemble(
     console.log.info("%s on %s (%s)", describe(dtype), device, reason)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainer(net, optimizer, scaler, device, dtype)
+    trainer = Trainer(net, optimizer, scaler, device, dtype, ranks)
+    trainer.ema = average_of(net) if recipe.optim.ema else None
+    if recipe.replay.distill:
+        trainer.teacher = _teacher(recipe, runs, start).to(device)
+    if ranks.world > 1:  # equal weights, but each rank drops other paths
+        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + ranks.rank))
+    return trainer
+
+
+def _teacher(recipe: Recipe, runs: Path, start: Path | None) -> Detector:
+    """What replayed samples are held to: the detector that the run starts from."""
+    folder = start or _start_of(recipe, runs)
+    if folder is None or folder.suffix == ".safetensors":
+        raise ValueError("replay.distill needs a run that starts from a trained checkpoint")
+    net, _, _ = checkpoint.load_network(checkpoint.find(runs, folder))
+    return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def _start_of(recipe: Recipe, runs: Path) -> Path | None:
@@ -298,9 +380,19 @@ def _restore(trainer: Trainer, folder: Path, stream: Stream) -> int:
     done = stream.resume(state["order"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
+    if trainer.ema is not None:
+        trainer.net.backbone.load_state_dict(state["net"])
+    ranks = trainer.ranks
+    if len(state["rng"]) != ranks.world:
+        console.log.warning(
+            "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
+            *(len(state["rng"]), ranks.world),
+        )
+        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + ranks.rank) + done)
+        return done
+    torch.set_rng_state(state["rng"][ranks.rank])
     if trainer.device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state(state["cuda_rng"][ranks.rank], trainer.device)
     return done
 
 
@@ -314,16 +406,23 @@ def _save(
 ) -> None:
     """Write a checkpoint with all that resuming needs, then prune the older ones."""
     on_gpu = trainer.device.type == "cuda"
+    ranks = trainer.ranks
+    rng = gather(ranks, torch.get_rng_state())
+    cuda_rng = gather(ranks, torch.cuda.get_rng_state(trainer.device) if on_gpu else None)
+    if not ranks.first:
+        return
     state = {
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "order": stream.state(done),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if on_gpu else [],
+        "rng": rng,
+        "cuda_rng": cuda_rng if on_gpu else [],
     }
+    if trainer.ema is not None:
+        state["net"] = trainer.net.backbone.state_dict()
     checkpoint.save(
         folder / f"step_{done:07d}",
-        trainer.net,
+        trainer.shown,
         recipe=recipe,
         step=done,
         epoch=done / stream.steps_per_epoch,
@@ -336,6 +435,7 @@ def _save(
             "index_sha256": stream.pool.shards.sha256,
         },
         state=state,
+        replayed=stream.replayed_until(done) if recipe.replay.sets else None,
     )
     checkpoint.prune(folder)
 
@@ -370,48 +470,38 @@ def _compile(trainer: Trainer, recipe: Recipe) -> torch.nn.Module:
     on = wanted == "on" or (wanted == "auto" and where == "cuda")
     reason = f"{'pays' if on else 'does not pay'} on {where}" if wanted == "auto" else "asked for"
     console.log.info("torch.compile %s (%s)", "on" if on else "off", reason)
-    return torch.compile(trainer.net) if on else trainer.net
+    net = spread(trainer)
+    return torch.compile(net) if on else net
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGINT and SIGTERM are put into; a second SIGINT interrupts at once."""
-    received: list[signal.Signals] = []
+def _refuse_bad_loss(trainer: Trainer, stream: Stream) -> None:
+    """End the run if a loss since the last look was not finite.
 
-    def note(number: int, _frame: object) -> None:
-        received.append(signal.Signals(number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.log.warning("%s: saving, then stopping", received[-1].name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
+    Raises:
+        ValueError: the first such step, and the first of its samples.
+    """
+    bad = max(gather(trainer.ranks, int(trainer.bad_step)))
+    if bad < 0:
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    number, step = divmod(bad, stream.steps_per_epoch)
+    epoch = stream.epoch(number)
+    samples = epoch.samples[epoch.positions(step)]
+    keys = ", ".join(stream.pool.shards.text("key", sample) for sample in samples[:8])
+    raise ValueError(
+        f"the loss is not finite at step {bad + 1} (first samples: {keys}); lower optim.lr, or use "
+        "--set run.precision=fp32"
+    )
 
 
 def _log_step(
-    history: History,
-    meter: Meter,
-    trainer: Trainer,
-    stream: Stream,
-    batch: Batch,
-    done: int,
-    loss: torch.Tensor,
+    history: History | None, meter: Meter, trainer: Trainer, done: int, loss: torch.Tensor
 ) -> None:
-    """One row about the steps since the last; a loss that is not finite ends the run."""
-    if not torch.isfinite(loss):
-        keys = ", ".join(stream.pool.shards.text("key", sample) for sample in batch.samples[:8])
-        raise ValueError(
-            f"the loss is {loss.item()} at step {done} (first samples: {keys}); "
-            "lower optim.lr, or use --set run.precision=fp32"
-        )
+    """One row about the steps since the last: the loss of all ranks, the rest of the first."""
+    mean = sum_over(trainer.ranks, loss).item() / trainer.ranks.world
     rate = trainer.optimizer.param_groups[-1]["lr"]
-    row = {"loss": loss.item(), "lr": rate, **meter.row()}
+    row = {"loss": mean, "lr": rate, **meter.row()}
+    if history is None:
+        return
     history.write(done, "train", row)
     console.log.info(
         "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them "
@@ -421,8 +511,10 @@ def _log_step(
     )
 
 
-def _log_validation(history: History, done: int, found: Validation) -> None:
+def _log_validation(history: History | None, done: int, found: Validation) -> None:
     """Rows per set and source, and a line for the person watching."""
+    if history is None:
+        return
     history.write(done, "validate", {"selection": found.selection})
     for name, metrics in [*found.sets.items(), *found.sources.items()]:
         history.write(done, f"validate/{name}", asdict(metrics))
@@ -459,6 +551,7 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     type=click.Path(path_type=Path, exists=True),
     help="Start from this checkpoint folder or ImageNet .safetensors file.",
 )
+@click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")
 @console.options("data", "runs")
 def main(
     phase: str | None,
@@ -466,23 +559,34 @@ def main(
     overrides: tuple[str, ...],
     name: str | None,
     init: Path | None,
+    no_pretrained: bool,
     data: str,
     runs: Path,
 ) -> None:
-    """Train a phase; run the same command again to go on after an interruption."""
+    """Train a phase; run the same command again to go on after an interruption.
+
+    On several GPUs: torchrun --nproc-per-node 4 train.py --phase 1
+    """
     if (phase is None) == (recipe_path is None):
         raise click.UsageError("say --phase 1, --phase 2 or --recipe FILE")
     path = recipe_path or recipes.FOLDER / f"phase{phase}.toml"
-    naming = [f"name={json.dumps(name)}"] if name else []
-    recipe = recipes.load(Recipe, path, [*overrides, *naming])
-    try:
-        best = train(recipe, any_path(data), runs, start=init)
-    except Interrupted as stopped:
-        console.say(f"{stopped}; the same command goes on from there")
-        raise SystemExit(130) from None
-    meta = checkpoint.read_meta(best)
-    _print_validation(meta)
-    console.say(f"best checkpoint: {best} (step {meta['step']}, selection {meta['selection']:.4f})")
+    extra = [f"name={json.dumps(name)}"] if name else []
+    extra += ["network.pretrained=false"] if no_pretrained else []
+    recipe = recipes.load(Recipe, path, [*overrides, *extra])
+    with joined() as ranks:
+        if not ranks.first:
+            console.log.setLevel(logging.WARNING)
+        try:
+            best = train(recipe, any_path(data), runs, start=init, ranks=ranks)
+        except Interrupted as stopped:
+            if ranks.first:
+                console.say(f"{stopped}; the same command goes on from there")
+            raise SystemExit(130) from None
+    if ranks.first:
+        meta = checkpoint.read_meta(best)
+        _print_validation(meta)
+        chosen = f"step {meta['step']}, selection {meta['selection']:.4f}"
+        console.say(f"best checkpoint: {best} ({chosen})")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
@@ -31,6 +32,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
+REPLAYED_FILE = "replayed.csv"
 
 
 class CheckpointError(ValueError):
@@ -48,41 +50,64 @@ def save(
     selection: float | None,
     data: Mapping[str, Any],
     state: Mapping[str, Any] | None,
+    replayed: Sequence[tuple[int, str]] | None = None,
 ) -> None:
     """Write a checkpoint: everything under a temporary name, then one rename.
 
     `recipe` is the run's recipe (a dataclass with `network` and `view`), `metrics` what validation
     found, `selection` the figure that the best checkpoint has most of, `data` says which sets were
-    trained on and their hash, `state` is what resuming needs.
+    trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of the old
+    samples that came in so far.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in net.backbone.state_dict().items()}
-    save_file(weights, partial / WEIGHTS_FILE)
-    if state is not None:
-        torch.save(dict(state), partial / STATE_FILE)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "created_ns": time.time_ns(),
-        "step": step,
-        "epoch": epoch,
-        "classes": list(CLASSES),
-        "view": asdict(recipe.view),
-        "temperature": 1.0,
-        "threshold": DEFAULT_THRESHOLD,
-        "metrics": metrics,
-        "selection": selection,
-        "data": data,
-        "recipe": asdict(recipe),
-        "commit": git_commit(),
-        "versions": versions(),
-    }
-    text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
-    (partial / META_FILE).write_text(text, encoding="utf-8")
+    try:
+        weights = {name: value.contiguous() for name, value in net.backbone.state_dict().items()}
+        save_file(weights, partial / WEIGHTS_FILE)
+        if state is not None:
+            torch.save(dict(state), partial / STATE_FILE)
+        if replayed is not None:
+            lines = [f"{epoch},{key}\n" for epoch, key in replayed]
+            (partial / REPLAYED_FILE).write_text("epoch,key\n" + "".join(lines), encoding="utf-8")
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "created_ns": time.time_ns(),
+            "step": step,
+            "epoch": epoch,
+            "classes": list(CLASSES),
+            "view": asdict(recipe.view),
+            "temperature": 1.0,
+            "threshold": DEFAULT_THRESHOLD,
+            "metrics": metrics,
+            "selection": selection,
+            "compared": None,
+            "refused": [],
+            "data": data,
+            "recipe": asdict(recipe),
+            "commit": git_commit(),
+            "versions": versions(),
+        }
+        text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
+        (partial / META_FILE).write_text(text, encoding="utf-8")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # what there is of it may fill the disk
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder} could not be written ({reason}); the checkpoint before it is kept, and the "
+            "same command goes on from there"
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change entries of `meta.json`; it is replaced as a whole."""
+    meta = read_meta(folder) | changes
+    partial = folder / f"{META_FILE}.partial"
+    partial.write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(folder / META_FILE)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

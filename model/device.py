@@ -9,14 +9,14 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def choose_device(asked: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU.
+def choose_device(asked: str, local: int = 0) -> torch.device:
+    """`auto` is the CUDA device number `local` if there is one, else the CPU.
 
     Raises:
         ValueError: a device that does not exist here.
     """
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(asked)
     except RuntimeError as error:

@@ -115,7 +115,7 @@ def _how_to_get_weights(network: Network, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return (
         f"the ImageNet weights of {network.name} could not be fetched ({reason}); give a file with "
-        "--init weights.safetensors, or train from scratch with --set network.pretrained=false"
+        "--init weights.safetensors, or train from random ones with --no-pretrained"
     )
 
 

@@ -27,7 +27,8 @@ class Optim:
     `lr` is the head's. `layer_decay` multiplies it once per group on the way down; `grouping` says
     what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base) or `stage12`
     (the official ConvNeXt grouping: stem, 12 groups, head). `warmup` is the share of all steps,
-    starting from `warmup_start` * lr; the cosine ends at `min_lr` for the head.
+    starting from `warmup_start` * lr; the cosine ends at `min_lr` for the head. `ema` is the decay
+    per step of the averaged weights that are validated and saved, 0 for none.
     """
 
     lr: float
@@ -39,6 +40,7 @@ class Optim:
     min_lr: float = 0.0
     label_smoothing: float = 0.05
     clip: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
@@ -47,6 +49,8 @@ class Optim:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.grouping == "none":
             raise ValueError("layer_decay below 1 needs grouping block or stage12")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay below 1, got {self.ema}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, got {self.warmup}")
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from model.distributed import Ranks, gather
 from pipeline.batch import Batch
 from pipeline.loader import Loader
 from pipeline.stream import evaluation_batches
@@ -84,13 +85,16 @@ def score_set(
     loader: Loader,
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Scores:
-    """Score every sample of the loader's shard set exactly once.
+    """Score every sample of the loader's shard set exactly once, over all ranks; the scores, in the
+    order of the index, are then known to each of them.
 
     Raises:
         RuntimeError: scored and failed samples together are not those of the index (our bug).
     """
-    scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    own = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    scores = _joined(gather(ranks or Ranks(), own))
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(
@@ -98,3 +102,12 @@ def score_set(
             f"{len(loader.shards)}"
         )
     return scores
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    """The scores of all ranks in the order of the index."""
+    columns = ("samples", "labels", "logits")
+    samples, labels, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in columns)
+    order = np.argsort(samples, kind="stable")
+    failures = {sample: reason for part in parts for sample, reason in part.failures.items()}
+    return Scores(samples[order], labels[order], logits[order], dict(sorted(failures.items())))

@@ -17,16 +17,20 @@ class Replay:
     """Which sets are old, and how many of their samples come with the new ones.
 
     `old_per_new` is "1:8", "0.125" or "0" for none. Sources whose index says `replay = false` and
-    those in `leave_out` are not drawn from.
+    those in `leave_out` are not drawn from. `distill` weighs how closely the logits of old samples
+    are held to those of the detector that the run starts from, 0 for not at all.
     """
 
     sets: list[str] = field(default_factory=list)
     old_per_new: str = "0"
     leave_out: list[str] = field(default_factory=list)
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ratio > 0 and not self.sets:
             raise ValueError(f"old_per_new is {self.old_per_new}, but sets names no old set")
+        if self.distill < 0:
+            raise ValueError(f"distill must not be negative, got {self.distill}")
 
     @property
     def ratio(self) -> Fraction:

@@ -126,6 +126,19 @@ class Stream:
             yield from self.loader.batches(epoch, draws, max(0, start - number * epoch.steps))
             number += 1
 
+    def replayed_until(self, done: int) -> list[tuple[int, str]]:
+        """(epoch, key) of every old sample in the first `done` steps, in the order they came."""
+        found = []
+        for number in range(-(-done // self.steps_per_epoch)):
+            epoch = self.epoch(number)
+            steps = min(epoch.steps, done - number * epoch.steps)
+            seen = slice(0, steps * epoch.global_batch)
+            keys = self.pool.shards.table.column("key").take(
+                epoch.samples[seen][epoch.replayed[seen]]
+            )
+            found += [(number, key) for key in keys.to_pylist()]
+        return found
+
     def state(self, done: int) -> dict[str, Any]:
         """What must be saved to go on after `done` steps: a few integers and the index hash."""
         number, step = divmod(done, self.steps_per_epoch)

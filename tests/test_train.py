@@ -16,6 +16,10 @@ from click.testing import CliRunner
 import recipes
 import train as script
 from model import checkpoint
+from model.network import build
+from model.optim import make_optimizer
+from model.step import Trainer, train_step
+from pipeline import Batch
 from pipeline.order import OrderError
 from train import Recipe, train
 
@@ -149,11 +153,11 @@ def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> Non
     moved = []
     for rows, valid in ((4, [True, True, False, False]), (2, [True, True])):
         torch.manual_seed(0)
-        net = script.build(recipe.network, pretrained=False)
-        optimizer = script.make_optimizer(net.backbone, recipe.optim, fused=False)
+        net = build(recipe.network, pretrained=False)
+        optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        trainer = script.Trainer(net, optimizer, scaler, torch.device("cpu"), torch.float32)
-        batch = script.Batch(
+        trainer = Trainer(net, optimizer, scaler, torch.device("cpu"), torch.float32)
+        batch = Batch(
             images[:rows],
             labels[:rows],
             torch.tensor(valid),
@@ -162,7 +166,7 @@ def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> Non
             np.zeros(rows),
             {},
         )
-        loss = script.train_step(trainer, net, batch, recipe.optim)
+        loss = train_step(trainer, net, batch, recipe.optim)
         moved.append((loss, net.backbone.stem[0].weight.detach()))
     torch.testing.assert_close(moved[0], moved[1])
 

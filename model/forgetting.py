@@ -1,0 +1,82 @@
+"""Forgetting: what a phase took from the old sources and gave to the new ones, and the gate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """When a trained checkpoint is refused. `max_forgetting` is the most that an old source may
+    lose of its accuracy (balanced where it has both classes), `max_fpr` the most reals of any
+    validation set that may be called fake; both are shares, and 1 refuses nothing.
+    """
+
+    max_forgetting: float = 1.0
+    max_fpr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
+            raise ValueError("max_forgetting and max_fpr are shares, from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One source of one validation set, by `accuracy_of`, before and after."""
+
+    name: str
+    old: bool
+    images: int
+    before: float
+    after: float
+
+    @property
+    def lost(self) -> float:
+        """What it lost; negative for a gain."""
+        return self.before - self.after
+
+
+def accuracy_of(found: Metrics) -> float:
+    """Balanced accuracy, or accuracy where there is one class only."""
+    return found.accuracy if found.balanced_accuracy is None else found.balanced_accuracy
+
+
+def changes(
+    before: Mapping[str, Metrics], after: Mapping[str, Metrics], new: set[str]
+) -> list[Change]:
+    """A row for each `set/source`; sources in `new` are those that were trained on anew."""
+    return [
+        Change(
+            name=name,
+            old=name.rpartition("/")[2] not in new,
+            images=after[name].count,
+            before=accuracy_of(before[name]),
+            after=accuracy_of(after[name]),
+        )
+        for name in sorted(before.keys() & after.keys())
+    ]
+
+
+def forgetting(rows: list[Change]) -> float:
+    """The mean loss of the old sources, those that gained counting as 0 (after Chaudhry et al.,
+    "Riemannian Walk for Incremental Learning", 2018, for one step).
+    """
+    lost = [max(0.0, row.lost) for row in rows if row.old]
+    return sum(lost) / len(lost) if lost else 0.0
+
+
+def refusals(gate: Gate, rows: list[Change], sets: Mapping[str, Metrics]) -> list[str]:
+    """Why the gate refuses, a sentence each; empty if it lets the checkpoint pass."""
+    found = [
+        f"{row.name} lost {row.lost:.1%} of accuracy ({row.before:.3f} to {row.after:.3f}), more "
+        f"than gate.max_forgetting {gate.max_forgetting:.1%}"
+        for row in rows
+        if row.old and row.lost > gate.max_forgetting
+    ]
+    return found + [
+        f"{name} has {m.false_positive_rate:.1%} false positives, more than gate.max_fpr "
+        f"{gate.max_fpr:.1%}"
+        for name, m in sets.items()
+        if m.false_positive_rate is not None and m.false_positive_rate > gate.max_fpr
+    ]
