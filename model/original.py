@@ -7,6 +7,7 @@ scheduler, scaler`, of which `model` holds plain timm names of a ConvNeXtV2-Base
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,9 @@ def import_file(file: Path, run: Path) -> Path:
 def _weights_in(file: Path) -> dict[str, torch.Tensor]:
     """The network's weights by their plain names; nothing but tensors is ever unpickled."""
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles it did not write; they are refused anyway
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise OriginalError(
             f"{file} holds more than tensors, or is no checkpoint; loading it could run code, so "

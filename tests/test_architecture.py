@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "sharding": {"console", "recipes"},
     "pipeline": {"console", "recipes", "sharding.format"},
-    "model": {"recipes", "sharding.format", "sharding.decode", "pipeline"},
+    "model": {"console", "recipes", "sharding.format", "sharding.decode", "pipeline"},
     **{script: {"console", "recipes", "sharding", "pipeline", "model"} for script in SCRIPTS},
 }
 

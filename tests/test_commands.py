@@ -15,6 +15,7 @@ import predict
 import recipes
 import train
 from model import load_detector
+from model.__main__ import main as model
 from pipeline import Loading
 from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
@@ -228,7 +229,7 @@ def test_the_page_without_a_checkpoint_says_how_to_get_one(
 @pytest.mark.parametrize(
     "command",
     [train.main, evaluate.main, predict.main,
-     *sharding.commands.values(), *pipeline.commands.values()],
+     *sharding.commands.values(), *pipeline.commands.values(), *model.commands.values()],
     ids=lambda command: command.name,
 )  # fmt: skip
 def test_every_command_has_help_and_few_flags(command) -> None:

@@ -10,6 +10,7 @@ import pytest
 import evaluate
 import predict
 import train
+from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
-    "-m sharding": sharding, "-m pipeline": pipeline,
+    "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model,
 }  # fmt: skip
 
 

@@ -184,9 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["network.std=[1e-30, 1e-30, 1e-30]"])
-    with pytest.raises(
-        ValueError, match=r"the loss is not finite at step 1 \(first samples: \w+_\w+"
-    ):
+    with pytest.raises(ValueError, match=r"not finite at step 1 \(first samples: \w+_\w+"):
         train(recipe, data, tmp_path)
 
 
