@@ -5,12 +5,13 @@ and height. So the same (seed, epoch, sample) gives the same picture with any ba
 rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> colour jitter ->
-resample down and back up -> JPEG re-encode -> 3x3 blur -> grey.
+resample down and back up -> JPEG re-encode -> 3x3 blur -> grey. Harsher laws add up to two more
+JPEGs behind the first, move the picture against the JPEG grid, and end with WebP.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,12 @@ TO_YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591,
 FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 BLUR_TAPS = 3
+
+FILTERS = ("bilinear", "bicubic", "lanczos")
+"""Resampling filters; a draw holds a position in this tuple."""
+
+GRID = 8
+"""Side of a JPEG block in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,10 @@ class Augment:
     Fields without a range of their own are probabilities. `scale` is the share of the image's
     area that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation`
     vary by a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative
-    to the view's side; `jpeg_quality` is libjpeg's 1 to 100; `blur_sigma` is in pixels.
+    to the view's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1
+    to 100, and `jpegs` how many follow each other, 1 to 3; `grid` is the probability that blocks
+    begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is in
+    pixels.
     """
 
     scale: Range = (1.0, 1.0)
@@ -72,19 +82,33 @@ class Augment:
     blur: float = 0.0
     blur_sigma: Range = (0.1, 0.1)
     grey: float = 0.0
+    resample_filters: tuple[Literal["bilinear", "bicubic", "lanczos"], ...] = ("bilinear",)
+    jpegs: tuple[int, int] = (1, 1)
+    grid: float = 0.0
+    webp: float = 0.0
+    webp_quality: tuple[int, int] = (95, 95)
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "resample", "jpeg", "blur", "grey"):
+        for name in ("flip", "jitter", "resample", "jpeg", "blur", "grey", "grid", "webp"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
-        for field in fields(self):
+        if not self.resample_filters or not set(self.resample_filters) <= set(FILTERS):
+            raise ValueError(
+                f"resample_filters takes some of {', '.join(FILTERS)}, got "
+                f"{list(self.resample_filters)}"
+            )
+        for field in _RANGES:
             value = getattr(self, field.name)
             if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
                 raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
-        if self.jpeg_quality[1] > 100:
-            raise ValueError(f"jpeg_quality is at most 100, got {list(self.jpeg_quality)}")
+        for name, most in (("jpeg_quality", 100), ("webp_quality", 100), ("jpegs", 3)):
+            if getattr(self, name)[1] > most:
+                raise ValueError(f"{name} is at most {most}, got {list(getattr(self, name))}")
+
+
+_RANGES = [field for field in fields(Augment) if field.name != "resample_filters"]
 
 
 class Draw(NamedTuple):
@@ -92,7 +116,9 @@ class Draw(NamedTuple):
 
     The crop is in pixels of the upright image; `colour` is a 3 x 4 matrix in rows on RGB values of
     0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
-    each 0 for "not at all".
+    each 0 for "not at all". So are the qualities `jpeg2` and `jpeg3` of further JPEGs and that of
+    `webp`. `filter` is a position in `FILTERS`; `grid_top` and `grid_left`, 0 to 7, say how far
+    inside a block the picture begins.
     """
 
     top: int
@@ -105,6 +131,12 @@ class Draw(NamedTuple):
     jpeg: int = 0
     blur: float = 0.0
     grey: bool = False
+    filter: int = 0
+    jpeg2: int = 0
+    jpeg3: int = 0
+    grid_top: int = 0
+    grid_left: int = 0
+    webp: int = 0
 
 
 class Draws(NamedTuple):
@@ -123,6 +155,19 @@ class Draws(NamedTuple):
     jpeg: np.ndarray
     blur: np.ndarray
     grey: np.ndarray
+    filter: np.ndarray
+    jpeg2: np.ndarray
+    jpeg3: np.ndarray
+    grid_top: np.ndarray
+    grid_left: np.ndarray
+    webp: np.ndarray
+
+    @property
+    def moved(self) -> np.ndarray:
+        """Which images do not begin at the corner of a block, bool (N,): they are worked on with a
+        margin of one block, and cut out of it at the end.
+        """
+        return (self.grid_top > 0) | (self.grid_left > 0)
 
     @property
     def jitter(self) -> np.ndarray:
@@ -154,7 +199,7 @@ def blank(draws: Draws, rows: Sequence[int]) -> Draws:
 
 _TYPES = Draws(
     np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
-    np.bool_,
+    np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
 )  # fmt: skip
 
 
@@ -165,9 +210,10 @@ def stack(draws: Sequence[Draw]) -> Draws:
 
 
 _TRIES = 10
-_DICE = 2 * _TRIES + 2 + 6 + 4 + 3
-"""Numbers that a draw takes, whatever the law, so that one probability does not shift the others:
-areas and ratios to try, the place, six chances, four colour factors, three places in a range."""
+_DICE = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
+"""Where each kind of number ends among those that a draw takes, whatever the law, so that one
+probability does not shift the others: areas and ratios to try, the place, six chances, four colour
+factors, three places in a range; and, since laws may be harsher, nine more for what they add."""
 
 
 class Laws:
@@ -176,8 +222,16 @@ class Laws:
     def __init__(self, laws: Sequence[Augment]):
         self._columns = {
             field.name: np.array([getattr(law, field.name) for law in laws], np.float64)
-            for field in fields(Augment)
+            for field in _RANGES
         }
+        codes = [[FILTERS.index(name) for name in law.resample_filters] for law in laws]
+        self._filter_counts = np.array([len(row) for row in codes])
+        self._filters = np.array([(row + [0] * len(FILTERS))[: len(FILTERS)] for row in codes])
+
+    def filter(self, rows: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """One of each row's filters: the one at `share` of its list."""
+        place = np.floor(share * self._filter_counts[rows]).astype(np.int64)
+        return self._filters[rows, place].astype(np.int32)
 
     def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Each setting for these rows: (N,), or (2, N) for a range."""
@@ -202,18 +256,21 @@ def draw(
     arrays are (N,) int.
     """
     ranges = laws.of(law)
-    dice = roll(seed, epoch, samples, _DICE, turns)
-    areas, ratios, place, chance, colour, within = np.split(
-        dice, np.cumsum([_TRIES, _TRIES, 2, 6, 4]), axis=1
-    )
+    dice = roll(seed, epoch, samples, _DICE[-1], turns)
+    areas, ratios, place, chance, colour, within, more = np.split(dice, _DICE[:-1], axis=1)
     top, left, height, width = _crop(ranges, widths, heights, areas, ratios, place)
     happens = {
         name: chance[:, number] < ranges[name]
         for number, name in enumerate(("flip", "jitter", "resample", "jpeg", "blur", "grey"))
     }
     side = np.rint(view.size * _between(ranges["resample_scale"], within[:, 0]))
-    low, high = ranges["jpeg_quality"]
-    quality = low + np.floor(within[:, 1] * (high - low + 1))
+    jpegs = np.where(happens["jpeg"], _whole(ranges["jpegs"], more[:, 0]), 0)
+    qualities = [
+        np.where(jpegs > number, _whole(ranges["jpeg_quality"], share), 0).astype(np.int32)
+        for number, share in enumerate((within[:, 1], more[:, 1], more[:, 2]))
+    ]
+    webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
+    moved = (more[:, 6] < ranges["grid"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
     return Draws(
         top=top,
@@ -225,9 +282,15 @@ def draw(
             happens["jitter"][:, None], _jitter(ranges, 2 * colour - 1), np.float32(IDENTITY)
         ),
         resample=np.where(happens["resample"], side, 0).astype(np.int32),
-        jpeg=np.where(happens["jpeg"], quality, 0).astype(np.int32),
+        jpeg=qualities[0],
         blur=np.where(happens["blur"], sigma, 0.0),
         grey=happens["grey"],
+        filter=np.where(happens["resample"], laws.filter(law, more[:, 3]), 0).astype(np.int32),
+        jpeg2=qualities[1],
+        jpeg3=qualities[2],
+        grid_top=moved[:, 0].astype(np.int32),
+        grid_left=moved[:, 1].astype(np.int32),
+        webp=webp.astype(np.int32),
     )
 
 
@@ -251,6 +314,12 @@ def centre(view: View, widths: np.ndarray, heights: np.ndarray) -> Draws:
         jpeg=none,
         blur=none.astype(np.float64),
         grey=none.astype(np.bool_),
+        filter=none,
+        jpeg2=none,
+        jpeg3=none,
+        grid_top=none,
+        grid_left=none,
+        webp=none,
     )
 
 
@@ -279,6 +348,11 @@ def _crop(
     top = place[:, 0] * (heights - height + 1)
     left = place[:, 1] * (widths - width + 1)
     return tuple(column.astype(np.int32) for column in (top, left, height, width))
+
+
+def _whole(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """A whole number of a range, both ends included."""
+    return limits[0] + np.floor(share * (limits[1] - limits[0] + 1))
 
 
 def _between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:

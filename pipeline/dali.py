@@ -11,15 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.augment import BLUR_TAPS, GREY, Draws
+from pipeline.augment import BLUR_TAPS, GREY, GRID, Draws
 from pipeline.batch import Cost, Pixels, Request
 from pipeline.meter import Board
+from pipeline.pil import webp_round_trip
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
@@ -37,21 +39,33 @@ COLUMNS = (
     ("jpeg", types.INT32, 0),
     ("blur", types.FLOAT, 0),
     ("grey", types.BOOL, 0),
+    ("side", types.FLOAT, 0),
+    ("filter", types.INT32, 0),
+    ("jpeg2", types.INT32, 0),
+    ("jpeg3", types.INT32, 0),
+    ("moved", types.BOOL, 0),
+    ("grid", types.INT32, 1),
+)
+
+# DALI's names of `augment.FILTERS`.
+_FILTERS = np.array(
+    [int(kind) for kind in (types.INTERP_LINEAR, types.INTERP_CUBIC, types.INTERP_LANCZOS3)],
+    np.int32,
 )
 
 
 @pipeline_def(enable_conditionals=True)
 def graph(feed: Callable[[], tuple], size: int, on_gpu: bool) -> Any:
     """Encoded images and columns in, (size, size, 3) uint8 out; the order is that of `augment`."""
-    data, anchor, shape, flip, jitter, matrix, offset, resample, jpeg, blur, grey = (
-        fn.external_source(
-            source=feed,
-            num_outputs=len(COLUMNS),
-            batch=True,
-            dtype=[column[1] for column in COLUMNS],
-            ndim=[column[2] for column in COLUMNS],
-        )
+    columns = fn.external_source(
+        source=feed,
+        num_outputs=len(COLUMNS),
+        batch=True,
+        dtype=[column[1] for column in COLUMNS],
+        ndim=[column[2] for column in COLUMNS],
     )
+    data, anchor, shape, flip, jitter, matrix, offset, resample, jpeg, blur, grey = columns[:11]
+    side, kind, jpeg2, jpeg3, moved, grid = columns[11:]
     image = fn.decoders.image(
         data,
         device="mixed" if on_gpu else "cpu",
@@ -61,29 +75,36 @@ def graph(feed: Callable[[], tuple], size: int, on_gpu: bool) -> Any:
         use_fast_idct=False,
     )
     image = fn.slice(image, anchor, shape, axes=(0, 1))
-    image = _resize(image, size)
+    image = _resize(image, side)
     image = fn.flip(image, horizontal=flip)
     if jitter:
         image = _colour(image, matrix, offset)
     if resample > 0.0:
-        image = _resize(_resize(image, resample), size)
+        kind = fn.reinterpret(kind, dtype=types.INTERP_TYPE)
+        image = _resize(_resize(image, resample, kind), side, kind)
     if jpeg > 0:
         image = _jpeg(image, jpeg, on_gpu)
+    if jpeg2 > 0:
+        image = _jpeg(image, jpeg2, on_gpu)
+    if jpeg3 > 0:
+        image = _jpeg(image, jpeg3, on_gpu)
     if blur > 0.0:
         image = fn.gaussian_blur(image, sigma=blur, window_size=BLUR_TAPS)
     if grey:
         rows = np.array(GREY, np.float32).reshape(3, 4)
         image = _colour(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
+    if moved:
+        image = fn.slice(image, start=grid, shape=[size, size], axes=[0, 1])
     return image
 
 
-def _resize(image: Any, side: Any) -> Any:
-    """Bilinear as Pillow does it: antialiased, and without shifting the grid by part of a pixel."""
+def _resize(image: Any, side: Any, kind: Any = types.INTERP_LINEAR) -> Any:
+    """As Pillow does it: antialiased, and without shifting the grid by part of a pixel."""
     return fn.resize(
         image,
         resize_x=side,
         resize_y=side,
-        interp_type=types.INTERP_LINEAR,
+        interp_type=kind,
         antialias=True,
         subpixel_scale=False,
     )
@@ -103,7 +124,7 @@ def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
     return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
 
 
-def columns_of(data: list[bytes], draws: Draws) -> tuple:
+def columns_of(data: list[bytes], draws: Draws, size: int) -> tuple:
     """What the graph is fed for one batch, in the order of `COLUMNS`."""
     colour = draws.colour.reshape(-1, 3, 4)
     return (
@@ -118,6 +139,12 @@ def columns_of(data: list[bytes], draws: Draws) -> tuple:
         draws.jpeg,
         draws.blur.astype(np.float32),
         draws.grey,
+        (size + GRID * draws.moved).astype(np.float32),
+        _FILTERS[draws.filter],
+        draws.jpeg2,
+        draws.jpeg3,
+        draws.moved,
+        np.stack([draws.grid_top, draws.grid_left], axis=1),
     )
 
 
@@ -158,7 +185,7 @@ class DaliBackend:
                 request = ahead.next()
                 waited += time.perf_counter() - began
                 fed.put(request)
-                return columns_of(request.data, request.draws)
+                return columns_of(request.data, request.draws, self.size)
 
             pipe = self._build(feed, self.batch_size, depth=2)
             step = start
@@ -174,12 +201,27 @@ class DaliBackend:
                         raise  # the device is gone, not one sample
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
+                images = self._to_webp(images, request.draws, failures)
                 read_s = waited - before
                 decode_s = time.perf_counter() - began - read_s
                 cost = Cost(read_s=read_s, decode_s=decode_s, ready=ready)
                 self.board.finished(DECODER)
                 step += 1
                 yield Pixels(images, request.failures | failures, cost)
+
+    def _to_webp(
+        self, images: torch.Tensor, draws: Draws, failures: dict[int, str]
+    ) -> torch.Tensor:
+        """The last step of a harsh law, on the host: DALI does not encode WebP."""
+        rows = [row for row in np.flatnonzero(draws.webp).tolist() if row not in failures]
+        if not rows:
+            return images
+        images = images.clone()  # the batch is DALI's own memory
+        pixels = images[rows].cpu().numpy()
+        with ThreadPoolExecutor(self.threads) as pool:
+            done = list(pool.map(webp_round_trip, pixels, draws.webp[rows].tolist()))
+        images[rows] = torch.from_numpy(np.stack(done)).to(images.device)
+        return images
 
     @property
     def _stream(self) -> tuple[torch.cuda.Stream, ...]:
@@ -225,7 +267,7 @@ class DaliBackend:
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
 
         def decode(data: bytes, draws: Draws) -> torch.Tensor:
-            waiting.append(columns_of([data], draws))
+            waiting.append(columns_of([data], draws, self.size))
             return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode

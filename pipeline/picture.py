@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.augment import IDENTITY, Draw
+from pipeline.augment import FILTERS, IDENTITY, Draw
 
 GAIN = 16
 """How much differences between the backends are multiplied by, around mid-grey."""
@@ -81,7 +81,12 @@ def words_of(draw: Draw) -> list[str]:
     found = [f"crop {draw.width} x {draw.height} at {draw.left}, {draw.top}"]
     found += ["flip"] if draw.flip else []
     found += ["colour jitter"] if draw.colour != IDENTITY else []
-    found += [f"resample to {draw.resample} and back"] if draw.resample else []
-    found += [f"JPEG {draw.jpeg}"] if draw.jpeg else []
+    how = f" ({FILTERS[draw.filter]})" if draw.filter else ""
+    found += [f"resample to {draw.resample} and back{how}"] if draw.resample else []
+    jpegs = ", ".join(str(q) for q in (draw.jpeg, draw.jpeg2, draw.jpeg3) if q)
+    found += [f"JPEG {jpegs}"] if jpegs else []
+    moved = draw.grid_top or draw.grid_left
+    found += [f"blocks begin at {draw.grid_left}, {draw.grid_top}"] if moved else []
     found += [f"blur {draw.blur:.2f}"] if draw.blur else []
-    return found + (["grey"] if draw.grey else [])
+    found += ["grey"] if draw.grey else []
+    return found + ([f"WebP {draw.webp}"] if draw.webp else [])

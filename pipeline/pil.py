@@ -13,9 +13,12 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.augment import BLUR_TAPS, GREY, IDENTITY, Draw
+from pipeline.augment import BLUR_TAPS, GREY, GRID, IDENTITY, Draw
 from pipeline.batch import Cost, Pixels, Request
 from sharding.format import decode_image
+
+_PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+"""Pillow's names of `FILTERS`."""
 
 
 def decode_request(request: Request, size: int) -> Pixels:
@@ -48,6 +51,9 @@ def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
             f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
             f"its crop reaches to {right} x {bottom}"
         )
+    size = out.shape[0]
+    moved = bool(draw.grid_top or draw.grid_left)
+    whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out
     crop = pixels[draw.top : bottom, draw.left : right]
     if not crop.flags.writeable:  # as Pillow gives it, and torch does not like it
         crop = crop.copy()
@@ -59,23 +65,33 @@ def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
         image[:] = _recolour(image, draw.colour)
     if draw.resample:
         small = torch.empty((draw.resample, draw.resample, 3), dtype=torch.uint8)
-        resize(out, small)
-        resize(small, out)
-    if draw.jpeg:
-        image[:] = jpeg_round_trip(image, draw.jpeg)
+        resize(out, small, draw.filter)
+        resize(small, out, draw.filter)
+    for quality in filter(None, (draw.jpeg, draw.jpeg2, draw.jpeg3)):
+        image[:] = jpeg_round_trip(image, quality)
     if draw.blur:
         image[:] = gaussian_blur(image, draw.blur)
     if draw.grey:
         image[:] = _recolour(image, GREY)
+    if moved:
+        top, left = draw.grid_top, draw.grid_left
+        whole.copy_(out[top : top + size, left : left + size])
+    if draw.webp:
+        whole.numpy()[:] = webp_round_trip(whole.numpy(), draw.webp)
 
 
-def resize(image: torch.Tensor, out: torch.Tensor) -> None:
-    """Bilinear and antialiased from uint8 (height, width, 3) to `out`, likewise, of any size.
+def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
+    """Antialiased from uint8 (height, width, 3) to `out`, likewise, of any size; `kind` is a
+    position in `FILTERS`.
 
-    Pillow's algorithm with 16-bit weights, the same numbers on every processor. The operator itself
-    and not `interpolate`, which gives separate colour planes: putting them back together would cost
-    more than all the rest.
+    Bilinear is Pillow's algorithm with 16-bit weights, the same numbers on every processor. The
+    operator itself and not `interpolate`, which gives separate colour planes: putting them back
+    together would cost more than all the rest. The other filters are Pillow's.
     """
+    if kind:
+        found = Image.fromarray(image.numpy()).resize(tuple(out.shape[1::-1]), _PILLOW[kind])
+        out.numpy()[:] = np.asarray(found)
+        return
     torch.ops.aten._upsample_bilinear2d_aa.out(
         image.permute(2, 0, 1)[None], list(out.shape[:2]), False, None, None,
         out=out.permute(2, 0, 1)[None],
@@ -91,6 +107,13 @@ def jpeg_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
     return simplejpeg.decode_jpeg(stream.getvalue(), fastdct=False, fastupsample=False)
+
+
+def webp_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
+    """Lossy WebP as libwebp writes it, and back."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "WEBP", quality=quality)
+    return np.asarray(Image.open(stream).convert("RGB"))
 
 
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The dice: what they depend on, what they never depend on, and that they keep to their ranges."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,29 @@ def test_probabilities_and_ranges_are_those_of_the_law() -> None:
     assert {d.jpeg for d in found if d.jpeg} == set(range(80, 96))
     assert {d.resample for d in found if d.resample} == set(range(205, 244))
     assert all(0.1 <= d.blur <= 0.5 for d in found if d.blur)
+
+
+def test_a_harsh_law_draws_all_that_it_adds() -> None:
+    found = draws(HARSH)
+    share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
+    counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in found if d.jpeg]
+    assert all(abs(counts.count(number) / len(counts) - 1 / 3) < 0.05 for number in (1, 2, 3))
+    assert all(not (d.jpeg2 or d.jpeg3) for d in found if not d.jpeg)
+    assert all(d.jpeg2 for d in found if d.jpeg3)
+    assert all(40 <= q <= 95 for d in found for q in (d.jpeg, d.jpeg2, d.jpeg3) if q)
+    assert abs(share(lambda d: d.webp > 0) - 0.3) < 0.03
+    assert {d.webp for d in found if d.webp} == set(range(40, 91))
+    kinds = [d.filter for d in found if d.resample]
+    assert all(abs(kinds.count(k) / len(kinds) - 1 / 3) < 0.05 for k in range(3))
+    assert abs(share(lambda d: d.grid_top or d.grid_left) - 0.4 * 63 / 64) < 0.03
+    assert {d.grid_top for d in found} == {d.grid_left for d in found} == set(range(8))
+
+
+def test_what_a_harsh_law_adds_leaves_the_other_dice_alone() -> None:
+    mild = Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grey=0.5)
+    harsh = replace(mild, jpegs=(1, 3), grid=1.0, webp=1.0, webp_quality=(10, 90))
+    for one, other in zip(draws(mild, 200), draws(harsh, 200), strict=True):
+        assert one[:10] == other[:10]
 
 
 def test_crops_stay_inside_and_cover_the_scale() -> None:
@@ -183,6 +208,8 @@ def test_colour_matrix_does_what_its_names_say() -> None:
         ({"scale": (0.9, 0.5)}, "scale must be 0 < low <= high"),
         ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
         ({"jpeg_quality": (50, 101)}, "at most 100"),
+        ({"jpegs": (1, 4)}, "jpegs is at most 3"),
+        ({"resample_filters": ()}, "resample_filters takes some of bilinear, bicubic, lanczos"),
     ],
 )
 def test_impossible_ranges_are_refused(values: dict, said: str) -> None:

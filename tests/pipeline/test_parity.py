@@ -23,6 +23,9 @@ SIZE = 64
 # Pillow rounds resize coefficients to fixed point and after each direction, DALI works in float:
 # seen here mean 0.2 to 0.4 and at most 3 grey levels.
 RESIZE_MEAN, RESIZE_P99 = 0.5, 3
+# Bicubic and Lanczos overshoot at hard edges, and Pillow clips to 0 .. 255 after each direction,
+# DALI once at the end. On pixels that are all 0 or 255 it shows: mean 1.9, p99 13; elsewhere 0.55.
+SHARP_MEAN, HARD_EDGES_MEAN, HARD_EDGES_P99 = 0.6, 2.5, 16
 # Colour and blur are the same sums in float32, rounded once: a tie may fall either way.
 ROUNDING = 1
 
@@ -52,6 +55,9 @@ STAGES = {
     "weak blur": (WHOLE._replace(blur=0.3), ROUNDING),
     "blur": (WHOLE._replace(blur=0.8), ROUNDING),
     "grey": (WHOLE._replace(grey=True), ROUNDING),
+    "three jpegs": (WHOLE._replace(jpeg=40, jpeg2=90, jpeg3=60), 0),
+    "webp": (WHOLE._replace(webp=60), 0),
+    "jpeg, then webp": (WHOLE._replace(jpeg=70, webp=80), 0),
 }
 
 
@@ -85,16 +91,35 @@ def test_each_stage_gives_the_same_pixels(stage: str) -> None:
         Draw(top=3, left=0, height=50, width=64),
         WHOLE._replace(resample=52),
         WHOLE._replace(resample=60),
+        WHOLE._replace(resample=20, filter=1),
+        WHOLE._replace(resample=83, filter=1),
+        WHOLE._replace(resample=20, filter=2),
+        WHOLE._replace(resample=83, filter=2),
+        WHOLE._replace(grid_top=3, grid_left=7),
     ],
-    ids=["crop", "enlarge", "squeeze", "resample", "weak resample"],
+    ids=[
+        "crop",
+        "enlarge",
+        "squeeze",
+        "resample",
+        "weak resample",
+        "bicubic down",
+        "bicubic up",
+        "lanczos down",
+        "lanczos up",
+        "moved",
+    ],
 )
 def test_resizing_gives_almost_the_same_pixels(draw: Draw) -> None:
     data = [encode(pixels, "PNG") for pixels in SCENES.values()]
     pil, dali = both(data, [draw] * len(data))
     for name, one, other in zip(SCENES, pil, dali, strict=True):
         difference = np.abs(one - other)
-        assert difference.mean() < RESIZE_MEAN, f"{name}: {difference.mean()}"
-        assert np.percentile(difference, 99) <= RESIZE_P99, name
+        mean, p99 = (SHARP_MEAN if draw.filter else RESIZE_MEAN), RESIZE_P99
+        if draw.filter and name == "saturated":
+            mean, p99 = HARD_EDGES_MEAN, HARD_EDGES_P99
+        assert difference.mean() < mean, f"{name}: {difference.mean()}"
+        assert np.percentile(difference, 99) <= p99, name
 
 
 @pytest.mark.parametrize("size", [(500, 375), (1024, 1024), (256, 256), (2, 3), (1, 1)])
@@ -153,6 +178,7 @@ def test_both_decode_to_the_same_pixels(name: str) -> None:
 OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "flip": True,
     "colour": colour_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grey": True,
+    "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
 }  # fmt: skip
 
 
@@ -160,6 +186,8 @@ OTHER_VALUES = {
 def test_both_backends_obey_every_field(field: str) -> None:
     """A new field that one backend forgets fails here."""
     before = Draw(top=2, left=3, height=50, width=48)
+    if field == "filter":  # says how, not whether
+        before = before._replace(resample=24)
     after = before._replace(**{field: OTHER_VALUES[field]})
     pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after])
     for name, images in (("pil", pil), ("dali", dali)):
