@@ -101,7 +101,7 @@ def test_a_harsh_law_draws_all_that_it_adds() -> None:
     assert {d.webp for d in found if d.webp} == set(range(40, 91))
     kinds = [d.filter for d in found if d.resample]
     assert all(abs(kinds.count(k) / len(kinds) - 1 / 3) < 0.05 for k in range(3))
-    assert abs(share(lambda d: d.grid_top or d.grid_left) - 0.4 * 63 / 64) < 0.03
+    assert abs(share(lambda d: bool(d.grid_top or d.grid_left)) - 0.4 * 63 / 64) < 0.03
     assert {d.grid_top for d in found} == {d.grid_left for d in found} == set(range(8))
 
 
