@@ -255,14 +255,17 @@ def prepare_streaming(place: Path) -> None:
 
 def streaming_images(place: Path, workers: int) -> Iterator[int]:
     """MosaicML's StreamingVisionDataset under torch's DataLoader."""
-    from streaming.vision import StreamingVisionDataset
+    from streaming.vision.base import StreamingVisionDataset
     from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    to_rgb = transforms.Lambda(lambda image: image.convert("RGB"))
 
     dataset = StreamingVisionDataset(
         local=str(place / "streaming"),
         shuffle=True,
         batch_size=BATCH,
-        transform=torchvision_law(),
+        transform=transforms.Compose([to_rgb, torchvision_law()]),
     )
     for images, _ in DataLoader(dataset, BATCH, num_workers=workers, drop_last=True):
         yield len(images)
