@@ -7,9 +7,12 @@ contender runs in a process of its own, in turn (A B C A B C ...), so that no li
 disturb another and what else the machine does meets all alike. Counted is the time from the first
 batch to the last; the time up to the first is the start-up. A queue that filled before the first
 batch came is a gift of a batch or two. Memory is the largest sum of the proportional set sizes
-(PSS, shared pages once) of a contender's processes, looked at twice a second.
+(PSS, shared pages once) of a contender's processes, looked at once a second.
 
-Speeds of different runs do not compare; the ratio to the original's loader in the same run does.
+Where other programs take part of the processor (Linux says how much), a run counts only if they
+took at most `CALM` of it, and is made again, at most as often as `--repeats`. The table says how
+many runs were calm; where none was, its figures are of all. Speeds of different runs of this command do not compare; the ratio to
+the original's loader in the same one does.
 """
 
 import contextlib
@@ -30,6 +33,7 @@ import click
 import console
 from benchmarks.contenders import CONTENDERS
 from benchmarks.images import write_copies, write_images
+from benchmarks.peers import BATCH
 from pipeline.read import ShardReader
 from sharding.build import build
 from sharding.catalog import read_catalog
@@ -38,6 +42,9 @@ from sharding.format import CLASSES, open_shards
 ROOT = Path(__file__).parents[1]
 BASE = "torchvision"
 """The contender that ratios are to."""
+
+CALM = 0.1
+"""Share of all processor cores that other programs may take of a run that counts."""
 
 PATIENCE_S = 600
 """A contender that takes longer has failed."""
@@ -95,7 +102,7 @@ def run(name: str, place: Path, workers: int, python: str, *options: str) -> dic
     out, log = place / "result.json", place / f"{name}.log"
     out.unlink(missing_ok=True)
     command = [python, "-m", "benchmarks.contenders", name, str(place), str(workers), str(out)]
-    started, largest = time.monotonic(), 0
+    started, largest, before = time.monotonic(), 0, cpu_seconds()
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, *options], cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
@@ -104,11 +111,14 @@ def run(name: str, place: Path, workers: int, python: str, *options: str) -> dic
             if time.monotonic() - started > PATIENCE_S:
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
+                process.wait(1)
             largest = max(largest, memory_of(process.pid))
     if not out.exists():
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         return {"failed": f"exit code {process.returncode}: {lines[-1]}", "log": lines[-20:]}
+    passed = time.monotonic() - started
+    (all_before, own_before), (all_after, own_after) = before, cpu_seconds()
+    others_s = (all_after - all_before) - (own_after - own_before)
     found = json.loads(out.read_text())
     if "first" not in found:
         return found
@@ -117,7 +127,26 @@ def run(name: str, place: Path, workers: int, python: str, *options: str) -> dic
         "start_s": found["first"] - started,
         "bytes": largest,
         "version": found["version"],
+        "others": max(0.0, others_s) / passed / (os.cpu_count() or 1),
     }
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Processor time spent since the start: by all programs, and by this one and those it waited
+    for. Both 0 where there is no Linux /proc.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0, 0.0
+    user, nice, system, _idle, _wait, *interrupts = stat.read_text().split("\n")[0].split()[1:8]
+    ticks = sum(map(int, (user, nice, system, *interrupts[:2])))
+    return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def calm_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that count; see the module."""
+    done = [one for one in runs if "images_per_s" in one]
+    return [one for one in done if one["others"] <= CALM] or done
 
 
 def memory_of(process: int) -> int:
@@ -137,10 +166,11 @@ def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[ob
     title = CONTENDERS[name].title
     for one in runs:
         if "missing" in one:
-            return [title, "not installed", *[None] * 5]
+            return [title, "not installed", *[None] * 6]
         if "failed" in one:
-            return [title, "failed", *[None] * 5]
-    rates = [one["images_per_s"] for one in runs]
+            return [title, "failed", *[None] * 6]
+    counted = calm_runs(runs)
+    rates = [one["images_per_s"] for one in counted]
     ratio = statistics.median(rates) / base if base else None
     return [
         title,
@@ -148,8 +178,9 @@ def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[ob
         round(statistics.median(rates)),
         f"{min(rates):,.0f}-{max(rates):,.0f}",
         f"{ratio:.2f}" if ratio and name != "read" else None,
-        f"{statistics.median(one['start_s'] for one in runs):.1f}",
+        f"{statistics.median(one['start_s'] for one in counted):.1f}",
         round(max(one["bytes"] for one in runs) / 2**20) or None,
+        f"{sum(one['others'] <= CALM for one in runs)} of {len(runs)}",
     ]
 
 
@@ -161,14 +192,18 @@ def measure(
     for name in names:
         prepared = run(name, place, workers, pythons[name], "--prepare")
         runs[name] += [prepared] if prepared else []
-    for number in range(repeats):
+    for number in range(2 * repeats):
         for name in names:
             if any("images_per_s" not in one for one in runs[name]):
                 continue
+            if sum(one["others"] <= CALM for one in runs[name]) == repeats:
+                continue
             runs[name].append(run(name, place, workers, pythons[name]))
             found = runs[name][-1]
-            rate = found.get("failed") or f"{found['images_per_s']:,.0f} images/s"
-            console.log.info("repeat %d, %s: %s", number + 1, name, rate)
+            rate = found.get("failed") or (
+                f"{found['images_per_s']:,.0f} images/s, others {found['others']:.0%}"
+            )
+            console.log.info("run %d, %s: %s", number + 1, name, rate)
     return runs
 
 
@@ -213,14 +248,15 @@ def main(
             pack(place, images, originals, workers)
         sizes = [path.stat().st_size for path in (place / "images").rglob("*.jpg")]
         runs = measure(names, place, workers, repeats, pythons)
-    rates = [one["images_per_s"] for one in runs.get(BASE, []) if "images_per_s" in one]
+    rates = [one["images_per_s"] for one in calm_runs(runs.get(BASE, []))]
     base = statistics.median(rates) if rates else None
     title = (
         f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 law, "
-        f"batch 30, {workers} workers, {repeats} runs"
+        f"batch {BATCH}, {workers} workers, {repeats} runs"
     )
     columns = [
         "loader", "version", "images/s", "min-max", "ratio", "start-up s", "memory MiB",
+        "calm runs",
     ]  # fmt: skip
     console.table(title, columns, [row_of(name, runs[name], base) for name in names])
     failed = {name: one for name in names for one in runs[name] if "failed" in one}
