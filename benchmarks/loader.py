@@ -11,8 +11,8 @@ batch came is a gift of a batch or two. Memory is the largest sum of the proport
 
 Where other programs take part of the processor (Linux says how much), a run counts only if they
 took at most `CALM` of it, and is made again, at most as often as `--repeats`. The table says how
-many runs were calm; where none was, its figures are of all. Speeds of different runs of this command do not compare; the ratio to
-the original's loader in the same one does.
+many runs were calm; where none was, its figures are of all. Speeds of different runs of this
+command do not compare; the ratio to the original's loader in the same one does.
 """
 
 import contextlib
