@@ -46,7 +46,7 @@ lint: setup ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup ## loader throughput of both backends against torchvision, one run, one table
+bench: setup ## loader throughput of both backends against other loaders, one table
 	$(RUN) -m benchmarks.loader
 
 app: setup ## the web page, on this machine only

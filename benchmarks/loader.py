@@ -1,155 +1,272 @@
-"""Loader throughput: both backends against the usual torchvision loader, on one set of images.
+"""Loader throughput: both backends against other loaders, on one set of images under one law.
 
-    python -m benchmarks.loader [--images N] [--repeats N] [--json FILE]
+    python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-Prints images/s and the ratio to the torchvision loader of the same run. The images are synthetic,
-500 x 375, JPEG quality 96 (ImageNet's size and usual quality), under the law of phase 1. The limit
-is bare decoding in as many processes; no loader can be faster than that on a CPU.
+The images are JPEGs of ImageNet's size, packed by the builder, and the law is that of phase 1. Each
+contender runs in a process of its own, in turn (A B C A B C ...), so that no library's threads
+disturb another and what else the machine does meets all alike. Counted is the time from the first
+batch to the last; the time up to the first is the start-up. A queue that filled before the first
+batch came is a gift of a batch or two. Memory is the largest sum of the proportional set sizes
+(PSS, shared pages once) of a contender's processes, looked at once a second.
+
+Where other programs take part of the processor (Linux says how much), a run counts only if they
+took at most `CALM` of it, and is made again, at most as often as `--repeats`. The table says how
+many runs were calm; where none was, its figures are of all. Speeds of different runs of this
+command do not compare; the ratio to the original's loader in the same one does.
 """
 
-import io
+import contextlib
 import json
+import os
+import platform
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
 import console
-import recipes
-from benchmarks.images import write_images
-from model.device import choose_device
-from pipeline import Loading, Replay, Stream, open_loader, open_pool
+from benchmarks.contenders import CONTENDERS
+from benchmarks.images import write_copies, write_images
+from benchmarks.peers import BATCH
+from pipeline.read import ShardReader
 from sharding.build import build
 from sharding.catalog import read_catalog
-from sharding.format import decode_image
-from train import Recipe
+from sharding.format import CLASSES, open_shards
 
-CATALOG = """
-[sets]
-bench = "train"
-[sources.bench]
-licence = "synthetic"
+ROOT = Path(__file__).parents[1]
+BASE = "torchvision"
+"""The contender that ratios are to."""
+
+CALM = 0.1
+"""Share of all processor cores that other programs may take of a run that counts."""
+
+PATIENCE_S = 600
+"""A contender that takes longer has failed."""
+
+SOURCE = """
+[sources.part{number:02d}]
+licence = "measured only"
 set = "bench"
 real = ["real"]
 fake = ["fake"]
 """
 
-RECIPE = recipes.load(Recipe, recipes.FOLDER / "phase1.toml")
+
+def pack(place: Path, images: int, originals: Path | None, workers: int) -> None:
+    """JPEGs in `images`, and packed in `shards/bench`: in several shards of one size, since some
+    loaders share shards out among their workers.
+    """
+    folder = place / "images"
+    if originals:
+        write_copies(folder, originals, images)
+    else:
+        write_images(folder, images)
+    parts = max(8, workers)
+    for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        link = place / "raw" / f"part{number % parts:02d}" / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.hardlink_to(path)
+    sources = [SOURCE.format(number=number) for number in range(parts)]
+    (place / "catalog.toml").write_text('[sets]\nbench = "train"\n' + "".join(sources))
+    catalog = read_catalog([place / "catalog.toml"])
+    build(catalog, place / "raw", place / "shards", jobs=workers, max_bad=0)
 
 
-class Reencode:
-    """The JPEG step as a torchvision user writes it."""
+def unpack(place: Path, folder: Path) -> None:
+    """A packed set as `shards/bench`, and its JPEGs in `images`.
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=int(torch.randint(80, 96, ())))
-        return Image.open(stream).convert("RGB")
-
-
-class Resample:
-    """Down and back up, likewise."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        side = int(256 * (0.8 + 0.15 * torch.rand(()).item()))
-        bilinear = Image.Resampling.BILINEAR
-        return image.resize((side, side), bilinear).resize((256, 256), bilinear)
-
-
-def torchvision_law() -> transforms.Compose:
-    """The law of phase 1 in torchvision's own transforms: what the original trains through."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(256, scale=(0.6, 1.0), ratio=(0.85, 1.15)),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.06, 0.06, 0.06, 0.02)], p=0.3),
-            transforms.RandomApply([Resample()], p=0.3),
-            transforms.RandomApply([Reencode()], p=0.3),
-            transforms.RandomApply([transforms.GaussianBlur(3, (0.1, 0.5))], p=0.2),
-            transforms.RandomGrayscale(p=0.03),
-            transforms.ToTensor(),
-            transforms.Normalize(RECIPE.network.mean, RECIPE.network.std),
-        ]
-    )
+    Raises:
+        ValueError: it holds images that are no JPEGs, which not all contenders read.
+    """
+    shards = open_shards([folder])
+    formats = set(shards.codes("format")[1])
+    if formats != {"JPEG"}:
+        raise ValueError(f"{folder} holds {', '.join(sorted(formats))}; this takes JPEG only")
+    (place / "shards").mkdir()
+    (place / "shards/bench").symlink_to(folder.resolve(), target_is_directory=True)
+    reader = ShardReader(shards)
+    for row, label in enumerate(shards.column("label").tolist()):
+        path = place / "images" / CLASSES[label] / f"{row:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(reader.read([row])[0])
 
 
-def torchvision_images(folder: Path, workers: int) -> Iterable[int]:
-    """Images per batch of ImageFolder and DataLoader."""
-    dataset = datasets.ImageFolder(str(folder), torchvision_law())
-    loader = DataLoader(dataset, 30, shuffle=True, num_workers=workers, drop_last=True)
-    return (len(images) for images, _ in loader)
+def run(name: str, place: Path, workers: int, python: str, *options: str) -> dict[str, Any]:
+    """One run of a contender: images_per_s, start_s and bytes; or `missing`, or `failed`."""
+    out, log = place / "result.json", place / f"{name}.log"
+    out.unlink(missing_ok=True)
+    command = [python, "-m", "benchmarks.contenders", name, str(place), str(workers), str(out)]
+    started, largest, before = time.monotonic(), 0, cpu_seconds()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+        )
+        while process.poll() is None:
+            if time.monotonic() - started > PATIENCE_S:
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            largest = max(largest, memory_of(process.pid))
+    if not out.exists():
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        return {"failed": f"exit code {process.returncode}: {lines[-1]}", "log": lines[-20:]}
+    passed = time.monotonic() - started
+    (all_before, own_before), (all_after, own_after) = before, cpu_seconds()
+    others_s = (all_after - all_before) - (own_after - own_before)
+    found = json.loads(out.read_text())
+    if "first" not in found:
+        return found
+    return {
+        "images_per_s": found["images"] / (found["last"] - found["first"]),
+        "start_s": found["first"] - started,
+        "bytes": largest,
+        "version": found["version"],
+        "others": max(0.0, others_s) / passed / (os.cpu_count() or 1),
+    }
 
 
-def our_images(data: Path, backend: str, workers: int) -> Iterable[int]:
-    """Images per batch of this project's loader."""
-    pool = open_pool(data, ["bench"], Replay())
-    loading = Loading(batch_size=30, backend=backend, workers=workers)
-    device = choose_device("auto")
-    loader = open_loader(pool.shards, view=RECIPE.view, loading=loading, device=device)
-    stream = Stream(loader, pool, Replay(), RECIPE.augment, "train", 1)
-    return (len(batch) for batch in stream.batches(0, 1))
+def cpu_seconds() -> tuple[float, float]:
+    """Processor time spent since the start: by all programs, and by this one and those it waited
+    for. Both 0 where there is no Linux /proc.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0, 0.0
+    user, nice, system, _idle, _wait, *interrupts = stat.read_text().split("\n")[0].split()[1:8]
+    ticks = sum(map(int, (user, nice, system, *interrupts[:2])))
+    return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
-def decode_all(paths: list[Path]) -> int:
-    """Bare decoding in one process."""
-    return sum(decode_image(path.read_bytes(), "JPEG").shape[0] > 0 for path in paths)
+def calm_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that count; see the module."""
+    done = [one for one in runs if "images_per_s" in one]
+    return [one for one in done if one["others"] <= CALM] or done
 
 
-def bare_decode(paths: list[Path], pool: ProcessPoolExecutor, workers: int) -> Iterable[int]:
-    """The limit: the same bytes to pixels and nothing else."""
-    return pool.map(decode_all, [paths[start::workers] for start in range(workers)])
+def memory_of(process: int) -> int:
+    """PSS of a process and all that it started, in bytes; 0 where there is no Linux /proc."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        own = 1024 * int(text.partition("\nPss:")[2].split()[0])
+        children = Path(f"/proc/{process}/task").glob("*/children")
+        found = [int(child) for path in children for child in path.read_text().split()]
+    except (OSError, IndexError):  # it has just ended
+        return 0
+    return own + sum(map(memory_of, found))
 
 
-def rate(images: Callable[[], Iterable[int]], repeats: int) -> list[float]:
-    """Images/s of each repeat, first one dropped: it warms caches and starts processes."""
-    rates = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        count = sum(images())
-        rates.append(count / (time.perf_counter() - started))
-    return rates[1:]
-
-
-@click.command()
-@click.option("--images", default=900, show_default=True, help="Images to load.")
-@click.option("--repeats", default=3, show_default=True, help="Counted repeats of each loader.")
-@click.option("--workers", default=2, show_default=True, help="Processes or threads.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
-def main(images: int, repeats: int, workers: int, out: Path | None) -> None:
-    """Measure the loaders one after another, and print one table."""
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(workers) as pool:
-        folder = Path(name)
-        paths = write_images(folder / "raw" / "bench", images)
-        (folder / "catalog.toml").write_text(CATALOG)
-        catalog = read_catalog([folder / "catalog.toml"])
-        build(catalog, folder / "raw", folder / "shards", jobs=workers, max_bad=0)
-        loaders = {
-            "torchvision ImageFolder": lambda: torchvision_images(folder / "raw/bench", workers),
-            "ours, pil": lambda: our_images(folder / "shards", "pil", workers),
-            "ours, dali": lambda: our_images(folder / "shards", "dali", workers),
-            "bare decode (limit)": lambda: bare_decode(paths, pool, workers),
-        }
-        rates = {name: rate(loader, repeats) for name, loader in loaders.items()}
-    base = statistics.median(rates["torchvision ImageFolder"])
-    rows = [
-        [
-            name,
-            *(round(f(r)) for f in (min, statistics.median, max)),
-            f"{statistics.median(r) / base:.2f}",
-        ]
-        for name, r in rates.items()
+def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[object]:
+    """A line of the table."""
+    title = CONTENDERS[name].title
+    for one in runs:
+        if "missing" in one:
+            return [title, "not installed", *[None] * 6]
+        if "failed" in one:
+            return [title, "failed", *[None] * 6]
+    counted = calm_runs(runs)
+    rates = [one["images_per_s"] for one in counted]
+    ratio = statistics.median(rates) / base if base else None
+    return [
+        title,
+        runs[0]["version"] or "-",
+        round(statistics.median(rates)),
+        f"{min(rates):,.0f}-{max(rates):,.0f}",
+        f"{ratio:.2f}" if ratio and name != "read" else None,
+        f"{statistics.median(one['start_s'] for one in counted):.1f}",
+        round(max(one["bytes"] for one in runs) / 2**20) or None,
+        f"{sum(one['others'] <= CALM for one in runs)} of {len(runs)}",
     ]
-    title = f"{images} JPEGs of 500 x 375, phase 1 law, {workers} workers, {choose_device('auto')}"
-    console.table(title, ["loader", "images/s min", "median", "max", "ratio"], rows)
+
+
+def measure(
+    names: list[str], place: Path, workers: int, repeats: int, pythons: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """All runs of each contender; one that is missing or failed is not tried again."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for name in names:
+        prepared = run(name, place, workers, pythons[name], "--prepare")
+        runs[name] += [prepared] if prepared else []
+    for number in range(2 * repeats):
+        for name in names:
+            if any("images_per_s" not in one for one in runs[name]):
+                continue
+            if sum(one["others"] <= CALM for one in runs[name]) == repeats:
+                continue
+            runs[name].append(run(name, place, workers, pythons[name]))
+            found = runs[name][-1]
+            rate = found.get("failed") or (
+                f"{found['images_per_s']:,.0f} images/s, others {found['others']:.0%}"
+            )
+            console.log.info("run %d, %s: %s", number + 1, name, rate)
+    return runs
+
+
+@click.command(cls=console.Command)
+@click.option("--images", default=3000, show_default=True, help="Images to load.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
+@click.option("--workers", default=2, show_default=True, help="Processes or threads of each.")
+@click.option(
+    "--originals",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Real JPEGs to load, with copies at other qualities. Default: synthetic ones.",
+)
+@click.option(
+    "--shards",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A packed set of JPEGs to load instead; --images does not count then.",
+)
+@click.option("--peers-python", help="Interpreter that has the loaders this project does not need.")
+@click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@console.options()
+def main(
+    images: int,
+    repeats: int,
+    workers: int,
+    originals: Path | None,
+    shards: Path | None,
+    peers_python: str | None,
+    only: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Measure the loaders in turn, and print one table."""
+    names = [name for name in CONTENDERS if not only or name in only]
+    peers = ("spdl", "litdata", "streaming", "energon")
+    other = os.path.abspath(peers_python) if peers_python else sys.executable  # noqa: PTH100
+    pythons = {name: other if name in peers else sys.executable for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if shards:
+            unpack(place, shards)
+        else:
+            pack(place, images, originals, workers)
+        sizes = [path.stat().st_size for path in (place / "images").rglob("*.jpg")]
+        runs = measure(names, place, workers, repeats, pythons)
+    rates = [one["images_per_s"] for one in calm_runs(runs.get(BASE, []))]
+    base = statistics.median(rates) if rates else None
+    title = (
+        f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 law, "
+        f"batch {BATCH}, {workers} workers, {repeats} runs"
+    )
+    columns = [
+        "loader", "version", "images/s", "min-max", "ratio", "start-up s", "memory MiB",
+        "calm runs",
+    ]  # fmt: skip
+    console.table(title, columns, [row_of(name, runs[name], base) for name in names])
+    failed = {name: one for name in names for one in runs[name] if "failed" in one}
+    for name, one in failed.items():
+        console.say(f"{name}: {one['failed']}")
     if out:
-        out.write_text(json.dumps({"title": title, "images_per_s": rates}, indent=1) + "\n")
+        figures = {"title": title, "python": platform.python_version(), "runs": runs}
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

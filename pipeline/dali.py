@@ -26,6 +26,11 @@ from pipeline.pil import webp_round_trip
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
 
+HW_DECODER_LOAD = 0.65
+"""Share of JPEGs that a GPU's JPEG engine takes where it has one, the others go to its cores:
+DALI's own default.
+"""
+
 # A column of the graph: name, element type, dimensions per sample.
 COLUMNS = (
     ("data", types.UINT8, 1),
@@ -55,7 +60,9 @@ _FILTERS = np.array(
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(feed: Callable[[], tuple], size: int, on_gpu: bool) -> Any:
+def graph(
+    feed: Callable[[], tuple], size: int, on_gpu: bool, hw_decoder_load: float = HW_DECODER_LOAD
+) -> Any:
     """Encoded images and columns in, (size, size, 3) uint8 out; the order is that of `augment`."""
     columns = fn.external_source(
         source=feed,
@@ -73,6 +80,7 @@ def graph(feed: Callable[[], tuple], size: int, on_gpu: bool) -> Any:
         adjust_orientation=True,
         jpeg_fancy_upsampling=True,
         use_fast_idct=False,
+        hw_decoder_load=hw_decoder_load,
     )
     image = fn.slice(image, anchor, shape, axes=(0, 1))
     image = _resize(image, side)
@@ -155,11 +163,19 @@ READER, DECODER = 0, 1
 class DaliBackend:
     """Decodes requests in order; see `run`."""
 
-    def __init__(self, size: int, batch_size: int, device: torch.device, threads: int):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        hw_decoder_load: float = HW_DECODER_LOAD,
+    ):
         self.size = size
         self.batch_size = batch_size
         self.device = device
         self.threads = threads
+        self.hw_decoder_load = hw_decoder_load
         self.board = Board(["reader", "DALI"])
         self._repair: Callable[[bytes, Draws], torch.Tensor] | None = None
 
@@ -237,6 +253,7 @@ class DaliBackend:
             feed,
             self.size,
             on_gpu,
+            self.hw_decoder_load,
             batch_size=batch_size,
             num_threads=self.threads,
             device_id=(self.device.index or 0) if on_gpu else None,

@@ -1,0 +1,181 @@
+"""One loader, timed, in a process of its own; `benchmarks.loader` starts these.
+
+    python -m benchmarks.contenders NAME PLACE WORKERS OUT [--prepare]
+
+Writes to OUT, as JSON, when its first and its last batch came (`time.monotonic`, which all
+processes of a machine share), and how many images came after the first batch. What a library needs
+is imported only where it runs, so that memory and start-up are its own.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import peers
+
+READ_IMAGES = 30_000
+"""At least so many are read, over several epochs: a few thousand take less than a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A row of the table. `needs` is a module and `package` what installs it; both may be empty."""
+
+    title: str
+    images: Callable[[Path, int], Iterator[int]]
+    prepare: Callable[[Path], None] | None = None
+    needs: str = ""
+    package: str = ""
+
+
+def our_stream(place: Path, backend: str, workers: int):
+    """This project's stream under the law of phase 1."""
+    import recipes
+    from model.device import choose_device
+    from pipeline import Augment, Loading, Replay, Stream, View, open_loader, open_pool
+
+    pool = open_pool(place / "shards", ["bench"], Replay())
+    loading = Loading(batch_size=peers.BATCH, backend=backend, workers=workers)
+    view = recipes.build(View, peers.RECIPE["view"], "phase1")
+    augment = recipes.build(dict[str, Augment], peers.RECIPE["augment"], "phase1")
+    device = choose_device("auto")
+    loader = open_loader(pool.shards, view=view, loading=loading, device=device)
+    return Stream(loader, pool, Replay(), augment, "train", 1)
+
+
+def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
+    """One epoch, up to batches on the device."""
+    import torch
+
+    for batch in our_stream(place, backend, workers).batches(0, 1):
+        if batch.images.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        yield len(batch)
+
+
+def read_samples(place: Path, _workers: int) -> Iterator[int]:
+    """Plan, positional reads and draws, without decoding, in this process alone."""
+    from pipeline.loader import _Requests, draw_by_law
+
+    stream = our_stream(place, "pil", 0)
+    shards, view = stream.pool.shards, stream.loader.view
+    for number in range(-(-READ_IMAGES // len(shards))):
+        epoch = stream.epoch(number)
+        draws = draw_by_law(shards, stream.augment, stream.law, view, stream.seed, number)
+        requests = _Requests(stream.loader, epoch, draws)
+        for step in range(epoch.steps):
+            yield len(requests.make(step).data)
+
+
+def decode_batch(paths: list[Path]) -> int:
+    """Files to pixels and nothing else."""
+    from sharding.format import decode_image
+
+    return sum(decode_image(path.read_bytes(), "JPEG").shape[0] > 0 for path in paths)
+
+
+def decode_images(place: Path, workers: int) -> Iterator[int]:
+    """Bare decoding in as many processes: the limit of any loader that decodes on the CPU."""
+    paths = sorted((place / "images").rglob("*.jpg"))
+    batches = [paths[first : first + peers.BATCH] for first in range(0, len(paths), peers.BATCH)]
+    with multiprocessing.Pool(workers) as pool:
+        yield from pool.imap_unordered(decode_batch, batches)
+
+
+CONTENDERS = {
+    "read": Contender(title="read: plan, reads, draws; 1 process", images=read_samples),
+    "decode": Contender(title="decode only (limit on a CPU)", images=decode_images),
+    "pil": Contender(
+        title="ours, pil", images=lambda place, workers: our_images(place, "pil", workers)
+    ),
+    "dali": Contender(
+        title="ours, dali",
+        images=lambda place, workers: our_images(place, "dali", workers),
+        needs="nvidia.dali",
+        package="nvidia-dali-cuda120",
+    ),
+    "torchvision": Contender(
+        title="torchvision ImageFolder (the original's)",
+        images=peers.torchvision_images,
+        needs="torchvision",
+        package="torchvision",
+    ),
+    "webdataset": Contender(
+        title="webdataset",
+        images=peers.webdataset_images,
+        needs="webdataset",
+        package="webdataset",
+    ),
+    "dali-reader": Contender(
+        title="DALI's own reader",
+        images=peers.dali_images,
+        needs="nvidia.dali",
+        package="nvidia-dali-cuda120",
+    ),
+    "spdl": Contender(title="SPDL", images=peers.spdl_images, needs="spdl.io", package="spdl-io"),
+    "litdata": Contender(
+        title="LitData",
+        images=peers.litdata_images,
+        prepare=peers.prepare_litdata,
+        needs="litdata",
+        package="litdata",
+    ),
+    "streaming": Contender(
+        title="MosaicML Streaming",
+        images=peers.streaming_images,
+        prepare=peers.prepare_streaming,
+        needs="streaming",
+        package="mosaicml-streaming",
+    ),
+    "energon": Contender(
+        title="Megatron-Energon",
+        images=peers.energon_images,
+        prepare=peers.prepare_energon,
+        needs="megatron.energon",
+        package="megatron-energon",
+    ),
+}
+
+
+def is_installed(contender: Contender) -> bool:
+    """Whether this interpreter can import what a contender needs."""
+    try:
+        return not contender.needs or importlib.util.find_spec(contender.needs) is not None
+    except ModuleNotFoundError:  # not even the package it would be in
+        return False
+
+
+def measure(contender: Contender, place: Path, workers: int) -> dict[str, float | str]:
+    """Run a contender to its end; see the module."""
+    batches = contender.images(place, workers)
+    next(batches)
+    first = time.monotonic()
+    images = sum(batches)
+    last = time.monotonic()
+    package = contender.package
+    version = importlib.metadata.version(package) if package else ""
+    return {"first": first, "last": last, "images": images, "version": version}
+
+
+def main(name: str, place: str, workers: str, out: str, *options: str) -> None:
+    """Prepare for a contender, or measure it."""
+    contender = CONTENDERS[name]
+    if not is_installed(contender):
+        result = {"missing": contender.package}
+    elif "--prepare" in options:
+        result = {}
+        if contender.prepare:
+            contender.prepare(Path(place))
+    else:
+        result = measure(contender, Path(place), int(workers))
+    Path(out).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

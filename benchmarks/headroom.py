@@ -1,0 +1,198 @@
+"""How much of training the loader costs: the step alone, the loader alone, and both together.
+
+    python -m benchmarks.headroom [--shards DIR] [--recipe FILE] [--seconds S] [--json FILE]
+
+`step` trains on a few batches that are kept on the device: the ceiling. `loader` takes batches and
+does nothing with them. `full` is training. AU, the accelerator's utilization as MLPerf Storage
+defines it, is the time of a step in `step` over that in `full`: 1 means that the loader costs
+nothing, and more than 1 is noise. The loader is the limit below `ENOUGH`. Start-up, compilation and
+the first steps are not counted. It runs through `train.py`'s own functions, so on a GPU in its
+precision and compiled.
+"""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import console
+import recipes
+from model.device import choose_device, describe, keep_freed_memory
+from model.distributed import Ranks
+from pipeline import Batch, Meter, Replay, Stream
+from train import Recipe, _assemble, _compile, open_stream, train_step
+
+WARM_UP = 8
+"""Batches before the clock starts: compilation, cuDNN's choices, the loader's queues."""
+
+CACHED = 4
+"""Batches that `step` turns over; more than one, so that no cache holds the images."""
+
+ENOUGH = 0.95
+"""AU from which on the step, not the loader, decides the speed."""
+
+
+def endless(stream: Stream) -> Iterator[Batch]:
+    """Training batches, epoch after epoch."""
+    return stream.batches(0, 10**9)
+
+
+def keep(batch: Batch) -> Batch:
+    """The batch in memory of its own, so that no buffer of the loader is held back."""
+    return replace(batch, images=batch.images.clone())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(
+    batches: Iterable[Batch],
+    use: Callable[[Batch], object],
+    meter: Meter,
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Any]:
+    """Use batches for `seconds` after `WARM_UP` of them; what the meter saw, and ms per step."""
+    batches = iter(batches)
+    for batch in itertools.islice(batches, WARM_UP):
+        use(batch)
+    synchronize(device)
+    meter.reset()
+    started, steps = time.perf_counter(), 0
+    for batch in meter.timed(batches):
+        use(batch)
+        steps += 1
+        if time.perf_counter() - started > seconds:
+            break
+    synchronize(device)
+    passed = time.perf_counter() - started
+    row = meter.row()
+    rate = {"images_per_s": steps * len(batch) / passed, "ms_per_step": 1000 * passed / steps}
+    return {**row, **rate, "steps": steps}
+
+
+def memory_used(device: torch.device) -> int | None:
+    """Bytes taken on the GPU by anyone."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def middle(runs: list[dict[str, Any]], name: str) -> float:
+    """The median of one figure over the rounds."""
+    return statistics.median(one[name] for one in runs)
+
+
+def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
+    """A line of the table."""
+    rates = [one["images_per_s"] for one in runs]
+    stalls = [None] * 3
+    if mode != "step":
+        names = ("stall_p50_ms", "stall_p99_ms", "stall_max_ms")
+        stalls = [f"{middle(runs, name):.1f}" for name in names]
+    return [
+        mode,
+        round(statistics.median(rates)),
+        f"{min(rates):,.0f}-{max(rates):,.0f}",
+        f"{middle(runs, 'ms_per_step'):.1f}",
+        *stalls,
+    ]
+
+
+@click.command(cls=console.Command)
+@console.options("data", "device")
+@click.option(
+    "--shards",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A packed set to train on. Default: those that the recipe names, below --data.",
+)
+@click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=recipes.FOLDER / "phase1.toml",
+    help="What is trained. Default: phase 1.",
+)
+@click.option("--set", "overrides", multiple=True, help="Change a value of it.")
+@click.option("--seconds", default=60.0, show_default=True, help="Of each mode in each round.")
+@click.option("--rounds", default=3, show_default=True, help="Each runs the three modes in turn.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(
+    data: Path,
+    device: str,
+    shards: Path | None,
+    recipe_path: Path,
+    overrides: tuple[str, ...],
+    seconds: float,
+    rounds: int,
+    out: Path | None,
+) -> None:
+    """Measure step, loader and both, and say which is the limit."""
+    recipe = recipes.load(Recipe, recipe_path, overrides)
+    if shards:
+        data, names = shards.parent, replace(recipe.data, train=[shards.name])
+        recipe = replace(recipe, data=names, replay=Replay())
+    place = choose_device(device)
+    keep_freed_memory(place)
+    stream = open_stream(recipe, data, place)
+    meter = Meter(stream.pool.shards.codes("source")[1])
+    before = memory_used(place)
+    batches = endless(stream)
+    cached = [keep(batch) for batch in itertools.islice(batches, CACHED)]
+    loader_bytes = None if before is None else memory_used(place) - before
+    batches.close()
+    trainer = _assemble(recipe, place, Path("runs"), None, None, Ranks())
+    forward = _compile(trainer, recipe)
+
+    def step(batch: Batch) -> None:
+        train_step(trainer, forward, batch, recipe.optim)
+
+    modes: dict[str, tuple[Callable[[], Iterator[Batch]], Callable[[Batch], object]]] = {
+        "step": (lambda: itertools.cycle(cached), step),
+        "loader": (lambda: endless(stream), lambda _batch: None),
+        "full": (lambda: endless(stream), step),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for number in range(rounds):
+        for mode, (source, use) in modes.items():
+            runs[mode].append(run(source(), use, meter, place, seconds))
+            console.log.info(
+                "round %d, %s: %.0f images/s", number + 1, mode, runs[mode][-1]["images_per_s"]
+            )
+    au = [
+        alone["ms_per_step"] / both["ms_per_step"]
+        for alone, both in zip(runs["step"], runs["full"], strict=True)
+    ]
+    share = statistics.median(au)
+    bound = "step-bound" if share >= ENOUGH else "loader-bound"
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+    precision = describe(trainer.dtype)
+    title = (
+        f"{recipe.network.name}, {precision}, batch {recipe.loading.batch_size}, {name}, "
+        f"images through {stream.loader.backend}, {rounds} rounds of {seconds:g} s"
+    )
+    columns = [
+        "mode", "images/s", "min-max", "ms per step", "stall p50 ms", "p99", "max",
+    ]  # fmt: skip
+    console.table(title, columns, [row_of(mode, found) for mode, found in runs.items()])
+    memory = "-" if loader_bytes is None else f"{loader_bytes / 2**20:,.0f} MiB"
+    console.say(f"AU {share:.1%} ({min(au):.1%}-{max(au):.1%}): {bound}")
+    console.say(f"GPU memory of the loader alone: {memory}")
+    if out:
+        figures = {"title": title, "au": au, "verdict": bound, "loader_bytes": loader_bytes}
+        out.write_text(json.dumps({**figures, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Other loaders on the same images under the same law, each as its own documentation writes it.
+
+A function takes the place that `benchmarks.loader` filled (`images/<class>/*.jpg`, and the shard
+set `shards/bench`) and yields the number of images of each batch; a `prepare_` function beside it
+makes the format that its library wants, and is not timed. Where a library has no augmentation of
+its own the law is torchvision's transforms on Pillow images. All end at uint8, as ours does: the
+division and the normalisation that their users write as well would cost them more, not less.
+"""
+
+import io
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+BATCH = 30
+SIZE = 256
+RECIPE = tomllib.loads((Path(__file__).parents[1] / "recipes/phase1.toml").read_text("utf-8"))
+LAW = RECIPE["augment"]["train"]
+
+
+def torchvision_law():
+    """The law of phase 1 in torchvision's own transforms: what the original trains through."""
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    class Reencode:
+        """The JPEG step as a torchvision user writes it."""
+
+        def __call__(self, image: Image.Image) -> Image.Image:
+            low, high = LAW["jpeg_quality"]
+            stream = io.BytesIO()
+            image.save(stream, "JPEG", quality=int(torch.randint(low, high + 1, ())))
+            return Image.open(stream).convert("RGB")
+
+    class Resample:
+        """Down and back up, likewise."""
+
+        def __call__(self, image: Image.Image) -> Image.Image:
+            side = int(SIZE * torch.empty(()).uniform_(*LAW["resample_scale"]))
+            bilinear = Image.Resampling.BILINEAR
+            return image.resize((side, side), bilinear).resize((SIZE, SIZE), bilinear)
+
+    jitter = transforms.ColorJitter(
+        LAW["brightness"], LAW["contrast"], LAW["saturation"], LAW["hue"]
+    )
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, scale=LAW["scale"], ratio=LAW["ratio"]),
+            transforms.RandomHorizontalFlip(LAW["flip"]),
+            transforms.RandomApply([jitter], p=LAW["jitter"]),
+            transforms.RandomApply([Resample()], p=LAW["resample"]),
+            transforms.RandomApply([Reencode()], p=LAW["jpeg"]),
+            transforms.RandomApply([transforms.GaussianBlur(3, LAW["blur_sigma"])], p=LAW["blur"]),
+            transforms.RandomGrayscale(p=LAW["grey"]),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def torchvision_images(place: Path, workers: int) -> Iterator[int]:
+    """ImageFolder and DataLoader, as the original reads its images."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    dataset = ImageFolder(str(place / "images"), torchvision_law())
+    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    for images, _ in loader:
+        yield len(images)
+
+
+def webdataset_images(place: Path, workers: int) -> Iterator[int]:
+    """WebDataset over our tars, shuffled by shard and in a buffer, with WebLoader."""
+    import webdataset
+
+    law = torchvision_law()
+    tars = sorted(map(str, (place / "shards/bench").glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "json")
+        .map_tuple(law, lambda facts: facts["label"])
+        .batched(BATCH, partial=False)
+    )
+    for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield len(images)
+
+
+def dali_images(place: Path, workers: int) -> Iterator[int]:
+    """DALI's reader of our tars and `.idx` files, with its own dice; decodes on a GPU if there
+    is one. Decoding and crop are fused, as in DALI's ImageNet example.
+    """
+    import torch
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    tars = sorted(map(str, (place / "shards/bench").glob("*.tar")))
+    on_gpu = torch.cuda.is_available()
+
+    def chance(probability: float):
+        return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
+
+    def around(width: float):
+        return fn.random.uniform(range=(1 - width, 1 + width))
+
+    @pipeline_def(
+        batch_size=BATCH, num_threads=workers, device_id=0 if on_gpu else None,
+        enable_conditionals=True,
+    )  # fmt: skip
+    def law():
+        data, facts = fn.readers.webdataset(
+            paths=tars,
+            index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
+            ext=["jpg", "json"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=1000,
+            name="reader",
+        )
+        image = fn.decoders.image_random_crop(
+            data,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            random_area=LAW["scale"],
+            random_aspect_ratio=LAW["ratio"],
+        )
+        image = fn.resize(image, size=[SIZE, SIZE])
+        image = fn.flip(image, horizontal=fn.random.coin_flip(probability=LAW["flip"]))
+        if chance(LAW["jitter"]):
+            image = fn.color_twist(
+                image,
+                brightness=around(LAW["brightness"]),
+                contrast=around(LAW["contrast"]),
+                saturation=around(LAW["saturation"]),
+                hue=fn.random.uniform(range=(-360 * LAW["hue"], 360 * LAW["hue"])),
+            )
+        if chance(LAW["resample"]):
+            side = SIZE * fn.random.uniform(range=LAW["resample_scale"])
+            image = fn.resize(image, resize_x=side, resize_y=side)
+            image = fn.resize(image, size=[SIZE, SIZE])
+        if chance(LAW["jpeg"]):
+            low, high = LAW["jpeg_quality"]
+            quality = fn.random.uniform(values=list(range(low, high + 1)))
+            image = fn.jpeg_compression_distortion(
+                image, quality=fn.cast(quality, dtype=types.INT32)
+            )
+        if chance(LAW["blur"]):
+            sigma = fn.random.uniform(range=LAW["blur_sigma"])
+            image = fn.gaussian_blur(image, sigma=sigma, window_size=3)
+        if chance(LAW["grey"]):
+            image = fn.saturation(image, saturation=0.0)
+        return image, fn.pad(facts)
+
+    iterator = DALIGenericIterator(
+        [law()], ["images", "facts"], reader_name="reader", last_batch_policy=LastBatchPolicy.DROP
+    )
+    for batch in iterator:
+        yield len(batch[0]["images"])
+
+
+def spdl_images(place: Path, workers: int) -> Iterator[int]:
+    """SPDL's DataLoader of threads: its FFmpeg decodes, crops, resizes and flips in one filter
+    without the interpreter's lock; the rest of the law is torchvision's.
+    """
+    import random
+
+    import spdl.io
+    import torch
+    from PIL import Image
+    from spdl.dataloader import DataLoader
+    from torchvision import transforms
+
+    law = torchvision_law()
+    rest = transforms.Compose(law.transforms[2:])
+    paths = [str(path) for path in (place / "images").rglob("*.jpg")]
+    random.shuffle(paths)
+
+    def load(path: str) -> torch.Tensor:
+        packets = spdl.io.demux_image(path)
+        shape = torch.empty((3, packets.height, packets.width), device="meta")
+        crop = transforms.RandomResizedCrop.get_params(shape, LAW["scale"], LAW["ratio"])
+        top, left, height, width = crop
+        chain = [f"crop={width}:{height}:{left}:{top}", f"scale={SIZE}:{SIZE}:flags=bilinear"]
+        if torch.rand(()) < LAW["flip"]:
+            chain.append("hflip")
+        chain.append("format=pix_fmts=rgb24")
+        frames = spdl.io.decode_packets(packets, filter_desc=",".join(chain))
+        pixels = spdl.io.to_numpy(spdl.io.convert_frames(frames))
+        return rest(Image.fromarray(pixels))
+
+    loader = DataLoader(
+        paths,
+        preprocessor=load,
+        batch_size=BATCH,
+        drop_last=True,
+        aggregator=torch.stack,
+        num_threads=workers,
+    )
+    for images in loader:
+        yield len(images)
+
+
+def prepare_litdata(place: Path) -> None:
+    """LitData's chunks of the same bytes."""
+    import litdata
+
+    paths = sorted(map(str, (place / "images").rglob("*.jpg")))
+    litdata.optimize(
+        fn=_litdata_sample,
+        inputs=paths,
+        output_dir=str(place / "litdata"),
+        chunk_bytes="64MB",
+        num_workers=2,
+    )
+
+
+def _litdata_sample(path: str) -> dict:
+    from PIL import Image
+
+    return {"image": Image.open(path), "class": int(Path(path).parent.name == "fake")}
+
+
+def litdata_images(place: Path, workers: int) -> Iterator[int]:
+    """LitData's streaming dataset and loader; it decodes to tensors itself."""
+    from litdata import StreamingDataLoader, StreamingDataset
+    from torchvision import transforms
+
+    law = transforms.Compose([transforms.ToPILImage(), torchvision_law()])
+
+    class Images(StreamingDataset):
+        """Each image through the law."""
+
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return law(sample["image"]), sample["class"]
+
+    dataset = Images(str(place / "litdata"), shuffle=True, drop_last=True)
+    loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True)
+    for images, _ in loader:
+        yield len(images)
+
+
+def prepare_streaming(place: Path) -> None:
+    """MosaicML Streaming's shards of the same bytes."""
+    from PIL import Image
+    from streaming import MDSWriter
+
+    columns = {"x": "jpeg", "y": "int"}
+    with MDSWriter(out=str(place / "streaming"), columns=columns) as writer:
+        for path in sorted((place / "images").rglob("*.jpg")):
+            writer.write({"x": Image.open(path), "y": int(path.parent.name == "fake")})
+
+
+def streaming_images(place: Path, workers: int) -> Iterator[int]:
+    """MosaicML's StreamingVisionDataset under torch's DataLoader."""
+    from streaming.vision.base import StreamingVisionDataset
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    to_rgb = transforms.Lambda(lambda image: image.convert("RGB"))
+
+    dataset = StreamingVisionDataset(
+        local=str(place / "streaming"),
+        shuffle=True,
+        batch_size=BATCH,
+        transform=transforms.Compose([to_rgb, torchvision_law()]),
+    )
+    for images, _ in DataLoader(dataset, BATCH, num_workers=workers, drop_last=True):
+        yield len(images)
+
+
+ENERGON_DATASET = """
+sample_type:
+  __module__: megatron.energon
+  __class__: ImageClassificationSample
+field_map:
+  image: jpg
+  label: json[label]
+"""
+
+
+def prepare_energon(place: Path) -> None:
+    """Energon's own index of our tars, in a folder of links to them."""
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    folder = place / "energon"
+    folder.mkdir()
+    for tar in sorted((place / "shards/bench").glob("*.tar")):
+        (folder / tar.name).symlink_to(tar.resolve())
+    BaseWebdatasetFactory.prepare_dataset(
+        folder,
+        [path.name for path in sorted(folder.glob("*.tar"))],
+        split_parts_ratio=[("train", 1.0), ("val", 0.0), ("test", 0.0)],
+        workers=2,
+    )
+    (folder / ".nv-meta/dataset.yaml").write_text(ENERGON_DATASET)
+
+
+def energon_images(place: Path, workers: int) -> Iterator[int]:
+    """Megatron-Energon with a task encoder; its loader is endless, so it is cut after an epoch."""
+    from megatron.energon import (
+        DefaultTaskEncoder,
+        WorkerConfig,
+        get_loader,
+        get_train_dataset,
+        stateless,
+    )
+    from megatron.energon.flavors.webdataset import SampleDecoder
+
+    law = torchvision_law()
+
+    class Encoder(DefaultTaskEncoder):
+        """Each image through the law."""
+
+        decoder = SampleDecoder(image_decode="pilrgb")
+
+        @stateless(restore_seeds=True)
+        def encode_sample(self, sample):
+            sample.image = law(sample.image)
+            return sample
+
+    dataset = get_train_dataset(
+        place / "energon",
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=workers),
+        batch_size=BATCH,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=100,
+        task_encoder=Encoder(),
+    )
+    total = len(list((place / "images").rglob("*.jpg"))) // BATCH
+    for _, batch in zip(range(total), get_loader(dataset), strict=False):
+        yield len(batch.image)
