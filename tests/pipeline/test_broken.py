@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline import Loading, Pool, Replay, Stream, evaluation_batches, open_loader
 from pipeline.loader import LoadError, draw_by_law
+from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet
 from tests.conftest import HARSH, VIEW, encode, photo
 from tests.pipeline.test_loader import BACKENDS, CPU
@@ -141,6 +142,18 @@ def test_only_the_bad_are_lost(
     # What no decoder notices is found by its hash (docs/log.md), here it is let through.
     if not kind.startswith("noise"):
         assert reasons, f"{kind} went through unnoticed"
+
+
+@pytest.mark.parametrize("kind", ["lying size", "bomb"])
+def test_a_header_that_lies_is_refused_before_any_decoder_sees_it(
+    old: ShardSet, tmp_path: Path, kind: str
+) -> None:
+    """A decoder would take gigabytes, or a minute."""
+    shards = with_bytes(old, {3: KINDS[kind]}, tmp_path)
+    width, height = (int(old.column(name)[3]) for name in ("width", "height"))
+    (found,) = ShardReader(shards).read([3])
+    assert isinstance(found, ReadError)
+    assert str(found) == (f"it claims 60000 x 60000 pixels, the index says {width} x {height}")
 
 
 def awkward_files() -> list[Path]:

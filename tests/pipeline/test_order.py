@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipeline.order import (
-    BLOCK,
     OrderError,
     check_state,
     evaluation_epoch,
@@ -191,8 +190,8 @@ def test_a_block_shuffle_reads_in_runs() -> None:
         np.arange(100_000), seed=3, number=0, global_batch=50, shuffle="block"
     ).samples
     place = {}
-    for position, block in enumerate((samples // BLOCK).tolist()):
+    for position, block in enumerate((samples // 256).tolist()):
         first, _ = place.get(block, (position, 0))
         place[block] = first, position
     longest = max(last - first for first, last in place.values())
-    assert longest <= 2 * 64 * BLOCK
+    assert longest <= 2 * 64 * 256

@@ -11,7 +11,9 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from timm.data import create_dataset
 
-from sharding.format import CLASSES, ShardSet
+from sharding.catalog import read_catalog
+from sharding.format import CLASSES, ShardSet, open_shards
+from tests.conftest import build_all, encode, photo
 
 # webdataset leaves the tars it has read open; that is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -55,3 +57,28 @@ def test_timm_reads_every_sample_with_its_label(data: Path, old: ShardSet) -> No
     assert len(reader) == len(old)
     targets = [target for _image, target in reader]
     assert sorted(targets) == sorted(old.column("label").tolist())
+
+
+NAMES = ["a.b.c.jpg", ".hidden.not.jpg", "ünï çödé 漢字.jpg", "x" * 180 + ".jpg", "quo'te\".jpg"]
+
+
+def test_any_file_name_comes_back_whole(tmp_path: Path) -> None:
+    """Dots, spaces, other scripts, quotes, and more than the hundred characters of old tars."""
+    for number, name in enumerate(NAMES):
+        path = tmp_path / "raw/s/real" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(number)))
+    (tmp_path / "c.toml").write_text(
+        '[sets]\nmine = "train"\n[sources.s]\nlicence = "x"\nset = "mine"\nreal = ["real"]\n'
+    )
+    build_all(tmp_path / "raw", tmp_path / "out", catalog=read_catalog([tmp_path / "c.toml"]))
+    tars = [str(path) for path in (tmp_path / "out/mine").glob("*.tar")]
+    found = {}
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        found[json.loads(sample["json"])["origin"]] = sample["jpg"]
+    shown = [name for name in NAMES if not name.startswith(".")]
+    assert found == {
+        f"s/real/{name}": (tmp_path / "raw/s/real" / name).read_bytes() for name in shown
+    }
+    rows = open_shards([tmp_path / "out/mine"]).table.column("origin").to_pylist()
+    assert sorted(rows) == sorted(found)
