@@ -21,15 +21,15 @@ import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.distributed import Ranks, any_over, gather, joined, sum_over
-from model.forgetting import Gate, accuracy_of, changes, forgetting, refusals
+from model.forgetting import Gate, changes, forgetting, refusals
 from model.history import History
-from model.metrics import Metrics, measure, measure_sources
+from model.metrics import Metrics
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
-from model.score import probability, score_set
 from model.step import Trainer, average_of, spread, train_step
+from model.validation import Validation, remembered, validate
 from pipeline import Augment, Loading, Meter, Replay, Stream, View, open_loader, open_pool
-from sharding.format import CLASSES, open_shards, read_index
+from sharding.format import CLASSES, read_index
 from sharding.storage import AnyPath, any_path
 
 
@@ -92,15 +92,6 @@ class Recipe:
     view: View = field(default_factory=View)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Metrics per set and per `set/source`, and the figure that picks the best checkpoint."""
-
-    sets: dict[str, Metrics]
-    sources: dict[str, Metrics]
-    selection: float
-
-
 class Refused(ValueError):
     """The gate does not let a trained checkpoint pass; the message says why."""
 
@@ -143,7 +134,15 @@ def train(
         console.log.info("%s is finished; nothing to do", folder)
         return checkpoint.best_of(folder)
     _announce(recipe, stream, trainer, steps)
-    before = _validate_before(trainer, recipe, data, folder) if _continues(recipe, start) else None
+
+    def check() -> Validation:
+        folders = [data / name for name in recipe.data.validate]
+        return validate(trainer, folders, recipe.view, recipe.loading)
+
+    before = None
+    if _continues(recipe, start):  # kept, so that a resumed run knows it too
+        console.log.info("what the detector knows before: %s", folder / "before.json")
+        before = remembered(folder / "before.json", check, ranks.first)
     forward = _compile(trainer, recipe)
     with (
         console.stop_signals() as received,
@@ -170,7 +169,7 @@ def train(
                 _log_step(history, meter, trainer, done, loss)
             number = -(-done // stream.steps_per_epoch)
             advance(1, f"epoch {number} of {recipe.run.epochs}, {meter.note()}")
-            found = validate(trainer, recipe, data) if ended else None
+            found = check() if ended else None
             if found:
                 _log_validation(history, done, found)
                 meter.reset()
@@ -207,53 +206,10 @@ def open_stream(
     )
 
 
-def validate(trainer: Trainer, recipe: Recipe, data: AnyPath) -> Validation:
-    """Score every validation set. In the selection figure each set counts alike, by its balanced
-    accuracy, or by its accuracy where it has one class only: not by its AUROC, which does not see
-    a checkpoint that calls everything fake.
-    """
-    sets, sources = {}, {}
-    for name in recipe.data.validate:
-        shards = open_shards([data / name])
-        ranks = trainer.ranks
-        loader = open_loader(
-            shards, view=recipe.view, loading=recipe.loading, device=trainer.device,
-            rank=ranks.rank, world=ranks.world,
-        )  # fmt: skip
-        scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
-        fake = probability(scores.logits)
-        sets[name] = measure(scores.labels, fake)
-        by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
-        sources |= {f"{name}/{source}": found for source, found in by_source.items()}
-    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
-
-
 def _continues(recipe: Recipe, start: Path | None) -> bool:
     """Whether the run goes on from a trained detector, which it may then make forget."""
     trained = start is not None and start.suffix != ".safetensors"
     return trained or (start is None and bool(recipe.run.start))
-
-
-def _validate_before(trainer: Trainer, recipe: Recipe, data: AnyPath, folder: Path) -> Validation:
-    """What the detector knew before; kept in `before.json`, so that a resumed run knows it too."""
-    path = folder / "before.json"
-    if not path.exists():
-        console.log.info("validating what the detector knows before")
-        found = validate(trainer, recipe, data)
-        if trainer.ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        return found
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    return Validation(
-        **{
-            kind: {name: Metrics(**m) for name, m in saved[kind].items()}
-            for kind in ("sets", "sources")
-        },
-        selection=saved["selection"],
-    )
 
 
 def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> None:
@@ -264,14 +220,10 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
         Refused: the gate's reasons; the checkpoint and the one before it are both kept.
     """
     best = checkpoint.best_of(folder)
-    metrics = checkpoint.read_meta(best)["metrics"]
-    after = {
-        kind: {name: Metrics(**m) for name, m in metrics[kind].items()}
-        for kind in ("sets", "sources")
-    }
+    after = Validation.from_json(checkpoint.read_meta(best)["metrics"])
     names = stream.pool.shards.codes("source")[1]
     codes = stream.pool.shards.codes("source")[0][stream.pool.new]
-    rows = changes(before.sources, after["sources"], {names[code] for code in np.unique(codes)})
+    rows = changes(before.sources, after.sources, {names[code] for code in np.unique(codes)})
     console.table(
         f"{recipe.name}: accuracy per source, before and after (step {best.name[5:].lstrip('0')})",
         ["set/source", "", "images", "before", "after", "change"],
@@ -285,7 +237,7 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
         f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
         f"{max(worst, 0.0):.3f} at worst"
     )
-    reasons = refusals(recipe.gate, rows, after["sets"])
+    reasons = refusals(recipe.gate, rows, after.sets)
     found = {"forgetting": forgetting(rows), "worst": worst, "sources": [asdict(r) for r in rows]}
     checkpoint.annotate(best, {"compared": found, "refused": reasons})
     if reasons:

@@ -1,0 +1,68 @@
+"""Validation: a network over the sets that choose the best checkpoint, as figures."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.forgetting import accuracy_of
+from model.metrics import Metrics, measure, measure_sources
+from model.score import probability, score_set
+from model.step import Trainer
+from pipeline import Loading, View, open_loader
+from sharding.format import open_shards
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Metrics per set and per `set/source`, and the figure that picks the best checkpoint."""
+
+    sets: dict[str, Metrics]
+    sources: dict[str, Metrics]
+    selection: float
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
+        """What `asdict` made of one, as `meta.json` and `before.json` hold it."""
+        sets, sources = (
+            {name: Metrics(**found) for name, found in saved[kind].items()}
+            for kind in ("sets", "sources")
+        )
+        return cls(sets, sources, saved["selection"])
+
+
+def validate(trainer: Trainer, folders: Sequence[Path], view: View, loading: Loading) -> Validation:
+    """Score every validation set, on all ranks together. In the selection figure each set counts
+    alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
+    AUROC, which does not see a checkpoint that calls everything fake.
+    """
+    ranks = trainer.ranks
+    sets, sources = {}, {}
+    for folder in folders:
+        shards = open_shards([folder])
+        loader = open_loader(
+            shards, view=view, loading=loading, device=trainer.device,
+            rank=ranks.rank, world=ranks.world,
+        )  # fmt: skip
+        scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
+        fake = probability(scores.logits)
+        sets[folder.name] = measure(scores.labels, fake)
+        by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
+        sources |= {f"{folder.name}/{source}": found for source, found in by_source.items()}
+    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
+
+
+def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
+    """What `find` finds, from `path` if it was found before; the first rank writes it there."""
+    if path.exists():
+        return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+    found = find()
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    return found
