@@ -66,7 +66,8 @@ def _run_processes(
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waits for what runs: a worker that is just starting would miss its builder, loudly.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
