@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from model import checkpoint
 from model.forgetting import Change, Gate, forgetting, refusals
 from model.metrics import measure
 from pipeline import Replay, open_pool
+from tests.sharding.test_robust import _can_mount
 from train import Recipe, Refused, train
 
 ROOT = Path(__file__).parents[1]
@@ -207,11 +207,6 @@ def test_distillation_holds_the_logits_of_old_samples(
     assert away[1] < 0.5 * away[0]
     with pytest.raises(ValueError, match="needs a run that starts from a trained checkpoint"):
         train(recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill=1"]), data, tmp_path)
-
-
-def _can_mount() -> bool:
-    unshare = shutil.which("unshare")
-    return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode
 
 
 @pytest.mark.skipif(not _can_mount(), reason="mounting a small file system needs root")

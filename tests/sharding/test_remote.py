@@ -37,21 +37,29 @@ def small(raw: Path, tmp_path: Path) -> Path:
 def test_a_bucket_as_input_and_output(
     s3: dict[str, str], client, small: Path, tmp_path: Path
 ) -> None:
-    client.create_bucket(Bucket="work")
+    client.create_bucket(Bucket="bucket")
     for path in small.rglob("*.*"):
-        client.upload_file(str(path), "work", f"raw/{path.relative_to(small)}")
+        client.upload_file(str(path), "bucket", f"raw/{path.relative_to(small)}")
     catalog = small / "catalog.toml"
-    build = ("build", "--raw", "s3://work/raw", "--catalog", catalog, "--out", "s3://work/shards")
+    build = (
+        "build",
+        "--raw",
+        "s3://bucket/raw",
+        "--catalog",
+        catalog,
+        "--out",
+        "s3://bucket/shards",
+    )
     status, output = command(*build, "--jobs", 2, environment=s3)
     assert status == 0, output
     expected = hashes(build_all(small, tmp_path / "local"))
     for name, digest in expected.items():
-        found = client.get_object(Bucket="work", Key=f"shards/{name}")["Body"].read()
+        found = client.get_object(Bucket="bucket", Key=f"shards/{name}")["Body"].read()
         assert hashlib.sha256(found).hexdigest() == digest, name
     status, output = command(*build, environment=s3)
     assert status == 0, output
     assert output.count("was up to date") == 1
-    status, output = command("verify", "s3://work/shards", environment=s3)
+    status, output = command("verify", "s3://bucket/shards", environment=s3)
     assert status == 0, output
 
 
