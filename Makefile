@@ -16,7 +16,7 @@ setup: .venv/installed ## install everything into .venv (a few GB, a minute or t
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(RUN) --constraint constraints.txt \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt \
 		-r pyproject.toml --all-extras
 	touch $@
 
