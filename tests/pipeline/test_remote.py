@@ -1,10 +1,12 @@
 """Shards at an address: a real S3-speaking server, and an HTTP server that fails on purpose."""
 
 import http.server
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -148,6 +150,52 @@ def test_a_remote_that_stumbles_is_asked_again(
     asked = web.handler.asked
     assert reader.read(range(len(old))) == expected
     assert web.handler.asked == asked  # everything is here now
+
+
+class Hub(Flaky):
+    """As much of the Hugging Face hub as its file system asks for; the dataset is `folder`."""
+
+    DATASET = "datasets/owner/set"
+
+    def answer(self, send: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        file = f"/{self.DATASET}/resolve/main/"
+        tree = f"/api/{self.DATASET}/tree/main/"
+        if path.startswith(file):
+            self.path = "/" + path.removeprefix(file)
+            super().answer(send)
+            return
+        if path.startswith(tree):
+            inside = sorted((self.folder / path.removeprefix(tree)).iterdir())
+            names = [(str(p.relative_to(self.folder)), p.stat().st_size) for p in inside]
+            facts = [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in names]
+        else:
+            facts = {"id": "owner/set", "sha": "a" * 40, "siblings": []}
+        body = json.dumps(facts).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_the_hub_gives_the_batches_of_a_folder(
+    data: Path, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    handler = type("Handler", (Hub,), {"folder": data, "wrong": ["busy"], "asked": 0})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        place = UPath("hf://datasets/owner/set", endpoint=endpoint, token=False)
+        shards = open_pool(place, ["old"], Replay()).shards
+        expected = local_facts(old, tmp_path / "unused", 0, "pil")
+        assert local_facts(shards, tmp_path / "cache", 0, "pil") == expected
+        assert handler.asked > len(shards.shards)  # pieces, and the busy answer asked again
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_remote_that_is_gone_is_named(web: Callable, tmp_path: Path) -> None:
