@@ -49,6 +49,7 @@ from sharding.layouts import Listing, capped, list_source
 from sharding.plan import plan_shards, sample_key
 from sharding.storage import (
     AnyPath,
+    check_reachable,
     files_in,
     locked,
     make_folder,
@@ -166,6 +167,8 @@ def build(
         CatalogError, RawError: what lies below `raw` does not fit the catalogue.
         OSError: a file that cannot be read or written.
     """
+    check_reachable(raw)
+    check_reachable(out)
     found = find_sources(catalog, raw, out, only, max_bad)
     if not found.listings and not found.kept:
         return found, []

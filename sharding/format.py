@@ -243,7 +243,10 @@ def _explained(folder: Path) -> Iterator[None]:
         if isinstance(folder, Path):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ShardError(f"{folder} cannot be read: {reason}; try again") from error
+        raise ShardError(
+            f"{folder} cannot be read: {reason}; check the address, your credentials for it and "
+            "the network"
+        ) from error
 
 
 def _read_index(folder: Path) -> dict:

@@ -35,6 +35,25 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         ) from error
 
 
+def check_reachable(path: AnyPath) -> None:
+    """Ask an address for anything at all, before work begins that needs it.
+
+    Raises:
+        OSError: no answer, or no right to one. The clients behind addresses raise errors of kinds
+            of their own; here they become one.
+    """
+    if is_local(path):
+        return
+    try:
+        path.exists()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{path} does not answer: {reason}; check the address, your credentials for it and the "
+            "network"
+        ) from error
+
+
 def is_local(path: AnyPath) -> bool:
     """Whether `path` is on this machine's file system."""
     return isinstance(path, Path)
@@ -136,6 +155,8 @@ def _leased(path: AnyPath, busy: str) -> Iterator[None]:
             held = f"held by {holder['owner']}, renewed {age:.0f} s ago"
             raise BlockingIOError(f"{busy} ({held})") from None
         path.write_bytes(content())  # its builder has died
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path.parent} cannot be written: {error}") from error
     ended = threading.Event()
 
     def renew() -> None:

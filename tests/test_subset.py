@@ -143,6 +143,7 @@ def test_a_list_that_does_not_fit_is_one_clear_error(
     assert len([line for line in result.output.splitlines() if "Error" in line]) == 1
 
 
+@pytest.mark.slow
 def test_a_matched_list_goes_straight_into_evaluate(runs: Path, tmp_path: Path) -> None:
     sets = write_shards(tmp_path, {"half": {"half": (partly, 150, 150)}})
     listed = tmp_path / "matched.csv"

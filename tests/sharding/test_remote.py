@@ -87,6 +87,13 @@ def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, sma
     status, output = command("build", *arguments, environment=s3)
     assert status == 1
     assert "Traceback" not in output
+    assert "s3://nowhere/x" in output
+    nobody = s3 | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+    nobody |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(small)}
+    status, output = command("build", *arguments, environment=nobody)
+    assert status == 1
+    assert "Traceback" not in output
+    assert "s3://nowhere/x does not answer: Unable to locate credentials" in output
     assert "nowhere" not in [b["Name"] for b in client.list_buckets()["Buckets"]]  # not made
 
 
@@ -96,6 +103,7 @@ def test_an_unknown_kind_of_address_is_one_error() -> None:
     assert "nosuch" in result.output
 
 
+@pytest.mark.slow
 def test_ray_packs_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
