@@ -1,6 +1,6 @@
 """Calibration: from scores of a validation set to a temperature, thresholds and a band of doubt.
 
-Pure functions; `evaluate.py calibrate` stores what `calibrate` finds in the checkpoint's `meta.json`.
+Pure functions; `evaluate.py calibrate` stores what `calibrate` finds in a checkpoint's `meta.json`.
 Never on a test set: a threshold that has seen the test set reports what it was fitted to.
 """
 
