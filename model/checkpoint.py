@@ -3,6 +3,16 @@
 `weights.safetensors` (plain timm names), `state.pt` (what only training needs; read with
 `weights_only=True`) and `meta.json`, written last. Prediction needs weights and meta, and nothing
 from the command line.
+
+Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
+on an image is called fake, and `calibration` is null, or what `model/calibrate.py` fitted:
+
+    {"fitted_on": [set, ...], "index_sha256": {set: hash}, "reals": n, "fakes": n,
+     "threshold_at": "auto" | "fpr5" | "fpr1" | "0.5",
+     "threshold_fpr_1": p or null, "threshold_fpr_5": p, "band": [low, high],
+     "before": {"nll": x, "ece": x}, "after": {"nll": x, "ece": x}}
+
+Verdicts: below low likely real, from high on likely AI, between them uncertain.
 """
 
 import functools
@@ -80,6 +90,7 @@ def save(
             "view": asdict(recipe.view),
             "temperature": 1.0,
             "threshold": DEFAULT_THRESHOLD,
+            "calibration": None,
             "metrics": metrics,
             "selection": selection,
             "compared": None,
@@ -127,7 +138,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         )
     if tuple(meta["classes"]) != CLASSES:
         raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
-    return meta
+    return {"calibration": None} | meta
 
 
 def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:

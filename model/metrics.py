@@ -2,6 +2,7 @@
 
 `labels` are 0 real, 1 fake; `probabilities` are those of fake. A metric that needs both classes is
 None where one is missing: EvalGEN, for one, holds no real images, so its "accuracy" is recall.
+Intervals are in `model/bootstrap.py`.
 """
 
 from collections.abc import Sequence
@@ -9,18 +10,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import binary_auroc, binary_f1_score
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_calibration_error,
+    binary_f1_score,
+    binary_precision,
+)
 
 from model.score import DEFAULT_THRESHOLD
+
+ECE_BINS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts, and shares in 0 to 1.
+    """Counts, and shares in 0 to 1. The class fake is the positive one.
 
     `recall` is the share of fakes called fake, `false_positive_rate` the share of reals called
-    fake; `balanced_accuracy` is the mean of recall and of the share of reals called real; `f1` is
-    that of the class fake.
+    fake, `precision` the share of fakes among what is called fake (None where nothing is);
+    `balanced_accuracy` is the mean of recall and of the share of reals called real. No threshold:
+    `auroc`, `average_precision`, `eer`, and `tpr_at_fpr_1` and `tpr_at_fpr_5`, the most fakes that
+    any threshold finds at no more than 1 % and 5 % false positives. Probabilities as such: `nll`
+    (natural log), `brier` (the mean squared error) and `ece`.
+
+    With one class only, what needs both is None: all but the accuracy, that class's own rate, and
+    `nll` and `brier`.
     """
 
     count: int
@@ -32,46 +47,111 @@ class Metrics:
     false_positive_rate: float | None
     f1: float | None
     auroc: float | None
+    # Since report version 2; a checkpoint's older figures lack them.
+    precision: float | None = None
+    average_precision: float | None = None
+    eer: float | None = None
+    tpr_at_fpr_1: float | None = None
+    tpr_at_fpr_5: float | None = None
+    nll: float | None = None
+    brier: float | None = None
+    ece: float | None = None
 
 
 def measure(
     labels: np.ndarray, probabilities: np.ndarray, threshold: float = DEFAULT_THRESHOLD
 ) -> Metrics:
     """All metrics of one group of images; an image is called fake from `threshold` on."""
+    labels = np.asarray(labels, np.int64)
+    probabilities = np.asarray(probabilities, np.float64)
     fake = labels == 1
     called = probabilities >= threshold
-    fakes, reals = int(fake.sum()), int((~fake).sum())
-    both = bool(fakes and reals)
-    return Metrics(
-        count=len(labels),
-        reals=reals,
-        fakes=fakes,
-        accuracy=float((called == fake).mean()) if len(labels) else None,
-        balanced_accuracy=_balanced_accuracy(called, fake) if both else None,
-        recall=float(called[fake].mean()) if fakes else None,
-        false_positive_rate=float(called[~fake].mean()) if reals else None,
-        f1=_f1(called, fake) if both else None,
-        auroc=auroc(labels, probabilities) if both else None,
-    )
+    count, fakes = len(labels), int(fake.sum())
+    reals = count - fakes
+    found = {
+        "accuracy": float((called == fake).mean()) if count else None,
+        "recall": float(called[fake].mean()) if fakes else None,
+        "false_positive_rate": float(called[~fake].mean()) if reals else None,
+        "nll": negative_log_likelihood(labels, probabilities) if count else None,
+        "brier": float(np.square(probabilities - labels).mean()) if count else None,
+    }
+    if fakes and reals:
+        truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
+        called_fake = torch.from_numpy(called.astype(np.int64))
+        found |= {
+            "balanced_accuracy": (found["recall"] + 1 - found["false_positive_rate"]) / 2,
+            "precision": float(binary_precision(called_fake, truth)) if called.any() else None,
+            "f1": float(binary_f1_score(called_fake, truth)),
+            "auroc": float(binary_auroc(ranks, truth)),
+            "average_precision": float(binary_average_precision(ranks, truth)),
+            "eer": equal_error_rate(labels, probabilities),
+            "tpr_at_fpr_1": tpr_at_fpr(labels, probabilities, 0.01),
+            "tpr_at_fpr_5": tpr_at_fpr(labels, probabilities, 0.05),
+            "ece": expected_calibration_error(labels, probabilities),
+        }
+    missing = dict.fromkeys(("balanced_accuracy", "f1", "auroc"))
+    return Metrics(count=count, reals=reals, fakes=fakes, **(missing | found))
+
+
+def _ranked(scores: np.ndarray) -> torch.Tensor:
+    """Scores as their ranks, scaled to 0 to 1; ties stay ties.
+
+    float64 and no squashing: torchmetrics takes values outside 0 to 1 for logits and puts them
+    through a sigmoid, where large ones would tie.
+    """
+    ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
+    return torch.from_numpy(ranks / max(1.0, ranks.max()))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve; `scores` may be any increasing function of the probability."""
-    # float64 and no rescaling: torchmetrics squashes values outside 0 to 1 through a sigmoid,
-    # where large logits would tie.
-    ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
-    scaled = torch.from_numpy(ranks / max(1.0, ranks.max()))
-    return float(binary_auroc(scaled, torch.from_numpy(np.asarray(labels, np.int64))))
+    return float(binary_auroc(_ranked(scores), torch.from_numpy(np.asarray(labels, np.int64))))
 
 
-def _balanced_accuracy(called: np.ndarray, fake: np.ndarray) -> float:
-    return float((called[fake].mean() + (~called[~fake]).mean()) / 2)
+def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of false and of true positives, int64, at every threshold from above the highest score
+    down to the lowest: the corners of the ROC curve, from (0, 0) to (reals, fakes).
+    """
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of a run of equal scores
+    true = np.cumsum(labels[order] == 1)[last]
+    false = np.flatnonzero(last) + 1 - true
+    return np.append(0, false), np.append(0, true)
 
 
-def _f1(called: np.ndarray, fake: np.ndarray) -> float:
-    return float(
-        binary_f1_score(torch.from_numpy(called.astype(int)), torch.from_numpy(fake.astype(int)))
-    )
+def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
+    """The most fakes found, as a share, at a false-positive rate of at most `rate`; never between
+    two thresholds.
+    """
+    false, true = roc(labels, scores)
+    return float(true[false <= rate * false[-1] + 1e-9].max() / true[-1])
+
+
+def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Where the ROC curve, its corners joined by straight lines, has as many false positives as
+    missed fakes, as shares. (torchmetrics takes the nearest corner, which jumps.)
+    """
+    false, true = roc(labels, scores)
+    fpr, fnr = false / false[-1], 1 - true / true[-1]
+    after = int(np.argmax(fpr >= fnr))  # at (1, 0) at the latest, and never at (0, 1)
+    gap_before, gap_after = (fpr - fnr)[after - 1], (fpr - fnr)[after]
+    share = -gap_before / (gap_after - gap_before)
+    return float(fpr[after - 1] + share * (fpr[after] - fpr[after - 1]))
+
+
+def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean of -ln of the probability given to the true class, which counts as at least 2.2e-16."""
+    given = np.where(np.asarray(labels) == 1, probabilities, 1 - probabilities)
+    return float(-np.log(np.maximum(given, np.finfo(np.float64).eps)).mean())
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """ECE (Guo et al., 2017) of the probability of fake: over 15 equal bins, the mean difference
+    between the mean probability and the share of fakes, each image counting alike.
+    """
+    preds = torch.from_numpy(np.asarray(probabilities, np.float64))
+    target = torch.from_numpy(np.asarray(labels, np.int64))
+    return float(binary_calibration_error(preds, target, n_bins=ECE_BINS, norm="l1"))
 
 
 def measure_sources(

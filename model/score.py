@@ -34,7 +34,8 @@ class Scores:
 
 def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """The probability of fake, float64: the softmax of the two logits at a temperature."""
-    return 1.0 / (1.0 + np.exp(-np.asarray(logits, np.float64) / temperature))
+    # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
+    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -165,13 +165,13 @@ class ShardSet:
     def column(self, name: str) -> np.ndarray:
         """A numeric column as an array of the table's dtype, one value per sample."""
         if name not in self._columns:
-            self._columns[name] = _numpy(self.table.column(name))
+            self._columns[name] = numbers_of(self.table.column(name))
         return self._columns[name]
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
         """A column of names as (int32 code per sample, names): `names[codes[i]]` is the value."""
         if name not in self._columns:
-            self._columns[name] = _codes_of(self.table.column(name))
+            self._columns[name] = codes_of(self.table.column(name))
         return self._columns[name]
 
     def names(self, column: str, samples: np.ndarray) -> list[str]:
@@ -204,21 +204,21 @@ class ShardSet:
         return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
 
 
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
     """A column without nulls; not by pyarrow's `to_numpy`, which imports pandas."""
     if pa.types.is_boolean(column.type):  # packed bits, which dlpack cannot say
         column = pa.compute.cast(column, pa.uint8())
-        return _numpy(column).astype(np.bool_)
+        return numbers_of(column).astype(np.bool_)
     chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
 
 
-def _codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     """The codes and names of a dictionary column whose chunks may have different dictionaries."""
     chunks = column.unify_dictionaries().chunks
     if not chunks:
         return np.empty(0, np.int32), []
-    codes = _numpy(pa.chunked_array([chunk.indices for chunk in chunks]))
+    codes = numbers_of(pa.chunked_array([chunk.indices for chunk in chunks]))
     return codes, chunks[0].dictionary.to_pylist()
 
 
@@ -333,7 +333,7 @@ def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
 
     Two sets may hold shards of one name; coded by position they stay apart.
     """
-    codes, used = _codes_of(table.column("shard"))
+    codes, used = codes_of(table.column("shard"))
     position = {name: first + number for number, name in enumerate(names)}
     numbered = np.array([position[name] for name in used], np.int32)[codes]
     column = pa.Array.from_buffers(pa.int32(), len(numbered), [None, pa.py_buffer(numbered)])

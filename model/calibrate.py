@@ -1,0 +1,174 @@
+"""Calibration: from scores of a validation set to a temperature, thresholds and a band of doubt.
+
+Pure functions; `evaluate.py calibrate` stores what `calibrate` finds in a checkpoint's `meta.json`.
+Never on a test set: a threshold that has seen the test set reports what it was fitted to.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from model.metrics import expected_calibration_error, negative_log_likelihood
+from model.score import DEFAULT_THRESHOLD, probability
+
+ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
+
+FEWEST = 20
+"""Images of each class below which nothing is fitted: 5 % of fewer is less than one image."""
+
+TEMPERATURES = 0.02, 50.0
+"""Where the temperature is looked for; for scores that tell the classes apart it lies well inside.
+"""
+
+VERDICTS = ("likely real", "uncertain", "likely AI")
+"""What is said of a probability below, inside and from the end of the band on."""
+
+
+class CalibrationError(ValueError):
+    """Scores that nothing can be fitted to; the message says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was fitted, on what. Thresholds and the band are probabilities of fake, after the
+    temperature.
+
+    `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are those from
+    which on at most 1 % and 5 % of real images are called fake (None: too few reals to promise
+    it). `band` is (low, high): below low likely real, from high on likely AI, uncertain between.
+    `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
+    """
+
+    temperature: float
+    threshold: float
+    threshold_at: ThresholdAt
+    reals: int
+    fakes: int
+    threshold_fpr_1: float | None
+    threshold_fpr_5: float
+    band: tuple[float, float]
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def entries(self, fitted_on: Mapping[str, str]) -> dict[str, Any]:
+        """The entries of `meta.json`, for `checkpoint.annotate`; `fitted_on` is the hash of the
+        index of every set that the scores are of.
+        """
+        rest = asdict(self)
+        own = {name: rest.pop(name) for name in ("temperature", "threshold")}
+        sets = {"fitted_on": list(fitted_on), "index_sha256": dict(fitted_on)}
+        return own | {"calibration": sets | rest | {"band": list(self.band)}}
+
+
+def calibrate(
+    labels: np.ndarray, logits: np.ndarray, threshold_at: ThresholdAt = "auto"
+) -> Calibration:
+    """Fit everything to validation scores: `labels` 0 real, 1 fake; `logits` of fake minus real,
+    before any temperature.
+
+    The decision threshold `auto` is 0.5, or the threshold for 5 % false positives where that is
+    higher. Not that threshold alone: on a validation set of its own kind a good detector reaches
+    5 % only far below 0.5, and deciding there would spend on false alarms, which elsewhere are many
+    more, what it gained. The band begins at 0.5 or lower, where at most 5 % of fakes lie below it,
+    and ends at the decision threshold.
+
+    Raises:
+        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+    """
+    labels, logits = np.asarray(labels), np.asarray(logits, np.float64)
+    reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
+    if min(reals, fakes) < FEWEST:
+        raise CalibrationError(
+            f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
+        )
+    if not np.isfinite(logits).all():
+        raise CalibrationError("some scores are not finite; the checkpoint cannot be calibrated")
+    temperature = fit_temperature(labels, logits)
+    fake = probability(logits, temperature)
+    at_5 = threshold_at_fpr(fake[labels == 0], 0.05)
+    at_1 = threshold_at_fpr(fake[labels == 0], 0.01)
+    below = np.sort(fake[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
+    if threshold_at == "fpr1" and at_1 is None:
+        raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (99 do)")
+    high = {
+        "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "fpr1": at_1, "0.5": DEFAULT_THRESHOLD,
+    }[threshold_at]  # fmt: skip
+    return Calibration(
+        temperature=temperature,
+        threshold=high,
+        threshold_at=threshold_at,
+        reals=reals,
+        fakes=fakes,
+        threshold_fpr_1=at_1,
+        threshold_fpr_5=at_5,
+        band=(float(min(DEFAULT_THRESHOLD, below, high)), high),
+        before=_fit_of(labels, probability(logits)),
+        after=_fit_of(labels, fake),
+    )
+
+
+def _fit_of(labels: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+    return {
+        "nll": negative_log_likelihood(labels, fake),
+        "ece": expected_calibration_error(labels, fake),
+    }
+
+
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """The temperature with the lowest negative log-likelihood (Guo et al., "On Calibration of
+    Modern Neural Networks", 2017), with Platt's targets (1999): (n + 1) / (n + 2) instead of 1, so
+    that classes which the scores separate do not ask for a temperature of 0.
+
+    It has no bias, so that what was 0.5 stays 0.5.
+
+    Raises:
+        CalibrationError: the best temperature is not within `TEMPERATURES`.
+    """
+    fakes = int((labels == 1).sum())
+    reals = len(labels) - fakes
+    target = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
+
+    def slope(inverse: float) -> float:  # of the NLL, which is convex in 1 / temperature
+        return float(((probability(logits, 1 / inverse) - target) * logits).mean())
+
+    low, high = (math.log(1 / t) for t in reversed(TEMPERATURES))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
+    found = math.exp(-(low + high) / 2)
+    if not TEMPERATURES[0] * 1.01 < found < TEMPERATURES[1] / 1.01:
+        raise CalibrationError(
+            "no temperature fits these scores, which hardly depend on the class; the checkpoint is "
+            "not calibrated"
+        )
+    return found
+
+
+def threshold_at_fpr(reals: np.ndarray, rate: float) -> float | None:
+    """The lowest threshold from which on at most `rate` of real images like these (probabilities of
+    fake) are called fake; None where there are too few of them to say (fewer than 1 / rate - 1).
+
+    It lies above the k-th highest of n with k = floor(rate * (n + 1)): then a further image of the
+    same kind lies there with a chance of at most k / (n + 1), whatever their distribution (the
+    argument of conformal prediction; Laxhammar and Falkman, "Inductive conformal anomaly
+    detection", 2015). Counting k of n instead would promise too much for few images.
+    """
+    count = math.floor(rate * (len(reals) + 1) + 1e-9)
+    if count < 1:
+        return None
+    return float(np.nextafter(np.sort(reals)[-count], math.inf))
+
+
+def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
+    """(low, high) of a checkpoint's meta; both are its threshold where it is not calibrated."""
+    calibration = meta.get("calibration")
+    low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
+    return float(low), float(high)
+
+
+def verdict(fake: float, band: tuple[float, float]) -> str:
+    """One of `VERDICTS` for a probability of fake."""
+    return VERDICTS[int(fake >= band[0]) + int(fake >= band[1])]

@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+
+from model.calibrate import (
+    CalibrationError,
+    band_of,
+    calibrate,
+    fit_temperature,
+    threshold_at_fpr,
+    verdict,
+)  # fmt: skip
+from model.score import probability
+
+
+def calibrated_scores(count: int, seed: int = 0, spread: float = 2.0):
+    """Labels, and logits that are exactly the log-odds of fake: temperature 1 is right."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count)
+    return labels, (2 * labels - 1) * spread**2 / 2 + spread * rng.normal(size=count)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_the_temperature_that_was_applied_is_found(temperature: float) -> None:
+    labels, logits = calibrated_scores(20_000)
+    assert fit_temperature(labels, logits * temperature) == pytest.approx(temperature, rel=0.05)
+
+
+def test_calibration_repairs_overconfidence_and_keeps_the_order() -> None:
+    labels, logits = calibrated_scores(5_000)
+    found = calibrate(labels, 5 * logits)
+    assert found.after["ece"] < 0.03 < 0.08 < found.before["ece"]
+    assert found.after["nll"] < found.before["nll"]
+    assert (probability(logits, found.temperature) >= 0.5).tolist() == (logits >= 0).tolist()
+
+
+def test_thresholds_hold_on_images_not_seen() -> None:
+    """Over 400 validation sets of 60 reals, a further real is above with the chance promised."""
+    rng = np.random.default_rng(1)
+    chances = [1 - threshold_at_fpr(rng.uniform(size=60), 0.05) for _ in range(400)]
+    assert 0.04 < np.mean(chances) <= 0.053
+    assert threshold_at_fpr(rng.uniform(size=98), 0.01) is None
+    reals = rng.uniform(size=99)
+    assert (reals >= threshold_at_fpr(reals, 0.01)).sum() == 0
+
+
+def test_the_decision_threshold_and_the_band() -> None:
+    labels, logits = calibrated_scores(4_000, spread=2.0)
+    weak = calibrate(labels, logits)
+    fake = probability(logits, weak.temperature)
+    low, high = weak.band
+    assert low < 0.5 < high == weak.threshold == weak.threshold_fpr_5
+    assert (fake[labels == 0] >= high).mean() == pytest.approx(0.05, abs=0.001)
+    assert (fake[labels == 1] < low).mean() == pytest.approx(0.05, abs=0.001)
+    strong = calibrate(*calibrated_scores(4_000, spread=5.0))
+    assert strong.threshold_fpr_5 < 0.5
+    assert strong.band == (0.5, 0.5)
+    assert strong.threshold == 0.5
+    assert calibrate(labels, logits, "0.5").threshold == 0.5
+    assert calibrate(labels, logits, "fpr1").threshold == weak.threshold_fpr_1 > weak.threshold
+
+
+def test_entries_of_the_meta_file() -> None:
+    found = calibrate(*calibrated_scores(400))
+    entries = json.loads(json.dumps(found.entries({"val": "abc"})))
+    assert entries["temperature"] == found.temperature
+    assert entries["threshold"] == found.threshold
+    calibration = entries["calibration"]
+    assert calibration["fitted_on"] == ["val"]
+    assert calibration["index_sha256"] == {"val": "abc"}
+    assert calibration["reals"] + calibration["fakes"] == 400
+    assert band_of(entries) == found.band
+    assert set(calibration) == {
+        "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "threshold_fpr_1",
+        "threshold_fpr_5", "band", "before", "after",
+    }  # fmt: skip
+
+
+def test_verdicts() -> None:
+    assert [verdict(p, (0.2, 0.7)) for p in (0.19, 0.2, 0.69, 0.7)] == [
+        "likely real", "uncertain", "uncertain", "likely AI",
+    ]  # fmt: skip
+    assert band_of({"threshold": 0.5, "calibration": None}) == (0.5, 0.5)
+    assert [verdict(p, (0.5, 0.5)) for p in (0.49, 0.5)] == ["likely real", "likely AI"]
+
+
+def test_classes_that_are_separated_do_not_become_certain() -> None:
+    labels = np.repeat([0, 1], 50)
+    found = calibrate(labels, np.where(labels == 1, 4.0, -4.0))
+    assert probability(np.array([4.0]), found.temperature)[0] == pytest.approx(51 / 52, abs=0.001)
+    assert found.threshold_fpr_1 is None  # 50 reals cannot promise it
+
+
+@pytest.mark.parametrize(
+    ("labels", "logits", "said"),
+    [
+        (np.ones(100, int), np.ones(100), "0 real and 100 fake images"),
+        (np.repeat([0, 1], 19), np.ones(38), "at least 20 of each"),
+        (np.repeat([0, 1], 50), np.full(100, np.nan), "not finite"),
+        (np.repeat([0, 1], 50), np.repeat([1.0, -1.0], 50), "no temperature fits"),
+        (np.repeat([0, 1], 50), np.zeros(100), "no temperature fits"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    labels: np.ndarray, logits: np.ndarray, said: str
+) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        calibrate(labels, logits)
+
+
+def test_a_threshold_at_1_percent_needs_99_reals() -> None:
+    labels, logits = calibrated_scores(120)
+    with pytest.raises(CalibrationError, match="too few for a threshold at 1 %"):
+        calibrate(labels, logits, "fpr1")
