@@ -10,7 +10,7 @@ import click
 
 import console
 from model import Prediction, load_detector
-from sharding.layouts import IMAGE_SUFFIXES
+from sharding.decode import IMAGE_SUFFIXES
 
 COLUMNS = ("path", "probability", "verdict", "error")
 
