@@ -26,7 +26,7 @@ from pipeline import pil
 from pipeline.augment import View, blank, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
-from sharding.decode import decode, encoded, read_file
+from sharding.decode import ImageFile, decode, encoded, read_file
 from sharding.format import DecodeError
 
 VERDICTS = ("likely real", "uncertain", "likely AI")
@@ -46,15 +46,6 @@ class Prediction:
     probability: float | None
     verdict: str
     error: str = ""
-
-
-class ImageFile(NamedTuple):
-    """An image that is read when its turn comes, in a thread: `read` gives the bytes of the file,
-    or raises `DecodeError` or `OSError`.
-    """
-
-    name: str
-    read: Callable[[], bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +214,7 @@ def _as_file(image: Path | str | bytes | ImageFile, number: int = 0) -> ImageFil
         return image
     if isinstance(image, bytes):
         return ImageFile(f"image {number}", lambda: image)
-    return ImageFile(str(image), lambda: read_file(Path(image)))
+    return ImageFile(str(image), lambda: read_file(image))
 
 
 def _read_encoded(file: ImageFile) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.detector import ImageDetector, ImageFile
+from model.detector import ImageDetector
+from sharding.decode import ImageFile
 
 MEANING = (
     "Red raised the score for AI, blue lowered it; the strongest place has the full colour, "

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -152,7 +152,16 @@ def encoded(data: bytes) -> Encoded:
     return Encoded(_png(pixels), "PNG", 1, pixels.shape[1], pixels.shape[0])
 
 
-def read_file(path: Path) -> bytes:
+class ImageFile(NamedTuple):
+    """An image somewhere: `read` gives the bytes of the file when they are wanted, in any thread,
+    or raises `DecodeError` or `OSError`.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def read_file(path: Path | str) -> bytes:
     """The bytes of a file. What has no end (a pipe, a device) or is too large is not read.
 
     Raises:
