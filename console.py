@@ -153,10 +153,11 @@ def say(text: str = "") -> None:
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields `advance(done=1, note="")`.
+    """A progress bar on standard error; yields `advance(done=1, note="", total=None)`.
 
-    `done` is added to the count, `note` is shown behind the bar. Without a terminal, or if it is
-    not to be `shown`, nothing is drawn, so that logs stay clean.
+    `done` is added to the count, `note` is shown behind the bar, `total` is what has become known
+    of it. Without a terminal, or if it is not to be `shown`, nothing is drawn, so that logs stay
+    clean.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -166,9 +167,16 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
         TextColumn("{task.fields[note]}"),
     )
     hidden = not (shown and ERR.is_terminal)
-    with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
+    # rich prints what goes to standard output above the bar, so on standard error: answers that are
+    # piped elsewhere must not take that way.
+    apart = not sys.stdout.isatty()
+    with Progress(
+        *columns, console=ERR, disable=hidden, transient=True, redirect_stdout=not apart
+    ) as bar:
         task = bar.add_task(label, total=total, note="")
-        yield lambda done=1, note="": bar.update(task, advance=done, note=note)
+        yield lambda done=1, note="", total=None: bar.update(
+            task, advance=done, note=note, **({} if total is None else {"total": total})
+        )
 
 
 @contextlib.contextmanager
@@ -190,6 +198,19 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a job alike."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def cell(value: object) -> str:

@@ -1,94 +1,335 @@
-"""Say of images whether they are real or AI-generated: `python predict.py dir/`."""
+"""Say of images whether they are real or AI-generated: `python predict.py dir/`.
 
-import csv
+What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
+command line has been checked.
+"""
+
+import contextlib
+import hashlib
 import json
-import sys
+import signal
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import click
 
 import console
-from model import Prediction, load_detector
-from sharding.layouts import IMAGE_SUFFIXES
+import results
+from evidence import Evidence, read_evidence
+from sharding import inputs
+from sharding.decode import ImageFile
 
-COLUMNS = ("path", "probability", "verdict", "error")
+if TYPE_CHECKING:
+    from model import ImageDetector, Prediction
 
 
-def find_images(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are; of folders every image inside, by its name, in sorted order."""
+class NotStarted(click.ClickException):
+    """Nothing was scored: a mistake in the command, or no detector."""
+
+    exit_code = 2
+
+
+@dataclass(eq=False)
+class Note:
+    """What is known of an image beside its score; filled when its bytes are read."""
+
+    file_says: list[Evidence] = field(default_factory=list)
+    data: bytes = b""  # kept only where a heatmap is wanted
+
+
+@dataclass(eq=False)
+class Run:
+    """One run over images: where results go, and what has been counted."""
+
+    detector: "ImageDetector"
+    output: str
+    out: results.ResultsFile | None = None
+    heatmaps: Path | None = None
+    verdicts: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0  # they are in the results file already
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def done(self) -> int:
+        """Images that have a line."""
+        return self.verdicts.total()
+
+    @property
+    def rate(self) -> str:
+        """The speed so far."""
+        return f"{self.done / max(time.monotonic() - self.started, 1e-9):,.1f} images/s"
+
+    def over(self, files: Iterable[ImageFile], batch_size: int) -> Iterator[int]:
+        """Score `files` and write a line for each; yields how many images are behind us."""
+        notes: deque[Note] = deque()
+
+        def reading() -> Iterator[ImageFile]:
+            for file in files:
+                if self.out and file.name in self.out:
+                    self.skipped += 1
+                else:
+                    notes.append(Note())
+                    yield self._noted(file, notes[-1])
+
+        with contextlib.closing(self.detector.predict(reading(), batch_size)) as predictions:
+            for result in predictions:
+                self._write(result, notes.popleft())
+                yield self.done + self.skipped
+
+    def _noted(self, file: ImageFile, note: Note) -> ImageFile:
+        """The same image; when it is read, what it says of itself is noted beside it."""
+
+        def read() -> bytes:
+            data = file.read()
+            note.file_says = read_evidence(data)
+            note.data = data if self.heatmaps else b""
+            return data
+
+        return ImageFile(file.name, read)
+
+    def _write(self, result: "Prediction", note: Note) -> None:
+        self.verdicts[result.verdict] += 1
+        values = (
+            result.name, result.probability, result.verdict, result.error, note.file_says,
+            identity(self.detector),
+        )  # fmt: skip
+        text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
+        if self.heatmaps and not result.error:
+            draw_heatmap(self.detector, result.name, note.data, self.heatmaps)
+        if self.out:
+            self.out.write(text)
+        else:
+            say(text)
+
+
+def identity(detector: "ImageDetector") -> str:
+    """Which checkpoint with which band: run, step, and a hash of its `meta.json` and the band."""
+    content = json.dumps([detector.meta, detector.band], sort_keys=True, default=str)
+    short = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return f"{detector.checkpoint.parent.name}/{detector.checkpoint.name} {short}"
+
+
+def say(text: str) -> None:
+    """A line on standard output; bytes that are no UTF-8 in a file's name stay as they are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        click.echo(text.encode("utf-8", "surrogateescape"))
+    else:
+        console.say(text)
+
+
+def draw_heatmap(detector: "ImageDetector", name: str, data: bytes, folder: Path) -> None:
+    """Write the overlay of an image to `<folder>/<its path>.png`."""
+    from PIL import Image
+
+    from model.explain import heatmap
+
+    parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
+    path = folder.joinpath(*parts)
+    path = path.with_name(f"{path.name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(heatmap(detector, data)).save(path)
+
+
+def listed(stream: Iterable[str]) -> Iterator[str]:
+    """The paths of a list, one a line."""
+    for text in stream:
+        if path := text.rstrip("\r\n"):
+            yield path
+
+
+def named(paths: Iterable[str]) -> Iterator[str]:
+    """PATH... with `-` replaced by the list on standard input, as it comes."""
     for path in paths:
-        if path.is_dir():
-            inside = sorted(path.rglob("*"))
-            yield from (p for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+        if path == "-":
+            with open(0, errors="surrogateescape", closefd=False) as stream:
+                yield from listed(stream)
         else:
             yield path
 
 
-def as_table(result: Prediction) -> str:
-    """One line a person reads: probability of fake, verdict, path."""
-    if result.error:
-        return f"    -  {result.verdict:<11}  {result.name}: {result.error}"
-    return f"{result.probability:5.3f}  {result.verdict:<11}  {result.name}"
+def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
+    """Put the number of images into `counted` once it is known; never, for a list on standard input
+    or an archive that would have to be unpacked for it.
+    """
 
+    def count() -> None:
+        with contextlib.suppress(Exception):  # the run itself says what is wrong
+            counted.append(sum(1 for _ in inputs.find_images(paths, Counter())))
 
-def as_jsonl(result: Prediction) -> str:
-    """One JSON object per line."""
-    values = (result.name, result.probability, result.verdict, result.error)
-    return json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False)
+    if "-" not in paths and not any(map(inputs.is_compressed, paths)):
+        threading.Thread(target=count, daemon=True).start()
 
 
 @click.command(cls=console.Command)
-@click.argument(
-    "paths",
-    nargs=-1,
-    required=True,
-    type=click.Path(path_type=Path, exists=True),
-    metavar="PATH...",
-)
+@click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option(
     "--format",
     "output",
-    type=click.Choice(["table", "csv", "jsonl"]),
-    default="table",
-    show_default=True,
-    help="How results are printed.",
+    type=click.Choice(results.FORMATS),
+    help="How results are written. Default: by the name of --out, else a table.",
 )
-@console.options("checkpoint", "runs", "device", "batch_size")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write results to this file as they come; it has .partial added until it is complete.",
+)
+@click.option("--resume", is_flag=True, help="Go on with --out after an interruption.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Likely AI from this probability on. Default: what the checkpoint was calibrated to.",
+)
+@click.option(
+    "--heatmap",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for a picture of each image that shows what moved its score.",
+)
+@click.option(
+    "--watch",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder that fills: predict what comes into it, until Ctrl-C.",
+)
+@console.options("checkpoint", "runs", "device", "backend", "batch_size")
 def main(
-    paths: tuple[Path, ...],
-    output: str,
+    paths: tuple[str, ...],
+    output: str | None,
+    out: Path | None,
+    resume: bool,
+    threshold: float | None,
+    heatmap: Path | None,
+    watch: str | None,
     checkpoint: Path | None,
     runs: Path,
     device: str,
+    backend: str,
     batch_size: int,
 ) -> None:
     """Print, for each image of PATH..., the probability that it is AI-generated, and a verdict.
 
-    An image that cannot be read is one line with the reason, and the exit code is then 1.
+    PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - for a
+    list of them on standard input, one a line. What the file says of itself stands beside the
+    verdict and never changes it.
+
+    The exit code is 0 if every image has a verdict, 1 if some could not be read (each is a line
+    with the reason), 2 if nothing could be done.
     """
-    detector = load_detector(checkpoint, runs=runs, device=device)
-    images = list(find_images(paths))
-    if not images:
-        raise click.ClickException(f"no image in {', '.join(map(str, paths))}")
-    if output == "table":
-        console.say(f"checkpoint: {detector.checkpoint} (fake from {detector.threshold:g})")
-    else:  # standard output is for the rows alone
-        console.log.info("checkpoint: %s", detector.checkpoint)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    if output == "csv":
-        writer.writerow(COLUMNS)
-    unreadable = 0
-    with console.progress("predicting", len(images)) as advance:
-        for result in detector.predict(images, batch_size):
-            unreadable += bool(result.error)
-            if output == "csv":
-                writer.writerow([result.name, result.probability, result.verdict, result.error])
+    output = output or _format_of(out)
+    _check(paths, watch, output, out, resume)
+    console.log.info("loading the detector")
+    try:
+        from model import load_detector
+
+        detector = load_detector(
+            checkpoint, runs=runs, device=device, backend=backend, threshold=threshold
+        )
+        file = results.open_results(out, output, identity(detector), resume) if out else None
+    except (ValueError, OSError) as error:
+        console.log.debug("traceback", exc_info=True)
+        raise NotStarted(str(error)) from error
+    run = Run(detector, output, file, heatmap)
+    console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
+    if not out and results.header(output):
+        console.say(results.header(output))
+    try:
+        with console.sigterm_interrupts():
+            if watch:
+                _predict_as_they_come(run, watch, batch_size)
             else:
-                console.say(as_table(result) if output == "table" else as_jsonl(result))
-            advance()
+                _predict_all(run, paths, batch_size)
+    except KeyboardInterrupt:
+        if not watch:
+            _stopped(run, out)
+    _finish(run, paths, watch)
+
+
+def _format_of(out: Path | None) -> str:
+    """By the name of the results file."""
+    suffix = out.suffix.lower() if out else ""
+    return {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "table")
+
+
+def _check(
+    paths: tuple[str, ...], watch: str | None, output: str, out: Path | None, resume: bool
+) -> None:
+    """What is wrong with the command, before seconds are spent on loading a detector."""
+    if bool(paths) == bool(watch):
+        raise click.UsageError(
+            "name images, folders or archives, or a folder to --watch"
+            + (", not both" if watch else "")
+        )
+    for path in paths:
+        if path != "-" and not inputs.is_there(path):
+            raise click.UsageError(f"{path} does not exist")
+    if resume and not out:
+        raise click.UsageError("--resume goes on with a file; name it with --out")
+    if resume and output == "table":
+        raise click.UsageError("--resume reads what is in --out; that takes --format csv or jsonl")
+
+
+def _describe(detector: "ImageDetector") -> str:
+    """The band, and the backend where it is not the usual one."""
+    low, high = detector.band
+    band = (
+        f"likely AI from {high:g}"
+        if low == high
+        else f"likely real below {low:g}, likely AI from {high:g}, uncertain between"
+    )
+    return f"{band}; images through {detector.backend} ({detector.reason})"
+
+
+def _predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
+    counted: list[int] = []
+    with console.progress("predicting", None) as advance:
+        if console.ERR.is_terminal:
+            count_in_background(paths, counted)
+        behind = 0
+        files = inputs.find_images(named(paths), run.left_out)
+        for count in run.over(files, batch_size):
+            advance(count - behind, run.rate, *counted)
+            behind = count
+
+
+def _predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
+    console.log.info("watching %s; Ctrl-C ends", folder)
+    for ready in inputs.watch(folder, run.left_out):
+        for _ in run.over(ready, batch_size):
+            pass
+
+
+def _stopped(run: Run, out: Path | None) -> None:
+    """Ctrl-C, or SIGTERM: what is done is kept."""
+    hint = f"; {results.partial_of(out)} is kept, and --resume goes on with it" if out else ""
+    click.echo(f"stopped after {run.done:,} images{hint}", err=True)
+    raise SystemExit(128 + signal.SIGINT)
+
+
+def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
+    """Say what has been done, and what has not; the exit code tells."""
+    from model.detector import UNREADABLE, VERDICTS
+
+    if run.left_out:
+        reasons = ", ".join(f"{count:,} {what}" for what, count in run.left_out.items())
+        console.log.info("left out: %s", reasons)
+    if not run.done and not run.skipped and not watch:
+        raise NotStarted(f"no image in {', '.join(paths)}")
+    if run.out:
+        run.out.finish()
+    counts = [(run.verdicts[verdict], verdict) for verdict in (*VERDICTS, UNREADABLE)]
+    verdicts = ", ".join(f"{count:,} {verdict}" for count, verdict in counts if count)
+    before = f", {run.skipped:,} were there already" if run.skipped else ""
+    console.log.info("%s images%s at %s: %s", f"{run.done:,}", before, run.rate, verdicts or "-")
+    unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
-        click.echo(f"{unreadable} of {len(images)} images could not be read", err=True)
+        total = run.done + (len(run.out.names) if run.out else 0)
+        click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
         raise SystemExit(1)
 
 

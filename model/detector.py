@@ -6,12 +6,14 @@ for result in load_detector().predict(["photo.jpg"]):
     print(result.name, result.probability, result.verdict)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +23,24 @@ from model.device import choose_device, choose_precision, keep_freed_memory
 from model.network import Detector
 from model.score import probability, score_batches
 from pipeline import pil
-from pipeline.augment import View, centre
-from pipeline.batch import Batch
-from sharding.decode import MAX_BYTES, prepare
+from pipeline.augment import View, blank, centre
+from pipeline.batch import PLACEHOLDER, Batch, Request
+from pipeline.loader import Backend, choose_backend
+from sharding.decode import ImageFile, decode, encoded, read_file
 from sharding.format import DecodeError
 
-VERDICTS = tuple(f"likely {name}" for name in ("real", "AI"))
-"""One per class, in the order of `CLASSES`."""
+VERDICTS = ("likely real", "uncertain", "likely AI")
+"""By where the probability of fake lies: below the band, in it, at its upper end or above."""
+
+UNREADABLE = "unreadable"
+"""The verdict of a file that is no image, or a damaged one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """`probability` is that of fake (AI-generated), 0 to 1; None with an `error` instead."""
+    """`probability` is that of fake (AI-generated), 0 to 1, after the checkpoint's temperature;
+    None with an `error` (one line) instead. `verdict` is one of `VERDICTS`, or `UNREADABLE`.
+    """
 
     name: str
     probability: float | None
@@ -42,7 +50,11 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class ImageDetector:
-    """A loaded checkpoint; `predict` is all there is to it."""
+    """A loaded checkpoint. `predict` is what it is for; `view_of` shows what the network sees.
+
+    `view`, `meta` are the checkpoint's; `backend` decodes the images, for the reason `reason`;
+    `asked` is a threshold to take instead of the checkpoint's own.
+    """
 
     checkpoint: Path
     net: Detector
@@ -50,93 +62,203 @@ class ImageDetector:
     meta: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    backend: str = "pil"
+    reason: str = ""
+    asked: float | None = None
 
     @property
     def threshold(self) -> float:
-        """From this probability of fake on, an image is called AI-generated."""
-        return float(self.meta["threshold"])
+        """From this probability of fake on, an image counts as AI-generated."""
+        return float(self.meta["threshold"] if self.asked is None else self.asked)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """`(low, high)`: below low an image is likely real, from high on likely AI, and between
+        them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
+        """
+        calibration = self.meta.get("calibration")
+        if self.asked is not None or not calibration:
+            return self.threshold, self.threshold
+        low, high = calibration["band"]
+        return float(low), float(high)
+
+    def verdict(self, probability: float) -> str:
+        """One of `VERDICTS`."""
+        low, high = self.band
+        return VERDICTS[int(probability >= low) + int(probability >= high)]
 
     def predict(
-        self, images: Iterable[Path | str | bytes], batch_size: int = 32
+        self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
     ) -> Iterator[Prediction]:
         """One prediction per image, in order; an unreadable one carries its reason.
 
-        `images` are paths, or the bytes of files. They are read lazily, one batch at a time.
+        `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by
+        threads beside the network, at most two batches ahead, so `images` may be endless. The first
+        batches are small (1, 2, 4, ...): the first verdict does not wait for `batch_size` images.
         """
-        images = iter(images)
-        number = 0
-        with ThreadPoolExecutor() as pool:
-            while group := list(islice(images, batch_size)):
-                names = [_name_of(image, number + row) for row, image in enumerate(group)]
-                views = list(pool.map(self._view, group))
-                yield from self._predict_group(names, views)
-                number += len(group)
+        files = map(_as_file, images, range(sys.maxsize))
+        decoded = self._by_dali if self.backend == "dali" else self._by_pil
+        for names, pixels, failures in decoded(files, batch_size):
+            yield from self._score(names, pixels, failures)
 
-    def _view(self, image: Path | str | bytes) -> np.ndarray | str:
-        """What the network sees of an image, or the reason why it cannot be read."""
-        try:
-            pixels = prepare(_bytes_of(image)).pixels
-        except (DecodeError, OSError) as error:
-            return _one_line(error)
+    def view_of(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+        """What the network sees of an image: uint8 (size, size, 3) RGB.
+
+        Raises:
+            DecodeError, OSError: it cannot be read.
+        """
+        pixels = decode(_as_file(image).read())
         height, width = pixels.shape[:2]
         view = torch.empty((self.view.size, self.view.size, 3), dtype=torch.uint8)
         pil.apply(pixels, centre(self.view, np.array([width]), np.array([height])).row(0), view)
         return view.numpy()
 
-    def _predict_group(
-        self, names: Sequence[str], views: Sequence[np.ndarray | str]
+    def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+        """Groups of images as the network sees them."""
+        size = self.view.size
+        for names, views in _ahead(files, self.view_of, batch_size):
+            failures = {row: view for row, view in enumerate(views) if isinstance(view, str)}
+            pixels = np.zeros((len(views), size, size, 3), np.uint8)
+            for row, view in enumerate(views):
+                if row not in failures:
+                    pixels[row] = view
+            yield _Group(names, torch.from_numpy(pixels), failures)
+
+    def _by_dali(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+        """The same by the fast backend, which decodes whole batches."""
+        from pipeline.dali import DaliBackend
+
+        names: deque[Sequence[str]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for of_group, found in _ahead(files, _read_encoded, batch_size):
+                names.append(of_group)
+                yield self._request(found)
+
+        dali = DaliBackend(self.view.size, batch_size, self.device, _threads())
+        for pixels in dali.run(requests()):
+            yield _Group(names.popleft(), pixels.images, pixels.failures)
+
+    def _request(self, found: Sequence[Any]) -> Request:
+        """What the backend is asked for; a black pixel stands where there is nothing to decode."""
+        failures = {row: one for row, one in enumerate(found) if isinstance(one, str)}
+        rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
+        data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
+        draws = centre(self.view, np.array(widths), np.array(heights))
+        if failures:
+            draws = blank(draws, list(failures))
+        return Request(data, formats, orientations, draws, failures)
+
+    def _score(
+        self, names: Sequence[str], pixels: torch.Tensor, failures: dict[int, str]
     ) -> Iterator[Prediction]:
-        failures = {row: view for row, view in enumerate(views) if isinstance(view, str)}
-        blank = np.zeros((self.view.size, self.view.size, 3), np.uint8)
-        pixels = np.stack([blank if isinstance(view, str) else view for view in views])
+        valid = torch.ones(len(names), dtype=torch.bool)
+        valid[list(failures)] = False
         batch = Batch(
-            images=torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2),
-            labels=torch.zeros(len(views), dtype=torch.int64, device=self.device),
-            valid=torch.tensor([row not in failures for row in range(len(views))]).to(self.device),
-            samples=np.arange(len(views)),
-            sources=np.zeros(len(views), np.int32),
-            replayed=np.zeros(len(views), np.bool_),
+            images=pixels.to(self.device).permute(0, 3, 1, 2),
+            labels=torch.zeros(len(names), dtype=torch.int64, device=self.device),
+            valid=valid.to(self.device),
+            samples=np.arange(len(names)),
+            sources=np.zeros(len(names), np.int32),
+            replayed=np.zeros(len(names), np.bool_),
             failures=failures,
         )
         for _, logits in score_batches(self.net, [batch], self.device, self.dtype):
-            fake = probability(logits, self.meta["temperature"])
-            for row, name in enumerate(names):
-                if row in failures:
-                    yield Prediction(
-                        name=name, probability=None, verdict="unreadable", error=failures[row]
-                    )
-                else:
-                    verdict = VERDICTS[int(fake[row] >= self.threshold)]
-                    yield Prediction(name=name, probability=float(fake[row]), verdict=verdict)
+            fake = probability(logits, self.meta["temperature"]).tolist()
+        for row, (name, value) in enumerate(zip(names, fake, strict=True)):
+            if row in failures:
+                yield Prediction(
+                    name=name, probability=None, verdict=UNREADABLE, error=failures[row]
+                )
+            else:
+                yield Prediction(name=name, probability=value, verdict=self.verdict(value))
+
+
+class _Group(NamedTuple):
+    """Images that are scored together: uint8 (B, size, size, 3), black where `failures`."""
+
+    names: Sequence[str]
+    pixels: torch.Tensor
+    failures: dict[int, str]
 
 
 def load_detector(
-    checkpoint: Path | str | None = None, *, runs: Path | str = "runs", device: str = "auto"
+    checkpoint: Path | str | None = None,
+    *,
+    runs: Path | str = "runs",
+    device: str = "auto",
+    backend: Backend = "auto",
+    threshold: float | None = None,
 ) -> ImageDetector:
     """Load `checkpoint` (or the best one of that run), or the best one of the newest run in `runs`.
 
+    `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*.
+
     Raises:
         CheckpointError: there is none, or it cannot be used.
+        ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
     """
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"a threshold is a probability, 0 to 1, got {threshold}")
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
     where = choose_device(device)
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)
+    chosen, reason = choose_backend(backend, where)
     net, view, meta = load_network(folder)
-    return ImageDetector(folder, net.to(where), view, meta, where, dtype)
+    return ImageDetector(folder, net.to(where), view, meta, where, dtype, chosen, reason, threshold)
 
 
-def _bytes_of(image: Path | str | bytes) -> bytes:
-    if isinstance(image, bytes):
+def _as_file(image: Path | str | bytes | ImageFile, number: int = 0) -> ImageFile:
+    if isinstance(image, ImageFile):
         return image
-    size = Path(image).stat().st_size
-    if size > MAX_BYTES:
-        raise DecodeError(f"{size:,} bytes, more than the limit of {MAX_BYTES:,}")
-    return Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return ImageFile(f"image {number}", lambda: image)
+    return ImageFile(str(image), lambda: read_file(image))
 
 
-def _name_of(image: Path | str | bytes, number: int) -> str:
-    return f"image {number}" if isinstance(image, bytes) else str(image)
+def _read_encoded(file: ImageFile) -> Any:
+    return encoded(file.read())
+
+
+def _threads() -> int:
+    """One per processor core, up to 16."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def _ahead(
+    files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int
+) -> Iterator[tuple[list[str], list[Any]]]:
+    """Names and what `work` made of each file, in groups of 1, 2, 4, ... `batch_size`; an error is
+    its reason, a string. Threads work ahead, on at most two groups.
+    """
+    files, waiting = iter(files), deque[tuple[str, Future]]()
+    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="decode")
+    size, more = 1, True
+    try:
+        while True:
+            while more and len(waiting) < 2 * size:
+                if (file := next(files, None)) is None:
+                    more = False
+                else:
+                    waiting.append((file.name, pool.submit(_or_reason, work, file)))
+            group = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            if not group:
+                return
+            yield [name for name, _ in group], [future.result() for _, future in group]
+            size = min(2 * size, batch_size)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _or_reason(work: Callable[[ImageFile], Any], file: ImageFile) -> Any:
+    try:
+        return work(file)
+    except (DecodeError, OSError) as error:
+        return _one_line(error)
+    except MemoryError:
+        return "more memory would be needed than there is"
 
 
 def _one_line(error: Exception) -> str:

@@ -5,11 +5,17 @@ may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated) becomes an 8-bit R
 from the decoded pixels, and the facts say so. Packing and prediction both go through `prepare`.
 """
 
+import contextlib
 import hashlib
 import io
+import os
+import stat
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -20,6 +26,12 @@ from sharding.format import DecodeError, decode_image, exif_orientation
 
 register_heif_opener()
 Image.init()  # load every plugin now: `Image.open(formats=...)` looks names up in those loaded
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
+    ".qoi .tga .tif .tiff .webp".split()
+)
+"""What the names of images end with; in a folder only these are looked at."""
 
 MAX_PIXELS = 200_000_000
 """The largest picture a phone takes today (Samsung, 16,320 x 12,240). More is refused unread."""
@@ -77,14 +89,8 @@ def prepare(data: bytes) -> Prepared:
     Raises:
         DecodeError: not an image, damaged, or too large; the message is the reason.
     """
-    if len(data) > MAX_BYTES:
-        raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
-    with warnings.catch_warnings():
-        # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
-        warnings.simplefilter("ignore")
-        image = _open(data)
-        name = "JPEG" if image.format == "MPO" else image.format
-        orientation = exif_orientation(image)
+    with _opened(data) as image:
+        name, orientation = _name_of(image), exif_orientation(image)
         if _is_plain(image, name, data):
             pixels, transcoded_from = decode_image(data, name, orientation), ""
         else:
@@ -106,6 +112,98 @@ def prepare(data: bytes) -> Prepared:
         transcoded_from=transcoded_from,
     )
     return Prepared(data, pixels, facts, thumbnail)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The pixels of `prepare`, alone: (height, width, 3) uint8 RGB, upright.
+
+    Raises:
+        DecodeError: as `prepare`.
+    """
+    with _opened(data) as image:
+        name = _name_of(image)
+        if _is_plain(image, name, data):
+            return decode_image(data, name, exif_orientation(image))
+        return _eight_bit_rgb(image)
+
+
+class Encoded(NamedTuple):
+    """Bytes that every decoder reads alike; `width` and `height` are those of the upright image."""
+
+    data: bytes
+    format: str
+    orientation: int
+    width: int
+    height: int
+
+
+def encoded(data: bytes) -> Encoded:
+    """The bytes of `prepare`, alone: what is plain is not decoded, only its header is read.
+
+    Raises:
+        DecodeError: as `prepare`, but for damage that only decoding finds.
+    """
+    with _opened(data) as image:
+        name, orientation = _name_of(image), exif_orientation(image)
+        if _is_plain(image, name, data):
+            size = image.size if orientation < 5 else image.size[::-1]
+            return Encoded(data, name, orientation, *size)
+        pixels = _eight_bit_rgb(image)
+    return Encoded(_png(pixels), "PNG", 1, pixels.shape[1], pixels.shape[0])
+
+
+class ImageFile(NamedTuple):
+    """An image somewhere: `read` gives the bytes of the file when they are wanted, in any thread,
+    or raises `DecodeError` or `OSError`.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def read_file(path: Path | str) -> bytes:
+    """The bytes of a file. What has no end (a pipe, a device) or is too large is not read.
+
+    Raises:
+        DecodeError: no plain file, or more than `MAX_BYTES`.
+        OSError: it cannot be opened.
+    """
+    # A pipe without a writer would be waited for; the flag means nothing for files.
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(file, "rb", buffering=0) as stream:
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode):
+            raise DecodeError("not a plain file, but a pipe, a device or the like")
+        if facts.st_size > MAX_BYTES:
+            raise DecodeError(f"{facts.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+        return _read_to(stream, facts.st_size)
+
+
+def _read_to(stream: io.RawIOBase, size: int) -> bytes:
+    """All of a file of about `size` bytes, however much it has grown, up to the limit."""
+    pieces, left = [], MAX_BYTES + 1
+    while left and (piece := stream.read(min(left, max(size, 65536)))):
+        pieces.append(piece)
+        left -= len(piece)
+    if not left:
+        raise DecodeError(f"more than the limit of {MAX_BYTES:,} bytes")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read; Pillow's warnings are silent until the block ends."""
+    if len(data) > MAX_BYTES:
+        raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
+        warnings.simplefilter("ignore")
+        yield _open(data)
+
+
+def _name_of(image: Image.Image) -> str:
+    """Its format; the first picture of a multi-picture file is a JPEG."""
+    return "JPEG" if image.format == "MPO" else image.format
 
 
 def _open(data: bytes) -> Image.Image:

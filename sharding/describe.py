@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sharding.catalog import CatalogError
+from sharding.decode import IMAGE_SUFFIXES
 from sharding.format import CLASSES
-from sharding.layouts import IMAGE_SUFFIXES
 from sharding.raw import walk
 
 WORDS = (

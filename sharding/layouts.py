@@ -19,14 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.catalog import CatalogError, Rule, Source, shares
+from sharding.decode import IMAGE_SUFFIXES
 from sharding.format import CLASSES
 from sharding.raw import RawFile, walk
 from sharding.storage import AnyPath
-
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
-    ".qoi .tga .tif .tiff .webp".split()
-)
 
 NAMED = 5
 """How many of the files left out for one reason are named."""

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -54,6 +54,30 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
             yield from _members(raw, file)
         elif not volume.search(file.inside):  # volumes are read with the archive they belong to
             yield file
+
+
+def members(archive: Path) -> Iterator[RawFile]:
+    """The files in one zip archive of this machine, sorted by name.
+
+    Raises:
+        RawError, OSError: it is broken or incomplete, or cannot be opened.
+    """
+    facts = archive.stat()
+    version = str(facts.st_mtime_ns)
+    return _members(archive.parent, RawFile(archive.name, archive.name, "", facts.st_size, version))
+
+
+def read_one(raw: AnyPath, file: RawFile) -> bytes:
+    """The bytes of one file that was listed.
+
+    Raises:
+        DecodeError: it is refused, or damaged in its archive.
+        OSError: it cannot be read.
+    """
+    data = _read_one(raw, file._asdict())
+    if isinstance(data, DecodeError):
+        raise data
+    return data
 
 
 def _walk_local(raw: AnyPath, root: str) -> Iterator[RawFile]:
@@ -245,10 +269,15 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
         )  # fmt: skip
 
 
+def leaves_archive(name: str) -> bool:
+    """Whether unpacking a member of this name would write outside the folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:", name))
+
+
 def _refuse_member(entry: zipfile.ZipInfo) -> str:
     """Why an archive's member is not read; empty if it is."""
-    path = PurePosixPath(entry.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", entry.filename):
+    if leaves_archive(entry.filename):
         return "a path that leaves the archive"
     mode = entry.external_attr >> 16
     if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
