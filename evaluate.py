@@ -1,15 +1,13 @@
 """Measure a checkpoint on shard sets: `python evaluate.py --shards evalgen`.
 
-Every sample is scored exactly once. Fakes found (recall) never stand without the false-positive
-rate on real images; where a set has no real images, the report says so in words.
+Every sample is scored exactly once, on any number of ranks, and its score saved, so that every
+figure can be found again without the network. Fakes found (recall) never stand without the
+false-positive rate on real images; where there are none, the report says so first.
 """
 
-import csv
-import hashlib
-import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,192 +15,206 @@ import click
 import numpy as np
 
 import console
+from model import evaluation
+from model.calibrate import Calibration, ThresholdAt
 from model.checkpoint import find, git_commit, load_network
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from model.metrics import (
-    Metrics,
-    measure,
-    measure_generators,
-    measure_sources,
-    what_is_missing,
-)  # fmt: skip
-from model.score import Scores, probability, score_set
+from model.distributed import Ranks, joined
+from model.score import score_set
+from model.score_table import SCORES_FILE, read_scores, rows_of, write_scores
+from model.validation import calibrate_checkpoint
 from pipeline import Loading, open_loader
-from sharding.format import ShardSet, open_shards, read_index
+from pipeline.subset import Subset, choose_samples, read_subset
+from sharding.catalog import BUILT_IN, read_catalog
+from sharding.format import CLASSES, ShardSet, open_shards, read_index
 from sharding.storage import AnyPath, any_path
 
-REPORT_VERSION = 1
+REPORT_FILE = "report.json"
 
 COLUMNS = (
-    "what", "images", "reals", "fakes", "accuracy", "recall", "false positives", "F1", "AUROC",
+    "what", "reals", "fakes", "accuracy", "recall", "false positives", "AUROC", "TPR at 1 % FPR",
+    "TPR at 5 %",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Subset:
-    """A list of samples to score: the keys of each set, and the file that they are from."""
+def choose_reals(
+    data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
+) -> dict[str, Any] | None:
+    """The set whose real images stand beside, and why; see `model/evaluation.py`.
 
-    file: str
-    sha256: str
-    keys: Mapping[str, Sequence[str]]
-
-
-def read_subset(path: Path) -> Subset:
-    """Read a CSV file with the columns `set` and `key`, as `sharding audit --match` writes it.
+    Recall without a false-positive rate says nothing, so a set without real images gets those of
+    the set that the catalogue names for it (`[reals]`), if it is at hand.
 
     Raises:
-        ValueError: other columns, no sample, or a sample that is listed twice.
+        ValueError: the set that was asked for has no real images.
     """
-    data = path.read_bytes()
-    try:
-        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
-    if not rows or rows[0] != ["set", "key"]:
-        raise ValueError(
-            f"{path} begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the header "
-            "set,key; `python -m sharding audit DIR --match FILE` writes such a list"
-        )
-    keys: dict[str, list[str]] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if row and len(row) != 2:
-            raise ValueError(f"{path}:{number} has {len(row)} values, expected set,key")
-        if row:
-            keys.setdefault(row[0], []).append(row[1])
-    listed = sum(map(len, keys.values()))
-    if not listed:
-        raise ValueError(f"{path} lists no sample; write the list again")
-    different = sum(len(set(of_set)) for of_set in keys.values())
-    if different != listed:
-        raise ValueError(
-            f"{path} lists {listed:,} samples, {listed - different:,} of them again; each must "
-            "stand there once"
-        )
-    return Subset(path.name, hashlib.sha256(data).hexdigest(), keys)
+    if asked:
+        if not _count_reals(data, asked):
+            raise ValueError(f"--reals {asked}: that set has no real images; name one that has")
+        return {"set": asked, "why": "--reals", "for_all": True}
+    defaults = read_catalog([BUILT_IN]).reals
+    for name, shards in opened.items():
+        other = defaults.get(name)
+        if (shards.column("label") == 0).any() or other is None:
+            continue
+        if (data / other / "index.json").exists() and _count_reals(data, other):
+            return {"set": other, "why": "the catalogue's default", "for_all": False}
+    return None
 
 
-def choose_samples(shards: ShardSet, name: str, subset: Subset) -> ShardSet:
-    """The samples of set `name` that `subset` lists, in the order of the set.
-
-    Raises:
-        ValueError: the list says nothing of this set, or names keys that it does not hold.
-    """
-    wanted = set(subset.keys.get(name, ()))
-    if not wanted:
-        raise ValueError(
-            f"{subset.file} lists no sample of {name}, only of {', '.join(subset.keys)}; leave "
-            f"out --shards {name}, or list samples of it"
-        )
-    held = shards.table.column("key").to_pylist()
-    rows = np.array([row for row, key in enumerate(held) if key in wanted], np.int64)
-    unknown = sorted(wanted.difference(held))
-    if unknown:
-        raise ValueError(
-            f"{len(unknown):,} of the {len(wanted):,} samples that {subset.file} lists of {name} "
-            f"are not in that set of {len(held):,} (first: {unknown[0]}); make the list again "
-            "from these shards"
-        )
-    return shards.take(rows)
-
-
-def report_set(shards: ShardSet, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one set: overall, per source and per generator."""
-    fake = probability(scores.logits, meta["temperature"])
-    threshold = meta["threshold"]
-    overall = measure(scores.labels, fake, threshold)
-    groups = {
-        "sources": measure_sources(
-            scores.labels, fake, shards.names("source", scores.samples), threshold
-        ),
-        "generators": measure_generators(
-            scores.labels, fake, shards.names("generator", scores.samples), threshold
-        ),
-    }
-    return {
-        "index_sha256": shards.sha256,
-        "overall": asdict(overall),
-        **{kind: {name: asdict(m) for name, m in found.items()} for kind, found in groups.items()},
-        "unreadable": [f"{shards.name(s)}: {why}" for s, why in sorted(scores.failures.items())],
-        "note": what_is_missing(overall),
-    }
+def _count_reals(data: AnyPath, name: str) -> int:
+    labels = open_shards([data / name]).column("label")
+    return int((labels == CLASSES.index("real")).sum())
 
 
 def evaluate(
     checkpoint: Path,
     data: AnyPath,
     names: Sequence[str],
+    out: Path,
     *,
     loading: Loading,
     device: str = "auto",
     subset: Subset | None = None,
+    reals: str | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """The report on `names` (sets below `data`), or on a subset of their samples: what
-    `report.json` holds.
+    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
+    `out` and return the report on it. On many ranks each calls this; the first one writes, and the
+    others return an empty report.
     """
-    for name in names:
+    ranks = ranks or Ranks()
+    for name in [*names, *([reals] if reals else [])]:
         read_index(data / name)  # a wrong name is said before any work is done
-    opened = {}
-    for name in names:
-        whole = open_shards([data / name])
-        opened[name] = whole, choose_samples(whole, name, subset) if subset else whole
+    whole = {name: open_shards([data / name]) for name in names}
+    opened = {
+        name: choose_samples(shards, name, subset) if subset else shards
+        for name, shards in whole.items()
+    }
+    beside = choose_reals(data, opened, reals)
+    measured = len(opened)
+    if beside and beside["set"] not in opened:
+        shards = open_shards([data / beside["set"]])
+        only = np.flatnonzero(shards.column("label") == CLASSES.index("real"))
+        opened[beside["set"]] = shards.take(only)
+        console.log.info("%s: its %s real images (%s)", beside["set"], len(only), beside["why"])
     net, view, meta = load_network(checkpoint)
-    where = choose_device(device)
+    where = choose_device(device, ranks.local)
     keep_freed_memory(where)
     dtype, reason = choose_precision("auto", where)
     console.log.info("%s on %s (%s)", describe(dtype), where, reason)
     net.to(where)
-    sets = {}
-    for name, (whole, shards) in opened.items():
-        loader = open_loader(shards, view=view, loading=loading, device=where)
+    parts = []
+    for name, shards in opened.items():
+        loader = open_loader(
+            shards, view=view, loading=loading, device=where, rank=ranks.rank, world=ranks.world
+        )
         console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
-        with console.progress(f"scoring {name}", len(shards)) as advance:
-            scores = score_set(net, loader, dtype, advance)
-        sets[name] = report_set(shards, scores, meta) | {"index_sha256": whole.sha256}
-    return {
-        "report_version": REPORT_VERSION,
+        with console.progress(f"scoring {name}", len(shards), ranks.first) as advance:
+            scores = score_set(
+                net, loader, dtype, lambda done: advance(done * ranks.world), ranks
+            )  # fmt: skip
+        parts.append(rows_of(name, shards, scores, meta["temperature"]))
+    if not ranks.first:
+        return {}
+    about = {
         "checkpoint": str(checkpoint),
         "run": meta["recipe"]["name"],
         "step": meta["step"],
         "commit": git_commit(),
-        "threshold": meta["threshold"],
-        "temperature": meta["temperature"],
+        "precision": describe(dtype),
+        "backend": loader.backend,
+        **{name: meta[name] for name in ("temperature", "threshold", "calibration")},
         "subset": None
         if subset is None
         else {
             "file": subset.file,
             "sha256": subset.sha256,
-            "samples": sum(len(chosen) for _whole, chosen in opened.values()),
+            "samples": sum(len(opened[name]) for name in names),
         },
-        "sets": sets,
+        "sets": {
+            name: {"index_sha256": whole[name].sha256, "split": read_index(data / name)["split"]}
+            for name in list(opened)[:measured]
+        },
+        "reals": beside,
     }
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / SCORES_FILE, parts, about)
+    return evaluation.report(read_scores(out / SCORES_FILE))
 
 
-def _row(name: str, found: dict[str, Any]) -> list[Any]:
-    metrics = Metrics(**found)
+def write_report(report: Mapping[str, Any], out: Path) -> None:
+    """Write `report.json`, under another name first."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{REPORT_FILE}.partial"
+    partial.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(out / REPORT_FILE)
+
+
+def _figure(found: Mapping[str, Any], name: str) -> str | None:
+    """A metric and its interval: `0.944 (0.90-0.98)`."""
+    if found[name] is None:
+        return None
+    between = found["intervals"].get(name)
+    return f"{found[name]:.3f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
+
+
+def _row(name: str, found: Mapping[str, Any]) -> list[Any]:
+    with_interval = ("accuracy", "recall", "false_positive_rate", "auroc")
+    plain = ("tpr_at_fpr_1", "tpr_at_fpr_5")
     return [
-        name, metrics.count, metrics.reals, metrics.fakes, metrics.accuracy, metrics.recall,
-        metrics.false_positive_rate, metrics.f1, metrics.auroc,
+        name, found["reals"], found["fakes"], *(_figure(found, figure) for figure in with_interval),
+        *(found[figure] for figure in plain),
     ]  # fmt: skip
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """A table per set, and what a reader must know to read it."""
+def print_report(report: Mapping[str, Any]) -> None:
+    """The headline, a table per set, and what a reader must know to read it."""
+    for sentence in report["headline"]:
+        console.say(sentence)
     if report["subset"]:
         console.say(
             f"only the {report['subset']['samples']:,} samples listed in {report['subset']['file']}"
         )
+    if report["calibration"] is None:
+        console.say("not calibrated: see `python evaluate.py calibrate --help`")
     for name, found in report["sets"].items():
         rows = [_row("overall", found["overall"])]
+        if found["beside"]:
+            rows.append(_row(f"beside reals of {report['reals']['set']}", found["beside"]))
         rows += [_row(f"source {source}", m) for source, m in found["sources"].items()]
         rows += [_row(f"generator {gen}", m) for gen, m in found["generators"].items()]
         title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
         console.table(title, COLUMNS, rows)
-        if found["generators"] and found["overall"]["reals"]:
+        overall = found["overall"]
+        quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
+        console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
+        if found["generators"] and (found["beside"] or overall)["reals"]:
             console.say("A generator's fakes are held against all real images of the set.")
         if found["note"]:
             console.say(found["note"])
         if found["unreadable"]:
             console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
+        if found["protocols"] and found["protocols"]["first"]:
+            print_protocols(name, found["protocols"])
+
+
+def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
+    """Recall by generator on all images and on the first of each prompt; then each mean."""
+    every, first = protocols["all"], protocols["first"]
+    rows = []
+    for generator, found in every["generators"].items():
+        other = first["generators"][generator]
+        rows.append([generator, found["recall"], found["recall_at_half"],
+                     other["recall"], other["recall_at_half"]])  # fmt: skip
+    for figure in ("mean", "spread"):
+        values = [found[figure + at] for found in (every, first) for at in ("", "_at_half")]
+        rows.append([f"{figure} over generators", *values])
+    title = (
+        f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
+        f"prompt, {first['images']:,}"
+    )
+    console.table(title, ["generator", "all", "all, at 0.5", "first", "first, at 0.5"], rows)
 
 
 def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -236,29 +248,59 @@ def _change(before: float | None, after: float | None) -> str | None:
 
 def _read_report(path: Path) -> dict[str, Any]:
     report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("report_version") != REPORT_VERSION:
-        raise ValueError(f"{path} is not a report of this program (version {REPORT_VERSION})")
+    if report.get("report_version") != evaluation.REPORT_VERSION:
+        raise ValueError(
+            f"{path} is not a report of this program (version {evaluation.REPORT_VERSION})"
+        )
     return report
+
+
+def print_calibration(found: Calibration) -> None:
+    """What was fitted, before and after."""
+    rows = [
+        [when, temperature, figures["nll"], figures["ece"]]
+        for when, temperature, figures in (
+            ("before", 1.0, found.before),
+            ("after", found.temperature, found.after),
+        )
+    ]
+    console.say(f"fitted to {found.reals:,} real and {found.fakes:,} fake images")
+    console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
+    low, high = found.band
+    at_1 = "-" if found.threshold_fpr_1 is None else f"{found.threshold_fpr_1:.3f}"
+    console.say(f"fake from {found.threshold:.3f} ({found.threshold_at})")
+    console.say(f"at most 1 % false positives from {at_1}, 5 % from {found.threshold_fpr_5:.3f}")
+    if found.threshold_fpr_1 is None:
+        console.say(f"{found.reals} real images are too few to promise 1 %: it takes 99")
+    console.say(f"verdicts: real below {low:.3f}, AI from {high:.3f}, uncertain between")
 
 
 @click.group(cls=console.Group, invoke_without_command=True)
 @click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
+@click.option("--reals", help="Set whose real images give the false-positive rate of the others.")
 @click.option(
     "--subset",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="CSV with set,key: score only these samples. Default of --shards: its sets.",
 )
 @click.option(
+    "--scores",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The report on a scores.parquet, without a network or images.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for report.json. Default: evaluation/ beside the checkpoint.",
+    help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
 )
 @console.options("checkpoint", "data", "runs", "device", "backend")
 @click.pass_context
 def main(
     context: click.Context,
     names: tuple[str, ...],
+    reals: str | None,
     subset: Path | None,
+    scores: Path | None,
     out: Path | None,
     checkpoint: Path | None,
     data: str,
@@ -266,25 +308,84 @@ def main(
     device: str,
     backend: str,
 ) -> None:
-    """Measure a checkpoint on one or more shard sets, or compare two reports."""
+    """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
+
+    On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
+    """
     if context.invoked_subcommand:
         return
+    if scores:
+        if names or subset or reals:
+            raise click.UsageError("--scores takes no --shards, --subset or --reals: it has both")
+        report = evaluation.report(read_scores(scores))
+        out = out or scores.parent
+        write_report(report, out)
+        print_report(report)
+        console.say(f"report: {out / REPORT_FILE}")
+        return
     listed = read_subset(subset) if subset else None
-    names = names or tuple(listed.keys if listed else ())
+    names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
     if not names:
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
     chosen = find(runs, checkpoint)
-    console.say(f"checkpoint: {chosen}")
-    loading = Loading(backend=backend)
-    report = evaluate(chosen, any_path(data), names, loading=loading, device=device, subset=listed)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
     out = out or chosen.parent / "evaluation" / folder
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(out / "report.json")
-    print_report(report)
-    console.say(f"report: {out / 'report.json'}")
+    with joined() as ranks:
+        _speak_for(ranks)
+        report = evaluate(
+            chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
+            subset=listed, reals=reals, ranks=ranks,
+        )  # fmt: skip
+    if ranks.first:
+        write_report(report, out)
+        console.say(f"checkpoint: {chosen}")
+        print_report(report)
+        console.say(f"scores: {out / SCORES_FILE}")
+        console.say(f"report: {out / REPORT_FILE}")
+
+
+def _speak_for(ranks: Ranks) -> None:
+    """The first rank speaks for all."""
+    if not ranks.first:
+        console.log.setLevel(logging.WARNING)
+
+
+@main.command()
+@click.option(
+    "--shards", "names", multiple=True, required=True, help="Validation set. May be repeated."
+)
+@click.option(
+    "--threshold-at",
+    type=click.Choice(["auto", "fpr5", "fpr1", "0.5"]),
+    default="auto",
+    show_default=True,
+    help="Decision threshold; auto: 0.5, or higher where 5 % false positives ask for it.",
+)
+@console.options("checkpoint", "data", "runs", "device", "backend")
+def calibrate(
+    names: tuple[str, ...],
+    threshold_at: ThresholdAt,
+    checkpoint: Path | None,
+    data: str,
+    runs: Path,
+    device: str,
+    backend: str,
+) -> None:
+    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
+
+    Only sets of the split val are taken: what is fitted to a test set says nothing about it.
+    """
+    chosen = find(runs, checkpoint)
+    folders = [any_path(data) / name for name in dict.fromkeys(names)]
+    with joined() as ranks:
+        _speak_for(ranks)
+        found = calibrate_checkpoint(
+            chosen, folders, Loading(backend=backend), choose_device(device, ranks.local),
+            threshold_at=threshold_at, ranks=ranks,
+        )  # fmt: skip
+    if ranks.first:
+        print_calibration(found)
+        console.say(f"checkpoint: {chosen}")
 
 
 @main.command()

@@ -140,9 +140,16 @@ def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean of -ln of the probability given to the true class, which counts as at least 2.2e-16."""
+    """Mean of -ln of the probability given to the true class."""
+    return float(-np.log(given_to_truth(labels, probabilities)).mean())
+
+
+def given_to_truth(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The probability given to the true class of each image, at least 2.2e-16 (the least that
+    float64 adds to 1), so that one image cannot make the NLL infinite.
+    """
     given = np.where(np.asarray(labels) == 1, probabilities, 1 - probabilities)
-    return float(-np.log(np.maximum(given, np.finfo(np.float64).eps)).mean())
+    return np.maximum(given, np.finfo(np.float64).eps)
 
 
 def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -169,30 +176,15 @@ def measure_sources(
     return result
 
 
-def measure_generators(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    generators: Sequence[str],
-    threshold: float = DEFAULT_THRESHOLD,
-) -> dict[str, Metrics]:
-    """Metrics per generator of fakes; each is held against all the reals given."""
-    generators = np.asarray(generators, object)
-    result = {}
-    for name in sorted(set(generators[labels == 1])):
-        rows = (labels == 0) | (generators == name)
-        result[name] = measure(labels[rows], probabilities[rows], threshold)
-    return result
-
-
-def what_is_missing(metrics: Metrics) -> str | None:
+def what_is_missing(reals: int, fakes: int) -> str | None:
     """A plain sentence where one class is missing, else None."""
-    if metrics.count == 0:
+    if not reals and not fakes:
         return "There are no images here."
-    if not metrics.reals:
+    if not reals:
         return (
             "There are no real images here: recall says how many fakes are found and nothing about "
             "false alarms. Read it beside a false-positive rate on real photographs."
         )
-    if not metrics.fakes:
+    if not fakes:
         return "There are no fake images here: only the false-positive rate can be measured."
     return None

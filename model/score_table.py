@@ -65,12 +65,11 @@ class ScoreTable:
         return numbers_of(column.fill_null(float("nan")) if column.null_count else column)
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of names as (int32 code per row, names)."""
-        return codes_of(self.table.column(name))
-
-    def text(self, name: str) -> list[str]:
-        """A column of text, as a list."""
-        return self.table.column(name).to_pylist()
+        """A column of text as (int32 code per row, names)."""
+        column = self.table.column(name)
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        return codes_of(column)
 
 
 def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Validation: a network over the sets that choose the best checkpoint, as figures."""
+"""Validation: a network over the sets that choose the best checkpoint, and calibrate it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from model.calibrate import Calibration, CalibrationError, ThresholdAt, calibrate
+from model.checkpoint import annotate, load_network
+from model.device import choose_precision, keep_freed_memory
+from model.distributed import Ranks
 from model.forgetting import accuracy_of
 from model.metrics import Metrics, measure, measure_sources
 from model.score import probability, score_set
 from model.step import Trainer
 from pipeline import Loading, View, open_loader
-from sharding.format import open_shards
+from sharding.format import open_shards, read_index
 
 
 @dataclass(frozen=True)
@@ -65,4 +70,48 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
+    return found
+
+
+def calibrate_checkpoint(
+    checkpoint: Path,
+    folders: Sequence[Path],
+    loading: Loading,
+    device: torch.device,
+    *,
+    threshold_at: ThresholdAt = "auto",
+    ranks: Ranks | None = None,
+) -> Calibration:
+    """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
+    in its `meta.json`. On many ranks each calls this; the first one writes.
+
+    Raises:
+        CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
+            checkpoint is as it was.
+    """
+    ranks = ranks or Ranks()
+    for folder in folders:
+        split = read_index(folder)["split"]
+        if split != "val":
+            raise CalibrationError(
+                f"{folder.name} is of the split {split}; calibration takes validation sets only: "
+                "fitted to what it is tested on or was trained on, it would promise too much"
+            )
+    net, view, _ = load_network(checkpoint)
+    keep_freed_memory(device)
+    dtype, _ = choose_precision("auto", device)
+    net.to(device)
+    labels, logits, hashes = [], [], {}
+    for folder in folders:
+        shards = open_shards([folder])
+        loader = open_loader(
+            shards, view=view, loading=loading, device=device, rank=ranks.rank, world=ranks.world
+        )
+        scores = score_set(net, loader, dtype, ranks=ranks)
+        labels.append(scores.labels)
+        logits.append(scores.logits)
+        hashes[folder.name] = shards.sha256
+    found = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    if ranks.first:
+        annotate(checkpoint, found.entries(hashes))
     return found

@@ -16,6 +16,11 @@ hold. Parquet tables are read through rules with a `column`:
 
     fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
 
+A set that may hold no real images has its false-positive rate from those of another:
+
+    [reals]
+    evalgen = "test"
+
 Later files add to earlier ones key by key: two lines change one setting of a built-in source.
 """
 
@@ -141,10 +146,13 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Sets with their split, and sources by name."""
+    """Sets with their split, sources by name, and for a set that may have no real images the one
+    whose real images its false-positive rate is then measured on.
+    """
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
+    reals: dict[str, str] = field(default_factory=dict)
 
 
 def _as_rule(rule: str | Rule) -> Rule:
@@ -164,20 +172,24 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
     """
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
+    reals: dict[str, Any] = {}
     catalog = Catalog()
     for file in files:
         values = _read(file)
         sets |= values.pop("sets", {})
+        reals |= values.pop("reals", {})
         for name, entry in values.pop("sources", {}).items():
             sources[name] = {**sources.get(name, {}), **entry}
         try:
             catalog = recipes.build(
-                Catalog, {"sets": sets, "sources": sources, **values}, str(file)
+                Catalog, {"sets": sets, "sources": sources, "reals": reals, **values}, str(file)
             )
         except recipes.RecipeError as error:
             raise CatalogError(str(error)) from error
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
+        for name in (name for pair in reals.items() for name in pair if name not in sets):
+            raise CatalogError(f"{file}: [reals] names set {name!r}, which [sets] does not have")
     return catalog
 
 

@@ -15,6 +15,7 @@ import train
 from model.checkpoint import find, load_network
 from model.score import score_set
 from pipeline import Loading, open_loader
+from pipeline.subset import choose_samples, read_subset
 from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
 from tests.sharding.test_audit import partly, write_shards
@@ -69,8 +70,8 @@ def test_the_listed_samples_score_as_in_the_whole_set(
     old: ShardSet, data: Path, runs: Path, tmp_path: Path, backend: str
 ) -> None:
     wanted = [("old", key) for key in keys_of(old)[60:5:-3]]
-    subset = evaluate.read_subset(write_list(tmp_path / "some.csv", wanted))
-    part = evaluate.choose_samples(old, "old", subset)
+    subset = read_subset(write_list(tmp_path / "some.csv", wanted))
+    part = choose_samples(old, "old", subset)
     assert sorted(keys_of(part)) == sorted(key for _set, key in wanted)
     net, view, _meta = load_network(find(runs, None))
     logits = []

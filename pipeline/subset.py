@@ -1,0 +1,79 @@
+"""A list of samples to take of shard sets, as `sharding audit --match` writes it."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sharding.format import ShardSet
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A list of samples to score: the keys of each set, and the file that they are from."""
+
+    file: str
+    sha256: str
+    keys: Mapping[str, Sequence[str]]
+
+
+def read_subset(path: Path) -> Subset:
+    """Read a CSV file with the columns `set` and `key`, as `sharding audit --match` writes it.
+
+    Raises:
+        ValueError: other columns, no sample, or a sample that is listed twice.
+    """
+    data = path.read_bytes()
+    try:
+        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    if not rows or rows[0] != ["set", "key"]:
+        raise ValueError(
+            f"{path} begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the header "
+            "set,key; `python -m sharding audit DIR --match FILE` writes such a list"
+        )
+    keys: dict[str, list[str]] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if row and len(row) != 2:
+            raise ValueError(f"{path}:{number} has {len(row)} values, expected set,key")
+        if row:
+            keys.setdefault(row[0], []).append(row[1])
+    listed = sum(map(len, keys.values()))
+    if not listed:
+        raise ValueError(f"{path} lists no sample; write the list again")
+    different = sum(len(set(of_set)) for of_set in keys.values())
+    if different != listed:
+        raise ValueError(
+            f"{path} lists {listed:,} samples, {listed - different:,} of them again; each must "
+            "stand there once"
+        )
+    return Subset(path.name, hashlib.sha256(data).hexdigest(), keys)
+
+
+def choose_samples(shards: ShardSet, name: str, subset: Subset) -> ShardSet:
+    """The samples of set `name` that `subset` lists, in the order of the set.
+
+    Raises:
+        ValueError: the list says nothing of this set, or names keys that it does not hold.
+    """
+    wanted = set(subset.keys.get(name, ()))
+    if not wanted:
+        raise ValueError(
+            f"{subset.file} lists no sample of {name}, only of {', '.join(subset.keys)}; leave "
+            f"out --shards {name}, or list samples of it"
+        )
+    held = shards.table.column("key").to_pylist()
+    rows = np.array([row for row, key in enumerate(held) if key in wanted], np.int64)
+    unknown = sorted(wanted.difference(held))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown):,} of the {len(wanted):,} samples that {subset.file} lists of {name} "
+            f"are not in that set of {len(held):,} (first: {unknown[0]}); make the list again "
+            "from these shards"
+        )
+    return shards.take(rows)
