@@ -145,8 +145,9 @@ def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
     """The network with its weights (on the CPU, ready for evaluation), its view and its meta."""
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
-    net = build(network, pretrained=False)
-    load_weights(net, read_weights(folder), str(folder))
+    net = build(network, pretrained=False, empty=True)
+    load_weights(net, read_weights(folder), str(folder), assign=True)
+    net = net.to(torch.float32, memory_format=torch.channels_last)
     return net.eval(), View(**meta["view"]), meta
 
 

@@ -4,19 +4,24 @@ It takes uint8 images as the pipeline hands them over, so mean and std are appli
 device, in training and serving alike.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from model.without_compiler import without_compiler
 from sharding.format import CLASSES
+
+with without_compiler():
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 log = logging.getLogger("ai_images_detector")
 
@@ -76,8 +81,9 @@ class Detector(nn.Module):
         return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
 
 
-def build(network: Network, *, pretrained: bool) -> Detector:
-    """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`.
+def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
+    """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`. Those
+    of an `empty` one are not drawn: `load_weights` brings them.
 
     Raises:
         NetworkError: timm does not know the name or an option, or the weights cannot be fetched.
@@ -86,22 +92,42 @@ def build(network: Network, *, pretrained: bool) -> Detector:
     if network.drop_path:
         options["drop_path_rate"] = network.drop_path
     try:
-        backbone = timm.create_model(
-            network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
-        )
+        with _Undrawn() if empty else contextlib.nullcontext():
+            backbone = timm.create_model(
+                network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
+            )
     except (RuntimeError, TypeError, ValueError) as error:
         if not pretrained or "nknown model" in str(error):
             raise NetworkError(f"timm cannot build {network.name!r}: {error}") from error
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except OSError as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
-    if network.scratch == "fan_in" and not pretrained:
+    if network.scratch == "fan_in" and not pretrained and not empty:
         _init_by_fan_in(backbone)
     if pretrained:
         licence = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
     net = Detector(backbone, network.mean, network.std, network.frozen_norm)
     return net.to(memory_format=torch.channels_last)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parameters keep whatever their memory holds: drawing those of ConvNeXtV2-Base takes longer
+    than everything else that a prediction does.
+    """
+
+    _DRAWING = frozenset(
+        "uniform_ normal_ trunc_normal_ erfinv_ mul_ add_ clamp_ zero_ fill_".split()
+    )
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in self._DRAWING:
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, nn.Parameter):
+                return target
+        return function(*args, **(kwargs or {}))
 
 
 def _init_by_fan_in(backbone: nn.Module) -> None:
@@ -119,14 +145,16 @@ def _how_to_get_weights(network: Network, error: Exception) -> str:
     )
 
 
-def load_weights(net: Detector, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Fill the backbone from plain timm names, strictly.
+def load_weights(
+    net: Detector, weights: Mapping[str, torch.Tensor], where: str, *, assign: bool = False
+) -> None:
+    """Fill the backbone from plain timm names, strictly; `assign` takes the very tensors.
 
     Raises:
         NetworkError: names or shapes that do not fit.
     """
     try:
-        net.backbone.load_state_dict(weights, strict=True)
+        net.backbone.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
         raise NetworkError(f"the weights in {where} do not fit: {error}") from error
 
