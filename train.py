@@ -244,6 +244,19 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
         raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
 
 
+_DECIDE_NOTHING = {
+    "loading.batch_size",  # of one rank; the order refuses another global batch
+    "loading.workers",
+    "loading.cache",
+    "loading.cache_gb",
+    "loading.check_hashes",
+    "loading.patience_s",
+    "run.log_every",
+    "run.save_every",
+}
+"""What another machine, or another number of them, may set anew when it goes on with a run."""
+
+
 def _resumable(folder: Path, recipe: Recipe) -> Path | None:
     """The last checkpoint of this very recipe, or None where the run is new."""
     last = checkpoint.last_of(folder)
@@ -251,7 +264,11 @@ def _resumable(folder: Path, recipe: Recipe) -> Path | None:
         return None
     before = _flat(checkpoint.read_meta(last)["recipe"])
     now = _flat(json.loads(json.dumps(asdict(recipe))))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = sorted(
+        key
+        for key in (before.keys() | now.keys()) - _DECIDE_NOTHING
+        if before.get(key) != now.get(key)
+    )
     if changed:
         key = changed[0]
         raise ValueError(

@@ -8,19 +8,27 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run in `folder` wrote so far, each with `step` and `kind`."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class History:
     """The history of a run in `folder`, from step `done` on; a context manager.
 
-    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again.
+    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again. So is
+    a last row without its end, as a kill or a full disk leaves it.
     """
 
     def __init__(self, folder: Path, done: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self.path.write_text(
+                "".join(f"{json.dumps(row)}\n" for row in rows_of(folder) if row["step"] <= done),
+                encoding="utf-8",
+            )
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def __enter__(self) -> "History":

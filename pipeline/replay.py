@@ -16,13 +16,13 @@ import numpy as np
 class Replay:
     """Which sets are old, and how many of their samples come with the new ones.
 
-    `old_per_new` is "1:8", "0.125" or "0" for none. Sources whose index says `replay = false` and
+    `old_per_new` is "1:8", 0.125 or 0 for none. Sources whose index says `replay = false` and
     those in `leave_out` are not drawn from. `distill` weighs how closely the logits of old samples
     are held to those of the detector that the run starts from, 0 for not at all.
     """
 
     sets: list[str] = field(default_factory=list)
-    old_per_new: str = "0"
+    old_per_new: str | float = "0"
     leave_out: list[str] = field(default_factory=list)
     distill: float = 0.0
 

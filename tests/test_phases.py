@@ -1,10 +1,7 @@
-"""Phase 2 as continual learning, many ranks, and what an interruption may cost."""
+"""Phase 2 as continual learning; pieces of a batch, averaged weights, bad losses."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,28 +14,13 @@ import recipes
 import train as script
 from model import checkpoint
 from model.forgetting import Change, Gate, forgetting, refusals
+from model.history import rows_of
 from model.metrics import measure
 from pipeline import Replay, open_pool
-from tests.sharding.test_robust import _can_mount
+from tests.test_train import ends_alike, losses_of
 from train import Recipe, Refused, train
 
-ROOT = Path(__file__).parents[1]
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def losses_of(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == "train"]
-
-
-def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(ranks), "train.py", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -62,34 +44,80 @@ start = "tiny"
     return path
 
 
-def test_two_ranks_learn_as_one_with_the_same_batch(
-    tiny_recipe: Path, data: Path, tmp_path: Path
+class Died(Exception):
+    """Stands for a SIGKILL: nothing after it happens."""
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Bit for bit, with old samples replayed in phase 2, and a save at every third step. Each time
+    the run goes on from its last save, so that no step of another seed, epoch or sample slips in.
+    """
+    settings = ["run.log_every=1", "run.save_every=3", f"run.epochs={4 - phase}", "optim.ema=0.5"]
+    first = recipes.load(Recipe, tiny_recipe, settings)
+    start = train(first, data, tmp_path / "whole")
+    recipe = recipes.load(Recipe, phase2, settings) if phase == 2 else first
+    if phase == 2:
+        train(recipe, data, tmp_path / "whole", start=start)
+    whole, parts = (tmp_path / name / recipe.name for name in ("whole", "parts"))
+    start = start if phase == 2 else None
+    steps = rows_of(whole)[-1]["step"]
+    rng = np.random.default_rng(phase)
+    real_step = script.train_step
+    for last in sorted(rng.choice(np.arange(1, steps), 10, replace=False).tolist()):
+
+        def dying(*arguments: object, step: int, last: int = last, **options: object):
+            loss = real_step(*arguments, step=step, **options)
+            if step == last:
+                raise Died
+            return loss
+
+        monkeypatch.setattr(script, "train_step", dying)
+        with pytest.raises(Died):
+            train(recipe, data, tmp_path / "parts", start=start)
+        torch.manual_seed(last)  # whatever else used the generator in between
+    monkeypatch.setattr(script, "train_step", real_step)
+    train(recipe, data, tmp_path / "parts", start=start)
+    ends_alike(whole, parts)
+    if phase == 2:
+        manifests = [
+            (checkpoint.last_of(run) / "replayed.csv").read_text() for run in (whole, parts)
+        ]
+        assert manifests[0] == manifests[1] and manifests[0].count("\n") > 10
+
+
+def test_ten_losses_of_phase_2_never_change(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
-    common = ["--recipe", tiny_recipe, "--data", data, "--set", "network.drop_path=0",
-              "--set", "run.log_every=1", "--set", "optim.clip=0.5"]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = CliRunner().invoke(script.main, [*map(str, common), "--runs", str(one)])
-    assert result.exit_code == 0, result.output
-    result = torchrun(2, *common, "--runs", two, "--set", "loading.batch_size=8")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("best checkpoint:") == 1  # one of them speaks
-    np.testing.assert_allclose(losses_of(two / "tiny"), losses_of(one / "tiny"), rtol=2e-3)
-    metas = [checkpoint.read_meta(checkpoint.last_of(run / "tiny")) for run in (one, two)]
-    counts = [meta["metrics"]["sets"]["val"]["count"] for meta in metas]
-    assert counts[0] == counts[1]
-    aurocs = [meta["metrics"]["sets"]["val"]["auroc"] for meta in metas]
-    assert abs(aurocs[0] - aurocs[1]) < 0.02
+    """Golden, as that of phase 1: which old samples are replayed where, and what it all gives."""
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    recipe = recipes.load(Recipe, phase2, ["run.log_every=1"])
+    train(recipe, data, tmp_path, stop_at=10)
+    np.testing.assert_allclose(losses_of(tmp_path / "tiny2"), GOLDEN_LOSSES, rtol=1e-3)
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    common = ["--recipe", tiny_recipe, "--data", data, "--runs", tmp_path]
-    common += ["--set", "run.save_every=2"]
-    result = torchrun(2, *common, "--set", "loading.batch_size=8", "--set", "run.epochs=1")
-    assert result.returncode == 0, result.stderr
-    last = checkpoint.last_of(tmp_path / "tiny")
-    state = checkpoint.load_state(last)
-    assert len(state["rng"]) == 2
-    assert state["order"]["global_batch"] == 16
+GOLDEN_LOSSES = [
+    0.888559, 0.958990, 0.824012, 0.806412, 0.679404,
+    0.682722, 0.858858, 0.794621, 0.895076, 0.635151,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", ["0", "1:1", "1:4", "1:8", "1:16"])
+def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
+    """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
+    recipe = recipes.load(Recipe, phase2, [f"replay.old_per_new={ratio}", "replay.distill=0.5"])
+    assert recipe.replay.distill == 0.5
+    stream = script.open_stream(recipe, data, torch.device("cpu"))
+    wanted = int(stream.new_per_epoch * recipe.replay.ratio)
+    assert stream.replayed_per_epoch == wanted
+    epoch = stream.epoch(0)
+    share = float(recipe.replay.ratio / (1 + recipe.replay.ratio))
+    assert abs(epoch.replayed.sum() - share * len(epoch.replayed)) <= 1
+    assert (wanted == 0) == (ratio == "0")
+    assert set(epoch.samples[epoch.replayed]) <= set(stream.pool.old)
 
 
 @pytest.mark.parametrize("pieces", [2, 5, 16])
@@ -207,39 +235,6 @@ def test_distillation_holds_the_logits_of_old_samples(
     assert away[1] < 0.5 * away[0]
     with pytest.raises(ValueError, match="needs a run that starts from a trained checkpoint"):
         train(recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill=1"]), data, tmp_path)
-
-
-@pytest.mark.skipif(not _can_mount(), reason="mounting a small file system needs root")
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    tiny_recipe: Path, data: Path, tmp_path: Path
-) -> None:
-    """On a real file system that has room for one checkpoint and not for two."""
-    small = tmp_path / "small"
-    small.mkdir()
-    run = (
-        f"{sys.executable} train.py --recipe {tiny_recipe} --data {data} --runs {small} "
-        "--set run.save_every=1"
-    )
-    script_text = f"""
-        mount -t tmpfs -o size=260k none {small} || exit 99
-        {run}; echo "first: $?"
-        ls {small}/tiny | grep step_
-        mount -o remount,size=64m {small}
-        {run}; echo "second: $?"
-        cp -r {small} {tmp_path / "kept"}
-    """
-    result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script_text],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "first: 1" in result.stdout, result.stdout + result.stderr
-    assert "No space left on device" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "second: 0" in result.stdout, result.stdout + result.stderr
-    best = checkpoint.best_of(tmp_path / "kept/tiny")
-    whole = train(recipes.load(Recipe, tiny_recipe, ["run.save_every=1"]), data, tmp_path / "w")
-    one, other = checkpoint.read_weights(best), checkpoint.read_weights(whole)
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(

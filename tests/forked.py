@@ -1,0 +1,116 @@
+"""`train.py` in processes of its own: real signals, ranks and mounts, one import for all of them.
+
+They are forked from multiprocessing's fork server, which has imported everything and done nothing
+yet: a process that ran autograd cannot be forked and train again.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+
+import train
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload([__name__])
+
+# From Linux's sched.h.
+_CLONE_NEWNS = 0x00020000
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Running:
+    """A command that runs; `process` takes signals."""
+
+    process: BaseProcess
+    answer: Path
+
+    def wait(self, timeout_s: float = 120) -> Ended:
+        """How it ends."""
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout_s} s")
+        return Ended(**json.loads(self.answer.read_text()))
+
+
+def start(arguments: Sequence[object], answer: Path, **environment: str) -> Running:
+    """`python train.py` with these arguments; `answer` is a file for how it ends."""
+    return _forked(_train, answer, [str(argument) for argument in arguments], environment)
+
+
+def start_ranks(count: int, arguments: Sequence[object], folder: Path) -> list[Running]:
+    """The same as `count` ranks, with the environment that torchrun gives each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [
+        start(arguments, folder / f"rank{rank}.json", **common, **own[rank])
+        for rank in range(count)
+    ]
+
+
+def start_on_small_disk(
+    disk: Path, sizes: Sequence[str], arguments: Sequence[object], answer: Path
+) -> list[Running]:
+    """The same, once for each of `sizes`, on a file system at `disk` of that size (as tmpfs takes
+    it). Nobody else sees the mount; what it holds in the end is copied to `<disk>-kept`.
+    """
+    answers = [answer.with_name(f"{number}-{answer.name}") for number in range(len(sizes))]
+    process = _forked(
+        _train_on_small_disk, answer, disk, list(sizes), [str(a) for a in arguments], answers
+    ).process
+    return [Running(process, one) for one in answers]
+
+
+def _forked(function: Callable, answer: Path, *arguments: object) -> Running:
+    answer.unlink(missing_ok=True)
+    process = FORK.Process(target=function, args=(answer, *arguments))
+    process.start()
+    return Running(process, answer)
+
+
+def _train(answer: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(train.main, arguments)
+    ended = {"status": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
+    if result.exception and not isinstance(result.exception, SystemExit):
+        ended["stderr"] += f"Traceback: {result.exception!r}"
+    partial = answer.with_suffix(".partial")
+    partial.write_text(json.dumps(ended))
+    partial.replace(answer)
+
+
+def _train_on_small_disk(
+    _answer: Path, disk: Path, sizes: Sequence[str], arguments: Sequence[str], answers: list[Path]
+) -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "none", disk], check=True)
+    for size, answer in zip(sizes, answers, strict=True):
+        subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+        _train(answer, arguments, {})
+    shutil.copytree(disk, disk.with_name(f"{disk.name}-kept"))
