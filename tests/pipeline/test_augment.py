@@ -105,6 +105,22 @@ def test_a_harsh_law_draws_all_that_it_adds() -> None:
     assert {d.grid_top for d in found} == {d.grid_left for d in found} == set(range(8))
 
 
+def test_one_thing_that_happens_says_nothing_of_another() -> None:
+    law = replace(
+        PHASE1, flip=0.5, jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grey=0.5, grid=0.5,
+        webp=0.5, webp_quality=(40, 90),
+    )  # fmt: skip
+    happened = np.array(
+        [
+            (d.flip, d.colour != IDENTITY, d.resample > 0, d.jpeg > 0, d.blur > 0, d.grey,
+             d.grid_top + d.grid_left > 0, d.webp > 0)
+            for d in draws(law)
+        ]
+    )  # fmt: skip
+    together = np.corrcoef(happened.T)
+    assert np.abs(together - np.eye(len(together))).max() < 0.07  # four sigma of 4,000 draws
+
+
 def test_what_a_harsh_law_adds_leaves_the_other_dice_alone() -> None:
     mild = Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grey=0.5)
     harsh = replace(mild, jpegs=(1, 3), grid=1.0, webp=1.0, webp_quality=(10, 90))
