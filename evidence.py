@@ -88,7 +88,7 @@ def _c2pa(data: bytes) -> Iterator[Evidence]:
     made = [info.get("name") for info in active.get("claim_generator_info") or []]
     made = [name for name in [*made, active.get("claim_generator")] if name]
     said += [f"made with {made[0]}"] if made else []
-    said += sources
+    said += map(_in_words, sources)
     said.append(_validity(store))
     yield Evidence("C2PA", _line(", ".join(said)), "C2PA manifest", _suggested(sources))
 
@@ -140,6 +140,12 @@ _MADE_BY_AI = {
 _TAKEN = {"digitalCapture", "computationalCapture", "negativeFilm", "positiveFilm", "print"}
 
 
+def _in_words(source: str) -> str:
+    """A source type with what it means, where it speaks for a machine or a camera."""
+    meaning = {"AI": "AI-generated", "camera": "taken with a camera", "": ""}[_suggested([source])]
+    return f"{meaning} ({source})" if meaning else source
+
+
 def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
     if _MADE_BY_AI & set(sources):
         return "AI"
@@ -150,10 +156,10 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
 
 
 def _metadata(data: bytes) -> list[Evidence]:
-    """All other kinds, from the header alone: no pixel is decoded."""
+    """All other kinds; no pixel is decoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata is what is looked for
-        with Image.open(io.BytesIO(data), formats=READABLE) as image:
+        with Image.open(io.BytesIO(_texts_first(data)), formats=READABLE) as image:
             info, exif = dict(image.info), _exif(image)
     texts = {
         str(key): _text(value) for key, value in info.items() if key not in ("exif", "icc_profile")
@@ -168,8 +174,31 @@ def _metadata(data: bytes) -> list[Evidence]:
     return found + list(_camera(exif))
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_CHUNKS = 100_000
+
+
+def _texts_first(data: bytes) -> bytes:
+    """A PNG without its pixels, so that Pillow finds what stands behind them without decoding them;
+    of any other file, the file.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    for _ in range(_MAX_CHUNKS):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind != b"IDAT":
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+        if kind == b"IEND" or at >= len(data):
+            break
+    return b"".join(kept)
+
+
 def _exif(image: Image.Image) -> dict[str, str]:
     """EXIF by the names of its tags, as text."""
+    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}:
+        return {}  # Pillow would decode the pixels in search of it
     base = image.getexif()
     tags = {**base, **base.get_ifd(ExifTags.IFD.Exif)}
     return {ExifTags.TAGS.get(tag, str(tag)): _text(value) for tag, value in tags.items()}
@@ -202,7 +231,7 @@ def _iptc(xmp: str) -> Iterator[Evidence]:
     """IPTC's digital source type, and who is credited where that names AI (Google's images)."""
     types = re.findall(r"newscodes/digitalsourcetype/(\w+)", xmp)
     for name in dict.fromkeys(types):
-        yield Evidence("source type", name, "XMP", _suggested([name]))
+        yield Evidence("source type", _in_words(name), "XMP", _suggested([name]))
     credit = re.search(r"photoshop:Credit(?:=[\"']|>)([^\"'<]{1,200})", xmp)
     if credit and re.search(r"\bAI\b", credit[1]):
         yield Evidence("source type", _line(f"credit: {html.unescape(credit[1])}"), "XMP", "AI")

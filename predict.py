@@ -138,19 +138,12 @@ def draw_heatmap(detector: "ImageDetector", name: str, data: bytes, folder: Path
     Image.fromarray(heatmap(detector, data)).save(path)
 
 
-def listed(stream: Iterable[str]) -> Iterator[str]:
-    """The paths of a list, one a line."""
-    for text in stream:
-        if path := text.rstrip("\r\n"):
-            yield path
-
-
 def named(paths: Iterable[str]) -> Iterator[str]:
     """PATH... with `-` replaced by the list on standard input, as it comes."""
     for path in paths:
         if path == "-":
-            with open(0, errors="surrogateescape", closefd=False) as stream:
-                yield from listed(stream)
+            lines = click.get_text_stream("stdin", errors="surrogateescape")
+            yield from filter(None, (text.rstrip("\r\n") for text in lines))
         else:
             yield path
 
@@ -244,10 +237,14 @@ def main(
                 _predict_as_they_come(run, watch, batch_size)
             else:
                 _predict_all(run, paths, batch_size)
+        _finish(run, paths, watch)
     except KeyboardInterrupt:
         if not watch:
             _stopped(run, out)
-    _finish(run, paths, watch)
+        _finish(run, paths, watch)
+    finally:
+        if file:
+            file.stream.close()
 
 
 def _format_of(out: Path | None) -> str:

@@ -37,8 +37,9 @@ def line(output: str, row: Mapping[str, Any]) -> str:
     if output == "csv":
         stream = io.StringIO()
         said = "; ".join(map(str, row["file_says"]))
-        csv.writer(stream, lineterminator="").writerow((row | {"file_says": said}).values())
-        return stream.getvalue()
+        # It quotes the newlines that are in its own line end, so both kinds must be.
+        csv.writer(stream, lineterminator="\r\n").writerow((row | {"file_says": said}).values())
+        return stream.getvalue().removesuffix("\r\n")
     values = row | {"file_says": [asdict(one) for one in row["file_says"]]}
     text = json.dumps(values, ensure_ascii=False)
     # A name that is not UTF-8 is written with escapes, by which Python finds the file again.
@@ -114,14 +115,16 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
             )
     if resume and path.exists() and not partial.exists():
         path.rename(partial)
+    if partial.exists():
+        with partial.open("r+b") as stream:
+            stream.truncate(_whole_rows(stream, output))  # the last one may be cut off
     if not partial.exists() or not partial.stat().st_size:
         file = ResultsFile(path, partial.open("wb", buffering=0))
         if output == "csv":
             file.write(header(output))
         return file
     hashes, unreadable = array("Q"), 0
-    with partial.open("r+b") as stream:
-        stream.truncate(_whole_rows(stream, output))  # a row may be cut off
+    with partial.open("rb") as stream:
         for row in _rows(stream, output, partial):
             if row["checkpoint"] != checkpoint:
                 raise ResultsError(
@@ -151,7 +154,6 @@ def _whole_rows(stream: BinaryIO, output: str) -> int:
 
 
 def _rows(stream: BinaryIO, output: str, path: Path) -> Iterator[dict[str, Any]]:
-    stream.seek(0)
     text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
     try:
         if output == "csv":

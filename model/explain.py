@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from model.detector import ImageDetector
+from model.network import Detector
 from sharding.decode import ImageFile
 
 MEANING = (
@@ -59,30 +60,36 @@ def attribution(
     return view, found[0, 0].detach().float().cpu().numpy()
 
 
-def last_feature_layer(net: nn.Module, pixels: torch.Tensor) -> nn.Module:
-    """The last module that puts out a map, (B, C, more than 1, more than 1), before it is averaged.
+def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
+    """The module that puts out the last map of features, (B, C, rows, columns), which the
+    classifier then averages.
 
     Raises:
         ExplainError: there is none, as in a transformer, which keeps a list of patches.
     """
-    seen: list[nn.Module] = []
+    backbone, seen = net.backbone, []
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            seen.append(module)
+        if isinstance(output, torch.Tensor):
+            seen.append((module, output.data_ptr(), output.shape))
 
-    hooks = [module.register_forward_hook(note) for module in net.modules()]
+    hooks = [module.register_forward_hook(note) for module in backbone.modules()]
     try:
         with torch.inference_mode():
-            net(pixels)
+            features = backbone.forward_features((pixels - net.mean) / net.std)
     finally:
         for hook in hooks:
             hook.remove()
-    if not seen:
+    channels = {getattr(backbone, n, None) for n in ("num_features", "head_hidden_size")}
+    found = [
+        module for module, place, shape in seen
+        if (place, shape) == (features.data_ptr(), features.shape)
+    ]  # fmt: skip
+    if features.ndim != 4 or features.shape[1] not in channels or not found:
         raise ExplainError(
-            f"{type(net).__name__} keeps no map of features, so there is no heatmap to draw"
+            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap to draw"
         )
-    return seen[-1]
+    return found[-1]
 
 
 def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> np.ndarray:

@@ -90,7 +90,7 @@ def prepare(data: bytes) -> Prepared:
         DecodeError: not an image, damaged, or too large; the message is the reason.
     """
     with _opened(data) as image:
-        name, orientation = _name_of(image), exif_orientation(image)
+        name, orientation = _name_of(image), _orientation(image, data)
         if _is_plain(image, name, data):
             pixels, transcoded_from = decode_image(data, name, orientation), ""
         else:
@@ -123,7 +123,7 @@ def decode(data: bytes) -> np.ndarray:
     with _opened(data) as image:
         name = _name_of(image)
         if _is_plain(image, name, data):
-            return decode_image(data, name, exif_orientation(image))
+            return decode_image(data, name, _orientation(image, data))
         return _eight_bit_rgb(image)
 
 
@@ -144,7 +144,7 @@ def encoded(data: bytes) -> Encoded:
         DecodeError: as `prepare`, but for damage that only decoding finds.
     """
     with _opened(data) as image:
-        name, orientation = _name_of(image), exif_orientation(image)
+        name, orientation = _name_of(image), _orientation(image, data)
         if _is_plain(image, name, data):
             size = image.size if orientation < 5 else image.size[::-1]
             return Encoded(data, name, orientation, *size)
@@ -199,6 +199,18 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
         warnings.simplefilter("ignore")
         yield _open(data)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation. Pillow decodes a whole PNG in search of one behind the pixels, so it is
+    asked only where some bytes look like one.
+    """
+    if image.format == "PNG" and not any(mark in data for mark in _ORIENTED):
+        return 1
+    return exif_orientation(image)
+
+
+_ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 def _name_of(image: Image.Image) -> str:

@@ -93,8 +93,9 @@ def _in_folder(top: str, left_out: Counter[str]) -> Iterator[ImageFile]:
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
             yield ImageFile(entry.path, partial(read_file, entry.path))
-        elif entry.name.endswith(".tar") and Path(entry.path).with_name(INDEX_FILE).exists():
-            yield from _in_tar(entry.path, Counter())
+        elif Path(entry.path).with_name(INDEX_FILE).exists():  # part of a shard set
+            if entry.name.endswith(".tar"):
+                yield from _in_tar(entry.path, Counter())
         elif entry.is_dir():
             left_out["links to folders"] += 1
         elif entry.name.lower().endswith(ARCHIVES):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 
 import recipes
+from model import checkpoint
 from model.network import Network
+from model.network import build as build_network
 from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool
 from pipeline.augment import Augment, View
 from sharding.build import build
@@ -225,6 +228,28 @@ def make_stream(data: Path) -> Callable[..., Stream]:
         return Stream(loader, pool, replay, {"train": HARSH, "dda": Augment()}, "train", seed)
 
     return make
+
+
+@dataclass
+class SmallRecipe:
+    """What a checkpoint must know of a recipe."""
+
+    name: str = "small"
+    network: Network = field(default_factory=lambda: TINY)
+    view: View = field(default_factory=lambda: View(size=32, resize=36))
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with one checkpoint, whose network is drawn and not trained."""
+    runs = tmp_path_factory.mktemp("small_runs")
+    torch.manual_seed(1)
+    checkpoint.save(
+        runs / "small" / "step_0000001", build_network(TINY, pretrained=False),
+        recipe=SmallRecipe(), step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]},
+        state=None,
+    )  # fmt: skip
+    return runs
 
 
 @pytest.fixture

@@ -1,0 +1,524 @@
+"""`predict.py` on everything a person may name, and on what somebody may have prepared for it."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import predict
+import results
+from model import load_detector
+from model.checkpoint import annotate
+from sharding import inputs, tars
+from sharding.decode import MAX_BYTES, decode
+from sharding.format import DecodeError, open_shards
+from tests.conftest import encode, photo
+from tests.pipeline.test_broken import KINDS, awkward_files, bomb
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ALL = {"a.jpg": encode(photo(1)), "b.png": encode(photo(2), "PNG"), "c/d.webp": encode(photo(3))}
+
+
+@pytest.fixture
+def ask(small_runs: Path) -> Callable[..., Result]:
+    """`predict.py` with these arguments."""
+
+    def run(*arguments: object, stdin: str | None = None) -> Result:
+        command = [*map(str, arguments), "--runs", str(small_runs)]
+        return CliRunner().invoke(predict.main, command, input=stdin)
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with the images of `ALL`."""
+    for name, data in ALL.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "photos"
+
+
+def rows_of(result: Result) -> dict[str, dict]:
+    """The rows of JSON lines, by their paths."""
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len({row["path"] for row in rows}) == len(rows)
+    return {row["path"]: row for row in rows}
+
+
+def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
+# --- what may be named ----------------------------------------------------------------------------
+
+
+def test_an_image_has_one_score_wherever_it_lies(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    places = {
+        photos: photos,
+        write_zip(tmp_path / "x.zip", ALL): tmp_path / "x.zip",
+        write_tar(tmp_path / "x.tar", ALL): tmp_path / "x.tar",
+        write_tar(tmp_path / "y.tgz", ALL, "w:gz"): tmp_path / "y.tgz",
+        write_tar(tmp_path / "z.tar.xz", ALL, "w:xz"): tmp_path / "z.tar.xz",
+        f"{tmp_path}/**/*.[jpw]*": photos,
+        "-": photos,
+    }  # fmt: skip
+    listed = "".join(f"{photos / name}\r\n" for name in ALL)
+    expected = None
+    for named, folder in places.items():
+        result = ask(named, "--format", "jsonl", stdin=listed)
+        assert result.exit_code == 0, result.output
+        rows = rows_of(result)
+        assert rows.keys() == {str(folder / name) for name in ALL}
+        scores = [rows[str(folder / name)]["probability"] for name in ALL]
+        expected = expected or scores
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert len(set(expected)) == len(ALL)
+
+
+def test_a_shard_set_is_its_images(ask: Callable[..., Result], data: Path) -> None:
+    result = ask(data / "val", "--format", "csv")
+    assert result.exit_code == 0, result.output
+    shards = open_shards([data / "val"])
+    found = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    formats = shards.names("format", np.arange(len(shards)))
+    endings = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+    assert sorted(found) == sorted(
+        f"{shards.shard_path(row)}/{shards.text('key', row)}.{endings[formats[row]]}"
+        for row in range(len(shards))
+    )
+    assert "left out" not in result.stderr
+
+
+def test_what_is_passed_over_in_a_folder_is_counted(
+    ask: Callable[..., Result], photos: Path
+) -> None:
+    (photos / ".hidden.jpg").write_bytes(ALL["a.jpg"])
+    (photos / "notes.txt").write_text("no image")
+    write_zip(photos / "x.zip", ALL)
+    (photos / "c" / "circle").symlink_to(photos)
+    (photos / "link.jpg").symlink_to(photos / "a.jpg")
+    result = ask(photos)
+    assert result.exit_code == 0, result.output
+    assert "4 images" in result.stderr
+    for said in ("1 hidden", "1 no images by their", "1 archives (name", "1 links to folders"):
+        assert said in result.stderr
+
+
+def test_a_large_folder_comes_in_runs_and_nothing_is_lost(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "RUN", 2)
+    for number in range(7):
+        (photos / f"{number}.jpg").touch()
+    found = [file.name for file in inputs.find_images([str(photos)], Counter())]
+    assert len(found) == len(set(found)) == 10
+
+
+def test_the_exit_code_and_one_line_tell_what_is_wrong(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    for arguments, said in (
+        ([], "name images, folders or archives"),
+        ([tmp_path / "none"], "does not exist"),
+        ([f"{tmp_path}/*.none"], "does not exist"),
+        ([photos, "--watch", photos], "not both"),
+        ([photos, "--resume"], "name it with --out"),
+        ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),
+        ([photos, "--threshold", "2"], "0<=x<=1"),
+        ([photos, "--device", "none"], "no such device"),
+        ([photos, "--checkpoint", tmp_path], "neither a checkpoint nor a run"),
+    ):  # fmt: skip
+        result = ask(*arguments)
+        assert result.exit_code == 2, arguments
+        assert said in result.stderr
+        assert not result.stdout
+    (tmp_path / "empty").mkdir()
+    assert ask(tmp_path / "empty").exit_code == 2
+    assert ask(photos).exit_code == 0
+    (photos / "broken.jpg").write_bytes(ALL["a.jpg"][:100])
+    result = ask(photos)
+    assert result.exit_code == 1
+    assert "1 of 4 images could not be read" in result.stderr
+    assert ask("-", stdin="nowhere.jpg\n").exit_code == 1
+
+
+# --- what somebody may have prepared --------------------------------------------------------------
+
+
+def test_hostile_members_are_refused_by_name(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = {"../up.jpg": b"x", "/etc/root.jpg": b"x", "C:\\windows.jpg": b"x"}
+    write_zip(tmp_path / "x.zip", ALL | hostile)
+    monkeypatch.setattr(tars, "MAX_BYTES", 100_000)
+    for mode in ("w", "w:gz"):
+        path = tmp_path / f"x.{'tgz' if mode[2:] else 'tar'}"
+        with tarfile.open(path, mode) as archive:
+            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+                member = tarfile.TarInfo(f"kind{kind.decode()}.jpg")
+                member.type, member.linkname = kind, "/etc/passwd"
+                archive.addfile(member)
+            for name, data in (ALL | hostile | {"huge.png": bytes(100_001)}).items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    expected = {"x.zip": 3, "x.tar": 8, "x.tgz": 9}  # a gzip ends at what is too large
+    for name, refused in expected.items():
+        result = ask(tmp_path / name, "--format", "jsonl")
+        assert result.exit_code == 1
+        rows = rows_of(result)
+        errors = {path: row["error"] for path, row in rows.items() if row["error"]}
+        assert len(rows) - len(errors) == len(ALL)
+        assert len(errors) == refused, errors
+        assert sum("leaves the archive" in error for error in errors.values()) == len(hostile)
+    assert not (tmp_path / "up.jpg").exists()
+    assert not (tmp_path.parent / "up.jpg").exists()
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_damaged_tar_is_said_and_what_came_before_is_kept(
+    ask: Callable[..., Result], tmp_path: Path, mode: str
+) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{n}.png": encode(photo(n), "PNG") for n in range(4)})
+    whole = path.read_bytes()
+    third = whole.index(b"2.png\0")
+    for damaged in (
+        whole[: third + 700],  # cut off in a member
+        whole[:third],  # between two of them
+        whole[:third] + os.urandom(512) + whole[third + 512 :],  # no header
+    ):
+        data = damaged if mode == "w" else gzip.compress(damaged)
+        path.write_bytes(data)
+        result = ask(path, "--format", "jsonl")
+        assert result.exit_code == 1
+        rows = rows_of(result)
+        assert [bool(rows[f"{path}/{n}.png"]["error"]) for n in range(2)] == [False, False]
+        reasons = [row["error"] for row in rows.values() if row["error"]]
+        assert any("damaged or cut off" in reason for reason in reasons), reasons
+    cut = path.with_suffix(".tgz")
+    cut.write_bytes(gzip.compress(whole)[:-2000])
+    assert any("cut off" in row["error"] for row in rows_of(ask(cut, "--format", "jsonl")).values())
+
+
+def test_what_has_no_end_or_no_size_is_refused(ask: Callable[..., Result], tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "gone.jpg").symlink_to(folder / "nothing")
+    (folder / "bomb.png").write_bytes(bomb())
+    with (folder / "huge.png").open("wb") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    (folder / "folder.jpg").mkdir()
+    (folder / "good.jpg").write_bytes(ALL["a.jpg"])
+    result = ask(folder, "--format", "jsonl")
+    assert result.exit_code == 1
+    rows = rows_of(result)
+    said = {Path(path).name: row["error"] for path, row in rows.items()}
+    assert said.pop("good.jpg") == ""
+    assert said == {
+        "pipe.jpg": "not a plain file, but a pipe, a device or the like",
+        "zero.jpg": "not a plain file, but a pipe, a device or the like",
+        "gone.jpg": "No such file or directory",
+        "bomb.png": said["bomb.png"],
+        "huge.png": "536,870,913 bytes, more than the limit of 536,870,912",
+    }
+    assert "more than 200,000,000 pixels" in said["bomb.png"]
+
+
+def test_every_kind_of_broken_file_is_a_picture_or_a_line(
+    ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    for name, data in KINDS.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    result = ask(tmp_path, "--format", "jsonl")
+    assert result.exit_code == 1
+    rows = rows_of(result)
+    assert len(rows) == len(KINDS)
+    for name in KINDS:
+        row = rows[str(tmp_path / f"{name}.jpg")]
+        assert (row["probability"] is None) == bool(row["error"])
+        assert "\n" not in row["error"]
+    unreadable = {Path(path).stem for path, row in rows.items() if row["error"]}
+    assert {"empty", "html", "zeros", "half a jpeg", "half a png", "bomb"} <= unreadable
+    assert not {"gif", "bmp", "tiff", "avif", "cmyk", "16 bit", "animated"} & unreadable
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not awkward_files(), reason="AWKWARD_IMAGES names no folder of hostile files")
+def test_every_hostile_file_in_a_folder(ask: Callable[..., Result]) -> None:
+    """Upright and with Pillow's pixels, or one line with the reason."""
+    files = awkward_files()
+    result = ask("-", "--format", "jsonl", stdin="".join(f"{path}\n" for path in files))
+    rows = rows_of(result)
+    assert len(rows) == len(files)
+    assert result.exit_code == int(any(row["error"] for row in rows.values()))
+    for path in files:
+        try:
+            pixels = decode(path.read_bytes())
+        except DecodeError as error:
+            assert rows[str(path)]["error"] == " ".join(str(error).split())
+            continue
+        assert not rows[str(path)]["error"]
+        assert pixels.shape[2] == 3
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_verdicts_follow_the_band_of_the_checkpoint(
+    ask: Callable[..., Result], photos: Path, small_runs: Path
+) -> None:
+    folder = small_runs / "small" / "step_0000001"
+    first = sorted(row["probability"] for row in rows_of(ask(photos, "--format", "jsonl")).values())
+    band = [(first[0] + first[1]) / 2, first[2]]  # the upper end itself is likely AI
+    annotate(folder, {"calibration": {"band": band}})
+    try:
+        rows = rows_of(ask(photos, "--format", "jsonl"))
+        verdicts = [row["verdict"] for row in sorted(rows.values(), key=lambda r: r["probability"])]
+        assert verdicts == ["likely real", "uncertain", "likely AI"]
+        rows = rows_of(ask(photos, "--format", "jsonl", "--threshold", first[1]))
+        verdicts = [row["verdict"] for row in sorted(rows.values(), key=lambda r: r["probability"])]
+        assert verdicts == ["likely real", "likely AI", "likely AI"]
+    finally:
+        annotate(folder, {"calibration": None})
+
+
+NAMES = (
+    'qu"ote.jpg',
+    "new\nline.jpg",
+    "comma, and space.jpg",
+    "ümlaut.jpg",
+    os.fsdecode(b"\xff.jpg"),
+)
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
+    ask: Callable[..., Result], tmp_path: Path, output: str
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / name).write_bytes(encode(photo(number)))
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    out = tmp_path / f"out.{output}"
+    assert ask(folder, "--out", out).exit_code == 1
+    whole = out.read_bytes()
+    assert ask(folder, "--out", out).exit_code == 2, "an existing file must not be overwritten"
+    rows = read(whole, output)
+    assert rows.keys() == {str(folder / name) for name in (*NAMES, "broken.jpg")}
+    partial = results.partial_of(out)
+    for cut in (0, 3, len(whole) // 3, len(whole) // 2, len(whole) - 3, len(whole)):
+        out.unlink(missing_ok=True)
+        partial.write_bytes(whole[:cut])
+        result = ask(folder, "--out", out, "--resume")
+        assert result.exit_code == 1, result.output  # the broken one, whenever it was met
+        assert not partial.exists()
+        again = read(out.read_bytes(), output)
+        assert again.keys() == rows.keys()
+        for path, row in rows.items():
+            found = again[path].pop("probability")
+            assert row["verdict"] == again[path]["verdict"]
+            if not row["error"]:
+                assert float(found) == pytest.approx(float(row["probability"]), abs=1e-6)
+    (folder / "later.jpg").write_bytes(encode(photo(9)))
+    result = ask(folder, "--out", out, "--resume")
+    assert "1 images, 6 were there already" in result.stderr
+    result = ask(folder, "--out", out, "--resume", "--threshold", "0.9")
+    assert result.exit_code == 2
+    assert "another checkpoint, calibration or threshold" in result.stderr
+
+
+def read(data: bytes, output: str) -> dict[str, dict]:
+    text = data.decode("utf-8", "surrogateescape")
+    found = (
+        list(csv.DictReader(io.StringIO(text, newline="")))
+        if output == "csv"
+        else [json.loads(line) for line in text.splitlines()]
+    )
+    rows = {row["path"]: row for row in found}
+    assert len(rows) == len(found)
+    return rows
+
+
+def test_results_are_there_as_they_come(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption in the middle, what was scored is in the file."""
+    out, seen = tmp_path / "out.jsonl", []
+    write = results.ResultsFile.write
+
+    def interrupted(file: results.ResultsFile, text: str) -> None:
+        write(file, text)
+        seen.append(len(results.partial_of(out).read_bytes().splitlines()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.ResultsFile, "write", interrupted)
+    result = ask(photos, "--out", out)
+    assert result.exit_code == 130
+    assert seen == [1, 2]
+    assert "stopped after 2 images" in result.stderr
+    assert "--resume goes on with it" in result.stderr
+    monkeypatch.setattr(results.ResultsFile, "write", write)
+    assert ask(photos, "--out", out, "--resume").exit_code == 0
+    assert len(out.read_bytes().splitlines()) == 3
+
+
+def test_a_file_cannot_write_to_the_terminal(ask: Callable[..., Result], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0110] = "Camera\x1b[31m\nred"
+    path = tmp_path / "a\x1b[2Jb\nc.jpg"
+    path.write_bytes(encode(photo(1), "JPEG", exif=exif))
+    result = ask(tmp_path)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    assert len(result.stdout.splitlines()) == 2
+    assert "the file says: camera: Camera [31m red (EXIF)" in result.stdout
+
+
+def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    write_zip(tmp_path / "x.zip", ALL)
+    result = ask(photos, tmp_path / "x.zip", "--heatmap", tmp_path / "maps")
+    assert result.exit_code == 1
+    below = tmp_path / "maps" / photos.relative_to("/").parent
+    found = sorted(path.relative_to(below).as_posix() for path in below.rglob("*.png"))
+    assert found == sorted(f"{place}/{name}.png" for place in ("photos", "x.zip") for name in ALL)
+    with Image.open(below / "photos" / "a.jpg.png") as image:
+        assert image.size == (32, 32)
+
+
+# --- a folder that fills --------------------------------------------------------------------------
+
+
+def test_a_folder_that_fills_gives_each_complete_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        inputs.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
+    (tmp_path / "old.jpg").write_bytes(b"12")
+    os.utime(tmp_path / "old.jpg", (1, 1))
+    looks = inputs.watch(str(tmp_path), Counter())
+
+    def look() -> list[str]:
+        return [Path(file.name).name for file in next(looks)]
+
+    assert look() == ["old.jpg"]
+    growing = tmp_path / "growing.jpg"
+    for size in range(4):
+        growing.write_bytes(bytes(size + 1))
+        os.utime(growing, (1, 1 + size))
+        assert look() == []
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "half.jpg.part").write_bytes(b"x")
+    assert look() == []
+    assert look() == ["growing.jpg"]
+    assert [look() for _ in range(4)] == [[]] * 4
+    growing.unlink()
+    assert look() == []
+    growing.write_bytes(b"another")
+    assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+def test_watching_ends_cleanly(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in photos.rglob("*.*"):
+        os.utime(path, (1, 1))
+    looks = []
+
+    def sleep(_seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs.time, "sleep", sleep)
+    out = tmp_path / "out.csv"
+    result = ask("--watch", photos, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert len(out.read_text().splitlines()) == 1 + len(ALL)
+    assert "Ctrl-C ends" in result.stderr
+
+
+# --- the same score -------------------------------------------------------------------------------
+
+
+def test_evidence_never_changes_the_score(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pixels with and without a file that speaks: the same bits."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0131] = "Canon", "EOS 40D", "Stable Diffusion"
+    pixels = photo(5)
+    (tmp_path / "silent.jpg").write_bytes(encode(pixels))
+    (tmp_path / "speaks.jpg").write_bytes(encode(pixels, exif=exif))
+    rows = rows_of(ask(tmp_path, "--format", "jsonl", "--batch-size", 1))
+    silent, speaks = (rows[str(tmp_path / f"{name}.jpg")] for name in ("silent", "speaks"))
+    assert silent["file_says"] == []
+    assert {one["suggests"] for one in speaks["file_says"]} == {"AI", "camera"}
+    assert silent["probability"] == speaks["probability"]
+    assert silent["verdict"] == speaks["verdict"]
+    monkeypatch.setattr(predict, "read_evidence", lambda _data: [])
+    again = rows_of(ask(tmp_path, "--format", "jsonl", "--batch-size", 1))
+    assert again[str(tmp_path / "speaks.jpg")]["probability"] == speaks["probability"]
+
+
+def test_python_and_predict_give_the_same_bits(
+    ask: Callable[..., Result], photos: Path, small_runs: Path
+) -> None:
+    rows = rows_of(ask(photos, "--format", "jsonl"))
+    names = sorted(rows)
+    found = list(load_detector(runs=small_runs).predict(names))
+    assert [one.probability for one in found] == [rows[name]["probability"] for name in names]
+
+
+def test_standard_input_is_read_as_it_comes(small_runs: Path, photos: Path) -> None:
+    """A list without an end: the first verdict does not wait for it."""
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield str(photos / "a.jpg")
+
+    files = inputs.find_images(endless(), Counter())
+    predictions = load_detector(runs=small_runs).predict(files)
+    next(predictions)
+    assert len(taken) == 2
+    for _ in range(200):
+        next(predictions)
+    assert len(taken) < 201 + 4 * 32
+    predictions.close()
