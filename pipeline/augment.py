@@ -6,7 +6,8 @@ rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> colour jitter ->
 resample down and back up -> JPEG re-encode -> 3x3 blur -> grey. Harsher laws add up to two more
-JPEGs behind the first, move the picture against the JPEG grid, and end with WebP.
+JPEGs behind the first, move the picture against the JPEG grid, and end with WebP. A law for aligned
+pairs begins with the JPEG of a fake's real partner, on the whole image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,9 @@ BLUR_TAPS = 3
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
 """Resampling filters; a draw holds a position in this tuple."""
+
+CHROMAS = ("420", "422", "444", "Gray")
+"""Chroma of a JPEG as the index names it; a draw holds a position in this tuple."""
 
 GRID = 8
 """Side of a JPEG block in pixels."""
@@ -64,7 +68,8 @@ class Augment:
     to the view's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1
     to 100, and `jpegs` how many follow each other, 1 to 3; `grid` is the probability that blocks
     begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is in
-    pixels.
+    pixels. `pair_quality` delivers a fake as a JPEG of its real partner's quality and chroma, where
+    the index knows them (`pipeline/pairs.py`).
     """
 
     scale: Range = (1.0, 1.0)
@@ -87,6 +92,7 @@ class Augment:
     grid: float = 0.0
     webp: float = 0.0
     webp_quality: tuple[int, int] = (95, 95)
+    pair_quality: bool = False
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "resample", "jpeg", "blur", "grey", "grid", "webp"):
@@ -118,7 +124,8 @@ class Draw(NamedTuple):
     0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
     each 0 for "not at all". So are the qualities `jpeg2` and `jpeg3` of further JPEGs and that of
     `webp`. `filter` is a position in `FILTERS`; `grid_top` and `grid_left`, 0 to 7, say how far
-    inside a block the picture begins.
+    inside a block the picture begins. `pair_jpeg` is the quality, 0 for none, of a JPEG of the
+    whole image before anything else, `pair_chroma` a position in `CHROMAS`.
     """
 
     top: int
@@ -137,6 +144,8 @@ class Draw(NamedTuple):
     grid_top: int = 0
     grid_left: int = 0
     webp: int = 0
+    pair_jpeg: int = 0
+    pair_chroma: int = 0
 
 
 class Draws(NamedTuple):
@@ -161,6 +170,8 @@ class Draws(NamedTuple):
     grid_top: np.ndarray
     grid_left: np.ndarray
     webp: np.ndarray
+    pair_jpeg: np.ndarray
+    pair_chroma: np.ndarray
 
     @property
     def moved(self) -> np.ndarray:
@@ -199,7 +210,7 @@ def blank(draws: Draws, rows: Sequence[int]) -> Draws:
 
 _TYPES = Draws(
     np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
-    np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
+    np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
 )  # fmt: skip
 
 
@@ -249,11 +260,13 @@ def draw(
     epoch: int,
     samples: np.ndarray,
     turns: np.ndarray | None = None,
+    partners: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Draws:
     """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
 
-    `law` is the row of each in `laws`, `turns` how often the epoch had the sample before. All
-    arrays are (N,) int.
+    `law` is the row of each in `laws`, `turns` how often the epoch had the sample before,
+    `partners` the quality and chroma of each one's real partner, 0 where it has none. All arrays
+    are (N,) int.
     """
     ranges = laws.of(law)
     dice = roll(seed, epoch, samples, _DICE[-1], turns)
@@ -272,6 +285,8 @@ def draw(
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["grid"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
+    none = np.zeros(len(samples), np.int32)
+    pair = [column * (ranges["pair_quality"] > 0) for column in partners or (none, none)]
     return Draws(
         top=top,
         left=left,
@@ -291,6 +306,8 @@ def draw(
         grid_top=moved[:, 0].astype(np.int32),
         grid_left=moved[:, 1].astype(np.int32),
         webp=webp.astype(np.int32),
+        pair_jpeg=pair[0].astype(np.int32),
+        pair_chroma=pair[1].astype(np.int32),
     )
 
 
@@ -320,6 +337,8 @@ def centre(view: View, widths: np.ndarray, heights: np.ndarray) -> Draws:
         grid_top=none,
         grid_left=none,
         webp=none,
+        pair_jpeg=none,
+        pair_chroma=none,
     )
 
 

@@ -12,16 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.augment import BLUR_TAPS, GREY, GRID, Draws
+from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, Draws
 from pipeline.batch import Cost, Pixels, Request
 from pipeline.meter import Board
-from pipeline.pil import webp_round_trip
+from pipeline.pil import encode_jpeg, webp_round_trip
+from sharding.format import DecodeError, decode_image
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
@@ -193,7 +195,7 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with _ReadAhead(requests, self.board, start) as ahead:
+        with _ReadAhead(map(self._as_partners, requests), self.board, start) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited
@@ -224,6 +226,30 @@ class DaliBackend:
                 self.board.finished(DECODER)
                 step += 1
                 yield Pixels(images, request.failures | failures, cost)
+
+    def _as_partners(self, request: Request) -> Request:
+        """The first step of a law for pairs, on the host: DALI's JPEG operator knows one chroma,
+        and this way the graph decodes a fake as it decodes its partner. What does not decode is
+        left to the graph, which says so.
+        """
+        draws = request.draws
+        rows = [row for row in np.flatnonzero(draws.pair_jpeg) if row not in request.failures]
+        if not rows:
+            return request
+
+        def encoded(row: int) -> bytes:
+            of = request.data[row], request.formats[row], request.orientations[row]
+            try:
+                pixels = decode_image(*of)
+            except DecodeError:
+                return request.data[row]
+            return encode_jpeg(pixels, int(draws.pair_jpeg[row]), CHROMAS[draws.pair_chroma[row]])
+
+        data = list(request.data)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for row, found in zip(rows, pool.map(encoded, rows), strict=True):
+                data[row] = found
+        return replace(request, data=data)
 
     def _to_webp(
         self, images: torch.Tensor, draws: Draws, failures: dict[int, str]

@@ -19,6 +19,7 @@ from pipeline.augment import Augment, Draws, Laws, View, blank, centre, draw
 from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
 from pipeline.meter import PATIENCE_S, Board, Watchdog
 from pipeline.order import Epoch, Shuffle
+from pipeline.pairs import Partners, partners_of
 from pipeline.pil import decode_request
 from pipeline.read import ReadError, ShardReader
 from pipeline.remote import Cache
@@ -104,13 +105,15 @@ class DrawByLaw:
     view: View
     seed: int
     epoch: int
+    partners: Partners | None = None
 
     def __call__(self, samples: np.ndarray, turns: np.ndarray) -> Draws:
         """Roll the dice of these samples, each for the stated time in this epoch."""
+        partners = self.partners and tuple(column[samples] for column in self.partners)
         return draw(
             self.laws, self.sources[samples], self.view,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples, turns=turns,
+            seed=self.seed, epoch=self.epoch, samples=samples, turns=turns, partners=partners,
         )  # fmt: skip
 
 
@@ -146,7 +149,9 @@ def draw_by_law(
             )
         laws.append(augment[wanted])
     size = shards.column("width"), shards.column("height")
-    return DrawByLaw(Laws(laws), codes, *size, view, seed, epoch)
+    paired = tuple(name for name, law in zip(names, laws, strict=True) if law.pair_quality)
+    partners = partners_of(shards, paired) if paired else None
+    return DrawByLaw(Laws(laws), codes, *size, view, seed, epoch, partners)
 
 
 def draw_centre(shards: ShardSet, view: View) -> DrawCentre:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.augment import FILTERS, IDENTITY, Draw
+from pipeline.augment import CHROMAS, FILTERS, IDENTITY, Draw
 
 GAIN = 16
 """How much differences between the backends are multiplied by, around mid-grey."""
@@ -79,6 +79,8 @@ def _with_crop(whole: np.ndarray, draw: Draw) -> Image.Image:
 def words_of(draw: Draw) -> list[str]:
     """What a draw does, a line each; nothing for what it leaves alone."""
     found = [f"crop {draw.width} x {draw.height} at {draw.left}, {draw.top}"]
+    pair = f"as its real partner: JPEG {draw.pair_jpeg}, {CHROMAS[draw.pair_chroma]}"
+    found += [pair] if draw.pair_jpeg else []
     found += ["flip"] if draw.flip else []
     found += ["colour jitter"] if draw.colour != IDENTITY else []
     how = f" ({FILTERS[draw.filter]})" if draw.filter else ""

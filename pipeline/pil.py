@@ -13,7 +13,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.augment import BLUR_TAPS, GREY, GRID, IDENTITY, Draw
+from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, IDENTITY, Draw
 from pipeline.batch import Cost, Pixels, Request
 from sharding.format import decode_image
 
@@ -51,6 +51,8 @@ def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
             f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
             f"its crop reaches to {right} x {bottom}"
         )
+    if draw.pair_jpeg:
+        pixels = _decode_jpeg(encode_jpeg(pixels, draw.pair_jpeg, CHROMAS[draw.pair_chroma]))
     size = out.shape[0]
     moved = bool(draw.grid_top or draw.grid_left)
     whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out
@@ -104,9 +106,24 @@ def _recolour(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
 
 def jpeg_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
     """Baseline JPEG with 4:2:0 chroma, as libjpeg writes it, and back."""
+    return _decode_jpeg(encode_jpeg(image, quality))
+
+
+def encode_jpeg(image: np.ndarray, quality: int, chroma: str = "420") -> bytes:
+    """Baseline JPEG of a (height, width, 3) uint8 image, as libjpeg writes it; `chroma` is one of
+    `CHROMAS`.
+    """
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
-    return simplejpeg.decode_jpeg(stream.getvalue(), fastdct=False, fastupsample=False)
+    picture = Image.fromarray(image)
+    if chroma == "Gray":
+        picture.convert("L").save(stream, "JPEG", quality=quality)
+    else:
+        picture.save(stream, "JPEG", quality=quality, subsampling=":".join(chroma))
+    return stream.getvalue()
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
 
 
 def webp_round_trip(image: np.ndarray, quality: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.augment import Draw, colour_matrix, stack
+from pipeline.augment import CHROMAS, Draw, colour_matrix, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
 from pipeline.pil import decode_request
@@ -58,6 +58,11 @@ STAGES = {
     "three jpegs": (WHOLE._replace(jpeg=40, jpeg2=90, jpeg3=60), 0),
     "webp": (WHOLE._replace(webp=60), 0),
     "jpeg, then webp": (WHOLE._replace(jpeg=70, webp=80), 0),
+    **{
+        f"as a partner of chroma {name}": (WHOLE._replace(pair_jpeg=60, pair_chroma=code), 0)
+        for code, name in enumerate(CHROMAS)
+    },
+    "as a partner, then jpeg": (WHOLE._replace(pair_jpeg=75, pair_chroma=2, jpeg=50), 0),
 }
 
 
@@ -179,6 +184,7 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "flip": True,
     "colour": colour_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grey": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
+    "pair_jpeg": 20, "pair_chroma": 3,
 }  # fmt: skip
 
 
@@ -188,6 +194,8 @@ def test_both_backends_obey_every_field(field: str) -> None:
     before = Draw(top=2, left=3, height=50, width=48)
     if field == "filter":  # says how, not whether
         before = before._replace(resample=24)
+    if field == "pair_chroma":
+        before = before._replace(pair_jpeg=90)
     after = before._replace(**{field: OTHER_VALUES[field]})
     pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after])
     for name, images in (("pil", pil), ("dali", dali)):

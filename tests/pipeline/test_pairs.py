@@ -1,0 +1,143 @@
+"""Aligned pairs: a fake is delivered as a JPEG of its real partner's quality and chroma."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import Loading, Pool, Replay, Stream, open_loader
+from pipeline.augment import CHROMAS, Augment
+from pipeline.loader import draw_by_law
+from pipeline.pairs import partners_of
+from sharding.catalog import read_catalog
+from sharding.format import ShardSet, open_shards
+from tests.conftest import VIEW, build_all, encode, photo
+
+# By number: the real file, and what its fake, a PNG, is expected to become.
+REALS = {
+    0: ({"quality": 60, "subsampling": 2}, (60, "420")),
+    1: ({"quality": 85, "subsampling": 0}, (85, "444")),
+    2: ({"quality": 96, "subsampling": 1}, (96, "422")),
+    3: ("PNG", None),
+    4: (None, None),  # no real at all
+    5: ({"quality": 75, "subsampling": 2}, None),  # its fake is a JPEG itself
+}
+
+CATALOG = """
+[sets]
+mine = "train"
+[sources.pairs]
+licence = "x"
+set = "mine"
+law = "dda"
+group = '([0-9]+)\\.[a-z]+$'
+real = ["real"]
+fake = ["fake"]
+[sources.plain]
+licence = "x"
+set = "mine"
+real = ["real"]
+fake = ["fake"]
+"""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("pairs")
+    for source in ("pairs", "plain"):
+        for number, (how, _) in REALS.items():
+            seed = 40 * (source == "plain") + 4 * number
+            raw = folder / "raw" / source
+            (raw / "real").mkdir(parents=True, exist_ok=True)
+            (raw / "fake").mkdir(exist_ok=True)
+            if how:
+                is_png = how == "PNG"
+                data = encode(photo(seed), "PNG") if is_png else encode(photo(seed), **how)
+                (raw / f"real/{number:03d}.{'png' if is_png else 'jpg'}").write_bytes(data)
+            fake = photo(seed + 1)
+            kind = "JPEG" if number == 5 else "PNG"
+            suffix = "jpg" if number == 5 else "png"
+            (raw / f"fake/{number:03d}.{suffix}").write_bytes(encode(fake, kind))
+    (folder / "c.toml").write_text(CATALOG)
+    build_all(folder / "raw", folder / "out", catalog=read_catalog([folder / "c.toml"]))
+    return open_shards([folder / "out/mine"])
+
+
+def sample_of(shards: ShardSet, origin: str) -> int:
+    return next(
+        sample
+        for sample in range(len(shards))
+        if shards.text("origin", sample).rpartition(".")[0] == origin
+    )
+
+
+LAWS = {"train": Augment(), "dda": Augment(pair_quality=True)}
+
+
+def test_a_fake_is_drawn_as_its_partner_was_compressed(pairs: ShardSet, logged: list[str]) -> None:
+    partners_of.cache_clear()
+    draws = draw_by_law(pairs, LAWS, "train", VIEW, seed=1, epoch=0)
+    everyone = np.arange(len(pairs))
+    found = list(draws(everyone, np.zeros(len(pairs), np.int64)).rows())
+    expected = {
+        sample_of(pairs, f"pairs/fake/{number:03d}"): wanted
+        for number, (_, wanted) in REALS.items()
+        if wanted
+    }
+    for sample, draw in enumerate(found):
+        wanted = expected.get(sample)
+        assert (draw.pair_jpeg, CHROMAS[draw.pair_chroma]) == (wanted or (0, "420")), sample
+    draw_by_law(pairs, LAWS, "train", VIEW, seed=1, epoch=1)
+    (said,) = [line for line in logged if "pair_quality" in line]
+    assert "of the 6 fakes of pairs 3 come as JPEGs" in said
+    assert "1 without one real partner, 1 whose partner is no common JPEG, 1 that are" in said
+
+
+def test_without_the_law_nothing_changes(pairs: ShardSet) -> None:
+    """And with it no dice move: the columns come from the index alone."""
+    everyone, turns = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)
+    with_, without = (
+        draw_by_law(pairs, {"train": Augment(), "dda": law}, "train", VIEW, 1, 0)(everyone, turns)
+        for law in (
+            Augment(pair_quality=True, flip=0.5, scale=(0.5, 1.0)),
+            Augment(flip=0.5, scale=(0.5, 1.0)),
+        )
+    )
+    assert not without.pair_jpeg.any()
+    for one, other in zip(with_[:-2], without[:-2], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_two_real_images_in_a_group_are_no_partner(pairs: ShardSet) -> None:
+    """A prompt or a video, not a pair."""
+    table = pairs.table
+    group = ["pairs/all"] * len(table)
+    place = table.schema.get_field_index("group")
+    merged = replace(pairs, table=table.set_column(place, "group", [group]), _columns={})
+    assert not partners_of(merged, ("pairs",)).quality.any()
+
+
+def test_both_backends_deliver_the_very_jpeg(pairs: ShardSet) -> None:
+    """Of the whole image, on its own block grid, before the crop: the pixels of the fake after
+    Pillow's own encoder, through the same view.
+    """
+
+    seen = {}
+    for backend in ("pil", "dali"):
+        loading = Loading(batch_size=len(pairs), backend=backend, workers=0)
+        loader = open_loader(pairs, view=VIEW, loading=loading, device=torch.device("cpu"))
+        pool = Pool(pairs, np.arange(len(pairs)), np.empty(0, np.int64))
+        stream = Stream(loader, pool, Replay(), LAWS, "train", 1)
+        (batch,) = stream.batches(0, 1)
+        assert batch.valid.all()
+        order = np.argsort(batch.samples)
+        seen[backend] = batch.images.numpy()[order].astype(int)
+    difference = np.abs(seen["pil"] - seen["dali"])
+    assert difference.mean() < 0.5 and difference.max() <= 3  # resizing, as in test_parity.py
+    plain = Stream(loader, pool, Replay(), {**LAWS, "dda": Augment()}, "train", 1)
+    (untouched,) = plain.batches(0, 1)
+    before = untouched.images.numpy()[np.argsort(untouched.samples)].astype(int)
+    changed = np.abs(before - seen["dali"]).mean(axis=(1, 2, 3)) > 0.3
+    wanted = [sample_of(pairs, f"pairs/fake/{n:03d}") for n, (_, w) in REALS.items() if w]
+    assert sorted(np.flatnonzero(changed)) == sorted(wanted)
