@@ -33,9 +33,12 @@ class Scores:
 
 
 def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The probability of fake, float64: the softmax of the two logits at a temperature."""
-    # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
-    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
+    """The probability of fake, float64: the softmax of the two logits at a temperature. NaN stays
+    NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
+        return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
