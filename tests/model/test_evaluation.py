@@ -44,8 +44,8 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
 
 
 def prompts(generators: dict[str, float], of_each: int = 4) -> list[dict[str, Any]]:
-    """EvalGEN in small: 6 prompts, `of_each` images of each by every generator, whose logit is about
-    the number given; the first image of each prompt is easy.
+    """EvalGEN in small: 6 prompts, `of_each` images of each by every generator, whose logit is
+    about the number given; the first image of each prompt is easy.
     """
     rng = np.random.default_rng(0)
     return [
