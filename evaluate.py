@@ -338,8 +338,8 @@ def main(
         )  # fmt: skip
     if ranks.first:
         write_report(report, out)
-        console.say(f"checkpoint: {chosen}")
         print_report(report)
+        console.say(f"checkpoint: {chosen}")
         console.say(f"scores: {out / SCORES_FILE}")
         console.say(f"report: {out / REPORT_FILE}")
 

@@ -299,10 +299,10 @@ def interval(
     """[low, high] from a metric's values in all draws, resting on `independent` groups; `ends` are
     values at which draws that all agree do not mean certainty. None where there is none.
     """
-    values = values[~np.isnan(values)]
-    if independent < 2 or 2 * len(values) < DRAWS:
+    known = values[~np.isnan(values)]
+    if independent < 2 or 2 * len(known) < len(values):
         return None
-    low, high = (float(q) for q in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    low, high = (float(q) for q in np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     reach = 1 - ((1 - LEVEL) / 2) ** (1 / independent)
     if low == high and low in ends:
         return [0.0, reach] if low == 0 else [1 - reach, 1.0]

@@ -23,9 +23,6 @@ TEMPERATURES = 0.02, 50.0
 """Where the temperature is looked for; for scores that tell the classes apart it lies well inside.
 """
 
-VERDICTS = ("likely real", "uncertain", "likely AI")
-"""What is said of a probability below, inside and from the end of the band on."""
-
 
 class CalibrationError(ValueError):
     """Scores that nothing can be fitted to; the message says what is missing."""
@@ -160,15 +157,3 @@ def threshold_at_fpr(reals: np.ndarray, rate: float) -> float | None:
     if count < 1:
         return None
     return float(np.nextafter(np.sort(reals)[-count], math.inf))
-
-
-def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
-    """(low, high) of a checkpoint's meta; both are its threshold where it is not calibrated."""
-    calibration = meta.get("calibration")
-    low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
-    return float(low), float(high)
-
-
-def verdict(fake: float, band: tuple[float, float]) -> str:
-    """One of `VERDICTS` for a probability of fake."""
-    return VERDICTS[int(fake >= band[0]) + int(fake >= band[1])]

@@ -22,15 +22,13 @@ from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.network import Detector
 from model.score import probability, score_batches
+from model.verdict import band_of, verdict
 from pipeline import pil
 from pipeline.augment import View, blank, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
 from sharding.decode import ImageFile, decode, encoded, read_file
 from sharding.format import DecodeError
-
-VERDICTS = ("likely real", "uncertain", "likely AI")
-"""By where the probability of fake lies: below the band, in it, at its upper end or above."""
 
 UNREADABLE = "unreadable"
 """The verdict of a file that is no image, or a damaged one."""
@@ -76,16 +74,11 @@ class ImageDetector:
         """`(low, high)`: below low an image is likely real, from high on likely AI, and between
         them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
         """
-        calibration = self.meta.get("calibration")
-        if self.asked is not None or not calibration:
-            return self.threshold, self.threshold
-        low, high = calibration["band"]
-        return float(low), float(high)
+        return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
 
     def verdict(self, probability: float) -> str:
         """One of `VERDICTS`."""
-        low, high = self.band
-        return VERDICTS[int(probability >= low) + int(probability >= high)]
+        return verdict(probability, self.band)
 
     def predict(
         self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32

@@ -45,10 +45,10 @@ import numpy as np
 
 from model import bootstrap
 from model.bootstrap import Draws, Groups, Images, group_rows, intervals, resample
-from model.calibrate import VERDICTS, band_of, verdict
 from model.metrics import measure, what_is_missing
 from model.score import DEFAULT_THRESHOLD
 from model.score_table import ScoreTable
+from model.verdict import VERDICTS, band_of, verdict
 from sharding.format import CLASSES
 
 REPORT_VERSION = 2

@@ -33,9 +33,12 @@ class Scores:
 
 
 def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The probability of fake, float64: the softmax of the two logits at a temperature."""
-    # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
-    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
+    """The probability of fake, float64: the softmax of the two logits at a temperature. NaN stays
+    NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
+        return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -45,18 +48,32 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
+def logits_of(
+    net: nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The logit of fake minus that of real of each image, float32 (B,), on the device."""
+    with torch.inference_mode(), autocast(device, dtype):
+        real, fake = net(images).float().unbind(1)
+        return fake - real
+
+
 def score_batches(
     net: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each batch with its logits, float32 (B,); rows that are not valid are NaN."""
+    with evaluating(net):
+        for batch in batches:
+            logits = logits_of(net, batch.images, device, dtype)
+            yield batch, logits.masked_fill(~batch.valid, float("nan")).cpu().numpy()
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, and back as it was."""
     training = net.training
     net.eval()
     try:
-        for batch in batches:
-            with torch.inference_mode(), autocast(device, dtype):
-                real, fake = net(batch.images).float().unbind(1)
-            logits = (fake - real).masked_fill(~batch.valid, float("nan"))
-            yield batch, logits.cpu().numpy()
+        yield
     finally:
         net.train(training)
 
@@ -68,17 +85,48 @@ def score(
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every valid image of `batches`; `on_images(n)` is called as they come."""
-    samples, labels, logits, failures = [], [], [], {}
-    for batch, found in score_batches(net, batches, device, dtype):
-        rows = batch.valid.cpu().numpy()
-        samples.append(batch.samples[rows])
-        labels.append(batch.labels.cpu().numpy()[rows])
-        logits.append(found[rows])
-        failures |= {int(batch.samples[row]): why for row, why in batch.failures.items()}
-        if on_images:
-            on_images(int(rows.sum()))
-    return Scores(np.concatenate(samples), np.concatenate(labels), np.concatenate(logits), failures)
+    """Score every valid image of `batches`; `on_images(n)` is called as they come.
+
+    The network sees `AT_A_TIME` images at a time, however many a batch has.
+    """
+    samples, labels, valid, failures = [], [], [], {}
+
+    def noted() -> Iterator[torch.Tensor]:
+        for batch in batches:
+            samples.append(batch.samples)
+            labels.append(batch.labels.cpu().numpy())
+            valid.append(batch.valid.cpu().numpy())
+            failures.update({int(batch.samples[row]): why for row, why in batch.failures.items()})
+            yield batch.images
+            if on_images:
+                on_images(int(valid[-1].sum()))
+
+    with evaluating(net):
+        parts = [logits_of(net, images, device, dtype).cpu() for images in in_parts(noted())]
+    rows = np.concatenate(valid)
+    logits = torch.cat(parts).numpy()[: len(rows)][rows]
+    return Scores(np.concatenate(samples)[rows], np.concatenate(labels)[rows], logits, failures)
+
+
+AT_A_TIME = 32
+"""Images that the network scores at a time, always: the shape of its input decides how products are
+summed up, and so the last bits of a score, which must not depend on the batches of a loader.
+"""
+
+
+def in_parts(images: Iterable[torch.Tensor], size: int = AT_A_TIME) -> Iterator[torch.Tensor]:
+    """The same images in the same order, (`size`, 3, H, W) in channels_last each; the last part is
+    filled up with black.
+    """
+    held: torch.Tensor | None = None
+    for more in images:
+        held = more if held is None else torch.cat([held, more])
+        while len(held) >= size:
+            yield held[:size].contiguous(memory_format=torch.channels_last)
+            held = held[size:]
+    if held is not None and len(held):
+        filling = held.new_zeros((size - len(held), *held.shape[1:]))
+        yield torch.cat([held, filling]).contiguous(memory_format=torch.channels_last)
 
 
 def score_set(

@@ -5,13 +5,12 @@ import pytest
 
 from model.calibrate import (
     CalibrationError,
-    band_of,
     calibrate,
     fit_temperature,
     threshold_at_fpr,
-    verdict,
 )  # fmt: skip
 from model.score import probability
+from model.verdict import band_of, verdict
 
 
 def calibrated_scores(count: int, seed: int = 0, spread: float = 2.0):

@@ -1,7 +1,10 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
+import sklearn.metrics as sk
 
-from model.metrics import auroc, measure, measure_generators, what_is_missing
+from model.metrics import auroc, measure, what_is_missing
 from model.score import probability
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
@@ -42,25 +45,116 @@ def test_with_one_class_only_the_metrics_that_exist() -> None:
     assert fakes.false_positive_rate is None
     assert fakes.auroc is None
     assert fakes.f1 is None
-    assert "no real images here" in what_is_missing(fakes)
+    assert "no real images here" in what_is_missing(0, 4)
     reals = measure(np.zeros(4, int), np.array([0.2, 0.6, 0.7, 0.8]))
     assert reals.false_positive_rate == 0.75
     assert reals.recall is None
-    assert "no fake images here" in what_is_missing(reals)
-    assert "no images here" in what_is_missing(measure(np.array([]), np.array([])))
-    assert what_is_missing(measure(LABELS, SCORES)) is None
-
-
-def test_each_generator_is_held_against_all_reals() -> None:
-    generators = ["cam", "cam", "cam", "cam", "a", "a", "b", "b"]
-    found = measure_generators(LABELS, SCORES, generators)
-    assert list(found) == ["a", "b"]
-    assert (found["a"].reals, found["a"].fakes) == (4, 2)
-    assert found["a"].auroc == pytest.approx(7 / 8)
-    assert found["b"].auroc == 1.0
+    assert "no fake images here" in what_is_missing(4, 0)
+    assert "no images here" in what_is_missing(0, 0)
+    assert what_is_missing(4, 4) is None
 
 
 def test_probability_is_the_softmax_at_a_temperature() -> None:
     assert probability(np.array([0.0]))[0] == 0.5
     assert probability(np.array([np.log(3.0)]))[0] == pytest.approx(0.75)
     assert probability(np.array([2 * np.log(3.0)]), temperature=2.0)[0] == pytest.approx(0.75)
+
+
+def test_extreme_logits_neither_warn_nor_tie() -> None:
+    found = probability(np.array([-2000.0, -700.0, 0.0, 700.0, 2000.0, np.nan]))
+    assert found[:3].tolist() == [0.0, pytest.approx(np.exp(-700.0)), 0.5]
+    assert found[3:5].tolist() == [1.0, 1.0]
+    assert np.isnan(found[5])
+
+
+def cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Labels and probabilities, random and degenerate."""
+    rng = np.random.default_rng(5)
+    found = {}
+    for seed in range(12):
+        labels = rng.integers(0, 2, 150)
+        labels[:2] = 0, 1
+        noise = rng.normal(0, 1 + seed, 150)
+        found[f"random {seed}"] = labels, probability((2 * labels - 1) + noise)
+        found[f"ties {seed}"] = labels, np.round(probability(labels + noise / 3), 1)
+    half = np.repeat([0, 1], 30)
+    return found | {
+        "all equal": (half, np.full(60, 0.4)),
+        "all certain": (half, np.ones(60)),
+        "two samples, right": (np.array([0, 1]), np.array([0.2, 0.8])),
+        "two samples, wrong": (np.array([0, 1]), np.array([0.8, 0.2])),
+        "two samples, tied": (np.array([0, 1]), np.array([0.5, 0.5])),
+        "perfect": (half, np.linspace(0, 1, 60)),
+        "reversed": (half, np.linspace(1, 0, 60)),
+        "extreme logits": (half, probability(rng.normal(0, 400, 60))),
+        "one fake": (np.append(np.zeros(50, int), 1), rng.uniform(size=51)),
+        "one real": (np.append(np.ones(50, int), 0), rng.uniform(size=51)),
+        "only reals": (np.zeros(9, int), rng.uniform(size=9)),
+        "only fakes": (np.ones(9, int), rng.uniform(size=9)),
+        "one image": (np.array([1]), np.array([0.7])),
+    }
+
+
+def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> dict[str, object]:
+    called = (fake >= threshold).astype(int)
+    reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
+    eps = np.finfo(np.float64).eps
+    found = {
+        "count": len(labels), "reals": reals, "fakes": fakes,
+        "accuracy": sk.accuracy_score(labels, called),
+        "recall": sk.recall_score(labels, called) if fakes else None,
+        "false_positive_rate": 1 - sk.recall_score(labels, called, pos_label=0) if reals else None,
+        "brier": sk.brier_score_loss(labels, fake, pos_label=1),
+        # (it takes the complement of a clipped probability, which for 1 - eps is not quite eps)
+        "nll": sk.log_loss(labels, np.stack([1 - fake, fake], 1).clip(eps, 1), labels=[0, 1])
+        if ((fake > eps) & (fake < 1 - eps)).all() else None,
+    }  # fmt: skip
+    if not (reals and fakes):
+        return found
+    fpr, tpr, _ = sk.roc_curve(labels, fake, drop_intermediate=False)
+    at = np.argmax(fpr + tpr - 1 >= 0)
+    before, after = (fpr + tpr - 1)[at - 1 : at + 1]
+    share = -before / (after - before)
+    return found | {
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, called),
+        "precision": sk.precision_score(labels, called) if called.any() else None,
+        "f1": sk.f1_score(labels, called, zero_division=0),
+        "auroc": sk.roc_auc_score(labels, fake),
+        "average_precision": sk.average_precision_score(labels, fake),
+        "tpr_at_fpr_1": tpr[fpr <= 0.01 + 1e-12].max(),
+        "tpr_at_fpr_5": tpr[fpr <= 0.05 + 1e-12].max(),
+        "eer": fpr[at - 1] + share * (fpr[at] - fpr[at - 1]),
+        "ece": sum(
+            abs(fake[rows].mean() - labels[rows].mean()) * rows.mean()
+            for edge in range(15)
+            if (rows := np.minimum(np.floor(fake * 15 + 1e-12), 14) == edge).any()
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_same_figures_as_scikit_learn(name: str) -> None:
+    labels, fake = cases()[name]
+    for threshold in (0.5, 0.3):
+        found = asdict(measure(labels, fake, threshold))
+        for metric, wanted in by_scikit_learn(labels, fake, threshold).items():
+            if metric == "nll" and wanted is None:
+                assert 0 <= found["nll"] < 37  # finite, whatever the probability
+            else:
+                assert found[metric] == pytest.approx(wanted, abs=1e-6), metric
+        missing = found.keys() - by_scikit_learn(labels, fake, threshold).keys()
+        assert all(found[metric] is None for metric in missing)
+
+
+def test_equal_errors_lie_between_two_thresholds() -> None:
+    """One of three reals and none of two fakes, or none and one of two: between them at 0.2."""
+    labels, fake = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.7, 0.7, 0.9])
+    assert measure(labels, fake).eer == pytest.approx(0.2)
+
+
+def test_a_false_positive_rate_counts_what_lies_at_the_threshold() -> None:
+    """100 reals: the one at 0.9 is tied with fakes, so a threshold that finds them costs 1 %."""
+    labels = np.append(np.zeros(100, int), np.ones(4, int))
+    fake = np.concatenate([np.linspace(0, 0.5, 98), [0.8, 0.9], [0.9, 0.9, 0.8, 0.95]])
+    assert measure(labels, fake).tpr_at_fpr_1 == 0.75
+    assert measure(labels, fake).tpr_at_fpr_5 == 1.0

@@ -1,0 +1,22 @@
+"""The words for a probability of fake: a checkpoint's band of doubt, and what is said around it.
+
+Apart from `model/calibrate.py`, which finds the band: predicting needs nothing to fit with.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+VERDICTS = ("likely real", "uncertain", "likely AI")
+"""By where the probability of fake lies: below the band, in it, at its upper end or above."""
+
+
+def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
+    """(low, high) of a checkpoint's meta; both are its threshold where it is not calibrated."""
+    calibration = meta.get("calibration")
+    low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
+    return float(low), float(high)
+
+
+def verdict(fake: float, band: tuple[float, float]) -> str:
+    """One of `VERDICTS` for a probability of fake."""
+    return VERDICTS[int(fake >= band[0]) + int(fake >= band[1])]

@@ -1,0 +1,331 @@
+"""evaluate.py: every sample once on any number of ranks, --scores, --reals, calibrate."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import evaluate
+import recipes
+import train
+from model import score
+from model.checkpoint import find, read_meta
+from model.distributed import Ranks
+from model.score_table import read_scores
+from pipeline import Loading
+from sharding.format import open_shards
+from tests.conftest import build_all, encode, photo
+
+# TensorBoard's own use of protobuf and numpy.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+
+CATALOG = """
+[sets]
+val = "val"
+evalgen = "test"
+test = "test"
+
+[sources.evalgen]
+licence = "x"
+set = "evalgen"
+group = '([^/]+)_[0-9]+[.]png$'
+fake = [{ folder = "GenEval-JPEG/<generator>" }]
+
+[sources.photos]
+licence = "x"
+set = { test = 0.5, val = 0.5 }
+real = [{ folder = "real", generator = "camera" }]
+
+[sources.others]
+licence = "x"
+set = "val"
+fake = [{ folder = "fake", generator = "gan" }]
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An `evalgen` of 3 generators, 4 prompts and 3 images of each (one missing), a
+    `test` of real photographs, and a `val` of both classes.
+    """
+    raw = tmp_path_factory.mktemp("raw")
+    number = 0
+    prompts = [f"a photo of {prompt}_{image}" for prompt in "abcd" for image in range(3)]
+    plan = {f"evalgen/GenEval-JPEG/{generator}": prompts for generator in ("Flux", "GoT", "NOVA")}
+    plan["photos/real"] = [f"{i:03d}" for i in range(70)]
+    plan["others/fake"] = [f"{i:03d}" for i in range(35)]
+    for folder, names in plan.items():
+        (raw / folder).mkdir(parents=True)
+        for name in names:
+            number += 1
+            pixels = photo(number, 60, 60)
+            if "real" not in folder:
+                pixels[::2, ::2] //= 2
+            (raw / folder / f"{name}.png").write_bytes(encode(pixels, "PNG"))
+    (raw / "evalgen/GenEval-JPEG/NOVA/a photo of b_0.png").unlink()
+    (raw / "catalog.toml").write_text(CATALOG)
+    return build_all(raw, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run `tiny` with a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = [
+        'name="tiny"', 'data.train=["val"]', 'data.validate=["val"]', "view.size=32",
+        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
+        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
+        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
+        "loading.batch_size=16", "loading.workers=0",
+    ]  # fmt: skip
+    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides)
+    train.train(recipe, data, folder)
+    return folder
+
+
+@pytest.fixture
+def own_runs(runs: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to change."""
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+def run(data: Path, runs: Path, *arguments: object) -> Result:
+    arguments = [*arguments, "--data", data, "--runs", runs]
+    return CliRunner().invoke(evaluate.main, [str(argument) for argument in arguments])
+
+
+def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) -> dict:
+    """evaluate.evaluate on `world` ranks, each a thread of this process; the first one's report."""
+    meeting = threading.Barrier(world, timeout=120)
+    brought: dict[int, object] = {}
+
+    def gather(ranks: Ranks, value: object) -> list:
+        brought[ranks.rank] = value
+        meeting.wait()
+        found = [brought[rank] for rank in range(world)]
+        meeting.wait()
+        return found
+
+    reports: dict[int, dict] = {}
+
+    def work(rank: int) -> None:
+        reports[rank] = evaluate.evaluate(
+            find(runs), data, ["evalgen", "val"], out, ranks=Ranks(rank, world, 0),
+            loading=Loading(batch_size=batch_size, workers=0, backend="pil"),
+        )  # fmt: skip
+
+    before, score.gather = score.gather, gather
+    try:
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        score.gather = before
+    assert len(reports) == world, "a rank failed"
+    assert [bool(reports[rank]) for rank in range(world)] == [True] + [False] * (world - 1)
+    return reports[0]
+
+
+def test_ranks_and_batch_sizes_change_not_a_byte(data: Path, runs: Path, tmp_path: Path) -> None:
+    """35 and 35 and 70 samples: no world and no batch size here divides them."""
+    found = {}
+    for world, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
+        out = tmp_path / f"{world}-{batch_size}"
+        report = evaluate_on(world, batch_size, data, runs, out)
+        assert report["sets"]["evalgen"]["overall"]["count"] == 35
+        found[world, batch_size] = (out / "scores.parquet").read_bytes()
+        assert [path.name for path in out.iterdir()] == ["scores.parquet"]
+    assert len(set(found.values())) == 1
+
+
+def one_rank(rank: int, world: int, data: Path, runs: Path, out: Path, store: Path) -> None:
+    """A forked process: rank `rank` of `world`, over gloo."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    loading = Loading(batch_size=7, workers=0, backend="pil")
+    evaluate.evaluate(
+        find(runs), data, ["evalgen", "val"], out, loading=loading, ranks=Ranks(rank, world, 0)
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_give_the_same_scores(data: Path, runs: Path, tmp_path: Path) -> None:
+    """Over gloo; the rows are those of the index, in its order."""
+    evaluate_on(1, 32, data, runs, tmp_path / "one")
+    context = multiprocessing.get_context("fork")
+    common = (2, data, runs, tmp_path / "two", tmp_path / "store")
+    ranks = [context.Process(target=one_rank, args=(rank, *common)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = ((tmp_path / n / "scores.parquet").read_bytes() for n in ("one", "two"))
+    assert first == second
+    rows = read_scores(tmp_path / "two" / "scores.parquet").table
+    kept = list(zip(*(rows.column(n).to_pylist() for n in ("set", "key", "sha256")), strict=True))
+    held = []
+    for name in ("evalgen", "val", "test"):
+        table = open_shards([data / name]).table
+        keys = (table.column(column).to_pylist() for column in ("key", "sha256"))
+        held += [(name, *both) for both in zip(*keys, strict=True)]
+    assert kept == held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_gives_the_same_scores(data: Path, runs: Path, tmp_path: Path, ranks: int) -> None:
+    arguments = ["--shards", "evalgen", "--shards", "val", "--device", "cpu"]
+    one = run(data, runs, *arguments, "--out", tmp_path / "one")
+    assert one.exit_code == 0, one.output
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+        ROOT / "evaluate.py", *arguments, "--data", data, "--runs", runs, "--out",
+        tmp_path / "many",
+    ]  # fmt: skip
+    many = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert many.returncode == 0, many.stderr[-3000:]
+    for name in ("scores.parquet", "report.json"):
+        first, second = ((tmp_path / run / name).read_bytes() for run in ("one", "many"))
+        assert first == second, name
+    assert many.stdout.count("report: ") == 1
+
+
+def test_the_report_is_found_again_without_the_network(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    done = run(data, runs, "--shards", "evalgen", "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / "a" / "report.json").read_bytes()
+    again = run(
+        tmp_path / "none", tmp_path / "none", "--scores", tmp_path / "a" / "scores.parquet",
+        "--out", tmp_path / "b",
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "b" / "report.json").read_bytes() == report
+    assert again.stdout.split("report: ")[0] == done.stdout.split("checkpoint: ")[0]
+    wrong = run(data, runs, "--scores", tmp_path / "a/scores.parquet", "--shards", "val")
+    assert wrong.exit_code == 2
+    assert "--scores takes no --shards" in wrong.output
+    other = run(data, runs, "--scores", tmp_path / "a/report.json")
+    assert other.exit_code == 1
+    assert "not a file of scores" in other.output
+
+
+def test_evalgen_stands_beside_the_reals_of_the_catalogue(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    """Both protocols, the mean and the spread; the reals of `test` as the catalogue says."""
+    done = run(data, runs, "--shards", "evalgen", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    reals = len(open_shards([data / "test"]))
+    assert report["reals"] == {
+        "set": "test", "why": "the catalogue's default", "for_all": False,
+    }  # fmt: skip
+    assert f"of {reals} real images of test called fake" in report["headline"][0]
+    found = report["sets"]["evalgen"]
+    assert found["beside"]["reals"] == reals
+    assert found["protocols"]["all"]["images"] == 35
+    assert found["protocols"]["first"]["images"] == 12
+    assert set(found["protocols"]["first"]["generators"]) == {"flux", "got", "nova"}
+    assert "the first of each prompt, 12" in " ".join(done.output.split())
+    rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
+    assert sum(row["set"] == "test" for row in rows) == reals
+    assert len(rows) == 35 + reals
+
+
+def test_reals_that_are_asked_for(data: Path, runs: Path, tmp_path: Path) -> None:
+    done = run(data, runs, "--shards", "evalgen", "--reals", "val", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["sets"]) == ["evalgen"]
+    labels = open_shards([data / "val"]).column("label")
+    assert report["sets"]["evalgen"]["beside"]["reals"] == (labels == 0).sum()
+    for asked, said in (("evalgen", "has no real images"), ("nope", "no shard set at")):
+        wrong = run(data, runs, "--shards", "val", "--reals", asked, "--out", tmp_path)
+        assert wrong.exit_code == 1
+        assert said in wrong.output
+
+
+def test_where_no_reals_are_at_hand_the_first_line_says_so(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "evalgen", tmp_path / "shards" / "evalgen")
+    shutil.copytree(data / "val", tmp_path / "shards" / "val")
+    done = run(
+        tmp_path / "shards", runs, "--shards", "val", "--shards", "evalgen", "--out", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("evalgen: NO REAL IMAGES AT HAND")
+    assert json.loads((tmp_path / "report.json").read_text())["headline"][0] == lines[0]
+
+
+def test_calibration_is_kept_in_the_checkpoint_and_used(
+    data: Path, own_runs: Path, tmp_path: Path
+) -> None:
+    done = run(data, own_runs, "calibrate", "--shards", "val")
+    assert done.exit_code == 0, done.output
+    meta = read_meta(find(own_runs))
+    shards = open_shards([data / "val"])
+    assert meta["calibration"]["fitted_on"] == ["val"]
+    assert meta["calibration"]["index_sha256"] == {"val": shards.sha256}
+    assert meta["calibration"]["reals"] + meta["calibration"]["fakes"] == len(shards)
+    assert meta["temperature"] != 1.0
+    assert meta["threshold"] == meta["calibration"]["band"][1]
+    assert "uncertain between" in done.output
+    assert "too few to promise 1 %" in done.output
+    report = run(data, own_runs, "--shards", "evalgen", "--out", tmp_path / "out")
+    assert report.exit_code == 0, report.output
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["threshold"] == meta["threshold"]
+    assert found["band"] == meta["calibration"]["band"]
+    at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold-at", "0.5")
+    assert at_half.exit_code == 0, at_half.output
+    assert read_meta(find(own_runs))["threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["evalgen"], "evalgen is of the split test; calibration takes validation sets only"),
+        (["val", "test"], "test is of the split test"),
+        (["nope"], "no shard set at"),
+    ],
+)
+def test_calibration_refuses_what_is_no_validation_set(
+    data: Path, own_runs: Path, names: list[str], said: str
+) -> None:
+    meta = (find(own_runs) / "meta.json").read_bytes()
+    result = run(data, own_runs, "calibrate", *(f"--shards={name}" for name in names))
+    assert result.exit_code == 1
+    assert said in result.output
+    assert (find(own_runs) / "meta.json").read_bytes() == meta
+
+
+def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "shards" / "val"
+    shutil.copytree(data / "evalgen", alone)
+    index = json.loads((alone / "index.json").read_text())
+    (alone / "index.json").write_text(json.dumps(index | {"split": "val"}))
+    result = run(tmp_path / "shards", own_runs, "calibrate", "--shards", "val")
+    assert result.exit_code == 1
+    assert "0 real and 35 fake images: calibration needs at least 20 of each" in result.output
