@@ -147,8 +147,13 @@ def options(*names: str) -> Callable[[Callable], Callable]:
 
 
 def say(text: str = "") -> None:
-    """Print one line of a command's answer on standard output, never wrapped."""
-    click.echo(text)
+    """Print one line of a command's answer on standard output, never wrapped; where that is the
+    terminal of a running progress bar, above the bar.
+    """
+    if ERR.is_terminal and sys.stdout.isatty():
+        ERR.print(text, markup=False, soft_wrap=True)
+    else:
+        click.echo(text)
 
 
 @contextlib.contextmanager
@@ -167,12 +172,7 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
         TextColumn("{task.fields[note]}"),
     )
     hidden = not (shown and ERR.is_terminal)
-    # rich prints what goes to standard output above the bar, so on standard error: answers that are
-    # piped elsewhere must not take that way.
-    apart = not sys.stdout.isatty()
-    with Progress(
-        *columns, console=ERR, disable=hidden, transient=True, redirect_stdout=not apart
-    ) as bar:
+    with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda done=1, note="", total=None: bar.update(
             task, advance=done, note=note, **({} if total is None else {"total": total})

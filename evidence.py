@@ -157,6 +157,8 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
 
 def _metadata(data: bytes) -> list[Evidence]:
     """All other kinds; no pixel is decoded."""
+    if data.startswith(b"\xff\xd8") and not any(mark in data for mark in _JPEG_MARKS):
+        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata is what is looked for
         with Image.open(io.BytesIO(_texts_first(data)), formats=READABLE) as image:
@@ -173,6 +175,10 @@ def _metadata(data: bytes) -> list[Evidence]:
         found += [*_labels(text, f"EXIF {tag}"), *_settings(tag, text, f"EXIF {tag}")]
     return found + list(_camera(exif))
 
+
+# EXIF, XMP, a comment (a byte pair that compressed pixels cannot hold): a JPEG without them has
+# nothing to say, and most of a million need not be parsed.
+_JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", b"\xff\xfe")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000

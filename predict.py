@@ -5,6 +5,7 @@ command line has been checked.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import signal
@@ -55,6 +56,11 @@ class Run:
     skipped: int = 0  # they are in the results file already
     started: float = field(default_factory=time.monotonic)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Which checkpoint speaks."""
+        return identity(self.detector)
+
     @property
     def done(self) -> int:
         """Images that have a line."""
@@ -97,7 +103,7 @@ class Run:
         self.verdicts[result.verdict] += 1
         values = (
             result.name, result.probability, result.verdict, result.error, note.file_says,
-            identity(self.detector),
+            self.identity,
         )  # fmt: skip
         text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
         if self.heatmaps and not result.error:

@@ -1,0 +1,174 @@
+"""What `predict.py` costs beside the bare network: reading, decoding, evidence and writing.
+
+    python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
+
+For each network (random weights; they do not matter for speed) the bare one scores a batch that
+stays in memory, and `predict.py`'s own loop goes over JPEG files and writes JSON lines, in turn
+(A B A B ...), the same number of images each. Loading is left out, the small first batches are not.
+The ratio is that of images per second in this run; speeds of different runs do not compare.
+
+Where other programs take part of the processor, the ratio of processor time per image tells more
+than that of wall-clock time: both ways keep all cores busy, so what is spent is what counts.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import console
+import results
+from benchmarks.images import write_copies, write_images
+from model import ImageDetector, checkpoint, load_detector
+from model.network import Network, build
+from pipeline import View
+from predict import Run, identity
+from sharding import inputs
+
+NETWORKS = {
+    "convnextv2_base": "convnextv2_base.fcmae_ft_in1k",
+    "mobilenetv2_100": "mobilenetv2_100",
+}
+
+
+@dataclass
+class Recipe:
+    """What a checkpoint must know of one."""
+
+    name: str
+    network: Network
+    view: View = field(default_factory=View)
+
+
+def write_checkpoint(folder: Path, name: str) -> Path:
+    """A run with one checkpoint of random weights."""
+    network = Network(name=NETWORKS[name], pretrained=False)
+    checkpoint.save(
+        folder / name / "step_0000000", build(network, pretrained=False),
+        recipe=Recipe(name, network), step=0, epoch=0, metrics={}, selection=None, data={},
+        state=None,
+    )  # fmt: skip
+    return folder / name
+
+
+def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
+    """The network alone, over and over on one batch."""
+    size = detector.view.size
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    batch = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        for start in range(0, images, batch_size):
+            detector.net(batch[: images - start]).cpu()
+
+
+def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> None:
+    """`predict.py FOLDER --out OUT`, without its start."""
+    out.unlink(missing_ok=True)
+    file = results.open_results(out, "jsonl", identity(detector), resume=False)
+    run = Run(detector, "jsonl", file)
+    for _ in run.over(inputs.find_images([str(folder)], Counter()), batch_size):
+        pass
+    file.finish()
+
+
+def timed(work: Callable[[], Any], images: int) -> dict[str, float]:
+    """Wall-clock and processor seconds for each image."""
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    passed, spent = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": passed / images, "cpu": spent / images}
+
+
+def measure(
+    detector: ImageDetector, folder: Path, images: int, batch_size: int, rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """All rounds of both ways, after a warm-up."""
+    out = folder.with_suffix(".jsonl")
+    bare(detector, batch_size, batch_size)
+    runs: dict[str, list[dict[str, float]]] = {"bare": [], "predict": []}
+    for _ in range(rounds):
+        runs["bare"].append(timed(lambda: bare(detector, images, batch_size), images))
+        runs["predict"].append(timed(lambda: whole(detector, folder, batch_size, out), images))
+    return runs
+
+
+def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
+    """A line of the table: medians over the rounds."""
+    middle = {
+        (way, what): statistics.median(one[what] for one in runs[way])
+        for way in runs
+        for what in ("seconds", "cpu")
+    }
+    return [
+        name,
+        *(f"{1 / middle[way, 'seconds']:,.1f}" for way in runs),
+        f"{middle['bare', 'seconds'] / middle['predict', 'seconds']:.2f}",
+        *(f"{1000 * middle[way, 'cpu']:,.1f}" for way in runs),
+        f"{middle['bare', 'cpu'] / middle['predict', 'cpu']:.2f}",
+    ]
+
+
+@click.command(cls=console.Command)
+@click.option("--images", default=200, show_default=True, help="Images a round.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each way.")
+@click.option(
+    "--originals",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Real JPEGs, with copies at other qualities. Default: synthetic ones.",
+)
+@click.option(
+    "--network", "names", multiple=True, type=click.Choice(list(NETWORKS)), help="Only these."
+)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@console.options("device", "backend", "batch_size")
+def main(
+    images: int,
+    rounds: int,
+    originals: Path | None,
+    names: tuple[str, ...],
+    out: Path | None,
+    device: str,
+    backend: str,
+    batch_size: int,
+) -> None:
+    """Measure both ways in turn, and print one table."""
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "images"
+        if originals:
+            paths = write_copies(folder, originals, images)
+        else:
+            paths = write_images(folder, images)
+        size = sum(path.stat().st_size for path in paths) / len(paths) / 1000
+        for name in names or NETWORKS:
+            run = write_checkpoint(Path(place), name)
+            detector = load_detector(run, device=device, backend=backend)
+            found[name] = measure(detector, folder, images, batch_size, rounds)
+            console.log.info("%s: %s", name, row_of(name, found[name]))
+    title = (
+        f"{images:,} JPEGs of {size:.0f} kB, batch {batch_size}, {rounds} rounds, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}"
+    )
+    columns = [
+        "network", "bare images/s", "predict images/s", "ratio", "bare CPU ms", "predict CPU ms",
+        "CPU ratio",
+    ]  # fmt: skip
+    console.table(title, columns, [row_of(name, runs) for name, runs in found.items()])
+    if out:
+        figures = {"title": title, "python": platform.python_version(), "runs": found}
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
