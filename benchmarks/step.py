@@ -1,0 +1,277 @@
+"""The training step alone: how fast, how near the device's peak, and what each choice brought.
+
+    python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
+
+One step of `model/step.py` on random images that stay on the device: no loader, no disk. The first
+row is the step as `train.py` runs it here; each further row changes one thing. `of the peak` is the
+share of the device's matrix peak: the floating-point operations of forward and backward, counted by
+torch's FlopCounterMode, over the time of a step, against a large matrix product of the same dtype,
+timed in the same run. The optimizer's work counts as time, not as operations.
+"""
+
+import gc
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import console
+import recipes
+from model.checkpoint import versions
+from model.device import choose_device, choose_precision, describe, keep_freed_memory
+from model.network import build
+from model.optim import make_optimizer
+from model.step import Trainer, train_step
+from pipeline import Batch
+from train import Recipe
+
+WARM_UP = 5
+"""Steps before the clock starts: compilation, cuDNN's choices, allocations."""
+
+LEAST = 3
+"""Steps that are timed at least, however short the time is."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to run the step."""
+
+    batch: int
+    dtype: str
+    channels_last: bool = True
+    compiled: bool = False
+    fused: bool = False
+
+
+def ways_of(base: Way, on_gpu: bool) -> dict[str, Way]:
+    """The step as it is, and each of its choices changed alone."""
+    others = [name for name in DTYPES if name != base.dtype and (on_gpu or name != "fp16")]
+    return {
+        "as train.py": base,
+        "without channels_last" if base.channels_last else "with channels_last": replace(
+            base, channels_last=not base.channels_last
+        ),
+        "without compile" if base.compiled else "with compile": replace(
+            base, compiled=not base.compiled
+        ),
+        "without fused AdamW" if base.fused else "with fused AdamW": replace(
+            base, fused=not base.fused
+        ),
+        **{f"in {name}": replace(base, dtype=name) for name in others},
+        "half the batch": replace(base, batch=max(1, base.batch // 2)),
+        "twice the batch": replace(base, batch=2 * base.batch),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Seconds of each call, after `WARM_UP` calls; a GPU is waited for at each end."""
+    for _ in range(WARM_UP):
+        work()
+    synchronize(device)
+    found = []
+    while len(found) < LEAST or sum(found) < seconds:
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Operations per second of the fastest of several products of square matrices."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = seconds_of(lambda: left @ right, device, seconds)
+    return 2 * side**3 / min(times)
+
+
+def random_batch(way: Way, size: int, device: torch.device) -> Batch:
+    """Images of noise, as the loader hands them over."""
+    dice = torch.Generator().manual_seed(0)
+    images = torch.randint(
+        0, 256, (way.batch, 3, size, size), dtype=torch.uint8, generator=dice
+    ).to(device)
+    layout = torch.channels_last if way.channels_last else torch.contiguous_format
+    none = np.zeros(way.batch, np.int32)
+    return Batch(
+        images=images.contiguous(memory_format=layout),
+        labels=torch.arange(way.batch, device=device) % 2,
+        valid=torch.ones(way.batch, dtype=torch.bool, device=device),
+        samples=np.arange(way.batch),
+        sources=none,
+        replayed=none.astype(np.bool_),
+        failures={},
+    )
+
+
+def operations(trainer: Trainer, batch: Batch, recipe: Recipe) -> int:
+    """Floating-point operations of one step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        train_step(trainer, trainer.net, batch, recipe.optim)
+    return counter.get_total_flops()
+
+
+def begin_memory(device: torch.device) -> None:
+    """Forget the highest memory so far."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def highest_memory(device: torch.device) -> int | None:
+    """Bytes: of the GPU's tensors, or of the whole process (Linux); None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() != "Linux":
+        return None
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def measure(
+    way: Way, recipe: Recipe, device: torch.device, seconds: float, peaks: dict[str, float]
+) -> dict[str, Any]:
+    """Figures of one way, or the reason why there are none."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    begin_memory(device)
+    try:
+        net = build(recipe.network, pretrained=False)
+        if not way.channels_last:
+            net = net.to(memory_format=torch.contiguous_format)
+        net = net.to(device)
+        optimizer = make_optimizer(net.backbone, recipe.optim, fused=way.fused)
+        dtype = DTYPES[way.dtype]
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        trainer = Trainer(net, optimizer, scaler, device, dtype)
+        batch = random_batch(way, recipe.view.size, device)
+        work = operations(trainer, batch, recipe)
+        forward = torch.compile(net) if way.compiled else net
+        times = seconds_of(
+            lambda: train_step(trainer, forward, batch, recipe.optim), device, seconds
+        )
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        # Out of memory, no compiler, an operator without this dtype: the others still count.
+        return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0][:150]}
+    middle = statistics.median(times)
+    return {
+        "ms_per_step": 1000 * middle,
+        "images_per_s": way.batch / middle,
+        "operations": work,
+        "share_of_peak": work / middle / peaks[way.dtype],
+        "bytes": highest_memory(device),
+        "steps": len(times),
+    }
+
+
+@click.command(cls=console.Command)
+@console.options("device")
+@click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=recipes.FOLDER / "phase1.toml",
+    help="Network, view, batch, precision and optimizer. Default: phase 1.",
+)
+@click.option("--set", "overrides", multiple=True, help="Change a value of it.")
+@click.option("--seconds", default=10.0, show_default=True, help="Of each way in each round.")
+@click.option("--rounds", default=2, show_default=True, help="Each runs all ways in turn.")
+@click.option("--only", multiple=True, help="Only this row, beside the first; may be repeated.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(
+    device: str,
+    recipe_path: Path,
+    overrides: tuple[str, ...],
+    seconds: float,
+    rounds: int,
+    only: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Measure the training step, and what each choice in it brings."""
+    recipe = recipes.load(Recipe, recipe_path, overrides)
+    place = choose_device(device)
+    keep_freed_memory(place)
+    torch.backends.cudnn.benchmark = True
+    on_gpu = place.type == "cuda"
+    base = Way(
+        batch=recipe.loading.batch_size,
+        dtype=describe(choose_precision(recipe.run.precision, place)[0]),
+        compiled=recipe.run.compile == "on" or (recipe.run.compile == "auto" and on_gpu),
+        fused=on_gpu,
+    )
+    ways = ways_of(base, on_gpu)
+    if strange := set(only) - set(ways):
+        raise click.UsageError(f"no row {', '.join(strange)}; there are {', '.join(ways)}")
+    ways = {name: way for name, way in ways.items() if not only or name in ("as train.py", *only)}
+    used = dict.fromkeys(way.dtype for way in ways.values())
+    peaks = {name: matrix_peak(place, DTYPES[name], min(seconds, 2.0)) for name in used}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for number, (name, way) in itertools.product(range(rounds), ways.items()):
+        if found[name] and "failed" in found[name][-1]:
+            continue
+        found[name].append(measure(way, recipe, place, seconds, peaks))
+        rate = found[name][-1].get("images_per_s")
+        said = f"{rate:.1f} images/s" if rate else found[name][-1]["failed"]
+        console.log.info("round %d, %s: %s", number + 1, name, said)
+    device_name = torch.cuda.get_device_name(place) if on_gpu else platform.processor() or "CPU"
+    title = (
+        f"{recipe.network.name} at {recipe.view.size}, {base.dtype}, batch {base.batch}, "
+        f"{device_name}, {rounds} rounds of {seconds:g} s"
+    )
+    show(title, found)
+    reached = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in peaks.items())
+    console.say(f"matrix peak in this run, 10^12 operations a second: {reached}")
+    if out:
+        about = {"title": title, "peaks": peaks, "threads": torch.get_num_threads()}
+        text = json.dumps({**about, "versions": versions(), "rows": found}, indent=1)
+        out.write_text(text + "\n", encoding="utf-8")
+    if "failed" in found["as train.py"][-1]:
+        raise click.ClickException(f"the step itself failed: {found['as train.py'][-1]['failed']}")
+
+
+def show(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """The table: medians over the rounds, and the speed against the first row."""
+
+    def middle(runs: list[dict[str, Any]], name: str) -> float:
+        return statistics.median(run[name] for run in runs)
+
+    rows: list[list[object]] = []
+    first = found["as train.py"]
+    for name, runs in found.items():
+        if "failed" in runs[-1]:
+            rows.append([name, None, None, None, None, None, runs[-1]["failed"]])
+            continue
+        rate = middle(runs, "images_per_s")
+        against = None if "failed" in first[-1] else rate / middle(first, "images_per_s")
+        memory = None if runs[-1]["bytes"] is None else f"{middle(runs, 'bytes') / 2**20:,.0f}"
+        rates = [run["images_per_s"] for run in runs]
+        share = f"{100 * middle(runs, 'share_of_peak'):.1f} %"
+        shown = f"{rate:,.1f}", f"{min(rates):,.1f}-{max(rates):,.1f}"
+        rows.append([name, *shown, against and f"{against:.2f}", share, memory, ""])
+    columns = ["step", "images/s", "min-max", "times", "of the peak", "memory MiB", ""]
+    console.table(title, columns, rows)
+
+
+if __name__ == "__main__":
+    main()
