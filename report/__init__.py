@@ -1,0 +1,10 @@
+"""An evaluation as a person reads it: tables as CSV, and one HTML page that needs no network.
+
+`report.json` and `scores.parquet` in (`model/evaluation.py` describes them); nothing is measured
+here that they do not hold.
+"""
+
+from report.page import render
+from report.tables import write_tables
+
+__all__ = ["render", "write_tables"]
