@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from model.distributed import Ranks
 from model.metrics import measure
 from model.robustness import (
     FIGURES,
@@ -192,14 +193,22 @@ def report_delivery(
     threshold: float,
     per_class: int = PER_CLASS,
     on_images: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """The entry `delivery` of one set in `report.json`: grid and codec swap on `draw_samples`."""
+    """The entry `delivery` of one set in `report.json`, grid and codec swap on `draw_samples`:
+
+    {"images": n, "of": n, "unreadable": n,
+     "deliveries": rows of `measure_deliveries`,
+     "containers": {"real" or "fake": null or the fields of `Container`, and "name"},
+     "codec_swap": rows of `measure_swaps`}
+    """
     samples = draw_samples(shards, per_class)
     containers, swaps = plan_swaps(shards, samples)
     ways = [*deliveries, *(swap.delivery for swap in swaps)]
     delivered = score_deliveries(
-        net, shards, samples, ways, view=view, device=device, dtype=dtype, on_images=on_images
-    )
+        net, shards, samples, ways, view=view, device=device, dtype=dtype, on_images=on_images,
+        ranks=ranks,
+    )  # fmt: skip
     groups = group_codes(shards)
     at = {"temperature": temperature, "threshold": threshold}
     rows = measure_deliveries(delivered, groups, **at)[: len(deliveries)]

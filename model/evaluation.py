@@ -5,7 +5,7 @@
 
     {"report_version": 2,
      "headline": [sentence, ...],            # one per set; those without any reals come first
-     "checkpoint": path, "run": name, "step": n, "commit": commit,
+     "checkpoint": path, "run": name, "step": n, "commit": commit, "command": text,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
@@ -13,6 +13,7 @@
      "intervals": {"level": 0.95, "draws": n, "seed": n},
      "sets": {set: {
          "index_sha256": hash, "split": split,
+         "delivery": null or as model.codec_swap.report_delivery says,
          "overall": FIGURES,                 # of the set's own images
          "beside": FIGURES or null,          # its fakes with the reals of the set under "reals"
          "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
@@ -72,12 +73,18 @@ def report(scores: ScoreTable) -> dict[str, Any]:
         "report_version": REPORT_VERSION,
         "headline": [sentences[name] for name in dict.fromkeys([*first, *found])],
         **{name: about[name] for name in _COPIED},
+        "command": about.get("command", ""),
         "band": list(band_of(about)),
         "intervals": {
             "level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": bootstrap.SEED,
         },
         "sets": {
-            name: {**about["sets"][name], **one, "unreadable": _unreadable(scores, name)}
+            name: {
+                "delivery": None,
+                **about["sets"][name],
+                **one,
+                "unreadable": _unreadable(scores, name),
+            }
             for name, one in found.items()
         },
     }  # fmt: skip

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from model.bootstrap import Images, group_rows, intervals, resample
+from model.distributed import Ranks, gather
 from model.metrics import measure
 from model.score import probability, score_batches
 from pipeline import pil
@@ -56,8 +58,8 @@ class Shift:
 
     images: int
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     of_gap: float | None
 
 
@@ -81,19 +83,22 @@ def score_deliveries(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Delivered:
-    """Score `samples` through each delivery; `on_images(n)` is called as images are done.
+    """Score `samples` through each delivery; `on_images(n)` is called as images are done. Over many
+    ranks each takes its share, and all of them know the whole.
 
     Each image is read and decoded once; a thread per core prepares all its views. The whole grid
     of one image is one batch.
     """
+    ranks = ranks or Ranks()
     deliveries = tuple(deliveries)
     failures: tuple[dict[int, str], ...] = tuple({} for _ in deliveries)
     unreadable: dict[int, str] = {}
     kept, logits = [], []
 
     def batches() -> Iterator[Batch]:
-        for sample, views in _views(shards, samples, deliveries, view):
+        for sample, views in _views(shards, samples[ranks.rank :: ranks.world], deliveries, view):
             if isinstance(views, str):
                 unreadable[int(sample)] = views
                 if on_images:
@@ -109,14 +114,21 @@ def score_deliveries(
         logits.append(found)
         if on_images:
             on_images(1)
-    rows = np.array(kept, np.int64)
+    parts = gather(ranks, (kept, logits, failures, unreadable))
+    rows = np.array([sample for part in parts for sample in part[0]], np.int64)
+    columns = [column for part in parts for column in part[1]]
+    order = np.argsort(rows, kind="stable")
+    scores = np.stack(columns, axis=1) if columns else np.empty((len(deliveries), 0), np.float32)
     return Delivered(
         deliveries=deliveries,
-        samples=rows,
-        labels=shards.column("label")[rows].astype(np.int64),
-        logits=np.stack(logits, axis=1) if logits else np.empty((len(deliveries), 0), np.float32),
-        failures=failures,
-        unreadable=unreadable,
+        samples=rows[order],
+        labels=shards.column("label")[rows[order]].astype(np.int64),
+        logits=scores[:, order],
+        failures=tuple(
+            {sample: reason for part in parts for sample, reason in part[2][number].items()}
+            for number in range(len(deliveries))
+        ),
+        unreadable={sample: reason for part in parts for sample, reason in part[3].items()},
     )
 
 
@@ -186,9 +198,10 @@ def measure_deliveries(
     """The figures of each delivery, as `report.json` holds them.
 
     `recall`, `false_positive_rate`, `balanced_accuracy` and `auroc` are those of the images that
-    could go this way; `flip_rate` is the share of them whose verdict at `threshold` is another
-    one than as packed, `flip_rate_real` and `flip_rate_fake` that of each class; `shift` is how
-    far each class moves (`Shift`), None for a class without images.
+    could go this way, and `intervals` theirs, by groups of images; `flip_rate` is the share of them
+    whose verdict at `threshold` is another one than as packed, `flip_rate_real` and
+    `flip_rate_fake` that of each class; `shift` is how far each class moves (`Shift`), None for a
+    class without images.
     """
     names = [delivery.name for delivery in delivered.deliveries]
     before = delivered.logits[names.index(ORIGINAL.name)]
@@ -208,6 +221,7 @@ def measure_deliveries(
                 "amount": delivery.amount,
                 "images": len(labels),
                 **{key: metrics[key] for key in FIGURES},
+                "intervals": _intervals(labels, fake, groups[delivered.samples[there]], threshold),
                 "flip_rate": _share(flipped),
                 "flip_rate_real": _share(flipped[labels == 0]),
                 "flip_rate_fake": _share(flipped[labels == 1]),
@@ -220,6 +234,18 @@ def measure_deliveries(
 
 
 FIGURES = ("reals", "fakes", "recall", "false_positive_rate", "balanced_accuracy", "auroc")
+
+
+def _intervals(
+    labels: np.ndarray, fake: np.ndarray, groups: np.ndarray, threshold: float
+) -> dict[str, list[float]]:
+    """95 % intervals of what `FIGURES` names; as if all images were of one source."""
+    if not len(labels):
+        return {}
+    images = Images(np.flatnonzero(labels == 0), np.flatnonzero(labels == 1))
+    grouped = group_rows(groups, np.zeros(len(labels), np.int64), labels)
+    found = intervals(images, grouped, resample(fake, {"": images}, grouped, threshold)[""])
+    return {name: ends for name, ends in found.items() if name in FIGURES}
 
 
 def _share(flags: np.ndarray) -> float | None:
@@ -243,16 +269,18 @@ def shifts(
 
 def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) -> Shift:
     """The mean of `changes` with its 95 % interval, by the variance that holds where images of one
-    group move together (Liang and Zeger 1986, for a mean). With one group there is no telling:
-    the interval is NaN wide.
+    group move together (Liang and Zeger 1986, for a mean). With one group there is no telling, and
+    no interval.
     """
     changes = np.asarray(changes, np.float64)
     mean = float(changes.mean())
     sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=changes - mean)
     number = len(sums)
-    variance = np.square(sums).sum() * number / (number - 1) if number > 1 else np.nan
-    reach = 1.96 * float(np.sqrt(variance)) / len(changes)
     of_gap = mean / gap if gap and gap > 0 else None
+    if number < 2:
+        return Shift(len(changes), mean, None, None, of_gap)
+    variance = np.square(sums).sum() * number / (number - 1)
+    reach = 1.96 * float(np.sqrt(variance)) / len(changes)
     return Shift(len(changes), mean, mean - reach, mean + reach, of_gap)
 
 

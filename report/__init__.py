@@ -4,7 +4,7 @@
 here that they do not hold.
 """
 
-from report.page import render
-from report.tables import write_tables
+from report.page import render, write_page
+from report.tables import write_tables, write_text
 
-__all__ = ["render", "write_tables"]
+__all__ = ["render", "write_page", "write_tables", "write_text"]

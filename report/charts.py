@@ -62,7 +62,7 @@ def roc_chart(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -
     keep = np.union1d(keep, [0, len(fpr) - 1])
     figure, axes = _figure()
     axes.plot([*np.linspace(0, 1, 50)], [*np.linspace(0, 1, 50)], color=MUTED, lw=0.8, ls=_DASHED)
-    axes.plot(fpr[keep], tpr[keep], color=FAKE, drawstyle="steps-post")
+    axes.plot(fpr[keep], tpr[keep], color=FAKE, drawstyle="steps-post", clip_on=False)
     called = probabilities >= threshold
     at = called[labels == 0].mean(), called[labels == 1].mean()
     axes.plot(*at, "o", color=INK, ms=6, zorder=5, clip_on=False)
@@ -108,7 +108,7 @@ def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float]) -> Markup:
     """How the probabilities of one source's images lie, with the band of doubt behind them."""
-    figure, axes = _figure(height=1.25)
+    figure, axes = _figure(width=2.3, height=1.2)
     edges = np.linspace(0, 1, 26)
     low, high = band
     axes.axvspan(low, high, color=BAND, lw=0) if high > low else axes.axvline(

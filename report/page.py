@@ -10,8 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.score_table import ScoreTable
 from report.charts import delivery_chart, histogram_chart, reliability_chart, roc_chart
-from report.thumbnails import MOST, Mistake, worst_mistakes
-from sharding.format import CLASSES
+from report.tables import write_tables, write_text
+from report.thumbnails import MOST, Mistake, thumbnails, worst_mistakes
+from sharding.format import CLASSES, ShardSet
+
+PAGE_FILE = "report.html"
 
 MOST_HISTOGRAMS = 24
 """Sources of a set that get a histogram, the largest first; the page says how many do not."""
@@ -82,6 +85,20 @@ def mistakes_of(report: Mapping[str, Any], scores: ScoreTable) -> dict[str, list
     return {
         name: worst_mistakes(scores, name, report["threshold"], count) for name in report["sets"]
     }
+
+
+def write_page(
+    report: Mapping[str, Any], scores: ScoreTable, shards: Mapping[str, ShardSet], folder: Path
+) -> list[Path]:
+    """Write the tables and `report.html` to `folder`; returns what was written, the page last.
+    `shards` are the sets that pictures of mistakes may be taken from.
+    """
+    mistakes = mistakes_of(report, scores)
+    shown = [one for of_set in mistakes.values() for one in of_set if one.set in shards]
+    page = render(report, scores, mistakes, thumbnails(shards, shown))
+    written = write_tables(report, folder)
+    write_text(folder / PAGE_FILE, page)
+    return [*written, folder / PAGE_FILE]
 
 
 def render(

@@ -23,10 +23,15 @@ def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     if any(found.get("delivery") for found in report["sets"].values()):
         tables[DELIVERY_FILE] = delivery_csv(report)
     for name, text in tables.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        write_text(folder / name, text)
     return [folder / name for name in tables]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, under another name first."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def figures_csv(report: Mapping[str, Any]) -> str:
