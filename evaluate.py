@@ -10,6 +10,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from model import evaluation
 from model.calibrate import Calibration, ThresholdAt
 from model.checkpoint import find, git_commit, load_network
 from model.codec_swap import report_delivery
+from model.compare import COMPARED, Change, Flip, count_flips, shared_samples
+from model.compare import compare as compare_scores
+from model.compare import flips as find_flips
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.distributed import Ranks, joined
 from model.robustness import PER_CLASS
 from model.score import score_set
-from model.score_table import SCORES_FILE, read_scores, rows_of, write_scores
+from model.score_table import SCORES_FILE, ScoreTable, read_scores, rows_of, write_scores
 from model.validation import calibrate_checkpoint
 from pipeline import Loading, View, open_loader
 from pipeline.delivery import DELIVERIES
 from pipeline.subset import Subset, choose_samples, read_subset
-from report import write_page, write_text
+from report import table_csv, write_page, write_text
 from sharding.catalog import BUILT_IN, read_catalog
 from sharding.format import CLASSES, ShardSet, join_sets, open_shards, read_index
 from sharding.storage import AnyPath, any_path
@@ -331,42 +335,60 @@ def _shift(shift: Mapping[str, Any] | None) -> str | None:
     return f"{shift['mean']:+.2f}{ends}{of_gap}"
 
 
-def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Two reports side by side, for the sets, sources and generators that both have."""
-    rows = []
-    for name in (name for name in before["sets"] if name in after["sets"]):
-        one, two = before["sets"][name], after["sets"][name]
-        pairs = [(name, one["overall"], two["overall"])]
-        for kind in ("sources", "generators"):
-            shared = [key for key in one[kind] if key in two[kind]]
-            if kind == "generators" or len(shared) > 1:
-                pairs += [
-                    (f"  {kind[:-1]} {key}", one[kind][key], two[kind][key]) for key in shared
-                ]
-        for label, first, second in pairs:
-            figures = ("auroc", "recall", "false_positive_rate")
-            changes = [_change(first[figure], second[figure]) for figure in figures]
-            rows.append([label, first["count"], *changes])
-    first, second = ((report.get("subset") or {}).get("sha256") for report in (before, after))
-    if first != second:
-        console.say("The reports are on different samples: another --subset, or none.")
-    title = f"{before['run']} step {before['step']} -> {after['run']} step {after['step']}"
-    console.table(title, ["set", "images", "AUROC", "recall", "false positives"], rows)
+def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Flip]) -> None:
+    """Two runs on the same images: figures with the interval of each difference, and flips."""
+    rows = [
+        [
+            line.set if line.kind in ("overall", "beside") else f"  {line.kind[:-1]} {line.name}",
+            line.images,
+            *(_difference(line.changes[figure]) for figure in COMPARED),
+        ]
+        for line in compare_scores(before, after)
+    ]
+    one, two = ("{run} step {step}".format(**table.evaluation) for table in (before, after))
+    columns = ["set", "images", "AUROC", "recall", "false positives"]
+    console.table(f"{one} -> {two}", columns, rows)
+    console.say("In brackets: 95 % interval of the difference, on the same draws of the images.")
+    columns = ["verdicts flipped", "class", "images", "to wrong", "to right"]
+    console.table("", columns, count_flips(before, changed))
+    for said, fixed in (("to wrong", False), ("to right", True)):
+        furthest = [flip for flip in changed if flip.fixed == fixed][:SHOWN_FLIPS]
+        if furthest:
+            console.say(f"furthest {said}: " + ", ".join(map(_flip, furthest)))
+
+
+SHOWN_FLIPS = 3
+
+
+def _difference(change: Change | None) -> str | None:
+    """`0.544 -> 0.944 (+0.28 to +0.51)`."""
+    if change is None:
+        return None
+    shown = f"{change.before:.3f} -> {change.after:.3f}"
+    return shown if change.low is None else f"{shown} ({change.low:+.2f} to {change.high:+.2f})"
+
+
+def _flip(flip: Flip) -> str:
+    return f"{flip.key} ({flip.generator}) {flip.before:.2f} -> {flip.after:.2f}"
+
+
+def scores_beside(path: Path) -> Path:
+    """The file of scores that is meant by `path`: itself, or that of its report or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = path / SCORES_FILE if path.is_dir() else path
+    found = found.with_name(SCORES_FILE) if found.suffix != ".parquet" else found
+    if not found.exists():
+        raise ValueError(f"there is no {SCORES_FILE} at {path}; run `python evaluate.py` again")
+    return found
 
 
 def _change(before: float | None, after: float | None) -> str | None:
     if before is None or after is None:
         return None
-    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("report_version") != evaluation.REPORT_VERSION:
-        raise ValueError(
-            f"{path} is not a report of this program (version {evaluation.REPORT_VERSION})"
-        )
-    return report
+    return f"{before:.3f} -> {after:.3f}"
 
 
 def print_calibration(found: Calibration) -> None:
@@ -522,12 +544,30 @@ def calibrate(
 
 
 @main.command()
-@click.argument("before", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("after", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("before", type=click.Path(path_type=Path, exists=True))
+@click.argument("after", type=click.Path(path_type=Path, exists=True))
+@click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
+@click.option(
+    "--flips",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="CSV of every image whose verdict is another one.",
+)
 @console.options()
-def compare(before: Path, after: Path) -> None:
-    """Put two report.json files side by side."""
-    print_comparison(_read_report(before), _read_report(after))
+def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
+    """Put two runs side by side: folders of reports, or their files."""
+    tables = [read_scores(scores_beside(path)) for path in (before, after)]
+    one, two = shared_samples(*tables, intersect=intersection)
+    left_out = [len(table) - len(one) for table in tables]
+    if any(left_out):
+        console.say(
+            f"on {len(one):,} images that both scored; left out are {left_out[0]:,} of "
+            f"{before} and {left_out[1]:,} of {after}"
+        )
+    changed = find_flips(one, two)
+    print_comparison(one, two, changed)
+    if flips:
+        write_text(flips, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
+        console.say(f"flips: {flips}")
     console.say(f"reports: {before} and {after}")
 
 

@@ -5,6 +5,6 @@ here that they do not hold.
 """
 
 from report.page import render, write_page
-from report.tables import write_tables, write_text
+from report.tables import table_csv, write_tables, write_text
 
-__all__ = ["render", "write_page", "write_tables", "write_text"]
+__all__ = ["render", "table_csv", "write_page", "write_tables", "write_text"]

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def figures_csv(report: Mapping[str, Any]) -> str:
         for what, own, figures in lines:
             if figures:
                 rows.append({"set": name, "what": what, "name": own} | _flat(figures))
-    return _csv(columns, rows)
+    return table_csv(columns, rows)
 
 
 def delivery_csv(report: Mapping[str, Any]) -> str:
@@ -67,7 +67,7 @@ def delivery_csv(report: Mapping[str, Any]) -> str:
             before = {f"{key}_before": value for key, value in line["before"].items()}
             own = {"set": name, "kind": "codec swap"} | line | line["after"] | before
             rows.append(own | _shifts(line["shift"]))
-    return _csv(columns, rows)
+    return table_csv(columns, rows)
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,8 @@ def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """CSV with a header; a row's other entries are left out."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
