@@ -429,7 +429,6 @@ def print_calibration(found: Calibration) -> None:
     type=click.IntRange(min=1),
     is_flag=False,
     flag_value=PER_CLASS,
-    default=0,
     metavar="[N]",
     help="Score N images of each class (1000) through JPEG, WebP, AVIF, resizing and more.",
 )
@@ -446,7 +445,7 @@ def main(
     reals: str | None,
     subset: Path | None,
     scores: Path | None,
-    delivery: int,
+    delivery: int | None,
     out: Path | None,
     checkpoint: Path | None,
     data: str,
@@ -481,7 +480,7 @@ def main(
         _speak_for(ranks)
         report = evaluate(
             chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
-            subset=listed, reals=reals, delivery=delivery, ranks=ranks,
+            subset=listed, reals=reals, delivery=delivery or 0, ranks=ranks,
         )  # fmt: skip
     if ranks.first:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)

@@ -219,6 +219,7 @@ def measure_deliveries(
                 "name": delivery.name,
                 "family": delivery.family,
                 "amount": delivery.amount,
+                "what": delivery.what,
                 "images": len(labels),
                 **{key: metrics[key] for key in FIGURES},
                 "intervals": _intervals(labels, fake, groups[delivered.samples[there]], threshold),

@@ -30,13 +30,14 @@ PHONE = (1080, 1920)
 @dataclass(frozen=True, eq=False)
 class Delivery:
     """One way that an image may take. `family` and `amount` place it on a curve: deliveries of one
-    family differ in one number only.
+    family differ in one number only. `what` says in words what the name does not.
     """
 
     name: str
     family: str
     amount: float
     steps: tuple[Step, ...]
+    what: str = ""
 
     def apply(self, pixels: np.ndarray, sha256: bytes = b"") -> np.ndarray:
         """The image as it arrives; `sha256` is that of its file, and decides on the noise.
@@ -170,7 +171,9 @@ def _noise(sigma: float) -> Delivery:
 
 
 def _tier(name: str, longest: int, quality: int) -> Delivery:
-    return Delivery(name, "tier", longest, (partial(fit, longest=longest), _jpeg(quality).steps[0]))
+    steps = (partial(fit, longest=longest), *_jpeg(quality).steps)
+    what = f"longer side at most {longest} pixels, then JPEG {quality}"
+    return Delivery(name, "tier", longest, steps, what)
 
 
 ORIGINAL = Delivery("original", "original", 0, ())
@@ -180,18 +183,22 @@ DELIVERIES: Sequence[Delivery] = (
     ORIGINAL,
     # From what cameras write down to what chat programs send.
     *map(_jpeg, (90, 80, 70, 60, 50, 40, 30)),
-    # Posted twice; and cut between, so that the two grids of blocks do not meet.
+    # Posted twice.
     Delivery("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
     Delivery(
         "jpeg-90-cut-60", "two JPEGs", 3,
         (*_jpeg(90).steps, partial(cut, edge=3), *_jpeg(60).steps),
+        "cut by 3 pixels between two JPEGs, so that their blocks do not meet",
     ),
     *map(_webp, (80, 50)),  # Pillow's default, and a low one
     *map(_avif, (75, 50)),  # the defaults of Pillow and of sharp, which many web servers use
     *map(_scale, (0.25, 0.5, 0.75, 1.5, 2.0)),
     *map(_blur, (1.0, 2.0)),  # inside the range that Wang et al. (2020) train and test on, 0 to 3
     *map(_noise, (4.0, 10.0)),  # hardly seen, and plainly seen
-    Delivery("screenshot", "screenshot", 0, (screenshot,)),
+    Delivery(
+        "screenshot", "screenshot", 0, (screenshot,),
+        f"fitted to a screen of {PHONE[0]} x {PHONE[1]} pixels between black bars",
+    ),
     # The tiers that the Sieve detector publishes its accuracy at (docs/accuracy-v0.14.md there).
     _tier("web", 768, 60),
     _tier("hard", 512, 40),

@@ -131,7 +131,7 @@ def render(
 
 def percent(value: float | None) -> str:
     """A share as a person reads it."""
-    return NOTHING if value is None else f"{100 * value:.1f} %"
+    return NOTHING if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def figure(value: float | None) -> str:
