@@ -7,26 +7,38 @@ false-positive rate on real images; where there are none, the report says so fir
 
 import json
 import logging
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
+from torch import nn
 
 import console
 from model import evaluation
 from model.calibrate import Calibration, ThresholdAt
 from model.checkpoint import find, git_commit, load_network
+from model.codec_swap import report_delivery
+from model.compare import COMPARED, Change, Flip, count_flips, shared_samples
+from model.compare import compare as compare_scores
+from model.compare import flips as find_flips
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.distributed import Ranks, joined
+from model.robustness import PER_CLASS
 from model.score import score_set
-from model.score_table import SCORES_FILE, read_scores, rows_of, write_scores
+from model.score_table import SCORES_FILE, ScoreTable, read_scores, rows_of, write_scores
 from model.validation import calibrate_checkpoint
-from pipeline import Loading, open_loader
+from pipeline import Loading, View, open_loader
+from pipeline.delivery import DELIVERIES
 from pipeline.subset import Subset, choose_samples, read_subset
+from report import table_csv, write_page, write_text
 from sharding.catalog import BUILT_IN, read_catalog
-from sharding.format import CLASSES, ShardSet, open_shards, read_index
+from sharding.format import CLASSES, ShardSet, join_sets, open_shards, read_index
 from sharding.storage import AnyPath, any_path
 
 REPORT_FILE = "report.json"
@@ -77,11 +89,13 @@ def evaluate(
     device: str = "auto",
     subset: Subset | None = None,
     reals: str | None = None,
+    delivery: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
-    `out` and return the report on it. On many ranks each calls this; the first one writes, and the
-    others return an empty report.
+    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` and
+    the report on it to `out`, and return the report. `delivery` is how many images of each class
+    are scored once more through every delivery. On many ranks each calls this; the first one
+    writes, and the others return an empty report.
     """
     ranks = ranks or Ranks()
     for name in [*names, *([reals] if reals else [])]:
@@ -115,6 +129,12 @@ def evaluate(
                 net, loader, dtype, lambda done: advance(done * ranks.world), ranks
             )  # fmt: skip
         parts.append(rows_of(name, shards, scores, meta["temperature"]))
+    delivered = {}
+    for name in list(opened)[:measured] if delivery else ():
+        delivered[name] = deliver(
+            net, with_reals(opened, name, beside), view, meta, dtype, delivery, where,
+            label=f"delivering {name}", ranks=ranks,
+        )  # fmt: skip
     if not ranks.first:
         return {}
     about = {
@@ -133,22 +153,81 @@ def evaluate(
             "samples": sum(len(opened[name]) for name in names),
         },
         "sets": {
-            name: {"index_sha256": whole[name].sha256, "split": read_index(data / name)["split"]}
+            name: {
+                "index_sha256": whole[name].sha256,
+                "split": read_index(data / name)["split"],
+                "delivery": delivered.get(name),
+            }
             for name in list(opened)[:measured]
         },
         "reals": beside,
+        "command": shlex.join(["python", *sys.argv]),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, parts, about)
     return evaluation.report(read_scores(out / SCORES_FILE))
 
 
-def write_report(report: Mapping[str, Any], out: Path) -> None:
-    """Write `report.json`, under another name first."""
+def with_reals(
+    opened: Mapping[str, ShardSet], name: str, beside: Mapping[str, Any] | None
+) -> ShardSet:
+    """What set `name` is delivered with: itself, or its fakes and the reals that stand beside, as
+    in its report.
+    """
+    own = opened[name]
+    labels = own.column("label")
+    if not beside or beside["set"] == name or not (beside["for_all"] or (labels == 1).all()):
+        return own
+    other = opened[beside["set"]]
+    reals = other.take(np.flatnonzero(other.column("label") == 0))
+    return join_sets([own.take(np.flatnonzero(labels == 1)), reals])
+
+
+def deliver(
+    net: nn.Module,
+    shards: ShardSet,
+    view: View,
+    meta: Mapping[str, Any],
+    dtype: torch.dtype,
+    per_class: int,
+    device: torch.device,
+    *,
+    label: str,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The entry `delivery` of one set; says how many images it is about."""
+    counts = np.bincount(shards.column("label"), minlength=2)
+    taken = np.minimum(counts, per_class)
+    numbers = (f"{n:,}" for pair in zip(taken, counts, strict=True) for n in pair)
+    console.log.info("%s: %s of %s real and %s of %s fake images", label, *numbers)
+    with console.progress(label, int(taken.sum()), ranks.first) as advance:
+        return report_delivery(
+            net, shards, DELIVERIES, view=view, device=device, dtype=dtype,
+            temperature=meta["temperature"], threshold=meta["threshold"], per_class=per_class,
+            on_images=lambda done: advance(done * ranks.world), ranks=ranks,
+        )  # fmt: skip
+
+
+def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Path) -> list[Path]:
+    """Write `report.json`, the tables and the page, each under another name first; the page shows
+    pictures of those sets that are still below `data` as they were scored.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{REPORT_FILE}.partial"
-    partial.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(out / REPORT_FILE)
+    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text(out / REPORT_FILE, text)
+    shards = {}
+    for name, found in report["sets"].items():
+        try:
+            shards[name] = open_shards([data / name])
+        except (ValueError, OSError) as error:
+            console.log.info("%s: no pictures on the page: %s", name, error)
+            continue
+        if shards[name].sha256 != found["index_sha256"]:
+            console.log.info(
+                "%s: no pictures on the page: the set at %s is another one", name, data
+            )
+            del shards[name]
+    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out)]
 
 
 def _figure(found: Mapping[str, Any], name: str) -> str | None:
@@ -197,6 +276,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
         if found["protocols"] and found["protocols"]["first"]:
             print_protocols(name, found["protocols"])
+        if found["delivery"]:
+            print_delivery(name, found["delivery"])
 
 
 def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
@@ -217,42 +298,97 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     console.table(title, ["generator", "all", "all, at 0.5", "first", "first, at 0.5"], rows)
 
 
-def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Two reports side by side, for the sets, sources and generators that both have."""
+def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
+    """Every delivery, and the codec-swap tests."""
+    rows = [
+        [one["name"], one["images"], _figure(one, "recall"), _figure(one, "false_positive_rate"),
+         _figure(one, "auroc"), one["flip_rate"]]
+        for one in delivery["deliveries"]
+    ]  # fmt: skip
+    columns = ["delivery", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
+    console.table(f"{name}, delivered", columns, rows)
+    failed = [one for one in delivery["deliveries"] if one["failed"]]
+    for one in failed:
+        console.say(f"{one['name']}: {one['failed']:,} images could not: {one['failed_first']}")
+    if delivery["unreadable"]:
+        console.say(f"{delivery['unreadable']:,} unreadable images are left out here")
     rows = []
-    for name in (name for name in before["sets"] if name in after["sets"]):
-        one, two = before["sets"][name], after["sets"][name]
-        pairs = [(name, one["overall"], two["overall"])]
-        for kind in ("sources", "generators"):
-            shared = [key for key in one[kind] if key in two[kind]]
-            if kind == "generators" or len(shared) > 1:
-                pairs += [
-                    (f"  {kind[:-1]} {key}", one[kind][key], two[kind][key]) for key in shared
-                ]
-        for label, first, second in pairs:
-            figures = ("auroc", "recall", "false_positive_rate")
-            changes = [_change(first[figure], second[figure]) for figure in figures]
-            rows.append([label, first["count"], *changes])
-    first, second = ((report.get("subset") or {}).get("sha256") for report in (before, after))
-    if first != second:
-        console.say("The reports are on different samples: another --subset, or none.")
-    title = f"{before['run']} step {before['step']} -> {after['run']} step {after['step']}"
-    console.table(title, ["set", "images", "AUROC", "recall", "false positives"], rows)
+    for one in delivery["codec_swap"]:
+        changes = [
+            _change(one["before"][figure], one["after"][figure])
+            for figure in ("recall", "false_positive_rate", "auroc")
+        ]
+        rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
+    columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
+    console.table(f"{name}: the pictures, or their containers?", columns, rows)
+    console.say(
+        "Moves are of the mean logit, positive towards fake, with 95 % intervals and as a share of "
+        "the distance between the classes."
+    )
+
+
+def _shift(shift: Mapping[str, Any] | None) -> str | None:
+    if shift is None:
+        return None
+    ends = "" if shift["low"] is None else f" ({shift['low']:+.2f} to {shift['high']:+.2f})"
+    of_gap = "" if shift["of_gap"] is None else f" {shift['of_gap']:+.0%}"
+    return f"{shift['mean']:+.2f}{ends}{of_gap}"
+
+
+def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Flip]) -> None:
+    """Two runs on the same images: figures with the interval of each difference, and flips."""
+    rows = [
+        [
+            line.set if line.kind in ("overall", "beside") else f"  {line.kind[:-1]} {line.name}",
+            line.images,
+            *(_difference(line.changes[figure]) for figure in COMPARED),
+        ]
+        for line in compare_scores(before, after)
+    ]
+    one, two = ("{run} step {step}".format(**table.evaluation) for table in (before, after))
+    columns = ["set", "images", "AUROC", "recall", "false positives"]
+    console.table(f"{one} -> {two}", columns, rows)
+    console.say("In brackets: 95 % interval of the difference, on the same draws of the images.")
+    columns = ["verdicts flipped", "class", "images", "to wrong", "to right"]
+    console.table("", columns, count_flips(before, changed))
+    for said, fixed in (("to wrong", False), ("to right", True)):
+        furthest = [flip for flip in changed if flip.fixed == fixed][:SHOWN_FLIPS]
+        if furthest:
+            console.say(f"furthest {said}: " + ", ".join(map(_flip, furthest)))
+
+
+SHOWN_FLIPS = 3
+
+
+def _difference(change: Change | None) -> str | None:
+    """`0.544 -> 0.944 (+0.28 to +0.51)`."""
+    if change is None:
+        return None
+    shown = f"{change.before:.3f} -> {change.after:.3f}"
+    return shown if change.low is None else f"{shown} ({change.low:+.2f} to {change.high:+.2f})"
+
+
+def _flip(flip: Flip) -> str:
+    return f"{flip.key} ({flip.generator}) {flip.before:.2f} -> {flip.after:.2f}"
+
+
+def scores_beside(path: Path) -> Path:
+    """The file of scores that is meant by `path`: itself, or that of its report or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = path / SCORES_FILE if path.is_dir() else path
+    found = found.with_name(SCORES_FILE) if found.suffix != ".parquet" else found
+    if not found.exists():
+        raise ValueError(f"there is no {SCORES_FILE} at {path}; run `python evaluate.py` again")
+    return found
 
 
 def _change(before: float | None, after: float | None) -> str | None:
     if before is None or after is None:
         return None
-    return f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("report_version") != evaluation.REPORT_VERSION:
-        raise ValueError(
-            f"{path} is not a report of this program (version {evaluation.REPORT_VERSION})"
-        )
-    return report
+    return f"{before:.3f} -> {after:.3f}"
 
 
 def print_calibration(found: Calibration) -> None:
@@ -289,6 +425,14 @@ def print_calibration(found: Calibration) -> None:
     help="The report on a scores.parquet, without a network or images.",
 )
 @click.option(
+    "--delivery",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=PER_CLASS,
+    metavar="[N]",
+    help="Score N images of each class (1000) through JPEG, WebP, AVIF, resizing and more.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
@@ -301,6 +445,7 @@ def main(
     reals: str | None,
     subset: Path | None,
     scores: Path | None,
+    delivery: int | None,
     out: Path | None,
     checkpoint: Path | None,
     data: str,
@@ -315,13 +460,14 @@ def main(
     if context.invoked_subcommand:
         return
     if scores:
-        if names or subset or reals:
-            raise click.UsageError("--scores takes no --shards, --subset or --reals: it has both")
+        if names or subset or reals or delivery:
+            raise click.UsageError(
+                "--scores takes no --shards, --subset, --reals or --delivery: it has its own"
+            )
         report = evaluation.report(read_scores(scores))
-        out = out or scores.parent
-        write_report(report, out)
+        written = write_report(report, scores, any_path(data), out or scores.parent)
         print_report(report)
-        console.say(f"report: {out / REPORT_FILE}")
+        say_files(written)
         return
     listed = read_subset(subset) if subset else None
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
@@ -334,14 +480,22 @@ def main(
         _speak_for(ranks)
         report = evaluate(
             chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
-            subset=listed, reals=reals, ranks=ranks,
+            subset=listed, reals=reals, delivery=delivery or 0, ranks=ranks,
         )  # fmt: skip
     if ranks.first:
-        write_report(report, out)
+        written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
         console.say(f"checkpoint: {chosen}")
         console.say(f"scores: {out / SCORES_FILE}")
-        console.say(f"report: {out / REPORT_FILE}")
+        say_files(written)
+
+
+def say_files(written: Sequence[Path]) -> None:
+    """Where the report is; the page last, because it is what a person opens."""
+    report, *tables, page = written
+    console.say(f"tables: {', '.join(str(path) for path in tables)}")
+    console.say(f"report: {report}")
+    console.say(f"page: {page}")
 
 
 def _speak_for(ranks: Ranks) -> None:
@@ -389,12 +543,30 @@ def calibrate(
 
 
 @main.command()
-@click.argument("before", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("after", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("before", type=click.Path(path_type=Path, exists=True))
+@click.argument("after", type=click.Path(path_type=Path, exists=True))
+@click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
+@click.option(
+    "--flips",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="CSV of every image whose verdict is another one.",
+)
 @console.options()
-def compare(before: Path, after: Path) -> None:
-    """Put two report.json files side by side."""
-    print_comparison(_read_report(before), _read_report(after))
+def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
+    """Put two runs side by side: folders of reports, or their files."""
+    tables = [read_scores(scores_beside(path)) for path in (before, after)]
+    one, two = shared_samples(*tables, intersect=intersection)
+    left_out = [len(table) - len(one) for table in tables]
+    if any(left_out):
+        console.say(
+            f"on {len(one):,} images that both scored; left out are {left_out[0]:,} of "
+            f"{before} and {left_out[1]:,} of {after}"
+        )
+    changed = find_flips(one, two)
+    print_comparison(one, two, changed)
+    if flips:
+        write_text(flips, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
+        console.say(f"flips: {flips}")
     console.say(f"reports: {before} and {after}")
 
 

@@ -5,7 +5,7 @@
 
     {"report_version": 2,
      "headline": [sentence, ...],            # one per set; those without any reals come first
-     "checkpoint": path, "run": name, "step": n, "commit": commit,
+     "checkpoint": path, "run": name, "step": n, "commit": commit, "command": text,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
@@ -13,6 +13,7 @@
      "intervals": {"level": 0.95, "draws": n, "seed": n},
      "sets": {set: {
          "index_sha256": hash, "split": split,
+         "delivery": null or as model.codec_swap.report_delivery says,
          "overall": FIGURES,                 # of the set's own images
          "beside": FIGURES or null,          # its fakes with the reals of the set under "reals"
          "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
@@ -65,26 +66,32 @@ _COPIED = (
 def report(scores: ScoreTable) -> dict[str, Any]:
     """The report on a table of scores; the same table gives the same report."""
     about = scores.evaluation
-    found = {name: _report_set(_rows_of(scores, name), about) for name in about["sets"]}
+    found = {name: _report_set(rows_of_set(scores, name), about) for name in about["sets"]}
     sentences = {name: _headline(name, one, about) for name, one in found.items()}
     first = [name for name, one in found.items() if not _has_reals(one)]
     return {
         "report_version": REPORT_VERSION,
         "headline": [sentences[name] for name in dict.fromkeys([*first, *found])],
         **{name: about[name] for name in _COPIED},
+        "command": about.get("command", ""),
         "band": list(band_of(about)),
         "intervals": {
             "level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": bootstrap.SEED,
         },
         "sets": {
-            name: {**about["sets"][name], **one, "unreadable": _unreadable(scores, name)}
+            name: {
+                "delivery": None,
+                **about["sets"][name],
+                **one,
+                "unreadable": _unreadable(scores, name),
+            }
             for name, one in found.items()
         },
     }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class Rows:
     """The readable rows of one set and, behind them, the reals of another where they are to stand
     beside; a value per row in each array. `own` is True for the set's own.
     """
@@ -105,7 +112,8 @@ class _Rows:
         )
 
 
-def _rows_of(scores: ScoreTable, name: str) -> _Rows:
+def rows_of_set(scores: ScoreTable, name: str) -> Rows:
+    """The rows that set `name` is reported on."""
     sets, names = scores.codes("set")
     labels, valid = scores.numbers("label"), scores.numbers("valid")
     rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
@@ -118,7 +126,7 @@ def _rows_of(scores: ScoreTable, name: str) -> _Rows:
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
     # Sources and groups of two sets are not the same where their names are.
     apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
-    return _Rows(
+    return Rows(
         own=np.arange(len(rows)) < own,
         labels=labels[rows].astype(np.int64),
         fake=scores.numbers("probability")[rows],
@@ -129,9 +137,10 @@ def _rows_of(scores: ScoreTable, name: str) -> _Rows:
     )
 
 
-def _report_set(rows: _Rows, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one set."""
-    threshold = about["threshold"]
+def lines_of(rows: Rows) -> dict[Hashable, Images]:
+    """The lines of a set's report that are its own figures: "overall", "beside" where reals stand
+    beside, and ("classes" or "sources" or "generators", name).
+    """
     own = rows.where(rows.own)
     lines: dict[Hashable, Images] = {"overall": own}
     if not rows.own.all():
@@ -145,6 +154,14 @@ def _report_set(rows: _Rows, about: Mapping[str, Any]) -> dict[str, Any]:
         lines["sources", names[code]] = rows.where(rows.own & (codes == code))
     for name, chosen in _by_generator(rows, own.fakes).items():
         lines["generators", name] = Images(reals, chosen)
+    return lines
+
+
+def _report_set(rows: Rows, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one set."""
+    threshold = about["threshold"]
+    own = rows.where(rows.own)
+    lines = lines_of(rows)
     first = first_of_each(rows.origin, rows.groups.of_row, rows.generator[0], own.fakes)
     if len(first) < len(own.fakes):
         for name, chosen in _by_generator(rows, first).items():
@@ -171,7 +188,7 @@ def _report_set(rows: _Rows, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_generator(rows: _Rows, fakes: np.ndarray) -> dict[str, np.ndarray]:
+def _by_generator(rows: Rows, fakes: np.ndarray) -> dict[str, np.ndarray]:
     codes, names = rows.generator
     return {names[code]: fakes[codes[fakes] == code] for code in np.unique(codes[fakes])}
 
@@ -197,7 +214,7 @@ def first_of_each(
 _NUMBERED = re.compile(r"(.*?)(\d*)(?:\.[^./]*)?", re.DOTALL)
 
 
-def _figures(rows: _Rows, one: Images, draws: Draws, threshold: float) -> dict[str, Any]:
+def _figures(rows: Rows, one: Images, draws: Draws, threshold: float) -> dict[str, Any]:
     chosen = np.concatenate([one.reals, one.fakes])
     return {
         **asdict(measure(rows.labels[chosen], rows.fake[chosen], threshold)),
@@ -207,7 +224,7 @@ def _figures(rows: _Rows, one: Images, draws: Draws, threshold: float) -> dict[s
 
 
 def _protocol(
-    rows: _Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Draws]]
+    rows: Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Draws]]
 ) -> dict[str, Any] | None:
     if not generators:
         return None
@@ -244,7 +261,7 @@ def mean_and_spread(recalls: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(recalls)), "spread": spread}
 
 
-def _verdicts(rows: _Rows, own: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
+def _verdicts(rows: Rows, own: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
     """How often each verdict is given to each class that is there."""
     found = {}
     for name, chosen in zip(CLASSES, (own.reals, own.fakes), strict=True):

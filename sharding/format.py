@@ -314,6 +314,24 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
     )
 
 
+def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
+    """Sets, or parts of sets, as one: their rows behind each other."""
+    tables, first = [], 0
+    for part in parts:
+        code = pa.compute.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))
+        place = part.table.schema.get_field_index("shard_code")
+        tables.append(part.table.set_column(place, "shard_code", code))
+        first += len(part.shards)
+    return ShardSet(
+        tuple(folder for part in parts for folder in part.folders),
+        tuple(name for part in parts for name in part.shards),
+        tuple(size for part in parts for size in part.shard_bytes),
+        pa.concat_tables(tables),
+        {name: facts for part in parts for name, facts in part.sources.items()},
+        hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),
+    )
+
+
 def table_from(data: bytes) -> pa.Table:
     """The table in the bytes of a parquet file.
 

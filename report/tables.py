@@ -1,0 +1,97 @@
+"""The figures of `report.json` as CSV: a row for each line that a person may want to sort."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from model.metrics import Metrics
+
+FIGURES_FILE, DELIVERY_FILE = "figures.csv", "delivery.csv"
+
+_COUNTS = ("count", "reals", "fakes")
+_METRICS = [field.name for field in fields(Metrics) if field.name not in _COUNTS]
+
+
+def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `figures.csv`, and `delivery.csv` where deliveries were measured; returns what was
+    written. Values are those of `report.json`, unrounded; what is not there stays empty.
+    """
+    tables = {FIGURES_FILE: figures_csv(report)}
+    if any(found.get("delivery") for found in report["sets"].values()):
+        tables[DELIVERY_FILE] = delivery_csv(report)
+    for name, text in tables.items():
+        write_text(folder / name, text)
+    return [folder / name for name in tables]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, under another name first."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def figures_csv(report: Mapping[str, Any]) -> str:
+    """A row per set, class, source and generator: `set`, `what` (overall, beside, class, source or
+    generator), `name`, the counts, and each metric with the ends of its interval.
+    """
+    columns = ["set", "what", "name", *_COUNTS]
+    columns += [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
+    rows = []
+    for name, found in report["sets"].items():
+        lines = [("overall", "", found["overall"]), ("beside", "", found.get("beside"))]
+        for what, key in (("class", "classes"), ("source", "sources"), ("generator", "generators")):
+            lines += [(what, own, figures) for own, figures in found.get(key, {}).items()]
+        for what, own, figures in lines:
+            if figures:
+                rows.append({"set": name, "what": what, "name": own} | _flat(figures))
+    return table_csv(columns, rows)
+
+
+def delivery_csv(report: Mapping[str, Any]) -> str:
+    """A row per set and delivery, and per set and codec-swap test."""
+    rates = ("recall", "false_positive_rate", "balanced_accuracy", "auroc")
+    shifts = [f"shift_{name}{end}" for name in ("real", "fake") for end in ("", "_low", "_high")]
+    columns = ["set", "kind", "name", "what", "images", *rates]
+    columns += [f"{name}_before" for name in rates]
+    columns += ["flip_rate", "flip_rate_real", "flip_rate_fake", *shifts, "failed"]
+    rows = []
+    for name, found in report["sets"].items():
+        measured = found.get("delivery") or {"deliveries": (), "codec_swap": ()}
+        for line in measured["deliveries"]:
+            rows.append({"set": name, "kind": "delivery"} | line | _shifts(line["shift"]))
+        for line in measured["codec_swap"]:
+            before = {f"{key}_before": value for key, value in line["before"].items()}
+            own = {"set": name, "kind": "codec swap"} | line | line["after"] | before
+            rows.append(own | _shifts(line["shift"]))
+    return table_csv(columns, rows)
+
+
+def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+    ends = {
+        f"{name}_{end}": value
+        for name, pair in figures.get("intervals", {}).items()
+        for end, value in zip(("low", "high"), pair, strict=True)
+    }
+    return {**figures, **ends}
+
+
+def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"shift_{name}{end}": own[key]
+        for name, own in shift.items()
+        if own
+        for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
+    }
+
+
+def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """CSV with a header; a row's other entries are left out."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

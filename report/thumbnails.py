@@ -1,0 +1,84 @@
+"""The worst mistakes: which images they are, and small pictures of them for the page."""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from model.score_table import ScoreTable
+from pipeline.read import ReadError, ShardReader
+from sharding.format import DecodeError, ShardSet, decode_image
+
+SIDE = 160
+"""Longer side of a picture in pixels."""
+
+MOST = 48
+"""Pictures on a page; shared among its sets, so that the file stays below 2 MB."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that was called what it is not; `probability` is that of fake."""
+
+    set: str
+    key: str
+    source: str
+    generator: str
+    origin: str
+    label: int
+    probability: float
+
+
+def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) -> list[Mistake]:
+    """Of set `name` at most `count` reals called fake, the surest first, then at most `count` fakes
+    called real.
+    """
+    codes, names = scores.codes("set")
+    fake, labels = scores.numbers("probability"), scores.numbers("label")
+    own = (codes == names.index(name)) & scores.numbers("valid").astype(bool)
+    found = []
+    for label in (0, 1):
+        wrong = np.flatnonzero(own & (labels == label) & ((fake >= threshold) != (label == 1)))
+        order = np.argsort(fake[wrong] if label else -fake[wrong], kind="stable")
+        found += wrong[order[:count]].tolist()
+    columns = ("set", "key", "source", "generator", "origin", "label", "probability")
+    rows = scores.table.select(columns).take(found).to_pylist()
+    return [Mistake(**row) for row in rows]
+
+
+def thumbnails(
+    shards: Mapping[str, ShardSet], mistakes: Iterable[Mistake]
+) -> dict[tuple[str, str], str]:
+    """(set, key) -> a picture as a data address, for what can be read and decoded."""
+    found = {}
+    wanted: dict[str, list[str]] = {}
+    for mistake in mistakes:
+        wanted.setdefault(mistake.set, []).append(mistake.key)
+    for name, keys in wanted.items():
+        own = shards[name]
+        mask = pc.is_in(own.table.column("key"), value_set=pc.cast(keys, "string"))
+        rows = np.flatnonzero(np.array(mask.to_pylist()))
+        held = own.table.column("key").take(rows).to_pylist()
+        formats = own.names("format", rows)
+        orientations = own.column("orientation")[rows].tolist()
+        data = ShardReader(own).read(rows)
+        for key, one, form, turn in zip(held, data, formats, orientations, strict=True):
+            if isinstance(one, ReadError):
+                continue
+            try:
+                found[name, key] = _small(decode_image(one, form, turn))
+            except DecodeError:
+                continue
+    return found
+
+
+def _small(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
