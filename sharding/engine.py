@@ -54,11 +54,11 @@ def _run_processes(
     context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
     with _deaf_to_interrupts():
         forkserver.ensure_running()
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_with_builder) as pool:
         try:
             running = set()
             for task in tasks:
-                running.add(pool.submit(function, *task))
+                running.add(pool.submit(_work, function, task))
                 if len(running) >= 2 * jobs:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -69,6 +69,27 @@ def _run_processes(
             # Waits for what runs: a worker that is just starting would miss its builder, loudly.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+_WORKING = threading.Lock()
+
+
+def _work(function: Callable[..., Any], task: tuple) -> Any:
+    with _WORKING:
+        return function(*task)
+
+
+def _leave_with_builder() -> None:
+    """A builder that is killed cannot tell its workers, which would wait for the next task for
+    ever: they end what they are at, and leave.
+    """
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        with _WORKING:
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 @contextlib.contextmanager
