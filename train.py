@@ -19,6 +19,7 @@ import torch
 import console
 import recipes
 from model import checkpoint
+from model.calibrate import CalibrationError
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.distributed import Ranks, any_over, gather, joined, sum_over
 from model.forgetting import Gate, changes, forgetting, refusals
@@ -27,7 +28,7 @@ from model.metrics import Metrics
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
 from model.step import Trainer, average_of, spread, train_step
-from model.validation import Validation, remembered, validate
+from model.validation import Validation, calibrate_checkpoint, remembered, validate
 from pipeline import Augment, Loading, Meter, Replay, Stream, View, open_loader, open_pool
 from sharding.format import CLASSES, read_index
 from sharding.storage import AnyPath, any_path
@@ -132,7 +133,7 @@ def train(
     done = _restore(trainer, resumed, stream) if resumed else 0
     if done == steps:
         console.log.info("%s is finished; nothing to do", folder)
-        return checkpoint.best_of(folder)
+        return _calibrated(folder, recipe, data, device, ranks)
     _announce(recipe, stream, trainer, steps)
 
     def check() -> Validation:
@@ -182,7 +183,29 @@ def train(
                 break
     if before and done == steps and ranks.first:
         _judge(folder, recipe, stream, before)
+    if done == steps:
+        return _calibrated(folder, recipe, data, device, ranks)
     return checkpoint.best_of(folder)
+
+
+def _calibrated(
+    folder: Path, recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks
+) -> Path:
+    """The best checkpoint of a finished run, calibrated on its validation sets if they allow it."""
+    best = checkpoint.best_of(folder)
+    if checkpoint.read_meta(best)["calibration"]:
+        return best
+    sets = [data / name for name in recipe.data.validate]
+    try:
+        found = calibrate_checkpoint(best, sets, recipe.loading, device, ranks=ranks)
+    except CalibrationError as error:
+        console.log.warning("not calibrated: %s", error)
+        return best
+    console.log.info(
+        "calibrated on %s: temperature %.2f, likely AI from %.3f, likely real below %.3f",
+        *(", ".join(recipe.data.validate), found.temperature, found.threshold, found.band[0]),
+    )
+    return best
 
 
 def open_stream(

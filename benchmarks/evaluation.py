@@ -1,0 +1,192 @@
+"""What evaluation costs beside the network, and what the report on many scores costs.
+
+    python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
+
+`report`: intervals and tables from a file of scores with 15 sources, 40 generators and groups of up
+to 20 images, made up at random; the seconds, and the most memory that this process ever had.
+`scoring`: `evaluate.evaluate` on small JPEGs, from opening the shards to the report, against the
+network alone on as many images that are in memory already. Weights are random; they change nothing.
+
+Processor seconds (of this process and its loading workers) compare better than seconds where other
+programs run; both are printed. On a CPU the workers and the network share the cores.
+"""
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+import console
+import recipes
+from evaluate import evaluate, write_report
+from model import checkpoint, evaluation
+from model.device import keep_freed_memory
+from model.network import build as build_network
+from model.score import AT_A_TIME, logits_of, probability
+from model.score_table import SCORES_SCHEMA, read_scores, write_scores
+from pipeline import Loading
+from sharding.build import build
+from sharding.catalog import read_catalog
+from train import Recipe
+
+CATALOG = """
+[sets]
+small = "test"
+[sources.small]
+licence = "synthetic"
+set = "small"
+real = ["real"]
+fake = ["fake"]
+"""
+
+ABOUT = {
+    "checkpoint": "-", "run": "random", "step": 0, "commit": "", "precision": "fp32",
+    "backend": "pil", "temperature": 1.0, "threshold": 0.5, "calibration": None, "subset": None,
+    "sets": {"many": {"index_sha256": "", "split": "test"}}, "reals": None,
+}  # fmt: skip
+
+
+def spent(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds, and seconds of processors, that some work takes."""
+
+    def processor() -> float:
+        of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in of)
+
+    began, cost = time.perf_counter(), processor()
+    work()
+    return {"seconds": time.perf_counter() - began, "processor_s": processor() - cost}
+
+
+def made_up(count: int) -> pa.Table:
+    """Scores of `count` images: half of them fakes, a fifth of them in groups of up to 20."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, count)
+    logits = ((2 * labels - 1) * 1.5 + rng.normal(0, 1.5, count)).astype(np.float32)
+    group = np.where(rng.random(count) < 0.2, rng.integers(0, count // 50, count), np.arange(count))
+    generator = np.where(labels == 1, rng.integers(0, 40, count), 40)
+    columns = {
+        "set": ["many"] * count,
+        "key": [f"k{i}" for i in range(count)],
+        "sha256": [bytes(32)] * count,
+        "source": [f"source {i}" for i in rng.integers(0, 15, count)],
+        "generator": [f"generator {i}" for i in generator],
+        "split": ["test"] * count,
+        "group": [f"s/{i}" for i in group],
+        "origin": [f"s/{g}/image_{i}.jpg" for i, g in enumerate(group)],
+        "label": labels,
+        "logit": logits,
+        "probability": probability(logits),
+        "valid": [True] * count,
+        "error": [""] * count,
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in SCORES_SCHEMA]
+    return pa.table(arrays, schema=SCORES_SCHEMA)
+
+
+def cost_of_report(count: int, folder: Path) -> dict[str, float]:
+    """Reading `count` scores, all figures and intervals, and writing the report."""
+    write_scores(folder / "scores.parquet", [made_up(count)], ABOUT)
+
+    def work() -> None:
+        write_report(evaluation.report(read_scores(folder / "scores.parquet")), folder)
+
+    memory = resource.getrusage(resource.RUSAGE_SELF)
+    return spent(work) | {
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_before_gb": memory.ru_maxrss / 1e6,
+    }
+
+
+def pack(count: int, folder: Path) -> Path:
+    """`count` small JPEGs as a shard set; returns what holds it."""
+    for number in range(count):
+        rng = np.random.default_rng([11, number])
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((200, 150), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+        path = folder / "raw" / "small" / ("real", "fake")[number % 2] / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+    (folder / "catalog.toml").write_text(CATALOG, encoding="utf-8")
+    build(read_catalog([folder / "catalog.toml"]), folder / "raw", folder / "shards", jobs=2)
+    return folder / "shards"
+
+
+def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
+    """The network alone on `count` images, twice, around a whole evaluation of as many."""
+    overrides = [f'network.name="{network}"', "network.pretrained=false"]
+    recipe = recipes.load(Recipe, recipes.FOLDER / "small-phase1.toml", overrides)
+    net = build_network(recipe.network, pretrained=False).eval()
+    saved = folder / "runs" / "random" / "step_0000000"
+    checkpoint.save(
+        saved, net, recipe=recipe, step=0, epoch=0.0, metrics={}, selection=0.0, data={}, state=None
+    )
+    shards = pack(count, folder)
+    cpu = torch.device("cpu")
+    keep_freed_memory(cpu)
+    size = recipe.view.size
+    images = torch.randint(0, 256, (AT_A_TIME, 3, size, size), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def network_alone() -> None:
+        for _ in range(-(-count // AT_A_TIME)):
+            logits_of(net, images, cpu, torch.float32)
+
+    def whole() -> None:
+        write_report(
+            evaluate(saved, shards, ["small"], folder / "out", loading=Loading(), device="cpu"),
+            folder / "out",
+        )
+
+    logits_of(net, images, cpu, torch.float32)
+    first, found, second = spent(network_alone), spent(whole), spent(network_alone)
+    alone = {name: (first[name] + second[name]) / 2 for name in first}
+    ratio = {f"ratio_{name}": found[name] / alone[name] for name in found}
+    return {"network": [first, second], "evaluation": found} | ratio
+
+
+@click.command(cls=console.Command)
+@click.option("--images", default=10_000, show_default=True, help="Small images to score.")
+@click.option("--scores", default=400_000, show_default=True, help="Scores to report on.")
+@click.option("--network", default="mobilenetv2_100", show_default=True, help="timm's name of it.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="All single figures.")
+@console.options()
+def main(images: int, scores: int, network: str, json_file: Path | None) -> None:
+    """Measure what evaluation costs beside the network."""
+    with tempfile.TemporaryDirectory() as name:
+        report = cost_of_report(scores, Path(name))
+        console.say(
+            f"report on {scores:,} scores: {report['seconds']:.1f} s, {report['processor_s']:.1f} "
+            f"processor seconds, at most {report['peak_gb']:.2f} GB "
+            f"({report['peak_before_gb']:.2f} GB before)"
+        )
+        scoring = cost_of_scoring(images, network, Path(name)) if images else None
+    if scoring:
+        rows = [
+            [what, one["seconds"], one["processor_s"]]
+            for what, one in (
+                ("network alone, before", scoring["network"][0]),
+                ("evaluation", scoring["evaluation"]),
+                ("network alone, after", scoring["network"][1]),
+                ("ratio", {n: scoring[f"ratio_{n}"] for n in ("seconds", "processor_s")}),
+            )
+        ]
+        title = f"scoring {images:,} small images with {network}"
+        console.table(title, ["", "seconds", "processor seconds"], rows)
+    if json_file:
+        found = {"report": report, "scoring": scoring}
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
