@@ -21,6 +21,7 @@ from torch import nn
 
 import console
 from model import evaluation
+from model.bootstrap import DRAWS
 from model.calibrate import Calibration, ThresholdAt
 from model.checkpoint import find, git_commit, load_network
 from model.codec_swap import report_delivery
@@ -165,7 +166,14 @@ def evaluate(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, parts, about)
-    return evaluation.report(read_scores(out / SCORES_FILE))
+    return report_on(out / SCORES_FILE)
+
+
+def report_on(path: Path) -> dict[str, Any]:
+    """The report on a file of scores."""
+    scores = read_scores(path)
+    with console.progress("intervals", DRAWS * len(scores.evaluation["sets"])) as advance:
+        return evaluation.report(scores, advance)
 
 
 def with_reals(
@@ -464,7 +472,7 @@ def main(
             raise click.UsageError(
                 "--scores takes no --shards, --subset, --reals or --delivery: it has its own"
             )
-        report = evaluation.report(read_scores(scores))
+        report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)
         print_report(report)
         say_files(written)

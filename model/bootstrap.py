@@ -11,7 +11,7 @@ other end is then the exact one for as many groups, 1 - (0.05 / 2) ** (1 / group
 Pearson, 1934). `ece` has no interval: resampling biases it upwards.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,11 +81,13 @@ def resample(
     *,
     draws: int = DRAWS,
     seed: int = SEED,
+    on_draws: Callable[[int], None] | None = None,
 ) -> dict[Hashable, Draws]:
     """The metrics of each of `images` in `draws` draws of the groups, the same draws for all.
 
     `probabilities` are those of fake, float64 (N,). A line of one class has the metrics of
-    `model.metrics.measure` that exist for it. Fully determined by the arguments.
+    `model.metrics.measure` that exist for it. Fully determined by the arguments; `on_draws(n)` is
+    called as draws are done.
     """
     shared = {id(one.reals): one.reals for one in images.values()}
     reals = {
@@ -100,6 +102,8 @@ def resample(
         weighed = {which: one.weigh(weights) for which, one in reals.items()}
         for key, one in images.items():
             blocks[key].append(fakes[key].measure(weighed[id(one.reals)], weights))
+        if on_draws:
+            on_draws(len(weights))
     return {
         key: {name: np.concatenate([block[name] for block in found]) for name in found[0]}
         for key, found in blocks.items()

@@ -38,7 +38,7 @@ RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_half": 
 """
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,10 +63,14 @@ _COPIED = (
 )  # fmt: skip
 
 
-def report(scores: ScoreTable) -> dict[str, Any]:
-    """The report on a table of scores; the same table gives the same report."""
+def report(scores: ScoreTable, on_draws: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """The report on a table of scores; the same table gives the same report. `on_draws(n)` is
+    called as draws for intervals are done, `bootstrap.DRAWS` for each set.
+    """
     about = scores.evaluation
-    found = {name: _report_set(rows_of_set(scores, name), about) for name in about["sets"]}
+    found = {
+        name: _report_set(rows_of_set(scores, name), about, on_draws) for name in about["sets"]
+    }
     sentences = {name: _headline(name, one, about) for name, one in found.items()}
     first = [name for name, one in found.items() if not _has_reals(one)]
     return {
@@ -157,7 +161,9 @@ def lines_of(rows: Rows) -> dict[Hashable, Images]:
     return lines
 
 
-def _report_set(rows: Rows, about: Mapping[str, Any]) -> dict[str, Any]:
+def _report_set(
+    rows: Rows, about: Mapping[str, Any], on_draws: Callable[[int], None] | None
+) -> dict[str, Any]:
     """The figures of one set."""
     threshold = about["threshold"]
     own = rows.where(rows.own)
@@ -166,7 +172,7 @@ def _report_set(rows: Rows, about: Mapping[str, Any]) -> dict[str, Any]:
     if len(first) < len(own.fakes):
         for name, chosen in _by_generator(rows, first).items():
             lines["first", name] = Images(_NONE, chosen)
-    draws = resample(rows.fake, lines, rows.groups, threshold)
+    draws = resample(rows.fake, lines, rows.groups, threshold, on_draws=on_draws)
     found = {key: _figures(rows, one, draws[key], threshold) for key, one in lines.items()}
 
     def of_kind(kind: str) -> dict[str, Any]:
