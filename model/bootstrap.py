@@ -12,6 +12,7 @@ Pearson, 1934). `ece` has no interval: resampling biases it upwards.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +99,16 @@ def resample(
         for key, one in images.items()
     }
     blocks: dict[Hashable, list[Draws]] = {key: [] for key in images}
-    for weights in _weights(groups, len(probabilities), draws, seed):
-        weighed = {which: one.weigh(weights) for which, one in reals.items()}
-        for key, one in images.items():
-            blocks[key].append(fakes[key].measure(weighed[id(one.reals)], weights))
-        if on_draws:
-            on_draws(len(weights))
+    with ThreadPoolExecutor() as pool:  # NumPy works on long rows without Python's lock
+        for weights in _weights(groups, len(probabilities), draws, seed):
+            found = pool.map(lambda one, weights=weights: one.weigh(weights), reals.values())
+            weighed = dict(zip(reals, found, strict=True))
+            of_each = [(fakes[key], weighed[id(one.reals)]) for key, one in images.items()]
+            measured = pool.map(lambda pair, w=weights: pair[0].measure(pair[1], w), of_each)
+            for key, block in zip(images, measured, strict=True):
+                blocks[key].append(block)
+            if on_draws:
+                on_draws(len(weights))
     return {
         key: {name: np.concatenate([block[name] for block in found]) for name in found[0]}
         for key, found in blocks.items()
@@ -111,12 +116,15 @@ def resample(
 
 
 def _weights(groups: Groups, rows: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each group is drawn, float64 (B, groups), block after block of draws."""
+    """How often each group is drawn, float32 (B, groups), block after block of draws. Sums of them
+    are exact up to 2 ** 24 images; beyond, float64.
+    """
+    dtype = np.float32 if rows < 2**24 else np.float64
     rng = np.random.default_rng(seed)
     size = max(1, _AT_A_TIME // max(1, rows))
     for start in range(0, draws, size):
         count = min(size, draws - start)
-        weights = np.empty((count, len(groups)))
+        weights = np.empty((count, len(groups)), dtype)
         first = 0
         for held in groups.strata:
             chosen = rng.integers(held, size=(count, held))
@@ -154,8 +162,9 @@ class _Reals:
     def weigh(self, weights: np.ndarray) -> _Weighed:
         own = np.take(weights, self.groups, axis=1)
         below = _running(own)
-        total = below[:, -1]
-        return _Weighed(below, total, total - below[:, self.first_called], own @ self.errors)
+        total = below[:, -1].astype(np.float64)
+        errors = own @ self.errors.astype(own.dtype)
+        return _Weighed(below, total, total - below[:, self.first_called], errors)
 
 
 class _Fakes:
@@ -189,10 +198,11 @@ class _Fakes:
         """
         own = np.take(weights, self.groups, axis=1)
         below = _running(own)
-        fakes, count = below[:, -1], below[:, -1] + reals.total
+        fakes = below[:, -1].astype(np.float64)
+        count = fakes + reals.total
         true, false = fakes - below[:, self.first_called], reals.called
         with np.errstate(divide="ignore", invalid="ignore"):
-            nll, brier = ((own @ self.errors + reals.errors) / count[:, None]).T
+            nll, brier = ((own @ self.errors.astype(own.dtype) + reals.errors) / count[:, None]).T
             found = {"accuracy": (true + reals.total - false) / count, "nll": nll, "brier": brier}
             if len(self.groups):
                 found["recall"] = true / fakes
@@ -210,23 +220,24 @@ class _Fakes:
         """The metrics that have no threshold, from the weights of reals and of fakes below each
         fake's score: as `model.metrics`, and `tests/model/test_bootstrap.py` holds them together.
         """
-        fakes = below[:, -1]
+        fakes = below[:, -1].astype(np.float64)
         lower = np.take(reals.below, self.left, axis=1)
-        ordered = _dot(own, lower)
+        ordered = _dot(own, lower).astype(np.float64)
         if len(self.tied):
             level = reals.below[:, self.right[self.tied]] - lower[:, self.tied]
             ordered += _dot(own[:, self.tied], level) / 2
-        false = np.subtract(reals.total[:, None], lower, out=lower)  # reals as high or higher
         found = {"auroc": ordered / (fakes * reals.total)}
+        false = np.subtract(reals.below[:, -1:], lower, out=lower)  # reals as high or higher
         draw = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):
-            too_many = np.count_nonzero(false > (rate * reals.total + 1e-9)[:, None], axis=1)
-            found[name] = 1 - below[draw, too_many] / fakes
+            allowed = np.floor(rate * reals.total + 1e-9).astype(own.dtype)
+            too_low = np.count_nonzero(false > allowed[:, None], axis=1)
+            found[name] = 1 - below[draw, too_low] / fakes
         before = np.take(below, self.first, axis=1) if self.own_ties else below[:, :-1]
-        true = fakes[:, None] - before  # fakes as high or higher
+        true = below[:, -1:] - before  # fakes as high or higher
         found["eer"] = self._equal_error_rate(reals, below, false, true)
         false += true
-        false += 1e-300  # where there are neither
+        false += 1e-30  # where there are neither
         found["average_precision"] = _dot(own, np.divide(true, false, out=true)) / fakes
         return found
 
@@ -237,22 +248,23 @@ class _Fakes:
         each of their scores.
         """
         draw = np.arange(len(below))
-        fakes = below[:, -1]
-        gap = false / reals.total[:, None]  # FPR less FNR
-        gap += true / fakes[:, None]
+        fakes = below[:, -1].astype(np.float64)
+        gap = false / reals.below[:, -1:]  # FPR less FNR
+        gap += true / below[:, -1:]
         # The highest score from which on FPR >= FNR; it falls as scores rise.
         at = np.maximum(np.count_nonzero(gap >= 1, axis=1) - 1, 0)
         false_before = (reals.total - reals.below[draw, self.right[at]]) / reals.total
         true_before = 1 - below[draw, self.end[at]] / fakes
-        before, after = false_before + true_before - 1, gap[draw, at] - 1
+        false_after, true_after = false[draw, at] / reals.total, true[draw, at] / fakes
+        before, after = false_before + true_before - 1, false_after + true_after - 1
         share = np.where(after > before, -before / (after - before), 0)
-        inside = false_before + share * (false[draw, at] / reals.total - false_before)
+        inside = false_before + share * (false_after - false_before)
         return np.where(before >= 0, 1 - true_before, inside)
 
 
 def _running(weights: np.ndarray) -> np.ndarray:
     """Running sums with a 0 in front: (B, n) -> (B, n + 1)."""
-    sums = np.empty((len(weights), weights.shape[1] + 1))
+    sums = np.empty((len(weights), weights.shape[1] + 1), weights.dtype)
     sums[:, 0] = 0
     np.cumsum(weights, axis=1, out=sums[:, 1:])
     return sums
