@@ -66,7 +66,7 @@ def delivery() -> dict[str, Any]:
 
 
 def made(rows_: list[dict[str, Any]], *names: str, **about: Any) -> tuple[dict, ScoreTable]:
-    usual = {"command": "python evaluate.py --shards val", "threshold": 0.5}
+    usual = {"command": "python evaluate.py --shards val", "threshold": 0.5, "calibration": None}
     scores = table_of(rows_, [*names], **(usual | about))
     return report_on(scores), scores
 

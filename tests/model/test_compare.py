@@ -134,7 +134,7 @@ def test_reals_that_stand_beside_take_part() -> None:
     moved = [row | {"logit": row["logit"] + 3} for row in reals]
     before, after = (table_of(fakes + one, ["evalgen"], **about) for one in (reals, moved))
     lines = compare(before, after)
-    assert [line.kind for line in lines] == ["beside", "generators"]
+    assert [line.kind for line in lines] == ["beside", "sources", "sources", "generators"]
     assert lines[0].changes["false_positive_rate"].low > 0
     assert lines[0].changes["recall"].before == lines[0].changes["recall"].after
     assert {row[0] for row in count_flips(before, flips(before, after))} == {"evalgen"}
