@@ -493,8 +493,8 @@ def main(
 def say_files(written: Sequence[Path]) -> None:
     """Where the report is; the page last, because it is what a person opens."""
     report, *tables, page = written
-    console.say(f"tables: {', '.join(str(path) for path in tables)}")
     console.say(f"report: {report}")
+    console.say(f"tables: {', '.join(str(path) for path in tables)}")
     console.say(f"page: {page}")
 
 

@@ -95,7 +95,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     result = run(data, runs, "--subset", listed)
     assert result.exit_code == 0, result.output
     assert f"only the {len(rows)} samples listed in few.csv" in result.output
-    path = Path(result.output.split("report: ")[1].strip())
+    path = Path(result.output.split("report: ")[1].splitlines()[0])
     assert path.parent.name == "old+val-few"
     report = json.loads(path.read_text())
     assert report["subset"] == {
