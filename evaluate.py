@@ -161,7 +161,6 @@ def evaluate(
             for name in list(opened)[:measured]
         },
         "reals": beside,
-        "command": shlex.join(["python", *sys.argv]),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, parts, about)
@@ -227,7 +226,8 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
                 "%s: no pictures on the page: the set at %s is another one", name, data
             )
             del shards[name]
-    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out)]
+    command = shlex.join(["python", *sys.argv])
+    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out, command)]
 
 
 def _figure(found: Mapping[str, Any], name: str) -> str | None:

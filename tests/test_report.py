@@ -66,13 +66,14 @@ def delivery() -> dict[str, Any]:
 
 
 def made(rows_: list[dict[str, Any]], *names: str, **about: Any) -> tuple[dict, ScoreTable]:
-    usual = {"command": "python evaluate.py --shards val", "threshold": 0.5, "calibration": None}
-    scores = table_of(rows_, [*names], **(usual | about))
+    scores = table_of(rows_, [*names], **({"threshold": 0.5, "calibration": None} | about))
     return report_on(scores), scores
 
 
-def page_of(report: dict, scores: ScoreTable, pictures: dict | None = None) -> str:
-    return render(report, scores, mistakes_of(report, scores), pictures or {})
+def page_of(
+    report: dict, scores: ScoreTable, command: str = "python evaluate.py --shards val"
+) -> str:
+    return render(report, scores, mistakes_of(report, scores), {}, command)
 
 
 class Text(HTMLParser):
@@ -124,10 +125,9 @@ def test_reals_of_another_set_stand_beside() -> None:
 
 def test_names_are_escaped() -> None:
     hostile = rows(HOSTILE, 30, 30, source=HOSTILE, generator=f"$\\frac{HOSTILE}", origin=HOSTILE)
-    found, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, command=HOSTILE,
-                         commit=HOSTILE)  # fmt: skip
+    found, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
     found["sets"][HOSTILE]["delivery"] = delivery()
-    page = page_of(found, scores)
+    page = page_of(found, scores, HOSTILE)
     assert "script" not in Text(page).tags
     assert "<script" not in page and page.count("&lt;script&gt;") > 8
 
@@ -238,7 +238,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ordinary = made(rows("val", 60, 60) + rows("test", 50, 50, 2), "val", "test")
     ordinary[0]["sets"]["val"]["delivery"] = delivery()
     long = "x" * 200 + HOSTILE
-    hostile = made(rows(long, 20, 20, source=long, generator=long), long, run=long, command=long)
+    hostile = made(rows(long, 20, 20, source=long, generator=long), long, run=long)
     hostile[0]["sets"][long]["delivery"] = delivery()
     found = {}
     for name, (report, scores) in {
