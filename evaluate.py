@@ -92,10 +92,10 @@ def evaluate(
     delivery: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` and
-    the report on it to `out`, and return the report. `delivery` is how many images of each class
-    are scored once more through every delivery. On many ranks each calls this; the first one
-    writes, and the others return an empty report.
+    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
+    `out` and return the report on it. `delivery` is how many images of each class are scored once
+    more through every delivery. On many ranks each calls this; the first one writes, and the
+    others return an empty report.
     """
     ranks = ranks or Ranks()
     for name in [*names, *([reals] if reals else [])]:

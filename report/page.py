@@ -131,7 +131,8 @@ def render(
         for number, (name, found) in enumerate(report["sets"].items())
     ]
     return environment.get_template("page.html").render(
-        report=report, sets=sets, pictures=pictures, command=command, evaluation=scores.evaluation, classes=CLASSES,
+        report=report, sets=sets, pictures=pictures, command=command,
+        evaluation=scores.evaluation, classes=CLASSES,
         style=(folder / "page.css").read_text(encoding="utf-8"),
     )  # fmt: skip
 
