@@ -321,6 +321,11 @@ def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
         rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
     columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
     console.table(f"{name}: the pictures, or their containers?", columns, rows)
+    for label, container in delivery["containers"].items():
+        said = "none, so nothing can be put into one"
+        if container:
+            said = f"{container['name']} ({container['share']:.0%} of them)"
+        console.say(f"commonest lossy container of {label}s: {said}")
     console.say(
         "Moves are of the mean logit, positive towards fake, with 95 % intervals and as a share of "
         "the distance between the classes."
