@@ -93,10 +93,10 @@ def evaluate(
     delivery: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` and
-    the report on it to `out`, and return the report. `delivery` is how many images of each class
-    are scored once more through every delivery. On many ranks each calls this; the first one
-    writes, and the others return an empty report.
+    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
+    `out` and return the report on it. `delivery` is how many images of each class are scored once
+    more through every delivery. On many ranks each calls this; the first one writes, and the
+    others return an empty report.
     """
     ranks = ranks or Ranks()
     for name in [*names, *([reals] if reals else [])]:
@@ -162,7 +162,6 @@ def evaluate(
             for name in list(opened)[:measured]
         },
         "reals": beside,
-        "command": shlex.join(["python", *sys.argv]),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, parts, about)
@@ -235,7 +234,8 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
                 "%s: no pictures on the page: the set at %s is another one", name, data
             )
             del shards[name]
-    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out)]
+    command = shlex.join(["python", *sys.argv])
+    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out, command)]
 
 
 def _figure(found: Mapping[str, Any], name: str) -> str | None:
@@ -329,6 +329,11 @@ def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
         rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
     columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
     console.table(f"{name}: the pictures, or their containers?", columns, rows)
+    for label, container in delivery["containers"].items():
+        said = "none, so nothing can be put into one"
+        if container:
+            said = f"{container['name']} ({container['share']:.0%} of them)"
+        console.say(f"commonest lossy container of {label}s: {said}")
     console.say(
         "Moves are of the mean logit, positive towards fake, with 95 % intervals and as a share of "
         "the distance between the classes."
@@ -501,8 +506,8 @@ def main(
 def say_files(written: Sequence[Path]) -> None:
     """Where the report is; the page last, because it is what a person opens."""
     report, *tables, page = written
-    console.say(f"tables: {', '.join(str(path) for path in tables)}")
     console.say(f"report: {report}")
+    console.say(f"tables: {', '.join(str(path) for path in tables)}")
     console.say(f"page: {page}")
 
 

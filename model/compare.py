@@ -4,7 +4,7 @@ Differences are paired: both runs are resampled by the same draws of the same gr
 the two have in common, the images, does not widen the interval.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,7 +134,8 @@ def _compare_set(
         for own, threshold in zip(rows, thresholds, strict=True)
     ]
     lines = []
-    for key, one in images.items():
+    for key in sorted(images, key=_order):
+        one = images[key]
         chosen = np.concatenate([one.reals, one.fakes])
         found = [
             asdict(measure(own.labels[chosen], own.fake[chosen], threshold))
@@ -148,6 +149,11 @@ def _compare_set(
         kind, own_name = (key, "") if isinstance(key, str) else key
         lines.append(Line(name, kind, own_name, len(chosen), changes))
     return lines
+
+
+def _order(key: Hashable) -> tuple[int, str]:
+    """The set itself, its sources, its generators; each by name."""
+    return (0, "") if isinstance(key, str) else (1 + (key[0] == "generators"), key[1])
 
 
 def _change(

@@ -5,7 +5,7 @@
 
     {"report_version": 2,
      "headline": [sentence, ...],            # one per set; those without any reals come first
-     "checkpoint": path, "run": name, "step": n, "commit": commit, "command": text,
+     "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
@@ -77,7 +77,6 @@ def report(scores: ScoreTable, on_draws: Callable[[int], None] | None = None) ->
         "report_version": REPORT_VERSION,
         "headline": [sentences[name] for name in dict.fromkeys([*first, *found])],
         **{name: about[name] for name in _COPIED},
-        "command": about.get("command", ""),
         "band": list(band_of(about)),
         "intervals": {
             "level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": bootstrap.SEED,

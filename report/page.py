@@ -88,14 +88,20 @@ def mistakes_of(report: Mapping[str, Any], scores: ScoreTable) -> dict[str, list
 
 
 def write_page(
-    report: Mapping[str, Any], scores: ScoreTable, shards: Mapping[str, ShardSet], folder: Path
+    report: Mapping[str, Any],
+    scores: ScoreTable,
+    shards: Mapping[str, ShardSet],
+    folder: Path,
+    command: str,
 ) -> list[Path]:
     """Write the tables and `report.html` to `folder`; returns what was written, the page last.
-    `shards` are the sets that pictures of mistakes may be taken from.
+    `shards` are the sets that pictures of mistakes may be taken from, `command` is what was typed:
+    it stands on the page only, since the same scores give the same report however they were asked
+    for.
     """
     mistakes = mistakes_of(report, scores)
     shown = [one for of_set in mistakes.values() for one in of_set if one.set in shards]
-    page = render(report, scores, mistakes, thumbnails(shards, shown))
+    page = render(report, scores, mistakes, thumbnails(shards, shown), command)
     written = write_tables(report, folder)
     write_text(folder / PAGE_FILE, page)
     return [*written, folder / PAGE_FILE]
@@ -106,6 +112,7 @@ def render(
     scores: ScoreTable,
     mistakes: Mapping[str, Sequence[Mistake]],
     pictures: Mapping[tuple[str, str], str],
+    command: str,
 ) -> str:
     """The page, from `report.json`, the scores it is of, `mistakes_of` and `thumbnails` of them."""
     folder = Path(__file__).parent
@@ -124,7 +131,8 @@ def render(
         for number, (name, found) in enumerate(report["sets"].items())
     ]
     return environment.get_template("page.html").render(
-        report=report, sets=sets, pictures=pictures, evaluation=scores.evaluation, classes=CLASSES,
+        report=report, sets=sets, pictures=pictures, command=command,
+        evaluation=scores.evaluation, classes=CLASSES,
         style=(folder / "page.css").read_text(encoding="utf-8"),
     )  # fmt: skip
 

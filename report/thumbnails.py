@@ -46,7 +46,7 @@ def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) 
         order = np.argsort(fake[wrong] if label else -fake[wrong], kind="stable")
         found += wrong[order[:count]].tolist()
     columns = ("set", "key", "source", "generator", "origin", "label", "probability")
-    rows = scores.table.select(columns).take(found).to_pylist()
+    rows = scores.table.select(columns).take(np.array(found, np.int64)).to_pylist()
     return [Mistake(**row) for row in rows]
 
 

@@ -16,8 +16,10 @@ import recipes
 import train
 from model import load_detector
 from model.__main__ import main as model
+from model.robustness import PER_CLASS
 from pipeline import Loading
 from pipeline.__main__ import main as pipeline
+from pipeline.delivery import DELIVERIES
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
 from tests.conftest import encode, photo
@@ -88,7 +90,50 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert report["sets"]["val"]["note"] is None
     compared = run(evaluate.main, "compare", tmp_path / "report.json", tmp_path / "report.json")
     assert compared.exit_code == 0, compared.output
-    assert "(+0.000)" in compared.output
+    assert "(+0.00 to +0.00)" in compared.output
+    assert "furthest" not in compared.output
+
+
+def test_delivery_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(
+        evaluate.main, "--shards", "val", "--data", data, "--runs", runs, "--out", out,
+        "--delivery", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "val, delivered" in result.output and "fakes re-encoded as" in result.output
+    found = json.loads((out / "report.json").read_text())["sets"]["val"]["delivery"]
+    assert [row["name"] for row in found["deliveries"]] == [way.name for way in DELIVERIES]
+    assert found["images"] == 8 < found["of"]
+    tables = [
+        list(csv.DictReader(io.StringIO((out / name).read_text())))
+        for name in ("figures.csv", "delivery.csv")
+    ]
+    assert {row["what"] for row in tables[0]} == {"overall", "class", "source", "generator"}
+    assert len(tables[1]) == len(DELIVERIES) + len(found["codec_swap"])
+    page = (out / "report.html").read_text()
+    assert "jpeg-90" in page and "data:image/jpeg;base64," in page
+    # Everything is found again without the network; nor are images needed.
+    again = run(
+        evaluate.main, "--scores", out / "scores.parquet", "--out", tmp_path / "again",
+        "--data", tmp_path / "gone",
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    for name in ("report.json", "figures.csv", "delivery.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+    assert "data:image/jpeg" not in (tmp_path / "again" / "report.html").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_delivery_takes_a_number_or_none(data: Path, runs: Path) -> None:
+    """`--delivery` alone takes its default, also before another option."""
+    for arguments, expected in (
+        (["--delivery", "--shards", "val"], PER_CLASS), (["--delivery", "7"], 7), ([], None),
+    ):  # fmt: skip
+        context = evaluate.main.make_context("evaluate", arguments, resilient_parsing=True)
+        assert context.params["delivery"] == expected
+    result = run(evaluate.main, "--delivery", 0, "--shards", "val", "--data", data, "--runs", runs)
+    assert result.exit_code == 2 and "0 is not in the range" in result.output
 
 
 def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: Path) -> None:

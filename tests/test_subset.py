@@ -95,7 +95,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     result = run(data, runs, "--subset", listed)
     assert result.exit_code == 0, result.output
     assert f"only the {len(rows)} samples listed in few.csv" in result.output
-    path = Path(result.output.split("report: ")[1].strip())
+    path = Path(result.output.split("report: ")[1].splitlines()[0])
     assert path.parent.name == "old+val-few"
     report = json.loads(path.read_text())
     assert report["subset"] == {
@@ -115,9 +115,18 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     reports = [tmp_path / name / "report.json" for name in ("val", "whole")]
     assert json.loads(reports[1].read_text())["subset"] is None
     compared = CliRunner().invoke(evaluate.main, ["compare", *map(str, reports)])
-    assert "on different samples" in compared.output
-    compared = CliRunner().invoke(evaluate.main, ["compare", str(reports[0]), str(reports[0])])
-    assert "on different samples" not in compared.output
+    assert compared.exit_code == 1
+    assert (
+        "on different samples: 5 and" in compared.output and "5 of them in both" in compared.output
+    )
+    flips = tmp_path / "flips.csv"
+    arguments = ["compare", *map(str, reports), "--intersection", "--flips", str(flips)]
+    compared = CliRunner().invoke(evaluate.main, arguments)
+    assert compared.exit_code == 0, compared.output
+    assert f"left out are 0 of {reports[0]}" in compared.output
+    assert flips.read_text() == "set,key,source,generator,label,before,after,fixed\n"
+    compared = CliRunner().invoke(evaluate.main, ["compare", *[str(reports[0].parent)] * 2])
+    assert compared.exit_code == 0 and "left out" not in compared.output
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from model.robustness import (
 from model.score import score_set
 from pipeline import Loading, View, open_loader
 from pipeline.delivery import DELIVERIES, ORIGINAL, Delivery
-from sharding.format import ShardSet, open_shards
+from pipeline.read import ShardReader
+from sharding.format import ShardSet, join_sets, open_shards
 from tests.sharding.test_audit import write_shards
 
 CPU = torch.device("cpu")
@@ -184,6 +185,24 @@ def test_containers(sets: Path, shards: ShardSet) -> None:
     fake = container_of(other, np.flatnonzero(other.column("label") == 1))
     assert (fake.format, fake.share) == ("WEBP", pytest.approx(8 / 12))
     assert fake.describe() == "WebP 80"
+    everything = join_sets([other, shards])
+    common = container_of(everything, np.arange(len(everything)))
+    assert (common.format, common.share) == ("JPEG", pytest.approx(52 / 104))
+
+
+def test_joined_sets_are_read_as_each_by_itself(sets: Path, shards: ShardSet) -> None:
+    other = open_shards([sets / "other"])
+    part = other.take(np.arange(20, 4, -3))
+    whole = join_sets([part, shards, part])
+    assert len(whole) == 2 * len(part) + len(shards)
+    keys = whole.table.column("key").to_pylist()
+    expected = [one.table.column("key").to_pylist() for one in (part, shards, part)]
+    assert keys == [key for own in expected for key in own]
+    data = ShardReader(whole).read(range(len(whole)))
+    alone = [ShardReader(one).read(range(len(one))) for one in (part, shards, part)]
+    assert data == [found for own in alone for found in own]
+    assert whole.names("source", np.array([0, len(part)])) == ["other", "square"]
+    assert len({whole.sha256, part.sha256, join_sets([shards, part]).sha256}) == 3
 
 
 def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
