@@ -24,7 +24,7 @@ from model.network import Detector
 from model.score import probability, score_batches
 from model.verdict import band_of, verdict
 from pipeline import pil
-from pipeline.augment import View, blank, centre
+from pipeline.augment import View, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
 from sharding.decode import ImageFile, decode, encoded, read_file
@@ -87,7 +87,7 @@ class ImageDetector:
 
         `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by
         threads beside the network, at most two batches ahead, so `images` may be endless. The first
-        batches are small (1, 2, 4, ...): the first verdict does not wait for `batch_size` images.
+        batches are small (1, 4, 16, ...): the first verdict does not wait for `batch_size` images.
         """
         files = map(_as_file, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" else self._by_pil
@@ -138,8 +138,6 @@ class ImageDetector:
         rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         draws = centre(self.view, np.array(widths), np.array(heights))
-        if failures:
-            draws = blank(draws, list(failures))
         return Request(data, formats, orientations, draws, failures)
 
     def _score(
@@ -223,7 +221,7 @@ def _threads() -> int:
 def _ahead(
     files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int
 ) -> Iterator[tuple[list[str], list[Any]]]:
-    """Names and what `work` made of each file, in groups of 1, 2, 4, ... `batch_size`; an error is
+    """Names and what `work` made of each file, in groups of 1, 4, 16, ... `batch_size`; an error is
     its reason, a string. Threads work ahead, on at most two groups.
     """
     files, waiting = iter(files), deque[tuple[str, Future]]()
@@ -240,7 +238,7 @@ def _ahead(
             if not group:
                 return
             yield [name for name, _ in group], [future.result() for _, future in group]
-            size = min(2 * size, batch_size)
+            size = min(4 * size, batch_size)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,6 +1,8 @@
 """A checkpoint is whole or does not exist, and needs nothing from the command line."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,14 @@ import torch
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
-from model.network import Detector, Network, NetworkError, build, load_backbone_file
+from model.network import (
+    Detector,
+    Network,
+    NetworkError,
+    build,
+    load_backbone_file,
+    load_weights,
+)  # fmt: skip
 from pipeline import View
 from tests.conftest import TINY
 
@@ -41,6 +50,34 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
     assert (view.size, view.resize) == (32, 36)
     assert meta["classes"] == ["real", "fake"]
     assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
+
+
+SWIN = Network(
+    name="swin_tiny_patch4_window7_224", pretrained=False,
+    options={
+        "img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+    },
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [TINY, SWIN], ids=["convnextv2", "swin"])
+def test_a_network_that_is_filled_without_being_drawn_computes_the_same(network: Network) -> None:
+    """Swin makes buffers of its own that no checkpoint holds."""
+    net = build(network, pretrained=False).eval()
+    empty = build(network, pretrained=False, empty=True).eval()
+    load_weights(empty, net.backbone.state_dict(), "there", assign=True)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(net(images), empty(images))
+
+
+@pytest.mark.slow
+def test_timm_is_imported_without_torch_s_compiler_which_still_works() -> None:
+    code = (
+        "import sys, model.network; assert 'torch._dynamo' not in sys.modules; import torch;"
+        "f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2;"
+        "assert 'torch._dynamo' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_weights_have_plain_timm_names(tmp_path: Path) -> None:
