@@ -27,6 +27,7 @@ from model.history import History
 from model.metrics import Metrics
 from model.network import Detector, Network, build, load_backbone_file, load_weights
 from model.optim import Optim, make_optimizer, schedule, set_learning_rate
+from model.resume import restore, resumable, save
 from model.step import Trainer, average_of, spread, train_step
 from model.validation import Validation, calibrate_checkpoint, remembered, validate
 from pipeline import Augment, Loading, Meter, Replay, Stream, View, open_loader, open_pool
@@ -122,7 +123,7 @@ def train(
     """
     ranks = ranks or Ranks()
     folder = runs / recipe.name
-    resumed = _resumable(folder, recipe)
+    resumed = resumable(folder, recipe)
     device = choose_device("auto", ranks.local)
     keep_freed_memory(device)
     stream = open_stream(recipe, data, device, ranks)
@@ -130,7 +131,7 @@ def train(
         read_index(data / name)  # a missing set is said now, not after an epoch
     steps = stream.steps_per_epoch * recipe.run.epochs
     trainer = _assemble(recipe, device, runs, start, resumed, ranks)
-    done = _restore(trainer, resumed, stream) if resumed else 0
+    done = restore(trainer, resumed, stream) if resumed else 0
     if done == steps:
         console.log.info("%s is finished; nothing to do", folder)
         return _calibrated(folder, recipe, data, device, ranks)
@@ -175,7 +176,7 @@ def train(
                 _log_validation(history, done, found)
                 meter.reset()
             if saving:
-                _save(folder, trainer, recipe, stream, done, found)
+                save(folder, trainer, recipe, stream, done, found)
             if stopping and done < steps:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
@@ -267,50 +268,6 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
         raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
 
 
-_DECIDE_NOTHING = {
-    "loading.batch_size",  # of one rank; the order refuses another global batch
-    "loading.workers",
-    "loading.cache",
-    "loading.cache_gb",
-    "loading.check_hashes",
-    "loading.patience_s",
-    "run.log_every",
-    "run.save_every",
-}
-"""What another machine, or another number of them, may set anew when it goes on with a run."""
-
-
-def _resumable(folder: Path, recipe: Recipe) -> Path | None:
-    """The last checkpoint of this very recipe, or None where the run is new."""
-    last = checkpoint.last_of(folder)
-    if last is None:
-        return None
-    before = _flat(checkpoint.read_meta(last)["recipe"])
-    now = _flat(json.loads(json.dumps(asdict(recipe))))
-    changed = sorted(
-        key
-        for key in (before.keys() | now.keys()) - _DECIDE_NOTHING
-        if before.get(key) != now.get(key)
-    )
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({key} was {before.get(key)}, now "
-            f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
-        )
-    console.log.info("going on from %s", last)
-    return last
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one level: {"optim.lr": ...}."""
-    flat = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
-
-
 def _assemble(
     recipe: Recipe,
     device: torch.device,
@@ -364,72 +321,6 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
             "has none; run `python train.py --phase 1` first, or name one with --init CHECKPOINT"
         )
     return best
-
-
-def _restore(trainer: Trainer, folder: Path, stream: Stream) -> int:
-    """Put the training state back; returns how many steps are done."""
-    state = checkpoint.load_state(folder)
-    done = stream.resume(state["order"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.ema is not None:
-        trainer.net.backbone.load_state_dict(state["net"])
-    ranks = trainer.ranks
-    if len(state["rng"]) != ranks.world:
-        console.log.warning(
-            "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
-            *(len(state["rng"]), ranks.world),
-        )
-        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + ranks.rank) + done)
-        return done
-    torch.set_rng_state(state["rng"][ranks.rank])
-    if trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"][ranks.rank], trainer.device)
-    return done
-
-
-def _save(
-    folder: Path,
-    trainer: Trainer,
-    recipe: Recipe,
-    stream: Stream,
-    done: int,
-    found: Validation | None,
-) -> None:
-    """Write a checkpoint with all that resuming needs, then prune the older ones."""
-    on_gpu = trainer.device.type == "cuda"
-    ranks = trainer.ranks
-    rng = gather(ranks, torch.get_rng_state())
-    cuda_rng = gather(ranks, torch.cuda.get_rng_state(trainer.device) if on_gpu else None)
-    if not ranks.first:
-        return
-    state = {
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "order": stream.state(done),
-        "rng": rng,
-        "cuda_rng": cuda_rng if on_gpu else [],
-    }
-    if trainer.ema is not None:
-        state["net"] = trainer.net.backbone.state_dict()
-    checkpoint.save(
-        folder / f"step_{done:07d}",
-        trainer.shown,
-        recipe=recipe,
-        step=done,
-        epoch=done / stream.steps_per_epoch,
-        metrics=asdict(found) if found else {},
-        selection=found.selection if found else None,
-        data={
-            "train": recipe.data.train,
-            "replay": recipe.replay.sets,
-            "replayed_per_epoch": stream.replayed_per_epoch,
-            "index_sha256": stream.pool.shards.sha256,
-        },
-        state=state,
-        replayed=stream.replayed_until(done) if recipe.replay.sets else None,
-    )
-    checkpoint.prune(folder)
 
 
 def _announce(recipe: Recipe, stream: Stream, trainer: Trainer, steps: int) -> None:

@@ -1,16 +1,16 @@
-"""`python -m model import | fetch`: parses, calls, prints."""
+"""`python -m model import | fetch | curves`: parses, calls, prints."""
 
 from pathlib import Path
 
 import click
 
 import console
-from model import original
+from model import curves, original
 
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Bring a trained model in."""
+    """Bring a trained model in, and look at how one was trained."""
 
 
 NAME = click.option(
@@ -33,6 +33,22 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 def fetch_command(name: str, runs: Path) -> None:
     """Download the original project's published checkpoint (1 GB), check it, and import it."""
     _say(original.import_file(original.fetch(), runs / name))
+
+
+@main.command("curves")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("curves.png"),
+    show_default=True,
+    help="PNG to write.",
+)
+@console.options()
+def curves_command(run: Path, out: Path) -> None:
+    """Draw loss, learning rate and validation of RUN, a folder such as runs/phase1."""
+    step = curves.draw(run, out)
+    console.say(f"{run} until step {step}: {out}")
 
 
 def _say(folder: Path) -> None:

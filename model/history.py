@@ -7,10 +7,12 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+HISTORY_FILE = "metrics.jsonl"
+
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows that a run in `folder` wrote so far, each with `step` and `kind`."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -23,7 +25,7 @@ class History:
 
     def __init__(self, folder: Path, done: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / HISTORY_FILE
         if self.path.exists():
             self.path.write_text(
                 "".join(f"{json.dumps(row)}\n" for row in rows_of(folder) if row["step"] <= done),

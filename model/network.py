@@ -91,6 +91,8 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     options = dict(network.options)
     if network.drop_path:
         options["drop_path_rate"] = network.drop_path
+    if pretrained:
+        _refuse_without_hub(network)
     try:
         with _Undrawn() if empty else contextlib.nullcontext():
             backbone = timm.create_model(
@@ -135,6 +137,32 @@ def _init_by_fan_in(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
+def _refuse_without_hub(network: Network) -> None:
+    """One question to the hub before timm asks: its download tries again for a minute where nobody
+    answers. How long an answer may take is the hub's own HF_HUB_ETAG_TIMEOUT, 10 s by default.
+
+    Raises:
+        NetworkError: no answer, and the weights are not in the hub's cache.
+    """
+    found = timm.get_pretrained_cfg(network.name) if timm.is_model(network.name) else None
+    if found is None or not found.hf_hub_id:
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    repository, _, revision = found.hf_hub_id.partition("@")
+    where = {"repo_id": repository, "revision": revision or None}
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(filename=name, **where), str) for name in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(filename=files[0], **where))
+    except HfHubHTTPError:
+        return  # an answer; what it means is timm's business
+    except (OSError, HTTPError) as error:
+        raise NetworkError(_how_to_get_weights(network, error)) from error
 
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:

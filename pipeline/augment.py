@@ -265,8 +265,8 @@ def draw(
     """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
 
     `law` is the row of each in `laws`, `turns` how often the epoch had the sample before,
-    `partners` the quality and chroma of each one's real partner, 0 where it has none. All arrays
-    are (N,) int.
+    `partners` the quality and chroma of the JPEG that each is to be delivered as first, 0 for none
+    (`pipeline/pairs.py`). All arrays are (N,) int.
     """
     ranges = laws.of(law)
     dice = roll(seed, epoch, samples, _DICE[-1], turns)
@@ -286,7 +286,7 @@ def draw(
     moved = (more[:, 6] < ranges["grid"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
     none = np.zeros(len(samples), np.int32)
-    pair = [column * (ranges["pair_quality"] > 0) for column in partners or (none, none)]
+    pair_jpeg, pair_chroma = partners or (none, none)
     return Draws(
         top=top,
         left=left,
@@ -306,8 +306,8 @@ def draw(
         grid_top=moved[:, 0].astype(np.int32),
         grid_left=moved[:, 1].astype(np.int32),
         webp=webp.astype(np.int32),
-        pair_jpeg=pair[0].astype(np.int32),
-        pair_chroma=pair[1].astype(np.int32),
+        pair_jpeg=pair_jpeg,
+        pair_chroma=pair_chroma,
     )
 
 

@@ -29,6 +29,11 @@ MAY_IMPORT = {
 }
 
 
+def files_of(owner: str) -> list[Path]:
+    """The Python files of a package or script."""
+    return sorted((ROOT / owner).rglob("*.py")) or [ROOT / f"{owner}.py"]
+
+
 def imports_of(path: Path) -> list[str]:
     """Everything a file imports, as dotted names."""
     found = []
@@ -51,8 +56,7 @@ def refused(owner: str, module: str) -> bool:
 
 @pytest.mark.parametrize("owner", MAY_IMPORT)
 def test_imports_point_upstream(owner: str) -> None:
-    files = sorted((ROOT / owner).rglob("*.py")) or [ROOT / f"{owner}.py"]
-    for path in files:
+    for path in files_of(owner):
         for module in imports_of(path):
             assert not refused(owner, module), (
                 f"{path.relative_to(ROOT)} imports {module}; "
@@ -77,7 +81,7 @@ def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for folder in (*MAY_IMPORT,)
-        for path in (sorted((ROOT / folder).rglob("*.py")) or [ROOT / f"{folder}.py"])
+        for path in files_of(folder)
         if any(module.partition(".")[0] == library for module in imports_of(path))
     }
     assert users == home

@@ -13,6 +13,17 @@ def test_built_in_recipes_are_valid(path: Path) -> None:
     assert recipes.load(Recipe, path).name == path.stem
 
 
+@pytest.mark.parametrize("path", BUILT_IN, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_its_command_hardware_and_result(path: Path) -> None:
+    head = path.read_text().partition("\n\n")[0]
+    phase = path.stem.removeprefix("phase")
+    own = [f"--recipe recipes/{path.name}", *([f"--phase {phase}"] if phase in "12" else [])]
+    assert any(f"python train.py {words}" in head for words in own), "no command that runs it"
+    assert "# Hardware: " in head
+    said = ("Minutes" in head and "Reached" in head) or "owed" in head or "docs/log.md" in head
+    assert said, "neither minutes and what it reached, nor that they are owed"
+
+
 def test_phase_1_holds_the_original_values() -> None:
     """The table of the original's training code; a change of one of these is a decision."""
     recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml")

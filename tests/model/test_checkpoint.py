@@ -1,5 +1,6 @@
 """A checkpoint is whole or does not exist, and needs nothing from the command line."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from model import checkpoint
@@ -22,6 +24,7 @@ from model.network import (
 )  # fmt: skip
 from pipeline import View
 from tests.conftest import TINY
+from tests.sharding.test_fetch import Server, server  # noqa: F401  (a fixture)
 
 
 def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
@@ -186,6 +189,45 @@ def test_without_a_network_the_weights_message_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match=r"--init weights\.safetensors.*--no-pretrained"):
         build(Network(name="convnextv2_atto.fcmae_ft_in1k"), pretrained=True)
+
+
+WEIGHTS = "convnextv2_atto.fcmae_ft_in1k"
+
+
+def test_without_an_answer_from_the_hub_nothing_is_tried_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Where timm's own download would wait and ask again for a minute."""
+    nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+
+    def never(seconds: float) -> None:
+        raise AssertionError(f"it waits {seconds} s to try again")
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", never)
+    with pytest.raises(NetworkError, match=r"could not be fetched \(.*refused.*--no-pretrained"):
+        build(Network(name=WEIGHTS), pretrained=True)
+
+
+def test_weights_arrive_from_the_hub_with_their_licence_said_once(
+    server: Server, logged: list[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """Then from its cache, without a question."""
+    from safetensors.torch import save
+
+    torch.manual_seed(1)
+    published = timm.create_model(WEIGHTS, pretrained=False).state_dict()
+    place = f"/timm/{WEIGHTS}/resolve/main/model.safetensors"
+    server.bodies[place] = save(published)
+    digest = hashlib.sha256(server.bodies[place]).hexdigest()
+    server.headers[place] = {"ETag": f'"{digest}"', "X-Repo-Commit": "c" * 40}
+    for _ in range(2):
+        net = build(Network(name=WEIGHTS), pretrained=True)
+        assert torch.equal(net.backbone.stem[0].weight, published["stem.0.weight"])
+        said = [line for line in logged if "licence cc-by-nc-4.0" in line]
+        assert len(said) == 1
+        logged.clear()
+    assert len(server.got("model.safetensors")) == 1
 
 
 def test_device_and_precision_are_chosen_with_a_reason() -> None:

@@ -1,15 +1,18 @@
 """Aligned pairs: a fake is delivered as a JPEG of its real partner's quality and chroma."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import Loading, Pool, Replay, Stream, open_loader
-from pipeline.augment import CHROMAS, Augment
+from pipeline.augment import CHROMAS, Augment, Draw
 from pipeline.loader import draw_by_law
 from pipeline.pairs import partners_of
+from pipeline.pil import apply
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
 from tests.conftest import VIEW, build_all, encode, photo
@@ -118,11 +121,19 @@ def test_two_real_images_in_a_group_are_no_partner(pairs: ShardSet) -> None:
     assert not partners_of(merged, ("pairs",)).quality.any()
 
 
-def test_both_backends_deliver_the_very_jpeg(pairs: ShardSet) -> None:
-    """Of the whole image, on its own block grid, before the crop: the pixels of the fake after
-    Pillow's own encoder, through the same view.
-    """
+def test_it_is_a_jpeg_of_the_whole_image() -> None:
+    """On the blocks of the file, before the crop, as a real image comes."""
+    pixels = photo(3)
+    delivered = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
+    draw = Draw(top=5, left=3, height=40, width=50, flip=True)
+    found, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
+    apply(pixels, draw._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), found)
+    apply(delivered, draw, expected)
+    assert torch.equal(found, expected)
 
+
+def test_both_backends_deliver_the_same(pairs: ShardSet) -> None:
+    """To within the rounding of a resize, and those fakes that have a partner, nothing else."""
     seen = {}
     for backend in ("pil", "dali"):
         loading = Loading(batch_size=len(pairs), backend=backend, workers=0)
