@@ -81,7 +81,7 @@ class ImageDetector:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Which checkpoint with which band: run, step, and a hash of its `meta.json` and the band."""
+        """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
         content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
         short = hashlib.sha256(content.encode()).hexdigest()[:8]
         return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
