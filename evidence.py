@@ -10,14 +10,13 @@ import io
 import json
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import ExifTags, Image
 
-from sharding.decode import READABLE
+from sharding.decode import READABLE, without_warnings
 
 log = logging.getLogger("ai_images_detector")
 
@@ -161,8 +160,7 @@ def _metadata(data: bytes, head: bytes) -> list[Evidence]:
     is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(_PNG)
     if is_jpeg and not any(mark in head for mark in _JPEG_MARKS):
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata is what is looked for
+    with without_warnings():  # odd metadata is what is looked for
         # Without its pixels Pillow finds what stands behind them in a PNG and decodes nothing.
         with Image.open(io.BytesIO(head if is_png else data), formats=READABLE) as image:
             info, exif = dict(image.info), _exif(image)
