@@ -10,14 +10,13 @@ import io
 import json
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import ExifTags, Image
 
-from sharding.decode import READABLE
+from sharding.decode import READABLE, without_warnings
 
 log = logging.getLogger("ai_images_detector")
 
@@ -54,9 +53,10 @@ def read_evidence(data: bytes) -> list[Evidence]:
     and never asks the network.
     """
     found: list[Evidence] = []
+    head = _without_pixels(data)
     for look in (_c2pa, _metadata):
         try:
-            found += look(data)
+            found += look(data, head)
         except Exception as error:  # hostile files make parsers raise almost anything
             log.debug("evidence, %s: %s: %s", look.__name__, type(error).__name__, error)
     return list(dict.fromkeys(found))
@@ -65,9 +65,9 @@ def read_evidence(data: bytes) -> list[Evidence]:
 # --- C2PA: signed manifests (https://c2pa.org/specifications) -------------------------------------
 
 
-def _c2pa(data: bytes) -> Iterator[Evidence]:
+def _c2pa(data: bytes, head: bytes) -> Iterator[Evidence]:
     """The manifest that is embedded in a file; the library is loaded only for a file with one."""
-    if b"jumb" not in data or b"c2pa" not in data:
+    if b"jumb" not in head or b"c2pa" not in head:
         return
     reader = _c2pa_reader()
     if reader is None:
@@ -155,13 +155,14 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
 # --- what Pillow finds: XMP, EXIF, the text of a PNG ----------------------------------------------
 
 
-def _metadata(data: bytes) -> list[Evidence]:
+def _metadata(data: bytes, head: bytes) -> list[Evidence]:
     """All other kinds; no pixel is decoded."""
-    if data.startswith(b"\xff\xd8") and not any(mark in data for mark in _JPEG_MARKS):
+    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(_PNG)
+    if is_jpeg and not any(mark in head for mark in _JPEG_MARKS):
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata is what is looked for
-        with Image.open(io.BytesIO(_texts_first(data)), formats=READABLE) as image:
+    with without_warnings():  # odd metadata is what is looked for
+        # Without its pixels Pillow finds what stands behind them in a PNG and decodes nothing.
+        with Image.open(io.BytesIO(head if is_png else data), formats=READABLE) as image:
             info, exif = dict(image.info), _exif(image)
     texts = {
         str(key): _text(value) for key, value in info.items() if key not in ("exif", "icc_profile")
@@ -176,18 +177,18 @@ def _metadata(data: bytes) -> list[Evidence]:
     return found + list(_camera(exif))
 
 
-# EXIF, XMP, a comment (a byte pair that compressed pixels cannot hold): a JPEG without them has
-# nothing to say, and most of a million need not be parsed.
+# EXIF, XMP, a comment: a JPEG without them has nothing to say, and need not be parsed.
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", b"\xff\xfe")
-
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000
 
 
-def _texts_first(data: bytes) -> bytes:
-    """A PNG without its pixels, so that Pillow finds what stands behind them without decoding them;
-    of any other file, the file.
+def _without_pixels(data: bytes) -> bytes:
+    """What stands around the pixels of a JPEG or PNG, so that little is searched; of any other
+    file, or an odd one, all of it.
     """
+    if data.startswith(b"\xff\xd8"):
+        return _before_scan(data)
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)
@@ -199,6 +200,21 @@ def _texts_first(data: bytes) -> bytes:
         if kind == b"IEND" or at >= len(data):
             break
     return b"".join(kept)
+
+
+def _before_scan(data: bytes) -> bytes:
+    """The segments of a JPEG up to the first of its pixels (ITU-T T.81, B.1.1.4)."""
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        while data[at + 1 : at + 2] == b"\xff":  # any number of them may fill the gap
+            at += 1
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1 : at + 2] == b"\xda":
+            return data[:at]
+        if length < 2:
+            break
+        at += 2 + length
+    return data
 
 
 def _exif(image: Image.Image) -> dict[str, str]:

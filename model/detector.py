@@ -27,7 +27,7 @@ from model.network import Detector
 from model.score import probability, score_batches
 from model.verdict import band_of, verdict
 from pipeline import pil
-from pipeline.augment import View, blank, centre
+from pipeline.augment import View, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
 from sharding.decode import ImageFile, decode, encoded, read_file
@@ -148,8 +148,6 @@ class ImageDetector:
         rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         draws = centre(self.view, np.array(widths), np.array(heights))
-        if failures:
-            draws = blank(draws, list(failures))
         return Request(data, formats, orientations, draws, failures)
 
     def _score(

@@ -16,7 +16,8 @@ from sharding.decode import ImageFile
 
 MEANING = (
     "Red raised the score for AI, blue lowered it; the strongest place has the full colour, "
-    "however weak it is. It shows what moved the score, coarsely, not which part is fake."
+    "however weak it is. It shows what moved the score, coarsely, not which part is fake; red is "
+    "to be trusted more than blue."
 )
 """What must stand beside every heatmap."""
 

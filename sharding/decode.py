@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -195,9 +196,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """The image with its header read; Pillow's warnings are silent until the block ends."""
     if len(data) > MAX_BYTES:
         raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
-    with warnings.catch_warnings():
-        # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
-        warnings.simplefilter("ignore")
+    # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
+    with without_warnings():
         yield _open(data)
 
 
@@ -211,6 +211,30 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
 
 _ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+_silence = threading.Lock()
+_silent: list[warnings.catch_warnings] = []  # what was caught first, then one for each block inside
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """No warnings until the block ends, in any number of threads: `catch_warnings` alone, entered
+    and left by several in no order, leaves the filters of one of them behind.
+    """
+    with _silence:
+        if not _silent:
+            _silent.append(warnings.catch_warnings())
+            _silent[0].__enter__()
+            warnings.simplefilter("ignore")
+        _silent.append(_silent[0])
+    try:
+        yield
+    finally:
+        with _silence:
+            _silent.pop()
+            if len(_silent) == 1:
+                _silent.pop().__exit__(None, None, None)
 
 
 def _name_of(image: Image.Image) -> str:

@@ -1,12 +1,13 @@
 """Any file in: the right pixels and facts, or one clear reason."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sharding.decode import fingerprint, prepare
+from sharding.decode import decode, encoded, fingerprint, prepare, without_warnings
 from sharding.format import DecodeError, decode_image
 from tests.conftest import encode, photo
 
@@ -143,3 +144,32 @@ def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:
         data = encode(PIXELS, quality=80, subsampling=subsampling)
         expected = np.asarray(Image.open(io.BytesIO(data)))
         np.testing.assert_array_equal(decode_image(data, "JPEG"), expected)
+
+
+def test_threads_leave_the_warning_filters_as_they_were() -> None:
+    """One thread ends while another is still at it."""
+    before = list(warnings.filters)
+    one, two = without_warnings(), without_warnings()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    warnings.warn("from the second one", UserWarning, stacklevel=1)  # an error in these tests
+    two.__exit__(None, None, None)
+    assert list(warnings.filters) == before
+    with pytest.raises(UserWarning):
+        warnings.warn("again", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_prediction_sees_what_is_packed(kind: str, orientation: int) -> None:
+    """`decode` and `encoded` give what `prepare` gives, without its other work."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(IMAGE, kind, **({} if kind == "GIF" else {"exif": exif}))
+    packed = prepare(data)
+    np.testing.assert_array_equal(decode(data), packed.pixels)
+    height, width = packed.pixels.shape[:2]
+    assert encoded(data) == (
+        packed.data, packed.facts.format, packed.facts.orientation, width, height,
+    )  # fmt: skip
