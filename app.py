@@ -109,7 +109,7 @@ def detector() -> ImageDetector:
 
 @st.cache_resource(show_spinner=False)
 def turn() -> threading.Lock:
-    """One image at a time, whoever sent it: decoding the largest takes most of a gigabyte."""
+    """One image at a time, whoever sent it: the largest takes 2.8 GB for a while."""
     return threading.Lock()
 
 
