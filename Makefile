@@ -50,4 +50,4 @@ bench: setup ## loader throughput of both backends against other loaders, one ta
 	$(RUN) -m benchmarks.loader
 
 app: setup ## the web page, on this machine only
-	$(BIN)/streamlit run app.py --server.address 127.0.0.1
+	$(BIN)/streamlit run app.py

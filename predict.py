@@ -5,9 +5,6 @@ command line has been checked.
 """
 
 import contextlib
-import functools
-import hashlib
-import json
 import signal
 import threading
 import time
@@ -56,11 +53,6 @@ class Run:
     skipped: int = 0  # they are in the results file already
     started: float = field(default_factory=time.monotonic)
 
-    @functools.cached_property
-    def identity(self) -> str:
-        """Which checkpoint speaks."""
-        return identity(self.detector)
-
     @property
     def done(self) -> int:
         """Images that have a line."""
@@ -103,7 +95,7 @@ class Run:
         self.verdicts[result.verdict] += 1
         values = (
             result.name, result.probability, result.verdict, result.error, note.file_says,
-            self.identity,
+            self.detector.identity,
         )  # fmt: skip
         text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
         if self.heatmaps and not result.error:
@@ -112,13 +104,6 @@ class Run:
             self.out.write(text)
         else:
             say(text)
-
-
-def identity(detector: "ImageDetector") -> str:
-    """Which checkpoint with which band: run, step, and a hash of its `meta.json` and the band."""
-    content = json.dumps([detector.meta, detector.band], sort_keys=True, default=str)
-    short = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return f"{detector.checkpoint.parent.name}/{detector.checkpoint.name} {short}"
 
 
 def say(text: str) -> None:
@@ -229,7 +214,7 @@ def main(
         detector = load_detector(
             checkpoint, runs=runs, device=device, backend=backend, threshold=threshold
         )
-        file = results.open_results(out, output, identity(detector), resume) if out else None
+        file = results.open_results(out, output, detector.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
         raise NotStarted(str(error)) from error

@@ -5,7 +5,7 @@ Never on a test set: a threshold that has seen the test set reports what it was 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ TEMPERATURES = 0.02, 50.0
 """Where the temperature is looked for; for scores that tell the classes apart it lies well inside.
 """
 
+ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
+"""Where the trade-off is kept, beside the thresholds that were fitted."""
+
 
 class CalibrationError(ValueError):
     """Scores that nothing can be fitted to; the message says what is missing."""
@@ -36,6 +39,8 @@ class Calibration:
     `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are those from
     which on at most 1 % and 5 % of real images are called fake (None: too few reals to promise
     it). `band` is (low, high): below low likely real, from high on likely AI, uncertain between.
+    `roc` is (threshold, share of reals called fake from it on, share of fakes found) on the same
+    images, by rising threshold: what another threshold costs.
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
     """
 
@@ -47,6 +52,7 @@ class Calibration:
     threshold_fpr_1: float | None
     threshold_fpr_5: float
     band: tuple[float, float]
+    roc: list[tuple[float, float, float]]
     before: dict[str, float]
     after: dict[str, float]
 
@@ -102,6 +108,7 @@ def calibrate(
         threshold_fpr_1=at_1,
         threshold_fpr_5=at_5,
         band=(float(min(DEFAULT_THRESHOLD, below, high)), high),
+        roc=roc_at(labels, fake, {*ROC_THRESHOLDS, at_5, at_1 or at_5}),
         before=_fit_of(labels, probability(logits)),
         after=_fit_of(labels, fake),
     )
@@ -112,6 +119,16 @@ def _fit_of(labels: np.ndarray, fake: np.ndarray) -> dict[str, float]:
         "nll": negative_log_likelihood(labels, fake),
         "ece": expected_calibration_error(labels, fake),
     }
+
+
+def roc_at(
+    labels: np.ndarray, fake: np.ndarray, thresholds: Iterable[float]
+) -> list[tuple[float, float, float]]:
+    """(threshold, false-positive rate, recall) at each of `thresholds`, rising; both classes must
+    be there.
+    """
+    reals, fakes = fake[labels == 0], fake[labels == 1]
+    return [(t, float((reals >= t).mean()), float((fakes >= t).mean())) for t in sorted(thresholds)]
 
 
 def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:

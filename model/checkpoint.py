@@ -10,6 +10,7 @@ on an image is called fake, and `calibration` is null, or what `model/calibrate.
     {"fitted_on": [set, ...], "index_sha256": {set: hash}, "reals": n, "fakes": n,
      "threshold_at": "auto" | "fpr5" | "fpr1" | "0.5",
      "threshold_fpr_1": p or null, "threshold_fpr_5": p, "band": [low, high],
+     "roc": [[threshold, false-positive rate, recall], ...],
      "before": {"nll": x, "ece": x}, "after": {"nll": x, "ece": x}}
 
 Verdicts: below low likely real, from high on likely AI, between them uncertain.

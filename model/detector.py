@@ -6,6 +6,9 @@ for result in load_detector().predict(["photo.jpg"]):
     print(result.name, result.probability, result.verdict)
 """
 
+import functools
+import hashlib
+import json
 import os
 import sys
 from collections import deque
@@ -75,6 +78,13 @@ class ImageDetector:
         them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
         """
         return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
+        content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
+        short = hashlib.sha256(content.encode()).hexdigest()[:8]
+        return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
 
     def verdict(self, probability: float) -> str:
         """One of `VERDICTS`."""

@@ -9,6 +9,7 @@ from model.calibrate import (
     fit_temperature,
     threshold_at_fpr,
 )  # fmt: skip
+from model.metrics import measure
 from model.score import probability
 from model.verdict import band_of, verdict
 
@@ -60,6 +61,19 @@ def test_the_decision_threshold_and_the_band() -> None:
     assert calibrate(labels, logits, "fpr1").threshold == weak.threshold_fpr_1 > weak.threshold
 
 
+def test_the_trade_off_holds_at_every_threshold_that_is_kept() -> None:
+    labels, logits = calibrated_scores(2_000)
+    found = calibrate(labels, logits)
+    fake = probability(logits, found.temperature)
+    thresholds = [t for t, _, _ in found.roc]
+    assert thresholds == sorted(thresholds)
+    assert {0.01, 0.5, 0.99, found.threshold_fpr_1, found.threshold_fpr_5} < set(thresholds)
+    for threshold, false_positive_rate, recall in found.roc:
+        measured = measure(labels, fake, threshold)
+        assert (false_positive_rate, recall) == (measured.false_positive_rate, measured.recall)
+    assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few, and no failure
+
+
 def test_entries_of_the_meta_file() -> None:
     found = calibrate(*calibrated_scores(400))
     entries = json.loads(json.dumps(found.entries({"val": "abc"})))
@@ -72,7 +86,7 @@ def test_entries_of_the_meta_file() -> None:
     assert band_of(entries) == found.band
     assert set(calibration) == {
         "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "threshold_fpr_1",
-        "threshold_fpr_5", "band", "before", "after",
+        "threshold_fpr_5", "band", "roc", "before", "after",
     }  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+# The web page in a container (docs/using.md, "The page"). Checkpoints are mounted, never copied in:
+#
+#   docker build -t ai-images-detector .
+#   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
+#
+# For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
+FROM python:3.11-slim-bookworm
+
+# What uv calls a PyTorch backend; torch and torchvision come from it as the pair that belongs together.
+ARG TORCH=cpu
+
+WORKDIR /srv
+COPY pyproject.toml constraints.txt ./
+
+# DALI decodes whole batches on a GPU, and is larger than everything else; the page takes one image
+# at a time. `pipeline/loader.py` falls back to Pillow without it.
+RUN pip install --no-cache-dir --constraint constraints.txt uv \
+    && echo nvidia-dali-cuda120 > /tmp/left-out.txt \
+    && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
+        --constraint constraints.txt --excludes /tmp/left-out.txt \
+        --requirements pyproject.toml --extra app --extra evidence --extra heatmap \
+    && rm /tmp/left-out.txt \
+    && useradd --create-home --uid 10001 page
+
+COPY console.py evidence.py results.py app.py app.js ./
+COPY recipes/ recipes/
+COPY sharding/ sharding/
+COPY pipeline/ pipeline/
+COPY model/ model/
+COPY .streamlit/ .streamlit/
+
+USER 10001
+ENV DETECTOR_RUNS=/runs PYTHONDONTWRITEBYTECODE=1
+EXPOSE 8501
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]
+CMD ["streamlit", "run", "app.py", "--server.address", "0.0.0.0"]

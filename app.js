@@ -1,0 +1,54 @@
+// Pasting anywhere on the page, and dropping beside the drop zone, hand their files to Streamlit's own
+// uploader: one way in, with one set of limits. `app.py` mounts this.
+
+export default function ({ parentElement }) {
+  const button = parentElement.querySelector("button");
+  const status = parentElement.querySelector("span");
+  let pasted = 0;
+  const upload = (files) => {
+    const input = document.querySelector(".st-key-images input[type=file]");
+    if (!input || input.disabled) return;
+    const all = new DataTransfer();
+    for (const file of files) {
+      const type = file.type.split("/")[1];
+      const name = /^(image\.\w+)?$/.test(file.name ?? "") ? `pasted-${++pasted}.${type}` : file.name;
+      all.items.add(new File([file], name, { type: file.type }));
+    }
+    input.files = all.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    status.textContent = "";
+  };
+  const onPaste = (event) => {
+    const files = [...event.clipboardData.files];
+    if (files.length) { event.preventDefault(); upload(files); }
+    else status.textContent = "There is no picture on the clipboard.";
+  };
+  const ours = (event) => event.dataTransfer.types.includes("Files")
+    && !event.target.closest?.(".st-key-images section");
+  const onOver = (event) => { if (ours(event)) event.preventDefault(); };
+  const onDrop = (event) => {
+    if (ours(event)) { event.preventDefault(); upload([...event.dataTransfer.files]); }
+  };
+  const onClick = async () => {
+    try {
+      const files = [];
+      for (const item of await navigator.clipboard.read())
+        for (const type of item.types.filter((type) => type.startsWith("image/")).slice(0, 1))
+          files.push(await item.getType(type));
+      if (files.length) upload(files);
+      else status.textContent = "There is no picture on the clipboard.";
+    } catch {
+      status.textContent = "The browser did not allow it; press Ctrl+V (or Cmd+V) instead.";
+    }
+  };
+  button.hidden = !navigator.clipboard?.read;
+  button.onclick = onClick;
+  document.addEventListener("paste", onPaste);
+  document.addEventListener("dragover", onOver);
+  document.addEventListener("drop", onDrop);
+  return () => {
+    document.removeEventListener("paste", onPaste);
+    document.removeEventListener("dragover", onOver);
+    document.removeEventListener("drop", onDrop);
+  };
+}
