@@ -316,7 +316,7 @@ def _stopped(run: Run, out: Path | None) -> None:
 
 def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     """Say what has been done, and what has not; the exit code tells."""
-    from model.detector import UNREADABLE
+    from model.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
     if run.left_out:
