@@ -95,10 +95,9 @@ def export_onnx(
     out: Path,
     images: Path | None = None,
     on_images: Callable[[int], None] | None = None,
-) -> tuple[list[Parity], dict[str, Any]]:
-    """Write `FILES` and `PARITY_FILE` into the folder `out`; the parity of each, and what
-    `parity.json` says. `images` is a folder of images or a shard set; `on_images(n)` is called as
-    they are compared.
+) -> dict[str, Any]:
+    """Write `FILES` and `PARITY_FILE` into the folder `out`, and return what the latter says.
+    `images` is a folder of images or a shard set; `on_images(n)` is called as they are compared.
 
     Raises:
         ExportError: a library is missing, no image can be read, or a file is too far from PyTorch;
@@ -128,7 +127,6 @@ def export_onnx(
         for parity in parities:
             _refuse_if_far(parity)
         report = {
-            "checkpoint": str(checkpoint),
             "run": meta["recipe"]["name"],
             "step": meta["step"],
             **seen,
@@ -144,7 +142,7 @@ def export_onnx(
             (partial / name).replace(out / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return parities, report
+    return report
 
 
 def _graph_of(net: Detector, view: View, temperature: float) -> Any:
@@ -271,7 +269,7 @@ def compare(
         for number, detector in enumerate(detectors)
     ]
     seen = {
-        "images": "noise" if images is None else str(images),
+        "images": "noise" if images is None else images.name,
         "compared": len(expected),
         "unreadable": unreadable,
     }
@@ -319,7 +317,10 @@ def _files_in(images: Path) -> list[ImageFile]:
     """`IMAGES` images of a folder or a shard set, spread evenly."""
     if not (images / INDEX_FILE).exists():
         paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        return [as_file(paths[row]) for row in _spread(len(paths))]
+        return [
+            ImageFile(str(path.relative_to(images)), as_file(path).read)
+            for path in (paths[row] for row in _spread(len(paths)))
+        ]
     shards = open_shards([images])
     reader = ShardReader(shards)
 
