@@ -37,7 +37,7 @@ OPSET = 20
 FILES = {"fp32": "detector.onnx", "fp16": "detector-fp16.onnx"}
 PARITY_FILE = "parity.json"
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """How far the probability of any image may be from PyTorch's, on identical pixels. An export that
 is further off is not kept."""
 

@@ -59,6 +59,16 @@ class OnnxDetector:
     asked: float | None = None
 
     @property
+    def backend(self) -> str:
+        """What decodes the images; there is no other without torch."""
+        return "pil"
+
+    @property
+    def reason(self) -> str:
+        """What computes, as ONNX Runtime calls it."""
+        return f"ONNX Runtime, {self.session.get_providers()[0]}"
+
+    @property
     def threshold(self) -> float:
         """From this probability of fake on, an image counts as AI-generated."""
         return float(self.meta["threshold"] if self.asked is None else self.asked)
