@@ -68,6 +68,7 @@ def write_hub(
             data_config=preprocessing_of(net, view),
             safe_serialization=True,
         )
+        _let_transformers_in(partial / CONFIG_FILE)
         shutil.copy(checkpoint / META_FILE, partial / META_FILE)
         if onnx:
             shutil.copytree(onnx, partial / ONNX_FOLDER)
@@ -79,6 +80,15 @@ def write_hub(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _let_transformers_in(path: Path) -> None:
+    """Take out of timm's `model_args` what transformers' TimmWrapper passes itself (5.24: it fails
+    on "multiple values"); for timm the same value stands one level up.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_if_there(out: Path) -> None:
