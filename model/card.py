@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from model.licence import Licence, licence_of
-from model.prediction import band_of
+from model.verdict import band_of
 from sharding.format import CLASSES
 
 TAGS = ["ai-generated-image-detection", "deepfake-detection"]

@@ -173,8 +173,9 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, HTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+        # What failed stands behind a RuntimeError that only names the file.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise HubError(
             f"{folder} could not be uploaded to {repository} ({reason}); `hf auth login`, or "
             "HF_TOKEN, says who you are"

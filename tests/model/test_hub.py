@@ -259,6 +259,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     one.server_close()
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's library of httpx
 def test_every_file_arrives(server: Hub, folder: Path) -> None:
     result = CliRunner().invoke(main, ["push", str(folder), REPO, "--private"])
     assert result.exit_code == 0, result.output
