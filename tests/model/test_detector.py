@@ -9,7 +9,7 @@ import torch
 
 from model import ImageFile, load_detector
 from model.checkpoint import CheckpointError
-from model.detector import UNREADABLE
+from model.prediction import UNREADABLE
 from model.score import probability, score_set
 from pipeline import Loading, open_loader
 from sharding.format import DecodeError, open_shards
