@@ -28,7 +28,7 @@ import results
 from evidence import Evidence, read_evidence
 from model import ImageDetector, Prediction, explain, load_detector
 from model.checkpoint import CheckpointError
-from model.detector import UNREADABLE
+from model.prediction import UNREADABLE
 from sharding.decode import MAX_BYTES, decode
 
 HERE = Path(__file__).parent

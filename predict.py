@@ -24,6 +24,7 @@ from sharding.decode import ImageFile
 
 if TYPE_CHECKING:
     from model import ImageDetector, Prediction
+    from model.onnx_detector import OnnxDetector
 
 
 class NotStarted(click.ClickException):
@@ -44,7 +45,7 @@ class Note:
 class Run:
     """One run over images: where results go, and what has been counted."""
 
-    detector: "ImageDetector"
+    detector: "ImageDetector | OnnxDetector"
     output: str
     out: results.ResultsFile | None = None
     heatmaps: Path | None = None
@@ -181,6 +182,11 @@ def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
     type=click.Path(exists=True, file_okay=False),
     help="Folder that fills: predict what comes into it, until Ctrl-C.",
 )
+@click.option(
+    "--onnx",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Exported detector (`python -m model export --onnx`) to use; torch is then not needed.",
+)
 @console.options("checkpoint", "runs", "device", "backend", "batch_size")
 def main(
     paths: tuple[str, ...],
@@ -190,6 +196,7 @@ def main(
     threshold: float | None,
     heatmap: Path | None,
     watch: str | None,
+    onnx: Path | None,
     checkpoint: Path | None,
     runs: Path,
     device: str,
@@ -207,13 +214,20 @@ def main(
     """
     output = output or _format_of(out)
     _check(paths, watch, output, out, resume)
+    if onnx and (checkpoint or heatmap or backend == "dali"):
+        raise click.UsageError("--onnx takes no --checkpoint, no --heatmap and no --backend dali")
     console.log.info("loading the detector")
     try:
-        from model import load_detector
+        if onnx:
+            from model.onnx_detector import load_onnx
 
-        detector = load_detector(
-            checkpoint, runs=runs, device=device, backend=backend, threshold=threshold
-        )
+            detector = load_onnx(onnx, device=device, threshold=threshold)
+        else:
+            from model import load_detector
+
+            detector = load_detector(
+                checkpoint, runs=runs, device=device, backend=backend, threshold=threshold
+            )
         file = results.open_results(out, output, detector.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
@@ -262,7 +276,7 @@ def _check(
         raise click.UsageError("--resume reads what is in --out; that takes --format csv or jsonl")
 
 
-def _describe(detector: "ImageDetector") -> str:
+def _describe(detector: "ImageDetector | OnnxDetector") -> str:
     """The band, and the backend where it is not the usual one."""
     low, high = detector.band
     band = (
@@ -301,7 +315,7 @@ def _stopped(run: Run, out: Path | None) -> None:
 
 def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     """Say what has been done, and what has not; the exit code tells."""
-    from model.detector import UNREADABLE
+    from model.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
     if run.left_out:

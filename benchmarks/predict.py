@@ -33,7 +33,7 @@ from benchmarks.images import write_copies, write_images
 from model import ImageDetector, checkpoint, load_detector
 from model.network import Network, build
 from pipeline import View
-from predict import Run, identity
+from predict import Run
 from sharding import inputs
 
 NETWORKS = {
@@ -75,7 +75,7 @@ def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
 def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> None:
     """`predict.py FOLDER --out OUT`, without its start."""
     out.unlink(missing_ok=True)
-    file = results.open_results(out, "jsonl", identity(detector), resume=False)
+    file = results.open_results(out, "jsonl", detector.identity, resume=False)
     run = Run(detector, "jsonl", file)
     for _ in run.over(inputs.find_images([str(folder)], Counter()), batch_size):
         pass

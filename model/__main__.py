@@ -1,16 +1,17 @@
-"""`python -m model import | fetch | curves`: parses, calls, prints."""
+"""`python -m model import | fetch | curves | export | push`: parses, calls, prints."""
 
 from pathlib import Path
 
 import click
 
 import console
-from model import curves, original
+from model import curves, export, hub, original
+from model.checkpoint import find
 
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Bring a trained model in, and look at how one was trained."""
+    """Bring a trained model in, look at how one was trained, or take one elsewhere."""
 
 
 NAME = click.option(
@@ -55,6 +56,90 @@ def _say(folder: Path) -> None:
     console.say(f"checkpoint: {folder}")
     console.say("its score is not calibrated, and outside users report many false alarms on photos")
     console.say(f"try it: python predict.py DIR --checkpoint {folder}")
+
+
+@main.command("export")
+@click.option("--onnx", is_flag=True, help="Write ONNX files, fp32 and fp16, and parity.json.")
+@click.option(
+    "--hub",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Write this folder for the Hugging Face Hub; with --onnx they lie in it.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of images, or shard set, to compare with PyTorch on. Default: noise.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The checkpoint's report.json, for the model card.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the ONNX files. Default: onnx/ beside the checkpoint.",
+)
+@console.options("checkpoint", "data", "runs")
+def export_command(
+    onnx: bool,
+    folder: Path | None,
+    images: Path | None,
+    report: Path | None,
+    out: Path | None,
+    checkpoint: Path | None,
+    data: str,
+    runs: Path,
+) -> None:
+    """Write a checkpoint as ONNX, as a folder for the Hugging Face Hub, or both."""
+    if not onnx and folder is None:
+        raise click.UsageError("say what to write: --onnx, --hub FOLDER, or both")
+    if folder:
+        hub.refuse_if_there(folder)
+    chosen = find(runs, checkpoint)
+    console.say(f"checkpoint: {chosen}")
+    out = out or chosen.parent / "onnx"
+    if onnx:
+        _export_onnx(chosen, out, images)
+    if folder:
+        hub.write_hub(chosen, folder, report=report, data=Path(data), onnx=out if onnx else None)
+        if report is None:
+            console.log.warning("the model card has no evaluation: give the report with --report")
+        console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")
+
+
+def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
+    if images is None:
+        console.log.warning("compared on noise only: real images are given with --images FOLDER")
+    total = export.NOISE if images is None else None
+    with console.progress("comparing", total) as advance:
+        report = export.export_onnx(checkpoint, out, images, advance)
+    rows = []
+    for found in report["files"]:
+        for what, key in (("same pixels", "same_pixels"), ("from files", "from_files")):
+            if found[key]:
+                change = found[key]
+                rows.append(
+                    [found["file"], what, f"{change['max']:.1e}", f"{change['mean']:.1e}",
+                     change["verdicts"]]
+                )  # fmt: skip
+    title = f"probability of fake, ONNX - PyTorch, {report['compared']} images"
+    console.table(title, ["file", "compared", "max", "mean", "other verdicts"], rows)
+    if report["unreadable"]:
+        count, first = len(report["unreadable"]), report["unreadable"][0]
+        console.say(f"{count} unreadable, not compared; first: {first}")
+    console.say(f"files: {out}")
+
+
+@main.command("push")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+@console.options()
+def push_command(folder: Path, repository: str, private: bool) -> None:
+    """Upload FOLDER, which `export --hub` wrote, to the Hugging Face Hub."""
+    console.say(f"uploaded: {hub.push(folder, repository, private=private)}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from sharding.format import CLASSES
 FORMAT_VERSION = 1
 
 WEIGHTS_FILE = "weights.safetensors"
+HUB_WEIGHTS_FILE = "model.safetensors"
+"""Their name in a folder for the Hugging Face Hub (`model/hub.py`), which is a checkpoint too."""
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
@@ -155,7 +157,8 @@ def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The backbone's weights by their timm names, on the CPU."""
     read_meta(folder)
-    return load_file(folder / WEIGHTS_FILE)
+    path = folder / WEIGHTS_FILE
+    return load_file(path if path.exists() else folder / HUB_WEIGHTS_FILE)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -7,13 +7,9 @@ for result in load_detector().predict(["photo.jpg"]):
 """
 
 import functools
-import hashlib
-import json
-import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,29 +20,23 @@ import torch
 from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.network import Detector
+from model.prediction import (
+    Prediction,
+    ahead,
+    as_file,
+    check_threshold,
+    identity_of,
+    predictions,
+    threads,
+    views,
+)  # fmt: skip
 from model.score import probability, score_batches
 from model.verdict import band_of, verdict
 from pipeline import pil
 from pipeline.augment import View, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
-from sharding.decode import ImageFile, decode, encoded, read_file
-from sharding.format import DecodeError
-
-UNREADABLE = "unreadable"
-"""The verdict of a file that is no image, or a damaged one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """`probability` is that of fake (AI-generated), 0 to 1, after the checkpoint's temperature;
-    None with an `error` (one line) instead. `verdict` is one of `VERDICTS`, or `UNREADABLE`.
-    """
-
-    name: str
-    probability: float | None
-    verdict: str
-    error: str = ""
+from sharding.decode import ImageFile, decode, encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +72,7 @@ class ImageDetector:
     @functools.cached_property
     def identity(self) -> str:
         """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
-        content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
-        short = hashlib.sha256(content.encode()).hexdigest()[:8]
-        return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
+        return identity_of(self.checkpoint, self.meta, self.band)
 
     def verdict(self, probability: float) -> str:
         """One of `VERDICTS`."""
@@ -99,7 +87,7 @@ class ImageDetector:
         threads beside the network, at most two batches ahead, so `images` may be endless. The first
         batches are small (1, 4, 16, ...): the first verdict does not wait for `batch_size` images.
         """
-        files = map(_as_file, images, range(sys.maxsize))
+        files = map(as_file, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" else self._by_pil
         for names, pixels, failures in decoded(files, batch_size):
             yield from self._score(names, pixels, failures)
@@ -110,21 +98,11 @@ class ImageDetector:
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        pixels = decode(_as_file(image).read())
-        height, width = pixels.shape[:2]
-        view = torch.empty((self.view.size, self.view.size, 3), dtype=torch.uint8)
-        pil.apply(pixels, centre(self.view, np.array([width]), np.array([height])).row(0), view)
-        return view.numpy()
+        return pil.see(decode(as_file(image).read()), self.view)
 
     def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
         """Groups of images as the network sees them."""
-        size = self.view.size
-        for names, views in _ahead(files, self.view_of, batch_size):
-            failures = {row: view for row, view in enumerate(views) if isinstance(view, str)}
-            pixels = np.zeros((len(views), size, size, 3), np.uint8)
-            for row, view in enumerate(views):
-                if row not in failures:
-                    pixels[row] = view
+        for names, pixels, failures in views(files, self.view_of, self.view.size, batch_size):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
     def _by_dali(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
@@ -134,11 +112,11 @@ class ImageDetector:
         names: deque[Sequence[str]] = deque()
 
         def requests() -> Iterator[Request]:
-            for of_group, found in _ahead(files, _read_encoded, batch_size):
+            for of_group, found in ahead(files, _read_encoded, batch_size):
                 names.append(of_group)
                 yield self._request(found)
 
-        dali = DaliBackend(self.view.size, batch_size, self.device, _threads())
+        dali = DaliBackend(self.view.size, batch_size, self.device, threads())
         for pixels in dali.run(requests()):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
@@ -166,13 +144,7 @@ class ImageDetector:
         )
         for _, logits in score_batches(self.net, [batch], self.device, self.dtype):
             fake = probability(logits, self.meta["temperature"]).tolist()
-        for row, (name, value) in enumerate(zip(names, fake, strict=True)):
-            if row in failures:
-                yield Prediction(
-                    name=name, probability=None, verdict=UNREADABLE, error=failures[row]
-                )
-            else:
-                yield Prediction(name=name, probability=value, verdict=self.verdict(value))
+        yield from predictions(names, fake, failures, self.band)
 
 
 class _Group(NamedTuple):
@@ -199,8 +171,7 @@ def load_detector(
         CheckpointError: there is none, or it cannot be used.
         ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
     """
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"a threshold is a probability, 0 to 1, got {threshold}")
+    check_threshold(threshold)
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
     where = choose_device(device)
     keep_freed_memory(where)
@@ -210,59 +181,5 @@ def load_detector(
     return ImageDetector(folder, net.to(where), view, meta, where, dtype, chosen, reason, threshold)
 
 
-def _as_file(image: Path | str | bytes | ImageFile, number: int = 0) -> ImageFile:
-    if isinstance(image, ImageFile):
-        return image
-    if isinstance(image, bytes):
-        return ImageFile(f"image {number}", lambda: image)
-    return ImageFile(str(image), lambda: read_file(image))
-
-
 def _read_encoded(file: ImageFile) -> Any:
     return encoded(file.read())
-
-
-def _threads() -> int:
-    """One per processor core, up to 16."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(16, cores)
-
-
-def _ahead(
-    files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int
-) -> Iterator[tuple[list[str], list[Any]]]:
-    """Names and what `work` made of each file, in groups of 1, 4, 16, ... `batch_size`; an error is
-    its reason, a string. Threads work ahead, on at most two groups.
-    """
-    files, waiting = iter(files), deque[tuple[str, Future]]()
-    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="decode")
-    size, more = 1, True
-    try:
-        while True:
-            while more and len(waiting) < 2 * size:
-                if (file := next(files, None)) is None:
-                    more = False
-                else:
-                    waiting.append((file.name, pool.submit(_or_reason, work, file)))
-            group = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            if not group:
-                return
-            yield [name for name, _ in group], [future.result() for _, future in group]
-            size = min(4 * size, batch_size)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _or_reason(work: Callable[[ImageFile], Any], file: ImageFile) -> Any:
-    try:
-        return work(file)
-    except (DecodeError, OSError) as error:
-        return _one_line(error)
-    except MemoryError:
-        return "more memory would be needed than there is"
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, IDENTITY, Draw
+from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, IDENTITY, Draw, View, centre
 from pipeline.batch import Cost, Pixels, Request
 from sharding.format import decode_image
 
@@ -80,6 +80,16 @@ def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
         whole.copy_(out[top : top + size, left : left + size])
     if draw.webp:
         whole.numpy()[:] = webp_round_trip(whole.numpy(), draw.webp)
+
+
+def see(pixels: np.ndarray, view: View) -> np.ndarray:
+    """What the network sees of an upright (height, width, 3) uint8 RGB image when no dice are
+    rolled: uint8 (size, size, 3).
+    """
+    out = torch.empty((view.size, view.size, 3), dtype=torch.uint8)
+    height, width = pixels.shape[:2]
+    apply(pixels, centre(view, np.array([width]), np.array([height])).row(0), out)
+    return out.numpy()
 
 
 def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:

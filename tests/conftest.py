@@ -252,6 +252,30 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
+CALIBRATION = {
+    "fitted_on": ["val"], "index_sha256": {"val": "0" * 64}, "reals": 40, "fakes": 30,
+    "threshold_at": "auto", "threshold_fpr_1": None, "threshold_fpr_5": 0.6, "band": [0.3, 0.6],
+    "before": {"nll": 0.5, "ece": 0.1}, "after": {"nll": 0.4, "ece": 0.05},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, calibrated, step 7 of the run `tiny`."""
+    torch.manual_seed(5)
+    net = build_network(TINY, pretrained=False)
+    for name, weight in net.named_parameters():
+        if "grn" in name:  # zero at first, and then without effect
+            torch.nn.init.normal_(weight)
+    folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
+    checkpoint.save(
+        folder, net, recipe=SmallRecipe(name="tiny", view=VIEW), step=7, epoch=0.5,
+        metrics={}, selection=None, data={"train": ["old"], "replay": []}, state=None,
+    )  # fmt: skip
+    checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
+    return folder
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path) -> Path:
     """A recipe that trains in a second, on the tiny sets."""

@@ -8,7 +8,7 @@ import pytest
 
 from model import ImageFile, load_detector
 from model.checkpoint import CheckpointError
-from model.detector import UNREADABLE
+from model.prediction import UNREADABLE
 from model.score import AT_A_TIME, probability, score_set
 from pipeline import Loading, open_loader
 from sharding.format import DecodeError, ShardSet

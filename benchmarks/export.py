@@ -1,0 +1,130 @@
+"""What ONNX Runtime's settings are worth on this CPU, beside the bare PyTorch network.
+
+    python -m benchmarks.export [--network NAME] [--batch 8] [--rounds 5] [--json FILE]
+
+Random weights, and the same noise for all, in turn (A B C A B C ...). Each way is one row: images
+per second of its best round, processor seconds per image of the median round, and how far its
+probabilities are from PyTorch's in fp32. Where other programs take part of the processor, the
+processor time tells more. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+import console
+from model import checkpoint, export
+from model.network import Network, build, load_weights
+from model.onnx_detector import load_onnx
+from model.original import Imported
+from model.prediction import threads
+
+Score = Callable[[np.ndarray], np.ndarray]
+
+COLUMNS = ("way", "images/s", "processor s", "max |dp|")
+
+
+def measured(score: Score, images: np.ndarray) -> tuple[float, float]:
+    """Wall-clock and processor seconds of one batch."""
+    started, used = time.perf_counter(), time.process_time()
+    score(images)
+    return time.perf_counter() - started, time.process_time() - used
+
+
+def by_onnx(file: Path, **settings: Any) -> Score:
+    """ONNX Runtime with settings of its own."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.get("threads", threads())
+    options.graph_optimization_level = settings.get(
+        "level", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    )
+    if not settings.get("spinning", True):
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["probability"], {"images": images})[0]
+
+
+def by_torch(net: torch.nn.Module) -> Score:
+    """The bare network, channels_last, as evaluation runs it."""
+
+    def score(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            real, fake = net(torch.from_numpy(images).permute(0, 3, 1, 2)).unbind(1)
+        return torch.sigmoid(fake - real).numpy()
+
+    return score
+
+
+def ways_of(name: str, folder: Path) -> dict[str, Score]:
+    """Every way to measure, by its name."""
+    torch.manual_seed(0)
+    recipe = Imported(name="bench", network=Network(name=name, pretrained=False, scratch="fan_in"))
+    net = build(recipe.network, pretrained=False)
+    checkpoint.save(
+        folder / "step_0000000", net, recipe=recipe, step=0, epoch=0, metrics={}, selection=None,
+        data={"train": [], "replay": []}, state=None,
+    )  # fmt: skip
+    load_weights(net, checkpoint.read_weights(folder / "step_0000000"), name)
+    export.export_onnx(folder / "step_0000000", folder / "onnx")
+    fp32, fp16 = (folder / "onnx" / file for file in export.FILES.values())
+    int8 = folder / "int8.onnx"
+    model = onnx.load(fp32)
+    del model.graph.value_info[:]  # shapes that the quantiser infers anew
+    quantize_dynamic(model, int8, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return {
+        "PyTorch": by_torch(net.eval()),
+        "ONNX, as predict.py --onnx": load_onnx(fp32, device="cpu").score,
+        "ONNX, no spinning": by_onnx(fp32, spinning=False),
+        "ONNX, basic optimisation": by_onnx(fp32, level=basic),
+        "ONNX, one thread": by_onnx(fp32, threads=1),
+        "ONNX, fp16": by_onnx(fp16),
+        "ONNX, int8 MatMul (not offered)": by_onnx(int8),
+    }
+
+
+@click.command(cls=console.Command)
+@click.option("--network", default="convnextv2_base", show_default=True, help="Any of timm.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Each way."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
+@console.options()
+def main(network: str, batch: int, rounds: int, json_file: Path | None) -> None:
+    """Measure PyTorch and ONNX Runtime on this CPU."""
+    torch.set_num_threads(threads())
+    images = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as name:
+        ways = ways_of(network, Path(name))
+        expected = ways["PyTorch"](images)
+        apart = {way: float(np.abs(score(images) - expected).max()) for way, score in ways.items()}
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, score in ways.items():
+                found[way].append(measured(score, images))
+    rows = []
+    for way, seconds in found.items():
+        best = batch / min(wall for wall, _ in seconds)
+        used = statistics.median(used for _, used in seconds) / batch
+        rows.append([way, best, f"{used:.3f}", f"{apart[way]:.1e}"])
+    title = f"{network}, batch {batch}, {threads()} threads, load {os.getloadavg()[0]:.1f}"
+    console.table(title, COLUMNS, rows)
+    if json_file:
+        json_file.write_text(json.dumps({"apart": apart, "seconds": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
