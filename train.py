@@ -57,8 +57,8 @@ class Run:
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
     `validate_every` is in epochs; the last is always validated, and only what was validated can be
-    the best. `accumulate` takes each batch in so many pieces, which saves memory and changes nothing
-    else.
+    the best. `accumulate` takes each batch in so many pieces, which saves memory and changes
+    nothing else.
     """
 
     epochs: int
