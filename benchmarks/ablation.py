@@ -24,12 +24,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 import console
 import recipes
 import train
 from model import checkpoint
+from model.between import between
 from model.calibrate import threshold_at_fpr
 from model.forgetting import accuracy_of
 from model.metrics import measure, measure_sources
@@ -52,7 +52,8 @@ PHASE_1, PHASE_2 = "small-phase1.toml", "small-phase2.toml"
 EPOCHS = {PHASE_1: 3, PHASE_2: 5}
 
 FLAT = ("optim.grouping=none", "optim.layer_decay=1.0", "optim.lr=2e-4")
-FLAT_2 = (*FLAT[:2], "optim.lr=1e-4")
+FLAT_2 = (*FLAT[:2], "optim.lr=1e-4", "replay.old_per_new=1:8")
+DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", "replay.old_per_new=1:8")
 SLOW = ("optim.grouping=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
 SLOW_2 = (*SLOW[:2], "optim.lr=1e-3")
 EVEN = ("replay.old_per_new=1:1",)
@@ -61,8 +62,8 @@ HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUS
 
 FIRST: dict[str, tuple[str, ...]] = {
     "original": FLAT,
-    "block": ("optim.grouping=block", "optim.layer_decay=0.8"),
-    "stage": ("optim.grouping=stage", "optim.layer_decay=0.8"),
+    "block": ("optim.grouping=block", "optim.layer_decay=0.8", "optim.lr=1e-3"),
+    "stage": ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3"),
     "robust": (*FLAT, *HARSH),
     "slow body": SLOW,
 }
@@ -84,8 +85,8 @@ class Cell:
 
 STAR: dict[str, Cell] = {
     "as it ran": Cell("original"),
-    "decay block": Cell("block", ("optim.grouping=block", "optim.layer_decay=0.85")),
-    "decay stage": Cell("stage", ("optim.grouping=stage", "optim.layer_decay=0.85")),
+    "decay block": Cell("block", (*DECAYED_2, "optim.grouping=block")),
+    "decay stage": Cell("stage", (*DECAYED_2, "optim.grouping=stage")),
     "replay none": Cell("original", (*FLAT_2, 'replay.old_per_new="0"')),
     "replay 1:1": Cell("original", (*FLAT_2, *EVEN)),
     "law robust": Cell("robust", (*FLAT_2, *HARSH, "data.law=train")),
@@ -212,22 +213,6 @@ class Bench:
                 for name in SETS
             }
 
-    def between(self, name: str, first: Path, last: Path, share: float) -> Path:
-        """A checkpoint with weights `share` of the way from `first` to `last`."""
-        folder = self.runs / name / last.name
-        if not folder.exists():
-            one, two = checkpoint.read_weights(first), checkpoint.read_weights(last)
-            mixed = {
-                key: torch.lerp(one[key].float(), two[key].float(), share).to(two[key].dtype)
-                for key in two
-            }
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(last, partial, ignore=shutil.ignore_patterns("state.pt"))
-            save_file(mixed, partial / "weights.safetensors")
-            partial.rename(folder)
-        return folder
-
 
 def _write(path: Path, found: Any) -> None:
     partial = path.with_suffix(".partial")
@@ -291,7 +276,9 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
     trained = cells[cell.of] if cell.of else cell
     second = run(label("second", cell.of or name, seed), PHASE_2, trained.second, first)
     if cell.of:
-        second = bench.between(label("between", name, seed), first, second, cell.share)
+        run_folder = bench.runs / label("between", name, seed)
+        mixed = run_folder / second.name
+        second = mixed if mixed.exists() else between(first, second, cell.share, run_folder)
     seconds = {
         path.parent.name: json.loads((path.parent / "done.json").read_text())["seconds"]
         for path in (first, second)

@@ -59,7 +59,7 @@ def test_epochs_between_validations_are_not_looked_at(
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=5", "run.validate_every=2"])
     best = train(recipe, data, tmp_path / "runs")
-    rows = [json.loads(line) for line in (best.parent / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(best.parent)
     found = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
     last = max(row["step"] for row in rows)
     assert [5 * step // last for step in found] == [2, 4, 5]  # the last one in any case
