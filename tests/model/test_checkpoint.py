@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from model import checkpoint
+from model.__main__ import main
 from model.between import between
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
@@ -170,12 +172,17 @@ def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     found = between(first, last, 0.25, tmp_path / "quarter")
     one, two, mixed = map(checkpoint.read_weights, (first, last, found))
     for name, weight in mixed.items():
-        assert torch.allclose(weight, 0.75 * one[name] + 0.25 * two[name]), name
+        wanted = 0.75 * one[name] + 0.25 * two[name]
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-6)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path, tmp_path / "quarter"))
     assert (meta["recipe"]["name"], meta["selection"]) == ("quarter", None)
     assert (meta["threshold"], meta["temperature"], meta["calibration"]) == (0.5, 1.0, None)
     assert meta["between"] == {"first": str(first), "last": str(last), "share": 0.25}
     checkpoint.load_network(found)
+    arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--run", "half"]
+    said = CliRunner().invoke(main, ["between", *arguments, "--runs", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    assert checkpoint.read_meta(tmp_path / "half" / last.name)["between"]["share"] == 0.5
 
 
 def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
