@@ -58,7 +58,9 @@ class Run:
     """How long, how seeded, how often. `start` names a run whose best checkpoint is the start.
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
-    `accumulate` takes each batch in so many pieces, which saves memory and changes nothing else.
+    `validate_every` is in epochs; the last is always validated, and only what was validated can be
+    the best. `accumulate` takes each batch in so many pieces, which saves memory and changes
+    nothing else.
     """
 
     epochs: int
@@ -68,13 +70,15 @@ class Run:
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     save_every: int = 0
+    validate_every: int = 1
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        least = min(self.epochs, self.log_every, self.accumulate)
+        least = min(self.epochs, self.log_every, self.validate_every, self.accumulate)
         if least < 1 or self.save_every < 0 or self.seed < 0:
             raise ValueError(
-                "needs epochs, log_every and accumulate of at least 1, no negative number"
+                "needs epochs, log_every, validate_every and accumulate of at least 1, no negative "
+                "number"
             )
 
 
@@ -171,7 +175,8 @@ def train(
                 _log_step(history, meter, trainer, done, loss)
             number = -(-done // stream.steps_per_epoch)
             advance(1, f"epoch {number} of {recipe.run.epochs}, {meter.note()}")
-            found = check() if ended else None
+            wanted = number % recipe.run.validate_every == 0 or done == steps
+            found = check() if ended and wanted else None
             if found:
                 _log_validation(history, done, found)
                 meter.reset()

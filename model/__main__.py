@@ -1,4 +1,4 @@
-"""`python -m model import | fetch | curves | export | push`: parses, calls, prints."""
+"""`python -m model import | fetch | curves | between | export | push`: parses, calls, prints."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import click
 
 import console
 from model import curves, export, hub, original
+from model.between import between
 from model.checkpoint import find
 
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Bring a trained model in, look at how one was trained, or take one elsewhere."""
+    """Bring a trained model in, look at one, average two, or take one elsewhere."""
 
 
 NAME = click.option(
@@ -50,6 +51,19 @@ def curves_command(run: Path, out: Path) -> None:
     """Draw loss, learning rate and validation of RUN, a folder such as runs/phase1."""
     step = curves.draw(run, out)
     console.say(f"{run} until step {step}: {out}")
+
+
+@main.command("between")
+@click.argument("first", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("last", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--share", default=0.5, show_default=True, help="How far from FIRST to LAST, 0 to 1.")
+@click.option("--run", "name", required=True, help="Name of the run that holds it.")
+@console.options("runs")
+def between_command(first: Path, last: Path, share: float, name: str, runs: Path) -> None:
+    """Average the weights of two checkpoints, or of the best ones of two runs: phase 1 and 2."""
+    folder = between(find(runs, first), find(runs, last), share, runs / name)
+    console.say(f"checkpoint: {folder}")
+    console.say(f"measure and calibrate it: python evaluate.py --checkpoint {folder} --help")
 
 
 def _say(folder: Path) -> None:

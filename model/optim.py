@@ -25,8 +25,9 @@ class Optim:
     """AdamW with warm-up and cosine.
 
     `lr` is the head's. `layer_decay` multiplies it once per group on the way down; `grouping` says
-    what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base) or `stage12`
-    (the official ConvNeXt grouping: stem, 12 groups, head). `warmup` is the share of all steps,
+    what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base), `stage12`
+    (the official ConvNeXt grouping: stem, 12 groups, head) or `stage` (stem, each stage, head, for
+    networks that are no ConvNeXt: 9 for MobileNetV2). `warmup` is the share of all steps,
     starting from `warmup_start` * lr; the cosine ends at `min_lr` for the head. `ema` is the decay
     per step of the averaged weights that are validated and saved, 0 for none.
     """
@@ -34,7 +35,7 @@ class Optim:
     lr: float
     weight_decay: float = 0.02
     layer_decay: float = 1.0
-    grouping: Literal["none", "block", "stage12"] = "none"
+    grouping: Literal["none", "block", "stage", "stage12"] = "none"
     warmup: float = 0.05
     warmup_start: float = 0.01
     min_lr: float = 0.0
@@ -48,7 +49,7 @@ class Optim:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.grouping == "none":
-            raise ValueError("layer_decay below 1 needs grouping block or stage12")
+            raise ValueError("layer_decay below 1 needs grouping block, stage or stage12")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay below 1, got {self.ema}")
         if not 0 <= self.warmup < 1:
@@ -108,10 +109,10 @@ def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
     names = [name for name, _ in backbone.named_parameters()]
     if grouping == "none":
         return dict.fromkeys(names, 0)
-    if grouping == "block":
+    if grouping in ("block", "stage"):
         if not hasattr(backbone, "group_matcher"):
             raise OptimError(f"{type(backbone).__name__} has no group_matcher; use grouping none")
-        matcher = backbone.group_matcher(coarse=False)
+        matcher = backbone.group_matcher(coarse=grouping == "stage")
         layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
         # timm puts what no pattern matches into the last group, where only the head belongs.
         head = _head_prefixes(backbone)

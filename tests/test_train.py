@@ -54,6 +54,18 @@ def test_a_run_learns_and_writes_everything_down(
     assert meta["recipe"]["optim"]["lr"] == 8e-3
 
 
+def test_epochs_between_validations_are_not_looked_at(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=5", "run.validate_every=2"])
+    best = train(recipe, data, tmp_path / "runs")
+    rows = rows_of(best.parent)
+    found = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
+    last = max(row["step"] for row in rows)
+    assert [5 * step // last for step in found] == [2, 4, 5]  # the last one in any case
+    assert checkpoint.read_meta(best)["selection"] == max(found.values())
+
+
 def test_resume_at_any_step_equals_the_uninterrupted_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:

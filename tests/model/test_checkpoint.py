@@ -5,13 +5,17 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 
 from model import checkpoint
+from model.__main__ import main
+from model.between import between
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
 from model.network import (
@@ -239,3 +243,40 @@ def test_device_and_precision_are_chosen_with_a_reason() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is no CUDA device here"):
             choose_device("cuda")
+
+
+def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
+    first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
+    checkpoint.annotate(last, {"threshold": 0.9, "temperature": 2.0})
+    found = between(first, last, 0.25, tmp_path / "quarter")
+    one, two, mixed = map(checkpoint.read_weights, (first, last, found))
+    for name, weight in mixed.items():
+        wanted = 0.75 * one[name] + 0.25 * two[name]
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-6)
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path, tmp_path / "quarter"))
+    assert (meta["recipe"]["name"], meta["selection"]) == ("quarter", None)
+    assert (meta["threshold"], meta["temperature"], meta["calibration"]) == (0.5, 1.0, None)
+    assert meta["between"] == {"first": str(first), "last": str(last), "share": 0.25}
+    checkpoint.load_network(found)
+    arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--run", "half"]
+    said = CliRunner().invoke(main, ["between", *arguments, "--runs", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    assert checkpoint.read_meta(tmp_path / "half" / last.name)["between"]["share"] == 0.5
+
+
+def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
+    first, last = save(tmp_path / "one"), save(tmp_path / "two")
+    with pytest.raises(CheckpointError, match=r"between 0 and 1, got 1\.5"):
+        between(first, last, 1.5, tmp_path / "new")
+    with pytest.raises(CheckpointError, match="exists; name another run"):
+        between(first, last, 0.5, tmp_path / "one")
+    options = TINY.options | {"dims": [8, 8, 16, 24]}
+    wider = build(replace(TINY, options=options), pretrained=False)
+    with pytest.raises(CheckpointError, match="differ in names or shapes"):
+        between(first, save(tmp_path / "wide", wider), 0.5, tmp_path / "new")
+    meta = checkpoint.read_meta(last)
+    meta["recipe"]["network"]["name"] = "resnet18"
+    checkpoint.annotate(last, {"recipe": meta["recipe"]})
+    with pytest.raises(CheckpointError, match=r"is a convnextv2_atto, .* a resnet18"):
+        between(first, last, 0.5, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -50,6 +50,18 @@ def test_the_official_grouping_has_12_layers_and_the_head() -> None:
     assert layers["head.fc.weight"] == 13
 
 
+def test_stages_are_groups_of_a_network_that_is_no_convnext() -> None:
+    backbone = timm.create_model("mobilenetv2_100", num_classes=2)
+    layers = layer_of_parameters(backbone, "stage")
+    assert len(set(layers.values())) == 9
+    assert layers["conv_stem.weight"] == 0
+    assert layers["blocks.2.0.conv_pw.weight"] == layers["blocks.2.2.conv_pw.weight"] == 3
+    assert layers["conv_head.weight"] == 7
+    assert layers["classifier.weight"] == 8
+    optim = Optim(lr=1e-3, layer_decay=0.8, grouping="stage")
+    assert len(rates(optim, backbone, 100, 50)) == 9
+
+
 def test_no_decay_on_biases_norms_and_grn() -> None:
     optimizer = make_optimizer(BASE, Optim(lr=1e-3, layer_decay=0.8, grouping="block"), fused=False)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
@@ -113,7 +125,7 @@ def test_a_small_group_is_never_raised() -> None:
     ("values", "said"),
     [
         ({"lr": 0}, "needs 0 <= min_lr <= lr"),
-        ({"lr": 1e-3, "layer_decay": 0.8}, "needs grouping block or stage12"),
+        ({"lr": 1e-3, "layer_decay": 0.8}, "needs grouping block, stage or stage12"),
         ({"lr": 1e-3, "warmup": 1.5}, "warmup is a share of the steps"),
     ],
 )

@@ -1,0 +1,424 @@
+"""Which part of the recipe matters: phase 1, then phase 2, in many variants, on held-out sources.
+
+    python -m benchmarks.ablation --images IMAGES --init mobilenetv2_100.safetensors --work FOLDER
+
+A cell is a recipe of both phases; each has three seeds, and cells that differ only in phase 2 share
+their phase 1. Training goes through `train.py`, scores and figures through `model`. What is done is
+skipped, so that the command can be stopped and repeated; seed 0 of every cell comes first. Several
+processes may share a folder. Thresholds come from validation sets, never from what is held out.
+"""
+
+import csv
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import console
+import recipes
+import train
+from model import checkpoint
+from model.between import between
+from model.calibrate import threshold_at_fpr
+from model.forgetting import accuracy_of
+from model.metrics import measure, measure_sources
+from model.score import probability, score_set
+from pipeline import Loading, open_loader
+from sharding.format import open_shards
+
+FOLDER = Path(__file__).parent
+CATALOG = FOLDER / "ablation-catalog.toml"
+SETS = ("val", "val-phase2", "unseen")
+SEEDS = (0, 1, 2)
+MAX_FPR = 0.05
+"""Share of the validation reals that the calibrated threshold may call fake."""
+
+EASY = "cats_web"
+"""Held-out photographs of what only real images of the training sets show: "hard" leaves it out."""
+
+COMMON = ("view.size=192", "view.resize=216", "loading.workers=0", "run.validate_every=100")
+PHASE_1, PHASE_2 = "small-phase1.toml", "small-phase2.toml"
+EPOCHS = {PHASE_1: 3, PHASE_2: 5}
+
+FLAT = ("optim.grouping=none", "optim.layer_decay=1.0", "optim.lr=2e-4")
+FLAT_2 = (*FLAT[:2], "optim.lr=1e-4", "replay.old_per_new=1:8")
+DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", "replay.old_per_new=1:8")
+SLOW = ("optim.grouping=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
+SLOW_2 = (*SLOW[:2], "optim.lr=1e-3")
+EVEN = ("replay.old_per_new=1:1",)
+ROBUST = recipes.read(recipes.FOLDER / "robust.toml")["augment"]["train"]
+HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUST.items())
+
+FIRST: dict[str, tuple[str, ...]] = {
+    "original": FLAT,
+    "block": ("optim.grouping=block", "optim.layer_decay=0.8", "optim.lr=1e-3"),
+    "stage": ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3"),
+    "robust": (*FLAT, *HARSH),
+    "slow body": SLOW,
+}
+"""Phase 1 by name: what it changes in `recipes/small-phase1.toml`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe of both phases: the name of its phase 1, and what phase 2 changes in
+    `recipes/small-phase2.toml`. With `of`, nothing is trained: the weights lie `share` of the way
+    from the start of phase 2 of the cell `of` to its end.
+    """
+
+    first: str
+    second: tuple[str, ...] = FLAT_2
+    of: str = ""
+    share: float = 1.0
+
+
+STAR: dict[str, Cell] = {
+    "as it ran": Cell("original"),
+    "decay block": Cell("block", (*DECAYED_2, "optim.grouping=block")),
+    "decay stage": Cell("stage", (*DECAYED_2, "optim.grouping=stage")),
+    "replay none": Cell("original", (*FLAT_2, 'replay.old_per_new="0"')),
+    "replay 1:1": Cell("original", (*FLAT_2, *EVEN)),
+    "law robust": Cell("robust", (*FLAT_2, *HARSH, "data.law=train")),
+}
+"""Around the original's recipe as it really ran (one learning rate, its laws, 1 old : 8 new), one
+thing changed at a time."""
+
+CANDIDATES: dict[str, Cell] = {
+    "half": Cell("original", of="as it ran", share=0.5),
+    "replay 1:1 half": Cell("original", of="replay 1:1", share=0.5),
+    "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill=0.5")),
+    "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
+    "replay 3:1": Cell("original", (*FLAT_2, "replay.old_per_new=3:1", "run.epochs=3")),
+    "slow body 1:1": Cell("slow body", (*SLOW_2, *EVEN)),
+}
+"""What might do better."""
+
+
+def lay_out(images: Path, raw: Path) -> None:
+    """Copy the files of `manifest.csv` to one folder per source of the catalogue; generators that
+    are held out become sources of their own.
+    """
+    if raw.exists():
+        return
+    partial = raw.with_name(raw.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with (images / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            path = Path(row["path"])
+            folder = partial / _source(row, path.name) / row["label"]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(images / path, folder / path.name)
+    partial.rename(raw)
+
+
+def _source(row: Mapping[str, str], name: str) -> str:
+    if row["source"] == "cats_dogs" and "cat_breeds" in name:
+        return "cats_web"
+    if row["source"] == "generators_2022":
+        trained = row["generator"] in ("latent-diffusion", "disco-diffusion")
+        return "generators_2022" if trained else "generators_2022_unseen"
+    if row["source"] == "gpt4o_nanobanana":
+        return "nano_banana" if row["generator"] == "nano-banana-pro" else "gpt4o"
+    return row["source"]
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process has `path` to itself: others that share the folder go elsewhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things lie, and how training is called."""
+
+    work: Path
+    init: Path
+    common: tuple[str, ...]
+
+    @property
+    def shards(self) -> Path:
+        """The packed sets."""
+        return self.work / "shards"
+
+    @property
+    def runs(self) -> Path:
+        """A folder per run."""
+        return self.work / "runs"
+
+    def train(self, file: str, name: str, seed: int, changes: Sequence[str], start: Path) -> Path:
+        """Train a run to its end unless it is there, score its best checkpoint, and return that."""
+        done = self.runs / name / "done.json"
+        if not done.exists():
+            path = recipes.FOLDER / file
+            settings = [
+                f"name={json.dumps(name)}",
+                f"run.seed={seed}",
+                f"run.epochs={EPOCHS[file]}",
+            ]
+            settings += [*self.common, *changes]
+            recipe = recipes.load(train.Recipe, path, settings)
+            began = time.monotonic()
+            best = train.train(recipe, self.shards, self.runs, start=start)
+            found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
+            self.score(best)
+            _write(done, found)
+        return self.runs / name / json.loads(done.read_text())["best"]
+
+    def score(self, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+        """Labels, logits, sources and generators of every set, from `scores.npz` in the run's
+        folder where it is there.
+        """
+        path = folder.parent / "scores.npz"
+        if not path.exists():
+            net, view, _ = checkpoint.load_network(folder)
+            columns = {}
+            for name in SETS:
+                shards = open_shards([self.shards / name])
+                loader = open_loader(
+                    shards, view=view, loading=Loading(workers=0), device=torch.device("cpu")
+                )
+                scores = score_set(net, loader)
+                columns[f"{name}/labels"] = scores.labels
+                columns[f"{name}/logits"] = scores.logits
+                for column in ("source", "generator"):
+                    names = shards.names(column, scores.samples)
+                    columns[f"{name}/{column}"] = np.array(names, np.str_)
+            with path.with_suffix(".partial").open("wb") as file:
+                np.savez(file, **columns)
+            path.with_suffix(".partial").rename(path)
+        with np.load(path) as saved:
+            return {
+                name: {
+                    key.partition("/")[2]: saved[key] for key in saved if key.startswith(f"{name}/")
+                }
+                for name in SETS
+            }
+
+
+def _write(path: Path, found: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def figures(scores: Mapping[str, Mapping[str, np.ndarray]], calibration: Sequence[str]) -> dict:
+    """What one checkpoint reaches: on what is held out, at 0.5 and at the threshold for
+    5 % false positives on the sets of `calibration`, and the accuracy of every source at both.
+    """
+    labels, logits = (
+        np.concatenate([scores[name][column] for name in calibration])
+        for column in ("labels", "logits")
+    )
+    # A temperature would change no figure here: it moves neither 0.5 nor an order.
+    threshold = threshold_at_fpr(probability(logits[labels == 0]), MAX_FPR)
+    result: dict[str, Any] = {"threshold": threshold}
+    unseen = scores["unseen"]
+    hard = {key: values[unseen["source"] != EASY] for key, values in unseen.items()}
+    for group, found in {**scores, "hard": hard}.items():
+        labels, sources = found["labels"], found["source"]
+        fake = probability(found["logits"])
+        for key, at in (("", 0.5), (" calibrated", threshold)):
+            result[group + key] = asdict(measure(labels, fake, at)) | {
+                "sources": {
+                    source: accuracy_of(found)
+                    for source, found in measure_sources(labels, fake, sources, at).items()
+                }
+            }
+    return result
+
+
+def jobs(cells: Mapping[str, Cell], seeds: Sequence[int]) -> Iterator[tuple[str, Cell, int]]:
+    """Seed by seed, so that a stop at any time leaves a table."""
+    for seed in seeds:
+        for name, cell in cells.items():
+            yield name, cell, seed
+
+
+def label(kind: str, name: str, seed: int) -> str:
+    """The folder of a run."""
+    return f"{kind}-{name}-s{seed}".replace(" ", "-").replace(":", "to")
+
+
+def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> dict[str, Any]:
+    """Both phases of one cell and what they reach; other processes' runs are never waited for.
+
+    Raises:
+        BlockingIOError: another process is at one of its runs.
+    """
+    cell = cells[name]
+
+    def run(folder: str, file: str, changes: Sequence[str], start: Path) -> Path:
+        with claimed(bench.runs / f"{folder}.lock") as own:
+            if not own:
+                raise BlockingIOError(folder)
+            return bench.train(file, folder, seed, changes, start)
+
+    first = run(label("first", cell.first, seed), PHASE_1, FIRST[cell.first], bench.init)
+    trained = cells[cell.of] if cell.of else cell
+    second = run(label("second", cell.of or name, seed), PHASE_2, trained.second, first)
+    if cell.of:
+        run_folder = bench.runs / label("between", name, seed)
+        mixed = run_folder / second.name
+        second = mixed if mixed.exists() else between(first, second, cell.share, run_folder)
+    seconds = {
+        path.parent.name: json.loads((path.parent / "done.json").read_text())["seconds"]
+        for path in (first, second)
+        if (path.parent / "done.json").exists()
+    }
+    return {
+        "cell": name,
+        "seed": seed,
+        "seconds": seconds,
+        "first": figures(bench.score(first), ["val"]),
+        "second": figures(bench.score(second), ["val", "val-phase2"]),
+    }
+
+
+def read_rows(
+    bench: Bench, cells: Mapping[str, Cell], seeds: Sequence[int]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of what is trained, by cell and seed."""
+    rows = {}
+    for name, cell, seed in jobs(cells, seeds):
+        trained = (label("first", cell.first, seed), label("second", cell.of or name, seed))
+        if all((bench.runs / run / "done.json").exists() for run in trained):
+            rows[name, seed] = run_cell(bench, cells, name, seed)
+    return rows
+
+
+def lost(row: Mapping[str, Any], key: str) -> float:
+    """The most that an old source lost in phase 2, as a share of its images."""
+    before, after = row["first"][key]["sources"], row["second"][key]["sources"]
+    return max(before[source] - after[source] for source in before)
+
+
+def table(
+    rows: Mapping[tuple[str, int], Mapping[str, Any]], cells: Mapping[str, Cell], phase: str
+) -> list[list[str]]:
+    """A line per recipe of phase `first` or `second`: mean and deviation over seeds, per cent."""
+    groups: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for (name, seed), row in sorted(rows.items(), key=lambda item: [*cells].index(item[0][0])):
+        groups.setdefault(cells[name].first if phase == "first" else name, {})[seed] = row
+    lines = []
+    for name, of in groups.items():
+        found = [row[phase] for row in of.values()]
+        values = [[f[group][figure] for f in found] for group, figure in FIGURES]
+        if phase == "second":
+            values += [[lost(row, key) for row in of.values()] for key in ("val", "val calibrated")]
+        lines.append([name, str(len(of)), *map(spread, values)])
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean +- standard deviation (of a sample), in per cent."""
+    values = 100 * np.array(values)
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+FIGURES = (
+    ("unseen", "auroc"), ("hard", "auroc"), ("unseen", "balanced_accuracy"), ("unseen", "recall"),
+    ("unseen", "false_positive_rate"), ("unseen calibrated", "recall"),
+    ("unseen calibrated", "false_positive_rate"), ("val", "auroc"), ("val-phase2", "auroc"),
+)  # fmt: skip
+COLUMNS = (
+    "recipe", "seeds", "AUROC", "hard AUROC", "balanced", "recall", "FPR", "recall c", "FPR c",
+    "val AUROC", "val-phase2 AUROC", "worst loss", "worst loss c",
+)  # fmt: skip
+"""Of the held-out images, then of the validation sets. "c": at the threshold for 5 % false
+positives on validation reals, else at 0.5. Worst loss: by how much the old source that lost most
+fell in phase 2.
+"""
+
+
+@click.command(cls=console.Command)
+@click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--init", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Shards, runs, rows.")
+@click.option("--threads", default=2, help="Of torch, in this process.")
+@click.option(
+    "--cell",
+    "only",
+    multiple=True,
+    type=click.Choice([*STAR, *CANDIDATES]),
+    help="Only these, in this order.",
+)
+@click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS)
+@click.option("--candidates", is_flag=True, help="Also what is no part of the star.")
+@click.option("--set", "common", multiple=True, help="Change every recipe: --set run.epochs=4.")
+@click.option("--table", "only_table", is_flag=True, help="Print the rows so far, train nothing.")
+@console.options()
+def main(
+    images: Path,
+    init: Path,
+    work: Path,
+    threads: int,
+    only: tuple[str, ...],
+    seeds: tuple[int, ...],
+    candidates: bool,
+    common: tuple[str, ...],
+    only_table: bool,
+) -> None:
+    """Train every cell with every seed, and print tables of what is trained; rows.jsonl in WORK
+    holds every figure, tables.md the tables.
+    """
+    torch.set_num_threads(threads)
+    cells = STAR | CANDIDATES
+    wanted = {name: cells[name] for name in only} or (cells if candidates else STAR)
+    bench = Bench(work, init, (*COMMON, *common))
+    if not only_table:
+        lay_out(images, work / "raw")
+        if not (bench.shards / "unseen" / "index.json").exists():
+            command = [sys.executable, "-m", "sharding", "build", "--catalog", str(CATALOG)]
+            subprocess.run(
+                [*command, "--raw", str(work / "raw"), "--out", str(bench.shards)], check=True
+            )
+    waiting = [] if only_table else list(jobs(wanted, seeds))
+    while waiting:
+        later = []
+        for name, cell, seed in waiting:
+            try:
+                row = run_cell(bench, cells, name, seed)
+            except BlockingIOError:
+                later.append((name, cell, seed))
+                continue
+            found = [row[phase]["unseen"]["auroc"] for phase in ("first", "second")]
+            console.say(f"{name}, seed {seed}: unseen AUROC {found[0]:.3f} -> {found[1]:.3f}")
+        waiting = later
+        if waiting:
+            time.sleep(5)
+    rows = read_rows(bench, cells, seeds)
+    lines = [json.dumps(row, sort_keys=True) for row in rows.values()]
+    (work / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = []
+    for phase in ("first", "second"):
+        found = table(rows, cells, phase)
+        columns = COLUMNS[: len(found[0])] if found else COLUMNS
+        console.table(f"{phase} phase, held-out sources, per cent", columns, found)
+        marks = [columns, ["---"] * len(columns), *found]
+        texts.append("\n".join(f"| {' | '.join(line)} |" for line in marks))
+    (work / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

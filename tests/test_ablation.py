@@ -1,0 +1,51 @@
+"""The ablation: what is held out decides nothing, and the worst loss is that of an old source."""
+
+import numpy as np
+import pytest
+
+from benchmarks.ablation import figures, lost, spread
+
+
+def scored(
+    sources: dict[str, tuple[int, float]], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """50 images per source: (label, mean logit)."""
+    labels = np.repeat([label for label, _ in sources.values()], 50)
+    logits = np.concatenate([rng.normal(mean, 1, 50) for _, mean in sources.values()])
+    return {"labels": labels, "logits": logits, "source": np.repeat([*sources], 50)}
+
+
+def scores(unseen: float = 0.0, old: float = -2.0) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    return {
+        "val": scored({"photos": (0, old), "renders": (1, 2.0)}, rng),
+        "val-phase2": scored({"faces": (0, -2.0), "new": (1, 2.0)}, rng),
+        "unseen": scored({"bsds500": (0, unseen), "cats_web": (0, -9.0), "nano": (1, 1.0)}, rng),
+    }
+
+
+def test_what_is_held_out_does_not_move_the_threshold() -> None:
+    one, other = (figures(scores(unseen=mean), ["val", "val-phase2"]) for mean in (-1.0, 3.0))
+    assert one["threshold"] == other["threshold"]
+    assert one["unseen"]["auroc"] > other["unseen"]["auroc"] + 0.2
+    assert other["unseen calibrated"]["false_positive_rate"] > 0.4
+    assert one["val calibrated"]["false_positive_rate"] <= 0.10
+
+
+def test_hard_leaves_the_easy_photographs_out() -> None:
+    found = figures(scores(), ["val"])
+    assert found["unseen"]["reals"] == 100
+    assert found["hard"]["reals"] == 50
+    assert found["hard"]["auroc"] < found["unseen"]["auroc"]
+
+
+def test_the_worst_loss_is_that_of_one_source() -> None:
+    row = {"first": figures(scores(), ["val"]), "second": figures(scores(old=2.0), ["val"])}
+    before, after = (row[phase]["val"]["sources"]["photos"] for phase in ("first", "second"))
+    assert before > 0.9 and after < 0.1
+    assert lost(row, "val") == pytest.approx(before - after)
+
+
+def test_spread_is_that_of_a_sample() -> None:
+    assert spread([0.5, 0.7]) == "60.0 ± 14.1"
+    assert spread([0.5]) == "50.0"
