@@ -95,10 +95,11 @@ def made_up(count: int) -> pa.Table:
 
 def cost_of_report(count: int, folder: Path) -> dict[str, float]:
     """Reading `count` scores, all figures and intervals, and writing the report."""
-    write_scores(folder / "scores.parquet", [made_up(count)], ABOUT)
+    scores = folder / "scores.parquet"
+    write_scores(scores, [made_up(count)], ABOUT)
 
     def work() -> None:
-        write_report(evaluation.report(read_scores(folder / "scores.parquet")), folder)
+        write_report(evaluation.report(read_scores(scores)), scores, folder / "none", folder)
 
     memory = resource.getrusage(resource.RUSAGE_SELF)
     return spent(work) | {
@@ -143,10 +144,9 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
             logits_of(net, images, cpu, torch.float32)
 
     def whole() -> None:
-        write_report(
-            evaluate(saved, shards, ["small"], folder / "out", loading=Loading(), device="cpu"),
-            folder / "out",
-        )
+        out = folder / "out"
+        report = evaluate(saved, shards, ["small"], out, loading=Loading(), device="cpu")
+        write_report(report, out / "scores.parquet", shards, out)
 
     logits_of(net, images, cpu, torch.float32)
     first, found, second = spent(network_alone), spent(whole), spent(network_alone)

@@ -220,7 +220,8 @@ def test_the_report_is_found_again_without_the_network(
     )  # fmt: skip
     assert again.exit_code == 0, again.output
     assert (tmp_path / "b" / "report.json").read_bytes() == report
-    assert again.stdout.split("report: ")[0] == done.stdout.split("checkpoint: ")[0]
+    said = again.stdout.split("tables: ")[0].split("report: ")[0]
+    assert said == done.stdout.split("checkpoint: ")[0]
     wrong = run(data, runs, "--scores", tmp_path / "a/scores.parquet", "--shards", "val")
     assert wrong.exit_code == 2
     assert "--scores takes no --shards" in wrong.output
