@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 
 from model.card import card_of
 from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network
+from model.evaluation import REPORT_VERSION
 from model.licence import licence_of
 from model.network import Detector
 from pipeline.augment import View
@@ -25,8 +26,6 @@ from sharding.format import CLASSES, INDEX_FILE, read_index
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 ONNX_FOLDER = "onnx"
-
-REPORT_VERSIONS = (1, 2)
 
 
 class HubError(ValueError):
@@ -125,8 +124,10 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         version = report["report_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise HubError(f"{path} is not a report.json of evaluate.py") from error
-    if version not in REPORT_VERSIONS:
-        raise HubError(f"{path} has report version {version}, this program reads {REPORT_VERSIONS}")
+    if version != REPORT_VERSION:
+        raise HubError(
+            f"{path} has report version {version}, expected {REPORT_VERSION}; evaluate again"
+        )
     found, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if found != expected:
         raise HubError(

@@ -308,3 +308,19 @@ log_every = 2
 """
     )
     return path
+
+
+def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
+    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
+    import train  # here, because TensorBoard takes a second to import
+
+    settings = [
+        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
+        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
+        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
+        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
+        "loading.batch_size=16", "loading.workers=0", *overrides,
+    ]  # fmt: skip
+    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", settings)
+    train.train(recipe, data, runs)
+    return runs

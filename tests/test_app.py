@@ -25,15 +25,13 @@ import pytest
 import requests
 
 import app
-import recipes
-import train
 from model import ImageDetector, load_detector
 from model.calibrate import calibrate
 from model.checkpoint import annotate
 from model.score import score_set
 from pipeline import Loading, open_loader
 from sharding.format import open_shards
-from tests.conftest import encode, photo
+from tests.conftest import encode, photo, train_tiny
 from tests.test_architecture import imports_of
 
 if TYPE_CHECKING:
@@ -96,15 +94,7 @@ def test_the_container_gets_what_the_page_imports() -> None:
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint that is trained, and calibrated, on the tiny sets."""
-    folder = tmp_path_factory.mktemp("runs")
-    overrides = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=4",
-        "loading.batch_size=16", "loading.workers=0",
-    ]  # fmt: skip
-    train.train(recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides), data, folder)
+    folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
     found = load_detector(runs=folder)
     shards = open_shards([data / "new"])
     loading = Loading(backend="pil", workers=0)

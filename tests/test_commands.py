@@ -12,7 +12,6 @@ from PIL import Image
 
 import evaluate
 import predict
-import recipes
 import train
 from model import load_detector
 from model.__main__ import main as model
@@ -22,7 +21,7 @@ from pipeline.__main__ import main as pipeline
 from pipeline.delivery import DELIVERIES
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
-from tests.conftest import encode, photo
+from tests.conftest import encode, photo, train_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -30,17 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `tiny` with a checkpoint."""
-    folder = tmp_path_factory.mktemp("runs")
-    overrides = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.workers=0",
-    ]  # fmt: skip
-    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides)
-    train.train(recipe, data, folder)
-    return folder
+    return train_tiny(data, tmp_path_factory.mktemp("runs"))
 
 
 def run(command, *arguments: object):

@@ -14,15 +14,13 @@ import torch
 from click.testing import CliRunner, Result
 
 import evaluate
-import recipes
-import train
 from model import score
 from model.checkpoint import find, read_meta
 from model.distributed import Ranks
 from model.score_table import read_scores
 from pipeline import Loading
 from sharding.format import open_shards
-from tests.conftest import build_all, encode, photo
+from tests.conftest import build_all, encode, photo, train_tiny
 
 # TensorBoard's own use of protobuf and numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -80,17 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `tiny` with a checkpoint."""
-    folder = tmp_path_factory.mktemp("runs")
-    overrides = [
-        'name="tiny"', 'data.train=["val"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.workers=0",
-    ]  # fmt: skip
-    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides)
-    train.train(recipe, data, folder)
-    return folder
+    return train_tiny(data, tmp_path_factory.mktemp("runs"), 'data.train=["val"]')
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ import torch
 from click.testing import CliRunner, Result
 
 import evaluate
-import recipes
-import train
 from model.checkpoint import find, load_network
 from model.score import score_set
 from pipeline import Loading, open_loader
 from pipeline.subset import choose_samples, read_subset
 from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
+from tests.conftest import train_tiny
 from tests.sharding.test_audit import partly, write_shards
 
 # TensorBoard's own use of protobuf and numpy.
@@ -27,17 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `tiny` with a checkpoint."""
-    folder = tmp_path_factory.mktemp("runs")
-    overrides = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.workers=0",
-    ]  # fmt: skip
-    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", overrides)
-    train.train(recipe, data, folder)
-    return folder
+    return train_tiny(data, tmp_path_factory.mktemp("runs"))
 
 
 def keys_of(shards: ShardSet) -> list[str]:
