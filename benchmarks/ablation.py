@@ -100,6 +100,7 @@ CANDIDATES: dict[str, Cell] = {
     "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill=0.5")),
     "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
     "replay 3:1": Cell("original", (*FLAT_2, "replay.old_per_new=3:1", "run.epochs=3")),
+    "stage, then 1:1": Cell("stage", (*FLAT_2, *EVEN)),
     "slow body 1:1": Cell("slow body", (*SLOW_2, *EVEN)),
 }
 """What might do better."""
