@@ -138,7 +138,9 @@ def train(
     done = restore(trainer, resumed, stream) if resumed else 0
     if done == steps:
         console.log.info("%s is finished; nothing to do", folder)
-        return _calibrated(folder, recipe, data, device, ranks)
+        best = _best_of(folder, ranks)
+        _calibrate(best, recipe, data, device, ranks)
+        return best
     _announce(recipe, stream, trainer, steps)
 
     def check() -> Validation:
@@ -187,31 +189,37 @@ def train(
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if done == stop_at:
                 break
-    if before and done == steps and ranks.first:
-        _judge(folder, recipe, stream, before)
+    judging = before and done == steps and ranks.first
+    reasons = _judge(folder, recipe, stream, before) if judging else []
+    best = _best_of(folder, ranks)
     if done == steps:
-        return _calibrated(folder, recipe, data, device, ranks)
-    return checkpoint.best_of(folder)
+        _calibrate(best, recipe, data, device, ranks)
+    if reasons:
+        raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
+    return best
 
 
-def _calibrated(
-    folder: Path, recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks
-) -> Path:
-    """The best checkpoint of a finished run, calibrated on its validation sets if they allow it."""
-    best = checkpoint.best_of(folder)
+def _best_of(folder: Path, ranks: Ranks) -> Path:
+    """As the rank knows it that saves: another would look while that one prunes."""
+    return gather(ranks, checkpoint.best_of(folder) if ranks.first else None)[0]
+
+
+def _calibrate(
+    best: Path, recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks
+) -> None:
+    """Calibrate the best checkpoint of a finished run on its validation sets, if they allow it."""
     if checkpoint.read_meta(best)["calibration"]:
-        return best
+        return
     sets = [data / name for name in recipe.data.validate]
     try:
         found = calibrate_checkpoint(best, sets, recipe.loading, device, ranks=ranks)
     except CalibrationError as error:
         console.log.warning("not calibrated: %s", error)
-        return best
+        return
     console.log.info(
         "calibrated on %s: temperature %.2f, likely AI from %.3f, likely real below %.3f",
         *(", ".join(recipe.data.validate), found.temperature, found.threshold, found.band[0]),
     )
-    return best
 
 
 def open_stream(
@@ -241,12 +249,9 @@ def _continues(recipe: Recipe, start: Path | None) -> bool:
     return trained or (start is None and bool(recipe.run.start))
 
 
-def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> None:
+def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> list[str]:
     """Hold the best checkpoint against what was known before, say what changed, and mark it where
-    the gate refuses it.
-
-    Raises:
-        Refused: the gate's reasons; the checkpoint and the one before it are both kept.
+    the gate refuses it; returns the gate's reasons.
     """
     best = checkpoint.best_of(folder)
     after = Validation.from_json(checkpoint.read_meta(best)["metrics"])
@@ -269,8 +274,7 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
     reasons = refusals(recipe.gate, rows, after.sets)
     found = {"forgetting": forgetting(rows), "worst": worst, "sources": [asdict(r) for r in rows]}
     checkpoint.annotate(best, {"compared": found, "refused": reasons})
-    if reasons:
-        raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
+    return reasons
 
 
 def _assemble(

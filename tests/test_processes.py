@@ -1,11 +1,13 @@
 """Training as processes: many ranks, signals and kills at any moment, a full disk."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As the processes compute: sums depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("kills", "epochs", "real"),
     [(3, 3, False), pytest.param(10, 20, True, marks=pytest.mark.slow)],
@@ -94,11 +107,9 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
         killed += logged < steps
     assert killed == kills, "a run was over before it was killed; make it longer"
     recipe = recipes.load(Recipe, tiny_recipe, settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(recipe, data, tmp_path)
-    train(recipe, data, tmp_path / "whole")
-    torch.set_num_threads(threads)
+    with one_thread():
+        train(recipe, data, tmp_path)
+        train(recipe, data, tmp_path / "whole")
     assert same(checkpoint.last_of(run), checkpoint.last_of(tmp_path / "whole/tiny"))
     logged = [row["step"] for row in rows_of(run) if row["kind"] == "train"]
     assert logged == list(range(1, steps + 1))
@@ -122,7 +133,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert "Traceback" not in ended.stderr
     assert roomy.wait().status == 0, roomy.wait()
     best = checkpoint.best_of(tmp_path / "disk-kept/tiny")
-    whole = train(recipes.load(Recipe, tiny_recipe, ["run.save_every=1"]), data, tmp_path / "w")
+    with one_thread():
+        whole = train(recipes.load(Recipe, tiny_recipe, ["run.save_every=1"]), data, tmp_path / "w")
     one, other = checkpoint.read_weights(best), checkpoint.read_weights(whole)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
