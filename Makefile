@@ -34,7 +34,7 @@ demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, 
 	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
 test: setup ## the tests that take at most 5 minutes on two cores
-	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile  # two workers, two cores
 
 test-slow: setup ## every test
 	$(RUN) -m pytest
