@@ -126,7 +126,9 @@ def pack(count: int, folder: Path) -> Path:
 def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
     """The network alone on `count` images, twice, around a whole evaluation of as many."""
     overrides = [f'network.name="{network}"', "network.pretrained=false"]
-    recipe = recipes.load(Recipe, recipes.FOLDER / "small-phase1.toml", overrides)
+    # The small recipe holds what only MobileNetV2 takes.
+    name = "small-phase1.toml" if network.startswith("mobilenetv2") else "phase1.toml"
+    recipe = recipes.load(Recipe, recipes.FOLDER / name, overrides)
     net = build_network(recipe.network, pretrained=False).eval()
     saved = folder / "runs" / "random" / "step_0000000"
     checkpoint.save(
