@@ -15,11 +15,11 @@ COPY pyproject.toml constraints.txt ./
 # DALI decodes whole batches on a GPU, and is larger than everything else; the page takes one image
 # at a time. `pipeline/loader.py` falls back to Pillow without it.
 RUN pip install --no-cache-dir --constraint constraints.txt uv \
-    && echo nvidia-dali-cuda120 > /tmp/left-out.txt \
+    && echo nvidia-dali-cuda120 > left-out.txt \
     && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
-        --constraint constraints.txt --excludes /tmp/left-out.txt \
+        --constraint constraints.txt --excludes left-out.txt \
         --requirements pyproject.toml --extra app --extra evidence --extra heatmap \
-    && rm /tmp/left-out.txt \
+    && rm left-out.txt \
     && useradd --create-home --uid 10001 page
 
 COPY console.py evidence.py results.py app.py app.js ./

@@ -6,7 +6,6 @@ for result in load_detector().predict(["photo.jpg"]):
     print(result.name, result.probability, result.verdict)
 """
 
-import functools
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,17 +20,16 @@ from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.network import Detector
 from model.prediction import (
+    Decider,
     Prediction,
     ahead,
     as_file,
     check_threshold,
-    identity_of,
     predictions,
     threads,
     views,
 )  # fmt: skip
 from model.score import probability, score_batches
-from model.verdict import band_of, verdict
 from pipeline import pil
 from pipeline.augment import View, centre
 from pipeline.batch import PLACEHOLDER, Batch, Request
@@ -40,7 +38,7 @@ from sharding.decode import ImageFile, decode, encoded
 
 
 @dataclass(frozen=True, eq=False)
-class ImageDetector:
+class ImageDetector(Decider):
     """A loaded checkpoint. `predict` is what it is for; `view_of` shows what the network sees.
 
     `view`, `meta` are the checkpoint's; `backend` decodes the images, for the reason `reason`;
@@ -56,27 +54,6 @@ class ImageDetector:
     backend: str = "pil"
     reason: str = ""
     asked: float | None = None
-
-    @property
-    def threshold(self) -> float:
-        """From this probability of fake on, an image counts as AI-generated."""
-        return float(self.meta["threshold"] if self.asked is None else self.asked)
-
-    @property
-    def band(self) -> tuple[float, float]:
-        """`(low, high)`: below low an image is likely real, from high on likely AI, and between
-        them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
-        """
-        return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
-        return identity_of(self.checkpoint, self.meta, self.band)
-
-    def verdict(self, probability: float) -> str:
-        """One of `VERDICTS`."""
-        return verdict(probability, self.band)
 
     def predict(
         self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32

@@ -5,7 +5,6 @@ The file says everything about itself in its metadata: how an image is to be see
 temperature that is in its probability already, the threshold and the band. `META_KEYS` is the list.
 """
 
-import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,15 +16,14 @@ import numpy as np
 from PIL import Image
 
 from model.prediction import (
+    Decider,
     Prediction,
     as_file,
     check_threshold,
-    identity_of,
     predictions,
     threads,
     views,
 )  # fmt: skip
-from model.verdict import band_of, verdict
 from pipeline.augment import View, centre
 from sharding.decode import ImageFile, decode
 from sharding.format import CLASSES
@@ -48,7 +46,7 @@ class OnnxError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxDetector:
+class OnnxDetector(Decider):
     """A loaded ONNX file, with what `model.detector.ImageDetector` offers for prediction.
 
     `meta` is the file's metadata, `asked` a threshold to take instead of its own.
@@ -69,25 +67,6 @@ class OnnxDetector:
     def reason(self) -> str:
         """What computes, as ONNX Runtime calls it."""
         return f"ONNX Runtime, {self.session.get_providers()[0]}"
-
-    @property
-    def threshold(self) -> float:
-        """From this probability of fake on, an image counts as AI-generated."""
-        return float(self.meta["threshold"] if self.asked is None else self.asked)
-
-    @property
-    def band(self) -> tuple[float, float]:
-        """`(low, high)`, as `model.verdict.band_of` has it."""
-        return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """Which file with which band; a hash of its metadata and the band."""
-        return identity_of(self.checkpoint, self.meta, self.band)
-
-    def verdict(self, probability: float) -> str:
-        """One of `VERDICTS`."""
-        return verdict(probability, self.band)
 
     def predict(
         self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32

@@ -1,5 +1,6 @@
 """What every detector shares, with torch or without: images to read, verdicts to give."""
 
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from model.verdict import verdict
+from model.verdict import band_of, verdict
 from sharding.decode import ImageFile, read_file
 from sharding.format import DecodeError
 
@@ -52,11 +53,37 @@ def check_threshold(asked: float | None) -> None:
         raise ValueError(f"a threshold is a probability, 0 to 1, got {asked}")
 
 
-def identity_of(checkpoint: Path, meta: Mapping[str, Any], band: tuple[float, float]) -> str:
-    """Which detector with which band: run, step, and a hash of its meta and the band."""
-    content = json.dumps([meta, band], sort_keys=True, default=str)
-    short = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return f"{checkpoint.parent.name}/{checkpoint.name} {short}"
+class Decider:
+    """What a detector decides by, with torch or without: its `meta`, or a threshold that was asked
+    for instead. `checkpoint` is the folder or file that it came from.
+    """
+
+    checkpoint: Path
+    meta: dict[str, Any]
+    asked: float | None
+
+    @property
+    def threshold(self) -> float:
+        """From this probability of fake on, an image counts as AI-generated."""
+        return float(self.meta["threshold"] if self.asked is None else self.asked)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """`(low, high)`: below low an image is likely real, from high on likely AI, and between
+        them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
+        """
+        return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
+        content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
+        short = hashlib.sha256(content.encode()).hexdigest()[:8]
+        return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
+
+    def verdict(self, probability: float) -> str:
+        """One of `VERDICTS`."""
+        return verdict(probability, self.band)
 
 
 def predictions(
