@@ -1,4 +1,4 @@
-"""An evaluation as a person reads it: tables as CSV, and one HTML page that needs no network.
+"""An evaluation as a person reads it: in a terminal, as CSV, and as one offline HTML page.
 
 `report.json` and `scores.parquet` in (`model/evaluation.py` describes them); nothing is measured
 here that they do not hold.

@@ -153,7 +153,7 @@ def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
     )
     console.say(
-        f"Nothing to build below {raw}.\n"
+        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
         "`python -m sharding describe FOLDER` write a catalogue for your own images.\n"
         "To see everything work without a download: make demo"

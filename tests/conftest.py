@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -324,3 +325,9 @@ def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
     recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", settings)
     train.train(recipe, data, runs)
     return runs
+
+
+def can_mount() -> bool:
+    """Whether a test may mount a file system of its own."""
+    unshare = shutil.which("unshare")
+    return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode

@@ -11,7 +11,7 @@ SCRIPTS = ("train", "evaluate", "predict", "app")
 BESIDE = {
     "evidence": {"sharding.decode"},
     "results": {"evidence"},
-    "report": {"sharding", "pipeline", "model"},
+    "report": {"console", "sharding", "pipeline", "model"},
 }
 """Modules at the top level that a script may import, and what they may import themselves."""
 

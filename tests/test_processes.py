@@ -18,7 +18,7 @@ import recipes
 from model import checkpoint
 from model.history import rows_of
 from tests import forked
-from tests.sharding.test_robust import _can_mount
+from tests.conftest import can_mount
 from tests.test_train import ROOT, losses_of, same
 from train import Recipe, train
 
@@ -115,7 +115,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     assert logged == list(range(1, steps + 1))
 
 
-@pytest.mark.skipif(not _can_mount(), reason="mounting a small file system needs root")
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:

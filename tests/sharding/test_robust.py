@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import can_mount
 from tests.sharding.test_build import ROOT, hashes, run_build
 
 
@@ -81,12 +82,7 @@ def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path
     assert hashes(tmp_path) == hashes(data)
 
 
-def _can_mount() -> bool:
-    unshare = shutil.which("unshare")
-    return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode
-
-
-@pytest.mark.skipif(not _can_mount(), reason="mounting a small file system needs root")
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
 def test_a_full_disk_is_one_error_and_the_build_goes_on_when_there_is_room(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,187 @@
+"""A report in a terminal: tables, and the sentences that a reader needs to read them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import console
+from model.calibrate import Calibration
+from model.compare import COMPARED, Change, Flip, compare, count_flips
+from model.score_table import ScoreTable
+from sharding.format import CLASSES
+
+COLUMNS = (
+    "what", "reals", "fakes", "accuracy", "recall", "false positives", "AUROC", "TPR at 1 % FPR",
+    "TPR at 5 %",
+)  # fmt: skip
+
+SHOWN_FLIPS = 3
+
+
+def _figure(found: Mapping[str, Any], name: str) -> str | None:
+    """A metric and its interval: `0.944 (0.90-0.98)`."""
+    if found[name] is None:
+        return None
+    between = found["intervals"].get(name)
+    return f"{found[name]:.3f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
+
+
+def _row(name: str, found: Mapping[str, Any]) -> list[Any]:
+    with_interval = ("accuracy", "recall", "false_positive_rate", "auroc")
+    plain = ("tpr_at_fpr_1", "tpr_at_fpr_5")
+    return [
+        name, found["reals"], found["fakes"], *(_figure(found, figure) for figure in with_interval),
+        *(found[figure] for figure in plain),
+    ]  # fmt: skip
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The headline, a table per set, and what a reader must know to read it."""
+    for sentence in report["headline"]:
+        console.say(sentence)
+    if report["subset"]:
+        console.say(
+            f"only the {report['subset']['samples']:,} samples listed in {report['subset']['file']}"
+        )
+    if report["calibration"] is None:
+        console.say("not calibrated: see `python evaluate.py calibrate --help`")
+    for name, found in report["sets"].items():
+        rows = [_row("overall", found["overall"])]
+        if found["beside"]:
+            rows.append(_row(f"beside reals of {report['reals']['set']}", found["beside"]))
+        rows += [_row(f"source {source}", m) for source, m in found["sources"].items()]
+        rows += [_row(f"generator {gen}", m) for gen, m in found["generators"].items()]
+        title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
+        console.table(title, COLUMNS, rows)
+        overall = found["overall"]
+        quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
+        console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
+        if found["generators"] and (found["beside"] or overall)["reals"]:
+            console.say("A generator's fakes are held against all real images of the set.")
+        if found["note"]:
+            console.say(found["note"])
+        if found["unreadable"]:
+            console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
+        if found["protocols"] and found["protocols"]["first"]:
+            print_protocols(name, found["protocols"])
+        if found["delivery"]:
+            print_delivery(name, found["delivery"])
+
+
+def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
+    """Recall by generator on all images and on the first of each prompt; then each mean."""
+    every, first = protocols["all"], protocols["first"]
+    rows = []
+    for generator, found in every["generators"].items():
+        other = first["generators"][generator]
+        rows.append([generator, found["recall"], found["recall_at_half"],
+                     other["recall"], other["recall_at_half"]])  # fmt: skip
+    for figure in ("mean", "spread"):
+        values = [found[figure + at] for found in (every, first) for at in ("", "_at_half")]
+        rows.append([f"{figure} over generators", *values])
+    title = (
+        f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
+        f"prompt, {first['images']:,}"
+    )
+    console.table(title, ["generator", "all", "all, at 0.5", "first", "first, at 0.5"], rows)
+
+
+def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
+    """Every delivery, and the codec-swap tests."""
+    rows = [
+        [one["name"], one["images"], _figure(one, "recall"), _figure(one, "false_positive_rate"),
+         _figure(one, "auroc"), one["flip_rate"]]
+        for one in delivery["deliveries"]
+    ]  # fmt: skip
+    columns = ["delivery", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
+    console.table(f"{name}, delivered", columns, rows)
+    failed = [one for one in delivery["deliveries"] if one["failed"]]
+    for one in failed:
+        console.say(f"{one['name']}: {one['failed']:,} images could not: {one['failed_first']}")
+    if delivery["unreadable"]:
+        console.say(f"{delivery['unreadable']:,} unreadable images are left out here")
+    rows = []
+    for one in delivery["codec_swap"]:
+        changes = [
+            _change(one["before"][figure], one["after"][figure])
+            for figure in ("recall", "false_positive_rate", "auroc")
+        ]
+        rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
+    columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
+    console.table(f"{name}: the pictures, or their containers?", columns, rows)
+    for label, container in delivery["containers"].items():
+        said = "none, so nothing can be put into one"
+        if container:
+            said = f"{container['name']} ({container['share']:.0%} of them)"
+        console.say(f"commonest lossy container of {label}s: {said}")
+    console.say(
+        "Moves are of the mean logit, positive towards fake, with 95 % intervals and as a share of "
+        "the distance between the classes."
+    )
+
+
+def _shift(shift: Mapping[str, Any] | None) -> str | None:
+    if shift is None:
+        return None
+    ends = "" if shift["low"] is None else f" ({shift['low']:+.2f} to {shift['high']:+.2f})"
+    of_gap = "" if shift["of_gap"] is None else f" {shift['of_gap']:+.0%}"
+    return f"{shift['mean']:+.2f}{ends}{of_gap}"
+
+
+def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Flip]) -> None:
+    """Two runs on the same images: figures with the interval of each difference, and flips."""
+    rows = [
+        [
+            line.set if line.kind in ("overall", "beside") else f"  {line.kind[:-1]} {line.name}",
+            line.images,
+            *(_difference(line.changes[figure]) for figure in COMPARED),
+        ]
+        for line in compare(before, after)
+    ]
+    one, two = ("{run} step {step}".format(**table.evaluation) for table in (before, after))
+    columns = ["set", "images", "AUROC", "recall", "false positives"]
+    console.table(f"{one} -> {two}", columns, rows)
+    console.say("In brackets: 95 % interval of the difference, on the same draws of the images.")
+    columns = ["verdicts flipped", "class", "images", "to wrong", "to right"]
+    console.table("", columns, count_flips(before, changed))
+    for said, fixed in (("to wrong", False), ("to right", True)):
+        furthest = [flip for flip in changed if flip.fixed == fixed][:SHOWN_FLIPS]
+        if furthest:
+            console.say(f"furthest {said}: " + ", ".join(map(_flip, furthest)))
+
+
+def _difference(change: Change | None) -> str | None:
+    """`0.544 -> 0.944 (+0.28 to +0.51)`."""
+    if change is None:
+        return None
+    shown = f"{change.before:.3f} -> {change.after:.3f}"
+    return shown if change.low is None else f"{shown} ({change.low:+.2f} to {change.high:+.2f})"
+
+
+def _flip(flip: Flip) -> str:
+    return f"{flip.key} ({flip.generator}) {flip.before:.2f} -> {flip.after:.2f}"
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    if before is None or after is None:
+        return None
+    return f"{before:.3f} -> {after:.3f}"
+
+
+def print_calibration(found: Calibration) -> None:
+    """What was fitted, before and after."""
+    rows = [
+        [when, temperature, figures["nll"], figures["ece"]]
+        for when, temperature, figures in (
+            ("before", 1.0, found.before),
+            ("after", found.temperature, found.after),
+        )
+    ]
+    console.say(f"fitted to {found.reals:,} real and {found.fakes:,} fake images")
+    console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
+    low, high = found.band
+    at_1 = "-" if found.threshold_fpr_1 is None else f"{found.threshold_fpr_1:.3f}"
+    console.say(f"fake from {found.threshold:.3f} ({found.threshold_at})")
+    console.say(f"at most 1 % false positives from {at_1}, 5 % from {found.threshold_fpr_5:.3f}")
+    if found.threshold_fpr_1 is None:
+        console.say(f"{found.reals} real images are too few to promise 1 %: it takes 99")
+    console.say(f"verdicts: real below {low:.3f}, AI from {high:.3f}, uncertain between")
