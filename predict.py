@@ -328,8 +328,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     counts = [(run.verdicts[verdict], verdict) for verdict in (*VERDICTS, UNREADABLE)]
     verdicts = ", ".join(f"{count:,} {verdict}" for count, verdict in counts if count)
     before = f", {run.skipped:,} were there already" if run.skipped else ""
-    images = "1 image" if run.done == 1 else f"{run.done:,} images"
-    console.log.info("%s%s at %s: %s", images, before, run.rate, verdicts or "-")
+    console.log.info("%s images%s at %s: %s", f"{run.done:,}", before, run.rate, verdicts or "-")
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)
