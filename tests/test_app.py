@@ -280,6 +280,8 @@ def test_one_image_has_the_probability_that_python_gives(visit, found) -> None:
 @in_browser
 def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None:
     page = visit()
+    button = page.get_by_role("button", name="Paste from the clipboard")
+    button.wait_for()  # from then on the page listens
     page.evaluate("navigator.clipboard.writeText('no picture')")
     page.keyboard.press("Control+V")
     see(page, "There is no picture on the clipboard.")
@@ -288,7 +290,7 @@ def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None
     see(page, "What the file says", "pasted-1.png")
     # A browser decodes and encodes what is copied; of a PNG the pixels stay.
     assert probability_shown(page) == probability(found, OTHER)
-    page.get_by_role("button", name="Paste from the clipboard").click()
+    button.click()
     see(page, "2 images", "pasted-2.png")
     assert page.get_by_text("There is no picture").count() == 0
 
