@@ -47,7 +47,15 @@ MAX_FPR = 0.05
 EASY = "cats_web"
 """Held-out photographs of what only real images of the training sets show: "hard" leaves it out."""
 
-COMMON = ("view.size=192", "view.resize=216", "loading.workers=0", "run.validate_every=100")
+COMMON = (
+    "view.size=192",
+    "view.resize=216",
+    "loading.workers=0",
+    "run.validate_every=100",
+    "network.head=timm",
+    "network.frozen=false",
+    "replay.distill=0",
+)
 PHASE_1, PHASE_2 = "small-phase1.toml", "small-phase2.toml"
 EPOCHS = {PHASE_1: 3, PHASE_2: 5}
 
@@ -57,6 +65,12 @@ DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", "replay.old_per_new=1:8"
 SLOW = ("optim.grouping=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
 SLOW_2 = (*SLOW[:2], "optim.lr=1e-3")
 EVEN = ("replay.old_per_new=1:1",)
+MORE = ("replay.old_per_new=3:1",)
+DISTILLED = ("replay.distill=0.5",)
+STAGES = ("network.head=stages",)
+BODY = ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3")
+FROZEN = (*FLAT[:2], "optim.lr=3e-4", "network.frozen=true", "run.epochs=8")
+BODY_2 = (*BODY[:2], "optim.lr=5e-4")
 ROBUST = recipes.read(recipes.FOLDER / "robust.toml")["augment"]["train"]
 HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUST.items())
 
@@ -66,6 +80,8 @@ FIRST: dict[str, tuple[str, ...]] = {
     "stage": ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3"),
     "robust": (*FLAT, *HARSH),
     "slow body": SLOW,
+    "stages": (*STAGES, *BODY),
+    "frozen": (*STAGES, *FROZEN),
 }
 """Phase 1 by name: what it changes in `recipes/small-phase1.toml`."""
 
@@ -101,6 +117,12 @@ CANDIDATES: dict[str, Cell] = {
     "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
     "replay 3:1": Cell("original", (*FLAT_2, "replay.old_per_new=3:1", "run.epochs=3")),
     "stage, then 1:1": Cell("stage", (*FLAT_2, *EVEN)),
+    "stages, 3:1": Cell("stages", (*STAGES, *BODY_2, *MORE)),
+    "stages, 3:1 distilled": Cell("stages", (*STAGES, *BODY_2, *MORE, *DISTILLED)),
+    "frozen, 3:1": Cell("frozen", (*STAGES, *FROZEN, *MORE)),
+    "frozen, 3:1 distilled": Cell("frozen", (*STAGES, *FROZEN, *MORE, *DISTILLED)),
+    "frozen, 3:1 distilled 0.2": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.2")),
+    "frozen, 3:1 distilled 0.1": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.1")),
     "slow body 1:1": Cell("slow body", (*SLOW_2, *EVEN)),
 }
 """What might do better."""

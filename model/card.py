@@ -25,6 +25,43 @@ LIMITS = """\
 """  # noqa: E501
 
 
+_BY_TIMM = """\
+```python
+import timm, torch
+from PIL import Image, ImageOps
+
+net = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+with torch.inference_mode():
+    real, fake = net(transform(image)[None])[0]
+print(torch.sigmoid((fake - real) / {temperature:g}))  # probability of fake
+```
+
+```python
+from transformers import pipeline
+
+print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
+```
+"""
+
+_BY_PROJECT = """\
+Its head sees the features of all stages, which timm and transformers cannot build alone: they
+refuse these weights. Download the folder and use the project it was trained with:
+
+```
+python predict.py photo.jpg --checkpoint FOLDER
+```
+
+```python
+from model import load_detector
+
+for found in load_detector("FOLDER").predict(["photo.jpg"]):
+    print(found.probability)  # of fake
+```
+"""
+
+
 def card_of(
     meta: Mapping[str, Any],
     report: Mapping[str, Any] | None,
@@ -55,15 +92,20 @@ def card_of(
         f"Weights: {licence.text}. The images that it was trained on have licences of their own, "
         "see above. Neither this card nor the licence of any code widens them.",
     ]
-    return f"---\n{_front(licence)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front(licence, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front(licence: Licence) -> str:
+def _is_plain(meta: Mapping[str, Any]) -> bool:
+    """Whether timm alone can build the network: a head that sees all stages is not in it."""
+    return meta["recipe"]["network"].get("head", "timm") == "timm"
+
+
+def _front(licence: Licence, *, timm: bool) -> str:
     """What the hub itself reads."""
     other = {"license_name": "see-licences-below"} if licence.id == "other" else {}
     data = ModelCardData(
         license=licence.id,
-        library_name="timm",
+        library_name="timm" if timm else None,
         pipeline_tag="image-classification",
         tags=TAGS,
         base_model=f"timm/{licence.base}" if licence.base else None,
@@ -85,25 +127,7 @@ def _summary(meta: Mapping[str, Any]) -> str:
 def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     """Snippets, and where a probability becomes a verdict."""
     temperature, (low, high) = meta["temperature"], band_of(meta)
-    text = f"""\
-```python
-import timm, torch
-from PIL import Image, ImageOps
-
-net = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-with torch.inference_mode():
-    real, fake = net(transform(image)[None])[0]
-print(torch.sigmoid((fake - real) / {temperature:g}))  # probability of fake
-```
-
-```python
-from transformers import pipeline
-
-print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
-```
-"""
+    text = _BY_TIMM.format(temperature=temperature) if _is_plain(meta) else _BY_PROJECT
     if onnx:
         size = meta["view"]["size"]
         text += f"""
@@ -112,7 +136,8 @@ print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
 square, the thresholds and this licence stand in their metadata; `onnx/parity.json` says how far
 they are from PyTorch.
 """
-    heat = "" if temperature == 1 else " (transformers' pipeline gives it without the temperature)"
+    heated = temperature != 1 and _is_plain(meta)
+    heat = " (transformers' pipeline gives it without the temperature)" if heated else ""
     verdict = (
         f"From {high:.3g} on call it likely AI-generated, below likely real"
         if low == high

@@ -69,6 +69,8 @@ def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
         ExplainError: there is none, as in a transformer, which keeps a list of patches.
     """
     backbone, seen = net.backbone, []
+    if net.head == "stages":
+        return backbone.get_submodule(backbone.feature_info[-1]["module"])
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor):

@@ -6,7 +6,7 @@ device, in training and serving alike.
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,10 @@ log = logging.getLogger("ai_images_detector")
 Triple = tuple[float, float, float]
 
 
+STAGE_HEAD = "stage_head."
+"""How the names of its parameters begin, beside those of timm."""
+
+
 class NetworkError(ValueError):
     """A network that cannot be built or filled; the message says what to do."""
 
@@ -40,8 +44,10 @@ class Network:
     starts from a checkpoint or a file needs none. `scratch` is how weights are drawn otherwise: by
     timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
     narrow network hardly passes a signal and learns nothing in minutes. `frozen_norm` keeps the
-    statistics of batch norm as they were loaded. `options` go to
-    `timm.create_model` as they are. `mean` and `std` are per channel, for RGB values in 0 to 1.
+    statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
+    the last features, or one that sees those of every stage. With `frozen` only the head learns.
+    `options` go to `timm.create_model` as they are. `mean` and `std` are per channel, for RGB
+    values in 0 to 1.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
@@ -51,25 +57,51 @@ class Network:
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
     frozen_norm: bool = False
+    head: Literal["timm", "stages"] = "timm"
+    frozen: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+
+class StageHead(nn.Module):
+    """A linear classifier of the maps of all stages: mean and deviation over the places of each.
+
+    Traces of generation are small and lie early; what an ImageNet network ends in is what the
+    picture shows. After RINE (Koutlis & Papadopoulos, ECCV 2024), which reads all blocks of CLIP.
+
+    `forward`: float maps (B, C_i, H_i, W_i), one per stage -> float logits (B, 2).
+    """
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+        self.fc = nn.Linear(2 * sum(channels), len(CLASSES))
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Each half of each stage is scaled by itself, so that none drowns the others."""
+        found = []
+        for one in maps:
+            places = one.flatten(2).float()
+            for of_stage in (places.mean(2), places.std(2, correction=0)):
+                found.append(nn.functional.layer_norm(of_stage, of_stage.shape[1:]))
+        return self.fc(torch.cat(found, 1).to(self.fc.weight.dtype))
 
 
 class Detector(nn.Module):
     """`forward`: uint8 (B, 3, H, W) -> float logits (B, 2), columns in the order of `CLASSES`."""
 
-    def __init__(self, backbone: nn.Module, mean: Triple, std: Triple, frozen_norm: bool):
+    def __init__(self, backbone: nn.Module, network: Network):
         super().__init__()
         self.backbone = backbone
-        self.frozen_norm = frozen_norm
+        self.head, self.frozen = network.head, network.frozen
+        self.frozen_norm = network.frozen_norm
         shape = (1, 3, 1, 1)
-        scaled_mean = 255 * torch.tensor(mean).reshape(shape)
-        scaled_std = 255 * torch.tensor(std).reshape(shape)
+        scaled_mean = 255 * torch.tensor(network.mean).reshape(shape)
+        scaled_std = 255 * torch.tensor(network.std).reshape(shape)
         self.register_buffer("mean", scaled_mean, persistent=False)
         self.register_buffer("std", scaled_std, persistent=False)
 
     def train(self, mode: bool = True) -> "Detector":
-        """Switch mode; frozen batch norms stay in evaluation."""
-        super().train(mode)
+        """Switch mode; what is frozen stays in evaluation."""
+        super().train(mode and not self.frozen)
         if self.frozen_norm:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -78,7 +110,11 @@ class Detector(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise and classify."""
-        return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        images = (images.to(self.mean.dtype) - self.mean) / self.std
+        if self.head == "timm":
+            return self.backbone(images)
+        maps = self.backbone.forward_intermediates(images, intermediates_only=True)
+        return self.backbone.stage_head(maps)
 
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
@@ -109,8 +145,36 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     if pretrained:
         licence = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
-    net = Detector(backbone, network.mean, network.std, network.frozen_norm)
+    head = _classifier_prefix(backbone)
+    if network.head == "stages":
+        _put_stage_head(backbone)
+        head = STAGE_HEAD
+    if network.frozen:
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name.startswith(head))
+    net = Detector(backbone, network)
     return net.to(memory_format=torch.channels_last)
+
+
+def _put_stage_head(backbone: nn.Module) -> None:
+    """Its weights lie in the backbone, so that they are saved and filled with it, and start at 0:
+    the first step of the body should not follow random ones.
+    """
+    stages = backbone.feature_info
+    backbone.stage_head = StageHead([stage["num_chs"] for stage in stages])
+    nn.init.zeros_(backbone.stage_head.fc.weight)
+    nn.init.zeros_(backbone.stage_head.fc.bias)
+    last = stages[-1]["module"].partition(".")[0]
+    children = dict(backbone.named_children())
+    # What comes after the last stage is not read, and gradients that never come stop many ranks.
+    for name in [*children][[*children].index(last) + 1 :]:
+        children[name].requires_grad_(name == "stage_head")
+
+
+def _classifier_prefix(backbone: nn.Module) -> str:
+    """How the names of the parameters of timm's own head begin."""
+    classifier = backbone.get_classifier()
+    return next(f"{name}." for name, module in backbone.named_modules() if module is classifier)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -195,10 +259,9 @@ def load_backbone_file(net: Detector, path: Path) -> None:
     """
     weights = load_file(path)
     own = net.backbone.state_dict()
-    heads = net.backbone.get_classifier()
-    head_names = {name for name, module in net.backbone.named_modules() if module is heads}
-    kept = {n: w for n, w in weights.items() if n.rpartition(".")[0] not in head_names}
-    missing = [n for n in own if n not in kept and n.rpartition(".")[0] not in head_names]
+    heads = (_classifier_prefix(net.backbone), STAGE_HEAD)
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
+    missing = [name for name in own if name not in kept and not name.startswith(heads)]
     strange = [n for n in kept if n not in own or kept[n].shape != own[n].shape]
     # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]

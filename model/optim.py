@@ -15,6 +15,8 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
+from model.network import STAGE_HEAD
+
 
 class OptimError(ValueError):
     """Parameters that cannot be put into layer groups."""
@@ -132,7 +134,7 @@ def _head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
     """How the names of parameters behind the last block begin."""
     classifier = backbone.get_classifier()
     names = [name for name, module in backbone.named_modules() if module is classifier]
-    return tuple(f"{name.partition('.')[0]}." for name in [*names, "fc_norm"])
+    return (*(f"{name.partition('.')[0]}." for name in [*names, "fc_norm"]), STAGE_HEAD)
 
 
 def _matches(matcher: Any, name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import recipes
 from model import checkpoint
 from model.distributed import gather
 from model.step import Trainer
@@ -39,8 +40,8 @@ def resumable(folder: Path, recipe: Any) -> Path | None:
     last = checkpoint.last_of(folder)
     if last is None:
         return None
-    before = _flat(checkpoint.read_meta(last)["recipe"])
-    now = _flat(json.loads(json.dumps(asdict(recipe))))
+    before = _flat(_completed(checkpoint.read_meta(last)["recipe"], type(recipe)))
+    now = _flat(_as_saved(recipe))
     changed = sorted(
         key
         for key in (before.keys() | now.keys()) - _DECIDE_NOTHING
@@ -54,6 +55,18 @@ def resumable(folder: Path, recipe: Any) -> Path | None:
         )
     log.info("going on from %s", last)
     return last
+
+
+def _completed(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A saved recipe with the defaults of settings that are younger than it."""
+    try:
+        return _as_saved(recipes.build(kind, values, ""))
+    except recipes.RecipeError:
+        return values  # it has settings that are gone: they will be named
+
+
+def _as_saved(recipe: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

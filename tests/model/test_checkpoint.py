@@ -156,7 +156,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_normalisation_happens_inside_once() -> None:
-    net = Detector(torch.nn.Identity(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False)
+    net = Detector(torch.nn.Identity(), Network())
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)

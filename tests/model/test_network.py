@@ -1,0 +1,106 @@
+"""A head that sees all stages, and a body that stays as it is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from model import checkpoint, load_detector
+from model.explain import attribution
+from model.export import export_onnx
+from model.hub import write_hub
+from model.network import Network, StageHead, build, load_backbone_file
+from model.optim import Optim, make_optimizer
+from tests.conftest import TINY, VIEW, SmallRecipe, encode, photo
+
+STAGES = replace(TINY, head="stages")
+MOBILE = Network(name="mobilenetv2_035", pretrained=False, scratch="fan_in", head="stages")
+
+
+def noise(count: int = 4, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def test_the_stage_head_is_linear_in_scaled_means_and_deviations() -> None:
+    torch.manual_seed(3)
+    head = StageHead([2, 3])
+    maps = [torch.randn(5, 2, 4, 6), 100 * torch.randn(5, 3, 2, 3)]
+    found = []
+    for one in maps:
+        places = one.numpy().reshape(5, one.shape[1], -1)
+        for part in (places.mean(2), places.std(2)):
+            middle = part - part.mean(1, keepdims=True)
+            found.append(middle / np.sqrt((middle**2).mean(1, keepdims=True) + 1e-5))
+    expected = np.concatenate(found, 1) @ head.fc.weight.detach().numpy().T
+    expected += head.fc.bias.detach().numpy()
+    np.testing.assert_allclose(head(maps).detach().numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "resnet10t"])
+def test_what_is_to_learn_gets_a_gradient(name: str) -> None:
+    """A weight that never gets one stops a run on many ranks."""
+    net = build(Network(name=name, pretrained=False, head="stages"), pretrained=False).train()
+    torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
+    net(noise()).square().sum().backward()
+    without = [n for n, p in net.named_parameters() if p.requires_grad == (p.grad is None)]
+    assert without == []
+    learning = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert any(n.startswith("backbone.stage_head.") for n in learning)
+    assert net.backbone.get_classifier().weight.requires_grad is False
+
+
+@pytest.mark.parametrize("network", [replace(TINY, frozen=True), replace(MOBILE, frozen=True)])
+def test_a_frozen_network_learns_with_its_head_alone(network: Network) -> None:
+    torch.manual_seed(0)
+    net = build(network, pretrained=False).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = make_optimizer(net.backbone, Optim(lr=0.1), fused=False)
+    for _ in range(2):
+        net(noise())[:, 0].sum().backward()
+        optimizer.step()
+    changed = {n for n, value in net.state_dict().items() if not torch.equal(value, before[n])}
+    head = "stage_head.fc" if network.head == "stages" else "head.fc"
+    assert changed == {f"backbone.{head}.weight", f"backbone.{head}.bias"}
+
+
+def test_an_imagenet_file_fills_the_body_of_a_network_with_a_stage_head(tmp_path: Path) -> None:
+    plain = build(replace(MOBILE, head="timm"), pretrained=False).backbone
+    weights = {name: value.contiguous() for name, value in plain.state_dict().items()}
+    weights["classifier.weight"] = torch.zeros(1000, 1280)
+    weights["classifier.bias"] = torch.zeros(1000)
+    save_file(weights, tmp_path / "w.safetensors")
+    net = build(MOBILE, pretrained=False)
+    load_backbone_file(net, tmp_path / "w.safetensors")
+    assert torch.equal(net.backbone.conv_stem.weight, weights["conv_stem.weight"])
+    assert torch.equal(net.backbone.blocks[6][0].bn1.bias, weights["blocks.6.0.bn1.bias"])
+    assert torch.count_nonzero(net.backbone.stage_head.fc.weight) == 0
+
+
+def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    net = build(STAGES, pretrained=False).eval()
+    torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
+    checkpoint.save(
+        tmp_path / "step_0000001", net, recipe=SmallRecipe(network=STAGES, view=VIEW), step=1,
+        epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}, state=None,
+    )  # fmt: skip
+    detector = load_detector(tmp_path)
+    images, image = noise(size=VIEW.size), encode(photo(1), "PNG")
+    with torch.inference_mode():
+        assert torch.equal(detector.net(images), net(images))
+    report = export_onnx(tmp_path / "step_0000001", tmp_path / "onnx")
+    assert max(file["same_pixels"]["max"] for file in report["files"][:1]) < 1e-4
+    expected = [p.probability for p in detector.predict([image])]
+    folder = write_hub(tmp_path / "step_0000001", tmp_path / "hub")
+    assert [p.probability for p in load_detector(folder).predict([image])] == expected
+    card = (folder / "README.md").read_text()
+    assert "load_detector" in card and "library_name" not in card and "timm.create" not in card
+    with pytest.raises(RuntimeError, match="stage_head"):  # and no silent guess by timm
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    _, cells = attribution(detector, image)
+    assert np.isfinite(cells).all()
+    assert np.abs(cells).max() > 0
