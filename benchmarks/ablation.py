@@ -77,7 +77,7 @@ HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUS
 FIRST: dict[str, tuple[str, ...]] = {
     "original": FLAT,
     "block": ("optim.grouping=block", "optim.layer_decay=0.8", "optim.lr=1e-3"),
-    "stage": ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3"),
+    "stage": BODY,
     "robust": (*FLAT, *HARSH),
     "slow body": SLOW,
     "stages": (*STAGES, *BODY),
@@ -115,7 +115,7 @@ CANDIDATES: dict[str, Cell] = {
     "replay 1:1 half": Cell("original", of="replay 1:1", share=0.5),
     "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill=0.5")),
     "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
-    "replay 3:1": Cell("original", (*FLAT_2, "replay.old_per_new=3:1", "run.epochs=3")),
+    "replay 3:1": Cell("original", (*FLAT_2, *MORE, "run.epochs=3")),
     "stage, then 1:1": Cell("stage", (*FLAT_2, *EVEN)),
     "stages, 3:1": Cell("stages", (*STAGES, *BODY_2, *MORE)),
     "stages, 3:1 distilled": Cell("stages", (*STAGES, *BODY_2, *MORE, *DISTILLED)),

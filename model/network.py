@@ -145,11 +145,14 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     if pretrained:
         licence = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
-    head = _classifier_prefix(backbone)
     if network.head == "stages":
         _put_stage_head(backbone)
-        head = STAGE_HEAD
     if network.frozen:
+        head = (
+            STAGE_HEAD
+            if network.head == "stages"
+            else tuple(f"{name}." for name in classifier_names(backbone))
+        )
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name.startswith(head))
     net = Detector(backbone, network)
@@ -171,10 +174,11 @@ def _put_stage_head(backbone: nn.Module) -> None:
         children[name].requires_grad_(name == "stage_head")
 
 
-def _classifier_prefix(backbone: nn.Module) -> str:
-    """How the names of the parameters of timm's own head begin."""
-    classifier = backbone.get_classifier()
-    return next(f"{name}." for name, module in backbone.named_modules() if module is classifier)
+def classifier_names(backbone: nn.Module) -> list[str]:
+    """The modules of timm's own head; distilled transformers have two."""
+    found = backbone.get_classifier()
+    found = found if isinstance(found, tuple) else (found,)
+    return [n for n, module in backbone.named_modules() if any(module is one for one in found)]
 
 
 class _Undrawn(TorchFunctionMode):
@@ -259,7 +263,7 @@ def load_backbone_file(net: Detector, path: Path) -> None:
     """
     weights = load_file(path)
     own = net.backbone.state_dict()
-    heads = (_classifier_prefix(net.backbone), STAGE_HEAD)
+    heads = (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
     kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
     missing = [name for name in own if name not in kept and not name.startswith(heads)]
     strange = [n for n in kept if n not in own or kept[n].shape != own[n].shape]

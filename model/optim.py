@@ -15,7 +15,7 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from model.network import STAGE_HEAD
+from model.network import STAGE_HEAD, classifier_names
 
 
 class OptimError(ValueError):
@@ -132,9 +132,8 @@ def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
 
 def _head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
     """How the names of parameters behind the last block begin."""
-    classifier = backbone.get_classifier()
-    names = [name for name, module in backbone.named_modules() if module is classifier]
-    return (*(f"{name.partition('.')[0]}." for name in [*names, "fc_norm"]), STAGE_HEAD)
+    names = [*classifier_names(backbone), "fc_norm"]
+    return (*(f"{name.partition('.')[0]}." for name in names), STAGE_HEAD)
 
 
 def _matches(matcher: Any, name: str) -> bool:

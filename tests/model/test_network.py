@@ -67,6 +67,13 @@ def test_a_frozen_network_learns_with_its_head_alone(network: Network) -> None:
     assert changed == {f"backbone.{head}.weight", f"backbone.{head}.bias"}
 
 
+def test_a_frozen_network_with_two_classifiers_learns_with_both() -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    net = build(Network(name=name, pretrained=False, frozen=True), pretrained=False)
+    learning = {n for n, p in net.backbone.named_parameters() if p.requires_grad}
+    assert learning == {f"{head}.{n}" for head in ("head", "head_dist") for n in ("weight", "bias")}
+
+
 def test_an_imagenet_file_fills_the_body_of_a_network_with_a_stage_head(tmp_path: Path) -> None:
     plain = build(replace(MOBILE, head="timm"), pretrained=False).backbone
     weights = {name: value.contiguous() for name, value in plain.state_dict().items()}
