@@ -6,7 +6,6 @@ from the decoded pixels, and the facts say so. Packing and prediction both go th
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import stat
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps
 from pillow_heif import register_heif_opener
 
 from sharding.format import DecodeError, decode_image, exif_orientation
+from sharding.jpeg import PLAIN_SPACES, Header, Tables, describe_tables, read_header
 
 register_heif_opener()
 Image.init()  # load every plugin now: `Image.open(formats=...)` looks names up in those loaded
@@ -67,21 +67,16 @@ class Facts:
     jpeg_tables: str
     exif: bool
     orientation: int
-    phash: int
     transcoded_from: str
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts.
-
-    `thumbnail` is (16, 16) uint8 grey: what two near-duplicates are compared by.
-    """
+    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts."""
 
     data: bytes
     pixels: np.ndarray
     facts: Facts
-    thumbnail: np.ndarray
 
 
 def prepare(data: bytes) -> Prepared:
@@ -90,6 +85,10 @@ def prepare(data: bytes) -> Prepared:
     Raises:
         DecodeError: not an image, damaged, or too large; the message is the reason.
     """
+    if header := _plain_jpeg(data):
+        pixels = decode_image(data, "JPEG")
+        facts = _facts(pixels, "JPEG", header.chroma, header.tables)
+        return Prepared(data, pixels, facts)
     with _opened(data) as image:
         name, orientation = _name_of(image), _orientation(image, data)
         if _is_plain(image, name, data):
@@ -97,22 +96,54 @@ def prepare(data: bytes) -> Prepared:
         else:
             pixels = _eight_bit_rgb(image)
             data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
+    chroma = simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else ""
+    tables = _tables_of(image) if name == "JPEG" else ()
+    facts = _facts(
+        pixels,
+        name,
+        chroma,
+        tables,
+        exif="exif" in image.info,
+        orientation=orientation,
+        transcoded_from=transcoded_from,
+    )
+    return Prepared(data, pixels, facts)
+
+
+def _facts(
+    pixels: np.ndarray,
+    name: str,
+    chroma: str,
+    tables: Tables,
+    *,
+    exif: bool = False,
+    orientation: int = 1,
+    transcoded_from: str = "",
+) -> Facts:
     height, width = pixels.shape[:2]
-    phash, thumbnail = fingerprint(pixels)
-    quality, tables = _jpeg_tables(image) if name == "JPEG" else (0, "")
-    facts = Facts(
+    quality, tables_hash = describe_tables(tables)
+    return Facts(
         width=width,
         height=height,
         format=name,
-        chroma=simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else "",
+        chroma=chroma,
         jpeg_quality=quality,
-        jpeg_tables=tables,
-        exif="exif" in image.info,
+        jpeg_tables=tables_hash,
+        exif=exif,
         orientation=orientation,
-        phash=phash,
         transcoded_from=transcoded_from,
     )
-    return Prepared(data, pixels, facts, thumbnail)
+
+
+def _plain_jpeg(data: bytes) -> Header | None:
+    """The header of a JPEG that may stay as it is and needs no Pillow."""
+    header = read_header(data) if len(data) <= MAX_BYTES else None
+    return header if header and header.width * header.height <= MAX_PIXELS else None
+
+
+def _tables_of(image: Image.Image) -> Tables:
+    tables = getattr(image, "quantization", None) or {}
+    return tuple(tuple(sorted(tables[number])) for number in sorted(tables))
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -121,6 +152,8 @@ def decode(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: as `prepare`.
     """
+    if _plain_jpeg(data):
+        return decode_image(data, "JPEG")
     with _opened(data) as image:
         name = _name_of(image)
         if _is_plain(image, name, data):
@@ -144,6 +177,8 @@ def encoded(data: bytes) -> Encoded:
     Raises:
         DecodeError: as `prepare`, but for damage that only decoding finds.
     """
+    if header := _plain_jpeg(data):
+        return Encoded(data, "JPEG", 1, header.width, header.height)
     with _opened(data) as image:
         name, orientation = _name_of(image), _orientation(image, data)
         if _is_plain(image, name, data):
@@ -263,7 +298,7 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     """Whether the original bytes may stay: both decoders read them, and read the same."""
     if name == "JPEG":
         try:
-            return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
+            return simplejpeg.decode_jpeg_header(data)[2] in PLAIN_SPACES
         except (ValueError, KeyError) as error:  # KeyError: no colour space before the data ends
             raise DecodeError(f"JPEG does not decode: {error}") from error
     if getattr(image, "n_frames", 1) > 1:
@@ -299,58 +334,43 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def fingerprint(pixels: np.ndarray) -> tuple[int, np.ndarray]:
-    """64-bit pHash and (16, 16) uint8 thumbnail of (height, width, 3) uint8 pixels.
+GRID = 160
+"""Pixels along each side of a grid: 5 for one of the thumbnail that is hashed (docs/log.md)."""
+
+
+def green_grid(pixels: np.ndarray) -> np.ndarray:
+    """(160, 160) uint8: green, the larger part of luma, of the pixels at the middles of as many
+    cells of (height, width, 3) uint8 `pixels`. What `fingerprints` are made of.
+    """
+    rows, columns = (_middles(side) for side in pixels.shape[:2])
+    # Whole rows first: what decoding has just written comes from memory, and in order.
+    lines = pixels.reshape(len(pixels), -1).take(rows, axis=0, mode="clip")
+    return lines.take(3 * columns + 1, axis=1, mode="clip")
+
+
+@lru_cache(maxsize=256)
+def _middles(side: int) -> np.ndarray:
+    """The pixels in the middles of `GRID` equal parts of a side."""
+    return (2 * np.arange(GRID) + 1) * side // (2 * GRID)
+
+
+def fingerprints(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """pHashes (n,) uint64, and (n, 16, 16) uint8 thumbnails, of (n, 160, 160) uint8 `grids`.
 
     The hash is the 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 thumbnail, each
     against their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-    Functions", 2010). The thumbnails average green, the larger part of luma, over every n-th pixel
-    such that at least 4 x 4 fall on one of theirs: half the time of all pixels (docs/log.md has
-    what it costs in bits).
+    Functions", 2010); all whole numbers, so that every machine finds the same bits. Many images at
+    once, because one by one they cost ten times as much.
     """
-    step = max(1, min(pixels.shape[:2]) // 128)
-    green = Image.fromarray(np.ascontiguousarray(pixels[::step, ::step, 1]))
-    small = green.resize((32, 32), Image.Resampling.BOX)
-    low = (_COSINES @ np.asarray(small, np.float32) @ _COSINES.T).ravel()
-    bits = np.packbits(low > np.sort(low)[31:33].mean())
-    return int.from_bytes(bits.tobytes(), "big"), np.asarray(small.reduce(2))
+    if not len(grids):
+        return np.empty(0, np.uint64), np.empty((0, 16, 16), np.uint8)
+    column = Image.fromarray(grids.reshape(-1, GRID)).reduce(GRID // 32)
+    small = np.asarray(column, np.float64).reshape(-1, 32, 32)
+    low = (_COSINES @ small @ _COSINES.T).reshape(-1, 64)
+    median = np.partition(low, (31, 32), axis=1)[:, 31:33].mean(axis=1, keepdims=True)
+    bits = np.packbits(low > median, axis=1)
+    thumbnails = np.asarray(column.reduce(2)).reshape(-1, 16, 16)
+    return bits.view(">u8")[:, 0].astype(np.uint64), thumbnails
 
 
-_COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32).astype(np.float32)
-
-# ITU-T T.81 table K.1 (luma), the base that libjpeg scales by quality; sorted, because Pillow's
-# order of the entries (zigzag or natural) has changed between versions.
-_LUMA = np.sort(np.array([
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-]))  # fmt: skip
-
-
-def _luma_tables() -> np.ndarray:
-    """(100, 64): the sorted luma table at quality 1 to 100, by libjpeg's `jpeg_quality_scaling`."""
-    quality = np.arange(1, 101)
-    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
-    return np.clip((_LUMA[None] * scale[:, None] + 50) // 100, 1, 255)
-
-
-_TABLES = _luma_tables()
-
-
-def _jpeg_tables(image: Image.Image) -> tuple[int, str]:
-    """Quality and hash of a JPEG's quantisation tables; 0 and empty where it has none."""
-    tables = getattr(image, "quantization", None) or {}
-    return _describe_tables(tuple(tuple(sorted(tables[number])) for number in sorted(tables)))
-
-
-@lru_cache(maxsize=1024)  # a million files have a few hundred different tables
-def _describe_tables(tables: tuple[tuple[int, ...], ...]) -> tuple[int, str]:
-    """The libjpeg quality (1 to 100) whose luma table is nearest to the first of sorted `tables`,
-    and all of them as 8 hex digits: equal for files of one encoder and quality.
-    """
-    if not tables:
-        return 0, ""
-    quality = int(np.abs(_TABLES - np.array(tables[0], np.int64)).sum(axis=1).argmin()) + 1
-    content = repr([list(table) for table in tables])
-    return quality, hashlib.sha256(content.encode()).hexdigest()[:8]
+_COSINES = np.rint(4096 * np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 from PIL import Image
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CLASSES = ("real", "fake")
 """Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
 

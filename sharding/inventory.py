@@ -9,20 +9,22 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.decode import Facts, Prepared, prepare
+from sharding.decode import GRID, Facts, Prepared, fingerprints, green_grid, prepare
 from sharding.format import DecodeError, table_from
 from sharding.layouts import Item, Listing
 from sharding.raw import read_all
 from sharding.storage import AnyPath, any_path, files_in, write_atomically
 
-FACTS_VERSION = "1"
+FACTS_VERSION = "2"
 """Changes when `prepare` would describe an image in another way; old rows are then made again."""
 
-CHUNK = 512
-"""Images per task: a few seconds of work, which is what a kill can lose."""
+CHUNK = 256
+"""Images per task: a second of work, which is what a kill can lose, and what the last process works
+alone at most."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 
@@ -52,7 +54,7 @@ _KEY = ["origin", "member", "size", "version", "refused"]
 
 _NO_FACTS = Facts(
     width=0, height=0, format="", chroma="", jpeg_quality=0, jpeg_tables="", exif=False,
-    orientation=1, phash=0, transcoded_from="",
+    orientation=1, transcoded_from="",
 )  # fmt: skip
 
 
@@ -71,7 +73,6 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "error": "",
         "sha256": hashlib.sha256(prepared.data).digest(),
         "stored": len(prepared.data),
-        "thumbnail": prepared.thumbnail.tobytes(),
         **vars(prepared.facts),
     }
 
@@ -82,7 +83,6 @@ def refuse(reason: str) -> dict[str, Any]:
         "error": reason or "unknown",
         "sha256": bytes(32),
         "stored": 0,
-        "thumbnail": bytes(256),
         **vars(_NO_FACTS),
     }
 
@@ -95,14 +95,24 @@ def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
     """
     rows = items.to_pylist()
     facts = []
-    for data in read_all(any_path(raw), rows):
+    grids = np.zeros((len(rows), GRID, GRID), np.uint8)
+    for grid, data in zip(grids, read_all(any_path(raw), rows), strict=True):
         try:
             if isinstance(data, DecodeError):
                 raise data
-            facts.append(describe(prepare(data)))
+            prepared = prepare(data)
+            grid[:] = green_grid(prepared.pixels)
+            facts.append(describe(prepared))
         except DecodeError as error:
             facts.append(refuse(str(error)))
-    table = pa.Table.from_pylist(facts, FACT_SCHEMA)
+    prints = zip(*fingerprints(grids), strict=True)
+    table = pa.Table.from_pylist(
+        [
+            {**row, "phash": phash, "thumbnail": thumbnail.tobytes()}
+            for row, (phash, thumbnail) in zip(facts, prints, strict=True)
+        ],
+        FACT_SCHEMA,
+    )
     for key in _KEY:
         table = table.append_column(key, items.column(key))
     table = table.replace_schema_metadata({"facts": FACTS_VERSION})

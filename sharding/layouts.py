@@ -8,6 +8,7 @@ import csv
 import fnmatch
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,12 +62,14 @@ class Listing:
 
 
 class _Compiled(NamedTuple):
-    """A catalogue rule, ready to match."""
+    """A catalogue rule, ready to match, and what it says of every image that it fits."""
 
     label: int
     rule: Rule
     folder: re.Pattern
     name: re.Pattern
+    read_as: str
+    place: str
 
 
 def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
@@ -79,8 +82,12 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """
     root = source.root or name
     files = list(walk(raw, root))
-    rules = [_compile(label, rule) for label in range(len(CLASSES)) for rule in source.rules(label)]
-    ignored = [_compile(-1, rule) for rule in source.ignored()]
+    rules = [
+        _compile(source, label, rule)
+        for label in range(len(CLASSES))
+        for rule in source.rules(label)
+    ]
+    ignored = [_compile(source, -1, rule) for rule in source.ignored()]
     groups = [re.compile(pattern, re.IGNORECASE) for pattern in source.groups()]
     listing = Listing()
     table = _read_table(source, raw, files, listing)
@@ -90,7 +97,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     for file in files:
         folder, _, base = file.inside.rpartition("/")
         inside = f"{folder}/".lower() if folder else ""
-        suffix = PurePosixPath(base).suffix.lower()
+        suffix = posixpath.splitext(base)[1].lower()
         if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
             continue
         if _fitting(ignored, inside, base):
@@ -124,9 +131,11 @@ def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> N
 # --- matching -------------------------------------------------------------------------------------
 
 
-def _compile(label: int, rule: Rule) -> _Compiled:
+def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
     name = re.compile(fnmatch.translate(rule.name), re.IGNORECASE)
-    return _Compiled(label, rule, folder_pattern(rule.folder), name)
+    read_as = f"{CLASSES[label] if label >= 0 else 'ignored'}: {rule}"
+    place = json.dumps(shares(rule.set or source.set))
+    return _Compiled(label, rule, folder_pattern(rule.folder), name, read_as, place)
 
 
 def folder_pattern(folder: str) -> re.Pattern:
@@ -209,7 +218,7 @@ def _list_file(
     origin = f"{root}/{file.inside}"
     captured = next((m[1] for p in groups if (m := p.search(origin))), None)
     group = f"{name}/{captured.lower()}" if captured else origin.rpartition(".")[0]
-    _add(listing, claim, name, source, file, origin, file.member, group)
+    _add(listing, claim, name, file, origin, file.member, group)
 
 
 def _agrees(rule: Rule, row: Mapping[str, str]) -> bool:
@@ -220,14 +229,12 @@ def _add(
     listing: Listing,
     claim: _Claim,
     name: str,
-    source: Source,
     file: RawFile,
     origin: str,
     member: str,
     group: str,
 ) -> None:
-    label, rule = claim.compiled.label, claim.compiled.rule
-    read_as = f"{CLASSES[label]}: {rule}"
+    label, read_as = claim.compiled.label, claim.compiled.read_as
     listing.read_as[read_as] = listing.read_as.get(read_as, 0) + 1
     listing.items.append(
         Item(
@@ -240,7 +247,7 @@ def _add(
             label=label,
             generator=claim.generator or CLASSES[label],
             group=group,
-            place=json.dumps(shares(rule.set or source.set)),
+            place=claim.compiled.place,
             refused=file.refused,
         )
     )
@@ -318,7 +325,7 @@ def _list_cells(
         if captions and captions[row]:
             group = f"{name}/{hashlib.sha256(str(captions[row]).encode()).hexdigest()[:16]}"
         member = f"{group_of[row]}:{row_of[row]}:{column}"
-        _add(listing, claim, name, source, file, origin, member, group)
+        _add(listing, claim, name, file, origin, member, group)
     for row in np.flatnonzero(~taken):
         found = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
         listing.leave(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")

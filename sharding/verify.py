@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sharding.decode import fingerprint
+from sharding.decode import fingerprints, green_grid
 from sharding.dedupe import SPLIT_RANK
 from sharding.engine import run_all
 from sharding.format import (
@@ -158,7 +158,7 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
             f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the index says "
             f"{row['width']} x {row['height']}"
         )
-    if fingerprint(pixels)[0] != row["phash"]:
+    if fingerprints(green_grid(pixels)[None])[0][0] != row["phash"]:
         yield "another perceptual hash than the index says"
 
 

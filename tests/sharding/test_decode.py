@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sharding.decode import decode, encoded, fingerprint, prepare, without_warnings
+from sharding.decode import (
+    decode,
+    encoded,
+    fingerprints,
+    green_grid,
+    prepare,
+    without_warnings,
+)
 from sharding.format import DecodeError, decode_image
 from tests.conftest import encode, photo
 
@@ -129,13 +136,28 @@ def test_a_decompression_bomb_is_refused_unread() -> None:
 
 
 def test_near_duplicates_hash_alike_and_others_do_not() -> None:
-    other = fingerprint(photo(2, 93, 71))[0]
-    one = fingerprint(PIXELS)[0]
-    smaller = fingerprint(np.asarray(IMAGE.resize((60, 46))))[0]
-    worse = prepare(encode(PIXELS, quality=40)).facts.phash
-    assert (one ^ smaller).bit_count() <= 6
-    assert (one ^ worse).bit_count() <= 6
-    assert (one ^ other).bit_count() >= 16
+    smaller = np.asarray(IMAGE.resize((60, 46)))
+    worse = prepare(encode(PIXELS, quality=40)).pixels
+    grids = [green_grid(pixels) for pixels in (PIXELS, smaller, worse, photo(2, 93, 71))]
+    one, *others = fingerprints(np.stack(grids))[0]
+    smaller_bits, worse_bits, other_bits = (int(one ^ bits).bit_count() for bits in others)
+    assert smaller_bits <= 6
+    assert worse_bits <= 6
+    assert other_bits >= 16
+
+
+def test_one_fingerprint_is_what_it_is_among_many() -> None:
+    """Packing makes them by the hundred, `verify` one by one."""
+    flat = np.full((5, 7, 3), 93, np.uint8)
+    grids = np.stack([green_grid(photo(n, 40 + n, 300 - n)) for n in range(9)] + [green_grid(flat)])
+    hashes, thumbnails = fingerprints(grids)
+    for row, grid in enumerate(grids):
+        (one,), (thumbnail,) = fingerprints(grid[None])
+        assert one == hashes[row]
+        np.testing.assert_array_equal(thumbnail, thumbnails[row])
+    assert hashes[-1] == 1 << 63  # only the mean of a flat image is above the median
+    assert (thumbnails[-1] == 93).all()
+    assert [len(part) for part in fingerprints(grids[:0])] == [0, 0]
 
 
 def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sharding.build import build
 from sharding.catalog import read_catalog
+from sharding.decode import decode, fingerprints, green_grid
 from sharding.dedupe import MAX_BITS, near_duplicates
 from sharding.format import open_shards, read_index
 from tests.conftest import encode, photo
@@ -189,17 +190,11 @@ def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
 
 
 def test_different_photographs_are_not_near_and_copies_are() -> None:
-    from sharding.decode import prepare
-
-    def facts(data: bytes) -> tuple[int, np.ndarray]:
-        prepared = prepare(data)
-        return prepared.facts.phash, prepared.thumbnail.reshape(256)
-
-    images = [facts(jpeg(n)) for n in range(60)]
-    copies = [facts(jpeg(n, 50)) for n in range(60)]
-    copies += [facts(jpeg(n, 85, (256, 256))) for n in range(60)]
-    hashes, thumbnails = (np.array(part) for part in zip(*images, *copies, strict=True))
-    found = near_duplicates(hashes.astype(np.uint64), thumbnails)
+    files = [jpeg(n) for n in range(60)]
+    files += [jpeg(n, 50) for n in range(60)]
+    files += [jpeg(n, 85, (256, 256)) for n in range(60)]
+    hashes, thumbnails = fingerprints(np.stack([green_grid(decode(data)) for data in files]))
+    found = near_duplicates(hashes, thumbnails.reshape(-1, 256))
     assert all(a % 60 == b % 60 for a, b in found)
     assert (
         len({tuple(p) for p in found.tolist() if p[0] < 60}) >= 108
