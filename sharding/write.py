@@ -5,12 +5,15 @@ The rows, written after it, are the mark that the shard is done.
 """
 
 import hashlib
+import io
 import json
 import multiprocessing
 import sys
+import tarfile
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +28,7 @@ from sharding.format import (
 )  # fmt: skip
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from sharding.storage import AnyPath, any_path, sha256_of, size_of, write_atomically, write_text
+from sharding.storage import AnyPath, any_path, size_of, write_atomically, write_text
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def write_shard(
     lines: list[str] = []
 
     def pack(partial: Path) -> None:
-        lines[:] = _pack(partial, any_path(raw), rows)
-        written.append(Written(name, len(rows), partial.stat().st_size, sha256_of(partial)))
+        lines[:], sha256 = _pack(partial, any_path(raw), rows)
+        written.append(Written(name, len(rows), partial.stat().st_size, sha256))
 
     write_atomically(any_path(folder) / name, pack)
     index = "\n".join([f"v1.2 {len(rows)}", *lines]) + "\n"
@@ -67,44 +70,85 @@ def write_shard(
     return written[0]
 
 
-def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> list[str]:
+class _Tar:
+    """What `webdataset.TarWriter` writes members to, in place of a `tarfile.TarFile`: the same
+    bytes at a third of the time, with their position and hash known as they are written.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.offset, self.hash = stream, 0, hashlib.sha256()
+
+    def addfile(self, info: tarfile.TarInfo, content: io.BytesIO) -> None:
+        """One member: a header of 512 bytes, and the content filled up to as many."""
+        self._write(_header(info))
+        self._write(content.getvalue())
+        self._write(bytes(-info.size % tarfile.BLOCKSIZE))
+
+    def close(self) -> None:
+        """Two empty blocks end a tar, which is a whole number of records."""
+        end = self.offset + 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -end % tarfile.RECORDSIZE - self.offset))
+
+    def _write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self.hash.update(data)
+        self.offset += len(data)
+
+
+def _header(info: tarfile.TarInfo) -> bytes:
+    """`info.tobuf()` of a plain file: name, size and checksum put into a header that tarfile made
+    (POSIX.1-1988, ustar).
+    """
+    name = info.name.encode()
+    if len(name) > 100:
+        raise ShardError(f"{info.name} has {len(name)} bytes, a name in a tar at most 100")
+    blank = _blank_header(info.mode, info.mtime, info.uname, info.gname)
+    header = name.ljust(100, b"\0") + blank[100:124] + b"%011o" % info.size + blank[135:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+@lru_cache
+def _blank_header(mode: int, mtime: float, user: str, group: str) -> bytes:
+    """A header without name, size and checksum, whose field counts as eight spaces."""
+    info = tarfile.TarInfo()
+    info.mode, info.mtime, info.uname, info.gname = mode, mtime, user, group
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return header[:148] + b" " * 8 + header[156:]
+
+
+def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[str], str]:
     """Write the tar; fills in `offset` and `size` of `rows`.
 
-    Returns the lines of the `.idx` for DALI's reader (version 1.2): per sample the extension,
-    offset, size and name of each member.
+    Returns the lines of the `.idx` for DALI's reader (version 1.2), per sample the extension,
+    offset, size and name of each member; and the tar's SHA-256.
     """
     if multiprocessing.parent_process() is not None:
         # webdataset works without torch, whose import takes seconds that no worker needs.
         sys.modules.setdefault("torch", None)
     import webdataset
 
-    class Writer(webdataset.TarWriter):
-        """The same bytes without tarfile's own small buffer, and with a known position."""
-
-        tarmode = staticmethod(lambda *_: "w")
-
     lines = []
-    with path.open("wb") as stream, Writer(stream, encoder=False, mtime=0) as tar:
-        tar.tarstream.copybufsize = 2**20  # one write per image, not one per 16 KiB
+    with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+        writer.tarstream = tar = _Tar(stream)  # the one it had has written nothing
         for row, data in zip(rows, read_all(raw, rows), strict=True):
             data = _the_same(row, data)
             row["offset"], row["size"] = 0, len(data)
             meta = json.dumps(member_metadata(row), sort_keys=True).encode()
             members = {IMAGE_FORMATS[row["format"]]: data, "json": meta}
-            offset = tar.tarstream.offset
-            tar.write({"__key__": row["key"], **members})
+            offset = tar.offset
+            writer.write({"__key__": row["key"], **members})
             line = []
             for extension in sorted(members):  # the order in which TarWriter writes them
                 size = len(members[extension])
-                offset += 512
+                offset += tarfile.BLOCKSIZE
                 line.append(f"{extension} {offset} {size} {row['key']}.{extension}")
                 if extension != "json":
                     row["offset"] = offset
-                offset += -(-size // 512) * 512
-            if offset != tar.tarstream.offset:
+                offset += size + -size % tarfile.BLOCKSIZE
+            if offset != tar.offset:
                 raise RuntimeError(f"{row['key']} is not where its index says")
             lines.append(" ".join(line))
-    return lines
+    return lines, tar.hash.hexdigest()
 
 
 def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:

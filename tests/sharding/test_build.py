@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, open_shards, read_index
-from tests.conftest import build_all, write_raw
+from tests.conftest import CATALOG, build_all, write_raw
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,30 @@ def test_members_are_adjacent_and_dateless(data: Path) -> None:
         keys = [member.name.split(".")[0] for member in members]
         assert keys[::2] == keys[1::2]
         assert {member.mtime for member in members} == {0}
+
+
+def test_a_shard_is_the_tar_that_webdataset_would_write(data: Path, tmp_path: Path) -> None:
+    for path in sorted((data / "old").glob("*.tar")):
+        samples: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
+        again = tmp_path / path.name
+        with again.open("wb") as stream:
+            with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+                for key, members in samples.items():
+                    writer.write({"__key__": key, **members})
+        assert path.read_bytes() == again.read_bytes()
+
+
+def test_a_name_that_no_tar_can_hold_is_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw")
+    long = "x" * 90
+    (tmp_path / "raw/alpha").rename(tmp_path / "raw" / long)
+    (tmp_path / "catalog.toml").write_text(CATALOG.replace("sources.alpha", f"sources.{long}"))
+    with pytest.raises(ShardError, match=f"{long}_.* 11[12] bytes, a name in a tar at most 100"):
+        build(read_catalog([tmp_path / "catalog.toml"]), tmp_path / "raw", tmp_path / "out", jobs=1)
 
 
 def test_the_same_input_gives_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:
