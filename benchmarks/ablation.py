@@ -57,11 +57,13 @@ COMMON = (
     "replay.distill=0",
 )
 PHASE_1, PHASE_2 = "small-phase1.toml", "small-phase2.toml"
-EPOCHS = {PHASE_1: 3, PHASE_2: 5}
+SCRATCH_1, SCRATCH_2 = "demo-phase1.toml", "demo-phase2.toml"
+EPOCHS = {PHASE_1: 3, PHASE_2: 5, SCRATCH_1: 8, SCRATCH_2: 8}
 
 FLAT = ("optim.grouping=none", "optim.layer_decay=1.0", "optim.lr=2e-4")
-FLAT_2 = (*FLAT[:2], "optim.lr=1e-4", "replay.old_per_new=1:8")
-DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", "replay.old_per_new=1:8")
+REPLAY_8 = ("replay.old_per_new=1:8",)
+FLAT_2 = (*FLAT[:2], "optim.lr=1e-4", *REPLAY_8)
+DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", *REPLAY_8)
 SLOW = ("optim.grouping=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
 SLOW_2 = (*SLOW[:2], "optim.lr=1e-3")
 EVEN = ("replay.old_per_new=1:1",)
@@ -72,6 +74,10 @@ BODY = ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3")
 FROZEN = (*FLAT[:2], "optim.lr=3e-4", "network.frozen=true", "run.epochs=8")
 BODY_2 = (*BODY[:2], "optim.lr=5e-4")
 ROBUST = recipes.read(recipes.FOLDER / "robust.toml")["augment"]["train"]
+SMALL_VIEW = ("view.size=128", "view.resize=144")
+BLOCK, STAGE12 = (
+    (f"optim.grouping={grouping}", "optim.layer_decay=0.8") for grouping in ("block", "stage12")
+)
 HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUST.items())
 
 FIRST: dict[str, tuple[str, ...]] = {
@@ -82,21 +88,35 @@ FIRST: dict[str, tuple[str, ...]] = {
     "slow body": SLOW,
     "stages": (*STAGES, *BODY),
     "frozen": (*STAGES, *FROZEN),
+    "scratch": SMALL_VIEW,
+    "scratch block": (*SMALL_VIEW, *BLOCK),
+    "scratch stage12": (*SMALL_VIEW, *STAGE12),
 }
-"""Phase 1 by name: what it changes in `recipes/small-phase1.toml`."""
+"""Phase 1 by name: what it changes in `recipes/small-phase1.toml`, or, where it is from scratch, in
+`recipes/demo-phase1.toml`: a small ConvNeXtV2."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """A recipe of both phases: the name of its phase 1, and what phase 2 changes in
-    `recipes/small-phase2.toml`. With `of`, nothing is trained: the weights lie `share` of the way
-    from the start of phase 2 of the cell `of` to its end.
+    `recipes/small-phase2.toml` (from scratch: `demo-phase2.toml`). With `of`, nothing is trained:
+    the weights lie `share` of the way from the start of phase 2 of the cell `of` to its end.
     """
 
     first: str
     second: tuple[str, ...] = FLAT_2
     of: str = ""
     share: float = 1.0
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The recipes of both phases."""
+        return (SCRATCH_1, SCRATCH_2) if self.scratch else (PHASE_1, PHASE_2)
+
+    @property
+    def scratch(self) -> bool:
+        """Whether phase 1 starts from random weights."""
+        return self.first.startswith("scratch")
 
 
 STAR: dict[str, Cell] = {
@@ -124,6 +144,10 @@ CANDIDATES: dict[str, Cell] = {
     "frozen, 3:1 distilled 0.2": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.2")),
     "frozen, 3:1 distilled 0.1": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.1")),
     "slow body 1:1": Cell("slow body", (*SLOW_2, *EVEN)),
+    "scratch": Cell("scratch", (*SMALL_VIEW, *REPLAY_8)),
+    "scratch, decay block": Cell("scratch block", (*SMALL_VIEW, *REPLAY_8, *BLOCK)),
+    "scratch, decay stage12": Cell("scratch stage12", (*SMALL_VIEW, *REPLAY_8, *STAGE12)),
+    "scratch, 1:1": Cell("scratch", (*SMALL_VIEW, *EVEN)),
 }
 """What might do better."""
 
@@ -187,7 +211,9 @@ class Bench:
         """A folder per run."""
         return self.work / "runs"
 
-    def train(self, file: str, name: str, seed: int, changes: Sequence[str], start: Path) -> Path:
+    def train(
+        self, file: str, name: str, seed: int, changes: Sequence[str], start: Path | None
+    ) -> Path:
         """Train a run to its end unless it is there, score its best checkpoint, and return that."""
         done = self.runs / name / "done.json"
         if not done.exists():
@@ -289,15 +315,17 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
     """
     cell = cells[name]
 
-    def run(folder: str, file: str, changes: Sequence[str], start: Path) -> Path:
+    def run(folder: str, file: str, changes: Sequence[str], start: Path | None) -> Path:
         with claimed(bench.runs / f"{folder}.lock") as own:
             if not own:
                 raise BlockingIOError(folder)
             return bench.train(file, folder, seed, changes, start)
 
-    first = run(label("first", cell.first, seed), PHASE_1, FIRST[cell.first], bench.init)
+    file_1, file_2 = cell.files
+    start = None if cell.scratch else bench.init
+    first = run(label("first", cell.first, seed), file_1, FIRST[cell.first], start)
     trained = cells[cell.of] if cell.of else cell
-    second = run(label("second", cell.of or name, seed), PHASE_2, trained.second, first)
+    second = run(label("second", cell.of or name, seed), file_2, trained.second, first)
     if cell.of:
         run_folder = bench.runs / label("between", name, seed)
         mixed = run_folder / second.name
