@@ -195,7 +195,7 @@ class Draws(NamedTuple):
         columns[5] = list(map(tuple, columns[5]))
         return map(Draw._make, zip(*columns, strict=True))
 
-    def take(self, rows: np.ndarray) -> "Draws":
+    def take(self, rows: np.ndarray | slice) -> "Draws":
         """These draws only."""
         return Draws._make(column[rows] for column in self)
 
