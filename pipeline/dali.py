@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, Draws
+from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, LEAST_SIGMA, Draws
 from pipeline.batch import Cost, Pixels, Request
 from pipeline.meter import Board
 from pipeline.pil import encode_jpeg, webp_round_trip
@@ -147,7 +147,7 @@ def columns_of(data: list[bytes], draws: Draws, size: int) -> tuple:
         np.ascontiguousarray(colour[:, :, 3]),
         draws.resample.astype(np.float32),
         draws.jpeg,
-        draws.blur.astype(np.float32),
+        np.where(draws.blur >= LEAST_SIGMA, draws.blur, 0).astype(np.float32),
         draws.grey,
         (size + GRID * draws.moved).astype(np.float32),
         _FILTERS[draws.filter],

@@ -10,6 +10,7 @@ from torchvision import transforms
 
 from pipeline.augment import (
     IDENTITY,
+    LEAST_SIGMA,
     Augment,
     Draw,
     Laws,
@@ -20,6 +21,7 @@ from pipeline.augment import centre as centres
 from pipeline.augment import draw as draw_all
 from pipeline.dice import roll
 from pipeline.pil import apply as apply_to
+from pipeline.pil import gaussian_blur
 from tests.conftest import HARSH, VIEW, photo
 
 PHASE1 = Augment(
@@ -231,3 +233,30 @@ def test_colour_matrix_does_what_its_names_say() -> None:
 def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Augment(**values)
+
+
+def test_a_blur_that_is_skipped_would_change_nothing() -> None:
+    """Hardest on pixels that differ most from their neighbours."""
+    board = np.indices((70, 45)).sum(axis=0) % 2 * 255
+    images = [np.repeat(board[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
+    for image in images:
+        for sigma in (0.1, 0.2, LEAST_SIGMA):
+            np.testing.assert_array_equal(gaussian_blur(image, sigma), image)
+    assert (gaussian_blur(images[0], 0.27) != images[0]).any()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 9), (9, 1), (2, 2), (32, 5), (33, 7), (64, 3), (97, 40)]
+)
+def test_blur_in_bands_is_a_blur_of_the_whole(shape: tuple[int, int]) -> None:
+    image = photo(2, shape[1], shape[0])
+    taps = np.exp(-0.5 * (np.arange(-1, 2) / 0.45) ** 2)
+    taps /= taps.sum()
+    expected = image.astype(np.float64)
+    for axis in (0, 1):
+        size = shape[axis]
+        around = [np.abs(np.arange(-1, size - 1)), np.arange(size), np.arange(1, size + 1)]
+        around[2][-1] = max(size - 2, 0)
+        around[0][0] = min(1, size - 1)
+        expected = sum(w * expected.take(i, axis) for w, i in zip(taps, around, strict=True))
+    np.testing.assert_allclose(gaussian_blur(image, 0.45), expected, atol=0.501)
