@@ -78,15 +78,16 @@ def measure(
     if fakes and reals:
         truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
         called_fake = torch.from_numpy(called.astype(np.int64))
+        curve = roc(labels, probabilities)
         found |= {
             "balanced_accuracy": (found["recall"] + 1 - found["false_positive_rate"]) / 2,
             "precision": float(binary_precision(called_fake, truth)) if called.any() else None,
             "f1": float(binary_f1_score(called_fake, truth)),
             "auroc": float(binary_auroc(ranks, truth)),
             "average_precision": float(binary_average_precision(ranks, truth)),
-            "eer": equal_error_rate(labels, probabilities),
-            "tpr_at_fpr_1": tpr_at_fpr(labels, probabilities, 0.01),
-            "tpr_at_fpr_5": tpr_at_fpr(labels, probabilities, 0.05),
+            "eer": equal_error_rate(*curve),
+            "tpr_at_fpr_1": tpr_at_fpr(*curve, 0.01),
+            "tpr_at_fpr_5": tpr_at_fpr(*curve, 0.05),
             "ece": expected_calibration_error(labels, probabilities),
         }
     missing = dict.fromkeys(("balanced_accuracy", "f1", "auroc"))
@@ -119,19 +120,17 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.append(0, false), np.append(0, true)
 
 
-def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
+def tpr_at_fpr(false: np.ndarray, true: np.ndarray, rate: float) -> float:
     """The most fakes found, as a share, at a false-positive rate of at most `rate`; never between
-    two thresholds.
+    two of the thresholds of `roc`.
     """
-    false, true = roc(labels, scores)
     return float(true[false <= rate * false[-1] + 1e-9].max() / true[-1])
 
 
-def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Where the ROC curve, its corners joined by straight lines, has as many false positives as
-    missed fakes, as shares. (torchmetrics takes the nearest corner, which jumps.)
+def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
+    """Where the curve of `roc`, its corners joined by straight lines, has as many false positives
+    as missed fakes, as shares. (torchmetrics takes the nearest corner, which jumps.)
     """
-    false, true = roc(labels, scores)
     fpr, fnr = false / false[-1], 1 - true / true[-1]
     after = int(np.argmax(fpr >= fnr))  # at (1, 0) at the latest, and never at (0, 1)
     gap_before, gap_after = (fpr - fnr)[after - 1], (fpr - fnr)[after]

@@ -51,6 +51,19 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
             assert {n for n, v in wanted.items() if v is not None} - beyond <= found.keys()
 
 
+def test_a_draw_of_many_images_is_exact() -> None:
+    """More images than small whole numbers count, and a place in every step of the search."""
+    rng = np.random.default_rng(8)
+    labels, fake = rng.integers(0, 2, 80_000), rng.uniform(size=80_000).round(5)
+    groups, images = alone(labels), images_of(labels)
+    found = resample(fake, {"": images}, groups, 0.5, draws=2)[""]
+    (weights,) = bootstrap._weights(groups, len(labels), 2, seed=bootstrap.SEED)
+    for draw, times in enumerate(weights[:, groups.of_row].astype(int)):
+        wanted = asdict(measure(np.repeat(labels, times), np.repeat(fake, times), 0.5))
+        for name, values in found.items():
+            assert values[draw] == pytest.approx(wanted[name], abs=1e-6), name
+
+
 def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The draws of one line do not depend on which others are there; a seed gives the same."""
     rng = np.random.default_rng(3)
