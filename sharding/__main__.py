@@ -143,7 +143,7 @@ def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
         [
             name,
             (source.root or name) + "/",
-            "no image" if (raw / (source.root or name)).is_dir() else "not there",
+            "no image" if name in found.empty else "not there",
             source.homepage or "-",
         ]
         for name, source in catalog.sources.items()
@@ -152,6 +152,7 @@ def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
     console.table(
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
     )
+    _say_what_was_passed_over(found)
     console.say(
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
@@ -189,16 +190,24 @@ def _say_what_was_built(built: list[BuiltSet], found: Found, out: AnyPath) -> No
             console.say(f"... and more: see quarantine in {out / one.name / INDEX_FILE}")
         for reason, count in one.index["left_out"].items():
             console.say(f"left out of {one.name}: {count:,} images: {reason}")
+    _say_what_was_passed_over(found)
     for source, listing in found.listings.items():
+        for rule, count in listing.read_as.items():
+            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
+    if found.kept:
+        console.say(f"raw files gone, kept as packed: {', '.join(found.kept)}")
+
+
+def _say_what_was_passed_over(found: Found) -> None:
+    """Files that belong to no set, and why, by source."""
+    for source, listing in (found.listings | found.empty).items():
+        if source in found.empty:
+            console.say(f"no image: {source}")
         for reason, entry in listing.left_out.items():
             console.say(
                 f"passed over: {source}: {entry['files']:,} files: {reason} "
                 f"(first: {entry['first'][0]})"
             )
-        for rule, count in listing.read_as.items():
-            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
-    if found.kept:
-        console.say(f"raw files gone, kept as packed: {', '.join(found.kept)}")
 
 
 @main.command()

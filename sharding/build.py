@@ -80,13 +80,14 @@ class Found:
     """The sources of a catalogue that are there: their images as tables, and notes on their layout.
 
     `kept` are sources whose raw files are gone, known from an earlier build; `missing` are those
-    that were never there.
+    that were never there, and `empty` those of them whose folder is, without an image.
     """
 
     items: dict[str, pa.Table] = field(default_factory=dict)
     listings: dict[str, Listing] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    empty: dict[str, Listing] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def find_sources(
                 found.listings[name] = replace(listing, items=[])  # ten times the memory
             else:
                 found.missing.append(name)
+                found.empty[name] = listing
         elif (out / WORK_FOLDER / "inventory" / f"{name}.parquet").exists():
             found.kept.append(name)
         else:

@@ -44,6 +44,22 @@ def test_build_with_nothing_to_build_says_what_it_knows(tmp_path: Path) -> None:
     assert f"Nothing to build below {tmp_path / 'raw'}" in result.output
 
 
+def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Path) -> None:
+    """Alone there is nothing to build; beside others it would be missed."""
+    folder = tmp_path / "raw"
+    (folder / "dummy").mkdir(parents=True)
+    (folder / "dummy" / "fake").symlink_to(raw / "dummy" / "fake", target_is_directory=True)
+    said = "passed over: dummy: 1 files: refused: a symbolic link, which is not followed"
+    arguments = "--catalog", raw / "catalog.toml", "--out", tmp_path / "out", "--jobs", 1
+    alone = run(sharding, "build", "--raw", folder, *arguments)
+    assert alone.exit_code == 1
+    assert "no image: dummy" in alone.output and said in alone.output
+    shutil.copytree(raw / "alpha", folder / "alpha")
+    beside = run(sharding, "build", "--raw", folder, *arguments)
+    assert beside.exit_code == 0, beside.output
+    assert "no image: dummy" in beside.output and said in beside.output
+
+
 def test_build_and_show(raw: Path, tmp_path: Path) -> None:
     result = run(
         sharding, "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path,

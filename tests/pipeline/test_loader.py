@@ -155,6 +155,18 @@ def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
         assert (batch.samples[batch.replayed] >= len(stream.pool.new)).all()
 
 
+def test_each_epoch_and_each_seed_augment_anew(make_stream: Callable) -> None:
+    seen: dict[int, list[bytes]] = {}
+    for seed in (3, 4):
+        stream = make_stream(old_per_new="0", workers=0, seed=seed)
+        for batch in stream.batches(0, 2):
+            for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
+                seen.setdefault(sample, []).append(image.contiguous().numpy().tobytes())
+    often = [images for images in seen.values() if len(images) == 4]
+    assert len(often) > len(stream.pool.new) / 2  # less what fills no batch
+    assert all(len(set(images)) == 4 for images in often)
+
+
 def test_each_epoch_replays_other_samples(make_stream: Callable) -> None:
     stream = make_stream(old_per_new="1:8")
     chosen = [set(e.samples[e.replayed].tolist()) for e in map(stream.epoch, range(3))]
