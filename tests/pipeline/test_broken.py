@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline import Loading, Pool, Replay, Stream, evaluation_batches, open_loader
 from pipeline.loader import LoadError, draw_by_law
 from pipeline.read import ReadError, ShardReader
-from sharding.format import ShardSet
+from sharding.format import ShardSet, exif_orientation
 from tests.conftest import HARSH, VIEW, encode, photo
 from tests.pipeline.test_loader import BACKENDS, CPU
 
@@ -64,23 +64,54 @@ KINDS = {
     "animated": encode(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(90)]),
 }  # fmt: skip
 
+
+def claimed_by(data: bytes) -> dict[str, object] | None:
+    """Format, size and orientation by the header, where Pillow can read one of a sane size."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
+            if image.width * image.height > 2**26:
+                return None
+            turned = exif_orientation(image)
+            width, height = image.size[:: -1 if turned >= 5 else 1]
+            return {
+                "format": image.format, "width": width, "height": height, "orientation": turned,
+            }  # fmt: skip
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+DECODABLE = {"cmyk", "another picture", "16 bit", "animated"}
+"""Whole images; what gives them away is that the index says another size."""
+
 BATCH = 8
 BAD = [0 * BATCH, 1 * BATCH + 4, 2 * BATCH + 7, *range(3 * BATCH, 4 * BATCH)]
 """First, middle and last in a batch, and a whole batch."""
 
 
-def with_bytes(shards: ShardSet, contents: dict[int, bytes], folder: Path) -> ShardSet:
-    """The set with other bytes for some samples, which stand in a tar of their own."""
+def with_bytes(
+    shards: ShardSet, contents: dict[int, bytes], folder: Path, *, as_claimed: bool = True
+) -> ShardSet:
+    """The set with other bytes for some samples, which stand in a tar of their own. The index
+    agrees with what their headers claim, so that it is the decoders that find out, unless
+    `as_claimed` is off.
+    """
     path = folder / "broken.bin"
-    offsets, sizes, codes = (shards.column(n).copy() for n in ("offset", "size", "shard_code"))
+    names = ("offset", "size", "shard_code", "width", "height", "orientation")
+    columns = {name: shards.column(name).copy() for name in names}
+    columns["format"] = shards.table.column("format").to_pylist()
     stream = io.BytesIO()
     for sample, data in contents.items():
-        offsets[sample], sizes[sample], codes[sample] = stream.tell(), len(data), len(shards.shards)
+        found = {"offset": stream.tell(), "size": len(data), "shard_code": len(shards.shards)}
+        if as_claimed and (claimed := claimed_by(data)):
+            found |= claimed
+        for name, value in found.items():
+            columns[name][sample] = value
         stream.write(data)
     path.write_bytes(stream.getvalue())
     table = shards.table
-    for name, column in (("offset", offsets), ("size", sizes), ("shard_code", codes)):
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(column))
+    for name, column in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.array(column, table.schema.types[place]))
     return replace(
         shards, table=table, folders=(*shards.folders, folder), _columns={},
         shards=(*shards.shards, path.name), shard_bytes=(*shards.shard_bytes, path.stat().st_size),
@@ -137,7 +168,8 @@ def only_the_bad_are_lost(
 def test_only_the_bad_are_lost(
     old: ShardSet, whole: dict, tmp_path: Path, kind: str, backend: str
 ) -> None:
-    shards = with_bytes(old, dict.fromkeys(BAD, KINDS[kind]), tmp_path)
+    contents = dict.fromkeys(BAD, KINDS[kind])
+    shards = with_bytes(old, contents, tmp_path, as_claimed=kind not in DECODABLE)
     reasons = list(only_the_bad_are_lost(shards, whole[backend], backend, BAD))
     # What no decoder notices is found by its hash (docs/log.md), here it is let through.
     if not kind.startswith("noise"):
@@ -149,7 +181,7 @@ def test_a_header_that_lies_is_refused_before_any_decoder_sees_it(
     old: ShardSet, tmp_path: Path, kind: str
 ) -> None:
     """A decoder would take gigabytes, or a minute."""
-    shards = with_bytes(old, {3: KINDS[kind]}, tmp_path)
+    shards = with_bytes(old, {3: KINDS[kind]}, tmp_path, as_claimed=False)
     width, height = (int(old.column(name)[3]) for name in ("width", "height"))
     (found,) = ShardReader(shards).read([3])
     assert isinstance(found, ReadError)
