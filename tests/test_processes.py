@@ -73,7 +73,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kills", "epochs", "real"),
-    [(3, 3, False), pytest.param(10, 20, True, marks=pytest.mark.slow)],
+    [(2, 2, False), pytest.param(10, 20, True, marks=pytest.mark.slow)],
 )
 def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     tiny_recipe: Path, data: Path, tmp_path: Path, kills: int, epochs: int, real: bool

@@ -229,6 +229,8 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+# torch's signal handler may raise while torch opens a file, which then nobody closes.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_ends_the_run_with_one_error(old: ShardSet) -> None:
     loading = Loading(batch_size=4, backend="pil", workers=1)
     loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
