@@ -1,6 +1,6 @@
 """One loader, timed, in a process of its own; `benchmarks.loader` starts these.
 
-    python -m benchmarks.contenders NAME PLACE WORKERS OUT [--prepare]
+    python -m benchmarks.contenders NAME PLACE WORKERS OUT BATCH EPOCHS [--prepare]
 
 Writes to OUT, as JSON, when its first and its last batch came (`time.monotonic`, which all
 processes of a machine share), and how many images came after the first batch. What a library needs
@@ -50,10 +50,10 @@ def our_stream(place: Path, backend: str, workers: int):
 
 
 def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
-    """One epoch, up to batches on the device."""
+    """Every epoch, up to batches on the device."""
     import torch
 
-    for batch in our_stream(place, backend, workers).batches(0, 1):
+    for batch in our_stream(place, backend, workers).batches(0, peers.EPOCHS):
         if batch.images.is_cuda:
             torch.cuda.current_stream().synchronize()
         yield len(batch)
@@ -85,7 +85,7 @@ def decode_images(place: Path, workers: int) -> Iterator[int]:
     paths = sorted((place / "images").rglob("*.jpg"))
     batches = [paths[first : first + peers.BATCH] for first in range(0, len(paths), peers.BATCH)]
     with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap_unordered(decode_batch, batches)
+        yield from pool.imap_unordered(decode_batch, batches * peers.EPOCHS)
 
 
 CONTENDERS = {
@@ -163,8 +163,11 @@ def measure(contender: Contender, place: Path, workers: int) -> dict[str, float 
     return {"first": first, "last": last, "images": images, "version": version}
 
 
-def main(name: str, place: str, workers: str, out: str, *options: str) -> None:
+def main(
+    name: str, place: str, workers: str, out: str, batch: str, epochs: str, *options: str
+) -> None:
     """Prepare for a contender, or measure it."""
+    peers.BATCH, peers.EPOCHS = int(batch), int(epochs)
     contender = CONTENDERS[name]
     if not is_installed(contender):
         result = {"missing": contender.package}

@@ -163,6 +163,12 @@ def main(
         "loader": (lambda: endless(stream), lambda _batch: None),
         "full": (lambda: endless(stream), step),
     }
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+    precision = describe(trainer.dtype)
+    title = (
+        f"{recipe.network.name}, {precision}, batch {recipe.loading.batch_size}, {name}, "
+        f"images through {stream.loader.backend}, {rounds} rounds of {seconds:g} s"
+    )
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(rounds):
         for mode, (source, use) in modes.items():
@@ -170,18 +176,15 @@ def main(
             console.log.info(
                 "round %d, %s: %.0f images/s", number + 1, mode, runs[mode][-1]["images_per_s"]
             )
+            if out:  # after each, so that a crash loses one
+                rows = {"title": title, "loader_bytes": loader_bytes, "runs": runs}
+                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     au = [
         alone["ms_per_step"] / both["ms_per_step"]
         for alone, both in zip(runs["step"], runs["full"], strict=True)
     ]
     share = statistics.median(au)
     bound = "step-bound" if share >= ENOUGH else "loader-bound"
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    precision = describe(trainer.dtype)
-    title = (
-        f"{recipe.network.name}, {precision}, batch {recipe.loading.batch_size}, {name}, "
-        f"images through {stream.loader.backend}, {rounds} rounds of {seconds:g} s"
-    )
     columns = [
         "mode", "images/s", "min-max", "ms per step", "stall p50 ms", "p99", "max",
     ]  # fmt: skip

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,17 @@ def unpack(place: Path, folder: Path) -> None:
         path.write_bytes(reader.read([row])[0])
 
 
-def run(name: str, place: Path, workers: int, python: str, *options: str) -> dict[str, Any]:
-    """One run of a contender: images_per_s, start_s and bytes; or `missing`, or `failed`."""
+def run(
+    name: str, place: Path, workers: int, python: str, size: tuple[int, int], *options: str
+) -> dict[str, Any]:
+    """One run of a contender: images_per_s, start_s and bytes; or `missing`, or `failed`.
+
+    `size` is the batch size and the number of epochs.
+    """
     out, log = place / "result.json", place / f"{name}.log"
     out.unlink(missing_ok=True)
     command = [python, "-m", "benchmarks.contenders", name, str(place), str(workers), str(out)]
+    command += map(str, size)
     started, largest, before = time.monotonic(), 0, cpu_seconds()
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -185,12 +192,21 @@ def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[ob
 
 
 def measure(
-    names: list[str], place: Path, workers: int, repeats: int, pythons: dict[str, str]
+    names: list[str],
+    place: Path,
+    workers: int,
+    repeats: int,
+    pythons: dict[str, str],
+    size: tuple[int, int],
+    keep: Callable[[dict[str, list[dict[str, Any]]]], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """All runs of each contender; one that is missing or failed is not tried again."""
+    """All runs of each contender; one that is missing or failed is not tried again.
+
+    `keep` gets all runs so far after each one.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in names:
-        prepared = run(name, place, workers, pythons[name], "--prepare")
+        prepared = run(name, place, workers, pythons[name], size, "--prepare")
         runs[name] += [prepared] if prepared else []
     for number in range(2 * repeats):
         for name in names:
@@ -198,7 +214,8 @@ def measure(
                 continue
             if sum(one["others"] <= CALM for one in runs[name]) == repeats:
                 continue
-            runs[name].append(run(name, place, workers, pythons[name]))
+            runs[name].append(run(name, place, workers, pythons[name], size))
+            keep(runs)
             found = runs[name][-1]
             rate = found.get("failed") or (
                 f"{found['images_per_s']:,.0f} images/s, others {found['others']:.0%}"
@@ -211,6 +228,8 @@ def measure(
 @click.option("--images", default=3000, show_default=True, help="Images to load.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
 @click.option("--workers", default=2, show_default=True, help="Processes or threads of each.")
+@click.option("--batch-size", default=BATCH, show_default=True, help="Images per batch.")
+@click.option("--epochs", default=1, show_default=True, help="Times that the images are loaded.")
 @click.option(
     "--originals",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -229,6 +248,8 @@ def main(
     images: int,
     repeats: int,
     workers: int,
+    batch_size: int,
+    epochs: int,
     originals: Path | None,
     shards: Path | None,
     peers_python: str | None,
@@ -247,13 +268,21 @@ def main(
         else:
             pack(place, images, originals, workers)
         sizes = [path.stat().st_size for path in (place / "images").rglob("*.jpg")]
-        runs = measure(names, place, workers, repeats, pythons)
+        title = (
+            f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 law, "
+            f"batch {batch_size}, {epochs} epochs, {workers} workers, {repeats} runs"
+        )
+
+        def keep(runs: dict[str, list[dict[str, Any]]]) -> None:
+            if out:  # after each run, so that a crash loses one
+                figures = {"title": title, "python": platform.python_version(), "runs": runs}
+                out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+        size = batch_size, epochs
+        runs = measure(names, place, workers, repeats, pythons, size, keep)
+        keep(runs)
     rates = [one["images_per_s"] for one in calm_runs(runs.get(BASE, []))]
     base = statistics.median(rates) if rates else None
-    title = (
-        f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 law, "
-        f"batch {BATCH}, {workers} workers, {repeats} runs"
-    )
     columns = [
         "loader", "version", "images/s", "min-max", "ratio", "start-up s", "memory MiB",
         "calm runs",
@@ -262,9 +291,6 @@ def main(
     failed = {name: one for name in names for one in runs[name] if "failed" in one}
     for name, one in failed.items():
         console.say(f"{name}: {one['failed']}")
-    if out:
-        figures = {"title": title, "python": platform.python_version(), "runs": runs}
-        out.write_text(json.dumps(figures, indent=1) + "\n")
     if failed:
         raise SystemExit(1)
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BATCH = 30
+EPOCHS = 1
+"""Set by `benchmarks.contenders` before a loader starts."""
+
 SIZE = 256
 RECIPE = tomllib.loads((Path(__file__).parents[1] / "recipes/phase1.toml").read_text("utf-8"))
 LAW = RECIPE["augment"]["train"]
@@ -65,8 +68,9 @@ def torchvision_images(place: Path, workers: int) -> Iterator[int]:
 
     dataset = ImageFolder(str(place / "images"), torchvision_law())
     loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True)
-    for images, _ in loader:
-        yield len(images)
+    for _ in range(EPOCHS):
+        for images, _label in loader:
+            yield len(images)
 
 
 def webdataset_images(place: Path, workers: int) -> Iterator[int]:
@@ -83,8 +87,10 @@ def webdataset_images(place: Path, workers: int) -> Iterator[int]:
         .map_tuple(law, lambda facts: facts["label"])
         .batched(BATCH, partial=False)
     )
-    for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
-        yield len(images)
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    for _ in range(EPOCHS):
+        for images, _label in loader:
+            yield len(images)
 
 
 def dali_images(place: Path, workers: int) -> Iterator[int]:
@@ -156,8 +162,10 @@ def dali_images(place: Path, workers: int) -> Iterator[int]:
     iterator = DALIGenericIterator(
         [law()], ["images", "facts"], reader_name="reader", last_batch_policy=LastBatchPolicy.DROP
     )
-    for batch in iterator:
-        yield len(batch[0]["images"])
+    for _ in range(EPOCHS):
+        for batch in iterator:
+            yield len(batch[0]["images"])
+        iterator.reset()
 
 
 def spdl_images(place: Path, workers: int) -> Iterator[int]:

@@ -226,6 +226,14 @@ def main(
     ways = {name: way for name, way in ways.items() if not only or name in ("as train.py", *only)}
     used = dict.fromkeys(way.dtype for way in ways.values())
     peaks = {name: matrix_peak(place, DTYPES[name], min(seconds, 2.0)) for name in used}
+    device_name = torch.cuda.get_device_name(place) if on_gpu else platform.processor() or "CPU"
+    title = (
+        f"{recipe.network.name} at {recipe.view.size}, {base.dtype}, batch {base.batch}, "
+        f"{device_name}, {rounds} rounds of {seconds:g} s"
+    )
+    about = {
+        "title": title, "peaks": peaks, "threads": torch.get_num_threads(), "versions": versions(),
+    }  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for number, (name, way) in itertools.product(range(rounds), ways.items()):
         if found[name] and "failed" in found[name][-1]:
@@ -234,18 +242,12 @@ def main(
         rate = found[name][-1].get("images_per_s")
         said = f"{rate:.1f} images/s" if rate else found[name][-1]["failed"]
         console.log.info("round %d, %s: %s", number + 1, name, said)
-    device_name = torch.cuda.get_device_name(place) if on_gpu else platform.processor() or "CPU"
-    title = (
-        f"{recipe.network.name} at {recipe.view.size}, {base.dtype}, batch {base.batch}, "
-        f"{device_name}, {rounds} rounds of {seconds:g} s"
-    )
+        if out:  # after each row, so that a crash loses one
+            text = json.dumps({**about, "rows": found}, indent=1)
+            out.write_text(text + "\n", encoding="utf-8")
     show(title, found)
     reached = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in peaks.items())
     console.say(f"matrix peak in this run, 10^12 operations a second: {reached}")
-    if out:
-        about = {"title": title, "peaks": peaks, "threads": torch.get_num_threads()}
-        text = json.dumps({**about, "versions": versions(), "rows": found}, indent=1)
-        out.write_text(text + "\n", encoding="utf-8")
     if "failed" in found["as train.py"][-1]:
         raise click.ClickException(f"the step itself failed: {found['as train.py'][-1]['failed']}")
 

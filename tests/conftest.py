@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import torch
@@ -204,6 +203,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def client(s3: dict[str, str]) -> Iterator[object]:
     """Amazon's own client of that server."""
+    import boto3  # the other tests must run where it is not installed
+
     found = boto3.client(
         "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
         aws_access_key_id="test", aws_secret_access_key="test",

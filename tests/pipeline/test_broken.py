@@ -1,5 +1,6 @@
 """Broken bytes inside a shard, of every kind: the run ends, and only they are lost."""
 
+import functools
 import hashlib
 import io
 import os
@@ -7,7 +8,7 @@ import resource
 import signal
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from pipeline.loader import LoadError, draw_by_law
 from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet, exif_orientation
 from tests.conftest import HARSH, VIEW, encode, photo
-from tests.pipeline.test_loader import BACKENDS, CPU
+
+CPU = torch.device("cpu")
+DEVICES = {"pil": CPU, "dali": CPU, "dali on a GPU": torch.device("cuda")}
+BACKENDS = ("pil", "dali", pytest.param("dali on a GPU", marks=pytest.mark.gpu))
 
 PHOTO = Image.fromarray(photo(1))
 JPEG, PNG, WEBP = (encode(PHOTO, kind) for kind in ("JPEG", "PNG", "WEBP"))
@@ -121,8 +125,8 @@ def with_bytes(
 def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
     """Each sample of one epoch in the order of the index: valid, digest of its pixels, reason."""
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
-    loading = Loading(batch_size=BATCH, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=BATCH, backend=backend.partition(" ")[0], workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=DEVICES[backend])
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     epoch = stream.epoch(0)
     epoch = replace(epoch, samples=np.arange(len(epoch.samples)))
@@ -131,15 +135,16 @@ def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
     for batch in loader.batches(epoch, draws):
         names = dict(zip(batch.failures, loader.name_failures(batch), strict=True))
         for row, sample in enumerate(batch.samples.tolist()):
-            pixels = batch.images[row].contiguous().numpy().tobytes()
+            pixels = batch.images[row].contiguous().cpu().numpy().tobytes()
             digest = hashlib.sha256(pixels).hexdigest()
             found[sample] = bool(batch.valid[row]), digest, names.get(row, "")
     return found
 
 
 @pytest.fixture(scope="module")
-def whole(old: ShardSet) -> dict[str, dict]:
-    return {backend: run(old, backend) for backend in BACKENDS}
+def whole(old: ShardSet) -> Callable[[str], dict]:
+    """What each backend makes of the set before anything in it is broken."""
+    return functools.cache(functools.partial(run, old))
 
 
 @pytest.fixture(autouse=True)
@@ -166,11 +171,11 @@ def only_the_bad_are_lost(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_bad_are_lost(
-    old: ShardSet, whole: dict, tmp_path: Path, kind: str, backend: str
+    old: ShardSet, whole: Callable[[str], dict], tmp_path: Path, kind: str, backend: str
 ) -> None:
     contents = dict.fromkeys(BAD, KINDS[kind])
     shards = with_bytes(old, contents, tmp_path, as_claimed=kind not in DECODABLE)
-    reasons = list(only_the_bad_are_lost(shards, whole[backend], backend, BAD))
+    reasons = list(only_the_bad_are_lost(shards, whole(backend), backend, BAD))
     # What no decoder notices is found by its hash (docs/log.md), here it is let through.
     if not kind.startswith("noise"):
         assert reasons, f"{kind} went through unnoticed"
@@ -197,11 +202,11 @@ def awkward_files() -> list[Path]:
 @pytest.mark.skipif(not awkward_files(), reason="AWKWARD_IMAGES names no folder of hostile files")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_hostile_file_in_a_folder(
-    old: ShardSet, whole: dict, tmp_path: Path, backend: str
+    old: ShardSet, whole: Callable[[str], dict], tmp_path: Path, backend: str
 ) -> None:
     for path in awkward_files():
         shards = with_bytes(old, dict.fromkeys(BAD, path.read_bytes()), tmp_path)
-        list(only_the_bad_are_lost(shards, whole[backend], backend, BAD))
+        list(only_the_bad_are_lost(shards, whole(backend), backend, BAD))
 
 
 @pytest.mark.slow
@@ -212,8 +217,8 @@ def test_memory_stays_flat_over_ten_thousand_batches(
     """With one image in eighty broken, so that repairs are part of it."""
     shards = with_bytes(old, {17: KINDS["half a jpeg"]}, tmp_path)
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
-    loading = Loading(batch_size=4, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=4, backend=backend.partition(" ")[0], workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=DEVICES[backend])
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     early = 0
     for number, _ in enumerate(stream.batches(0, 500)):  # 500 epochs: starting over is part of it

@@ -1,0 +1,145 @@
+"""Train, interrupt, resume, evaluate and predict on the device, and compare with the CPU.
+
+    python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
+
+A small network with random weights is trained on a packed set through `train.py`, stopped by
+SIGTERM in the middle and resumed by the same command. `evaluate.py` measures it, and `predict.py`
+scores the images of FOLDER on the device and on the CPU: how far the probabilities are apart, which
+verdicts differ, and which files have a reason instead of a verdict on one of the two alone. Scores
+of a network trained for seconds mean nothing else.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import console
+
+ROOT = Path(__file__).parents[1]
+STOP_AFTER_STEP = 10
+"""SIGTERM is sent once this step is in the log."""
+
+LIMIT_S = 240
+
+
+def run(*command: str, stop_at: int | None = None) -> dict[str, Any]:
+    """Run a script of the project; its exit code, seconds and last lines.
+
+    With `stop_at` the process gets SIGTERM once that step is logged.
+    """
+    began = time.monotonic()
+    lines: list[str] = []
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, errors="replace",
+    )  # fmt: skip
+    stopped_at = None
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        logged = line.split("step ")[1].split(":")[0] if "step " in line and ":" in line else ""
+        if stop_at and stopped_at is None and logged.isdigit() and int(logged) >= stop_at:
+            process.send_signal(signal.SIGTERM)
+            stopped_at = time.monotonic()
+        if time.monotonic() - began > LIMIT_S:
+            process.kill()
+    code = process.wait()
+    row = {"rc": code, "seconds": round(time.monotonic() - began, 1), "lines": lines[-25:]}
+    return row if stopped_at is None else {**row, "seconds_to_stop": time.monotonic() - stopped_at}
+
+
+def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
+    """Compare two result files of `predict.py` on the same images."""
+    tables = []
+    for path in (device_csv, cpu_csv):
+        with path.open(newline="", encoding="utf-8") as stream:
+            tables.append({row["path"]: row for row in csv.DictReader(stream)})
+    device, cpu = tables
+    scored = [path for path in device if device[path]["probability"] and cpu[path]["probability"]]
+    apart = np.array(
+        [float(device[path]["probability"]) - float(cpu[path]["probability"]) for path in scored]
+    )
+    differs = [path for path in scored if device[path]["verdict"] != cpu[path]["verdict"]]
+    one_side = [path for path in device if bool(device[path]["error"]) != bool(cpu[path]["error"])]
+    return {
+        "files": len(device),
+        "scored by both": len(scored),
+        "probability apart": {
+            "mean": float(np.abs(apart).mean()),
+            "p99": float(np.percentile(np.abs(apart), 99)),
+            "max": float(np.abs(apart).max()),
+        },
+        "verdicts differ": len(differs),
+        "refused on one side": {
+            Path(path).name: [device[path]["error"], cpu[path]["error"]] for path in one_side
+        },
+    }
+
+
+@click.command(cls=console.Command)
+@click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Runs and reports.")
+@click.option("--batch-size", default=256, show_default=True)
+@click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
+@console.options()
+def main(
+    shards: Path,
+    images: Path,
+    work: Path,
+    batch_size: int,
+    overrides: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Run the whole product on this machine."""
+    work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Any] = {}
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        rows[name] = row
+        console.say(f"{name}: {json.dumps(row)[:600]}")
+        if out:
+            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    train = (
+        "train.py", "--recipe", "recipes/phase1-fast.toml", "--data", str(shards.parent),
+        "--runs", str(work / "runs"),
+    )  # fmt: skip
+    values = [
+        f'data.train=["{shards.name}"]', f'data.validate=["{shards.name}"]',
+        "network.name=convnextv2_atto", "network.pretrained=false", "run.epochs=1",
+        "run.log_every=5", 'run.compile="off"', f"loading.batch_size={batch_size}", *overrides,
+    ]  # fmt: skip
+    settings = [word for value in values for word in ("--set", value)]
+    keep("train until SIGTERM", run(*train, *settings, stop_at=STOP_AFTER_STEP))
+    keep("resume", run(*train, *settings))
+    report = work / "report"
+    checkpoint = work / "runs/phase1-fast"
+    keep("evaluate", run(
+        "evaluate.py", "--shards", shards.name, "--data", str(shards.parent),
+        "--checkpoint", str(checkpoint), "--out", str(report),
+    ))  # fmt: skip
+    files = [str(path) for path in sorted(images.iterdir()) if path.is_dir()]
+    for device in ("auto", "cpu"):
+        keep(f"predict, device {device}", run(
+            "predict.py", *files, "--checkpoint", str(checkpoint), "--device", device,
+            "--out", str(work / f"{device}.csv"),
+        ))  # fmt: skip
+    keep("device beside CPU", compare(work / "auto.csv", work / "cpu.csv"))
+    if bad := [name for name, row in rows.items() if row.get("rc") not in (None, 0)]:
+        expected = rows["train until SIGTERM"]["rc"] == 130
+        if bad != ["train until SIGTERM"] or not expected:
+            raise click.ClickException(f"ended with an error: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

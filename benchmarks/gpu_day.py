@@ -1,0 +1,221 @@
+"""Ask everything that needs a GPU, in stages with limits, in one command.
+
+    python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
+
+FOLDER with images holds photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs in
+a process of its own, with a time limit; a stage that fails or is cut ends alone, and its rows up to
+then are kept. Answers go to `--out`: a JSON file per stage, `stages.jsonl` with exit code and
+seconds of each, and `log.txt`. The same command again leaves out what `stages.jsonl` calls done.
+`--budget` bounds the whole call: a stage that cannot have its least time is left for the next call.
+
+`--cpu` is a dry run on small data; it shows that every stage works, and answers nothing.
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+import console
+from benchmarks.loader import SOURCE
+from sharding.build import build
+from sharding.catalog import read_catalog
+
+ROOT = Path(__file__).parents[1]
+LOG_LINES = 300
+"""Last lines of a stage's output that go to `log.txt`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command with its limit, and the least time in seconds that is worth starting it for."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+    least_s: int
+
+
+def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
+    """Every stage, in the order of what the rest depends on and of what is most wanted."""
+    module = (sys.executable, "-m")
+    shards = work / "shards/bench"
+    cores = str(2 if cpu else os.cpu_count() or 1)
+    dry = ("--cpu",) if cpu else ()
+    fast = ("--recipe", "recipes/phase1-fast.toml", "--set", "network.pretrained=false")
+    tiny = (
+        ("--recipe", "recipes/demo-phase1.toml", "--set", "network.pretrained=false")
+        if cpu else fast
+    )  # fmt: skip
+    seconds = "0.5" if cpu else "6"
+
+    def stage(name: str, limit_s: int, least_s: int, *command: str, json_to: str = "") -> Stage:
+        written = ("--json", str(out / f"{json_to or name}.json")) if json_to != "-" else ()
+        return Stage(name=name, command=(*command, *written), limit_s=limit_s, least_s=least_s)
+
+    own_loaders = [word for name in ("dali", "dali-reader", "pil", "torchvision", "decode")
+                   for word in ("--only", name)]  # fmt: skip
+    return [
+        stage("selftest", 180, 20, *module, "benchmarks.gpu_selftest", "--images", str(images),
+              *dry),
+        stage("gpu-tests", 120, 20, *module, "pytest", "-q", "-m", "gpu", "tests/pipeline",
+              "-p", "no:cacheprovider", json_to="-"),
+        stage("pack", 120, 15, *module, "benchmarks.gpu_day", "pack", str(images), str(work),
+              "--count", "240" if cpu else "20480", "--jobs", cores, json_to="-"),
+        stage("end-to-end", 200, 40, *module, "benchmarks.end_to_end", "--shards", str(shards),
+              "--images", str(images), "--work", str(work / "run"),
+              *(("--batch-size", "8") if cpu else ())),
+        stage("step", 170, 40, *module, "benchmarks.step", *tiny, "--rounds", "1",
+              *(() if cpu else ("--only", "without compile", "--only", "without fused AdamW")),
+              "--seconds", seconds),
+        stage("loader", 120, 40, *module, "benchmarks.loader", "--shards", str(shards),
+              "--workers", cores, "--repeats", "1", "--batch-size", "30" if cpu else "256",
+              "--epochs", "1" if cpu else "4", *own_loaders),
+        stage("headroom", 120, 40, *module, "benchmarks.headroom", "--shards", str(shards), *tiny,
+              "--rounds", "1", "--seconds", seconds),
+        stage("embedding", 90, 30, *module, "benchmarks.embedding", "--shards", str(shards),
+              "--rounds", "1", "--seconds", seconds,
+              *(("--batch-size", "8", "--network", "test_vit") if cpu else ())),
+        stage("loader-settings", 120, 20, *module, "benchmarks.gpu_loader", "--only", "settings",
+              "--only", "jpeg step", "--shards", str(shards), "--seconds", "0.5" if cpu else "1.5",
+              *dry),
+        stage("loader-memory", 120, 30, *module, "benchmarks.gpu_loader", "--only", "memory",
+              "--shards", str(shards), "--batches", "100" if cpu else "1500", *dry),
+        stage("step-more", 200, 60, *module, "benchmarks.step", *tiny, "--rounds", "1",
+              "--seconds", "0.5" if cpu else "4", "--only", "half the batch",
+              "--only", "twice the batch", "--only", "without channels_last"),
+    ]  # fmt: skip
+
+
+def pack(images: Path, work: Path, count: int, jobs: int) -> None:
+    """Pack `count` JPEGs as `work/shards/bench`, half called real and half fake.
+
+    Each is a copy of one of `images/jpeg` with a comment of its own: its bytes differ from those of
+    every other, and its decoding costs the same.
+    """
+    originals = [path.read_bytes() for path in sorted((images / "jpeg").iterdir())]
+    parts = max(8, jobs)
+
+    def write(index: int) -> None:
+        data, label = originals[index % len(originals)], ("real", "fake")[index % 2]
+        comment = b"copy %07d" % index
+        segment = b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment
+        folder = work / "raw" / f"part{index // 2 % parts:02d}" / label
+        (folder / f"{index:06d}.jpg").write_bytes(data[:2] + segment + data[2:])
+
+    for part in range(parts):
+        for label in ("real", "fake"):
+            (work / "raw" / f"part{part:02d}" / label).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(write, range(count)))
+    sources = "".join(SOURCE.format(number=part) for part in range(parts))
+    (work / "catalog.toml").write_text('[sets]\nbench = "train"\n' + sources, encoding="utf-8")
+    catalog = read_catalog([work / "catalog.toml"])
+    build(catalog, work / "raw", work / "shards", jobs=jobs, max_bad=0)
+
+
+def done_in(out: Path) -> set[str]:
+    """Names of the stages that ended well in an earlier call."""
+    path = out / "stages.jsonl"
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {row["stage"] for row in map(json.loads, rows) if row["rc"] == 0}
+
+
+def run(stage: Stage, out: Path, limit_s: float) -> int:
+    """Run one stage, keep its output, and return its exit code; 124 if it was cut."""
+    console.say(f"== {stage.name}: at most {limit_s:.0f} s")
+    began = time.monotonic()
+    log = out / f"{stage.name}.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = 124
+    seconds = round(time.monotonic() - began, 1)
+    # Without the lines that DALI prints for each damaged file.
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line[:2000] for line in text if not ("ERROR" in line and "jpeg" in line)]
+    with (out / "log.txt").open("a", encoding="utf-8") as stream:
+        stream.write("\n".join([f"##### {stage.name} rc {code}", *lines[-LOG_LINES:], ""]))
+    with (out / "stages.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"stage": stage.name, "rc": code, "seconds": seconds}) + "\n")
+    log.unlink()
+    for line in lines[-4:]:
+        console.say(line[:300])
+    console.say(f"== {stage.name}: exit code {code} after {seconds} s")
+    return code
+
+
+@click.group(cls=console.Group, invoke_without_command=True)
+@click.option(
+    "--images", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with jpeg/ and other/.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Answers go here.")
+@click.option(
+    "--work", type=click.Path(path_type=Path, file_okay=False), default=Path("gpu-day"),
+    show_default=True, help="Packed images and runs.",
+)  # fmt: skip
+@click.option("--budget", default=3600, show_default=True, help="Seconds of this call.")
+@click.option("--only", multiple=True, help="Only this stage; may be repeated.")
+@click.option("--cpu", is_flag=True, help="A dry run on small data.")
+@click.pass_context
+def main(
+    context: click.Context,
+    images: Path | None,
+    out: Path | None,
+    work: Path,
+    budget: int,
+    only: tuple[str, ...],
+    cpu: bool,
+) -> None:
+    """Run every stage that is not done; see the module."""
+    if context.invoked_subcommand:
+        return
+    if images is None or out is None:
+        raise click.UsageError("needs --images FOLDER and --out FOLDER")
+    end = time.monotonic() + budget
+    out, work = out.resolve(), work.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    stages = stages_of(images.resolve(), out, work, cpu)
+    if unknown := set(only) - {stage.name for stage in stages}:
+        names = ", ".join(stage.name for stage in stages)
+        raise click.UsageError(f"no stage {', '.join(sorted(unknown))}; there are {names}")
+    done, failed = done_in(out), []
+    for stage in stages:
+        if stage.name in done or (only and stage.name not in only):
+            continue
+        left = end - time.monotonic()
+        if left < stage.least_s:
+            failed.append(f"{stage.name} (no time)")
+            continue
+        if run(stage, out, min(stage.limit_s, left)):
+            failed.append(stage.name)
+    if failed:
+        raise click.ClickException(f"not done: {', '.join(failed)}; the same command goes on")
+
+
+@main.command("pack")
+@click.argument("images", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("work", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count", default=20_480, show_default=True)
+@click.option("--jobs", default=2, show_default=True)
+def pack_command(images: Path, work: Path, count: int, jobs: int) -> None:
+    """Pack copies of the JPEGs of IMAGES as WORK/shards/bench."""
+    pack(images, work, count, jobs)
+
+
+if __name__ == "__main__":
+    main()

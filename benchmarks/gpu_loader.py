@@ -1,0 +1,242 @@
+"""Measure the DALI backend on a GPU over its settings, and its memory over many batches.
+
+    python -m benchmarks.gpu_loader --shards SET --json FILE [--seconds S] [--cpu]
+
+`settings`: training images/s under the augmentation policy of phase 1, over batch size, DALI
+threads and `hw_decoder_load` (the share of JPEGs that the GPU's JPEG engine takes), the product's
+own setting first; then the same without single operations of the policy, which says what they cost.
+`jpeg step`: what the exact JPEG round trip costs beside DALI's own GPU operator.
+`memory`: host and GPU memory over `--batches` batches with a damaged image in every fiftieth.
+
+Each row is written when it is measured, so that a crash loses one row.
+"""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+
+import console
+import recipes
+from benchmarks import peers
+from pipeline import Augment, Loading, Replay, Stream, View, open_loader, open_pool
+from pipeline.batch import Request
+from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
+from pipeline.loader import GPU_THREADS, _Requests, draw_by_law
+
+WARM_UP = 10
+"""Batches before the clock starts."""
+
+OWN = (256, GPU_THREADS, HW_DECODER_LOAD)
+"""Batch size, threads and share as the product chooses them beside a GPU."""
+
+SETTINGS = (
+    OWN, (256, 16, 0.65), (256, 16, 0.3), (256, 16, 0.0), (256, 8, 0.3), (256, 16, 0.9),
+    (256, 8, 0.65), (256, 4, 0.9), (256, 4, 1.0), (256, 16, 0.15), (256, 4, 0.3), (256, 16, 0.45),
+    (256, 8, 0.0), (30, 4, 0.65), (30, 16, 0.65), (30, 16, 0.3), (64, 16, 0.65), (512, 16, 0.65),
+    (256, 2, 1.0),
+)  # fmt: skip
+
+WITHOUT: dict[str, dict[str, float]] = {
+    "without jpeg": {"jpeg": 0.0},
+    "without resample": {"resample": 0.0},
+    "without jitter and blur": {"jitter": 0.0, "blur": 0.0},
+    "crop and flip alone": {"jpeg": 0.0, "resample": 0.0, "jitter": 0.0, "blur": 0.0, "grey": 0.0},
+}
+
+BROKEN_EVERY = 50
+"""Batches from one damaged image to the next, in `memory`."""
+
+
+def requests_of(shards: Path, batch: int, device: torch.device, **changes: float) -> Iterator:
+    """What the loader asks of its backend, epoch after epoch, under the policy of phase 1."""
+    pool = open_pool(shards.parent, [shards.name], Replay())
+    view = recipes.build(View, peers.RECIPE["view"], "phase1")
+    augment = recipes.build(dict[str, Augment], peers.RECIPE["augment"], "phase1")
+    augment = {name: replace(policy, **changes) for name, policy in augment.items()}
+    loading = Loading(batch_size=batch, backend="dali", workers=1)
+    loader = open_loader(pool.shards, view=view, loading=loading, device=device)
+    stream = Stream(loader, pool, Replay(), augment, "train", 1)
+    for number in itertools.count():
+        epoch = stream.epoch(number)
+        draws = draw_by_law(pool.shards, augment, stream.law, view, stream.seed, number)
+        yield from map(_Requests(loader, epoch, draws).make, range(epoch.steps))
+
+
+def images_per_s(
+    requests: Iterator[Request], setting: tuple[int, int, float], device: torch.device, s: float
+) -> float:
+    """Images/s of the backend over `s` seconds after `WARM_UP` batches."""
+    batch, threads, share = setting
+    batches = DaliBackend(peers.SIZE, batch, device, threads, share).run(requests)
+    for _ in itertools.islice(batches, WARM_UP):
+        pass
+    synchronize(device)
+    began, count = time.perf_counter(), 0
+    for pixels in batches:
+        count += len(pixels.images)
+        if time.perf_counter() - began > s:
+            break
+    synchronize(device)
+    passed = time.perf_counter() - began
+    batches.close()
+    return count / passed
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def settings(shards: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per setting, then a row per operation that is left out."""
+    on_gpu = device.type == "cuda"
+    wanted: list[tuple[tuple[int, int, float], str]] = [(setting, "") for setting in SETTINGS]
+    wanted[2:2] = [((256, 16, HW_DECODER_LOAD), name) for name in WITHOUT]
+    if not on_gpu:
+        wanted = [((30, 2, HW_DECODER_LOAD), ""), ((30, 2, HW_DECODER_LOAD), "without jpeg")]
+    for setting, name in wanted:
+        row: dict[str, Any] = dict(zip(("batch", "threads", "share"), setting, strict=True))
+        row["policy"] = name or "phase 1"
+        requests = requests_of(shards, setting[0], device, **WITHOUT.get(name, {}))
+        try:
+            row["images_per_s"] = round(images_per_s(requests, setting, device, seconds))
+        except Exception as error:  # the other settings still count
+            row["error"] = f"{type(error).__name__}: {error}"[:400]
+        yield row
+
+
+def jpeg_step(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield images/s of a batch of 256 x 256 through each way of the JPEG step, all samples."""
+    on_gpu = device.type == "cuda"
+    size = peers.SIZE
+    batch = list(np.random.default_rng(0).integers(0, 256, (256, size, size, 3), np.uint8))
+    ways: dict[str, Callable[[Any], Any]] = {
+        "none": lambda image: image,
+        "libjpeg on the host": lambda image: _jpeg(image, 90, on_gpu),
+    }
+    if on_gpu:
+        ways["DALI's GPU operator"] = lambda image: fn.jpeg_compression_distortion(
+            image, quality=90
+        )
+    for name, way in ways.items():
+
+        @pipeline_def(
+            batch_size=len(batch), num_threads=16 if on_gpu else 2,
+            device_id=0 if on_gpu else None, prefetch_queue_depth=2,
+        )  # fmt: skip
+        def pipe(way: Callable[[Any], Any] = way):
+            images = fn.external_source(source=lambda: batch, batch=True)
+            return way(images.gpu() if on_gpu else images)
+
+        built = pipe()
+        built.build()
+        for _ in range(3):
+            built.run()
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            built.run()
+            count += len(batch)
+        synchronize(device)
+        yield {"way": name, "images_per_s": round(count / (time.perf_counter() - began))}
+
+
+def memory(shards: Path, device: torch.device, batches: int, seconds: float) -> Iterator[dict]:
+    """Yield memory in MiB ten times over `batches` batches, or as far as `seconds` allow."""
+    batch, threads, share = OWN if device.type == "cuda" else (30, 2, HW_DECODER_LOAD)
+
+    def damaged() -> Iterator[Request]:
+        for step, request in enumerate(requests_of(shards, batch, device)):
+            if step % BROKEN_EVERY == BROKEN_EVERY - 1:
+                request.data[step % batch] = request.data[step % batch][:300]
+            yield request
+
+    lost, images, began = 0, 0, time.monotonic()
+    backend = DaliBackend(peers.SIZE, batch, device, threads, share)
+    for step, pixels in enumerate(backend.run(damaged()), start=1):
+        lost += len(pixels.failures)
+        images += len(pixels.images)
+        late = time.monotonic() - began > seconds
+        if step % max(1, batches // 10) == 0 or late:
+            yield {
+                "batches": step, "images": images, "named": lost,
+                "damaged": step // BROKEN_EVERY, "host_mib": host_mib(), "gpu_mib": gpu_mib(device),
+                "seconds": round(time.monotonic() - began, 1),
+            }  # fmt: skip
+        if step == batches or late:
+            return
+
+
+def host_mib() -> int | None:
+    """Resident memory of this process; None where there is no Linux /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) // 1024
+
+
+def gpu_mib(device: torch.device) -> int | None:
+    """Memory taken on the GPU by anyone; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) // 2**20
+
+
+PARTS = ("settings", "jpeg step", "memory")
+
+
+@click.command(cls=console.Command)
+@click.option(
+    "--shards", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
+    help="A packed set of JPEGs.",
+)  # fmt: skip
+@click.option("--seconds", default=2.0, show_default=True, help="Of each row.")
+@click.option("--batches", default=1500, show_default=True, help="Of the part `memory`.")
+@click.option("--memory-s", default=90.0, show_default=True, help="Limit of the part `memory`.")
+@click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
+@click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
+@console.options()
+def main(
+    shards: Path,
+    seconds: float,
+    batches: int,
+    memory_s: float,
+    only: tuple[str, ...],
+    out: Path | None,
+    cpu: bool,
+) -> None:
+    """Measure the DALI backend over its settings."""
+    if not cpu and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: run it on one, or try --cpu")
+    device = torch.device("cpu" if cpu else "cuda:0")
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "settings": lambda: settings(shards, device, seconds),
+        "jpeg step": lambda: jpeg_step(device, seconds),
+        "memory": lambda: memory(shards, device, batches, memory_s),
+    }
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for name, measure in parts.items():
+        if only and name not in only:
+            continue
+        answers[name] = []
+        for row in measure():
+            answers[name].append(row)
+            console.say(f"{name}: {json.dumps(row)}")
+            if out:
+                out.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
