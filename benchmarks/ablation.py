@@ -27,14 +27,15 @@ import torch
 
 import console
 import recipes
-import train
 from model import checkpoint
-from model.between import between
 from model.calibrate import threshold_at_fpr
-from model.forgetting import accuracy_of
+from model.export.average import between
 from model.metrics import measure, measure_sources
+from model.recipe import Recipe
 from model.score import probability, score_set
-from pipeline import Loading, open_loader
+from model.training.forgetting import accuracy_of
+from model.training.run import train
+from pipeline.loader import Loading, open_loader
 from sharding.format import open_shards
 
 FOLDER = Path(__file__).parent
@@ -224,9 +225,9 @@ class Bench:
                 f"run.epochs={EPOCHS[file]}",
             ]
             settings += [*self.common, *changes]
-            recipe = recipes.load(train.Recipe, path, settings)
+            recipe = recipes.load(Recipe, path, settings)
             began = time.monotonic()
-            best = train.train(recipe, self.shards, self.runs, start=start)
+            best = train(recipe, self.shards, self.runs, start=start)
             found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
             self.score(best)
             _write(done, found)

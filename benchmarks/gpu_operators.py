@@ -13,9 +13,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from imaging.decode import decode_image
 from pipeline.dali import _jpeg, _resize
 from pipeline.pil import jpeg_round_trip, resize
-from sharding.format import decode_image
 
 LOADS = (0.0, 0.65, 1.0)
 """`hw_decoder_load`: none, DALI's default and all of the JPEGs to the JPEG engine."""
