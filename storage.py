@@ -71,6 +71,11 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
+def is_partial(path: Path) -> bool:
+    """Whether this is the temporary name of a file or folder."""
+    return path.name.endswith(".partial")
+
+
 def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Call `write(temporary file)`, then rename or upload it: `path` is absent, old or whole,
     whatever fails and whenever the power does. Its mode follows the umask.

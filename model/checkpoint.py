@@ -37,7 +37,7 @@ from model.network import Detector, Network, build, load_weights
 from model.score import DEFAULT_THRESHOLD
 from pipeline.augment import View
 from sharding.format import CLASSES
-from storage import atomic_folder, write_text
+from storage import atomic_folder, is_partial, write_text
 
 if TYPE_CHECKING:
     from model.recipe import Recipe
@@ -175,8 +175,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest step first."""
-    return sorted(path.parent for path in run.glob(f"step_*/{META_FILE}"))
+    """The checkpoints of a run, oldest step first; what a killed process left half written is
+    none.
+    """
+    folders = (path.parent for path in run.glob(f"step_*/{META_FILE}"))
+    return sorted(folder for folder in folders if not is_partial(folder) and not is_partial(run))
 
 
 def last_of(run: Path) -> Path | None:

@@ -4,7 +4,7 @@ phone. Pure functions on whole upright images, before the network's view of them
 A delivery is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that chains
 can be put together freely. Only noise needs a generator, which comes from the image's own hash:
 the same image is always delivered as the same pixels. Encoders are Pillow's (libjpeg-turbo,
-libwebp, libaom), decoders those of `sharding.format`.
+libwebp, libaom), decoders those of `imaging.decode`.
 """
 
 import io

@@ -211,7 +211,7 @@ class _Fakes:
 
     def _over_thresholds(self, reals: _Weighed, own: np.ndarray) -> Draws:
         """The metrics that have no threshold, from the weights of reals and of fakes below each
-        fake's score: as `model.metrics`, and `tests/model/test_bootstrap.py` holds them together.
+        fake's score: as `model.metrics`; `test_bootstrap.py` holds them together.
         """
         below = _running(own)
         fakes = below[:, -1].astype(np.float64)

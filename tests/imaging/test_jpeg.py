@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from imaging import decode
-from imaging.decode import DecodeError, encoded, prepare
-from imaging.jpeg import read_header
+from imaging.decode import DecodeError, claimed_size, encoded, prepare
+from imaging.jpeg import before_scan, read_header
 from tests.builders import encode, photo
 
 IMAGE = Image.fromarray(photo(3, 61, 83))
@@ -108,3 +108,23 @@ def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) 
             assert ended == expected
         found.add((good, read_header(bytes(data)) is not None))
     assert found >= {(True, True), (False, False), (False, True)}
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, "exif", "profile", "cmyk", "gap before a marker"])
+def test_what_stands_before_the_pixels_ends_at_the_first_scan(kind: str) -> None:
+    data = (PLAIN | OTHER)[kind]
+    head = before_scan(data)
+    assert data.startswith(head) and len(head) < len(data)
+    assert data[len(head) :].startswith(b"\xff\xda") and b"\xff\xda" not in head
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", OTHER["no image data"], OTHER["png"]])
+def test_without_a_scan_all_of_it_stands_before(data: bytes) -> None:
+    assert before_scan(data) == data
+
+
+@pytest.mark.parametrize("kind", PLAIN | OTHER)
+def test_a_header_claims_the_size_that_decoding_gives(kind: str) -> None:
+    unsaid = ("one byte", "no image data", "no size", "no width")
+    expected = None if kind in unsaid else IMAGE.size
+    assert claimed_size((PLAIN | OTHER)[kind]) == expected

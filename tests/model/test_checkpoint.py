@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -26,20 +27,11 @@ from model.network import (
     load_backbone_file,
     load_weights,
 )  # fmt: skip
-from pipeline.augment import View
 from tests.builders import ROOT, TINY, small_recipe
 from tests.servers import Server
 
 
 def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
-    from dataclasses import dataclass, field
-
-    @dataclass
-    class Small:
-        name: str = "small"
-        network: Network = field(default_factory=lambda: TINY)
-        view: View = field(default_factory=lambda: View(size=32, resize=36))
-
     net = net or build(TINY, pretrained=False)
     checkpoint.save(
         folder / f"step_{step:07d}", net, recipe=small_recipe(), step=step, epoch=1, metrics={},
@@ -57,6 +49,15 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
     assert (view.size, view.resize) == (32, 36)
     assert meta["classes"] == ["real", "fake"]
     assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
+
+
+def test_a_checkpoint_that_a_kill_left_half_named_is_none(tmp_path: Path) -> None:
+    whole = save(tmp_path / "run", selection=0.1)
+    left = save(tmp_path / "run", step=2, selection=0.9)
+    left.rename(left.with_name(f"{left.name}.123.partial"))
+    assert checkpoint.last_of(tmp_path / "run") == checkpoint.best_of(tmp_path / "run") == whole
+    shutil.copytree(tmp_path / "run", tmp_path / "later.123.partial")
+    assert checkpoint.find(tmp_path) == whole
 
 
 SWIN = Network(
