@@ -277,7 +277,7 @@ Draw = Callable[[np.random.Generator, int, int], tuple[str, int, int]]
 
 
 OPTIONS = {
-    JPEG: ("JPEG", {"quality": 90}), PNG: ("PNG", {}), WEBP: ("WEBP", {"quality": 80}),
+    "jpg": ("JPEG", {"quality": 90}), "png": ("PNG", {}), "webp": ("WEBP", {"quality": 80}),
 }  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 def partly(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
     """Three of four fakes are PNG, one of four reals is."""
-    return PNG if rng.random() < (0.75 if label else 0.25) else JPEG, *_size(rng)
+    return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *_size(rng)
 
 
 def write_shards(folder: Path, plan: dict[str, dict[str, tuple[Draw, int, int]]]) -> Path:
@@ -318,7 +318,7 @@ def write_shards(folder: Path, plan: dict[str, dict[str, tuple[Draw, int, int]]]
 def grouped(_rng: np.random.Generator, label: int, number: int) -> tuple[str, int, int]:
     """Six images of a video have one size, which no other video has; it says nothing else."""
     video = number // 6 * 2 + label
-    return JPEG, 40 + int(np.random.default_rng(5).permutation(80)[video]), 44
+    return "jpg", 40 + int(np.random.default_rng(5).permutation(80)[video]), 44
 
 
 def hashes(folder: Path) -> dict[str, str]:
