@@ -13,10 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
-from upath import UPath
+if TYPE_CHECKING:
+    from upath import UPath
 
-AnyPath = Path | UPath
+AnyPath = Union[Path, "UPath"]  # a name that is not imported takes no |
 
 
 def any_path(text: str | os.PathLike) -> AnyPath:
@@ -25,6 +27,10 @@ def any_path(text: str | os.PathLike) -> AnyPath:
     Raises:
         ValueError: an address whose file system is not installed.
     """
+    if ":" not in str(text):
+        return Path(text)
+    from upath import UPath  # a tenth of a second, which most commands need not wait for
+
     try:
         path = UPath(text)
         return Path(path) if isinstance(path, Path) else path
@@ -110,25 +116,32 @@ def write_text(path: AnyPath, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill, which is renamed to `path` when the block ends well: `path` is
-    absent, old or whole. Modes follow the umask. With `replace` an old folder makes way for it.
-
-    A folder has one writer at a time: what killed ones left of it is removed.
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is gone when the block ends, and with it what killed processes
+    left of theirs: `path` has one writer at a time.
     """
     partial = partial_of(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, which is renamed to `path` when the block ends well: `path` is
+    absent, old or whole. Modes follow the umask. With `replace` an old folder makes way for it.
+    """
+    with temporary_folder(path) as partial:
         mode = partial.stat().st_mode & 0o666
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
         publish(partial, path, replace=replace)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(partial: Path, path: Path, *, replace: bool = False) -> None:

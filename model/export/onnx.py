@@ -7,7 +7,6 @@ reader must know stands in the metadata (`model.inference.onnx_detector.META_KEY
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from pipeline import pil
 from pipeline.augment import View
 from pipeline.read import ReadError, ShardReader
 from sharding.format import INDEX_FILE, open_shards
-from storage import partial_of, publish
+from storage import publish, temporary_folder
 
 OPSET = 20
 """The first with GELU as one operator; ONNX Runtime reads it from 1.17 on."""
@@ -113,10 +112,7 @@ def export_onnx(
             f"{error.name} is not installed; install the extra `export`, as `make setup` does"
         ) from error
     net, view, meta = load_network(checkpoint)
-    partial = partial_of(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with temporary_folder(out) as partial:
         graph = _graph_of(net, view, meta["temperature"])
         for precision, name in FILES.items():
             model = graph if precision == "fp32" else _halved(graph)
@@ -141,8 +137,6 @@ def export_onnx(
         out.mkdir(parents=True, exist_ok=True)
         for name in (*FILES.values(), PARITY_FILE):
             publish(partial / name, out / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
