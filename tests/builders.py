@@ -281,13 +281,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
+def random_size(rng: np.random.Generator) -> tuple[int, int]:
     return int(rng.integers(40, 80)), int(rng.integers(40, 80))
 
 
 def partly(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
     """Three of four fakes are PNG, one of four reals is."""
-    return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *_size(rng)
+    return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *random_size(rng)
 
 
 def write_shards(folder: Path, plan: dict[str, dict[str, tuple[Draw, int, int]]]) -> Path:

@@ -14,19 +14,28 @@ from sharding.audit import audit, match
 from sharding.audit import metadata as facts
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
-from tests.builders import Draw, _size, build_all, encode, grouped, partly, photo, write_shards
+from tests.builders import (
+    Draw,
+    build_all,
+    encode,
+    grouped,
+    partly,
+    photo,
+    random_size,
+    write_shards,
+)
 
 JPEG, PNG, WEBP = "jpg", "png", "webp"
 
 
 def planted(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
     """Every fake a PNG, every real a JPEG."""
-    return PNG if label else JPEG, *_size(rng)
+    return PNG if label else JPEG, *random_size(rng)
 
 
 def clean(rng: np.random.Generator, _label: int, _number: int) -> tuple[str, int, int]:
     """Formats and sizes that know nothing of the label."""
-    return [JPEG, PNG, WEBP][rng.integers(3)], *_size(rng)
+    return [JPEG, PNG, WEBP][rng.integers(3)], *random_size(rng)
 
 
 # set -> source -> (how its images are drawn, reals, fakes)
