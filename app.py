@@ -23,13 +23,13 @@ from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-import evidence
-import results
-from evidence import Evidence, read_evidence
-from model import ImageDetector, Prediction, explain, load_detector
+from imaging.decode import MAX_BYTES, decode
+from model import load_detector
 from model.checkpoint import CheckpointError
-from model.prediction import UNREADABLE
-from sharding.decode import MAX_BYTES, decode
+from model.inference import gradcam, provenance, results
+from model.inference.detector import ImageDetector
+from model.inference.prediction import UNREADABLE, Prediction
+from model.inference.provenance import Evidence, read_evidence
 
 HERE = Path(__file__).parent
 
@@ -307,7 +307,7 @@ def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str)
         st.markdown("**What the file says**")
         if one.evidence:
             st.markdown("\n".join(f"- {as_markdown(item)}" for item in one.evidence))
-            st.caption(evidence.MEANING)
+            st.caption(provenance.MEANING)
         else:
             st.caption("Nothing of where it comes from. That is usual: most sites strip it.")
     with right:
@@ -333,12 +333,12 @@ def show_heatmap(
     if file.file_id not in maps:
         try:
             with picture, st.spinner("Asking the network"), turn():
-                maps[file.file_id] = explain.heatmap(found, file.getvalue())
-        except explain.ExplainError as error:
+                maps[file.file_id] = gradcam.heatmap(found, file.getvalue())
+        except gradcam.ExplainError as error:
             picture.error(plain(str(error)))
             return
     picture.image(maps[file.file_id], width="stretch", alt=f"Heatmap of {file.name}")
-    st.caption(explain.MEANING)
+    st.caption(gradcam.MEANING)
 
 
 def scale(p: float, band: tuple[float, float]) -> str:

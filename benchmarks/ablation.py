@@ -27,15 +27,17 @@ import torch
 
 import console
 import recipes
-import train
 from model import checkpoint
-from model.between import between
 from model.calibrate import threshold_at_fpr
-from model.forgetting import accuracy_of
+from model.export.average import between
 from model.metrics import measure, measure_sources
+from model.recipe import Recipe
 from model.score import probability, score_set
-from pipeline import Loading, open_loader
+from model.training.forgetting import accuracy_of
+from model.training.run import train
+from pipeline.loader import Loading, open_loader
 from sharding.format import open_shards
+from storage import atomic_folder, write_atomically, write_text
 
 FOLDER = Path(__file__).parent
 CATALOG = FOLDER / "ablation-catalog.toml"
@@ -158,15 +160,15 @@ def lay_out(images: Path, raw: Path) -> None:
     """
     if raw.exists():
         return
-    partial = raw.with_name(raw.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with (images / "manifest.csv").open(encoding="utf-8", newline="") as file:
+    with (
+        atomic_folder(raw) as partial,
+        (images / "manifest.csv").open(encoding="utf-8", newline="") as file,
+    ):
         for row in csv.DictReader(file):
             path = Path(row["path"])
             folder = partial / _source(row, path.name) / row["label"]
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(images / path, folder / path.name)
-    partial.rename(raw)
 
 
 def _source(row: Mapping[str, str], name: str) -> str:
@@ -224,9 +226,9 @@ class Bench:
                 f"run.epochs={EPOCHS[file]}",
             ]
             settings += [*self.common, *changes]
-            recipe = recipes.load(train.Recipe, path, settings)
+            recipe = recipes.load(Recipe, path, settings)
             began = time.monotonic()
-            best = train.train(recipe, self.shards, self.runs, start=start)
+            best = train(recipe, self.shards, self.runs, start=start)
             found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
             self.score(best)
             _write(done, found)
@@ -251,9 +253,7 @@ class Bench:
                 for column in ("source", "generator"):
                     names = shards.names(column, scores.samples)
                     columns[f"{name}/{column}"] = np.array(names, np.str_)
-            with path.with_suffix(".partial").open("wb") as file:
-                np.savez(file, **columns)
-            path.with_suffix(".partial").rename(path)
+            write_atomically(path, lambda partial: _save(partial, columns))
         with np.load(path) as saved:
             return {
                 name: {
@@ -264,9 +264,12 @@ class Bench:
 
 
 def _write(path: Path, found: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_text(path, json.dumps(found) + "\n")
+
+
+def _save(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # a path would have .npz put behind it
+        np.savez(file, **columns)
 
 
 def figures(scores: Mapping[str, Mapping[str, np.ndarray]], calibration: Sequence[str]) -> dict:

@@ -38,7 +38,10 @@ def our_stream(place: Path, backend: str, workers: int):
     """This project's stream under the law of phase 1."""
     import recipes
     from model.device import choose_device
-    from pipeline import Augment, Loading, Replay, Stream, View, open_loader, open_pool
+    from pipeline.augment import Augment, View
+    from pipeline.loader import Loading, open_loader
+    from pipeline.replay import Replay
+    from pipeline.stream import Stream, open_pool
 
     pool = open_pool(place / "shards", ["bench"], Replay())
     loading = Loading(batch_size=peers.BATCH, backend=backend, workers=workers)
@@ -75,7 +78,7 @@ def read_samples(place: Path, _workers: int) -> Iterator[int]:
 
 def decode_batch(paths: list[Path]) -> int:
     """Files to pixels and nothing else."""
-    from sharding.format import decode_image
+    from imaging.decode import decode_image
 
     return sum(decode_image(path.read_bytes(), "JPEG").shape[0] > 0 for path in paths)
 

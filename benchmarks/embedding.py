@@ -23,7 +23,10 @@ import torch
 import console
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from pipeline import Batch, Loading, View, evaluation_batches, open_loader
+from pipeline.augment import View
+from pipeline.batch import Batch
+from pipeline.loader import Loading, open_loader
+from pipeline.stream import evaluation_batches
 from sharding.format import open_shards
 
 WARM_UP = 5

@@ -4,7 +4,7 @@
 
 `report`: intervals and tables from a file of scores with 15 sources, 40 generators and groups of up
 to 20 images, made up at random; the seconds, and the most memory that this process ever had.
-`scoring`: `evaluate.evaluate` on small JPEGs, from opening the shards to the report, against the
+`scoring`: `evaluate` on small JPEGs, from opening the shards to the report, against the
 network alone on as many images that are in memory already. Weights are random; they change nothing.
 
 Processor seconds (of this process and its loading workers) compare better than seconds where other
@@ -27,16 +27,18 @@ from PIL import Image
 
 import console
 import recipes
-from evaluate import evaluate, write_report
-from model import checkpoint, evaluation
+from model import checkpoint
 from model.device import keep_freed_memory
+from model.evaluation import report
+from model.evaluation.run import evaluate
+from model.evaluation.scores import SCORES_SCHEMA, read_scores, write_scores
 from model.network import build as build_network
+from model.recipe import Recipe
 from model.score import AT_A_TIME, logits_of, probability
-from model.score_table import SCORES_SCHEMA, read_scores, write_scores
-from pipeline import Loading
+from pipeline.loader import Loading
+from report.files import write_report
 from sharding.build import build
 from sharding.catalog import read_catalog
-from train import Recipe
 
 CATALOG = """
 [sets]
@@ -99,7 +101,7 @@ def cost_of_report(count: int, folder: Path) -> dict[str, float]:
     write_scores(scores, [made_up(count)], ABOUT)
 
     def work() -> None:
-        write_report(evaluation.report(read_scores(scores)), scores, folder / "none", folder)
+        write_report(report.report(read_scores(scores)), scores, folder / "none", folder)
 
     memory = resource.getrusage(resource.RUSAGE_SELF)
     return spent(work) | {

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import console
-from model import checkpoint, export
+from model import checkpoint
+from model.export import onnx as export
+from model.export.import_original import recipe_of
+from model.inference.onnx_detector import load_onnx
+from model.inference.prediction import threads
 from model.network import Network, build, load_weights
-from model.onnx_detector import load_onnx
-from model.original import Imported
-from model.prediction import threads
 
 Score = Callable[[np.ndarray], np.ndarray]
 
@@ -70,7 +72,8 @@ def by_torch(net: torch.nn.Module) -> Score:
 def ways_of(name: str, folder: Path) -> dict[str, Score]:
     """Every way to measure, by its name."""
     torch.manual_seed(0)
-    recipe = Imported(name="bench", network=Network(name=name, pretrained=False, scratch="fan_in"))
+    network = Network(name=name, pretrained=False, scratch="fan_in")
+    recipe = replace(recipe_of("bench"), network=network)
     net = build(recipe.network, pretrained=False)
     checkpoint.save(
         folder / "step_0000000", net, recipe=recipe, step=0, epoch=0, metrics={}, selection=None,

@@ -28,10 +28,12 @@ from nvidia.dali import fn, pipeline_def
 import console
 import recipes
 from benchmarks import peers
-from pipeline import Augment, Loading, Replay, Stream, View, open_loader, open_pool
+from pipeline.augment import Augment, View
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
-from pipeline.loader import GPU_THREADS, _Requests, draw_by_law
+from pipeline.loader import GPU_THREADS, Loading, _Requests, draw_by_law, open_loader
+from pipeline.replay import Replay
+from pipeline.stream import Stream, open_pool
 
 WARM_UP = 10
 """Batches before the clock starts."""

@@ -26,8 +26,13 @@ import console
 import recipes
 from model.device import choose_device, describe, keep_freed_memory
 from model.distributed import Ranks
-from pipeline import Batch, Meter, Replay, Stream
-from train import Recipe, _assemble, _compile, open_stream, train_step
+from model.recipe import Recipe
+from model.training.run import _assemble, _compile, open_stream
+from model.training.step import train_step
+from pipeline.batch import Batch
+from pipeline.monitor import Meter
+from pipeline.replay import Replay
+from pipeline.stream import Stream
 
 WARM_UP = 8
 """Batches before the clock starts: compilation, cuDNN's choices, the loader's queues."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sharding.scenes import SCENES
+from sharding.demo.scenes import SCENES
 
 
 def write_images(folder: Path, count: int) -> list[Path]:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 import console
-import results
 from benchmarks.images import write_copies, write_images
-from model import ImageDetector, checkpoint, load_detector
+from model import checkpoint, load_detector
+from model.export.import_original import recipe_of
+from model.inference import inputs, results
+from model.inference.detector import ImageDetector
+from model.inference.run import Run
 from model.network import Network, build
-from pipeline import View
-from predict import Run
-from sharding import inputs
 
 NETWORKS = {
     "convnextv2_base": "convnextv2_base.fcmae_ft_in1k",
@@ -42,22 +42,13 @@ NETWORKS = {
 }
 
 
-@dataclass
-class Recipe:
-    """What a checkpoint must know of one."""
-
-    name: str
-    network: Network
-    view: View = field(default_factory=View)
-
-
 def write_checkpoint(folder: Path, name: str) -> Path:
     """A run with one checkpoint of random weights."""
     network = Network(name=NETWORKS[name], pretrained=False)
     checkpoint.save(
         folder / name / "step_0000000", build(network, pretrained=False),
-        recipe=Recipe(name, network), step=0, epoch=0, metrics={}, selection=None, data={},
-        state=None,
+        recipe=replace(recipe_of(name), network=network), step=0, epoch=0, metrics={},
+        selection=None, data={}, state=None,
     )  # fmt: skip
     return folder / name
 

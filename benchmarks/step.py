@@ -2,11 +2,12 @@
 
     python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
 
-One step of `model/step.py` on random images that stay on the device: no loader, no disk. The first
-row is the step as `train.py` runs it here; each further row changes one thing. `of the peak` is the
-share of the device's matrix peak: the floating-point operations of forward and backward, counted by
-torch's FlopCounterMode, over the time of a step, against a large matrix product of the same dtype,
-timed in the same run. The optimizer's work counts as time, not as operations.
+One step of `model/training/step.py` on random images that stay on the device: no loader, no disk.
+The first row is the step as `train.py` runs it here; each further row changes one thing. `of the
+peak` is the share of the device's matrix peak: the floating-point operations of forward and
+backward, counted by torch's FlopCounterMode, over the time of a step, against a large matrix
+product of the same dtype, timed in the same run. The optimizer's work counts as time, not as
+operations.
 """
 
 import gc
@@ -30,10 +31,10 @@ import recipes
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.network import build
-from model.optim import make_optimizer
-from model.step import Trainer, train_step
-from pipeline import Batch
-from train import Recipe
+from model.recipe import Recipe
+from model.training.optim import make_optimizer
+from model.training.step import Trainer, train_step
+from pipeline.batch import Batch
 
 WARM_UP = 5
 """Steps before the clock starts: compilation, cuDNN's choices, allocations."""

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 import console
-from model import curves, export, hub, original
-from model.between import between
 from model.checkpoint import find
+from model.export import hub, import_original, onnx
+from model.export.average import between
+from model.training import curves
 
 
 @click.group(cls=console.Group)
@@ -26,7 +27,7 @@ NAME = click.option(
 @console.options("runs")
 def import_command(file: Path, name: str, runs: Path) -> None:
     """Turn FILE, a checkpoint_phase2.pth of the original project, into a checkpoint."""
-    _say(original.import_file(file, runs / name))
+    _say(import_original.import_file(file, runs / name))
 
 
 @main.command("fetch")
@@ -34,7 +35,7 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 @console.options("runs")
 def fetch_command(name: str, runs: Path) -> None:
     """Download the original project's published checkpoint (1 GB), check it, and import it."""
-    _say(original.import_file(original.fetch(), runs / name))
+    _say(import_original.import_file(import_original.fetch(), runs / name))
 
 
 @main.command("curves")
@@ -126,9 +127,9 @@ def export_command(
 def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
     if images is None:
         console.log.warning("compared on noise only: real images are given with --images FOLDER")
-    total = export.NOISE if images is None else None
+    total = onnx.NOISE if images is None else None
     with console.progress("comparing", total) as advance:
-        report = export.export_onnx(checkpoint, out, images, advance)
+        report = onnx.export_onnx(checkpoint, out, images, advance)
     rows = []
     for found in report["files"]:
         for what, key in (("same pixels", "same_pixels"), ("from files", "from_files")):

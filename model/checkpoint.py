@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,12 +37,16 @@ from model.network import Detector, Network, build, load_weights
 from model.score import DEFAULT_THRESHOLD
 from pipeline.augment import View
 from sharding.format import CLASSES
+from storage import atomic_folder, is_partial, write_text
+
+if TYPE_CHECKING:
+    from model.recipe import Recipe
 
 FORMAT_VERSION = 1
 
 WEIGHTS_FILE = "weights.safetensors"
 HUB_WEIGHTS_FILE = "model.safetensors"
-"""Their name in a folder for the Hugging Face Hub (`model/hub.py`), which is a checkpoint too."""
+"""Their name in a folder for the Hugging Face Hub (`model/export/hub.py`), a checkpoint too."""
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
@@ -56,7 +60,7 @@ def save(
     folder: Path,
     net: Detector,
     *,
-    recipe: Any,
+    recipe: "Recipe",
     step: int,
     epoch: float,
     metrics: Mapping[str, Any],
@@ -72,56 +76,53 @@ def save(
     trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of the old
     samples that came in so far.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        weights = {name: value.contiguous() for name, value in net.backbone.state_dict().items()}
-        save_file(weights, partial / WEIGHTS_FILE)
-        if state is not None:
-            torch.save(dict(state), partial / STATE_FILE)
-        if replayed is not None:
-            lines = [f"{epoch},{key}\n" for epoch, key in replayed]
-            (partial / REPLAYED_FILE).write_text("epoch,key\n" + "".join(lines), encoding="utf-8")
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "created_ns": time.time_ns(),
-            "step": step,
-            "epoch": epoch,
-            "classes": list(CLASSES),
-            "view": asdict(recipe.view),
-            "temperature": 1.0,
-            "threshold": DEFAULT_THRESHOLD,
-            "calibration": None,
-            "metrics": metrics,
-            "selection": selection,
-            "compared": None,
-            "refused": [],
-            "data": data,
-            "recipe": asdict(recipe),
-            "commit": git_commit(),
-            "versions": versions(),
-        }
-        text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
-        (partial / META_FILE).write_text(text, encoding="utf-8")
+        with atomic_folder(folder, replace=True) as partial:
+            weights = {
+                name: value.contiguous() for name, value in net.backbone.state_dict().items()
+            }
+            save_file(weights, partial / WEIGHTS_FILE)
+            if state is not None:
+                torch.save(dict(state), partial / STATE_FILE)
+            if replayed is not None:
+                lines = [f"{epoch},{key}\n" for epoch, key in replayed]
+                (partial / REPLAYED_FILE).write_text(
+                    "epoch,key\n" + "".join(lines), encoding="utf-8"
+                )
+            meta = {
+                "format_version": FORMAT_VERSION,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "created_ns": time.time_ns(),
+                "step": step,
+                "epoch": epoch,
+                "classes": list(CLASSES),
+                "view": asdict(recipe.view),
+                "temperature": 1.0,
+                "threshold": DEFAULT_THRESHOLD,
+                "calibration": None,
+                "metrics": metrics,
+                "selection": selection,
+                "compared": None,
+                "refused": [],
+                "data": data,
+                "recipe": asdict(recipe),
+                "commit": git_commit(),
+                "versions": versions(),
+            }
+            text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
+            (partial / META_FILE).write_text(text, encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)  # what there is of it may fill the disk
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{folder} could not be written ({reason}); the checkpoint before it is kept, and the "
             "same command goes on from there"
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`; it is replaced as a whole."""
     meta = read_meta(folder) | changes
-    partial = folder / f"{META_FILE}.partial"
-    partial.write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / META_FILE)
+    write_text(folder / META_FILE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -174,8 +175,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest step first."""
-    return sorted(path.parent for path in run.glob(f"step_*/{META_FILE}"))
+    """The checkpoints of a run, oldest step first; what a killed process left half written is
+    none.
+    """
+    folders = (path.parent for path in run.glob(f"step_*/{META_FILE}"))
+    return sorted(folder for folder in folders if not is_partial(folder) and not is_partial(run))
 
 
 def last_of(run: Path) -> Path | None:

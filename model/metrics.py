@@ -2,7 +2,7 @@
 
 `labels` are 0 real, 1 fake; `probabilities` are those of fake. A metric that needs both classes is
 None where one is missing: EvalGEN, for one, holds no real images, so its "accuracy" is recall.
-Intervals are in `model/bootstrap.py`.
+Intervals are in `model/evaluation/bootstrap.py`.
 """
 
 from collections.abc import Sequence
@@ -102,11 +102,6 @@ def _ranked(scores: np.ndarray) -> torch.Tensor:
     """
     ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
     return torch.from_numpy(ranks / max(1.0, ranks.max()))
-
-
-def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve; `scores` may be any increasing function of the probability."""
-    return float(binary_auroc(_ranked(scores), torch.from_numpy(np.asarray(labels, np.int64))))
 
 
 def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,15 @@ from upath import UPath
 
 import console
 import recipes
+from imaging.decode import decode_image
 from pipeline.augment import Augment, View
 from pipeline.batch import Request
 from pipeline.loader import LoadError, choose_backend, draw_by_law
 from pipeline.order import mixing_of, training_epoch
-from pipeline.picture import Row, picture_of
 from pipeline.pil import decode_request
+from pipeline.preview import Row, picture_of
 from pipeline.read import ReadError, ShardReader
-from sharding.format import CLASSES, ShardSet, decode_image, open_shards
+from sharding.format import CLASSES, ShardSet, open_shards
 
 
 @dataclass(frozen=True, kw_only=True)

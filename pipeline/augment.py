@@ -1,6 +1,6 @@
 """THE AUGMENTATION: ranges in, one `Draw` per image out. Two backends only apply it.
 
-The dice (`pipeline/dice.py`) are read here and nowhere else, on the host, from the index's width
+The dice (`pipeline/philox.py`) are read here and nowhere else, on the host, from the index's width
 and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker count,
 rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
 
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.dice import roll
+from pipeline.philox import roll
 
 Range = tuple[float, float]
 
@@ -40,7 +40,6 @@ weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a grey level in both. So back
 FILTERS = ("bilinear", "bicubic", "lanczos")
 """Resampling filters; a draw holds a position in this tuple."""
 
-CHROMAS = ("420", "422", "444", "Gray")
 """Chroma of a JPEG as the index names it; a draw holds a position in this tuple."""
 
 GRID = 8
@@ -412,11 +411,3 @@ def colour_matrices(
     linear = (brightness * contrast)[:, None, None] * (FROM_YIQ @ turn @ TO_YIQ)
     offset = np.repeat(127.5 * (1.0 - contrast), 3).reshape(-1, 3, 1)
     return np.concatenate([linear, offset], axis=2).astype(np.float32).reshape(-1, 12)
-
-
-def colour_matrix(
-    brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
-) -> tuple[float, ...]:
-    """One of `colour_matrices`, as `Draw.colour` holds it."""
-    values = (np.array([value]) for value in (brightness, contrast, saturation, hue))
-    return tuple(colour_matrices(*values)[0].tolist())

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.augment import BLUR_TAPS, CHROMAS, GREY, GRID, LEAST_SIGMA, Draws
+from imaging.decode import DecodeError, decode_image
+from imaging.jpeg import CHROMAS
+from pipeline.augment import BLUR_TAPS, GREY, GRID, LEAST_SIGMA, Draws
 from pipeline.batch import Cost, Pixels, Request
-from pipeline.meter import Board
+from pipeline.monitor import Board
 from pipeline.pil import encode_jpeg, webp_round_trip
-from sharding.format import DecodeError, decode_image
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""

@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import importlib.util
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +15,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.augment import Augment, Draws, Laws, View, blank, centre, draw
 from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
-from pipeline.meter import PATIENCE_S, Board, Watchdog
+from pipeline.monitor import PATIENCE_S, Board, Watchdog
 from pipeline.order import Epoch, Shuffle
 from pipeline.pairs import Partners, partners_of
 from pipeline.pil import decode_request
 from pipeline.read import ReadError, ShardReader
 from pipeline.remote import Cache
 from sharding.format import ShardSet
+from storage import cores
 
 Backend = Literal["auto", "dali", "pil"]
 DrawSamples = Callable[[np.ndarray, np.ndarray], Draws]
@@ -241,8 +240,7 @@ class Loader:
 
     @property
     def _workers(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return self.loading.workers if self.loading.workers >= 0 else min(16, cores)
+        return self.loading.workers if self.loading.workers >= 0 else min(16, cores())
 
     @functools.cached_property
     def _dali(self):

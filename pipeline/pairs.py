@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.augment import CHROMAS
+from imaging.jpeg import CHROMAS
 from sharding.format import ShardSet
 
 log = logging.getLogger("ai_images_detector")

@@ -13,19 +13,10 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.augment import (
-    BLUR_TAPS,
-    CHROMAS,
-    GREY,
-    GRID,
-    IDENTITY,
-    LEAST_SIGMA,
-    Draw,
-    View,
-    centre,
-)
+from imaging.decode import decode_image
+from imaging.jpeg import CHROMAS
+from pipeline.augment import BLUR_TAPS, GREY, GRID, IDENTITY, LEAST_SIGMA, Draw, View, centre
 from pipeline.batch import Cost, Pixels, Request
-from sharding.format import decode_image
 
 _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 """Pillow's names of `FILTERS`."""

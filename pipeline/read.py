@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import struct
 import threading
 import time
 from collections import OrderedDict
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
+from imaging.decode import claimed_size
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
 
@@ -93,7 +92,7 @@ class ShardReader:
         heights = np.where(turned, width, height).tolist()
         for row, expected in enumerate(zip(widths, heights, strict=True)):
             data = found[row]
-            claimed = _claimed_size(data) if isinstance(data, bytes) else None
+            claimed = claimed_size(data) if isinstance(data, bytes) else None
             if claimed and claimed != expected:
                 found[row] = ReadError(
                     "it claims {} x {} pixels, the index says {} x {}".format(*claimed, *expected)
@@ -116,19 +115,6 @@ class ShardReader:
         if len(data) != size:
             return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
         return data
-
-
-def _claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a JPEG or PNG; None where it has none that can be read."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
-        return struct.unpack_from(">2I", data, 16)
-    if data.startswith(b"\xff\xd8"):
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-        except (ValueError, KeyError):  # simplejpeg knows no colour -1
-            return None
-        return width, height
-    return None
 
 
 def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:

@@ -19,6 +19,7 @@ import fsspec
 from filelock import FileLock
 
 from sharding.format import ShardSet
+from storage import write_bytes
 
 log = logging.getLogger("ai_images_detector")
 
@@ -95,9 +96,7 @@ class RemoteShards:
                 return
             data = self._ask(code, number)
             self._make_room(len(data))
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(data)
-            partial.replace(path)
+            write_bytes(path, data)
         with contextlib.suppress(OSError):
             path.with_suffix(".lock").unlink()
 

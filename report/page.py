@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from model.score_table import ScoreTable
+from model.evaluation.scores import ScoreTable
 from report.charts import delivery_chart, histogram_chart, reliability_chart, roc_chart
-from report.tables import write_tables, write_text
+from report.tables import write_tables
 from report.thumbnails import MOST, Mistake, thumbnails, worst_mistakes
 from sharding.format import CLASSES, ShardSet
+from storage import write_text
 
 PAGE_FILE = "report.html"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.metrics import Metrics
+from storage import write_text
 
 FIGURES_FILE, DELIVERY_FILE = "figures.csv", "delivery.csv"
 
@@ -25,13 +26,6 @@ def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     for name, text in tables.items():
         write_text(folder / name, text)
     return [folder / name for name in tables]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, under another name first."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def figures_csv(report: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 import console
 from model.calibrate import Calibration
-from model.compare import COMPARED, Change, Flip, compare, count_flips
-from model.score_table import ScoreTable
+from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
+from model.evaluation.scores import ScoreTable
 from sharding.format import CLASSES
 
 COLUMNS = (

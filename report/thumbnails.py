@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from model.score_table import ScoreTable
+from imaging.decode import DecodeError, decode_image
+from model.evaluation.scores import ScoreTable
 from pipeline.read import ReadError, ShardReader
-from sharding.format import DecodeError, ShardSet, decode_image
+from sharding.format import ShardSet
 
 SIDE = 160
 """Longer side of a picture in pixels."""

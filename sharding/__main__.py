@@ -7,17 +7,16 @@ from pathlib import Path
 import click
 
 import console
-from sharding import audit, match
+from sharding.audit import audit, match
+from sharding.audit.histograms import draw
 from sharding.build import BuiltSet, Found, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
-from sharding.demo import make_demo
+from sharding.demo.render import make_demo
 from sharding.describe import describe
-from sharding.engine import cores
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
-from sharding.histograms import draw
-from sharding.storage import AnyPath, any_path, write_text
 from sharding.verify import sets_in, verify
+from storage import AnyPath, any_path, cores, write_text
 
 
 class Place(click.ParamType):

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.dedupe import SPLIT_RANK, Decision, decide
-from sharding.engine import Engine, run_all
+from sharding.executor import Engine, run_all
 from sharding.format import (
     CLASSES,
     FORMAT_VERSION,
@@ -45,19 +45,19 @@ from sharding.inventory import (
     read_source,
     take_inventory,
 )  # fmt: skip
-from sharding.layouts import Listing, capped, list_source
+from sharding.listing import Listing, capped, list_source
+from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
-from sharding.storage import (
+from sharding.write import Written, read_done, write_shard
+from storage import (
     AnyPath,
     check_reachable,
     files_in,
-    locked,
     make_folder,
     sha256_of,
     write_atomically,
     write_text,
-)  # fmt: skip
-from sharding.write import Written, read_done, write_shard
+)
 
 WORK_FOLDER = ".build"
 """Below the output; only a build reads it."""

@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pyarrow as pa
 
-from sharding.layouts import choose_set
+from sharding.listing import choose_set
 
 MAX_BITS = 6
 """Bits in which the pHashes of near-duplicates may differ."""

@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError
-from sharding.decode import IMAGE_SUFFIXES
 from sharding.format import CLASSES
 from sharding.raw import walk
 

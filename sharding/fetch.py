@@ -23,6 +23,7 @@ import filelock
 import requests
 
 from sharding.catalog import Catalog, CatalogError, Fetch, Source
+from storage import publish, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -112,9 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _finish(folder: Path, fetch: Fetch, **facts: object) -> None:
@@ -287,7 +286,7 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
     for name in inside.keys() - _matching(inside, fetch.files, f"{fetch.kaggle} on Kaggle"):
         inside[name].unlink()
     _finish(folder, fetch, revision=folder.name)
-    folder.replace(target)
+    publish(folder, target)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -377,7 +376,7 @@ def _download(session: requests.Session, remote: _Remote, progress: Progress) ->
     """Go on with what there is of the file; give it its name when all of it has arrived."""
     have = _size(remote.partial)
     if have and have == remote.size:
-        remote.partial.replace(remote.path)
+        publish(remote.partial, remote.path)
         return
     with _open(session, remote.url, have) as response:
         have = have if response.status_code == 206 else 0
@@ -388,14 +387,12 @@ def _download(session: requests.Session, remote: _Remote, progress: Progress) ->
             for chunk in response.iter_content(MIB):
                 stream.write(chunk)
                 advance(len(chunk) / MIB)
-            stream.flush()
-            os.fsync(stream.fileno())
     if size is not None and _size(remote.partial) != size:
         raise FetchError(
             f"{remote.url} has {size:,} bytes, of which {_size(remote.partial):,} arrived; "
             "run the command again to resume"
         )
-    remote.partial.replace(remote.path)
+    publish(remote.partial, remote.path)
 
 
 def _open(session: requests.Session, url: str, have: int) -> requests.Response:

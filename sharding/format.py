@@ -1,4 +1,4 @@
-"""THE DISK CONTRACT: what a shard set holds, and how the bytes of a member become pixels.
+"""THE DISK CONTRACT: what a shard set holds.
 
 A set is a folder: `<source>-<split>-<NNNNN>.tar` with `<key>.<jpg|png|webp>` (original bytes) and
 `<key>.json`, one `.idx` beside each tar (for DALI's reader), `samples.parquet` with one row per
@@ -8,7 +8,6 @@ not a set. The format is described for people without this code in `docs/shards.
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import simplejpeg
-from PIL import Image
 
 FORMAT_VERSION = 4
 CLASSES = ("real", "fake")
@@ -68,10 +65,6 @@ class ShardError(ValueError):
     """A shard set that cannot be used; the message says what was found and what to do."""
 
 
-class DecodeError(ValueError):
-    """Bytes that are not the image they claim to be."""
-
-
 def shard_name(source: str, split: str, number: int) -> str:
     """`<source>-<split>-<NNNNN>.tar`."""
     return f"{source}-{split}-{number:05d}.tar"
@@ -94,51 +87,6 @@ def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
         "alt_label": "cls",
     }
     return {"splits": {index["split"]: split}}
-
-
-def decode_image(data: bytes, image_format: str, orientation: int = 1) -> np.ndarray:
-    """The pixels of a member: (height, width, 3) uint8 RGB, upright.
-
-    This is the reference that every other decoder is held against: exact inverse DCT and smooth
-    chroma upsampling for JPEG, alpha dropped, EXIF orientation applied. Never a scaled decode: it
-    deletes the traces that a detector reads.
-
-    Raises:
-        DecodeError: truncated or damaged bytes, or not `image_format`.
-    """
-    try:
-        if image_format == "JPEG":
-            pixels = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
-            return np.ascontiguousarray(_upright(pixels, orientation))
-        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
-            image.load()
-            image.info.pop("transparency", None)  # dropped anyway; Pillow would warn of it
-            # Orientation comes from the index for every format, so that EXIF is parsed once.
-            return np.ascontiguousarray(_upright(np.asarray(image.convert("RGB")), orientation))
-    except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"{image_format} does not decode: {error}") from error
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image, 1 to 8; what is absent or nonsense counts as 1."""
-    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
-        return 1  # parsing nothing costs as much as a twentieth of the decode
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except (ValueError, OSError, SyntaxError, KeyError, TypeError):
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then mirror the axes."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.decode import GRID, Facts, Prepared, fingerprints, green_grid, prepare
-from sharding.format import DecodeError, table_from
-from sharding.layouts import Item, Listing
+from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
+from sharding.format import table_from
+from sharding.listing import Item, Listing
 from sharding.raw import read_all
-from sharding.storage import AnyPath, any_path, files_in, write_atomically
+from storage import AnyPath, any_path, files_in, write_atomically
 
 FACTS_VERSION = "2"
 """Changes when `prepare` would describe an image in another way; old rows are then made again."""

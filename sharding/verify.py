@@ -14,23 +14,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sharding.decode import fingerprints, green_grid
+from imaging.decode import DecodeError, decode_image, fingerprints, green_grid
 from sharding.dedupe import SPLIT_RANK
-from sharding.engine import run_all
+from sharding.executor import run_all
 from sharding.format import (
     CLASSES,
     IMAGE_FORMATS,
     INDEX_FILE,
     TIMM_FILE,
-    DecodeError,
     ShardSet,
-    decode_image,
     member_metadata,
     open_shards,
     read_index,
     timm_info,
-)  # fmt: skip
-from sharding.storage import AnyPath, any_path, files_in, sha256_of
+)
+from storage import AnyPath, any_path, files_in, sha256_of
 
 
 def sets_in(folder: AnyPath) -> list[AnyPath]:

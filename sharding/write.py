@@ -7,8 +7,6 @@ The rows, written after it, are the mark that the shard is done.
 import hashlib
 import io
 import json
-import multiprocessing
-import sys
 import tarfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,17 +16,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.decode import prepare
-from sharding.format import (
-    IMAGE_FORMATS,
-    SAMPLES_SCHEMA,
-    DecodeError,
-    ShardError,
-    member_metadata,
-)  # fmt: skip
+from imaging.decode import DecodeError, prepare
+from sharding.format import IMAGE_FORMATS, SAMPLES_SCHEMA, ShardError, member_metadata
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from sharding.storage import AnyPath, any_path, size_of, write_atomically, write_text
+from storage import AnyPath, any_path, size_of, write_atomically, write_text
 
 
 @dataclass(frozen=True)
@@ -122,10 +114,7 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
     Returns the lines of the `.idx` for DALI's reader (version 1.2), per sample the extension,
     offset, size and name of each member; and the tar's SHA-256.
     """
-    if multiprocessing.parent_process() is not None:
-        # webdataset works without torch, whose import takes seconds that no worker needs.
-        sys.modules.setdefault("torch", None)
-    import webdataset
+    import webdataset  # here, because it imports torch, which only writers should wait for
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:

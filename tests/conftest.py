@@ -1,47 +1,27 @@
 """Real, tiny, seeded data: awkward images, and shard sets built by the real builder."""
 
-import io
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import huggingface_hub.constants
 import pytest
 import torch
-from PIL import Image
 
 import recipes
 from model import checkpoint
-from model.network import Network
 from model.network import build as build_network
-from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool
-from pipeline.augment import Augment, View
-from sharding.build import build
-from sharding.catalog import Catalog, read_catalog
+from pipeline.augment import Augment
+from pipeline.loader import Loading, open_loader
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import ShardSet, open_shards
-
-VIEW = View(size=48, resize=54)
-
-TINY = Network(
-    name="convnextv2_atto",
-    pretrained=False,
-    scratch="fan_in",
-    options={"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
-)
-
-# Every operation at once, often: nothing of the graph stays unused.
-HARSH = Augment(
-    scale=(0.4, 1.0), ratio=(0.8, 1.25), flip=0.5, jitter=0.6, brightness=0.3, contrast=0.3,
-    saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
-    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grey=0.2, jpegs=(1, 3), grid=0.4,
-    resample_filters=("bilinear", "bicubic", "lanczos"), webp=0.3, webp_quality=(40, 90),
-)  # fmt: skip
+from tests.builders import CALIBRATION, HARSH, TINY, VIEW, build_all, small_recipe, write_raw
+from tests.servers import Server
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
@@ -51,89 +31,6 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def photo(seed: int, width: int = 90, height: int = 70) -> np.ndarray:
-    """Smooth colour fields with noise: compresses like a photograph, and every pixel matters."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    noisy = np.asarray(smooth, np.float32) + rng.normal(0, 5, (height, width, 3))
-    return noisy.clip(0, 255).astype(np.uint8)
-
-
-def encode(
-    pixels: np.ndarray | Image.Image, image_format: str = "JPEG", **options: object
-) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    stream = io.BytesIO()
-    image.save(stream, image_format, **options)
-    return stream.getvalue()
-
-
-CATALOG = """
-[sets]
-old = "train"
-new = "train"
-val = "val"
-
-[sources.alpha]
-licence = "test"
-set = "old"
-real = [{ folder = "real", generator = "camera" }]
-fake = [{ folder = "fake", generator = "gan" }]
-
-[sources.beta]
-licence = "test"
-set = "old"
-law = "dda"
-real = [{ folder = "real", generator = "camera" }]
-fake = [{ folder = "fake", generator = "vae" }]
-
-[sources.dummy]
-licence = "test"
-set = "old"
-replay = false
-fake = ["fake"]
-
-[sources.gamma]
-licence = "test"
-set = { new = 0.8, val = 0.2 }
-real = [{ folder = "real", generator = "camera" }]
-fake = [{ folder = "fake", generator = "diffusion" }]
-"""
-
-
-def write_raw(folder: Path) -> Path:
-    """Raw datasets and `catalog.toml`: 40 + 30 + 10 old images, 120 new or validation ones."""
-    kinds = [
-        ("jpg", "JPEG", {"quality": 90}), ("JPEG", "JPEG", {"quality": 75, "subsampling": 0}),
-        ("png", "PNG", {}), ("webp", "WEBP", {"quality": 80}),
-    ]  # fmt: skip
-    plan = {"alpha": (25, 15), "beta": (15, 15), "dummy": (0, 10), "gamma": (60, 60)}
-    number = 0
-    for source, counts in plan.items():
-        for label, count in zip(("real", "fake"), counts, strict=True):
-            for i in range(count):
-                suffix, image_format, options = kinds[number % len(kinds)]
-                pixels = photo(number, 60 + 7 * (number % 9), 60 + 5 * (number % 7))
-                path = folder / source / label / f"{i:03d}.{suffix}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # The fakes carry a grid, so that something can be learned.
-                pixels[::2, ::2] = pixels[::2, ::2] // 2 if label == "fake" else pixels[::2, ::2]
-                path.write_bytes(encode(pixels, image_format, **options))
-                number += 1
-    (folder / "catalog.toml").write_text(CATALOG)
-    return folder
-
-
-def build_all(
-    raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
-) -> Path:
-    """Every set of `raw`, by the real builder."""
-    catalog = catalog or read_catalog([raw / "catalog.toml"])
-    build(catalog, raw, out, jobs=jobs, max_bad=max_bad)
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -232,15 +129,6 @@ def make_stream(data: Path) -> Callable[..., Stream]:
     return make
 
 
-@dataclass
-class SmallRecipe:
-    """What a checkpoint must know of a recipe."""
-
-    name: str = "small"
-    network: Network = field(default_factory=lambda: TINY)
-    view: View = field(default_factory=lambda: View(size=32, resize=36))
-
-
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with one checkpoint, whose network is drawn and not trained."""
@@ -248,17 +136,10 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     checkpoint.save(
         runs / "small" / "step_0000001", build_network(TINY, pretrained=False),
-        recipe=SmallRecipe(), step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]},
+        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]},
         state=None,
     )  # fmt: skip
     return runs
-
-
-CALIBRATION = {
-    "fitted_on": ["val"], "index_sha256": {"val": "0" * 64}, "reals": 40, "fakes": 30,
-    "threshold_at": "auto", "threshold_fpr_1": None, "threshold_fpr_5": 0.6, "band": [0.3, 0.6],
-    "before": {"nll": 0.5, "ece": 0.1}, "after": {"nll": 0.4, "ece": 0.05},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +152,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(weight)
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
-        folder, net, recipe=SmallRecipe(name="tiny", view=VIEW), step=7, epoch=0.5,
+        folder, net, recipe=small_recipe(name="tiny", view=VIEW), step=7, epoch=0.5,
         metrics={}, selection=None, data={"train": ["old"], "replay": []}, state=None,
     )  # fmt: skip
     checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
@@ -312,23 +193,30 @@ log_every = 2
     return path
 
 
-def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
-    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
-    import train  # here, because TensorBoard takes a second to import
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    one = Server()
+    home = tmp_path / "home"
+    home.mkdir()
+    for key in [key for key in os.environ if key.startswith(("HF_", "KAGGLE"))]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(home))
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
+    import kagglesdk.kaggle_env  # an extra: the other tests must run without it
 
-    settings = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.workers=0", *overrides,
-    ]  # fmt: skip
-    recipe = recipes.load(train.Recipe, recipes.FOLDER / "phase1.toml", settings)
-    train.train(recipe, data, runs)
-    return runs
-
-
-def can_mount() -> bool:
-    """Whether a test may mount a file system of its own."""
-    unshare = shutil.which("unshare")
-    return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode
+    local = kagglesdk.kaggle_env.KaggleEnv.LOCAL
+    monkeypatch.setitem(kagglesdk.kaggle_env._env_to_endpoint, local, one.url)
+    # HF_ENDPOINT is read when the library is imported; the test with a subprocess sets that.
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", one.url)
+    template = one.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
+    yield one
+    one.go_on.set()
+    one.shutdown()
+    one.server_close()

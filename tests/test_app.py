@@ -25,19 +25,18 @@ import pytest
 import requests
 
 import app
-from model import ImageDetector, load_detector
+from model import load_detector
 from model.calibrate import calibrate
 from model.checkpoint import annotate
+from model.inference.detector import ImageDetector
 from model.score import score_set
-from pipeline import Loading, open_loader
+from pipeline.loader import Loading, open_loader
 from sharding.format import open_shards
-from tests.conftest import encode, photo, train_tiny
-from tests.test_architecture import imports_of
+from tests.builders import ROOT, encode, imports_of, photo, train_tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

@@ -15,13 +15,13 @@ import predict
 import train
 from model import load_detector
 from model.__main__ import main as model
-from model.robustness import PER_CLASS
-from pipeline import Loading
+from model.evaluation.robustness import PER_CLASS
 from pipeline.__main__ import main as pipeline
-from pipeline.delivery import DELIVERIES
+from pipeline.loader import Loading
+from pipeline.perturb import DELIVERIES
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
-from tests.conftest import encode, photo, train_tiny
+from tests.builders import ROOT, encode, photo, train_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -227,7 +227,7 @@ def test_predict_evaluate_and_python_agree_on_the_same_bytes(
     import torch
 
     from model.score import probability, score_set
-    from pipeline import open_loader
+    from pipeline.loader import open_loader
 
     detector = load_detector(runs=runs)
     shards = open_shards([data / "val"])
@@ -250,7 +250,7 @@ def test_the_page_shows_a_verdict_and_an_error(
 ) -> None:
     from streamlit.testing.v1 import AppTest
 
-    page = Path(__file__).parents[1] / "app.py"
+    page = ROOT / "app.py"
     monkeypatch.setenv("DETECTOR_RUNS", str(runs))
     shown = AppTest.from_file(str(page), default_timeout=60).run()
     assert not shown.exception
@@ -278,7 +278,7 @@ def test_the_page_without_a_checkpoint_says_how_to_get_one(
 
     streamlit.cache_resource.clear()
     monkeypatch.setenv("DETECTOR_RUNS", str(tmp_path))
-    shown = AppTest.from_file(str(Path(__file__).parents[1] / "app.py"), default_timeout=60).run()
+    shown = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
     assert "no checkpoint below" in shown.error[0].value
 
 
@@ -301,7 +301,7 @@ def test_every_command_has_help_and_few_flags(command) -> None:
 
 def test_the_demo_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     """A few of its images; the whole takes half a minute."""
-    from sharding.demo import SOURCES, path_of, shots_of, write_shot
+    from sharding.demo.render import SOURCES, path_of, shots_of, write_shot
 
     shots = [shots_of(name)[i] for name in SOURCES for i in (1, -1)]
     for folder in ("one", "two"):

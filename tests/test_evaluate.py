@@ -17,15 +17,15 @@ import evaluate
 from model import score
 from model.checkpoint import find, read_meta
 from model.distributed import Ranks
-from model.score_table import read_scores
-from pipeline import Loading
+from model.evaluation.run import evaluate as evaluate_sets
+from model.evaluation.scores import read_scores
+from pipeline.loader import Loading
 from sharding.format import open_shards
-from tests.conftest import build_all, encode, photo, train_tiny
+from tests.builders import ROOT, build_all, encode, photo, train_tiny
 
 # TensorBoard's own use of protobuf and numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-ROOT = Path(__file__).parents[1]
 
 CATALOG = """
 [sets]
@@ -93,7 +93,7 @@ def run(data: Path, runs: Path, *arguments: object) -> Result:
 
 
 def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) -> dict:
-    """evaluate.evaluate on `world` ranks, each a thread of this process; the first one's report."""
+    """`evaluate` on `world` ranks, each a thread of this process; the first one's report."""
     meeting = threading.Barrier(world, timeout=120)
     brought: dict[int, object] = {}
 
@@ -107,7 +107,7 @@ def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) 
     reports: dict[int, dict] = {}
 
     def work(rank: int) -> None:
-        reports[rank] = evaluate.evaluate(
+        reports[rank] = evaluate_sets(
             find(runs), data, ["evalgen", "val"], out, ranks=Ranks(rank, world, 0),
             loading=Loading(batch_size=batch_size, workers=0, backend="pil"),
         )  # fmt: skip
@@ -145,7 +145,7 @@ def one_rank(rank: int, world: int, data: Path, runs: Path, out: Path, store: Pa
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
     loading = Loading(batch_size=7, workers=0, backend="pil")
-    evaluate.evaluate(
+    evaluate_sets(
         find(runs), data, ["evalgen", "val"], out, loading=loading, ranks=Ranks(rank, world, 0)
     )
     torch.distributed.destroy_process_group()

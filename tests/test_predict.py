@@ -18,14 +18,13 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 
 import predict
-import results
+from imaging import tar
+from imaging.decode import MAX_BYTES, DecodeError, decode
 from model import load_detector
 from model.checkpoint import annotate
-from sharding import inputs, tars
-from sharding.decode import MAX_BYTES, decode
-from sharding.format import DecodeError, open_shards
-from tests.conftest import encode, photo
-from tests.pipeline.test_broken import KINDS, awkward_files, bomb
+from model.inference import inputs, results
+from sharding.format import open_shards
+from tests.builders import KINDS, awkward_files, bomb, encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -179,7 +178,7 @@ def test_hostile_members_are_refused_by_name(
 ) -> None:
     hostile = {"../up.jpg": b"x", "/etc/root.jpg": b"x", "C:\\windows.jpg": b"x"}
     write_zip(tmp_path / "x.zip", ALL | hostile)
-    monkeypatch.setattr(tars, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(tar, "MAX_BYTES", 100_000)
     for mode in ("w", "w:gz"):
         path = tmp_path / f"x.{'tgz' if mode[2:] else 'tar'}"
         with tarfile.open(path, mode) as archive:
@@ -497,7 +496,7 @@ def test_evidence_never_changes_the_score(
     assert {one["suggests"] for one in speaks["file_says"]} == {"AI", "camera"}
     assert silent["probability"] == speaks["probability"]
     assert silent["verdict"] == speaks["verdict"]
-    monkeypatch.setattr(predict, "read_evidence", lambda _data: [])
+    monkeypatch.setattr("model.inference.run.read_evidence", lambda _data: [])
     again = rows_of(ask(tmp_path, "--format", "jsonl", "--batch-size", 1))
     assert again[str(tmp_path / "speaks.jpg")]["probability"] == speaks["probability"]
 

@@ -14,8 +14,8 @@ import train
 from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
+from tests.builders import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import recipes
-from train import Recipe
+from model.recipe import Recipe
 
 BUILT_IN = sorted(p for p in recipes.FOLDER.glob("*.toml") if p.stem not in ("demo", "small"))
 

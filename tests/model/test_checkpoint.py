@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ from click.testing import CliRunner
 
 from model import checkpoint
 from model.__main__ import main
-from model.between import between
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
+from model.export.average import between
 from model.network import (
     Detector,
     Network,
@@ -26,23 +27,14 @@ from model.network import (
     load_backbone_file,
     load_weights,
 )  # fmt: skip
-from pipeline import View
-from tests.conftest import TINY
-from tests.sharding.test_fetch import Server, server  # noqa: F401  (a fixture)
+from tests.builders import ROOT, TINY, small_recipe
+from tests.servers import Server
 
 
 def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
-    from dataclasses import dataclass, field
-
-    @dataclass
-    class Small:
-        name: str = "small"
-        network: Network = field(default_factory=lambda: TINY)
-        view: View = field(default_factory=lambda: View(size=32, resize=36))
-
     net = net or build(TINY, pretrained=False)
     checkpoint.save(
-        folder / f"step_{step:07d}", net, recipe=Small(), step=step, epoch=1, metrics={},
+        folder / f"step_{step:07d}", net, recipe=small_recipe(), step=step, epoch=1, metrics={},
         selection=selection, data={"train": ["x"]}, state=state,
     )  # fmt: skip
     return folder / f"step_{step:07d}"
@@ -57,6 +49,15 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
     assert (view.size, view.resize) == (32, 36)
     assert meta["classes"] == ["real", "fake"]
     assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
+
+
+def test_a_checkpoint_that_a_kill_left_half_named_is_none(tmp_path: Path) -> None:
+    whole = save(tmp_path / "run", selection=0.1)
+    left = save(tmp_path / "run", step=2, selection=0.9)
+    left.rename(left.with_name(f"{left.name}.123.partial"))
+    assert checkpoint.last_of(tmp_path / "run") == checkpoint.best_of(tmp_path / "run") == whole
+    shutil.copytree(tmp_path / "run", tmp_path / "later.123.partial")
+    assert checkpoint.find(tmp_path) == whole
 
 
 SWIN = Network(
@@ -84,7 +85,7 @@ def test_timm_is_imported_without_torch_s_compiler_which_still_works() -> None:
         "f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2;"
         "assert 'torch._dynamo' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_weights_have_plain_timm_names(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ WEIGHTS = "convnextv2_atto.fcmae_ft_in1k"
 
 
 def test_without_an_answer_from_the_hub_nothing_is_tried_again(
-    server: Server, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Where timm's own download would wait and ask again for a minute."""
     nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
@@ -214,7 +215,7 @@ def test_without_an_answer_from_the_hub_nothing_is_tried_again(
 
 
 def test_weights_arrive_from_the_hub_with_their_licence_said_once(
-    server: Server, logged: list[str]  # noqa: F811
+    server: Server, logged: list[str]
 ) -> None:  # fmt: skip
     """Then from its cache, without a question."""
     from safetensors.torch import save

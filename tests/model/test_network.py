@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from model import checkpoint, load_detector
-from model.explain import attribution
-from model.export import export_onnx
-from model.hub import write_hub
+from model.export.hub import write_hub
+from model.export.onnx import export_onnx
+from model.inference.gradcam import attribution
 from model.network import Network, StageHead, build, load_backbone_file
-from model.optim import Optim, make_optimizer
-from tests.conftest import TINY, VIEW, SmallRecipe, encode, photo
+from model.training.optim import Optim, make_optimizer
+from tests.builders import TINY, VIEW, encode, photo, small_recipe
 
 STAGES = replace(TINY, head="stages")
 MOBILE = Network(name="mobilenetv2_035", pretrained=False, scratch="fan_in", head="stages")
@@ -92,7 +92,7 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     net = build(STAGES, pretrained=False).eval()
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
     checkpoint.save(
-        tmp_path / "step_0000001", net, recipe=SmallRecipe(network=STAGES, view=VIEW), step=1,
+        tmp_path / "step_0000001", net, recipe=small_recipe(network=STAGES, view=VIEW), step=1,
         epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}, state=None,
     )  # fmt: skip
     detector = load_detector(tmp_path)

@@ -15,14 +15,13 @@ from pipeline.augment import (
     Draw,
     Laws,
     View,
-    colour_matrix,
 )
 from pipeline.augment import centre as centres
 from pipeline.augment import draw as draw_all
-from pipeline.dice import roll
+from pipeline.philox import roll
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
-from tests.conftest import HARSH, VIEW, photo
+from tests.builders import HARSH, VIEW, colour_matrix, photo
 
 PHASE1 = Augment(
     scale=(0.6, 1.0), ratio=(0.85, 1.15), flip=0.5, jitter=0.3, brightness=0.06, resample=0.3,

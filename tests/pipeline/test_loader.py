@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import (
-    Batch,
+from pipeline.batch import Batch
+from pipeline.loader import (
+    LoadError,
     Loading,
-    Pool,
-    Replay,
-    Stream,
-    evaluation_batches,
+    _Requests,
+    choose_backend,
+    decode_threads,
+    draw_by_law,
     open_loader,
-    open_pool,
 )
-from pipeline.loader import LoadError, _Requests, choose_backend, decode_threads, draw_by_law
 from pipeline.order import OrderError
 from pipeline.read import ReadError, ShardReader
-from sharding.format import ShardSet, open_shards
-from tests.conftest import HARSH, VIEW
-
-BACKENDS = ("pil", "dali")
-CPU = torch.device("cpu")
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream, evaluation_batches, open_pool
+from sharding.format import ShardSet
+from tests.builders import BACKENDS, CPU, HARSH, VIEW, broken_copy
 
 
 def facts(batch: Batch) -> tuple:
@@ -202,19 +199,6 @@ def test_evaluation_sees_every_sample_once(old: ShardSet, backend: str, batch_si
     loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
     seen = [s for b in evaluation_batches(loader) for s in b.samples[b.valid.numpy()].tolist()]
     assert seen == list(range(len(old)))
-
-
-def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> ShardSet:
-    """The old set with the bytes of some samples overwritten inside their tars."""
-    shutil.copytree(data / "old", folder / "old")
-    shards = open_shards([folder / "old"])
-    for sample in samples:
-        offset, size = (int(shards.column(name)[sample]) for name in ("offset", "size"))
-        first = {"half": size // 2, "all": 0}[cut]
-        with shards.shard_path(sample).open("r+b") as stream:
-            stream.seek(offset + first)
-            stream.write((b"\xff\xd9" + b"\0" * size)[: size - first])  # an early end of image
-    return shards
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import Loading, Pool, Replay, Stream, open_loader
-from pipeline.augment import CHROMAS, Augment, Draw
-from pipeline.loader import draw_by_law
+from imaging.jpeg import CHROMAS
+from pipeline.augment import Augment, Draw
+from pipeline.loader import Loading, draw_by_law, open_loader
 from pipeline.pairs import partners_of
 from pipeline.pil import apply
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
-from tests.conftest import VIEW, build_all, encode, photo
+from tests.builders import VIEW, build_all, encode, photo
 
 # By number: the real file, and what its fake, a PNG, is expected to become.
 REALS = {

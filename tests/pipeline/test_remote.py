@@ -13,11 +13,14 @@ import pytest
 import torch
 from upath import UPath
 
-from pipeline import Loading, Pool, Replay, Stream, open_loader, open_pool, remote
+from pipeline import remote
+from pipeline.loader import Loading, open_loader
 from pipeline.read import ReadError, ShardReader
 from pipeline.remote import Cache
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import ShardError, ShardSet, open_shards
-from tests.conftest import HARSH, VIEW
+from tests.builders import HARSH, VIEW
 
 # aiobotocore leaves its sessions to the garbage collector when a test ends.
 pytestmark = pytest.mark.filterwarnings(

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -18,19 +16,8 @@ import webdataset
 from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, open_shards, read_index
-from sharding.storage import locked
-from tests.conftest import CATALOG, build_all, write_raw
-
-ROOT = Path(__file__).parents[2]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file of every set, without the builder's own notes."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".build" not in path.parts
-    }
+from sharding.lock import locked
+from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
 
 
 def test_the_index_says_what_is_there(data: Path) -> None:
@@ -156,14 +143,6 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     build_all(raw, tmp_path / "out")
     assert not list((tmp_path / "out/old").glob("dummy*"))
     assert "dummy" not in read_index(tmp_path / "out/old")["sources"]
-
-
-def run_build(raw: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sharding", "build", "--jobs", "2", "--raw", str(raw)]
-    command += ["--catalog", str(raw / "catalog.toml"), "--out", str(out)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 def test_killed_and_started_again_ends_with_the_same_bytes(

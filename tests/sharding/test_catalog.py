@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
-from sharding.layouts import choose_set, folder_pattern, list_source
-from tests.conftest import encode, photo
+from sharding.listing import choose_set, folder_pattern, list_source
+from tests.builders import ROOT, encode, photo
 
 
 def catalog_of(tmp_path: Path, text: str):
@@ -33,7 +33,7 @@ def test_the_built_in_catalogue_is_valid() -> None:
 
 
 def test_the_example_catalogue_holds_whole_sources_out() -> None:
-    example = Path(__file__).parents[2] / "docs" / "example-catalog.toml"
+    example = ROOT / "docs" / "example-catalog.toml"
     catalog = read_catalog([BUILT_IN, example])
     assert catalog.sources["bsds500"].set == "unseen"
     assert catalog.sets["unseen"] == "test"

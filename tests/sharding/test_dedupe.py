@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.decode import decode, fingerprints, green_grid
 from sharding.build import build
 from sharding.catalog import read_catalog
-from sharding.decode import decode, fingerprints, green_grid
 from sharding.dedupe import MAX_BITS, near_duplicates
 from sharding.format import open_shards, read_index
-from tests.conftest import encode, photo
+from tests.builders import encode, photo
 
 CATALOG = """
 [sets]

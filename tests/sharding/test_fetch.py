@@ -12,13 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import filelock
 import huggingface_hub.constants
@@ -27,9 +23,9 @@ import pytest
 
 from sharding.catalog import Catalog, CatalogError, Fetch, Source
 from sharding.fetch import BEGUN, MARK, Fetched, fetch_all, fetch_source
+from tests.builders import ROOT
+from tests.servers import REPO, SERVICE, Server
 
-ROOT = Path(__file__).parents[2]
-REPO = "owner/set"
 OLD, NEW = "a" * 40, "b" * 40
 
 # More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
@@ -38,138 +34,6 @@ CUT = 2**21 + 5
 
 # How long "no network" may take to be said; refused connections take milliseconds.
 SOON_S = 5
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `bodies` by path, and remembers what was asked for."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.bodies: dict[str, bytes] = {}
-        self.headers: dict[str, dict[str, str]] = {}
-        self.status: dict[str, int] = {}
-        self.cut: dict[str, int] = {}  # break off after so many bytes, once
-        self.stall: set[str] = set()  # send half, then wait for `go_on`
-        self.go_on, self.stalled = threading.Event(), threading.Event()
-        self.ranges = "yes"  # or "no", or "wrong": 206, but from the first byte on
-        self.asked: list[tuple[str, str, str]] = []
-        self.tokens: set[str | None] = set()  # with which datasets were asked for
-        serve = {"target": self.serve_forever, "kwargs": {"poll_interval": 0.02}}
-        threading.Thread(**serve, daemon=True).start()
-
-    def handle_error(self, *_: object) -> None:
-        """A client that goes away is part of the tests."""
-
-    def publish(self, files: dict[str, bytes], sha: str) -> None:
-        """A dataset of the hub with `sha` as its newest revision; earlier ones stay."""
-        api = f"/api/datasets/{REPO}"
-        sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
-        info = json.dumps({"id": REPO, "sha": sha, "siblings": sizes}).encode()
-        tree = [
-            {"type": "file", "path": name, "size": len(body), "oid": _oid(body)}
-            for name, body in files.items()
-        ]
-        self.bodies |= {
-            api: info,
-            f"{api}/revision/{sha}": info,
-            f"{api}/tree/{sha}": json.dumps(tree).encode(),
-        }
-        for name, body in files.items():
-            path = f"/datasets/{REPO}/resolve/{sha}/{name}"
-            self.bodies[path] = body
-            self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
-
-    def got(self, part: str = "", method: str = "GET") -> list[tuple[str, str]]:
-        """(path, Range) of what was asked for."""
-        return [(path, of) for how, path, of in self.asked if how == method and part in path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _answer(self, with_body: bool = True) -> None:
-        server, path = self.server, unquote(urlsplit(self.path).path)
-        asked = self.headers.get("Range", "")
-        server.asked.append((self.command, path, asked))
-        if "owner" in path or path.startswith(SERVICE):
-            server.tokens.add(self.headers.get("Authorization"))
-        status = server.status.get(f"{self.command} {path}") or server.status.get(path)
-        body = server.bodies.get(path)
-        if status or body is None:
-            body, status = b"{}", status or 404
-        headers = {"Content-Type": "application/json", **server.headers.get(path, {})}
-        first = 0
-        if asked and server.ranges != "no" and status is None:
-            first = int(asked.removeprefix("bytes=").removesuffix("-"))
-            first = 0 if server.ranges == "wrong" else first
-            status = 206 if first < len(body) else 416
-            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-        headers.setdefault("Content-Length", str(len(body) - first))
-        self.send_response(status or 200)
-        for name, value in headers.items():
-            if value:
-                self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self._send(path, body[first:])
-
-    def _send(self, path: str, body: bytes) -> None:
-        end = self.server.cut.pop(path, None)
-        if path in self.server.stall:
-            self.wfile.write(body[: len(body) // 2])
-            self.server.stalled.set()
-            self.server.go_on.wait(20)
-        self.wfile.write(body[:end])
-        self.close_connection = end is not None
-
-
-def _oid(body: bytes) -> str:
-    """As the hub names large files; what is there already is then compared by its hash."""
-    return hashlib.sha256(body).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    one = Server()
-    home = tmp_path / "home"
-    home.mkdir()
-    for key in [key for key in os.environ if key.startswith(("HF_", "KAGGLE"))]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
-    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(home))
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    local = kagglesdk.kaggle_env.KaggleEnv.LOCAL
-    monkeypatch.setitem(kagglesdk.kaggle_env._env_to_endpoint, local, one.url)
-    # HF_ENDPOINT is read when the library is imported; the test with a subprocess sets that.
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", one.url)
-    template = one.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
-    yield one
-    one.go_on.set()
-    one.shutdown()
-    one.server_close()
 
 
 def source(**fetch: object) -> Source:
@@ -458,7 +322,6 @@ def test_errors_keep_the_secrets_of_an_address(server: Server, tmp_path: Path) -
 
 # --- Kaggle ---------------------------------------------------------------------------------------
 
-SERVICE = "/api/v1/datasets.DatasetApiService"
 IMAGES = {"keep/x/1.png": BODY[:2_000_000], "keep/2.png": BODY[2_000_000:], "rest/3.png": b"3"}
 KAGGLE = {"kaggle": "owner/set", "files": ["keep/*"]}
 KEPT = {name: body for name, body in IMAGES.items() if name.startswith("keep/")}

@@ -3,46 +3,15 @@
 import os
 import shutil
 import stat
-import struct
 import subprocess
 import zipfile
-import zlib
 from pathlib import Path
 
 import pytest
 
-from sharding.format import DecodeError
+from imaging.decode import DecodeError
 from sharding.raw import RawError, read_all, walk
-
-
-def write_split_zip(path: Path, members: dict[str, bytes], volumes: int) -> None:
-    """A split archive, as `zip -s` writes it: X.z01, X.z02, ..., X.zip.
-
-    Local headers and data run through the volumes; the directory gives volume and offset in it.
-    """
-    body = bytearray(b"PK\7\x08")  # the mark of a split archive
-    entries = []
-    for name, data in members.items():
-        encoded = name.encode()
-        packed = zlib.compressobj(6, zlib.DEFLATED, -15)
-        packed = packed.compress(data) + packed.flush()
-        fields = (20, 0, 8, 0, 0x21, zlib.crc32(data), len(packed), len(data), len(encoded), 0)
-        entries.append((len(body), encoded, fields))
-        body += struct.pack("<4s5H3L2H", b"PK\3\4", *fields) + encoded + packed
-    step = -(-len(body) // (volumes - 1)) if volumes > 1 else len(body)
-    directory = b""
-    for offset, encoded, fields in entries:
-        disk, inside = divmod(offset, step)
-        directory += struct.pack("<4sH", b"PK\1\2", 20) + struct.pack("<5H3L2H", *fields)
-        directory += struct.pack("<3H2L", 0, disk, 0, 0, inside) + encoded
-    last = volumes - 1
-    count = len(members)
-    end = struct.pack("<4s4H2LH", b"PK\5\6", last, last, count, count, len(directory), 0, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in range(last):
-        piece = body[number * step : (number + 1) * step]
-        path.with_suffix(f".z{number + 1:02d}").write_bytes(piece)
-    path.write_bytes(directory + end)
+from tests.builders import write_split_zip
 
 
 def contents(raw: Path, root: str = "s") -> dict[str, bytes | DecodeError]:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sharding.__main__ import main
 from sharding.format import SAMPLES_SCHEMA, open_shards
 from sharding.verify import sets_in, verify
-from tests.conftest import encode, photo, write_raw
+from tests.builders import encode, photo, write_raw
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -1,0 +1,1 @@
+"""Evaluation: scores of shard sets in, a report with intervals out."""

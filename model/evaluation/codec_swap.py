@@ -1,0 +1,226 @@
+"""The codec-swap test: did the detector learn the pictures, or the containers that they came in?
+
+Each class is re-encoded as the other one commonly is, and both alike. A detector of pictures moves
+as little as both classes do under any such compression; one of containers follows the container.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from imaging.jpeg import CHROMAS
+from model.distributed import Ranks
+from model.evaluation.robustness import (
+    FIGURES,
+    PER_CLASS,
+    Delivered,
+    draw_samples,
+    group_codes,
+    measure_deliveries,
+    score_deliveries,
+    shifts,
+)
+from model.metrics import measure
+from model.score import probability
+from pipeline.augment import View
+from pipeline.perturb import ORIGINAL, Delivery, fit_shorter, jpeg, webp
+from sharding.format import CLASSES, ShardSet
+
+LOW_QUALITY = 75
+"""The last JPEG of the levelled test, or what the worse of both classes has, where that is lower:
+libjpeg's default.
+"""
+
+
+@dataclass(frozen=True)
+class Container:
+    """How the images of one class are commonly compressed; `share` of them are.
+
+    `format` is JPEG or WEBP, `chroma` that of a JPEG, `quality` libjpeg's median estimate (80,
+    Pillow's default, for WebP, whose files do not say).
+    """
+
+    format: str
+    chroma: str
+    quality: int
+    share: float
+
+    def describe(self) -> str:
+        """As a person reads it."""
+        if self.format == "WEBP":
+            return f"WebP {self.quality}"
+        return f"JPEG {self.quality} {self.chroma if self.chroma else '420'}"
+
+    def delivery(self, name: str) -> Delivery:
+        """Putting an image into this container."""
+        step = (
+            partial(webp, quality=self.quality)
+            if self.format == "WEBP"
+            else partial(jpeg, quality=self.quality, chroma=self.chroma)
+        )
+        return Delivery(name, "codec swap", self.quality, (step,))
+
+
+def container_of(shards: ShardSet, samples: np.ndarray) -> Container | None:
+    """The commonest lossy container of `samples`: of JPEG with each chroma, and WebP. None where no
+    image has one: PNG and the like put no trace on pixels, so nothing can be put into them.
+    """
+    formats, chromas = shards.names("format", samples), shards.names("chroma", samples)
+    published = shards.names("transcoded_from", samples)
+    quality = shards.column("jpeg_quality")[samples]
+    kinds = np.array(
+        [
+            f"{form} {chroma}".strip() if form in ("JPEG", "WEBP") and not was else ""
+            for form, chroma, was in zip(formats, chromas, published, strict=True)
+        ],
+        object,
+    )
+    counts = {kind: int((kinds == kind).sum()) for kind in sorted(set(kinds)) if kind}
+    if not counts:
+        return None
+    kind = max(counts, key=counts.__getitem__)
+    form, _, chroma = kind.partition(" ")
+    if form == "WEBP":
+        return Container("WEBP", "", 80, counts[kind] / len(samples))
+    median = int(np.median(quality[kinds == kind]))
+    chroma = chroma if chroma in CHROMAS else "420"
+    return Container("JPEG", chroma, max(1, median), counts[kind] / len(samples))
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """One codec-swap test: who is re-encoded, and how. `reals` and `fakes` say which class takes
+    the delivery; the other one stays as packed.
+    """
+
+    name: str
+    what: str
+    delivery: Delivery
+    reals: bool
+    fakes: bool
+
+
+def plan_swaps(
+    shards: ShardSet, samples: np.ndarray
+) -> tuple[dict[str, Container | None], list[Swap]]:
+    """The container of each class, by its name, and the tests that they allow (`Swap`)."""
+    labels = shards.column("label")[samples]
+    of = {name: samples[labels == label] for label, name in enumerate(CLASSES)}
+    containers = {
+        name: container_of(shards, rows) if len(rows) else None for name, rows in of.items()
+    }
+    real, fake = containers["real"], containers["fake"]
+    swaps = []
+    if real and len(of["fake"]):
+        way = real.delivery("fakes-as-reals")
+        swaps.append(Swap(way.name, f"fakes re-encoded as {real.describe()}", way, False, True))
+    if fake and len(of["real"]):
+        way = fake.delivery("reals-as-fakes")
+        swaps.append(Swap(way.name, f"reals re-encoded as {fake.describe()}", way, True, False))
+    quality = min(
+        [LOW_QUALITY] + [c.quality for c in (real, fake) if c is not None and c.format == "JPEG"]
+    )
+    shorter = np.minimum(shards.column("width"), shards.column("height"))
+    side = min(int(np.median(shorter[rows])) for rows in of.values() if len(rows))
+    both = (
+        ("all-as-jpeg", f"all as JPEG {quality} 420", (partial(jpeg, quality=quality),)),
+        ("all-as-webp", "all as WebP 80", (partial(webp, quality=80),)),
+        (
+            "levelled",
+            f"all shrunk to a shorter side of {side} at most, then JPEG {quality} 420",
+            (partial(fit_shorter, shorter=side), partial(jpeg, quality=quality)),
+        ),
+    )
+    for name, what, steps in both:
+        swaps.append(Swap(name, what, Delivery(name, "codec swap", quality, steps), True, True))
+    return containers, swaps
+
+
+def measure_swaps(
+    delivered: Delivered,
+    swaps: Sequence[Swap],
+    groups: np.ndarray,
+    *,
+    temperature: float,
+    threshold: float,
+) -> list[dict[str, Any]]:
+    """The figures of each test, as `report.json` holds them: how far the class that was re-encoded
+    moves (`shift`, as in `measure_deliveries`), and the rates before and after.
+    """
+    names = [delivery.name for delivery in delivered.deliveries]
+    before = delivered.logits[names.index(ORIGINAL.name)]
+    labels, own = delivered.labels, groups[delivered.samples]
+    rows = []
+    for swap in swaps:
+        re_encoded = delivered.logits[names.index(swap.name)]
+        moved = (swap.reals & (labels == 0)) | (swap.fakes & (labels == 1))
+        after = np.where(moved, re_encoded, before)
+        there = np.isfinite(before) & np.isfinite(after)
+        one, two = (
+            asdict(measure(labels[there], probability(logits[there], temperature), threshold))
+            for logits in (before, after)
+        )
+        shift = shifts(labels, before, after, own)
+        rows.append(
+            {
+                "name": swap.name,
+                "what": swap.what,
+                "images": int(there.sum()),
+                "shift": {
+                    "real": shift["real"] if swap.reals else None,
+                    "fake": shift["fake"] if swap.fakes else None,
+                },
+                "before": {key: one[key] for key in FIGURES},
+                "after": {key: two[key] for key in FIGURES},
+            }
+        )
+    return rows
+
+
+def report_delivery(
+    net: nn.Module,
+    shards: ShardSet,
+    deliveries: Sequence[Delivery],
+    *,
+    view: View,
+    device: torch.device,
+    dtype: torch.dtype,
+    temperature: float,
+    threshold: float,
+    per_class: int = PER_CLASS,
+    on_images: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """The entry `delivery` of one set in `report.json`, grid and codec swap on `draw_samples`:
+
+    {"images": n, "of": n, "unreadable": n,
+     "deliveries": rows of `measure_deliveries`,
+     "containers": {"real" or "fake": null or the fields of `Container`, and "name"},
+     "codec_swap": rows of `measure_swaps`}
+    """
+    samples = draw_samples(shards, per_class)
+    containers, swaps = plan_swaps(shards, samples)
+    ways = [*deliveries, *(swap.delivery for swap in swaps)]
+    delivered = score_deliveries(
+        net, shards, samples, ways, view=view, device=device, dtype=dtype, on_images=on_images,
+        ranks=ranks,
+    )  # fmt: skip
+    groups = group_codes(shards)
+    at = {"temperature": temperature, "threshold": threshold}
+    rows = measure_deliveries(delivered, groups, **at)[: len(deliveries)]
+    return {
+        "images": len(delivered.samples),
+        "of": len(shards),
+        "unreadable": len(delivered.unreadable),
+        "deliveries": rows,
+        "containers": {
+            name: container and asdict(container) | {"name": container.describe()}
+            for name, container in containers.items()
+        },
+        "codec_swap": measure_swaps(delivered, swaps, groups, **at),
+    }

@@ -1,0 +1,215 @@
+"""Two evaluations of the same images side by side: what changed, how surely, and which verdicts.
+
+Differences are paired: both runs are resampled by the same draws of the same groups, so that what
+the two have in common, the images, does not widen the interval.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from model.evaluation.bootstrap import interval, resample
+from model.evaluation.report import Rows, lines_of, rows_of_set
+from model.evaluation.scores import ScoresError, ScoreTable
+from model.metrics import measure
+from sharding.format import CLASSES
+
+COMPARED = ("auroc", "recall", "false_positive_rate")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric in both runs, and the 95 % interval of the difference where there is one."""
+
+    before: float
+    after: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the comparison: the whole of a set, one of its sources or of its generators.
+
+    `kind` is overall, beside, sources or generators; `changes` has a `Change` or None for each of
+    `COMPARED`.
+    """
+
+    set: str
+    kind: str
+    name: str
+    images: int
+    changes: Mapping[str, Change | None]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image whose verdict is another one after: `fixed` from wrong to right, else broken.
+
+    `before` and `after` are probabilities of fake.
+    """
+
+    set: str
+    key: str
+    source: str
+    generator: str
+    label: int
+    before: float
+    after: float
+    fixed: bool
+
+
+def shared_samples(
+    before: ScoreTable, after: ScoreTable, *, intersect: bool = False
+) -> tuple[ScoreTable, ScoreTable]:
+    """Both tables cut to the images that both could read, in the order of `before`.
+
+    Raises:
+        ScoresError: they are not on the same samples and `intersect` is off, they share none, or
+            an image is real in one of them and fake in the other.
+    """
+    keys = [
+        list(zip(*(table.table.column(name).to_pylist() for name in ("set", "key")), strict=True))
+        for table in (before, after)
+    ]
+    place = {key: row for row, key in enumerate(keys[1])}
+    common = [(row, place[key]) for row, key in enumerate(keys[0]) if key in place]
+    if not common:
+        raise ScoresError("the two runs have no image in common; nothing can be compared")
+    if not intersect and not len(common) == len(before) == len(after):
+        raise ScoresError(
+            f"the two runs are on different samples: {len(before):,} and {len(after):,} images, "
+            f"{len(common):,} of them in both; measure both on the same sets and the same "
+            "--subset, or compare what they share with --intersection"
+        )
+    rows = np.array(common).T
+    labels, valid = (
+        [table.numbers(name)[own] for table, own in zip((before, after), rows, strict=True)]
+        for name in ("label", "valid")
+    )
+    if (labels[0] != labels[1]).any():
+        first = keys[0][rows[0][int(np.argmax(labels[0] != labels[1]))]]
+        raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in the other")
+    both = valid[0].astype(bool) & valid[1].astype(bool)
+    return tuple(
+        ScoreTable(table.table.take(own[both]), table.evaluation)
+        for table, own in zip((before, after), rows, strict=True)
+    )
+
+
+def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
+    """The lines of every set that both measured; the tables are `shared_samples`.
+
+    Sources are left out where a set has only one.
+    """
+    lines = []
+    for name in before.evaluation["sets"]:
+        if name not in after.evaluation["sets"]:
+            continue
+        rows = rows_of_set(before, name), rows_of_set(after, name)
+        if not np.array_equal(rows[0].own, rows[1].own):
+            raise ScoresError(
+                f"{name} stands beside other real images in the second run; measure both with the "
+                "same --reals"
+            )
+        if len(rows[0].labels):
+            lines += _compare_set(name, rows, before.evaluation, after.evaluation)
+    return lines
+
+
+def _compare_set(
+    name: str, rows: tuple[Rows, Rows], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[Line]:
+    images = lines_of(rows[0])
+    if sum(key[0] == "sources" for key in images) < 2:
+        images = {key: one for key, one in images.items() if key[0] != "sources"}
+    images = {key: one for key, one in images.items() if key[0] != "classes"}
+    if "beside" in images:  # the set by itself has no false positives to speak of
+        del images["overall"]
+    thresholds = before["threshold"], after["threshold"]
+    draws = [
+        resample(own.fake, images, rows[0].groups, threshold)
+        for own, threshold in zip(rows, thresholds, strict=True)
+    ]
+    lines = []
+    for key in sorted(images, key=_order):
+        one = images[key]
+        chosen = np.concatenate([one.reals, one.fakes])
+        found = [
+            asdict(measure(own.labels[chosen], own.fake[chosen], threshold))
+            for own, threshold in zip(rows, thresholds, strict=True)
+        ]
+        groups = [rows[0].groups.count(rows_) for rows_ in (one.reals, one.fakes)]
+        changes = {
+            metric: _change(metric, found, [of_run[key] for of_run in draws], groups)
+            for metric in COMPARED
+        }
+        kind, own_name = (key, "") if isinstance(key, str) else key
+        lines.append(Line(name, kind, own_name, len(chosen), changes))
+    return lines
+
+
+def _order(key: Hashable) -> tuple[int, str]:
+    """The set itself, its sources, its generators; each by name."""
+    return (0, "") if isinstance(key, str) else (1 + (key[0] == "generators"), key[1])
+
+
+def _change(
+    metric: str,
+    found: Sequence[Mapping[str, Any]],
+    draws: Sequence[Mapping[str, np.ndarray]],
+    groups: Sequence[int],
+) -> Change | None:
+    before, after = (figures[metric] for figures in found)
+    if before is None or after is None:
+        return None
+    reals, fakes = groups
+    independent = {"recall": fakes, "false_positive_rate": reals}.get(metric, min(groups))
+    ends = interval(draws[1][metric] - draws[0][metric], independent, ends=())
+    low, high = ends if ends else (None, None)
+    return Change(before, after, low, high)
+
+
+def flips(before: ScoreTable, after: ScoreTable) -> list[Flip]:
+    """Every image whose verdict changed, by how far its probability moved, the furthest first; each
+    run decides by its own threshold. The tables are `shared_samples`.
+    """
+    fake = [table.numbers("probability") for table in (before, after)]
+    called = [
+        own >= table.evaluation["threshold"]
+        for own, table in zip(fake, (before, after), strict=True)
+    ]
+    labels = before.numbers("label").astype(np.int64)
+    sets, names = before.codes("set")
+    measured = [name in before.evaluation["sets"] for name in names]
+    rows = np.flatnonzero((called[0] != called[1]) & np.array(measured, np.bool_)[sets])
+    rows = rows[np.argsort(-np.abs(fake[1] - fake[0])[rows], kind="stable")]
+    columns = before.table.select(["set", "key", "source", "generator", "label"]).take(rows)
+    return [
+        Flip(
+            **one,
+            before=float(fake[0][row]),
+            after=float(fake[1][row]),
+            fixed=bool(called[1][row] == (labels[row] == 1)),
+        )
+        for row, one in zip(rows.tolist(), columns.to_pylist(), strict=True)
+    ]
+
+
+def count_flips(
+    before: ScoreTable, changed: Sequence[Flip]
+) -> list[tuple[str, str, int, int, int]]:
+    """(set, class, images, broken, fixed) for each class of each set that was measured."""
+    sets, names = before.codes("set")
+    labels = before.numbers("label")
+    found = []
+    for name in before.evaluation["sets"]:
+        for label, said in enumerate(CLASSES):
+            own = (sets == names.index(name)) & (labels == label) if name in names else np.array([])
+            if own.any():
+                of_class = [one.fixed for one in changed if one.set == name and one.label == label]
+                fixed = sum(of_class)
+                found.append((name, said, int(own.sum()), len(of_class) - fixed, fixed))
+    return found

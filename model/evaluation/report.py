@@ -1,0 +1,336 @@
+"""From scores to `report.json`: protocols, figures with their intervals, and the sentence on top.
+
+`report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
+`evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
+
+    {"report_version": 2,
+     "headline": [sentence, ...],            # one per set; those without any reals come first
+     "checkpoint": path, "run": name, "step": n, "commit": commit,
+     "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
+     "subset": null or {"file": name, "sha256": hash, "samples": n},
+     "reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
+                                             # beside sets that have none, or beside all
+     "intervals": {"level": 0.95, "draws": n, "seed": n},
+     "sets": {set: {
+         "index_sha256": hash, "split": split,
+         "delivery": null or as model.codec_swap.report_delivery says,
+         "overall": FIGURES,                 # of the set's own images
+         "beside": FIGURES or null,          # its fakes with the reals of the set under "reals"
+         "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
+         "sources": {source: FIGURES},       # of the source's own images
+         "generators": {generator: FIGURES}, # its fakes with all reals of beside, or of overall
+         "verdicts": {"real" or "fake": {verdict: n}},
+         "protocols": {"all": PROTOCOL, "first": PROTOCOL or null} or null,  # null without fakes
+         "unreadable": [text, ...], "note": text or null}}}
+
+FIGURES are the fields of `model.metrics.Metrics`, `groups` (how many independent groups of images
+they rest on) and `intervals`: {metric: [low, high]} for those that have one.
+
+PROTOCOL, of the fakes by generator, each generator counting alike. `all` is of all images, `first`
+of the first image of each prompt (null where a prompt has one image of a generator anyway).
+`spread` is the standard deviation over generators, n - 1, as in the table of EvalGEN's authors:
+
+    {"images": n, "prompts": n, "generators": {generator: RECALL},
+     "mean": r, "spread": r or null, "interval": [low, high],          # at the threshold
+     "mean_at_half": r, "spread_at_half": r or null}                   # at 0.5, as others publish
+
+RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_half": r}.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from model.evaluation import bootstrap
+from model.evaluation.bootstrap import Draws, Groups, Images, group_rows, intervals, resample
+from model.evaluation.scores import ScoreTable
+from model.metrics import measure, what_is_missing
+from model.score import DEFAULT_THRESHOLD
+from model.verdict import VERDICTS, band_of, verdict
+from sharding.format import CLASSES
+
+REPORT_VERSION = 2
+
+REAL, FAKE = range(len(CLASSES))
+
+_NONE = np.empty(0, np.int64)
+_COPIED = (
+    "checkpoint", "run", "step", "commit", "temperature", "threshold", "calibration", "subset",
+    "reals",
+)  # fmt: skip
+
+
+def report(scores: ScoreTable, on_draws: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """The report on a table of scores; the same table gives the same report. `on_draws(n)` is
+    called as draws for intervals are done, `bootstrap.DRAWS` for each set.
+    """
+    about = scores.evaluation
+    found = {
+        name: _report_set(rows_of_set(scores, name), about, on_draws) for name in about["sets"]
+    }
+    sentences = {name: _headline(name, one, about) for name, one in found.items()}
+    first = [name for name, one in found.items() if not _has_reals(one)]
+    return {
+        "report_version": REPORT_VERSION,
+        "headline": [sentences[name] for name in dict.fromkeys([*first, *found])],
+        **{name: about[name] for name in _COPIED},
+        "band": list(band_of(about)),
+        "intervals": {
+            "level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": bootstrap.SEED,
+        },
+        "sets": {
+            name: {
+                "delivery": None,
+                **about["sets"][name],
+                **one,
+                "unreadable": _unreadable(scores, name),
+            }
+            for name, one in found.items()
+        },
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The readable rows of one set and, behind them, the reals of another where they are to stand
+    beside; a value per row in each array. `own` is True for the set's own.
+    """
+
+    own: np.ndarray
+    labels: np.ndarray
+    fake: np.ndarray  # probability
+    source: tuple[np.ndarray, list[str]]
+    generator: tuple[np.ndarray, list[str]]
+    origin: Sequence[str]
+    groups: Groups
+
+    def where(self, chosen: np.ndarray) -> Images:
+        """These rows, by class."""
+        return Images(
+            np.flatnonzero(chosen & (self.labels == REAL)),
+            np.flatnonzero(chosen & (self.labels == FAKE)),
+        )
+
+
+def rows_of_set(scores: ScoreTable, name: str) -> Rows:
+    """The rows that set `name` is reported on."""
+    sets, names = scores.codes("set")
+    labels, valid = scores.numbers("label"), scores.numbers("valid")
+    rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
+    own = len(rows)
+    reals = scores.evaluation["reals"]
+    needed = reals and (reals["for_all"] or not (labels[rows] == REAL).any())
+    if needed and reals["set"] in names and reals["set"] != name:
+        beside = (sets == names.index(reals["set"])) & valid & (labels == REAL)
+        rows = np.concatenate([rows, np.flatnonzero(beside)])
+    source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
+    # Sources and groups of two sets are not the same where their names are.
+    apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
+    return Rows(
+        own=np.arange(len(rows)) < own,
+        labels=labels[rows].astype(np.int64),
+        fake=scores.numbers("probability")[rows],
+        source=(source[0][rows], source[1]),
+        generator=(generator[0][rows], generator[1]),
+        origin=scores.table.column("origin").take(rows).to_pylist(),
+        groups=group_rows(apart[1], apart[0], labels[rows]),
+    )
+
+
+def lines_of(rows: Rows) -> dict[Hashable, Images]:
+    """The lines of a set's report that are its own figures: "overall", "beside" where reals stand
+    beside, and ("classes" or "sources" or "generators", name).
+    """
+    own = rows.where(rows.own)
+    lines: dict[Hashable, Images] = {"overall": own}
+    if not rows.own.all():
+        lines["beside"] = Images(rows.where(~rows.own).reals, own.fakes)
+    reals = lines.get("beside", own).reals
+    for label, one in enumerate((Images(own.reals, _NONE), Images(_NONE, own.fakes))):
+        if len(one.reals) or len(one.fakes):
+            lines["classes", CLASSES[label]] = one
+    codes, names = rows.source
+    for code in np.unique(codes[rows.own]):
+        lines["sources", names[code]] = rows.where(rows.own & (codes == code))
+    for name, chosen in _by_generator(rows, own.fakes).items():
+        lines["generators", name] = Images(reals, chosen)
+    return lines
+
+
+def _report_set(
+    rows: Rows, about: Mapping[str, Any], on_draws: Callable[[int], None] | None
+) -> dict[str, Any]:
+    """The figures of one set."""
+    threshold = about["threshold"]
+    own = rows.where(rows.own)
+    lines = lines_of(rows)
+    first = first_of_each(rows.origin, rows.groups.of_row, rows.generator[0], own.fakes)
+    if len(first) < len(own.fakes):
+        for name, chosen in _by_generator(rows, first).items():
+            lines["first", name] = Images(_NONE, chosen)
+    draws = resample(rows.fake, lines, rows.groups, threshold, on_draws=on_draws)
+    found = {key: _figures(rows, one, draws[key], threshold) for key, one in lines.items()}
+
+    def of_kind(kind: str) -> dict[str, Any]:
+        return {key[1]: found[key] for key in sorted(k for k in lines if k[0] == kind)}
+
+    def protocol(kind: str) -> dict[str, Any] | None:
+        keys = sorted(key for key in lines if key[0] == kind)
+        return _protocol(rows, {k[1]: (lines[k], found[k], draws[k]) for k in keys})
+
+    return {
+        "overall": found["overall"],
+        "beside": found.get("beside"),
+        **{kind: of_kind(kind) for kind in ("classes", "sources", "generators")},
+        "verdicts": _verdicts(rows, own, band_of(about)),
+        "protocols": {"all": protocol("generators"), "first": protocol("first")}
+        if len(own.fakes)
+        else None,
+        "note": _note(found, about),
+    }
+
+
+def _by_generator(rows: Rows, fakes: np.ndarray) -> dict[str, np.ndarray]:
+    codes, names = rows.generator
+    return {names[code]: fakes[codes[fakes] == code] for code in np.unique(codes[fakes])}
+
+
+def first_of_each(
+    origins: Sequence[str], groups: np.ndarray, generators: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """Of these rows, the first image that each generator made of each prompt, in their order.
+
+    Images of one prompt are of one group, in one folder, and have one name but for the number that
+    it ends with; the first has the lowest. (EvalGEN: `Flux/a photo of a bench_0.jpg` to `_19.jpg`.
+    Its authors take image 0 of each: 553 prompts, 2,765 images.)
+    """
+    best: dict[tuple[int, int, str], tuple[int, str, int]] = {}
+    for row in rows.tolist():
+        stem, number = _NUMBERED.fullmatch(origins[row]).groups()
+        key = int(groups[row]), int(generators[row]), stem
+        candidate = int(number or 0), origins[row], row
+        best[key] = min(best.get(key, candidate), candidate)
+    return np.sort(np.array([row for _, _, row in best.values()], np.int64))
+
+
+_NUMBERED = re.compile(r"(.*?)(\d*)(?:\.[^./]*)?", re.DOTALL)
+
+
+def _figures(rows: Rows, one: Images, draws: Draws, threshold: float) -> dict[str, Any]:
+    chosen = np.concatenate([one.reals, one.fakes])
+    return {
+        **asdict(measure(rows.labels[chosen], rows.fake[chosen], threshold)),
+        "groups": rows.groups.count(chosen),
+        "intervals": intervals(one, rows.groups, draws),
+    }
+
+
+def _protocol(
+    rows: Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Draws]]
+) -> dict[str, Any] | None:
+    if not generators:
+        return None
+    fakes = np.concatenate([one.fakes for one, _, _ in generators.values()])
+    found = {
+        name: {
+            "images": len(one.fakes),
+            "recall": figures["recall"],
+            "interval": figures["intervals"].get("recall"),
+            "recall_at_half": float((rows.fake[one.fakes] >= DEFAULT_THRESHOLD).mean()),
+        }
+        for name, (one, figures, _) in generators.items()
+    }
+    mean = np.mean([draws["recall"] for _, _, draws in generators.values()], axis=0)
+    prompts = rows.groups.count(fakes)
+    return {
+        "images": len(fakes),
+        "prompts": prompts,
+        "generators": found,
+        "interval": bootstrap.interval(mean, prompts),
+        **{
+            name + at: value
+            for at, figure in (("", "recall"), ("_at_half", "recall_at_half"))
+            for name, value in mean_and_spread([one[figure] for one in found.values()]).items()
+        },
+    }
+
+
+def mean_and_spread(recalls: Sequence[float]) -> dict[str, float | None]:
+    """The mean, and the standard deviation (n - 1): DDA's table says 97.2 and 4.2 of 89.9, 99.5,
+    97.8, 99.5 and 99.5.
+    """
+    spread = float(np.std(recalls, ddof=1)) if len(recalls) > 1 else None
+    return {"mean": float(np.mean(recalls)), "spread": spread}
+
+
+def _verdicts(rows: Rows, own: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
+    """How often each verdict is given to each class that is there."""
+    found = {}
+    for name, chosen in zip(CLASSES, (own.reals, own.fakes), strict=True):
+        if len(chosen):
+            of_each = [verdict(p, band) for p in rows.fake[chosen]]
+            found[name] = {said: of_each.count(said) for said in VERDICTS}
+    return found
+
+
+def _has_reals(found: Mapping[str, Any]) -> bool:
+    return bool((found["beside"] or found["overall"])["reals"])
+
+
+def _note(found: Mapping[Hashable, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
+    """What a reader must know of this set, in words."""
+    overall = found["overall"]
+    if "beside" in found:
+        reals = about["reals"]
+        none = "" if overall["reals"] else "There are no real images here: "
+        return (
+            f"{none}false positives beside are those among the {found['beside']['reals']:,} real "
+            f"images of {reals['set']} ({reals['why']})."
+        )
+    return what_is_missing(overall["reals"], overall["fakes"])
+
+
+def _headline(name: str, found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """What the set says in one sentence; recall never without false positives, or without saying
+    that they are missing.
+    """
+    beside = found["beside"]
+    figures = beside or found["overall"]
+    if not figures["count"]:
+        return f"{name}: no image could be scored"
+    recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")
+    reals = f"{figures['reals']:,} real images" + (f" of {about['reals']['set']}" if beside else "")
+    if alarms is None:
+        return (
+            f"{name}: NO REAL IMAGES AT HAND, so no false-positive rate. That {recall} of "
+            f"{figures['fakes']:,} fakes were found says nothing about false alarms; name a set "
+            "that has real images with --reals"
+        )
+    if recall is None:
+        return f"{name}: {alarms} of {reals} called fake; no fake images here"
+    return f"{name}: {recall} of {figures['fakes']:,} fakes found, {alarms} of {reals} called fake"
+
+
+def _share(figures: Mapping[str, Any], name: str) -> str | None:
+    """`94.2 % (93.1 to 95.0)`."""
+    if figures[name] is None:
+        return None
+    between = figures["intervals"].get(name)
+    shown = f" ({100 * between[0]:.1f} to {100 * between[1]:.1f})" if between else ""
+    return f"{100 * figures[name]:.1f} %{shown}"
+
+
+def _unreadable(scores: ScoreTable, name: str) -> list[str]:
+    """`set:key: reason` of each image that was not scored."""
+    sets, names = scores.codes("set")
+    if name not in names:
+        return []
+    failed = np.flatnonzero((sets == names.index(name)) & ~scores.numbers("valid"))
+    errors, reasons = scores.codes("error")
+    keys = scores.table.column("key").take(failed).to_pylist()
+    return [
+        f"{name}:{key}: {reasons[code]}" for key, code in zip(keys, errors[failed], strict=True)
+    ]

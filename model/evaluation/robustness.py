@@ -1,0 +1,291 @@
+"""How a detector bears what happens to images: the same samples scored through many deliveries.
+
+A delivery works on the whole decoded image, exactly as packed, and the evaluation view follows; so
+`original` here and a plain evaluation see the same pixels.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from imaging.decode import DecodeError, decode_image
+from model.distributed import Ranks, gather
+from model.evaluation.bootstrap import Images, group_rows, intervals, resample
+from model.metrics import measure
+from model.score import probability, score_batches
+from pipeline import pil
+from pipeline.augment import View, centre
+from pipeline.batch import Batch
+from pipeline.perturb import ORIGINAL, Delivery
+from pipeline.read import ReadError, ShardReader
+from sharding.format import CLASSES, ShardSet
+from storage import cores
+
+PER_CLASS = 1000
+"""Images of each class that a set is measured on, unless more are asked for: a rate of 5 % is then
+known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54,000 plain images.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Delivered:
+    """Scores of the same images through several deliveries.
+
+    `samples` int64 (N,) are rows of the shard set, `labels` int64 (N,); `logits` is float32
+    (D, N), before any temperature, NaN where an image cannot go that way: `failures[d]` says why
+    (sample -> reason). `unreadable` are samples that do not decode at all; they have no column.
+    """
+
+    deliveries: tuple[Delivery, ...]
+    samples: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    failures: tuple[dict[int, str], ...]
+    unreadable: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far the mean logit moves, with its 95 % interval: positive is towards fake. `of_gap` is
+    the same as a share of the distance between the mean logits of fakes and reals as packed.
+    """
+
+    images: int
+    mean: float
+    low: float | None
+    high: float | None
+    of_gap: float | None
+
+
+def draw_samples(shards: ShardSet, per_class: int) -> np.ndarray:
+    """Rows of at most `per_class` images of each class, in the order of the set: those whose files
+    have the smallest hashes, so that every run takes the same ones.
+    """
+    labels = shards.column("label")
+    order = np.argsort(np.array(shards.table.column("sha256").to_pylist(), "S32"), kind="stable")
+    kept = [order[labels[order] == label][:per_class] for label in range(len(CLASSES))]
+    return np.sort(np.concatenate(kept))
+
+
+def score_deliveries(
+    net: nn.Module,
+    shards: ShardSet,
+    samples: np.ndarray,
+    deliveries: Sequence[Delivery],
+    *,
+    view: View,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    on_images: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> Delivered:
+    """Score `samples` through each delivery; `on_images(n)` is called as images are done. Over many
+    ranks each takes its share, and all of them know the whole.
+
+    Each image is read and decoded once; a thread per core prepares all its views. The whole grid
+    of one image is one batch.
+    """
+    ranks = ranks or Ranks()
+    deliveries = tuple(deliveries)
+    failures: tuple[dict[int, str], ...] = tuple({} for _ in deliveries)
+    unreadable: dict[int, str] = {}
+    kept, logits = [], []
+
+    def batches() -> Iterator[Batch]:
+        for sample, views in _views(shards, samples[ranks.rank :: ranks.world], deliveries, view):
+            if isinstance(views, str):
+                unreadable[int(sample)] = views
+                if on_images:
+                    on_images(1)
+            else:
+                yield _batch_of(int(sample), views, device)
+
+    for batch, found in score_batches(net, batches(), device, dtype):
+        sample = int(batch.samples[0])
+        for row, reason in batch.failures.items():
+            failures[row][sample] = reason
+        kept.append(sample)
+        logits.append(found)
+        if on_images:
+            on_images(1)
+    parts = gather(ranks, (kept, logits, failures, unreadable))
+    rows = np.array([sample for part in parts for sample in part[0]], np.int64)
+    columns = [column for part in parts for column in part[1]]
+    order = np.argsort(rows, kind="stable")
+    scores = np.stack(columns, axis=1) if columns else np.empty((len(deliveries), 0), np.float32)
+    return Delivered(
+        deliveries=deliveries,
+        samples=rows[order],
+        labels=shards.column("label")[rows[order]].astype(np.int64),
+        logits=scores[:, order],
+        failures=tuple(
+            {sample: reason for part in parts for sample, reason in part[2][number].items()}
+            for number in range(len(deliveries))
+        ),
+        unreadable={sample: reason for part in parts for sample, reason in part[3].items()},
+    )
+
+
+def _views(
+    shards: ShardSet, samples: np.ndarray, deliveries: Sequence[Delivery], view: View
+) -> Iterator[tuple[int, list[np.ndarray | str] | str]]:
+    """Each sample with what the network sees of it through each delivery, or why it does not."""
+    reader = ShardReader(shards)
+    codes, formats = shards.codes("format")
+    hashes = shards.table.column("sha256")
+
+    def prepare(sample: int) -> list[np.ndarray | str] | str:
+        data = reader.read([sample])[0]
+        if isinstance(data, ReadError):
+            return str(data)
+        orientation = int(shards.column("orientation")[sample])
+        try:
+            pixels = decode_image(data, formats[codes[sample]], orientation)
+        except DecodeError as error:
+            return str(error)
+        sha256 = hashes[int(sample)].as_py()
+        return [_view_of(pixels, delivery, sha256, view) for delivery in deliveries]
+
+    workers = cores()
+    waiting: deque = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="deliver") as pool:
+        for sample in samples.tolist():
+            waiting.append((sample, pool.submit(prepare, sample)))
+            if len(waiting) > 2 * workers:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+        for ready, future in waiting:
+            yield ready, future.result()
+
+
+def _view_of(pixels: np.ndarray, delivery: Delivery, sha256: bytes, view: View) -> np.ndarray | str:
+    try:
+        arrived = delivery.apply(pixels, sha256)
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())
+    height, width = arrived.shape[:2]
+    out = torch.empty((view.size, view.size, 3), dtype=torch.uint8)
+    pil.apply(arrived, centre(view, np.array([width]), np.array([height])).row(0), out)
+    return out.numpy()
+
+
+def _batch_of(sample: int, views: list[np.ndarray | str], device: torch.device) -> Batch:
+    """All views of one sample as a batch; those that are not there are black and not valid."""
+    failures = {row: view for row, view in enumerate(views) if isinstance(view, str)}
+    size = next((len(found) for found in views if not isinstance(found, str)), 1)
+    blank = np.zeros((size, size, 3), np.uint8)
+    pixels = np.stack([blank if row in failures else found for row, found in enumerate(views)])
+    return Batch(
+        images=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2),
+        labels=torch.zeros(len(views), dtype=torch.int64, device=device),
+        valid=torch.tensor([row not in failures for row in range(len(views))]).to(device),
+        samples=np.full(len(views), sample, np.int64),
+        sources=np.zeros(len(views), np.int32),
+        replayed=np.zeros(len(views), np.bool_),
+        failures=failures,
+    )
+
+
+def measure_deliveries(
+    delivered: Delivered, groups: np.ndarray, *, temperature: float, threshold: float
+) -> list[dict[str, Any]]:
+    """The figures of each delivery, as `report.json` holds them.
+
+    `recall`, `false_positive_rate`, `balanced_accuracy` and `auroc` are those of the images that
+    could go this way, and `intervals` theirs, by groups of images; `flip_rate` is the share of them
+    whose verdict at `threshold` is another one than as packed, `flip_rate_real` and
+    `flip_rate_fake` that of each class; `shift` is how far each class moves (`Shift`), None for a
+    class without images.
+    """
+    names = [delivery.name for delivery in delivered.deliveries]
+    before = delivered.logits[names.index(ORIGINAL.name)]
+    rows = []
+    for number, delivery in enumerate(delivered.deliveries):
+        after = delivered.logits[number]
+        there = np.isfinite(after) & np.isfinite(before)
+        labels = delivered.labels[there]
+        fake = probability(after[there], temperature)
+        flipped = (fake >= threshold) != (probability(before[there], temperature) >= threshold)
+        metrics = asdict(measure(labels, fake, threshold))
+        failed = delivered.failures[number]
+        rows.append(
+            {
+                "name": delivery.name,
+                "family": delivery.family,
+                "amount": delivery.amount,
+                "what": delivery.what,
+                "images": len(labels),
+                **{key: metrics[key] for key in FIGURES},
+                "intervals": _intervals(labels, fake, groups[delivered.samples[there]], threshold),
+                "flip_rate": _share(flipped),
+                "flip_rate_real": _share(flipped[labels == 0]),
+                "flip_rate_fake": _share(flipped[labels == 1]),
+                "shift": shifts(delivered.labels, before, after, groups[delivered.samples]),
+                "failed": len(failed),
+                "failed_first": next(iter(failed.values()), None),
+            }
+        )
+    return rows
+
+
+FIGURES = ("reals", "fakes", "recall", "false_positive_rate", "balanced_accuracy", "auroc")
+
+
+def _intervals(
+    labels: np.ndarray, fake: np.ndarray, groups: np.ndarray, threshold: float
+) -> dict[str, list[float]]:
+    """95 % intervals of what `FIGURES` names; as if all images were of one source."""
+    if not len(labels):
+        return {}
+    images = Images(np.flatnonzero(labels == 0), np.flatnonzero(labels == 1))
+    grouped = group_rows(groups, np.zeros(len(labels), np.int64), labels)
+    found = intervals(images, grouped, resample(fake, {"": images}, grouped, threshold)[""])
+    return {name: ends for name, ends in found.items() if name in FIGURES}
+
+
+def _share(flags: np.ndarray) -> float | None:
+    return float(flags.mean()) if len(flags) else None
+
+
+def shifts(
+    labels: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray
+) -> dict[str, dict[str, Any] | None]:
+    """`Shift` of each class, by its name, from logits before and after; None without images."""
+    there = np.isfinite(before) & np.isfinite(after)
+    means = [before[there & (labels == label)] for label in (0, 1)]
+    gap = float(means[1].mean() - means[0].mean()) if all(map(len, means)) else None
+    found = {}
+    for label, name in enumerate(CLASSES):
+        rows = there & (labels == label)
+        shift = shift_of((after - before)[rows], groups[rows], gap) if rows.any() else None
+        found[name] = shift and asdict(shift)
+    return found
+
+
+def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) -> Shift:
+    """The mean of `changes` with its 95 % interval, by the variance that holds where images of one
+    group move together (Liang and Zeger 1986, for a mean). With one group there is no telling, and
+    no interval.
+    """
+    changes = np.asarray(changes, np.float64)
+    mean = float(changes.mean())
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=changes - mean)
+    number = len(sums)
+    of_gap = mean / gap if gap and gap > 0 else None
+    if number < 2:
+        return Shift(len(changes), mean, None, None, of_gap)
+    variance = np.square(sums).sum() * number / (number - 1)
+    reach = 1.96 * float(np.sqrt(variance)) / len(changes)
+    return Shift(len(changes), mean, mean - reach, mean + reach, of_gap)
+
+
+def group_codes(shards: ShardSet) -> np.ndarray:
+    """A number per sample, equal for images of one group (pair, prompt, video): int64 (N,)."""
+    encoded = shards.table.column("group").combine_chunks().dictionary_encode()
+    return np.asarray(encoded.indices.to_pylist(), np.int64)

@@ -1,0 +1,1 @@
+"""Checkpoints for other programs: ONNX, the Hugging Face Hub, imports and averages."""

@@ -1,0 +1,64 @@
+"""Weights between two checkpoints: a little less learned, much less forgotten.
+
+Fine-tuned weights and those that they started from can be averaged, and what comes out often keeps
+more of both than either (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint import META_FILE, WEIGHTS_FILE, CheckpointError, read_meta, read_weights
+from model.score import DEFAULT_THRESHOLD
+from storage import atomic_folder
+
+
+def between(first: Path, last: Path, share: float, run: Path) -> Path:
+    """A checkpoint in the folder `run` with weights `share` (0 to 1) of the way from those of
+    `first` to those of `last`; what was trained on is that of `last`. It is neither validated nor
+    calibrated, and no training can be resumed from it, though a run can start from it.
+
+    Raises:
+        CheckpointError: two networks that are not alike, a share outside 0 to 1, or a run that
+            exists.
+    """
+    if not 0 <= share <= 1:
+        raise CheckpointError(f"the share must be between 0 and 1, got {share}")
+    start, meta = read_meta(first), read_meta(last)
+    if start["recipe"]["network"]["name"] != meta["recipe"]["network"]["name"]:
+        raise CheckpointError(
+            f"{first} is a {start['recipe']['network']['name']}, {last} a "
+            f"{meta['recipe']['network']['name']}: only weights of one network can be averaged"
+        )
+    one, two = read_weights(first), read_weights(last)
+    if {n: w.shape for n, w in one.items()} != {n: w.shape for n, w in two.items()}:
+        raise CheckpointError(f"the weights of {first} and {last} differ in names or shapes")
+    if run.exists():
+        raise CheckpointError(f"{run} exists; name another run")
+    weights = {
+        name: torch.lerp(one[name], weight, share) if weight.is_floating_point() else weight
+        for name, weight in two.items()
+    }
+    meta |= {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created_ns": time.time_ns(),
+        "temperature": 1.0,
+        "threshold": DEFAULT_THRESHOLD,
+        "calibration": None,
+        "metrics": {"sets": {}, "sources": {}},
+        "selection": None,
+        "compared": None,
+        "refused": [],
+        "between": {"first": str(first), "last": str(last), "share": share},
+        "recipe": meta["recipe"] | {"name": run.name},
+    }
+    text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
+    with atomic_folder(run) as partial:
+        folder = partial / last.name
+        folder.mkdir()
+        save_file(weights, folder / WEIGHTS_FILE)
+        (folder / META_FILE).write_text(text, encoding="utf-8")
+    return run / last.name

@@ -1,0 +1,224 @@
+"""The model card: what a stranger must know before using a checkpoint, from its record alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from model.export.license import Licence, licence_of
+from model.verdict import band_of
+from sharding.format import CLASSES
+
+TAGS = ["ai-generated-image-detection", "deepfake-detection"]
+
+LIMITS = """\
+- A score is not a proof. Do not decide about a person by it without looking further.
+- It judges images like those it was trained on. With other cameras, other generators, screenshots,
+  strong compression or resizing it errs more, in both directions; the figures above hold for the
+  sets they name and for nothing else.
+- Public sets of fakes differ from those of photographs in format, size and compression, and a
+  detector learns that too. Measure it on images that are alike in these before relying on it.
+- It sees the middle of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels.
+  A small edit, or one near the border, can be missed. It was not made for partly edited images,
+  drawings, text or collages.
+- What it learned ends with the generators of its training sets; newer ones may pass.
+"""  # noqa: E501
+
+
+_BY_TIMM = """\
+```python
+import timm, torch
+from PIL import Image, ImageOps
+
+net = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+with torch.inference_mode():
+    real, fake = net(transform(image)[None])[0]
+print(torch.sigmoid((fake - real) / {temperature:g}))  # probability of fake
+```
+
+```python
+from transformers import pipeline
+
+print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
+```
+"""
+
+_BY_PROJECT = """\
+Its head sees the features of all stages, which timm and transformers cannot build alone: they
+refuse these weights. Download the folder and use the project it was trained with:
+
+```
+python predict.py photo.jpg --checkpoint FOLDER
+```
+
+```python
+from model import load_detector
+
+for found in load_detector("FOLDER").predict(["photo.jpg"]):
+    print(found.probability)  # of fake
+```
+"""
+
+
+def card_of(
+    meta: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    sources: Mapping[str, Mapping[str, Any] | None],
+    *,
+    onnx: bool,
+) -> str:
+    """`README.md` for the hub: YAML, then Markdown.
+
+    `report` is the parsed `report.json`; `sources`, for each training set, what its index says of
+    its sources; `onnx` says whether an export lies in `onnx/`.
+    """
+    licence = licence_of(meta)
+    view = meta["view"]
+    limits = LIMITS.format(share=view["size"] / view["resize"], size=view["size"])
+    sections = [
+        f"# {meta['recipe']['name']}: real photograph or AI-generated?",
+        _summary(meta),
+        "## Use",
+        _use(meta, onnx),
+        "## Evaluation",
+        _evaluation(report),
+        "## Training data",
+        _training(meta, sources),
+        "## Limits",
+        limits.strip(),
+        "## Licences",
+        f"Weights: {licence.text}. The images that it was trained on have licences of their own, "
+        "see above. Neither this card nor the licence of any code widens them.",
+    ]
+    return f"---\n{_front(licence, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _is_plain(meta: Mapping[str, Any]) -> bool:
+    """Whether timm alone can build the network: a head that sees all stages is not in it."""
+    return meta["recipe"]["network"].get("head", "timm") == "timm"
+
+
+def _front(licence: Licence, *, timm: bool) -> str:
+    """What the hub itself reads."""
+    other = {"license_name": "see-licences-below"} if licence.id == "other" else {}
+    data = ModelCardData(
+        license=licence.id,
+        library_name="timm" if timm else None,
+        pipeline_tag="image-classification",
+        tags=TAGS,
+        base_model=f"timm/{licence.base}" if licence.base else None,
+        **other,
+    )
+    return data.to_yaml()
+
+
+def _summary(meta: Mapping[str, Any]) -> str:
+    size, step = meta["view"]["size"], meta["step"]
+    trained = f"step {step:,}" if step else "imported from the original project's checkpoint"
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
+    return (
+        f"{meta['recipe']['network']['name']} at {size} x {size}, two outputs ({classes}: "
+        f"AI-generated or deepfake); {trained}."
+    )
+
+
+def _use(meta: Mapping[str, Any], onnx: bool) -> str:
+    """Snippets, and where a probability becomes a verdict."""
+    temperature, (low, high) = meta["temperature"], band_of(meta)
+    text = _BY_TIMM.format(temperature=temperature) if _is_plain(meta) else _BY_PROJECT
+    if onnx:
+        size = meta["view"]["size"]
+        text += f"""
+`onnx/detector.onnx` (fp32) and `onnx/detector-fp16.onnx` take `images`, uint8
+(batch, {size}, {size}, 3) RGB, and give `probability`, that of fake. How an image becomes such a
+square, the thresholds and this licence stand in their metadata; `onnx/parity.json` says how far
+they are from PyTorch.
+"""
+    heated = temperature != 1 and _is_plain(meta)
+    heat = " (transformers' pipeline gives it without the temperature)" if heated else ""
+    verdict = (
+        f"From {high:.3g} on call it likely AI-generated, below likely real"
+        if low == high
+        else f"Below {low:.3g} call it likely real, from {high:.3g} on likely AI-generated, "
+        "between them uncertain"
+    )
+    return f"{text}\nThe probability is that of fake{heat}. {verdict}. {_calibrated(meta)}"
+
+
+def _calibrated(meta: Mapping[str, Any]) -> str:
+    calibration = meta.get("calibration")
+    if not calibration:
+        return (
+            "**Not calibrated**: read it as a score, and choose a threshold on images of your own."
+        )
+    return (
+        f"Temperature and thresholds were fitted on {', '.join(calibration['fitted_on'])} "
+        f"({calibration['reals']:,} real, {calibration['fakes']:,} fake images)."
+    )
+
+
+def _evaluation(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return "**No evaluation is attached.** Nothing is known here of how often it is wrong."
+    rows = [
+        "| set | real | fake | fakes found (recall) | reals called fake | AUROC |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, found in report["sets"].items():
+        own, beside = found["overall"], found.get("beside")
+        rows.append(_row(name, own))
+        if beside:
+            rows.append(_row(f"{name}, beside reals of {report['reals']['set']}", beside))
+        if found["note"]:
+            notes.append(f"{name}: {found['note']}")
+    text = (
+        f"An image is called fake from a probability of {report['threshold']:.3g} on. Never read "
+        "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
+    )
+    return "\n\n".join([text, *notes])
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> str:
+    shown = [
+        _share(figures, "recall"),
+        _share(figures, "false_positive_rate", "not measured: no real images"),
+        _share(figures, "auroc"),
+    ]
+    return f"| {name} | {figures['reals']:,} | {figures['fakes']:,} | {' | '.join(shown)} |"
+
+
+def _share(figures: Mapping[str, Any], name: str, missing: str = "-") -> str:
+    """A figure, with its interval where the report has one."""
+    if figures[name] is None:
+        return missing
+    interval = figures.get("intervals", {}).get(name)
+    between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    return f"{figures[name]:.3f}{between}"
+
+
+def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] | None]) -> str:
+    data = meta["data"]
+    if "imported_from" in data:
+        return (
+            "That of the original project (about 420,000 images of 13 public datasets, by its own "
+            "card); its record came without a list."
+        )
+    lines = [f"Trained on: {', '.join(data['train']) or 'no set of images'}."]
+    if data["replay"]:
+        lines.append(f"Old images of {', '.join(data['replay'])} were replayed among them.")
+    lines += ["", "| set | source | licence |", "|---|---|---|"]
+    for name, found in sources.items():
+        if found is None:
+            lines.append(f"| {name} | not at hand when this was written | see the set's index |")
+            continue
+        lines += [
+            f"| {name} | {_linked(key, one)} | {one['licence']} |" for key, one in found.items()
+        ]
+    return "\n".join(lines)
+
+
+def _linked(name: str, source: Mapping[str, Any]) -> str:
+    return f"[{name}](https://{source['homepage']})" if source["homepage"] else name

@@ -1,0 +1,178 @@
+"""A checkpoint as a folder for the Hugging Face Hub, and its upload.
+
+`model.safetensors` and `config.json` are what timm and transformers look for, `README.md` is the
+model card (`model/export/card.py`), `meta.json` the checkpoint's own record. So the folder is a
+checkpoint too: `python predict.py dir/ --checkpoint FOLDER`.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+
+from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network
+from model.evaluation.report import REPORT_VERSION
+from model.export.card import card_of
+from model.export.license import licence_of
+from model.network import Detector
+from pipeline.augment import View
+from sharding.format import CLASSES, INDEX_FILE, read_index
+from storage import atomic_folder
+
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+ONNX_FOLDER = "onnx"
+
+
+class HubError(ValueError):
+    """A folder that cannot be written or uploaded; the message says what to do."""
+
+
+def write_hub(
+    checkpoint: Path,
+    out: Path,
+    *,
+    report: Path | None = None,
+    data: Path | None = None,
+    onnx: Path | None = None,
+) -> Path:
+    """Write the folder `out`, and return it.
+
+    `report` is the checkpoint's `report.json`, `data` the folder with the sets that it was trained
+    on, whose licences the card then names, `onnx` a folder that `export_onnx` wrote.
+
+    Raises:
+        HubError: there is something at `out`, or the report is of another checkpoint.
+    """
+    refuse_if_there(out)
+    net, view, meta = load_network(checkpoint)
+    figures = read_report(report, meta) if report else None
+    with atomic_folder(out) as partial:
+        save_for_hf(
+            net.backbone.to(memory_format=torch.contiguous_format),
+            partial,
+            model_config={
+                "label_names": list(CLASSES),
+                "pretrained_cfg": {
+                    "tag": meta["recipe"]["name"],
+                    "license": licence_of(meta).id,
+                },
+            },
+            data_config=preprocessing_of(net, view),
+            safe_serialization=True,
+        )
+        _let_transformers_in(partial / CONFIG_FILE)
+        shutil.copy(checkpoint / META_FILE, partial / META_FILE)
+        if onnx:
+            shutil.copytree(onnx, partial / ONNX_FOLDER)
+        card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    return out
+
+
+def _let_transformers_in(path: Path) -> None:
+    """Take out of timm's `model_args` what transformers' TimmWrapper passes itself (5.24: it fails
+    on "multiple values"); for timm the same value stands one level up.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_if_there(out: Path) -> None:
+    """Raises:
+    HubError: something is at `out` already; an empty folder is nothing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HubError(f"{out} is there already; name another folder, or remove it")
+
+
+def preprocessing_of(net: Detector, view: View) -> dict[str, Any]:
+    """The view in timm's words: shorter side to `floor(size / crop_pct)`, centre crop of `size`."""
+    crop_pct = view.size / view.resize
+    while math.floor(view.size / crop_pct) < view.resize:
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": (3, view.size, view.size),
+        "interpolation": "bilinear",
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "mean": tuple((net.mean / 255).flatten().tolist()),
+        "std": tuple((net.std / 255).flatten().tolist()),
+    }
+
+
+def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The parsed `report.json` of the checkpoint with this `meta`.
+
+    Raises:
+        HubError: it is no report, or that of another checkpoint.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        version = report["report_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubError(f"{path} is not a report.json of evaluate.py") from error
+    if version != REPORT_VERSION:
+        raise HubError(
+            f"{path} has report version {version}, expected {REPORT_VERSION}; evaluate again"
+        )
+    found, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
+    if found != expected:
+        raise HubError(
+            f"{path} is of {found[0]} step {found[1]}, the checkpoint is {expected[0]} step "
+            f"{expected[1]}; evaluate this one with evaluate.py --checkpoint"
+        )
+    return report
+
+
+def sources_of(meta: Mapping[str, Any], data: Path | None) -> dict[str, dict[str, Any] | None]:
+    """What the index of each training set says of its sources; None for a set that is not below
+    `data`.
+    """
+    sets = [*meta["data"]["train"], *meta["data"]["replay"]]
+    return {
+        name: read_index(data / name)["sources"]
+        if data is not None and (data / name / INDEX_FILE).exists()
+        else None
+        for name in sets
+    }
+
+
+def push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a folder that `write_hub` wrote to `repository` (owner/name), which is made if it is
+    not there; the address of the commit.
+
+    Raises:
+        HubError: the folder is not whole, or the hub refuses.
+    """
+    missing = [
+        name
+        for name in (HUB_WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, META_FILE)
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise HubError(
+            f"{folder} has no {', '.join(missing)}; `python -m model export --hub {folder}` writes "
+            "what is uploaded"
+        )
+    from huggingface_hub import HfApi  # it takes most of a second
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+        # What failed stands behind a RuntimeError that only names the file.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise HubError(
+            f"{folder} could not be uploaded to {repository} ({reason}); `hf auth login`, or "
+            "HF_TOKEN, says who you are"
+        ) from error
+    return done.commit_url

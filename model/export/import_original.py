@@ -1,0 +1,128 @@
+"""The original author's checkpoint in, one of ours out.
+
+Its layout is described in that project's training code: a dictionary of `epoch, model, optimizer,
+scheduler, scaler`, of which `model` holds plain timm names of a ConvNeXtV2-Base with two outputs,
+0 real and 1 fake.
+"""
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import checkpoint
+from model.network import Network, build, load_weights
+from model.recipe import Data, Recipe, Run
+from model.training.optim import Optim
+from pipeline.augment import View
+
+REPOSITORY = "xRayon/convnext-ai-images-detector"
+REVISION = "3fecc2d10e3812bc6d26de0c0fe359f219101e2c"
+FILE = "AI Images Detector/checkpoints/checkpoint_phase2.pth"
+SHA256 = "37f31776a241b575dc034ddded7afd12014ba453ac07cbe3725f808787717f0e"
+"""Of the published file (1,052,834,809 bytes), as its users recorded it."""
+
+
+class OriginalError(ValueError):
+    """A file that is not the original's checkpoint; the message says what was found."""
+
+
+def recipe_of(name: str) -> Recipe:
+    """What stands in place of the original's recipe: its network, and the view it was made for."""
+    return Recipe(
+        name=name,
+        data=Data(train=[], validate=[], law=""),
+        augment={},
+        network=Network(name="convnextv2_base", pretrained=False),
+        optim=Optim(lr=1e-4),
+        run=Run(epochs=1),
+        view=View(),
+    )
+
+
+def fetch() -> Path:
+    """Download the published checkpoint into the hub's own cache, or find it there; checked.
+
+    Raises:
+        OriginalError: the hub does not give it, or gives another file.
+    """
+    from huggingface_hub import hf_hub_download  # it takes most of a second
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
+    except (OSError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OriginalError(
+            f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand, then "
+            "python -m model import FILE"
+        ) from error
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256:
+        raise OriginalError(
+            f"{path} has sha256 {found[:16]}..., expected {SHA256[:16]}...; it is not the "
+            "published file, and is not used. Delete it and fetch again"
+        )
+    return path
+
+
+def import_file(file: Path, run: Path) -> Path:
+    """Turn `file` into a checkpoint of the run folder `run`, and return it.
+
+    Raises:
+        OriginalError: the file holds more than tensors, no network, or another one.
+    """
+    weights = _weights_in(file)
+    recipe = recipe_of(run.name)
+    net = build(recipe.network, pretrained=False)
+    load_weights(net, weights, str(file))
+    folder = run / "step_0000000"
+    checkpoint.save(
+        folder,
+        net,
+        recipe=recipe,
+        step=0,
+        epoch=0.0,
+        metrics={},
+        selection=None,
+        data={"train": [], "replay": [], "imported_from": file.name},
+        state=None,
+    )
+    return folder
+
+
+def _weights_in(file: Path) -> dict[str, torch.Tensor]:
+    """The network's weights by their plain names; nothing but tensors is ever unpickled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles it did not write; they are refused anyway
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise OriginalError(
+            f"{file} holds more than tensors, or is no checkpoint; loading it could run code, so "
+            "it is refused"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise OriginalError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    model = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(model, Mapping) or not model:
+        raise OriginalError(
+            f"{file} holds {type(content).__name__}, expected a dictionary of weights"
+        )
+    weights = {_plain(str(name)): value for name, value in model.items()}
+    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        keys = ", ".join(map(str, list(model)[:5]))
+        raise OriginalError(f"{file} holds {keys}, expected `model` with the network's weights")
+    return weights
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile and DataParallel put before a name."""
+    for prefix in ("_orig_mod.", "module."):
+        name = name.removeprefix(prefix)
+    return name

@@ -1,0 +1,332 @@
+"""A checkpoint out as ONNX, in fp32 and fp16, and held against PyTorch on the same images.
+
+The graph takes `images`, uint8 (batch, size, size, 3) RGB as any decoder gives them, and gives
+`probability`, float32 (batch,): that of fake, the checkpoint's temperature applied; and `logits`,
+float32 (batch, 2) in the order of the classes, before it. Normalisation is inside. What else a
+reader must know stands in the metadata (`model.inference.onnx_detector.META_KEYS`).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
+from model.checkpoint import load_network
+from model.export.license import licence_of
+from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, see
+from model.inference.prediction import ahead, as_file
+from model.network import Detector
+from model.score import probability
+from model.verdict import band_of, verdict
+from pipeline import pil
+from pipeline.augment import View
+from pipeline.read import ReadError, ShardReader
+from sharding.format import INDEX_FILE, open_shards
+from storage import publish, temporary_folder
+
+OPSET = 20
+"""The first with GELU as one operator; ONNX Runtime reads it from 1.17 on."""
+
+FILES = {"fp32": "detector.onnx", "fp16": "detector-fp16.onnx"}
+PARITY_FILE = "parity.json"
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
+"""How far the probability of any image may be from PyTorch's, on identical pixels. An export that
+is further off is not kept."""
+
+IMAGES = 200
+"""So many images are compared, spread evenly over those given."""
+
+NOISE = 16
+"""So many pictures of noise are compared where no images are given."""
+
+_BATCH = 8
+
+
+class ExportError(ValueError):
+    """A checkpoint that cannot be taken elsewhere; the message says why."""
+
+
+class _Graph(nn.Module):
+    """What is exported; see the module."""
+
+    def __init__(self, net: Detector, temperature: float):
+        super().__init__()
+        self.net, self.temperature = net, temperature
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.net(images.permute(0, 3, 1, 2))
+        real, fake = logits.unbind(1)
+        return torch.sigmoid((fake - real) / self.temperature), logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Of the probability of fake, over all images; `verdicts` is how many are judged otherwise."""
+
+    max: float
+    mean: float
+    verdicts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How one file agrees with PyTorch in fp32 on a CPU.
+
+    `same_pixels` compares the networks alone; `from_files` all that happens to a file's bytes,
+    Pillow's resize (as in `predict.py --onnx`) against torch's. None for noise, which is no file.
+    """
+
+    file: str
+    precision: str
+    same_pixels: Difference
+    from_files: Difference | None
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    images: Path | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write `FILES` and `PARITY_FILE` into the folder `out`, and return what the latter says.
+    `images` is a folder of images or a shard set; `on_images(n)` is called as they are compared.
+
+    Raises:
+        ExportError: a library is missing, no image can be read, or a file is too far from PyTorch;
+            nothing is written then.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"{error.name} is not installed; install the extra `export`, as `make setup` does"
+        ) from error
+    net, view, meta = load_network(checkpoint)
+    with temporary_folder(out) as partial:
+        graph = _graph_of(net, view, meta["temperature"])
+        for precision, name in FILES.items():
+            model = graph if precision == "fp32" else _halved(graph)
+            onnx.helper.set_model_props(model, _metadata(meta, precision))
+            onnx.checker.check_model(model)
+            onnx.save(model, partial / name)
+        files = [partial / name for name in FILES.values()]
+        parities, seen = compare(net, view, meta, files, images, on_images)
+        for parity in parities:
+            _refuse_if_far(parity)
+        report = {
+            "run": meta["recipe"]["name"],
+            "step": meta["step"],
+            **seen,
+            "reference": "PyTorch, fp32, CPU",
+            "tolerance": TOLERANCE,
+            "files": [asdict(parity) for parity in parities],
+            "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxruntime")},
+        }
+        text = json.dumps(report, indent=1, sort_keys=True) + "\n"
+        (partial / PARITY_FILE).write_text(text, encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES.values(), PARITY_FILE):
+            publish(partial / name, out / name)
+    return report
+
+
+def _graph_of(net: Detector, view: View, temperature: float) -> Any:
+    """The network as an ONNX model in fp32, without a trace of the machine that wrote it."""
+    example = torch.zeros((2, view.size, view.size, 3), dtype=torch.uint8)
+    program = torch.onnx.export(
+        _Graph(net.eval(), temperature).eval(),
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["probability", "logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        opset_version=OPSET,
+        verbose=False,
+    )
+    model = program.model_proto
+    for node in model.graph.node:  # stack traces, with paths
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        value.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    model.doc_string = " ".join((__doc__ or "").split())
+    return model
+
+
+def _halved(graph: Any) -> Any:
+    """The model with fp16 weights and arithmetic, but for what would lose or overflow: the
+    normalisation of pixels, the classifier with what follows it, and sums of squares (the norm in
+    ConvNeXtV2's GRN, over 4,096 places), which torch's autocast keeps in fp32 too.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxscript import ir
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    nodes = copy.graph.node
+    weighted = [i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")]
+    ends = [node.name for node in (*nodes[: weighted[0]], *nodes[weighted[-1] :])]
+    halved = ir.from_proto(
+        convert_float_to_float16(
+            copy,
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, "ReduceL2", "ReduceSumSquare"],
+            node_block_list=ends,
+        )
+    )
+    halved.graph.sort()  # the casts were put at the end
+    return ir.to_proto(halved)
+
+
+def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
+    """What the file says of itself: `META_KEYS`, each as JSON."""
+    size = meta["view"]["size"]
+    values = {
+        "format_version": FORMAT_VERSION,
+        "classes": meta["classes"],
+        "view": meta["view"],
+        "temperature": meta["temperature"],
+        "threshold": meta["threshold"],
+        "calibration": meta.get("calibration"),
+        "precision": precision,
+        "run": meta["recipe"]["name"],
+        "step": meta["step"],
+        "network": meta["recipe"]["network"]["name"],
+        "licence": licence_of(meta).text,
+        "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the square of "
+        "size / resize of the shorter side, cut from the centre and resized (antialiased bilinear)",
+        "outputs": "probability: float32 (batch,), of fake, temperature applied; logits: float32 "
+        "(batch, 2), in the order of classes, before it",
+    }
+    return {key: json.dumps(values[key], ensure_ascii=False) for key in META_KEYS}
+
+
+def _refuse_if_far(parity: Parity) -> None:
+    limit = TOLERANCE[parity.precision]
+    if not parity.same_pixels.max <= limit:  # NaN is too far as well
+        raise ExportError(
+            f"{parity.file} differs from PyTorch by up to {parity.same_pixels.max:.2g} in "
+            f"probability, more than {limit:g}; nothing was written. Look at versions of torch, "
+            "onnx and onnxruntime"
+        )
+
+
+def compare(
+    net: Detector,
+    view: View,
+    meta: dict[str, Any],
+    files: Sequence[Path],
+    images: Path | None,
+    on_images: Callable[[int], None] | None = None,
+) -> tuple[list[Parity], dict[str, Any]]:
+    """Hold ONNX files against the network they come from, on a CPU; the parity of each, and which
+    images they were compared on.
+    """
+    detectors = [load_onnx(file, device="cpu") for file in files]
+    found: list[list[np.ndarray]] = [[] for _ in range(1 + 2 * len(files))]
+    unreadable: list[str] = []
+    for by_torch, by_pillow in _views(images, view, unreadable):
+        with torch.inference_mode():
+            real, fake = net(torch.from_numpy(by_torch).permute(0, 3, 1, 2)).unbind(1)
+        found[0].append(probability((fake - real).numpy(), meta["temperature"]))
+        for number, detector in enumerate(detectors):
+            found[2 * number + 1].append(detector.score(by_torch))
+            if by_pillow is not None:
+                found[2 * number + 2].append(detector.score(by_pillow))
+        if on_images:
+            on_images(len(by_torch))
+    if not found[0]:
+        first = f" (first: {unreadable[0]})" if unreadable else ""
+        raise ExportError(f"no image to compare on in {images}{first}")
+    expected, *others = [np.concatenate(parts) if parts else None for parts in found]
+    band = band_of(meta)
+    parities = [
+        Parity(
+            file=detector.checkpoint.name,
+            precision=detector.meta["precision"],
+            same_pixels=_difference(expected, others[2 * number], band),
+            from_files=None
+            if images is None
+            else _difference(expected, others[2 * number + 1], band),
+        )
+        for number, detector in enumerate(detectors)
+    ]
+    seen = {
+        "images": "noise" if images is None else images.name,
+        "compared": len(expected),
+        "unreadable": unreadable,
+    }
+    return parities, seen
+
+
+def _difference(expected: np.ndarray, found: np.ndarray, band: tuple[float, float]) -> Difference:
+    change = np.abs(expected - found)
+    verdicts = [
+        verdict(one, band) != verdict(other, band)
+        for one, other in zip(expected.tolist(), found.tolist(), strict=True)
+    ]
+    return Difference(max=float(change.max()), mean=float(change.mean()), verdicts=sum(verdicts))
+
+
+def _views(
+    images: Path | None, view: View, unreadable: list[str]
+) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
+    """Groups of images as the network sees them, uint8 (B, size, size, 3) each: by torch's resize
+    and by Pillow's. Noise, where no images are given, is not resized.
+    """
+    if images is None:
+        noise = np.random.default_rng(0).integers(
+            0, 256, (NOISE, view.size, view.size, 3), np.uint8
+        )
+        for first in range(0, NOISE, _BATCH):
+            yield noise[first : first + _BATCH], None
+        return
+
+    def both(file: ImageFile) -> tuple[np.ndarray, np.ndarray]:
+        pixels = decode(file.read())
+        return pil.see(pixels, view), see(pixels, view)
+
+    for names, found in ahead(_files_in(images), both, _BATCH):
+        pairs = [one for one in found if not isinstance(one, str)]
+        unreadable += [
+            f"{name}: {one}" for name, one in zip(names, found, strict=True) if isinstance(one, str)
+        ]
+        if pairs:
+            by_torch, by_pillow = zip(*pairs, strict=True)
+            yield np.stack(by_torch), np.stack(by_pillow)
+
+
+def _files_in(images: Path) -> list[ImageFile]:
+    """`IMAGES` images of a folder or a shard set, spread evenly."""
+    if not (images / INDEX_FILE).exists():
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        return [
+            ImageFile(str(path.relative_to(images)), as_file(path).read)
+            for path in (paths[row] for row in _spread(len(paths)))
+        ]
+    shards = open_shards([images])
+    reader = ShardReader(shards)
+
+    def read(sample: int) -> bytes:
+        (data,) = reader.read([sample])
+        if isinstance(data, ReadError):
+            raise DecodeError(str(data))
+        return data
+
+    return [ImageFile(shards.name(row), lambda row=row: read(row)) for row in _spread(len(shards))]
+
+
+def _spread(count: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, IMAGES)).astype(int)).tolist()

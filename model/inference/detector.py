@@ -1,0 +1,162 @@
+"""Image files in, verdicts out: what `predict.py`, the web page and a person's Python go through.
+
+from model import load_detector
+
+for result in load_detector().predict(["photo.jpg"]):
+    print(result.name, result.probability, result.verdict)
+"""
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from imaging.decode import ImageFile, decode, encoded
+from model.checkpoint import find, load_network
+from model.device import choose_device, choose_precision, keep_freed_memory
+from model.inference.prediction import (
+    Decider,
+    Prediction,
+    ahead,
+    as_file,
+    check_threshold,
+    predictions,
+    threads,
+    views,
+)
+from model.network import Detector
+from model.score import probability, score_batches
+from pipeline import pil
+from pipeline.augment import View, centre
+from pipeline.batch import PLACEHOLDER, Batch, Request
+from pipeline.loader import Backend, choose_backend
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDetector(Decider):
+    """A loaded checkpoint. `predict` is what it is for; `view_of` shows what the network sees.
+
+    `view`, `meta` are the checkpoint's; `backend` decodes the images, for the reason `reason`;
+    `asked` is a threshold to take instead of the checkpoint's own.
+    """
+
+    checkpoint: Path
+    net: Detector
+    view: View
+    meta: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "pil"
+    reason: str = ""
+    asked: float | None = None
+
+    def predict(
+        self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
+    ) -> Iterator[Prediction]:
+        """One prediction per image, in order; an unreadable one carries its reason.
+
+        `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by
+        threads beside the network, at most two batches ahead, so `images` may be endless. The first
+        batches are small (1, 4, 16, ...): the first verdict does not wait for `batch_size` images.
+        """
+        files = map(as_file, images, range(sys.maxsize))
+        decoded = self._by_dali if self.backend == "dali" else self._by_pil
+        for names, pixels, failures in decoded(files, batch_size):
+            yield from self._score(names, pixels, failures)
+
+    def view_of(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+        """What the network sees of an image: uint8 (size, size, 3) RGB.
+
+        Raises:
+            DecodeError, OSError: it cannot be read.
+        """
+        return pil.see(decode(as_file(image).read()), self.view)
+
+    def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+        """Groups of images as the network sees them."""
+        for names, pixels, failures in views(files, self.view_of, self.view.size, batch_size):
+            yield _Group(names, torch.from_numpy(pixels), failures)
+
+    def _by_dali(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+        """The same by the fast backend, which decodes whole batches."""
+        from pipeline.dali import DaliBackend
+
+        names: deque[Sequence[str]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for of_group, found in ahead(files, _read_encoded, batch_size):
+                names.append(of_group)
+                yield self._request(found)
+
+        dali = DaliBackend(self.view.size, batch_size, self.device, threads())
+        for pixels in dali.run(requests()):
+            yield _Group(names.popleft(), pixels.images, pixels.failures)
+
+    def _request(self, found: Sequence[Any]) -> Request:
+        """What the backend is asked for; a black pixel stands where there is nothing to decode."""
+        failures = {row: one for row, one in enumerate(found) if isinstance(one, str)}
+        rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
+        data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
+        draws = centre(self.view, np.array(widths), np.array(heights))
+        return Request(data, formats, orientations, draws, failures)
+
+    def _score(
+        self, names: Sequence[str], pixels: torch.Tensor, failures: dict[int, str]
+    ) -> Iterator[Prediction]:
+        valid = torch.ones(len(names), dtype=torch.bool)
+        valid[list(failures)] = False
+        batch = Batch(
+            images=pixels.to(self.device).permute(0, 3, 1, 2),
+            labels=torch.zeros(len(names), dtype=torch.int64, device=self.device),
+            valid=valid.to(self.device),
+            samples=np.arange(len(names)),
+            sources=np.zeros(len(names), np.int32),
+            replayed=np.zeros(len(names), np.bool_),
+            failures=failures,
+        )
+        for _, logits in score_batches(self.net, [batch], self.device, self.dtype):
+            fake = probability(logits, self.meta["temperature"]).tolist()
+        yield from predictions(names, fake, failures, self.band)
+
+
+class _Group(NamedTuple):
+    """Images that are scored together: uint8 (B, size, size, 3), black where `failures`."""
+
+    names: Sequence[str]
+    pixels: torch.Tensor
+    failures: dict[int, str]
+
+
+def load_detector(
+    checkpoint: Path | str | None = None,
+    *,
+    runs: Path | str = "runs",
+    device: str = "auto",
+    backend: Backend = "auto",
+    threshold: float | None = None,
+) -> ImageDetector:
+    """Load `checkpoint` (or the best one of that run), or the best one of the newest run in `runs`.
+
+    `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+        ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
+    """
+    check_threshold(threshold)
+    folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
+    where = choose_device(device)
+    keep_freed_memory(where)
+    dtype, _ = choose_precision("auto", where)
+    chosen, reason = choose_backend(backend, where)
+    net, view, meta = load_network(folder)
+    return ImageDetector(folder, net.to(where), view, meta, where, dtype, chosen, reason, threshold)
+
+
+def _read_encoded(file: ImageFile) -> Any:
+    return encoded(file.read())

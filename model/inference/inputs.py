@@ -1,0 +1,177 @@
+"""What a person names to be looked at: files, folders, patterns, archives, shard sets.
+
+Images come as they are found, so that a million of them need no list.
+"""
+
+import glob
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import NoReturn
+
+from imaging import tar, zip
+from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
+from sharding.format import INDEX_FILE
+
+RUN = 10_000
+"""Entries of a folder that are sorted at a time; a larger folder comes in sorted runs."""
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+ARCHIVES = (".zip", *TARS)
+
+NO_IMAGE = "no images by their names"
+
+
+def find_images(paths: Iterable[str], left_out: Counter[str]) -> Iterator[ImageFile]:
+    """The images of each of `paths`, which may be endless. What cannot be read comes too: reading
+    it raises the reason. What is passed over is counted in `left_out`, by reason.
+    """
+    for path in paths:
+        if os.path.lexists(path) or not glob.has_magic(path):
+            yield from _images_of(path, left_out)
+            continue
+        matched = False
+        for match in glob.iglob(path, recursive=True):  # noqa: PTH207  it takes any pattern
+            matched = True
+            yield from _images_of(match, left_out)
+        if not matched:
+            yield _unreadable(path, "no file has a name like this")
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a file, a folder or a match of a pattern."""
+    return os.path.lexists(path) or any(glob.iglob(path, recursive=True))  # noqa: PTH207
+
+
+def is_compressed(path: str) -> bool:
+    """Whether it is a tar that has to be unpacked to know what is in it."""
+    return path.lower().endswith(TARS[1:])
+
+
+def is_image(name: str) -> bool:
+    """Whether a name ends like that of an image."""
+    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _images_of(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+    lower = path.lower()
+    if Path(path).is_dir():
+        yield from _in_folder(path, left_out)
+    elif lower.endswith(".zip") and Path(path).is_file():
+        yield from _in_zip(path, left_out)
+    elif lower.endswith(TARS) and Path(path).is_file():
+        yield from _in_tar(path, left_out)
+    else:
+        yield ImageFile(path, partial(read_file, path))
+
+
+def _unreadable(name: str, reason: str) -> ImageFile:
+    return ImageFile(name, partial(_fail, reason))
+
+
+def _fail(reason: str) -> NoReturn:
+    raise DecodeError(reason)
+
+
+def _in_folder(top: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+    """All images below a folder, those in the tars of a shard set too. What is hidden is left out,
+    and so are links to folders, which may lead in circles.
+    """
+    folders = [_entries(str(Path(top)))]
+    while folders:
+        entry = next(folders[-1], None)
+        if entry is None:
+            folders.pop()
+        elif isinstance(entry, ImageFile):
+            yield entry
+        elif entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            folders.append(_entries(entry.path))
+        elif is_image(entry.name):
+            yield ImageFile(entry.path, partial(read_file, entry.path))
+        elif Path(entry.path).with_name(INDEX_FILE).exists():  # part of a shard set
+            if entry.name.endswith(".tar"):
+                yield from _in_tar(entry.path, Counter())
+        elif entry.is_dir():
+            left_out["links to folders"] += 1
+        elif entry.name.lower().endswith(ARCHIVES):
+            left_out["archives (name them to look inside)"] += 1
+        else:
+            left_out[NO_IMAGE] += 1
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
+    """What a folder holds, in sorted runs; a folder that cannot be listed is one unreadable."""
+    try:
+        with os.scandir(folder) as entries:
+            while run := sorted(islice(entries, RUN), key=lambda entry: entry.name):
+                yield from run
+    except OSError as error:
+        yield _unreadable(folder, error.strerror or str(error))
+
+
+def _in_zip(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+    try:
+        version = str(Path(path).stat().st_mtime_ns)
+        for member in zip.members(Path(path), Path(path).name):
+            name = str(Path(f"{path}/{member.name}"))
+            if not is_image(member.name):
+                left_out[NO_IMAGE] += 1
+            elif member.refused:
+                yield _unreadable(name, member.refused)
+            else:
+                yield ImageFile(name, partial(zip.read_member, Path(path), member.where, version))
+    except (zip.ZipError, OSError) as error:
+        yield _unreadable(path, str(error))
+
+
+def _in_tar(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+    def wanted(name: str) -> bool:
+        left_out[NO_IMAGE] += not is_image(name)
+        return is_image(name)
+
+    try:
+        for member in tar.members(Path(path), wanted):
+            name = f"{path}/{member.name}"
+            yield ImageFile(name, member.read) if member.read else _unreadable(name, member.refused)
+    except (DecodeError, OSError) as error:
+        yield _unreadable(path, str(error))
+
+
+# --- a folder that fills --------------------------------------------------------------------------
+
+POLL_S, SETTLED_S = 1.0, 2.0
+"""Seconds between two looks at a folder, and how long a file must not have changed to be whole."""
+
+
+def watch(folder: str, left_out: Counter[str]) -> Iterator[list[ImageFile]]:
+    """For ever, each `POLL_S`: the images below `folder` that have come, or changed, since the last
+    look and are complete; the first time those that are there. Archives are left out.
+    """
+    first_seen: dict[str, tuple[tuple[int, int], float]] = {}
+    given: dict[str, tuple[int, int]] = {}
+    while True:
+        now, found, ready = time.monotonic(), {}, []
+        left_out.clear()
+        for file in _in_folder(folder, left_out):
+            try:
+                facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
+            except OSError:  # it has gone, or is inside an archive
+                continue
+            stamp = facts.st_size, facts.st_mtime_ns
+            before, since = first_seen.get(file.name, (stamp, now))
+            found[file.name] = stamp, since if stamp == before else now
+            # At the first look a file may be old: its own time tells.
+            age = max(now - found[file.name][1], 0 if first_seen else time.time() - facts.st_mtime)
+            if facts.st_size and age >= SETTLED_S and given.get(file.name) != stamp:
+                given[file.name] = stamp
+                ready.append(file)
+        first_seen = found
+        given = {name: stamp for name, stamp in given.items() if name in found}
+        yield ready
+        time.sleep(POLL_S)

@@ -1,0 +1,177 @@
+"""An exported detector (`python -m model export --onnx`) under ONNX Runtime: the same answers as
+`model.load_detector`, and no torch.
+
+The file says everything about itself in its metadata: how an image is to be seen (`view`), the
+temperature that is in its probability already, the threshold and the band. `META_KEYS` is the list.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from imaging.decode import ImageFile, decode
+from model.inference.prediction import (
+    Decider,
+    Prediction,
+    as_file,
+    check_threshold,
+    predictions,
+    threads,
+    views,
+)
+from pipeline.augment import View, centre
+from sharding.format import CLASSES
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+FORMAT_VERSION = 1
+
+META_KEYS = (
+    "format_version", "classes", "view", "temperature", "threshold", "calibration", "precision",
+    "run", "step", "network", "licence", "input", "outputs",
+)  # fmt: skip
+"""Entries of the file's metadata, each the JSON text of a value. Those that a checkpoint's
+`meta.json` has too are named and mean as there."""
+
+
+class OnnxError(ValueError):
+    """An ONNX file that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxDetector(Decider):
+    """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
+
+    `meta` is the file's metadata, `asked` a threshold to take instead of its own.
+    """
+
+    checkpoint: Path
+    session: "onnxruntime.InferenceSession"
+    view: View
+    meta: dict[str, Any]
+    asked: float | None = None
+
+    @property
+    def backend(self) -> str:
+        """What decodes the images; there is no other without torch."""
+        return "pil"
+
+    @property
+    def reason(self) -> str:
+        """What computes, as ONNX Runtime calls it."""
+        return f"ONNX Runtime, {self.session.get_providers()[0]}"
+
+    def predict(
+        self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
+    ) -> Iterator[Prediction]:
+        """One prediction per image, in order; an unreadable one carries its reason."""
+        files = map(as_file, images, range(sys.maxsize))
+        for names, pixels, failures in views(files, self.view_of, self.view.size, batch_size):
+            yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
+
+    def view_of(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+        """What the network sees of an image: uint8 (size, size, 3) RGB.
+
+        Raises:
+            DecodeError, OSError: it cannot be read.
+        """
+        return see(decode(as_file(image).read()), self.view)
+
+    def score(self, pixels: np.ndarray) -> np.ndarray:
+        """The probability of fake of uint8 (B, size, size, 3) images, float32 (B,)."""
+        return self.session.run(["probability"], {"images": pixels})[0]
+
+
+def see(pixels: np.ndarray, view: View) -> np.ndarray:
+    """What the network sees of an upright (height, width, 3) uint8 RGB image, by Pillow's resize:
+    uint8 (size, size, 3), within one grey level of `pipeline.pil`, which needs torch.
+    """
+    height, width = pixels.shape[:2]
+    draw = centre(view, np.array([width]), np.array([height])).row(0)
+    crop = pixels[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+    image = Image.fromarray(np.ascontiguousarray(crop))
+    return np.asarray(image.resize((view.size, view.size), Image.Resampling.BILINEAR))
+
+
+def load_onnx(
+    file: Path | str, *, device: str = "auto", threshold: float | None = None
+) -> OnnxDetector:
+    """Open an exported detector; `device` is auto, cpu, or cuda with ONNX Runtime's GPU build.
+
+    Raises:
+        OnnxError: ONNX Runtime is missing, or the file is no ONNX or not one of this program.
+        ValueError: a device that is not there, or a threshold outside 0 to 1.
+    """
+    check_threshold(threshold)
+    file = Path(file)
+    session = _open(file, device)
+    meta = _meta_of(session, file)
+    return OnnxDetector(file, session, View(**meta["view"]), meta, threshold)
+
+
+def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise OnnxError(
+            "an ONNX file needs the library onnxruntime; install the extra `export`, as "
+            "`make setup` does"
+        ) from error
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    if not file.is_file():
+        raise OnnxError(f"there is no file {file}; `python -m model export --onnx` writes one")
+    options = onnxruntime.SessionOptions()
+    # Said outright, so that a container's or taskset's share is not taken for the whole machine.
+    options.intra_op_num_threads = threads()
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=_providers(device))
+    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented,
+            errors.InvalidArgument, errors.RuntimeException) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200]
+        raise OnnxError(f"{file} cannot be opened as ONNX: {reason}") from error
+
+
+def _providers(device: str) -> list[str]:
+    """ONNX Runtime's names of what to compute on, the first choice first."""
+    import onnxruntime
+
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"ONNX Runtime is asked for auto, cpu or cuda, got {device!r}")
+    if kind == "cpu" or (kind == "auto" and cuda not in onnxruntime.get_available_providers()):
+        return [cpu]
+    if cuda not in onnxruntime.get_available_providers():
+        raise ValueError(
+            f"--device {device}, but this ONNX Runtime computes on the CPU only; its GPU build is "
+            "the package onnxruntime-gpu"
+        )
+    return [cuda, cpu]
+
+
+def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, Any]:
+    """The parsed metadata of a file."""
+    found = session.get_modelmeta().custom_metadata_map
+    missing = [key for key in META_KEYS if key not in found]
+    if missing:
+        raise OnnxError(
+            f"{file} does not say {', '.join(missing)} in its metadata, so it is not known how to "
+            "feed it; export the detector with `python -m model export --onnx`"
+        )
+    meta = {key: json.loads(found[key]) for key in META_KEYS}
+    if meta["format_version"] != FORMAT_VERSION:
+        raise OnnxError(
+            f"{file} has version {meta['format_version']}, this program reads {FORMAT_VERSION}; "
+            "export it again"
+        )
+    if tuple(meta["classes"]) != CLASSES:
+        raise OnnxError(f"{file} knows {meta['classes']}, expected {list(CLASSES)}")
+    return meta

@@ -1,0 +1,74 @@
+"""The recipe: everything that decides what a run computes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.network import Network
+from model.training.forgetting import Gate
+from model.training.optim import Optim
+from pipeline.augment import Augment, View
+from pipeline.loader import Loading
+from pipeline.replay import Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Shard sets to learn from and to validate on, and the augmentation law of most sources.
+
+    `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
+    twice and half of them once more, 0 leaves a source out.
+    """
+
+    train: list[str]
+    validate: list[str]
+    law: str
+    repeats: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(times < 0 for times in self.repeats.values()):
+            raise ValueError(f"repeats must not be negative, got {self.repeats}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long, how seeded, how often. `start` names a run whose best checkpoint is the start.
+
+    `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
+    `validate_every` is in epochs; the last is always validated, and only what was validated can be
+    the best. `accumulate` takes each batch in so many pieces, which saves memory and changes
+    nothing else.
+    """
+
+    epochs: int
+    seed: int = 70
+    start: str = ""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: int = 50
+    save_every: int = 0
+    validate_every: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        least = min(self.epochs, self.log_every, self.validate_every, self.accumulate)
+        if least < 1 or self.save_every < 0 or self.seed < 0:
+            raise ValueError(
+                "needs epochs, log_every, validate_every and accumulate of at least 1, no negative "
+                "number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run computes; `recipes/` holds them as TOML."""
+
+    name: str
+    data: Data
+    augment: dict[str, Augment]
+    network: Network
+    optim: Optim
+    run: Run
+    loading: Loading = field(default_factory=Loading)
+    replay: Replay = field(default_factory=Replay)
+    gate: Gate = field(default_factory=Gate)
+    view: View = field(default_factory=View)

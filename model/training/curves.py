@@ -1,0 +1,94 @@
+"""The curves of a run as a picture, from its `metrics.jsonl`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from model.training.history import HISTORY_FILE, rows_of
+from storage import write_atomically
+
+_PANELS = (
+    ("recall", "recall of fakes"),
+    ("false_positive_rate", "false positives on reals"),
+    ("auroc", "AUROC"),
+)
+
+
+class CurvesError(ValueError):
+    """A run without anything to draw; the message says what there is."""
+
+
+def draw(run: Path, out: Path) -> int:
+    """Write a PNG of the loss and learning rate at each logged step, and of recall, false positives
+    and AUROC of each validation set, of phase 2 from before it began; returns the last step drawn.
+    A line marks the best checkpoint.
+
+    Raises:
+        CurvesError: `run` is no run, or has logged nothing yet.
+    """
+    from matplotlib.figure import Figure  # it takes half a second
+
+    if not (run / HISTORY_FILE).exists():
+        beside = sorted(path.parent.name for path in run.parent.glob(f"*/{HISTORY_FILE}"))
+        raise CurvesError(
+            f"{run} is no run (it has no {HISTORY_FILE}); {run.parent} holds "
+            f"{', '.join(beside) or 'none'}"
+        )
+    rows = rows_of(run)
+    steps = [row for row in rows if row["kind"] == "train"]
+    if not steps:
+        raise CurvesError(f"{run} has not logged a step yet; a row comes every run.log_every steps")
+    sets = _validated(run, rows)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    figure.suptitle(run.name)
+    _line(axes[0], "loss", [(row["step"], row["loss"]) for row in steps], "training")
+    _line(axes[1], "learning rate of the head", [(row["step"], row["lr"]) for row in steps])
+    for place, (name, title) in zip(axes[2:5], _PANELS, strict=True):
+        for label, found in sets.items():
+            _line(place, title, [(step, row[name]) for step, row in found], label)
+        place.set_ylim(-0.02, 1.02)
+    best = checkpoint.best_of(run)
+    for place in axes[:5]:
+        if best:
+            step = checkpoint.read_meta(best)["step"]
+            place.axvline(step, color="0.6", linestyle=":", label="best checkpoint")
+        place.set_xlabel("step")
+        place.grid(color="0.9")
+    axes[5].axis("off")  # the legend's
+    entries = {
+        label: line
+        for place in axes[:5]
+        for line, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    axes[5].legend(entries.values(), entries.keys(), loc="center", frameon=False)
+    write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
+    return rows[-1]["step"]
+
+
+def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
+    """(step, metrics) of each validation set, in the order of steps."""
+    found: dict[str, list[tuple[int, dict]]] = {}
+    if (run / "before.json").exists():
+        before = json.loads((run / "before.json").read_text(encoding="utf-8"))
+        found = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
+    for row in rows:
+        kind, _, name = row["kind"].partition("/")
+        if kind == "validate" and name and "/" not in name:  # one with a slash is a source
+            found.setdefault(name, []).append((row["step"], row))
+    return found
+
+
+def _line(place: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
+    """One curve; in every panel the sets come in one order, and so in the same colours."""
+    place.set_title(title, fontsize=11)
+    x, y = zip(*points, strict=True)
+    y = [float("nan") if value is None else value for value in y]  # one class only
+    marker = "o" if len(points) < 40 else ""
+    place.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_colour(place, label))
+
+
+def _colour(place: Any, label: str) -> str:
+    """Dark for training, else the next of matplotlib's ten."""
+    return "0.2" if label in ("", "training") else f"C{len(place.lines)}"

@@ -1,0 +1,48 @@
+"""What a run writes down while it goes: `metrics.jsonl` and TensorBoard, one row at a time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from storage import write_text
+
+HISTORY_FILE = "metrics.jsonl"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run in `folder` wrote so far, each with `step` and `kind`."""
+    lines = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class History:
+    """The history of a run in `folder`, from step `done` on; a context manager.
+
+    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again. So is
+    a last row without its end, as a kill or a full disk leaves it.
+    """
+
+    def __init__(self, folder: Path, done: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / HISTORY_FILE
+        if self.path.exists():
+            kept = [f"{json.dumps(row)}\n" for row in rows_of(folder) if row["step"] <= done]
+            write_text(self.path, "".join(kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.board.close()
+
+    def write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
+        """One row; TensorBoard shows it as `kind/name`."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
+        for name, value in row.items():
+            if value is not None:
+                self.board.add_scalar(f"{kind}/{name}", value, step)

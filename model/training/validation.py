@@ -1,0 +1,117 @@
+"""Validation: a network over the sets that choose the best checkpoint, and calibrate it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.calibrate import Calibration, CalibrationError, ThresholdAt, calibrate
+from model.checkpoint import annotate, load_network
+from model.device import choose_precision, keep_freed_memory
+from model.distributed import Ranks
+from model.metrics import Metrics, measure, measure_sources
+from model.score import probability, score_set
+from model.training.forgetting import accuracy_of
+from model.training.step import Trainer
+from pipeline.augment import View
+from pipeline.loader import Loading, open_loader
+from sharding.format import open_shards, read_index
+from storage import write_text
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Metrics per set and per `set/source`, and the figure that picks the best checkpoint."""
+
+    sets: dict[str, Metrics]
+    sources: dict[str, Metrics]
+    selection: float
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
+        """What `asdict` made of one, as `meta.json` and `before.json` hold it."""
+        sets, sources = (
+            {name: Metrics(**found) for name, found in saved[kind].items()}
+            for kind in ("sets", "sources")
+        )
+        return cls(sets, sources, saved["selection"])
+
+
+def validate(trainer: Trainer, folders: Sequence[Path], view: View, loading: Loading) -> Validation:
+    """Score every validation set, on all ranks together. In the selection figure each set counts
+    alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
+    AUROC, which does not see a checkpoint that calls everything fake.
+    """
+    ranks = trainer.ranks
+    sets, sources = {}, {}
+    for folder in folders:
+        shards = open_shards([folder])
+        loader = open_loader(
+            shards, view=view, loading=loading, device=trainer.device,
+            rank=ranks.rank, world=ranks.world,
+        )  # fmt: skip
+        scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
+        fake = probability(scores.logits)
+        sets[folder.name] = measure(scores.labels, fake)
+        by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
+        sources |= {f"{folder.name}/{source}": found for source, found in by_source.items()}
+    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
+
+
+def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
+    """What `find` finds, from `path` if it was found before; the first rank writes it there."""
+    if path.exists():
+        return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+    found = find()
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(found), indent=1) + "\n")
+    return found
+
+
+def calibrate_checkpoint(
+    checkpoint: Path,
+    folders: Sequence[Path],
+    loading: Loading,
+    device: torch.device,
+    *,
+    threshold_at: ThresholdAt = "auto",
+    ranks: Ranks | None = None,
+) -> Calibration:
+    """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
+    in its `meta.json`. On many ranks each calls this; the first one writes.
+
+    Raises:
+        CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
+            checkpoint is as it was.
+    """
+    ranks = ranks or Ranks()
+    for folder in folders:
+        split = read_index(folder)["split"]
+        if split != "val":
+            raise CalibrationError(
+                f"{folder.name} is of the split {split}; calibration takes validation sets only: "
+                "fitted to what it is tested on or was trained on, it would promise too much"
+            )
+    net, view, _ = load_network(checkpoint)
+    keep_freed_memory(device)
+    dtype, _ = choose_precision("auto", device)
+    net.to(device)
+    labels, logits, hashes = [], [], {}
+    for folder in folders:
+        shards = open_shards([folder])
+        loader = open_loader(
+            shards, view=view, loading=loading, device=device, rank=ranks.rank, world=ranks.world
+        )
+        scores = score_set(net, loader, dtype, ranks=ranks)
+        labels.append(scores.labels)
+        logits.append(scores.logits)
+        hashes[folder.name] = shards.sha256
+    found = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    if ranks.first:
+        annotate(checkpoint, found.entries(hashes))
+    return found

@@ -1,0 +1,203 @@
+"""What happens to an image between its maker and whoever asks: it is compressed, shrunk, shown on a
+phone. Pure functions on whole upright images, before the network's view of them.
+
+A delivery is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that chains
+can be put together freely. Only noise needs a generator, which comes from the image's own hash:
+the same image is always delivered as the same pixels. Encoders are Pillow's (libjpeg-turbo,
+libwebp, libaom), decoders those of `imaging.decode`.
+"""
+
+import io
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from imaging.decode import MAX_PIXELS, decode_image
+
+Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+PHONE = (1080, 1920)
+"""Width and height of a screenshot in pixels: full HD, held upright."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """One way that an image may take. `family` and `amount` place it on a curve: deliveries of one
+    family differ in one number only. `what` says in words what the name does not.
+    """
+
+    name: str
+    family: str
+    amount: float
+    steps: tuple[Step, ...]
+    what: str = ""
+
+    def apply(self, pixels: np.ndarray, sha256: bytes = b"") -> np.ndarray:
+        """The image as it arrives; `sha256` is that of its file, and decides on the noise.
+
+        Raises:
+            ValueError: the image cannot go this way: too large for the format, or to be enlarged.
+        """
+        rng = np.random.default_rng([zlib.crc32(self.name.encode()), *sha256])
+        for step in self.steps:
+            pixels = step(pixels, rng)
+        return np.ascontiguousarray(pixels)
+
+
+def jpeg(
+    pixels: np.ndarray, _rng: np.random.Generator, *, quality: int, chroma: str = "420"
+) -> np.ndarray:
+    """Baseline JPEG at libjpeg's `quality`, 1 to 100; `chroma` is 420, 422, 444 or Gray."""
+    image = Image.fromarray(pixels)
+    if chroma == "Gray":
+        return decode_image(_encode(image.convert("L"), "JPEG", quality=quality), "JPEG")
+    ratio = ":".join(chroma)
+    return decode_image(_encode(image, "JPEG", quality=quality, subsampling=ratio), "JPEG")
+
+
+def webp(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
+    """Lossy WebP at libwebp's `quality`, 1 to 100."""
+    return decode_image(_encode(Image.fromarray(pixels), "WEBP", quality=quality), "WEBP")
+
+
+def avif(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
+    """AVIF, 4:2:0, at libavif's `quality`, 1 to 100. One thread and speed 8 of 10, so that a grid
+    over many images ends: the default of 6 takes four times as long.
+    """
+    options = {"codec": "aom", "speed": 8, "max_threads": 1, "subsampling": "4:2:0"}
+    stream = io.BytesIO(_encode(Image.fromarray(pixels), "AVIF", quality=quality, **options))
+    with Image.open(stream, formats=["AVIF"]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def scale(pixels: np.ndarray, _rng: np.random.Generator, *, factor: float) -> np.ndarray:
+    """Width and height times `factor`, by Lanczos."""
+    height, width = pixels.shape[:2]
+    return _resized(pixels, width * factor, height * factor, Image.Resampling.LANCZOS)
+
+
+def fit(pixels: np.ndarray, _rng: np.random.Generator, *, longest: int) -> np.ndarray:
+    """The longer side made `longest` pixels by bilinear filtering; a smaller image stays."""
+    height, width = pixels.shape[:2]
+    factor = min(1.0, longest / max(height, width))
+    return _resized(pixels, width * factor, height * factor, Image.Resampling.BILINEAR)
+
+
+def fit_shorter(pixels: np.ndarray, _rng: np.random.Generator, *, shorter: int) -> np.ndarray:
+    """The shorter side made `shorter` pixels by Lanczos; a smaller image stays."""
+    height, width = pixels.shape[:2]
+    factor = min(1.0, shorter / min(height, width))
+    return _resized(pixels, width * factor, height * factor, Image.Resampling.LANCZOS)
+
+
+def blur(pixels: np.ndarray, _rng: np.random.Generator, *, sigma: float) -> np.ndarray:
+    """Gaussian blur, `sigma` in pixels (Pillow's: three box blurs of that variance)."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+def noise(pixels: np.ndarray, rng: np.random.Generator, *, sigma: float) -> np.ndarray:
+    """Gaussian noise, independent in each value, `sigma` in grey levels."""
+    grain = rng.standard_normal(pixels.shape, np.float32)
+    grain *= sigma
+    grain += pixels
+    return np.rint(grain, out=grain).clip(0, 255).astype(np.uint8)
+
+
+def cut(pixels: np.ndarray, _rng: np.random.Generator, *, edge: int) -> np.ndarray:
+    """Without `edge` pixels on the left and at the top, so that the blocks of another JPEG begin
+    elsewhere; an image that would lose more than half of a side stays.
+    """
+    height, width = pixels.shape[:2]
+    return pixels if min(height, width) < 2 * edge else pixels[edge:, edge:]
+
+
+def screenshot(pixels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
+    """As a phone shows and keeps it: fitted to the screen by bilinear filtering, enlarged if it is
+    smaller, in the middle of black bars.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(PHONE[0] / width, PHONE[1] / height)
+    shown = _resized(pixels, width * factor, height * factor, Image.Resampling.BILINEAR)
+    screen = np.zeros((PHONE[1], PHONE[0], 3), np.uint8)
+    top, left = (PHONE[1] - shown.shape[0]) // 2, (PHONE[0] - shown.shape[1]) // 2
+    screen[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
+    return screen
+
+
+def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def _resized(pixels: np.ndarray, width: float, height: float, kind: Image.Resampling) -> np.ndarray:
+    size = max(1, round(width)), max(1, round(height))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
+    if size == pixels.shape[1::-1]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, kind))
+
+
+def _jpeg(quality: int) -> Delivery:
+    return Delivery(f"jpeg-{quality}", "JPEG", quality, (partial(jpeg, quality=quality),))
+
+
+def _webp(quality: int) -> Delivery:
+    return Delivery(f"webp-{quality}", "WebP", quality, (partial(webp, quality=quality),))
+
+
+def _avif(quality: int) -> Delivery:
+    return Delivery(f"avif-{quality}", "AVIF", quality, (partial(avif, quality=quality),))
+
+
+def _scale(factor: float) -> Delivery:
+    return Delivery(f"scale-{factor:g}", "scale", factor, (partial(scale, factor=factor),))
+
+
+def _blur(sigma: float) -> Delivery:
+    return Delivery(f"blur-{sigma:g}", "blur", sigma, (partial(blur, sigma=sigma),))
+
+
+def _noise(sigma: float) -> Delivery:
+    return Delivery(f"noise-{sigma:g}", "noise", sigma, (partial(noise, sigma=sigma),))
+
+
+def _tier(name: str, longest: int, quality: int) -> Delivery:
+    steps = (partial(fit, longest=longest), *_jpeg(quality).steps)
+    what = f"longer side at most {longest} pixels, then JPEG {quality}"
+    return Delivery(name, "tier", longest, steps, what)
+
+
+ORIGINAL = Delivery("original", "original", 0, ())
+"""As packed: what the others are held against."""
+
+DELIVERIES: Sequence[Delivery] = (
+    ORIGINAL,
+    # From what cameras write down to what chat programs send.
+    *map(_jpeg, (90, 80, 70, 60, 50, 40, 30)),
+    # Posted twice.
+    Delivery("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
+    Delivery(
+        "jpeg-90-cut-60", "two JPEGs", 3,
+        (*_jpeg(90).steps, partial(cut, edge=3), *_jpeg(60).steps),
+        "cut by 3 pixels between two JPEGs, so that their blocks do not meet",
+    ),
+    *map(_webp, (80, 50)),  # Pillow's default, and a low one
+    *map(_avif, (75, 50)),  # the defaults of Pillow and of sharp, which many web servers use
+    *map(_scale, (0.25, 0.5, 0.75, 1.5, 2.0)),
+    *map(_blur, (1.0, 2.0)),  # inside the range that Wang et al. (2020) train and test on, 0 to 3
+    *map(_noise, (4.0, 10.0)),  # hardly seen, and plainly seen
+    Delivery(
+        "screenshot", "screenshot", 0, (screenshot,),
+        f"fitted to a screen of {PHONE[0]} x {PHONE[1]} pixels between black bars",
+    ),
+    # The tiers that the Sieve detector publishes its accuracy at (docs/accuracy-v0.14.md there).
+    _tier("web", 768, 60),
+    _tier("hard", 512, 40),
+)  # fmt: skip
+"""What `evaluate.py --delivery` measures; the first is the image itself."""

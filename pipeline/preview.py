@@ -1,0 +1,95 @@
+"""A picture of what the network is fed: the same samples through both backends, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from imaging.jpeg import CHROMAS
+from pipeline.augment import FILTERS, IDENTITY, Draw
+
+GAIN = 16
+"""How much differences between the backends are multiplied by, around mid-grey."""
+
+CELL = 256
+_TEXT, _GAP, _HEAD = 300, 8, 28
+_COLUMNS = ("as packed, and the crop", "pil", "dali", f"dali - pil, x {GAIN}")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sample: its whole image, its draw, and what each backend made of it, all uint8 RGB.
+
+    `dali` is None where that backend is not there. `lines` say what it is.
+    """
+
+    whole: np.ndarray
+    draw: Draw
+    pil: np.ndarray
+    dali: np.ndarray | None
+    lines: Sequence[str]
+
+
+def picture_of(rows: Sequence[Row]) -> Image.Image:
+    """The rows below each other."""
+    width = len(_COLUMNS) * (CELL + _GAP) + _TEXT
+    sheet = Image.new("RGB", (width, _HEAD + len(rows) * (CELL + _GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for number, title in enumerate(_COLUMNS):
+        pen.text((number * (CELL + _GAP) + 4, 6), title, "black", font)
+    for number, row in enumerate(rows):
+        top = _HEAD + number * (CELL + _GAP)
+        for column, cell in enumerate(_cells(row)):
+            if cell is not None:
+                sheet.paste(cell, (column * (CELL + _GAP), top))
+        text = "\n".join([*row.lines, *words_of(row.draw)])
+        place = (len(_COLUMNS) * (CELL + _GAP) + 4, top)
+        pen.multiline_text(place, text, "black", font, spacing=3)
+    return sheet
+
+
+def _cells(row: Row) -> tuple[Image.Image | None, ...]:
+    pil, difference = _square(row.pil), None
+    if row.dali is not None:
+        change = row.dali.astype(np.int16) - row.pil
+        difference = _square(np.clip(128 + GAIN * change, 0, 255).astype(np.uint8))
+    dali = None if row.dali is None else _square(row.dali)
+    return _with_crop(row.whole, row.draw), pil, dali, difference
+
+
+def _square(pixels: np.ndarray) -> Image.Image:
+    """Pixels stay pixels: enlarged or reduced without smoothing."""
+    return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def _with_crop(whole: np.ndarray, draw: Draw) -> Image.Image:
+    """The whole image in a cell, with the crop as a frame."""
+    scale = CELL / max(whole.shape[:2])
+    size = (max(1, round(whole.shape[1] * scale)), max(1, round(whole.shape[0] * scale)))
+    image = Image.fromarray(whole).resize(size, Image.Resampling.BILINEAR)
+    corners = (draw.left, draw.top, draw.left + draw.width, draw.top + draw.height)
+    box = [round(value * scale) for value in corners]
+    box[2:] = [min(value, edge) - 1 for value, edge in zip(box[2:], size, strict=True)]
+    if box[2] > box[0] and box[3] > box[1]:
+        ImageDraw.Draw(image).rectangle(box, outline=(255, 0, 255), width=2)
+    return image
+
+
+def words_of(draw: Draw) -> list[str]:
+    """What a draw does, a line each; nothing for what it leaves alone."""
+    found = [f"crop {draw.width} x {draw.height} at {draw.left}, {draw.top}"]
+    pair = f"as its real partner: JPEG {draw.pair_jpeg}, {CHROMAS[draw.pair_chroma]}"
+    found += [pair] if draw.pair_jpeg else []
+    found += ["flip"] if draw.flip else []
+    found += ["colour jitter"] if draw.colour != IDENTITY else []
+    how = f" ({FILTERS[draw.filter]})" if draw.filter else ""
+    found += [f"resample to {draw.resample} and back{how}"] if draw.resample else []
+    jpegs = ", ".join(str(q) for q in (draw.jpeg, draw.jpeg2, draw.jpeg3) if q)
+    found += [f"JPEG {jpegs}"] if jpegs else []
+    moved = draw.grid_top or draw.grid_left
+    found += [f"blocks begin at {draw.grid_left}, {draw.grid_top}"] if moved else []
+    found += [f"blur {draw.blur:.2f}"] if draw.blur else []
+    found += ["grey"] if draw.grey else []
+    return found + ([f"WebP {draw.webp}"] if draw.webp else [])

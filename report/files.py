@@ -1,0 +1,39 @@
+"""The files of a report: `report.json`, the tables and the page."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import console
+from model.evaluation.scores import read_scores
+from report.page import write_page
+from sharding.format import open_shards
+from storage import AnyPath, write_text
+
+REPORT_FILE = "report.json"
+
+
+def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Path) -> list[Path]:
+    """Write `report.json`, the tables and the page, each under another name first; the page shows
+    pictures of those sets that are still below `data` as they were scored.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text(out / REPORT_FILE, text)
+    shards = {}
+    for name, found in report["sets"].items():
+        try:
+            shards[name] = open_shards([data / name])
+        except (ValueError, OSError) as error:
+            console.log.info("%s: no pictures on the page: %s", name, error)
+            continue
+        if shards[name].sha256 != found["index_sha256"]:
+            console.log.info(
+                "%s: no pictures on the page: the set at %s is another one", name, data
+            )
+            del shards[name]
+    command = shlex.join(["python", *sys.argv])
+    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out, command)]

@@ -1,0 +1,1 @@
+"""Shortcuts in a shard set: what a model could learn without looking at pixels."""

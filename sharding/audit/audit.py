@@ -1,0 +1,450 @@
+"""What a model could learn without looking at pixels: the shortcut report of a shard set.
+
+A classifier that sees nothing but metadata is cross-validated on the label. What it reaches, a
+detector may reach too, by the container, the size or the compression, and fail on the next photo.
+Groups never cross folds. `docs/audit.md` says how to read the figures.
+
+scikit-learn and matplotlib are the optional extra `audit`, imported where they are used.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from sharding.audit.metadata import (
+    FEATURES,
+    NAMED,
+    NO_JPEG,
+    SOURCE,
+    Metadata,
+    assign_folds,
+    metadata_of,
+    spelled,
+)
+from sharding.format import CLASSES, ShardSet, open_shards
+from sharding.verify import sets_in
+from storage import AnyPath, write_text
+
+AUDIT_VERSION = 1
+"""Of `report.json`; grows when a name or a meaning in it changes."""
+
+
+MIN_GROUPS = 30
+"""Groups of each class below which nothing is estimated: the interval would span half the scale."""
+
+FIT_LIMIT = 20_000
+"""Samples that one classifier is fitted on at most; every sample is scored all the same."""
+
+LITTLE, STRONG = 0.60, 0.75
+"""The verdict: below the first AUROC metadata gives little away, above the second a lot."""
+
+_PERMUTED = 20_000  # held-out samples per fold that importance is measured on
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An AUROC, 0 to 1 with 0.5 for guessing, and its 95 % interval.
+
+    The interval leaves out how the folds fell, so on a few hundred images it is somewhat narrow.
+    """
+
+    auroc: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """The figure and its interval."""
+        return f"{self.auroc:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAudit:
+    """One source: the AUROC of metadata inside it, and of a classifier fitted on all others."""
+
+    reals: int
+    fakes: int
+    within: Estimate | None
+    from_others: Estimate | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureAudit:
+    """One feature: the AUROC it reaches alone, and what the full classifier loses (AUROC, held-out
+    folds) when its values are shuffled. What another feature also says costs nothing to lose.
+    """
+
+    alone: Estimate
+    drop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """A value of a feature that tells the classes apart, and its share of fakes.
+
+    Only the common values that are farthest from the set's own share are listed.
+    """
+
+    feature: str
+    value: str
+    images: int
+    fake_share: float
+
+    def __str__(self) -> str:
+        """The value as a sentence: `format PNG: 100 % fake (109 images)`."""
+        fake = self.fake_share >= 0.5
+        share = self.fake_share if fake else 1 - self.fake_share
+        return (
+            f"{self.feature} {self.value}: {100 * share:.0f} % {CLASSES[fake]} "
+            f"({self.images:,} images)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """The report on one set. `across` is the AUROC on sources that the classifier was not fitted
+    on, `source_name` that of knowing nothing but which source an image is from. Estimates are None
+    where a class is missing or too small, and `notes` say so in words.
+    """
+
+    samples: int
+    reals: int
+    fakes: int
+    pooled: Estimate | None
+    across: Estimate | None
+    source_name: Estimate | None
+    sources: dict[str, SourceAudit]
+    features: dict[str, FeatureAudit]
+    telling: list[Telling]
+    verdict: str
+    notes: list[str]
+
+
+def open_sets(folders: Sequence[AnyPath]) -> dict[str, ShardSet]:
+    """The sets at or directly below `folders`, by name.
+
+    Raises:
+        ShardError: a folder holds none.
+        ValueError: two sets have one name, so a sample list could not tell them apart.
+    """
+    found: dict[str, AnyPath] = {}
+    for folder in dict.fromkeys(one for place in folders for one in sets_in(place)):
+        if folder.name in found:
+            raise ValueError(
+                f"{found[folder.name]} and {folder} are both named {folder.name}; audit them one "
+                "by one"
+            )
+        found[folder.name] = folder
+    return {name: open_shards([folder]) for name, folder in found.items()}
+
+
+def audit(
+    shards: ShardSet,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda _done: None,
+) -> Audit:
+    """What metadata alone says of the labels of a set; `on_step(1)` is called `steps_of` times.
+
+    Raises:
+        ValueError: the extra `audit` is not installed.
+    """
+    extra("sklearn.ensemble")
+    metadata = metadata_of(shards)
+    folds = assign_folds(metadata, seed)
+    everything = [column for columns in FEATURES.values() for column in columns]
+    models, scores = cross_fit(metadata, folds, everything, seed)
+    pooled = estimate(metadata.labels, scores, metadata.groups)
+    on_step(1)
+    sources, across = _audit_sources(metadata, folds, everything, seed, on_step)
+    features = {}
+    drops = _importance(metadata, models, seed) if pooled else {}
+    on_step(1)
+    for name, columns in FEATURES.items():
+        if pooled:
+            alone = _cross_validate(metadata, folds, columns, seed)
+            features[name] = FeatureAudit(alone=alone, drop=drops[name])
+        on_step(1)
+    source_name = None
+    if pooled and len(sources) > 1:
+        source_name = _cross_validate(metadata, folds, SOURCE, seed)
+    on_step(1)
+    fakes = int(metadata.labels.sum())
+    return Audit(
+        samples=len(metadata),
+        reals=len(metadata) - fakes,
+        fakes=fakes,
+        pooled=pooled,
+        across=across,
+        source_name=source_name,
+        sources=sources,
+        features=dict(sorted(features.items(), key=lambda item: -item[1].alone.auroc)),
+        telling=_telling(metadata) if pooled else [],
+        verdict=verdict_of(pooled),
+        notes=_notes(metadata, sources, source_name),
+    )
+
+
+def steps_of(shards: ShardSet) -> int:
+    """How often `audit` reports a step."""
+    return len(shards.codes("source")[1]) + len(FEATURES) + 3
+
+
+def verdict_of(pooled: Estimate | None) -> str:
+    """`strong`, `some` or `little` by the thresholds of this module; `unknown` without a figure."""
+    if pooled is None:
+        return "unknown"
+    return "little" if pooled.auroc < LITTLE else "some" if pooled.auroc <= STRONG else "strong"
+
+
+def advice_of(found: Audit) -> list[str]:
+    """What to do about the verdict, one sentence each."""
+    if found.pooled is None:
+        return ["Pack it in one set with more images, or those of the other class, and audit that."]
+    inside = {n: s.within for n, s in found.sources.items() if s.within is not None}
+    worse = [f"{n} {s.auroc:.2f}" for n, s in inside.items() if s.auroc >= LITTLE]
+    if found.verdict == "little" and not worse:
+        return ["Metadata gives little away: nothing has to be done about it."]
+    if found.verdict == "little":
+        first = f"Metadata gives little away over all sources, but not within {', '.join(worse)}."
+    else:
+        amount = {"some": "something", "strong": "much"}[found.verdict]
+        first = (
+            f"Metadata alone says {amount} about the label: a good score on such images may come "
+            "from the file and not from the picture, and be gone on the next one."
+        )
+    return [
+        first,
+        "Train with every image re-encoded and resampled often (augment.train.jpeg, jpeg_quality "
+        "and resample in the recipe), and add images of each class in the formats and sizes of "
+        "the other.",
+        "Measure on a matched sample: python -m sharding audit DIR --match subset.csv, then "
+        "python evaluate.py --subset subset.csv",
+    ]
+
+
+def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Estimate | None:
+    """The AUROC of `scores` for `labels` with its interval; None with too few groups of a class.
+
+    The interval counts groups, not images: images of one group are no independent evidence.
+    """
+    known = np.isfinite(scores)
+    labels, scores, groups = labels[known], scores[known], groups[known]
+    reals, fakes = (len(np.unique(groups[labels == label])) for label in (0, 1))
+    if min(reals, fakes) < MIN_GROUPS:
+        return None
+    area = float(extra("sklearn.metrics").roc_auc_score(labels, scores))
+    return Estimate(area, *auroc_interval(area, reals, fakes))
+
+
+def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of an AUROC: all values whose own standard error reaches `area`.
+
+    Newcombe, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic",
+    Statistics in Medicine 25 (2006), part 2, method 5: Hanley and McNeil's (1982) variance taken at
+    the value under test, so that an AUROC of 1 on few samples has an interval too.
+    """
+    value = np.linspace(0, 1, 20_001)
+    half = (reals + fakes) / 2 - 1
+    spread = 1 + half * ((1 - value) / (2 - value) + value / (1 + value))
+    variance = value * (1 - value) * spread / (reals * fakes)
+    inside = value[(value - area) ** 2 <= z**2 * variance + 1e-12]
+    return float(inside.min()), float(inside.max())
+
+
+def extra(module: str) -> ModuleType:
+    """A module of the extra `audit`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"the audit needs scikit-learn and matplotlib ({error}); install the extra `audit`, "
+            "as `make setup` does"
+        ) from error
+
+
+def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int) -> Any:
+    """Gradient-boosted trees on these columns of at most `FIT_LIMIT` of `rows`; None where they
+    are all of one class.
+    """
+    if len(rows) > FIT_LIMIT:
+        rows = np.random.default_rng(seed).choice(rows, FIT_LIMIT, replace=False)
+    labels = metadata.labels[rows]
+    if len(np.unique(labels)) < len(CLASSES):
+        return None
+    trees = extra("sklearn.ensemble").HistGradientBoostingClassifier(
+        max_iter=30 if len(columns) == 1 else 60,
+        learning_rate=0.15,
+        max_leaf_nodes=8,
+        early_stopping=False,
+        categorical_features=[place for place, c in enumerate(columns) if c in NAMED],
+        class_weight="balanced",
+        random_state=seed,
+    )
+    # One thread is as fast at this size, and gives the same trees on any number of cores.
+    with extra("threadpoolctl").threadpool_limits(1):
+        return trees.fit(metadata.values[np.ix_(rows, columns)], labels)
+
+
+Models = list[tuple[np.ndarray, Any]]  # held-out rows, and what was fitted on the others
+
+
+def cross_fit(
+    metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
+) -> tuple[Models, np.ndarray]:
+    """A model per fold, and the score of each sample (log-odds of fake) by the model that has not
+    seen its fold; NaN where there is none.
+    """
+    models: Models = []
+    scores = np.full(len(metadata), np.nan)
+    for fold in np.unique(folds):
+        held_out = np.flatnonzero(folds == fold)
+        model = _fit(metadata, np.flatnonzero(folds != fold), columns, seed)
+        if model is not None:
+            models.append((held_out, model))
+            scores[held_out] = model.decision_function(metadata.values[np.ix_(held_out, columns)])
+    return models, scores
+
+
+def _cross_validate(
+    metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
+) -> Estimate | None:
+    scores = cross_fit(metadata, folds, columns, seed)[1]
+    return estimate(metadata.labels, scores, metadata.groups)
+
+
+def _audit_sources(
+    metadata: Metadata,
+    folds: np.ndarray,
+    columns: Sequence[int],
+    seed: int,
+    on_step: Callable[[int], None],
+) -> tuple[dict[str, SourceAudit], Estimate | None]:
+    """Each source by itself and by the others, and the AUROC over all sources left out in turn."""
+    found = {}
+    left_out = np.full(len(metadata), np.nan)
+    for code in np.unique(metadata.sources):
+        here = metadata.sources == code
+        one = metadata.take(here)
+        fakes = int(one.labels.sum())
+        reals = len(one) - fakes
+        others = _fit(metadata, np.flatnonzero(~here), columns, seed)
+        if others is not None:
+            left_out[here] = others.decision_function(one.values[:, columns])
+        within = note = None
+        counts = [len(np.unique(one.groups[one.labels == label])) for label in (0, 1)]
+        if not reals or not fakes:
+            note = f"only {CLASSES[bool(fakes)]} images"
+        elif min(counts) < MIN_GROUPS:
+            note = (
+                f"too few: {counts[0]} groups of real and {counts[1]} of fake images, "
+                f"{MIN_GROUPS} of each are needed"
+            )
+        else:
+            within = _cross_validate(one, folds[here], columns, seed)
+        found[metadata.names[SOURCE[0]][code]] = SourceAudit(
+            reals=reals,
+            fakes=fakes,
+            within=within,
+            from_others=estimate(one.labels, left_out[here], one.groups),
+            note=note or "",
+        )
+        on_step(1)
+    return found, estimate(metadata.labels, left_out, metadata.groups)
+
+
+def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, float]:
+    """Permutation importance (Breiman 2001): the mean drop of the AUROC over the held-out folds
+    when the values of one feature are shuffled among the samples.
+    """
+    area = extra("sklearn.metrics").roc_auc_score
+    everything = [column for columns in FEATURES.values() for column in columns]
+    drops: dict[str, list[float]] = {name: [] for name in FEATURES}
+    for number, (rows, model) in enumerate(models):
+        rng = np.random.default_rng([seed, number])
+        rows = rng.permutation(rows)[:_PERMUTED]
+        labels, values = metadata.labels[rows], metadata.values[np.ix_(rows, everything)]
+        if labels.min() == labels.max():
+            continue
+        whole = area(labels, model.decision_function(values))
+        for name, columns in FEATURES.items():
+            shuffled = values.copy()
+            places = [everything.index(column) for column in columns]
+            shuffled[:, places] = values[rng.permutation(len(rows))][:, places]
+            drops[name].append(whole - area(labels, model.decision_function(shuffled)))
+    return {name: float(np.mean(found)) if found else 0.0 for name, found in drops.items()}
+
+
+def _telling(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Telling]:
+    """The values that say most: rare ones far from the set's share of fakes, or common ones."""
+    base = metadata.labels.mean()
+    found = []
+    for feature in FEATURES:
+        codes, words = spelled(metadata, feature)
+        value, place = np.unique(codes, return_inverse=True)
+        images = np.bincount(place)
+        share = np.bincount(place, weights=metadata.labels) / images
+        weight = np.sqrt(images) * np.abs(share - base)
+        weight[(value < 0) | (images < MIN_GROUPS) | (np.abs(share - base) < 0.1)] = 0
+        for best in np.argsort(-weight, kind="stable")[:per_feature]:
+            said = words(int(value[best]))
+            if weight[best] > 0 and said != NO_JPEG:  # the format says that already
+                one = Telling(
+                    feature=feature,
+                    value=said,
+                    images=int(images[best]),
+                    fake_share=float(share[best]),
+                )
+                found.append((weight[best], one))
+    found.sort(key=lambda entry: -entry[0])
+    return [one for _weight, one in found[:most]]
+
+
+def _notes(
+    metadata: Metadata, sources: dict[str, SourceAudit], source_name: Estimate | None
+) -> list[str]:
+    """What a reader must know to read the figures."""
+    notes = []
+    groups = [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
+    if not min(groups):
+        notes.append(
+            f"There are only {CLASSES[bool(groups[1])]} images here: no shortcut can be measured."
+        )
+    elif min(groups) < MIN_GROUPS:
+        notes.append(
+            f"Too few images to measure: {groups[0]:,} groups of real and {groups[1]:,} of fake "
+            f"images, {MIN_GROUPS} of each are needed."
+        )
+    single = [name for name, one in sources.items() if not one.reals or not one.fakes]
+    if single and min(groups):
+        known = f" (AUROC {source_name} by the name alone)" if source_name else ""
+        notes.append(
+            f"{len(single)} of {len(sources)} sources have one class only ({', '.join(single)}), "
+            f"so whatever tells sources apart tells the classes apart{known}."
+        )
+    if len(metadata) > FIT_LIMIT:
+        notes.append(
+            f"Each classifier was fitted on at most {FIT_LIMIT:,} samples; all {len(metadata):,} "
+            "were scored."
+        )
+    return notes
+
+
+def as_json(shards: ShardSet, found: Audit) -> dict[str, Any]:
+    """One set of `report.json`."""
+    return {"index_sha256": shards.sha256, **asdict(found), "advice": advice_of(found)}
+
+
+def write_report(path: AnyPath, seed: int, sets: dict[str, dict[str, Any]]) -> None:
+    """Write `report.json`: the version, the seed and an entry of `as_json` per set."""
+    report = {"audit_version": AUDIT_VERSION, "seed": seed, "sets": sets}
+    write_text(path, json.dumps(report, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,73 @@
+"""Histograms of metadata, real against fake, as PNG."""
+
+from typing import Any
+
+import numpy as np
+
+from sharding.audit.audit import Audit, extra
+from sharding.audit.metadata import FEATURES, Metadata, metadata_of, spelled
+from sharding.format import CLASSES, ShardSet
+from storage import AnyPath, write_atomically
+
+_COLOURS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
+
+
+def draw(shards: ShardSet, name: str, found: Audit, path: AnyPath) -> None:
+    """Write the histograms of a set as PNG: a panel per feature, the share of each class."""
+    figure = extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
+    metadata = metadata_of(shards)
+    pooled = f", AUROC of metadata {found.pooled}" if found.pooled else ""
+    figure.suptitle(f"{name}: {found.reals:,} real and {found.fakes:,} fake images{pooled}")
+    for axes, feature in zip(figure.subplots(2, 4).flat, FEATURES, strict=True):
+        if feature in ("size", "aspect", "bits per pixel", "JPEG quality"):
+            _draw_quantity(axes, metadata, feature)
+        else:
+            _draw_names(axes, metadata, feature)
+        alone = found.features.get(feature)
+        axes.set_title(feature + (f" (alone {alone.alone.auroc:.2f})" if alone else ""))
+        axes.set_ylabel("share of the class")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
+
+
+def _draw_names(axes: Any, metadata: Metadata, feature: str, most: int = 8) -> None:
+    codes, words = spelled(metadata, feature)
+    shown = np.unique(codes)  # most frequent first
+    labels = [words(int(code)) for code in shown[:most]]
+    codes = np.minimum(np.searchsorted(shown, codes), most)
+    labels += ["others"] if len(shown) > most else []
+    for label, class_name in enumerate(CLASSES):
+        here = codes[metadata.labels == label]
+        share = np.bincount(here, minlength=len(labels)) / max(1, len(here))
+        places = np.arange(len(labels)) + (label - 0.5) * 0.4
+        axes.bar(places, share, 0.4, color=_COLOURS[label], label=class_name)
+    long = max(map(len, labels)) > 6 and len(labels) > 3
+    axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0)
+
+
+def _draw_quantity(axes: Any, metadata: Metadata, feature: str) -> None:
+    values = metadata.values[:, FEATURES[feature][0]].astype(np.float64)
+    if feature == "size":
+        values = np.sqrt(values * metadata.values[:, FEATURES[feature][1]])
+        axes.set_xlabel("square root of width x height, pixels")
+    else:
+        axes.set_xlabel(
+            {"aspect": "width / height", "bits per pixel": "8 x bytes / (width x height)"}.get(
+                feature, "libjpeg quality; other formats are left out"
+            )
+        )
+    known = np.isfinite(values)
+    if not known.any():
+        axes.text(0.5, 0.5, "no JPEG", ha="center", transform=axes.transAxes)
+        return
+    # The farthest hundredth would squeeze all others into a few bars: it stands in the last one.
+    low, high = np.percentile(values[known], [0.5, 99.5])
+    edges = np.linspace(low, high if high > low else low + 1, 41)
+    if feature == "JPEG quality":
+        edges = np.arange(np.floor(low), np.ceil(high) + 2) - 0.5
+    for label, class_name in enumerate(CLASSES):
+        here = values[known & (metadata.labels == label)].clip(edges[0], edges[-1])
+        total = max(1, int((metadata.labels == label).sum()))
+        weights = np.full(len(here), 1 / total)
+        axes.hist(here, edges, weights=weights, color=_COLOURS[label], alpha=0.6, label=class_name)

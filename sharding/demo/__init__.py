@@ -1,0 +1,1 @@
+"""Synthetic datasets: scenes, and what a camera model and simple decoders make of them."""

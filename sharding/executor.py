@@ -1,0 +1,134 @@
+"""Where tasks run: processes of this machine, or a Ray cluster. The results are the same.
+
+A task is a module-level function and its arguments; what it writes lies on storage that every
+worker reaches.
+"""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, Literal
+
+from storage import cores
+
+Engine = Literal["local", "ray"]
+
+
+def run_all(
+    function: Callable[..., Any], tasks: Iterable[tuple], engine: Engine = "local", jobs: int = 0
+) -> Iterator[Any]:
+    """`function(*task)` for each task; yields results as they come, in any order.
+
+    `jobs` is how many run at a time: 0 for every core, here or in the cluster. The first task that
+    fails ends it all: what has not begun is dropped, and its error is raised. Tasks are taken from
+    `tasks` only a few ahead.
+
+    Raises:
+        ValueError: the engine is not installed.
+    """
+    if engine == "ray":
+        yield from _run_ray(function, tasks, jobs)
+    elif jobs == 1:
+        for task in tasks:
+            yield function(*task)
+    else:
+        yield from _run_processes(function, tasks, jobs or cores())
+
+
+def _run_processes(
+    function: Callable[..., Any], tasks: Iterable[tuple], jobs: int
+) -> Iterator[Any]:
+    # Forking a process that has threads (a progress bar, a test runner) can deadlock.
+    context = multiprocessing.get_context("forkserver")
+    # Paid once, and not by each worker: webdataset takes a second or two, since it imports torch.
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write", "webdataset"])
+    with _deaf_to_interrupts():
+        forkserver.ensure_running()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_with_builder) as pool:
+        try:
+            running = set()
+            for task in tasks:
+                running.add(pool.submit(_work, function, task))
+                if len(running) >= 2 * jobs:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BaseException:
+            # Waits for what runs: a worker that is just starting would miss its builder, loudly.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+_WORKING = threading.Lock()
+
+
+def _work(function: Callable[..., Any], task: tuple) -> Any:
+    with _WORKING:
+        return function(*task)
+
+
+def _leave_with_builder() -> None:
+    """A builder that is killed cannot tell its workers, which would wait for the next task for
+    ever: they end what they are at, and leave.
+    """
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        with _WORKING:
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started here ignores Ctrl-C, which goes to the whole terminal: workers finish what
+    they are at and say nothing, and their builder decides.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run_ray(function: Callable[..., Any], tasks: Iterable[tuple], jobs: int) -> Iterator[Any]:
+    """Tasks of one core each on the cluster that RAY_ADDRESS names, or on a local one."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--engine ray needs Ray; install the extra `ray`, as `make setup` does")
+    import ray
+
+    if not ray.is_initialized():
+        here = Path(__file__).parent
+        modules = (here, *(here.parent / name for name in ("imaging", "recipes", "storage.py")))
+        packages = {"py_modules": [str(path) for path in modules]}
+        ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
+    at_once = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    running: list[Any] = []
+    try:
+        for task in tasks:
+            running.append(remote.remote(*task))
+            if len(running) >= 2 * at_once:
+                done, running = ray.wait(running)
+                yield from ray.get(done)
+        while running:
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)

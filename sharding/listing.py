@@ -1,0 +1,417 @@
+"""How a raw dataset is read: a catalogue source in, labelled items out.
+
+Labels come from whole path parts, without regard to case, the deepest match first, or from columns
+of a table; what a real and a fake rule claim alike is refused, never guessed.
+"""
+
+import csv
+import fnmatch
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imaging.decode import IMAGE_SUFFIXES
+from sharding.catalog import CatalogError, Rule, Source, shares
+from sharding.format import CLASSES
+from sharding.raw import RawFile, walk
+from storage import AnyPath
+
+NAMED = 5
+"""How many of the files left out for one reason are named."""
+
+
+class Item(NamedTuple):
+    """One image that may become a sample."""
+
+    source: str
+    origin: str  # below the raw folder, with '/'; for people, and unique
+    path: str  # of the file that holds the bytes, below the raw folder
+    member: str  # where in that file; empty: all of it
+    size: int  # bytes; 0 where reading tells
+    version: str  # changes when the bytes may have changed
+    label: int
+    generator: str
+    group: str
+    place: str  # JSON: set -> share
+    refused: str  # why it is not read; empty if it is
+
+
+@dataclass
+class Listing:
+    """What a source holds: its items, what was passed over and why, and by which rules."""
+
+    items: list[Item] = field(default_factory=list)
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    read_as: dict[str, int] = field(default_factory=dict)
+
+    def leave(self, reason: str, name: str) -> None:
+        """Count a file that is left out; the first few are named."""
+        entry = self.left_out.setdefault(reason, {"files": 0, "first": []})
+        entry["files"] += 1
+        if len(entry["first"]) < NAMED:
+            entry["first"].append(name)
+
+
+class _Compiled(NamedTuple):
+    """A catalogue rule, ready to match, and what it says of every image that it fits."""
+
+    label: int
+    rule: Rule
+    folder: re.Pattern
+    name: re.Pattern
+    read_as: str
+    place: str
+
+
+def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
+    """All images of a source, sorted by path.
+
+    Raises:
+        CatalogError: a file that is both real and fake by the catalogue's rules, a table without
+            the columns they name, or no image at all that they fit.
+        RawError, OSError: what lies there cannot be read.
+    """
+    root = source.root or name
+    files = list(walk(raw, root))
+    rules = [
+        _compile(source, label, rule)
+        for label in range(len(CLASSES))
+        for rule in source.rules(label)
+    ]
+    ignored = [_compile(source, -1, rule) for rule in source.ignored()]
+    groups = [re.compile(pattern, re.IGNORECASE) for pattern in source.groups()]
+    listing = Listing()
+    table = _read_table(source, raw, files, listing)
+    on_files = [rule for rule in rules if not rule.rule.column]
+    on_cells = [rule for rule in rules if rule.rule.column]
+    images = 0
+    for file in files:
+        folder, _, base = file.inside.rpartition("/")
+        inside = f"{folder}/".lower() if folder else ""
+        suffix = posixpath.splitext(base)[1].lower()
+        if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
+            continue
+        if _fitting(ignored, inside, base):
+            listing.leave("the catalogue ignores it", file.inside)
+        elif file.refused and not _fitting(on_files, inside, base):
+            listing.leave(f"refused: {file.refused}", file.inside)
+        elif on_cells and suffix == ".parquet":
+            images += 1
+            _list_cells(name, source, raw, file, _fitting(on_cells, inside, base), listing)
+        elif suffix not in IMAGE_SUFFIXES:
+            listing.leave(f"not an image by its name ({suffix or base})", file.inside)
+        else:
+            images += 1
+            _list_file(name, source, file, _fitting(on_files, inside, base), table, groups, listing)
+    if images and not listing.items:
+        _refuse_all(name, source, raw / root, listing)
+    return listing
+
+
+def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> None:
+    """Data is there, and nothing of it fits: the layout is not the one the catalogue knows."""
+    wanted = "; ".join(str(rule) for label in (0, 1) for rule in source.rules(label)[:4])
+    reason, entry = max(listing.left_out.items(), key=lambda item: item[1]["files"])
+    raise CatalogError(
+        f"source {name}: {root} holds images, but none where the catalogue looks ({wanted}, ...). "
+        f"{entry['files']:,} files: {reason}; the first is {entry['first'][0]}. Is it unpacked one "
+        "folder too deep, or has its layout changed? Add rules in a catalogue of your own"
+    )
+
+
+# --- matching -------------------------------------------------------------------------------------
+
+
+def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
+    name = re.compile(fnmatch.translate(rule.name), re.IGNORECASE)
+    read_as = f"{CLASSES[label] if label >= 0 else 'ignored'}: {rule}"
+    place = json.dumps(shares(rule.set or source.set))
+    return _Compiled(label, rule, folder_pattern(rule.folder), name, read_as, place)
+
+
+def folder_pattern(folder: str) -> re.Pattern:
+    """A catalogue path as a regular expression over 'a/b/c/' in lower case; see `Rule`."""
+    parts = [part for part in folder.lower().strip("/").split("/") if part not in (".", "")]
+    translated = [r"(?:[^/]+/)*" if part == "**" else _part_pattern(part) + "/" for part in parts]
+    return re.compile("".join(translated))
+
+
+def _part_pattern(part: str) -> str:
+    """One path part, where `*` and `?` stop at the slash."""
+    if part == "<generator>":
+        return r"(?P<generator>[^/]+)"
+    return "".join(
+        {"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character)) for character in part
+    )
+
+
+class _Claim(NamedTuple):
+    """A rule that fits a file's folder and name, and how deep it reaches."""
+
+    depth: int
+    compiled: _Compiled
+    generator: str
+
+
+def _fitting(rules: Sequence[_Compiled], inside: str, base: str) -> list[_Claim]:
+    found = []
+    for compiled in rules:
+        match = compiled.folder.match(inside)
+        if match and compiled.name.match(base):
+            named = match.groupdict().get("generator") or compiled.rule.generator
+            # "**" alone reaches nowhere: any folder that is named goes before it.
+            depth = 0 if compiled.rule.folder == "**" else match.end()
+            found.append(_Claim(depth, compiled, named))
+    return found
+
+
+def _decide(claims: list[_Claim], name: str) -> _Claim:
+    """The deepest claim, the first of equals; equal depth with two labels is an error."""
+    deepest = max(claim.depth for claim in claims)
+    best = [claim for claim in claims if claim.depth == deepest]
+    real = [claim.compiled.rule for claim in best if claim.compiled.label == 0]
+    fake = [claim.compiled.rule for claim in best if claim.compiled.label == 1]
+    if real and fake:
+        raise CatalogError(
+            f"{name} is real by rule '{real[0]}' and fake by '{fake[0]}'; make one of the two more "
+            "precise in the catalogue"
+        )
+    return best[0]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _list_file(
+    name: str,
+    source: Source,
+    file: RawFile,
+    claims: list[_Claim],
+    table: Mapping[str, Mapping[str, str]],
+    groups: Sequence[re.Pattern],
+    listing: Listing,
+) -> None:
+    if not claims:
+        listing.leave("in no folder the catalogue names", file.inside)
+        return
+    row = table.get(file.inside.rpartition("/")[2].lower())
+    if row is not None:
+        agreeing = [claim for claim in claims if _agrees(claim.compiled.rule, row)]
+        if not agreeing:
+            listing.leave("its folder and its row in the table disagree", file.inside)
+            return
+        claims = agreeing
+    elif table:
+        note = "no row in the table: labelled by folder"
+        listing.read_as[note] = listing.read_as.get(note, 0) + 1
+    claim = _decide(claims, file.inside)
+    root = source.root or name
+    origin = f"{root}/{file.inside}"
+    captured = next((m[1] for p in groups if (m := p.search(origin))), None)
+    group = f"{name}/{captured.lower()}" if captured else origin.rpartition(".")[0]
+    _add(listing, claim, name, file, origin, file.member, group)
+
+
+def _agrees(rule: Rule, row: Mapping[str, str]) -> bool:
+    return all(row.get(column, "").strip() == str(value) for column, value in rule.where.items())
+
+
+def _add(
+    listing: Listing,
+    claim: _Claim,
+    name: str,
+    file: RawFile,
+    origin: str,
+    member: str,
+    group: str,
+) -> None:
+    label, read_as = claim.compiled.label, claim.compiled.read_as
+    listing.read_as[read_as] = listing.read_as.get(read_as, 0) + 1
+    listing.items.append(
+        Item(
+            source=name,
+            origin=origin,
+            path=file.path,
+            member=member,
+            size=0 if member and member != file.member else file.size,
+            version=file.version,
+            label=label,
+            generator=claim.generator or CLASSES[label],
+            group=group,
+            place=claim.compiled.place,
+            refused=file.refused,
+        )
+    )
+
+
+def _read_table(
+    source: Source, raw: AnyPath, files: Sequence[RawFile], listing: Listing
+) -> dict[str, dict[str, str]]:
+    """The rows of a source's CSV tables by file name in lower case; none where it has no table."""
+    if not source.table:
+        return {}
+    pattern = source.table.name.lower()
+    rows: dict[str, dict[str, str]] = {}
+    for file in files:
+        if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
+            continue
+        with (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if source.table.key not in (reader.fieldnames or []):
+                raise CatalogError(
+                    f"{raw / file.path} has columns {reader.fieldnames}, expected "
+                    f"{source.table.key!r} among them"
+                )
+            for row in reader:
+                key = PurePosixPath(row.pop(source.table.key).replace("\\", "/")).name.lower()
+                values = {column: value or "" for column, value in row.items() if column}
+                if rows.setdefault(key, values) != values:
+                    rows[key] = {}  # two rows that differ agree with no rule: refused
+    if not rows:
+        listing.read_as[f"no table {source.table.name}: labels by folder"] = 0
+    return rows
+
+
+# --- parquet tables -------------------------------------------------------------------------------
+
+
+def _list_cells(
+    name: str,
+    source: Source,
+    raw: AnyPath,
+    file: RawFile,
+    claims: list[_Claim],
+    listing: Listing,
+) -> None:
+    """The image cells of one parquet table that a rule claims."""
+    if not claims:
+        listing.leave("in no table the catalogue names", file.inside)
+        return
+    with (raw / file.path).open("rb") as stream:
+        table = pq.ParquetFile(stream)
+        conditions = {column for claim in claims for column in claim.compiled.rule.where}
+        names = conditions | ({source.group_column} - {""})
+        images = {claim.compiled.rule.column for claim in claims}
+        if missing := (names | images) - set(table.schema_arrow.names):
+            raise CatalogError(
+                f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}; the "
+                f"catalogue expects {', '.join(sorted(missing))} too"
+            )
+        values = table.read(columns=sorted(names))
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    total = sum(sizes)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    row_of = np.arange(total) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    chosen = _choose_rows(claims, values, total, raw / file.path)
+    captions = values.column(source.group_column).to_pylist() if source.group_column else None
+    taken = np.zeros(total, bool)
+    root = source.root or name
+    cells = [(int(row), i) for i, mask in enumerate(chosen) for row in np.flatnonzero(mask)]
+    for row, number in sorted(cells):
+        claim = claims[number]
+        column = claim.compiled.rule.column
+        taken[row] = True
+        origin = f"{root}/{file.inside}:{row}:{column}"
+        group = f"{root}/{file.inside}:{row}"
+        if captions and captions[row]:
+            group = f"{name}/{hashlib.sha256(str(captions[row]).encode()).hexdigest()[:16]}"
+        member = f"{group_of[row]}:{row_of[row]}:{column}"
+        _add(listing, claim, name, file, origin, member, group)
+    for row in np.flatnonzero(~taken):
+        found = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
+        listing.leave(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")
+
+
+def _choose_rows(
+    claims: Sequence[_Claim], values: pa.Table, total: int, path: AnyPath
+) -> list[np.ndarray]:
+    """Which rows each claim takes; a cell that is real and fake by two of them is an error."""
+    chosen: list[np.ndarray] = []
+    for claim in claims:
+        mask = np.ones(total, bool)
+        for column, value in claim.compiled.rule.where.items():
+            mask &= _equal(values, column, value, path)
+        for other, earlier in zip(claims, chosen, strict=False):
+            if other.compiled.rule.column == claim.compiled.rule.column:
+                both = mask & earlier
+                if both.any() and other.compiled.label != claim.compiled.label:
+                    _decide([other._replace(depth=0), claim._replace(depth=0)],
+                            f"{path}:{int(np.flatnonzero(both)[0])}")  # fmt: skip
+                mask &= ~earlier
+        chosen.append(mask)
+    return chosen
+
+
+def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np.ndarray:
+    """Where a column has a value; a text for a column of numbers goes by its class names."""
+    found = values.column(column)
+    if isinstance(value, str) and pa.types.is_integer(found.type):
+        names = class_names(values.schema, column)
+        if value not in names:
+            raise CatalogError(
+                f"{path}: column {column} holds numbers for the classes {names or 'it never names'}"
+                f"; the catalogue expects the class {value!r}, and labels are not guessed"
+            )
+        value = names.index(value)
+    return np.array([entry == value for entry in found.to_pylist()], bool)
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str]:
+    """The names of a Hugging Face `ClassLabel` column, by its number; empty for other columns."""
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    features = json.loads(text).get("info", {}).get("features", {})
+    return list(features.get(column, {}).get("names", []))
+
+
+# --- which items, and where to --------------------------------------------------------------------
+
+
+def capped(listing: Listing, cap: Mapping[str, int]) -> None:
+    """Keep at most `cap[class]` items of each class, whole groups, in the order of their hashes.
+
+    The choice depends on the source alone, so that other data never changes it.
+    """
+    if not cap:
+        return
+    groups: dict[str, list[Item]] = {}
+    for item in listing.items:
+        groups.setdefault(item.group, []).append(item)
+    room = [cap.get(name, len(listing.items)) for name in CLASSES]
+    kept: set[str] = set()
+    for group in sorted(groups, key=hash_point):
+        need = [sum(item.label == label for item in groups[group]) for label in range(len(CLASSES))]
+        if all(n <= r for n, r in zip(need, room, strict=True)):
+            kept.add(group)
+            room = [r - n for n, r in zip(need, room, strict=True)]
+    reason = "beyond the cap of " + ", ".join(f"{count:,} {name}" for name, count in cap.items())
+    for item in listing.items:
+        if item.group not in kept:
+            listing.leave(reason, item.origin)
+    listing.items = [item for item in listing.items if item.group in kept]
+
+
+def hash_point(group: str) -> float:
+    """A group as a point in [0, 1): its hash, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+
+
+def choose_set(group: str, share_of: Mapping[str, float]) -> str:
+    """The set of a group: the shares divide the line on which its hash is a point.
+
+    It depends on the group alone, so new files never move old ones to another set.
+    """
+    point = hash_point(group)
+    for name, share in share_of.items():
+        if point < share:
+            return name
+        point -= share
+    return name

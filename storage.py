@@ -1,0 +1,198 @@
+"""Where bytes lie: folders of this machine, or an address such as `s3://bucket/shards` (fsspec).
+
+Everything here takes a `pathlib.Path` or a `UPath` and treats both alike.
+"""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+AnyPath = Union[Path, "UPath"]  # a name that is not imported takes no |
+
+
+def any_path(text: str | os.PathLike) -> AnyPath:
+    """A `Path` for a folder of this machine, a `UPath` for an address.
+
+    Raises:
+        ValueError: an address whose file system is not installed.
+    """
+    if ":" not in str(text):
+        return Path(text)
+    from upath import UPath  # a tenth of a second, which most commands need not wait for
+
+    try:
+        path = UPath(text)
+        return Path(path) if isinstance(path, Path) else path
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
+        ) from error
+
+
+def check_reachable(path: AnyPath) -> None:
+    """Ask an address for anything at all, before work begins that needs it.
+
+    Raises:
+        OSError: no answer, or no right to one. The clients behind addresses raise errors of kinds
+            of their own; here they become one.
+    """
+    if is_local(path):
+        return
+    try:
+        path.exists()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{path} does not answer: {reason}; check the address, your credentials for it and the "
+            "network"
+        ) from error
+
+
+def is_local(path: AnyPath) -> bool:
+    """Whether `path` is on this machine's file system."""
+    return isinstance(path, Path)
+
+
+def make_folder(path: AnyPath) -> None:
+    """Make a folder and what is above it. Object stores have none, and a bucket that is not there
+    was most likely misspelt: it is not made.
+    """
+    if is_local(path) or path.protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The name of a file or folder while this process writes it: two writers never share one."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is the temporary name of a file or folder."""
+    return path.name.endswith(".partial")
+
+
+def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary file)`, then rename or upload it: `path` is absent, old or whole,
+    whatever fails and whenever the power does. Its mode follows the umask.
+    """
+    if not is_local(path):
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / path.name
+            write(partial)
+            # An object appears when its upload is complete, and not before.
+            path.fs.put_file(str(partial), path.path)
+        return
+    partial = partial_of(path)
+    try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)  # some libraries write files that only their owner may read
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write a file of these bytes by `write_atomically`."""
+    write_atomically(path, lambda partial: partial.write_bytes(data))
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Write a UTF-8 file of this text by `write_atomically`."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is gone when the block ends, and with it what killed processes
+    left of theirs: `path` has one writer at a time.
+    """
+    partial = partial_of(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, which is renamed to `path` when the block ends well: `path` is
+    absent, old or whole. Modes follow the umask. With `replace` an old folder makes way for it.
+    """
+    with temporary_folder(path) as partial:
+        mode = partial.stat().st_mode & 0o666
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+        publish(partial, path, replace=replace)
+
+
+def publish(partial: Path, path: Path, *, replace: bool = False) -> None:
+    """Give a complete file or folder its name, once its bytes are on the disk. A file takes the
+    place of an older one; a folder that of an empty one, or with `replace` of any.
+    """
+    if partial.is_dir():
+        for folder, _folders, files in os.walk(partial, topdown=False):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+    else:
+        _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # some network file systems keep the names in a folder by themselves
+    finally:
+        os.close(descriptor)
+
+
+def size_of(path: AnyPath) -> int | None:
+    """Bytes of a file, or None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return None
+
+
+def files_in(folder: AnyPath) -> list[AnyPath]:
+    """The files directly in a folder, by name; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_file()), key=lambda p: p.name)
+
+
+def sha256_of(path: AnyPath) -> str:
+    """The hash of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

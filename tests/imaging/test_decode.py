@@ -1,0 +1,198 @@
+"""Any file in: the right pixels and facts, or one clear reason."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from imaging.decode import (
+    DecodeError,
+    decode,
+    decode_image,
+    encoded,
+    fingerprints,
+    green_grid,
+    prepare,
+    without_warnings,
+)
+from tests.builders import encode, photo
+
+PIXELS = photo(1, 93, 71)
+IMAGE = Image.fromarray(PIXELS)
+
+
+@pytest.mark.parametrize("quality", [5, 30, 50, 75, 90, 96, 100])
+def test_jpeg_quality_is_estimated_exactly_for_libjpeg(quality: int) -> None:
+    assert prepare(encode(PIXELS, quality=quality)).facts.jpeg_quality == quality
+
+
+@pytest.mark.parametrize(("subsampling", "chroma"), [(0, "444"), (1, "422"), (2, "420")])
+def test_chroma_is_recorded(subsampling: int, chroma: str) -> None:
+    assert prepare(encode(PIXELS, subsampling=subsampling)).facts.chroma == chroma
+
+
+@pytest.mark.parametrize(
+    ("image", "image_format", "options"),
+    [
+        (IMAGE, "JPEG", {"quality": 90}),
+        (IMAGE, "JPEG", {"quality": 90, "progressive": True}),
+        (IMAGE.convert("L"), "JPEG", {}),
+        (IMAGE, "PNG", {}),
+        (IMAGE.convert("RGBA"), "PNG", {}),
+        (IMAGE.convert("P"), "PNG", {}),
+        (IMAGE.convert("1"), "PNG", {}),
+        (IMAGE.convert("LA"), "PNG", {}),
+        (IMAGE, "WEBP", {"quality": 80}),
+        (IMAGE.convert("RGBA"), "WEBP", {"lossless": True}),
+    ],
+    ids=["jpeg", "progressive", "grey", "png", "rgba", "palette", "1bit", "la", "webp", "webpa"],
+)
+def test_plain_files_keep_their_bytes(image, image_format, options) -> None:
+    data = encode(image, image_format, **options)
+    prepared = prepare(data)
+    assert prepared.data == data
+    assert (prepared.facts.format, prepared.facts.transcoded_from) == (image_format, "")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(prepared.pixels, expected)
+
+
+def deep_png(mode: str) -> bytes:
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    return encode(Image.fromarray(values), mode)
+
+
+@pytest.mark.parametrize(
+    ("data", "was"),
+    [
+        (encode(IMAGE, "GIF"), "GIF"),
+        (encode(IMAGE, "BMP"), "BMP"),
+        (encode(IMAGE, "TIFF"), "TIFF"),
+        (encode(IMAGE, "AVIF", quality=80), "AVIF"),
+        (encode(IMAGE, "HEIF", quality=80), "HEIF"),
+        (encode(IMAGE.convert("CMYK"), "JPEG"), "JPEG"),
+        (encode(IMAGE, "JPEG", keep_rgb=True), "JPEG"),
+        (encode(IMAGE, "WEBP", save_all=True, append_images=[IMAGE.rotate(9)]), "WEBP"),
+        (encode(IMAGE, "PNG", save_all=True, append_images=[IMAGE.rotate(9)]), "PNG"),
+        (deep_png("PNG"), "PNG"),
+    ],
+    ids=["gif", "bmp", "tiff", "avif", "heic", "cmyk", "rgb-jpeg", "webp-anim", "apng", "png16"],
+)
+def test_anything_else_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
+    prepared = prepare(data)
+    assert (prepared.facts.format, prepared.facts.transcoded_from) == ("PNG", was)
+    stored = Image.open(io.BytesIO(prepared.data))
+    assert (stored.format, stored.mode) == ("PNG", "RGB")
+    np.testing.assert_array_equal(np.asarray(stored), prepared.pixels)
+
+
+def test_16_bit_grey_keeps_its_range() -> None:
+    """`convert("RGB")` alone would clip everything above 255 to white."""
+    pixels = prepare(deep_png("PNG")).pixels
+    assert pixels.min() == 0
+    assert 250 <= pixels.max() <= 255
+    assert len(np.unique(pixels)) > 200
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_ends_upright(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PIXELS, image_format, exif=exif)
+    prepared = prepare(data)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
+    assert (prepared.facts.width, prepared.facts.height) == expected.size
+
+
+JPEG, PNG, WEBP = encode(PIXELS), encode(PIXELS, "PNG"), encode(PIXELS, "WEBP")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>", "not an image this program reads"),
+        (JPEG[: len(JPEG) // 2], "JPEG does not decode"),
+        (JPEG[:-2], "JPEG does not decode"),
+        (JPEG[:30], "damaged header|does not decode|not an image"),
+        (PNG[: len(PNG) // 2], "PNG does not decode"),
+        (WEBP[: len(WEBP) // 2], "WEBP does not decode|damaged header"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image this program reads"),
+    ],
+    ids=["empty", "html", "half", "no-end", "header", "png-half", "webp-half", "postscript"],
+)
+def test_what_cannot_be_decoded_has_a_reason(data: bytes, said: str) -> None:
+    with pytest.raises(DecodeError, match=said):
+        prepare(data)
+
+
+def test_a_decompression_bomb_is_refused_unread() -> None:
+    bomb = encode(Image.new("1", (30_000, 30_000)), "PNG")
+    assert len(bomb) < 2**20
+    with pytest.raises(DecodeError, match="200,000,000 pixels"):
+        prepare(bomb)
+
+
+def test_near_duplicates_hash_alike_and_others_do_not() -> None:
+    smaller = np.asarray(IMAGE.resize((60, 46)))
+    worse = prepare(encode(PIXELS, quality=40)).pixels
+    grids = [green_grid(pixels) for pixels in (PIXELS, smaller, worse, photo(2, 93, 71))]
+    one, *others = fingerprints(np.stack(grids))[0]
+    smaller_bits, worse_bits, other_bits = (int(one ^ bits).bit_count() for bits in others)
+    assert smaller_bits <= 6
+    assert worse_bits <= 6
+    assert other_bits >= 16
+
+
+def test_one_fingerprint_is_what_it_is_among_many() -> None:
+    """Packing makes them by the hundred, `verify` one by one."""
+    flat = np.full((5, 7, 3), 93, np.uint8)
+    grids = np.stack([green_grid(photo(n, 40 + n, 300 - n)) for n in range(9)] + [green_grid(flat)])
+    hashes, thumbnails = fingerprints(grids)
+    for row, grid in enumerate(grids):
+        (one,), (thumbnail,) = fingerprints(grid[None])
+        assert one == hashes[row]
+        np.testing.assert_array_equal(thumbnail, thumbnails[row])
+    assert hashes[-1] == 1 << 63  # only the mean of a flat image is above the median
+    assert (thumbnails[-1] == 93).all()
+    assert [len(part) for part in fingerprints(grids[:0])] == [0, 0]
+
+
+def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:
+    """Exact DCT and smooth chroma: the fast variants delete the traces a detector reads."""
+    for subsampling in (0, 1, 2):
+        data = encode(PIXELS, quality=80, subsampling=subsampling)
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(decode_image(data, "JPEG"), expected)
+
+
+def test_threads_leave_the_warning_filters_as_they_were() -> None:
+    """One thread ends while another is still at it."""
+    before = list(warnings.filters)
+    one, two = without_warnings(), without_warnings()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    warnings.warn("from the second one", UserWarning, stacklevel=1)  # an error in these tests
+    two.__exit__(None, None, None)
+    assert list(warnings.filters) == before
+    with pytest.raises(UserWarning):
+        warnings.warn("again", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_prediction_sees_what_is_packed(kind: str, orientation: int) -> None:
+    """`decode` and `encoded` give what `prepare` gives, without its other work."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(IMAGE, kind, **({} if kind == "GIF" else {"exif": exif}))
+    packed = prepare(data)
+    np.testing.assert_array_equal(decode(data), packed.pixels)
+    height, width = packed.pixels.shape[:2]
+    assert encoded(data) == (
+        packed.data, packed.facts.format, packed.facts.orientation, width, height,
+    )  # fmt: skip

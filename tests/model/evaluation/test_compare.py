@@ -1,0 +1,140 @@
+"""Two runs on the same images: paired intervals, and verdicts that flipped."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.evaluation.compare import compare, count_flips, flips, shared_samples
+from model.evaluation.report import report
+from model.evaluation.scores import ScoresError, ScoreTable
+from tests.builders import table_of
+
+ABOUT = {"threshold": 0.5, "temperature": 2.0}
+
+
+def rows(
+    shift: float = 0.0, noise: float = 0.0, number: int = 200, seed: int = 2
+) -> list[dict[str, Any]]:
+    """A set of two sources, half of it fake; `shift` moves the fakes, `noise` every image."""
+    rng, more = np.random.default_rng(1), np.random.default_rng(seed)
+    logits = rng.normal(2 * (np.arange(number) % 2) - 1, 2) + noise * more.normal(size=number)
+    return [
+        {
+            "set": "val", "key": f"k{i:03d}", "label": i % 2, "source": "ab"[i // 2 % 2],
+            "generator": "gan" if i % 2 else "camera",
+            "logit": float(logits[i] + shift * (i % 2)),
+        }
+        for i in range(number)
+    ]  # fmt: skip
+
+
+def tables(before: list[dict], after: list[dict]) -> tuple[ScoreTable, ScoreTable]:
+    return tuple(table_of(one, ["val"], **ABOUT) for one in (before, after))
+
+
+def test_the_figures_are_those_of_both_reports() -> None:
+    before, after = tables(rows(), rows(1.0, 0.5))
+    lines = compare(before, after)
+    assert [(line.kind, line.name) for line in lines] == [
+        ("overall", ""), ("sources", "a"), ("sources", "b"), ("generators", "gan"),
+    ]  # fmt: skip
+    reports = [report(table)["sets"]["val"] for table in (before, after)]
+    for line in lines:
+        own = [r[line.kind] if not line.name else r[line.kind][line.name] for r in reports]
+        assert line.images == own[0]["count"]
+        for metric, change in line.changes.items():
+            assert (change.before, change.after) == (own[0][metric], own[1][metric])
+
+
+def test_differences_are_paired() -> None:
+    """The same small gain on every fake is sure, though each run alone is not."""
+    before, after = tables(rows(), rows(0.6))
+    line = compare(before, after)[0]
+    gain = line.changes["auroc"]
+    alone = [report(table)["sets"]["val"]["overall"]["intervals"]["auroc"] for table in
+             (before, after)]  # fmt: skip
+    assert alone[0][1] > alone[1][0]  # the two intervals overlap
+    assert 0 < gain.low < gain.after - gain.before < gain.high
+    assert gain.high - gain.low < 0.5 * min(high - low for low, high in alone)
+    unchanged = line.changes["false_positive_rate"]
+    assert unchanged.low == unchanged.high == 0
+
+
+def test_of_two_runs_that_are_equally_good_few_differ() -> None:
+    covered = 0
+    for seed in range(20):
+        pair = (rows(noise=1.5, number=100, seed=1000 * run + seed + 5) for run in (0, 1))
+        change = compare(*tables(*pair))[0].changes["auroc"]
+        covered += change.low <= 0 <= change.high
+    assert 16 <= covered <= 20
+
+
+def test_rows_in_another_order_are_the_same_images() -> None:
+    one, two = rows(), rows(1.0)
+    straight = compare(*shared_samples(*tables(one, two)))
+    turned = compare(*shared_samples(*tables(one, two[::-1])))
+    assert straight == turned
+
+
+def test_other_samples_are_refused_unless_asked_for() -> None:
+    one, two = rows(), rows(1.0)[40:]
+    with pytest.raises(ScoresError, match=r"200 and 160 images, 160 of them in both.*--intersec"):
+        shared_samples(*tables(one, two))
+    before, after = shared_samples(*tables(one, two), intersect=True)
+    assert len(before) == len(after) == 160
+    assert before.table.column("key").equals(after.table.column("key"))
+    assert compare(before, after) == compare(*tables(one[40:], two))
+    other = [row | {"key": f"other{row['key']}"} for row in two]
+    with pytest.raises(ScoresError, match="no image in common"):
+        shared_samples(*tables(one, other), intersect=True)
+    turned = [row | {"label": 1 - row["label"]} for row in one]
+    with pytest.raises(ScoresError, match="val:k000 is real in one run and fake in the other"):
+        shared_samples(*tables(one, turned))
+
+
+def test_an_image_that_one_run_could_not_read_is_left_out() -> None:
+    one, two = rows(), rows(1.0)
+    two[7] |= {"valid": False, "logit": None, "error": "broken"}
+    before, after = shared_samples(*tables(one, two))
+    assert len(before) == len(after) == 199
+    assert "k007" not in before.table.column("key").to_pylist()
+
+
+def test_flips_are_found_each_by_its_own_threshold() -> None:
+    one, two = rows(), rows(1.0, 0.5)
+    before = table_of(one, ["val"], **ABOUT)
+    after = table_of(two, ["val"], threshold=0.7, temperature=2.0)
+    fake = [table.numbers("probability") for table in (before, after)]
+    called = fake[0] >= 0.5, fake[1] >= 0.7
+    labels = before.numbers("label")
+    changed = flips(before, after)
+    expected = np.flatnonzero(called[0] != called[1])
+    assert 10 < len(expected) < 150
+    assert {flip.key for flip in changed} == {f"k{i:03d}" for i in expected}
+    for flip in changed:
+        i = int(flip.key[1:])
+        assert (flip.before, flip.after, flip.label) == (fake[0][i], fake[1][i], labels[i])
+        assert flip.fixed == (called[1][i] == (labels[i] == 1))
+    moved = [abs(flip.after - flip.before) for flip in changed]
+    assert moved == sorted(moved, reverse=True)
+    counted = count_flips(before, changed)
+    assert [row[:3] for row in counted] == [("val", "real", 100), ("val", "fake", 100)]
+    wrong_before = (called[0] != (labels == 1)).sum()
+    wrong_after = (called[1] != (labels == 1)).sum()
+    assert wrong_after - wrong_before == sum(row[3] for row in counted) - sum(
+        row[4] for row in counted
+    )
+
+
+def test_reals_that_stand_beside_take_part() -> None:
+    fakes = [row | {"set": "evalgen"} for row in rows() if row["label"]]
+    reals = [row | {"set": "photos"} for row in rows() if not row["label"]]
+    about = ABOUT | {"reals": {"set": "photos", "why": "test", "for_all": False}}
+    moved = [row | {"logit": row["logit"] + 3} for row in reals]
+    before, after = (table_of(fakes + one, ["evalgen"], **about) for one in (reals, moved))
+    lines = compare(before, after)
+    assert [line.kind for line in lines] == ["beside", "sources", "sources", "generators"]
+    assert lines[0].changes["false_positive_rate"].low > 0
+    assert lines[0].changes["recall"].before == lines[0].changes["recall"].after
+    assert {row[0] for row in count_flips(before, flips(before, after))} == {"evalgen"}

@@ -1,0 +1,236 @@
+"""From a table of scores to the report, without a network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model.evaluation.report import first_of_each, mean_and_spread, report
+from model.evaluation.scores import (
+    ScoresError,
+    read_scores,
+    rows_of,
+    write_scores,
+)
+from model.metrics import measure
+from model.score import Scores, probability
+from sharding.format import ShardSet
+from tests.builders import table_of
+
+
+def prompts(generators: dict[str, float], of_each: int = 4) -> list[dict[str, Any]]:
+    """EvalGEN in small: 6 prompts, `of_each` images of each by every generator, whose logit is
+    about the number given; the first image of each prompt is easy.
+    """
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "set": "evalgen", "source": "evalgen", "generator": name, "label": 1,
+            "group": f"evalgen/a photo of {prompt}",
+            "origin": f"evalgen/GenEval-JPEG/{name}/a photo of {prompt}_{image}.jpg",
+            "logit": 9.0 if image == 0 else logit + float(rng.normal()),
+        }
+        for name, logit in generators.items()
+        for prompt in range(6)
+        for image in range(of_each)
+    ]  # fmt: skip
+
+
+def reals(name: str, count: int = 30) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [
+        {"set": name, "source": "coco", "generator": "coco", "label": 0, "logit": float(logit)}
+        for logit in rng.normal(-1, 2, count)
+    ]
+
+
+def test_the_first_image_of_each_prompt() -> None:
+    """The lowest number: 10 comes after 9, and where 0 is missing 1 stands in."""
+    origins = [
+        "Flux/a cat_10.jpg", "Flux/a cat_9.jpg", "Flux/a dog_0.jpg", "GoT/a cat_0.jpg",
+        "GoT/a cat_19.jpg", "GoT/two 3_1.jpg", "GoT/two 3_0.jpg", "old/plain.png", "old/plain2.png",
+    ]  # fmt: skip
+    groups = np.array([0, 0, 0, 0, 0, 2, 2, 3, 3])  # dog and cat were put together as alike
+    generators = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1])
+    first = first_of_each(origins, groups, generators, np.arange(9))
+    assert [origins[row] for row in first] == [
+        "Flux/a cat_9.jpg", "Flux/a dog_0.jpg", "GoT/a cat_0.jpg", "GoT/two 3_0.jpg",
+        "old/plain.png",
+    ]  # fmt: skip
+
+
+def test_the_spread_is_that_of_the_table_of_evalgens_authors() -> None:
+    """97.2 and 4.2 of the five recalls that the paper gives for its detector."""
+    found = mean_and_spread([89.9, 99.5, 97.8, 99.5, 99.5])
+    assert round(found["mean"], 1) == 97.2
+    assert round(found["spread"], 1) == 4.2
+    assert mean_and_spread([0.5]) == {"mean": 0.5, "spread": None}
+
+
+def test_both_protocols_of_evalgen() -> None:
+    rows = prompts({"Flux": 1.2, "GoT": -1.0, "NOVA": 3.0})
+    found = report(table_of(rows, ["evalgen"]))["sets"]["evalgen"]
+    every, first = found["protocols"]["all"], found["protocols"]["first"]
+    assert (every["images"], every["prompts"]) == (72, 6)
+    assert (first["images"], first["prompts"]) == (18, 6)
+    assert list(every["generators"]) == ["Flux", "GoT", "NOVA"]
+    assert [one["recall"] for one in first["generators"].values()] == [1.0, 1.0, 1.0]
+    assert first["spread"] == 0.0
+    for name, one in every["generators"].items():
+        logits = np.array([row["logit"] for row in rows if row["generator"] == name])
+        fake = probability(logits, 2.0)
+        assert one["images"] == 24
+        assert one["recall"] == pytest.approx((fake >= 0.6).mean())
+        assert one["recall_at_half"] == pytest.approx((fake >= 0.5).mean())
+        assert one["interval"][0] <= one["recall"] <= one["interval"][1]
+    recalls = [one["recall"] for one in every["generators"].values()]
+    assert every["mean"] == pytest.approx(np.mean(recalls))
+    assert every["spread"] == pytest.approx(np.std(recalls, ddof=1))
+    assert every["interval"][0] < every["mean"] < every["interval"][1]
+    # Where a prompt has one image of a generator, the two are one.
+    alone = prompts({"Flux": 1.0}, of_each=1)
+    assert report(table_of(alone, ["evalgen"]))["sets"]["evalgen"]["protocols"]["first"] is None
+
+
+def test_recall_without_reals_is_said_first() -> None:
+    rows = reals("val") + [row | {"set": "val"} for row in prompts({"Flux": 2.0})]
+    found = report(table_of(rows + prompts({"Flux": 1.0}), ["val", "evalgen"]))
+    assert found["headline"][0].startswith("evalgen: NO REAL IMAGES AT HAND")
+    assert "--reals" in found["headline"][0]
+    assert "of 30 real images called fake" in found["headline"][1]
+    overall = found["sets"]["evalgen"]["overall"]
+    assert overall["false_positive_rate"] is None and overall["auroc"] is None
+    assert overall["recall"] is not None
+    assert "says how many fakes are found and nothing about" in found["sets"]["evalgen"]["note"]
+
+
+def test_reals_of_another_set_stand_beside() -> None:
+    rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
+    beside = {"set": "test", "why": "the catalogue's default", "for_all": False}
+    found = report(table_of(rows, ["evalgen"], reals=beside))
+    assert list(found["sets"]) == ["evalgen"]
+    one = found["sets"]["evalgen"]
+    assert one["overall"]["reals"] == 0
+    labels = np.array([row["label"] for row in rows])
+    fake = probability(np.array([row["logit"] for row in rows]), 2.0)
+    wanted = measure(labels, fake, 0.6)
+    assert one["beside"]["false_positive_rate"] == wanted.false_positive_rate > 0
+    assert one["beside"]["auroc"] == wanted.auroc
+    assert one["generators"]["GoT"]["reals"] == 30
+    assert "of 30 real images of test called fake" in found["headline"][0]
+    assert "30 real images of test (the catalogue's default)" in one["note"]
+    # Reals of its own count first, unless another set was asked for.
+    own = [row | {"set": "evalgen", "logit": -9.0} for row in reals("evalgen", 11)]
+    kept = report(table_of(rows + own, ["evalgen"], reals=beside))["sets"]["evalgen"]
+    assert kept["beside"] is None
+    assert kept["generators"]["GoT"]["reals"] == 11
+    asked = report(table_of(rows + own, ["evalgen"], reals=beside | {"for_all": True}))
+    assert asked["sets"]["evalgen"]["beside"]["reals"] == 30
+    assert asked["sets"]["evalgen"]["overall"]["reals"] == 11
+
+
+def test_figures_of_classes_sources_and_generators() -> None:
+    rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("evalgen")
+    rows += [row | {"source": "faces"} for row in reals("evalgen", 9)]
+    rows.append({"set": "evalgen", "label": 0, "logit": None, "valid": False, "error": "cut off",
+                 "source": "coco"})  # fmt: skip
+    found = report(table_of(rows, ["evalgen"]))
+    one = found["sets"]["evalgen"]
+    assert one["overall"]["count"] == 48 + 39
+    assert one["overall"]["groups"] == 6 + 39
+    assert one["unreadable"] == [f"evalgen:k{len(rows) - 1}: cut off"]
+    assert set(one["sources"]) == {"evalgen", "coco", "faces"}
+    assert one["sources"]["faces"]["reals"] == 9
+    assert one["sources"]["faces"]["auroc"] is None
+    assert "auroc" not in one["sources"]["faces"]["intervals"]
+    real, fake = one["classes"]["real"], one["classes"]["fake"]
+    assert (real["count"], fake["count"]) == (39, 48)
+    assert real["accuracy"] == pytest.approx(1 - one["overall"]["false_positive_rate"])
+    assert fake["accuracy"] == one["overall"]["recall"] == fake["recall"]
+    assert real["nll"] is not None and real["f1"] is None and real["ece"] is None
+    # Each generator is held against all reals.
+    assert {name: m["reals"] for name, m in one["generators"].items()} == {"Flux": 39, "GoT": 39}
+    verdicts = one["verdicts"]
+    assert sum(verdicts["real"].values()) == 39
+    assert verdicts["fake"]["likely AI"] == round(48 * one["overall"]["recall"])
+    assert verdicts["real"]["uncertain"] > 0
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_groups_of_two_sets_are_not_one() -> None:
+    """Each of two sets has a group `s/0`, and the reals stand beside."""
+    rows = [{"set": "evalgen", "label": 1, "group": "s/0", "logit": 1.0}] * 3
+    rows += [{"set": "test", "label": 0, "group": "s/0", "logit": -1.0}] * 3
+    beside = {"set": "test", "why": "--reals", "for_all": True}
+    found = report(table_of(rows, ["evalgen"], reals=beside))["sets"]["evalgen"]
+    assert found["overall"]["groups"] == 1
+    assert found["beside"]["groups"] == 2
+    assert found["overall"]["intervals"] == {}
+
+
+def test_a_set_of_which_nothing_can_be_read() -> None:
+    rows = [{"set": "a", "label": 1, "logit": None, "valid": False, "error": "gone"}] * 2
+    found = report(table_of(rows, ["a"]))
+    assert found["headline"] == ["a: no image could be scored"]
+    assert found["sets"]["a"]["overall"]["count"] == 0
+    assert len(found["sets"]["a"]["unreadable"]) == 2
+
+
+def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
+    rows = np.setdiff1d(np.arange(len(shards)), failed)
+    labels = shards.column("label")[rows].astype(np.int64)
+    logits = np.linspace(-4, 4, len(rows)).astype(np.float32)
+    return Scores(rows, labels, logits, dict.fromkeys(failed, "does not decode"))
+
+
+def test_scores_are_kept_row_by_row(old: ShardSet, new: ShardSet, tmp_path: Path) -> None:
+    about = {"sets": {"old": {}, "new": {}}, "temperature": 2.0}
+    parts = [rows_of("old", old, scored(old, (3, 7)), 2.0), rows_of("new", new, scored(new), 2.0)]
+    path = tmp_path / "scores.parquet"
+    write_scores(path, parts, about)
+    found = read_scores(path)
+    assert found.evaluation == {"scores_version": 1, **about}
+    rows = found.table.to_pylist()
+    assert len(rows) == len(old) + len(new)
+    index = old.table.to_pylist() + new.table.to_pylist()
+    names = ("key", "sha256", "source", "generator", "split", "group", "origin", "label")
+    for row, wanted in zip(rows, index, strict=True):
+        assert {name: row[name] for name in names} == {name: wanted[name] for name in names}
+    assert rows[3]["valid"] is False and rows[3]["logit"] is None and rows[3]["probability"] is None
+    assert (rows[3]["error"], rows[4]["error"]) == ("does not decode", "")
+    valid = [row for row in rows if row["valid"]]
+    assert len(valid) == len(rows) - 2
+    logits = np.array([row["logit"] for row in valid])
+    assert [row["probability"] for row in valid] == probability(logits, 2.0).tolist()
+    assert {row["set"] for row in rows[: len(old)]} == {"old"}
+    first = path.read_bytes()
+    write_scores(path, parts, about)
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_scores_of_other_rows_are_a_bug_that_is_found(old: ShardSet) -> None:
+    good = scored(old)
+    short = Scores(good.samples[1:], good.labels[1:], good.logits[1:], {})
+    twice = Scores(np.append(good.samples[1:], 5), good.labels, good.logits, {})
+    for wrong in (short, twice):
+        with pytest.raises(ValueError, match="samples of old"):
+            rows_of("old", old, wrong, 1.0)
+
+
+def test_what_is_not_a_file_of_scores_is_one_clear_error(old: ShardSet, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1 nothing")
+    with pytest.raises(ScoresError, match="not a file of scores"):
+        read_scores(path)
+    write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})
+    table = pa.parquet.read_table(path)
+    pa.parquet.write_table(table.replace_schema_metadata({}), path)
+    with pytest.raises(ScoresError, match="not a file of scores"):
+        read_scores(path)
+    pa.parquet.write_table(table.replace_schema_metadata({"evaluation": '{"a": 1}'}), path)
+    with pytest.raises(ScoresError, match="version None"):
+        read_scores(path)

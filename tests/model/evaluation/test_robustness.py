@@ -1,0 +1,249 @@
+"""Deliveries scored on a network, and the codec-swap test on planted detectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.evaluation import robustness
+from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_delivery
+from model.evaluation.robustness import (
+    draw_samples,
+    group_codes,
+    measure_deliveries,
+    score_deliveries,
+    shift_of,
+)
+from model.score import score_set
+from pipeline.augment import View
+from pipeline.loader import Loading, open_loader
+from pipeline.perturb import DELIVERIES, ORIGINAL, Delivery
+from pipeline.read import ShardReader
+from sharding.format import ShardSet, join_sets, open_shards
+from tests.builders import write_shards
+
+CPU = torch.device("cpu")
+VIEW = View(size=64, resize=64)
+"""The whole of a square image of 64 pixels, so that the planted detectors see its blocks."""
+
+
+class Brightness(nn.Module):
+    """A detector of content: bright pictures are fake, whatever they are packed in."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        level = images.float().mean(dim=(1, 2, 3)) / 8 - 16
+        return torch.stack([torch.zeros_like(level), level], dim=1)
+
+
+class Blocking(nn.Module):
+    """A detector of the container: blocks of 8 x 8 whose high frequencies were rounded away, as
+    JPEG does, are real; grain in them is fake.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        turn = torch.cos(torch.pi / 8 * torch.arange(8)[:, None] * (torch.arange(8) + 0.5)) / 2
+        blocks = images.float().mean(dim=1).unfold(1, 8, 8).unfold(2, 8, 8)
+        high = (turn @ blocks @ turn.T)[..., 4:, 4:].square().mean(dim=(1, 2, 3, 4))
+        level = 3 * torch.log(high / 3)
+        return torch.stack([torch.zeros_like(level), level], dim=1)
+
+
+def square(_rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
+    """Reals are JPEG, fakes PNG, of one size."""
+    return ("png" if label else "jpg"), 64, 64
+
+
+def swapped(_rng: np.random.Generator, label: int, number: int) -> tuple[str, int, int]:
+    return ("webp" if number % 3 else "png") if label else "jpg", 64, 64
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = {"square": {"square": (square, 40, 40)}, "other": {"other": (swapped, 12, 12)}}
+    return write_shards(tmp_path_factory.mktemp("delivery"), plan)
+
+
+@pytest.fixture(scope="module")
+def shards(sets: Path) -> ShardSet:
+    return open_shards([sets / "square"])
+
+
+def named(*names: str) -> list[Delivery]:
+    return [way for way in DELIVERIES if way.name in names]
+
+
+def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
+    net, view = Brightness(), View(size=32, resize=40)
+    loader = open_loader(shards, view=view, loading=Loading(workers=0, backend="pil"), device=CPU)
+    plain = score_set(net, loader)
+    done: list[int] = []
+    found = score_deliveries(
+        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), view=view, device=CPU,
+        on_images=done.append,
+    )  # fmt: skip
+    assert np.array_equal(found.samples, plain.samples)
+    assert np.array_equal(found.labels, plain.labels)
+    np.testing.assert_allclose(found.logits[0], plain.logits, atol=1e-5)
+    assert not np.allclose(found.logits[1], plain.logits, atol=1e-5)
+    assert sum(done) == len(shards)
+
+
+def test_figures_of_a_delivery(shards: ShardSet) -> None:
+    """Against a plain count, with a delivery that flips known images."""
+    dark = Delivery("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
+    rows = np.arange(len(shards))
+    found = score_deliveries(Brightness(), shards, rows, [ORIGINAL, dark], view=VIEW, device=CPU)
+    at = {"temperature": 2.0, "threshold": 0.5}
+    first, second = measure_deliveries(found, group_codes(shards), **at)
+    labels, (before, after) = found.labels, found.logits > 0
+    assert first["flip_rate"] == 0 and first["shift"]["real"]["mean"] == 0
+    for row, called in ((first, before), (second, after)):
+        assert row["recall"] == pytest.approx(called[labels == 1].mean())
+        assert row["false_positive_rate"] == pytest.approx(called[labels == 0].mean())
+    assert second["flip_rate"] == pytest.approx((before != after).mean()) and 0.2 < np.mean(before)
+    assert second["flip_rate_fake"] == pytest.approx((before != after)[labels == 1].mean())
+    change = (found.logits[1] - found.logits[0])[labels == 0]
+    assert second["shift"]["real"]["mean"] == pytest.approx(change.mean(), rel=1e-5)
+    assert second["shift"]["real"]["high"] < 0
+
+
+def test_an_image_that_cannot_go_that_way_is_counted_and_named(shards: ShardSet) -> None:
+    def refuse(pixels: np.ndarray, _rng: object) -> np.ndarray:
+        if pixels.mean() > 128:
+            raise ValueError("too bright\nfor this")
+        return pixels
+
+    rows = np.arange(len(shards))
+    ways = [ORIGINAL, Delivery("refuse", "refuse", 1, (refuse,))]
+    found = score_deliveries(Brightness(), shards, rows, ways, view=VIEW, device=CPU)
+    row = measure_deliveries(found, group_codes(shards), temperature=1.0, threshold=0.5)[1]
+    missing = np.isnan(found.logits[1])
+    assert 5 < missing.sum() < 75
+    assert row["failed"] == missing.sum() and row["failed_first"] == "too bright for this"
+    assert row["images"] == row["reals"] + row["fakes"] == len(shards) - missing.sum()
+    assert set(found.failures[1]) == set(found.samples[missing]) and not found.failures[0]
+
+
+def test_an_unreadable_image_has_no_column(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = robustness.decode_image
+
+    def broken(data: bytes, *rest: object) -> np.ndarray:
+        return decode(data[:50] if data.startswith(b"\x89PNG") else data, *rest)
+
+    monkeypatch.setattr(robustness, "decode_image", broken)
+    found = score_deliveries(
+        Brightness(), shards, np.arange(len(shards)), named("original"), view=VIEW, device=CPU
+    )
+    assert len(found.unreadable) == 40 and set(found.labels) == {0}
+    assert all("does not decode" in reason for reason in found.unreadable.values())
+
+
+def test_samples_are_drawn_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
+    rows = draw_samples(shards, 10)
+    labels = shards.column("label")[rows]
+    assert [(labels == label).sum() for label in (0, 1)] == [10, 10]
+    assert np.array_equal(rows, np.sort(rows))
+    mixed = shards.take(np.random.default_rng(0).permutation(len(shards)))
+    keys = [s.table.column("key").take(draw_samples(s, 10)).to_pylist() for s in (shards, mixed)]
+    assert set(keys[0]) == set(keys[1])
+    assert len(draw_samples(shards, 1000)) == len(shards)
+
+
+def test_an_interval_counts_groups() -> None:
+    rng = np.random.default_rng(3)
+    # 50 groups of 20 images that move alike: 50 observations, not 1000.
+    moves = np.repeat(rng.normal(1.0, 1.0, 50), 20)
+    grouped = shift_of(moves, np.repeat(np.arange(50), 20), gap=4.0)
+    alone = shift_of(moves, np.arange(1000))
+    width = grouped.high - grouped.low
+    assert width == pytest.approx(2 * 1.96 * moves.std() / 50**0.5, rel=0.03)
+    assert width > 4 * (alone.high - alone.low)
+    assert grouped.of_gap == pytest.approx(grouped.mean / 4) and alone.of_gap is None
+    assert shift_of(moves[:20], np.zeros(20)).low is None
+
+
+def test_intervals_cover_what_they_say() -> None:
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(400):
+        moves = np.repeat(rng.normal(1.0, 1.0, 40), 3) + rng.normal(0, 0.3, 120)
+        shift = shift_of(moves, np.repeat(np.arange(40), 3))
+        hits += shift.low <= 1.0 <= shift.high
+    assert 0.91 < hits / 400 < 0.98
+
+
+def test_containers(sets: Path, shards: ShardSet) -> None:
+    labels = shards.column("label")
+    real = container_of(shards, np.flatnonzero(labels == 0))
+    assert (real.format, real.chroma, real.share) == ("JPEG", "420", 1.0)
+    assert real.quality == np.median(shards.column("jpeg_quality")[labels == 0])
+    assert container_of(shards, np.flatnonzero(labels == 1)) is None  # PNG leaves no trace
+    other = open_shards([sets / "other"])
+    fake = container_of(other, np.flatnonzero(other.column("label") == 1))
+    assert (fake.format, fake.share) == ("WEBP", pytest.approx(8 / 12))
+    assert fake.describe() == "WebP 80"
+    everything = join_sets([other, shards])
+    common = container_of(everything, np.arange(len(everything)))
+    assert (common.format, common.share) == ("JPEG", pytest.approx(52 / 104))
+
+
+def test_joined_sets_are_read_as_each_by_itself(sets: Path, shards: ShardSet) -> None:
+    other = open_shards([sets / "other"])
+    part = other.take(np.arange(20, 4, -3))
+    whole = join_sets([part, shards, part])
+    assert len(whole) == 2 * len(part) + len(shards)
+    keys = whole.table.column("key").to_pylist()
+    expected = [one.table.column("key").to_pylist() for one in (part, shards, part)]
+    assert keys == [key for own in expected for key in own]
+    data = ShardReader(whole).read(range(len(whole)))
+    alone = [ShardReader(one).read(range(len(one))) for one in (part, shards, part)]
+    assert data == [found for own in alone for found in own]
+    assert whole.names("source", np.array([0, len(part)])) == ["other", "square"]
+    assert len({whole.sha256, part.sha256, join_sets([shards, part]).sha256}) == 3
+
+
+def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
+    both = ["all-as-jpeg", "all-as-webp", "levelled"]
+    for rows, expected in (
+        (np.arange(len(shards)), ["fakes-as-reals", *both]),
+        (np.flatnonzero(shards.column("label") == 0), both),
+    ):
+        _, swaps = plan_swaps(shards, rows)
+        assert [swap.name for swap in swaps] == expected
+    other = open_shards([sets / "other"])
+    containers, swaps = plan_swaps(other, np.arange(len(other)))
+    assert [swap.name for swap in swaps] == ["fakes-as-reals", "reals-as-fakes", *both]
+    assert swaps[1].what == "reals re-encoded as WebP 80"
+    assert swaps[2].delivery.amount == min(LOW_QUALITY, containers["real"].quality)
+
+
+def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: ShardSet) -> None:
+    found = {}
+    for net in (Blocking(), Brightness()):
+        found[type(net)] = report_delivery(
+            net, shards, named("original", "jpeg-50"), view=VIEW, device=CPU, dtype=torch.float32,
+            temperature=1.0, threshold=0.5,
+        )  # fmt: skip
+    caught, content = (found[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
+    assert caught["name"] == content["name"] == "fakes-as-reals"
+    # As packed it looks like a good detector ...
+    assert caught["before"]["auroc"] > 0.9
+    # ... and fakes in the reals' container become reals to it.
+    shift = caught["shift"]["fake"]
+    assert shift["high"] < 0 and shift["of_gap"] < -0.7
+    assert caught["after"]["auroc"] < 0.7 and caught["after"]["recall"] < 0.5
+    assert caught["shift"]["real"] is None
+    assert caught["before"]["false_positive_rate"] == caught["after"]["false_positive_rate"]
+    # Brightness hardly moves, and its verdicts stay.
+    shift = content["shift"]["fake"]
+    assert abs(shift["mean"]) < 0.15
+    assert abs(content["after"]["recall"] - content["before"]["recall"]) <= 0.05
+    assert found[Blocking]["images"] == found[Blocking]["of"] == 80
+    assert found[Blocking]["containers"]["real"]["name"].startswith("JPEG ")
+    assert [row["name"] for row in found[Blocking]["deliveries"]] == ["original", "jpeg-50"]
+    levelled = found[Blocking]["codec_swap"][-1]
+    assert levelled["name"] == "levelled" and levelled["after"]["auroc"] < 0.75

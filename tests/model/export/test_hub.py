@@ -1,0 +1,291 @@
+"""The folder for the hub is what timm loads, a checkpoint, and arrives whole at the other end."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+import yaml
+from click.testing import CliRunner
+
+from model import checkpoint, load_detector
+from model.__main__ import main
+from model.export import hub
+from model.export.card import card_of
+from model.export.license import ORIGINAL_BASE, licence_of
+from tests.builders import CALIBRATION, TINY, encode, photo
+
+REPO = "owner/detector"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hub") / "folder"
+    return hub.write_hub(tiny_checkpoint, out, data=data)
+
+
+def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> None:
+    net, view, _ = checkpoint.load_network(tiny_checkpoint)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randint(0, 256, (3, 3, view.size, view.size), dtype=torch.uint8)
+    with torch.inference_mode():
+        normalised = (images - net.mean) / net.std
+        torch.testing.assert_close(loaded(normalised), net(images), rtol=0, atol=0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == ["real", "fake"] and config["num_classes"] == 2
+    # transformers passes the number of classes itself, and fails on a second one
+    assert "num_classes" not in config["model_args"]
+
+
+def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    found = timm.data.resolve_data_config(model=loaded)
+    resize, crop, _, normalise = timm.data.create_transform(**found).transforms
+    assert (resize.size, crop.size) == (54, (48, 48))
+    assert resize.interpolation.value == "bilinear"
+    assert normalise.mean.tolist() == pytest.approx(TINY.mean)
+    assert normalise.std.tolist() == pytest.approx(TINY.std)
+
+
+@pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
+def test_the_share_of_a_view_leads_back_to_it(size: int, resize: int, folder: Path) -> None:
+    net, _, _ = checkpoint.load_network(folder)
+    found = hub.preprocessing_of(net, hub.View(size=size, resize=resize))
+    assert int(size / found["crop_pct"]) == resize
+
+
+def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None:
+    images = [encode(photo(1)), encode(photo(2), "PNG")]
+    found, expected = (
+        [
+            one.probability
+            for one in load_detector(place, device="cpu", backend="pil").predict(images)
+        ]
+        for place in (folder, tiny_checkpoint)
+    )
+    assert found == expected
+
+
+def report_of(meta: dict, **changes: object) -> dict:
+    figures = {
+        "count": 4, "reals": 2, "fakes": 2, "recall": 0.75, "false_positive_rate": 0.25,
+        "auroc": 0.875,
+    }  # fmt: skip
+    alone = figures | {"reals": 0, "false_positive_rate": None, "auroc": None}
+    sets = {
+        "val": {"overall": figures, "note": None},
+        "evalgen": {"overall": alone, "note": "There are no real images here."},
+    }
+    name, step = meta["recipe"]["name"], meta["step"]
+    return {
+        "report_version": 2,
+        "run": name,
+        "step": step,
+        "threshold": 0.6,
+        "sets": sets,
+    } | changes
+
+
+def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -> None:
+    card = (folder / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
+    assert "**No evaluation is attached.**" in text
+    assert "| old | alpha | test |" in text  # set, source, licence
+    assert "likely real below" not in text and "Below 0.3 call it likely real" in text
+    assert f"fitted on val ({CALIBRATION['reals']} real" in text
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    card = card_of(meta, report_of(meta), {"old": None}, onnx=True)
+    assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
+    assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
+    assert "evalgen: There are no real images here." in card
+    assert "| old | not at hand when this was written |" in card
+    assert "onnx/detector.onnx" in card
+
+
+def test_the_licence_is_that_of_the_first_weights() -> None:
+    def found(name: str, pretrained: bool, **data: object):
+        return licence_of(
+            {"recipe": {"network": {"name": name, "pretrained": pretrained}}, "data": data}
+        )
+
+    known = found("convnextv2_base.fcmae_ft_in22k_in1k", True)
+    assert known.id == "cc-by-nc-4.0" and known.base == "convnextv2_base.fcmae_ft_in22k_in1k"
+    unknown = found("convnextv2_base", False)
+    assert unknown.id == "cc-by-nc-4.0" and not unknown.base and " if it goes back " in unknown.text
+    original = found("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
+    assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
+    assert found("mobilenetv2_100", True).id == "apache-2.0"
+
+
+def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    arguments = ["export", "--hub", str(tmp_path), "--checkpoint", str(tiny_checkpoint)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "is there already" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "is not a report.json"),
+        ("{}", "is not a report.json"),
+        ('{"report_version": 99}', "has report version 99"),
+        (None, "is of tiny step 8, the checkpoint is tiny step 7"),
+    ],
+)
+def test_only_its_own_report_is_taken(
+    text: str | None, said: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report_of(meta, step=8)) if text is None else text)
+    arguments = ["export", "--hub", str(tmp_path / "out"), "--checkpoint", str(tiny_checkpoint)]
+    result = CliRunner().invoke(main, [*arguments, "--report", str(path)])
+    assert result.exit_code == 1 and said in result.output
+    assert [found.name for found in tmp_path.iterdir()] == ["report.json"]
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as an upload needs; large files come by LFS, small ones in the commit."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}
+        self.made: list[dict] = []
+        self.tokens: set[str | None] = set()
+        self.refuse = False
+        loop = {"target": self.serve_forever, "kwargs": {"poll_interval": 0.02}}
+        threading.Thread(**loop, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer({"id": REPO, "sha": "a" * 40})
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        self.server.objects[hashlib.sha256(body).hexdigest()] = body
+        self._answer({})
+
+    def do_POST(self) -> None:
+        server, body = self.server, self._body()
+        path = unquote(urlsplit(self.path).path)
+        server.tokens.add(self.headers.get("Authorization"))
+        if server.refuse:
+            return self._answer({"error": "Invalid credentials"}, 401)
+        if path == "/api/repos/create":
+            server.made.append(json.loads(body))
+            return self._answer({"url": f"{server.url}/{REPO}"})
+        if path.endswith("/preupload/main"):
+            found = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self._answer({"files": found})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{server.url}/lfs/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self._answer({"transfer": "basic", "objects": objects})
+        if path.endswith("/commit/main"):
+            self._commit(body)
+            return self._answer(
+                {"commitOid": "b" * 40, "commitUrl": f"{server.url}/{REPO}/commit/b"}
+            )
+        return self._answer({})
+
+    def _commit(self, body: bytes) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                self.server.files[value["path"]] = self.server.objects[value["oid"]]
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def _answer(self, content: dict, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    one = Hub()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", one.url)
+    # Xet, the hub's own protocol for large files, is a library's; LFS is what this server speaks.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    yield one
+    one.shutdown()
+    one.server_close()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's library of httpx
+def test_every_file_arrives(server: Hub, folder: Path) -> None:
+    result = CliRunner().invoke(main, ["push", str(folder), REPO, "--private"])
+    assert result.exit_code == 0, result.output
+    assert f"{server.url}/{REPO}/commit/b" in result.output
+    sent = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert server.files == sent and set(sent) == {
+        "README.md", "config.json", "meta.json", "model.safetensors",
+    }  # fmt: skip
+    (made,) = server.made
+    assert (made["name"], made["organization"]) == ("detector", "owner")
+    assert made.get("visibility") == "private" or made["private"]  # since huggingface_hub 1, before
+    assert server.tokens == {"Bearer hf_s3cret"}
+
+
+def test_a_refusal_is_one_line(server: Hub, folder: Path) -> None:
+    server.refuse = True
+    result = CliRunner().invoke(main, ["push", str(folder), REPO])
+    assert result.exit_code == 1 and not server.files
+    assert "could not be uploaded" in result.output and "hf auth login" in result.output
+
+
+def test_half_a_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"")
+    result = CliRunner().invoke(main, ["push", str(half), REPO])
+    assert result.exit_code == 1 and not server.made
+    assert "has no config.json, README.md, meta.json" in result.output

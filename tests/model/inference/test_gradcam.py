@@ -1,0 +1,85 @@
+"""A heatmap adds up to what it explains, and finds the place that it should."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import checkpoint, load_detector
+from model.inference.gradcam import ExplainError, attribution, heatmap, overlay
+from model.network import Network, build
+from tests.builders import encode, photo, small_recipe
+
+MOBILE = Network(name="mobilenetv2_035", pretrained=False, scratch="fan_in")
+
+
+def detector_of(network: Network, folder: Path, size: int = 64):
+    from pipeline.augment import View
+
+    torch.manual_seed(2)
+    recipe = small_recipe(network=network, view=View(size=size, resize=size))
+    checkpoint.save(
+        folder / "step_0000001", build(network, pretrained=False), recipe=recipe, step=1, epoch=1,
+        metrics={}, selection=0.5, data={}, state=None,
+    )  # fmt: skip
+    return load_detector(folder)
+
+
+@pytest.fixture(scope="module")
+def mobile(tmp_path_factory: pytest.TempPathFactory):
+    return detector_of(MOBILE, tmp_path_factory.mktemp("mobile"))
+
+
+def margin(detector, view: np.ndarray) -> float:
+    pixels = torch.from_numpy(view)[None].permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        real, fake = detector.net(pixels)[0].tolist()
+    return fake - real
+
+
+def test_the_cells_add_up_to_the_logit(mobile) -> None:
+    """Where a linear layer follows the average, Grad-CAM is exact: all but its bias is shared out
+    among the cells.
+    """
+    head = mobile.net.backbone.get_classifier()
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([0.25, -0.5]))
+    for seed in range(3):
+        view, cells = attribution(mobile, encode(photo(seed, 80, 64), "PNG"))
+        assert cells.shape == (2, 2)
+        assert cells.sum() - 0.75 == pytest.approx(margin(mobile, view), abs=1e-4)
+
+
+def test_it_works_for_the_recipes_networks_and_says_where_not(
+    mobile, small_runs: Path, tmp_path: Path
+) -> None:
+    for detector in (mobile, load_detector(runs=small_runs)):
+        found = heatmap(detector, encode(photo(1), "PNG"))
+        size = detector.view.size
+        assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
+    transformer = Network(
+        name="vit_tiny_patch16_224", pretrained=False,
+        options={"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 32},
+    )  # fmt: skip
+    with pytest.raises(ExplainError, match="keeps no map of features"):
+        heatmap(detector_of(transformer, tmp_path, 32), encode(photo(1), "PNG"))
+
+
+def test_a_heatmap_changes_no_score(mobile) -> None:
+    data = encode(photo(4), "PNG")
+    (before,) = mobile.predict([data])
+    heatmap(mobile, data)
+    (after,) = mobile.predict([data])
+    assert before.probability == after.probability
+    assert all(parameter.grad is None for parameter in mobile.net.parameters())
+
+
+def test_red_speaks_for_ai_and_blue_for_real() -> None:
+    view = np.full((64, 64, 3), 100, np.uint8)
+    drawn = overlay(view, np.array([[1.0, 0.0], [0.0, -1.0]], np.float32)).astype(int)
+    red, grey, blue = drawn[5, 5], drawn[31, 31], drawn[58, 58]
+    assert red[0] > 150 > red[2]
+    assert blue[2] > 150 > blue[0]
+    assert np.ptp(grey) < 30
+    assert (overlay(view, np.zeros((2, 2), np.float32)) == 100).all()

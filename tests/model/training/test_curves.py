@@ -1,0 +1,74 @@
+"""The picture of a run's curves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from model.__main__ import main
+from model.training import curves
+from model.training.history import HISTORY_FILE
+
+
+def write_run(folder: Path, steps: int, false_positives: float) -> Path:
+    folder.mkdir(parents=True)
+    rows = []
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "kind": "train", "loss": 1 / step, "lr": 1e-3 / step})
+        if step % 5 == 0:
+            rows.append({"step": step, "kind": "validate", "selection": 0.5})
+            rates = {"recall": 0.5, "false_positive_rate": false_positives, "auroc": 0.7}
+            fakes = {"recall": 0.9, "false_positive_rate": None, "auroc": None}
+            rows.append({"step": step, "kind": "validate/val", **rates})
+            rows.append({"step": step, "kind": "validate/val/source", **rates})
+            rows.append({"step": step, "kind": "validate/evalgen", **fakes})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / HISTORY_FILE).write_text(lines + '{"step": 99, "ki')  # a row being written
+    return folder
+
+
+def draw(run: Path, out: Path) -> np.ndarray:
+    result = CliRunner().invoke(main, ["curves", str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"until step 20: {out}" in result.output
+    return np.asarray(Image.open(out).convert("RGB")).astype(int)
+
+
+def test_the_picture_shows_what_was_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, str, list]] = []
+    real = curves._line
+
+    def noted(place, title, points, label=""):
+        drawn.append((title, label, points))
+        real(place, title, points, label)
+
+    monkeypatch.setattr(curves, "_line", noted)
+    one = draw(write_run(tmp_path / "one", 20, 0.1), tmp_path / "one.png")
+    found = {(title, label): points for title, label, points in drawn}
+    assert found["loss", "training"] == [(step, 1 / step) for step in range(1, 21)]
+    assert found["false positives on reals", "val"] == [(s, 0.1) for s in (5, 10, 15, 20)]
+    assert {label for _, label in found} == {"", "training", "val", "evalgen"}  # sets, not sources
+    other = draw(write_run(tmp_path / "other/one", 20, 0.6), tmp_path / "other.png")
+    again = draw(tmp_path / "one", tmp_path / "again.png")
+    assert one.shape == other.shape
+    assert (one != other).any(), "other figures, the same picture"
+    assert (one == again).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [(None, "is no run (it has no metrics.jsonl)"), ("", "has not logged a step")]
+)
+def test_nothing_to_draw_is_one_clear_line(tmp_path: Path, rows: str | None, said: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if rows is not None:
+        (run / HISTORY_FILE).write_text(rows)
+    result = CliRunner().invoke(main, ["curves", str(run), "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 1
+    assert said in result.output
+    assert not (tmp_path / "x.png").exists()

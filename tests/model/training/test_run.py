@@ -1,0 +1,221 @@
+"""Training: both phases on tiny shards, interrupted or not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import recipes
+import train as command
+from model import checkpoint
+from model.network import build
+from model.recipe import Recipe
+from model.training.history import rows_of
+from model.training.optim import make_optimizer
+from model.training.run import train
+from model.training.step import Trainer, train_step
+from pipeline.batch import Batch
+from pipeline.order import OrderError
+from tests.builders import ends_alike, losses_of, weights_of
+
+# TensorBoard's own use of protobuf and numpy.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_a_run_learns_and_writes_everything_down(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=8", "optim.lr=8e-3", "data.law=dda"])
+    best = train(recipe, data, tmp_path / "runs")
+    rows = rows_of(best.parent)
+    losses = losses_of(best.parent)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    validated = [row for row in rows if row["kind"] == "validate/val/gamma"]
+    assert len(validated) == 8
+    assert {"recall", "false_positive_rate", "auroc", "count"} <= validated[0].keys()
+    assert list((best.parent / "tensorboard").iterdir())
+    meta = checkpoint.read_meta(best)
+    assert meta["selection"] == max(row["selection"] for row in rows if row["kind"] == "validate")
+    assert meta["recipe"]["optim"]["lr"] == 8e-3
+
+
+def test_epochs_between_validations_are_not_looked_at(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=5", "run.validate_every=2"])
+    best = train(recipe, data, tmp_path / "runs")
+    rows = rows_of(best.parent)
+    found = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
+    last = max(row["step"] for row in rows)
+    assert [5 * step // last for step in found] == [2, 4, 5]  # the last one in any case
+    assert checkpoint.read_meta(best)["selection"] == max(found.values())
+
+
+def test_resume_at_any_step_equals_the_uninterrupted_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with drop path drawing from torch's generator: 2 epochs of 5 steps, the second
+    run stopped after each of them.
+    """
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
+    train(recipe, data, tmp_path / "whole")
+    for stop_at in range(1, 10):
+        train(recipe, data, tmp_path / "parts", stop_at=stop_at)
+        assert checkpoint.last_of(tmp_path / "parts/tiny").name == f"step_{stop_at:07d}"
+        torch.manual_seed(99)  # whatever else used the generator in between
+    train(recipe, data, tmp_path / "parts")
+    ends_alike(tmp_path / "whole/tiny", tmp_path / "parts/tiny")
+
+
+def test_rows_after_the_last_checkpoint_are_not_doubled(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
+    train(recipe, data, tmp_path, stop_at=3)
+    history = tmp_path / "tiny/metrics.jsonl"
+    history.write_text(history.read_text() + '{"step": 4, "kind": "train", "loss": 9.9}\n{"st')
+    train(recipe, data, tmp_path)
+    rows = rows_of(tmp_path / "tiny")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
+
+
+def test_a_finished_run_is_left_alone(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe)
+    best = train(recipe, data, tmp_path)
+    before = (best / "meta.json").stat().st_mtime_ns
+    assert train(recipe, data, tmp_path) == best
+    assert (best / "meta.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_or_other_shards_are_refused(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe)
+    train(recipe, data, tmp_path, stop_at=2)
+    changed = recipes.load(Recipe, tiny_recipe, ["optim.lr=1e-3"])
+    with pytest.raises(
+        ValueError, match=r"another recipe \(optim\.lr was 0\.0002, now 0\.001; 1 d"
+    ):
+        train(changed, data, tmp_path)
+    other = tmp_path / "data"
+    other.mkdir()
+    (other / "old").symlink_to(data / "new")
+    (other / "val").symlink_to(data / "val")
+    with pytest.raises(OrderError, match="cannot resume: index_sha256"):
+        train(recipe, other, tmp_path)
+
+
+def test_a_run_goes_on_under_a_program_with_more_settings(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe)
+    last = train(recipe, data, tmp_path, stop_at=2)
+    saved = checkpoint.read_meta(last)["recipe"]
+    del saved["network"]["head"], saved["optim"]["ema"]
+    checkpoint.annotate(last, {"recipe": saved})
+    assert checkpoint.read_meta(train(recipe, data, tmp_path, stop_at=3))["step"] == 3
+    with pytest.raises(ValueError, match=r"another recipe \(network\.head was timm, now stages"):
+        train(recipes.load(Recipe, tiny_recipe, ["network.head=stages"]), data, tmp_path)
+
+
+def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    best = train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    second = [
+        'name="second"', 'run.start="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
+        "replay.old_per_new=1:8", "optim.lr=1e-12", "optim.weight_decay=0",
+    ]  # fmt: skip
+    recipe = recipes.load(Recipe, tiny_recipe, second)
+    found = train(recipe, data, tmp_path)
+    for name, weights in weights_of(found).items():
+        torch.testing.assert_close(weights, weights_of(best)[name], rtol=0, atol=1e-9)
+    rows = rows_of(tmp_path / "second")
+    shares = [row["replay_share"] for row in rows if row["kind"] == "train"]
+    assert max(shares) > 0
+    assert checkpoint.read_meta(found)["data"]["replay"] == ["old"]
+
+
+def test_phase_2_without_phase_1_says_what_to_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ['run.start="phase1"'])
+    with pytest.raises(checkpoint.CheckpointError, match=r"run `python train\.py --phase 1` first"):
+        train(recipe, data, tmp_path)
+
+
+def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> None:
+    """A batch with black, invalid rows moves the weights as the batch of its valid rows does."""
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.drop_path=0", "optim.lr=1e-2"])
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    images[2:] = 0
+    labels = torch.tensor([0, 1, 1, 1])
+    moved = []
+    for rows, valid in ((4, [True, True, False, False]), (2, [True, True])):
+        torch.manual_seed(0)
+        net = build(recipe.network, pretrained=False)
+        optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        trainer = Trainer(net, optimizer, scaler, torch.device("cpu"), torch.float32)
+        batch = Batch(
+            images[:rows],
+            labels[:rows],
+            torch.tensor(valid),
+            np.arange(rows),
+            np.zeros(rows, np.int32),
+            np.zeros(rows),
+            {},
+        )
+        loss = train_step(trainer, net, batch, recipe.optim)
+        moved.append((loss, net.backbone.stem[0].weight.detach()))
+    torch.testing.assert_close(moved[0], moved[1])
+
+
+def test_a_missing_validation_set_is_said_before_training(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ['data.validate=["vall"]'])
+    with pytest.raises(ValueError, match=r"no shard set at .*vall"):
+        train(recipe, data, tmp_path)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.std=[1e-30, 1e-30, 1e-30]"])
+    with pytest.raises(ValueError, match=r"not finite at step 1 \(first samples: \w+_\w+"):
+        train(recipe, data, tmp_path)
+
+
+def test_ten_losses_never_change(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    """Golden: a change that should not alter the numbers alters none of these."""
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
+    best = train(recipe, data, tmp_path)
+    np.testing.assert_allclose(losses_of(best.parent), GOLDEN_LOSSES, rtol=1e-3)
+
+
+GOLDEN_LOSSES = [
+    0.662106, 0.741013, 0.691524, 0.751701, 0.695287,
+    0.557681, 0.793350, 0.734022, 0.551609, 0.809417,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say --phase 1, --phase 2 or --recipe FILE"),
+        (["--phase", "1", "--recipe", "x.toml"], "say --phase 1, --phase 2 or --recipe FILE"),
+        (["--phase", "3"], "'3' is not one of '1', '2'"),
+        (["--recipe", "none.toml"], "no recipe at none.toml"),
+        (["--phase", "1", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'"),
+        (["--phase", "1", "--data", "nowhere"], "no shard set at nowhere/phase1"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(command.main, arguments)
+    assert result.exit_code != 0
+    assert said in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,263 @@
+"""Phase 2 as continual learning; pieces of a batch, averaged weights, bad losses."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import recipes
+import train as command
+from model import checkpoint
+from model.metrics import measure
+from model.recipe import Recipe
+from model.training import run
+from model.training.forgetting import Change, Gate, forgetting, refusals
+from model.training.history import rows_of
+from model.training.run import Refused, train
+from pipeline.replay import Replay
+from pipeline.stream import open_pool
+from tests.builders import ends_alike, losses_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def phase2(tiny_recipe: Path) -> Path:
+    path = tiny_recipe.with_name("tiny2.toml")
+    path.write_text(
+        f"""
+extends = ["{tiny_recipe}"]
+name = "tiny2"
+[data]
+train = ["new"]
+validate = ["val", "old"]
+[replay]
+sets = ["old"]
+old_per_new = "1:4"
+[run]
+epochs = 2
+start = "tiny"
+"""
+    )
+    return path
+
+
+class Died(Exception):
+    """Stands for a SIGKILL: nothing after it happens."""
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Bit for bit, with old samples replayed in phase 2, and a save at every third step. Each time
+    the run goes on from its last save, so that no step of another seed, epoch or sample slips in.
+    """
+    settings = ["run.log_every=1", "run.save_every=3", f"run.epochs={4 - phase}", "optim.ema=0.5"]
+    first = recipes.load(Recipe, tiny_recipe, settings)
+    start = train(first, data, tmp_path / "whole")
+    recipe = recipes.load(Recipe, phase2, settings) if phase == 2 else first
+    if phase == 2:
+        train(recipe, data, tmp_path / "whole", start=start)
+    whole, parts = (tmp_path / name / recipe.name for name in ("whole", "parts"))
+    start = start if phase == 2 else None
+    steps = rows_of(whole)[-1]["step"]
+    rng = np.random.default_rng(phase)
+    real_step = run.train_step
+    for last in sorted(rng.choice(np.arange(1, steps), 10, replace=False).tolist()):
+
+        def dying(*arguments: object, step: int, last: int = last, **options: object):
+            loss = real_step(*arguments, step=step, **options)
+            if step == last:
+                raise Died
+            return loss
+
+        monkeypatch.setattr(run, "train_step", dying)
+        with pytest.raises(Died):
+            train(recipe, data, tmp_path / "parts", start=start)
+        torch.manual_seed(last)  # whatever else used the generator in between
+    monkeypatch.setattr(run, "train_step", real_step)
+    train(recipe, data, tmp_path / "parts", start=start)
+    ends_alike(whole, parts)
+    if phase == 2:
+        manifests = [
+            (checkpoint.last_of(run) / "replayed.csv").read_text() for run in (whole, parts)
+        ]
+        assert manifests[0] == manifests[1] and manifests[0].count("\n") > 10
+
+
+def test_ten_losses_of_phase_2_never_change(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
+) -> None:
+    """Golden, as that of phase 1: which old samples are replayed where, and what it all gives."""
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    recipe = recipes.load(Recipe, phase2, ["run.log_every=1"])
+    train(recipe, data, tmp_path, stop_at=10)
+    np.testing.assert_allclose(losses_of(tmp_path / "tiny2"), GOLDEN_LOSSES, rtol=1e-3)
+
+
+GOLDEN_LOSSES = [
+    0.888559, 0.958990, 0.824012, 0.806412, 0.679404,
+    0.682722, 0.858858, 0.794621, 0.895076, 0.635151,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", ["0", "1:1", "1:4", "1:8", "1:16"])
+def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
+    """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
+    recipe = recipes.load(Recipe, phase2, [f"replay.old_per_new={ratio}", "replay.distill=0.5"])
+    assert recipe.replay.distill == 0.5
+    stream = run.open_stream(recipe, data, torch.device("cpu"))
+    wanted = int(stream.new_per_epoch * recipe.replay.ratio)
+    assert stream.replayed_per_epoch == wanted
+    epoch = stream.epoch(0)
+    share = float(recipe.replay.ratio / (1 + recipe.replay.ratio))
+    assert abs(epoch.replayed.sum() - share * len(epoch.replayed)) <= 1
+    assert (wanted == 0) == (ratio == "0")
+    assert set(epoch.samples[epoch.replayed]) <= set(stream.pool.old)
+
+
+@pytest.mark.parametrize("pieces", [2, 5, 16])
+def test_accumulation_changes_only_memory(
+    tiny_recipe: Path, data: Path, tmp_path: Path, pieces: int
+) -> None:
+    found = []
+    for name, accumulate in (("whole", 1), ("pieces", pieces)):
+        settings = ["network.drop_path=0", "run.log_every=1", f"run.accumulate={accumulate}"]
+        recipe = recipes.load(Recipe, tiny_recipe, settings)
+        train(recipe, data, tmp_path / name, stop_at=4)
+        found.append(losses_of(tmp_path / name / "tiny"))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
+def test_averaged_weights_are_saved_and_the_run_resumes_from_the_others(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema=0.9", "run.epochs=2"])
+    whole = train(recipe, data, tmp_path / "whole")
+    train(recipe, data, tmp_path / "parts", stop_at=3)
+    half = checkpoint.last_of(tmp_path / "parts/tiny")
+    raw = checkpoint.load_state(half)["net"]
+    shown = checkpoint.read_weights(half)
+    assert raw.keys() == shown.keys()
+    assert not torch.equal(raw["head.fc.weight"], shown["head.fc.weight"])
+    again = train(recipe, data, tmp_path / "parts")
+    one, other = checkpoint.read_weights(whole), checkpoint.read_weights(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_phase_2_says_what_was_forgotten_and_keeps_its_manifest(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
+) -> None:
+    train(recipes.load(Recipe, tiny_recipe, ["run.epochs=4"]), data, tmp_path)
+    result = CliRunner().invoke(
+        command.main, ["--recipe", str(phase2), "--data", str(data), "--runs", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "forgetting:" in result.output
+    best = checkpoint.best_of(tmp_path / "tiny2")
+    meta = checkpoint.read_meta(best)
+    compared = {row["name"]: row for row in meta["compared"]["sources"]}
+    assert compared["old/alpha"]["old"] and not compared["val/gamma"]["old"]
+    before = json.loads((tmp_path / "tiny2/before.json").read_text())
+    start = checkpoint.read_meta(checkpoint.best_of(tmp_path / "tiny"))
+    assert before["sets"]["val"] == start["metrics"]["sets"]["val"]
+    assert meta["refused"] == []
+    rows = list(csv.DictReader((best / "replayed.csv").read_text().splitlines()))
+    old = set(open_pool(data, ["old"], Replay()).shards.table.column("key").to_pylist())
+    assert {row["key"] for row in rows} <= old
+    assert {row["epoch"] for row in rows} <= {"0", "1"}
+    new = len(open_pool(data, ["new"], Replay()).shards)
+    assert 0 < sum(row["epoch"] == "0" for row in rows) <= new // 4
+
+
+def test_the_gate_marks_and_keeps_what_it_refuses(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
+) -> None:
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    recipe = recipes.load(Recipe, phase2, ["gate.max_fpr=0.0", "optim.lr=1e-2"])
+    with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+        train(recipe, data, tmp_path)
+    best = checkpoint.best_of(tmp_path / "tiny2")
+    assert checkpoint.read_meta(best)["refused"]
+    assert checkpoint.best_of(tmp_path / "tiny")
+    result = CliRunner().invoke(
+        command.main,
+        ["--recipe", str(phase2), "--data", str(data), "--runs", str(tmp_path / "again"),
+         "--init", str(checkpoint.best_of(tmp_path / "tiny")), "--set", "gate.max_fpr=0.0",
+         "--set", "optim.lr=1e-2"],
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "It is kept, and so is its start" in result.output
+
+
+def metrics(accuracy: float, fpr: float = 0.0):
+    fakes = round(100 * accuracy)
+    labels = np.repeat([1, 0], [100, 100])
+    called = np.r_[np.arange(100) < fakes, np.arange(100) < round(100 * fpr)].astype(float)
+    return measure(labels, called)
+
+
+def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
+    rows = [
+        Change(name="val/a", old=True, images=10, before=0.9, after=0.82),
+        Change(name="val/b", old=True, images=10, before=0.5, after=0.7),
+        Change(name="val/c", old=False, images=10, before=0.9, after=0.1),
+    ]
+    assert forgetting(rows) == pytest.approx(0.04)
+    sets = {"val": metrics(0.9, 0.12)}
+    assert refusals(Gate(), rows, sets) == []
+    (one,) = refusals(Gate(max_forgetting=0.05), rows, sets)
+    assert one.startswith("val/a lost 8.0%")
+    (one,) = refusals(Gate(max_fpr=0.1), rows, sets)
+    assert one.startswith("val has 12.0% false positives")
+
+
+def test_distillation_holds_the_logits_of_old_samples(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of two runs that differ in nothing else, the held one stays nearer to its teacher."""
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    away = []
+    for name, weight in (("free", 0.0), ("held", 50.0)):
+        settings = [f"name={name}", f"replay.distill={weight}", "optim.lr=3e-3",
+                    'replay.old_per_new="1:1"', "run.epochs=3"]  # fmt: skip
+        recipe = recipes.load(Recipe, phase2, settings)
+        train(recipe, data, tmp_path)
+        teacher, _, _ = checkpoint.load_network(checkpoint.best_of(tmp_path / "tiny"))
+        student, _, _ = checkpoint.load_network(checkpoint.last_of(tmp_path / name))
+        images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+        with torch.inference_mode():
+            away.append(float((teacher(images) - student(images)).square().mean()))
+    assert away[1] < 0.5 * away[0]
+    with pytest.raises(ValueError, match="needs a run that starts from a trained checkpoint"):
+        train(recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill=1"]), data, tmp_path)
+
+
+def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found at the next look, and named by the step in which it happened."""
+    step = run.train_step
+    seen: list[list[str]] = []
+
+    def poisoned(trainer, forward: Callable, batch, *arguments, **options):
+        table = open_pool(data, ["old"], Replay()).shards.table
+        seen.append(table.column("key").take(batch.samples).to_pylist())
+        if options["step"] == 2:
+            with torch.no_grad():
+                next(trainer.net.parameters()).fill_(float("nan"))
+        return step(trainer, forward, batch, *arguments, **options)
+
+    monkeypatch.setattr(run, "train_step", poisoned)
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=5", "run.epochs=2"])
+    with pytest.raises(ValueError, match=r"not finite at step 3 \(first samples: ") as caught:
+        train(recipe, data, tmp_path)
+    assert all(key in str(caught.value) for key in seen[2][:8])
+    assert checkpoint.last_of(tmp_path / "tiny") is None

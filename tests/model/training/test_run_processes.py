@@ -1,0 +1,190 @@
+"""Training as processes: many ranks, signals and kills at any moment, a full disk."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recipes
+from model import checkpoint
+from model.recipe import Recipe
+from model.training.history import rows_of
+from model.training.run import train
+from tests import forked
+from tests.builders import ROOT, can_mount, losses_of, same
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def command(recipe: Path, data: Path, runs: Path, *settings: str) -> list[object]:
+    changes = [word for setting in settings for word in ("--set", setting)]
+    return ["--recipe", recipe, "--data", data, "--runs", runs, *changes]
+
+
+def wait_for_rows(run: Path, count: int, running: forked.Running | subprocess.Popen) -> None:
+    """Until the history of a run has so many rows."""
+    process = getattr(running, "process", running)
+    alive = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
+    history, deadline = run / "metrics.jsonl", time.monotonic() + 90
+    while not history.exists() or history.read_text().count("\n") < count:
+        assert alive(), "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    running = forked.start(
+        command(tiny_recipe, data, tmp_path / "runs", "run.epochs=300"), tmp_path / "answer.json"
+    )
+    wait_for_rows(tmp_path / "runs/tiny", 1, running)
+    os.kill(running.process.pid, number)
+    ended = running.wait()
+    assert ended.status == 130
+    assert f"stopped by {number.name} at step" in ended.stdout
+    last = checkpoint.last_of(tmp_path / "runs/tiny")
+    step = checkpoint.read_meta(last)["step"]
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=300"])
+    train(recipe, data, tmp_path / "runs", stop_at=step + 2)
+    assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As the processes compute: sums depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs", "real"),
+    [(2, 2, False), pytest.param(10, 20, True, marks=pytest.mark.slow)],
+)
+def test_a_kill_loses_at_most_the_steps_since_the_last_save(
+    tiny_recipe: Path, data: Path, tmp_path: Path, kills: int, epochs: int, real: bool
+) -> None:
+    """SIGKILL at random moments, to `python train.py` itself in the slow variant; what is left goes
+    on, and ends bit for bit as the run that nobody killed.
+    """
+    every, steps, rng = 5, 20 * epochs, random.Random(kills)
+    settings = ["run.log_every=1", f"run.save_every={every}", f"run.epochs={epochs}"]
+    settings.append("loading.batch_size=4")  # an epoch, whose end is saved anyway, has 20 steps
+    arguments = command(tiny_recipe, data, tmp_path, *settings)
+    run = tmp_path / "tiny"
+    killed = 0
+    for _ in range(kills):
+        before = len(losses_of(run)) if run.exists() else 0
+        if real:
+            words = [sys.executable, "train.py", *map(str, arguments)]
+            running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+        else:
+            running = forked.start(arguments, tmp_path / "answer.json")
+        process = getattr(running, "process", running)
+        wait_for_rows(run, before + 1, running)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait() if real else process.join()
+        logged = max(row["step"] for row in rows_of(run) if row["kind"] == "train")
+        last = checkpoint.last_of(run)
+        saved = checkpoint.read_meta(last)["step"] if last else 0
+        # A step is logged before it is saved: the save of the step logged last may be cut short.
+        assert logged - 1 - saved < every
+        killed += logged < steps
+    assert killed == kills, "a run was over before it was killed; make it longer"
+    recipe = recipes.load(Recipe, tiny_recipe, settings)
+    with one_thread():
+        train(recipe, data, tmp_path)
+        train(recipe, data, tmp_path / "whole")
+    assert same(checkpoint.last_of(run), checkpoint.last_of(tmp_path / "whole/tiny"))
+    logged = [row["step"] for row in rows_of(run) if row["kind"] == "train"]
+    assert logged == list(range(1, steps + 1))
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """On a real file system that has room for one checkpoint and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    full, roomy = forked.start_on_small_disk(
+        disk, ["260k", "64m"], command(tiny_recipe, data, disk, "run.save_every=1"),
+        tmp_path / "answer.json",
+    )  # fmt: skip
+    roomy.wait()
+    ended = full.wait()
+    assert ended.status == 1
+    assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert roomy.wait().status == 0, roomy.wait()
+    best = checkpoint.best_of(tmp_path / "disk-kept/tiny")
+    with one_thread():
+        whole = train(recipes.load(Recipe, tiny_recipe, ["run.save_every=1"]), data, tmp_path / "w")
+    one, other = checkpoint.read_weights(best), checkpoint.read_weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_learn_as_one_with_the_same_batch(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = ["network.drop_path=0", "run.log_every=1", "optim.clip=0.5"]
+    train(recipes.load(Recipe, tiny_recipe, settings), data, tmp_path / "one")
+    two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
+    ended = [running.wait() for running in forked.start_ranks(2, two, tmp_path)]
+    assert [one.status for one in ended] == [0, 0], ended
+    assert [one.stdout.count("best checkpoint:") for one in ended] == [1, 0]  # one of them speaks
+    agree(tmp_path / "one/tiny", tmp_path / "two/tiny")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    settings = ["network.drop_path=0", "run.log_every=1"]
+    train(recipes.load(Recipe, tiny_recipe, settings), data, tmp_path / "one")
+    two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *two]
+    subprocess.run(
+        [sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    agree(tmp_path / "one/tiny", tmp_path / "two/tiny")
+
+
+def agree(one: Path, two: Path) -> None:
+    """The losses of two runs, and what validation found."""
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=2e-3)
+    metas = [checkpoint.read_meta(checkpoint.last_of(run)) for run in (one, two)]
+    counts = [meta["metrics"]["sets"]["val"]["count"] for meta in metas]
+    assert counts[0] == counts[1]
+    aurocs = [meta["metrics"]["sets"]["val"]["auroc"] for meta in metas]
+    assert abs(aurocs[0] - aurocs[1]) < 0.02
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    settings = ["network.drop_path=0", "run.log_every=1", "run.epochs=3"]
+    recipe = recipes.load(Recipe, tiny_recipe, settings)
+    train(recipe, data, tmp_path / "one")
+    two = command(tiny_recipe, data, tmp_path, *settings, "loading.batch_size=8")
+    ranks = forked.start_ranks(2, [*two, "--set", "run.save_every=2"], tmp_path)
+    wait_for_rows(tmp_path / "tiny", 4, ranks[0])
+    os.kill(ranks[1].process.pid, signal.SIGTERM)  # to one of them: both stop
+    assert [running.wait().status for running in ranks] == [130, 130]
+    state = checkpoint.load_state(checkpoint.last_of(tmp_path / "tiny"))
+    assert len(state["rng"]) == 2
+    assert state["order"]["global_batch"] == 16
+    train(recipe, data, tmp_path)
+    agree(tmp_path / "one/tiny", tmp_path / "tiny")

@@ -1,0 +1,211 @@
+"""Bugs that other detectors' training code has had, and the test that would find each here.
+
+| bug of others | found by |
+|---|---|
+| the AMP scaler is never restored (a misspelt key) | test_the_scaler_goes_on_where_it_was |
+| no scaler where there is no AMP, and `.scale()` crashes | tests/model/training/test_run.py::test_ten_losses_never_change |
+| the schedule steps once per step and once more per epoch | test_one_step_of_the_schedule_per_optimizer_step |
+| AMP by name: a scaler without autocast, or autocast around a block | test_autocast_is_on_around_the_whole_network, test_gradients_are_scaled |
+| layer-wise rates that are written down and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
+| an unreadable image is a black one labelled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
+| a bad file is retried by recursion until Python gives up | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
+| classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_go_by_whole_path_part_and_name_never_by_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
+| a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_comes_back_whole |
+| checkpoints are unpickled, which runs their code | test_nothing_is_unpickled, tests/model/test_checkpoint.py::test_the_state_is_read_without_running_code, tests/model/export/test_import_original.py::test_anything_else_is_refused |
+| EXIF orientation is ignored | tests/imaging/test_decode.py::test_every_orientation_ends_upright, tests/pipeline/test_dali.py::test_both_decode_to_the_same_pixels |
+| evaluation on several GPUs counts padding | tests/pipeline/test_order.py::test_evaluation_covers_every_sample_once_on_any_ranks |
+| the README names files that are not there | tests/test_readme.py::test_python_commands_parse |
+"""  # noqa: E501
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recipes
+from model import checkpoint
+from model.network import build
+from model.recipe import Recipe
+from model.score import score_set
+from model.training.history import rows_of
+from model.training.optim import Optim, make_optimizer, schedule
+from model.training.run import train
+from model.training.step import Trainer, train_step
+from pipeline.batch import Batch
+from pipeline.loader import Loading, open_loader
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream, evaluation_batches
+from sharding.format import ShardSet
+from tests.builders import BACKENDS, CPU, HARSH, ROOT, TINY, VIEW, broken_copy
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_the_map_names_tests_that_exist() -> None:
+    named = re.findall(r"(?:([\w/]+\.py)::)?\b(test_\w+)\b(?!\.py)(?!/)", __doc__)
+    assert len(named) > 20
+    for file, name in named:
+        text = (ROOT / file if file else Path(__file__)).read_text()
+        assert f"def {name}(" in text, f"{file}::{name}"
+
+
+def test_the_scaler_goes_on_where_it_was(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    """In fp16, with the count of steps since the scale last changed."""
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.precision=fp16"])
+    train(recipe, data, tmp_path / "whole")
+    train(recipe, data, tmp_path / "parts", stop_at=3)
+    half = checkpoint.load_state(checkpoint.last_of(tmp_path / "parts/tiny"))["scaler"]
+    assert (half["scale"], half["_growth_tracker"]) == (65536.0, 3)
+    train(recipe, data, tmp_path / "parts")
+    whole, parts = (
+        checkpoint.load_state(checkpoint.last_of(tmp_path / name / "tiny"))["scaler"]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert parts["_growth_tracker"] == 10
+
+
+def test_one_step_of_the_schedule_per_optimizer_step(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two epochs, with batches in pieces: the rates are those of the schedule, each once."""
+    used = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *arguments: object, **options: object):
+        used.append(max(group["lr"] for group in self.param_groups))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1", "run.accumulate=4"])
+    train(recipe, data, tmp_path)
+    wanted = [recipe.optim.lr * schedule(recipe.optim, step, 10) for step in range(10)]
+    assert len(set(wanted)) == 10
+    assert used == pytest.approx(wanted)
+    logged = [row["lr"] for row in rows_of(tmp_path / "tiny") if row["kind"] == "train"]
+    assert logged == pytest.approx(wanted)
+
+
+def small_trainer(dtype: torch.dtype, scale: float = 1.0) -> Trainer:
+    torch.manual_seed(0)
+    net = build(TINY, pretrained=False)
+    optimizer = make_optimizer(net.backbone, OPTIM, fused=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    return Trainer(net, optimizer, scaler, CPU, dtype)
+
+
+OPTIM = Optim(lr=1e-3, clip=1e9)
+
+
+def small_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
+    labels, valid = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.bool)
+    none = np.zeros(4, np.bool_)
+    return Batch(images, labels, valid, np.arange(4), np.zeros(4, np.int32), none, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
+    """Every convolution and linear layer gives the dtype, from the stem to the head, while weights
+    and gradients stay float32.
+    """
+    trainer, seen = small_trainer(dtype), {}
+    names = {module: name for name, module in trainer.net.named_modules()}
+
+    def look(module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        seen[names[module]] = output.dtype
+
+    for module in names:
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(look)
+    train_step(trainer, trainer.net, small_batch(), OPTIM)
+    assert {"backbone.stem.0", "backbone.head.fc"} <= seen.keys()
+    assert set(seen.values()) == {dtype}
+    for parameter in trainer.net.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+
+def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scaler in the backward pass, and back again before they are clipped and used."""
+    inside, used = [], []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipping(parameters, most: float):
+        parameters = list(parameters)
+        used.append(parameters[-1].grad.clone())
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
+    for scale in (1.0, 1024.0):
+        trainer = small_trainer(torch.float32, scale)
+        last = list(trainer.net.parameters())[-1]
+        last.register_hook(lambda gradient: inside.append(gradient.clone()))
+        train_step(trainer, trainer.net, small_batch(), OPTIM)
+    torch.testing.assert_close(inside[1], 1024 * inside[0])
+    torch.testing.assert_close(used[1], used[0])
+    torch.testing.assert_close(used[0], inside[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unreadable_image_is_never_a_black_real_one(
+    data: Path, old: ShardSet, tmp_path: Path, backend: str
+) -> None:
+    """In training its row keeps its own label and does not count; in evaluation it has no score and
+    is named.
+    """
+    bad = [int(np.flatnonzero(old.column("label") == label)[0]) for label in (0, 1)]
+    shards = broken_copy(data, tmp_path, bad, "all")
+    loading = Loading(batch_size=8, backend=backend, workers=0)
+    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
+    stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
+    lost = {}
+    for batch in stream.batches(0, 1):
+        labels = shards.column("label")[batch.samples]
+        assert batch.labels.tolist() == labels.tolist()
+        black = (batch.images.amax(dim=(1, 2, 3)) == 0).numpy()
+        assert not (black & batch.valid.numpy()).any()
+        lost |= {int(batch.samples[row]): int(labels[row]) for row in np.flatnonzero(~batch.valid)}
+    assert lost == dict(zip(bad, (0, 1), strict=True))
+    scores = score_set(build(TINY, pretrained=False), loader)
+    assert scores.failures.keys() == set(bad)
+    assert not set(bad) & set(scores.samples.tolist())
+    assert len(scores.samples) == len(shards) - len(bad)
+    assert sum(int((~batch.valid).sum()) for batch in evaluation_batches(loader)) == len(bad)
+
+
+OWN = [
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)
+]
+
+
+def unpicklers(text: str) -> list[str]:
+    """Calls in Python code that may run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        found += [name] if re.search(r"(pickle|dill|joblib|shelve|marshal)\.\w*load", name) else []
+        if name.endswith(("torch.load", "load_state_dict_from_url")):
+            found += [] if options.get("weights_only") == "True" else [name]
+        found += [name] if options.get("allow_pickle", "False") != "False" else []
+        unsafe = name.endswith("yaml.load") or name in ("eval", "exec")
+        found += [name] if unsafe else []
+    return found
+
+
+def test_nothing_is_unpickled() -> None:
+    assert len(OWN) > 50
+    assert {path.name: found for path in OWN if (found := unpicklers(path.read_text()))} == {}
+    assert unpicklers("torch.load(p)\nnp.load(p, allow_pickle=True)\npickle.loads(b)") == [
+        "torch.load", "np.load", "pickle.loads",
+    ]  # fmt: skip
+    assert unpicklers("torch.load(p, weights_only=False)") == ["torch.load"]

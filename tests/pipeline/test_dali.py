@@ -1,0 +1,242 @@
+"""The referee: one draw, two backends. Per stage, on the images that tell backends apart.
+
+A stage is tested on identical pixels, because one grey level of difference before a JPEG
+quantiser may be forty after it.
+"""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imaging.decode import prepare
+from imaging.jpeg import CHROMAS
+from pipeline.augment import Draw, stack
+from pipeline.batch import Request
+from pipeline.dali import DaliBackend
+from pipeline.pil import decode_request
+from tests.builders import colour_matrix, encode, photo
+
+SIZE = 64
+
+# Pillow rounds resize coefficients to fixed point and after each direction, DALI works in float:
+# seen here mean 0.2 to 0.4 and at most 3 grey levels.
+RESIZE_MEAN, RESIZE_P99 = 0.5, 3
+# Bicubic and Lanczos overshoot at hard edges, and Pillow clips to 0 .. 255 after each direction,
+# DALI once at the end. On pixels that are all 0 or 255 it shows: mean 1.9, p99 13; elsewhere 0.55.
+SHARP_MEAN, HARD_EDGES_MEAN, HARD_EDGES_P99 = 0.6, 2.5, 16
+# Colour and blur are the same sums in float32, rounded once: a tie may fall either way.
+ROUNDING = 1
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")]
+
+# nvJPEG's inverse DCT and chroma filter round differently from libjpeg's.
+NVJPEG_MEAN, NVJPEG_P99 = 1.0, 6
+
+
+def scenes() -> dict[str, np.ndarray]:
+    """SIZE x SIZE pixels: what stays in the middle of the range hides most mistakes."""
+    base = photo(3, SIZE, SIZE)
+    grey = np.repeat(base.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
+    saturated = np.where(base > 128, 255, 0).astype(np.uint8)
+    return {
+        "plain": base, "dark": base // 6, "bright": 255 - base // 8, "grey": grey,
+        "saturated": saturated, "black": np.zeros_like(base), "white": np.full_like(base, 255),
+    }  # fmt: skip
+
+
+SCENES = scenes()
+WHOLE = Draw(top=0, left=0, height=SIZE, width=SIZE)
+
+STAGES = {
+    "nothing": (WHOLE, 0),
+    "flip": (WHOLE._replace(flip=True), 0),
+    "jpeg 30": (WHOLE._replace(jpeg=30), 0),
+    "jpeg 75": (WHOLE._replace(jpeg=75), 0),
+    "jpeg 97": (WHOLE._replace(jpeg=97), 0),
+    "colour": (WHOLE._replace(colour=colour_matrix(1.05, 0.94, 1.06, 0.02)), ROUNDING),
+    "strong colour": (WHOLE._replace(colour=colour_matrix(1.3, 1.4, 0.5, -0.2)), ROUNDING),
+    "hardly blurred": (WHOLE._replace(blur=0.25), ROUNDING),
+    "blur of nothing": (WHOLE._replace(blur=0.2), 0),
+    "weak blur": (WHOLE._replace(blur=0.3), ROUNDING),
+    "blur": (WHOLE._replace(blur=0.8), ROUNDING),
+    "grey": (WHOLE._replace(grey=True), ROUNDING),
+    "three jpegs": (WHOLE._replace(jpeg=40, jpeg2=90, jpeg3=60), 0),
+    "webp": (WHOLE._replace(webp=60), 0),
+    "jpeg, then webp": (WHOLE._replace(jpeg=70, webp=80), 0),
+    **{
+        f"as a partner of chroma {name}": (WHOLE._replace(pair_jpeg=60, pair_chroma=code), 0)
+        for code, name in enumerate(CHROMAS)
+    },
+    "as a partner, then jpeg": (WHOLE._replace(pair_jpeg=75, pair_chroma=2, jpeg=50), 0),
+}
+
+
+def both(
+    data: list[bytes], draws: list[Draw], size: int = SIZE, device: torch.device = CPU
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same encoded images and draws through Pillow and through DALI, uint8 (B, S, S, 3)."""
+    facts = [prepare(item).facts for item in data]
+    request = Request(data, [f.format for f in facts], [f.orientation for f in facts], stack(draws))
+    pil = decode_request(request, size)
+    (dali,) = DaliBackend(size, len(data), device, threads=2).run([request])
+    assert not pil.failures
+    assert not dali.failures
+    return pil.images.numpy().astype(int), dali.images.cpu().numpy().astype(int)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> None:
+    draw, tolerance = STAGES[stage]
+    data = [encode(pixels, "PNG") for pixels in SCENES.values()]
+    pil, dali = both(data, [draw] * len(data), device=device)
+    for name, one, other in zip(SCENES, pil, dali, strict=True):
+        difference = np.abs(one - other)
+        assert difference.max() <= tolerance, f"{stage} on {name}: {difference.max()}"
+        assert difference.mean() <= 0.02 * tolerance, f"{stage} on {name}: {difference.mean()}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(top=5, left=9, height=40, width=37),
+        Draw(top=0, left=0, height=11, width=13),
+        Draw(top=3, left=0, height=50, width=64),
+        WHOLE._replace(resample=52),
+        WHOLE._replace(resample=60),
+        WHOLE._replace(resample=20, filter=1),
+        WHOLE._replace(resample=83, filter=1),
+        WHOLE._replace(resample=20, filter=2),
+        WHOLE._replace(resample=83, filter=2),
+        WHOLE._replace(grid_top=3, grid_left=7),
+    ],
+    ids=[
+        "crop",
+        "enlarge",
+        "squeeze",
+        "resample",
+        "weak resample",
+        "bicubic down",
+        "bicubic up",
+        "lanczos down",
+        "lanczos up",
+        "moved",
+    ],
+)
+def test_resizing_gives_almost_the_same_pixels(draw: Draw, device: torch.device) -> None:
+    data = [encode(pixels, "PNG") for pixels in SCENES.values()]
+    pil, dali = both(data, [draw] * len(data), device=device)
+    for name, one, other in zip(SCENES, pil, dali, strict=True):
+        difference = np.abs(one - other)
+        mean, p99 = (SHARP_MEAN if draw.filter else RESIZE_MEAN), RESIZE_P99
+        if draw.filter and name == "saturated":
+            mean, p99 = HARD_EDGES_MEAN, HARD_EDGES_P99
+        assert difference.mean() < mean, f"{name}: {difference.mean()}"
+        assert np.percentile(difference, 99) <= p99, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(500, 375), (1024, 1024), (256, 256), (2, 3), (1, 1)])
+def test_photographs_of_any_size_resize_alike(size: tuple[int, int], device: torch.device) -> None:
+    pixels = np.asarray(Image.fromarray(photo(4)).resize(size, Image.Resampling.BICUBIC))
+    draw = Draw(top=0, left=0, height=size[1], width=size[0])
+    pil, dali = both([encode(pixels, "PNG")], [draw], device=device)
+    assert np.abs(pil - dali).mean() < RESIZE_MEAN
+    assert np.percentile(np.abs(pil - dali), 99) <= RESIZE_P99
+
+
+IMAGE = Image.fromarray(photo(8, SIZE, SIZE))
+ALPHA = Image.merge("RGBA", (*IMAGE.split(), Image.linear_gradient("L").resize((SIZE, SIZE))))
+
+
+def with_orientation(orientation: int, image_format: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(IMAGE, image_format, exif=exif)
+
+
+FILES = {
+    "jpeg 420": encode(IMAGE, quality=80, subsampling=2),
+    "jpeg 422": encode(IMAGE, quality=80, subsampling=1),
+    "jpeg 444": encode(IMAGE, quality=80, subsampling=0),
+    "jpeg progressive": encode(IMAGE, progressive=True),
+    "jpeg grey": encode(IMAGE.convert("L")),
+    "png": encode(IMAGE, "PNG"),
+    "png grey": encode(IMAGE.convert("L"), "PNG"),
+    "png grey alpha": encode(ALPHA.convert("LA"), "PNG"),
+    "png alpha": encode(ALPHA, "PNG"),
+    "png palette": encode(IMAGE.convert("P"), "PNG"),
+    "png palette transparent": encode(IMAGE.convert("P"), "PNG", transparency=3),
+    "png palette half transparent": encode(
+        IMAGE.convert("P"), "PNG", transparency=bytes(range(0, 250, 5))
+    ),
+    "png 1 bit": encode(IMAGE.convert("1"), "PNG"),
+    "webp": encode(IMAGE, "WEBP", quality=80),
+    "webp lossless": encode(IMAGE, "WEBP", lossless=True),
+    "webp alpha": encode(ALPHA, "WEBP", quality=80),
+    **{f"jpeg turned {o}": with_orientation(o, "JPEG") for o in range(2, 9)},
+    "png turned 6": with_orientation(6, "PNG"),
+    "webp turned 6": with_orientation(6, "WEBP"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FILES)
+def test_both_decode_to_the_same_pixels(name: str, device: torch.device) -> None:
+    """Bit for bit, for every kind of file that a shard may hold; JPEG on a GPU nearly so."""
+    data = FILES[name]
+    assert prepare(data).data == data, "this kind is transcoded at packing, so it proves nothing"
+    pil, dali = both([data], [WHOLE], device=device)
+    if device.type == "cuda" and name.startswith("jpeg"):
+        difference = np.abs(pil - dali)
+        assert difference.mean() < NVJPEG_MEAN
+        assert np.percentile(difference, 99) <= NVJPEG_P99
+    else:
+        np.testing.assert_array_equal(pil, dali)
+
+
+OTHER_VALUES = {
+    "top": 9, "left": 9, "height": 30, "width": 30, "flip": True,
+    "colour": colour_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grey": True,
+    "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
+    "pair_jpeg": 20, "pair_chroma": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("field", Draw._fields)
+def test_both_backends_obey_every_field(field: str, device: torch.device) -> None:
+    """A new field that one backend forgets fails here."""
+    before = Draw(top=2, left=3, height=50, width=48)
+    if field == "filter":  # says how, not whether
+        before = before._replace(resample=24)
+    if field == "pair_chroma":
+        before = before._replace(pair_jpeg=90)
+    after = before._replace(**{field: OTHER_VALUES[field]})
+    pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after], device=device)
+    for name, images in (("pil", pil), ("dali", dali)):
+        assert np.abs(images[0] - images[1]).mean() > 0.5, f"{name} ignores {field}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixed_draws_in_one_batch_keep_their_places(device: torch.device) -> None:
+    """Conditional operators split and merge a batch; the order must come out as it went in."""
+    draws = [stage for stage, _ in STAGES.values()] * 2
+    data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(draws))]
+    pil, dali = both(data, draws, device=device)
+    assert np.abs(pil - dali).max() <= ROUNDING
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_jpeg_stage_is_libjpeg(device: torch.device) -> None:
+    """Guards against a release of DALI whose CPU operator copies its GPU algorithm."""
+    draws = [WHOLE._replace(jpeg=quality) for quality in (40, 60, 80, 95)]
+    _, dali = both([encode(SCENES["plain"], "PNG")] * 4, draws, device=device)
+    for quality, pixels in zip((40, 60, 80, 95), dali, strict=True):
+        stored = encode(SCENES["plain"], quality=quality, subsampling="4:2:0")
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(stored))))

@@ -1,0 +1,79 @@
+"""The picture of what the network is fed, and the measure of the order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.__main__ import main
+from pipeline.augment import Draw
+from pipeline.preview import CELL, Row, picture_of
+from tests.builders import photo
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_view_draws_the_same_samples_through_both_backends(data: Path, tmp_path: Path) -> None:
+    status, output = run("view", data / "old", "--out", tmp_path / "grid.png", "--count", 5)
+    assert status == 0, output
+    assert "5 samples of" in output
+    mean = float(output.split("mean ")[1].split(",")[0])
+    assert mean < 2
+    sheet = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    assert sheet.shape[0] > 5 * CELL
+    again = tmp_path / "again.png"
+    run("view", data / "old", "--out", again, "--count", 5)
+    assert again.read_bytes() == (tmp_path / "grid.png").read_bytes()
+    run("view", data / "old", "--out", again, "--count", 5, "--seed", 1)
+    assert again.read_bytes() != (tmp_path / "grid.png").read_bytes()
+
+
+def test_view_without_dali_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader._is_installed", lambda _name: False)
+    status, output = run("view", data / "old", "--out", tmp_path / "grid.png", "--count", 2)
+    assert status == 0
+    assert "nvidia-dali-cuda120 is not installed" in output
+    assert "dali - pil" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["view", "nowhere"], "no shard set at nowhere"),
+        (["view", "{old}", "--recipe", "x.toml"], "no recipe at x.toml"),
+        (["view", "{old}", "--law", "none"], "by law 'none', but the recipe describes train, dda"),
+        (["order", "nowhere"], "no shard set at nowhere"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    data: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, output = run(*[argument.format(old=data / "old") for argument in arguments])
+    assert status == 1
+    assert said in output
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_order_measures_both_shuffles(data: Path) -> None:
+    status, output = run("order", data / "old", "--batch", 8)
+    assert status == 0
+    assert "global" in output and "block" in output
+
+
+def test_equal_pixels_give_a_grey_difference_and_others_do_not() -> None:
+    pixels = photo(1, 64, 64)
+    draw = Draw(top=0, left=0, height=64, width=64)
+    same = Row(photo(1), draw, pixels, pixels, ["a"])
+    other = Row(photo(1), draw, pixels, np.minimum(pixels, 250) + np.uint8(2), ["b"])
+    sheet = np.asarray(picture_of([same, other]))
+    last = slice(3 * (CELL + 8), 3 * (CELL + 8) + CELL)
+    assert (sheet[28 : 28 + CELL, last] == 128).all()
+    assert np.median(sheet[36 + CELL : 36 + 2 * CELL, last]) == 128 + 2 * 16

@@ -1,0 +1,311 @@
+"""The report as a person reads it: tables, and a page in a real browser."""
+
+import csv
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.evaluation.report import report as report_on
+from model.evaluation.scores import ScoreTable
+from pipeline.perturb import DELIVERIES
+from report.charts import histogram_chart, reliability_chart, roc_chart
+from report.page import Estimate, Rates, mistakes_of, render
+from report.tables import figures_csv, write_tables
+from report.thumbnails import Mistake, thumbnails, worst_mistakes
+from sharding.format import ShardSet
+from tests.builders import table_of
+
+HOSTILE = "<script>window.hacked = 1</script>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def rows(name: str, reals: int, fakes: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    labels = [0] * reals + [1] * fakes
+    return [
+        {
+            "set": name, "key": f"{name}_{i:05d}", "label": label,
+            "source": ["street", "studio", "a-source-of-a-very-long-name_without_end"][i % 3],
+            "generator": ["camera", "phone"][i % 2] if not label else f"generator-{i % 7}",
+            "logit": float(rng.normal(4 * label - 2, 3)),
+        } | more
+        for i, label in enumerate(labels)
+    ]  # fmt: skip
+
+
+def delivery() -> dict[str, Any]:
+    """As `report_delivery` gives it, with rates that fall along the grid."""
+    shift = {"images": 9, "mean": -1.5, "low": -2.0, "high": -1.0, "of_gap": -0.4}
+    rates = {"reals": 50, "fakes": 50, "balanced_accuracy": 0.9, "auroc": 0.95}
+    lines = [
+        {
+            "name": way.name, "family": way.family, "amount": way.amount, "what": way.what,
+            "images": 100, **rates, "recall": 0.9 - i / 100, "false_positive_rate": i / 100,
+            "intervals": {"recall": [0.5, 0.95], "false_positive_rate": [0.0, 0.3]},
+            "flip_rate": i / 200, "flip_rate_real": 0.0, "flip_rate_fake": 0.1,
+            "shift": {"real": None, "fake": shift}, "failed": i % 2, "failed_first": "too large",
+        }
+        for i, way in enumerate(DELIVERIES)
+    ]  # fmt: skip
+    before = rates | {"recall": 0.9, "false_positive_rate": 0.0}
+    swap = {"name": "fakes-as-reals", "what": "fakes re-encoded as JPEG 95 420", "images": 100,
+            "shift": {"real": None, "fake": shift}, "before": before,
+            "after": before | {"recall": 0.2}}  # fmt: skip
+    container = {"format": "JPEG", "chroma": "420", "quality": 95, "share": 0.8,
+                 "name": "JPEG 95 420"}  # fmt: skip
+    return {"images": 100, "of": 300, "unreadable": 0, "deliveries": lines, "codec_swap": [swap],
+            "containers": {"real": container, "fake": None}}  # fmt: skip
+
+
+def made(rows_: list[dict[str, Any]], *names: str, **about: Any) -> tuple[dict, ScoreTable]:
+    scores = table_of(rows_, [*names], **({"threshold": 0.5, "calibration": None} | about))
+    return report_on(scores), scores
+
+
+def page_of(
+    report: dict, scores: ScoreTable, command: str = "python evaluate.py --shards val"
+) -> str:
+    return render(report, scores, mistakes_of(report, scores), {}, command)
+
+
+class Text(HTMLParser):
+    """The text of a page by the class of the element that it stands in, and its tags."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [
+            v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action", "poster")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_recall_never_stands_alone() -> None:
+    recall = Estimate(0.9, 0.8, 0.95, 100)
+    with pytest.raises(ValueError, match="never stands without a false-positive rate"):
+        Rates(recall, None)
+    assert Rates(recall, None, missing="no reals").missing
+
+
+def test_without_reals_the_page_says_so_where_the_rate_would_be() -> None:
+    page = page_of(*made(rows("evalgen", 0, 60), "evalgen"))
+    assert "not known" in page and "NO REAL IMAGES AT HAND" in page
+    section = page[page.index('<section id="set-0">') :]
+    # Each block that names a recall says it again.
+    for heading in ("Fakes found, by generator", "<h3>Sources</h3>"):
+        block = section[section.index(heading) :].removeprefix("<h3>").partition("<h3>")[0]
+        assert "There are no real images here" in block
+    assert "ROC curve" not in page
+
+
+def test_reals_of_another_set_stand_beside() -> None:
+    about = {"reals": {"set": "photos", "why": "the catalogue's default", "for_all": False}}
+    found, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
+    page = page_of(found, scores)
+    assert "80 reals of photos" in page and "ROC curve" in page and "not known" not in page
+    rate = found["sets"]["evalgen"]["beside"]["false_positive_rate"]
+    assert page.count(f"{100 * rate:.1f}\N{NO-BREAK SPACE}%") >= 2  # headline, and the generators
+
+
+def test_names_are_escaped() -> None:
+    hostile = rows(HOSTILE, 30, 30, source=HOSTILE, generator=f"$\\frac{HOSTILE}", origin=HOSTILE)
+    found, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
+    found["sets"][HOSTILE]["delivery"] = delivery()
+    page = page_of(found, scores, HOSTILE)
+    assert "script" not in Text(page).tags
+    assert "<script" not in page and page.count("&lt;script&gt;") > 8
+
+
+def test_nothing_is_fetched_and_everything_is_there() -> None:
+    found, scores = made(rows("val", 60, 60), "val")
+    found["sets"]["val"]["delivery"] = delivery()
+    text = Text(page_of(found, scores))
+    assert not [link for link in text.links if not link.startswith(("#", "data:"))]
+    assert not {"script", "iframe", "object"} & set(text.tags)
+    said = " ".join(" ".join(text.words).split())
+    for expected in (
+        "fakes found", "reals called fake", "ROC curve", "Reliability", "Verdicts", "generator-3",
+        "Delivery", "jpeg-30", "longer side at most 512 pixels, then JPEG 40", "Codec swap",
+        "80 % JPEG 95 420", "no lossy container", "Reals most surely called fake", "What was run",
+        "python evaluate.py --shards val", "runs/a/step_1",
+    ):  # fmt: skip
+        assert expected in said, expected
+    ids = page_of(found, scores).split(' id="')[1:]
+    own = [i.split('"')[0] for i in ids if i.startswith("set-") or i.startswith("run")]
+    assert len(own) == len(set(own)) == 2
+
+
+def test_a_page_of_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image; all of one score; a band of doubt; more sources than histograms."""
+    monkeypatch.setattr("report.page.MOST_HISTOGRAMS", 3)
+    one = rows("val", 1, 0)
+    assert "called fake" in page_of(*made(one, "val"))
+    same = [row | {"logit": 0.0} for row in rows("val", 5, 5)]
+    assert "ROC curve" in page_of(*made(same, "val"))
+    many = [row | {"source": f"s{i}"} for i, row in enumerate(rows("val", 30, 30))]
+    page = page_of(*made(many, "val", calibration={"band": [0.2, 0.5], "fitted_on": ["x"],
+                                                   "reals": 1, "fakes": 1}))  # fmt: skip
+    assert "57 smaller sources are left out" in page and "uncertain from 0.200" in page
+    unread = [*rows("val", 9, 9), {"set": "val", "key": "bad", "label": 1, "valid": False,
+                                   "logit": None, "error": "cut short"}]  # fmt: skip
+    assert "val:bad: cut short" in page_of(*made(unread, "val"))
+
+
+def test_worst_mistakes() -> None:
+    found, scores = made(rows("val", 80, 80) + rows("other", 40, 40, 3), "val", "other")
+    fake, label = scores.numbers("probability"), scores.numbers("label")
+    own = np.array([name == "val" for name in scores.table.column("set").to_pylist()])
+    mistakes = worst_mistakes(scores, "val", 0.5, 4)
+    alarms = np.sort(fake[own & (label == 0) & (fake >= 0.5)])[::-1][:4]
+    missed = np.sort(fake[own & (label == 1) & (fake < 0.5)])[:4]
+    assert [m.probability for m in mistakes] == [*alarms, *missed]
+    assert {m.set for m in mistakes} == {"val"}
+    assert [m.label for m in mistakes] == [0] * 4 + [1] * 4
+    assert max(len(of_set) for of_set in mistakes_of(found, scores).values()) <= 24
+
+
+def test_thumbnails_are_of_those_images(new: ShardSet) -> None:
+    keys = new.table.column("key").to_pylist()
+    wanted = [Mistake("new", keys[i], "", "", "", 0, 0.9) for i in (7, 3)]
+    found = thumbnails({"new": new}, wanted)
+    assert set(found) == {("new", keys[7]), ("new", keys[3])}
+    assert all(address.startswith("data:image/jpeg;base64,") for address in found.values())
+    assert len(set(found.values())) == 2
+
+
+def test_tables(tmp_path: Path) -> None:
+    found, _scores = made(rows("val", 60, 60), "val")
+    assert [path.name for path in write_tables(found, tmp_path)] == ["figures.csv"]
+    lines = list(csv.DictReader(io.StringIO(figures_csv(found))))
+    assert [line["what"] for line in lines].count("generator") == 7
+    overall = found["sets"]["val"]["overall"]
+    assert float(lines[0]["recall"]) == overall["recall"]
+    assert float(lines[0]["auroc_low"]) == overall["intervals"]["auroc"][0]
+    assert next(line for line in lines if line["name"] == "fake")["false_positive_rate"] == ""
+    found["sets"]["val"]["delivery"] = delivery()
+    assert [path.name for path in write_tables(found, tmp_path)] == ["figures.csv", "delivery.csv"]
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "delivery.csv").read_text())))
+    assert [line["kind"] for line in lines] == ["delivery"] * len(DELIVERIES) + ["codec swap"]
+    assert (lines[-1]["recall_before"], lines[-1]["recall"]) == ("0.9", "0.2")
+    assert (lines[0]["shift_fake_low"], lines[0]["shift_real"]) == ("-2.0", "")
+
+
+def test_charts_take_the_colours_of_the_page_and_many_images() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200_000)
+    fake = 1 / (1 + np.exp(-rng.normal(4 * labels - 2, 3)))
+    charts = (
+        roc_chart(labels, fake, 0.5), reliability_chart(labels, fake),
+        histogram_chart(fake[labels == 0], fake[labels == 1], (0.3, 0.6)),
+    )  # fmt: skip
+    for chart in charts:
+        assert "var(--fake)" in chart and "#" not in chart.replace("url(#", "").replace('"#', "")
+        assert len(chart) < 40_000
+        assert 'role="img"' in chart and "DejaVu" not in chart
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages as files: an ordinary one with deliveries, one of hostile names, one without reals."""
+    folder = tmp_path_factory.mktemp("pages")
+    ordinary = made(rows("val", 60, 60) + rows("test", 50, 50, 2), "val", "test")
+    ordinary[0]["sets"]["val"]["delivery"] = delivery()
+    long = "x" * 200 + HOSTILE
+    hostile = made(rows(long, 20, 20, source=long, generator=long), long, run=long)
+    hostile[0]["sets"][long]["delivery"] = delivery()
+    found = {}
+    for name, (report, scores) in {
+        "ordinary": ordinary, "hostile": hostile, "fakes": made(rows("evalgen", 0, 40), "evalgen"),
+    }.items():  # fmt: skip
+        found[name] = folder / f"{name}.html"
+        found[name].write_text(page_of(report, scores), encoding="utf-8")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+@pytest.mark.parametrize("name", ["ordinary", "hostile", "fakes"])
+def test_in_a_browser(
+    browser: Any, pages: dict[str, Path], name: str, width: int, height: int, scheme: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
+    page = context.new_page()
+    said, asked, lock = [], [], threading.Lock()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+
+    def refuse(route: Any) -> None:
+        with lock:
+            asked.append(route.request.url)
+        route.continue_() if route.request.url == pages[name].as_uri() else route.abort()
+
+    page.route("**/*", refuse)
+    page.goto(pages[name].as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert not said
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # Light on dark, or dark on light, with the contrast that WCAG asks of text (4.5).
+    contrast = page.evaluate(CONTRAST)
+    assert contrast["dark"] == (scheme == "dark")
+    assert min(contrast["ratios"].values()) > 4.5, contrast
+    svg = page.locator("figure svg")
+    for i in range(svg.count()):
+        box = svg.nth(i).bounding_box()
+        assert box["width"] > 100 and box["height"] > 50
+    assert svg.count() >= 1
+    for rate in page.locator(".rates").all():
+        assert rate.locator(".fpr").count() == 1
+        assert rate.locator(".recall").count() == 1
+    context.close()
+
+
+CONTRAST = """() => {
+  const probe = document.createElement("span"); document.body.append(probe);
+  const light = (colour) => {
+    probe.style.color = colour;
+    const parts = getComputedStyle(probe).color.match(/[0-9.]+/g).slice(0, 3).map(Number);
+    const [r, g, b] = parts.map((v) => v / 255).map(
+      (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => {
+    const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const ratios = {};
+  for (const name of ["ink", "muted", "real", "fake"])
+    for (const ground of ["page", "card"])
+      ratios[`${name} on ${ground}`] = ratio(`var(--${name})`, `var(--${ground})`);
+  ratios.warning = ratio("var(--warn-ink)", "var(--warn)");
+  return {dark: light("var(--page)") < 0.2, ratios};
+}"""

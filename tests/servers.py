@@ -1,0 +1,117 @@
+"""Loopback servers that speak as much of each protocol as the libraries need."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+REPO = "owner/set"
+
+
+SERVICE = "/api/v1/datasets.DatasetApiService"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `bodies` by path, and remembers what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.bodies: dict[str, bytes] = {}
+        self.headers: dict[str, dict[str, str]] = {}
+        self.status: dict[str, int] = {}
+        self.cut: dict[str, int] = {}  # break off after so many bytes, once
+        self.stall: set[str] = set()  # send half, then wait for `go_on`
+        self.go_on, self.stalled = threading.Event(), threading.Event()
+        self.ranges = "yes"  # or "no", or "wrong": 206, but from the first byte on
+        self.asked: list[tuple[str, str, str]] = []
+        self.tokens: set[str | None] = set()  # with which datasets were asked for
+        serve = {"target": self.serve_forever, "kwargs": {"poll_interval": 0.02}}
+        threading.Thread(**serve, daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away is part of the tests."""
+
+    def publish(self, files: dict[str, bytes], sha: str) -> None:
+        """A dataset of the hub with `sha` as its newest revision; earlier ones stay."""
+        api = f"/api/datasets/{REPO}"
+        sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
+        info = json.dumps({"id": REPO, "sha": sha, "siblings": sizes}).encode()
+        tree = [
+            {"type": "file", "path": name, "size": len(body), "oid": _oid(body)}
+            for name, body in files.items()
+        ]
+        self.bodies |= {
+            api: info,
+            f"{api}/revision/{sha}": info,
+            f"{api}/tree/{sha}": json.dumps(tree).encode(),
+        }
+        for name, body in files.items():
+            path = f"/datasets/{REPO}/resolve/{sha}/{name}"
+            self.bodies[path] = body
+            self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
+
+    def got(self, part: str = "", method: str = "GET") -> list[tuple[str, str]]:
+        """(path, Range) of what was asked for."""
+        return [(path, of) for how, path, of in self.asked if how == method and part in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, with_body: bool = True) -> None:
+        server, path = self.server, unquote(urlsplit(self.path).path)
+        asked = self.headers.get("Range", "")
+        server.asked.append((self.command, path, asked))
+        if "owner" in path or path.startswith(SERVICE):
+            server.tokens.add(self.headers.get("Authorization"))
+        status = server.status.get(f"{self.command} {path}") or server.status.get(path)
+        body = server.bodies.get(path)
+        if status or body is None:
+            body, status = b"{}", status or 404
+        headers = {"Content-Type": "application/json", **server.headers.get(path, {})}
+        first = 0
+        if asked and server.ranges != "no" and status is None:
+            first = int(asked.removeprefix("bytes=").removesuffix("-"))
+            first = 0 if server.ranges == "wrong" else first
+            status = 206 if first < len(body) else 416
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        headers.setdefault("Content-Length", str(len(body) - first))
+        self.send_response(status or 200)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self._send(path, body[first:])
+
+    def _send(self, path: str, body: bytes) -> None:
+        end = self.server.cut.pop(path, None)
+        if path in self.server.stall:
+            self.wfile.write(body[: len(body) // 2])
+            self.server.stalled.set()
+            self.server.go_on.wait(20)
+        self.wfile.write(body[:end])
+        self.close_connection = end is not None
+
+
+def _oid(body: bytes) -> str:
+    """As the hub names large files; what is there already is then compared by its hash."""
+    return hashlib.sha256(body).hexdigest()

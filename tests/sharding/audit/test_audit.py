@@ -1,0 +1,278 @@
+"""The shortcut report: it finds what was planted, and nothing where nothing was."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from sharding.__main__ import main as sharding
+from sharding.audit import audit, match
+from sharding.audit import metadata as facts
+from sharding.catalog import read_catalog
+from sharding.format import ShardSet, open_shards
+from tests.builders import (
+    Draw,
+    build_all,
+    encode,
+    grouped,
+    partly,
+    photo,
+    random_size,
+    write_shards,
+)
+
+JPEG, PNG, WEBP = "jpg", "png", "webp"
+
+
+def planted(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
+    """Every fake a PNG, every real a JPEG."""
+    return PNG if label else JPEG, *random_size(rng)
+
+
+def clean(rng: np.random.Generator, _label: int, _number: int) -> tuple[str, int, int]:
+    """Formats and sizes that know nothing of the label."""
+    return [JPEG, PNG, WEBP][rng.integers(3)], *random_size(rng)
+
+
+# set -> source -> (how its images are drawn, reals, fakes)
+PLAN: dict[str, dict[str, tuple[Draw, int, int]]] = {
+    "planted": {"mixed": (planted, 40, 40), "few": (planted, 20, 12)},
+    "clean": {"even": (clean, 120, 120)},
+    "partly": {"half": (partly, 150, 150)},
+    "single": {"cameras": (planted, 60, 0), "generator": (planted, 0, 60)},
+    "videos": {"clips": (grouped, 240, 240)},
+    "lonely": {"fakes": (planted, 0, 10)},
+}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("audit"), PLAN)
+
+
+def shards_of(sets: Path, name: str) -> ShardSet:
+    return open_shards([sets / name])
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(sharding, ["audit", *[str(argument) for argument in arguments]])
+
+
+def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
+    found = audit.audit(shards_of(sets, "planted"))
+    assert found.verdict == "strong"
+    assert found.pooled.auroc > 0.99
+    assert 0.9 < found.pooled.low < found.pooled.high <= 1
+    assert found.features["format"].alone.auroc > 0.99
+    assert max(found.features["size"].alone.auroc, found.features["EXIF"].alone.auroc) < 0.7
+    assert "format PNG: 100 % fake (52 images)" in map(str, found.telling)
+    assert "format JPEG: 100 % real (60 images)" in map(str, found.telling)
+    assert not any(value.value == facts.NO_JPEG for value in found.telling)
+    mixed, few = found.sources["mixed"], found.sources["few"]
+    assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
+    assert mixed.within.auroc > 0.99
+    assert few.within is None
+    assert "too few: 20 groups of real and 12 of fake images" in few.note
+    assert mixed.from_others is None or mixed.from_others.auroc > 0.4
+    assert any("re-encoded" in line for line in audit.advice_of(found))
+
+
+def test_what_the_classifier_leans_on_costs_when_it_is_shuffled(sets: Path) -> None:
+    """In `partly` nothing but what follows from the format tells the classes apart."""
+    features = audit.audit(shards_of(sets, "partly")).features
+    follows = {"format", "bits per pixel", "JPEG quality", "JPEG tables", "chroma"}
+    lost = sum(features[name].drop for name in follows)
+    assert lost > 0.05
+    assert all(abs(features[name].drop) < lost / 2 for name in features.keys() - follows)
+
+
+def test_without_a_shortcut_the_interval_covers_guessing(sets: Path) -> None:
+    found = audit.audit(shards_of(sets, "clean"))
+    assert found.pooled.low <= 0.5 <= found.pooled.high
+    assert found.pooled.high - found.pooled.low < 0.2
+    assert found.verdict == "little"
+    assert "nothing has to be done" in " ".join(audit.advice_of(found))
+
+
+def test_groups_do_not_leak(sets: Path) -> None:
+    """Each video has a size of its own: known from another frame, it gives the label away."""
+    metadata = facts.metadata_of(shards_of(sets, "videos"))
+    assert len(np.unique(metadata.groups)) == 80
+    size = facts.FEATURES["size"]
+    apart = audit._cross_validate(metadata, facts.assign_folds(metadata, 0), size, 0)
+    mixed = audit._cross_validate(metadata, np.arange(len(metadata)) % 5, size, 0)
+    assert apart.low <= 0.5 <= apart.high
+    assert mixed.auroc > 0.75
+    # 80 videos are little evidence, however many frames they have.
+    assert apart.high - apart.low > 0.2
+
+
+def test_folds_keep_groups_whole_and_share_out_classes_and_sources(sets: Path) -> None:
+    for name in ("videos", "planted"):
+        metadata = facts.metadata_of(shards_of(sets, name))
+        folds = facts.assign_folds(metadata, 3)
+        for group in np.unique(metadata.groups):
+            assert len(set(folds[metadata.groups == group])) == 1
+        for label in (0, 1):
+            counts = np.bincount(folds[metadata.labels == label], minlength=facts.FOLDS)
+            groups = len(np.unique(metadata.groups[metadata.labels == label]))
+            size = (metadata.labels == label).sum() / groups
+            assert counts.max() - counts.min() <= 2 * size
+
+
+def test_a_source_with_one_class_is_a_shortcut_itself(sets: Path) -> None:
+    found = audit.audit(shards_of(sets, "single"))
+    assert found.source_name.auroc == 1
+    assert {one.note for one in found.sources.values()} == {"only real images", "only fake images"}
+    assert all(one.within is None for one in found.sources.values())
+    assert any("2 of 2 sources have one class only" in note for note in found.notes)
+
+
+def test_one_class_alone_is_said_in_words(sets: Path) -> None:
+    found = audit.audit(shards_of(sets, "lonely"))
+    assert (found.pooled, found.across, found.features) == (None, None, {})
+    assert found.verdict == "unknown"
+    assert found.notes[0].startswith("There are only fake images here")
+
+
+def test_the_interval_of_an_auroc() -> None:
+    low, high = audit.auroc_interval(0.8, 50, 60)
+    assert low < 0.8 < high
+    mirrored = audit.auroc_interval(0.2, 60, 50)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-3)
+    certain = audit.auroc_interval(1.0, 40, 40)
+    assert certain[1] == 1
+    assert 0.85 < certain[0] < 0.99
+    assert audit.auroc_interval(0.8, 5_000, 6_000)[0] > low
+    # Against its purpose: 95 of 100 samples of two normal distributions are covered.
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        real, fake = rng.normal(0, 1, 40), rng.normal(1, 1, 50)
+        area = (fake[:, None] > real).mean()
+        low, high = audit.auroc_interval(area, 40, 50)
+        covered += low <= 0.7602 <= high  # the normal distribution function at 1 / sqrt(2)
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_the_published_format_counts(tmp_path: Path) -> None:
+    """A GIF is packed as PNG; that it was a GIF is what a model may have learned."""
+    folder = tmp_path / "raw" / "old_web" / "real"
+    folder.mkdir(parents=True)
+    (folder / "a.gif").write_bytes(encode(photo(1), "GIF"))
+    (folder / "b.png").write_bytes(encode(photo(2), "PNG"))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (folder / "c.jpg").write_bytes(encode(photo(3, 90, 60), "JPEG", exif=turned))
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(
+        '[sets]\nweb = "train"\n[sources.old_web]\nlicence = "x"\nset = "web"\nreal = ["real"]'
+    )
+    build_all(tmp_path / "raw", tmp_path / "shards", catalog=read_catalog([catalog]))
+    shards = shards_of(tmp_path / "shards", "web")
+    metadata = facts.metadata_of(shards)
+    rows = {Path(origin).name: row for row, origin in enumerate(shards.table["origin"].to_pylist())}
+
+    def named(file: str, column: int) -> str:
+        return metadata.names[column][int(metadata.values[rows[file], column])]
+
+    assert [named(file, 0) for file in ("a.gif", "b.png", "c.jpg")] == ["GIF", "PNG", "JPEG"]
+    assert [named(file, 8) for file in ("a.gif", "c.jpg")] == ["none", "with a rotation"]
+    assert [named(file, 7) for file in ("b.png", "c.jpg")] == [facts.NO_JPEG, "420"]
+    width, height, aspect, bits, quality = metadata.values[rows["c.jpg"], 1:6]
+    assert (width, height, quality) == (60, 90, 75)
+    assert aspect == pytest.approx(60 / 90)
+    assert bits == pytest.approx(8 * int(shards.column("size")[rows["c.jpg"]]) / (60 * 90))
+    assert np.isnan(metadata.values[rows["b.png"], 5])
+
+
+def test_too_many_names_share_one_code() -> None:
+    codes, names = facts._frequent(np.arange(600) % 300, [str(n) for n in range(300)])
+    assert codes.max() == 250
+    assert len(names) == 251
+    assert names[-1] == "others"
+
+
+def test_a_match_balances_the_classes(sets: Path) -> None:
+    shards = shards_of(sets, "partly")
+    found = match.match_classes(shards)
+    assert found.before.low > 0.6
+    assert found.after.auroc <= audit.LITTLE
+    assert found.after.low <= 0.5
+    labels, formats = shards.column("label")[found.rows], shards.names("format", found.rows)
+    assert labels.sum() * 2 == len(labels) == 2 * found.per_class
+    for name in set(formats):
+        of_format = labels[np.array(formats) == name]
+        assert of_format.sum() * 2 == len(of_format)
+    assert np.array_equal(found.rows, np.unique(found.rows))
+    assert np.array_equal(found.rows, match.match_classes(shards).rows)
+    assert not np.array_equal(found.rows, match.match_classes(shards, seed=1).rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("planted", "only 0 real and 0 fake"), ("lonely", "only 0 real and 10 fake")]
+)
+def test_what_cannot_be_matched_is_refused(sets: Path, name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said} images .* 30 of each are needed; add sources"):
+        match.match_classes(shards_of(sets, name))
+
+
+def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Path) -> None:
+    out, listed = tmp_path / "out", tmp_path / "lists" / "partly.csv"
+    result = run(sets / "partly", sets / "lonely", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "shortcut by metadata: strong" in result.output
+    assert "only fake images" in result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["audit_version"] == audit.AUDIT_VERSION
+    partly = report["sets"]["partly"]
+    assert partly["index_sha256"] == shards_of(sets, "partly").sha256
+    assert partly["features"].keys() == facts.FEATURES.keys()
+    assert {"auroc", "low", "high"} == partly["pooled"].keys()
+    assert partly["match"] is None
+    for name in ("partly", "lonely"):
+        with Image.open(out / f"{name}.png") as image:
+            assert min(image.size) >= 800
+            pixels = np.asarray(image.convert("RGB"))
+        # More than the legend shows of either colour.
+        real, fake = ((pixels == colour).all(-1).sum() for colour in ((0, 114, 178), (213, 94, 0)))
+        assert fake > 5_000
+        assert (real > 5_000) == (name == "partly")
+    matched = run(sets / "partly", "--out", out, "--match", listed)
+    assert matched.exit_code == 0, matched.output
+    rows = list(csv.reader(listed.read_text().splitlines()))
+    assert rows[0] == ["set", "key"]
+    report = json.loads((out / "report.json").read_text())
+    assert len(rows) - 1 == 2 * report["sets"]["partly"]["match"]["per_class"]
+    assert {path.name for path in out.iterdir()} == {"lonely.png", "partly.png", "report.json"}
+
+
+def test_the_command_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> None:
+    out, listed = tmp_path / "out", tmp_path / "list.csv"
+    result = run(sets / "lonely", "--out", out, "--match", listed)
+    assert result.exit_code == 1
+    assert "list.csv is not written" in result.output
+    assert not listed.exists()
+    assert "error" in json.loads((out / "report.json").read_text())["sets"]["lonely"]["match"]
+    twin = tmp_path / "other" / "lonely"
+    twin.parent.mkdir()
+    twin.symlink_to(sets / "lonely")
+    result = run(sets / "lonely", twin, "--out", out)
+    assert result.exit_code == 1
+    assert "both named lonely" in result.output
+
+
+def test_without_the_extra_the_error_names_it(
+    sets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}")
+
+    monkeypatch.setattr(audit.importlib, "import_module", missing)
+    result = run(sets / "lonely", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "install the extra `audit`" in result.output

@@ -1,0 +1,114 @@
+"""Buckets and clusters: a real S3-speaking server on this machine, and a real local Ray."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sharding.__main__ import main
+from tests.builders import ROOT, build_all, hashes
+
+
+def command(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "sharding", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def small(raw: Path, tmp_path: Path) -> Path:
+    """Two of the tiny sources."""
+    for name in ("dummy", "alpha"):
+        shutil.copytree(raw / name, tmp_path / "raw" / name)
+    shutil.copy(raw / "catalog.toml", tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def test_a_bucket_as_input_and_output(
+    s3: dict[str, str], client, small: Path, tmp_path: Path
+) -> None:
+    client.create_bucket(Bucket="bucket")
+    for path in small.rglob("*.*"):
+        client.upload_file(str(path), "bucket", f"raw/{path.relative_to(small)}")
+    catalog = small / "catalog.toml"
+    build = (
+        "build",
+        "--raw",
+        "s3://bucket/raw",
+        "--catalog",
+        catalog,
+        "--out",
+        "s3://bucket/shards",
+    )
+    status, output = command(*build, "--jobs", 2, environment=s3)
+    assert status == 0, output
+    expected = hashes(build_all(small, tmp_path / "local"))
+    for name, digest in expected.items():
+        found = client.get_object(Bucket="bucket", Key=f"shards/{name}")["Body"].read()
+        assert hashlib.sha256(found).hexdigest() == digest, name
+    status, output = command(*build, environment=s3)
+    assert status == 0, output
+    assert output.count("was up to date") == 1
+    status, output = command("verify", "s3://bucket/shards", environment=s3)
+    assert status == 0, output
+
+
+def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], client, small: Path) -> None:
+    def hold(age: float) -> None:
+        lease = json.dumps({"owner": "elsewhere:1", "renewed": time.time() - age})
+        client.put_object(Bucket="held", Key="out/.build/lock.json", Body=lease.encode())
+
+    client.create_bucket(Bucket="held")
+    hold(0)
+    build = ("build", "--raw", small, "--catalog", small / "catalog.toml", "--out", "s3://held/out")
+    status, output = command(*build, environment=s3)
+    assert status == 1
+    assert "another build is writing s3://held/out" in output
+    assert "held by elsewhere:1" in output
+    hold(1000)  # its builder has died
+    status, output = command(*build, "--jobs", 1, environment=s3)
+    assert status == 0, output
+    left = client.list_objects_v2(Bucket="held")["Contents"]
+    assert not [entry for entry in left if "lock" in entry["Key"]]
+
+
+def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, small: Path) -> None:
+    arguments = ("--raw", small, "--catalog", small / "catalog.toml", "--out", "s3://nowhere/x")
+    status, output = command("build", *arguments, environment=s3)
+    assert status == 1
+    assert "Traceback" not in output
+    assert "s3://nowhere/x" in output
+    nobody = s3 | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+    nobody |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(small)}
+    status, output = command("build", *arguments, environment=nobody)
+    assert status == 1
+    assert "Traceback" not in output
+    assert "s3://nowhere/x does not answer: Unable to locate credentials" in output
+    assert "nowhere" not in [b["Name"] for b in client.list_buckets()["Buckets"]]  # not made
+
+
+def test_an_unknown_kind_of_address_is_one_error() -> None:
+    result = CliRunner().invoke(main, ["show", "nosuch://x/y"])
+    assert result.exit_code == 1
+    assert "nosuch" in result.output
+
+
+@pytest.mark.slow
+def test_ray_packs_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    status, output = command(
+        "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path / "out",
+        "--engine", "ray", environment=environment,
+    )  # fmt: skip
+    assert status == 0, output
+    assert hashes(tmp_path / "out") == hashes(data)

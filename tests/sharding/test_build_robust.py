@@ -1,0 +1,161 @@
+"""Kills at random moments, full disks, unreadable folders: one clear error, and nothing lost."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.builders import ROOT, can_mount, hashes, run_build
+
+
+def finish(raw: Path, out: Path) -> None:
+    again = run_build(raw, out)
+    output = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0, output
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
+)
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
+    raw: Path, data: Path, tmp_path: Path, seed: int
+) -> None:
+    """SIGKILL to the builder and its workers, again and again, somewhere in a run."""
+    rng = random.Random(seed)
+    for _ in range(3):
+        process = run_build(raw, tmp_path)
+        time.sleep(rng.uniform(0.5, 4))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(raw, tmp_path)
+    assert hashes(tmp_path) == hashes(data)
+    assert not list(tmp_path.rglob("*.partial")), "a killed write left its file behind"
+
+
+def test_workers_that_outlive_their_builder_do_no_harm(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to the builder alone: its workers go on writing while the next build begins."""
+    for delay in (0.0, 1.0):
+        process = run_build(raw, tmp_path)
+        while process.poll() is None and len(_alive(process.pid)) < 5:
+            time.sleep(0.02)  # the builder, two that serve Python, and two workers
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    finish(raw, tmp_path)
+    assert hashes(tmp_path) == hashes(data)
+    for _ in range(200):  # and then they leave
+        if not _alive(process.pid):
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers still wait for a builder that was killed")
+
+
+def _alive(group: int) -> list[str]:
+    """The processes of a group that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _parent, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] if int(its_group) == group and state != "Z" else []
+    return found
+
+
+def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path: Path) -> None:
+    process = run_build(raw, tmp_path)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=20)[0].decode()
+    assert process.returncode != 0 or (tmp_path / "val/index.json").exists()
+    assert "Traceback" not in output
+    finish(raw, tmp_path)
+    assert hashes(tmp_path) == hashes(data)
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_error_and_the_build_goes_on_when_there_is_room(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
+    """On a real file system of 900 kB, which is then made larger."""
+    out = tmp_path / "small"
+    out.mkdir()
+    build = (
+        f"{sys.executable} -m sharding build --raw {raw} --catalog {raw / 'catalog.toml'} "
+        f"--out {out} --jobs 2"
+    )
+    script = f"""
+        mount -t tmpfs -o size=900k none {out} || exit 99
+        {build}; echo "first: $?"
+        mount -o remount,size=64m {out}
+        {build}; echo "second: $?"
+        cp -r {out} {tmp_path / "kept"}
+    """
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "first: 1" in result.stdout, result.stdout + result.stderr
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "second: 0" in result.stdout, result.stdout + result.stderr
+    assert hashes(tmp_path / "kept") == hashes(data)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
+    shutil.copytree(raw, tmp_path / "raw")
+    (tmp_path / "raw").chmod(0o755)
+    (tmp_path / "raw/alpha/real").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to(Path("/tmp")) and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    code = (
+        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+        "from sharding.__main__ import main; main()"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o777)
+    arguments = ["build", "--raw", tmp_path / "raw", "--out", tmp_path / "out"]
+    arguments += ["--catalog", tmp_path / "raw/catalog.toml", "--jobs", "1"]
+    # Imported as root, because the interpreter may lie where nobody else may read.
+    code = "import sharding.__main__\n" + code
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Permission denied" in result.stderr
+    assert "alpha/real" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_file_that_changes_while_packing_is_noticed(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sharding import build as module
+    from sharding.catalog import read_catalog
+    from sharding.format import ShardError
+
+    shutil.copytree(raw, tmp_path / "raw")
+    decide = module.decide
+
+    def change_then_decide(*arguments):
+        victim = tmp_path / "raw/alpha/real/003.webp"
+        victim.write_bytes((tmp_path / "raw/alpha/real/007.webp").read_bytes())
+        return decide(*arguments)
+
+    monkeypatch.setattr(module, "decide", change_then_decide)
+    catalog = read_catalog([tmp_path / "raw/catalog.toml"])
+    with pytest.raises(ShardError, match=r"003\.webp has changed since this build decoded it"):
+        module.build(catalog, tmp_path / "raw", tmp_path / "out", jobs=1)
+    monkeypatch.undo()
+    module.build(catalog, tmp_path / "raw", tmp_path / "out", jobs=1)
+    assert (tmp_path / "out/old/index.json").exists()

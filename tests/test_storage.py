@@ -1,0 +1,167 @@
+"""The one writer: absent, old or whole, on the disk before it has its name, readable by others."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+import storage
+from storage import atomic_folder, publish, write_atomically, write_bytes, write_text
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A group may read and write, others nothing."""
+    before = os.umask(0o007)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is synced and renamed, in order, by name; a temporary name without its process."""
+    seen: list[tuple[str, str]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def plain(path: str | Path) -> str:
+        return Path(path).name.replace(f".{os.getpid()}.", ".")
+
+    def noted_sync(descriptor: int) -> None:
+        seen.append(("fsync", plain(str(Path(f"/proc/self/fd/{descriptor}").readlink()))))
+        sync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        seen.append(("rename", plain(path)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    return seen
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def private(path: Path) -> None:
+    """Write as some libraries do: through a file of their own that only its owner may read."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    path.write_text("new")
+
+
+def test_text_and_bytes_arrive_as_they_are(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "grün\n")
+    write_bytes(tmp_path / "b.bin", b"\r\n\0")
+    assert (tmp_path / "a.txt").read_bytes() == "grün\n".encode()
+    assert (tmp_path / "b.bin").read_bytes() == b"\r\n\0"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_text("new"), private])
+def test_the_mode_of_a_file_is_the_umasks(
+    tmp_path: Path, umask: None, write: Callable[[Path], object]
+) -> None:
+    write_atomically(tmp_path / "a", write)
+    assert mode_of(tmp_path / "a") == 0o660
+    with atomic_folder(tmp_path / "b") as partial:
+        write(partial / "c")
+    assert mode_of(tmp_path / "b/c") == 0o660
+    assert mode_of(tmp_path / "b") == 0o770
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, order: list[tuple[str, str]]
+) -> None:
+    write_text(tmp_path / "a", "new")
+    assert order == [("fsync", "a.partial"), ("rename", "a.partial"), ("fsync", tmp_path.name)]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, order: list[tuple[str, str]]
+) -> None:
+    with atomic_folder(tmp_path / "a") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner/b").write_text("new")
+    assert order == [
+        *(("fsync", name) for name in ("b", "inner", "a.partial")),
+        ("rename", "a.partial"), ("fsync", tmp_path.name),
+    ]  # fmt: skip
+
+
+def failing(path: Path) -> None:
+    path.write_text("half")
+    raise OSError("disk full")
+
+
+def test_an_error_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match="disk full"):
+            write_atomically(tmp_path / name, failing)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_an_error_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b").write_text("old")
+    with (
+        pytest.raises(OSError, match="disk full"),
+        atomic_folder(tmp_path / "a", replace=True) as partial,
+    ):
+        failing(partial / "b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
+    assert (tmp_path / "a/b").read_text() == "old"
+
+
+def test_a_folder_makes_way_only_where_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/old").write_text("old")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "a") as partial:
+        (partial / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["old"]
+    with atomic_folder(tmp_path / "a", replace=True) as partial:
+        (partial / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "new"]
+
+
+def test_what_a_killed_writer_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.12345.partial").mkdir()
+    (tmp_path / "ab.12345.partial").mkdir()
+    with atomic_folder(tmp_path / "a") as partial:
+        (partial / "b").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "ab.12345.partial"]
+
+
+def test_a_finished_download_gets_its_name(tmp_path: Path, order: list[tuple[str, str]]) -> None:
+    (tmp_path / "a.partial").write_text("new")
+    publish(tmp_path / "a.partial", tmp_path / "a")
+    assert order == [("fsync", "a.partial"), ("rename", "a.partial"), ("fsync", tmp_path.name)]
+
+
+def test_an_object_at_an_address_is_put_when_it_is_whole() -> None:
+    path = UPath("memory://bucket/a.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, failing)
+    assert not path.exists()
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_descriptor: int) -> None:
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="input/output"):
+        write_text(tmp_path / "a", "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= storage.cores() <= (os.cpu_count() or 1)
