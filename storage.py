@@ -13,12 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-if TYPE_CHECKING:
-    from upath import UPath
+from upath import UPath
 
-AnyPath = Union[Path, "UPath"]  # a name that is not imported takes no |
+AnyPath = Path | UPath
 
 
 def any_path(text: str | os.PathLike) -> AnyPath:
@@ -27,10 +25,6 @@ def any_path(text: str | os.PathLike) -> AnyPath:
     Raises:
         ValueError: an address whose file system is not installed.
     """
-    if ":" not in str(text):
-        return Path(text)
-    from upath import UPath  # a tenth of a second, which most commands need not wait for
-
     try:
         path = UPath(text)
         return Path(path) if isinstance(path, Path) else path

@@ -47,8 +47,7 @@ def _run_processes(
 ) -> Iterator[Any]:
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
-    # Paid once, and not by each worker: webdataset takes a second or two, since it imports torch.
-    context.set_forkserver_preload(["sharding.inventory", "sharding.write", "webdataset"])
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
     with _deaf_to_interrupts():
         forkserver.ensure_running()
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_with_builder) as pool:

@@ -114,7 +114,9 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
     Returns the lines of the `.idx` for DALI's reader (version 1.2), per sample the extension,
     offset, size and name of each member; and the tar's SHA-256.
     """
-    import webdataset  # here, because it imports torch, which only writers should wait for
+    # Here, because it imports torch, which takes seconds: only a worker that writes waits for it.
+    # Were it preloaded for all workers, an interrupt would have to wait for it.
+    import webdataset
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
