@@ -58,6 +58,7 @@ def test_a_graph_in_an_object_or_cut_short() -> None:
     assert settings_in("Prompt: " + json.dumps(graph)) == "ComfyUI: a dog"
     assert settings_in(json.dumps(graph)[:-3]).startswith("ComfyUI: {")
     assert settings_in('{"class_type": "7b", "lesson"') == ""
+    assert settings_in('{"inputs": {"lamp": 1}, "cut') == ""
 
 
 def test_settings_in_a_text_each() -> None:

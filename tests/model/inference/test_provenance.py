@@ -263,6 +263,7 @@ def test_a_photograph_is_no_generators(kind: str, tags: dict[str, object]) -> No
     [{"parameters": "exposure=20ms gain=1.5 objective=40x"},
      {"workflow": "scan -> register -> stitch"}, {"workflow": '{"nodes": [], "links": []}'},
      {"workflow": '{"nodes": [{"type": "n8n.webhook", "parameters": {}}], "connections": {}}'},
+     {"workflow": '{"nodes": [{"type": "camera", "id": 1}], "links": []}'},
      {"prompt": "say cheese"}, {"prompt": '{"1": {"text": "a"}}'}, {"Dream": "a house by the sea"},
      {"sd-metadata": "32 GB card"}, {"generation_data": "2019"}, {"positive_prompt": "x"},
      {"Title": "Panorama dalle Dolomiti"}, {"Author": "Kendall Evans"},
@@ -398,7 +399,7 @@ def gif(packet: bytes) -> bytes:
 
 def extended(packet: bytes) -> bytes:
     """A JPEG whose XMP goes on in two further segments, the second part first."""
-    whole, half = encode(PICTURE), len(packet) // 2
+    whole, half = encode(PICTURE), packet.index(b"Things")
     added = b""
     for start, part in ((half, packet[half:]), (0, packet[:half])):
         numbers = len(packet).to_bytes(4, "big") + start.to_bytes(4, "big")
