@@ -74,7 +74,7 @@ def main(
         if not ranks.first:
             console.log.setLevel(logging.WARNING)
         try:
-            best = train(recipe, any_path(data), runs, start=init, ranks=ranks)
+            best = train(recipe, any_path(data), runs, init_from=init, ranks=ranks)
         except Interrupted as stopped:
             if ranks.first:
                 console.say(f"{stopped}; the same command goes on from there")
