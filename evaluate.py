@@ -19,6 +19,7 @@ from model.device import choose_device
 from model.distributed import Ranks, joined
 from model.evaluation.compare import Flip, shared_samples
 from model.evaluation.compare import flips as find_flips
+from model.evaluation.plan import Options
 from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
@@ -98,10 +99,11 @@ def main(
     out = out or chosen.parent / "evaluation" / folder
     with joined() as ranks:
         _speak_for(ranks)
-        report = evaluate(
-            chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
-            subset=listed, reals=reals, delivery=delivery or 0, ranks=ranks,
+        options = Options(
+            loading=Loading(backend=backend), device=device, subset=listed, reals=reals,
+            delivery=delivery or 0,
         )  # fmt: skip
+        report = evaluate(chosen, any_path(data), names, out, options=options, ranks=ranks)
     if ranks.first:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)

@@ -253,7 +253,13 @@ def load_weights(
     try:
         net.backbone.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
-        raise NetworkError(f"the weights in {where} do not fit: {error}") from error
+        # The first line is torch's heading; each other one names parameters.
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise NetworkError(
+            f"the weights in {where} do not fit: {lines[0][:200]}{more}; name a checkpoint or file "
+            "of this network"
+        ) from error
 
 
 def load_backbone_file(net: Detector, path: Path) -> None:

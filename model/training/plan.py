@@ -17,7 +17,7 @@ from model.device import choose_device, choose_precision, describe
 from model.distributed import Ranks
 from model.network import build, check_backbone_file, check_pretrained
 from model.recipe import Recipe
-from model.training.optim import make_optimizer
+from model.training.optim import parameter_groups
 from model.training.validation import Validation
 from pipeline.loader import draw_by_law, open_loader
 from pipeline.stream import Stream, open_pool
@@ -364,8 +364,7 @@ def _check_network(
     """
     outline = build(recipe.network, pretrained=False, empty=True)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
-    optimizer = make_optimizer(outline.backbone, recipe.optim, fused=False)
-    rates = {float(group["base_lr"]) for group in optimizer.param_groups}
+    rates = {group["base_lr"] for group in parameter_groups(outline.backbone, recipe.optim)}
     if weights.path is None:
         if weights.kind == "timm":
             check_pretrained(recipe.network)
