@@ -24,7 +24,7 @@ from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
 from model.training.validation import calibrate_checkpoint
-from pipeline.loader import Loading
+from pipeline.loader import Backend, Loading
 from pipeline.subset import read_subset
 from report.files import write_report
 from report.tables import table_csv
@@ -72,7 +72,7 @@ def main(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
 
@@ -145,7 +145,7 @@ def calibrate(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
 

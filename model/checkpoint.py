@@ -122,7 +122,7 @@ def save(
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`; it is replaced as a whole."""
-    meta = read_meta(folder) | changes
+    meta = {**read_meta(folder), **changes}
     write_text(folder / META_FILE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
@@ -152,7 +152,7 @@ def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False, empty=True)
     load_weights(net, read_weights(folder), str(folder), assign=True)
-    net = net.to(torch.float32, memory_format=torch.channels_last)
+    net = net.to(torch.float32).to(memory_format=torch.channels_last)
     return net.eval(), View(**meta["view"]), meta
 
 
@@ -252,7 +252,7 @@ def find(runs: Path, named: Path | None = None) -> Path:
         if best is None:
             raise CheckpointError(f"{named} is neither a checkpoint nor a run that has one")
         return best
-    newest = {run: last_of(run) for run in sorted(runs.glob("*")) if last_of(run)}
+    newest = {run: last for run in sorted(runs.glob("*")) if (last := last_of(run))}
     if not newest:
         raise CheckpointError(
             f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
@@ -260,7 +260,7 @@ def find(runs: Path, named: Path | None = None) -> Path:
             "one with --checkpoint FOLDER"
         )
     run = max(newest, key=lambda run: read_meta(newest[run])["created_ns"])
-    return best_of(run)
+    return find(runs, run)
 
 
 @functools.cache

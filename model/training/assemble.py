@@ -1,5 +1,7 @@
 """Assemble what a plan says: the network with its first weights, optimizer and scaler."""
 
+from typing import cast
+
 import torch
 
 from model import checkpoint
@@ -53,4 +55,4 @@ def _load(net: Detector, weights: Weights) -> None:
 def compile_network(plan: RunPlan, trainer: Trainer) -> torch.nn.Module:
     """The network as the loop calls it: over all ranks, and compiled where the plan says so."""
     net = spread(trainer)
-    return torch.compile(net) if plan.compiled else net
+    return cast(torch.nn.Module, torch.compile(net)) if plan.compiled else net

@@ -122,6 +122,7 @@ def run_steps(planned: RunPlan, trainer: Trainer, stop_at: int | None) -> tuple[
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if done == stop_at:
                 break
+    assert best is not None  # the last step of a loop is always saved
     return done, best
 
 
