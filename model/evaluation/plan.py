@@ -95,8 +95,6 @@ def plan(
             do.
     """
     ranks = ranks or Ranks()
-    for name in [*names, *([options.reals] if options.reals else [])]:
-        read_index(data / name)  # a wrong name is said before large tables are read
     sets = {name: _open(data, name, options.subset) for name in names}
     beside = choose_reals(data, {name: s.shards for name, s in sets.items()}, options.reals)
     if beside and beside["set"] not in sets:
