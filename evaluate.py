@@ -19,11 +19,12 @@ from model.device import choose_device
 from model.distributed import Ranks, joined
 from model.evaluation.compare import Flip, shared_samples
 from model.evaluation.compare import flips as find_flips
+from model.evaluation.plan import Options
 from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
 from model.training.validation import calibrate_checkpoint
-from pipeline.loader import Loading
+from pipeline.loader import Backend, Loading
 from pipeline.subset import read_subset
 from report.files import write_report
 from report.tables import table_csv
@@ -71,7 +72,7 @@ def main(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
 
@@ -98,10 +99,11 @@ def main(
     out = out or chosen.parent / "evaluation" / folder
     with joined() as ranks:
         _speak_for(ranks)
-        report = evaluate(
-            chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
-            subset=listed, reals=reals, delivery=delivery or 0, ranks=ranks,
+        options = Options(
+            loading=Loading(backend=backend), device=device, subset=listed, reals=reals,
+            delivery=delivery or 0,
         )  # fmt: skip
+        report = evaluate(chosen, any_path(data), names, out, options=options, ranks=ranks)
     if ranks.first:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
@@ -143,7 +145,7 @@ def calibrate(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
 

@@ -16,18 +16,18 @@ import console
 import recipes
 from model import checkpoint
 from model.distributed import joined
-from model.metrics import Metrics
 from model.recipe import Recipe
 from model.training.run import Interrupted, train
+from model.training.validation import Validation
 from storage import any_path
 
 
 def _print_validation(meta: Mapping[str, Any]) -> None:
-    """What validation found for a checkpoint, per set and source."""
+    """Print the validation of a checkpoint, per set and source."""
+    validation = Validation.from_json(meta["metrics"])
     rows = [
         [name, m.count, m.accuracy, m.recall, m.false_positive_rate, m.auroc]
-        for kind in ("sets", "sources")
-        for name, m in ((n, Metrics(**found)) for n, found in meta["metrics"][kind].items())
+        for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
     console.table(f"{meta['recipe']['name']}, step {meta['step']}", columns, rows)
@@ -74,7 +74,7 @@ def main(
         if not ranks.first:
             console.log.setLevel(logging.WARNING)
         try:
-            best = train(recipe, any_path(data), runs, start=init, ranks=ranks)
+            best = train(recipe, any_path(data), runs, init_from=init, ranks=ranks)
         except Interrupted as stopped:
             if ranks.first:
                 console.say(f"{stopped}; the same command goes on from there")

@@ -228,7 +228,7 @@ class Bench:
             settings += [*self.common, *changes]
             recipe = recipes.load(Recipe, path, settings)
             began = time.monotonic()
-            best = train(recipe, self.shards, self.runs, start=start)
+            best = train(recipe, self.shards, self.runs, init_from=start)
             found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
             self.score(best)
             _write(done, found)

@@ -17,6 +17,7 @@ import evaluate
 from model import score
 from model.checkpoint import find, read_meta
 from model.distributed import Ranks
+from model.evaluation.plan import Options
 from model.evaluation.run import evaluate as evaluate_sets
 from model.evaluation.scores import read_scores
 from pipeline.loader import Loading
@@ -109,7 +110,7 @@ def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) 
     def work(rank: int) -> None:
         reports[rank] = evaluate_sets(
             find(runs), data, ["evalgen", "val"], out, ranks=Ranks(rank, world, 0),
-            loading=Loading(batch_size=batch_size, workers=0, backend="pil"),
+            options=Options(loading=Loading(batch_size=batch_size, workers=0, backend="pil")),
         )  # fmt: skip
 
     before, score.gather = score.gather, gather
@@ -144,9 +145,9 @@ def one_rank(rank: int, world: int, data: Path, runs: Path, out: Path, store: Pa
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
-    loading = Loading(batch_size=7, workers=0, backend="pil")
+    options = Options(loading=Loading(batch_size=7, workers=0, backend="pil"))
     evaluate_sets(
-        find(runs), data, ["evalgen", "val"], out, loading=loading, ranks=Ranks(rank, world, 0)
+        find(runs), data, ["evalgen", "val"], out, options=options, ranks=Ranks(rank, world, 0)
     )
     torch.distributed.destroy_process_group()
 

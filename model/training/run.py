@@ -1,4 +1,4 @@
-"""Train a recipe: what is needed is put together, then the loop runs, judges and calibrates."""
+"""Run a recipe: plan, assemble, then the loop; at its end the gate and the calibration."""
 
 import contextlib
 from dataclasses import asdict
@@ -10,20 +10,17 @@ import torch
 import console
 from model import checkpoint
 from model.calibrate import CalibrationError
-from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.distributed import Ranks, any_over, gather, sum_over
-from model.network import Detector, build, load_backbone_file, load_weights
 from model.recipe import Recipe
+from model.training.assemble import assemble, compile_network
 from model.training.forgetting import changes, forgetting, refusals
 from model.training.history import History
-from model.training.optim import make_optimizer, schedule, set_learning_rate
-from model.training.resume import restore, resumable, save
-from model.training.step import Trainer, average_of, spread, train_step
+from model.training.optim import schedule, set_learning_rate
+from model.training.plan import Best, RunPlan, plan
+from model.training.resume import save
+from model.training.step import Trainer, train_step
 from model.training.validation import Validation, calibrate_checkpoint, remembered, validate
-from pipeline.loader import open_loader
 from pipeline.monitor import Meter
-from pipeline.stream import Stream, open_pool
-from sharding.format import CLASSES, read_index
 from storage import AnyPath
 
 
@@ -40,155 +37,142 @@ def train(
     data: AnyPath,
     runs: Path,
     *,
-    start: Path | None = None,
+    init_from: Path | None = None,
     stop_at: int | None = None,
     ranks: Ranks | None = None,
 ) -> Path:
     """Run `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
 
-    `start` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of what
-    the recipe says. A run of the same recipe in `runs` is continued. On many `ranks` each calls
-    this; the first one writes.
+    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of
+    what the recipe says. A run of the same recipe in `runs` is continued. On many `ranks` each
+    calls this; the first one writes.
 
     Raises:
         ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
-    ranks = ranks or Ranks()
-    folder = runs / recipe.name
-    resumed = resumable(folder, recipe)
-    device = choose_device("auto", ranks.local)
-    keep_freed_memory(device)
-    stream = open_stream(recipe, data, device, ranks)
-    for name in recipe.data.validate:
-        read_index(data / name)  # a missing set is said now, not after an epoch
-    steps = stream.steps_per_epoch * recipe.run.epochs
-    trainer = _assemble(recipe, device, runs, start, resumed, ranks)
-    done = restore(trainer, resumed, stream) if resumed else 0
-    if done == steps:
-        console.log.info("%s is finished; nothing to do", folder)
-        best = _best_of(folder, ranks)
-        _calibrate(best, recipe, data, device, ranks)
-        return best
-    _announce(recipe, stream, trainer, steps)
+    planned = plan(recipe, data, runs, init_from=init_from, ranks=ranks)
+    if planned.finished and planned.best:
+        console.log.info("%s is finished; nothing to do", planned.folder)
+        _calibrate(planned, planned.best.path)
+        return planned.best.path
+    for line in planned.describe():
+        console.log.info("%s", line)
+    trainer = assemble(planned)
+    baseline = _baseline(planned, trainer)
+    done, best = run_steps(planned, trainer, stop_at)
+    # No rank reads the checkpoint before the first one, which writes it, is here.
+    path = gather(planned.ranks, best.path)[0]
+    if done < planned.steps:
+        return path
+    reasons: list[str] = []
+    if baseline and best.validation and planned.ranks.first:
+        reasons = _judge(planned, path, baseline, best.validation)
+    _calibrate(planned, path)
+    if reasons:
+        raise Refused(f"{path} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
+    return path
 
-    def check() -> Validation:
-        folders = [data / name for name in recipe.data.validate]
-        return validate(trainer, folders, recipe.view, recipe.loading)
 
-    before = None
-    if _continues(recipe, start):  # kept, so that a resumed run knows it too
-        console.log.info("what the detector knows before: %s", folder / "before.json")
-        before = remembered(folder / "before.json", check, ranks.first)
-    forward = _compile(trainer, recipe)
+def run_steps(planned: RunPlan, trainer: Trainer, stop_at: int | None) -> tuple[int, Best]:
+    """Take the steps of the plan that are not done, up to step `stop_at`; returns how many are done
+    then, and the best checkpoint.
+
+    Raises:
+        ValueError: a loss that is not finite.
+        Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
+    """
+    recipe, stream, ranks = planned.recipe, planned.stream, planned.ranks
+    settings, steps, done, best = recipe.run, planned.steps, planned.done, planned.best
+    forward = compile_network(planned, trainer)
     with (
         console.stop_signals() as received,
-        History(folder, done) if ranks.first else contextlib.nullcontext() as history,
+        History(planned.folder, done) if ranks.first else contextlib.nullcontext() as history,
         console.progress("training", steps, shown=ranks.first) as advance,
     ):
         advance(done)
         meter = Meter(stream.pool.shards.codes("source")[1])
-        for batch in meter.timed(stream.batches(done, recipe.run.epochs)):
+        for batch in meter.timed(stream.batches(done, settings.epochs)):
             set_learning_rate(trainer.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(
                 trainer, forward, batch, recipe.optim,
-                step=done, accumulate=recipe.run.accumulate, distill=recipe.replay.distill,
+                step=done, accumulate=settings.accumulate, distill=recipe.replay.distill,
             )  # fmt: skip
             done += 1
-            ended = done % stream.steps_per_epoch == 0
             for failure in stream.loader.name_failures(batch):
                 console.log.warning("not decoded: %s", failure)
+            ended = done % planned.steps_per_epoch == 0
             stopping = any_over(ranks, bool(received))
-            due = recipe.run.save_every and done % recipe.run.save_every == 0
+            due = settings.save_every and done % settings.save_every == 0
             saving = ended or due or stopping or done == stop_at
-            if saving or done % recipe.run.log_every == 0:
-                _refuse_bad_loss(trainer, stream)
+            if saving or done % settings.log_every == 0:
+                _refuse_bad_loss(planned, trainer)
                 _log_step(history, meter, trainer, done, loss)
-            number = -(-done // stream.steps_per_epoch)
-            advance(1, f"epoch {number} of {recipe.run.epochs}, {meter.note()}")
-            wanted = number % recipe.run.validate_every == 0 or done == steps
-            found = check() if ended and wanted else None
-            if found:
-                _log_validation(history, done, found)
+            epoch = -(-done // planned.steps_per_epoch)
+            advance(1, f"epoch {epoch} of {settings.epochs}, {meter.note()}")
+            validation = None
+            if ended and (epoch % settings.validate_every == 0 or done == steps):
+                validation = _validate(planned, trainer)
+                _log_validation(history, done, validation)
                 meter.reset()
             if saving:
-                save(folder, trainer, recipe, stream, done, found)
+                best = save(planned, trainer, done, validation, best)
             if stopping and done < steps:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if done == stop_at:
                 break
-    judging = before and done == steps and ranks.first
-    reasons = _judge(folder, recipe, stream, before) if judging else []
-    best = _best_of(folder, ranks)
-    if done == steps:
-        _calibrate(best, recipe, data, device, ranks)
-    if reasons:
-        raise Refused(f"{best} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
-    return best
+    assert best is not None  # the last step of a loop is always saved
+    return done, best
 
 
-def _best_of(folder: Path, ranks: Ranks) -> Path:
-    """As the rank knows it that saves: another would look while that one prunes."""
-    return gather(ranks, checkpoint.best_of(folder) if ranks.first else None)[0]
+def _validate(planned: RunPlan, trainer: Trainer) -> Validation:
+    """Metrics of the validation sets of the plan."""
+    recipe = planned.recipe
+    return validate(trainer, planned.validation, recipe.view, recipe.loading)
 
 
-def _calibrate(
-    best: Path, recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks
-) -> None:
+def _baseline(planned: RunPlan, trainer: Trainer) -> Validation | None:
+    """What the detector knows before the run, where it starts from a trained one. It is kept in a
+    file, so that a resumed run knows it too.
+    """
+    if planned.baseline is None:
+        return None
+    console.log.info("what the detector knows before: %s", planned.baseline)
+    return remembered(planned.baseline, lambda: _validate(planned, trainer), planned.ranks.first)
+
+
+def _calibrate(planned: RunPlan, best: Path) -> None:
     """Calibrate the best checkpoint of a finished run on its validation sets, if they allow it."""
     if checkpoint.read_meta(best)["calibration"]:
         return
-    sets = [data / name for name in recipe.data.validate]
+    recipe = planned.recipe
+    folders = [planned.data / name for name in recipe.data.validate]
     try:
-        found = calibrate_checkpoint(best, sets, recipe.loading, device, ranks=ranks)
+        calibration = calibrate_checkpoint(
+            best, folders, recipe.loading, planned.device, ranks=planned.ranks
+        )
     except CalibrationError as error:
         console.log.warning("not calibrated: %s", error)
         return
     console.log.info(
         "calibrated on %s: temperature %.2f, likely AI from %.3f, likely real below %.3f",
-        *(", ".join(recipe.data.validate), found.temperature, found.threshold, found.band[0]),
+        *(", ".join(recipe.data.validate), calibration.temperature),
+        *(calibration.threshold, calibration.band[0]),
     )
 
 
-def open_stream(
-    recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks | None = None
-) -> Stream:
-    """The run's batches on this rank, from the sets below `data`."""
-    ranks = ranks or Ranks()
-    pool = open_pool(data, recipe.data.train, recipe.replay)
-    loader = open_loader(
-        pool.shards, view=recipe.view, loading=recipe.loading, device=device,
-        rank=ranks.rank, world=ranks.world,
-    )  # fmt: skip
-    return Stream(
-        loader,
-        pool,
-        recipe.replay,
-        recipe.augment,
-        recipe.data.law,
-        recipe.run.seed,
-        recipe.data.repeats,
-    )
-
-
-def _continues(recipe: Recipe, start: Path | None) -> bool:
-    """Whether the run goes on from a trained detector, which it may then make forget."""
-    trained = start is not None and start.suffix != ".safetensors"
-    return trained or (start is None and bool(recipe.run.start))
-
-
-def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> list[str]:
+def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) -> list[str]:
     """Hold the best checkpoint against what was known before, say what changed, and mark it where
     the gate refuses it; returns the gate's reasons.
     """
-    best = checkpoint.best_of(folder)
-    after = Validation.from_json(checkpoint.read_meta(best)["metrics"])
-    names = stream.pool.shards.codes("source")[1]
-    codes = stream.pool.shards.codes("source")[0][stream.pool.new]
-    rows = changes(before.sources, after.sources, {names[code] for code in np.unique(codes)})
+    pool = planned.stream.pool
+    codes, names = pool.shards.codes("source")
+    new = {names[code] for code in np.unique(codes[pool.new])}
+    rows = changes(before.sources, after.sources, new)
+    step = best.name[5:].lstrip("0")
     console.table(
-        f"{recipe.name}: accuracy per source, before and after (step {best.name[5:].lstrip('0')})",
+        f"{planned.recipe.name}: accuracy per source, before and after (step {step})",
         ["set/source", "", "images", "before", "after", "change"],
         [
             [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]
@@ -200,102 +184,17 @@ def _judge(folder: Path, recipe: Recipe, stream: Stream, before: Validation) -> 
         f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
         f"{max(worst, 0.0):.3f} at worst"
     )
-    reasons = refusals(recipe.gate, rows, after.sets)
-    found = {"forgetting": forgetting(rows), "worst": worst, "sources": [asdict(r) for r in rows]}
-    checkpoint.annotate(best, {"compared": found, "refused": reasons})
+    reasons = refusals(planned.recipe.gate, rows, after.sets)
+    compared = {
+        "forgetting": forgetting(rows),
+        "worst": worst,
+        "sources": [asdict(row) for row in rows],
+    }
+    checkpoint.annotate(best, {"compared": compared, "refused": reasons})
     return reasons
 
 
-def _assemble(
-    recipe: Recipe,
-    device: torch.device,
-    runs: Path,
-    start: Path | None,
-    resumed: Path | None,
-    ranks: Ranks,
-) -> Trainer:
-    """Network with its first weights, optimizer and scaler, on the device."""
-    torch.manual_seed(recipe.run.seed)
-    torch.backends.cudnn.benchmark = True
-    first = resumed or start or _start_of(recipe, runs)
-    net = build(recipe.network, pretrained=recipe.network.pretrained and first is None)
-    if first and first.suffix == ".safetensors":
-        load_backbone_file(net, first)
-    elif first:
-        load_weights(net, checkpoint.read_weights(first), str(first))
-    if first:
-        console.log.info("weights from %s", first)
-    net.to(device)
-    dtype, reason = choose_precision(recipe.run.precision, device)
-    console.log.info("%s on %s (%s)", describe(dtype), device, reason)
-    optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    trainer = Trainer(net, optimizer, scaler, device, dtype, ranks)
-    trainer.ema = average_of(net) if recipe.optim.ema else None
-    if recipe.replay.distill:
-        trainer.teacher = _teacher(recipe, runs, start).to(device)
-    if ranks.world > 1:  # equal weights, but each rank drops other paths
-        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + ranks.rank))
-    return trainer
-
-
-def _teacher(recipe: Recipe, runs: Path, start: Path | None) -> Detector:
-    """What replayed samples are held to: the detector that the run starts from."""
-    folder = start or _start_of(recipe, runs)
-    if folder is None or folder.suffix == ".safetensors":
-        raise ValueError("replay.distill needs a run that starts from a trained checkpoint")
-    net, _, _ = checkpoint.load_network(checkpoint.find(runs, folder))
-    return net.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _start_of(recipe: Recipe, runs: Path) -> Path | None:
-    """The best checkpoint of the run this recipe starts from, if it names one."""
-    if not recipe.run.start:
-        return None
-    best = checkpoint.best_of(runs / recipe.run.start)
-    if best is None:
-        raise checkpoint.CheckpointError(
-            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.start}, which "
-            "has none; run `python train.py --phase 1` first, or name one with --init CHECKPOINT"
-        )
-    return best
-
-
-def _announce(recipe: Recipe, stream: Stream, trainer: Trainer, steps: int) -> None:
-    """What will run, and every choice that was made for the user, each in a line."""
-    say = console.log.info
-    pool, loader = stream.pool, stream.loader
-    parameters = sum(p.numel() for p in trainer.net.parameters())
-    rates = {group["base_lr"] for group in trainer.optimizer.param_groups}
-    spread = f"{len(rates)} learning rates from {min(rates):.2g} to {max(rates):.2g}"
-    say(
-        "%s: %s, %.1f M parameters, %s",
-        *(recipe.name, recipe.network.name, parameters / 1e6),
-        spread if len(rates) > 1 else f"learning rate {max(rates):.2g}",
-    )
-    labels = pool.shards.column("label")[stream.new(0)]
-    counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
-    left = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
-    say(
-        "per epoch %s new samples (%s) and %s old ones, less the last %d that fill no batch; "
-        "%d epochs, %s steps of %d",
-        *(f"{len(labels):,}", counts, f"{stream.replayed_per_epoch:,}", left),
-        *(recipe.run.epochs, f"{steps:,}", loader.global_batch),
-    )
-    say("images through %s (%s)", loader.backend, loader.reason)
-
-
-def _compile(trainer: Trainer, recipe: Recipe) -> torch.nn.Module:
-    """The network as the loop calls it, compiled where that pays."""
-    wanted, where = recipe.run.compile, trainer.device.type
-    on = wanted == "on" or (wanted == "auto" and where == "cuda")
-    reason = f"{'pays' if on else 'does not pay'} on {where}" if wanted == "auto" else "asked for"
-    console.log.info("torch.compile %s (%s)", "on" if on else "off", reason)
-    net = spread(trainer)
-    return torch.compile(net) if on else net
-
-
-def _refuse_bad_loss(trainer: Trainer, stream: Stream) -> None:
+def _refuse_bad_loss(planned: RunPlan, trainer: Trainer) -> None:
     """End the run if a loss since the last look was not finite.
 
     Raises:
@@ -304,8 +203,9 @@ def _refuse_bad_loss(trainer: Trainer, stream: Stream) -> None:
     bad = max(gather(trainer.ranks, int(trainer.bad_step)))
     if bad < 0:
         return
-    number, step = divmod(bad, stream.steps_per_epoch)
-    epoch = stream.epoch(number)
+    stream = planned.stream
+    index, step = divmod(bad, planned.steps_per_epoch)
+    epoch = stream.epoch(index)
     samples = epoch.samples[epoch.positions(step)]
     keys = ", ".join(stream.pool.shards.text("key", sample) for sample in samples[:8])
     raise ValueError(
@@ -332,15 +232,15 @@ def _log_step(
     )
 
 
-def _log_validation(history: History | None, done: int, found: Validation) -> None:
+def _log_validation(history: History | None, done: int, validation: Validation) -> None:
     """Rows per set and source, and a line for the person watching."""
     if history is None:
         return
-    history.write(done, "validate", {"selection": found.selection})
-    for name, metrics in [*found.sets.items(), *found.sources.items()]:
+    history.write(done, "validate", {"selection": validation.selection})
+    for name, metrics in [*validation.sets.items(), *validation.sources.items()]:
         history.write(done, f"validate/{name}", asdict(metrics))
     figures = ", ".join(
         f"{name} accuracy {m.accuracy:.3f}" + (f" AUROC {m.auroc:.3f}" if m.auroc else "")
-        for name, m in found.sets.items()
+        for name, m in validation.sets.items()
     )
     console.log.info("step %d: %s", done, figures)

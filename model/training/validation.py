@@ -19,8 +19,8 @@ from model.training.forgetting import accuracy_of
 from model.training.step import Trainer
 from pipeline.augment import View
 from pipeline.loader import Loading, open_loader
-from sharding.format import open_shards, read_index
-from storage import write_text
+from sharding.format import ShardSet, open_shards, read_index
+from storage import AnyPath, write_text
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,27 @@ class Validation:
         return cls(sets, sources, saved["selection"])
 
 
-def validate(trainer: Trainer, folders: Sequence[Path], view: View, loading: Loading) -> Validation:
+def validate(
+    trainer: Trainer, sets: Mapping[str, ShardSet], view: View, loading: Loading
+) -> Validation:
     """Score every validation set, on all ranks together. In the selection figure each set counts
     alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
     AUROC, which does not see a checkpoint that calls everything fake.
     """
     ranks = trainer.ranks
-    sets, sources = {}, {}
-    for folder in folders:
-        shards = open_shards([folder])
+    by_set: dict[str, Metrics] = {}
+    sources: dict[str, Metrics] = {}
+    for name, shards in sets.items():
         loader = open_loader(
             shards, view=view, loading=loading, device=trainer.device,
             rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
         scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
         fake = probability(scores.logits)
-        sets[folder.name] = measure(scores.labels, fake)
+        by_set[name] = measure(scores.labels, fake)
         by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
-        sources |= {f"{folder.name}/{source}": found for source, found in by_source.items()}
-    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
+        sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
+    return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
 
 
 def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
@@ -75,7 +77,7 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
 
 def calibrate_checkpoint(
     checkpoint: Path,
-    folders: Sequence[Path],
+    folders: Sequence[AnyPath],
     loading: Loading,
     device: torch.device,
     *,

@@ -18,6 +18,7 @@ from model.recipe import Recipe
 from model.training import run
 from model.training.forgetting import Change, Gate, forgetting, refusals
 from model.training.history import rows_of
+from model.training.plan import open_stream
 from model.training.run import Refused, train
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
@@ -64,7 +65,7 @@ def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
     start = train(first, data, tmp_path / "whole")
     recipe = recipes.load(Recipe, phase2, settings) if phase == 2 else first
     if phase == 2:
-        train(recipe, data, tmp_path / "whole", start=start)
+        train(recipe, data, tmp_path / "whole", init_from=start)
     whole, parts = (tmp_path / name / recipe.name for name in ("whole", "parts"))
     start = start if phase == 2 else None
     steps = rows_of(whole)[-1]["step"]
@@ -80,10 +81,10 @@ def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
 
         monkeypatch.setattr(run, "train_step", dying)
         with pytest.raises(Died):
-            train(recipe, data, tmp_path / "parts", start=start)
+            train(recipe, data, tmp_path / "parts", init_from=start)
         torch.manual_seed(last)  # whatever else used the generator in between
     monkeypatch.setattr(run, "train_step", real_step)
-    train(recipe, data, tmp_path / "parts", start=start)
+    train(recipe, data, tmp_path / "parts", init_from=start)
     ends_alike(whole, parts)
     if phase == 2:
         manifests = [
@@ -113,7 +114,7 @@ def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
     """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
     recipe = recipes.load(Recipe, phase2, [f"replay.old_per_new={ratio}", "replay.distill=0.5"])
     assert recipe.replay.distill == 0.5
-    stream = run.open_stream(recipe, data, torch.device("cpu"))
+    stream = open_stream(recipe, data, torch.device("cpu"))
     wanted = int(stream.new_per_epoch * recipe.replay.ratio)
     assert stream.replayed_per_epoch == wanted
     epoch = stream.epoch(0)
