@@ -11,43 +11,45 @@ from torch import nn
 import console
 from model.checkpoint import git_commit, load_network
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.evaluation import report
-from model.evaluation.bootstrap import DRAWS
-from model.evaluation.codec_swap import report_delivery
+from model.evaluation.bootstrap import RESAMPLES
+from model.evaluation.codec_swap import report_robustness
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
 from model.score import score_set
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from pipeline.loader import Loading, open_loader
-from pipeline.perturb import DELIVERIES
+from pipeline.perturb import PERTURBATIONS
 from pipeline.subset import Subset, choose_samples
 from sharding.catalog import BUILT_IN, read_catalog
 from sharding.format import CLASSES, ShardSet, join_sets, open_shards, read_index
 from storage import AnyPath
 
 
-def choose_reals(
+def choose_reference(
     data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
 ) -> dict[str, Any] | None:
     """The set whose real images stand beside, and why; see `model/evaluation/report.py`.
 
     Recall without a false-positive rate says nothing, so a set without real images gets those of
-    the set that the catalogue names for it (`[reals]`), if it is at hand.
+    the set that the catalog names for it (`[reference]`), if it is at hand.
 
     Raises:
         ValueError: the set that was asked for has no real images.
     """
     if asked:
         if not _count_reals(data, asked):
-            raise ValueError(f"--reals {asked}: that set has no real images; name one that has")
-        return {"set": asked, "why": "--reals", "for_all": True}
-    defaults = read_catalog([BUILT_IN]).reals
+            raise ValueError(
+                f"--reference-reals {asked}: that set has no real images; name one that has"
+            )
+        return {"set": asked, "why": "--reference-reals", "for_all": True}
+    defaults = read_catalog([BUILT_IN]).reference
     for name, shards in opened.items():
         other = defaults.get(name)
         if (shards.column("label") == 0).any() or other is None:
             continue
         if (data / other / "index.json").exists() and _count_reals(data, other):
-            return {"set": other, "why": "the catalogue's default", "for_all": False}
+            return {"set": other, "why": "the catalog's default", "for_all": False}
     return None
 
 
@@ -65,32 +67,34 @@ def evaluate(
     loading: Loading,
     device: str = "auto",
     subset: Subset | None = None,
-    reals: str | None = None,
-    delivery: int = 0,
-    ranks: Ranks | None = None,
+    reference_reals: str | None = None,
+    robustness: int = 0,
+    dist: DistEnv | None = None,
 ) -> dict[str, Any]:
     """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
-    `out` and return the report on it. `delivery` is how many images of each class are scored once
-    more through every delivery. On many ranks each calls this; the first one writes, and the
+    `out` and return the report on it. `robustness` is how many images of each class are scored once
+    more through every perturbation. On many ranks each calls this; the first one writes, and the
     others return an empty report.
     """
-    ranks = ranks or Ranks()
-    for name in [*names, *([reals] if reals else [])]:
+    dist = dist or DistEnv()
+    for name in [*names, *([reference_reals] if reference_reals else [])]:
         read_index(data / name)  # a wrong name is said before any work is done
     whole = {name: open_shards([data / name]) for name in names}
     opened = {
         name: choose_samples(shards, name, subset) if subset else shards
         for name, shards in whole.items()
     }
-    beside = choose_reals(data, opened, reals)
+    reference = choose_reference(data, opened, reference_reals)
     measured = len(opened)
-    if beside and beside["set"] not in opened:
-        shards = open_shards([data / beside["set"]])
+    if reference and reference["set"] not in opened:
+        shards = open_shards([data / reference["set"]])
         only = np.flatnonzero(shards.column("label") == CLASSES.index("real"))
-        opened[beside["set"]] = shards.take(only)
-        console.log.info("%s: its %s real images (%s)", beside["set"], len(only), beside["why"])
-    net, view, meta = load_network(checkpoint)
-    where = choose_device(device, ranks.local)
+        opened[reference["set"]] = shards.take(only)
+        console.log.info(
+            "%s: its %s real images (%s)", reference["set"], len(only), reference["why"]
+        )
+    net, preprocess, meta = load_network(checkpoint)
+    where = choose_device(device, dist.local_rank)
     keep_freed_memory(where)
     dtype, reason = choose_precision("auto", where)
     console.log.info("%s on %s (%s)", describe(dtype), where, reason)
@@ -98,21 +102,26 @@ def evaluate(
     parts = []
     for name, shards in opened.items():
         loader = open_loader(
-            shards, view=view, loading=loading, device=where, rank=ranks.rank, world=ranks.world
+            shards,
+            preprocess=preprocess,
+            loading=loading,
+            device=where,
+            rank=dist.rank,
+            world_size=dist.world_size,
         )
         console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
-        with console.progress(f"scoring {name}", len(shards), ranks.first) as advance:
+        with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
             scores = score_set(
-                net, loader, dtype, lambda done: advance(done * ranks.world), ranks
+                net, loader, dtype, lambda done: advance(done * dist.world_size), dist
             )  # fmt: skip
         parts.append(rows_of(name, shards, scores, meta["temperature"]))
-    delivered = {}
-    for name in list(opened)[:measured] if delivery else ():
-        delivered[name] = deliver(
-            net, with_reals(opened, name, beside), view, meta, dtype, delivery, where,
-            label=f"delivering {name}", ranks=ranks,
+    perturbed = {}
+    for name in list(opened)[:measured] if robustness else ():
+        perturbed[name] = measure_robustness(
+            net, with_reference(opened, name, reference), preprocess, meta, dtype, robustness, where,
+            label=f"perturbing {name}", dist=dist,
         )  # fmt: skip
-    if not ranks.first:
+    if not dist.is_main:
         return {}
     about = {
         "checkpoint": str(checkpoint),
@@ -133,11 +142,11 @@ def evaluate(
             name: {
                 "index_sha256": whole[name].sha256,
                 "split": read_index(data / name)["split"],
-                "delivery": delivered.get(name),
+                "robustness": perturbed.get(name),
             }
             for name in list(opened)[:measured]
         },
-        "reals": beside,
+        "reference_reals": reference,
     }
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, parts, about)
@@ -147,47 +156,51 @@ def evaluate(
 def report_on(path: Path) -> dict[str, Any]:
     """The report on a file of scores."""
     scores = read_scores(path)
-    with console.progress("intervals", DRAWS * len(scores.evaluation["sets"])) as advance:
+    with console.progress("intervals", RESAMPLES * len(scores.evaluation["sets"])) as advance:
         return report.report(scores, advance)
 
 
-def with_reals(
-    opened: Mapping[str, ShardSet], name: str, beside: Mapping[str, Any] | None
+def with_reference(
+    opened: Mapping[str, ShardSet], name: str, reference: Mapping[str, Any] | None
 ) -> ShardSet:
     """What set `name` is delivered with: itself, or its fakes and the reals that stand beside, as
     in its report.
     """
     own = opened[name]
     labels = own.column("label")
-    if not beside or beside["set"] == name or not (beside["for_all"] or (labels == 1).all()):
+    if (
+        not reference
+        or reference["set"] == name
+        or not (reference["for_all"] or (labels == 1).all())
+    ):
         return own
-    other = opened[beside["set"]]
+    other = opened[reference["set"]]
     reals = other.take(np.flatnonzero(other.column("label") == 0))
     return join_sets([own.take(np.flatnonzero(labels == 1)), reals])
 
 
-def deliver(
+def measure_robustness(
     net: nn.Module,
     shards: ShardSet,
-    view: View,
+    preprocess: Preprocess,
     meta: Mapping[str, Any],
     dtype: torch.dtype,
     per_class: int,
     device: torch.device,
     *,
     label: str,
-    ranks: Ranks,
+    dist: DistEnv,
 ) -> dict[str, Any]:
-    """The entry `delivery` of one set; says how many images it is about."""
+    """The entry `robustness` of one set; says how many images it is about."""
     counts = np.bincount(shards.column("label"), minlength=2)
     taken = np.minimum(counts, per_class)
     numbers = (f"{n:,}" for pair in zip(taken, counts, strict=True) for n in pair)
     console.log.info("%s: %s of %s real and %s of %s fake images", label, *numbers)
-    with console.progress(label, int(taken.sum()), ranks.first) as advance:
-        return report_delivery(
-            net, shards, DELIVERIES, view=view, device=device, dtype=dtype,
+    with console.progress(label, int(taken.sum()), dist.is_main) as advance:
+        return report_robustness(
+            net, shards, PERTURBATIONS, preprocess=preprocess, device=device, dtype=dtype,
             temperature=meta["temperature"], threshold=meta["threshold"], per_class=per_class,
-            on_images=lambda done: advance(done * ranks.world), ranks=ranks,
+            on_images=lambda done: advance(done * dist.world_size), dist=dist,
         )  # fmt: skip
 
 

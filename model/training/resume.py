@@ -11,9 +11,9 @@ import torch
 
 import recipes
 from model import checkpoint
-from model.distributed import gather
+from model.distributed import all_gather_object
 from model.recipe import Recipe
-from model.training.step import Trainer
+from model.training.step import TrainState
 from model.training.validation import Validation
 from pipeline.stream import Stream
 
@@ -21,11 +21,11 @@ log = logging.getLogger("ai_images_detector")
 
 _DECIDE_NOTHING = {
     "loading.batch_size",  # of one rank; the order refuses another global batch
-    "loading.workers",
+    "loading.num_workers",
     "loading.cache",
     "loading.cache_gb",
-    "loading.check_hashes",
-    "loading.patience_s",
+    "loading.verify_checksums",
+    "loading.stall_warning_s",
     "run.log_every",
     "run.save_every",
 }
@@ -79,7 +79,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def restore(trainer: Trainer, folder: Path, stream: Stream) -> int:
+def restore(train_state: TrainState, folder: Path, stream: Stream) -> int:
     """Put the training state of the checkpoint `folder` back; returns how many steps are done.
 
     Raises:
@@ -87,27 +87,27 @@ def restore(trainer: Trainer, folder: Path, stream: Stream) -> int:
     """
     state = checkpoint.load_state(folder)
     done = stream.resume(state["order"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.ema is not None:
-        trainer.net.backbone.load_state_dict(state["net"])
-    ranks = trainer.ranks
-    if len(state["rng"]) != ranks.world:
+    train_state.optimizer.load_state_dict(state["optimizer"])
+    train_state.scaler.load_state_dict(state["scaler"])
+    if train_state.ema is not None:
+        train_state.net.backbone.load_state_dict(state["net"])
+    dist = train_state.dist
+    if len(state["rng"]) != dist.world_size:
         log.warning(
             "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
-            *(len(state["rng"]), ranks.world),
+            *(len(state["rng"]), dist.world_size),
         )
-        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + ranks.rank) + done)
+        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)
         return done
-    torch.set_rng_state(state["rng"][ranks.rank])
-    if trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"][ranks.rank], trainer.device)
+    torch.set_rng_state(state["rng"][dist.rank])
+    if train_state.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"][dist.rank], train_state.device)
     return done
 
 
 def save(
     folder: Path,
-    trainer: Trainer,
+    train_state: TrainState,
     recipe: Recipe,
     stream: Stream,
     done: int,
@@ -117,24 +117,26 @@ def save(
     then prune the older ones. `found` is what validation found, if it was its turn. Every rank
     calls this; the first one writes.
     """
-    on_gpu = trainer.device.type == "cuda"
-    ranks = trainer.ranks
-    rng = gather(ranks, torch.get_rng_state())
-    cuda_rng = gather(ranks, torch.cuda.get_rng_state(trainer.device) if on_gpu else None)
-    if not ranks.first:
+    on_gpu = train_state.device.type == "cuda"
+    dist = train_state.dist
+    rng = all_gather_object(dist, torch.get_rng_state())
+    cuda_rng = all_gather_object(
+        dist, torch.cuda.get_rng_state(train_state.device) if on_gpu else None
+    )
+    if not dist.is_main:
         return
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
+        "optimizer": train_state.optimizer.state_dict(),
+        "scaler": train_state.scaler.state_dict(),
         "order": stream.state(done),
         "rng": rng,
         "cuda_rng": cuda_rng if on_gpu else [],
     }
-    if trainer.ema is not None:
-        state["net"] = trainer.net.backbone.state_dict()
+    if train_state.ema is not None:
+        state["net"] = train_state.net.backbone.state_dict()
     checkpoint.save(
         folder / f"step_{done:07d}",
-        trainer.shown,
+        train_state.shown,
         recipe=recipe,
         step=done,
         epoch=done / stream.steps_per_epoch,
