@@ -84,7 +84,8 @@ def main(
     if scores:
         if names or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores takes no --shards, --subset, --reference-reals or --robustness: it has its own"
+                "--scores takes no --shards, --subset, --reference-reals or --robustness: it has "
+                "its own"
             )
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)

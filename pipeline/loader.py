@@ -120,7 +120,8 @@ class TrainParams:
         return sample_params(
             self.policies, self.sources[samples], self.preprocess,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples, repeat_index=repeat_index, partners=partners,
+            seed=self.seed, epoch=self.epoch, samples=samples,
+            repeat_index=repeat_index, partners=partners,
         )  # fmt: skip
 
 
@@ -298,8 +299,8 @@ def _named_worker_death() -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"a loading worker died ({reason}); if memory ran out, use a smaller loading.num_workers "
-            "or loading.batch_size"
+            f"a loading worker died ({reason}); if memory ran out, use a smaller "
+            "loading.num_workers or loading.batch_size"
         ) from error
 
 

@@ -118,8 +118,8 @@ def evaluate(
     perturbed = {}
     for name in list(opened)[:measured] if robustness else ():
         perturbed[name] = measure_robustness(
-            net, with_reference(opened, name, reference), preprocess, meta, dtype, robustness, where,
-            label=f"perturbing {name}", dist=dist,
+            net, with_reference(opened, name, reference), preprocess, meta, dtype, robustness,
+            where, label=f"perturbing {name}", dist=dist,
         )  # fmt: skip
     if not dist.is_main:
         return {}

@@ -92,7 +92,8 @@ def train(
             set_learning_rate(train_state.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(
                 train_state, forward, batch, recipe.optim,
-                step=done, grad_accum_steps=recipe.run.grad_accum_steps, distill_weight=recipe.replay.distill_weight,
+                step=done, grad_accum_steps=recipe.run.grad_accum_steps,
+                distill_weight=recipe.replay.distill_weight,
             )  # fmt: skip
             done += 1
             ended = done % stream.steps_per_epoch == 0
@@ -255,8 +256,9 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     best = checkpoint.best_of(runs / recipe.run.init_from)
     if best is None:
         raise checkpoint.CheckpointError(
-            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, which "
-            "has none; run `python train.py --phase 1` first, or name one with --init-from CHECKPOINT"
+            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, "
+            "which has none; run `python train.py --phase 1` first, or name one with --init-from "
+            "CHECKPOINT"
         )
     return best
 
