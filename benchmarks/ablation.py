@@ -1,6 +1,6 @@
 """Which part of the recipe matters: phase 1, then phase 2, in many variants, on held-out sources.
 
-    python -m benchmarks.ablation --images IMAGES --init-from mobilenetv2_100.safetensors --work FOLDER
+    python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
 A cell is a recipe of both phases; each has three seeds, and cells that differ only in phase 2 share
 their phase 1. Training goes through `train.py`, scores and figures through `model`. What is done is

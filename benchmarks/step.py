@@ -229,8 +229,8 @@ def main(
     peaks = {name: matrix_peak(place, DTYPES[name], min(seconds, 2.0)) for name in used}
     device_name = torch.cuda.get_device_name(place) if on_gpu else platform.processor() or "CPU"
     title = (
-        f"{recipe.network.name} at {recipe.preprocess.crop_size}, {base.dtype}, batch {base.batch}, "
-        f"{device_name}, {rounds} rounds of {seconds:g} s"
+        f"{recipe.network.name} at {recipe.preprocess.crop_size}, {base.dtype}, "
+        f"batch {base.batch}, {device_name}, {rounds} rounds of {seconds:g} s"
     )
     about = {
         "title": title, "peaks": peaks, "threads": torch.get_num_threads(), "versions": versions(),

@@ -53,8 +53,8 @@ class Run:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
         if least < 1 or self.save_every < 0 or self.seed < 0:
             raise ValueError(
-                "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no negative "
-                "number"
+                "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no "
+                "negative number"
             )
 
 

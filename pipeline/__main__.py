@@ -53,7 +53,7 @@ def _open(place: str) -> ShardSet:
     "path",
     type=click.Path(path_type=Path),
     default=recipes.FOLDER / "phase1.toml",
-    help="Recipe whose augmentation policies and preprocessing are shown. Default: that of phase 1.",
+    help="Recipe whose policies and preprocessing are shown. Default: that of phase 1.",
 )
 @click.option(
     "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."

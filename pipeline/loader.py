@@ -120,7 +120,8 @@ class TrainParams:
         return sample_params(
             self.policies, self.sources[samples], self.preprocess,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples, repeat_index=repeat_index, partners=partners,
+            seed=self.seed, epoch=self.epoch, samples=samples,
+            repeat_index=repeat_index, partners=partners,
         )  # fmt: skip
 
 

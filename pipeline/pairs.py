@@ -57,9 +57,9 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
         quality[rows[taken]] = jpeg[partner[taken]]
         chroma[rows[taken]] = theirs[taken]
         log.info(
-            "match_pair_jpeg: of the %s fakes of %s %s come as JPEGs of their real partner's quality; "
-            "left as they are: %s without one real partner, %s whose partner is no common JPEG, "
-            "%s that are JPEGs themselves",
+            "match_pair_jpeg: of the %s fakes of %s %s come as JPEGs of their real partner's "
+            "quality; left as they are: %s without one real partner, %s whose partner is no common "
+            "JPEG, %s that are JPEGs themselves",
             *(f"{fake.sum():,}", source),
             *(f"{part.sum():,}" for part in (taken, alone, other, lossy)),
         )

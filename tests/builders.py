@@ -55,8 +55,9 @@ TINY = Network(
 HARSH = AugmentPolicy(
     scale=(0.4, 1.0), ratio=(0.8, 1.25), hflip=0.5, color_jitter=0.6, brightness=0.3, contrast=0.3,
     saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
-    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grayscale=0.2, num_jpegs=(1, 3), jpeg_grid_shift=0.4,
-    resample_filters=("bilinear", "bicubic", "lanczos"), webp=0.3, webp_quality=(40, 90),
+    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grayscale=0.2, num_jpegs=(1, 3),
+    jpeg_grid_shift=0.4, resample_filters=("bilinear", "bicubic", "lanczos"), webp=0.3,
+    webp_quality=(40, 90),
 )  # fmt: skip
 
 

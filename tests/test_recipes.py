@@ -25,7 +25,7 @@ def test_a_recipe_begins_with_its_command_hardware_and_result(path: Path) -> Non
         or "not measured yet" in head
         or "docs/log.md" in head
     )
-    assert said, "neither minutes and what it reached, nor that they are not measured yet"
+    assert said, "neither minutes and what it reached, nor that they are not measured"
 
 
 def test_phase_1_holds_the_original_values() -> None:

@@ -207,8 +207,8 @@ def report_robustness(
     containers, swaps = plan_swaps(shards, samples)
     ways = [*perturbations, *(swap.perturbation for swap in swaps)]
     perturbed = score_perturbations(
-        net, shards, samples, ways, preprocess=preprocess, device=device, dtype=dtype, on_images=on_images,
-        dist=dist,
+        net, shards, samples, ways, preprocess=preprocess, device=device, dtype=dtype,
+        on_images=on_images, dist=dist,
     )  # fmt: skip
     groups = group_codes(shards)
     at = {"temperature": temperature, "threshold": threshold}

@@ -8,19 +8,20 @@
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
-                                             # beside sets that have none, or beside all
+     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images
+                                             # sets without any are measured with, or all sets
      "intervals": {"level": 0.95, "resamples": n, "seed": n},
      "sets": {set: {
          "index_sha256": hash, "split": split,
          "robustness": null or as model.codec_swap.report_robustness says,
          "overall": FIGURES,                 # of the set's own images
-         "reference": FIGURES or null,          # its fakes with the reals of the set under "reference_reals"
+         "reference": FIGURES or null,       # its fakes with the reals of "reference_reals"
          "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
          "sources": {source: FIGURES},       # of the source's own images
          "generators": {generator: FIGURES}, # its fakes with all reals of reference, or of overall
          "verdicts": {"real" or "fake": {verdict: n}},
-         "protocols": null without fakes, or {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
+         "protocols": null without fakes, or
+                      {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
          "unreadable": [text, ...], "note": text or null}}}
 
 FIGURES are the fields of `model.metrics.Metrics`, `groups` (how many independent groups of images
@@ -32,8 +33,8 @@ generator anyway). `std` is the standard deviation over generators, n - 1, as in
 EvalGEN's authors:
 
     {"images": n, "prompts": n, "generators": {generator: RECALL},
-     "mean": r, "std": r or null, "interval": [low, high],          # at the threshold
-     "mean_at_0.5": r, "std_at_0.5": r or null}                   # at 0.5, as others publish
+     "mean": r, "std": r or null, "interval": [low, high],        # at the threshold
+     "mean_at_0.5": r, "std_at_0.5": r or null}                    # at 0.5, as others publish
 
 RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_0.5": r}.
 """
@@ -288,8 +289,8 @@ def _note(found: Mapping[Hashable, dict[str, Any]], about: Mapping[str, Any]) ->
         reals = about["reference_reals"]
         none = "" if overall["reals"] else "There are no real images here: "
         return (
-            f"{none}the reference false positives are those among the {found['reference']['reals']:,} real "
-            f"images of {reals['set']} ({reals['why']})."
+            f"{none}the reference false positives are those among the "
+            f"{found['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
 

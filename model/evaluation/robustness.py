@@ -140,7 +140,7 @@ def _variants(
     perturbations: Sequence[Perturbation],
     preprocess: Preprocess,
 ) -> Iterator[tuple[int, list[np.ndarray | str] | str]]:
-    """Each sample with what the network sees of it through each perturbation, or why it does not."""
+    """Each sample, preprocessed after each perturbation, or the reason why it cannot be."""
     reader = ShardReader(shards)
     codes, formats = shards.codes("format")
     hashes = shards.table.column("sha256")

@@ -206,7 +206,8 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "network": meta["recipe"]["network"]["name"],
         "license": license_of(meta).text,
         "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the square of "
-        "crop_size / resize_size of the shorter side, cut from the center and resized (antialiased bilinear)",
+        "crop_size / resize_size of the shorter side, cut from the center and resized "
+        "(antialiased bilinear)",
         "outputs": "probability: float32 (batch,), of fake, temperature applied; logits: float32 "
         "(batch, 2), in the order of classes, before it",
     }

@@ -106,7 +106,7 @@ def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> n
 
 
 def overlay(preprocessed: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """`cells` (rows, columns), any scale, as color over `preprocessed`, uint8 (height, width, 3)."""
+    """`cells` (rows, columns), any scale, as color over an image, uint8 (height, width, 3)."""
     smooth = nn.functional.interpolate(
         torch.from_numpy(cells)[None, None], size=preprocessed.shape[:2], mode="bicubic"
     )[0, 0].numpy()

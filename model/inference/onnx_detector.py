@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 META_KEYS = (
-    "format_version", "classes", "preprocess", "temperature", "threshold", "calibration", "precision",
-    "run", "step", "network", "license", "input", "outputs",
+    "format_version", "classes", "preprocess", "temperature", "threshold", "calibration",
+    "precision", "run", "step", "network", "license", "input", "outputs",
 )  # fmt: skip
 """Entries of the file's metadata, each the JSON text of a value. Those that a checkpoint's
 `meta.json` has too are named and mean as there."""

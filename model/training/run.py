@@ -44,8 +44,8 @@ def train(
     """Run `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
 
     `init_from` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of
-    what the recipe says. A run of the same recipe in `runs` is continued. On many `dist` each
-    calls this; the first one writes.
+    what the recipe says. A run of the same recipe in `runs` is continued. On many `dist` each calls
+    this; the first one writes.
 
     Raises:
         ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.

@@ -24,9 +24,9 @@ from pipeline.pil import gaussian_blur
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
 
 PHASE1 = AugmentPolicy(
-    scale=(0.6, 1.0), ratio=(0.85, 1.15), hflip=0.5, color_jitter=0.3, brightness=0.06, resample=0.3,
-    resample_scale=(0.8, 0.95), jpeg=0.3, jpeg_quality=(80, 95), blur=0.2, blur_sigma=(0.1, 0.5),
-    grayscale=0.03,
+    scale=(0.6, 1.0), ratio=(0.85, 1.15), hflip=0.5, color_jitter=0.3, brightness=0.06,
+    resample=0.3, resample_scale=(0.8, 0.95), jpeg=0.3, jpeg_quality=(80, 95),
+    blur=0.2, blur_sigma=(0.1, 0.5), grayscale=0.03,
 )  # fmt: skip
 
 
@@ -124,8 +124,8 @@ def test_a_harsh_law_draws_all_that_it_adds() -> None:
 
 def test_one_thing_that_happens_says_nothing_of_another() -> None:
     policy = replace(
-        PHASE1, hflip=0.5, color_jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grayscale=0.5, jpeg_grid_shift=0.5,
-        webp=0.5, webp_quality=(40, 90),
+        PHASE1, hflip=0.5, color_jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grayscale=0.5,
+        jpeg_grid_shift=0.5, webp=0.5, webp_quality=(40, 90),
     )  # fmt: skip
     happened = np.array(
         [

@@ -237,7 +237,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages as files: an ordinary one with perturbations, one of hostile names, one without reals."""
+    """Pages as files: one with perturbations, one of hostile names, one without reals."""
     folder = tmp_path_factory.mktemp("pages")
     ordinary = made(rows("val", 60, 60) + rows("test", 50, 50, 2), "val", "test")
     ordinary[0]["sets"]["val"]["robustness"] = robustness()

@@ -82,8 +82,8 @@ def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
     plain = score_set(net, loader)
     done: list[int] = []
     found = score_perturbations(
-        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), preprocess=preprocess, device=CPU,
-        on_images=done.append,
+        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), preprocess=preprocess,
+        device=CPU, on_images=done.append,
     )  # fmt: skip
     assert np.array_equal(found.samples, plain.samples)
     assert np.array_equal(found.labels, plain.labels)
@@ -234,8 +234,8 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     found = {}
     for net in (Blocking(), Brightness()):
         found[type(net)] = report_robustness(
-            net, shards, named("original", "jpeg-50"), preprocess=PREPROCESS, device=CPU, dtype=torch.float32,
-            temperature=1.0, threshold=0.5,
+            net, shards, named("original", "jpeg-50"), preprocess=PREPROCESS, device=CPU,
+            dtype=torch.float32, temperature=1.0, threshold=0.5,
         )  # fmt: skip
     caught, content = (found[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
     assert caught["name"] == content["name"] == "fakes-as-reals"
