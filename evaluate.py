@@ -85,7 +85,8 @@ def main(
     if scores:
         if names or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores takes no --shards, --subset, --reference-reals or --robustness: it has its own"
+                "--scores cannot be combined with --shards, --subset, --reference-reals or "
+                "--robustness: the scores file already fixes them"
             )
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)
@@ -102,8 +103,8 @@ def main(
     with init_distributed() as dist:
         _speak_for(dist)
         options = Options(
-            loading=Loading(backend=backend), device=device, subset=listed, reference_reals=reference_reals,
-            robustness=robustness or 0,
+            loading=Loading(backend=backend), device=device, subset=listed,
+            reference_reals=reference_reals, robustness=robustness or 0,
         )  # fmt: skip
         report = evaluate(chosen, any_path(data), names, out, options=options, dist=dist)
     if dist.is_main:

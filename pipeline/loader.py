@@ -298,8 +298,8 @@ def _named_worker_death() -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"a loading worker died ({reason}); if memory ran out, use a smaller loading.num_workers "
-            "or loading.batch_size"
+            f"a loading worker died ({reason}); if memory ran out, use a smaller "
+            "loading.num_workers or loading.batch_size"
         ) from error
 
 

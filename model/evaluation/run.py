@@ -91,7 +91,8 @@ def deliver_sets(
         console.log.info("%s: %s of %s real and %s of %s fake images", label, *figures)
         with console.progress(label, int(taken.sum()), dist.is_main) as advance:
             entries[name] = report_robustness(
-                net, shards, PERTURBATIONS, preprocess=preprocess, device=planned.device, dtype=planned.dtype,
+                net, shards, PERTURBATIONS, preprocess=preprocess,
+                device=planned.device, dtype=planned.dtype,
                 temperature=meta["temperature"], threshold=meta["threshold"],
                 per_class=per_class, on_images=lambda done: advance(done * dist.world_size),
                 dist=dist,

@@ -20,7 +20,7 @@ def assemble(plan: RunPlan) -> TrainState:
     Raises:
         NetworkError: timm's weights cannot be fetched.
     """
-    recipe, device, ranks = plan.recipe, plan.device, plan.ranks
+    recipe, device, dist = plan.recipe, plan.device, plan.dist
     keep_freed_memory(device)
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.benchmark = True
@@ -29,14 +29,14 @@ def assemble(plan: RunPlan) -> TrainState:
     net.to(device)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == torch.float16)
-    train_state = TrainState(net, optimizer, scaler, device, plan.dtype, ranks)
+    train_state = TrainState(net, optimizer, scaler, device, plan.dtype, dist)
     train_state.ema = average_of(net) if recipe.optim.ema_decay else None
     if plan.teacher and plan.teacher.path:
         teacher, _, _ = checkpoint.load_network(plan.teacher.path)
         teacher.requires_grad_(False).to(memory_format=torch.channels_last)
         train_state.teacher = teacher.to(device)
-    if ranks.world_size > 1:  # equal weights, but each rank drops other paths
-        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + ranks.rank))
+    if dist.world_size > 1:  # equal weights, but each rank drops other paths
+        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + dist.rank))
     if plan.resumed:
         restore(train_state, plan.resumed, plan.done)
     return train_state
@@ -53,6 +53,6 @@ def _load(net: Detector, weights: Weights) -> None:
 
 
 def compile_network(plan: RunPlan, train_state: TrainState) -> torch.nn.Module:
-    """The network as the loop calls it: over all ranks, and compiled where the plan says so."""
+    """The network as the loop calls it: over all dist, and compiled where the plan says so."""
     net = wrap_ddp(train_state)
     return cast(torch.nn.Module, torch.compile(net)) if plan.compiled else net

@@ -137,8 +137,8 @@ def layer_of_parameters(backbone: nn.Module, layer_decay_groups: str) -> dict[st
     unmatched = [name for name in names if name not in layers]
     if unmatched:
         raise OptimError(
-            f"layer_decay_groups {layer_decay_groups} knows no layer for {len(unmatched)} parameters, the first is "
-            f"{unmatched[0]}"
+            f"layer_decay_groups {layer_decay_groups} knows no layer for {len(unmatched)} "
+            f"parameters, the first is {unmatched[0]}"
         )
     return {name: int(layers[name]) for name in names}
 

@@ -339,8 +339,9 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     best = checkpoint.best_of(runs / recipe.run.init_from)
     if best is None:
         raise checkpoint.CheckpointError(
-            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, which "
-            "has none; run `python train.py --phase 1` first, or name one with --init-from CHECKPOINT"
+            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, "
+            "which has none; run `python train.py --phase 1` first, or name one with --init-from "
+            "CHECKPOINT"
         )
     return best
 

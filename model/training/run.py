@@ -96,7 +96,8 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             set_learning_rate(train_state.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(
                 train_state, forward, batch, recipe.optim,
-                step=done, grad_accum_steps=settings.accumulate, distill_weight=recipe.replay.distill_weight,
+                step=done, grad_accum_steps=settings.grad_accum_steps,
+                distill_weight=recipe.replay.distill_weight,
             )  # fmt: skip
             done += 1
             for failure in stream.loader.name_failures(batch):

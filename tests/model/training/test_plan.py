@@ -45,8 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     network = replace(TINY, name="convnextv2_atto", options=options)
     checkpoint.save(
         runs / "first" / "step_0000003", build(network, pretrained=False),
-        recipe=small_recipe("first", network, PREPROCESS), step=3, epoch=1, metrics={}, selection=0.5,
-        data={"train": ["old"]}, state=None,
+        recipe=small_recipe("first", network, PREPROCESS), step=3, epoch=1, metrics={},
+        selection=0.5, data={"train": ["old"]}, state=None,
     )  # fmt: skip
     return runs
 
@@ -171,21 +171,21 @@ def test_without_distillation_a_resumed_run_does_not_need_its_start(
         (["data.validate=[]"], ValueError, "data.validate names no set"),
         (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
         (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sets hold alpha"),
-        (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe describes"),
-        (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa; the sets hold"),
+        (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe"),
+        (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa"),
         (
             ['replay.sets=["old"]', "replay.ratio=1:8",
              'replay.exclude_sources=["alpha", "beta", "dummy"]'],
             ValueError, "there is no old sample to draw from",
         ),
         (["loading.batch_size=81"], OrderError, "80 training samples do not fill one batch of 81"),
-        (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint of"),
-        (["replay.distill_weight=1"], ValueError, "needs a run that starts from a trained checkpoint"),
+        (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint"),
+        (["replay.distill_weight=1"], ValueError, "needs a run that starts from a trained"),
         (['network.name="convnextv9"'], NetworkError, "timm cannot build 'convnextv9'"),
         (["network.options.dept=[1]"], NetworkError, "timm cannot build"),
         (
-            ['network.name="mobilenetv2_035"', "network.options={}", "optim.layer_decay_groups=stage12",
-             "optim.layer_decay=0.5"],
+            ['network.name="mobilenetv2_035"', "network.options={}",
+             "optim.layer_decay_groups=stage12", "optim.layer_decay=0.5"],
             OptimError, "layer_decay_groups stage12 knows no layer for",
         ),
     ],
