@@ -220,7 +220,7 @@ def test_the_report_is_found_again_without_the_network(
     assert said == done.stdout.split("checkpoint: ")[0]
     wrong = run(data, runs, "--scores", tmp_path / "a/scores.parquet", "--shards", "val")
     assert wrong.exit_code == 2
-    assert "--scores takes no --shards" in wrong.output
+    assert "--scores cannot be combined with --shards" in wrong.output
     other = run(data, runs, "--scores", tmp_path / "a/report.json")
     assert other.exit_code == 1
     assert "not a file of scores" in other.output

@@ -96,7 +96,9 @@ def plan(
     """
     dist = dist or DistEnv()
     sets = {name: _open(data, name, options.subset) for name in names}
-    reference = choose_reference(data, {name: s.shards for name, s in sets.items()}, options.reference_reals)
+    reference = choose_reference(
+        data, {name: s.shards for name, s in sets.items()}, options.reference_reals
+    )
     if reference and reference["set"] not in sets:
         sets[reference["set"]] = _open_reals(data, reference["set"])
     device = choose_device(options.device, dist.local_rank)

@@ -61,8 +61,8 @@ def score_sets(planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess) 
     dist, tables = planned.dist, []
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
-        if not planned_set.measured and planned.beside:
-            why = planned.beside["why"]
+        if not planned_set.measured and planned.reference:
+            why = planned.reference["why"]
             console.log.info("%s: its %s real images (%s)", name, len(shards), why)
         loader = open_loader(
             shards, preprocess=preprocess, loading=planned.options.loading, device=planned.device,
@@ -104,7 +104,7 @@ def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
     """What set `name` is delivered with: itself, or its fakes and the reals that stand beside, as
     in its report.
     """
-    shards, reference = planned.sets[name].shards, planned.beside
+    shards, reference = planned.sets[name].shards, planned.reference
     is_real = shards.column("label") == REAL
     if not reference or reference["set"] == name or not (reference["for_all"] or not is_real.any()):
         return shards
@@ -139,7 +139,7 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
             }
             for name, planned_set in measured.items()
         },
-        "reals": planned.beside,
+        "reference_reals": planned.reference,
     }
 
 

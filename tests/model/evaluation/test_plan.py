@@ -19,7 +19,7 @@ def test_what_is_scored(data: Path, tiny_checkpoint: Path) -> None:
     planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reference_reals="val"))
     assert list(planned.sets) == ["new", "old", "val"]
     assert list(planned.measured) == ["new", "old"]
-    assert planned.beside == {"set": "val", "why": "--reference-reals", "for_all": True}
+    assert planned.reference == {"set": "val", "why": "--reference-reals", "for_all": True}
     whole = open_shards([data / "val"])
     reals = planned.sets["val"].shards
     assert 0 < len(reals) == (whole.column("label") == 0).sum() < len(whole)
