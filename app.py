@@ -2,7 +2,7 @@
 
 What was uploaded is in memory while the page shows it, and nowhere else: Streamlit's uploader holds
 the files, `st.session_state` what was found about them, and both go with the image or the page.
-`app.js` is what the browser does; `.streamlit/config.toml` holds limits and colours.
+`app.js` is what the browser does; `.streamlit/config.toml` holds limits and colors.
 """
 
 import base64
@@ -51,7 +51,7 @@ THUMBNAIL_PX = 96
 # Starlette would pass larger uploads through a temporary file on their way into memory.
 MultiPartParser.spool_max_size = MAX_BYTES
 
-# How a verdict looks: colours that are told apart without telling red from green, and an icon.
+# How a verdict looks: colors that are told apart without telling red from green, and an icon.
 LOOKS = {
     "likely AI": ("orange", ":material/auto_awesome:"),
     "uncertain": ("gray", ":material/help:"),
@@ -299,8 +299,8 @@ def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str)
     """One image in full."""
     left, right = st.columns([3, 2], gap="medium")
     with left:
-        colour, icon = LOOKS[said]
-        st.subheader(f":{colour}[{icon} {capital(said)}]", anchor=False)
+        color, icon = LOOKS[said]
+        st.subheader(f":{color}[{icon} {capital(said)}]", anchor=False)
         probability = percent(one.prediction.probability)
         st.markdown(f"Probability that it is AI-generated: **{probability}**")
         st.html(scale(one.prediction.probability, found.band))
@@ -344,11 +344,11 @@ def show_heatmap(
 def scale(p: float, band: tuple[float, float]) -> str:
     """A probability as a mark on a line from real to AI, with where it is uncertain."""
     low, high = (100 * end for end in band)
-    blue, grey, orange = "rgb(59 130 246 / .55)", "rgb(128 128 128 / .35)", "rgb(224 104 43 / .7)"
+    blue, gray, orange = "rgb(59 130 246 / .55)", "rgb(128 128 128 / .35)", "rgb(224 104 43 / .7)"
     return f"""
 <div role="img" aria-label="{percent(p)} on a scale from real to AI-generated">
 <div style="position: relative; height: 10px; border-radius: 5px; background: linear-gradient(
-  to right, {blue} {low:.2f}%, {grey} {low:.2f}% {high:.2f}%, {orange} {high:.2f}%)">
+  to right, {blue} {low:.2f}%, {gray} {low:.2f}% {high:.2f}%, {orange} {high:.2f}%)">
 <div style="position: absolute; left: calc({100 * p:.2f}% - {16 * p:.2f}px); top: -3px; width: 16px;
   height: 16px; border-radius: 50%; background: currentColor"></div></div>
 <div style="display: flex; justify-content: space-between; font-size: .875rem; opacity: .8;

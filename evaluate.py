@@ -16,7 +16,7 @@ import console
 from model.calibrate import ThresholdAt
 from model.checkpoint import find
 from model.device import choose_device
-from model.distributed import Ranks, joined
+from model.distributed import DistEnv, init_distributed
 from model.evaluation.compare import Flip, shared_samples
 from model.evaluation.compare import flips as find_flips
 from model.evaluation.plan import Options
@@ -34,7 +34,9 @@ from storage import any_path, write_text
 
 @click.group(cls=console.Group, invoke_without_command=True)
 @click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
-@click.option("--reals", help="Set whose real images give the false-positive rate of the others.")
+@click.option(
+    "--reference-reals", help="Set whose real images give the false-positive rate of the others."
+)
 @click.option(
     "--subset",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -46,7 +48,7 @@ from storage import any_path, write_text
     help="The report on a scores.parquet, without a network or images.",
 )
 @click.option(
-    "--delivery",
+    "--robustness",
     type=click.IntRange(min=1),
     is_flag=False,
     flag_value=PER_CLASS,
@@ -63,10 +65,10 @@ from storage import any_path, write_text
 def main(
     context: click.Context,
     names: tuple[str, ...],
-    reals: str | None,
+    reference_reals: str | None,
     subset: Path | None,
     scores: Path | None,
-    delivery: int | None,
+    robustness: int | None,
     out: Path | None,
     checkpoint: Path | None,
     data: str,
@@ -81,9 +83,9 @@ def main(
     if context.invoked_subcommand:
         return
     if scores:
-        if names or subset or reals or delivery:
+        if names or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores takes no --shards, --subset, --reals or --delivery: it has its own"
+                "--scores takes no --shards, --subset, --reference-reals or --robustness: it has its own"
             )
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)
@@ -97,14 +99,14 @@ def main(
     chosen = find(runs, checkpoint)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
     out = out or chosen.parent / "evaluation" / folder
-    with joined() as ranks:
-        _speak_for(ranks)
+    with init_distributed() as dist:
+        _speak_for(dist)
         options = Options(
-            loading=Loading(backend=backend), device=device, subset=listed, reals=reals,
-            delivery=delivery or 0,
+            loading=Loading(backend=backend), device=device, subset=listed, reference_reals=reference_reals,
+            robustness=robustness or 0,
         )  # fmt: skip
-        report = evaluate(chosen, any_path(data), names, out, options=options, ranks=ranks)
-    if ranks.first:
+        report = evaluate(chosen, any_path(data), names, out, options=options, dist=dist)
+    if dist.is_main:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
         console.say(f"checkpoint: {chosen}")
@@ -120,9 +122,9 @@ def say_files(written: Sequence[Path]) -> None:
     console.say(f"page: {page}")
 
 
-def _speak_for(ranks: Ranks) -> None:
+def _speak_for(dist: DistEnv) -> None:
     """The first rank speaks for all."""
-    if not ranks.first:
+    if not dist.is_main:
         console.log.setLevel(logging.WARNING)
 
 
@@ -131,7 +133,8 @@ def _speak_for(ranks: Ranks) -> None:
     "--shards", "names", multiple=True, required=True, help="Validation set. May be repeated."
 )
 @click.option(
-    "--threshold-at",
+    "--threshold",
+    "threshold_at",
     type=click.Choice(["auto", "fpr5", "fpr1", "0.5"]),
     default="auto",
     show_default=True,
@@ -153,13 +156,13 @@ def calibrate(
     """
     chosen = find(runs, checkpoint)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
-    with joined() as ranks:
-        _speak_for(ranks)
+    with init_distributed() as dist:
+        _speak_for(dist)
         found = calibrate_checkpoint(
-            chosen, folders, Loading(backend=backend), choose_device(device, ranks.local),
-            threshold_at=threshold_at, ranks=ranks,
+            chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
+            threshold_at=threshold_at, dist=dist,
         )  # fmt: skip
-    if ranks.first:
+    if dist.is_main:
         print_calibration(found)
         console.say(f"checkpoint: {chosen}")
 
@@ -178,11 +181,11 @@ def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -
     """Put two runs side by side: folders of reports, or their files."""
     tables = [read_scores(scores_beside(path)) for path in (before, after)]
     one, two = shared_samples(*tables, intersect=intersection)
-    left_out = [len(table) - len(one) for table in tables]
-    if any(left_out):
+    excluded = [len(table) - len(one) for table in tables]
+    if any(excluded):
         console.say(
-            f"on {len(one):,} images that both scored; left out are {left_out[0]:,} of "
-            f"{before} and {left_out[1]:,} of {after}"
+            f"on {len(one):,} images that both scored; excluded are {excluded[0]:,} of "
+            f"{before} and {excluded[1]:,} of {after}"
         )
     changed = find_flips(one, two)
     print_comparison(one, two, changed)

@@ -171,9 +171,9 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     from model.inference.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
-    if run.left_out:
-        reasons = ", ".join(f"{count:,} {what}" for what, count in run.left_out.items())
-        console.log.info("left out: %s", reasons)
+    if run.excluded:
+        reasons = ", ".join(f"{count:,} {what}" for what, count in run.excluded.items())
+        console.log.info("excluded: %s", reasons)
     if not run.done and not run.skipped and not watch:
         raise NotStarted(f"no image in {', '.join(paths)}")
     if run.out:

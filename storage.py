@@ -60,7 +60,7 @@ def is_local(path: AnyPath) -> bool:
 
 def make_folder(path: AnyPath) -> None:
     """Make a folder and what is above it. Object stores have none, and a bucket that is not there
-    was most likely misspelt: it is not made.
+    was most likely misspelled: it is not made.
     """
     if is_local(path) or path.protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az"):
         path.mkdir(parents=True, exist_ok=True)

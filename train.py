@@ -15,7 +15,7 @@ import click
 import console
 import recipes
 from model import checkpoint
-from model.distributed import joined
+from model.distributed import init_distributed
 from model.recipe import Recipe
 from model.training.run import Interrupted, train
 from model.training.validation import Validation
@@ -44,7 +44,7 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set optim.lr=1e-4.")
 @click.option("--run", "name", help="Name of the run. Default: the recipe's.")
 @click.option(
-    "--init",
+    "--init-from",
     type=click.Path(path_type=Path, exists=True),
     help="Start from this checkpoint folder or ImageNet .safetensors file.",
 )
@@ -55,7 +55,7 @@ def main(
     recipe_path: Path | None,
     overrides: tuple[str, ...],
     name: str | None,
-    init: Path | None,
+    init_from: Path | None,
     no_pretrained: bool,
     data: str,
     runs: Path,
@@ -70,16 +70,16 @@ def main(
     extra = [f"name={json.dumps(name)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
     recipe = recipes.load(Recipe, path, [*overrides, *extra])
-    with joined() as ranks:
-        if not ranks.first:
+    with init_distributed() as dist:
+        if not dist.is_main:
             console.log.setLevel(logging.WARNING)
         try:
-            best = train(recipe, any_path(data), runs, init_from=init, ranks=ranks)
+            best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:
-            if ranks.first:
+            if dist.is_main:
                 console.say(f"{stopped}; the same command goes on from there")
             raise SystemExit(130) from None
-    if ranks.first:
+    if dist.is_main:
         meta = checkpoint.read_meta(best)
         _print_validation(meta)
         chosen = f"step {meta['step']}, selection {meta['selection']:.4f}"

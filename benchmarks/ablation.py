@@ -1,6 +1,6 @@
 """Which part of the recipe matters: phase 1, then phase 2, in many variants, on held-out sources.
 
-    python -m benchmarks.ablation --images IMAGES --init mobilenetv2_100.safetensors --work FOLDER
+    python -m benchmarks.ablation --images IMAGES --init-from mobilenetv2_100.safetensors --work FOLDER
 
 A cell is a recipe of both phases; each has three seeds, and cells that differ only in phase 2 share
 their phase 1. Training goes through `train.py`, scores and figures through `model`. What is done is
@@ -29,7 +29,7 @@ import console
 import recipes
 from model import checkpoint
 from model.calibrate import threshold_at_fpr
-from model.export.average import between
+from model.export.average import average
 from model.metrics import measure, measure_sources
 from model.recipe import Recipe
 from model.score import probability, score_set
@@ -50,49 +50,50 @@ EASY = "cats_web"
 """Held-out photographs of what only real images of the training sets show: "hard" leaves it out."""
 
 COMMON = (
-    "view.size=192",
-    "view.resize=216",
-    "loading.workers=0",
+    "preprocess.crop_size=192",
+    "preprocess.resize_size=216",
+    "loading.num_workers=0",
     "run.validate_every=100",
     "network.head=timm",
-    "network.frozen=false",
-    "replay.distill=0",
+    "network.freeze_backbone=false",
+    "replay.distill_weight=0",
 )
 PHASE_1, PHASE_2 = "small-phase1.toml", "small-phase2.toml"
 SCRATCH_1, SCRATCH_2 = "demo-phase1.toml", "demo-phase2.toml"
 EPOCHS = {PHASE_1: 3, PHASE_2: 5, SCRATCH_1: 8, SCRATCH_2: 8}
 
-FLAT = ("optim.grouping=none", "optim.layer_decay=1.0", "optim.lr=2e-4")
-REPLAY_8 = ("replay.old_per_new=1:8",)
+FLAT = ("optim.layer_decay_groups=none", "optim.layer_decay=1.0", "optim.lr=2e-4")
+REPLAY_8 = ("replay.ratio=1:8",)
 FLAT_2 = (*FLAT[:2], "optim.lr=1e-4", *REPLAY_8)
 DECAYED_2 = ("optim.lr=5e-4", "optim.layer_decay=0.85", *REPLAY_8)
-SLOW = ("optim.grouping=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
+SLOW = ("optim.layer_decay_groups=stage", "optim.layer_decay=0.4", "optim.lr=2e-3")
 SLOW_2 = (*SLOW[:2], "optim.lr=1e-3")
-EVEN = ("replay.old_per_new=1:1",)
-MORE = ("replay.old_per_new=3:1",)
-DISTILLED = ("replay.distill=0.5",)
+EVEN = ("replay.ratio=1:1",)
+MORE = ("replay.ratio=3:1",)
+DISTILLED = ("replay.distill_weight=0.5",)
 STAGES = ("network.head=stages",)
-BODY = ("optim.grouping=stage", "optim.layer_decay=0.8", "optim.lr=1e-3")
-FROZEN = (*FLAT[:2], "optim.lr=3e-4", "network.frozen=true", "run.epochs=8")
+BODY = ("optim.layer_decay_groups=stage", "optim.layer_decay=0.8", "optim.lr=1e-3")
+FROZEN = (*FLAT[:2], "optim.lr=3e-4", "network.freeze_backbone=true", "run.epochs=8")
 BODY_2 = (*BODY[:2], "optim.lr=5e-4")
 ROBUST = recipes.read(recipes.FOLDER / "robust.toml")["augment"]["train"]
-SMALL_VIEW = ("view.size=128", "view.resize=144")
+SMALL_PREPROCESS = ("preprocess.crop_size=128", "preprocess.resize_size=144")
 BLOCK, STAGE12 = (
-    (f"optim.grouping={grouping}", "optim.layer_decay=0.8") for grouping in ("block", "stage12")
+    (f"optim.layer_decay_groups={layer_decay_groups}", "optim.layer_decay=0.8")
+    for layer_decay_groups in ("block", "stage12")
 )
 HARSH = tuple(f"augment.train.{key}={json.dumps(value)}" for key, value in ROBUST.items())
 
 FIRST: dict[str, tuple[str, ...]] = {
     "original": FLAT,
-    "block": ("optim.grouping=block", "optim.layer_decay=0.8", "optim.lr=1e-3"),
+    "block": ("optim.layer_decay_groups=block", "optim.layer_decay=0.8", "optim.lr=1e-3"),
     "stage": BODY,
     "robust": (*FLAT, *HARSH),
     "slow body": SLOW,
     "stages": (*STAGES, *BODY),
     "frozen": (*STAGES, *FROZEN),
-    "scratch": SMALL_VIEW,
-    "scratch block": (*SMALL_VIEW, *BLOCK),
-    "scratch stage12": (*SMALL_VIEW, *STAGE12),
+    "scratch": SMALL_PREPROCESS,
+    "scratch block": (*SMALL_PREPROCESS, *BLOCK),
+    "scratch stage12": (*SMALL_PREPROCESS, *STAGE12),
 }
 """Phase 1 by name: what it changes in `recipes/small-phase1.toml`, or, where it is from scratch, in
 `recipes/demo-phase1.toml`: a small ConvNeXtV2."""
@@ -123,19 +124,19 @@ class Cell:
 
 STAR: dict[str, Cell] = {
     "as it ran": Cell("original"),
-    "decay block": Cell("block", (*DECAYED_2, "optim.grouping=block")),
-    "decay stage": Cell("stage", (*DECAYED_2, "optim.grouping=stage")),
-    "replay none": Cell("original", (*FLAT_2, 'replay.old_per_new="0"')),
+    "decay block": Cell("block", (*DECAYED_2, "optim.layer_decay_groups=block")),
+    "decay stage": Cell("stage", (*DECAYED_2, "optim.layer_decay_groups=stage")),
+    "replay none": Cell("original", (*FLAT_2, 'replay.ratio="0"')),
     "replay 1:1": Cell("original", (*FLAT_2, *EVEN)),
-    "law robust": Cell("robust", (*FLAT_2, *HARSH, "data.law=train")),
+    "policy robust": Cell("robust", (*FLAT_2, *HARSH, "data.policy=train")),
 }
-"""Around the original's recipe as it really ran (one learning rate, its laws, 1 old : 8 new), one
-thing changed at a time."""
+"""Around the original's recipe as it really ran (one learning rate, its policies, 1 old : 8 new),
+one thing changed at a time."""
 
 CANDIDATES: dict[str, Cell] = {
     "half": Cell("original", of="as it ran", share=0.5),
     "replay 1:1 half": Cell("original", of="replay 1:1", share=0.5),
-    "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill=0.5")),
+    "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill_weight=0.5")),
     "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
     "replay 3:1": Cell("original", (*FLAT_2, *MORE, "run.epochs=3")),
     "stage, then 1:1": Cell("stage", (*FLAT_2, *EVEN)),
@@ -143,19 +144,23 @@ CANDIDATES: dict[str, Cell] = {
     "stages, 3:1 distilled": Cell("stages", (*STAGES, *BODY_2, *MORE, *DISTILLED)),
     "frozen, 3:1": Cell("frozen", (*STAGES, *FROZEN, *MORE)),
     "frozen, 3:1 distilled": Cell("frozen", (*STAGES, *FROZEN, *MORE, *DISTILLED)),
-    "frozen, 3:1 distilled 0.2": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.2")),
-    "frozen, 3:1 distilled 0.1": Cell("frozen", (*STAGES, *FROZEN, *MORE, "replay.distill=0.1")),
+    "frozen, 3:1 distilled 0.2": Cell(
+        "frozen", (*STAGES, *FROZEN, *MORE, "replay.distill_weight=0.2")
+    ),
+    "frozen, 3:1 distilled 0.1": Cell(
+        "frozen", (*STAGES, *FROZEN, *MORE, "replay.distill_weight=0.1")
+    ),
     "slow body 1:1": Cell("slow body", (*SLOW_2, *EVEN)),
-    "scratch": Cell("scratch", (*SMALL_VIEW, *REPLAY_8)),
-    "scratch, decay block": Cell("scratch block", (*SMALL_VIEW, *REPLAY_8, *BLOCK)),
-    "scratch, decay stage12": Cell("scratch stage12", (*SMALL_VIEW, *REPLAY_8, *STAGE12)),
-    "scratch, 1:1": Cell("scratch", (*SMALL_VIEW, *EVEN)),
+    "scratch": Cell("scratch", (*SMALL_PREPROCESS, *REPLAY_8)),
+    "scratch, decay block": Cell("scratch block", (*SMALL_PREPROCESS, *REPLAY_8, *BLOCK)),
+    "scratch, decay stage12": Cell("scratch stage12", (*SMALL_PREPROCESS, *REPLAY_8, *STAGE12)),
+    "scratch, 1:1": Cell("scratch", (*SMALL_PREPROCESS, *EVEN)),
 }
 """What might do better."""
 
 
 def lay_out(images: Path, raw: Path) -> None:
-    """Copy the files of `manifest.csv` to one folder per source of the catalogue; generators that
+    """Copy the files of `manifest.csv` to one folder per source of the catalog; generators that
     are held out become sources of their own.
     """
     if raw.exists():
@@ -200,7 +205,7 @@ class Bench:
     """Where things lie, and how training is called."""
 
     work: Path
-    init: Path
+    init_from: Path
     common: tuple[str, ...]
 
     @property
@@ -214,7 +219,7 @@ class Bench:
         return self.work / "runs"
 
     def train(
-        self, file: str, name: str, seed: int, changes: Sequence[str], start: Path | None
+        self, file: str, name: str, seed: int, changes: Sequence[str], init_from: Path | None
     ) -> Path:
         """Train a run to its end unless it is there, score its best checkpoint, and return that."""
         done = self.runs / name / "done.json"
@@ -228,7 +233,7 @@ class Bench:
             settings += [*self.common, *changes]
             recipe = recipes.load(Recipe, path, settings)
             began = time.monotonic()
-            best = train(recipe, self.shards, self.runs, init_from=start)
+            best = train(recipe, self.shards, self.runs, init_from=init_from)
             found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
             self.score(best)
             _write(done, found)
@@ -240,12 +245,15 @@ class Bench:
         """
         path = folder.parent / "scores.npz"
         if not path.exists():
-            net, view, _ = checkpoint.load_network(folder)
+            net, preprocess, _ = checkpoint.load_network(folder)
             columns = {}
             for name in SETS:
                 shards = open_shards([self.shards / name])
                 loader = open_loader(
-                    shards, view=view, loading=Loading(workers=0), device=torch.device("cpu")
+                    shards,
+                    preprocess=preprocess,
+                    loading=Loading(num_workers=0),
+                    device=torch.device("cpu"),
                 )
                 scores = score_set(net, loader)
                 columns[f"{name}/labels"] = scores.labels
@@ -318,21 +326,21 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
     """
     cell = cells[name]
 
-    def run(folder: str, file: str, changes: Sequence[str], start: Path | None) -> Path:
+    def run(folder: str, file: str, changes: Sequence[str], init_from: Path | None) -> Path:
         with claimed(bench.runs / f"{folder}.lock") as own:
             if not own:
                 raise BlockingIOError(folder)
-            return bench.train(file, folder, seed, changes, start)
+            return bench.train(file, folder, seed, changes, init_from)
 
     file_1, file_2 = cell.files
-    start = None if cell.scratch else bench.init
-    first = run(label("first", cell.first, seed), file_1, FIRST[cell.first], start)
+    init_from = None if cell.scratch else bench.init_from
+    first = run(label("first", cell.first, seed), file_1, FIRST[cell.first], init_from)
     trained = cells[cell.of] if cell.of else cell
     second = run(label("second", cell.of or name, seed), file_2, trained.second, first)
     if cell.of:
-        run_folder = bench.runs / label("between", name, seed)
+        run_folder = bench.runs / label("average", name, seed)
         mixed = run_folder / second.name
-        second = mixed if mixed.exists() else between(first, second, cell.share, run_folder)
+        second = mixed if mixed.exists() else average(first, second, cell.share, run_folder)
     seconds = {
         path.parent.name: json.loads((path.parent / "done.json").read_text())["seconds"]
         for path in (first, second)
@@ -368,7 +376,7 @@ def lost(row: Mapping[str, Any], key: str) -> float:
 def table(
     rows: Mapping[tuple[str, int], Mapping[str, Any]], cells: Mapping[str, Cell], phase: str
 ) -> list[list[str]]:
-    """A line per recipe of phase `first` or `second`: mean and deviation over seeds, per cent."""
+    """A line per recipe of phase `first` or `second`: mean and deviation over seeds, percent."""
     groups: dict[str, dict[int, Mapping[str, Any]]] = {}
     for (name, seed), row in sorted(rows.items(), key=lambda item: [*cells].index(item[0][0])):
         groups.setdefault(cells[name].first if phase == "first" else name, {})[seed] = row
@@ -383,7 +391,7 @@ def table(
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean +- standard deviation (of a sample), in per cent."""
+    """Mean +- standard deviation (of a sample), in percent."""
     values = 100 * np.array(values)
     if len(values) == 1:
         return f"{values[0]:.1f}"
@@ -407,7 +415,7 @@ fell in phase 2.
 
 @click.command(cls=console.Command)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--init", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--init-from", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Shards, runs, rows.")
 @click.option("--threads", default=2, help="Of torch, in this process.")
 @click.option(
@@ -424,7 +432,7 @@ fell in phase 2.
 @console.options()
 def main(
     images: Path,
-    init: Path,
+    init_from: Path,
     work: Path,
     threads: int,
     only: tuple[str, ...],
@@ -439,7 +447,7 @@ def main(
     torch.set_num_threads(threads)
     cells = STAR | CANDIDATES
     wanted = {name: cells[name] for name in only} or (cells if candidates else STAR)
-    bench = Bench(work, init, (*COMMON, *common))
+    bench = Bench(work, init_from, (*COMMON, *common))
     if not only_table:
         lay_out(images, work / "raw")
         if not (bench.shards / "unseen" / "index.json").exists():
@@ -468,7 +476,7 @@ def main(
     for phase in ("first", "second"):
         found = table(rows, cells, phase)
         columns = COLUMNS[: len(found[0])] if found else COLUMNS
-        console.table(f"{phase} phase, held-out sources, per cent", columns, found)
+        console.table(f"{phase} phase, held-out sources, percent", columns, found)
         marks = [columns, ["---"] * len(columns), *found]
         texts.append("\n".join(f"| {' | '.join(line)} |" for line in marks))
     (work / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")

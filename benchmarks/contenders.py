@@ -35,20 +35,20 @@ class Contender:
 
 
 def our_stream(place: Path, backend: str, workers: int):
-    """This project's stream under the law of phase 1."""
+    """This project's stream under the policy of phase 1."""
     import recipes
     from model.device import choose_device
-    from pipeline.augment import Augment, View
+    from pipeline.augment import AugmentPolicy, Preprocess
     from pipeline.loader import Loading, open_loader
     from pipeline.replay import Replay
     from pipeline.stream import Stream, open_pool
 
     pool = open_pool(place / "shards", ["bench"], Replay())
-    loading = Loading(batch_size=peers.BATCH, backend=backend, workers=workers)
-    view = recipes.build(View, peers.RECIPE["view"], "phase1")
-    augment = recipes.build(dict[str, Augment], peers.RECIPE["augment"], "phase1")
+    loading = Loading(batch_size=peers.BATCH, backend=backend, num_workers=workers)
+    preprocess = recipes.build(Preprocess, peers.RECIPE["preprocess"], "phase1")
+    augment = recipes.build(dict[str, AugmentPolicy], peers.RECIPE["augment"], "phase1")
     device = choose_device("auto")
-    loader = open_loader(pool.shards, view=view, loading=loading, device=device)
+    loader = open_loader(pool.shards, preprocess=preprocess, loading=loading, device=device)
     return Stream(loader, pool, Replay(), augment, "train", 1)
 
 
@@ -64,14 +64,16 @@ def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
 
 def read_samples(place: Path, _workers: int) -> Iterator[int]:
     """Plan, positional reads and draws, without decoding, in this process alone."""
-    from pipeline.loader import _Requests, draw_by_law
+    from pipeline.loader import _Requests, train_params
 
     stream = our_stream(place, "pil", 0)
-    shards, view = stream.pool.shards, stream.loader.view
+    shards, preprocess = stream.pool.shards, stream.loader.preprocess
     for number in range(-(-READ_IMAGES // len(shards))):
         epoch = stream.epoch(number)
-        draws = draw_by_law(shards, stream.augment, stream.law, view, stream.seed, number)
-        requests = _Requests(stream.loader, epoch, draws)
+        params_for = train_params(
+            shards, stream.augment, stream.policy, preprocess, stream.seed, number
+        )
+        requests = _Requests(stream.loader, epoch, params_for)
         for step in range(epoch.steps):
             yield len(requests.make(step).data)
 

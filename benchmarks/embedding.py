@@ -23,7 +23,7 @@ import torch
 import console
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from pipeline.batch import Batch
 from pipeline.loader import Loading, open_loader
 from pipeline.stream import evaluation_batches
@@ -35,8 +35,10 @@ WARM_UP = 5
 
 def batches_of(shards: Path, size: int, loading: Loading, device: torch.device) -> Iterator[Batch]:
     """Full evaluation batches, epoch after epoch."""
-    view = View(size=size, resize=round(size * 8 / 7))
-    loader = open_loader(open_shards([shards]), view=view, loading=loading, device=device)
+    preprocess = Preprocess(crop_size=size, resize_size=round(size * 8 / 7))
+    loader = open_loader(
+        open_shards([shards]), preprocess=preprocess, loading=loading, device=device
+    )
     while True:
         yield from (batch for batch in evaluation_batches(loader) if batch.valid.all())
 

@@ -44,7 +44,7 @@ CATALOG = """
 [sets]
 small = "test"
 [sources.small]
-licence = "synthetic"
+license = "synthetic"
 set = "small"
 real = ["real"]
 fake = ["fake"]
@@ -53,7 +53,7 @@ fake = ["fake"]
 ABOUT = {
     "checkpoint": "-", "run": "random", "step": 0, "commit": "", "precision": "fp32",
     "backend": "pil", "temperature": 1.0, "threshold": 0.5, "calibration": None, "subset": None,
-    "sets": {"many": {"index_sha256": "", "split": "test"}}, "reals": None,
+    "sets": {"many": {"index_sha256": "", "split": "test"}}, "reference_reals": None,
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
     shards = pack(count, folder)
     cpu = torch.device("cpu")
     keep_freed_memory(cpu)
-    size = recipe.view.size
+    size = recipe.preprocess.crop_size
     images = torch.randint(0, 256, (AT_A_TIME, 3, size, size), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
 

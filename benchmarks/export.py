@@ -72,7 +72,7 @@ def by_torch(net: torch.nn.Module) -> Score:
 def ways_of(name: str, folder: Path) -> dict[str, Score]:
     """Every way to measure, by its name."""
     torch.manual_seed(0)
-    network = Network(name=name, pretrained=False, scratch="fan_in")
+    network = Network(name=name, pretrained=False, init="fan_in")
     recipe = replace(recipe_of("bench"), network=network)
     net = build(recipe.network, pretrained=False)
     checkpoint.save(
@@ -84,14 +84,14 @@ def ways_of(name: str, folder: Path) -> dict[str, Score]:
     fp32, fp16 = (folder / "onnx" / file for file in export.FILES.values())
     int8 = folder / "int8.onnx"
     model = onnx.load(fp32)
-    del model.graph.value_info[:]  # shapes that the quantiser infers anew
+    del model.graph.value_info[:]  # shapes that the quantizer infers anew
     quantize_dynamic(model, int8, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
     basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return {
         "PyTorch": by_torch(net.eval()),
         "ONNX, as predict.py --onnx": load_onnx(fp32, device="cpu").score,
         "ONNX, no spinning": by_onnx(fp32, spinning=False),
-        "ONNX, basic optimisation": by_onnx(fp32, level=basic),
+        "ONNX, basic optimization": by_onnx(fp32, level=basic),
         "ONNX, one thread": by_onnx(fp32, threads=1),
         "ONNX, fp16": by_onnx(fp16),
         "ONNX, int8 MatMul (not offered)": by_onnx(int8),

@@ -28,10 +28,10 @@ from nvidia.dali import fn, pipeline_def
 import console
 import recipes
 from benchmarks import peers
-from pipeline.augment import Augment, View
+from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
-from pipeline.loader import Loading, _Requests, draw_by_law, open_loader
+from pipeline.loader import Loading, _Requests, open_loader, train_params
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool
 
@@ -50,8 +50,14 @@ SETTINGS = (
 WITHOUT: dict[str, dict[str, float]] = {
     "without jpeg": {"jpeg": 0.0},
     "without resample": {"resample": 0.0},
-    "without jitter and blur": {"jitter": 0.0, "blur": 0.0},
-    "crop and flip alone": {"jpeg": 0.0, "resample": 0.0, "jitter": 0.0, "blur": 0.0, "grey": 0.0},
+    "without jitter and blur": {"color_jitter": 0.0, "blur": 0.0},
+    "crop and flip alone": {
+        "jpeg": 0.0,
+        "resample": 0.0,
+        "color_jitter": 0.0,
+        "blur": 0.0,
+        "grayscale": 0.0,
+    },
 }
 
 BROKEN_EVERY = 50
@@ -61,16 +67,18 @@ BROKEN_EVERY = 50
 def requests_of(shards: Path, batch: int, device: torch.device, **changes: float) -> Iterator:
     """What the loader asks of its backend, epoch after epoch, under the policy of phase 1."""
     pool = open_pool(shards.parent, [shards.name], Replay())
-    view = recipes.build(View, peers.RECIPE["view"], "phase1")
-    augment = recipes.build(dict[str, Augment], peers.RECIPE["augment"], "phase1")
+    preprocess = recipes.build(Preprocess, peers.RECIPE["preprocess"], "phase1")
+    augment = recipes.build(dict[str, AugmentPolicy], peers.RECIPE["augment"], "phase1")
     augment = {name: replace(policy, **changes) for name, policy in augment.items()}
-    loading = Loading(batch_size=batch, backend="dali", workers=1)
-    loader = open_loader(pool.shards, view=view, loading=loading, device=device)
+    loading = Loading(batch_size=batch, backend="dali", num_workers=1)
+    loader = open_loader(pool.shards, preprocess=preprocess, loading=loading, device=device)
     stream = Stream(loader, pool, Replay(), augment, "train", 1)
     for number in itertools.count():
         epoch = stream.epoch(number)
-        draws = draw_by_law(pool.shards, augment, stream.law, view, stream.seed, number)
-        yield from map(_Requests(loader, epoch, draws).make, range(epoch.steps))
+        params_for = train_params(
+            pool.shards, augment, stream.policy, preprocess, stream.seed, number
+        )
+        yield from map(_Requests(loader, epoch, params_for).make, range(epoch.steps))
 
 
 def images_per_s(

@@ -29,7 +29,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 import console
-from pipeline.augment import Draw, Draws, stack
+from pipeline.augment import AugmentBatch, AugmentParams, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
 from pipeline.pil import decode_request
@@ -57,8 +57,8 @@ COLOR = (
 
 OPERATIONS: dict[str, dict[str, Any]] = {
     "crop and resize": {},
-    "flip": {"flip": True},
-    "color": {"colour": COLOR},
+    "hflip": {"hflip": True},
+    "color": {"color": COLOR},
     "resample bilinear": {"resample": 220, "filter": 0},
     "resample bicubic": {"resample": 220, "filter": 1},
     "resample lanczos": {"resample": 220, "filter": 2},
@@ -66,11 +66,11 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "jpeg 30": {"jpeg": 30},
     "three jpegs": {"jpeg": 90, "jpeg2": 80, "jpeg3": 85},
     "blur": {"blur": 0.5},
-    "grayscale": {"grey": True},
-    "grid": {"grid_top": 3, "grid_left": 5},
+    "grayscale": {"grayscale": True},
+    "jpeg_grid_shift": {"grid_top": 3, "grid_left": 5},
     "webp": {"webp": 80},
     "everything": {
-        "flip": True, "colour": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
+        "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
         "grid_top": 1, "grid_left": 7,
     },
 }  # fmt: skip
@@ -96,7 +96,7 @@ def difference(images: np.ndarray, expected: np.ndarray) -> list[float]:
 
 def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
     """Crops of `files`, at three quarters of each side, with one operation added."""
-    draws, formats, orientations = [], [], []
+    params, formats, orientations = [], [], []
     for index, data in enumerate(files, start=first):
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -107,8 +107,8 @@ def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
         orientations.append(orientation)
         top, left = min(index % 9, height // 4), min(index % 5, width // 4)
         crop = top, left, max(1, height * 3 // 4 - top), max(1, width * 3 // 4 - left)
-        draws.append(Draw(*crop, **operation))
-    return Request(list(files), formats, orientations, stack(draws))
+        params.append(AugmentParams(*crop, **operation))
+    return Request(list(files), formats, orientations, stack(params))
 
 
 def pixels_of(
@@ -205,9 +205,9 @@ def mixed_batch(given: Given) -> Any:
     singles = [
         request_of([data], **OPERATIONS[name]) for data, name in zip(files, names, strict=True)
     ]
-    columns = zip(*[single.draws for single in singles], strict=True)
-    draws = Draws._make(np.concatenate(column) for column in columns)
-    request = Request(files, ["JPEG"] * len(files), [1] * len(files), draws)
+    columns = zip(*[single.params for single in singles], strict=True)
+    params = AugmentBatch._make(np.concatenate(column) for column in columns)
+    request = Request(files, ["JPEG"] * len(files), [1] * len(files), params)
     [(images, failures)] = pixels_of(given.device, [request], BATCH)
     [(expected, _)] = pixels_of(torch.device("cpu"), [request], BATCH)
     rows = {

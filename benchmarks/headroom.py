@@ -30,7 +30,7 @@ from model.training.assemble import assemble, compile_network
 from model.training.plan import plan
 from model.training.step import train_step
 from pipeline.batch import Batch
-from pipeline.monitor import Meter
+from pipeline.monitor import LoaderStats
 from pipeline.replay import Replay
 from pipeline.stream import Stream
 
@@ -63,7 +63,7 @@ def synchronize(device: torch.device) -> None:
 def run(
     batches: Iterable[Batch],
     use: Callable[[Batch], object],
-    meter: Meter,
+    stats: LoaderStats,
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
@@ -72,16 +72,16 @@ def run(
     for batch in itertools.islice(batches, WARM_UP):
         use(batch)
     synchronize(device)
-    meter.reset()
+    stats.reset()
     started, steps = time.perf_counter(), 0
-    for batch in meter.timed(batches):
+    for batch in stats.timed(batches):
         use(batch)
         steps += 1
         if time.perf_counter() - started > seconds:
             break
     synchronize(device)
     passed = time.perf_counter() - started
-    row = meter.row()
+    row = stats.row()
     rate = {"images_per_s": steps * len(batch) / passed, "ms_per_step": 1000 * passed / steps}
     return {**row, **rate, "steps": steps}
 
@@ -154,7 +154,7 @@ def main(
     )
     planned = plan(unsaved, data, Path("runs"), device=device)
     place, stream = planned.device, planned.stream
-    meter = Meter(stream.pool.shards.codes("source")[1])
+    stats = LoaderStats(stream.pool.shards.codes("source")[1])
     before = memory_used(place)
     batches = endless(stream)
     cached = [keep(batch) for batch in itertools.islice(batches, CACHED)]
@@ -162,11 +162,11 @@ def main(
     batches.close()
     for line in planned.describe():
         console.log.info("%s", line)
-    trainer = assemble(planned)
-    forward = compile_network(planned, trainer)
+    train_state = assemble(planned)
+    forward = compile_network(planned, train_state)
 
     def step(batch: Batch) -> None:
-        train_step(trainer, forward, batch, recipe.optim)
+        train_step(train_state, forward, batch, recipe.optim)
 
     modes: dict[str, tuple[Callable[[], Iterator[Batch]], Callable[[Batch], object]]] = {
         "step": (lambda: itertools.cycle(cached), step),
@@ -174,7 +174,7 @@ def main(
         "full": (lambda: endless(stream), step),
     }
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    precision = describe(trainer.dtype)
+    precision = describe(train_state.dtype)
     title = (
         f"{recipe.network.name}, {precision}, batch {recipe.loading.batch_size}, {name}, "
         f"images through {stream.loader.backend}, {rounds} rounds of {seconds:g} s"
@@ -182,7 +182,7 @@ def main(
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(rounds):
         for mode, (source, use) in modes.items():
-            runs[mode].append(run(source(), use, meter, place, seconds))
+            runs[mode].append(run(source(), use, stats, place, seconds))
             console.log.info(
                 "round %d, %s: %.0f images/s", number + 1, mode, runs[mode][-1]["images_per_s"]
             )

@@ -1,9 +1,9 @@
-"""Loader throughput: both backends against other loaders, on one set of images under one law.
+"""Loader throughput: both backends against other loaders, on one set of images under one policy.
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are JPEGs of ImageNet's size, packed by the builder, and the law is that of phase 1. Each
-contender runs in a process of its own, in turn (A B C A B C ...), so that no library's threads
+The images are JPEGs of ImageNet's size, packed by the builder, and the policy is that of phase 1.
+Each contender runs in a process of its own, in turn (A B C A B C ...), so that no library's threads
 disturb another and what else the machine does meets all alike. Counted is the time from the first
 batch to the last; the time up to the first is the start-up. A queue that filled before the first
 batch came is a gift of a batch or two. Memory is the largest sum of the proportional set sizes
@@ -47,12 +47,12 @@ BASE = "torchvision"
 CALM = 0.1
 """Share of all processor cores that other programs may take of a run that counts."""
 
-PATIENCE_S = 600
+TIMEOUT_S = 600
 """A contender that takes longer has failed."""
 
 SOURCE = """
 [sources.part{number:02d}]
-licence = "measured only"
+license = "measured only"
 set = "bench"
 real = ["real"]
 fake = ["fake"]
@@ -115,7 +115,7 @@ def run(
             [*command, *options], cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
         )
         while process.poll() is None:
-            if time.monotonic() - started > PATIENCE_S:
+            if time.monotonic() - started > TIMEOUT_S:
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
@@ -269,7 +269,7 @@ def main(
             pack(place, images, originals, workers)
         sizes = [path.stat().st_size for path in (place / "images").rglob("*.jpg")]
         title = (
-            f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 law, "
+            f"{len(sizes):,} JPEGs of {sum(sizes) / len(sizes) / 1000:.0f} kB, phase 1 policy, "
             f"batch {batch_size}, {epochs} epochs, {workers} workers, {repeats} runs"
         )
 

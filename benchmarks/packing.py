@@ -29,7 +29,7 @@ CATALOG = """
 [sets]
 bench = "train"
 [sources.bench]
-licence = "measured only"
+license = "measured only"
 set = "bench"
 real = ["**/real"]
 fake = ["**/fake"]

@@ -1,10 +1,10 @@
-"""Other loaders on the same images under the same law, each as its own documentation writes it.
+"""Other loaders on the same images under the same policy, each as its own documentation writes it.
 
 A function takes the place that `benchmarks.loader` filled (`images/<class>/*.jpg`, and the shard
 set `shards/bench`) and yields the number of images of each batch; a `prepare_` function beside it
 makes the format that its library wants, and is not timed. Where a library has no augmentation of
-its own the law is torchvision's transforms on Pillow images. All end at uint8, as ours does: the
-division and the normalisation that their users write as well would cost them more, not less.
+its own the policy is torchvision's transforms on Pillow images. All end at uint8, as ours does: the
+division and the normalization that their users write as well would cost them more, not less.
 """
 
 import io
@@ -18,11 +18,11 @@ EPOCHS = 1
 
 SIZE = 256
 RECIPE = tomllib.loads((Path(__file__).parents[1] / "recipes/phase1.toml").read_text("utf-8"))
-LAW = RECIPE["augment"]["train"]
+POLICY = RECIPE["augment"]["train"]
 
 
-def torchvision_law():
-    """The law of phase 1 in torchvision's own transforms: what the original trains through."""
+def torchvision_policy():
+    """The policy of phase 1 in torchvision's own transforms: what the original trains through."""
     import torch
     from PIL import Image
     from torchvision import transforms
@@ -31,7 +31,7 @@ def torchvision_law():
         """The JPEG step as a torchvision user writes it."""
 
         def __call__(self, image: Image.Image) -> Image.Image:
-            low, high = LAW["jpeg_quality"]
+            low, high = POLICY["jpeg_quality"]
             stream = io.BytesIO()
             image.save(stream, "JPEG", quality=int(torch.randint(low, high + 1, ())))
             return Image.open(stream).convert("RGB")
@@ -40,22 +40,24 @@ def torchvision_law():
         """Down and back up, likewise."""
 
         def __call__(self, image: Image.Image) -> Image.Image:
-            side = int(SIZE * torch.empty(()).uniform_(*LAW["resample_scale"]))
+            side = int(SIZE * torch.empty(()).uniform_(*POLICY["resample_scale"]))
             bilinear = Image.Resampling.BILINEAR
             return image.resize((side, side), bilinear).resize((SIZE, SIZE), bilinear)
 
     jitter = transforms.ColorJitter(
-        LAW["brightness"], LAW["contrast"], LAW["saturation"], LAW["hue"]
+        POLICY["brightness"], POLICY["contrast"], POLICY["saturation"], POLICY["hue"]
     )
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(SIZE, scale=LAW["scale"], ratio=LAW["ratio"]),
-            transforms.RandomHorizontalFlip(LAW["flip"]),
-            transforms.RandomApply([jitter], p=LAW["jitter"]),
-            transforms.RandomApply([Resample()], p=LAW["resample"]),
-            transforms.RandomApply([Reencode()], p=LAW["jpeg"]),
-            transforms.RandomApply([transforms.GaussianBlur(3, LAW["blur_sigma"])], p=LAW["blur"]),
-            transforms.RandomGrayscale(p=LAW["grey"]),
+            transforms.RandomResizedCrop(SIZE, scale=POLICY["scale"], ratio=POLICY["ratio"]),
+            transforms.RandomHorizontalFlip(POLICY["hflip"]),
+            transforms.RandomApply([jitter], p=POLICY["color_jitter"]),
+            transforms.RandomApply([Resample()], p=POLICY["resample"]),
+            transforms.RandomApply([Reencode()], p=POLICY["jpeg"]),
+            transforms.RandomApply(
+                [transforms.GaussianBlur(3, POLICY["blur_sigma"])], p=POLICY["blur"]
+            ),
+            transforms.RandomGrayscale(p=POLICY["grayscale"]),
             transforms.PILToTensor(),
         ]
     )
@@ -66,7 +68,7 @@ def torchvision_images(place: Path, workers: int) -> Iterator[int]:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    dataset = ImageFolder(str(place / "images"), torchvision_law())
+    dataset = ImageFolder(str(place / "images"), torchvision_policy())
     loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True)
     for _ in range(EPOCHS):
         for images, _label in loader:
@@ -77,14 +79,14 @@ def webdataset_images(place: Path, workers: int) -> Iterator[int]:
     """WebDataset over our tars, shuffled by shard and in a buffer, with WebLoader."""
     import webdataset
 
-    law = torchvision_law()
+    policy = torchvision_policy()
     tars = sorted(map(str, (place / "shards/bench").glob("*.tar")))
     dataset = (
         webdataset.WebDataset(tars, shardshuffle=len(tars))
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "json")
-        .map_tuple(law, lambda facts: facts["label"])
+        .map_tuple(policy, lambda facts: facts["label"])
         .batched(BATCH, partial=False)
     )
     loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
@@ -115,7 +117,7 @@ def dali_images(place: Path, workers: int) -> Iterator[int]:
         batch_size=BATCH, num_threads=workers, device_id=0 if on_gpu else None,
         enable_conditionals=True,
     )  # fmt: skip
-    def law():
+    def policy():
         data, facts = fn.readers.webdataset(
             paths=tars,
             index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
@@ -129,38 +131,41 @@ def dali_images(place: Path, workers: int) -> Iterator[int]:
             data,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
-            random_area=LAW["scale"],
-            random_aspect_ratio=LAW["ratio"],
+            random_area=POLICY["scale"],
+            random_aspect_ratio=POLICY["ratio"],
         )
         image = fn.resize(image, size=[SIZE, SIZE])
-        image = fn.flip(image, horizontal=fn.random.coin_flip(probability=LAW["flip"]))
-        if chance(LAW["jitter"]):
+        image = fn.flip(image, horizontal=fn.random.coin_flip(probability=POLICY["hflip"]))
+        if chance(POLICY["color_jitter"]):
             image = fn.color_twist(
                 image,
-                brightness=around(LAW["brightness"]),
-                contrast=around(LAW["contrast"]),
-                saturation=around(LAW["saturation"]),
-                hue=fn.random.uniform(range=(-360 * LAW["hue"], 360 * LAW["hue"])),
+                brightness=around(POLICY["brightness"]),
+                contrast=around(POLICY["contrast"]),
+                saturation=around(POLICY["saturation"]),
+                hue=fn.random.uniform(range=(-360 * POLICY["hue"], 360 * POLICY["hue"])),
             )
-        if chance(LAW["resample"]):
-            side = SIZE * fn.random.uniform(range=LAW["resample_scale"])
+        if chance(POLICY["resample"]):
+            side = SIZE * fn.random.uniform(range=POLICY["resample_scale"])
             image = fn.resize(image, resize_x=side, resize_y=side)
             image = fn.resize(image, size=[SIZE, SIZE])
-        if chance(LAW["jpeg"]):
-            low, high = LAW["jpeg_quality"]
+        if chance(POLICY["jpeg"]):
+            low, high = POLICY["jpeg_quality"]
             quality = fn.random.uniform(values=list(range(low, high + 1)))
             image = fn.jpeg_compression_distortion(
                 image, quality=fn.cast(quality, dtype=types.INT32)
             )
-        if chance(LAW["blur"]):
-            sigma = fn.random.uniform(range=LAW["blur_sigma"])
+        if chance(POLICY["blur"]):
+            sigma = fn.random.uniform(range=POLICY["blur_sigma"])
             image = fn.gaussian_blur(image, sigma=sigma, window_size=3)
-        if chance(LAW["grey"]):
+        if chance(POLICY["grayscale"]):
             image = fn.saturation(image, saturation=0.0)
         return image, fn.pad(facts)
 
     iterator = DALIGenericIterator(
-        [law()], ["images", "facts"], reader_name="reader", last_batch_policy=LastBatchPolicy.DROP
+        [policy()],
+        ["images", "facts"],
+        reader_name="reader",
+        last_batch_policy=LastBatchPolicy.DROP,
     )
     for _ in range(EPOCHS):
         for batch in iterator:
@@ -170,7 +175,7 @@ def dali_images(place: Path, workers: int) -> Iterator[int]:
 
 def spdl_images(place: Path, workers: int) -> Iterator[int]:
     """SPDL's DataLoader of threads: its FFmpeg decodes, crops, resizes and flips in one filter
-    without the interpreter's lock; the rest of the law is torchvision's.
+    without the interpreter's lock; the rest of the policy is torchvision's.
     """
     import random
 
@@ -180,18 +185,18 @@ def spdl_images(place: Path, workers: int) -> Iterator[int]:
     from spdl.dataloader import DataLoader
     from torchvision import transforms
 
-    law = torchvision_law()
-    rest = transforms.Compose(law.transforms[2:])
+    policy = torchvision_policy()
+    rest = transforms.Compose(policy.transforms[2:])
     paths = [str(path) for path in (place / "images").rglob("*.jpg")]
     random.shuffle(paths)
 
     def load(path: str) -> torch.Tensor:
         packets = spdl.io.demux_image(path)
         shape = torch.empty((3, packets.height, packets.width), device="meta")
-        crop = transforms.RandomResizedCrop.get_params(shape, LAW["scale"], LAW["ratio"])
+        crop = transforms.RandomResizedCrop.get_params(shape, POLICY["scale"], POLICY["ratio"])
         top, left, height, width = crop
         chain = [f"crop={width}:{height}:{left}:{top}", f"scale={SIZE}:{SIZE}:flags=bilinear"]
-        if torch.rand(()) < LAW["flip"]:
+        if torch.rand(()) < POLICY["hflip"]:
             chain.append("hflip")
         chain.append("format=pix_fmts=rgb24")
         frames = spdl.io.decode_packets(packets, filter_desc=",".join(chain))
@@ -235,14 +240,14 @@ def litdata_images(place: Path, workers: int) -> Iterator[int]:
     from litdata import StreamingDataLoader, StreamingDataset
     from torchvision import transforms
 
-    law = transforms.Compose([transforms.ToPILImage(), torchvision_law()])
+    policy = transforms.Compose([transforms.ToPILImage(), torchvision_policy()])
 
     class Images(StreamingDataset):
-        """Each image through the law."""
+        """Each image through the policy."""
 
         def __getitem__(self, index):
             sample = super().__getitem__(index)
-            return law(sample["image"]), sample["class"]
+            return policy(sample["image"]), sample["class"]
 
     dataset = Images(str(place / "litdata"), shuffle=True, drop_last=True)
     loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True)
@@ -273,7 +278,7 @@ def streaming_images(place: Path, workers: int) -> Iterator[int]:
         local=str(place / "streaming"),
         shuffle=True,
         batch_size=BATCH,
-        transform=transforms.Compose([to_rgb, torchvision_law()]),
+        transform=transforms.Compose([to_rgb, torchvision_policy()]),
     )
     for images, _ in DataLoader(dataset, BATCH, num_workers=workers, drop_last=True):
         yield len(images)
@@ -317,16 +322,16 @@ def energon_images(place: Path, workers: int) -> Iterator[int]:
     )
     from megatron.energon.flavors.webdataset import SampleDecoder
 
-    law = torchvision_law()
+    policy = torchvision_policy()
 
     class Encoder(DefaultTaskEncoder):
-        """Each image through the law."""
+        """Each image through the policy."""
 
         decoder = SampleDecoder(image_decode="pilrgb")
 
         @stateless(restore_seeds=True)
         def encode_sample(self, sample):
-            sample.image = law(sample.image)
+            sample.image = policy(sample.image)
             return sample
 
     dataset = get_train_dataset(

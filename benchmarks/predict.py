@@ -55,7 +55,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
     """The network alone, over and over on one batch."""
-    size = detector.view.size
+    size = detector.preprocess.crop_size
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
     batch = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2)
     with torch.inference_mode():

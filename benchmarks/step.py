@@ -33,7 +33,7 @@ from model.device import choose_device, choose_precision, describe, keep_freed_m
 from model.network import build
 from model.recipe import Recipe
 from model.training.optim import make_optimizer
-from model.training.step import Trainer, train_step
+from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
 
 WARM_UP = 5
@@ -106,10 +106,10 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 def random_batch(way: Way, size: int, device: torch.device) -> Batch:
     """Images of noise, as the loader hands them over."""
-    dice = torch.Generator().manual_seed(0)
-    images = torch.randint(
-        0, 256, (way.batch, 3, size, size), dtype=torch.uint8, generator=dice
-    ).to(device)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (way.batch, 3, size, size), dtype=torch.uint8, generator=rng).to(
+        device
+    )
     layout = torch.channels_last if way.channels_last else torch.contiguous_format
     none = np.zeros(way.batch, np.int32)
     return Batch(
@@ -123,10 +123,10 @@ def random_batch(way: Way, size: int, device: torch.device) -> Batch:
     )
 
 
-def operations(trainer: Trainer, batch: Batch, recipe: Recipe) -> int:
+def operations(train_state: TrainState, batch: Batch, recipe: Recipe) -> int:
     """Floating-point operations of one step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        train_step(trainer, trainer.net, batch, recipe.optim)
+        train_step(train_state, train_state.net, batch, recipe.optim)
     return counter.get_total_flops()
 
 
@@ -165,12 +165,12 @@ def measure(
         optimizer = make_optimizer(net.backbone, recipe.optim, fused=way.fused)
         dtype = DTYPES[way.dtype]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        trainer = Trainer(net, optimizer, scaler, device, dtype)
-        batch = random_batch(way, recipe.view.size, device)
-        work = operations(trainer, batch, recipe)
+        train_state = TrainState(net, optimizer, scaler, device, dtype)
+        batch = random_batch(way, recipe.preprocess.crop_size, device)
+        work = operations(train_state, batch, recipe)
         forward = torch.compile(net) if way.compiled else net
         times = seconds_of(
-            lambda: train_step(trainer, forward, batch, recipe.optim), device, seconds
+            lambda: train_step(train_state, forward, batch, recipe.optim), device, seconds
         )
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         # Out of memory, no compiler, an operator without this dtype: the others still count.
@@ -229,7 +229,7 @@ def main(
     peaks = {name: matrix_peak(place, DTYPES[name], min(seconds, 2.0)) for name in used}
     device_name = torch.cuda.get_device_name(place) if on_gpu else platform.processor() or "CPU"
     title = (
-        f"{recipe.network.name} at {recipe.view.size}, {base.dtype}, batch {base.batch}, "
+        f"{recipe.network.name} at {recipe.preprocess.crop_size}, {base.dtype}, batch {base.batch}, "
         f"{device_name}, {rounds} rounds of {seconds:g} s"
     )
     about = {

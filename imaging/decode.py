@@ -1,6 +1,6 @@
 """Any image file in; bytes that every decoder reads alike, and the facts about them, out.
 
-8-bit JPEG (grey or YCbCr), PNG and WebP keep their original bytes. Everything else that a person
+8-bit JPEG (gray or YCbCr), PNG and WebP keep their original bytes. Everything else that a person
 may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated) becomes an 8-bit RGB PNG, losslessly
 from the decoded pixels, and the facts say so. Packing and prediction both go through `prepare`.
 """
@@ -217,7 +217,7 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     if data.startswith(b"\xff\xd8"):
         try:
             height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-        except (ValueError, KeyError):  # simplejpeg knows no colour -1
+        except (ValueError, KeyError):  # simplejpeg knows no color -1
             return None
         return width, height
     return None
@@ -361,7 +361,7 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     if name == "JPEG":
         try:
             return simplejpeg.decode_jpeg_header(data)[2] in PLAIN_SPACES
-        except (ValueError, KeyError) as error:  # KeyError: no colour space before the data ends
+        except (ValueError, KeyError) as error:  # KeyError: no color space before the data ends
             raise DecodeError(f"JPEG does not decode: {error}") from error
     if getattr(image, "n_frames", 1) > 1:
         return False
@@ -383,7 +383,7 @@ def _eight_bit_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit grey by its full range, 32-bit float by its own; `convert` would clip both at 255."""
+    """16-bit gray by its full range, 32-bit float by its own; `convert` would clip both at 255."""
     values = np.asarray(image, np.float64)
     low, high = (0.0, 65535.0) if image.mode[0] == "I" else (min(0.0, values.min()), values.max())
     scaled = np.rint((values - low) * (255.0 / max(high - low, 1e-12)))

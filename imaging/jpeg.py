@@ -10,7 +10,7 @@ import numpy as np
 import simplejpeg
 
 Tables = tuple[tuple[int, ...], ...]
-"""Quantisation tables by rising number, the 64 values of each sorted: Pillow's order of them
+"""Quantization tables by rising number, the 64 values of each sorted: Pillow's order of them
 (zigzag or natural) has changed between versions."""
 
 
@@ -18,12 +18,12 @@ CHROMAS = ("420", "422", "444", "Gray")
 """Chroma subsamplings that are written: as simplejpeg names them."""
 
 PLAIN_SPACES = {"YCbCr", "Gray"}
-"""Colour spaces of JPEGs that every decoder turns into the same RGB values."""
+"""Color spaces of JPEGs that every decoder turns into the same RGB values."""
 
 
 class Header(NamedTuple):
     """The size in pixels as stored, the chroma subsampling (420, 422, 444, ..., Gray), and the
-    quantisation tables.
+    quantization tables.
     """
 
     width: int
@@ -72,7 +72,7 @@ def before_scan(data: bytes) -> bytes:
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG in which there is nothing to interpret: 8 bits, YCbCr or grey, no
+    """The header of a JPEG in which there is nothing to interpret: 8 bits, YCbCr or gray, no
     metadata but JFIF and comments. None for every other, and for whatever looks odd: Pillow reads
     all of them, or refuses them, at several times the cost.
     """

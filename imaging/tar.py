@@ -20,12 +20,12 @@ WAITING_BYTES = 256 * 2**20
 
 
 class TarMember(NamedTuple):
-    """A member that may be read. Either `refused` says why it is not, or `read` gives its bytes
+    """A member that may be read. Either `excluded` says why it is not, or `read` gives its bytes
     (or raises `DecodeError` or `OSError`).
     """
 
     name: str
-    refused: str
+    excluded: str
     read: Callable[[], bytes] | None
 
 
@@ -67,9 +67,9 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
                 archive.members = []  # it would keep every header it has seen
                 if member.isdir() or not wanted(member.name):
                     continue
-                refused = _refuse(member)
-                if refused:
-                    yield TarMember(member.name, refused, None)
+                excluded = _refuse(member)
+                if excluded:
+                    yield TarMember(member.name, excluded, None)
                     if packed and member.size > MAX_BYTES:
                         raise DecodeError("the members after it are out of reach; unpack it")
                 elif packed:

@@ -28,7 +28,7 @@ class ZipMember(NamedTuple):
     name: str
     where: str  # position, packed size, size, method and CRC-32, for `read_member`
     size: int  # bytes
-    refused: str = ""  # why it is not read
+    excluded: str = ""  # why it is not read
 
 
 class _Volumes(io.RawIOBase):
@@ -174,12 +174,12 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
             # Archives past 4 GiB without zip64 records (macOS writes such) count modulo 2**32;
             # `read_member` tries the places this may mean.
             offset %= 2**32
-        refused = _refuse_member(entry)
-        if not refused and entry.filename in seen:
-            refused = "listed twice in the archive"
+        excluded = _refuse_member(entry)
+        if not excluded and entry.filename in seen:
+            excluded = "listed twice in the archive"
         seen.add(entry.filename)
         where = (offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
-        yield ZipMember(entry.filename, ":".join(map(str, where)), entry.file_size, refused)
+        yield ZipMember(entry.filename, ":".join(map(str, where)), entry.file_size, excluded)
 
 
 def kind_of(mode: int) -> str:

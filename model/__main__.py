@@ -1,4 +1,4 @@
-"""`python -m model import | fetch | curves | between | export | push`: parses, calls, prints."""
+"""`python -m model import | fetch | curves | average | export | push`: parses, calls, prints."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import click
 import console
 from model.checkpoint import find
 from model.export import hub, import_original, onnx
-from model.export.average import between
+from model.export.average import average
 from model.training import curves
 
 
@@ -54,15 +54,17 @@ def curves_command(run: Path, out: Path) -> None:
     console.say(f"{run} until step {step}: {out}")
 
 
-@main.command("between")
+@main.command("average")
 @click.argument("first", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("last", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--share", default=0.5, show_default=True, help="How far from FIRST to LAST, 0 to 1.")
+@click.option(
+    "--weight", default=0.5, show_default=True, help="How far from FIRST to LAST, 0 to 1."
+)
 @click.option("--run", "name", required=True, help="Name of the run that holds it.")
 @console.options("runs")
-def between_command(first: Path, last: Path, share: float, name: str, runs: Path) -> None:
+def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
     """Average the weights of two checkpoints, or of the best ones of two runs: phase 1 and 2."""
-    folder = between(find(runs, first), find(runs, last), share, runs / name)
+    folder = average(find(runs, first), find(runs, last), weight, runs / name)
     console.say(f"checkpoint: {folder}")
     console.say(f"measure and calibrate it: python evaluate.py --checkpoint {folder} --help")
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 import recipes
 from model.network import Detector, Network, build, check_weights_file, load_weights
 from model.score import DEFAULT_THRESHOLD
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, sha256_of, write_text
 
@@ -72,10 +72,10 @@ def save(
 ) -> None:
     """Write a checkpoint: everything under a temporary name, then one rename.
 
-    `recipe` is the run's recipe (a dataclass with `network` and `view`), `metrics` what validation
-    found, `selection` the figure that the best checkpoint has most of, `data` says which sets were
-    trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of the old
-    samples that came in so far.
+    `recipe` is the run's recipe (a dataclass with `network` and `preprocess`), `metrics` what
+    validation found, `selection` the figure that the best checkpoint has most of, `data` says which
+    sets were trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of
+    the old samples that came in so far.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
@@ -97,7 +97,7 @@ def save(
                 "step": step,
                 "epoch": epoch,
                 "classes": list(CLASSES),
-                "view": asdict(recipe.view),
+                "preprocess": asdict(recipe.preprocess),
                 "temperature": 1.0,
                 "threshold": DEFAULT_THRESHOLD,
                 "calibration": None,
@@ -146,19 +146,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return {"calibration": None} | meta
 
 
-def load_network(folder: Path) -> tuple[Detector, View, dict[str, Any]]:
+def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
     """The network with its weights (on the CPU, ready for evaluation), its view and its meta."""
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False, empty=True)
     load_weights(net, read_weights(folder), str(folder), assign=True)
     net = net.to(torch.float32).to(memory_format=torch.channels_last)
-    return net.eval(), View(**meta["view"]), meta
+    return net.eval(), Preprocess(**meta["preprocess"]), meta
 
 
 def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
     """The meta of a checkpoint whose weights fit `net` (made by `build` with `empty`, and of no use
-    afterwards), or the network that the checkpoint describes; no weight is read.
+    afterward), or the network that the checkpoint describes; no weight is read.
 
     Raises:
         CheckpointError: as `read_meta`.

@@ -1,4 +1,4 @@
-"""The network: a timm backbone with two outputs, and normalisation inside.
+"""The network: a timm backbone with two outputs, and normalization inside.
 
 It takes uint8 images as the pipeline hands them over, so mean and std are applied once, on the
 device, in training and serving alike.
@@ -42,24 +42,24 @@ class Network:
     """Which network, and where its first weights come from.
 
     `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `scratch` is how weights are drawn otherwise: by
+    starts from a checkpoint or a file needs none. `init` is how weights are drawn otherwise: by
     timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
-    narrow network hardly passes a signal and learns nothing in minutes. `frozen_norm` keeps the
+    narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
     statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
-    the last features, or one that sees those of every stage. With `frozen` only the head learns.
-    `options` go to `timm.create_model` as they are. `mean` and `std` are per channel, for RGB
-    values in 0 to 1.
+    the last features, or one that sees those of every stage. With `freeze_backbone` only the head
+    learns. `options` go to `timm.create_model` as they are. `mean` and `std` are per channel, for
+    RGB values in 0 to 1.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
     pretrained: bool = True
-    scratch: Literal["timm", "fan_in"] = "timm"
-    drop_path: float = 0.0
+    init: Literal["timm", "fan_in"] = "timm"
+    drop_path_rate: float = 0.0
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
-    frozen_norm: bool = False
+    freeze_bn: bool = False
     head: Literal["timm", "stages"] = "timm"
-    frozen: bool = False
+    freeze_backbone: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,8 +92,8 @@ class Detector(nn.Module):
     def __init__(self, backbone: nn.Module, network: Network):
         super().__init__()
         self.backbone = backbone
-        self.head, self.frozen = network.head, network.frozen
-        self.frozen_norm = network.frozen_norm
+        self.head, self.freeze_backbone = network.head, network.freeze_backbone
+        self.freeze_bn = network.freeze_bn
         shape = (1, 3, 1, 1)
         scaled_mean = 255 * torch.tensor(network.mean).reshape(shape)
         scaled_std = 255 * torch.tensor(network.std).reshape(shape)
@@ -102,15 +102,15 @@ class Detector(nn.Module):
 
     def train(self, mode: bool = True) -> "Detector":
         """Switch mode; what is frozen stays in evaluation."""
-        super().train(mode and not self.frozen)
-        if self.frozen_norm:
+        super().train(mode and not self.freeze_backbone)
+        if self.freeze_bn:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise and classify."""
+        """Normalize and classify."""
         images = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.head == "timm":
             return self.backbone(images)
@@ -126,8 +126,8 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         NetworkError: timm does not know the name or an option, or the weights cannot be fetched.
     """
     options = dict(network.options)
-    if network.drop_path:
-        options["drop_path_rate"] = network.drop_path
+    if network.drop_path_rate:
+        options["drop_path_rate"] = network.drop_path_rate
     if pretrained:
         check_pretrained(network)
     try:
@@ -141,14 +141,14 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except OSError as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
-    if network.scratch == "fan_in" and not pretrained and not empty:
+    if network.init == "fan_in" and not pretrained and not empty:
         _init_by_fan_in(backbone)
     if pretrained:
-        licence = backbone.pretrained_cfg.get("license")
-        log.info("%s: pretrained weights from timm, licence %s", network.name, licence)
+        license = backbone.pretrained_cfg.get("license")
+        log.info("%s: pretrained weights from timm, license %s", network.name, license)
     if network.head == "stages":
         _put_stage_head(backbone)
-    if network.frozen:
+    if network.freeze_backbone:
         head = (
             STAGE_HEAD
             if network.head == "stages"
@@ -238,7 +238,7 @@ def _how_to_get_weights(network: Network, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return (
         f"the ImageNet weights of {network.name} could not be fetched ({reason}); give a file with "
-        "--init weights.safetensors, or train from random ones with --no-pretrained"
+        "--init-from weights.safetensors, or train from random ones with --no-pretrained"
     )
 
 
@@ -308,7 +308,7 @@ def check_backbone_file(net: Detector, path: Path) -> None:
 
 def check_weights_file(net: Detector, path: Path, where: str) -> None:
     """Refuse a `.safetensors` file that `load_weights` would refuse, by its header. The network
-    `net` is made for this check (`build` with `empty`) and of no use afterwards.
+    `net` is made for this check (`build` with `empty`) and of no use afterward.
 
     Raises:
         NetworkError: names or shapes that do not fit, or no such file.

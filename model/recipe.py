@@ -6,14 +6,14 @@ from typing import Literal
 from model.network import Network
 from model.training.forgetting import Gate
 from model.training.optim import Optim
-from pipeline.augment import Augment, View
+from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.loader import Loading
 from pipeline.replay import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Shard sets to learn from and to validate on, and the augmentation law of most sources.
+    """Shard sets to learn from and to validate on, and the augmentation policy of most sources.
 
     `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
     twice and half of them once more, 0 leaves a source out.
@@ -21,7 +21,7 @@ class Data:
 
     train: list[str]
     validate: list[str]
-    law: str
+    policy: str
     repeats: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -31,29 +31,29 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How long, how seeded, how often. `start` names a run whose best checkpoint is the start.
+    """How long, how seeded, how often. `init_from` names a run whose best checkpoint is the start.
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
     `validate_every` is in epochs; the last is always validated, and only what was validated can be
-    the best. `accumulate` takes each batch in so many pieces, which saves memory and changes
+    the best. `grad_accum_steps` takes each batch in so many pieces, which saves memory and changes
     nothing else.
     """
 
     epochs: int
     seed: int = 70
-    start: str = ""
+    init_from: str = ""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     save_every: int = 0
     validate_every: int = 1
-    accumulate: int = 1
+    grad_accum_steps: int = 1
 
     def __post_init__(self) -> None:
-        least = min(self.epochs, self.log_every, self.validate_every, self.accumulate)
+        least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
         if least < 1 or self.save_every < 0 or self.seed < 0:
             raise ValueError(
-                "needs epochs, log_every, validate_every and accumulate of at least 1, no negative "
+                "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no negative "
                 "number"
             )
 
@@ -64,11 +64,11 @@ class Recipe:
 
     name: str
     data: Data
-    augment: dict[str, Augment]
+    augment: dict[str, AugmentPolicy]
     network: Network
     optim: Optim
     run: Run
     loading: Loading = field(default_factory=Loading)
     replay: Replay = field(default_factory=Replay)
     gate: Gate = field(default_factory=Gate)
-    view: View = field(default_factory=View)
+    preprocess: Preprocess = field(default_factory=Preprocess)

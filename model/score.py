@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.distributed import Ranks, gather
+from model.distributed import DistEnv, all_gather_object
 from pipeline.batch import Batch
 from pipeline.loader import Loader
 from pipeline.stream import evaluation_batches
@@ -134,7 +134,7 @@ def score_set(
     loader: Loader,
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> Scores:
     """Score every sample of the loader's shard set exactly once, over all ranks; the scores, in the
     order of the index, are then known to each of them.
@@ -143,7 +143,7 @@ def score_set(
         RuntimeError: scored and failed samples together are not those of the index (our bug).
     """
     own = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
-    scores = _joined(gather(ranks or Ranks(), own))
+    scores = _joined(all_gather_object(dist or DistEnv(), own))
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(

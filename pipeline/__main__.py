@@ -1,4 +1,4 @@
-"""`python -m pipeline view | order`: look at what the loader gives, and in which order."""
+"""`python -m pipeline preview | order`: look at what the loader gives, and in which order."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,9 @@ from upath import UPath
 import console
 import recipes
 from imaging.decode import decode_image
-from pipeline.augment import Augment, View
+from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Request
-from pipeline.loader import LoadError, choose_backend, draw_by_law
+from pipeline.loader import LoadError, choose_backend, train_params
 from pipeline.order import mixing_of, training_epoch
 from pipeline.pil import decode_request
 from pipeline.preview import Row, picture_of
@@ -22,11 +22,11 @@ from sharding.format import CLASSES, ShardSet, open_shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laws:
+class Policies:
     """The part of a recipe that says what is done to images."""
 
-    augment: dict[str, Augment]
-    view: View = field(default_factory=View)
+    augment: dict[str, AugmentPolicy]
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
 
 @click.group(cls=console.Group)
@@ -53,23 +53,27 @@ def _open(place: str) -> ShardSet:
     "path",
     type=click.Path(path_type=Path),
     default=recipes.FOLDER / "phase1.toml",
-    help="Recipe whose augmentation laws and view are shown. Default: that of phase 1.",
+    help="Recipe whose augmentation policies and preprocessing are shown. Default: that of phase 1.",
 )
-@click.option("--law", help="Law of sources that keep none of their own. Default: the recipe's.")
+@click.option(
+    "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."
+)
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other samples and dice.")
 @console.options()
-def view(shards: str, out: Path, path: Path, law: str | None, count: int, seed: int) -> None:
+def preview(shards: str, out: Path, path: Path, policy: str | None, count: int, seed: int) -> None:
     """Draw what the network is fed of the set SHARDS, by both backends."""
     opened = _open(shards)
     values = recipes.read(path)
-    laws = recipes.build(
-        Laws, {key: values[key] for key in ("augment", "view") if key in values}, str(path)
+    policies = recipes.build(
+        Policies,
+        {key: values[key] for key in ("augment", "preprocess") if key in values},
+        str(path),
     )
-    law = law or values["data"]["law"]
+    policy = policy or values["data"]["policy"]
     samples = _spread(opened, count, seed)
-    request = _request(opened, samples, laws, law, seed)
-    size = laws.view.size
+    request = _request(opened, samples, policies, policy, seed)
+    size = policies.preprocess.crop_size
     pil = decode_request(request, size)
     if pil.failures:
         row, reason = next(iter(pil.failures.items()))
@@ -78,19 +82,19 @@ def view(shards: str, out: Path, path: Path, law: str | None, count: int, seed: 
     rows = [
         Row(
             whole=decode_image(data, request.formats[row], request.orientations[row]),
-            draw=draw,
+            params=params,
             pil=pil.images[row].numpy(),
             dali=None if dali is None else dali[row],
-            lines=_lines(opened, sample, law),
+            lines=_lines(opened, sample, policy),
         )
-        for row, (sample, data, draw) in enumerate(
-            zip(samples.tolist(), request.data, request.draws.rows(), strict=True)
+        for row, (sample, data, params) in enumerate(
+            zip(samples.tolist(), request.data, request.params.rows(), strict=True)
         )
     ]
     picture_of(rows).save(out, "PNG")
     if dali is not None:
         change = np.abs(dali.astype(np.int16) - pil.images.numpy())
-        console.say(f"dali - pil: mean {change.mean():.2f}, at most {change.max()} grey levels")
+        console.say(f"dali - pil: mean {change.mean():.2f}, at most {change.max()} gray levels")
     console.say(f"{len(rows)} samples of {shards}: {out}")
 
 
@@ -106,8 +110,10 @@ def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:
     return shuffled[np.lexsort((kind, turn))][:count]
 
 
-def _request(shards: ShardSet, samples: np.ndarray, laws: Laws, law: str, seed: int) -> Request:
-    draws = draw_by_law(shards, laws.augment, law, laws.view, seed, 0)
+def _request(
+    shards: ShardSet, samples: np.ndarray, policies: Policies, policy: str, seed: int
+) -> Request:
+    params_for = train_params(shards, policies.augment, policy, policies.preprocess, seed, 0)
     data = ShardReader(shards).read(samples)
     for sample, found in zip(samples.tolist(), data, strict=True):
         if isinstance(found, ReadError):
@@ -116,7 +122,7 @@ def _request(shards: ShardSet, samples: np.ndarray, laws: Laws, law: str, seed: 
         data,
         shards.names("format", samples),
         shards.column("orientation")[samples].tolist(),
-        draws(samples, np.zeros(len(samples), np.int64)),
+        params_for(samples, np.zeros(len(samples), np.int64)),
     )
 
 
@@ -134,13 +140,13 @@ def _by_dali(request: Request, size: int) -> np.ndarray | None:
     return found.images.cpu().numpy()
 
 
-def _lines(shards: ShardSet, sample: int, law: str) -> list[str]:
+def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
     (source,), (generator,) = (
         shards.names(name, np.array([sample])) for name in ("source", "generator")
     )
     label = CLASSES[int(shards.column("label")[sample])]
-    kept = shards.sources[source]["law"]
-    return [shards.text("key", sample), f"{label}, {generator}", f"law {kept or law}"]
+    kept = shards.sources[source]["policy"]
+    return [shards.text("key", sample), f"{label}, {generator}", f"policy {kept or policy}"]
 
 
 @main.command()

@@ -1,13 +1,13 @@
-"""THE AUGMENTATION: ranges in, one `Draw` per image out. Two backends only apply it.
+"""THE AUGMENTATION: ranges in, one `AugmentParams` per image out. Two backends only apply it.
 
 The dice (`pipeline/philox.py`) are read here and nowhere else, on the host, from the index's width
 and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker count,
 rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
 
-Order of operations (as in the original recipe): random resized crop -> flip -> colour jitter ->
-resample down and back up -> JPEG re-encode -> 3x3 blur -> grey. Harsher laws add up to two more
-JPEGs behind the first, move the picture against the JPEG grid, and end with WebP. A law for aligned
-pairs begins with the JPEG of a fake's real partner, on the whole image.
+Order of operations (as in the original recipe): random resized crop -> flip -> color jitter ->
+resample down and back up -> JPEG re-encode -> 3x3 blur -> gray. Harsher policies add up to two more
+JPEGs behind the first, move the picture against the JPEG grid, and end with WebP. A policy for
+aligned pairs begins with the JPEG of a fake's real partner, on the whole image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.philox import roll
+from pipeline.philox import uniform
 
 Range = tuple[float, float]
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-"""A colour matrix that changes nothing: three rows of (red, green, blue, offset)."""
+"""A color matrix that changes nothing: three rows of (red, green, blue, offset)."""
 
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of grey in RGB (ITU-R BT.601), those of JPEG and of Pillow's "L"."""
+"""Weights of gray in RGB (ITU-R BT.601), those of JPEG and of Pillow's "L"."""
 
-GREY = (*LUMA, 0.0, *LUMA, 0.0, *LUMA, 0.0)
+GRAY = (*LUMA, 0.0, *LUMA, 0.0, *LUMA, 0.0)
 
 TO_YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 FROM_YIQ = np.linalg.inv(TO_YIQ)
@@ -34,7 +34,7 @@ FROM_YIQ = np.linalg.inv(TO_YIQ)
 BLUR_TAPS = 3
 LEAST_SIGMA = 0.25
 """A narrower 3 x 3 Gaussian changes no 8-bit value: each pass adds at most 510 times its outer
-weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a grey level in both. So backends skip it.
+weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a gray level in both. So backends skip it.
 """
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
@@ -47,38 +47,41 @@ GRID = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    """How a whole image is seen by the network: shorter side to `resize`, centre crop of `size`.
+class Preprocess:
+    """How a whole image is seen by the network: shorter side to `resize_size`, center crop of
+    `crop_size`.
 
-    Both in pixels. Training crops end at `size` as well.
+    Both in pixels. Training crops end at `crop_size` as well.
     """
 
-    size: int = 256
-    resize: int = 288
+    crop_size: int = 256
+    resize_size: int = 288
 
     def __post_init__(self) -> None:
-        if not 16 <= self.size <= self.resize:
-            raise ValueError(f"needs 16 <= size <= resize, got {self.size} and {self.resize}")
+        if not 16 <= self.crop_size <= self.resize_size:
+            raise ValueError(
+                f"needs 16 <= crop_size <= resize_size, got {self.crop_size} and {self.resize_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Ranges to draw from: one augmentation law. What is not named stays off.
+class AugmentPolicy:
+    """Ranges to draw from: one augmentation policy. What is not named stays off.
 
-    Fields without a range of their own are probabilities. `scale` is the share of the image's
-    area that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation`
-    vary by a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative
-    to the view's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1
-    to 100, and `jpegs` how many follow each other, 1 to 3; `grid` is the probability that blocks
-    begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is in
-    pixels. `pair_quality` delivers a fake as a JPEG of its real partner's quality and chroma, where
-    the index knows them (`pipeline/pairs.py`).
+    Fields without a range of their own are probabilities. `scale` is the share of the image's area
+    that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation` vary by
+    a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative to the
+    view's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1 to 100,
+    and `num_jpegs` how many follow each other, 1 to 3; `jpeg_grid_shift` is the probability that
+    blocks begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is
+    in pixels. `match_pair_jpeg` delivers a fake as a JPEG of its real partner's quality and chroma,
+    where the index knows them (`pipeline/pairs.py`).
     """
 
     scale: Range = (1.0, 1.0)
     ratio: Range = (1.0, 1.0)
-    flip: float = 0.0
-    jitter: float = 0.0
+    hflip: float = 0.0
+    color_jitter: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -89,16 +92,25 @@ class Augment:
     jpeg_quality: tuple[int, int] = (95, 95)
     blur: float = 0.0
     blur_sigma: Range = (0.1, 0.1)
-    grey: float = 0.0
+    grayscale: float = 0.0
     resample_filters: tuple[Literal["bilinear", "bicubic", "lanczos"], ...] = ("bilinear",)
-    jpegs: tuple[int, int] = (1, 1)
-    grid: float = 0.0
+    num_jpegs: tuple[int, int] = (1, 1)
+    jpeg_grid_shift: float = 0.0
     webp: float = 0.0
     webp_quality: tuple[int, int] = (95, 95)
-    pair_quality: bool = False
+    match_pair_jpeg: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "resample", "jpeg", "blur", "grey", "grid", "webp"):
+        for name in (
+            "hflip",
+            "color_jitter",
+            "resample",
+            "jpeg",
+            "blur",
+            "grayscale",
+            "jpeg_grid_shift",
+            "webp",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
         if not self.resample_filters or not set(self.resample_filters) <= set(FILTERS):
@@ -112,18 +124,18 @@ class Augment:
                 raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
-        for name, most in (("jpeg_quality", 100), ("webp_quality", 100), ("jpegs", 3)):
+        for name, most in (("jpeg_quality", 100), ("webp_quality", 100), ("num_jpegs", 3)):
             if getattr(self, name)[1] > most:
                 raise ValueError(f"{name} is at most {most}, got {list(getattr(self, name))}")
 
 
-_RANGES = [field for field in fields(Augment) if field.name != "resample_filters"]
+_RANGES = [field for field in fields(AugmentPolicy) if field.name != "resample_filters"]
 
 
-class Draw(NamedTuple):
+class AugmentParams(NamedTuple):
     """What happens to one image: plain numbers, no ranges, no dice.
 
-    The crop is in pixels of the upright image; `colour` is a 3 x 4 matrix in rows on RGB values of
+    The crop is in pixels of the upright image; `color` is a 3 x 4 matrix in rows on RGB values of
     0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
     each 0 for "not at all". So are the qualities `jpeg2` and `jpeg3` of further JPEGs and that of
     `webp`. `filter` is a position in `FILTERS`; `grid_top` and `grid_left`, 0 to 7, say how far
@@ -135,12 +147,12 @@ class Draw(NamedTuple):
     left: int
     height: int
     width: int
-    flip: bool = False
-    colour: tuple[float, ...] = IDENTITY
+    hflip: bool = False
+    color: tuple[float, ...] = IDENTITY
     resample: int = 0
     jpeg: int = 0
     blur: float = 0.0
-    grey: bool = False
+    grayscale: bool = False
     filter: int = 0
     jpeg2: int = 0
     jpeg3: int = 0
@@ -151,22 +163,23 @@ class Draw(NamedTuple):
     pair_chroma: int = 0
 
 
-class Draws(NamedTuple):
-    """The draws of a batch as columns, the fields of `Draw` in its order: one entry per image.
+class AugmentBatch(NamedTuple):
+    """The draws of a batch as columns, the fields of `AugmentParams` in its order: one entry per
+    image.
 
-    int32 but for `flip` and `grey`, bool, `blur`, float64, and `colour`, float32 (N, 12).
+    int32 but for `hflip` and `grayscale`, bool, `blur`, float64, and `color`, float32 (N, 12).
     """
 
     top: np.ndarray
     left: np.ndarray
     height: np.ndarray
     width: np.ndarray
-    flip: np.ndarray
-    colour: np.ndarray
+    hflip: np.ndarray
+    color: np.ndarray
     resample: np.ndarray
     jpeg: np.ndarray
     blur: np.ndarray
-    grey: np.ndarray
+    grayscale: np.ndarray
     filter: np.ndarray
     jpeg2: np.ndarray
     jpeg3: np.ndarray
@@ -184,61 +197,62 @@ class Draws(NamedTuple):
         return (self.grid_top > 0) | (self.grid_left > 0)
 
     @property
-    def jitter(self) -> np.ndarray:
-        """Which images have a colour matrix that changes anything, bool (N,)."""
-        return (self.colour != np.float32(IDENTITY)).any(axis=1)
+    def color_jitter(self) -> np.ndarray:
+        """Which images have a color matrix that changes anything, bool (N,)."""
+        return (self.color != np.float32(IDENTITY)).any(axis=1)
 
-    def row(self, number: int) -> Draw:
+    def row(self, number: int) -> AugmentParams:
         """The draw of one image."""
         return next(self.take(np.array([number])).rows())
 
-    def rows(self) -> Iterator[Draw]:
+    def rows(self) -> Iterator[AugmentParams]:
         """The draw of each image."""
         columns = [column.tolist() for column in self]
         columns[5] = list(map(tuple, columns[5]))
-        return map(Draw._make, zip(*columns, strict=True))
+        return map(AugmentParams._make, zip(*columns, strict=True))
 
-    def take(self, rows: np.ndarray | slice) -> "Draws":
+    def take(self, rows: np.ndarray | slice) -> "AugmentBatch":
         """These draws only."""
-        return Draws._make(column[rows] for column in self)
+        return AugmentBatch._make(column[rows] for column in self)
 
 
-def blank(draws: Draws, rows: Sequence[int]) -> Draws:
+def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
     """The draws with those of `rows` replaced by one that fits the smallest image."""
-    columns = [column.copy() for column in draws]
-    for column, value in zip(columns, stack([Draw(0, 0, 1, 1)]), strict=True):
+    columns = [column.copy() for column in params]
+    for column, value in zip(columns, stack([AugmentParams(0, 0, 1, 1)]), strict=True):
         column[list(rows)] = value
-    return Draws._make(columns)
+    return AugmentBatch._make(columns)
 
 
-_TYPES = Draws(
+_TYPES = AugmentBatch(
     np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
     np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
 )  # fmt: skip
 
 
-def stack(draws: Sequence[Draw]) -> Draws:
+def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
     """Draws as columns."""
-    columns = zip(*draws, strict=True)
-    return Draws._make(np.array(c, t) for c, t in zip(columns, _TYPES, strict=True))
+    columns = zip(*params, strict=True)
+    return AugmentBatch._make(np.array(c, t) for c, t in zip(columns, _TYPES, strict=True))
 
 
 _TRIES = 10
-_DICE = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
-"""Where each kind of number ends among those that a draw takes, whatever the law, so that one
-probability does not shift the others: areas and ratios to try, the place, six chances, four colour
-factors, three places in a range; and, since laws may be harsher, nine more for what they add."""
+_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
+"""Where each kind of number ends among those that a draw takes, whatever the policy, so that one
+probability does not shift the others: areas and ratios to try, the place, six chances, four color
+factors, three places in a range; and, since policies may be harsher, nine more for what they add.
+"""
 
 
-class Laws:
-    """Augmentation laws as a table: row i holds the ranges of `laws[i]`."""
+class PolicyTable:
+    """Augmentation policies as a table: row i holds the ranges of `policies[i]`."""
 
-    def __init__(self, laws: Sequence[Augment]):
+    def __init__(self, policies: Sequence[AugmentPolicy]):
         self._columns = {
-            field.name: np.array([getattr(law, field.name) for law in laws], np.float64)
+            field.name: np.array([getattr(policy, field.name) for policy in policies], np.float64)
             for field in _RANGES
         }
-        codes = [[FILTERS.index(name) for name in law.resample_filters] for law in laws]
+        codes = [[FILTERS.index(name) for name in policy.resample_filters] for policy in policies]
         self._filter_counts = np.array([len(row) for row in codes])
         self._filters = np.array([(row + [0] * len(FILTERS))[: len(FILTERS)] for row in codes])
 
@@ -252,58 +266,64 @@ class Laws:
         return {name: column[rows].T for name, column in self._columns.items()}
 
 
-def draw(
-    laws: Laws,
-    law: np.ndarray,
-    view: View,
+def sample_params(
+    policies: PolicyTable,
+    policy: np.ndarray,
+    preprocess: Preprocess,
     widths: np.ndarray,
     heights: np.ndarray,
     *,
     seed: int,
     epoch: int,
     samples: np.ndarray,
-    turns: np.ndarray | None = None,
+    repeat_index: np.ndarray | None = None,
     partners: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Draws:
+) -> AugmentBatch:
     """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
 
-    `law` is the row of each in `laws`, `turns` how often the epoch had the sample before,
-    `partners` the quality and chroma of the JPEG that each is to be delivered as first, 0 for none
-    (`pipeline/pairs.py`). All arrays are (N,) int.
+    `policy` is the row of each in `policies`, `repeat_index` how often the epoch had the sample
+    before, `partners` the quality and chroma of the JPEG that each is to be delivered as first, 0
+    for none (`pipeline/pairs.py`). All arrays are (N,) int.
     """
-    ranges = laws.of(law)
-    dice = roll(seed, epoch, samples, _DICE[-1], turns)
-    areas, ratios, place, chance, colour, within, more = np.split(dice, _DICE[:-1], axis=1)
+    ranges = policies.of(policy)
+    numbers = uniform(seed, epoch, samples, _NUMBERS[-1], repeat_index)
+    areas, ratios, place, chance, color, within, more = np.split(numbers, _NUMBERS[:-1], axis=1)
     top, left, height, width = _crop(ranges, widths, heights, areas, ratios, place)
     happens = {
         name: chance[:, number] < ranges[name]
-        for number, name in enumerate(("flip", "jitter", "resample", "jpeg", "blur", "grey"))
+        for number, name in enumerate(
+            ("hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale")
+        )
     }
-    side = np.rint(view.size * _between(ranges["resample_scale"], within[:, 0]))
-    jpegs = np.where(happens["jpeg"], _whole(ranges["jpegs"], more[:, 0]), 0)
+    side = np.rint(preprocess.crop_size * _between(ranges["resample_scale"], within[:, 0]))
+    jpegs = np.where(happens["jpeg"], _whole(ranges["num_jpegs"], more[:, 0]), 0)
     qualities = [
         np.where(jpegs > number, _whole(ranges["jpeg_quality"], share), 0).astype(np.int32)
         for number, share in enumerate((within[:, 1], more[:, 1], more[:, 2]))
     ]
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
-    moved = (more[:, 6] < ranges["grid"])[:, None] * np.floor(more[:, 7:9] * GRID)
+    moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
     none = np.zeros(len(samples), np.int32)
     pair_jpeg, pair_chroma = partners or (none, none)
-    return Draws(
+    return AugmentBatch(
         top=top,
         left=left,
         height=height,
         width=width,
-        flip=happens["flip"],
-        colour=np.where(
-            happens["jitter"][:, None], _jitter(ranges, 2 * colour - 1), np.float32(IDENTITY)
+        hflip=happens["hflip"],
+        color=np.where(
+            happens["color_jitter"][:, None],
+            _color_jitter(ranges, 2 * color - 1),
+            np.float32(IDENTITY),
         ),
         resample=np.where(happens["resample"], side, 0).astype(np.int32),
         jpeg=qualities[0],
         blur=np.where(happens["blur"], sigma, 0.0),
-        grey=happens["grey"],
-        filter=np.where(happens["resample"], laws.filter(law, more[:, 3]), 0).astype(np.int32),
+        grayscale=happens["grayscale"],
+        filter=np.where(happens["resample"], policies.filter(policy, more[:, 3]), 0).astype(
+            np.int32
+        ),
         jpeg2=qualities[1],
         jpeg3=qualities[2],
         grid_top=moved[:, 0].astype(np.int32),
@@ -314,26 +334,30 @@ def draw(
     )
 
 
-def centre(view: View, widths: np.ndarray, heights: np.ndarray) -> Draws:
+def center_crop_params(
+    preprocess: Preprocess, widths: np.ndarray, heights: np.ndarray
+) -> AugmentBatch:
     """Evaluation is a draw without dice: the part of each image that the view shows.
 
-    Cropping `size / resize` of the shorter side and resizing once equals resizing the whole and
-    cropping the centre, up to the rounding of the crop to whole pixels.
+    Cropping `crop_size / resize_size` of the shorter side and resizing once equals resizing the
+    whole and cropping the center, up to the rounding of the crop to whole pixels.
     """
     shorter = np.minimum(widths, heights)
-    side = np.maximum(1, np.rint(shorter * view.size / view.resize)).astype(np.int32)
+    side = np.maximum(1, np.rint(shorter * preprocess.crop_size / preprocess.resize_size)).astype(
+        np.int32
+    )
     none = np.zeros(len(side), np.int32)
-    return Draws(
+    return AugmentBatch(
         top=((heights - side) // 2).astype(np.int32),
         left=((widths - side) // 2).astype(np.int32),
         height=side,
         width=side,
-        flip=none.astype(np.bool_),
-        colour=np.tile(np.float32(IDENTITY), (len(side), 1)),
+        hflip=none.astype(np.bool_),
+        color=np.tile(np.float32(IDENTITY), (len(side), 1)),
         resample=none,
         jpeg=none,
         blur=none.astype(np.float64),
-        grey=none.astype(np.bool_),
+        grayscale=none.astype(np.bool_),
         filter=none,
         jpeg2=none,
         jpeg3=none,
@@ -381,9 +405,9 @@ def _between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
     return limits[0] + (limits[1] - limits[0]) * share
 
 
-def _jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:
-    """Colour matrices, float32 (N, 12), from factors of -1 to 1."""
-    return colour_matrices(
+def _color_jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:
+    """Color matrices, float32 (N, 12), from factors of -1 to 1."""
+    return color_matrices(
         brightness=1 + ranges["brightness"] * factors[:, 0],
         contrast=1 + ranges["contrast"] * factors[:, 1],
         saturation=1 + ranges["saturation"] * factors[:, 2],
@@ -391,15 +415,15 @@ def _jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:
     )
 
 
-def colour_matrices(
+def color_matrices(
     brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
 ) -> np.ndarray:
     """Brightness, contrast, saturation and hue (in turns), (N,) each, as 3 x 4 matrices, row by
     row: float32 (N, 12).
 
     All four are linear here, unlike in torchvision, whose contrast needs the image's mean and
-    whose hue goes through HSV: contrast pivots on mid-grey (127.5) and hue turns the chroma plane
-    of YIQ (the NTSC primaries, as DALI's colour operators do). So the matrix is known before the
+    whose hue goes through HSV: contrast pivots on mid-gray (127.5) and hue turns the chroma plane
+    of YIQ (the NTSC primaries, as DALI's color operators do). So the matrix is known before the
     pixels are, and both backends apply the very same numbers.
     """
     angle = 2 * np.pi * hue

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augment import Draws
+from pipeline.augment import AugmentBatch
 
 
 def _black_pixel() -> bytes:
@@ -21,7 +21,7 @@ PLACEHOLDER = _black_pixel(), "PNG", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class BatchTiming:
     """What a batch cost, for the meter: seconds spent reading and decoding it, and how many batches
     were waiting, ready, when it was asked for.
 
@@ -45,7 +45,7 @@ class Request:
     data: list[bytes]
     formats: list[str]
     orientations: list[int]
-    draws: Draws
+    params: AugmentBatch
     failures: dict[int, str] = field(default_factory=dict)
     read_s: float = 0.0
 
@@ -56,18 +56,18 @@ class Pixels:
 
     images: torch.Tensor
     failures: dict[int, str]
-    cost: Cost = field(default_factory=Cost)
+    timing: BatchTiming = field(default_factory=BatchTiming)
 
     def pin_memory(self) -> "Pixels":
         """The same in page-locked memory; torch's DataLoader looks for this method."""
-        return Pixels(self.images.pin_memory(), self.failures, self.cost)
+        return Pixels(self.images.pin_memory(), self.failures, self.timing)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The images of one step, on one device.
 
-    `images` is uint8 (B, 3, size, size) with channels_last strides; normalisation happens inside
+    `images` is uint8 (B, 3, size, size) with channels_last strides; normalization happens inside
     the model. `labels` is int64 (B,), 0 real, 1 fake. `valid` is bool (B,), False for padding and
     for images that could not be decoded: they are black and must not count. On the host stay
     `samples` int64 (B,), the row numbers of the shard set, `sources` int32 (B,), the code of each
@@ -82,7 +82,7 @@ class Batch:
     sources: np.ndarray
     replayed: np.ndarray
     failures: dict[int, str]
-    cost: Cost = field(default_factory=Cost)
+    timing: BatchTiming = field(default_factory=BatchTiming)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,4 +1,4 @@
-"""Apply `Draw`s with NVIDIA DALI: the fast backend. The only file that imports nvidia.
+"""Apply `AugmentParams` with NVIDIA DALI: the fast backend. The only file that imports nvidia.
 
 One graph, with CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and the columns of the
 draws come in from outside, so the graph holds no dice and no state. `Pipeline.run()` is driven
@@ -21,9 +21,9 @@ from nvidia.dali import fn, pipeline_def, types
 
 from imaging.decode import DecodeError, decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import BLUR_TAPS, GREY, GRID, LEAST_SIGMA, Draws
-from pipeline.batch import Cost, Pixels, Request
-from pipeline.monitor import Board
+from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch
+from pipeline.batch import BatchTiming, Pixels, Request
+from pipeline.monitor import WorkerStatus
 from pipeline.pil import encode_jpeg, webp_round_trip
 
 QUEUE_BATCHES = 4
@@ -39,14 +39,14 @@ COLUMNS = (
     ("data", types.UINT8, 1),
     ("anchor", types.INT32, 1),
     ("shape", types.INT32, 1),
-    ("flip", types.INT32, 0),
-    ("jitter", types.BOOL, 0),
+    ("hflip", types.INT32, 0),
+    ("color_jitter", types.BOOL, 0),
     ("matrix", types.FLOAT, 2),
     ("offset", types.FLOAT, 1),
     ("resample", types.FLOAT, 0),
     ("jpeg", types.INT32, 0),
     ("blur", types.FLOAT, 0),
-    ("grey", types.BOOL, 0),
+    ("grayscale", types.BOOL, 0),
     ("side", types.FLOAT, 0),
     ("filter", types.INT32, 0),
     ("jpeg2", types.INT32, 0),
@@ -74,7 +74,9 @@ def graph(
         dtype=[column[1] for column in COLUMNS],
         ndim=[column[2] for column in COLUMNS],
     )
-    data, anchor, shape, flip, jitter, matrix, offset, resample, jpeg, blur, grey = columns[:11]
+    data, anchor, shape, hflip, color_jitter, matrix, offset, resample, jpeg, blur, grayscale = (
+        columns[:11]
+    )
     side, kind, jpeg2, jpeg3, moved, grid = columns[11:]
     image = fn.decoders.image(
         data,
@@ -87,9 +89,9 @@ def graph(
     )
     image = fn.slice(image, anchor, shape, axes=(0, 1))
     image = _resize(image, side)
-    image = fn.flip(image, horizontal=flip)
-    if jitter:
-        image = _colour(image, matrix, offset)
+    image = fn.flip(image, horizontal=hflip)
+    if color_jitter:
+        image = _color(image, matrix, offset)
     if resample > 0.0:
         kind = fn.reinterpret(kind, dtype=types.INTERP_TYPE)
         image = _resize(_resize(image, resample, kind), side, kind)
@@ -101,9 +103,9 @@ def graph(
         image = _jpeg(image, jpeg3, on_gpu)
     if blur > 0.0:
         image = fn.gaussian_blur(image, sigma=blur, window_size=BLUR_TAPS)
-    if grey:
-        rows = np.array(GREY, np.float32).reshape(3, 4)
-        image = _colour(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
+    if grayscale:
+        rows = np.array(GRAY, np.float32).reshape(3, 4)
+        image = _color(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
     if moved:
         image = fn.slice(image, start=grid, shape=[size, size], axes=[0, 1])
     return image
@@ -121,7 +123,7 @@ def _resize(image: Any, side: Any, kind: Any = types.INTERP_LINEAR) -> Any:
     )
 
 
-def _colour(image: Any, matrix: Any, offset: Any) -> Any:
+def _color(image: Any, matrix: Any, offset: Any) -> Any:
     turned = fn.coord_transform(image, M=matrix, T=offset, dtype=types.UINT8)
     return fn.reshape(turned, layout="HWC")
 
@@ -135,27 +137,27 @@ def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
     return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
 
 
-def columns_of(data: list[bytes], draws: Draws, size: int) -> tuple:
+def columns_of(data: list[bytes], params: AugmentBatch, size: int) -> tuple:
     """What the graph is fed for one batch, in the order of `COLUMNS`."""
-    colour = draws.colour.reshape(-1, 3, 4)
+    color = params.color.reshape(-1, 3, 4)
     return (
         [np.frombuffer(item, np.uint8) for item in data],
-        np.stack([draws.top, draws.left], axis=1),
-        np.stack([draws.height, draws.width], axis=1),
-        draws.flip.astype(np.int32),
-        draws.jitter,
-        np.ascontiguousarray(colour[:, :, :3]),
-        np.ascontiguousarray(colour[:, :, 3]),
-        draws.resample.astype(np.float32),
-        draws.jpeg,
-        np.where(draws.blur >= LEAST_SIGMA, draws.blur, 0).astype(np.float32),
-        draws.grey,
-        (size + GRID * draws.moved).astype(np.float32),
-        _FILTERS[draws.filter],
-        draws.jpeg2,
-        draws.jpeg3,
-        draws.moved,
-        np.stack([draws.grid_top, draws.grid_left], axis=1),
+        np.stack([params.top, params.left], axis=1),
+        np.stack([params.height, params.width], axis=1),
+        params.hflip.astype(np.int32),
+        params.color_jitter,
+        np.ascontiguousarray(color[:, :, :3]),
+        np.ascontiguousarray(color[:, :, 3]),
+        params.resample.astype(np.float32),
+        params.jpeg,
+        np.where(params.blur >= LEAST_SIGMA, params.blur, 0).astype(np.float32),
+        params.grayscale,
+        (size + GRID * params.moved).astype(np.float32),
+        _FILTERS[params.filter],
+        params.jpeg2,
+        params.jpeg3,
+        params.moved,
+        np.stack([params.grid_top, params.grid_left], axis=1),
     )
 
 
@@ -179,8 +181,8 @@ class DaliBackend:
         self.device = device
         self.threads = threads
         self.hw_decoder_load = hw_decoder_load
-        self.board = Board(["reader", "DALI"])
-        self._repair: Callable[[bytes, Draws], torch.Tensor] | None = None
+        self.status = WorkerStatus(["reader", "DALI"])
+        self._repair: Callable[[bytes, AugmentBatch], torch.Tensor] | None = None
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
         """Yield the pixels of each request, uint8 (B, size, size, 3) on the device; the first is
@@ -196,7 +198,7 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with _ReadAhead(map(self._as_partners, requests), self.board, start) as ahead:
+        with _ReadAhead(map(self._as_partners, requests), self.status, start) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited
@@ -204,14 +206,14 @@ class DaliBackend:
                 request = ahead.next()
                 waited += time.perf_counter() - began
                 fed.put(request)
-                return columns_of(request.data, request.draws, self.size)
+                return columns_of(request.data, request.params, self.size)
 
             pipe = self._build(feed, self.batch_size, depth=2)
             step = start
             while True:
                 ready, before, began = ahead.ready, waited, time.perf_counter()
                 try:
-                    with self.board.at(DECODER, "decoding", step):
+                    with self.status.at(DECODER, "decoding", step):
                         images, failures = _tensor_of(pipe.run(*self._stream)), {}
                 except StopIteration:
                     return
@@ -220,21 +222,21 @@ class DaliBackend:
                         raise  # the device is gone, not one sample
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
-                images = self._to_webp(images, request.draws, failures)
+                images = self._to_webp(images, request.params, failures)
                 read_s = waited - before
                 decode_s = time.perf_counter() - began - read_s
-                cost = Cost(read_s=read_s, decode_s=decode_s, ready=ready)
-                self.board.finished(DECODER)
+                timing = BatchTiming(read_s=read_s, decode_s=decode_s, ready=ready)
+                self.status.finished(DECODER)
                 step += 1
-                yield Pixels(images, request.failures | failures, cost)
+                yield Pixels(images, request.failures | failures, timing)
 
     def _as_partners(self, request: Request) -> Request:
-        """The first step of a law for pairs, on the host: DALI's JPEG operator knows one chroma,
+        """The first step of a policy for pairs, on the host: DALI's JPEG operator knows one chroma,
         and this way the graph decodes a fake as it decodes its partner. What does not decode is
         left to the graph, which says so.
         """
-        draws = request.draws
-        rows = [row for row in np.flatnonzero(draws.pair_jpeg) if row not in request.failures]
+        params = request.params
+        rows = [row for row in np.flatnonzero(params.pair_jpeg) if row not in request.failures]
         if not rows:
             return request
 
@@ -244,7 +246,7 @@ class DaliBackend:
                 pixels = decode_image(*of)
             except DecodeError:
                 return request.data[row]
-            return encode_jpeg(pixels, int(draws.pair_jpeg[row]), CHROMAS[draws.pair_chroma[row]])
+            return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
 
         data = list(request.data)
         with ThreadPoolExecutor(self.threads) as pool:
@@ -253,16 +255,16 @@ class DaliBackend:
         return replace(request, data=data)
 
     def _to_webp(
-        self, images: torch.Tensor, draws: Draws, failures: dict[int, str]
+        self, images: torch.Tensor, params: AugmentBatch, failures: dict[int, str]
     ) -> torch.Tensor:
-        """The last step of a harsh law, on the host: DALI does not encode WebP."""
-        rows = [row for row in np.flatnonzero(draws.webp).tolist() if row not in failures]
+        """The last step of a harsh policy, on the host: DALI does not encode WebP."""
+        rows = [row for row in np.flatnonzero(params.webp).tolist() if row not in failures]
         if not rows:
             return images
         images = images.clone()  # the batch is DALI's own memory
         pixels = images[rows].cpu().numpy()
         with ThreadPoolExecutor(self.threads) as pool:
-            done = list(pool.map(webp_round_trip, pixels, draws.webp[rows].tolist()))
+            done = list(pool.map(webp_round_trip, pixels, params.webp[rows].tolist()))
         images[rows] = torch.from_numpy(np.stack(done)).to(images.device)
         return images
 
@@ -301,17 +303,17 @@ class DaliBackend:
         failures = {}
         for row, data in enumerate(request.data):
             try:
-                images[row] = self._repair(data, request.draws.take(np.array([row])))
+                images[row] = self._repair(data, request.params.take(np.array([row])))
             except RuntimeError as error:
                 failures[row] = _reason(error)
         return images, failures
 
-    def _build_repair(self) -> Callable[[bytes, Draws], torch.Tensor]:
+    def _build_repair(self) -> Callable[[bytes, AugmentBatch], torch.Tensor]:
         waiting: list[tuple] = []
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
 
-        def decode(data: bytes, draws: Draws) -> torch.Tensor:
-            waiting.append(columns_of([data], draws, self.size))
+        def decode(data: bytes, params: AugmentBatch) -> torch.Tensor:
+            waiting.append(columns_of([data], params, self.size))
             return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode
@@ -320,8 +322,8 @@ class DaliBackend:
 class _ReadAhead:
     """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
 
-    def __init__(self, requests: Iterable[Request], board: Board, start: int):
-        self._requests, self._board, self._start = requests, board, start
+    def __init__(self, requests: Iterable[Request], status: WorkerStatus, start: int):
+        self._requests, self._status, self._start = requests, status, start
         self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
@@ -352,10 +354,10 @@ class _ReadAhead:
         step = self._start
         try:
             while not self._stopped.is_set():
-                with self._board.at(READER, "reading", step):
+                with self._status.at(READER, "reading", step):
                     request = next(requests)
                 self._put(request)
-                self._board.finished(READER)
+                self._status.finished(READER)
                 step += 1
         except Exception as error:  # StopIteration too: it ends the run on the other side
             self._put(error)
@@ -376,5 +378,5 @@ def _tensor_of(outputs: tuple) -> torch.Tensor:
 def _reason(error: RuntimeError) -> str:
     """The one line of DALI's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line and "Current pipeline" not in line]
-    return (telling or lines)[-1][:200]
+    errors = [line for line in lines if "rror" in line and "Current pipeline" not in line]
+    return (errors or lines)[-1][:200]

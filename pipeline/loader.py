@@ -13,9 +13,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.augment import Augment, Draws, Laws, View, blank, centre, draw
+from pipeline.augment import (
+    AugmentBatch,
+    AugmentPolicy,
+    PolicyTable,
+    Preprocess,
+    blank,
+    center_crop_params,
+    sample_params,
+)
 from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
-from pipeline.monitor import PATIENCE_S, Board, Watchdog
+from pipeline.monitor import STALL_WARNING_S, Watchdog, WorkerStatus
 from pipeline.order import Epoch, Shuffle
 from pipeline.pairs import Partners, partners_of
 from pipeline.pil import decode_request
@@ -25,7 +33,7 @@ from sharding.format import ShardSet
 from storage import cores
 
 Backend = Literal["auto", "dali", "pil"]
-DrawSamples = Callable[[np.ndarray, np.ndarray], Draws]
+ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]
 
 READ_THREADS = 8
 """Reads from an address in flight at a time, in each process."""
@@ -43,27 +51,27 @@ class LoadError(ValueError):
 class Loading:
     """How batches are made.
 
-    `batch_size` is per rank. `workers` are processes (pil) or threads (dali): 0 decodes in the
+    `batch_size` is per rank. `num_workers` are processes (pil) or threads (dali): 0 decodes in the
     calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
     GPU decodes most of the images). `cache` and `cache_gb` are for shards at an address.
     """
 
     batch_size: int = 32
-    workers: int = -1
+    num_workers: int = -1
     backend: Backend = "auto"
     shuffle: Shuffle = "global"
-    check_hashes: bool = False
+    verify_checksums: bool = False
     cache: str = "data/cache"
     cache_gb: float = 20.0
-    patience_s: float = PATIENCE_S
+    stall_warning_s: float = STALL_WARNING_S
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.workers < -1:
-            raise ValueError(f"workers must be at least -1, got {self.workers}")
-        if self.cache_gb <= 0 or self.patience_s <= 0:
-            raise ValueError("cache_gb and patience_s must be more than 0")
+        if self.num_workers < -1:
+            raise ValueError(f"num_workers must be at least -1, got {self.num_workers}")
+        if self.cache_gb <= 0 or self.stall_warning_s <= 0:
+            raise ValueError("cache_gb and stall_warning_s must be more than 0")
 
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
@@ -92,70 +100,77 @@ def _is_installed(module: str) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class DrawByLaw:
-    """Training draws of one epoch; made by `draw_by_law`. An object, so that workers can be sent it
-    where they are not forked.
+class TrainParams:
+    """Training draws of one epoch; made by `train_params`. An object, so that workers can be sent
+    it where they are not forked.
     """
 
-    laws: Laws  # by source code
+    policies: PolicyTable  # by source code
     sources: np.ndarray
     widths: np.ndarray
     heights: np.ndarray
-    view: View
+    preprocess: Preprocess
     seed: int
     epoch: int
     partners: Partners | None = None
 
-    def __call__(self, samples: np.ndarray, turns: np.ndarray) -> Draws:
+    def __call__(self, samples: np.ndarray, repeat_index: np.ndarray) -> AugmentBatch:
         """Roll the dice of these samples, each for the stated time in this epoch."""
         partners = self.partners and tuple(column[samples] for column in self.partners)
-        return draw(
-            self.laws, self.sources[samples], self.view,
+        return sample_params(
+            self.policies, self.sources[samples], self.preprocess,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples, turns=turns, partners=partners,
+            seed=self.seed, epoch=self.epoch, samples=samples, repeat_index=repeat_index, partners=partners,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class DrawCentre:
+class EvalParams:
     """Evaluation draws: the same view of every image, without dice."""
 
     widths: np.ndarray
     heights: np.ndarray
-    view: View
+    preprocess: Preprocess
 
-    def __call__(self, samples: np.ndarray, _turns: np.ndarray) -> Draws:
+    def __call__(self, samples: np.ndarray, _repeat_index: np.ndarray) -> AugmentBatch:
         """What the view shows of these samples."""
-        return centre(self.view, self.widths[samples], self.heights[samples])
+        return center_crop_params(self.preprocess, self.widths[samples], self.heights[samples])
 
 
-def draw_by_law(
-    shards: ShardSet, augment: Mapping[str, Augment], law: str, view: View, seed: int, epoch: int
-) -> DrawByLaw:
-    """Training draws: each source by its own law where the index names one, else by `law`.
+def train_params(
+    shards: ShardSet,
+    augment: Mapping[str, AugmentPolicy],
+    policy: str,
+    preprocess: Preprocess,
+    seed: int,
+    epoch: int,
+) -> TrainParams:
+    """Training draws: each source by its own policy where the index names one, else by `policy`.
 
     Raises:
-        LoadError: a source keeps a law that `augment` does not describe.
+        LoadError: a source keeps a policy that `augment` does not describe.
     """
     codes, names = shards.codes("source")
-    laws = []
+    policies = []
     for name in names:
-        wanted = str(shards.sources[name]["law"]) or law
+        wanted = str(shards.sources[name]["policy"]) or policy
         if wanted not in augment:
             raise LoadError(
-                f"source {name} is augmented by law {wanted!r}, but the recipe describes "
+                f"source {name} is augmented by policy {wanted!r}, but the recipe describes "
                 f"{', '.join(augment) or 'none'}; add [augment.{wanted}]"
             )
-        laws.append(augment[wanted])
+        policies.append(augment[wanted])
     size = shards.column("width"), shards.column("height")
-    paired = tuple(name for name, law in zip(names, laws, strict=True) if law.pair_quality)
+    paired = tuple(
+        name for name, policy in zip(names, policies, strict=True) if policy.match_pair_jpeg
+    )
     partners = partners_of(shards, paired) if paired else None
-    return DrawByLaw(Laws(laws), codes, *size, view, seed, epoch, partners)
+    return TrainParams(PolicyTable(policies), codes, *size, preprocess, seed, epoch, partners)
 
 
-def draw_centre(shards: ShardSet, view: View) -> DrawCentre:
+def eval_params(shards: ShardSet, preprocess: Preprocess) -> EvalParams:
     """Evaluation draws of a shard set."""
-    return DrawCentre(shards.column("width"), shards.column("height"), view)
+    return EvalParams(shards.column("width"), shards.column("height"), preprocess)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,20 +178,20 @@ class Loader:
     """Batches of one shard set on one rank; made by `open_loader`."""
 
     shards: ShardSet
-    view: View
+    preprocess: Preprocess
     loading: Loading
     device: torch.device
     backend: str
     reason: str
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
     def global_batch(self) -> int:
         """Samples per step over all ranks."""
-        return self.loading.batch_size * self.world
+        return self.loading.batch_size * self.world_size
 
-    def batches(self, epoch: Epoch, draw_samples: DrawSamples, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on, in order.
 
         Raises:
@@ -185,10 +200,10 @@ class Loader:
         if epoch.global_batch != self.global_batch:
             raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
         seen, bad = 0, []
-        board = self._board
-        watching = Watchdog(board.describe, self.loading.patience_s)
+        status = self._status
+        watching = Watchdog(status.describe, self.loading.stall_warning_s)
         with _named_worker_death(), watching as watchdog:
-            decoded = self._decode(epoch, draw_samples, start)
+            decoded = self._decode(epoch, params_for, start)
             for step in range(start, epoch.steps):
                 with watchdog.waiting(step):
                     pixels = next(decoded)
@@ -209,9 +224,9 @@ class Loader:
             for row, reason in batch.failures.items()
         ]
 
-    def _decode(self, epoch: Epoch, draw_samples: DrawSamples, start: int) -> Iterator[Pixels]:
+    def _decode(self, epoch: Epoch, params_for: ParamsFor, start: int) -> Iterator[Pixels]:
         """Pixels of each step, by the chosen backend."""
-        requests = _Requests(self, epoch, draw_samples)
+        requests = _Requests(self, epoch, params_for)
         steps = range(start, epoch.steps)
         if self.backend == "dali":
             yield from self._dali.run(map(requests.make, steps), start)
@@ -227,20 +242,20 @@ class Loader:
             # that resumes in mid-epoch would draw its dropout from another place.
             generator=torch.Generator(),
         )
-        before = self._board.made()
+        before = self._status.made()
         for taken, pixels in enumerate(loader, start=1):
-            ready = self._board.made() - before - taken
-            yield replace(pixels, cost=replace(pixels.cost, ready=ready))
+            ready = self._status.made() - before - taken
+            yield replace(pixels, timing=replace(pixels.timing, ready=ready))
 
     @functools.cached_property
-    def _board(self) -> Board:
+    def _status(self) -> WorkerStatus:
         if self.backend == "dali":
-            return self._dali.board
-        return Board([f"worker {number}" for number in range(max(1, self._workers))])
+            return self._dali.status
+        return WorkerStatus([f"worker {number}" for number in range(max(1, self._workers))])
 
     @property
     def _workers(self) -> int:
-        return self.loading.workers if self.loading.workers >= 0 else min(16, cores())
+        return self.loading.num_workers if self.loading.num_workers >= 0 else min(16, cores())
 
     @functools.cached_property
     def _dali(self):
@@ -248,11 +263,11 @@ class Loader:
 
         # One thread per core beside a GPU too: the JPEG step, PNG and WebP run on the host. On an
         # H200 with 16 cores, 4 threads gave 2,338 images/s and 16 gave 3,303 (docs/log.md).
-        size, batch = self.view.size, self.loading.batch_size
+        size, batch = self.preprocess.crop_size, self.loading.batch_size
         return DaliBackend(size, batch, self.device, max(1, self._workers))
 
     def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
-        rows = epoch.positions(step, self.rank, self.world)
+        rows = epoch.positions(step, self.rank, self.world_size)
         samples = epoch.samples[rows]
         valid = epoch.valid[rows].copy()
         valid[list(pixels.failures)] = False
@@ -266,7 +281,7 @@ class Loader:
             sources=sources,
             replayed=epoch.replayed[rows],
             failures=pixels.failures,
-            cost=pixels.cost,
+            timing=pixels.timing,
         )
 
 
@@ -282,32 +297,36 @@ def _named_worker_death() -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoadError(
-            f"a loading worker died ({reason}); if memory ran out, use a smaller loading.workers "
+            f"a loading worker died ({reason}); if memory ran out, use a smaller loading.num_workers "
             "or loading.batch_size"
         ) from error
 
 
-DRAWN_TOGETHER = 1024
+SAMPLED_TOGETHER = 1024
 """Samples whose dice are rolled at once."""
 
 
 class _Requests(Dataset):
     """What each step asks of a backend; as a dataset, each item is a step already decoded."""
 
-    def __init__(self, loader: Loader, epoch: Epoch, draw_samples: DrawSamples):
-        self.epoch, self.draw_samples = epoch, draw_samples
-        self.rank, self.world, self.size = loader.rank, loader.world, loader.view.size
+    def __init__(self, loader: Loader, epoch: Epoch, params_for: ParamsFor):
+        self.epoch, self.params_for = epoch, params_for
+        self.rank, self.world_size, self.size = (
+            loader.rank,
+            loader.world_size,
+            loader.preprocess.crop_size,
+        )
         loading = loader.loading
         self.reader = ShardReader(
             loader.shards,
-            check_hashes=loading.check_hashes,
+            verify_checksums=loading.verify_checksums,
             threads=READ_THREADS,
             cache=Cache(folder=Path(loading.cache), limit=round(loading.cache_gb * 1e9)),
         )
         self.formats = loader.shards.codes("format")
         self.orientations = loader.shards.column("orientation")
-        self.board = loader._board
-        self._drawn: dict[int, Draws] = {}
+        self.status = loader._status
+        self._sampled: dict[int, AugmentBatch] = {}
 
     def __len__(self) -> int:
         return self.epoch.steps
@@ -315,18 +334,18 @@ class _Requests(Dataset):
     def __getitem__(self, step: int) -> Pixels:
         worker = get_worker_info()
         number = worker.id if worker else 0
-        with self.board.at(number, "reading", step):
+        with self.status.at(number, "reading", step):
             request = self.make(step)
-        with self.board.at(number, "decoding", step):
+        with self.status.at(number, "decoding", step):
             pixels = decode_request(request, self.size)
-        self.board.finished(number)
+        self.status.finished(number)
         return pixels
 
     def make(self, step: int) -> Request:
         """Read the samples of one step and draw for each."""
         began = time.perf_counter()
-        samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world)]
-        draws = self._draws(step)
+        samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world_size)]
+        params = self._params(step)
         data = self.reader.read(samples)
         codes, names = self.formats
         formats = [names[code] for code in codes[samples].tolist()]
@@ -335,31 +354,31 @@ class _Requests(Dataset):
         for row in failures:
             data[row], formats[row], orientations[row] = PLACEHOLDER
         if failures:
-            draws = blank(draws, list(failures))
+            params = blank(params, list(failures))
         read_s = time.perf_counter() - began
-        return Request(data, formats, orientations, draws, failures, read_s)
+        return Request(data, formats, orientations, params, failures, read_s)
 
-    def _draws(self, step: int) -> Draws:
+    def _params(self, step: int) -> AugmentBatch:
         """The draws of one step, made with those of the next ones that this process will be asked
         for: thirty at a time cost ten times as much each as a thousand do.
         """
-        if step not in self._drawn:
+        if step not in self._sampled:
             worker = get_worker_info()
-            batch = self.epoch.global_batch // self.world
+            batch = self.epoch.global_batch // self.world_size
             stride = worker.num_workers if worker else 1
-            ahead = step + stride * max(1, DRAWN_TOGETHER // batch)
+            ahead = step + stride * max(1, SAMPLED_TOGETHER // batch)
             steps = range(step, min(ahead, self.epoch.steps), stride)
-            rows = [self.epoch.positions(one, self.rank, self.world) for one in steps]
-            samples, turns = (
+            rows = [self.epoch.positions(one, self.rank, self.world_size) for one in steps]
+            samples, repeat_index = (
                 np.concatenate([column[row] for row in rows])
-                for column in (self.epoch.samples, self.epoch.turns)
+                for column in (self.epoch.samples, self.epoch.repeat_index)
             )
-            draws = self.draw_samples(samples, turns)
-            self._drawn = {
-                one: draws.take(slice(place * batch, (place + 1) * batch))
+            params = self.params_for(samples, repeat_index)
+            self._sampled = {
+                one: params.take(slice(place * batch, (place + 1) * batch))
                 for place, one in enumerate(steps)
             }
-        return self._drawn.pop(step)
+        return self._sampled.pop(step)
 
 
 def _unchanged(pixels: Pixels) -> Pixels:
@@ -369,11 +388,11 @@ def _unchanged(pixels: Pixels) -> Pixels:
 def open_loader(
     shards: ShardSet,
     *,
-    view: View,
+    preprocess: Preprocess,
     loading: Loading,
     device: torch.device,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> Loader:
     """A loader over `shards`; `backend` and `reason` say what decodes, and why.
 
@@ -381,4 +400,4 @@ def open_loader(
         LoadError: the backend that was asked for is not there.
     """
     backend, reason = choose_backend(loading.backend, device)
-    return Loader(shards, view, loading, device, backend, reason, rank, world)
+    return Loader(shards, preprocess, loading, device, backend, reason, rank, world_size)

@@ -1,7 +1,8 @@
 """METER: what the loader is doing, in numbers, always on; and who is at what when nothing comes.
 
-Workers note their stage on a `Board` that processes share, each batch carries its `Cost`, the
-`Meter` adds up what the consumer sees, and the `Watchdog` speaks when it sees nothing for long.
+Workers note their stage on a `WorkerStatus` that processes share, each batch carries its
+`BatchTiming`, the `LoaderStats` adds up what the consumer sees, and the `Watchdog` speaks when it
+sees nothing for long.
 """
 
 import contextlib
@@ -23,11 +24,11 @@ log = logging.getLogger("ai_images_detector")
 
 STAGES = ("idle", "reading", "decoding")
 
-PATIENCE_S = 60.0
+STALL_WARNING_S = 60.0
 """How long the consumer waits for one batch before the watchdog says who is at what."""
 
 
-class Board:
+class WorkerStatus:
     """What each worker is at: a stage of `STAGES`, a step, and how many batches it has made."""
 
     def __init__(self, workers: Sequence[str]):
@@ -61,10 +62,10 @@ class Board:
 
 
 class Watchdog:
-    """Warns when one batch is waited for longer than `patience_s`: a context manager."""
+    """Warns when one batch is waited for longer than `stall_warning_s`: a context manager."""
 
-    def __init__(self, describe: Callable[[], str], patience_s: float = PATIENCE_S):
-        self.describe, self.patience_s = describe, patience_s
+    def __init__(self, describe: Callable[[], str], stall_warning_s: float = STALL_WARNING_S):
+        self.describe, self.stall_warning_s = describe, stall_warning_s
         self._asked: tuple[int, float] | None = None
         self._ended = threading.Event()
         self._consumer = threading.get_ident()
@@ -89,9 +90,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         said = 0.0
-        while not self._ended.wait(self.patience_s / 4):
+        while not self._ended.wait(self.stall_warning_s / 4):
             asked, now = self._asked, time.monotonic()
-            if asked and now - max(asked[1], said) > self.patience_s:
+            if asked and now - max(asked[1], said) > self.stall_warning_s:
                 said = now
                 log.warning(
                     "no batch for %.0f s: step %d is waited for; %s",
@@ -109,7 +110,7 @@ def _stacks() -> str:
     )
 
 
-class Meter:
+class LoaderStats:
     """Adds up what a consumer of batches sees, between two calls of `row`.
 
     `sources` are the names behind `Batch.sources`.
@@ -139,9 +140,9 @@ class Meter:
             self.images += len(batch)
             self.replayed += int(batch.replayed.sum())
             self.unreadable += len(batch.failures)
-            self.ready += batch.cost.ready
-            self.read_s += batch.cost.read_s
-            self.decode_s += batch.cost.decode_s
+            self.ready += batch.timing.ready
+            self.read_s += batch.timing.read_s
+            self.decode_s += batch.timing.decode_s
             self.seen.update(batch.sources.tolist())
             yield batch
 

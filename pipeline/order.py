@@ -1,8 +1,8 @@
 """ORDER: (index, seed, epoch, position) -> sample, as a pure function. No iterator state anywhere.
 
-An epoch is an array of sample numbers by global position. Rank r of `world` takes, at a step, the
-positions from (step * world + r) * batch on, so 2 ranks x 12 see what 1 rank x 24 sees, and a run
-resumes at any step from a handful of integers.
+An epoch is an array of sample numbers by global position. Rank r of `world_size` takes, at a step,
+the positions from (step * world + r) * batch on, so 2 ranks x 12 see what 1 rank x 24 sees, and a
+run resumes at any step from a handful of integers.
 """
 
 import functools
@@ -37,8 +37,8 @@ class Epoch:
     """One epoch: which sample stands at each global position, and which of them count.
 
     `samples` int64, `replayed` bool (old samples, phase 2) and `valid` bool (False: padding) are
-    all of length `steps * global_batch`. So is `turns`: how often each sample came before in this
-    epoch, so that an image that comes twice is augmented in two ways.
+    all of length `steps * global_batch`. So is `repeat_index`: how often each sample came before in
+    this epoch, so that an image that comes twice is augmented in two ways.
     """
 
     seed: int
@@ -49,25 +49,25 @@ class Epoch:
     valid: np.ndarray
 
     @functools.cached_property
-    def turns(self) -> np.ndarray:
+    def repeat_index(self) -> np.ndarray:
         """0 where a sample comes for the first time, 1 for the second, and so on."""
         order = np.argsort(self.samples, kind="stable")
         ordered = self.samples[order]
         begins = np.r_[True, ordered[1:] != ordered[:-1]]
         place = np.arange(len(order))
-        turns = np.empty(len(order), np.int64)
-        turns[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
-        return turns
+        repeat_index = np.empty(len(order), np.int64)
+        repeat_index[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+        return repeat_index
 
     @property
     def steps(self) -> int:
         """Batches in this epoch, the same on every rank."""
         return len(self.samples) // self.global_batch
 
-    def positions(self, step: int, rank: int = 0, world: int = 1) -> slice:
+    def positions(self, step: int, rank: int = 0, world_size: int = 1) -> slice:
         """The global positions of one rank's batch."""
-        batch = self.global_batch // world
-        first = (step * world + rank) * batch
+        batch = self.global_batch // world_size
+        first = (step * world_size + rank) * batch
         return slice(first, first + batch)
 
 

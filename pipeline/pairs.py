@@ -57,7 +57,7 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
         quality[rows[taken]] = jpeg[partner[taken]]
         chroma[rows[taken]] = theirs[taken]
         log.info(
-            "pair_quality: of the %s fakes of %s %s come as JPEGs of their real partner's quality; "
+            "match_pair_jpeg: of the %s fakes of %s %s come as JPEGs of their real partner's quality; "
             "left as they are: %s without one real partner, %s whose partner is no common JPEG, "
             "%s that are JPEGs themselves",
             *(f"{fake.sum():,}", source),

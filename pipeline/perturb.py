@@ -1,9 +1,9 @@
 """What happens to an image between its maker and whoever asks: it is compressed, shrunk, shown on a
 phone. Pure functions on whole upright images, before the network's view of them.
 
-A delivery is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that chains
-can be put together freely. Only noise needs a generator, which comes from the image's own hash:
-the same image is always delivered as the same pixels. Encoders are Pillow's (libjpeg-turbo,
+A perturbation is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that
+chains can be put together freely. Only noise needs a generator, which comes from the image's own
+hash: the same image is always delivered as the same pixels. Encoders are Pillow's (libjpeg-turbo,
 libwebp, libaom), decoders those of `imaging.decode`.
 """
 
@@ -25,9 +25,9 @@ PHONE = (1080, 1920)
 
 
 @dataclass(frozen=True, eq=False)
-class Delivery:
-    """One way that an image may take. `family` and `amount` place it on a curve: deliveries of one
-    family differ in one number only. `what` says in words what the name does not.
+class Perturbation:
+    """One way that an image may take. `family` and `amount` place it on a curve: perturbations of
+    one family differ in one number only. `what` says in words what the name does not.
     """
 
     name: str
@@ -100,7 +100,7 @@ def blur(pixels: np.ndarray, _rng: np.random.Generator, *, sigma: float) -> np.n
 
 
 def noise(pixels: np.ndarray, rng: np.random.Generator, *, sigma: float) -> np.ndarray:
-    """Gaussian noise, independent in each value, `sigma` in grey levels."""
+    """Gaussian noise, independent in each value, `sigma` in gray levels."""
     grain = rng.standard_normal(pixels.shape, np.float32)
     grain *= sigma
     grain += pixels
@@ -143,46 +143,46 @@ def _resized(pixels: np.ndarray, width: float, height: float, kind: Image.Resamp
     return np.asarray(Image.fromarray(pixels).resize(size, kind))
 
 
-def _jpeg(quality: int) -> Delivery:
-    return Delivery(f"jpeg-{quality}", "JPEG", quality, (partial(jpeg, quality=quality),))
+def _jpeg(quality: int) -> Perturbation:
+    return Perturbation(f"jpeg-{quality}", "JPEG", quality, (partial(jpeg, quality=quality),))
 
 
-def _webp(quality: int) -> Delivery:
-    return Delivery(f"webp-{quality}", "WebP", quality, (partial(webp, quality=quality),))
+def _webp(quality: int) -> Perturbation:
+    return Perturbation(f"webp-{quality}", "WebP", quality, (partial(webp, quality=quality),))
 
 
-def _avif(quality: int) -> Delivery:
-    return Delivery(f"avif-{quality}", "AVIF", quality, (partial(avif, quality=quality),))
+def _avif(quality: int) -> Perturbation:
+    return Perturbation(f"avif-{quality}", "AVIF", quality, (partial(avif, quality=quality),))
 
 
-def _scale(factor: float) -> Delivery:
-    return Delivery(f"scale-{factor:g}", "scale", factor, (partial(scale, factor=factor),))
+def _scale(factor: float) -> Perturbation:
+    return Perturbation(f"scale-{factor:g}", "scale", factor, (partial(scale, factor=factor),))
 
 
-def _blur(sigma: float) -> Delivery:
-    return Delivery(f"blur-{sigma:g}", "blur", sigma, (partial(blur, sigma=sigma),))
+def _blur(sigma: float) -> Perturbation:
+    return Perturbation(f"blur-{sigma:g}", "blur", sigma, (partial(blur, sigma=sigma),))
 
 
-def _noise(sigma: float) -> Delivery:
-    return Delivery(f"noise-{sigma:g}", "noise", sigma, (partial(noise, sigma=sigma),))
+def _noise(sigma: float) -> Perturbation:
+    return Perturbation(f"noise-{sigma:g}", "noise", sigma, (partial(noise, sigma=sigma),))
 
 
-def _tier(name: str, longest: int, quality: int) -> Delivery:
+def _tier(name: str, longest: int, quality: int) -> Perturbation:
     steps = (partial(fit, longest=longest), *_jpeg(quality).steps)
     what = f"longer side at most {longest} pixels, then JPEG {quality}"
-    return Delivery(name, "tier", longest, steps, what)
+    return Perturbation(name, "tier", longest, steps, what)
 
 
-ORIGINAL = Delivery("original", "original", 0, ())
+ORIGINAL = Perturbation("original", "original", 0, ())
 """As packed: what the others are held against."""
 
-DELIVERIES: Sequence[Delivery] = (
+PERTURBATIONS: Sequence[Perturbation] = (
     ORIGINAL,
     # From what cameras write down to what chat programs send.
     *map(_jpeg, (90, 80, 70, 60, 50, 40, 30)),
     # Posted twice.
-    Delivery("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
-    Delivery(
+    Perturbation("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
+    Perturbation(
         "jpeg-90-cut-60", "two JPEGs", 3,
         (*_jpeg(90).steps, partial(cut, edge=3), *_jpeg(60).steps),
         "cut by 3 pixels between two JPEGs, so that their blocks do not meet",
@@ -192,7 +192,7 @@ DELIVERIES: Sequence[Delivery] = (
     *map(_scale, (0.25, 0.5, 0.75, 1.5, 2.0)),
     *map(_blur, (1.0, 2.0)),  # inside the range that Wang et al. (2020) train and test on, 0 to 3
     *map(_noise, (4.0, 10.0)),  # hardly seen, and plainly seen
-    Delivery(
+    Perturbation(
         "screenshot", "screenshot", 0, (screenshot,),
         f"fitted to a screen of {PHONE[0]} x {PHONE[1]} pixels between black bars",
     ),
@@ -200,4 +200,4 @@ DELIVERIES: Sequence[Delivery] = (
     _tier("web", 768, 60),
     _tier("hard", 512, 40),
 )  # fmt: skip
-"""What `evaluate.py --delivery` measures; the first is the image itself."""
+"""What `evaluate.py --robustness` measures; the first is the image itself."""

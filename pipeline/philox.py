@@ -13,22 +13,27 @@ _ROUNDS = 10
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def roll(
-    seed: int, epoch: int, samples: np.ndarray, count: int, turns: np.ndarray | None = None
+def uniform(
+    seed: int, epoch: int, samples: np.ndarray, count: int, repeat_index: np.ndarray | None = None
 ) -> np.ndarray:
     """(len(samples), count) float64 in [0, 1): the first `count` numbers of each sample's stream.
 
     Sample s has the stream of `numpy.random.Philox(key=[seed, epoch], counter=[0, s, t, 0])`, where
-    t is its entry of `turns`: 0 where an epoch has the sample for the first time, 1 for the second.
+    t is its entry of `repeat_index`: 0 where an epoch has the sample for the first time, 1 for the
+    second.
     """
     samples = np.asarray(samples, np.uint64)
-    turns = np.zeros(len(samples), np.uint64) if turns is None else turns.astype(np.uint64)
+    repeat_index = (
+        np.zeros(len(samples), np.uint64)
+        if repeat_index is None
+        else repeat_index.astype(np.uint64)
+    )
     blocks = -(-count // 4)
     shape = (len(samples), blocks)
     counter = [
         np.broadcast_to(np.arange(1, blocks + 1, dtype=np.uint64), shape),
         np.broadcast_to(samples[:, None], shape),
-        np.broadcast_to(turns[:, None], shape),
+        np.broadcast_to(repeat_index[:, None], shape),
         np.zeros(shape, np.uint64),
     ]
     key = np.array([seed, epoch], np.uint64)

@@ -2,7 +2,7 @@
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow: simplejpeg's encoder takes
 the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one. Resizing
-is torch's vectorised form of Pillow's algorithm: five times as fast, and within one grey level.
+is torch's vectorized form of Pillow's algorithm: five times as fast, and within one gray level.
 """
 
 import io
@@ -15,8 +15,17 @@ from PIL import Image
 
 from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import BLUR_TAPS, GREY, GRID, IDENTITY, LEAST_SIGMA, Draw, View, centre
-from pipeline.batch import Cost, Pixels, Request
+from pipeline.augment import (
+    BLUR_TAPS,
+    GRAY,
+    GRID,
+    IDENTITY,
+    LEAST_SIGMA,
+    AugmentParams,
+    Preprocess,
+    center_crop_params,
+)
+from pipeline.batch import BatchTiming, Pixels, Request
 
 _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 """Pillow's names of `FILTERS`."""
@@ -27,69 +36,69 @@ def decode_request(request: Request, size: int) -> Pixels:
     started = time.perf_counter()
     images = torch.zeros((len(request.data), size, size, 3), dtype=torch.uint8)
     failures = dict(request.failures)
-    for row, draw in enumerate(request.draws.rows()):
+    for row, params in enumerate(request.params.rows()):
         try:
             pixels = decode_image(
                 request.data[row], request.formats[row], request.orientations[row]
             )
-            apply(pixels, draw, images[row])
+            apply(pixels, params, images[row])
         except ValueError as error:
             failures[row] = str(error)
-    cost = Cost(read_s=request.read_s, decode_s=time.perf_counter() - started)
-    return Pixels(images, failures, cost)
+    timing = BatchTiming(read_s=request.read_s, decode_s=time.perf_counter() - started)
+    return Pixels(images, failures, timing)
 
 
-def apply(pixels: np.ndarray, draw: Draw, out: torch.Tensor) -> None:
+def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     """Write into `out`, uint8 (size, size, 3), what the net sees of an upright (height, width, 3)
     uint8 RGB image.
 
     Raises:
         ValueError: the crop reaches outside the image, so the draw was made for another one.
     """
-    bottom, right = draw.top + draw.height, draw.left + draw.width
+    bottom, right = params.top + params.height, params.left + params.width
     if bottom > pixels.shape[0] or right > pixels.shape[1]:
         raise ValueError(
             f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
             f"its crop reaches to {right} x {bottom}"
         )
-    if draw.pair_jpeg:
-        pixels = _decode_jpeg(encode_jpeg(pixels, draw.pair_jpeg, CHROMAS[draw.pair_chroma]))
+    if params.pair_jpeg:
+        pixels = _decode_jpeg(encode_jpeg(pixels, params.pair_jpeg, CHROMAS[params.pair_chroma]))
     size = out.shape[0]
-    moved = bool(draw.grid_top or draw.grid_left)
+    moved = bool(params.grid_top or params.grid_left)
     whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out
-    crop = pixels[draw.top : bottom, draw.left : right]
+    crop = pixels[params.top : bottom, params.left : right]
     if not crop.flags.writeable:  # as Pillow gives it, and torch does not like it
         crop = crop.copy()
     resize(torch.from_numpy(crop), out)
     image = out.numpy()
-    if draw.flip:
+    if params.hflip:
         out.copy_(out.flip(1))  # NumPy takes twenty times as long
-    if draw.colour != IDENTITY:
-        image[:] = _recolour(image, draw.colour)
-    if draw.resample:
-        small = torch.empty((draw.resample, draw.resample, 3), dtype=torch.uint8)
-        resize(out, small, draw.filter)
-        resize(small, out, draw.filter)
-    for quality in filter(None, (draw.jpeg, draw.jpeg2, draw.jpeg3)):
+    if params.color != IDENTITY:
+        image[:] = _recolor(image, params.color)
+    if params.resample:
+        small = torch.empty((params.resample, params.resample, 3), dtype=torch.uint8)
+        resize(out, small, params.filter)
+        resize(small, out, params.filter)
+    for quality in filter(None, (params.jpeg, params.jpeg2, params.jpeg3)):
         image[:] = jpeg_round_trip(image, quality)
-    if draw.blur >= LEAST_SIGMA:
-        image[:] = gaussian_blur(image, draw.blur)
-    if draw.grey:
-        image[:] = _recolour(image, GREY)
+    if params.blur >= LEAST_SIGMA:
+        image[:] = gaussian_blur(image, params.blur)
+    if params.grayscale:
+        image[:] = _recolor(image, GRAY)
     if moved:
-        top, left = draw.grid_top, draw.grid_left
+        top, left = params.grid_top, params.grid_left
         whole.copy_(out[top : top + size, left : left + size])
-    if draw.webp:
-        whole.numpy()[:] = webp_round_trip(whole.numpy(), draw.webp)
+    if params.webp:
+        whole.numpy()[:] = webp_round_trip(whole.numpy(), params.webp)
 
 
-def see(pixels: np.ndarray, view: View) -> np.ndarray:
+def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
     """What the network sees of an upright (height, width, 3) uint8 RGB image when no dice are
     rolled: uint8 (size, size, 3).
     """
-    out = torch.empty((view.size, view.size, 3), dtype=torch.uint8)
+    out = torch.empty((settings.crop_size, settings.crop_size, 3), dtype=torch.uint8)
     height, width = pixels.shape[:2]
-    apply(pixels, centre(view, np.array([width]), np.array([height])).row(0), out)
+    apply(pixels, center_crop_params(settings, np.array([width]), np.array([height])).row(0), out)
     return out.numpy()
 
 
@@ -98,7 +107,7 @@ def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
     position in `FILTERS`.
 
     Bilinear is Pillow's algorithm with 16-bit weights, the same numbers on every processor. The
-    operator itself and not `interpolate`, which gives separate colour planes: putting them back
+    operator itself and not `interpolate`, which gives separate color planes: putting them back
     together would cost more than all the rest. The other filters are Pillow's.
     """
     if kind:
@@ -111,7 +120,7 @@ def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
     )  # fmt: skip
 
 
-def _recolour(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+def _recolor(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("RGB", matrix))
 
 

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from imaging.jpeg import CHROMAS
-from pipeline.augment import FILTERS, IDENTITY, Draw
+from pipeline.augment import FILTERS, IDENTITY, AugmentParams
 
 GAIN = 16
-"""How much differences between the backends are multiplied by, around mid-grey."""
+"""How much differences between the backends are multiplied by, around mid-gray."""
 
 CELL = 256
 _TEXT, _GAP, _HEAD = 300, 8, 28
@@ -25,7 +25,7 @@ class Row:
     """
 
     whole: np.ndarray
-    draw: Draw
+    params: AugmentParams
     pil: np.ndarray
     dali: np.ndarray | None
     lines: Sequence[str]
@@ -44,7 +44,7 @@ def picture_of(rows: Sequence[Row]) -> Image.Image:
         for column, cell in enumerate(_cells(row)):
             if cell is not None:
                 sheet.paste(cell, (column * (CELL + _GAP), top))
-        text = "\n".join([*row.lines, *words_of(row.draw)])
+        text = "\n".join([*row.lines, *words_of(row.params)])
         place = (len(_COLUMNS) * (CELL + _GAP) + 4, top)
         pen.multiline_text(place, text, "black", font, spacing=3)
     return sheet
@@ -56,7 +56,7 @@ def _cells(row: Row) -> tuple[Image.Image | None, ...]:
         change = row.dali.astype(np.int16) - row.pil
         difference = _square(np.clip(128 + GAIN * change, 0, 255).astype(np.uint8))
     dali = None if row.dali is None else _square(row.dali)
-    return _with_crop(row.whole, row.draw), pil, dali, difference
+    return _with_crop(row.whole, row.params), pil, dali, difference
 
 
 def _square(pixels: np.ndarray) -> Image.Image:
@@ -64,12 +64,12 @@ def _square(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
 
 
-def _with_crop(whole: np.ndarray, draw: Draw) -> Image.Image:
+def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
     """The whole image in a cell, with the crop as a frame."""
     scale = CELL / max(whole.shape[:2])
     size = (max(1, round(whole.shape[1] * scale)), max(1, round(whole.shape[0] * scale)))
     image = Image.fromarray(whole).resize(size, Image.Resampling.BILINEAR)
-    corners = (draw.left, draw.top, draw.left + draw.width, draw.top + draw.height)
+    corners = (params.left, params.top, params.left + params.width, params.top + params.height)
     box = [round(value * scale) for value in corners]
     box[2:] = [min(value, edge) - 1 for value, edge in zip(box[2:], size, strict=True)]
     if box[2] > box[0] and box[3] > box[1]:
@@ -77,19 +77,19 @@ def _with_crop(whole: np.ndarray, draw: Draw) -> Image.Image:
     return image
 
 
-def words_of(draw: Draw) -> list[str]:
+def words_of(params: AugmentParams) -> list[str]:
     """What a draw does, a line each; nothing for what it leaves alone."""
-    found = [f"crop {draw.width} x {draw.height} at {draw.left}, {draw.top}"]
-    pair = f"as its real partner: JPEG {draw.pair_jpeg}, {CHROMAS[draw.pair_chroma]}"
-    found += [pair] if draw.pair_jpeg else []
-    found += ["flip"] if draw.flip else []
-    found += ["colour jitter"] if draw.colour != IDENTITY else []
-    how = f" ({FILTERS[draw.filter]})" if draw.filter else ""
-    found += [f"resample to {draw.resample} and back{how}"] if draw.resample else []
-    jpegs = ", ".join(str(q) for q in (draw.jpeg, draw.jpeg2, draw.jpeg3) if q)
+    found = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
+    pair = f"as its real partner: JPEG {params.pair_jpeg}, {CHROMAS[params.pair_chroma]}"
+    found += [pair] if params.pair_jpeg else []
+    found += ["horizontal flip"] if params.hflip else []
+    found += ["color jitter"] if params.color != IDENTITY else []
+    how = f" ({FILTERS[params.filter]})" if params.filter else ""
+    found += [f"resample to {params.resample} and back{how}"] if params.resample else []
+    jpegs = ", ".join(str(q) for q in (params.jpeg, params.jpeg2, params.jpeg3) if q)
     found += [f"JPEG {jpegs}"] if jpegs else []
-    moved = draw.grid_top or draw.grid_left
-    found += [f"blocks begin at {draw.grid_left}, {draw.grid_top}"] if moved else []
-    found += [f"blur {draw.blur:.2f}"] if draw.blur else []
-    found += ["grey"] if draw.grey else []
-    return found + ([f"WebP {draw.webp}"] if draw.webp else [])
+    moved = params.grid_top or params.grid_left
+    found += [f"blocks begin at {params.grid_left}, {params.grid_top}"] if moved else []
+    found += [f"blur {params.blur:.2f}"] if params.blur else []
+    found += ["grayscale"] if params.grayscale else []
+    return found + ([f"WebP {params.webp}"] if params.webp else [])

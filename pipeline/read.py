@@ -42,11 +42,11 @@ class ShardReader:
         self,
         shards: ShardSet,
         *,
-        check_hashes: bool = False,
+        verify_checksums: bool = False,
         threads: int = 1,
         cache: Cache | None = None,
     ):
-        self.shards, self.check_hashes, self.threads = shards, check_hashes, threads
+        self.shards, self.verify_checksums, self.threads = shards, verify_checksums, threads
         local = all(isinstance(folder, Path) for folder in shards.folders)
         self._files: _Files | RemoteShards = (
             _Files(shards) if local else RemoteShards(shards, cache or Cache())
@@ -62,7 +62,7 @@ class ShardReader:
         """The image of each sample, or why there is none: the tar is missing or shorter than the
         index says, the address does not answer, the image claims another size than the index (so
         that no decoder is asked for more memory than the packed image took), or (with
-        `check_hashes`) the bytes have changed.
+        `verify_checksums`) the bytes have changed.
         """
         rows = np.asarray(samples, np.int64)
         places = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
@@ -77,7 +77,7 @@ class ShardReader:
         else:
             found = list(self._threads.map(self._read_one, wanted))
         found = self._check_sizes(rows, found)
-        if self.check_hashes:
+        if self.verify_checksums:
             expected = self.shards.table.column("sha256").take(rows).to_pylist()
             found = [_checked(data, sha) for data, sha in zip(found, expected, strict=True)]
         return found

@@ -16,37 +16,35 @@ import numpy as np
 class Replay:
     """Which sets are old, and how many of their samples come with the new ones.
 
-    `old_per_new` is "1:8", 0.125 or 0 for none. Sources whose index says `replay = false` and
-    those in `leave_out` are not drawn from. `distill` weighs how closely the logits of old samples
-    are held to those of the detector that the run starts from, 0 for not at all.
+    `ratio` is "1:8", 0.125 or 0 for none. Sources whose index says `replay = false` and those in
+    `exclude_sources` are not drawn from. `distill_weight` weighs how closely the logits of old
+    samples are held to those of the detector that the run starts from, 0 for not at all.
     """
 
     sets: list[str] = field(default_factory=list)
-    old_per_new: str | float = "0"
-    leave_out: list[str] = field(default_factory=list)
-    distill: float = 0.0
+    ratio: str | float = "0"
+    exclude_sources: list[str] = field(default_factory=list)
+    distill_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.ratio > 0 and not self.sets:
-            raise ValueError(f"old_per_new is {self.old_per_new}, but sets names no old set")
-        if self.distill < 0:
-            raise ValueError(f"distill must not be negative, got {self.distill}")
+        if self.fraction > 0 and not self.sets:
+            raise ValueError(f"ratio is {self.ratio}, but sets names no old set")
+        if self.distill_weight < 0:
+            raise ValueError(f"distill_weight must not be negative, got {self.distill_weight}")
 
     @property
-    def ratio(self) -> Fraction:
+    def fraction(self) -> Fraction:
         """Old samples per new one, exactly."""
         try:
-            ratio = Fraction(str(self.old_per_new).replace(":", "/"))
+            fraction = Fraction(str(self.ratio).replace(":", "/"))
         except (ValueError, ZeroDivisionError):
-            raise ValueError(
-                f"old_per_new must look like 1:8 or 0.125, got {self.old_per_new!r}"
-            ) from None
-        if ratio < 0:
-            raise ValueError(f"old_per_new must not be negative, got {self.old_per_new!r}")
-        return ratio
+            raise ValueError(f"ratio must look like 1:8 or 0.125, got {self.ratio!r}") from None
+        if fraction < 0:
+            raise ValueError(f"ratio must not be negative, got {self.ratio!r}")
+        return fraction
 
 
-def draw_old(
+def sample_old(
     pool: np.ndarray,
     sources: np.ndarray,
     labels: np.ndarray,

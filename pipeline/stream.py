@@ -1,4 +1,4 @@
-"""All batches of a training run, epoch after epoch: new sets, replayed old ones, draws by law.
+"""All batches of a training run, epoch after epoch: new sets, replayed old ones, draws by policy.
 
 A stream is a pure function of its settings: `batches(step)` from any step gives what an
 uninterrupted run would have given.
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.augment import Augment
+from pipeline.augment import AugmentPolicy
 from pipeline.batch import Batch
-from pipeline.loader import Loader, LoadError, draw_by_law, draw_centre
+from pipeline.loader import Loader, LoadError, eval_params, train_params
 from pipeline.order import (
     Epoch,
     check_state,
@@ -26,7 +26,7 @@ from pipeline.order import (
     state_of,
     training_epoch,
 )
-from pipeline.replay import Replay, draw_old
+from pipeline.replay import Replay, sample_old
 from sharding.format import ShardSet, open_shards
 
 
@@ -42,12 +42,13 @@ class Pool:
 def open_pool(data: Path, train: Sequence[str], replay: Replay) -> Pool:
     """Open the new and, with replay, the old sets below `data` as one shard set."""
     new = open_shards([data / name for name in train])
-    if not replay.ratio:
+    if not replay.fraction:
         return Pool(new, np.arange(len(new)), np.empty(0, np.int64))
     shards = open_shards([data / name for name in [*train, *replay.sets]])
     codes, names = shards.codes("source")
     allowed = np.array(
-        [bool(shards.sources[n]["replay"]) and n not in replay.leave_out for n in names], np.bool_
+        [bool(shards.sources[n]["replay"]) and n not in replay.exclude_sources for n in names],
+        np.bool_,
     )
     old = np.arange(len(new), len(shards))
     return Pool(shards, np.arange(len(new)), old[allowed[codes[old]]])
@@ -55,15 +56,15 @@ def open_pool(data: Path, train: Sequence[str], replay: Replay) -> Pool:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The batches of a run on one rank. `law` is that of sources without one of their own;
+    """The batches of a run on one rank. `policy` is that of sources without one of their own;
     `repeats` says how often sources of the new sets come in an epoch, where that is not once.
     """
 
     loader: Loader
     pool: Pool
     replay: Replay
-    augment: Mapping[str, Augment]
-    law: str
+    augment: Mapping[str, AugmentPolicy]
+    policy: str
     seed: int
     repeats: Mapping[str, float] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ class Stream:
     @property
     def replayed_per_epoch(self) -> int:
         """Old samples drawn for each epoch."""
-        return math.floor(self.new_per_epoch * self.replay.ratio)
+        return math.floor(self.new_per_epoch * self.replay.fraction)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,7 +100,7 @@ class Stream:
     def epoch(self, number: int) -> Epoch:
         """The order of epoch `number`, with old samples drawn afresh."""
         shards, old = self.pool.shards, self.pool.old
-        replayed = draw_old(
+        replayed = sample_old(
             old,
             shards.codes("source")[0][old],
             shards.column("label")[old],
@@ -120,10 +121,15 @@ class Stream:
         number = start // self.steps_per_epoch
         while number < epochs:
             epoch = self.epoch(number)
-            draws = draw_by_law(
-                self.pool.shards, self.augment, self.law, self.loader.view, self.seed, number
+            params_for = train_params(
+                self.pool.shards,
+                self.augment,
+                self.policy,
+                self.loader.preprocess,
+                self.seed,
+                number,
             )
-            yield from self.loader.batches(epoch, draws, max(0, start - number * epoch.steps))
+            yield from self.loader.batches(epoch, params_for, max(0, start - number * epoch.steps))
             number += 1
 
     def replayed_until(self, done: int) -> list[tuple[int, str]]:
@@ -162,4 +168,4 @@ class Stream:
 def evaluation_batches(loader: Loader) -> Iterator[Batch]:
     """Every sample of the loader's shard set exactly once, seen by the view without dice."""
     epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
-    return loader.batches(epoch, draw_centre(loader.shards, loader.view))
+    return loader.batches(epoch, eval_params(loader.shards, loader.preprocess))

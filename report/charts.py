@@ -1,6 +1,6 @@
 """Charts as SVG for a page in light or dark: numbers in, markup out.
 
-Drawn by matplotlib in stand-in colours, which are then replaced by the page's own variables. No
+Drawn by matplotlib in stand-in colors, which are then replaced by the page's own variables. No
 name that a user chose enters a chart: such text belongs to the page, which escapes it.
 """
 
@@ -19,7 +19,7 @@ from model.metrics import roc
 
 REAL, FAKE, INK, MUTED, GRID, BAND = (f"#0a0b0{number}" for number in range(1, 7))
 _VARIABLES = {REAL: "real", FAKE: "fake", INK: "ink", MUTED: "muted", GRID: "grid", BAND: "band"}
-"""Stand-in colours, and the variables of the page that take their place."""
+"""Stand-in colors, and the variables of the page that take their place."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -114,16 +114,16 @@ def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float])
     axes.axvspan(low, high, color=BAND, lw=0) if high > low else axes.axvline(
         high, color=MUTED, lw=0.8, ls=_DASHED
     )
-    for values, colour in ((reals, REAL), (fakes, FAKE)):
+    for values, color in ((reals, REAL), (fakes, FAKE)):
         if len(values):
-            axes.hist(values, edges, color=colour, alpha=0.75)
+            axes.hist(values, edges, color=color, alpha=0.75)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2, integer=True))
     return _svg(figure, "Histogram of the probability of fake")
 
 
-def delivery_chart(
+def robustness_chart(
     lines: Sequence[tuple[str, str, Sequence[float], Sequence[float | None]]],
     xlabel: str,
     *,
@@ -137,10 +137,10 @@ def delivery_chart(
     patterns = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5))}
     ticks: set[float] = set()
     for of_class, pattern, xs, ys in lines:
-        colour = FAKE if of_class == "fake" else REAL
+        color = FAKE if of_class == "fake" else REAL
         pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
         if pairs:
-            axes.plot(*zip(*pairs, strict=True), "o", ls=patterns[pattern], color=colour, ms=3.5,
+            axes.plot(*zip(*pairs, strict=True), "o", ls=patterns[pattern], color=color, ms=3.5,
                       clip_on=False)  # fmt: skip
         ticks |= set(xs)
     axes.set_ylim(0, 1.02)
@@ -161,7 +161,7 @@ def _figure(width: float = 3.4, height: float = 2.6) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, label: str) -> Markup:
-    """The figure as markup for a page: colours by variable, the page's own font, as wide as its
+    """The figure as markup for a page: colors by variable, the page's own font, as wide as its
     place.
     """
     stream = io.StringIO()
@@ -176,8 +176,8 @@ def _svg(figure: Figure, label: str) -> Markup:
     for pattern, new in _CLEANED:
         text = re.sub(pattern, new, text, flags=re.DOTALL)
     text = text.replace("<svg>", f'<svg viewBox="{_box(figure)}" role="img" aria-label="{label}">')
-    for colour, name in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{name})")
+    for color, name in _VARIABLES.items():
+        text = text.replace(color, f"var(--{name})")
     return Markup(text)
 
 

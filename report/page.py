@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.evaluation.scores import ScoreTable
-from report.charts import delivery_chart, histogram_chart, reliability_chart, roc_chart
+from report.charts import histogram_chart, reliability_chart, robustness_chart, roc_chart
 from report.tables import write_tables
 from report.thumbnails import MOST, Mistake, thumbnails, worst_mistakes
 from sharding.format import CLASSES, ShardSet
@@ -66,8 +66,8 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
 
 def rates_of(found: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
     """The rates of one set of a report: its own, or its fakes with another set's reals beside."""
-    beside = found.get("beside")
-    figures = beside or found["overall"]
+    reference = found.get("reference")
+    figures = reference or found["overall"]
     false = estimate(figures, "false_positive_rate", "reals")
     missing = None
     if false is None:
@@ -76,7 +76,7 @@ def rates_of(found: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates
         estimate(figures, "recall", "fakes"),
         false,
         missing,
-        reals["set"] if beside and reals else None,
+        reals["set"] if reference and reals else None,
     )
 
 
@@ -162,12 +162,12 @@ class _Columns:
         self.label = scores.numbers("label").astype(np.int64)
         self.fake = scores.numbers("probability")
         self.valid = scores.numbers("valid").astype(bool)
-        self.reals = report.get("reals")
+        self.reals = report.get("reference_reals")
 
-    def of_set(self, name: str, beside: bool) -> np.ndarray:
+    def of_set(self, name: str, reference: bool) -> np.ndarray:
         """Readable rows of a set; or its fakes, and the reals that stand beside them."""
         rows = self.set == self.sets.index(name)
-        if beside:
+        if reference:
             others = self.set == self.sets.index(self.reals["set"])
             rows = rows & (self.label == 1) | others & (self.label == 0)
         return np.flatnonzero(rows & self.valid)
@@ -182,8 +182,8 @@ def _set(
     mistakes: Sequence[Mistake],
 ) -> dict[str, Any]:
     """What the page says of one set."""
-    beside = bool(found.get("beside"))
-    rows = columns.of_set(name, beside)
+    reference = bool(found.get("reference"))
+    rows = columns.of_set(name, reference)
     labels, fake = columns.label[rows], columns.fake[rows]
     both = len(set(labels.tolist())) == 2
     own = columns.of_set(name, False)
@@ -191,13 +191,13 @@ def _set(
         "id": f"set-{number}",
         "name": name,
         "found": found,
-        "figures": found["beside"] if beside else found["overall"],
-        "rates": rates_of(found, report.get("reals")),
+        "figures": found["reference"] if reference else found["overall"],
+        "rates": rates_of(found, report.get("reference_reals")),
         "roc": roc_chart(labels, fake, report["threshold"]) if both else None,
         "reliability": reliability_chart(labels, fake) if both else None,
         "histograms": _histograms(columns, own, report["band"]),
         "hidden_histograms": max(0, len(found["sources"]) - MOST_HISTOGRAMS),
-        "curves": _curves(found["delivery"]["deliveries"]) if found.get("delivery") else [],
+        "curves": _curves(found["robustness"]["perturbations"]) if found.get("robustness") else [],
         "mistakes": {
             label: [mistake for mistake in mistakes if mistake.label == label] for label in (0, 1)
         },
@@ -223,17 +223,17 @@ _CURVES = (
      {"falling": True}),
     ("Size", {"scale": "solid"}, "scale", 1.0, {"doubling": True}),
     ("Blur", {"blur": "solid"}, "sigma, pixels", 0.0, {}),
-    ("Noise", {"noise": "solid"}, "sigma, grey levels", 0.0, {}),
+    ("Noise", {"noise": "solid"}, "sigma, gray levels", 0.0, {}),
 )  # fmt: skip
 
 
-def _curves(deliveries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    original = next((row for row in deliveries if row["family"] == "original"), None)
+def _curves(perturbations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    original = next((row for row in perturbations if row["family"] == "original"), None)
     result = []
     for title, families, xlabel, at_original, options in _CURVES:
         lines = []
         for family, pattern in families.items():
-            rows = [row for row in deliveries if row["family"] == family]
+            rows = [row for row in perturbations if row["family"] == family]
             points = [(row["amount"], row) for row in rows]
             if points and original and at_original is not None:
                 points.append((at_original, original))
@@ -242,6 +242,6 @@ def _curves(deliveries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for of_class, figure_name in (("fake", "recall"), ("real", "false_positive_rate")):
                 lines.append((of_class, pattern, xs, [row[figure_name] for _x, row in points]))
         if any(xs for _class, _pattern, xs, _ys in lines):
-            chart = delivery_chart(lines, xlabel, **options)
+            chart = robustness_chart(lines, xlabel, **options)
             result.append({"title": title, "chart": chart, "patterns": families})
     return result

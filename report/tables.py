@@ -10,33 +10,33 @@ from typing import Any
 from model.metrics import Metrics
 from storage import write_text
 
-FIGURES_FILE, DELIVERY_FILE = "figures.csv", "delivery.csv"
+FIGURES_FILE, ROBUSTNESS_FILE = "figures.csv", "robustness.csv"
 
 _COUNTS = ("count", "reals", "fakes")
 _METRICS = [field.name for field in fields(Metrics) if field.name not in _COUNTS]
 
 
 def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write `figures.csv`, and `delivery.csv` where deliveries were measured; returns what was
+    """Write `figures.csv`, and `robustness.csv` where perturbations were measured; returns what was
     written. Values are those of `report.json`, unrounded; what is not there stays empty.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
-    if any(found.get("delivery") for found in report["sets"].values()):
-        tables[DELIVERY_FILE] = delivery_csv(report)
+    if any(found.get("robustness") for found in report["sets"].values()):
+        tables[ROBUSTNESS_FILE] = robustness_csv(report)
     for name, text in tables.items():
         write_text(folder / name, text)
     return [folder / name for name in tables]
 
 
 def figures_csv(report: Mapping[str, Any]) -> str:
-    """A row per set, class, source and generator: `set`, `what` (overall, beside, class, source or
-    generator), `name`, the counts, and each metric with the ends of its interval.
+    """A row per set, class, source and generator: `set`, `what` (overall, reference, class, source
+    or generator), `name`, the counts, and each metric with the ends of its interval.
     """
     columns = ["set", "what", "name", *_COUNTS]
     columns += [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
     rows = []
     for name, found in report["sets"].items():
-        lines = [("overall", "", found["overall"]), ("beside", "", found.get("beside"))]
+        lines = [("overall", "", found["overall"]), ("reference", "", found.get("reference"))]
         for what, key in (("class", "classes"), ("source", "sources"), ("generator", "generators")):
             lines += [(what, own, figures) for own, figures in found.get(key, {}).items()]
         for what, own, figures in lines:
@@ -45,8 +45,8 @@ def figures_csv(report: Mapping[str, Any]) -> str:
     return table_csv(columns, rows)
 
 
-def delivery_csv(report: Mapping[str, Any]) -> str:
-    """A row per set and delivery, and per set and codec-swap test."""
+def robustness_csv(report: Mapping[str, Any]) -> str:
+    """A row per set and robustness, and per set and codec-swap test."""
     rates = ("recall", "false_positive_rate", "balanced_accuracy", "auroc")
     shifts = [f"shift_{name}{end}" for name in ("real", "fake") for end in ("", "_low", "_high")]
     columns = ["set", "kind", "name", "what", "images", *rates]
@@ -54,9 +54,9 @@ def delivery_csv(report: Mapping[str, Any]) -> str:
     columns += ["flip_rate", "flip_rate_real", "flip_rate_fake", *shifts, "failed"]
     rows = []
     for name, found in report["sets"].items():
-        measured = found.get("delivery") or {"deliveries": (), "codec_swap": ()}
-        for line in measured["deliveries"]:
-            rows.append({"set": name, "kind": "delivery"} | line | _shifts(line["shift"]))
+        measured = found.get("robustness") or {"perturbations": (), "codec_swap": ()}
+        for line in measured["perturbations"]:
+            rows.append({"set": name, "kind": "perturbation"} | line | _shifts(line["shift"]))
         for line in measured["codec_swap"]:
             before = {f"{key}_before": value for key, value in line["before"].items()}
             own = {"set": name, "kind": "codec swap"} | line | line["after"] | before

@@ -46,8 +46,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.say("not calibrated: see `python evaluate.py calibrate --help`")
     for name, found in report["sets"].items():
         rows = [_row("overall", found["overall"])]
-        if found["beside"]:
-            rows.append(_row(f"beside reals of {report['reals']['set']}", found["beside"]))
+        if found["reference"]:
+            rows.append(
+                _row(
+                    f"with reference reals of {report['reference_reals']['set']}",
+                    found["reference"],
+                )
+            )
         rows += [_row(f"source {source}", m) for source, m in found["sources"].items()]
         rows += [_row(f"generator {gen}", m) for gen, m in found["generators"].items()]
         title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
@@ -55,28 +60,28 @@ def print_report(report: Mapping[str, Any]) -> None:
         overall = found["overall"]
         quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
         console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
-        if found["generators"] and (found["beside"] or overall)["reals"]:
+        if found["generators"] and (found["reference"] or overall)["reals"]:
             console.say("A generator's fakes are held against all real images of the set.")
         if found["note"]:
             console.say(found["note"])
         if found["unreadable"]:
             console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
-        if found["protocols"] and found["protocols"]["first"]:
+        if found["protocols"] and found["protocols"]["first_per_prompt"]:
             print_protocols(name, found["protocols"])
-        if found["delivery"]:
-            print_delivery(name, found["delivery"])
+        if found["robustness"]:
+            print_robustness(name, found["robustness"])
 
 
 def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     """Recall by generator on all images and on the first of each prompt; then each mean."""
-    every, first = protocols["all"], protocols["first"]
+    every, first = protocols["all_images"], protocols["first_per_prompt"]
     rows = []
     for generator, found in every["generators"].items():
         other = first["generators"][generator]
-        rows.append([generator, found["recall"], found["recall_at_half"],
-                     other["recall"], other["recall_at_half"]])  # fmt: skip
-    for figure in ("mean", "spread"):
-        values = [found[figure + at] for found in (every, first) for at in ("", "_at_half")]
+        rows.append([generator, found["recall"], found["recall_at_0.5"],
+                     other["recall"], other["recall_at_0.5"]])  # fmt: skip
+    for figure in ("mean", "std"):
+        values = [found[figure + at] for found in (every, first) for at in ("", "_at_0.5")]
         rows.append([f"{figure} over generators", *values])
     title = (
         f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
@@ -85,22 +90,22 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     console.table(title, ["generator", "all", "all, at 0.5", "first", "first, at 0.5"], rows)
 
 
-def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
-    """Every delivery, and the codec-swap tests."""
+def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
+    """Every robustness, and the codec-swap tests."""
     rows = [
         [one["name"], one["images"], _figure(one, "recall"), _figure(one, "false_positive_rate"),
          _figure(one, "auroc"), one["flip_rate"]]
-        for one in delivery["deliveries"]
+        for one in robustness["perturbations"]
     ]  # fmt: skip
-    columns = ["delivery", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
-    console.table(f"{name}, delivered", columns, rows)
-    failed = [one for one in delivery["deliveries"] if one["failed"]]
+    columns = ["perturbation", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
+    console.table(f"{name}, perturbed", columns, rows)
+    failed = [one for one in robustness["perturbations"] if one["failed"]]
     for one in failed:
         console.say(f"{one['name']}: {one['failed']:,} images could not: {one['failed_first']}")
-    if delivery["unreadable"]:
-        console.say(f"{delivery['unreadable']:,} unreadable images are left out here")
+    if robustness["unreadable"]:
+        console.say(f"{robustness['unreadable']:,} unreadable images are left out here")
     rows = []
-    for one in delivery["codec_swap"]:
+    for one in robustness["codec_swap"]:
         changes = [
             _change(one["before"][figure], one["after"][figure])
             for figure in ("recall", "false_positive_rate", "auroc")
@@ -108,13 +113,13 @@ def print_delivery(name: str, delivery: Mapping[str, Any]) -> None:
         rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
     columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
     console.table(f"{name}: the pictures, or their containers?", columns, rows)
-    for label, container in delivery["containers"].items():
+    for label, container in robustness["containers"].items():
         said = "none, so nothing can be put into one"
         if container:
             said = f"{container['name']} ({container['share']:.0%} of them)"
         console.say(f"commonest lossy container of {label}s: {said}")
     console.say(
-        "Moves are of the mean logit, positive towards fake, with 95 % intervals and as a share of "
+        "Moves are of the mean logit, positive toward fake, with 95 % intervals and as a share of "
         "the distance between the classes."
     )
 
@@ -131,7 +136,9 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
     """Two runs on the same images: figures with the interval of each difference, and flips."""
     rows = [
         [
-            line.set if line.kind in ("overall", "beside") else f"  {line.kind[:-1]} {line.name}",
+            line.set
+            if line.kind in ("overall", "reference")
+            else f"  {line.kind[:-1]} {line.name}",
             line.images,
             *(_difference(line.changes[figure]) for figure in COMPARED),
         ]
@@ -140,7 +147,9 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
     one, two = ("{run} step {step}".format(**table.evaluation) for table in (before, after))
     columns = ["set", "images", "AUROC", "recall", "false positives"]
     console.table(f"{one} -> {two}", columns, rows)
-    console.say("In brackets: 95 % interval of the difference, on the same draws of the images.")
+    console.say(
+        "In brackets: 95 % interval of the difference, on the same resamples of the images."
+    )
     columns = ["verdicts flipped", "class", "images", "to wrong", "to right"]
     console.table("", columns, count_flips(before, changed))
     for said, fixed in (("to wrong", False), ("to right", True)):

@@ -9,7 +9,7 @@ import click
 import console
 from sharding.audit import audit, match
 from sharding.audit.histograms import draw
-from sharding.build import BuiltSet, Found, build
+from sharding.build import BuiltSet, SourceScan, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
 from sharding.demo.render import make_demo
@@ -43,7 +43,7 @@ CATALOG = click.option(
     "catalogs",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     multiple=True,
-    help="A catalogue of your own, on top of the built-in one. May be repeated.",
+    help="A catalog of your own, on top of the built-in one. May be repeated.",
 )
 
 
@@ -117,7 +117,7 @@ def build_command(
     engine: str,
     max_bad: float,
 ) -> None:
-    """Pack every dataset of the catalogue that lies below RAW; run again to resume."""
+    """Pack every dataset of the catalog that lies below RAW; run again to resume."""
     catalog = read_catalog([BUILT_IN, *catalogs])
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ def build_command(
     _say_what_was_built(built, found, out)
 
 
-def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
+def _say_what_is_missing(catalog: Catalog, found: SourceScan, raw: AnyPath) -> None:
     """With nothing to build: what is known, where it was looked for, what to do."""
     rows = [
         [
@@ -151,16 +151,16 @@ def _say_what_is_missing(catalog: Catalog, found: Found, raw: AnyPath) -> None:
     console.table(
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
     )
-    _say_what_was_passed_over(found)
+    _say_what_was_excluded(found)
     console.say(
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
-        "`python -m sharding describe FOLDER` write a catalogue for your own images.\n"
+        "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
         "To see everything work without a download: make demo"
     )
 
 
-def _say_what_was_built(built: list[BuiltSet], found: Found, out: AnyPath) -> None:
+def _say_what_was_built(built: list[BuiltSet], found: SourceScan, out: AnyPath) -> None:
     rows = []
     for one in built:
         totals = one.index["totals"]
@@ -172,39 +172,39 @@ def _say_what_was_built(built: list[BuiltSet], found: Found, out: AnyPath) -> No
                 len(totals["source"]),
                 len(one.index["shards"]),
                 f"{sum(shard['bytes'] for shard in one.index['shards']) / 2**20:.1f}",
-                sum(one.index["left_out"].values()),
-                len(one.index["quarantine"]),
+                sum(one.index["excluded"].values()),
+                len(one.index["quarantined"]),
                 "packed" if one.shards_written else "was up to date",
             ]
         )
     columns = [
-        "set", "images", *CLASSES, "sources", "shards", "MiB", "left out", "quarantined",
+        "set", "images", *CLASSES, "sources", "shards", "MiB", "excluded", "quarantined",
         "this run",
     ]  # fmt: skip
     console.table(f"Shard sets in {out}", columns, rows)
     for one in built:
-        for entry in one.index["quarantine"][:5]:
+        for entry in one.index["quarantined"][:5]:
             console.say(f"quarantined: {entry['path']}: {entry['reason']}")
-        if len(one.index["quarantine"]) > 5:
-            console.say(f"... and more: see quarantine in {out / one.name / INDEX_FILE}")
-        for reason, count in one.index["left_out"].items():
-            console.say(f"left out of {one.name}: {count:,} images: {reason}")
-    _say_what_was_passed_over(found)
+        if len(one.index["quarantined"]) > 5:
+            console.say(f"... and more: see quarantined in {out / one.name / INDEX_FILE}")
+        for reason, count in one.index["excluded"].items():
+            console.say(f"excluded from {one.name}: {count:,} images: {reason}")
+    _say_what_was_excluded(found)
     for source, listing in found.listings.items():
         for rule, count in listing.read_as.items():
             console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
-    if found.kept:
-        console.say(f"raw files gone, kept as packed: {', '.join(found.kept)}")
+    if found.packed_only:
+        console.say(f"raw files gone, kept as packed: {', '.join(found.packed_only)}")
 
 
-def _say_what_was_passed_over(found: Found) -> None:
+def _say_what_was_excluded(found: SourceScan) -> None:
     """Files that belong to no set, and why, by source."""
     for source, listing in (found.listings | found.empty).items():
         if source in found.empty:
             console.say(f"no image: {source}")
-        for reason, entry in listing.left_out.items():
+        for reason, entry in listing.excluded.items():
             console.say(
-                f"passed over: {source}: {entry['files']:,} files: {reason} "
+                f"excluded: {source}: {entry['files']:,} files: {reason} "
                 f"(first: {entry['first'][0]})"
             )
 
@@ -233,12 +233,12 @@ def show(folder: AnyPath) -> None:
                     [
                         source, class_name, generator, int(here.sum()),
                         f"{widths.min()}-{widths.max()} x {heights.min()}-{heights.max()}",
-                        " ".join(used), index["sources"][source]["licence"],
+                        " ".join(used), index["sources"][source]["license"],
                     ]
                 )  # fmt: skip
-    columns = ["source", "class", "generator", "images", "pixels", "formats", "licence"]
+    columns = ["source", "class", "generator", "images", "pixels", "formats", "license"]
     console.table(f"{folder} ({index['split']}, {len(index['shards'])} shards)", columns, rows)
-    console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantine'])} quarantined")
+    console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantined'])} quarantined")
 
 
 @main.command("list")
@@ -253,7 +253,7 @@ def show(folder: AnyPath) -> None:
 @CATALOG
 @console.options()
 def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
-    """List the known sources: what is on disk, what is packed, and their licences."""
+    """List the known sources: what is on disk, what is packed, and their licenses."""
     catalog = read_catalog([BUILT_IN, *catalogs])
     packed: dict[str, list[str]] = {}
     sets = []
@@ -267,9 +267,9 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
         places = sorted({place for shares in source.places() for place in shares})
         there = "yes" if (raw / (source.root or name)).is_dir() else "-"
         rows.append(
-            [name, " ".join(places), there, ", ".join(packed.get(name, [])) or "-", source.licence]
+            [name, " ".join(places), there, ", ".join(packed.get(name, [])) or "-", source.license]
         )
-    columns = ["source", "goes to", f"in {raw}", "packed", "licence"]
+    columns = ["source", "goes to", f"in {raw}", "packed", "license"]
     console.table("Known sources", columns, rows)
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
@@ -330,11 +330,11 @@ def diff(before: AnyPath, after: AnyPath) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("my-catalog.toml"),
     show_default=True,
-    help="Catalogue to write; an existing file is not overwritten.",
+    help="Catalog to write; an existing file is not overwritten.",
 )
 @console.options()
 def describe_command(folder: Path, out: Path) -> None:
-    """Propose a catalogue for the images in FOLDER, by the names of its folders."""
+    """Propose a catalog for the images in FOLDER, by the names of its folders."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
     found = describe(folder)
@@ -418,7 +418,7 @@ def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | 
             ["feature", "alone", "lost without it"],
             [[feature, one.alone, one.drop] for feature, one in found.features.items()],
         )
-    for value in found.telling:
+    for value in found.shortcuts:
         console.say(str(value))
     console.say()
     console.say(f"{name}: shortcut by metadata: {found.verdict}")
@@ -436,7 +436,7 @@ def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | 
 @click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
 @console.options()
 def demo(folder: Path, seed: int) -> None:
-    """Make seeded, synthetic raw datasets and their catalogue in FOLDER."""
+    """Make seeded, synthetic raw datasets and their catalog in FOLDER."""
     with console.progress("drawing", None) as advance:
         counts = make_demo(
             folder,

@@ -26,9 +26,9 @@ from sharding.dedupe import SPLIT_RANK, Decision, decide
 from sharding.executor import Engine, run_all
 from sharding.format import (
     CLASSES,
+    EXCLUDED_FILE,
     FORMAT_VERSION,
     INDEX_FILE,
-    LEFT_OUT_FILE,
     ROW_GROUP,
     SAMPLES_FILE,
     SAMPLES_SCHEMA,
@@ -63,7 +63,7 @@ WORK_FOLDER = ".build"
 """Below the output; only a build reads it."""
 
 COUNT_TOLERANCE = 0.02
-"""How far a source may be from the count that its catalogue entry expects."""
+"""How far a source may be from the count that its catalog entry expects."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`progress(what, total)` is a context whose value is called with the number of images done."""
@@ -76,16 +76,16 @@ def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass
-class Found:
-    """The sources of a catalogue that are there: their images as tables, and notes on their layout.
+class SourceScan:
+    """The sources of a catalog that are there: their images as tables, and notes on their layout.
 
-    `kept` are sources whose raw files are gone, known from an earlier build; `missing` are those
-    that were never there, and `empty` those of them whose folder is, without an image.
+    `packed_only` are sources whose raw files are gone, known from an earlier build; `missing` are
+    those that were never there, and `empty` those of them whose folder is, without an image.
     """
 
     items: dict[str, pa.Table] = field(default_factory=dict)
     listings: dict[str, Listing] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
+    packed_only: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     empty: dict[str, Listing] = field(default_factory=dict)
 
@@ -101,8 +101,8 @@ class BuiltSet:
 
 def find_sources(
     catalog: Catalog, raw: AnyPath, out: AnyPath, only: Sequence[str] = (), max_bad: float = 0.01
-) -> Found:
-    """List the images of every catalogue source that is on disk or was packed before.
+) -> SourceScan:
+    """List the images of every catalog source that is on disk or was packed before.
 
     With `only`, sources that have no say in those sets are passed over: who is left out of a set
     depends on sets whose split goes before its own, and on no other.
@@ -110,7 +110,7 @@ def find_sources(
     Raises:
         CatalogError: a layout that does not fit, or a source with far fewer images than expected.
     """
-    found = Found()
+    scan = SourceScan()
     lowest = min(
         (SPLIT_RANK[catalog.sets[name]] for name in only if name in catalog.sets), default=0
     )
@@ -123,16 +123,16 @@ def find_sources(
             if listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, max_bad))
                 capped(listing, source.cap)
-                found.items[name] = item_table(listing.items)
-                found.listings[name] = replace(listing, items=[])  # ten times the memory
+                scan.items[name] = item_table(listing.items)
+                scan.listings[name] = replace(listing, items=[])  # ten times the memory
             else:
-                found.missing.append(name)
-                found.empty[name] = listing
+                scan.missing.append(name)
+                scan.empty[name] = listing
         elif (out / WORK_FOLDER / "inventory" / f"{name}.parquet").exists():
-            found.kept.append(name)
+            scan.packed_only.append(name)
         else:
-            found.missing.append(name)
-    return found
+            scan.missing.append(name)
+    return scan
 
 
 def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
@@ -141,9 +141,9 @@ def _check_counts(name: str, source: Source, listing: Listing, tolerance: float)
     for kind, expected in source.expected.items():
         if abs(counts[kind] - expected) > tolerance * expected:
             raise CatalogError(
-                f"source {name} has {counts[kind]:,} {kind} images, its catalogue entry expects "
+                f"source {name} has {counts[kind]:,} {kind} images, its catalog entry expects "
                 f"{expected:,}. Complete it (python -m sharding fetch {name}), allow more with "
-                f"--max-bad, or say in a catalogue of your own: [sources.{name}] expected = {{}}"
+                f"--max-bad, or say in a catalog of your own: [sources.{name}] expected = {{}}"
             )
 
 
@@ -157,7 +157,7 @@ def build(
     engine: Engine = "local",
     max_bad: float = 0.01,
     progress: Progress = no_progress,
-) -> tuple[Found, list[BuiltSet]]:
+) -> tuple[SourceScan, list[BuiltSet]]:
     """Pack everything of `catalog` below `raw` into sets below `out`, or only the sets `only`.
 
     Finished sets whose input has not changed are left alone; an interrupted build goes on with what
@@ -166,18 +166,18 @@ def build(
 
     Raises:
         ShardError: another build runs here, a set lost too many images, or a raw file changed.
-        CatalogError, RawError: what lies below `raw` does not fit the catalogue.
+        CatalogError, RawError: what lies below `raw` does not fit the catalog.
         OSError: a file that cannot be read or written.
     """
     check_reachable(raw)
     check_reachable(out)
-    found = find_sources(catalog, raw, out, only, max_bad)
-    if not found.listings and not found.kept:
-        return found, []
+    scan = find_sources(catalog, raw, out, only, max_bad)
+    if not scan.listings and not scan.packed_only:
+        return scan, []
     work = out / WORK_FOLDER
     make_folder(work / "inventory")
     with locked(work, out):
-        inventory = _read_everything(found, raw, work / "inventory", jobs, engine, progress)
+        inventory = _read_everything(scan, raw, work / "inventory", jobs, engine, progress)
         decision = decide(inventory, catalog.sets)
         present = sorted(set(decision.wanted.tolist()))
         if unknown := sorted(set(only) - set(present)):
@@ -186,7 +186,7 @@ def build(
                 f"{', '.join(present)}"
             )
         chosen = [name for name in present if not only or name in only]
-        builds = {name: _SetBuild(name, catalog, found, inventory, decision) for name in chosen}
+        builds = {name: _SetBuild(name, catalog, scan, inventory, decision) for name in chosen}
         for one in builds.values():
             one.refuse_many_bad(max_bad)
         for one in builds.values():
@@ -198,7 +198,7 @@ def build(
             for name, written in run_all(_write_one, tasks, engine, jobs):
                 builds[name].done[written.name] = written
                 advance(written.samples)
-        return found, [one.finish() for one in builds.values()]
+        return scan, [one.finish() for one in builds.values()]
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
@@ -206,12 +206,12 @@ def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
 
 
 def _read_everything(
-    found: Found, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
+    scan: SourceScan, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
 ) -> pa.Table:
-    """The inventory of all sources, in the order of the catalogue; decodes what is not known."""
+    """The inventory of all sources, in the order of the catalog; decodes what is not known."""
     tasks = [
         (str(raw), str(folder), file, chunk)
-        for name, table in found.items.items()
+        for name, table in scan.items.items()
         for file, chunk in missing_chunks(name, table, known_facts(folder, name))
     ]
     if tasks:
@@ -219,12 +219,12 @@ def _read_everything(
             for done in run_all(take_inventory, tasks, engine, jobs):
                 advance(done)
     tables = [
-        finish_source(folder, name, table, found.listings[name])
-        for name, table in found.items.items()
+        finish_source(folder, name, table, scan.listings[name])
+        for name, table in scan.items.items()
     ]
-    for name in found.kept:
+    for name in scan.packed_only:
         table, listing = read_source(folder, name)
-        found.listings[name] = listing
+        scan.listings[name] = listing
         tables.append(table)
     return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
 
@@ -233,20 +233,20 @@ class _SetBuild:
     """One set to build: its samples, and what is left out of it."""
 
     def __init__(
-        self, name: str, catalog: Catalog, found: Found, inventory: pa.Table, decision: Decision
+        self, name: str, catalog: Catalog, scan: SourceScan, inventory: pa.Table, decision: Decision
     ) -> None:
-        self.name, self.catalog, self.found = name, catalog, found
+        self.name, self.catalog, self.scan = name, catalog, scan
         self.split = catalog.sets[name]
         bad = np.asarray(inventory.column("error").to_numpy() != "")
         wanted = decision.wanted == name
         taken = np.flatnonzero((decision.sets == name) & ~bad)
         self.total = int(wanted.sum())
         self.samples = self._samples(inventory.take(taken), decision.groups[taken])
-        self.quarantine = inventory.take(np.flatnonzero(wanted & bad)).select(
+        self.quarantined = inventory.take(np.flatnonzero(wanted & bad)).select(
             ["source", "origin", "error"]
         )
         away = np.flatnonzero(wanted & ~bad & (decision.sets == ""))
-        self.left_out = _left_out(inventory, decision, away)
+        self.excluded = _excluded(inventory, decision, away)
 
     def _samples(self, table: pa.Table, groups: np.ndarray) -> pa.Table:
         """Inventory rows as rows of the index: with key, split and merged group."""
@@ -261,9 +261,9 @@ class _SetBuild:
 
     def refuse_many_bad(self, max_bad: float) -> None:
         """A set that lost more than a few images is not the set that was meant."""
-        bad = self.quarantine.num_rows
+        bad = self.quarantined.num_rows
         if bad > max(1, max_bad * self.total) or (bad and bad == self.total):
-            first = self.quarantine.slice(0, 1).to_pylist()[0]
+            first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
                 f"{bad:,} of {self.total:,} images of set {self.name} are unreadable, more than "
                 f"{max_bad:.0%}; the first is {first['origin']} ({first['error']}). Mend or remove "
@@ -276,8 +276,8 @@ class _SetBuild:
         make_folder(self.folder)
         make_folder(self.marks)
         self.plans = plan_shards(self.samples, self.split)
-        found = [read_done(plan, self.folder, self.marks) for plan in self.plans]
-        self.done: dict[str, Written] = {written.name: written for written in found if written}
+        finished = [read_done(plan, self.folder, self.marks) for plan in self.plans]
+        self.done: dict[str, Written] = {written.name: written for written in finished if written}
         self.todo = [plan for plan in self.plans if plan.name not in self.done]
         self._refuse_to_lose(out)
 
@@ -292,12 +292,12 @@ class _SetBuild:
             )  # fmt: skip
 
     def _refuse_to_lose(self, out: AnyPath) -> None:
-        """What was packed does not go away because its raw files or its catalogue entry did.
+        """What was packed does not go away because its raw files or its catalog entry did.
 
         Raises:
             ShardError: the plan needs raw files that are gone, or forgets a source.
         """
-        gone = sorted({plan.source for plan in self.todo} & set(self.found.kept))
+        gone = sorted({plan.source for plan in self.todo} & set(self.scan.packed_only))
         if gone:
             raise ShardError(
                 f"set {self.name} must be packed again in parts, and the raw files of "
@@ -310,7 +310,7 @@ class _SetBuild:
         for name in sorted(before.keys() - self.catalog.sources.keys()):
             if (inventory / f"{name}.parquet").exists():
                 raise ShardError(
-                    f"set {self.name} holds source {name}, which this catalogue does not name; "
+                    f"set {self.name} holds source {name}, which this catalog does not name; "
                     "pass the --catalog that describes it, or, to take it out of the set, delete "
                     f"{inventory / name}.parquet (nothing was changed)"
                 )
@@ -326,11 +326,11 @@ class _SetBuild:
             folder / SAMPLES_FILE,
             lambda path: pq.write_table(table, path, row_group_size=ROW_GROUP),
         )
-        write_atomically(folder / LEFT_OUT_FILE, self._write_left_out)
+        write_atomically(folder / EXCLUDED_FILE, self._write_excluded)
         sources = sorted({plan.source for plan in plans})
-        quarantine = [
+        quarantined = [
             {"source": row["source"], "path": row["origin"], "reason": row["error"]}
-            for row in self.quarantine.to_pylist()
+            for row in self.quarantined.to_pylist()
         ]
         index = {
             "format_version": FORMAT_VERSION,
@@ -342,9 +342,9 @@ class _SetBuild:
             "shards": [asdict(shard) for shard in shards],
             "totals": _totals(table),
             "sources": {name: self._about(name) for name in sources},
-            "quarantine": sorted(quarantine, key=lambda entry: entry["path"]),
-            "left_out": dict(sorted(Counter(reason for *_, reason, _ in self.left_out).items())),
-            "left_out_sha256": sha256_of(folder / LEFT_OUT_FILE),
+            "quarantined": sorted(quarantined, key=lambda entry: entry["path"]),
+            "excluded": dict(sorted(Counter(reason for *_, reason, _ in self.excluded).items())),
+            "excluded_sha256": sha256_of(folder / EXCLUDED_FILE),
         }
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
@@ -355,24 +355,24 @@ class _SetBuild:
 
     def _about(self, name: str) -> dict[str, Any]:
         """What a loader and a reader of the index need to know of a source."""
-        source, listing = self.catalog.sources[name], self.found.listings[name]
+        source, listing = self.catalog.sources[name], self.scan.listings[name]
         return {
-            "licence": source.licence,
+            "license": source.license,
             "homepage": source.homepage,
-            "law": source.law,
+            "policy": source.policy,
             "replay": source.replay,
             "read_as": listing.read_as,
-            "passed_over": {reason: entry["files"] for reason, entry in listing.left_out.items()},
+            "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
         }
 
-    def _write_left_out(self, path: Path) -> None:
+    def _write_excluded(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["source", "origin", "reason", "kept"])
-            writer.writerows(self.left_out)
+            writer.writerow(["source", "origin", "reason", "conflicts_with"])
+            writer.writerows(self.excluded)
 
 
-def _left_out(
+def _excluded(
     inventory: pa.Table, decision: Decision, rows: np.ndarray
 ) -> list[tuple[str, str, str, str]]:
     """(source, origin, reason, origin of the image kept instead) of what is left out."""

@@ -1,11 +1,11 @@
-"""The catalogue: TOML files that say, for each source, what is real, what is fake, where it goes.
+"""The catalog: TOML files that say, for each source, what is real, what is fake, where it goes.
 
     [sets]                                  # set -> split; a set is a folder of shards
     phase1 = "train"
 
     [sources.my_photos]
     root = "my-photos"                      # below the raw folder; default: the source's name
-    licence = "mine"
+    license = "mine"
     set = { phase1 = 0.9, val = 0.1 }       # or one name; shares go by hash of the group
     real = ["camera"]                       # folders, matched by whole part, `*` within a part
     fake = [{ folder = "sdxl", generator = "sdxl" }]
@@ -18,7 +18,7 @@ hold. Parquet tables are read through rules with a `column`:
 
 A set that may hold no real images has its false-positive rate from those of another:
 
-    [reals]
+    [reference]
     evalgen = "test"
 
 Later files add to earlier ones key by key: two lines change one setting of a built-in source.
@@ -39,7 +39,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 class CatalogError(ValueError):
-    """A catalogue that cannot be used; the message says where and why."""
+    """A catalog that cannot be used; the message says where and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,14 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset. `law` names the augmentation its training images keep; see `recipes/`.
+    """One dataset. `policy` names the augmentation its training images keep; see `recipes/`.
 
     `cap` is the most images to take per class, whole groups at a time; `expected` is how many a
     complete download has per class, checked before anything is packed (an empty table checks
     nothing). `group_column` is the parquet column whose equal values make a group.
     """
 
-    licence: str
+    license: str
     set: str | dict[str, float]
     real: list[str | Rule] = field(default_factory=list)
     fake: list[str | Rule] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Source:
     group_column: str = ""
     cap: dict[Literal["real", "fake"], int] = field(default_factory=dict)
     expected: dict[Literal["real", "fake"], int] = field(default_factory=dict)
-    law: str = ""
+    policy: str = ""
     replay: bool = True
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class Catalog:
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
-    reals: dict[str, str] = field(default_factory=dict)
+    reference: dict[str, str] = field(default_factory=dict)
 
 
 def _as_rule(rule: str | Rule) -> Rule:
@@ -165,31 +165,35 @@ def shares(place: str | Mapping[str, float]) -> dict[str, float]:
 
 
 def read_catalog(files: Sequence[Path]) -> Catalog:
-    """The files as one catalogue; a later file adds to, and overrides, an earlier one.
+    """The files as one catalog; a later file adds to, and overrides, an earlier one.
 
     Raises:
         CatalogError: unknown keys, bad names, shares that do not sum to 1, sets without a split.
     """
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
-    reals: dict[str, Any] = {}
+    reference: dict[str, Any] = {}
     catalog = Catalog()
     for file in files:
         values = _read(file)
         sets |= values.pop("sets", {})
-        reals |= values.pop("reals", {})
+        reference |= values.pop("reference", {})
         for name, entry in values.pop("sources", {}).items():
             sources[name] = {**sources.get(name, {}), **entry}
         try:
             catalog = recipes.build(
-                Catalog, {"sets": sets, "sources": sources, "reals": reals, **values}, str(file)
+                Catalog,
+                {"sets": sets, "sources": sources, "reference": reference, **values},
+                str(file),
             )
         except recipes.RecipeError as error:
             raise CatalogError(str(error)) from error
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
-        for name in (name for pair in reals.items() for name in pair if name not in sets):
-            raise CatalogError(f"{file}: [reals] names set {name!r}, which [sets] does not have")
+        for name in (name for pair in reference.items() for name in pair if name not in sets):
+            raise CatalogError(
+                f"{file}: [reference] names set {name!r}, which [sets] does not have"
+            )
     return catalog
 
 
@@ -197,7 +201,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CatalogError(f"no catalogue at {file}") from None
+        raise CatalogError(f"no catalog at {file}") from None
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{file} is not valid TOML: {error}") from error
 

@@ -19,7 +19,7 @@ MAX_BITS = 6
 """Bits in which the pHashes of near-duplicates may differ."""
 
 MAX_DIFFERENCE = 8.0
-"""Mean grey levels by which their thumbnails may differ. Together with MAX_BITS: re-encoded and
+"""Mean gray levels by which their thumbnails may differ. Together with MAX_BITS: re-encoded and
 resized copies pass (98.9 % and more), 72,000 pairs of different images do not (docs/log.md)."""
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
@@ -115,13 +115,13 @@ def _keep_one_of_each(
     split_of: Mapping[str, str],
 ) -> None:
     """Of images with the same bytes keep the first, by set and then by row; none if they are
-    labelled both ways, in any set.
+    labeled both ways, in any set.
     """
     order = {name: number for number, name in enumerate(_by_rank(split_of))}
     for run in _runs(sha, np.flatnonzero(good)):
         if len(set(labels[run].tolist())) > 1:
             decision.sets[run] = ""
-            decision.reasons[run] = "the same bytes are labelled real and fake"
+            decision.reasons[run] = "the same bytes are labeled real and fake"
             decision.other[run] = np.roll(run, 1)
             continue
         kept = [row for row in run.tolist() if decision.sets[row]]

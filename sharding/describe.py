@@ -1,4 +1,4 @@
-"""A first catalogue for a person's own folders: classes by the words in their names.
+"""A first catalog for a person's own folders: classes by the words in their names.
 
 It only writes down what the names say, for a person to check: a folder whose name says nothing, or
 both, is listed and left undecided.
@@ -30,7 +30,7 @@ _GENERIC = frozenset(
 
 @dataclass(frozen=True)
 class Description:
-    """The catalogue as TOML, what it says of each folder (images), and what it could not say."""
+    """The catalog as TOML, what it says of each folder (images), and what it could not say."""
 
     text: str
     folders: dict[str, tuple[str, int]]  # folder -> (class, images)
@@ -38,7 +38,7 @@ class Description:
 
 
 def describe(folder: Path) -> Description:
-    """Propose a catalogue for the images below `folder`.
+    """Propose a catalog for the images below `folder`.
 
     Raises:
         CatalogError: no image there.
@@ -46,7 +46,7 @@ def describe(folder: Path) -> Description:
     folder = folder.absolute()
     images: Counter[str] = Counter()
     for file in walk(folder.parent, folder.name):
-        if not file.refused and PurePosixPath(file.inside.lower()).suffix in IMAGE_SUFFIXES:
+        if not file.excluded and PurePosixPath(file.inside.lower()).suffix in IMAGE_SUFFIXES:
             images[file.inside.rpartition("/")[0]] += 1
     if not images:
         raise CatalogError(
@@ -63,7 +63,7 @@ def describe(folder: Path) -> Description:
             continue
         folders[decided] = (CLASSES[label], folders.get(decided, ("", 0))[1] + count)
         nested[decided] += count if inside != decided else 0
-    return Description(_catalogue(folder, folders, undecided, nested), folders, undecided)
+    return Description(_catalog(folder, folders, undecided, nested), folders, undecided)
 
 
 def _class_of(inside: str) -> tuple[int | None, str]:
@@ -77,7 +77,7 @@ def _class_of(inside: str) -> tuple[int | None, str]:
     return None, ""
 
 
-def _catalogue(
+def _catalog(
     folder: Path,
     folders: dict[str, tuple[str, int]],
     undecided: dict[str, int],
@@ -90,7 +90,7 @@ def _catalogue(
         "",
         f"[sources.{name}]",
         f"root = {json.dumps(folder.name)}",
-        'licence = "mine"',
+        'license = "mine"',
         "# To train on: nine in ten, and one in ten to choose the checkpoint by.",
         "set = { phase1 = 0.9, val = 0.1 }",
         '# To measure on only: set = "mine", and above the source: [sets] / mine = "test".',

@@ -1,4 +1,4 @@
-"""Download the sources of the catalogue: a source's `fetch` in, a folder of raw files out.
+"""Download the sources of the catalog: a source's `fetch` in, a folder of raw files out.
 
 Everything resumes. A folder is complete when it holds MARK, which is written last; BEGUN says which
 revision an interrupted download began with, and the next one goes on with that.
@@ -59,11 +59,11 @@ def fetch_all(
     """Fetch the named sources, or all with a `fetch`, one as each result is asked for.
 
     Raises:
-        CatalogError: a name that the catalogue does not know; at once, before any download.
+        CatalogError: a name that the catalog does not know; at once, before any download.
     """
     if unknown := sorted(set(names) - catalog.sources.keys()):
         raise CatalogError(
-            f"no source {', '.join(unknown)}; the catalogue knows {', '.join(catalog.sources)}"
+            f"no source {', '.join(unknown)}; the catalog knows {', '.join(catalog.sources)}"
         )
     chosen = names or [name for name, source in catalog.sources.items() if source.fetch]
     return (
@@ -141,7 +141,7 @@ def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> It
         if status in (401, 403):
             raise FetchError(f"{page} refuses access (HTTP {status}): {login}") from error
         if status == 404:
-            todo = f"correct its address in the catalogue{anew}"
+            todo = f"correct its address in the catalog{anew}"
             raise FetchError(f"{page} is not there (HTTP 404); {todo}") from error
         reason = f"HTTP {status}" if status else error.__cause__ or error
         raise FetchError(
@@ -180,7 +180,7 @@ def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str
         there = sorted({name.partition("/")[0] for name in names})
         raise FetchError(
             f"{where} holds nothing that fits {', '.join(patterns) or '*'}, but "
-            f"{', '.join(there[:8]) or 'nothing'}; correct `files` in the catalogue"
+            f"{', '.join(there[:8]) or 'nothing'}; correct `files` in the catalog"
         )
     return found
 
@@ -203,7 +203,7 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
     explained = functools.partial(
         _explained,
         f"{constants.ENDPOINT}/datasets/{fetch.hub}",
-        "it is gated, private or misspelt. Accept its terms on that page, then log in with "
+        "it is gated, private or misspelled. Accept its terms on that page, then log in with "
         "`hf auth login` or set HF_TOKEN",
         target / BEGUN,
         HTTPError,
@@ -326,7 +326,7 @@ class _Remote:
 
 
 def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
-    """Each address as one file, in the order of the catalogue."""
+    """Each address as one file, in the order of the catalog."""
     by_hand = f"download it by hand, to {target}"
     names = [_file_name(url) for url in fetch.urls]
     if len(set(names)) < len(names):
@@ -355,7 +355,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
 def _file_name(url: str) -> str:
     name = unquote(urlsplit(url).path.rpartition("/")[2])
     if not name or name.startswith(".") or re.search(r"[/\\:\0]", name):
-        raise FetchError(f"{url} does not end in a name for a file; correct the catalogue")
+        raise FetchError(f"{url} does not end in a name for a file; correct the catalog")
     return name
 
 

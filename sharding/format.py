@@ -27,7 +27,7 @@ IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 SAMPLES_FILE = "samples.parquet"
 INDEX_FILE = "index.json"
-LEFT_OUT_FILE = "left_out.csv"
+EXCLUDED_FILE = "excluded.csv"
 TIMM_FILE = "_info.json"
 
 ROW_GROUP = 65536
@@ -51,7 +51,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("format", _name),
         ("chroma", _name),  # 420, 422, 444, ...; Gray; empty where it is no JPEG
         ("jpeg_quality", pa.int8()),  # estimate, 1 to 100; 0 where it is no JPEG
-        ("jpeg_tables", _name),  # hash of the quantisation tables; empty where it is no JPEG
+        ("jpeg_tables", _name),  # hash of the quantization tables; empty where it is no JPEG
         ("exif", pa.bool_()),  # whether the published file carried EXIF
         ("orientation", pa.int8()),  # EXIF, 1 to 8
         ("phash", pa.uint64()),  # perceptual hash
@@ -95,8 +95,8 @@ class ShardSet:
 
     `folders[code]` holds the shard `shards[code]` of `shard_bytes[code]` bytes; the column
     `shard_code` says which one a row is in. `sources` is what the index says of each source:
-    licence, augmentation law, replay. `sha256` stands for everything: it covers the hashes of the
-    tables and of the tars.
+    license, augmentation policy, replay. `sha256` stands for everything: it covers the hashes of
+    the tables and of the tars.
     """
 
     folders: tuple[Path, ...]

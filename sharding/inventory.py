@@ -32,7 +32,7 @@ ITEM_SCHEMA = pa.schema(
     [
         ("source", _name), ("origin", pa.string()), ("path", pa.string()), ("member", pa.string()),
         ("size", pa.int64()), ("version", pa.string()), ("label", pa.int8()),
-        ("generator", _name), ("group", pa.string()), ("place", _name), ("refused", pa.string()),
+        ("generator", _name), ("group", pa.string()), ("place", _name), ("excluded", pa.string()),
     ]
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ FACT_SCHEMA = pa.schema(
 
 SCHEMA = pa.schema([*ITEM_SCHEMA, *FACT_SCHEMA])
 
-_KEY = ["origin", "member", "size", "version", "refused"]
+_KEY = ["origin", "member", "size", "version", "excluded"]
 """What tells whether a row still describes the file."""
 
 _NO_FACTS = Facts(
@@ -160,7 +160,7 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
         table = table.unify_dictionaries()
     else:
         table = SCHEMA.empty_table()
-    notes = {"left_out": listing.left_out, "read_as": listing.read_as}
+    notes = {"excluded": listing.excluded, "read_as": listing.read_as}
     table = table.replace_schema_metadata({"facts": FACTS_VERSION, "listing": json.dumps(notes)})
     path = folder / f"{source}.parquet"
     if not path.exists() or not _read(path).equals(table, check_metadata=True):
@@ -178,7 +178,7 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
         return None
     table = _read(path)
     notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
-    return table.replace_schema_metadata(None), Listing([], notes["left_out"], notes["read_as"])
+    return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
 
 
 def _read(path: AnyPath) -> pa.Table:

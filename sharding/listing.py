@@ -1,4 +1,4 @@
-"""How a raw dataset is read: a catalogue source in, labelled items out.
+"""How a raw dataset is read: a catalog source in, labeled items out.
 
 Labels come from whole path parts, without regard to case, the deepest match first, or from columns
 of a table; what a real and a fake rule claim alike is refused, never guessed.
@@ -42,7 +42,7 @@ class Item(NamedTuple):
     generator: str
     group: str
     place: str  # JSON: set -> share
-    refused: str  # why it is not read; empty if it is
+    excluded: str  # why it is not read; empty if it is
 
 
 @dataclass
@@ -50,19 +50,19 @@ class Listing:
     """What a source holds: its items, what was passed over and why, and by which rules."""
 
     items: list[Item] = field(default_factory=list)
-    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
     read_as: dict[str, int] = field(default_factory=dict)
 
-    def leave(self, reason: str, name: str) -> None:
+    def exclude(self, reason: str, name: str) -> None:
         """Count a file that is left out; the first few are named."""
-        entry = self.left_out.setdefault(reason, {"files": 0, "first": []})
+        entry = self.excluded.setdefault(reason, {"files": 0, "first": []})
         entry["files"] += 1
         if len(entry["first"]) < NAMED:
             entry["first"].append(name)
 
 
 class _Compiled(NamedTuple):
-    """A catalogue rule, ready to match, and what it says of every image that it fits."""
+    """A catalog rule, ready to match, and what it says of every image that it fits."""
 
     label: int
     rule: Rule
@@ -76,7 +76,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """All images of a source, sorted by path.
 
     Raises:
-        CatalogError: a file that is both real and fake by the catalogue's rules, a table without
+        CatalogError: a file that is both real and fake by the catalog's rules, a table without
             the columns they name, or no image at all that they fit.
         RawError, OSError: what lies there cannot be read.
     """
@@ -101,14 +101,14 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
         if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
             continue
         if _fitting(ignored, inside, base):
-            listing.leave("the catalogue ignores it", file.inside)
-        elif file.refused and not _fitting(on_files, inside, base):
-            listing.leave(f"refused: {file.refused}", file.inside)
+            listing.exclude("the catalog ignores it", file.inside)
+        elif file.excluded and not _fitting(on_files, inside, base):
+            listing.exclude(file.excluded, file.inside)
         elif on_cells and suffix == ".parquet":
             images += 1
             _list_cells(name, source, raw, file, _fitting(on_cells, inside, base), listing)
         elif suffix not in IMAGE_SUFFIXES:
-            listing.leave(f"not an image by its name ({suffix or base})", file.inside)
+            listing.exclude(f"not an image by its name ({suffix or base})", file.inside)
         else:
             images += 1
             _list_file(name, source, file, _fitting(on_files, inside, base), table, groups, listing)
@@ -118,13 +118,13 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
 
 
 def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> None:
-    """Data is there, and nothing of it fits: the layout is not the one the catalogue knows."""
+    """Data is there, and nothing of it fits: the layout is not the one the catalog knows."""
     wanted = "; ".join(str(rule) for label in (0, 1) for rule in source.rules(label)[:4])
-    reason, entry = max(listing.left_out.items(), key=lambda item: item[1]["files"])
+    reason, entry = max(listing.excluded.items(), key=lambda item: item[1]["files"])
     raise CatalogError(
-        f"source {name}: {root} holds images, but none where the catalogue looks ({wanted}, ...). "
+        f"source {name}: {root} holds images, but none where the catalog looks ({wanted}, ...). "
         f"{entry['files']:,} files: {reason}; the first is {entry['first'][0]}. Is it unpacked one "
-        "folder too deep, or has its layout changed? Add rules in a catalogue of your own"
+        "folder too deep, or has its layout changed? Add rules in a catalog of your own"
     )
 
 
@@ -139,7 +139,7 @@ def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
 
 
 def folder_pattern(folder: str) -> re.Pattern:
-    """A catalogue path as a regular expression over 'a/b/c/' in lower case; see `Rule`."""
+    """A catalog path as a regular expression over 'a/b/c/' in lower case; see `Rule`."""
     parts = [part for part in folder.lower().strip("/").split("/") if part not in (".", "")]
     translated = [r"(?:[^/]+/)*" if part == "**" else _part_pattern(part) + "/" for part in parts]
     return re.compile("".join(translated))
@@ -183,7 +183,7 @@ def _decide(claims: list[_Claim], name: str) -> _Claim:
     if real and fake:
         raise CatalogError(
             f"{name} is real by rule '{real[0]}' and fake by '{fake[0]}'; make one of the two more "
-            "precise in the catalogue"
+            "precise in the catalog"
         )
     return best[0]
 
@@ -201,17 +201,17 @@ def _list_file(
     listing: Listing,
 ) -> None:
     if not claims:
-        listing.leave("in no folder the catalogue names", file.inside)
+        listing.exclude("in no folder the catalog names", file.inside)
         return
     row = table.get(file.inside.rpartition("/")[2].lower())
     if row is not None:
         agreeing = [claim for claim in claims if _agrees(claim.compiled.rule, row)]
         if not agreeing:
-            listing.leave("its folder and its row in the table disagree", file.inside)
+            listing.exclude("its folder and its row in the table disagree", file.inside)
             return
         claims = agreeing
     elif table:
-        note = "no row in the table: labelled by folder"
+        note = "no row in the table: labeled by folder"
         listing.read_as[note] = listing.read_as.get(note, 0) + 1
     claim = _decide(claims, file.inside)
     root = source.root or name
@@ -248,7 +248,7 @@ def _add(
             generator=claim.generator or CLASSES[label],
             group=group,
             place=claim.compiled.place,
-            refused=file.refused,
+            excluded=file.excluded,
         )
     )
 
@@ -294,7 +294,7 @@ def _list_cells(
 ) -> None:
     """The image cells of one parquet table that a rule claims."""
     if not claims:
-        listing.leave("in no table the catalogue names", file.inside)
+        listing.exclude("in no table the catalog names", file.inside)
         return
     with (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)
@@ -304,7 +304,7 @@ def _list_cells(
         if missing := (names | images) - set(table.schema_arrow.names):
             raise CatalogError(
                 f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}; the "
-                f"catalogue expects {', '.join(sorted(missing))} too"
+                f"catalog expects {', '.join(sorted(missing))} too"
             )
         values = table.read(columns=sorted(names))
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -328,7 +328,7 @@ def _list_cells(
         _add(listing, claim, name, file, origin, member, group)
     for row in np.flatnonzero(~taken):
         found = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
-        listing.leave(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")
+        listing.exclude(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")
 
 
 def _choose_rows(
@@ -359,7 +359,7 @@ def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np
         if value not in names:
             raise CatalogError(
                 f"{path}: column {column} holds numbers for the classes {names or 'it never names'}"
-                f"; the catalogue expects the class {value!r}, and labels are not guessed"
+                f"; the catalog expects the class {value!r}, and labels are not guessed"
             )
         value = names.index(value)
     return np.array([entry == value for entry in found.to_pylist()], bool)
@@ -395,7 +395,7 @@ def capped(listing: Listing, cap: Mapping[str, int]) -> None:
     reason = "beyond the cap of " + ", ".join(f"{count:,} {name}" for name, count in cap.items())
     for item in listing.items:
         if item.group not in kept:
-            listing.leave(reason, item.origin)
+            listing.exclude(reason, item.origin)
     listing.items = [item for item in listing.items if item.group in kept]
 
 

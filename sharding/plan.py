@@ -41,7 +41,7 @@ def plan_shards(samples: pa.Table, split: str) -> list[ShardPlan]:
     """The shards of one set. Inside a source, samples go in the order of their keys' hashes.
 
     So a shard mixes the labels and generators of its source, and adding a file moves no other
-    file past its neighbours. Cells of a parquet table go in the order of their row groups' hashes,
+    file past its neighbors. Cells of a parquet table go in the order of their row groups' hashes,
     rows together: a group can only be read as a whole.
 
     Raises:

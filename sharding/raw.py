@@ -31,11 +31,11 @@ class RawFile(NamedTuple):
     member: str  # where in it; empty: all of it
     size: int  # bytes
     version: str  # changes when the bytes may have changed
-    refused: str = ""  # why it is not read
+    excluded: str = ""  # why it is not read
 
 
 def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
-    """Every file below `raw/root`, archives opened, sorted by path. Links are listed as refused.
+    """Every file below `raw/root`, archives opened, sorted by path. Links are listed as excluded.
 
     Raises:
         RawError: a broken or incomplete archive.
@@ -44,7 +44,7 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
     listing = _walk_local if is_local(raw) else _walk_remote
     volume = re.compile(r"\.z\d+$", re.IGNORECASE)
     for file in listing(raw, root):
-        if not file.refused and file.inside.lower().endswith(".zip"):
+        if not file.excluded and file.inside.lower().endswith(".zip"):
             yield from _members(raw, file)
         elif not volume.search(file.inside):  # volumes are read with the archive they belong to
             yield file
@@ -56,7 +56,7 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
         for member in zip.members(raw / archive.path, archive.path):
             yield RawFile(
                 f"{archive.inside}/{member.name}", archive.path, member.where, member.size,
-                archive.version, member.refused,
+                archive.version, member.excluded,
             )  # fmt: skip
     except zip.ZipError as error:
         raise RawError(str(error)) from error
@@ -78,9 +78,9 @@ def _walk_folder(folder: str, prefix: str, root: str) -> Iterator[RawFile]:
             yield from _walk_folder(entry.path, f"{inside}/", root)
             continue
         facts = entry.stat(follow_symlinks=False)
-        refused = "" if stat.S_ISREG(facts.st_mode) else zip.kind_of(facts.st_mode)
+        excluded = "" if stat.S_ISREG(facts.st_mode) else zip.kind_of(facts.st_mode)
         yield RawFile(
-            inside, f"{root}/{inside}", "", facts.st_size, str(facts.st_mtime_ns), refused
+            inside, f"{root}/{inside}", "", facts.st_size, str(facts.st_mtime_ns), excluded
         )
 
 
@@ -150,8 +150,8 @@ def _block(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _read_one(raw: AnyPath, row: Mapping[str, Any]) -> bytes | DecodeError:
-    if row["refused"]:
-        return DecodeError(row["refused"])
+    if row["excluded"]:
+        return DecodeError(row["excluded"])
     if row["size"] > MAX_BYTES:
         return DecodeError(f"{row['size']:,} bytes, more than the limit of {MAX_BYTES:,}")
     try:

@@ -30,7 +30,7 @@ from model.score import probability
 from model.training.history import rows_of
 from model.training.optim import Optim
 from model.training.run import train
-from pipeline.augment import Augment, View, colour_matrices
+from pipeline.augment import AugmentPolicy, Preprocess, color_matrices
 from sharding.build import build
 from sharding.catalog import Catalog, read_catalog
 from sharding.format import ShardSet, open_shards
@@ -38,30 +38,30 @@ from sharding.format import ShardSet, open_shards
 ROOT = Path(__file__).parents[1]
 
 
-VIEW = View(size=48, resize=54)
+PREPROCESS = Preprocess(crop_size=48, resize_size=54)
 
 
-SMALL_VIEW = View(size=32, resize=36)
+SMALL_PREPROCESS = Preprocess(crop_size=32, resize_size=36)
 
 TINY = Network(
     name="convnextv2_atto",
     pretrained=False,
-    scratch="fan_in",
+    init="fan_in",
     options={"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
 )
 
 
 # Every operation at once, often: nothing of the graph stays unused.
-HARSH = Augment(
-    scale=(0.4, 1.0), ratio=(0.8, 1.25), flip=0.5, jitter=0.6, brightness=0.3, contrast=0.3,
+HARSH = AugmentPolicy(
+    scale=(0.4, 1.0), ratio=(0.8, 1.25), hflip=0.5, color_jitter=0.6, brightness=0.3, contrast=0.3,
     saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
-    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grey=0.2, jpegs=(1, 3), grid=0.4,
+    jpeg_quality=(40, 95), blur=0.5, blur_sigma=(0.1, 0.8), grayscale=0.2, num_jpegs=(1, 3), jpeg_grid_shift=0.4,
     resample_filters=("bilinear", "bicubic", "lanczos"), webp=0.3, webp_quality=(40, 90),
 )  # fmt: skip
 
 
 def photo(seed: int, width: int = 90, height: int = 70) -> np.ndarray:
-    """Smooth colour fields with noise: compresses like a photograph, and every pixel matters."""
+    """Smooth color fields with noise: compresses like a photograph, and every pixel matters."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -85,26 +85,26 @@ new = "train"
 val = "val"
 
 [sources.alpha]
-licence = "test"
+license = "test"
 set = "old"
 real = [{ folder = "real", generator = "camera" }]
 fake = [{ folder = "fake", generator = "gan" }]
 
 [sources.beta]
-licence = "test"
+license = "test"
 set = "old"
-law = "dda"
+policy = "dda"
 real = [{ folder = "real", generator = "camera" }]
 fake = [{ folder = "fake", generator = "vae" }]
 
 [sources.dummy]
-licence = "test"
+license = "test"
 set = "old"
 replay = false
 fake = ["fake"]
 
 [sources.gamma]
-licence = "test"
+license = "test"
 set = { new = 0.8, val = 0.2 }
 real = [{ folder = "real", generator = "camera" }]
 fake = [{ folder = "fake", generator = "diffusion" }]
@@ -143,16 +143,18 @@ def build_all(
     return out
 
 
-def small_recipe(name: str = "small", network: Network = TINY, view: View = SMALL_VIEW) -> Recipe:
+def small_recipe(
+    name: str = "small", network: Network = TINY, preprocess: Preprocess = SMALL_PREPROCESS
+) -> Recipe:
     """A recipe whose network is small; it is written down and never run."""
     return Recipe(
         name=name,
-        data=Data(train=[], validate=[], law="train"),
+        data=Data(train=[], validate=[], policy="train"),
         augment={},
         network=network,
         optim=Optim(lr=1e-3),
         run=Run(epochs=1),
-        view=view,
+        preprocess=preprocess,
     )
 
 
@@ -167,11 +169,11 @@ def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
     """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
 
     settings = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "view.size=32",
-        "view.resize=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.scratch="fan_in"', "network.options.depths=[1,1,2,1]",
+        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "preprocess.crop_size=32",
+        "preprocess.resize_size=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
+        'network.init="fan_in"', "network.options.depths=[1,1,2,1]",
         "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.workers=0", *overrides,
+        "loading.batch_size=16", "loading.num_workers=0", *overrides,
     ]  # fmt: skip
     recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml", settings)
     train(recipe, data, runs)
@@ -254,7 +256,7 @@ def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> Shard
 ABOUT = {
     "scores_version": 1, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
     "precision": "fp32", "backend": "pil", "temperature": 2.0, "threshold": 0.6,
-    "calibration": {"band": [0.3, 0.6]}, "subset": None, "reals": None,
+    "calibration": {"band": [0.3, 0.6]}, "subset": None, "reference_reals": None,
 }  # fmt: skip
 
 
@@ -273,7 +275,7 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
     return ScoreTable(table, ABOUT | {"sets": info} | about)
 
 
-Draw = Callable[[np.random.Generator, int, int], tuple[str, int, int]]
+MakeImage = Callable[[np.random.Generator, int, int], tuple[str, int, int]]
 
 
 OPTIONS = {
@@ -290,14 +292,14 @@ def partly(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int
     return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *random_size(rng)
 
 
-def write_shards(folder: Path, plan: dict[str, dict[str, tuple[Draw, int, int]]]) -> Path:
+def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, int]]]) -> Path:
     """The sets of a plan, packed by the real builder; returns the folder that holds them."""
     catalog = "[sets]\n" + "".join(f'{name} = "train"\n' for name in plan)
     rng = np.random.default_rng(0)
     seed = 0
     for set_name, sources in plan.items():
         for source, (draw, *counts) in sources.items():
-            catalog += f'[sources.{source}]\nlicence = "test"\nset = "{set_name}"\n'
+            catalog += f'[sources.{source}]\nlicense = "test"\nset = "{set_name}"\n'
             catalog += "group = '(v\\d+)_\\d+\\.'\n" if draw is grouped else ""
             for label, (name, count) in enumerate(zip(("real", "fake"), counts, strict=True)):
                 catalog += f'{name} = ["{name}"]\n' if count else ""
@@ -405,9 +407,9 @@ def imports_of(path: Path) -> list[str]:
     return found
 
 
-def colour_matrix(
+def color_matrix(
     brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
 ) -> tuple[float, ...]:
-    """One of `colour_matrices`, as `Draw.colour` holds it."""
+    """One of `color_matrices`, as `AugmentParams.color` holds it."""
     values = (np.array([value]) for value in (brightness, contrast, saturation, hue))
-    return tuple(colour_matrices(*values)[0].tolist())
+    return tuple(color_matrices(*values)[0].tolist())

@@ -15,12 +15,12 @@ import torch
 import recipes
 from model import checkpoint
 from model.network import build as build_network
-from pipeline.augment import Augment
+from pipeline.augment import AugmentPolicy
 from pipeline.loader import Loading, open_loader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import ShardSet, open_shards
-from tests.builders import CALIBRATION, HARSH, TINY, VIEW, build_all, small_recipe, write_raw
+from tests.builders import CALIBRATION, HARSH, PREPROCESS, TINY, build_all, small_recipe, write_raw
 from tests.servers import Server
 
 
@@ -115,16 +115,16 @@ def make_stream(data: Path) -> Callable[..., Stream]:
     """A training stream over the tiny sets: `make_stream(backend="pil", batch_size=6, ...)`."""
 
     def make(
-        *, batch_size: int = 6, rank: int = 0, world: int = 1, pool: Pool | None = None,
-        old_per_new: str = "1:8", seed: int = 3, **loading: object,
+        *, batch_size: int = 6, rank: int = 0, world_size: int = 1, pool: Pool | None = None,
+        ratio: str = "1:8", seed: int = 3, **loading: object,
     ) -> Stream:  # fmt: skip
-        replay = Replay(sets=["old"], old_per_new=old_per_new)
+        replay = Replay(sets=["old"], ratio=ratio)
         pool = pool or open_pool(data, ["new"], replay)
         loader = open_loader(
-            pool.shards, view=VIEW, loading=Loading(batch_size=batch_size, **loading),
-            device=torch.device("cpu"), rank=rank, world=world,
+            pool.shards, preprocess=PREPROCESS, loading=Loading(batch_size=batch_size, **loading),
+            device=torch.device("cpu"), rank=rank, world_size=world_size,
         )  # fmt: skip
-        return Stream(loader, pool, replay, {"train": HARSH, "dda": Augment()}, "train", seed)
+        return Stream(loader, pool, replay, {"train": HARSH, "dda": AugmentPolicy()}, "train", seed)
 
     return make
 
@@ -152,7 +152,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(weight)
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
-        folder, net, recipe=small_recipe(name="tiny", view=VIEW), step=7, epoch=0.5,
+        folder, net, recipe=small_recipe(name="tiny", preprocess=PREPROCESS), step=7, epoch=0.5,
         metrics={}, selection=None, data={"train": ["old"], "replay": []}, state=None,
     )  # fmt: skip
     checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
@@ -170,21 +170,21 @@ name = "tiny"
 [data]
 train = ["old"]
 validate = ["val"]
-[view]
-size = 32
-resize = 36
+[preprocess]
+crop_size = 32
+resize_size = 36
 [network]
 name = "convnextv2_atto"
 pretrained = false
-scratch = "fan_in"
-drop_path = 0.2
+init = "fan_in"
+drop_path_rate = 0.2
 [network.options]
 depths = [1, 1, 2, 1]
 dims = [8, 8, 16, 16]
 patch_size = 2
 [loading]
 batch_size = 16
-workers = 0
+num_workers = 0
 [run]
 epochs = 2
 log_every = 2

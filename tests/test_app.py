@@ -96,8 +96,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
     found = load_detector(runs=folder)
     shards = open_shards([data / "new"])
-    loading = Loading(backend="pil", workers=0)
-    scores = score_set(found.net, open_loader(shards, view=found.view, loading=loading,
+    loading = Loading(backend="pil", num_workers=0)
+    scores = score_set(found.net, open_loader(shards, preprocess=found.preprocess, loading=loading,
                                               device=found.device))  # fmt: skip
     fitted = calibrate(scores.labels, scores.logits)
     annotate(found.checkpoint, fitted.entries({"new": "0"}))
@@ -219,7 +219,7 @@ def drop(page: "Page", where: str, name: str, data: bytes) -> None:
         page.dispatch_event(where, event, {"dataTransfer": transfer})
 
 
-def see(page: "Page", *texts: str) -> None:
+def preprocess(page: "Page", *texts: str) -> None:
     """Wait until each of the texts is there."""
     for text in texts:
         page.get_by_text(text).first.wait_for()
@@ -269,7 +269,7 @@ OTHER = encode(photo(2, 300, 400), "PNG")
 def test_one_image_has_the_probability_that_python_gives(visit, found) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO))
-    see(page, "What the file says", "Nothing of where it comes from")
+    preprocess(page, "What the file says", "Nothing of where it comes from")
     assert probability_shown(page) == probability(found, PHOTO)
     (prediction,) = found.predict([PHOTO])
     assert page.get_by_role("heading", name=prediction.verdict[1:]).is_visible()
@@ -283,14 +283,14 @@ def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None
     button.wait_for()  # from then on the page listens
     page.evaluate("navigator.clipboard.writeText('no picture')")
     page.keyboard.press("Control+V")
-    see(page, "There is no picture on the clipboard.")
+    preprocess(page, "There is no picture on the clipboard.")
     copy(page, OTHER)
     page.keyboard.press("Control+V")
-    see(page, "What the file says", "pasted-1.png")
+    preprocess(page, "What the file says", "pasted-1.png")
     # A browser decodes and encodes what is copied; of a PNG the pixels stay.
     assert probability_shown(page) == probability(found, OTHER)
     button.click()
-    see(page, "2 images", "pasted-2.png")
+    preprocess(page, "2 images", "pasted-2.png")
     assert page.get_by_text("There is no picture").count() == 0
 
 
@@ -299,7 +299,7 @@ def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None
 def test_dropping_on_the_drop_zone_or_beside_it(visit, found, where: str) -> None:
     page = visit()
     drop(page, where, "fallen.jpg", PHOTO)
-    see(page, "What the file says", "fallen.jpg")
+    preprocess(page, "What the file says", "fallen.jpg")
     assert probability_shown(page) == probability(found, PHOTO)
 
 
@@ -309,7 +309,7 @@ def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
     page = visit()
     files = [file_of(f"{i}.img", data) for i, data in enumerate(images)]
     browse(page, *files, file_of("notes.jpg", b"<html>"))
-    see(page, "13 images", "1 unreadable", "not an image this program reads")
+    preprocess(page, "13 images", "1 unreadable", "not an image this program reads")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
@@ -361,13 +361,13 @@ def bomb() -> bytes:
 def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str) -> None:
     page = visit()
     browse(page, file_of(name, content))
-    see(page, said)
+    preprocess(page, said)
     page.wait_for_timeout(500)
     assert page.get_by_role("alert").count() == 1
     assert page.get_by_role("alert").inner_text().count(said) == 1
     assert page.get_by_role("slider").count() == 0
     browse(page, file_of("fine.png", OTHER))
-    see(page, "2 images", "1 unreadable")
+    preprocess(page, "2 images", "1 unreadable")
 
 
 @in_browser
@@ -377,7 +377,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(visit, address, t
     holds(address, 0)
     page = visit()
     browse(page, tmp_path / "huge.png")
-    see(page, "50.0MB or smaller")
+    preprocess(page, "50.0MB or smaller")
     assert bytes_held(address) == 0
 
 
@@ -397,9 +397,9 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, found) -> No
             slider.press("ArrowRight")
         (prediction,) = replace(found, asked=threshold).predict([PHOTO])
         if threshold != found.threshold:
-            see(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
+            preprocess(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
-        see(
+        preprocess(
             page,
             f"{app.of_hundred(false)} of 100 real photographs".replace("*", ""),
             f"{app.of_hundred(true)} of 100 fakes are found".replace("*", ""),
@@ -416,7 +416,7 @@ def test_the_heatmap_takes_the_place_of_the_image(visit) -> None:
     overlay = page.get_by_role("img", name="Heatmap of one.jpg")
     overlay.wait_for()
     assert overlay.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [32, 32]
-    see(page, "Red raised the score for AI")
+    preprocess(page, "Red raised the score for AI")
     page.get_by_text("Heatmap: what moved the score").click()
     page.get_by_role("img", name="one.jpg", exact=True).wait_for()
 
@@ -427,25 +427,25 @@ def test_a_phone_never_scrolls_sideways(visit) -> None:
     assert width_of(page) == 390
     name = "a_name_without_any_place_to_break_it_" * 3 + ".jpg"
     browse(page, file_of(name, PHOTO))
-    see(page, "What the file says")
+    preprocess(page, "What the file says")
     assert width_of(page) == 390
     browse(page, file_of("two.png", OTHER), file_of(name + ".jpg", b"?" * 40))
-    see(page, "3 images")
+    preprocess(page, "3 images")
     page.get_by_text("What this page can and cannot tell").click()
-    see(page, "A probability is not a proof")
+    preprocess(page, "A probability is not a proof")
     assert width_of(page) == 390
 
 
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system_and_are_legible(visit, scheme: str) -> None:
+def test_colors_follow_the_system_and_are_legible(visit, scheme: str) -> None:
     """Contrast of text by WCAG 2.2: 4.5, and 3 for large text."""
     page = visit(color_scheme=scheme)
     browse(page, file_of("one.jpg", PHOTO), file_of("x.jpg", b"?"))
-    see(page, "2 images", "What the file says")
+    preprocess(page, "2 images", "What the file says")
 
-    def luminance(colour: str) -> float:
-        values = [int(v) / 255 for v in re.findall(r"\d+", colour)[:3]]
+    def luminance(color: str) -> float:
+        values = [int(v) / 255 for v in re.findall(r"\d+", color)[:3]]
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -459,17 +459,17 @@ def test_colours_follow_the_system_and_are_legible(visit, scheme: str) -> None:
     for element in [*headings, *texts]:
         if not element.is_visible() or element.evaluate("(e) => !!e.closest('[role=alert]')"):
             continue
-        colour, size = element.evaluate(style)
-        bright, dim = sorted((luminance(colour), ground), reverse=True)
+        color, size = element.evaluate(style)
+        bright, dim = sorted((luminance(color), ground), reverse=True)
         needed = 3.0 if float(size[:-2]) >= 24 else 4.5
-        assert (bright + 0.05) / (dim + 0.05) >= needed, (element.inner_text(), colour)
+        assert (bright + 0.05) / (dim + 0.05) >= needed, (element.inner_text(), color)
 
 
 @in_browser
 def test_the_keyboard_reaches_everything(visit) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO), file_of("two.png", OTHER))
-    see(page, "2 images", "What the file says")
+    preprocess(page, "2 images", "What the file says")
     page.locator("canvas").first.wait_for()
     reached = []
     for _ in range(45):
@@ -503,7 +503,7 @@ def test_nothing_is_kept(visit, address: str) -> None:
     holds(address, 0)  # of the tests before
     page = visit()
     browse(page, file_of("one.png", large), file_of("two.jpg", PHOTO))
-    see(page, "2 images", "What the file says")
+    preprocess(page, "2 images", "What the file says")
     holds(address, len(large) + len(PHOTO))
     page.get_by_role("button", name="Remove one.png").click()
     page.get_by_text("2 images").wait_for(state="detached")
@@ -512,7 +512,7 @@ def test_nothing_is_kept(visit, address: str) -> None:
     page.get_by_text("What the file says").wait_for(state="detached")
     holds(address, 0)
     browse(page, file_of("two.jpg", PHOTO))
-    see(page, "What the file says")
+    preprocess(page, "What the file says")
     holds(address, len(PHOTO))
     page.close()
     holds(address, 0)

@@ -18,7 +18,7 @@ from model.__main__ import main as model
 from model.evaluation.robustness import PER_CLASS
 from pipeline.__main__ import main as pipeline
 from pipeline.loader import Loading
-from pipeline.perturb import DELIVERIES
+from pipeline.perturb import PERTURBATIONS
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
 from tests.builders import ROOT, encode, photo, train_tiny
@@ -49,7 +49,7 @@ def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Pa
     folder = tmp_path / "raw"
     (folder / "dummy").mkdir(parents=True)
     (folder / "dummy" / "fake").symlink_to(raw / "dummy" / "fake", target_is_directory=True)
-    said = "passed over: dummy: 1 files: refused: a symbolic link, which is not followed"
+    said = "excluded: dummy: 1 files: a symbolic link, which is not followed"
     arguments = "--catalog", raw / "catalog.toml", "--out", tmp_path / "out", "--jobs", 1
     alone = run(sharding, "build", "--raw", folder, *arguments)
     assert alone.exit_code == 1
@@ -99,23 +99,23 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert "furthest" not in compared.output
 
 
-def test_delivery_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Path) -> None:
+def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
         evaluate.main, "--shards", "val", "--data", data, "--runs", runs, "--out", out,
-        "--delivery", 4,
+        "--robustness", 4,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "val, delivered" in result.output and "fakes re-encoded as" in result.output
-    found = json.loads((out / "report.json").read_text())["sets"]["val"]["delivery"]
-    assert [row["name"] for row in found["deliveries"]] == [way.name for way in DELIVERIES]
+    assert "val, perturbed" in result.output and "fakes re-encoded as" in result.output
+    found = json.loads((out / "report.json").read_text())["sets"]["val"]["robustness"]
+    assert [row["name"] for row in found["perturbations"]] == [way.name for way in PERTURBATIONS]
     assert found["images"] == 8 < found["of"]
     tables = [
         list(csv.DictReader(io.StringIO((out / name).read_text())))
-        for name in ("figures.csv", "delivery.csv")
+        for name in ("figures.csv", "robustness.csv")
     ]
     assert {row["what"] for row in tables[0]} == {"overall", "class", "source", "generator"}
-    assert len(tables[1]) == len(DELIVERIES) + len(found["codec_swap"])
+    assert len(tables[1]) == len(PERTURBATIONS) + len(found["codec_swap"])
     page = (out / "report.html").read_text()
     assert "jpeg-90" in page and "data:image/jpeg;base64," in page
     # Everything is found again without the network; nor are images needed.
@@ -124,27 +124,29 @@ def test_delivery_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Pa
         "--data", tmp_path / "gone",
     )  # fmt: skip
     assert again.exit_code == 0, again.output
-    for name in ("report.json", "figures.csv", "delivery.csv"):
+    for name in ("report.json", "figures.csv", "robustness.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     assert "data:image/jpeg" not in (tmp_path / "again" / "report.html").read_text()
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_delivery_takes_a_number_or_none(data: Path, runs: Path) -> None:
-    """`--delivery` alone takes its default, also before another option."""
+def test_robustness_takes_a_number_or_none(data: Path, runs: Path) -> None:
+    """`--robustness` alone takes its default, also before another option."""
     for arguments, expected in (
-        (["--delivery", "--shards", "val"], PER_CLASS), (["--delivery", "7"], 7), ([], None),
+        (["--robustness", "--shards", "val"], PER_CLASS), (["--robustness", "7"], 7), ([], None),
     ):  # fmt: skip
         context = evaluate.main.make_context("evaluate", arguments, resilient_parsing=True)
-        assert context.params["delivery"] == expected
-    result = run(evaluate.main, "--delivery", 0, "--shards", "val", "--data", data, "--runs", runs)
+        assert context.params["robustness"] == expected
+    result = run(
+        evaluate.main, "--robustness", 0, "--shards", "val", "--data", data, "--runs", runs
+    )
     assert result.exit_code == 2 and "0 is not in the range" in result.output
 
 
 def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
-        '[sets]\nevalgen = "test"\n[sources.dummy]\nlicence = "x"\nset = "evalgen"\nfake = ["fake"]'
+        '[sets]\nevalgen = "test"\n[sources.dummy]\nlicense = "x"\nset = "evalgen"\nfake = ["fake"]'
     )
     built = run(
         sharding, "build", "--raw", raw, "--catalog", catalog, "--out", tmp_path, "--jobs", 1
@@ -238,7 +240,7 @@ def test_predict_evaluate_and_python_agree_on_the_same_bytes(
     np.testing.assert_allclose(from_bytes, from_files, atol=1e-6)
     for backend, tolerance in (("pil", 1e-6), ("dali", 0.02)):
         loader = open_loader(
-            shards, view=detector.view, loading=Loading(backend=backend, workers=0),
+            shards, preprocess=detector.preprocess, loading=Loading(backend=backend, num_workers=0),
             device=torch.device("cpu"),
         )  # fmt: skip
         scores = score_set(detector.net, loader)

@@ -1,4 +1,4 @@
-"""evaluate.py: every sample once on any number of ranks, --scores, --reals, calibrate."""
+"""evaluate.py: every sample once on any number of ranks, --scores, --reference-reals, calibrate."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import evaluate
 from model import score
 from model.checkpoint import find, read_meta
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate as evaluate_sets
 from model.evaluation.scores import read_scores
@@ -35,18 +35,18 @@ evalgen = "test"
 test = "test"
 
 [sources.evalgen]
-licence = "x"
+license = "x"
 set = "evalgen"
 group = '([^/]+)_[0-9]+[.]png$'
 fake = [{ folder = "GenEval-JPEG/<generator>" }]
 
 [sources.photos]
-licence = "x"
+license = "x"
 set = { test = 0.5, val = 0.5 }
 real = [{ folder = "real", generator = "camera" }]
 
 [sources.others]
-licence = "x"
+license = "x"
 set = "val"
 fake = [{ folder = "fake", generator = "gan" }]
 """
@@ -93,15 +93,15 @@ def run(data: Path, runs: Path, *arguments: object) -> Result:
     return CliRunner().invoke(evaluate.main, [str(argument) for argument in arguments])
 
 
-def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) -> dict:
-    """`evaluate` on `world` ranks, each a thread of this process; the first one's report."""
-    meeting = threading.Barrier(world, timeout=120)
+def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: Path) -> dict:
+    """`evaluate` on `world_size` ranks, each a thread of this process; the first one's report."""
+    meeting = threading.Barrier(world_size, timeout=120)
     brought: dict[int, object] = {}
 
-    def gather(ranks: Ranks, value: object) -> list:
-        brought[ranks.rank] = value
+    def all_gather_object(dist: DistEnv, value: object) -> list:
+        brought[dist.rank] = value
         meeting.wait()
-        found = [brought[rank] for rank in range(world)]
+        found = [brought[rank] for rank in range(world_size)]
         meeting.wait()
         return found
 
@@ -109,45 +109,52 @@ def evaluate_on(world: int, batch_size: int, data: Path, runs: Path, out: Path) 
 
     def work(rank: int) -> None:
         reports[rank] = evaluate_sets(
-            find(runs), data, ["evalgen", "val"], out, ranks=Ranks(rank, world, 0),
-            options=Options(loading=Loading(batch_size=batch_size, workers=0, backend="pil")),
+            find(runs), data, ["evalgen", "val"], out, dist=DistEnv(rank, world_size, 0),
+            options=Options(loading=Loading(batch_size=batch_size, num_workers=0, backend="pil")),
         )  # fmt: skip
 
-    before, score.gather = score.gather, gather
+    before, score.all_gather_object = score.all_gather_object, all_gather_object
     try:
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     finally:
-        score.gather = before
-    assert len(reports) == world, "a rank failed"
-    assert [bool(reports[rank]) for rank in range(world)] == [True] + [False] * (world - 1)
+        score.all_gather_object = before
+    assert len(reports) == world_size, "a rank failed"
+    assert [bool(reports[rank]) for rank in range(world_size)] == [True] + [False] * (
+        world_size - 1
+    )
     return reports[0]
 
 
 def test_ranks_and_batch_sizes_change_not_a_byte(data: Path, runs: Path, tmp_path: Path) -> None:
     """35 and 35 and 70 samples: no world and no batch size here divides them."""
     found = {}
-    for world, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
-        out = tmp_path / f"{world}-{batch_size}"
-        report = evaluate_on(world, batch_size, data, runs, out)
+    for world_size, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
+        out = tmp_path / f"{world_size}-{batch_size}"
+        report = evaluate_on(world_size, batch_size, data, runs, out)
         assert report["sets"]["evalgen"]["overall"]["count"] == 35
-        found[world, batch_size] = (out / "scores.parquet").read_bytes()
+        found[world_size, batch_size] = (out / "scores.parquet").read_bytes()
         assert [path.name for path in out.iterdir()] == ["scores.parquet"]
     assert len(set(found.values())) == 1
 
 
-def one_rank(rank: int, world: int, data: Path, runs: Path, out: Path, store: Path) -> None:
-    """A forked process: rank `rank` of `world`, over gloo."""
+def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, store: Path) -> None:
+    """A forked process: rank `rank` of `world_size`, over gloo."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
-    options = Options(loading=Loading(batch_size=7, workers=0, backend="pil"))
+    options = Options(loading=Loading(batch_size=7, num_workers=0, backend="pil"))
     evaluate_sets(
-        find(runs), data, ["evalgen", "val"], out, options=options, ranks=Ranks(rank, world, 0)
+        find(runs),
+        data,
+        ["evalgen", "val"],
+        out,
+        options=options,
+        dist=DistEnv(rank, world_size, 0),
     )
     torch.distributed.destroy_process_group()
 
@@ -219,23 +226,23 @@ def test_the_report_is_found_again_without_the_network(
     assert "not a file of scores" in other.output
 
 
-def test_evalgen_stands_beside_the_reals_of_the_catalogue(
+def test_evalgen_stands_beside_the_reals_of_the_catalog(
     data: Path, runs: Path, tmp_path: Path
 ) -> None:
-    """Both protocols, the mean and the spread; the reals of `test` as the catalogue says."""
+    """Both protocols, the mean and the spread; the reals of `test` as the catalog says."""
     done = run(data, runs, "--shards", "evalgen", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     reals = len(open_shards([data / "test"]))
-    assert report["reals"] == {
-        "set": "test", "why": "the catalogue's default", "for_all": False,
+    assert report["reference_reals"] == {
+        "set": "test", "why": "the catalog's default", "for_all": False,
     }  # fmt: skip
     assert f"of {reals} real images of test called fake" in report["headline"][0]
     found = report["sets"]["evalgen"]
-    assert found["beside"]["reals"] == reals
-    assert found["protocols"]["all"]["images"] == 35
-    assert found["protocols"]["first"]["images"] == 12
-    assert set(found["protocols"]["first"]["generators"]) == {"flux", "got", "nova"}
+    assert found["reference"]["reals"] == reals
+    assert found["protocols"]["all_images"]["images"] == 35
+    assert found["protocols"]["first_per_prompt"]["images"] == 12
+    assert set(found["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
     assert "the first of each prompt, 12" in " ".join(done.output.split())
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
@@ -243,14 +250,14 @@ def test_evalgen_stands_beside_the_reals_of_the_catalogue(
 
 
 def test_reals_that_are_asked_for(data: Path, runs: Path, tmp_path: Path) -> None:
-    done = run(data, runs, "--shards", "evalgen", "--reals", "val", "--out", tmp_path)
+    done = run(data, runs, "--shards", "evalgen", "--reference-reals", "val", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["sets"]) == ["evalgen"]
     labels = open_shards([data / "val"]).column("label")
-    assert report["sets"]["evalgen"]["beside"]["reals"] == (labels == 0).sum()
+    assert report["sets"]["evalgen"]["reference"]["reals"] == (labels == 0).sum()
     for asked, said in (("evalgen", "has no real images"), ("nope", "no shard set at")):
-        wrong = run(data, runs, "--shards", "val", "--reals", asked, "--out", tmp_path)
+        wrong = run(data, runs, "--shards", "val", "--reference-reals", asked, "--out", tmp_path)
         assert wrong.exit_code == 1
         assert said in wrong.output
 
@@ -288,7 +295,7 @@ def test_calibration_is_kept_in_the_checkpoint_and_used(
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["threshold"] == meta["threshold"]
     assert found["band"] == meta["calibration"]["band"]
-    at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold-at", "0.5")
+    at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold", "0.5")
     assert at_half.exit_code == 0, at_half.output
     assert read_meta(find(own_runs))["threshold"] == 0.5
 

@@ -492,8 +492,8 @@ def test_evidence_never_changes_the_score(
     (tmp_path / "speaks.jpg").write_bytes(encode(pixels, exif=exif))
     rows = rows_of(ask(tmp_path, "--format", "jsonl", "--batch-size", 1))
     silent, speaks = (rows[str(tmp_path / f"{name}.jpg")] for name in ("silent", "speaks"))
-    assert silent["file_says"] == []
-    assert {one["suggests"] for one in speaks["file_says"]} == {"AI", "camera"}
+    assert silent["provenance"] == []
+    assert {one["suggests"] for one in speaks["provenance"]} == {"AI", "camera"}
     assert silent["probability"] == speaks["probability"]
     assert silent["verdict"] == speaks["verdict"]
     monkeypatch.setattr("model.inference.run.read_evidence", lambda _data: [])

@@ -19,7 +19,7 @@ import numpy as np
 
 from model.metrics import given_to_truth
 
-DRAWS = 1000
+RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
 
@@ -28,7 +28,7 @@ _AT_A_TIME = 2_000_000
 would wait for each other between NumPy's calls: two took as long as one.)
 """
 
-Draws = dict[str, np.ndarray]
+Resamples = dict[str, np.ndarray]
 """A metric's value in every draw: float64 (draws,), NaN where the draw left it undefined."""
 
 
@@ -84,15 +84,15 @@ def resample(
     groups: Groups,
     threshold: float,
     *,
-    draws: int = DRAWS,
+    resamples: int = RESAMPLES,
     seed: int = SEED,
-    on_draws: Callable[[int], None] | None = None,
-) -> dict[Hashable, Draws]:
-    """The metrics of each of `images` in `draws` draws of the groups, the same draws for all.
+    on_resamples: Callable[[int], None] | None = None,
+) -> dict[Hashable, Resamples]:
+    """The metrics of each of `images` in `resamples` draws of the groups, the same draws for all.
 
     `probabilities` are those of fake, float64 (N,). A line of one class has the metrics of
-    `model.metrics.measure` that exist for it. Fully determined by the arguments; `on_draws(n)` is
-    called as draws are done.
+    `model.metrics.measure` that exist for it. Fully determined by the arguments; `on_resamples(n)`
+    is called as draws are done.
     """
     order = np.argsort(probabilities, kind="stable")
     scores, of_place = probabilities[order], groups.of_row[order]
@@ -104,30 +104,30 @@ def resample(
         key: _Fakes(scores, place[one.fakes], reals[id(one.reals)], threshold)
         for key, one in images.items()
     }
-    blocks: dict[Hashable, list[Draws]] = {key: [] for key in images}
-    for drawn in _weights(groups, len(scores), draws, seed):
+    blocks: dict[Hashable, list[Resamples]] = {key: [] for key in images}
+    for drawn in _weights(groups, len(scores), resamples, seed):
         weights = np.take(drawn, of_place, axis=1)
         weighed = {which: one.weigh(weights) for which, one in reals.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
             for key, one in fakes.items():
                 blocks[key].append(one.measure(weighed[id(images[key].reals)], weights))
-        if on_draws:
-            on_draws(len(weights))
+        if on_resamples:
+            on_resamples(len(weights))
     return {
         key: {name: np.concatenate([block[name] for block in found]) for name in found[0]}
         for key, found in blocks.items()
     }
 
 
-def _weights(groups: Groups, rows: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each group is drawn, float32 (B, groups), block after block of draws. Sums of them
     are exact up to 2 ** 24 images; beyond, float64.
     """
     dtype = np.float32 if rows < 2**24 else np.float64
     rng = np.random.default_rng(seed)
     size = max(1, _AT_A_TIME // max(1, rows))
-    for start in range(0, draws, size):
-        count = min(size, draws - start)
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
         weights = np.empty((count, len(groups)), dtype)
         first = 0
         for held in groups.strata:
@@ -188,7 +188,7 @@ class _Fakes:
         self.own_ties = bool((np.diff(scores) == 0).any())
         self.have_reals = len(reals.scores) > 0
 
-    def measure(self, reals: _Weighed, weights: np.ndarray) -> Draws:
+    def measure(self, reals: _Weighed, weights: np.ndarray) -> Resamples:
         """Every metric in every draw of a block. What is left undefined by a draw that has none of
         a class is NaN.
         """
@@ -209,7 +209,7 @@ class _Fakes:
         found["f1"] = 2 * true / (true + false + fakes)
         return found | self._over_thresholds(reals, own)
 
-    def _over_thresholds(self, reals: _Weighed, own: np.ndarray) -> Draws:
+    def _over_thresholds(self, reals: _Weighed, own: np.ndarray) -> Resamples:
         """The metrics that have no threshold, from the weights of reals and of fakes below each
         fake's score: as `model.metrics`; `test_bootstrap.py` holds them together.
         """
@@ -221,12 +221,12 @@ class _Fakes:
             level = reals.below[:, self.right[self.tied]] - lower[:, self.tied]
             ordered += np.vecdot(own[:, self.tied], level) / 2
         found = {"auroc": ordered / (fakes * reals.total)}
-        draw = np.arange(len(below))
+        row = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):
             # The lowest score that leaves no more reals than that as high or higher.
             least = (reals.total - np.floor(rate * reals.total + 1e-9)).astype(lower.dtype)
             at = _count(lambda *of, least=least: lower[of] < least[:, None], lower.shape)
-            found[name] = 1 - below[draw, at] / fakes
+            found[name] = 1 - below[row, at] / fakes
         before = np.take(below, self.first, axis=1) if self.own_ties else below[:, :-1]
         found["eer"] = self._equal_error_rate(reals, below, lower, before)
         true = below[:, -1:] - before  # fakes as high or higher
@@ -242,7 +242,7 @@ class _Fakes:
         """The ROC curve bends only where there are fakes, so it is known from its two corners at
         each of their scores.
         """
-        draw = np.arange(len(below))
+        row = np.arange(len(below))
         fakes = below[:, -1].astype(np.float64)
 
         def misses_less(*at: np.ndarray) -> np.ndarray:  # FNR <= FPR, in whole numbers
@@ -252,8 +252,8 @@ class _Fakes:
         # The highest score from which on that holds.
         at = np.maximum(_count(misses_less, lower.shape) - 1, 0)
         corners = (
-            (reals.below[draw, self.right[at]], below[draw, self.end[at]]),
-            (lower[draw, at], before[draw, at]),
+            (reals.below[row, self.right[at]], below[row, self.end[at]]),
+            (lower[row, at], before[row, at]),
         )
         # Of the corners before and after: FPR, and FPR less FNR.
         (false, gap), (false_after, gap_after) = (
@@ -262,7 +262,7 @@ class _Fakes:
         )
         share = np.where(gap_after > gap, -gap / (gap_after - gap), 0)
         inside = false + share * (false_after - false)
-        return np.where(gap >= 0, below[draw, self.end[at]] / fakes, inside)
+        return np.where(gap >= 0, below[row, self.end[at]] / fakes, inside)
 
 
 def _count(
@@ -271,8 +271,8 @@ def _count(
     """At how many places of each row, (B,), something holds that holds up to some place and not
     beyond: `holds(rows (B, 1), places)` is bool (B, k). It is asked about 2 B sqrt(n) places.
     """
-    draws, count = shape
-    row, step = np.arange(draws)[:, None], math.isqrt(count) + 1
+    resamples, count = shape
+    row, step = np.arange(resamples)[:, None], math.isqrt(count) + 1
     passed = np.count_nonzero(holds(row, np.arange(0, count, step)[None]), axis=1)
     start = step * np.maximum(passed - 1, 0)
     places = start[:, None] + np.arange(step)
@@ -308,8 +308,8 @@ _OF_ALL = ("accuracy", "nll", "brier")
 _UNBOUNDED = ("nll",)
 
 
-def intervals(images: Images, groups: Groups, draws: Draws) -> dict[str, list[float]]:
-    """[low, high] for every metric that `draws` allow to say something about.
+def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str, list[float]]:
+    """[low, high] for every metric that `resamples` allow to say something about.
 
     A metric is left out where it rests on fewer than two groups, or where half of the draws left it
     undefined.
@@ -317,7 +317,7 @@ def intervals(images: Images, groups: Groups, draws: Draws) -> dict[str, list[fl
     reals, fakes = groups.count(images.reals), groups.count(images.fakes)
     both = groups.count(np.concatenate([images.reals, images.fakes]))
     found = {}
-    for name, values in draws.items():
+    for name, values in resamples.items():
         independent = min(reals, fakes)
         if name in _OF_ALL:
             independent = both

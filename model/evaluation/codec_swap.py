@@ -14,25 +14,25 @@ import torch
 from torch import nn
 
 from imaging.jpeg import CHROMAS
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.evaluation.robustness import (
     FIGURES,
     PER_CLASS,
-    Delivered,
-    draw_samples,
+    PerturbedScores,
     group_codes,
-    measure_deliveries,
-    score_deliveries,
+    measure_perturbations,
+    sample_by_hash,
+    score_perturbations,
     shifts,
 )
 from model.metrics import measure
 from model.score import probability
-from pipeline.augment import View
-from pipeline.perturb import ORIGINAL, Delivery, fit_shorter, jpeg, webp
+from pipeline.augment import Preprocess
+from pipeline.perturb import ORIGINAL, Perturbation, fit_shorter, jpeg, webp
 from sharding.format import CLASSES, ShardSet
 
 LOW_QUALITY = 75
-"""The last JPEG of the levelled test, or what the worse of both classes has, where that is lower:
+"""The last JPEG of the leveled test, or what the worse of both classes has, where that is lower:
 libjpeg's default.
 """
 
@@ -56,14 +56,14 @@ class Container:
             return f"WebP {self.quality}"
         return f"JPEG {self.quality} {self.chroma if self.chroma else '420'}"
 
-    def delivery(self, name: str) -> Delivery:
+    def perturbation(self, name: str) -> Perturbation:
         """Putting an image into this container."""
         step = (
             partial(webp, quality=self.quality)
             if self.format == "WEBP"
             else partial(jpeg, quality=self.quality, chroma=self.chroma)
         )
-        return Delivery(name, "codec swap", self.quality, (step,))
+        return Perturbation(name, "codec swap", self.quality, (step,))
 
 
 def container_of(shards: ShardSet, samples: np.ndarray) -> Container | None:
@@ -95,12 +95,12 @@ def container_of(shards: ShardSet, samples: np.ndarray) -> Container | None:
 @dataclass(frozen=True, eq=False)
 class Swap:
     """One codec-swap test: who is re-encoded, and how. `reals` and `fakes` say which class takes
-    the delivery; the other one stays as packed.
+    the perturbation; the other one stays as packed.
     """
 
     name: str
     what: str
-    delivery: Delivery
+    perturbation: Perturbation
     reals: bool
     fakes: bool
 
@@ -117,10 +117,10 @@ def plan_swaps(
     real, fake = containers["real"], containers["fake"]
     swaps = []
     if real and len(of["fake"]):
-        way = real.delivery("fakes-as-reals")
+        way = real.perturbation("fakes-as-reals")
         swaps.append(Swap(way.name, f"fakes re-encoded as {real.describe()}", way, False, True))
     if fake and len(of["real"]):
-        way = fake.delivery("reals-as-fakes")
+        way = fake.perturbation("reals-as-fakes")
         swaps.append(Swap(way.name, f"reals re-encoded as {fake.describe()}", way, True, False))
     quality = min(
         [LOW_QUALITY] + [c.quality for c in (real, fake) if c is not None and c.format == "JPEG"]
@@ -131,18 +131,18 @@ def plan_swaps(
         ("all-as-jpeg", f"all as JPEG {quality} 420", (partial(jpeg, quality=quality),)),
         ("all-as-webp", "all as WebP 80", (partial(webp, quality=80),)),
         (
-            "levelled",
+            "leveled",
             f"all shrunk to a shorter side of {side} at most, then JPEG {quality} 420",
             (partial(fit_shorter, shorter=side), partial(jpeg, quality=quality)),
         ),
     )
     for name, what, steps in both:
-        swaps.append(Swap(name, what, Delivery(name, "codec swap", quality, steps), True, True))
+        swaps.append(Swap(name, what, Perturbation(name, "codec swap", quality, steps), True, True))
     return containers, swaps
 
 
 def measure_swaps(
-    delivered: Delivered,
+    perturbed: PerturbedScores,
     swaps: Sequence[Swap],
     groups: np.ndarray,
     *,
@@ -150,14 +150,14 @@ def measure_swaps(
     threshold: float,
 ) -> list[dict[str, Any]]:
     """The figures of each test, as `report.json` holds them: how far the class that was re-encoded
-    moves (`shift`, as in `measure_deliveries`), and the rates before and after.
+    moves (`shift`, as in `measure_perturbations`), and the rates before and after.
     """
-    names = [delivery.name for delivery in delivered.deliveries]
-    before = delivered.logits[names.index(ORIGINAL.name)]
-    labels, own = delivered.labels, groups[delivered.samples]
+    names = [perturbation.name for perturbation in perturbed.perturbations]
+    before = perturbed.logits[names.index(ORIGINAL.name)]
+    labels, own = perturbed.labels, groups[perturbed.samples]
     rows = []
     for swap in swaps:
-        re_encoded = delivered.logits[names.index(swap.name)]
+        re_encoded = perturbed.logits[names.index(swap.name)]
         moved = (swap.reals & (labels == 0)) | (swap.fakes & (labels == 1))
         after = np.where(moved, re_encoded, before)
         there = np.isfinite(before) & np.isfinite(after)
@@ -182,45 +182,45 @@ def measure_swaps(
     return rows
 
 
-def report_delivery(
+def report_robustness(
     net: nn.Module,
     shards: ShardSet,
-    deliveries: Sequence[Delivery],
+    perturbations: Sequence[Perturbation],
     *,
-    view: View,
+    preprocess: Preprocess,
     device: torch.device,
     dtype: torch.dtype,
     temperature: float,
     threshold: float,
     per_class: int = PER_CLASS,
     on_images: Callable[[int], None] | None = None,
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> dict[str, Any]:
-    """The entry `delivery` of one set in `report.json`, grid and codec swap on `draw_samples`:
+    """The entry `robustness` of one set in `report.json`, grid and codec swap on `sample_by_hash`:
 
     {"images": n, "of": n, "unreadable": n,
-     "deliveries": rows of `measure_deliveries`,
+     "perturbations": rows of `measure_perturbations`,
      "containers": {"real" or "fake": null or the fields of `Container`, and "name"},
      "codec_swap": rows of `measure_swaps`}
     """
-    samples = draw_samples(shards, per_class)
+    samples = sample_by_hash(shards, per_class)
     containers, swaps = plan_swaps(shards, samples)
-    ways = [*deliveries, *(swap.delivery for swap in swaps)]
-    delivered = score_deliveries(
-        net, shards, samples, ways, view=view, device=device, dtype=dtype, on_images=on_images,
-        ranks=ranks,
+    ways = [*perturbations, *(swap.perturbation for swap in swaps)]
+    perturbed = score_perturbations(
+        net, shards, samples, ways, preprocess=preprocess, device=device, dtype=dtype, on_images=on_images,
+        dist=dist,
     )  # fmt: skip
     groups = group_codes(shards)
     at = {"temperature": temperature, "threshold": threshold}
-    rows = measure_deliveries(delivered, groups, **at)[: len(deliveries)]
+    rows = measure_perturbations(perturbed, groups, **at)[: len(perturbations)]
     return {
-        "images": len(delivered.samples),
+        "images": len(perturbed.samples),
         "of": len(shards),
-        "unreadable": len(delivered.unreadable),
-        "deliveries": rows,
+        "unreadable": len(perturbed.unreadable),
+        "perturbations": rows,
         "containers": {
             name: container and asdict(container) | {"name": container.describe()}
             for name, container in containers.items()
         },
-        "codec_swap": measure_swaps(delivered, swaps, groups, **at),
+        "codec_swap": measure_swaps(perturbed, swaps, groups, **at),
     }

@@ -33,8 +33,8 @@ class Change:
 class Line:
     """One line of the comparison: the whole of a set, one of its sources or of its generators.
 
-    `kind` is overall, beside, sources or generators; `changes` has a `Change` or None for each of
-    `COMPARED`.
+    `kind` is overall, reference, sources or generators; `changes` has a `Change` or None for each
+    of `COMPARED`.
     """
 
     set: str
@@ -112,7 +112,7 @@ def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
         if not np.array_equal(rows[0].own, rows[1].own):
             raise ScoresError(
                 f"{name} stands beside other real images in the second run; measure both with the "
-                "same --reals"
+                "same --reference-reals"
             )
         if len(rows[0].labels):
             lines += _compare_set(name, rows, before.evaluation, after.evaluation)
@@ -126,10 +126,10 @@ def _compare_set(
     if sum(key[0] == "sources" for key in images) < 2:
         images = {key: one for key, one in images.items() if key[0] != "sources"}
     images = {key: one for key, one in images.items() if key[0] != "classes"}
-    if "beside" in images:  # the set by itself has no false positives to speak of
+    if "reference" in images:  # the set by itself has no false positives to speak of
         del images["overall"]
     thresholds = before["threshold"], after["threshold"]
-    draws = [
+    resamples = [
         resample(own.fake, images, rows[0].groups, threshold)
         for own, threshold in zip(rows, thresholds, strict=True)
     ]
@@ -143,7 +143,7 @@ def _compare_set(
         ]
         groups = [rows[0].groups.count(rows_) for rows_ in (one.reals, one.fakes)]
         changes = {
-            metric: _change(metric, found, [of_run[key] for of_run in draws], groups)
+            metric: _change(metric, found, [of_run[key] for of_run in resamples], groups)
             for metric in COMPARED
         }
         kind, own_name = (key, "") if isinstance(key, str) else key
@@ -159,7 +159,7 @@ def _order(key: Hashable) -> tuple[int, str]:
 def _change(
     metric: str,
     found: Sequence[Mapping[str, Any]],
-    draws: Sequence[Mapping[str, np.ndarray]],
+    resamples: Sequence[Mapping[str, np.ndarray]],
     groups: Sequence[int],
 ) -> Change | None:
     before, after = (figures[metric] for figures in found)
@@ -167,7 +167,7 @@ def _change(
         return None
     reals, fakes = groups
     independent = {"recall": fakes, "false_positive_rate": reals}.get(metric, min(groups))
-    ends = interval(draws[1][metric] - draws[0][metric], independent, ends=())
+    ends = interval(resamples[1][metric] - resamples[0][metric], independent, ends=())
     low, high = ends if ends else (None, None)
     return Change(before, after, low, high)
 

@@ -13,7 +13,7 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.device import choose_device, choose_precision
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from pipeline.loader import Loading, choose_backend
 from pipeline.subset import Subset, choose_samples
 from sharding.catalog import BUILT_IN, read_catalog
@@ -25,19 +25,19 @@ REAL = CLASSES.index("real")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How sets are scored, and what else is. `reals` names the set whose real images stand beside
-    the others, `delivery` is how many images of each class are scored once more through every
-    delivery.
+    """How sets are scored, and what else is. `reference_reals` names the set whose real images
+    stand beside the others, `robustness` is how many images of each class are scored once more
+    through every perturbation.
     """
 
     loading: Loading = field(default_factory=Loading)
     device: str = "auto"
     subset: Subset | None = None
-    reals: str | None = None
-    delivery: int = 0
+    reference_reals: str | None = None
+    robustness: int = 0
 
 
-class Reals(TypedDict):
+class ReferenceReals(TypedDict):
     """The set whose real images stand beside, why, and whether beside sets with reals as well."""
 
     set: str
@@ -66,14 +66,14 @@ class EvaluationPlan:
     checkpoint: Path
     meta: Mapping[str, Any] = field(repr=False)
     sets: Mapping[str, PlannedSet] = field(repr=False)
-    beside: Reals | None
+    reference: ReferenceReals | None
     options: Options
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
     backend: str
     backend_reason: str
-    ranks: Ranks
+    dist: DistEnv
 
     @property
     def measured(self) -> dict[str, PlannedSet]:
@@ -86,7 +86,7 @@ def plan(
     data: AnyPath,
     names: Sequence[str],
     options: Options,
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> EvaluationPlan:
     """Open and check all that scoring `names` (sets below `data`) needs; nothing is written.
 
@@ -94,26 +94,28 @@ def plan(
         ValueError: no such set, sample, real image, checkpoint or device; the message says what to
             do.
     """
-    ranks = ranks or Ranks()
+    dist = dist or DistEnv()
     sets = {name: _open(data, name, options.subset) for name in names}
-    beside = choose_reals(data, {name: s.shards for name, s in sets.items()}, options.reals)
-    if beside and beside["set"] not in sets:
-        sets[beside["set"]] = _open_reals(data, beside["set"])
-    device = choose_device(options.device, ranks.local)
+    reference = choose_reference(
+        data, {name: s.shards for name, s in sets.items()}, options.reference_reals
+    )
+    if reference and reference["set"] not in sets:
+        sets[reference["set"]] = _open_reals(data, reference["set"])
+    device = choose_device(options.device, dist.local_rank)
     dtype, dtype_reason = choose_precision("auto", device)
     backend, backend_reason = choose_backend(options.loading.backend, device)
     return EvaluationPlan(
         checkpoint=checkpoint,
         meta=checkpoints.check(checkpoint),
         sets=sets,
-        beside=beside,
+        reference=reference,
         options=options,
         device=device,
         dtype=dtype,
         dtype_reason=dtype_reason,
         backend=backend,
         backend_reason=backend_reason,
-        ranks=ranks,
+        dist=dist,
     )
 
 
@@ -138,26 +140,30 @@ def _open_reals(data: AnyPath, name: str) -> PlannedSet:
     )
 
 
-def choose_reals(data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None) -> Reals | None:
+def choose_reference(
+    data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
+) -> ReferenceReals | None:
     """The set whose real images stand beside, and why; see `model/evaluation/report.py`.
 
     Recall without a false-positive rate says nothing, so a set without real images gets those of
-    the set that the catalogue names for it (`[reals]`), if it is at hand.
+    the set that the catalog names for it (`[reference]`), if it is at hand.
 
     Raises:
         ValueError: the set that was asked for has no real images.
     """
     if asked:
         if not _count_reals(data, asked):
-            raise ValueError(f"--reals {asked}: that set has no real images; name one that has")
-        return {"set": asked, "why": "--reals", "for_all": True}
-    defaults = read_catalog([BUILT_IN]).reals
+            raise ValueError(
+                f"--reference-reals {asked}: that set has no real images; name one that has"
+            )
+        return {"set": asked, "why": "--reference-reals", "for_all": True}
+    defaults = read_catalog([BUILT_IN]).reference
     for name, shards in opened.items():
         other = defaults.get(name)
         if (shards.column("label") == REAL).any() or other is None:
             continue
         if (data / other / "index.json").exists() and _count_reals(data, other):
-            return {"set": other, "why": "the catalogue's default", "for_all": False}
+            return {"set": other, "why": "the catalog's default", "for_all": False}
     return None
 
 

@@ -8,33 +8,34 @@
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
+     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images stand
                                              # beside sets that have none, or beside all
-     "intervals": {"level": 0.95, "draws": n, "seed": n},
+     "intervals": {"level": 0.95, "resamples": n, "seed": n},
      "sets": {set: {
          "index_sha256": hash, "split": split,
-         "delivery": null or as model.codec_swap.report_delivery says,
+         "robustness": null or as model.codec_swap.report_robustness says,
          "overall": FIGURES,                 # of the set's own images
-         "beside": FIGURES or null,          # its fakes with the reals of the set under "reals"
+         "reference": FIGURES or null,          # its fakes with the reals of the set under "reference_reals"
          "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
          "sources": {source: FIGURES},       # of the source's own images
-         "generators": {generator: FIGURES}, # its fakes with all reals of beside, or of overall
+         "generators": {generator: FIGURES}, # its fakes with all reals of reference, or of overall
          "verdicts": {"real" or "fake": {verdict: n}},
-         "protocols": {"all": PROTOCOL, "first": PROTOCOL or null} or null,  # null without fakes
+         "protocols": null without fakes, or {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
          "unreadable": [text, ...], "note": text or null}}}
 
 FIGURES are the fields of `model.metrics.Metrics`, `groups` (how many independent groups of images
 they rest on) and `intervals`: {metric: [low, high]} for those that have one.
 
-PROTOCOL, of the fakes by generator, each generator counting alike. `all` is of all images, `first`
-of the first image of each prompt (null where a prompt has one image of a generator anyway).
-`spread` is the standard deviation over generators, n - 1, as in the table of EvalGEN's authors:
+PROTOCOL, of the fakes by generator, each generator counting alike. `all_images` is of all images,
+`first_per_prompt` of the first image of each prompt (null where a prompt has one image of a
+generator anyway). `std` is the standard deviation over generators, n - 1, as in the table of
+EvalGEN's authors:
 
     {"images": n, "prompts": n, "generators": {generator: RECALL},
-     "mean": r, "spread": r or null, "interval": [low, high],          # at the threshold
-     "mean_at_half": r, "spread_at_half": r or null}                   # at 0.5, as others publish
+     "mean": r, "std": r or null, "interval": [low, high],          # at the threshold
+     "mean_at_0.5": r, "std_at_0.5": r or null}                   # at 0.5, as others publish
 
-RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_half": r}.
+RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_0.5": r}.
 """
 
 import re
@@ -45,7 +46,7 @@ from typing import Any
 import numpy as np
 
 from model.evaluation import bootstrap
-from model.evaluation.bootstrap import Draws, Groups, Images, group_rows, intervals, resample
+from model.evaluation.bootstrap import Groups, Images, Resamples, group_rows, intervals, resample
 from model.evaluation.scores import ScoreTable
 from model.metrics import measure, what_is_missing
 from model.score import DEFAULT_THRESHOLD
@@ -59,17 +60,17 @@ REAL, FAKE = range(len(CLASSES))
 _NONE = np.empty(0, np.int64)
 _COPIED = (
     "checkpoint", "run", "step", "commit", "temperature", "threshold", "calibration", "subset",
-    "reals",
+    "reference_reals",
 )  # fmt: skip
 
 
-def report(scores: ScoreTable, on_draws: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """The report on a table of scores; the same table gives the same report. `on_draws(n)` is
-    called as draws for intervals are done, `bootstrap.DRAWS` for each set.
+def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """The report on a table of scores; the same table gives the same report. `on_resamples(n)` is
+    called as draws for intervals are done, `bootstrap.RESAMPLES` for each set.
     """
     about = scores.evaluation
     found = {
-        name: _report_set(rows_of_set(scores, name), about, on_draws) for name in about["sets"]
+        name: _report_set(rows_of_set(scores, name), about, on_resamples) for name in about["sets"]
     }
     sentences = {name: _headline(name, one, about) for name, one in found.items()}
     first = [name for name, one in found.items() if not _has_reals(one)]
@@ -79,11 +80,11 @@ def report(scores: ScoreTable, on_draws: Callable[[int], None] | None = None) ->
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
         "intervals": {
-            "level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": bootstrap.SEED,
+            "level": bootstrap.LEVEL, "resamples": bootstrap.RESAMPLES, "seed": bootstrap.SEED,
         },
         "sets": {
             name: {
-                "delivery": None,
+                "robustness": None,
                 **about["sets"][name],
                 **one,
                 "unreadable": _unreadable(scores, name),
@@ -121,11 +122,11 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     labels, valid = scores.numbers("label"), scores.numbers("valid")
     rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
     own = len(rows)
-    reals = scores.evaluation["reals"]
-    needed = reals and (reals["for_all"] or not (labels[rows] == REAL).any())
-    if needed and reals["set"] in names and reals["set"] != name:
-        beside = (sets == names.index(reals["set"])) & valid & (labels == REAL)
-        rows = np.concatenate([rows, np.flatnonzero(beside)])
+    chosen = scores.evaluation["reference_reals"]
+    needed = chosen and (chosen["for_all"] or not (labels[rows] == REAL).any())
+    if needed and chosen["set"] in names and chosen["set"] != name:
+        reference = (sets == names.index(chosen["set"])) & valid & (labels == REAL)
+        rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
     # Sources and groups of two sets are not the same where their names are.
     apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
@@ -141,14 +142,14 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
 
 
 def lines_of(rows: Rows) -> dict[Hashable, Images]:
-    """The lines of a set's report that are its own figures: "overall", "beside" where reals stand
-    beside, and ("classes" or "sources" or "generators", name).
+    """The lines of a set's report that are its own figures: "overall", "reference" where reals
+    stand beside, and ("classes" or "sources" or "generators", name).
     """
     own = rows.where(rows.own)
     lines: dict[Hashable, Images] = {"overall": own}
     if not rows.own.all():
-        lines["beside"] = Images(rows.where(~rows.own).reals, own.fakes)
-    reals = lines.get("beside", own).reals
+        lines["reference"] = Images(rows.where(~rows.own).reals, own.fakes)
+    reals = lines.get("reference", own).reals
     for label, one in enumerate((Images(own.reals, _NONE), Images(_NONE, own.fakes))):
         if len(one.reals) or len(one.fakes):
             lines["classes", CLASSES[label]] = one
@@ -161,7 +162,7 @@ def lines_of(rows: Rows) -> dict[Hashable, Images]:
 
 
 def _report_set(
-    rows: Rows, about: Mapping[str, Any], on_draws: Callable[[int], None] | None
+    rows: Rows, about: Mapping[str, Any], on_resamples: Callable[[int], None] | None
 ) -> dict[str, Any]:
     """The figures of one set."""
     threshold = about["threshold"]
@@ -171,22 +172,22 @@ def _report_set(
     if len(first) < len(own.fakes):
         for name, chosen in _by_generator(rows, first).items():
             lines["first", name] = Images(_NONE, chosen)
-    draws = resample(rows.fake, lines, rows.groups, threshold, on_draws=on_draws)
-    found = {key: _figures(rows, one, draws[key], threshold) for key, one in lines.items()}
+    resamples = resample(rows.fake, lines, rows.groups, threshold, on_resamples=on_resamples)
+    found = {key: _figures(rows, one, resamples[key], threshold) for key, one in lines.items()}
 
     def of_kind(kind: str) -> dict[str, Any]:
         return {key[1]: found[key] for key in sorted(k for k in lines if k[0] == kind)}
 
     def protocol(kind: str) -> dict[str, Any] | None:
         keys = sorted(key for key in lines if key[0] == kind)
-        return _protocol(rows, {k[1]: (lines[k], found[k], draws[k]) for k in keys})
+        return _protocol(rows, {k[1]: (lines[k], found[k], resamples[k]) for k in keys})
 
     return {
         "overall": found["overall"],
-        "beside": found.get("beside"),
+        "reference": found.get("reference"),
         **{kind: of_kind(kind) for kind in ("classes", "sources", "generators")},
         "verdicts": _verdicts(rows, own, band_of(about)),
-        "protocols": {"all": protocol("generators"), "first": protocol("first")}
+        "protocols": {"all_images": protocol("generators"), "first_per_prompt": protocol("first")}
         if len(own.fakes)
         else None,
         "note": _note(found, about),
@@ -219,17 +220,17 @@ def first_of_each(
 _NUMBERED = re.compile(r"(.*?)(\d*)(?:\.[^./]*)?", re.DOTALL)
 
 
-def _figures(rows: Rows, one: Images, draws: Draws, threshold: float) -> dict[str, Any]:
+def _figures(rows: Rows, one: Images, resamples: Resamples, threshold: float) -> dict[str, Any]:
     chosen = np.concatenate([one.reals, one.fakes])
     return {
         **asdict(measure(rows.labels[chosen], rows.fake[chosen], threshold)),
         "groups": rows.groups.count(chosen),
-        "intervals": intervals(one, rows.groups, draws),
+        "intervals": intervals(one, rows.groups, resamples),
     }
 
 
 def _protocol(
-    rows: Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Draws]]
+    rows: Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Resamples]]
 ) -> dict[str, Any] | None:
     if not generators:
         return None
@@ -239,11 +240,11 @@ def _protocol(
             "images": len(one.fakes),
             "recall": figures["recall"],
             "interval": figures["intervals"].get("recall"),
-            "recall_at_half": float((rows.fake[one.fakes] >= DEFAULT_THRESHOLD).mean()),
+            "recall_at_0.5": float((rows.fake[one.fakes] >= DEFAULT_THRESHOLD).mean()),
         }
         for name, (one, figures, _) in generators.items()
     }
-    mean = np.mean([draws["recall"] for _, _, draws in generators.values()], axis=0)
+    mean = np.mean([resamples["recall"] for _, _, resamples in generators.values()], axis=0)
     prompts = rows.groups.count(fakes)
     return {
         "images": len(fakes),
@@ -252,18 +253,18 @@ def _protocol(
         "interval": bootstrap.interval(mean, prompts),
         **{
             name + at: value
-            for at, figure in (("", "recall"), ("_at_half", "recall_at_half"))
-            for name, value in mean_and_spread([one[figure] for one in found.values()]).items()
+            for at, figure in (("", "recall"), ("_at_0.5", "recall_at_0.5"))
+            for name, value in mean_and_std([one[figure] for one in found.values()]).items()
         },
     }
 
 
-def mean_and_spread(recalls: Sequence[float]) -> dict[str, float | None]:
+def mean_and_std(recalls: Sequence[float]) -> dict[str, float | None]:
     """The mean, and the standard deviation (n - 1): DDA's table says 97.2 and 4.2 of 89.9, 99.5,
     97.8, 99.5 and 99.5.
     """
-    spread = float(np.std(recalls, ddof=1)) if len(recalls) > 1 else None
-    return {"mean": float(np.mean(recalls)), "spread": spread}
+    std = float(np.std(recalls, ddof=1)) if len(recalls) > 1 else None
+    return {"mean": float(np.mean(recalls)), "std": std}
 
 
 def _verdicts(rows: Rows, own: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
@@ -277,17 +278,17 @@ def _verdicts(rows: Rows, own: Images, band: tuple[float, float]) -> dict[str, d
 
 
 def _has_reals(found: Mapping[str, Any]) -> bool:
-    return bool((found["beside"] or found["overall"])["reals"])
+    return bool((found["reference"] or found["overall"])["reals"])
 
 
 def _note(found: Mapping[Hashable, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
     """What a reader must know of this set, in words."""
     overall = found["overall"]
-    if "beside" in found:
-        reals = about["reals"]
+    if "reference" in found:
+        reals = about["reference_reals"]
         none = "" if overall["reals"] else "There are no real images here: "
         return (
-            f"{none}false positives beside are those among the {found['beside']['reals']:,} real "
+            f"{none}the reference false positives are those among the {found['reference']['reals']:,} real "
             f"images of {reals['set']} ({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
@@ -297,17 +298,19 @@ def _headline(name: str, found: Mapping[str, Any], about: Mapping[str, Any]) -> 
     """What the set says in one sentence; recall never without false positives, or without saying
     that they are missing.
     """
-    beside = found["beside"]
-    figures = beside or found["overall"]
+    reference = found["reference"]
+    figures = reference or found["overall"]
     if not figures["count"]:
         return f"{name}: no image could be scored"
     recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")
-    reals = f"{figures['reals']:,} real images" + (f" of {about['reals']['set']}" if beside else "")
+    reals = f"{figures['reals']:,} real images" + (
+        f" of {about['reference_reals']['set']}" if reference else ""
+    )
     if alarms is None:
         return (
             f"{name}: NO REAL IMAGES AT HAND, so no false-positive rate. That {recall} of "
             f"{figures['fakes']:,} fakes were found says nothing about false alarms; name a set "
-            "that has real images with --reals"
+            "that has real images with --reference-reals"
         )
     if recall is None:
         return f"{name}: {alarms} of {reals} called fake; no fake images here"

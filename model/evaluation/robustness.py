@@ -1,7 +1,7 @@
-"""How a detector bears what happens to images: the same samples scored through many deliveries.
+"""How a detector bears what happens to images: the same samples scored through many perturbations.
 
-A delivery works on the whole decoded image, exactly as packed, and the evaluation view follows; so
-`original` here and a plain evaluation see the same pixels.
+A perturbation works on the whole decoded image, exactly as packed, and the evaluation view follows;
+so `original` here and a plain evaluation see the same pixels.
 """
 
 from collections import deque
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from imaging.decode import DecodeError, decode_image
-from model.distributed import Ranks, gather
+from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
 from model.score import probability, score_batches
 from pipeline import pil
-from pipeline.augment import View, centre
+from pipeline.augment import Preprocess, center_crop_params
 from pipeline.batch import Batch
-from pipeline.perturb import ORIGINAL, Delivery
+from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet
 from storage import cores
@@ -34,15 +34,15 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
 
 
 @dataclass(frozen=True, eq=False)
-class Delivered:
-    """Scores of the same images through several deliveries.
+class PerturbedScores:
+    """Scores of the same images through several perturbations.
 
     `samples` int64 (N,) are rows of the shard set, `labels` int64 (N,); `logits` is float32
     (D, N), before any temperature, NaN where an image cannot go that way: `failures[d]` says why
     (sample -> reason). `unreadable` are samples that do not decode at all; they have no column.
     """
 
-    deliveries: tuple[Delivery, ...]
+    perturbations: tuple[Perturbation, ...]
     samples: np.ndarray
     labels: np.ndarray
     logits: np.ndarray
@@ -52,7 +52,7 @@ class Delivered:
 
 @dataclass(frozen=True)
 class Shift:
-    """How far the mean logit moves, with its 95 % interval: positive is towards fake. `of_gap` is
+    """How far the mean logit moves, with its 95 % interval: positive is toward fake. `of_gap` is
     the same as a share of the distance between the mean logits of fakes and reals as packed.
     """
 
@@ -63,7 +63,7 @@ class Shift:
     of_gap: float | None
 
 
-def draw_samples(shards: ShardSet, per_class: int) -> np.ndarray:
+def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
     """Rows of at most `per_class` images of each class, in the order of the set: those whose files
     have the smallest hashes, so that every run takes the same ones.
     """
@@ -73,38 +73,40 @@ def draw_samples(shards: ShardSet, per_class: int) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def score_deliveries(
+def score_perturbations(
     net: nn.Module,
     shards: ShardSet,
     samples: np.ndarray,
-    deliveries: Sequence[Delivery],
+    perturbations: Sequence[Perturbation],
     *,
-    view: View,
+    preprocess: Preprocess,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
-    ranks: Ranks | None = None,
-) -> Delivered:
-    """Score `samples` through each delivery; `on_images(n)` is called as images are done. Over many
-    ranks each takes its share, and all of them know the whole.
+    dist: DistEnv | None = None,
+) -> PerturbedScores:
+    """Score `samples` through each perturbation; `on_images(n)` is called as images are done. Over
+    many ranks each takes its share, and all of them know the whole.
 
     Each image is read and decoded once; a thread per core prepares all its views. The whole grid
     of one image is one batch.
     """
-    ranks = ranks or Ranks()
-    deliveries = tuple(deliveries)
-    failures: tuple[dict[int, str], ...] = tuple({} for _ in deliveries)
+    dist = dist or DistEnv()
+    perturbations = tuple(perturbations)
+    failures: tuple[dict[int, str], ...] = tuple({} for _ in perturbations)
     unreadable: dict[int, str] = {}
     kept, logits = [], []
 
     def batches() -> Iterator[Batch]:
-        for sample, views in _views(shards, samples[ranks.rank :: ranks.world], deliveries, view):
-            if isinstance(views, str):
-                unreadable[int(sample)] = views
+        for sample, variants in _variants(
+            shards, samples[dist.rank :: dist.world_size], perturbations, preprocess
+        ):
+            if isinstance(variants, str):
+                unreadable[int(sample)] = variants
                 if on_images:
                     on_images(1)
             else:
-                yield _batch_of(int(sample), views, device)
+                yield _batch_of(int(sample), variants, device)
 
     for batch, found in score_batches(net, batches(), device, dtype):
         sample = int(batch.samples[0])
@@ -114,28 +116,31 @@ def score_deliveries(
         logits.append(found)
         if on_images:
             on_images(1)
-    parts = gather(ranks, (kept, logits, failures, unreadable))
+    parts = all_gather_object(dist, (kept, logits, failures, unreadable))
     rows = np.array([sample for part in parts for sample in part[0]], np.int64)
     columns = [column for part in parts for column in part[1]]
     order = np.argsort(rows, kind="stable")
-    scores = np.stack(columns, axis=1) if columns else np.empty((len(deliveries), 0), np.float32)
-    return Delivered(
-        deliveries=deliveries,
+    scores = np.stack(columns, axis=1) if columns else np.empty((len(perturbations), 0), np.float32)
+    return PerturbedScores(
+        perturbations=perturbations,
         samples=rows[order],
         labels=shards.column("label")[rows[order]].astype(np.int64),
         logits=scores[:, order],
         failures=tuple(
             {sample: reason for part in parts for sample, reason in part[2][number].items()}
-            for number in range(len(deliveries))
+            for number in range(len(perturbations))
         ),
         unreadable={sample: reason for part in parts for sample, reason in part[3].items()},
     )
 
 
-def _views(
-    shards: ShardSet, samples: np.ndarray, deliveries: Sequence[Delivery], view: View
+def _variants(
+    shards: ShardSet,
+    samples: np.ndarray,
+    perturbations: Sequence[Perturbation],
+    preprocess: Preprocess,
 ) -> Iterator[tuple[int, list[np.ndarray | str] | str]]:
-    """Each sample with what the network sees of it through each delivery, or why it does not."""
+    """Each sample with what the network sees of it through each perturbation, or why it does not."""
     reader = ShardReader(shards)
     codes, formats = shards.codes("format")
     hashes = shards.table.column("sha256")
@@ -150,11 +155,13 @@ def _views(
         except DecodeError as error:
             return str(error)
         sha256 = hashes[int(sample)].as_py()
-        return [_view_of(pixels, delivery, sha256, view) for delivery in deliveries]
+        return [
+            _variant_of(pixels, perturbation, sha256, preprocess) for perturbation in perturbations
+        ]
 
     workers = cores()
     waiting: deque = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="deliver") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="perturb") as pool:
         for sample in samples.tolist():
             waiting.append((sample, pool.submit(prepare, sample)))
             if len(waiting) > 2 * workers:
@@ -164,38 +171,42 @@ def _views(
             yield ready, future.result()
 
 
-def _view_of(pixels: np.ndarray, delivery: Delivery, sha256: bytes, view: View) -> np.ndarray | str:
+def _variant_of(
+    pixels: np.ndarray, perturbation: Perturbation, sha256: bytes, preprocess: Preprocess
+) -> np.ndarray | str:
     try:
-        arrived = delivery.apply(pixels, sha256)
+        arrived = perturbation.apply(pixels, sha256)
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
     height, width = arrived.shape[:2]
-    out = torch.empty((view.size, view.size, 3), dtype=torch.uint8)
-    pil.apply(arrived, centre(view, np.array([width]), np.array([height])).row(0), out)
+    out = torch.empty((preprocess.crop_size, preprocess.crop_size, 3), dtype=torch.uint8)
+    pil.apply(
+        arrived, center_crop_params(preprocess, np.array([width]), np.array([height])).row(0), out
+    )
     return out.numpy()
 
 
-def _batch_of(sample: int, views: list[np.ndarray | str], device: torch.device) -> Batch:
+def _batch_of(sample: int, variants: list[np.ndarray | str], device: torch.device) -> Batch:
     """All views of one sample as a batch; those that are not there are black and not valid."""
-    failures = {row: view for row, view in enumerate(views) if isinstance(view, str)}
-    size = next((len(found) for found in views if not isinstance(found, str)), 1)
+    failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
+    size = next((len(found) for found in variants if not isinstance(found, str)), 1)
     blank = np.zeros((size, size, 3), np.uint8)
-    pixels = np.stack([blank if row in failures else found for row, found in enumerate(views)])
+    pixels = np.stack([blank if row in failures else found for row, found in enumerate(variants)])
     return Batch(
         images=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2),
-        labels=torch.zeros(len(views), dtype=torch.int64, device=device),
-        valid=torch.tensor([row not in failures for row in range(len(views))]).to(device),
-        samples=np.full(len(views), sample, np.int64),
-        sources=np.zeros(len(views), np.int32),
-        replayed=np.zeros(len(views), np.bool_),
+        labels=torch.zeros(len(variants), dtype=torch.int64, device=device),
+        valid=torch.tensor([row not in failures for row in range(len(variants))]).to(device),
+        samples=np.full(len(variants), sample, np.int64),
+        sources=np.zeros(len(variants), np.int32),
+        replayed=np.zeros(len(variants), np.bool_),
         failures=failures,
     )
 
 
-def measure_deliveries(
-    delivered: Delivered, groups: np.ndarray, *, temperature: float, threshold: float
+def measure_perturbations(
+    perturbed: PerturbedScores, groups: np.ndarray, *, temperature: float, threshold: float
 ) -> list[dict[str, Any]]:
-    """The figures of each delivery, as `report.json` holds them.
+    """The figures of each perturbation, as `report.json` holds them.
 
     `recall`, `false_positive_rate`, `balanced_accuracy` and `auroc` are those of the images that
     could go this way, and `intervals` theirs, by groups of images; `flip_rate` is the share of them
@@ -203,30 +214,30 @@ def measure_deliveries(
     `flip_rate_fake` that of each class; `shift` is how far each class moves (`Shift`), None for a
     class without images.
     """
-    names = [delivery.name for delivery in delivered.deliveries]
-    before = delivered.logits[names.index(ORIGINAL.name)]
+    names = [perturbation.name for perturbation in perturbed.perturbations]
+    before = perturbed.logits[names.index(ORIGINAL.name)]
     rows = []
-    for number, delivery in enumerate(delivered.deliveries):
-        after = delivered.logits[number]
+    for number, perturbation in enumerate(perturbed.perturbations):
+        after = perturbed.logits[number]
         there = np.isfinite(after) & np.isfinite(before)
-        labels = delivered.labels[there]
+        labels = perturbed.labels[there]
         fake = probability(after[there], temperature)
         flipped = (fake >= threshold) != (probability(before[there], temperature) >= threshold)
         metrics = asdict(measure(labels, fake, threshold))
-        failed = delivered.failures[number]
+        failed = perturbed.failures[number]
         rows.append(
             {
-                "name": delivery.name,
-                "family": delivery.family,
-                "amount": delivery.amount,
-                "what": delivery.what,
+                "name": perturbation.name,
+                "family": perturbation.family,
+                "amount": perturbation.amount,
+                "what": perturbation.what,
                 "images": len(labels),
                 **{key: metrics[key] for key in FIGURES},
-                "intervals": _intervals(labels, fake, groups[delivered.samples[there]], threshold),
+                "intervals": _intervals(labels, fake, groups[perturbed.samples[there]], threshold),
                 "flip_rate": _share(flipped),
                 "flip_rate_real": _share(flipped[labels == 0]),
                 "flip_rate_fake": _share(flipped[labels == 1]),
-                "shift": shifts(delivered.labels, before, after, groups[delivered.samples]),
+                "shift": shifts(perturbed.labels, before, after, groups[perturbed.samples]),
                 "failed": len(failed),
                 "failed_first": next(iter(failed.values()), None),
             }

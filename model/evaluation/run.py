@@ -11,16 +11,16 @@ from torch import nn
 import console
 from model.checkpoint import git_commit, load_network
 from model.device import describe, keep_freed_memory
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.evaluation import report
-from model.evaluation.bootstrap import DRAWS
-from model.evaluation.codec_swap import report_delivery
+from model.evaluation.bootstrap import RESAMPLES
+from model.evaluation.codec_swap import report_robustness
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
 from model.score import score_set
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from pipeline.loader import open_loader
-from pipeline.perturb import DELIVERIES
+from pipeline.perturb import PERTURBATIONS
 from sharding.format import ShardSet, join_sets
 from storage import AnyPath
 
@@ -32,7 +32,7 @@ def evaluate(
     out: Path,
     *,
     options: Options | None = None,
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> dict[str, Any]:
     """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
     `out` and return the report on it. On many ranks each calls this; the first one writes, and the
@@ -41,76 +41,78 @@ def evaluate(
     Raises:
         ValueError: as `plan`.
     """
-    planned = plan(checkpoint, data, names, options or Options(), ranks)
-    net, view, _ = load_network(planned.checkpoint)
+    planned = plan(checkpoint, data, names, options or Options(), dist)
+    net, preprocess, _ = load_network(planned.checkpoint)
     keep_freed_memory(planned.device)
     precision = describe(planned.dtype)
     console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
     net.to(planned.device)
-    rows = score_sets(planned, net, view)
-    delivered = deliver_sets(planned, net, view) if planned.options.delivery else {}
-    if not planned.ranks.first:
+    rows = score_sets(planned, net, preprocess)
+    perturbed = deliver_sets(planned, net, preprocess) if planned.options.robustness else {}
+    if not planned.dist.is_main:
         return {}
     out.mkdir(parents=True, exist_ok=True)
-    write_scores(out / SCORES_FILE, rows, _about(planned, delivered))
+    write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))
     return report_on(out / SCORES_FILE)
 
 
-def score_sets(planned: EvaluationPlan, net: nn.Module, view: View) -> list[pa.Table]:
+def score_sets(planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess) -> list[pa.Table]:
     """The rows of `scores.parquet` of each set, on every rank."""
-    ranks, tables = planned.ranks, []
+    dist, tables = planned.dist, []
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
-        if not planned_set.measured and planned.beside:
-            why = planned.beside["why"]
+        if not planned_set.measured and planned.reference:
+            why = planned.reference["why"]
             console.log.info("%s: its %s real images (%s)", name, len(shards), why)
         loader = open_loader(
-            shards, view=view, loading=planned.options.loading, device=planned.device,
-            rank=ranks.rank, world=ranks.world,
+            shards, preprocess=preprocess, loading=planned.options.loading, device=planned.device,
+            rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
         console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
-        with console.progress(f"scoring {name}", len(shards), ranks.first) as advance:
+        with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
             scores = score_set(
-                net, loader, planned.dtype, lambda done: advance(done * ranks.world), ranks
+                net, loader, planned.dtype, lambda done: advance(done * dist.world_size), dist
             )  # fmt: skip
         tables.append(rows_of(name, shards, scores, planned.meta["temperature"]))
     return tables
 
 
-def deliver_sets(planned: EvaluationPlan, net: nn.Module, view: View) -> dict[str, dict[str, Any]]:
-    """The entry `delivery` of each measured set; says how many images it is about."""
-    ranks, meta, per_class = planned.ranks, planned.meta, planned.options.delivery
+def deliver_sets(
+    planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess
+) -> dict[str, dict[str, Any]]:
+    """The entry `robustness` of each measured set; says how many images it is about."""
+    dist, meta, per_class = planned.dist, planned.meta, planned.options.robustness
     entries = {}
     for name in planned.measured:
-        label, shards = f"delivering {name}", with_reals(planned, name)
+        label, shards = f"perturbing {name}", with_reference(planned, name)
         counts = np.bincount(shards.column("label"), minlength=2)
         taken = np.minimum(counts, per_class)
         figures = (f"{n:,}" for pair in zip(taken, counts, strict=True) for n in pair)
         console.log.info("%s: %s of %s real and %s of %s fake images", label, *figures)
-        with console.progress(label, int(taken.sum()), ranks.first) as advance:
-            entries[name] = report_delivery(
-                net, shards, DELIVERIES, view=view, device=planned.device, dtype=planned.dtype,
+        with console.progress(label, int(taken.sum()), dist.is_main) as advance:
+            entries[name] = report_robustness(
+                net, shards, PERTURBATIONS, preprocess=preprocess, device=planned.device, dtype=planned.dtype,
                 temperature=meta["temperature"], threshold=meta["threshold"],
-                per_class=per_class, on_images=lambda done: advance(done * ranks.world),
-                ranks=ranks,
+                per_class=per_class, on_images=lambda done: advance(done * dist.world_size),
+                dist=dist,
             )  # fmt: skip
     return entries
 
 
-def with_reals(planned: EvaluationPlan, name: str) -> ShardSet:
+def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
     """What set `name` is delivered with: itself, or its fakes and the reals that stand beside, as
     in its report.
     """
-    shards, beside = planned.sets[name].shards, planned.beside
+    shards, reference = planned.sets[name].shards, planned.reference
     is_real = shards.column("label") == REAL
-    if not beside or beside["set"] == name or not (beside["for_all"] or not is_real.any()):
+    if not reference or reference["set"] == name or not (reference["for_all"] or not is_real.any()):
         return shards
-    other = planned.sets[beside["set"]].shards
+    other = planned.sets[reference["set"]].shards
     reals = other.take(np.flatnonzero(other.column("label") == REAL))
     return join_sets([shards.take(np.flatnonzero(~is_real)), reals])
 
 
-def _about(planned: EvaluationPlan, delivered: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What `scores.parquet` says of the evaluation; see `model/evaluation/scores.py`."""
     meta, subset, measured = planned.meta, planned.options.subset, planned.measured
     return {
@@ -132,18 +134,18 @@ def _about(planned: EvaluationPlan, delivered: dict[str, dict[str, Any]]) -> dic
             name: {
                 "index_sha256": planned_set.index_sha256,
                 "split": planned_set.split,
-                "delivery": delivered.get(name),
+                "robustness": perturbed.get(name),
             }
             for name, planned_set in measured.items()
         },
-        "reals": planned.beside,
+        "reference_reals": planned.reference,
     }
 
 
 def report_on(path: Path) -> dict[str, Any]:
     """The report on a file of scores."""
     scores = read_scores(path)
-    with console.progress("intervals", DRAWS * len(scores.evaluation["sets"])) as advance:
+    with console.progress("intervals", RESAMPLES * len(scores.evaluation["sets"])) as advance:
         return report.report(scores, advance)
 
 

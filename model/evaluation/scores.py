@@ -9,8 +9,8 @@ of the file holds, under `evaluation`, a JSON object with what else a report nee
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "sets": {set: {"index_sha256": hash, "split": split,     # in the order they were asked for
-                    "delivery": null or as model.codec_swap.report_delivery says}},
-     "reals": null or {"set": set, "why": text}}     # whose real images stand beside
+                    "robustness": null or as model.codec_swap.report_robustness says}},
+     "reference_reals": null or {"set": set, "why": text}}     # whose real images stand beside
 
 A set that is only there for its real images is not in `sets`, and only its real images have rows.
 """

@@ -16,7 +16,7 @@ from model.score import DEFAULT_THRESHOLD
 from storage import atomic_folder
 
 
-def between(first: Path, last: Path, share: float, run: Path) -> Path:
+def average(first: Path, last: Path, share: float, run: Path) -> Path:
     """A checkpoint in the folder `run` with weights `share` (0 to 1) of the way from those of
     `first` to those of `last`; what was trained on is that of `last`. It is neither validated nor
     calibrated, and no training can be resumed from it, though a run can start from it.
@@ -52,7 +52,7 @@ def between(first: Path, last: Path, share: float, run: Path) -> Path:
         "selection": None,
         "compared": None,
         "refused": [],
-        "between": {"first": str(first), "last": str(last), "share": share},
+        "average": {"first": str(first), "last": str(last), "share": share},
         "recipe": meta["recipe"] | {"name": run.name},
     }
     text = json.dumps(meta, indent=1, sort_keys=True) + "\n"

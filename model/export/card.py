@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from model.export.license import Licence, licence_of
+from model.export.license import License, license_of
 from model.verdict import band_of
 from sharding.format import CLASSES
 
@@ -74,9 +74,11 @@ def card_of(
     `report` is the parsed `report.json`; `sources`, for each training set, what its index says of
     its sources; `onnx` says whether an export lies in `onnx/`.
     """
-    licence = licence_of(meta)
-    view = meta["view"]
-    limits = LIMITS.format(share=view["size"] / view["resize"], size=view["size"])
+    license = license_of(meta)
+    preprocess = meta["preprocess"]
+    limits = LIMITS.format(
+        share=preprocess["crop_size"] / preprocess["resize_size"], size=preprocess["crop_size"]
+    )
     sections = [
         f"# {meta['recipe']['name']}: real photograph or AI-generated?",
         _summary(meta),
@@ -88,11 +90,11 @@ def card_of(
         _training(meta, sources),
         "## Limits",
         limits.strip(),
-        "## Licences",
-        f"Weights: {licence.text}. The images that it was trained on have licences of their own, "
-        "see above. Neither this card nor the licence of any code widens them.",
+        "## Licenses",
+        f"Weights: {license.text}. The images that it was trained on have licenses of their own, "
+        "see above. Neither this card nor the license of any code widens them.",
     ]
-    return f"---\n{_front(licence, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front(license, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _is_plain(meta: Mapping[str, Any]) -> bool:
@@ -100,22 +102,22 @@ def _is_plain(meta: Mapping[str, Any]) -> bool:
     return meta["recipe"]["network"].get("head", "timm") == "timm"
 
 
-def _front(licence: Licence, *, timm: bool) -> str:
+def _front(license: License, *, timm: bool) -> str:
     """What the hub itself reads."""
-    other = {"license_name": "see-licences-below"} if licence.id == "other" else {}
+    other = {"license_name": "see-licenses-below"} if license.id == "other" else {}
     data = ModelCardData(
-        license=licence.id,
+        license=license.id,
         library_name="timm" if timm else None,
         pipeline_tag="image-classification",
         tags=TAGS,
-        base_model=f"timm/{licence.base}" if licence.base else None,
+        base_model=f"timm/{license.base}" if license.base else None,
         **other,
     )
     return data.to_yaml()
 
 
 def _summary(meta: Mapping[str, Any]) -> str:
-    size, step = meta["view"]["size"], meta["step"]
+    size, step = meta["preprocess"]["crop_size"], meta["step"]
     trained = f"step {step:,}" if step else "imported from the original project's checkpoint"
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
     return (
@@ -129,11 +131,11 @@ def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     temperature, (low, high) = meta["temperature"], band_of(meta)
     text = _BY_TIMM.format(temperature=temperature) if _is_plain(meta) else _BY_PROJECT
     if onnx:
-        size = meta["view"]["size"]
+        size = meta["preprocess"]["crop_size"]
         text += f"""
 `onnx/detector.onnx` (fp32) and `onnx/detector-fp16.onnx` take `images`, uint8
 (batch, {size}, {size}, 3) RGB, and give `probability`, that of fake. How an image becomes such a
-square, the thresholds and this licence stand in their metadata; `onnx/parity.json` says how far
+square, the thresholds and this license stand in their metadata; `onnx/parity.json` says how far
 they are from PyTorch.
 """
     heated = temperature != 1 and _is_plain(meta)
@@ -168,10 +170,14 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
     ]
     notes = []
     for name, found in report["sets"].items():
-        own, beside = found["overall"], found.get("beside")
+        own, reference = found["overall"], found.get("reference")
         rows.append(_row(name, own))
-        if beside:
-            rows.append(_row(f"{name}, beside reals of {report['reals']['set']}", beside))
+        if reference:
+            rows.append(
+                _row(
+                    f"{name}, with reference reals of {report['reference_reals']['set']}", reference
+                )
+            )
         if found["note"]:
             notes.append(f"{name}: {found['note']}")
     text = (
@@ -209,13 +215,13 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     lines = [f"Trained on: {', '.join(data['train']) or 'no set of images'}."]
     if data["replay"]:
         lines.append(f"Old images of {', '.join(data['replay'])} were replayed among them.")
-    lines += ["", "| set | source | licence |", "|---|---|---|"]
+    lines += ["", "| set | source | license |", "|---|---|---|"]
     for name, found in sources.items():
         if found is None:
             lines.append(f"| {name} | not at hand when this was written | see the set's index |")
             continue
         lines += [
-            f"| {name} | {_linked(key, one)} | {one['licence']} |" for key, one in found.items()
+            f"| {name} | {_linked(key, one)} | {one['license']} |" for key, one in found.items()
         ]
     return "\n".join(lines)
 

@@ -18,9 +18,9 @@ from timm.models import save_for_hf
 from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
-from model.export.license import licence_of
+from model.export.license import license_of
 from model.network import Detector
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
 from storage import atomic_folder
 
@@ -44,13 +44,13 @@ def write_hub(
     """Write the folder `out`, and return it.
 
     `report` is the checkpoint's `report.json`, `data` the folder with the sets that it was trained
-    on, whose licences the card then names, `onnx` a folder that `export_onnx` wrote.
+    on, whose licenses the card then names, `onnx` a folder that `export_onnx` wrote.
 
     Raises:
         HubError: there is something at `out`, or the report is of another checkpoint.
     """
     refuse_if_there(out)
-    net, view, meta = load_network(checkpoint)
+    net, preprocess, meta = load_network(checkpoint)
     figures = read_report(report, meta) if report else None
     with atomic_folder(out) as partial:
         save_for_hf(
@@ -60,10 +60,10 @@ def write_hub(
                 "label_names": list(CLASSES),
                 "pretrained_cfg": {
                     "tag": meta["recipe"]["name"],
-                    "license": licence_of(meta).id,
+                    "license": license_of(meta).id,
                 },
             },
-            data_config=preprocessing_of(net, view),
+            data_config=preprocessing_of(net, preprocess),
             safe_serialization=True,
         )
         _let_transformers_in(partial / CONFIG_FILE)
@@ -92,13 +92,13 @@ def refuse_if_there(out: Path) -> None:
         raise HubError(f"{out} is there already; name another folder, or remove it")
 
 
-def preprocessing_of(net: Detector, view: View) -> dict[str, Any]:
-    """The view in timm's words: shorter side to `floor(size / crop_pct)`, centre crop of `size`."""
-    crop_pct = view.size / view.resize
-    while math.floor(view.size / crop_pct) < view.resize:
+def preprocessing_of(net: Detector, preprocess: Preprocess) -> dict[str, Any]:
+    """The view in timm's words: shorter side to `floor(size / crop_pct)`, center crop of `size`."""
+    crop_pct = preprocess.crop_size / preprocess.resize_size
+    while math.floor(preprocess.crop_size / crop_pct) < preprocess.resize_size:
         crop_pct = math.nextafter(crop_pct, 0)
     return {
-        "input_size": (3, view.size, view.size),
+        "input_size": (3, preprocess.crop_size, preprocess.crop_size),
         "interpolation": "bilinear",
         "crop_pct": crop_pct,
         "crop_mode": "center",

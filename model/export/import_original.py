@@ -18,7 +18,7 @@ from model import checkpoint
 from model.network import Network, build, load_weights
 from model.recipe import Data, Recipe, Run
 from model.training.optim import Optim
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 
 REPOSITORY = "xRayon/convnext-ai-images-detector"
 REVISION = "3fecc2d10e3812bc6d26de0c0fe359f219101e2c"
@@ -35,12 +35,12 @@ def recipe_of(name: str) -> Recipe:
     """What stands in place of the original's recipe: its network, and the view it was made for."""
     return Recipe(
         name=name,
-        data=Data(train=[], validate=[], law=""),
+        data=Data(train=[], validate=[], policy=""),
         augment={},
         network=Network(name="convnextv2_base", pretrained=False),
         optim=Optim(lr=1e-4),
         run=Run(epochs=1),
-        view=View(),
+        preprocess=Preprocess(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which licence binds the weights of a checkpoint, as far as its record says."""
+"""Which license binds the weights of a checkpoint, as far as its record says."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import timm
 
 
-class Licence(NamedTuple):
+class License(NamedTuple):
     """`id` as the Hugging Face Hub spells it, in small letters; `text` is what people read, and
     `base` the timm weights that training began from, empty where the record names none.
     """
@@ -20,17 +20,17 @@ ORIGINAL_BASE = "convnextv2_base.fcmae_ft_in1k"
 """What the original project's card names as its start."""
 
 
-def licence_of(meta: Mapping[str, Any]) -> Licence:
-    """From a checkpoint's `meta.json`: fine-tuned weights stay under the licence of those they
-    began from. Where the record does not name them (phase 2, a file), it is the licence of timm's
-    own for that network, the strictest that this project's recipes can lead to. Licences of the
+def license_of(meta: Mapping[str, Any]) -> License:
+    """From a checkpoint's `meta.json`: fine-tuned weights stay under the license of those they
+    began from. Where the record does not name them (phase 2, a file), it is the license of timm's
+    own for that network, the strictest that this project's recipes can lead to. Licenses of the
     training data are another matter: the index of each set has them.
     """
     network = meta["recipe"]["network"]
     imported = "imported_from" in meta["data"]
     config = timm.models.get_pretrained_cfg(ORIGINAL_BASE if imported else network["name"])
     if config is None or not config.license:
-        return Licence("other", f"timm names none for weights of {network['name']}", "")
+        return License("other", f"timm names none for weights of {network['name']}", "")
     base = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
     name = config.license.upper()
     if imported:
@@ -40,4 +40,4 @@ def licence_of(meta: Mapping[str, Any]) -> Licence:
     else:
         text = f"{name} if it goes back to timm's {base}; its record names no first weights"
     known = imported or network["pretrained"]
-    return Licence(config.license.lower(), text, base if known else "")
+    return License(config.license.lower(), text, base if known else "")

@@ -2,7 +2,7 @@
 
 The graph takes `images`, uint8 (batch, size, size, 3) RGB as any decoder gives them, and gives
 `probability`, float32 (batch,): that of fake, the checkpoint's temperature applied; and `logits`,
-float32 (batch, 2) in the order of the classes, before it. Normalisation is inside. What else a
+float32 (batch, 2) in the order of the classes, before it. Normalization is inside. What else a
 reader must know stands in the metadata (`model.inference.onnx_detector.META_KEYS`).
 """
 
@@ -19,14 +19,14 @@ from torch import nn
 
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from model.checkpoint import load_network
-from model.export.license import licence_of
-from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, see
+from model.export.license import license_of
+from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, preprocess
 from model.inference.prediction import ahead, as_file
 from model.network import Detector
 from model.score import probability
 from model.verdict import band_of, verdict
 from pipeline import pil
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from pipeline.read import ReadError, ShardReader
 from sharding.format import INDEX_FILE, open_shards
 from storage import publish, temporary_folder
@@ -111,16 +111,16 @@ def export_onnx(
         raise ExportError(
             f"{error.name} is not installed; install the extra `export`, as `make setup` does"
         ) from error
-    net, view, meta = load_network(checkpoint)
+    net, preprocess, meta = load_network(checkpoint)
     with temporary_folder(out) as partial:
-        graph = _graph_of(net, view, meta["temperature"])
+        graph = _graph_of(net, preprocess, meta["temperature"])
         for precision, name in FILES.items():
             model = graph if precision == "fp32" else _halved(graph)
             onnx.helper.set_model_props(model, _metadata(meta, precision))
             onnx.checker.check_model(model)
             onnx.save(model, partial / name)
         files = [partial / name for name in FILES.values()]
-        parities, seen = compare(net, view, meta, files, images, on_images)
+        parities, seen = compare(net, preprocess, meta, files, images, on_images)
         for parity in parities:
             _refuse_if_far(parity)
         report = {
@@ -140,9 +140,9 @@ def export_onnx(
     return report
 
 
-def _graph_of(net: Detector, view: View, temperature: float) -> Any:
+def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
     """The network as an ONNX model in fp32, without a trace of the machine that wrote it."""
-    example = torch.zeros((2, view.size, view.size, 3), dtype=torch.uint8)
+    example = torch.zeros((2, preprocess.crop_size, preprocess.crop_size, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         _Graph(net.eval(), temperature).eval(),
         (example,),
@@ -166,7 +166,7 @@ def _graph_of(net: Detector, view: View, temperature: float) -> Any:
 
 def _halved(graph: Any) -> Any:
     """The model with fp16 weights and arithmetic, but for what would lose or overflow: the
-    normalisation of pixels, the classifier with what follows it, and sums of squares (the norm in
+    normalization of pixels, the classifier with what follows it, and sums of squares (the norm in
     ConvNeXtV2's GRN, over 4,096 places), which torch's autocast keeps in fp32 too.
     """
     import onnx
@@ -192,11 +192,11 @@ def _halved(graph: Any) -> Any:
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
     """What the file says of itself: `META_KEYS`, each as JSON."""
-    size = meta["view"]["size"]
+    size = meta["preprocess"]["crop_size"]
     values = {
         "format_version": FORMAT_VERSION,
         "classes": meta["classes"],
-        "view": meta["view"],
+        "preprocess": meta["preprocess"],
         "temperature": meta["temperature"],
         "threshold": meta["threshold"],
         "calibration": meta.get("calibration"),
@@ -204,9 +204,9 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "run": meta["recipe"]["name"],
         "step": meta["step"],
         "network": meta["recipe"]["network"]["name"],
-        "licence": licence_of(meta).text,
+        "license": license_of(meta).text,
         "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the square of "
-        "size / resize of the shorter side, cut from the centre and resized (antialiased bilinear)",
+        "crop_size / resize_size of the shorter side, cut from the center and resized (antialiased bilinear)",
         "outputs": "probability: float32 (batch,), of fake, temperature applied; logits: float32 "
         "(batch, 2), in the order of classes, before it",
     }
@@ -225,7 +225,7 @@ def _refuse_if_far(parity: Parity) -> None:
 
 def compare(
     net: Detector,
-    view: View,
+    preprocess: Preprocess,
     meta: dict[str, Any],
     files: Sequence[Path],
     images: Path | None,
@@ -237,7 +237,7 @@ def compare(
     detectors = [load_onnx(file, device="cpu") for file in files]
     found: list[list[np.ndarray]] = [[] for _ in range(1 + 2 * len(files))]
     unreadable: list[str] = []
-    for by_torch, by_pillow in _views(images, view, unreadable):
+    for by_torch, by_pillow in _preprocessed(images, preprocess, unreadable):
         with torch.inference_mode():
             real, fake = net(torch.from_numpy(by_torch).permute(0, 3, 1, 2)).unbind(1)
         found[0].append(probability((fake - real).numpy(), meta["temperature"]))
@@ -280,15 +280,15 @@ def _difference(expected: np.ndarray, found: np.ndarray, band: tuple[float, floa
     return Difference(max=float(change.max()), mean=float(change.mean()), verdicts=sum(verdicts))
 
 
-def _views(
-    images: Path | None, view: View, unreadable: list[str]
+def _preprocessed(
+    images: Path | None, settings: Preprocess, unreadable: list[str]
 ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
     """Groups of images as the network sees them, uint8 (B, size, size, 3) each: by torch's resize
     and by Pillow's. Noise, where no images are given, is not resized.
     """
     if images is None:
         noise = np.random.default_rng(0).integers(
-            0, 256, (NOISE, view.size, view.size, 3), np.uint8
+            0, 256, (NOISE, settings.crop_size, settings.crop_size, 3), np.uint8
         )
         for first in range(0, NOISE, _BATCH):
             yield noise[first : first + _BATCH], None
@@ -296,7 +296,7 @@ def _views(
 
     def both(file: ImageFile) -> tuple[np.ndarray, np.ndarray]:
         pixels = decode(file.read())
-        return pil.see(pixels, view), see(pixels, view)
+        return pil.preprocess(pixels, settings), preprocess(pixels, settings)
 
     for names, found in ahead(_files_in(images), both, _BATCH):
         pairs = [one for one in found if not isinstance(one, str)]

@@ -20,34 +20,35 @@ from imaging.decode import ImageFile, decode, encoded
 from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
-    Decider,
+    DecisionRule,
     Prediction,
     ahead,
     as_file,
     check_threshold,
     predictions,
+    preprocess_ahead,
     threads,
-    views,
 )
 from model.network import Detector
 from model.score import probability, score_batches
 from pipeline import pil
-from pipeline.augment import View, centre
+from pipeline.augment import Preprocess, center_crop_params
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import Backend, choose_backend
 
 
 @dataclass(frozen=True, eq=False)
-class ImageDetector(Decider):
-    """A loaded checkpoint. `predict` is what it is for; `view_of` shows what the network sees.
+class ImageDetector(DecisionRule):
+    """A loaded checkpoint. `predict` is what it is for; `preprocess_file` shows what the network
+    sees.
 
-    `view`, `meta` are the checkpoint's; `backend` decodes the images, for the reason `reason`;
-    `asked` is a threshold to take instead of the checkpoint's own.
+    `preprocess`, `meta` are the checkpoint's; `backend` decodes the images, for the reason
+    `reason`; `asked` is a threshold to take instead of the checkpoint's own.
     """
 
     checkpoint: Path
     net: Detector
-    view: View
+    preprocess: Preprocess
     meta: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
@@ -69,17 +70,19 @@ class ImageDetector(Decider):
         for names, pixels, failures in decoded(files, batch_size):
             yield from self._score(names, pixels, failures)
 
-    def view_of(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+    def preprocess_file(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
         """What the network sees of an image: uint8 (size, size, 3) RGB.
 
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        return pil.see(decode(as_file(image).read()), self.view)
+        return pil.preprocess(decode(as_file(image).read()), self.preprocess)
 
     def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
         """Groups of images as the network sees them."""
-        for names, pixels, failures in views(files, self.view_of, self.view.size, batch_size):
+        for names, pixels, failures in preprocess_ahead(
+            files, self.preprocess_file, self.preprocess.crop_size, batch_size
+        ):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
     def _by_dali(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
@@ -93,7 +96,7 @@ class ImageDetector(Decider):
                 names.append(of_group)
                 yield self._request(found)
 
-        dali = DaliBackend(self.view.size, batch_size, self.device, threads())
+        dali = DaliBackend(self.preprocess.crop_size, batch_size, self.device, threads())
         for pixels in dali.run(requests()):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
@@ -102,8 +105,8 @@ class ImageDetector(Decider):
         failures = {row: one for row, one in enumerate(found) if isinstance(one, str)}
         rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
-        draws = centre(self.view, np.array(widths), np.array(heights))
-        return Request(data, formats, orientations, draws, failures)
+        params = center_crop_params(self.preprocess, np.array(widths), np.array(heights))
+        return Request(data, formats, orientations, params, failures)
 
     def _score(
         self, names: Sequence[str], pixels: torch.Tensor, failures: dict[int, str]
@@ -154,8 +157,10 @@ def load_detector(
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)
     chosen, reason = choose_backend(backend, where)
-    net, view, meta = load_network(folder)
-    return ImageDetector(folder, net.to(where), view, meta, where, dtype, chosen, reason, threshold)
+    net, preprocess, meta = load_network(folder)
+    return ImageDetector(
+        folder, net.to(where), preprocess, meta, where, dtype, chosen, reason, threshold
+    )
 
 
 def _read_encoded(file: ImageFile) -> Any:

@@ -15,7 +15,7 @@ from model.inference.detector import ImageDetector
 from model.network import Detector
 
 MEANING = (
-    "Red raised the score for AI, blue lowered it; the strongest place has the full colour, "
+    "Red raised the score for AI, blue lowered it; the strongest place has the full color, "
     "however weak it is. It shows what moved the score, coarsely, not which part is fake; red is "
     "to be trusted more than blue."
 )
@@ -23,7 +23,7 @@ MEANING = (
 
 RED, BLUE = np.array([255.0, 32.0, 0.0]), np.array([0.0, 96.0, 255.0])
 MOST = 0.6
-"""Share of colour in the strongest place."""
+"""Share of color in the strongest place."""
 
 
 class ExplainError(ValueError):
@@ -48,8 +48,8 @@ def attribution(
         raise ExplainError(
             "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
         ) from error
-    view = detector.view_of(image)
-    pixels = torch.from_numpy(view)[None].permute(0, 3, 1, 2).to(detector.device)
+    preprocessed = detector.preprocess_file(image)
+    pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)
     net = detector.net.eval()
     layer = last_feature_layer(net, pixels)
 
@@ -58,7 +58,7 @@ def attribution(
         return fake - real
 
     found = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
-    return view, found[0, 0].detach().float().cpu().numpy()
+    return preprocessed, found[0, 0].detach().float().cpu().numpy()
 
 
 def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
@@ -105,14 +105,14 @@ def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> n
     return overlay(*attribution(detector, image))
 
 
-def overlay(view: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """`cells` (rows, columns), any scale, as colour over `view`, uint8 (height, width, 3)."""
+def overlay(preprocessed: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """`cells` (rows, columns), any scale, as color over `preprocessed`, uint8 (height, width, 3)."""
     smooth = nn.functional.interpolate(
-        torch.from_numpy(cells)[None, None], size=view.shape[:2], mode="bicubic"
+        torch.from_numpy(cells)[None, None], size=preprocessed.shape[:2], mode="bicubic"
     )[0, 0].numpy()
     largest = np.abs(smooth).max()
     share = smooth / largest if largest > 0 else smooth
-    colour = np.where((share > 0)[..., None], RED, BLUE)
+    color = np.where((share > 0)[..., None], RED, BLUE)
     weight = MOST * np.abs(share)[..., None]
-    grey = view.mean(axis=2, keepdims=True)
-    return np.rint((1 - weight) * grey + weight * colour).astype(np.uint8)
+    gray = preprocessed.mean(axis=2, keepdims=True)
+    return np.rint((1 - weight) * gray + weight * color).astype(np.uint8)

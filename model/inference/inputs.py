@@ -26,18 +26,18 @@ ARCHIVES = (".zip", *TARS)
 NO_IMAGE = "no images by their names"
 
 
-def find_images(paths: Iterable[str], left_out: Counter[str]) -> Iterator[ImageFile]:
+def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
     """The images of each of `paths`, which may be endless. What cannot be read comes too: reading
-    it raises the reason. What is passed over is counted in `left_out`, by reason.
+    it raises the reason. What is passed over is counted in `excluded`, by reason.
     """
     for path in paths:
         if os.path.lexists(path) or not glob.has_magic(path):
-            yield from _images_of(path, left_out)
+            yield from _images_of(path, excluded)
             continue
         matched = False
         for match in glob.iglob(path, recursive=True):  # noqa: PTH207  it takes any pattern
             matched = True
-            yield from _images_of(match, left_out)
+            yield from _images_of(match, excluded)
         if not matched:
             yield _unreadable(path, "no file has a name like this")
 
@@ -57,14 +57,14 @@ def is_image(name: str) -> bool:
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _images_of(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     lower = path.lower()
     if Path(path).is_dir():
-        yield from _in_folder(path, left_out)
+        yield from _in_folder(path, excluded)
     elif lower.endswith(".zip") and Path(path).is_file():
-        yield from _in_zip(path, left_out)
+        yield from _in_zip(path, excluded)
     elif lower.endswith(TARS) and Path(path).is_file():
-        yield from _in_tar(path, left_out)
+        yield from _in_tar(path, excluded)
     else:
         yield ImageFile(path, partial(read_file, path))
 
@@ -77,7 +77,7 @@ def _fail(reason: str) -> NoReturn:
     raise DecodeError(reason)
 
 
-def _in_folder(top: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     """All images below a folder, those in the tars of a shard set too. What is hidden is left out,
     and so are links to folders, which may lead in circles.
     """
@@ -89,7 +89,7 @@ def _in_folder(top: str, left_out: Counter[str]) -> Iterator[ImageFile]:
         elif isinstance(entry, ImageFile):
             yield entry
         elif entry.name.startswith("."):
-            left_out["hidden"] += 1
+            excluded["hidden"] += 1
         elif entry.is_dir(follow_symlinks=False):
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
@@ -98,11 +98,11 @@ def _in_folder(top: str, left_out: Counter[str]) -> Iterator[ImageFile]:
             if entry.name.endswith(".tar"):
                 yield from _in_tar(entry.path, Counter())
         elif entry.is_dir():
-            left_out["links to folders"] += 1
+            excluded["links to folders"] += 1
         elif entry.name.lower().endswith(ARCHIVES):
-            left_out["archives (name them to look inside)"] += 1
+            excluded["archives (name them to look inside)"] += 1
         else:
-            left_out[NO_IMAGE] += 1
+            excluded[NO_IMAGE] += 1
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
@@ -115,30 +115,32 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
         yield _unreadable(folder, error.strerror or str(error))
 
 
-def _in_zip(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     try:
         version = str(Path(path).stat().st_mtime_ns)
         for member in zip.members(Path(path), Path(path).name):
             name = str(Path(f"{path}/{member.name}"))
             if not is_image(member.name):
-                left_out[NO_IMAGE] += 1
-            elif member.refused:
-                yield _unreadable(name, member.refused)
+                excluded[NO_IMAGE] += 1
+            elif member.excluded:
+                yield _unreadable(name, member.excluded)
             else:
                 yield ImageFile(name, partial(zip.read_member, Path(path), member.where, version))
     except (zip.ZipError, OSError) as error:
         yield _unreadable(path, str(error))
 
 
-def _in_tar(path: str, left_out: Counter[str]) -> Iterator[ImageFile]:
+def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     def wanted(name: str) -> bool:
-        left_out[NO_IMAGE] += not is_image(name)
+        excluded[NO_IMAGE] += not is_image(name)
         return is_image(name)
 
     try:
         for member in tar.members(Path(path), wanted):
             name = f"{path}/{member.name}"
-            yield ImageFile(name, member.read) if member.read else _unreadable(name, member.refused)
+            yield (
+                ImageFile(name, member.read) if member.read else _unreadable(name, member.excluded)
+            )
     except (DecodeError, OSError) as error:
         yield _unreadable(path, str(error))
 
@@ -149,7 +151,7 @@ POLL_S, SETTLED_S = 1.0, 2.0
 """Seconds between two looks at a folder, and how long a file must not have changed to be whole."""
 
 
-def watch(folder: str, left_out: Counter[str]) -> Iterator[list[ImageFile]]:
+def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
     """For ever, each `POLL_S`: the images below `folder` that have come, or changed, since the last
     look and are complete; the first time those that are there. Archives are left out.
     """
@@ -157,8 +159,8 @@ def watch(folder: str, left_out: Counter[str]) -> Iterator[list[ImageFile]]:
     given: dict[str, tuple[int, int]] = {}
     while True:
         now, found, ready = time.monotonic(), {}, []
-        left_out.clear()
-        for file in _in_folder(folder, left_out):
+        excluded.clear()
+        for file in _in_folder(folder, excluded):
             try:
                 facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
             except OSError:  # it has gone, or is inside an archive

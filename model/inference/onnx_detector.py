@@ -1,8 +1,9 @@
 """An exported detector (`python -m model export --onnx`) under ONNX Runtime: the same answers as
 `model.load_detector`, and no torch.
 
-The file says everything about itself in its metadata: how an image is to be seen (`view`), the
-temperature that is in its probability already, the threshold and the band. `META_KEYS` is the list.
+The file says everything about itself in its metadata: how an image is to be seen (`preprocess`),
+the temperature that is in its probability already, the threshold and the band. `META_KEYS` is the
+list.
 """
 
 import json
@@ -17,15 +18,15 @@ from PIL import Image
 
 from imaging.decode import ImageFile, decode
 from model.inference.prediction import (
-    Decider,
+    DecisionRule,
     Prediction,
     as_file,
     check_threshold,
     predictions,
+    preprocess_ahead,
     threads,
-    views,
 )
-from pipeline.augment import View, centre
+from pipeline.augment import Preprocess, center_crop_params
 from sharding.format import CLASSES
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 META_KEYS = (
-    "format_version", "classes", "view", "temperature", "threshold", "calibration", "precision",
-    "run", "step", "network", "licence", "input", "outputs",
+    "format_version", "classes", "preprocess", "temperature", "threshold", "calibration", "precision",
+    "run", "step", "network", "license", "input", "outputs",
 )  # fmt: skip
 """Entries of the file's metadata, each the JSON text of a value. Those that a checkpoint's
 `meta.json` has too are named and mean as there."""
@@ -46,7 +47,7 @@ class OnnxError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxDetector(Decider):
+class OnnxDetector(DecisionRule):
     """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
 
     `meta` is the file's metadata, `asked` a threshold to take instead of its own.
@@ -54,7 +55,7 @@ class OnnxDetector(Decider):
 
     checkpoint: Path
     session: "onnxruntime.InferenceSession"
-    view: View
+    preprocess: Preprocess
     meta: dict[str, Any]
     asked: float | None = None
 
@@ -73,31 +74,35 @@ class OnnxDetector(Decider):
     ) -> Iterator[Prediction]:
         """One prediction per image, in order; an unreadable one carries its reason."""
         files = map(as_file, images, range(sys.maxsize))
-        for names, pixels, failures in views(files, self.view_of, self.view.size, batch_size):
+        for names, pixels, failures in preprocess_ahead(
+            files, self.preprocess_file, self.preprocess.crop_size, batch_size
+        ):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
-    def view_of(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+    def preprocess_file(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
         """What the network sees of an image: uint8 (size, size, 3) RGB.
 
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        return see(decode(as_file(image).read()), self.view)
+        return preprocess(decode(as_file(image).read()), self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
         """The probability of fake of uint8 (B, size, size, 3) images, float32 (B,)."""
         return self.session.run(["probability"], {"images": pixels})[0]
 
 
-def see(pixels: np.ndarray, view: View) -> np.ndarray:
+def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
     """What the network sees of an upright (height, width, 3) uint8 RGB image, by Pillow's resize:
-    uint8 (size, size, 3), within one grey level of `pipeline.pil`, which needs torch.
+    uint8 (size, size, 3), within one gray level of `pipeline.pil`, which needs torch.
     """
     height, width = pixels.shape[:2]
-    draw = centre(view, np.array([width]), np.array([height])).row(0)
-    crop = pixels[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+    params = center_crop_params(settings, np.array([width]), np.array([height])).row(0)
+    crop = pixels[params.top : params.top + params.height, params.left : params.left + params.width]
     image = Image.fromarray(np.ascontiguousarray(crop))
-    return np.asarray(image.resize((view.size, view.size), Image.Resampling.BILINEAR))
+    return np.asarray(
+        image.resize((settings.crop_size, settings.crop_size), Image.Resampling.BILINEAR)
+    )
 
 
 def load_onnx(
@@ -113,7 +118,7 @@ def load_onnx(
     file = Path(file)
     session = _open(file, device)
     meta = _meta_of(session, file)
-    return OnnxDetector(file, session, View(**meta["view"]), meta, threshold)
+    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, threshold)
 
 
 def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":

@@ -51,7 +51,7 @@ def check_threshold(asked: float | None) -> None:
         raise ValueError(f"a threshold is a probability, 0 to 1, got {asked}")
 
 
-class Decider:
+class DecisionRule:
     """What a detector decides by, with torch or without: its `meta`, or a threshold that was asked
     for instead. `checkpoint` is the folder or file that it came from.
     """
@@ -128,21 +128,22 @@ def ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def views(
+def preprocess_ahead(
     files: Iterable[ImageFile],
-    view_of: Callable[[ImageFile], np.ndarray],
+    preprocess_file: Callable[[ImageFile], np.ndarray],
     size: int,
     batch_size: int,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
     """Groups of images as a network sees them, ahead of time: names, uint8 (B, size, size, 3), and
-    the rows that could not be read (row -> reason), which stay black. `view_of` makes one view.
+    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one
+    view.
     """
-    for names, found in ahead(files, view_of, batch_size):
-        failures = {row: view for row, view in enumerate(found) if isinstance(view, str)}
+    for names, found in ahead(files, preprocess_file, batch_size):
+        failures = {row: image for row, image in enumerate(found) if isinstance(image, str)}
         pixels = np.zeros((len(found), size, size, 3), np.uint8)
-        for row, view in enumerate(found):
+        for row, image in enumerate(found):
             if row not in failures:
-                pixels[row] = view
+                pixels[row] = image
         yield names, pixels, failures
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from storage import publish
 
-COLUMNS = ("path", "probability", "verdict", "error", "file_says", "checkpoint")
+COLUMNS = ("path", "probability", "verdict", "error", "provenance", "checkpoint")
 """What is said of an image, in this order: `probability` is that of AI-generated, `error` why there
-is none, `file_says` the evidence, `checkpoint` which model said it with which band.
+is none, `provenance` the evidence, `checkpoint` which model said it with which band.
 """
 
 FORMATS = ("table", "csv", "jsonl")
@@ -30,18 +30,18 @@ def header(output: str) -> str:
 
 
 def line(output: str, row: Mapping[str, Any]) -> str:
-    """One image in a format, without the last newline; `file_says` of `row` is a list of
+    """One image in a format, without the last newline; `provenance` of `row` is a list of
     `Evidence`.
     """
     if output == "table":
         return _table_line(row)
     if output == "csv":
         stream = io.StringIO()
-        said = "; ".join(map(str, row["file_says"]))
+        said = "; ".join(map(str, row["provenance"]))
         # It quotes the newlines that are in its own line end, so both kinds must be.
-        csv.writer(stream, lineterminator="\r\n").writerow((row | {"file_says": said}).values())
+        csv.writer(stream, lineterminator="\r\n").writerow((row | {"provenance": said}).values())
         return stream.getvalue().removesuffix("\r\n")
-    values = row | {"file_says": [asdict(one) for one in row["file_says"]]}
+    values = row | {"provenance": [asdict(one) for one in row["provenance"]]}
     text = json.dumps(values, ensure_ascii=False)
     # A name that is not UTF-8 is written with escapes, by which Python finds the file again.
     return text if _is_utf8(text) else json.dumps(values)
@@ -60,7 +60,7 @@ def _table_line(row: Mapping[str, Any]) -> str:
     if row["error"]:
         return f"    -  {row['verdict']:<11}  {name}: {row['error']}"
     lines = [f"{row['probability']:5.3f}  {row['verdict']:<11}  {name}"]
-    lines += [f"{'':20}the file says: {one}" for one in row["file_says"]]
+    lines += [f"{'':20}the file says: {one}" for one in row["provenance"]]
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Note:
     """What is known of an image beside its score; filled when its bytes are read."""
 
-    file_says: list[Evidence] = field(default_factory=list)
+    provenance: list[Evidence] = field(default_factory=list)
     data: bytes = b""  # kept only where a heatmap is wanted
 
 
@@ -42,7 +42,7 @@ class Run:
     out: results.ResultsFile | None = None
     heatmaps: Path | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
+    excluded: Counter[str] = field(default_factory=Counter)
     skipped: int = 0  # they are in the results file already
     started: float = field(default_factory=time.monotonic)
 
@@ -78,7 +78,7 @@ class Run:
 
         def read() -> bytes:
             data = file.read()
-            note.file_says = read_evidence(data)
+            note.provenance = read_evidence(data)
             note.data = data if self.heatmaps else b""
             return data
 
@@ -87,7 +87,7 @@ class Run:
     def _write(self, result: "Prediction", note: Note) -> None:
         self.verdicts[result.verdict] += 1
         values = (
-            result.name, result.probability, result.verdict, result.error, note.file_says,
+            result.name, result.probability, result.verdict, result.error, note.provenance,
             self.detector.identity,
         )  # fmt: skip
         text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
@@ -152,7 +152,7 @@ def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
         if console.ERR.is_terminal:
             count_in_background(paths, counted)
         behind = 0
-        files = inputs.find_images(named(paths), run.left_out)
+        files = inputs.find_images(named(paths), run.excluded)
         for count in run.over(files, batch_size):
             advance(count - behind, run.rate, *counted)
             behind = count
@@ -161,6 +161,6 @@ def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
 def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
     """Score what comes into a folder, without end."""
     console.log.info("watching %s; Ctrl-C ends", folder)
-    for ready in inputs.watch(folder, run.left_out):
+    for ready in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):
             pass

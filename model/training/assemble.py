@@ -10,17 +10,17 @@ from model.network import Detector, build, load_backbone_file, load_weights
 from model.training.optim import make_optimizer
 from model.training.plan import RunPlan, Weights
 from model.training.resume import restore
-from model.training.step import Trainer, average_of, spread
+from model.training.step import TrainState, average_of, wrap_ddp
 
 
-def assemble(plan: RunPlan) -> Trainer:
+def assemble(plan: RunPlan) -> TrainState:
     """The moving parts of the run on its device, as they are after `plan.done` steps. Seeds torch's
     random generators.
 
     Raises:
         NetworkError: timm's weights cannot be fetched.
     """
-    recipe, device, ranks = plan.recipe, plan.device, plan.ranks
+    recipe, device, dist = plan.recipe, plan.device, plan.dist
     keep_freed_memory(device)
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.benchmark = True
@@ -29,17 +29,17 @@ def assemble(plan: RunPlan) -> Trainer:
     net.to(device)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == torch.float16)
-    trainer = Trainer(net, optimizer, scaler, device, plan.dtype, ranks)
-    trainer.ema = average_of(net) if recipe.optim.ema else None
+    train_state = TrainState(net, optimizer, scaler, device, plan.dtype, dist)
+    train_state.ema = average_of(net) if recipe.optim.ema_decay else None
     if plan.teacher and plan.teacher.path:
         teacher, _, _ = checkpoint.load_network(plan.teacher.path)
         teacher.requires_grad_(False).to(memory_format=torch.channels_last)
-        trainer.teacher = teacher.to(device)
-    if ranks.world > 1:  # equal weights, but each rank drops other paths
-        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + ranks.rank))
+        train_state.teacher = teacher.to(device)
+    if dist.world_size > 1:  # equal weights, but each rank drops other paths
+        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + dist.rank))
     if plan.resumed:
-        restore(trainer, plan.resumed, plan.done)
-    return trainer
+        restore(train_state, plan.resumed, plan.done)
+    return train_state
 
 
 def _load(net: Detector, weights: Weights) -> None:
@@ -52,7 +52,7 @@ def _load(net: Detector, weights: Weights) -> None:
         load_weights(net, checkpoint.read_weights(weights.path), str(weights.path))
 
 
-def compile_network(plan: RunPlan, trainer: Trainer) -> torch.nn.Module:
+def compile_network(plan: RunPlan, train_state: TrainState) -> torch.nn.Module:
     """The network as the loop calls it: over all ranks, and compiled where the plan says so."""
-    net = spread(trainer)
+    net = wrap_ddp(train_state)
     return cast(torch.nn.Module, torch.compile(net)) if plan.compiled else net

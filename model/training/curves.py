@@ -70,8 +70,8 @@ def draw(run: Path, out: Path) -> int:
 def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
     """(step, metrics) of each validation set, in the order of steps."""
     found: dict[str, list[tuple[int, dict]]] = {}
-    if (run / "before.json").exists():
-        before = json.loads((run / "before.json").read_text(encoding="utf-8"))
+    if (run / "baseline_metrics.json").exists():
+        before = json.loads((run / "baseline_metrics.json").read_text(encoding="utf-8"))
         found = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")
@@ -81,14 +81,14 @@ def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
 
 
 def _line(place: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
-    """One curve; in every panel the sets come in one order, and so in the same colours."""
+    """One curve; in every panel the sets come in one order, and so in the same colors."""
     place.set_title(title, fontsize=11)
     x, y = zip(*points, strict=True)
     y = [float("nan") if value is None else value for value in y]  # one class only
     marker = "o" if len(points) < 40 else ""
-    place.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_colour(place, label))
+    place.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(place, label))
 
 
-def _colour(place: Any, label: str) -> str:
+def _color(place: Any, label: str) -> str:
     """Dark for training, else the next of matplotlib's ten."""
     return "0.2" if label in ("", "training") else f"C{len(place.lines)}"

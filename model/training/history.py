@@ -31,13 +31,13 @@ class History:
         if self.path.exists():
             kept = [f"{json.dumps(row)}\n" for row in rows_of(folder) if row["step"] <= done]
             write_text(self.path, "".join(kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def __enter__(self) -> "History":
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.board.close()
+        self.writer.close()
 
     def write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
         """One row; TensorBoard shows it as `kind/name`."""
@@ -45,4 +45,4 @@ class History:
             stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         for name, value in row.items():
             if value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                self.writer.add_scalar(f"{kind}/{name}", value, step)

@@ -26,45 +26,46 @@ class OptimError(ValueError):
 class Optim:
     """AdamW with warm-up and cosine.
 
-    `lr` is the head's. `layer_decay` multiplies it once per group on the way down; `grouping` says
-    what a group is: `none`, `block` (stem, each block, head: 38 for ConvNeXtV2-Base), `stage12`
-    (the official ConvNeXt grouping: stem, 12 groups, head) or `stage` (stem, each stage, head, for
-    networks that are no ConvNeXt: 9 for MobileNetV2). `warmup` is the share of all steps,
-    starting from `warmup_start` * lr; the cosine ends at `min_lr` for the head. `ema` is the decay
-    per step of the averaged weights that are validated and saved, 0 for none.
+    `lr` is the head's. `layer_decay` multiplies it once per group on the way down;
+    `layer_decay_groups` says what a group is: `none`, `block` (stem, each block, head: 38 for
+    ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12 groups, head) or `stage`
+    (stem, each stage, head, for networks that are no ConvNeXt: 9 for MobileNetV2). `warmup_ratio`
+    is the share of all steps, starting from `warmup_start_factor` * lr; the cosine ends at `min_lr`
+    for the head. `ema_decay` is the decay per step of the averaged weights that are validated and
+    saved, 0 for none.
     """
 
     lr: float
     weight_decay: float = 0.02
     layer_decay: float = 1.0
-    grouping: Literal["none", "block", "stage", "stage12"] = "none"
-    warmup: float = 0.05
-    warmup_start: float = 0.01
+    layer_decay_groups: Literal["none", "block", "stage", "stage12"] = "none"
+    warmup_ratio: float = 0.05
+    warmup_start_factor: float = 0.01
     min_lr: float = 0.0
     label_smoothing: float = 0.05
-    clip: float = 1.0
-    ema: float = 0.0
+    clip_grad_norm: float = 1.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
-        if self.layer_decay < 1 and self.grouping == "none":
-            raise ValueError("layer_decay below 1 needs grouping block, stage or stage12")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is a decay below 1, got {self.ema}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, got {self.warmup}")
+        if self.layer_decay < 1 and self.layer_decay_groups == "none":
+            raise ValueError("layer_decay below 1 needs layer_decay_groups block, stage or stage12")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is a decay below 1, got {self.ema_decay}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is a share of the steps, got {self.warmup_ratio}")
 
 
 def schedule(optim: Optim, step: int, steps: int) -> float:
     """The factor on every group's learning rate at `step` (0 .. steps-1)."""
-    warmup = round(optim.warmup * steps)
-    if step < warmup:
-        return optim.warmup_start + (1 - optim.warmup_start) * step / warmup
+    warmup_steps = round(optim.warmup_ratio * steps)
+    if step < warmup_steps:
+        return optim.warmup_start_factor + (1 - optim.warmup_start_factor) * step / warmup_steps
     floor = optim.min_lr / optim.lr
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -90,7 +91,7 @@ def parameter_groups(backbone: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     Raises:
         OptimError: a parameter that belongs to no layer.
     """
-    layers = layer_of_parameters(backbone, optim.grouping)
+    layers = layer_of_parameters(backbone, optim.layer_decay_groups)
     top = max(layers.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in backbone.named_parameters():
@@ -112,19 +113,21 @@ def parameter_groups(backbone: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
+def layer_of_parameters(backbone: nn.Module, layer_decay_groups: str) -> dict[str, int]:
     """The layer number of each parameter, 0 at the stem, the highest at the head.
 
     Raises:
         OptimError: the network has no layer description, or one that misses a parameter.
     """
     names = [name for name, _ in backbone.named_parameters()]
-    if grouping == "none":
+    if layer_decay_groups == "none":
         return dict.fromkeys(names, 0)
-    if grouping in ("block", "stage"):
+    if layer_decay_groups in ("block", "stage"):
         if not hasattr(backbone, "group_matcher"):
-            raise OptimError(f"{type(backbone).__name__} has no group_matcher; use grouping none")
-        matcher = backbone.group_matcher(coarse=grouping == "stage")
+            raise OptimError(
+                f"{type(backbone).__name__} has no group_matcher; use layer_decay_groups none"
+            )
+        matcher = backbone.group_matcher(coarse=layer_decay_groups == "stage")
         layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
         # timm puts what no pattern matches into the last group, where only the head belongs.
         head = _head_prefixes(backbone)
@@ -134,7 +137,7 @@ def layer_of_parameters(backbone: nn.Module, grouping: str) -> dict[str, int]:
     unmatched = [name for name in names if name not in layers]
     if unmatched:
         raise OptimError(
-            f"grouping {grouping} knows no layer for {len(unmatched)} parameters, the first is "
+            f"layer_decay_groups {layer_decay_groups} knows no layer for {len(unmatched)} parameters, the first is "
             f"{unmatched[0]}"
         )
     return {name: int(layers[name]) for name in names}

@@ -14,17 +14,17 @@ import torch
 import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.network import build, check_backbone_file, check_pretrained
 from model.recipe import Recipe
 from model.training.optim import parameter_groups
 from model.training.validation import Validation
-from pipeline.loader import draw_by_law, open_loader
+from pipeline.loader import open_loader, train_params
 from pipeline.stream import Stream, open_pool
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
-BASELINE_FILE = "before.json"
+BASELINE_FILE = "baseline_metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def better(best: Best | None, new: Best) -> Best:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunPlan:
-    """What a run will do, on this rank. Made by `plan`; nothing is looked up afterwards.
+    """What a run will do, on this rank. Made by `plan`; nothing is looked up afterward.
 
     `resumed` is the checkpoint of this run from which it goes on after `done` of its `steps`, None
     for a new run; `best` is its best one. `weights` are the first ones that are loaded, `teacher`
@@ -89,7 +89,7 @@ class RunPlan:
     dtype_reason: str
     compiled: bool
     compiled_reason: str
-    ranks: Ranks
+    dist: DistEnv
 
     @property
     def finished(self) -> bool:
@@ -129,7 +129,7 @@ def plan(
     *,
     init_from: Path | None = None,
     device: str = "auto",
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> RunPlan:
     """Decide, open and check all that a run of `recipe` in `runs` needs; nothing is written.
 
@@ -140,14 +140,14 @@ def plan(
         ValueError: what stops the run before it begins: recipe, data, checkpoint, network, weights,
             device; the message says what to do.
     """
-    ranks = ranks or Ranks()
+    dist = dist or DistEnv()
     folder = runs / recipe.name
     resumed = checkpoint.last_of(folder)
     if resumed:
         _check_same_recipe(resumed, recipe)
-    where = choose_device(device, ranks.local)
+    where = choose_device(device, dist.local_rank)
     dtype, dtype_reason = choose_precision(recipe.run.precision, where)
-    stream = open_stream(recipe, data, where, ranks)
+    stream = open_stream(recipe, data, where, dist)
     validation = _open_validation(recipe, data)
     _check_sets(recipe, stream)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
@@ -175,17 +175,17 @@ def plan(
         dtype_reason=dtype_reason,
         compiled=compiled,
         compiled_reason=compiled_reason,
-        ranks=ranks,
+        dist=dist,
     )
 
 
 _DECIDE_NOTHING = {
     "loading.batch_size",  # of one rank; the order refuses another global batch
-    "loading.workers",
+    "loading.num_workers",
     "loading.cache",
     "loading.cache_gb",
-    "loading.check_hashes",
-    "loading.patience_s",
+    "loading.verify_checksums",
+    "loading.stall_warning_s",
     "run.log_every",
     "run.save_every",
 }
@@ -236,7 +236,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_stream(
-    recipe: Recipe, data: AnyPath, device: torch.device, ranks: Ranks | None = None
+    recipe: Recipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
 ) -> Stream:
     """The run's batches on this rank, from the sets below `data`.
 
@@ -244,20 +244,20 @@ def open_stream(
         ShardError: a set that is not there or cannot be used.
         LoadError: the backend that was asked for is not there.
     """
-    ranks = ranks or Ranks()
+    dist = dist or DistEnv()
     if not recipe.data.train:
         raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
     pool = open_pool(data, recipe.data.train, recipe.replay)
     loader = open_loader(
-        pool.shards, view=recipe.view, loading=recipe.loading, device=device,
-        rank=ranks.rank, world=ranks.world,
+        pool.shards, preprocess=recipe.preprocess, loading=recipe.loading, device=device,
+        rank=dist.rank, world_size=dist.world_size,
     )  # fmt: skip
     return Stream(
         loader,
         pool,
         recipe.replay,
         recipe.augment,
-        recipe.data.law,
+        recipe.data.policy,
         recipe.run.seed,
         recipe.data.repeats,
     )
@@ -286,19 +286,19 @@ def _check_sets(recipe: Recipe, stream: Stream) -> None:
     """Refuse sets that the recipe does not fit.
 
     Raises:
-        LoadError: a source of `data.repeats` that is not there, or a law that is not described.
+        LoadError: a source of `data.repeats` that is not there, or a policy that is not described.
         OrderError: too few samples for a batch.
-        ValueError: nothing to replay, or a source of `replay.leave_out` that is not there.
+        ValueError: nothing to replay, or a source of `replay.exclude_sources` that is not there.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
     sources = shards.codes("source")[1]
-    if unknown := sorted(set(recipe.replay.leave_out) - set(sources)):
+    if unknown := sorted(set(recipe.replay.exclude_sources) - set(sources)):
         raise ValueError(
-            f"replay.leave_out names source {', '.join(unknown)}; the sets hold "
+            f"replay.exclude_sources names source {', '.join(unknown)}; the sets hold "
             f"{', '.join(sources)}"
         )
     stream.epoch(0)
-    draw_by_law(shards, recipe.augment, recipe.data.law, recipe.view, seed, 0)
+    train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)
 
 
 def _weights(
@@ -310,18 +310,18 @@ def _weights(
         CheckpointError: no such checkpoint.
         ValueError: distillation without a trained detector to start from.
     """
-    distills = recipe.replay.distill > 0
-    start = (init_from or _start_of(recipe, runs)) if distills or not resumed else None
-    first = resumed or start
+    distills = recipe.replay.distill_weight > 0
+    init_from = (init_from or _start_of(recipe, runs)) if distills or not resumed else None
+    first = resumed or init_from
     if first:
         weights = _weights_at(first)
     else:
         weights = Weights(kind="timm" if recipe.network.pretrained else "random")
     if not distills:
         return weights, None
-    if start is None or start.suffix == ".safetensors":
-        raise ValueError("replay.distill needs a run that starts from a trained checkpoint")
-    return weights, _weights_at(start)
+    if init_from is None or init_from.suffix == ".safetensors":
+        raise ValueError("replay.distill_weight needs a run that starts from a trained checkpoint")
+    return weights, _weights_at(init_from)
 
 
 def _weights_at(path: Path) -> Weights:
@@ -334,13 +334,13 @@ def _weights_at(path: Path) -> Weights:
 
 def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     """The best checkpoint of the run this recipe starts from, if it names one."""
-    if not recipe.run.start:
+    if not recipe.run.init_from:
         return None
-    best = checkpoint.best_of(runs / recipe.run.start)
+    best = checkpoint.best_of(runs / recipe.run.init_from)
     if best is None:
         raise checkpoint.CheckpointError(
-            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.start}, which "
-            "has none; run `python train.py --phase 1` first, or name one with --init CHECKPOINT"
+            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, which "
+            "has none; run `python train.py --phase 1` first, or name one with --init-from CHECKPOINT"
         )
     return best
 
@@ -349,7 +349,7 @@ def _starts_trained(recipe: Recipe, init_from: Path | None) -> bool:
     """Whether the run starts from a trained detector, which it may then make forget."""
     if init_from is not None:
         return init_from.suffix != ".safetensors"
-    return bool(recipe.run.start)
+    return bool(recipe.run.init_from)
 
 
 def _check_network(

@@ -7,62 +7,68 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from model.distributed import gather
+from model.distributed import all_gather_object
 from model.training.plan import Best, RunPlan, better
-from model.training.step import Trainer
+from model.training.step import TrainState
 from model.training.validation import Validation
 
 log = logging.getLogger("ai_images_detector")
 
 
-def restore(trainer: Trainer, folder: Path, done: int) -> None:
+def restore(train_state: TrainState, folder: Path, done: int) -> None:
     """Put the training state of the checkpoint `folder`, saved after `done` steps, back."""
     state = checkpoint.load_state(folder)
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.ema is not None:
-        trainer.net.backbone.load_state_dict(state["net"])
-    ranks = trainer.ranks
-    if len(state["rng"]) != ranks.world:
+    train_state.optimizer.load_state_dict(state["optimizer"])
+    train_state.scaler.load_state_dict(state["scaler"])
+    if train_state.ema is not None:
+        train_state.net.backbone.load_state_dict(state["net"])
+    dist = train_state.dist
+    if len(state["rng"]) != dist.world_size:
         log.warning(
             "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
-            *(len(state["rng"]), ranks.world),
+            *(len(state["rng"]), dist.world_size),
         )
-        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + ranks.rank) + done)
+        torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)
         return
-    torch.set_rng_state(state["rng"][ranks.rank])
-    if trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"][ranks.rank], trainer.device)
+    torch.set_rng_state(state["rng"][dist.rank])
+    if train_state.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"][dist.rank], train_state.device)
 
 
 def save(
-    plan: RunPlan, trainer: Trainer, done: int, validation: Validation | None, best: Best | None
+    plan: RunPlan,
+    train_state: TrainState,
+    done: int,
+    validation: Validation | None,
+    best: Best | None,
 ) -> Best:
     """Write a checkpoint of the run with all that resuming needs, after `done` steps, then prune
     all but it and the best one, which is returned. `validation` is that of this step, if it was
     its turn; `best` the best checkpoint so far. Every rank calls this; the first one writes.
     """
-    on_gpu = trainer.device.type == "cuda"
-    ranks = trainer.ranks
-    rng = gather(ranks, torch.get_rng_state())
-    cuda_rng = gather(ranks, torch.cuda.get_rng_state(trainer.device) if on_gpu else None)
+    on_gpu = train_state.device.type == "cuda"
+    dist = train_state.dist
+    rng = all_gather_object(dist, torch.get_rng_state())
+    cuda_rng = all_gather_object(
+        dist, torch.cuda.get_rng_state(train_state.device) if on_gpu else None
+    )
     saved = plan.folder / f"step_{done:07d}"
     best = better(best, Best(path=saved, validation=validation))
-    if not ranks.first:
+    if not dist.is_main:
         return best
     recipe, stream = plan.recipe, plan.stream
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
+        "optimizer": train_state.optimizer.state_dict(),
+        "scaler": train_state.scaler.state_dict(),
         "order": stream.state(done),
         "rng": rng,
         "cuda_rng": cuda_rng if on_gpu else [],
     }
-    if trainer.ema is not None:
-        state["net"] = trainer.net.backbone.state_dict()
+    if train_state.ema is not None:
+        state["net"] = train_state.net.backbone.state_dict()
     checkpoint.save(
         saved,
-        trainer.shown,
+        train_state.shown,
         recipe=recipe,
         step=done,
         epoch=done / plan.steps_per_epoch,

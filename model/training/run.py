@@ -10,7 +10,7 @@ import torch
 import console
 from model import checkpoint
 from model.calibrate import CalibrationError
-from model.distributed import Ranks, any_over, gather, sum_over
+from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
 from model.recipe import Recipe
 from model.training.assemble import assemble, compile_network
 from model.training.forgetting import changes, forgetting, refusals
@@ -18,9 +18,9 @@ from model.training.history import History
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
-from model.training.step import Trainer, train_step
+from model.training.step import TrainState, train_step
 from model.training.validation import Validation, calibrate_checkpoint, remembered, validate
-from pipeline.monitor import Meter
+from pipeline.monitor import LoaderStats
 from storage import AnyPath
 
 
@@ -39,34 +39,34 @@ def train(
     *,
     init_from: Path | None = None,
     stop_at: int | None = None,
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> Path:
     """Run `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
 
     `init_from` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of
-    what the recipe says. A run of the same recipe in `runs` is continued. On many `ranks` each
+    what the recipe says. A run of the same recipe in `runs` is continued. On many `dist` each
     calls this; the first one writes.
 
     Raises:
         ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
-    planned = plan(recipe, data, runs, init_from=init_from, ranks=ranks)
+    planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
     if planned.finished and planned.best:
         console.log.info("%s is finished; nothing to do", planned.folder)
         _calibrate(planned, planned.best.path)
         return planned.best.path
     for line in planned.describe():
         console.log.info("%s", line)
-    trainer = assemble(planned)
-    baseline = _baseline(planned, trainer)
-    done, best = run_steps(planned, trainer, stop_at)
+    train_state = assemble(planned)
+    baseline = _baseline(planned, train_state)
+    done, best = run_steps(planned, train_state, stop_at)
     # No rank reads the checkpoint before the first one, which writes it, is here.
-    path = gather(planned.ranks, best.path)[0]
+    path = all_gather_object(planned.dist, best.path)[0]
     if done < planned.steps:
         return path
     reasons: list[str] = []
-    if baseline and best.validation and planned.ranks.first:
+    if baseline and best.validation and planned.dist.is_main:
         reasons = _judge(planned, path, baseline, best.validation)
     _calibrate(planned, path)
     if reasons:
@@ -74,7 +74,7 @@ def train(
     return path
 
 
-def run_steps(planned: RunPlan, trainer: Trainer, stop_at: int | None) -> tuple[int, Best]:
+def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[int, Best]:
     """Take the steps of the plan that are not done, up to step `stop_at`; returns how many are done
     then, and the best checkpoint.
 
@@ -82,41 +82,41 @@ def run_steps(planned: RunPlan, trainer: Trainer, stop_at: int | None) -> tuple[
         ValueError: a loss that is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
-    recipe, stream, ranks = planned.recipe, planned.stream, planned.ranks
+    recipe, stream, dist = planned.recipe, planned.stream, planned.dist
     settings, steps, done, best = recipe.run, planned.steps, planned.done, planned.best
-    forward = compile_network(planned, trainer)
+    forward = compile_network(planned, train_state)
     with (
         console.stop_signals() as received,
-        History(planned.folder, done) if ranks.first else contextlib.nullcontext() as history,
-        console.progress("training", steps, shown=ranks.first) as advance,
+        History(planned.folder, done) if dist.is_main else contextlib.nullcontext() as history,
+        console.progress("training", steps, shown=dist.is_main) as advance,
     ):
         advance(done)
-        meter = Meter(stream.pool.shards.codes("source")[1])
-        for batch in meter.timed(stream.batches(done, settings.epochs)):
-            set_learning_rate(trainer.optimizer, schedule(recipe.optim, done, steps))
+        stats = LoaderStats(stream.pool.shards.codes("source")[1])
+        for batch in stats.timed(stream.batches(done, settings.epochs)):
+            set_learning_rate(train_state.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(
-                trainer, forward, batch, recipe.optim,
-                step=done, accumulate=settings.accumulate, distill=recipe.replay.distill,
+                train_state, forward, batch, recipe.optim,
+                step=done, grad_accum_steps=settings.grad_accum_steps, distill_weight=recipe.replay.distill_weight,
             )  # fmt: skip
             done += 1
             for failure in stream.loader.name_failures(batch):
                 console.log.warning("not decoded: %s", failure)
             ended = done % planned.steps_per_epoch == 0
-            stopping = any_over(ranks, bool(received))
+            stopping = all_reduce_any(dist, bool(received))
             due = settings.save_every and done % settings.save_every == 0
             saving = ended or due or stopping or done == stop_at
             if saving or done % settings.log_every == 0:
-                _refuse_bad_loss(planned, trainer)
-                _log_step(history, meter, trainer, done, loss)
+                _refuse_bad_loss(planned, train_state)
+                _log_step(history, stats, train_state, done, loss)
             epoch = -(-done // planned.steps_per_epoch)
-            advance(1, f"epoch {epoch} of {settings.epochs}, {meter.note()}")
+            advance(1, f"epoch {epoch} of {settings.epochs}, {stats.note()}")
             validation = None
             if ended and (epoch % settings.validate_every == 0 or done == steps):
-                validation = _validate(planned, trainer)
+                validation = _validate(planned, train_state)
                 _log_validation(history, done, validation)
-                meter.reset()
+                stats.reset()
             if saving:
-                best = save(planned, trainer, done, validation, best)
+                best = save(planned, train_state, done, validation, best)
             if stopping and done < steps:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
@@ -126,20 +126,22 @@ def run_steps(planned: RunPlan, trainer: Trainer, stop_at: int | None) -> tuple[
     return done, best
 
 
-def _validate(planned: RunPlan, trainer: Trainer) -> Validation:
+def _validate(planned: RunPlan, train_state: TrainState) -> Validation:
     """Metrics of the validation sets of the plan."""
     recipe = planned.recipe
-    return validate(trainer, planned.validation, recipe.view, recipe.loading)
+    return validate(train_state, planned.validation, recipe.preprocess, recipe.loading)
 
 
-def _baseline(planned: RunPlan, trainer: Trainer) -> Validation | None:
+def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     """What the detector knows before the run, where it starts from a trained one. It is kept in a
     file, so that a resumed run knows it too.
     """
     if planned.baseline is None:
         return None
     console.log.info("what the detector knows before: %s", planned.baseline)
-    return remembered(planned.baseline, lambda: _validate(planned, trainer), planned.ranks.first)
+    return remembered(
+        planned.baseline, lambda: _validate(planned, train_state), planned.dist.is_main
+    )
 
 
 def _calibrate(planned: RunPlan, best: Path) -> None:
@@ -150,7 +152,7 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     folders = [planned.data / name for name in recipe.data.validate]
     try:
         calibration = calibrate_checkpoint(
-            best, folders, recipe.loading, planned.device, ranks=planned.ranks
+            best, folders, recipe.loading, planned.device, dist=planned.dist
         )
     except CalibrationError as error:
         console.log.warning("not calibrated: %s", error)
@@ -194,13 +196,13 @@ def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) 
     return reasons
 
 
-def _refuse_bad_loss(planned: RunPlan, trainer: Trainer) -> None:
+def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
     """End the run if a loss since the last look was not finite.
 
     Raises:
         ValueError: the first such step, and the first of its samples.
     """
-    bad = max(gather(trainer.ranks, int(trainer.bad_step)))
+    bad = max(all_gather_object(train_state.dist, int(train_state.bad_step)))
     if bad < 0:
         return
     stream = planned.stream
@@ -215,12 +217,16 @@ def _refuse_bad_loss(planned: RunPlan, trainer: Trainer) -> None:
 
 
 def _log_step(
-    history: History | None, meter: Meter, trainer: Trainer, done: int, loss: torch.Tensor
+    history: History | None,
+    stats: LoaderStats,
+    train_state: TrainState,
+    done: int,
+    loss: torch.Tensor,
 ) -> None:
     """One row about the steps since the last: the loss of all ranks, the rest of the first."""
-    mean = sum_over(trainer.ranks, loss).item() / trainer.ranks.world
-    rate = trainer.optimizer.param_groups[-1]["lr"]
-    row = {"loss": mean, "lr": rate, **meter.row()}
+    mean = all_reduce_sum(train_state.dist, loss).item() / train_state.dist.world_size
+    rate = train_state.optimizer.param_groups[-1]["lr"]
+    row = {"loss": mean, "lr": rate, **stats.row()}
     if history is None:
         return
     history.write(done, "train", row)

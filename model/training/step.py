@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from model.distributed import Ranks, sum_over
+from model.distributed import DistEnv, all_reduce_sum
 from model.network import Detector
 from model.score import autocast
 from model.training.optim import Optim
@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 
 
 @dataclass
-class Trainer:
+class TrainState:
     """The moving parts of a run. `ema` averages the weights of `net`, `teacher` is what replayed
     samples are held to; both may be None. `bad_step` is the first step with a loss that is not
     finite, -1 for none, on the device: looking at it waits for the GPU.
@@ -28,7 +28,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
-    ranks: Ranks = field(default_factory=Ranks)
+    dist: DistEnv = field(default_factory=DistEnv)
     ema: Detector | None = None
     teacher: Detector | None = None
     bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
@@ -44,70 +44,78 @@ def average_of(net: Detector) -> Detector:
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
-def spread(trainer: Trainer) -> torch.nn.Module:
+def wrap_ddp(train_state: TrainState) -> torch.nn.Module:
     """The network as the loop calls it: on many ranks gradients are averaged behind the scenes."""
-    if trainer.ranks.world == 1:
-        return trainer.net
-    on = [trainer.device] if trainer.device.type == "cuda" else None
-    return DistributedDataParallel(trainer.net, device_ids=on, gradient_as_bucket_view=True)
+    if train_state.dist.world_size == 1:
+        return train_state.net
+    on = [train_state.device] if train_state.device.type == "cuda" else None
+    return DistributedDataParallel(train_state.net, device_ids=on, gradient_as_bucket_view=True)
 
 
 def train_step(
-    trainer: Trainer,
+    train_state: TrainState,
     forward: torch.nn.Module,
     batch: Batch,
     optim: Optim,
     *,
     step: int = 0,
-    accumulate: int = 1,
-    distill: float = 0.0,
+    grad_accum_steps: int = 1,
+    distill_weight: float = 0.0,
 ) -> torch.Tensor:
     """One optimizer step; returns this rank's part of the loss, a scalar on the device.
 
     The loss is the mean over the valid images of all ranks; the parts average to it. The batch is
-    taken in `accumulate` pieces, which changes nothing but memory. `distill` weighs the squared
-    distance between the logits of replayed samples and the teacher's (DER++, Buzzega et al. 2020).
+    taken in `grad_accum_steps` pieces, which changes nothing but memory. `distill_weight` weighs
+    the squared distance between the logits of replayed samples and the teacher's (DER++, Buzzega et
+    al. 2020).
     """
-    trainer.net.train()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    train_state.net.train()
+    train_state.optimizer.zero_grad(set_to_none=True)
     # Gradients are averaged over the ranks: dividing by the mean count gives the mean over all.
-    count = sum_over(trainer.ranks, batch.valid.sum().float()) / trainer.ranks.world
-    count = count.clamp(min=1.0 / trainer.ranks.world)
-    replayed = torch.from_numpy(batch.replayed).to(trainer.device) if distill else None
-    total = torch.zeros((), device=trainer.device)
-    for rows, last in _pieces(len(batch), accumulate):
-        with _synchronised(forward, last):
-            with autocast(trainer.device, trainer.dtype):
+    count = (
+        all_reduce_sum(train_state.dist, batch.valid.sum().float()) / train_state.dist.world_size
+    )
+    count = count.clamp(min=1.0 / train_state.dist.world_size)
+    replayed = torch.from_numpy(batch.replayed).to(train_state.device) if distill_weight else None
+    total = torch.zeros((), device=train_state.device)
+    for rows, last in _pieces(len(batch), grad_accum_steps):
+        with _synchronized(forward, last):
+            with autocast(train_state.device, train_state.dtype):
                 logits = forward(batch.images[rows])
             losses = cross_entropy(
                 logits.float(), batch.labels[rows],
                 reduction="none", label_smoothing=optim.label_smoothing,
             )  # fmt: skip
             loss = (losses * batch.valid[rows]).sum() / count
-            if distill and trainer.teacher is not None:
+            if distill_weight and train_state.teacher is not None:
                 held = replayed[rows] & batch.valid[rows]
-                loss = loss + distill * _distance(trainer, batch.images[rows], logits, held) / count
-            trainer.scaler.scale(loss).backward()
+                loss = (
+                    loss
+                    + distill_weight
+                    * _distance(train_state, batch.images[rows], logits, held)
+                    / count
+                )
+            train_state.scaler.scale(loss).backward()
         total += loss.detach()
-    trainer.scaler.unscale_(trainer.optimizer)
-    torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), optim.clip)
-    trainer.scaler.step(trainer.optimizer)
-    trainer.scaler.update()
-    _note_if_bad(trainer, total, step)
-    if trainer.ema is not None:
-        _average(trainer, min(optim.ema, (1 + step) / (10 + step)))
+    train_state.scaler.unscale_(train_state.optimizer)
+    torch.nn.utils.clip_grad_norm_(train_state.net.parameters(), optim.clip_grad_norm)
+    train_state.scaler.step(train_state.optimizer)
+    train_state.scaler.update()
+    _note_if_bad(train_state, total, step)
+    if train_state.ema is not None:
+        _average(train_state, min(optim.ema_decay, (1 + step) / (10 + step)))
     return total
 
 
-def _pieces(count: int, accumulate: int) -> Iterator[tuple[slice, bool]]:
+def _pieces(count: int, grad_accum_steps: int) -> Iterator[tuple[slice, bool]]:
     """The rows of each piece of a batch, and whether it is the last."""
-    size = -(-count // accumulate)
+    size = -(-count // grad_accum_steps)
     starts = range(0, count, size)
     for start in starts:
         yield slice(start, start + size), start == starts[-1]
 
 
-def _synchronised(forward: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+def _synchronized(forward: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Ranks exchange gradients with the last piece only."""
     inner = getattr(forward, "_orig_mod", forward)
     if last or not isinstance(inner, DistributedDataParallel):
@@ -116,29 +124,29 @@ def _synchronised(forward: torch.nn.Module, last: bool) -> contextlib.AbstractCo
 
 
 def _distance(
-    trainer: Trainer, images: torch.Tensor, logits: torch.Tensor, held: torch.Tensor
+    train_state: TrainState, images: torch.Tensor, logits: torch.Tensor, held: torch.Tensor
 ) -> torch.Tensor:
     """The summed squared distance to the teacher's logits over the rows `held`.
 
     All rows go through the teacher: picking some would wait for the GPU to say which.
     """
-    with torch.no_grad(), autocast(trainer.device, trainer.dtype):
-        wanted = trainer.teacher(images).float()
+    with torch.no_grad(), autocast(train_state.device, train_state.dtype):
+        wanted = train_state.teacher(images).float()
     return (mse_loss(logits.float(), wanted, reduction="none").mean(1) * held).sum()
 
 
-def _note_if_bad(trainer: Trainer, loss: torch.Tensor, step: int) -> None:
+def _note_if_bad(train_state: TrainState, loss: torch.Tensor, step: int) -> None:
     """Remember the first step whose loss is not finite, without waiting for the device."""
-    if trainer.bad_step.device != loss.device:
-        trainer.bad_step = trainer.bad_step.to(loss.device)
-    first = (trainer.bad_step < 0) & ~torch.isfinite(loss)
-    trainer.bad_step = torch.where(first, step, trainer.bad_step)
+    if train_state.bad_step.device != loss.device:
+        train_state.bad_step = train_state.bad_step.to(loss.device)
+    first = (train_state.bad_step < 0) & ~torch.isfinite(loss)
+    train_state.bad_step = torch.where(first, step, train_state.bad_step)
 
 
-def _average(trainer: Trainer, decay: float) -> None:
-    """Move the averaged weights a little towards the current ones; buffers are copied."""
+def _average(train_state: TrainState, decay: float) -> None:
+    """Move the averaged weights a little toward the current ones; buffers are copied."""
     with torch.no_grad():
-        averaged, current = list(trainer.ema.parameters()), list(trainer.net.parameters())
+        averaged, current = list(train_state.ema.parameters()), list(train_state.net.parameters())
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        for one, other in zip(trainer.ema.buffers(), trainer.net.buffers(), strict=True):
+        for one, other in zip(train_state.ema.buffers(), train_state.net.buffers(), strict=True):
             one.copy_(other)

@@ -12,12 +12,12 @@ import torch
 from model.calibrate import Calibration, CalibrationError, ThresholdAt, calibrate
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.metrics import Metrics, measure, measure_sources
 from model.score import probability, score_set
 from model.training.forgetting import accuracy_of
-from model.training.step import Trainer
-from pipeline.augment import View
+from model.training.step import TrainState
+from pipeline.augment import Preprocess
 from pipeline.loader import Loading, open_loader
 from sharding.format import ShardSet, open_shards, read_index
 from storage import AnyPath, write_text
@@ -33,7 +33,7 @@ class Validation:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
-        """What `asdict` made of one, as `meta.json` and `before.json` hold it."""
+        """What `asdict` made of one, as `meta.json` and `baseline_metrics.json` hold it."""
         sets, sources = (
             {name: Metrics(**found) for name, found in saved[kind].items()}
             for kind in ("sets", "sources")
@@ -42,21 +42,21 @@ class Validation:
 
 
 def validate(
-    trainer: Trainer, sets: Mapping[str, ShardSet], view: View, loading: Loading
+    train_state: TrainState, sets: Mapping[str, ShardSet], preprocess: Preprocess, loading: Loading
 ) -> Validation:
     """Score every validation set, on all ranks together. In the selection figure each set counts
     alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
     AUROC, which does not see a checkpoint that calls everything fake.
     """
-    ranks = trainer.ranks
+    dist = train_state.dist
     by_set: dict[str, Metrics] = {}
     sources: dict[str, Metrics] = {}
     for name, shards in sets.items():
         loader = open_loader(
-            shards, view=view, loading=loading, device=trainer.device,
-            rank=ranks.rank, world=ranks.world,
+            shards, preprocess=preprocess, loading=loading, device=train_state.device,
+            rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        scores = score_set(trainer.shown, loader, trainer.dtype, ranks=ranks)
+        scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
         fake = probability(scores.logits)
         by_set[name] = measure(scores.labels, fake)
         by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
@@ -82,7 +82,7 @@ def calibrate_checkpoint(
     device: torch.device,
     *,
     threshold_at: ThresholdAt = "auto",
-    ranks: Ranks | None = None,
+    dist: DistEnv | None = None,
 ) -> Calibration:
     """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
     in its `meta.json`. On many ranks each calls this; the first one writes.
@@ -91,7 +91,7 @@ def calibrate_checkpoint(
         CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
             checkpoint is as it was.
     """
-    ranks = ranks or Ranks()
+    dist = dist or DistEnv()
     for folder in folders:
         split = read_index(folder)["split"]
         if split != "val":
@@ -99,7 +99,7 @@ def calibrate_checkpoint(
                 f"{folder.name} is of the split {split}; calibration takes validation sets only: "
                 "fitted to what it is tested on or was trained on, it would promise too much"
             )
-    net, view, _ = load_network(checkpoint)
+    net, preprocess, _ = load_network(checkpoint)
     keep_freed_memory(device)
     dtype, _ = choose_precision("auto", device)
     net.to(device)
@@ -107,13 +107,18 @@ def calibrate_checkpoint(
     for folder in folders:
         shards = open_shards([folder])
         loader = open_loader(
-            shards, view=view, loading=loading, device=device, rank=ranks.rank, world=ranks.world
+            shards,
+            preprocess=preprocess,
+            loading=loading,
+            device=device,
+            rank=dist.rank,
+            world_size=dist.world_size,
         )
-        scores = score_set(net, loader, dtype, ranks=ranks)
+        scores = score_set(net, loader, dtype, dist=dist)
         labels.append(scores.labels)
         logits.append(scores.logits)
         hashes[folder.name] = shards.sha256
     found = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
-    if ranks.first:
+    if dist.is_main:
         annotate(checkpoint, found.entries(hashes))
     return found

@@ -84,7 +84,7 @@ class FeatureAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Telling:
+class Shortcut:
     """A value of a feature that tells the classes apart, and its share of fakes.
 
     Only the common values that are farthest from the set's own share are listed.
@@ -120,7 +120,7 @@ class Audit:
     source_name: Estimate | None
     sources: dict[str, SourceAudit]
     features: dict[str, FeatureAudit]
-    telling: list[Telling]
+    shortcuts: list[Shortcut]
     verdict: str
     notes: list[str]
 
@@ -184,7 +184,7 @@ def audit(
         source_name=source_name,
         sources=sources,
         features=dict(sorted(features.items(), key=lambda item: -item[1].alone.auroc)),
-        telling=_telling(metadata) if pooled else [],
+        shortcuts=_shortcuts(metadata) if pooled else [],
         verdict=verdict_of(pooled),
         notes=_notes(metadata, sources, source_name),
     )
@@ -331,7 +331,7 @@ def _audit_sources(
 ) -> tuple[dict[str, SourceAudit], Estimate | None]:
     """Each source by itself and by the others, and the AUROC over all sources left out in turn."""
     found = {}
-    left_out = np.full(len(metadata), np.nan)
+    held_out = np.full(len(metadata), np.nan)
     for code in np.unique(metadata.sources):
         here = metadata.sources == code
         one = metadata.take(here)
@@ -339,7 +339,7 @@ def _audit_sources(
         reals = len(one) - fakes
         others = _fit(metadata, np.flatnonzero(~here), columns, seed)
         if others is not None:
-            left_out[here] = others.decision_function(one.values[:, columns])
+            held_out[here] = others.decision_function(one.values[:, columns])
         within = note = None
         counts = [len(np.unique(one.groups[one.labels == label])) for label in (0, 1)]
         if not reals or not fakes:
@@ -355,11 +355,11 @@ def _audit_sources(
             reals=reals,
             fakes=fakes,
             within=within,
-            from_others=estimate(one.labels, left_out[here], one.groups),
+            from_others=estimate(one.labels, held_out[here], one.groups),
             note=note or "",
         )
         on_step(1)
-    return found, estimate(metadata.labels, left_out, metadata.groups)
+    return found, estimate(metadata.labels, held_out, metadata.groups)
 
 
 def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, float]:
@@ -384,7 +384,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     return {name: float(np.mean(found)) if found else 0.0 for name, found in drops.items()}
 
 
-def _telling(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Telling]:
+def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Shortcut]:
     """The values that say most: rare ones far from the set's share of fakes, or common ones."""
     base = metadata.labels.mean()
     found = []
@@ -398,7 +398,7 @@ def _telling(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[T
         for best in np.argsort(-weight, kind="stable")[:per_feature]:
             said = words(int(value[best]))
             if weight[best] > 0 and said != NO_JPEG:  # the format says that already
-                one = Telling(
+                one = Shortcut(
                     feature=feature,
                     value=said,
                     images=int(images[best]),

@@ -9,7 +9,7 @@ from sharding.audit.metadata import FEATURES, Metadata, metadata_of, spelled
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, write_atomically
 
-_COLOURS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
+_COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
 
 
 def draw(shards: ShardSet, name: str, found: Audit, path: AnyPath) -> None:
@@ -41,7 +41,7 @@ def _draw_names(axes: Any, metadata: Metadata, feature: str, most: int = 8) -> N
         here = codes[metadata.labels == label]
         share = np.bincount(here, minlength=len(labels)) / max(1, len(here))
         places = np.arange(len(labels)) + (label - 0.5) * 0.4
-        axes.bar(places, share, 0.4, color=_COLOURS[label], label=class_name)
+        axes.bar(places, share, 0.4, color=_COLORS[label], label=class_name)
     long = max(map(len, labels)) > 6 and len(labels) > 3
     axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0)
 
@@ -70,4 +70,4 @@ def _draw_quantity(axes: Any, metadata: Metadata, feature: str) -> None:
         here = values[known & (metadata.labels == label)].clip(edges[0], edges[-1])
         total = max(1, int((metadata.labels == label).sum()))
         weights = np.full(len(here), 1 / total)
-        axes.hist(here, edges, weights=weights, color=_COLOURS[label], alpha=0.6, label=class_name)
+        axes.hist(here, edges, weights=weights, color=_COLORS[label], alpha=0.6, label=class_name)

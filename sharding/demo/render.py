@@ -1,4 +1,4 @@
-"""Synthetic raw data for the demo: a seed goes in, folders of images and a catalogue come out.
+"""Synthetic raw data for the demo: a seed goes in, folders of images and a catalog come out.
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp>
     folder/catalog.toml
@@ -144,12 +144,12 @@ def make_demo(
         for done, _ in enumerate(pool.map(write_shot, work, chunksize=8), start=1):
             if on_done:
                 on_done(done, len(shots))
-    entries = [SETS, *(catalogue_entry(name) for name in SOURCES)]
+    entries = [SETS, *(catalog_entry(name) for name in SOURCES)]
     (folder / "catalog.toml").write_text("\n".join(entries), encoding="utf-8")
     return {name: 2 * source.count for name, source in SOURCES.items()}
 
 
-def catalogue_entry(name: str) -> str:
+def catalog_entry(name: str) -> str:
     """The TOML of one source; the grammar is in `sharding/catalog.py`."""
     source = SOURCES[name]
     real, fake = (
@@ -157,9 +157,9 @@ def catalogue_entry(name: str) -> str:
         for side, makers in (("real", source.cameras), ("fake", source.decoders))
     )
     # A photo and its reconstruction share the stem, and with it the split.
-    paired = "law = \"dda\"\ngroup = '([0-9]+)\\.[a-z]+$'\n" if name == PAIRED else ""
+    paired = "policy = \"dda\"\ngroup = '([0-9]+)\\.[a-z]+$'\n" if name == PAIRED else ""
     return (
-        f'[sources.{name}]\nroot = "{name}"\nlicence = "synthetic, no rights reserved"\n'
+        f'[sources.{name}]\nroot = "{name}"\nlicense = "synthetic, no rights reserved"\n'
         f"set = {source.split}\nreal = [{real}]\nfake = [{fake}]\n{paired}"
     )
 
@@ -235,7 +235,7 @@ def render(shot: Shot, seed: int) -> np.ndarray:
 
 
 def lens(rng: Rng, light: np.ndarray) -> np.ndarray:
-    """Blur, vignette and lateral colour, then the step down to sensor resolution."""
+    """Blur, vignette and lateral color, then the step down to sensor resolution."""
     height, width = light.shape[:2]
     light = blur(light, rng.uniform(0.4, 1.0) * SUPERSAMPLING)  # focus is never quite the same
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
@@ -259,8 +259,8 @@ def sensor(rng: Rng, light: np.ndarray, camera: Camera) -> np.ndarray:
     sites[::2, ::2, 0] = sites[1::2, 1::2, 2] = 1
     sites[::2, 1::2, 1] = sites[1::2, ::2, 1] = 1
     tent = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32)
-    colour = convolve(exposed * sites, tent) / convolve(sites, tent) * balance
-    return colour + camera.denoise * (blur(colour, 0.8) - colour)
+    color = convolve(exposed * sites, tent) / convolve(sites, tent) * balance
+    return color + camera.denoise * (blur(color, 0.8) - color)
 
 
 def finish(light: np.ndarray, camera: Camera) -> np.ndarray:
@@ -297,7 +297,7 @@ def upsample(latent: np.ndarray, stage: str, uneven: float, weights: Rng) -> np.
 
 
 def perturbed(kernel: np.ndarray, uneven: float, weights: Rng) -> np.ndarray:
-    """The kernel for each colour with random errors, its sum kept."""
+    """The kernel for each color with random errors, its sum kept."""
     noisy = kernel[..., None] * (1 + uneven * weights.standard_normal((*kernel.shape, 3)))
     return (noisy * (kernel.sum() / noisy.sum((0, 1)))).astype(np.float32)
 
@@ -311,7 +311,7 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolve with an odd-sized kernel, one for all colours or one each; borders mirror."""
+    """Convolve with an odd-sized kernel, one for all colors or one each; borders mirror."""
     high, wide = kernel.shape[0] // 2, kernel.shape[1] // 2
     padded = np.pad(image, ((high, high), (wide, wide), (0, 0)), mode="reflect")
     out = np.zeros_like(image)

@@ -23,8 +23,8 @@ def nature(rng: Rng, height: int, width: int) -> np.ndarray:
         ground = np.array([0.16, 0.22, 0.08]) * rng.uniform(0.5, 1.6, 3) / (1 + 0.3 * depth)
         cover(canvas, mask, textured(rng, mask.shape, ground, 0.45))
     leaves = texture(rng, (height, width), 0.9) + 2.2 * ramp(rng, height, width) - 2.0
-    colour = np.array([0.10, 0.20, 0.05]) * rng.uniform(0.6, 1.8, 3)
-    cover(canvas, np.clip(leaves * 4, 0, 1), textured(rng, leaves.shape, colour, 0.6))
+    color = np.array([0.10, 0.20, 0.05]) * rng.uniform(0.6, 1.8, 3)
+    cover(canvas, np.clip(leaves * 4, 0, 1), textured(rng, leaves.shape, color, 0.6))
     return canvas
 
 
@@ -32,13 +32,13 @@ def street(rng: Rng, height: int, width: int) -> np.ndarray:
     """A row of houses between sky and pavement."""
     canvas = sky(rng, height, width)
     ground, left = int(rng.uniform(0.7, 0.85) * height), 0
-    canvas[ground:] = textured(rng, canvas[ground:].shape[:2], colour_of(rng) * 0.6, 0.25)
+    canvas[ground:] = textured(rng, canvas[ground:].shape[:2], color_of(rng) * 0.6, 0.25)
     while left < width:
         right = left + int(rng.uniform(0.2, 0.45) * width)
         front = canvas[int(rng.uniform(0.05, 0.4) * height) : ground, left:right]
         y, x = np.mgrid[: front.shape[0], : front.shape[1]].astype(np.float32) / rng.uniform(25, 60)
         windows = np.minimum(0.3 - abs(y % 1 - 0.5), 0.25 - abs(x % 1 - 0.5)) * 40
-        front[:] = textured(rng, y.shape, colour_of(rng), 0.2)
+        front[:] = textured(rng, y.shape, color_of(rng), 0.2)
         glass = np.array([0.05, 0.07, 0.1]) * rng.uniform(0.5, 3)
         cover(front, np.clip(windows, 0, 1), textured(rng, y.shape, glass, 0.3))
         left = right
@@ -49,13 +49,13 @@ def street(rng: Rng, height: int, width: int) -> np.ndarray:
 
 def studio(rng: Rng, height: int, width: int) -> np.ndarray:
     """Balls on striped cloth before a softly lit backdrop."""
-    canvas = textured(rng, (height, width), colour_of(rng), 0.05)
+    canvas = textured(rng, (height, width), color_of(rng), 0.05)
     canvas *= 0.5 + 0.7 * ramp(rng, height, width)[..., None]
     table = int(rng.uniform(0.55, 0.75) * height)
     cloth = canvas[table:]
     phase = ramp(rng, *cloth.shape[:2]) * rng.uniform(40, 150)
     stripes = 1 + 0.35 * np.tanh(3 * np.sin(phase + 2 * texture(rng, phase.shape, 1.8)))
-    cloth[:] = textured(rng, phase.shape, colour_of(rng), 0.25) * stripes[..., None]
+    cloth[:] = textured(rng, phase.shape, color_of(rng), 0.25) * stripes[..., None]
     for _ in range(int(rng.integers(2, 6))):
         ball(rng, canvas, rng.uniform(0.08, 0.25), table)
     return canvas
@@ -73,7 +73,7 @@ def ball(rng: Rng, canvas: np.ndarray, radius: float, floor: int) -> None:
     dz = np.sqrt(np.clip(1 - dx**2 - dy**2, 0, 1))
     diffuse = np.clip(-0.5 * dx - 0.6 * dy + 0.62 * dz, 0.05, 1)[..., None]
     gloss = diffuse ** rng.uniform(15, 60) * rng.uniform(0, 0.6)
-    skin = textured(rng, dz.shape, colour_of(rng), rng.uniform(0.05, 0.4))
+    skin = textured(rng, dz.shape, color_of(rng), rng.uniform(0.05, 0.4))
     cover(region, np.clip((1 - np.hypot(dx, dy)) * r, 0, 1), skin * diffuse + gloss)
 
 
@@ -87,10 +87,10 @@ def sky(rng: Rng, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def textured(rng: Rng, shape: tuple[int, ...], colour: np.ndarray, contrast: float) -> np.ndarray:
-    """A surface of this colour, lighter and darker in places."""
+def textured(rng: Rng, shape: tuple[int, ...], color: np.ndarray, contrast: float) -> np.ndarray:
+    """A surface of this color, lighter and darker in places."""
     relief = np.exp(contrast * texture(rng, shape, float(rng.choice([0.8, 1.1, 1.4]))))
-    return relief[..., None] * colour.astype(np.float32)
+    return relief[..., None] * color.astype(np.float32)
 
 
 def texture(rng: Rng, shape: tuple[int, ...], slope: float) -> np.ndarray:
@@ -117,8 +117,8 @@ def ramp(rng: Rng, height: int, width: int) -> np.ndarray:
     return (plane - plane.min()) / np.ptp(plane)
 
 
-def colour_of(rng: Rng) -> np.ndarray:
-    """A muted reflectance: most surfaces are nearer to grey than to a pure hue."""
+def color_of(rng: Rng) -> np.ndarray:
+    """A muted reflectance: most surfaces are nearer to gray than to a pure hue."""
     return rng.uniform(0.08, 0.6) * rng.uniform(0.6, 1.3, 3)
 
 

@@ -47,7 +47,7 @@ def test_chroma_is_recorded(subsampling: int, chroma: str) -> None:
         (IMAGE, "WEBP", {"quality": 80}),
         (IMAGE.convert("RGBA"), "WEBP", {"lossless": True}),
     ],
-    ids=["jpeg", "progressive", "grey", "png", "rgba", "palette", "1bit", "la", "webp", "webpa"],
+    ids=["jpeg", "progressive", "gray", "png", "rgba", "palette", "1bit", "la", "webp", "webpa"],
 )
 def test_plain_files_keep_their_bytes(image, image_format, options) -> None:
     data = encode(image, image_format, **options)
@@ -87,7 +87,7 @@ def test_anything_else_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
     np.testing.assert_array_equal(np.asarray(stored), prepared.pixels)
 
 
-def test_16_bit_grey_keeps_its_range() -> None:
+def test_16_bit_gray_keeps_its_range() -> None:
     """`convert("RGB")` alone would clip everything above 255 to white."""
     pixels = prepare(deep_png("PNG")).pixels
     assert pixels.min() == 0

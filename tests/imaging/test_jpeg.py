@@ -10,16 +10,16 @@ from imaging.jpeg import before_scan, read_header
 from tests.builders import encode, photo
 
 IMAGE = Image.fromarray(photo(3, 61, 83))
-GREY = IMAGE.convert("L")
+GRAY = IMAGE.convert("L")
 
 PLAIN = {
     "quality 30": encode(IMAGE, quality=30),
     "quality 100": encode(IMAGE, quality=100),
     "4:4:4": encode(IMAGE, subsampling=0),
     "4:2:2": encode(IMAGE, subsampling=1),
-    "grey": encode(GREY),
+    "gray": encode(GRAY),
     "progressive": encode(IMAGE, progressive=True),
-    "optimised": encode(IMAGE, optimize=True),
+    "optimized": encode(IMAGE, optimize=True),
     "comment": encode(IMAGE, comment=b"written by a person"),
     "restarts": encode(IMAGE, restart_marker_rows=1),
 }
@@ -81,7 +81,7 @@ def test_a_bomb_is_refused_by_its_header() -> None:
             act(bomb)
 
 
-@pytest.mark.parametrize("kind", ["4:2:2", "grey", "progressive", "restarts"])
+@pytest.mark.parametrize("kind", ["4:2:2", "gray", "progressive", "restarts"])
 def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes changed, cut off or put in at random, most of them in the header: never a verdict of
     its own.

@@ -18,7 +18,7 @@ from model import checkpoint
 from model.__main__ import main
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
-from model.export.average import between
+from model.export.average import average
 from model.network import (
     Detector,
     Network,
@@ -44,9 +44,9 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
     net = build(TINY, pretrained=False).eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     folder = save(tmp_path, net)
-    loaded, view, meta = checkpoint.load_network(folder)
+    loaded, preprocess, meta = checkpoint.load_network(folder)
     assert torch.equal(net(images), loaded(images))
-    assert (view.size, view.resize) == (32, 36)
+    assert (preprocess.crop_size, preprocess.resize_size) == (32, 36)
     assert meta["classes"] == ["real", "fake"]
     assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
 
@@ -156,7 +156,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         checkpoint.load_network(folder)
 
 
-def test_normalisation_happens_inside_once() -> None:
+def test_normalization_happens_inside_once() -> None:
     net = Detector(torch.nn.Identity(), Network())
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
@@ -192,7 +192,7 @@ def test_without_a_network_the_weights_message_says_what_to_do(
     """huggingface_hub in its offline mode ends as a machine without a network does."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(NetworkError, match=r"--init weights\.safetensors.*--no-pretrained"):
+    with pytest.raises(NetworkError, match=r"--init-from weights\.safetensors.*--no-pretrained"):
         build(Network(name="convnextv2_atto.fcmae_ft_in1k"), pretrained=True)
 
 
@@ -214,7 +214,7 @@ def test_without_an_answer_from_the_hub_nothing_is_tried_again(
         build(Network(name=WEIGHTS), pretrained=True)
 
 
-def test_weights_arrive_from_the_hub_with_their_licence_said_once(
+def test_weights_arrive_from_the_hub_with_their_license_said_once(
     server: Server, logged: list[str]
 ) -> None:  # fmt: skip
     """Then from its cache, without a question."""
@@ -229,7 +229,7 @@ def test_weights_arrive_from_the_hub_with_their_licence_said_once(
     for _ in range(2):
         net = build(Network(name=WEIGHTS), pretrained=True)
         assert torch.equal(net.backbone.stem[0].weight, published["stem.0.weight"])
-        said = [line for line in logged if "licence cc-by-nc-4.0" in line]
+        said = [line for line in logged if "license cc-by-nc-4.0" in line]
         assert len(said) == 1
         logged.clear()
     assert len(server.got("model.safetensors")) == 1
@@ -249,7 +249,7 @@ def test_device_and_precision_are_chosen_with_a_reason() -> None:
 def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
     checkpoint.annotate(last, {"threshold": 0.9, "temperature": 2.0})
-    found = between(first, last, 0.25, tmp_path / "quarter")
+    found = average(first, last, 0.25, tmp_path / "quarter")
     one, two, mixed = map(checkpoint.read_weights, (first, last, found))
     for name, weight in mixed.items():
         wanted = 0.75 * one[name] + 0.25 * two[name]
@@ -257,27 +257,27 @@ def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     meta = checkpoint.read_meta(checkpoint.find(tmp_path, tmp_path / "quarter"))
     assert (meta["recipe"]["name"], meta["selection"]) == ("quarter", None)
     assert (meta["threshold"], meta["temperature"], meta["calibration"]) == (0.5, 1.0, None)
-    assert meta["between"] == {"first": str(first), "last": str(last), "share": 0.25}
+    assert meta["average"] == {"first": str(first), "last": str(last), "share": 0.25}
     checkpoint.load_network(found)
     arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--run", "half"]
-    said = CliRunner().invoke(main, ["between", *arguments, "--runs", str(tmp_path)])
+    said = CliRunner().invoke(main, ["average", *arguments, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output
-    assert checkpoint.read_meta(tmp_path / "half" / last.name)["between"]["share"] == 0.5
+    assert checkpoint.read_meta(tmp_path / "half" / last.name)["average"]["share"] == 0.5
 
 
 def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
     first, last = save(tmp_path / "one"), save(tmp_path / "two")
     with pytest.raises(CheckpointError, match=r"between 0 and 1, got 1\.5"):
-        between(first, last, 1.5, tmp_path / "new")
+        average(first, last, 1.5, tmp_path / "new")
     with pytest.raises(CheckpointError, match="exists; name another run"):
-        between(first, last, 0.5, tmp_path / "one")
+        average(first, last, 0.5, tmp_path / "one")
     options = TINY.options | {"dims": [8, 8, 16, 24]}
     wider = build(replace(TINY, options=options), pretrained=False)
     with pytest.raises(CheckpointError, match="differ in names or shapes"):
-        between(first, save(tmp_path / "wide", wider), 0.5, tmp_path / "new")
+        average(first, save(tmp_path / "wide", wider), 0.5, tmp_path / "new")
     meta = checkpoint.read_meta(last)
     meta["recipe"]["network"]["name"] = "resnet18"
     checkpoint.annotate(last, {"recipe": meta["recipe"]})
     with pytest.raises(CheckpointError, match=r"is a convnextv2_atto, .* a resnet18"):
-        between(first, last, 0.5, tmp_path / "new")
+        average(first, last, 0.5, tmp_path / "new")
     assert not (tmp_path / "new").exists()

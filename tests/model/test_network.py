@@ -15,10 +15,10 @@ from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
 from model.network import Network, StageHead, build, load_backbone_file
 from model.training.optim import Optim, make_optimizer
-from tests.builders import TINY, VIEW, encode, photo, small_recipe
+from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
 
 STAGES = replace(TINY, head="stages")
-MOBILE = Network(name="mobilenetv2_035", pretrained=False, scratch="fan_in", head="stages")
+MOBILE = Network(name="mobilenetv2_035", pretrained=False, init="fan_in", head="stages")
 
 
 def noise(count: int = 4, size: int = 64) -> torch.Tensor:
@@ -53,7 +53,9 @@ def test_what_is_to_learn_gets_a_gradient(name: str) -> None:
     assert net.backbone.get_classifier().weight.requires_grad is False
 
 
-@pytest.mark.parametrize("network", [replace(TINY, frozen=True), replace(MOBILE, frozen=True)])
+@pytest.mark.parametrize(
+    "network", [replace(TINY, freeze_backbone=True), replace(MOBILE, freeze_backbone=True)]
+)
 def test_a_frozen_network_learns_with_its_head_alone(network: Network) -> None:
     torch.manual_seed(0)
     net = build(network, pretrained=False).train()
@@ -69,7 +71,7 @@ def test_a_frozen_network_learns_with_its_head_alone(network: Network) -> None:
 
 def test_a_frozen_network_with_two_classifiers_learns_with_both() -> None:
     name = "deit_tiny_distilled_patch16_224"
-    net = build(Network(name=name, pretrained=False, frozen=True), pretrained=False)
+    net = build(Network(name=name, pretrained=False, freeze_backbone=True), pretrained=False)
     learning = {n for n, p in net.backbone.named_parameters() if p.requires_grad}
     assert learning == {f"{head}.{n}" for head in ("head", "head_dist") for n in ("weight", "bias")}
 
@@ -92,11 +94,11 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     net = build(STAGES, pretrained=False).eval()
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
     checkpoint.save(
-        tmp_path / "step_0000001", net, recipe=small_recipe(network=STAGES, view=VIEW), step=1,
+        tmp_path / "step_0000001", net, recipe=small_recipe(network=STAGES, preprocess=PREPROCESS), step=1,
         epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}, state=None,
     )  # fmt: skip
     detector = load_detector(tmp_path)
-    images, image = noise(size=VIEW.size), encode(photo(1), "PNG")
+    images, image = noise(size=PREPROCESS.crop_size), encode(photo(1), "PNG")
     with torch.inference_mode():
         assert torch.equal(detector.net(images), net(images))
     report = export_onnx(tmp_path / "step_0000001", tmp_path / "onnx")

@@ -11,59 +11,75 @@ from torchvision import transforms
 from pipeline.augment import (
     IDENTITY,
     LEAST_SIGMA,
-    Augment,
-    Draw,
-    Laws,
-    View,
+    AugmentParams,
+    AugmentPolicy,
+    PolicyTable,
+    Preprocess,
+    center_crop_params,
+    sample_params,
 )
-from pipeline.augment import centre as centres
-from pipeline.augment import draw as draw_all
-from pipeline.philox import roll
+from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
-from tests.builders import HARSH, VIEW, colour_matrix, photo
+from tests.builders import HARSH, PREPROCESS, color_matrix, photo
 
-PHASE1 = Augment(
-    scale=(0.6, 1.0), ratio=(0.85, 1.15), flip=0.5, jitter=0.3, brightness=0.06, resample=0.3,
+PHASE1 = AugmentPolicy(
+    scale=(0.6, 1.0), ratio=(0.85, 1.15), hflip=0.5, color_jitter=0.3, brightness=0.06, resample=0.3,
     resample_scale=(0.8, 0.95), jpeg=0.3, jpeg_quality=(80, 95), blur=0.2, blur_sigma=(0.1, 0.5),
-    grey=0.03,
+    grayscale=0.03,
 )  # fmt: skip
 
 
-def draw(
-    augment: Augment, view: View, width: int, height: int, seed: int, epoch: int, sample: int
-) -> Draw:
+def params_of(
+    augment: AugmentPolicy,
+    preprocess: Preprocess,
+    width: int,
+    height: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+) -> AugmentParams:
     size = np.array([width]), np.array([height])
     samples = np.array([sample])
-    found = draw_all(
-        Laws([augment]), np.array([0]), view, *size, seed=seed, epoch=epoch, samples=samples
+    found = sample_params(
+        PolicyTable([augment]),
+        np.array([0]),
+        preprocess,
+        *size,
+        seed=seed,
+        epoch=epoch,
+        samples=samples,
     )
     return found.row(0)
 
 
-def centre(view: View, width: int, height: int) -> Draw:
-    return centres(view, np.array([width]), np.array([height])).row(0)
+def center_params(preprocess: Preprocess, width: int, height: int) -> AugmentParams:
+    return center_crop_params(preprocess, np.array([width]), np.array([height])).row(0)
 
 
-def apply(pixels: np.ndarray, draw: Draw, size: int) -> np.ndarray:
+def apply(pixels: np.ndarray, params: AugmentParams, size: int) -> np.ndarray:
     out = torch.zeros((size, size, 3), dtype=torch.uint8)
-    apply_to(pixels, draw, out)
+    apply_to(pixels, params, out)
     return out.numpy()
 
 
-def draws(augment: Augment, count: int = 4000, width: int = 500, height: int = 375) -> list[Draw]:
+def many_params(
+    augment: AugmentPolicy, count: int = 4000, width: int = 500, height: int = 375
+) -> list[AugmentParams]:
     sizes = np.full(count, width), np.full(count, height)
     rows = np.zeros(count, np.int64)
     samples = np.arange(count)
-    found = draw_all(Laws([augment]), rows, View(), *sizes, seed=7, epoch=2, samples=samples)
+    found = sample_params(
+        PolicyTable([augment]), rows, Preprocess(), *sizes, seed=7, epoch=2, samples=samples
+    )
     return list(found.rows())
 
 
 @pytest.mark.parametrize("count", [1, 4, 35])
 def test_the_dice_are_numpys_philox(count: int) -> None:
-    """The referee of the vectorised generator, also for samples beyond 32 bits."""
+    """The referee of the vectorized generator, also for samples beyond 32 bits."""
     samples = np.array([0, 1, 7, 1309, 2**33 + 5])
-    found = roll(70, 3, samples, count)
+    found = uniform(70, 3, samples, count)
     for row, sample in enumerate(samples.tolist()):
         stream = np.random.Philox(key=[70, 3], counter=[0, sample, 0, 0])
         expected = np.random.Generator(stream).random(count)
@@ -71,27 +87,27 @@ def test_the_dice_are_numpys_philox(count: int) -> None:
 
 
 def test_a_draw_does_not_depend_on_its_batch() -> None:
-    together = draws(PHASE1, 300)
-    alone = [draw(PHASE1, View(), 500, 375, 7, 2, sample) for sample in range(300)]
+    together = many_params(PHASE1, 300)
+    alone = [params_of(PHASE1, Preprocess(), 500, 375, 7, 2, sample) for sample in range(300)]
     assert together == alone
 
 
-def test_probabilities_and_ranges_are_those_of_the_law() -> None:
-    found = draws(PHASE1)
+def test_probabilities_and_ranges_are_those_of_the_policy() -> None:
+    found = many_params(PHASE1)
     share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
-    assert abs(share(lambda d: d.flip) - 0.5) < 0.03
-    assert abs(share(lambda d: d.colour != IDENTITY) - 0.3) < 0.03
+    assert abs(share(lambda d: d.hflip) - 0.5) < 0.03
+    assert abs(share(lambda d: d.color != IDENTITY) - 0.3) < 0.03
     assert abs(share(lambda d: d.resample > 0) - 0.3) < 0.03
     assert abs(share(lambda d: d.jpeg > 0) - 0.3) < 0.03
     assert abs(share(lambda d: d.blur > 0) - 0.2) < 0.03
-    assert abs(share(lambda d: d.grey) - 0.03) < 0.015
+    assert abs(share(lambda d: d.grayscale) - 0.03) < 0.015
     assert {d.jpeg for d in found if d.jpeg} == set(range(80, 96))
     assert {d.resample for d in found if d.resample} == set(range(205, 244))
     assert all(0.1 <= d.blur <= 0.5 for d in found if d.blur)
 
 
 def test_a_harsh_law_draws_all_that_it_adds() -> None:
-    found = draws(HARSH)
+    found = many_params(HARSH)
     share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
     counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in found if d.jpeg]
     assert all(abs(counts.count(number) / len(counts) - 1 / 3) < 0.05 for number in (1, 2, 3))
@@ -107,15 +123,15 @@ def test_a_harsh_law_draws_all_that_it_adds() -> None:
 
 
 def test_one_thing_that_happens_says_nothing_of_another() -> None:
-    law = replace(
-        PHASE1, flip=0.5, jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grey=0.5, grid=0.5,
+    policy = replace(
+        PHASE1, hflip=0.5, color_jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grayscale=0.5, jpeg_grid_shift=0.5,
         webp=0.5, webp_quality=(40, 90),
     )  # fmt: skip
     happened = np.array(
         [
-            (d.flip, d.colour != IDENTITY, d.resample > 0, d.jpeg > 0, d.blur > 0, d.grey,
+            (d.hflip, d.color != IDENTITY, d.resample > 0, d.jpeg > 0, d.blur > 0, d.grayscale,
              d.grid_top + d.grid_left > 0, d.webp > 0)
-            for d in draws(law)
+            for d in many_params(policy)
         ]
     )  # fmt: skip
     together = np.corrcoef(happened.T)
@@ -123,15 +139,15 @@ def test_one_thing_that_happens_says_nothing_of_another() -> None:
 
 
 def test_what_a_harsh_law_adds_leaves_the_other_dice_alone() -> None:
-    mild = Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grey=0.5)
-    harsh = replace(mild, jpegs=(1, 3), grid=1.0, webp=1.0, webp_quality=(10, 90))
-    for one, other in zip(draws(mild, 200), draws(harsh, 200), strict=True):
+    mild = AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grayscale=0.5)
+    harsh = replace(mild, num_jpegs=(1, 3), jpeg_grid_shift=1.0, webp=1.0, webp_quality=(10, 90))
+    for one, other in zip(many_params(mild, 200), many_params(harsh, 200), strict=True):
         assert one[:10] == other[:10]
 
 
 def test_crops_stay_inside_and_cover_the_scale() -> None:
     """The referee is torchvision, which cropped for the original."""
-    found = draws(PHASE1)
+    found = many_params(PHASE1)
     areas = np.array([d.width * d.height / (500 * 375) for d in found])
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500)
@@ -149,45 +165,49 @@ def test_crops_stay_inside_and_cover_the_scale() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 900), (900, 3), (17, 16)])
 def test_odd_sizes_have_a_crop(width: int, height: int) -> None:
-    for d in [centre(VIEW, width, height), *draws(HARSH, 50, width, height)]:
+    for d in [center_params(PREPROCESS, width, height), *many_params(HARSH, 50, width, height)]:
         assert 1 <= d.height <= height
         assert 1 <= d.width <= width
         assert apply(photo(1, width, height), d, 48).shape == (48, 48, 3)
 
 
 def test_a_draw_depends_on_seed_epoch_and_sample_and_nothing_else() -> None:
-    one = draw(HARSH, VIEW, 90, 70, 1, 2, 3)
+    one = params_of(HARSH, PREPROCESS, 90, 70, 1, 2, 3)
     for _ in range(3):
-        draw(HARSH, VIEW, 90, 70, 1, 2, 4)
-    assert draw(HARSH, VIEW, 90, 70, 1, 2, 3) == one
+        params_of(HARSH, PREPROCESS, 90, 70, 1, 2, 4)
+    assert params_of(HARSH, PREPROCESS, 90, 70, 1, 2, 3) == one
     others = [(0, 2, 3), (1, 0, 3), (1, 2, 0)]
-    assert all(draw(HARSH, VIEW, 90, 70, *other) != one for other in others)
+    assert all(params_of(HARSH, PREPROCESS, 90, 70, *other) != one for other in others)
 
 
 def test_one_probability_does_not_shift_the_other_dice() -> None:
-    without = draw(Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90)), VIEW, 90, 70, 1, 1, 1)
-    more = Augment(flip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=1.0, grey=1.0, jitter=1.0)
-    assert draw(more, VIEW, 90, 70, 1, 1, 1)[:5] == without[:5]
-    assert draw(more, VIEW, 90, 70, 1, 1, 1).jpeg == without.jpeg
+    without = params_of(
+        AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90)), PREPROCESS, 90, 70, 1, 1, 1
+    )
+    more = AugmentPolicy(
+        hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=1.0, grayscale=1.0, color_jitter=1.0
+    )
+    assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1)[:5] == without[:5]
+    assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1).jpeg == without.jpeg
 
 
 def test_these_draws_never_change() -> None:
     """Golden: another value means another training run for everyone's seed."""
-    found = draw(PHASE1, View(), 500, 375, 70, 0, 1309)
+    found = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
     assert found[:5] == (3, 28, 359, 376, True)
-    assert (found.resample, found.jpeg, found.grey) == (217, 84, False)
+    assert (found.resample, found.jpeg, found.grayscale) == (217, 84, False)
     np.testing.assert_allclose(found.blur, 0.3381189495866347)
-    np.testing.assert_allclose(np.diag(np.reshape(found.colour, (3, 4))), 0.94648087, rtol=1e-6)
+    np.testing.assert_allclose(np.diag(np.reshape(found.color, (3, 4))), 0.94648087, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
-def test_the_evaluation_view_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
+def test_the_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) -> None:
     """Against torchvision's Resize(288) + CenterCrop(256), which trained the original: the same
     where the crop falls on whole pixels, but for the border, where a resize before the crop still
     sees a pixel beyond it.
     """
     pixels = np.asarray(Image.fromarray(photo(5)).resize(size, Image.Resampling.BICUBIC))
-    ours = apply(pixels, centre(View(), *size), 256)
+    ours = apply(pixels, center_params(Preprocess(), *size), 256)
     reference = transforms.Compose([transforms.Resize(288), transforms.CenterCrop(256)])
     difference = np.abs(ours.astype(int) - np.asarray(reference(Image.fromarray(pixels))))
     assert difference[2:-2, 2:-2].max() <= 2
@@ -197,23 +217,23 @@ def test_the_evaluation_view_is_resize_and_centre_crop(size: tuple[int, int]) ->
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 640), (100, 3000)])
 def test_elsewhere_the_view_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
     side = min(size) * 256 / 288
-    found = centre(View(), *size)
+    found = center_params(Preprocess(), *size)
     assert found.width == found.height
     assert abs(found.width - side) <= 0.5
     assert abs(found.left - (size[0] - side) / 2) <= 0.75
     assert abs(found.top - (size[1] - side) / 2) <= 0.75
 
 
-def test_colour_matrix_does_what_its_names_say() -> None:
+def test_color_matrix_does_what_its_names_say() -> None:
     def turn(rgb: tuple[float, ...], **change: float) -> np.ndarray:
-        return np.array(colour_matrix(**change)).reshape(3, 4) @ np.array([*rgb, 1.0])
+        return np.array(color_matrix(**change)).reshape(3, 4) @ np.array([*rgb, 1.0])
 
     np.testing.assert_allclose(turn((10, 20, 30)), (10, 20, 30), atol=1e-3)
     np.testing.assert_allclose(turn((10, 20, 30), brightness=1.5), (15, 30, 45), atol=1e-2)
     np.testing.assert_allclose(turn((127.5,) * 3, contrast=1.4), (127.5,) * 3, atol=1e-2)
     np.testing.assert_allclose(turn((0, 0, 0), contrast=0.8), (25.5,) * 3, atol=1e-2)
-    grey = turn((200, 100, 50), saturation=0.0)
-    np.testing.assert_allclose(grey, np.full(3, 0.299 * 200 + 0.587 * 100 + 0.114 * 50), atol=0.5)
+    gray = turn((200, 100, 50), saturation=0.0)
+    np.testing.assert_allclose(gray, np.full(3, 0.299 * 200 + 0.587 * 100 + 0.114 * 50), atol=0.5)
     np.testing.assert_allclose(turn((90, 90, 90), hue=0.3), (90, 90, 90), atol=0.3)
     assert np.abs(turn((200, 100, 50), hue=0.1) - (200, 100, 50)).max() > 10
 
@@ -221,21 +241,21 @@ def test_colour_matrix_does_what_its_names_say() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"flip": 1.2}, "flip is a probability"),
+        ({"hflip": 1.2}, "hflip is a probability"),
         ({"scale": (0.9, 0.5)}, "scale must be 0 < low <= high"),
         ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
         ({"jpeg_quality": (50, 101)}, "at most 100"),
-        ({"jpegs": (1, 4)}, "jpegs is at most 3"),
+        ({"num_jpegs": (1, 4)}, "jpegs is at most 3"),
         ({"resample_filters": ()}, "resample_filters takes some of bilinear, bicubic, lanczos"),
     ],
 )
 def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Augment(**values)
+        AugmentPolicy(**values)
 
 
 def test_a_blur_that_is_skipped_would_change_nothing() -> None:
-    """Hardest on pixels that differ most from their neighbours."""
+    """Hardest on pixels that differ most from their neighbors."""
     board = np.indices((70, 45)).sum(axis=0) % 2 * 255
     images = [np.repeat(board[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
     for image in images:

@@ -1,7 +1,7 @@
 """The referee: one draw, two backends. Per stage, on the images that tell backends apart.
 
-A stage is tested on identical pixels, because one grey level of difference before a JPEG
-quantiser may be forty after it.
+A stage is tested on identical pixels, because one gray level of difference before a JPEG
+quantizer may be forty after it.
 """
 
 import io
@@ -13,21 +13,21 @@ from PIL import Image
 
 from imaging.decode import prepare
 from imaging.jpeg import CHROMAS
-from pipeline.augment import Draw, stack
+from pipeline.augment import AugmentParams, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
 from pipeline.pil import decode_request
-from tests.builders import colour_matrix, encode, photo
+from tests.builders import color_matrix, encode, photo
 
 SIZE = 64
 
 # Pillow rounds resize coefficients to fixed point and after each direction, DALI works in float:
-# seen here mean 0.2 to 0.4 and at most 3 grey levels.
+# seen here mean 0.2 to 0.4 and at most 3 gray levels.
 RESIZE_MEAN, RESIZE_P99 = 0.5, 3
 # Bicubic and Lanczos overshoot at hard edges, and Pillow clips to 0 .. 255 after each direction,
 # DALI once at the end. On pixels that are all 0 or 255 it shows: mean 1.9, p99 13; elsewhere 0.55.
 SHARP_MEAN, HARD_EDGES_MEAN, HARD_EDGES_P99 = 0.6, 2.5, 16
-# Colour and blur are the same sums in float32, rounded once: a tie may fall either way.
+# Color and blur are the same sums in float32, rounded once: a tie may fall either way.
 ROUNDING = 1
 
 CPU = torch.device("cpu")
@@ -40,30 +40,30 @@ NVJPEG_MEAN, NVJPEG_P99 = 1.0, 6
 def scenes() -> dict[str, np.ndarray]:
     """SIZE x SIZE pixels: what stays in the middle of the range hides most mistakes."""
     base = photo(3, SIZE, SIZE)
-    grey = np.repeat(base.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
+    gray = np.repeat(base.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
     saturated = np.where(base > 128, 255, 0).astype(np.uint8)
     return {
-        "plain": base, "dark": base // 6, "bright": 255 - base // 8, "grey": grey,
+        "plain": base, "dark": base // 6, "bright": 255 - base // 8, "gray": gray,
         "saturated": saturated, "black": np.zeros_like(base), "white": np.full_like(base, 255),
     }  # fmt: skip
 
 
 SCENES = scenes()
-WHOLE = Draw(top=0, left=0, height=SIZE, width=SIZE)
+WHOLE = AugmentParams(top=0, left=0, height=SIZE, width=SIZE)
 
 STAGES = {
     "nothing": (WHOLE, 0),
-    "flip": (WHOLE._replace(flip=True), 0),
+    "hflip": (WHOLE._replace(hflip=True), 0),
     "jpeg 30": (WHOLE._replace(jpeg=30), 0),
     "jpeg 75": (WHOLE._replace(jpeg=75), 0),
     "jpeg 97": (WHOLE._replace(jpeg=97), 0),
-    "colour": (WHOLE._replace(colour=colour_matrix(1.05, 0.94, 1.06, 0.02)), ROUNDING),
-    "strong colour": (WHOLE._replace(colour=colour_matrix(1.3, 1.4, 0.5, -0.2)), ROUNDING),
+    "color": (WHOLE._replace(color=color_matrix(1.05, 0.94, 1.06, 0.02)), ROUNDING),
+    "strong color": (WHOLE._replace(color=color_matrix(1.3, 1.4, 0.5, -0.2)), ROUNDING),
     "hardly blurred": (WHOLE._replace(blur=0.25), ROUNDING),
     "blur of nothing": (WHOLE._replace(blur=0.2), 0),
     "weak blur": (WHOLE._replace(blur=0.3), ROUNDING),
     "blur": (WHOLE._replace(blur=0.8), ROUNDING),
-    "grey": (WHOLE._replace(grey=True), ROUNDING),
+    "grayscale": (WHOLE._replace(grayscale=True), ROUNDING),
     "three jpegs": (WHOLE._replace(jpeg=40, jpeg2=90, jpeg3=60), 0),
     "webp": (WHOLE._replace(webp=60), 0),
     "jpeg, then webp": (WHOLE._replace(jpeg=70, webp=80), 0),
@@ -76,11 +76,13 @@ STAGES = {
 
 
 def both(
-    data: list[bytes], draws: list[Draw], size: int = SIZE, device: torch.device = CPU
+    data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same encoded images and draws through Pillow and through DALI, uint8 (B, S, S, 3)."""
     facts = [prepare(item).facts for item in data]
-    request = Request(data, [f.format for f in facts], [f.orientation for f in facts], stack(draws))
+    request = Request(
+        data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
+    )
     pil = decode_request(request, size)
     (dali,) = DaliBackend(size, len(data), device, threads=2).run([request])
     assert not pil.failures
@@ -91,9 +93,9 @@ def both(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> None:
-    draw, tolerance = STAGES[stage]
+    params, tolerance = STAGES[stage]
     data = [encode(pixels, "PNG") for pixels in SCENES.values()]
-    pil, dali = both(data, [draw] * len(data), device=device)
+    pil, dali = both(data, [params] * len(data), device=device)
     for name, one, other in zip(SCENES, pil, dali, strict=True):
         difference = np.abs(one - other)
         assert difference.max() <= tolerance, f"{stage} on {name}: {difference.max()}"
@@ -102,11 +104,11 @@ def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "draw",
+    "params",
     [
-        Draw(top=5, left=9, height=40, width=37),
-        Draw(top=0, left=0, height=11, width=13),
-        Draw(top=3, left=0, height=50, width=64),
+        AugmentParams(top=5, left=9, height=40, width=37),
+        AugmentParams(top=0, left=0, height=11, width=13),
+        AugmentParams(top=3, left=0, height=50, width=64),
         WHOLE._replace(resample=52),
         WHOLE._replace(resample=60),
         WHOLE._replace(resample=20, filter=1),
@@ -128,13 +130,13 @@ def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> N
         "moved",
     ],
 )
-def test_resizing_gives_almost_the_same_pixels(draw: Draw, device: torch.device) -> None:
+def test_resizing_gives_almost_the_same_pixels(params: AugmentParams, device: torch.device) -> None:
     data = [encode(pixels, "PNG") for pixels in SCENES.values()]
-    pil, dali = both(data, [draw] * len(data), device=device)
+    pil, dali = both(data, [params] * len(data), device=device)
     for name, one, other in zip(SCENES, pil, dali, strict=True):
         difference = np.abs(one - other)
-        mean, p99 = (SHARP_MEAN if draw.filter else RESIZE_MEAN), RESIZE_P99
-        if draw.filter and name == "saturated":
+        mean, p99 = (SHARP_MEAN if params.filter else RESIZE_MEAN), RESIZE_P99
+        if params.filter and name == "saturated":
             mean, p99 = HARD_EDGES_MEAN, HARD_EDGES_P99
         assert difference.mean() < mean, f"{name}: {difference.mean()}"
         assert np.percentile(difference, 99) <= p99, name
@@ -144,8 +146,8 @@ def test_resizing_gives_almost_the_same_pixels(draw: Draw, device: torch.device)
 @pytest.mark.parametrize("size", [(500, 375), (1024, 1024), (256, 256), (2, 3), (1, 1)])
 def test_photographs_of_any_size_resize_alike(size: tuple[int, int], device: torch.device) -> None:
     pixels = np.asarray(Image.fromarray(photo(4)).resize(size, Image.Resampling.BICUBIC))
-    draw = Draw(top=0, left=0, height=size[1], width=size[0])
-    pil, dali = both([encode(pixels, "PNG")], [draw], device=device)
+    params = AugmentParams(top=0, left=0, height=size[1], width=size[0])
+    pil, dali = both([encode(pixels, "PNG")], [params], device=device)
     assert np.abs(pil - dali).mean() < RESIZE_MEAN
     assert np.percentile(np.abs(pil - dali), 99) <= RESIZE_P99
 
@@ -165,10 +167,10 @@ FILES = {
     "jpeg 422": encode(IMAGE, quality=80, subsampling=1),
     "jpeg 444": encode(IMAGE, quality=80, subsampling=0),
     "jpeg progressive": encode(IMAGE, progressive=True),
-    "jpeg grey": encode(IMAGE.convert("L")),
+    "jpeg gray": encode(IMAGE.convert("L")),
     "png": encode(IMAGE, "PNG"),
-    "png grey": encode(IMAGE.convert("L"), "PNG"),
-    "png grey alpha": encode(ALPHA.convert("LA"), "PNG"),
+    "png gray": encode(IMAGE.convert("L"), "PNG"),
+    "png gray alpha": encode(ALPHA.convert("LA"), "PNG"),
     "png alpha": encode(ALPHA, "PNG"),
     "png palette": encode(IMAGE.convert("P"), "PNG"),
     "png palette transparent": encode(IMAGE.convert("P"), "PNG", transparency=3),
@@ -201,18 +203,18 @@ def test_both_decode_to_the_same_pixels(name: str, device: torch.device) -> None
 
 
 OTHER_VALUES = {
-    "top": 9, "left": 9, "height": 30, "width": 30, "flip": True,
-    "colour": colour_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grey": True,
+    "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True,
+    "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
     "pair_jpeg": 20, "pair_chroma": 3,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("field", Draw._fields)
+@pytest.mark.parametrize("field", AugmentParams._fields)
 def test_both_backends_obey_every_field(field: str, device: torch.device) -> None:
     """A new field that one backend forgets fails here."""
-    before = Draw(top=2, left=3, height=50, width=48)
+    before = AugmentParams(top=2, left=3, height=50, width=48)
     if field == "filter":  # says how, not whether
         before = before._replace(resample=24)
     if field == "pair_chroma":
@@ -226,17 +228,17 @@ def test_both_backends_obey_every_field(field: str, device: torch.device) -> Non
 @pytest.mark.parametrize("device", DEVICES)
 def test_mixed_draws_in_one_batch_keep_their_places(device: torch.device) -> None:
     """Conditional operators split and merge a batch; the order must come out as it went in."""
-    draws = [stage for stage, _ in STAGES.values()] * 2
-    data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(draws))]
-    pil, dali = both(data, draws, device=device)
+    params = [stage for stage, _ in STAGES.values()] * 2
+    data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(params))]
+    pil, dali = both(data, params, device=device)
     assert np.abs(pil - dali).max() <= ROUNDING
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_jpeg_stage_is_libjpeg(device: torch.device) -> None:
     """Guards against a release of DALI whose CPU operator copies its GPU algorithm."""
-    draws = [WHOLE._replace(jpeg=quality) for quality in (40, 60, 80, 95)]
-    _, dali = both([encode(SCENES["plain"], "PNG")] * 4, draws, device=device)
+    params = [WHOLE._replace(jpeg=quality) for quality in (40, 60, 80, 95)]
+    _, dali = both([encode(SCENES["plain"], "PNG")] * 4, params, device=device)
     for quality, pixels in zip((40, 60, 80, 95), dali, strict=True):
         stored = encode(SCENES["plain"], quality=quality, subsampling="4:2:0")
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(stored))))

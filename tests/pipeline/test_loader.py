@@ -16,15 +16,15 @@ from pipeline.loader import (
     Loading,
     _Requests,
     choose_backend,
-    draw_by_law,
     open_loader,
+    train_params,
 )
 from pipeline.order import OrderError
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches, open_pool
 from sharding.format import ShardSet
-from tests.builders import BACKENDS, CPU, HARSH, VIEW, broken_copy
+from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, broken_copy
 
 
 def facts(batch: Batch) -> tuple:
@@ -42,7 +42,7 @@ def all_facts(stream: Stream, start: int = 0, epochs: int = 2) -> list[tuple]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_is_what_the_contract_says(make_stream: Callable, backend: str) -> None:
-    stream = make_stream(backend=backend, workers=0)
+    stream = make_stream(backend=backend, num_workers=0)
     batch = next(stream.batches(0, 1))
     assert batch.images.shape == (6, 3, 48, 48)
     assert batch.images.dtype == torch.uint8
@@ -56,26 +56,30 @@ def test_a_batch_is_what_the_contract_says(make_stream: Callable, backend: str) 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_workers_do_not_matter(make_stream: Callable, backend: str) -> None:
-    expected = all_facts(make_stream(backend=backend, workers=0))
+    expected = all_facts(make_stream(backend=backend, num_workers=0))
     assert len(expected) == 2 * make_stream().steps_per_epoch
     for workers in (1, 4):
-        assert all_facts(make_stream(backend=backend, workers=workers)) == expected
+        assert all_facts(make_stream(backend=backend, num_workers=workers)) == expected
 
 
 def test_workers_that_are_not_forked_see_the_same(make_stream: Callable) -> None:
     """Where processes are spawned, all they know is what was pickled."""
-    stream = make_stream(workers=0)
-    draws = draw_by_law(stream.pool.shards, stream.augment, "train", VIEW, 3, 0)
-    requests = _Requests(stream.loader, stream.epoch(0), draws)
+    stream = make_stream(num_workers=0)
+    params_for = train_params(stream.pool.shards, stream.augment, "train", PREPROCESS, 3, 0)
+    requests = _Requests(stream.loader, stream.epoch(0), params_for)
     sent = pickle.loads(pickle.dumps(requests))
     assert torch.equal(sent[2].images, requests[2].images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_see_the_batches_of_one(make_stream: Callable, backend: str) -> None:
-    whole = list(make_stream(backend=backend, workers=0, batch_size=8).batches(0, 2))
+    whole = list(make_stream(backend=backend, num_workers=0, batch_size=8).batches(0, 2))
     ranks = [
-        list(make_stream(backend=backend, workers=0, batch_size=4, rank=r, world=2).batches(0, 2))
+        list(
+            make_stream(backend=backend, num_workers=0, batch_size=4, rank=r, world_size=2).batches(
+                0, 2
+            )
+        )
         for r in (0, 1)
     ]
     assert len(whole) == len(ranks[0]) == len(ranks[1])
@@ -92,12 +96,12 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(
     make_stream: Callable, backend: str, every: int
 ) -> None:
     """Steps of two epochs: step 0, twice in one epoch, the last, and past an epoch's end."""
-    stream = make_stream(backend=backend, workers=0)
+    stream = make_stream(backend=backend, num_workers=0)
     expected = all_facts(stream)
     for done in sorted({*range(0, len(expected), every), len(expected) - 1}):
         state = stream.state(done)
         assert set(map(type, state.values())) <= {int, str}
-        again = make_stream(backend=backend, workers=0)
+        again = make_stream(backend=backend, num_workers=0)
         assert again.resume(state) == done
         assert all_facts(again, done) == expected[done:]
     assert all_facts(stream, len(expected)) == []
@@ -105,20 +109,20 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(
 
 def test_a_state_of_four_ranks_resumes_on_two(make_stream: Callable) -> None:
     """Elastic: what counts is the global batch."""
-    saved = make_stream(batch_size=2, world=4).state(3)
-    whole = list(make_stream(workers=0, batch_size=8).batches(3, 1))
+    saved = make_stream(batch_size=2, world_size=4).state(3)
+    whole = list(make_stream(num_workers=0, batch_size=8).batches(3, 1))
     ranks = []
     for rank in (0, 1):
-        stream = make_stream(workers=0, batch_size=4, rank=rank, world=2)
+        stream = make_stream(num_workers=0, batch_size=4, rank=rank, world_size=2)
         ranks.append(list(stream.batches(stream.resume(saved), 1)))
     for one, *parts in zip(whole, *ranks, strict=True):
         assert torch.equal(one.images, torch.cat([part.images for part in parts]))
     with pytest.raises(OrderError, match="global_batch was 8 when this was saved and is 6 now"):
-        make_stream(batch_size=3, world=2).resume(saved)
+        make_stream(batch_size=3, world_size=2).resume(saved)
 
 
 def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
-    stream = replace(make_stream(old_per_new="0", workers=0), repeats={"gamma": 2})
+    stream = replace(make_stream(ratio="0", num_workers=0), repeats={"gamma": 2})
     assert stream.steps_per_epoch == 2 * len(stream.pool.new) // 6
     seen: dict[int, list[bytes]] = {}
     for batch in stream.batches(0, 1):
@@ -133,7 +137,7 @@ def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
 
 def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path) -> None:
     state = make_stream().state(1)
-    other = make_stream(pool=open_pool(data, ["val"], Replay()), old_per_new="0")
+    other = make_stream(pool=open_pool(data, ["val"], Replay()), ratio="0")
     with pytest.raises(OrderError, match="cannot resume: index_sha256 was"):
         other.resume(state)
 
@@ -141,7 +145,7 @@ def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path)
 def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
     make_stream: Callable,
 ) -> None:
-    stream = make_stream(backend="pil", workers=0, batch_size=9)
+    stream = make_stream(backend="pil", num_workers=0, batch_size=9)
     assert stream.replayed_per_epoch == len(stream.pool.new) // 8
     epoch = stream.epoch(0)
     share = stream.replayed_per_epoch / (stream.replayed_per_epoch + len(stream.pool.new))
@@ -154,7 +158,7 @@ def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
 def test_each_epoch_and_each_seed_augment_anew(make_stream: Callable) -> None:
     seen: dict[int, list[bytes]] = {}
     for seed in (3, 4):
-        stream = make_stream(old_per_new="0", workers=0, seed=seed)
+        stream = make_stream(ratio="0", num_workers=0, seed=seed)
         for batch in stream.batches(0, 2):
             for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
                 seen.setdefault(sample, []).append(image.contiguous().numpy().tobytes())
@@ -164,7 +168,7 @@ def test_each_epoch_and_each_seed_augment_anew(make_stream: Callable) -> None:
 
 
 def test_each_epoch_replays_other_samples(make_stream: Callable) -> None:
-    stream = make_stream(old_per_new="1:8")
+    stream = make_stream(ratio="1:8")
     chosen = [set(e.samples[e.replayed].tolist()) for e in map(stream.epoch, range(3))]
     assert chosen[0] != chosen[1] != chosen[2]
     assert chosen[0] == set(stream.epoch(0).samples[stream.epoch(0).replayed].tolist())
@@ -176,26 +180,33 @@ def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
     assert {names[code] for code in codes[pool.old]} == {"alpha", "beta"}
 
 
-def test_each_source_keeps_its_law(old: ShardSet) -> None:
+def test_each_source_keeps_its_policy(old: ShardSet) -> None:
     """`beta` is marked dda, which here changes nothing; the others are augmented."""
-    from pipeline.augment import Augment
+    from pipeline.augment import AugmentPolicy
 
-    draw = draw_by_law(old, {"train": HARSH, "dda": Augment()}, "train", VIEW, 1, 0)
+    params_for = train_params(
+        old, {"train": HARSH, "dda": AugmentPolicy()}, "train", PREPROCESS, 1, 0
+    )
     codes, names = old.codes("source")
-    drawn = list(draw(np.arange(len(old)), np.zeros(len(old), int)).rows())
+    drawn = list(params_for(np.arange(len(old)), np.zeros(len(old), int)).rows())
     for sample, found in enumerate(drawn):
         if names[codes[sample]] == "beta":
-            assert (found.jpeg, found.flip, found.resample, found.grey) == (0, False, 0, False)
+            assert (found.jpeg, found.hflip, found.resample, found.grayscale) == (
+                0,
+                False,
+                0,
+                False,
+            )
     assert any(drawn[s].jpeg for s in range(len(old)) if names[codes[s]] == "alpha")
-    with pytest.raises(LoadError, match="source beta is augmented by law 'dda'"):
-        draw_by_law(old, {"train": HARSH}, "train", VIEW, 1, 0)
+    with pytest.raises(LoadError, match="source beta is augmented by policy 'dda'"):
+        train_params(old, {"train": HARSH}, "train", PREPROCESS, 1, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_size", [1, 7, 80, 81])
 def test_evaluation_sees_every_sample_once(old: ShardSet, backend: str, batch_size: int) -> None:
-    loading = Loading(batch_size=batch_size, backend=backend, workers=0)
-    loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=batch_size, backend=backend, num_workers=0)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     seen = [s for b in evaluation_batches(loader) for s in b.samples[b.valid.numpy()].tolist()]
     assert seen == list(range(len(old)))
 
@@ -217,8 +228,8 @@ def test_every_fiftieth_image_broken_costs_only_itself(
 
     def run(pool: Pool) -> dict[int, tuple[bool, bytes, str]]:
         check = cut == "half"
-        loading = Loading(batch_size=8, backend=backend, workers=0, check_hashes=check)
-        loader = open_loader(pool.shards, view=VIEW, loading=loading, device=CPU)
+        loading = Loading(batch_size=8, backend=backend, num_workers=0, verify_checksums=check)
+        loader = open_loader(pool.shards, preprocess=PREPROCESS, loading=loading, device=CPU)
         stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
         found = {}
         for batch in stream.batches(0, 1):
@@ -244,8 +255,8 @@ def test_every_fiftieth_image_broken_costs_only_itself(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_bad_batch_is_survived(data: Path, tmp_path: Path, backend: str) -> None:
     shards = broken_copy(data, tmp_path, list(range(4)), "all")
-    loading = Loading(batch_size=4, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=4, backend=backend, num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
     batches = list(evaluation_batches(loader))
     assert not batches[0].valid.any()
     assert all(batch.valid.all() for batch in batches[1:])
@@ -258,8 +269,8 @@ def test_too_many_bad_images_stop_the_run(
 ) -> None:
     monkeypatch.setattr("pipeline.loader.MIN_SEEN", 20)
     shards = broken_copy(data, tmp_path, list(range(10)), "all")
-    loading = Loading(batch_size=10, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=10, backend=backend, num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
     with pytest.raises(LoadError, match="10 of 20 samples cannot be decoded, more than 5%"):
         list(evaluation_batches(loader))
 
@@ -271,8 +282,8 @@ def test_a_truncated_tar_and_a_missing_one_are_named(
     shards = broken_copy(data, tmp_path, [], "all")
     dummy = tmp_path / "old/dummy-train-00000.tar"
     dummy.write_bytes(dummy.read_bytes()[:2000])
-    loading = Loading(batch_size=16, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=16, backend=backend, num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
     reasons = [r for batch in evaluation_batches(loader) for r in loader.name_failures(batch)]
     assert len(reasons) == 10
     assert all("dummy-train-00000.tar" in r and "the tar ends early" in r for r in reasons)
@@ -285,7 +296,7 @@ def test_changed_bytes_are_found_by_their_hash(data: Path, tmp_path: Path) -> No
     shards = broken_copy(data, tmp_path, [5], "half")
     assert all(isinstance(data, bytes) for data in ShardReader(shards).read([5, 6]))
     for threads in (0, 2):
-        bad, good = ShardReader(shards, check_hashes=True, threads=threads).read([5, 6])
+        bad, good = ShardReader(shards, verify_checksums=True, threads=threads).read([5, 6])
         assert isinstance(bad, ReadError) and "have changed since" in str(bad)
         assert isinstance(good, bytes)
 
@@ -303,8 +314,8 @@ def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loader_may_be_left_in_the_middle(old: ShardSet, backend: str) -> None:
-    loading = Loading(batch_size=4, backend=backend, workers=1)
-    loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=4, backend=backend, num_workers=1)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     for _ in range(3):
         batches = evaluation_batches(loader)
         assert next(batches).samples.tolist() == [0, 1, 2, 3]
@@ -316,8 +327,8 @@ def test_the_gpu_graph_agrees_with_the_reference(old: ShardSet) -> None:
     """nvJPEG's inverse DCT may differ by rounding; everything else as on the CPU."""
     images = {}
     for backend, device in (("pil", CPU), ("dali", torch.device("cuda"))):
-        loading = Loading(batch_size=8, backend=backend, workers=2)
-        loader = open_loader(old, view=VIEW, loading=loading, device=device)
+        loading = Loading(batch_size=8, backend=backend, num_workers=2)
+        loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=device)
         found = [batch.images.cpu().int() for batch in evaluation_batches(loader)]
         images[backend] = torch.cat(found)
     difference = (images["pil"] - images["dali"]).abs().float()

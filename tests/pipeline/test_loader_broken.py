@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from imaging.decode import exif_orientation
-from pipeline.loader import LoadError, Loading, draw_by_law, open_loader
+from pipeline.loader import LoadError, Loading, open_loader, train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet
-from tests.builders import CPU, HARSH, KINDS, VIEW, awkward_files
+from tests.builders import CPU, HARSH, KINDS, PREPROCESS, awkward_files
 
 DEVICES = {"pil": CPU, "dali": CPU, "dali on a GPU": torch.device("cuda")}
 BACKENDS = ("pil", "dali", pytest.param("dali on a GPU", marks=pytest.mark.gpu))
@@ -84,14 +84,14 @@ def with_bytes(
 def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
     """Each sample of one epoch in the order of the index: valid, digest of its pixels, reason."""
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
-    loading = Loading(batch_size=BATCH, backend=backend.partition(" ")[0], workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=DEVICES[backend])
+    loading = Loading(batch_size=BATCH, backend=backend.partition(" ")[0], num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=DEVICES[backend])
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     epoch = stream.epoch(0)
     epoch = replace(epoch, samples=np.arange(len(epoch.samples)))
-    draws = draw_by_law(shards, stream.augment, "train", VIEW, 1, 0)
+    params_for = train_params(shards, stream.augment, "train", PREPROCESS, 1, 0)
     found = {}
-    for batch in loader.batches(epoch, draws):
+    for batch in loader.batches(epoch, params_for):
         names = dict(zip(batch.failures, loader.name_failures(batch), strict=True))
         for row, sample in enumerate(batch.samples.tolist()):
             pixels = batch.images[row].contiguous().cpu().numpy().tobytes()
@@ -171,8 +171,8 @@ def test_memory_stays_flat_over_ten_thousand_batches(
     """With one image in eighty broken, so that repairs are part of it."""
     shards = with_bytes(old, {17: KINDS["half a jpeg"]}, tmp_path)
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
-    loading = Loading(batch_size=4, backend=backend.partition(" ")[0], workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=DEVICES[backend])
+    loading = Loading(batch_size=4, backend=backend.partition(" ")[0], num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=DEVICES[backend])
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     early = 0
     for number, _ in enumerate(stream.batches(0, 500)):  # 500 epochs: starting over is part of it
@@ -191,8 +191,8 @@ def resident() -> int:
 # torch's signal handler may raise while torch opens a file, which then nobody closes.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_ends_the_run_with_one_error(old: ShardSet) -> None:
-    loading = Loading(batch_size=4, backend="pil", workers=1)
-    loader = open_loader(old, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=4, backend="pil", num_workers=1)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     batches = evaluation_batches(loader)
     before = set(torch.multiprocessing.active_children())
     next(batches)

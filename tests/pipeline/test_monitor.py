@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batch import Batch, Cost
-from pipeline.monitor import Board, Meter, Watchdog
+from pipeline.batch import Batch, BatchTiming
+from pipeline.monitor import LoaderStats, Watchdog, WorkerStatus
 from pipeline.read import ShardReader
 
 
-def batch(sources: list[int], *, replayed: int = 0, cost: Cost | None = None) -> Batch:
+def batch(sources: list[int], *, replayed: int = 0, timing: BatchTiming | None = None) -> Batch:
     count = len(sources)
     return Batch(
         images=torch.zeros(count, 3, 4, 4, dtype=torch.uint8),
@@ -23,7 +23,7 @@ def batch(sources: list[int], *, replayed: int = 0, cost: Cost | None = None) ->
         sources=np.array(sources),
         replayed=np.arange(count) < replayed,
         failures={0: "broken"} if count == 3 else {},
-        cost=cost or Cost(),
+        timing=timing or BatchTiming(),
     )
 
 
@@ -31,11 +31,13 @@ def test_the_meter_adds_up_what_was_seen() -> None:
     def slowly():
         for wait in (0.0, 0.02, 0.2):
             time.sleep(wait)
-            yield batch([0, 0, 1], replayed=1, cost=Cost(read_s=0.3, decode_s=0.1, ready=2))
+            yield batch(
+                [0, 0, 1], replayed=1, timing=BatchTiming(read_s=0.3, decode_s=0.1, ready=2)
+            )
 
-    meter = Meter(["a", "b", "c"])
-    assert sum(len(found) for found in meter.timed(slowly())) == 9
-    row = meter.row()
+    stats = LoaderStats(["a", "b", "c"])
+    assert sum(len(found) for found in stats.timed(slowly())) == 9
+    row = stats.row()
     assert row["images/a"] == 6 and row["images/b"] == 3 and "images/c" not in row
     assert row["unreadable"] == 3
     assert row["replay_share"] == pytest.approx(1 / 3)
@@ -45,24 +47,24 @@ def test_the_meter_adds_up_what_was_seen() -> None:
     assert 15 < row["stall_p50_ms"] < 190
     assert row["wait_share"] > 0.9
     assert row["wait_read"] == pytest.approx(0.75 * row["wait_share"])
-    assert meter.row()["images_per_s"] == 0  # counted afresh
+    assert stats.row()["images_per_s"] == 0  # counted afresh
 
 
 def test_each_batch_says_what_it_cost(make_stream: Callable) -> None:
     for backend in ("pil", "dali"):
-        for found in make_stream(backend=backend, workers=2).batches(0, 1):
-            assert found.cost.decode_s > 0
-            assert found.cost.read_s >= 0
-            assert 0 <= found.cost.ready <= 10
+        for found in make_stream(backend=backend, num_workers=2).batches(0, 1):
+            assert found.timing.decode_s > 0
+            assert found.timing.read_s >= 0
+            assert 0 <= found.timing.ready <= 10
 
 
 def test_the_watchdog_says_who_is_at_what(logged: list[str]) -> None:
-    board = Board(["worker 0", "worker 1"])
-    with Watchdog(board.describe, patience_s=0.2) as watchdog:
+    status = WorkerStatus(["worker 0", "worker 1"])
+    with Watchdog(status.describe, stall_warning_s=0.2) as watchdog:
         with watchdog.waiting(3):
             time.sleep(0.1)
         assert not logged  # not long enough
-        with watchdog.waiting(4), board.at(1, "reading", 6):
+        with watchdog.waiting(4), status.at(1, "reading", 6):
             time.sleep(0.6)
     assert "step 4 is waited for; worker 0 idle, worker 1 reading step 6" in logged[0]
 
@@ -79,7 +81,7 @@ def test_a_reader_that_hangs_is_named(
         return read(self, samples)
 
     monkeypatch.setattr(ShardReader, "read", hang)
-    stream = make_stream(backend=backend, workers=0, patience_s=0.2)
+    stream = make_stream(backend=backend, num_workers=0, stall_warning_s=0.2)
     threading.Timer(0.8, go_on.set).start()
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
     assert "step 0 is waited for" in logged[0]
@@ -95,4 +97,4 @@ def test_an_error_in_the_reader_reaches_the_consumer(
 
     monkeypatch.setattr(ShardReader, "read", fail)
     with pytest.raises(MemoryError, match="no memory left"):
-        next(make_stream(backend=backend, workers=0).batches(0, 1))
+        next(make_stream(backend=backend, num_workers=0).batches(0, 1))

@@ -16,7 +16,7 @@ from pipeline.order import (
     state_of,
     training_epoch,
 )
-from pipeline.replay import Replay, draw_old, interleave, share_out
+from pipeline.replay import Replay, interleave, sample_old, share_out
 
 
 def epoch(count: int = 1000, batch: int = 24, number: int = 0, **options):
@@ -79,12 +79,12 @@ def test_a_state_of_something_else_is_refused(changed: str) -> None:
         check_state(state | {changed: "other"}, **now)
 
 
-@pytest.mark.parametrize("old_per_new", ["1:8", "1:1", "1:16", "3:7"])
+@pytest.mark.parametrize("replay_ratio", ["1:8", "1:1", "1:16", "3:7"])
 @pytest.mark.parametrize("new", [20_000, 1003])
 def test_replay_is_exact_over_an_epoch_and_within_one_in_any_batch(
-    old_per_new: str, new: int
+    replay_ratio: str, new: int
 ) -> None:
-    ratio = Replay(sets=["x"], old_per_new=old_per_new).ratio
+    ratio = Replay(sets=["x"], ratio=replay_ratio).fraction
     count = int(new * ratio)
     samples, replayed = interleave(np.arange(new), np.arange(10**6, 10**6 + count))
     assert replayed.sum() == count
@@ -93,7 +93,7 @@ def test_replay_is_exact_over_an_epoch_and_within_one_in_any_batch(
     for batch in (9, 28, 64):
         per_batch = replayed[: len(replayed) // batch * batch].reshape(-1, batch).sum(1)
         assert np.abs(per_batch - float(share * batch)).max() < 1
-    if old_per_new == "1:8" and new == 20_000:
+    if replay_ratio == "1:8" and new == 20_000:
         assert count == 2500
 
 
@@ -112,26 +112,26 @@ def counts(chosen, samples, sources, labels) -> dict[tuple[int, int], int]:
 
 def test_quotas_are_equal_and_balanced_by_class() -> None:
     pool = pools(a=(900, 100), b=(0, 300), c=(500, 500))
-    found = counts(draw_old(*pool, 300, replay_rng(1, 0)), *pool)
+    found = counts(sample_old(*pool, 300, replay_rng(1, 0)), *pool)
     assert found == {(0, 0): 50, (0, 1): 50, (1, 1): 100, (2, 0): 50, (2, 1): 50}
 
 
 def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
     pool = pools(a=(4, 2), b=(400, 400), c=(400, 3))
-    found = counts(draw_old(*pool, 206, replay_rng(1, 0)), *pool)
+    found = counts(sample_old(*pool, 206, replay_rng(1, 0)), *pool)
     assert found == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
 
 
 def test_old_samples_are_drawn_afresh_each_epoch_and_never_twice_in_one() -> None:
     pool = pools(a=(500, 500), b=(500, 500))
-    first, second = (draw_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
+    first, second = (sample_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
     assert len(np.unique(first)) == len(np.unique(second)) == 200
     assert len(np.intersect1d(first, second)) < 60
 
 
 def test_a_pool_that_is_too_small_is_used_again() -> None:
     pool = pools(a=(3, 4))
-    chosen = draw_old(*pool, 17, replay_rng(1, 0))
+    chosen = sample_old(*pool, 17, replay_rng(1, 0))
     assert len(chosen) == 17
     assert np.bincount(chosen - 500).min() >= 2
 
@@ -163,7 +163,7 @@ def test_turns_count_how_often_a_sample_came_before() -> None:
     made = training_epoch(np.array([4, 4, 4, 9, 7, 7]), seed=1, number=0, global_batch=6)
     for sample in (4, 7, 9):
         here = made.samples == sample
-        assert made.turns[here].tolist() == list(range(here.sum()))
+        assert made.repeat_index[here].tolist() == list(range(here.sum()))
 
 
 def test_mixing_is_one_for_a_random_order_and_tells_blocks_from_none() -> None:

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from imaging.jpeg import CHROMAS
-from pipeline.augment import Augment, Draw
-from pipeline.loader import Loading, draw_by_law, open_loader
+from pipeline.augment import AugmentParams, AugmentPolicy
+from pipeline.loader import Loading, open_loader, train_params
 from pipeline.pairs import partners_of
 from pipeline.pil import apply
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
-from tests.builders import VIEW, build_all, encode, photo
+from tests.builders import PREPROCESS, build_all, encode, photo
 
 # By number: the real file, and what its fake, a PNG, is expected to become.
 REALS = {
@@ -33,14 +33,14 @@ CATALOG = """
 [sets]
 mine = "train"
 [sources.pairs]
-licence = "x"
+license = "x"
 set = "mine"
-law = "dda"
+policy = "dda"
 group = '([0-9]+)\\.[a-z]+$'
 real = ["real"]
 fake = ["fake"]
 [sources.plain]
-licence = "x"
+license = "x"
 set = "mine"
 real = ["real"]
 fake = ["fake"]
@@ -77,36 +77,38 @@ def sample_of(shards: ShardSet, origin: str) -> int:
     )
 
 
-LAWS = {"train": Augment(), "dda": Augment(pair_quality=True)}
+POLICIES = {"train": AugmentPolicy(), "dda": AugmentPolicy(match_pair_jpeg=True)}
 
 
 def test_a_fake_is_drawn_as_its_partner_was_compressed(pairs: ShardSet, logged: list[str]) -> None:
     partners_of.cache_clear()
-    draws = draw_by_law(pairs, LAWS, "train", VIEW, seed=1, epoch=0)
+    params_for = train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=0)
     everyone = np.arange(len(pairs))
-    found = list(draws(everyone, np.zeros(len(pairs), np.int64)).rows())
+    found = list(params_for(everyone, np.zeros(len(pairs), np.int64)).rows())
     expected = {
         sample_of(pairs, f"pairs/fake/{number:03d}"): wanted
         for number, (_, wanted) in REALS.items()
         if wanted
     }
-    for sample, draw in enumerate(found):
+    for sample, params in enumerate(found):
         wanted = expected.get(sample)
-        assert (draw.pair_jpeg, CHROMAS[draw.pair_chroma]) == (wanted or (0, "420")), sample
-    draw_by_law(pairs, LAWS, "train", VIEW, seed=1, epoch=1)
-    (said,) = [line for line in logged if "pair_quality" in line]
+        assert (params.pair_jpeg, CHROMAS[params.pair_chroma]) == (wanted or (0, "420")), sample
+    train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=1)
+    (said,) = [line for line in logged if "match_pair_jpeg" in line]
     assert "of the 6 fakes of pairs 3 come as JPEGs" in said
     assert "1 without one real partner, 1 whose partner is no common JPEG, 1 that are" in said
 
 
 def test_without_the_law_nothing_changes(pairs: ShardSet) -> None:
     """And with it no dice move: the columns come from the index alone."""
-    everyone, turns = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)
+    everyone, repeat_index = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)
     with_, without = (
-        draw_by_law(pairs, {"train": Augment(), "dda": law}, "train", VIEW, 1, 0)(everyone, turns)
-        for law in (
-            Augment(pair_quality=True, flip=0.5, scale=(0.5, 1.0)),
-            Augment(flip=0.5, scale=(0.5, 1.0)),
+        train_params(pairs, {"train": AugmentPolicy(), "dda": policy}, "train", PREPROCESS, 1, 0)(
+            everyone, repeat_index
+        )
+        for policy in (
+            AugmentPolicy(match_pair_jpeg=True, hflip=0.5, scale=(0.5, 1.0)),
+            AugmentPolicy(hflip=0.5, scale=(0.5, 1.0)),
         )
     )
     assert not without.pair_jpeg.any()
@@ -127,10 +129,10 @@ def test_it_is_a_jpeg_of_the_whole_image() -> None:
     """On the blocks of the file, before the crop, as a real image comes."""
     pixels = photo(3)
     delivered = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
-    draw = Draw(top=5, left=3, height=40, width=50, flip=True)
+    params = AugmentParams(top=5, left=3, height=40, width=50, hflip=True)
     found, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
-    apply(pixels, draw._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), found)
-    apply(delivered, draw, expected)
+    apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), found)
+    apply(delivered, params, expected)
     assert torch.equal(found, expected)
 
 
@@ -138,17 +140,19 @@ def test_both_backends_deliver_the_same(pairs: ShardSet) -> None:
     """To within the rounding of a resize, and those fakes that have a partner, nothing else."""
     seen = {}
     for backend in ("pil", "dali"):
-        loading = Loading(batch_size=len(pairs), backend=backend, workers=0)
-        loader = open_loader(pairs, view=VIEW, loading=loading, device=torch.device("cpu"))
+        loading = Loading(batch_size=len(pairs), backend=backend, num_workers=0)
+        loader = open_loader(
+            pairs, preprocess=PREPROCESS, loading=loading, device=torch.device("cpu")
+        )
         pool = Pool(pairs, np.arange(len(pairs)), np.empty(0, np.int64))
-        stream = Stream(loader, pool, Replay(), LAWS, "train", 1)
+        stream = Stream(loader, pool, Replay(), POLICIES, "train", 1)
         (batch,) = stream.batches(0, 1)
         assert batch.valid.all()
         order = np.argsort(batch.samples)
         seen[backend] = batch.images.numpy()[order].astype(int)
     difference = np.abs(seen["pil"] - seen["dali"])
     assert difference.mean() < 0.5 and difference.max() <= 3  # resizing, as in test_parity.py
-    plain = Stream(loader, pool, Replay(), {**LAWS, "dda": Augment()}, "train", 1)
+    plain = Stream(loader, pool, Replay(), {**POLICIES, "dda": AugmentPolicy()}, "train", 1)
     (untouched,) = plain.batches(0, 1)
     before = untouched.images.numpy()[np.argsort(untouched.samples)].astype(int)
     changed = np.abs(before - seen["dali"]).mean(axis=(1, 2, 3)) > 0.3

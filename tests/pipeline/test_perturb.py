@@ -1,4 +1,4 @@
-"""Each delivery does what it says, and always the same."""
+"""Each perturbation does what it says, and always the same."""
 
 import io
 
@@ -8,10 +8,10 @@ from PIL import Image, ImageFilter
 
 from imaging.decode import prepare
 from pipeline import perturb
-from pipeline.perturb import DELIVERIES, ORIGINAL, Delivery
+from pipeline.perturb import ORIGINAL, PERTURBATIONS, Perturbation
 from tests.builders import encode, photo
 
-BY_NAME = {way.name: way for way in DELIVERIES}
+BY_NAME = {way.name: way for way in PERTURBATIONS}
 IMAGE = photo(5, 150, 100)
 SHA = bytes(range(32))
 RNG = np.random.default_rng(0)
@@ -29,12 +29,12 @@ def blocking(image: np.ndarray) -> float:
 
 
 def test_the_grid_is_the_one_that_is_promised() -> None:
-    assert len(BY_NAME) == len(DELIVERIES)
-    assert DELIVERIES[0] is ORIGINAL
+    assert len(BY_NAME) == len(PERTURBATIONS)
+    assert PERTURBATIONS[0] is ORIGINAL
     expected = {f"jpeg-{quality}" for quality in range(30, 100, 10)}
     expected |= {"web", "hard", "screenshot", "scale-0.25", "scale-2", "jpeg-90-60"}
     assert expected <= set(BY_NAME)
-    assert {way.family for way in DELIVERIES} >= {"WebP", "AVIF", "blur", "noise"}
+    assert {way.family for way in PERTURBATIONS} >= {"WebP", "AVIF", "blur", "noise"}
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -103,7 +103,7 @@ def test_other_codecs_are_real(name: str, magic: bytes, monkeypatch: pytest.Monk
     arrived = BY_NAME[name].apply(IMAGE)
     assert magic in written[0][:16]
     assert len(written) == 1
-    # Not by more than a lossy file at this quality, and the colours are where they were.
+    # Not by more than a lossy file at this quality, and the colors are where they were.
     assert 0.5 < changed(arrived, IMAGE) < 12
     with Image.open(io.BytesIO(written[0])) as file:
         assert np.array_equal(np.asarray(file.convert("RGB")), arrived)
@@ -111,7 +111,7 @@ def test_other_codecs_are_real(name: str, magic: bytes, monkeypatch: pytest.Monk
 
 def test_worse_quality_loses_more() -> None:
     for family in ("JPEG", "WebP", "AVIF"):
-        ways = sorted((w for w in DELIVERIES if w.family == family), key=lambda way: -way.amount)
+        ways = sorted((w for w in PERTURBATIONS if w.family == family), key=lambda way: -way.amount)
         lost = [changed(way.apply(IMAGE), IMAGE) for way in ways]
         assert lost == sorted(lost) and lost[0] < lost[-1], family
 
@@ -125,15 +125,15 @@ def test_two_jpegs_are_two_and_the_cut_moves_the_blocks() -> None:
 
 
 def test_noise_comes_from_the_file_and_has_its_strength() -> None:
-    grey = np.full((200, 300, 3), 128, np.uint8)
+    gray = np.full((200, 300, 3), 128, np.uint8)
     for name, sigma in (("noise-4", 4.0), ("noise-10", 10.0)):
-        grain = BY_NAME[name].apply(grey, SHA).astype(float) - 128
+        grain = BY_NAME[name].apply(gray, SHA).astype(float) - 128
         assert grain.std() == pytest.approx(sigma, rel=0.02)
         assert abs(grain.mean()) < 0.1
         assert abs(np.corrcoef(grain[..., 0].ravel(), grain[..., 1].ravel())[0, 1]) < 0.02
-    one, two = (BY_NAME["noise-4"].apply(grey, sha) for sha in (SHA, SHA[::-1]))
+    one, two = (BY_NAME["noise-4"].apply(gray, sha) for sha in (SHA, SHA[::-1]))
     assert not np.array_equal(one, two)
-    grains = [BY_NAME[n].apply(grey, SHA).astype(float).ravel() for n in ("noise-4", "noise-10")]
+    grains = [BY_NAME[n].apply(gray, SHA).astype(float).ravel() for n in ("noise-4", "noise-10")]
     assert abs(np.corrcoef(*grains)[0, 1]) < 0.02
 
 
@@ -165,5 +165,5 @@ def test_what_cannot_be_is_an_error_with_its_reason() -> None:
         BY_NAME["webp-80"].apply(np.zeros((2, 17000, 3), np.uint8))
 
 
-def test_a_delivery_of_no_steps_is_the_image() -> None:
-    assert np.array_equal(Delivery("nothing", "", 0, ()).apply(IMAGE[:, ::-1]), IMAGE[:, ::-1])
+def test_a_perturbation_of_no_steps_is_the_image() -> None:
+    assert np.array_equal(Perturbation("nothing", "", 0, ()).apply(IMAGE[:, ::-1]), IMAGE[:, ::-1])

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.augment import Draw
+from pipeline.augment import AugmentParams
 from pipeline.preview import CELL, Row, picture_of
 from tests.builders import photo
 
@@ -19,7 +19,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def test_view_draws_the_same_samples_through_both_backends(data: Path, tmp_path: Path) -> None:
-    status, output = run("view", data / "old", "--out", tmp_path / "grid.png", "--count", 5)
+    status, output = run("preview", data / "old", "--out", tmp_path / "grid.png", "--count", 5)
     assert status == 0, output
     assert "5 samples of" in output
     mean = float(output.split("mean ")[1].split(",")[0])
@@ -27,9 +27,9 @@ def test_view_draws_the_same_samples_through_both_backends(data: Path, tmp_path:
     sheet = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     assert sheet.shape[0] > 5 * CELL
     again = tmp_path / "again.png"
-    run("view", data / "old", "--out", again, "--count", 5)
+    run("preview", data / "old", "--out", again, "--count", 5)
     assert again.read_bytes() == (tmp_path / "grid.png").read_bytes()
-    run("view", data / "old", "--out", again, "--count", 5, "--seed", 1)
+    run("preview", data / "old", "--out", again, "--count", 5, "--seed", 1)
     assert again.read_bytes() != (tmp_path / "grid.png").read_bytes()
 
 
@@ -37,7 +37,7 @@ def test_view_without_dali_says_so(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.loader._is_installed", lambda _name: False)
-    status, output = run("view", data / "old", "--out", tmp_path / "grid.png", "--count", 2)
+    status, output = run("preview", data / "old", "--out", tmp_path / "grid.png", "--count", 2)
     assert status == 0
     assert "nvidia-dali-cuda120 is not installed" in output
     assert "dali - pil" not in output
@@ -46,9 +46,12 @@ def test_view_without_dali_says_so(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["view", "nowhere"], "no shard set at nowhere"),
-        (["view", "{old}", "--recipe", "x.toml"], "no recipe at x.toml"),
-        (["view", "{old}", "--law", "none"], "by law 'none', but the recipe describes train, dda"),
+        (["preview", "nowhere"], "no shard set at nowhere"),
+        (["preview", "{old}", "--recipe", "x.toml"], "no recipe at x.toml"),
+        (
+            ["preview", "{old}", "--policy", "none"],
+            "by policy 'none', but the recipe describes train, dda",
+        ),
         (["order", "nowhere"], "no shard set at nowhere"),
     ],
 )
@@ -68,11 +71,11 @@ def test_order_measures_both_shuffles(data: Path) -> None:
     assert "global" in output and "block" in output
 
 
-def test_equal_pixels_give_a_grey_difference_and_others_do_not() -> None:
+def test_equal_pixels_give_a_gray_difference_and_others_do_not() -> None:
     pixels = photo(1, 64, 64)
-    draw = Draw(top=0, left=0, height=64, width=64)
-    same = Row(photo(1), draw, pixels, pixels, ["a"])
-    other = Row(photo(1), draw, pixels, np.minimum(pixels, 250) + np.uint8(2), ["b"])
+    params = AugmentParams(top=0, left=0, height=64, width=64)
+    same = Row(photo(1), params, pixels, pixels, ["a"])
+    other = Row(photo(1), params, pixels, np.minimum(pixels, 250) + np.uint8(2), ["b"])
     sheet = np.asarray(picture_of([same, other]))
     last = slice(3 * (CELL + 8), 3 * (CELL + 8) + CELL)
     assert (sheet[28 : 28 + CELL, last] == 128).all()

@@ -20,7 +20,7 @@ from pipeline.remote import Cache
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import ShardError, ShardSet, open_shards
-from tests.builders import HARSH, VIEW
+from tests.builders import HARSH, PREPROCESS
 
 # aiobotocore leaves its sessions to the garbage collector when a test ends.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,10 +38,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def local_facts(shards: ShardSet, cache: Path, workers: int, backend: str) -> list[tuple]:
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
     loading = Loading(
-        batch_size=8, backend=backend, workers=workers, shuffle="block", cache=str(cache),
+        batch_size=8, backend=backend, num_workers=workers, shuffle="block", cache=str(cache),
         cache_gb=1.0,
     )  # fmt: skip
-    loader = open_loader(shards, view=VIEW, loading=loading, device=torch.device("cpu"))
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=torch.device("cpu"))
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     return [
         (b.samples.tolist(), b.valid.tolist(), b.images.sum(dtype=torch.int64).item())
@@ -146,7 +146,7 @@ def test_a_remote_that_stumbles_is_asked_again(
     web: Callable, old: ShardSet, tmp_path: Path, wrong: str, logged: list[str]
 ) -> None:
     shards = web(wrong, wrong)
-    reader = ShardReader(shards, cache=Cache(folder=tmp_path), check_hashes=True)
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path), verify_checksums=True)
     expected = ShardReader(old).read(range(len(old)))
     assert reader.read(range(len(old))) == expected
     assert sum("trying again in" in message for message in logged) == 2

@@ -61,11 +61,11 @@ def test_the_listed_samples_score_as_in_the_whole_set(
     subset = read_subset(write_list(tmp_path / "some.csv", wanted))
     part = choose_samples(old, "old", subset)
     assert sorted(keys_of(part)) == sorted(key for _set, key in wanted)
-    net, view, _meta = load_network(find(runs, None))
+    net, preprocess, _meta = load_network(find(runs, None))
     logits = []
     for shards in (old, part):
         loader = open_loader(
-            shards, view=view, loading=Loading(backend=backend, workers=0),
+            shards, preprocess=preprocess, loading=Loading(backend=backend, num_workers=0),
             device=torch.device("cpu"),
         )  # fmt: skip
         scores = score_set(net, loader)
@@ -111,7 +111,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     arguments = ["compare", *map(str, reports), "--intersection", "--flips", str(flips)]
     compared = CliRunner().invoke(evaluate.main, arguments)
     assert compared.exit_code == 0, compared.output
-    assert f"left out are 0 of {reports[0]}" in compared.output
+    assert f"excluded are 0 of {reports[0]}" in compared.output
     assert flips.read_text() == "set,key,source,generator,label,before,after,fixed\n"
     compared = CliRunner().invoke(evaluate.main, ["compare", *[str(reports[0].parent)] * 2])
     assert compared.exit_code == 0 and "left out" not in compared.output

@@ -14,7 +14,7 @@ import pytest
 
 from model.evaluation.report import report as report_on
 from model.evaluation.scores import ScoreTable
-from pipeline.perturb import DELIVERIES
+from pipeline.perturb import PERTURBATIONS
 from report.charts import histogram_chart, reliability_chart, roc_chart
 from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, write_tables
@@ -40,8 +40,8 @@ def rows(name: str, reals: int, fakes: int, seed: int = 0, **more: Any) -> list[
     ]  # fmt: skip
 
 
-def delivery() -> dict[str, Any]:
-    """As `report_delivery` gives it, with rates that fall along the grid."""
+def robustness() -> dict[str, Any]:
+    """As `report_robustness` gives it, with rates that fall along the grid."""
     shift = {"images": 9, "mean": -1.5, "low": -2.0, "high": -1.0, "of_gap": -0.4}
     rates = {"reals": 50, "fakes": 50, "balanced_accuracy": 0.9, "auroc": 0.95}
     lines = [
@@ -52,7 +52,7 @@ def delivery() -> dict[str, Any]:
             "flip_rate": i / 200, "flip_rate_real": 0.0, "flip_rate_fake": 0.1,
             "shift": {"real": None, "fake": shift}, "failed": i % 2, "failed_first": "too large",
         }
-        for i, way in enumerate(DELIVERIES)
+        for i, way in enumerate(PERTURBATIONS)
     ]  # fmt: skip
     before = rates | {"recall": 0.9, "false_positive_rate": 0.0}
     swap = {"name": "fakes-as-reals", "what": "fakes re-encoded as JPEG 95 420", "images": 100,
@@ -60,7 +60,7 @@ def delivery() -> dict[str, Any]:
             "after": before | {"recall": 0.2}}  # fmt: skip
     container = {"format": "JPEG", "chroma": "420", "quality": 95, "share": 0.8,
                  "name": "JPEG 95 420"}  # fmt: skip
-    return {"images": 100, "of": 300, "unreadable": 0, "deliveries": lines, "codec_swap": [swap],
+    return {"images": 100, "of": 300, "unreadable": 0, "perturbations": lines, "codec_swap": [swap],
             "containers": {"real": container, "fake": None}}  # fmt: skip
 
 
@@ -114,18 +114,18 @@ def test_without_reals_the_page_says_so_where_the_rate_would_be() -> None:
 
 
 def test_reals_of_another_set_stand_beside() -> None:
-    about = {"reals": {"set": "photos", "why": "the catalogue's default", "for_all": False}}
+    about = {"reference_reals": {"set": "photos", "why": "the catalog's default", "for_all": False}}
     found, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
     page = page_of(found, scores)
     assert "80 reals of photos" in page and "ROC curve" in page and "not known" not in page
-    rate = found["sets"]["evalgen"]["beside"]["false_positive_rate"]
+    rate = found["sets"]["evalgen"]["reference"]["false_positive_rate"]
     assert page.count(f"{100 * rate:.1f}\N{NO-BREAK SPACE}%") >= 2  # headline, and the generators
 
 
 def test_names_are_escaped() -> None:
     hostile = rows(HOSTILE, 30, 30, source=HOSTILE, generator=f"$\\frac{HOSTILE}", origin=HOSTILE)
     found, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
-    found["sets"][HOSTILE]["delivery"] = delivery()
+    found["sets"][HOSTILE]["robustness"] = robustness()
     page = page_of(found, scores, HOSTILE)
     assert "script" not in Text(page).tags
     assert "<script" not in page and page.count("&lt;script&gt;") > 8
@@ -133,14 +133,14 @@ def test_names_are_escaped() -> None:
 
 def test_nothing_is_fetched_and_everything_is_there() -> None:
     found, scores = made(rows("val", 60, 60), "val")
-    found["sets"]["val"]["delivery"] = delivery()
+    found["sets"]["val"]["robustness"] = robustness()
     text = Text(page_of(found, scores))
     assert not [link for link in text.links if not link.startswith(("#", "data:"))]
     assert not {"script", "iframe", "object"} & set(text.tags)
     said = " ".join(" ".join(text.words).split())
     for expected in (
         "fakes found", "reals called fake", "ROC curve", "Reliability", "Verdicts", "generator-3",
-        "Delivery", "jpeg-30", "longer side at most 512 pixels, then JPEG 40", "Codec swap",
+        "Robustness", "jpeg-30", "longer side at most 512 pixels, then JPEG 40", "Codec swap",
         "80 % JPEG 95 420", "no lossy container", "Reals most surely called fake", "What was run",
         "python evaluate.py --shards val", "runs/a/step_1",
     ):  # fmt: skip
@@ -197,15 +197,20 @@ def test_tables(tmp_path: Path) -> None:
     assert float(lines[0]["recall"]) == overall["recall"]
     assert float(lines[0]["auroc_low"]) == overall["intervals"]["auroc"][0]
     assert next(line for line in lines if line["name"] == "fake")["false_positive_rate"] == ""
-    found["sets"]["val"]["delivery"] = delivery()
-    assert [path.name for path in write_tables(found, tmp_path)] == ["figures.csv", "delivery.csv"]
-    lines = list(csv.DictReader(io.StringIO((tmp_path / "delivery.csv").read_text())))
-    assert [line["kind"] for line in lines] == ["delivery"] * len(DELIVERIES) + ["codec swap"]
+    found["sets"]["val"]["robustness"] = robustness()
+    assert [path.name for path in write_tables(found, tmp_path)] == [
+        "figures.csv",
+        "robustness.csv",
+    ]
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "robustness.csv").read_text())))
+    assert [line["kind"] for line in lines] == ["perturbation"] * len(PERTURBATIONS) + [
+        "codec swap"
+    ]
     assert (lines[-1]["recall_before"], lines[-1]["recall"]) == ("0.9", "0.2")
     assert (lines[0]["shift_fake_low"], lines[0]["shift_real"]) == ("-2.0", "")
 
 
-def test_charts_take_the_colours_of_the_page_and_many_images() -> None:
+def test_charts_take_the_colors_of_the_page_and_many_images() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200_000)
     fake = 1 / (1 + np.exp(-rng.normal(4 * labels - 2, 3)))
@@ -232,13 +237,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages as files: an ordinary one with deliveries, one of hostile names, one without reals."""
+    """Pages as files: an ordinary one with perturbations, one of hostile names, one without reals."""
     folder = tmp_path_factory.mktemp("pages")
     ordinary = made(rows("val", 60, 60) + rows("test", 50, 50, 2), "val", "test")
-    ordinary[0]["sets"]["val"]["delivery"] = delivery()
+    ordinary[0]["sets"]["val"]["robustness"] = robustness()
     long = "x" * 200 + HOSTILE
     hostile = made(rows(long, 20, 20, source=long, generator=long), long, run=long)
-    hostile[0]["sets"][long]["delivery"] = delivery()
+    hostile[0]["sets"][long]["robustness"] = robustness()
     found = {}
     for name, (report, scores) in {
         "ordinary": ordinary, "hostile": hostile, "fakes": made(rows("evalgen", 0, 40), "evalgen"),
@@ -291,8 +296,8 @@ def test_in_a_browser(
 
 CONTRAST = """() => {
   const probe = document.createElement("span"); document.body.append(probe);
-  const light = (colour) => {
-    probe.style.color = colour;
+  const light = (color) => {
+    probe.style.color = color;
     const parts = getComputedStyle(probe).color.match(/[0-9.]+/g).slice(0, 3).map(Number);
     const [r, g, b] = parts.map((v) => v / 255).map(
       (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);

@@ -26,7 +26,7 @@ def test_the_index_says_what_is_there(data: Path) -> None:
     assert index["totals"]["label"] == {"fake": 40, "real": 40}
     assert index["totals"]["source"] == {"alpha": 40, "beta": 30, "dummy": 10}
     assert index["sources"]["dummy"]["replay"] is False
-    assert index["sources"]["beta"]["law"] == "dda"
+    assert index["sources"]["beta"]["policy"] == "dda"
     for shard in index["shards"]:
         path = data / "old" / shard["name"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
@@ -137,7 +137,7 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     text = (raw / "catalog.toml").read_text()
     start, end = text.index("[sources.dummy]"), text.index("[sources.gamma]")
     (raw / "catalog.toml").write_text(text[:start] + text[end:])
-    with pytest.raises(ShardError, match="set old holds source dummy, which this catalogue does"):
+    with pytest.raises(ShardError, match="set old holds source dummy, which this catalog does"):
         build_all(raw, tmp_path / "out")
     (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
     build_all(raw, tmp_path / "out")
@@ -194,7 +194,7 @@ def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
     victim = raw / "alpha/real/004.jpg"
     victim.write_bytes(victim.read_bytes()[:-200])
     built = build_one(raw, tmp_path / "out", "old", max_bad=0.05)
-    (entry,) = built.index["quarantine"]
+    (entry,) = built.index["quarantined"]
     assert entry["path"] == "alpha/real/004.jpg"
     assert "does not decode" in entry["reason"]
     assert built.index["samples"] == 79

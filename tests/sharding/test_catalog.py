@@ -26,13 +26,13 @@ def labels_of(tmp_path: Path, source: str) -> dict[str, tuple[int, str]]:
     return {item.origin.removeprefix("s/"): (item.label, item.generator) for item in items}
 
 
-def test_the_built_in_catalogue_is_valid() -> None:
+def test_the_built_in_catalog_is_valid() -> None:
     catalog = read_catalog([BUILT_IN])
-    assert catalog.sources["dda"].law == "dda"
+    assert catalog.sources["dda"].policy == "dda"
     assert {"phase1", "phase2", "val", "val-phase2", "evalgen"} <= catalog.sets.keys()
 
 
-def test_the_example_catalogue_holds_whole_sources_out() -> None:
+def test_the_example_catalog_holds_whole_sources_out() -> None:
     example = ROOT / "docs" / "example-catalog.toml"
     catalog = read_catalog([BUILT_IN, example])
     assert catalog.sources["bsds500"].set == "unseen"
@@ -46,7 +46,7 @@ def test_labels_go_by_whole_path_part_and_name_never_by_order(tmp_path: Path) ->
         root / "real-vs-ai" / "Nature" / "b.png",
         root / "real-vs-ai" / "nature_ai" / "c.png",
     )
-    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["**/nature"]\nfake = ["**/ai"]\n'
+    source = '[sources.s]\nlicense = "x"\nset = "train"\nreal = ["**/nature"]\nfake = ["**/ai"]\n'
     assert labels_of(tmp_path, source) == {
         "real-vs-ai/AI/a.png": (1, "fake"),
         "real-vs-ai/Nature/b.png": (0, "real"),
@@ -55,7 +55,7 @@ def test_labels_go_by_whole_path_part_and_name_never_by_order(tmp_path: Path) ->
 
 def test_the_deepest_folder_decides(tmp_path: Path) -> None:
     touch(tmp_path / "s/real/x/fake/a.png", tmp_path / "s/real/b.png")
-    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["real"]\nfake = ["**/fake"]\n'
+    source = '[sources.s]\nlicense = "x"\nset = "train"\nreal = ["real"]\nfake = ["**/fake"]\n'
     assert labels_of(tmp_path, source) == {
         "real/x/fake/a.png": (1, "fake"),
         "real/b.png": (0, "real"),
@@ -64,7 +64,7 @@ def test_the_deepest_folder_decides(tmp_path: Path) -> None:
 
 def test_a_file_that_is_both_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "s/mixed/a.png")
-    source = '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["mixed"]\nfake = ["*"]\n'
+    source = '[sources.s]\nlicense = "x"\nset = "train"\nreal = ["mixed"]\nfake = ["*"]\n'
     with pytest.raises(CatalogError, match=r"a\.png is real by rule 'mixed' and fake by"):
         labels_of(tmp_path, source)
 
@@ -72,7 +72,7 @@ def test_a_file_that_is_both_is_refused(tmp_path: Path) -> None:
 def test_generators_may_go_by_file_name(tmp_path: Path) -> None:
     touch(tmp_path / "s/fake/1__sdxl.png", tmp_path / "s/fake/1__Flux.png")
     source = (
-        '[sources.s]\nlicence = "x"\nset = "train"\nfake = [\n'
+        '[sources.s]\nlicense = "x"\nset = "train"\nfake = [\n'
         '{ folder = "fake", name = "*__sdxl*", generator = "sdxl" },\n'
         '{ folder = "fake", name = "*__flux*", generator = "flux" } ]\n'
     )
@@ -83,14 +83,14 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path: Path) -> None:
     touch(tmp_path / "s/real/a.png", tmp_path / "s/other/b.png", tmp_path / "s/skip/c.png")
     (tmp_path / "s/real/labels.csv").write_text("x")
     catalog = catalog_of(
-        tmp_path, '[sources.s]\nlicence = "x"\nset = "train"\nreal = ["real"]\nignore = ["skip"]\n'
+        tmp_path, '[sources.s]\nlicense = "x"\nset = "train"\nreal = ["real"]\nignore = ["skip"]\n'
     )
     listing = list_source("s", catalog.sources["s"], tmp_path)
     assert len(listing.items) == 1
-    assert listing.left_out == {
+    assert listing.excluded == {
         "not an image by its name (.csv)": {"files": 1, "first": ["real/labels.csv"]},
-        "in no folder the catalogue names": {"files": 1, "first": ["other/b.png"]},
-        "the catalogue ignores it": {"files": 1, "first": ["skip/c.png"]},
+        "in no folder the catalog names": {"files": 1, "first": ["other/b.png"]},
+        "the catalog ignores it": {"files": 1, "first": ["skip/c.png"]},
     }
 
 
@@ -98,7 +98,7 @@ def test_a_group_never_crosses_a_set(tmp_path: Path) -> None:
     touch(*(tmp_path / f"s/fake/prompt{n}_{i}.png" for n in range(40) for i in range(3)))
     catalog = catalog_of(
         tmp_path,
-        '[sources.s]\nlicence = "x"\nset = { train = 0.5, held = 0.5 }\nfake = ["fake"]\n'
+        '[sources.s]\nlicense = "x"\nset = { train = 0.5, held = 0.5 }\nfake = ["fake"]\n'
         "group = '([^/]+)_[0-9]+\\.png$'\n",
     )
     items = list_source("s", catalog.sources["s"], tmp_path).items
@@ -137,18 +137,18 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[sources.s]\nlicence = "x"\nset = "train"\nreal = ["a"]\nlicense = "y"\n',
-         "unknown key 'sources.s.license'; sources.s knows"),
-        ('[sources.s]\nlicence = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
+        ('[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\nlicens = "y"\n',
+         "unknown key 'sources.s.licens'; sources.s knows"),
+        ('[sources.s]\nlicense = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
          "unknown key 'sources.s.real.0.generatr'"),
-        ('[sources.s]\nlicence = "x"\nset = "train"\n', "names neither real nor fake images"),
-        ('[sources.s]\nlicence = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
-        ('[sources.s]\nlicence = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
-        ('[sources."S 1"]\nlicence = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
-        ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.licence: "),
+        ('[sources.s]\nlicense = "x"\nset = "train"\n', "names neither real nor fake images"),
+        ('[sources.s]\nlicense = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
+        ('[sources.s]\nlicense = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
+        ('[sources."S 1"]\nlicense = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
+        ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.license: "),
     ],
 )  # fmt: skip
-def test_a_bad_catalogue_is_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_catalog_is_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(CatalogError) as caught:
         catalog_of(tmp_path, text)
     assert said in str(caught.value)

@@ -22,25 +22,25 @@ val = "val"
 evalgen = "test"
 
 [sources.coco]
-licence = "x"
+license = "x"
 set = "evalgen"
 real = ["real"]
 
 [sources.pairs]
-licence = "x"
+license = "x"
 set = "phase1"
 group = '([^/]+)\\.\\w+$'
 real = ["real"]
 fake = ["fake"]
 
 [sources.faces]
-licence = "x"
+license = "x"
 set = { phase1 = 0.5, val = 0.5 }
 real = ["real"]
 fake = ["fake"]
 
 [sources.more]
-licence = "x"
+license = "x"
 set = "phase1"
 real = ["real"]
 fake = ["fake"]
@@ -78,9 +78,9 @@ def pack(tmp_path: Path, only: list[str] | None = None):
     return rows
 
 
-def left_out(tmp_path: Path, name: str) -> dict[str, tuple[str, str]]:
-    with (tmp_path / "out" / name / "left_out.csv").open() as stream:
-        return {r["origin"]: (r["reason"], r["kept"]) for r in csv.DictReader(stream)}
+def excluded(tmp_path: Path, name: str) -> dict[str, tuple[str, str]]:
+    with (tmp_path / "out" / name / "excluded.csv").open() as stream:
+        return {r["origin"]: (r["reason"], r["conflicts_with"]) for r in csv.DictReader(stream)}
 
 
 def test_training_gives_way_to_evaluation_with_the_whole_pair(tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def test_training_gives_way_to_evaluation_with_the_whole_pair(tmp_path: Path) ->
         "pairs/real/2.png", "pairs/fake/2.png",
     }  # fmt: skip
     near, group = "near-duplicate of an image of evalgen", "belongs to the group of an image of"
-    assert left_out(tmp_path, "phase1") == {
+    assert excluded(tmp_path, "phase1") == {
         "pairs/real/1.png": (near, "coco/real/a.jpg"),
         "pairs/fake/1.png": (f"{group} evalgen", "coco/real/a.jpg"),
         "more/real/x.jpg": (near, "coco/real/b.jpg"),
         "more/real/y.jpg": (near, "coco/real/b.jpg"),
     }
-    assert read_index(tmp_path / "out/phase1")["left_out"] == {near: 3, f"{group} evalgen": 1}
+    assert read_index(tmp_path / "out/phase1")["excluded"] == {near: 3, f"{group} evalgen": 1}
 
 
 def test_copies_inside_training_are_kept_once(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_one_picture_under_both_labels_is_refused_everywhere(tmp_path: Path) -> 
         "coco/real/c.jpg": jpeg(3),
     })  # fmt: skip
     assert set(pack(tmp_path)) == {"more/real/b.jpg", "coco/real/c.jpg"}
-    reason = "the same bytes are labelled real and fake"
-    assert left_out(tmp_path, "evalgen") == {"coco/real/a.jpg": (reason, "more/fake/a.jpg")}
+    reason = "the same bytes are labeled real and fake"
+    assert excluded(tmp_path, "evalgen") == {"coco/real/a.jpg": (reason, "more/fake/a.jpg")}
 
 
 def test_near_duplicates_go_to_one_set_whichever_it_is(tmp_path: Path) -> None:

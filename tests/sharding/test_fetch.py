@@ -37,7 +37,7 @@ SOON_S = 5
 
 
 def source(**fetch: object) -> Source:
-    return Source(licence="x", set="train", real=["**"], fetch=Fetch(**fetch))
+    return Source(license="x", set="train", real=["**"], fetch=Fetch(**fetch))
 
 
 def fetched(raw: Path, **fetch: object) -> Fetched:
@@ -99,7 +99,7 @@ from pathlib import Path
 from sharding.catalog import Fetch, Source
 from sharding.fetch import fetch_source
 fetch = Fetch(hub={REPO!r}, files=["data/*.parquet"])
-print(fetch_source("s", Source(licence="x", set="t", real=["**"], fetch=fetch), Path(sys.argv[1])))
+print(fetch_source("s", Source(license="x", set="t", real=["**"], fetch=fetch), Path(sys.argv[1])))
 """
 
 
@@ -168,7 +168,7 @@ def test_a_gated_dataset_says_how_to_get_in(
 def test_a_dataset_that_is_not_there(server: Server, tmp_path: Path) -> None:
     result = fetched(tmp_path, **HUB)
     assert result.status == "failed"
-    assert result.note.endswith("is not there (HTTP 404); correct its address in the catalogue")
+    assert result.note.endswith("is not there (HTTP 404); correct its address in the catalog")
     assert not (tmp_path / "s").exists()
 
 
@@ -495,7 +495,7 @@ def test_one_failing_source_does_not_stop_the_others(
         "gone": source(hub="owner/gone"),
         "good": source(urls=[photos]),
         "manual": source(by_hand="Ask."),
-        "own": Source(licence="x", set="train", real=["**"], homepage="here.org"),
+        "own": Source(license="x", set="train", real=["**"], homepage="here.org"),
     }
     catalog = Catalog(sets={"train": "train"}, sources=sources)
     results = {each.source: each.status for each in fetch_all(catalog, tmp_path)}
@@ -503,12 +503,12 @@ def test_one_failing_source_does_not_stop_the_others(
     results = list(fetch_all(catalog, tmp_path, ["own", "good", "good"]))
     assert [each.status for each in results] == ["by hand", "complete"]
     assert "here.org" in results[0].note
-    with pytest.raises(CatalogError, match=r"no source godo; the catalogue knows gone, good"):
+    with pytest.raises(CatalogError, match=r"no source godo; the catalog knows gone, good"):
         fetch_all(catalog, tmp_path, ["good", "godo"])
 
 
 def test_the_folder_is_the_source_s_root(server: Server, photos: str, tmp_path: Path) -> None:
-    one = Source(licence="x", set="t", real=["**"], root="a/b", fetch=Fetch(urls=[photos]))
+    one = Source(license="x", set="t", real=["**"], root="a/b", fetch=Fetch(urls=[photos]))
     assert fetch_source("s", one, tmp_path).status == "downloaded"
     assert files_of(tmp_path) == {"a/b/photos.zip": BODY}
 

@@ -1,4 +1,4 @@
-"""Every source of the built-in catalogue, from a small raw copy in its documented layout.
+"""Every source of the built-in catalog, from a small raw copy in its documented layout.
 
 The copies carry what bites in the real ones: double folders, upper-case extensions, reversed
 polarity, wrong extensions, missing files. Each ends in a packed set, and the set is what is read.
@@ -93,7 +93,7 @@ def test_dda_pairs_stay_together_in_every_layout_it_was_seen_in(
     assert rows[f"dda/{fake}/{names[0]}"] == Row("phase1", "fake", "sd2.1-vae", "dda/000000000009")
     assert Counter(row.label for row in rows.values()) == {"real": 4, "fake": 3}
     index = read_index(tmp_path / "out/phase1")
-    assert index["sources"]["dda"]["law"] == "dda"
+    assert index["sources"]["dda"]["policy"] == "dda"
     assert index["sources"]["dda"]["read_as"] == {  # which layout was found
         f"real: **/{real.split('/')[1]}": 4, f"fake: **/{fake.split('/')[1]}": 3,
     }  # fmt: skip
@@ -146,7 +146,7 @@ def test_defactify_labels_by_both_columns_and_groups_by_caption(tmp_path: Path) 
     assert tests["fake"] == "test"
     assert tests["real"] in ("evalgen", "test")
     about = read_index(tmp_path / "out/phase1")["sources"]["defactify"]
-    (reason,) = about["passed_over"]
+    (reason,) = about["excluded"]
     assert reason.startswith("no rule for such a row")
 
 
@@ -266,10 +266,10 @@ def test_gravex_csv_names_and_triplets(tmp_path: Path) -> None:
     assert "wrong.jpg" not in named  # folder says real, table says fake: refused
     assert not {"aug_ai_1.jpg", "Aumented_2.jpg"} & named.keys()
     about = read_index(tmp_path / "out/phase1")["sources"]["gravex200k"]
-    assert about["passed_over"] == {
-        "the catalogue ignores it": 2, "its folder and its row in the table disagree": 1,
+    assert about["excluded"] == {
+        "the catalog ignores it": 2, "its folder and its row in the table disagree": 1,
     }  # fmt: skip
-    assert about["read_as"]["no row in the table: labelled by folder"] == 1
+    assert about["read_as"]["no row in the table: labeled by folder"] == 1
 
 
 def test_gravex_without_its_tables_says_so(tmp_path: Path) -> None:
@@ -328,8 +328,8 @@ def test_oldmonk_drops_its_samples_and_knows_both_splits(tmp_path: Path) -> None
     rows = pack(tmp_path)
     assert Counter(row.label for row in rows.values()) == {"real": 1, "fake": 3}
     index = read_index(tmp_path / "out/phase1")
-    assert index["left_out"] == {"the same bytes are labelled real and fake": 2}
-    assert "both.jpg" in (tmp_path / "out/phase1/left_out.csv").read_text()
+    assert index["excluded"] == {"the same bytes are labeled real and fake": 2}
+    assert "both.jpg" in (tmp_path / "out/phase1/excluded.csv").read_text()
 
 
 def test_super_genai_takes_only_its_folder(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_class_numbers_without_names_are_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="labels are not guessed"):
         pack(tmp_path)
     parquet(path, {"picture": [image()], "label": [0]})
-    with pytest.raises(CatalogError, match="has columns picture, label; the catalogue expects im"):
+    with pytest.raises(CatalogError, match="has columns picture, label; the catalog expects im"):
         pack(tmp_path)
 
 
@@ -392,13 +392,13 @@ def test_evalgen_zip_and_its_reals(tmp_path: Path) -> None:
     }  # fmt: skip
     prompts = {row.group for row in rows.values() if row.label == "fake"}
     assert prompts == {"evalgen/a photo of a bench"}
-    passed = read_index(tmp_path / "out/evalgen")["sources"]["evalgen"]["passed_over"]
+    passed = read_index(tmp_path / "out/evalgen")["sources"]["evalgen"]["excluded"]
     assert passed == {}
 
 
 def test_a_half_download_is_refused_before_anything_is_packed(tmp_path: Path) -> None:
     put(tmp_path / "raw/ai-generated-images-vs-real-images/AiArtData/AiArtData", "a.jpg", "b.jpg")
-    with pytest.raises(CatalogError, match="source art_artai has 0 real images, its catalogue en"):
+    with pytest.raises(CatalogError, match="source art_artai has 0 real images, its catalog en"):
         pack(tmp_path, expected=True)
     assert not (tmp_path / "out").exists()
     pack(tmp_path, expected=True, max_bad=1.0)  # on purpose
@@ -406,15 +406,15 @@ def test_a_half_download_is_refused_before_anything_is_packed(tmp_path: Path) ->
 
 def test_an_unknown_layout_is_one_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
     put(tmp_path / "raw/deepfake-face-images/Final/Fake", "a.jpg")
-    with pytest.raises(CatalogError, match=r"none where the catalogue looks .*Final Dataset/Real"):
+    with pytest.raises(CatalogError, match=r"none where the catalog looks .*Final Dataset/Real"):
         pack(tmp_path)
 
 
-def test_every_source_of_the_catalogue_is_tested_here() -> None:
+def test_every_source_of_the_catalog_is_tested_here() -> None:
     text = Path(__file__).read_text()
     for name, source in read_catalog([BUILT_IN]).sources.items():
         assert f"raw/{source.root or name}" in text, name
-        assert source.fetch and source.licence and source.homepage, name
+        assert source.fetch and source.license and source.homepage, name
 
 
 def test_a_set_without_its_sources_needs_only_those_that_go_before_it(tmp_path: Path) -> None:

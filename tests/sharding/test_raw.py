@@ -15,7 +15,7 @@ from tests.builders import write_split_zip
 
 
 def contents(raw: Path, root: str = "s") -> dict[str, bytes | DecodeError]:
-    files = [file for file in walk(raw, root) if not file.refused]
+    files = [file for file in walk(raw, root) if not file.excluded]
     return dict(
         zip([f.inside for f in files], read_all(raw, [f._asdict() for f in files]), strict=True)
     )
@@ -93,7 +93,7 @@ def test_hostile_members_are_refused_by_name(tmp_path: Path) -> None:
         opened.writestr("large.png", bytes(600 * 2**20))  # 600 MiB in 600 kB
         opened.writestr(zipfile.ZipInfo("bz2.png"), b"x", zipfile.ZIP_BZIP2)
         opened.writestr("good.png", b"good")
-    found = {file.inside: file.refused for file in walk(tmp_path, "s")}
+    found = {file.inside: file.excluded for file in walk(tmp_path, "s")}
     assert {name.removeprefix("x.zip/"): reason for name, reason in found.items() if reason} == {
         "../up.png": "a path that leaves the archive",
         "/etc/absolute.png": "a path that leaves the archive",
@@ -149,7 +149,7 @@ def test_links_and_devices_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "s/file.png").symlink_to("d/real.bin")
     (tmp_path / "s/loop").symlink_to("..")
     os.mkfifo(tmp_path / "s/pipe.png")  # reading it would wait for ever
-    found = {file.inside: file.refused for file in walk(tmp_path, "s")}
+    found = {file.inside: file.excluded for file in walk(tmp_path, "s")}
     assert found == {
         "d/real.bin": "",
         "file.png": "a symbolic link, which is not followed",

@@ -166,7 +166,7 @@ def test_describe_then_build(tmp_path: Path) -> None:
         (0, "camera"), (1, "flux"), (1, "sdxl"),
     }  # fmt: skip
     assert len(rows) == 4
-    assert "in no folder the catalogue names" in output
+    assert "in no folder the catalog names" in output
     assert run("describe", folder, "--out", out)[0] == 1  # never overwrites
 
 

@@ -69,7 +69,7 @@ def test_any_file_name_comes_back_whole(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(photo(number)))
     (tmp_path / "c.toml").write_text(
-        '[sets]\nmine = "train"\n[sources.s]\nlicence = "x"\nset = "mine"\nreal = ["real"]\n'
+        '[sets]\nmine = "train"\n[sources.s]\nlicense = "x"\nset = "mine"\nreal = ["real"]\n'
     )
     build_all(tmp_path / "raw", tmp_path / "out", catalog=read_catalog([tmp_path / "c.toml"]))
     tars = [str(path) for path in (tmp_path / "out/mine").glob("*.tar")]

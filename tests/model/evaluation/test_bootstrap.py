@@ -56,7 +56,7 @@ def test_a_draw_of_many_images_is_exact() -> None:
     rng = np.random.default_rng(8)
     labels, fake = rng.integers(0, 2, 80_000), rng.uniform(size=80_000).round(5)
     groups, images = alone(labels), images_of(labels)
-    found = resample(fake, {"": images}, groups, 0.5, draws=2)[""]
+    found = resample(fake, {"": images}, groups, 0.5, resamples=2)[""]
     (weights,) = bootstrap._weights(groups, len(labels), 2, seed=bootstrap.SEED)
     for draw, times in enumerate(weights[:, groups.of_row].astype(int)):
         wanted = asdict(measure(np.repeat(labels, times), np.repeat(fake, times), 0.5))
@@ -70,11 +70,13 @@ def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     labels, fake = rng.integers(0, 2, 90), rng.uniform(size=90)
     groups, whole = alone(labels), images_of(labels)
     few = Images(whole.reals, whole.fakes[:7])
-    together = resample(fake, {"a": whole, "b": few}, groups, 0.5, draws=50)
-    by_itself = resample(fake, {"b": Images(whole.reals.copy(), few.fakes)}, groups, 0.5, draws=50)
+    together = resample(fake, {"a": whole, "b": few}, groups, 0.5, resamples=50)
+    by_itself = resample(
+        fake, {"b": Images(whole.reals.copy(), few.fakes)}, groups, 0.5, resamples=50
+    )
     for name, values in together["b"].items():
         assert np.array_equal(values, by_itself["b"][name], equal_nan=True)
-    other = resample(fake, {"b": few}, groups, 0.5, draws=50, seed=1)["b"]
+    other = resample(fake, {"b": few}, groups, 0.5, resamples=50, seed=1)["b"]
     assert not np.array_equal(other["auroc"], by_itself["b"]["auroc"])
 
 
@@ -133,7 +135,7 @@ def test_what_rests_on_a_single_group_has_no_interval() -> None:
 
 
 def coverage(
-    repeats: int, reals: int, prompts: int, per_prompt: int, draws: int = bootstrap.DRAWS
+    repeats: int, reals: int, prompts: int, per_prompt: int, resamples: int = bootstrap.RESAMPLES
 ) -> dict[str, float]:
     """How often the intervals hold what a very large sample of the same kind shows. The images of a
     prompt are alike: half of the variance of their scores is the prompt's.
@@ -155,7 +157,7 @@ def coverage(
     for repeat in range(repeats):
         labels, fake, group = draw(reals, prompts)
         groups, images = group_rows(group, np.zeros(len(labels), int), labels), images_of(labels)
-        found = resample(fake, {"": images}, groups, 0.5, draws=draws, seed=repeat)[""]
+        found = resample(fake, {"": images}, groups, 0.5, resamples=resamples, seed=repeat)[""]
         for name, (low, high) in intervals(images, groups, found).items():
             hits[name] = hits.get(name, 0) + (low <= truth[name] <= high)
     return {name: count / repeats for name, count in hits.items()}
@@ -168,7 +170,7 @@ METRICS = {
 
 
 def test_intervals_cover_at_about_their_rate() -> None:
-    found = coverage(60, reals=120, prompts=60, per_prompt=2, draws=400)
+    found = coverage(60, reals=120, prompts=60, per_prompt=2, resamples=400)
     assert found.keys() == METRICS
     assert np.mean([found[name] for name in METRICS]) == pytest.approx(0.94, abs=0.05)
     assert min(found.values()) > 0.75  # TPR at 1 % rests on one of 120 reals

@@ -130,11 +130,11 @@ def test_flips_are_found_each_by_its_own_threshold() -> None:
 def test_reals_that_stand_beside_take_part() -> None:
     fakes = [row | {"set": "evalgen"} for row in rows() if row["label"]]
     reals = [row | {"set": "photos"} for row in rows() if not row["label"]]
-    about = ABOUT | {"reals": {"set": "photos", "why": "test", "for_all": False}}
+    about = ABOUT | {"reference_reals": {"set": "photos", "why": "test", "for_all": False}}
     moved = [row | {"logit": row["logit"] + 3} for row in reals]
     before, after = (table_of(fakes + one, ["evalgen"], **about) for one in (reals, moved))
     lines = compare(before, after)
-    assert [line.kind for line in lines] == ["beside", "sources", "sources", "generators"]
+    assert [line.kind for line in lines] == ["reference", "sources", "sources", "generators"]
     assert lines[0].changes["false_positive_rate"].low > 0
     assert lines[0].changes["recall"].before == lines[0].changes["recall"].after
     assert {row[0] for row in count_flips(before, flips(before, after))} == {"evalgen"}

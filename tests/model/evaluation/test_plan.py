@@ -16,10 +16,10 @@ from sharding.format import ShardError, open_shards
 
 
 def test_what_is_scored(data: Path, tiny_checkpoint: Path) -> None:
-    planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reals="val"))
+    planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reference_reals="val"))
     assert list(planned.sets) == ["new", "old", "val"]
     assert list(planned.measured) == ["new", "old"]
-    assert planned.beside == {"set": "val", "why": "--reals", "for_all": True}
+    assert planned.reference == {"set": "val", "why": "--reference-reals", "for_all": True}
     whole = open_shards([data / "val"])
     reals = planned.sets["val"].shards
     assert 0 < len(reals) == (whole.column("label") == 0).sum() < len(whole)
@@ -42,7 +42,7 @@ def test_a_subset_is_scored_and_the_whole_set_is_named(data: Path, tiny_checkpoi
     ("names", "options", "error", "said"),
     [
         (["vall"], Options(), ShardError, r"no shard set at .*vall; .* holds new, old, val"),
-        (["val"], Options(reals="nope"), ShardError, "no shard set at .*nope"),
+        (["val"], Options(reference_reals="nope"), ShardError, "no shard set at .*nope"),
         (["val"], Options(device="gpu"), ValueError, "no such device: gpu"),
         (
             ["val"], Options(subset=Subset("list.csv", "", {"old": ["x"]})),

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.evaluation.report import first_of_each, mean_and_spread, report
+from model.evaluation.report import first_of_each, mean_and_std, report
 from model.evaluation.scores import (
     ScoresError,
     read_scores,
@@ -64,42 +64,45 @@ def test_the_first_image_of_each_prompt() -> None:
 
 def test_the_spread_is_that_of_the_table_of_evalgens_authors() -> None:
     """97.2 and 4.2 of the five recalls that the paper gives for its detector."""
-    found = mean_and_spread([89.9, 99.5, 97.8, 99.5, 99.5])
+    found = mean_and_std([89.9, 99.5, 97.8, 99.5, 99.5])
     assert round(found["mean"], 1) == 97.2
-    assert round(found["spread"], 1) == 4.2
-    assert mean_and_spread([0.5]) == {"mean": 0.5, "spread": None}
+    assert round(found["std"], 1) == 4.2
+    assert mean_and_std([0.5]) == {"mean": 0.5, "std": None}
 
 
 def test_both_protocols_of_evalgen() -> None:
     rows = prompts({"Flux": 1.2, "GoT": -1.0, "NOVA": 3.0})
     found = report(table_of(rows, ["evalgen"]))["sets"]["evalgen"]
-    every, first = found["protocols"]["all"], found["protocols"]["first"]
+    every, first = found["protocols"]["all_images"], found["protocols"]["first_per_prompt"]
     assert (every["images"], every["prompts"]) == (72, 6)
     assert (first["images"], first["prompts"]) == (18, 6)
     assert list(every["generators"]) == ["Flux", "GoT", "NOVA"]
     assert [one["recall"] for one in first["generators"].values()] == [1.0, 1.0, 1.0]
-    assert first["spread"] == 0.0
+    assert first["std"] == 0.0
     for name, one in every["generators"].items():
         logits = np.array([row["logit"] for row in rows if row["generator"] == name])
         fake = probability(logits, 2.0)
         assert one["images"] == 24
         assert one["recall"] == pytest.approx((fake >= 0.6).mean())
-        assert one["recall_at_half"] == pytest.approx((fake >= 0.5).mean())
+        assert one["recall_at_0.5"] == pytest.approx((fake >= 0.5).mean())
         assert one["interval"][0] <= one["recall"] <= one["interval"][1]
     recalls = [one["recall"] for one in every["generators"].values()]
     assert every["mean"] == pytest.approx(np.mean(recalls))
-    assert every["spread"] == pytest.approx(np.std(recalls, ddof=1))
+    assert every["std"] == pytest.approx(np.std(recalls, ddof=1))
     assert every["interval"][0] < every["mean"] < every["interval"][1]
     # Where a prompt has one image of a generator, the two are one.
     alone = prompts({"Flux": 1.0}, of_each=1)
-    assert report(table_of(alone, ["evalgen"]))["sets"]["evalgen"]["protocols"]["first"] is None
+    assert (
+        report(table_of(alone, ["evalgen"]))["sets"]["evalgen"]["protocols"]["first_per_prompt"]
+        is None
+    )
 
 
 def test_recall_without_reals_is_said_first() -> None:
     rows = reals("val") + [row | {"set": "val"} for row in prompts({"Flux": 2.0})]
     found = report(table_of(rows + prompts({"Flux": 1.0}), ["val", "evalgen"]))
     assert found["headline"][0].startswith("evalgen: NO REAL IMAGES AT HAND")
-    assert "--reals" in found["headline"][0]
+    assert "--reference-reals" in found["headline"][0]
     assert "of 30 real images called fake" in found["headline"][1]
     overall = found["sets"]["evalgen"]["overall"]
     assert overall["false_positive_rate"] is None and overall["auroc"] is None
@@ -109,26 +112,26 @@ def test_recall_without_reals_is_said_first() -> None:
 
 def test_reals_of_another_set_stand_beside() -> None:
     rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
-    beside = {"set": "test", "why": "the catalogue's default", "for_all": False}
-    found = report(table_of(rows, ["evalgen"], reals=beside))
+    reference = {"set": "test", "why": "the catalog's default", "for_all": False}
+    found = report(table_of(rows, ["evalgen"], reference_reals=reference))
     assert list(found["sets"]) == ["evalgen"]
     one = found["sets"]["evalgen"]
     assert one["overall"]["reals"] == 0
     labels = np.array([row["label"] for row in rows])
     fake = probability(np.array([row["logit"] for row in rows]), 2.0)
     wanted = measure(labels, fake, 0.6)
-    assert one["beside"]["false_positive_rate"] == wanted.false_positive_rate > 0
-    assert one["beside"]["auroc"] == wanted.auroc
+    assert one["reference"]["false_positive_rate"] == wanted.false_positive_rate > 0
+    assert one["reference"]["auroc"] == wanted.auroc
     assert one["generators"]["GoT"]["reals"] == 30
     assert "of 30 real images of test called fake" in found["headline"][0]
-    assert "30 real images of test (the catalogue's default)" in one["note"]
+    assert "30 real images of test (the catalog's default)" in one["note"]
     # Reals of its own count first, unless another set was asked for.
     own = [row | {"set": "evalgen", "logit": -9.0} for row in reals("evalgen", 11)]
-    kept = report(table_of(rows + own, ["evalgen"], reals=beside))["sets"]["evalgen"]
-    assert kept["beside"] is None
+    kept = report(table_of(rows + own, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
+    assert kept["reference"] is None
     assert kept["generators"]["GoT"]["reals"] == 11
-    asked = report(table_of(rows + own, ["evalgen"], reals=beside | {"for_all": True}))
-    assert asked["sets"]["evalgen"]["beside"]["reals"] == 30
+    asked = report(table_of(rows + own, ["evalgen"], reference_reals=reference | {"for_all": True}))
+    assert asked["sets"]["evalgen"]["reference"]["reals"] == 30
     assert asked["sets"]["evalgen"]["overall"]["reals"] == 11
 
 
@@ -164,10 +167,10 @@ def test_groups_of_two_sets_are_not_one() -> None:
     """Each of two sets has a group `s/0`, and the reals stand beside."""
     rows = [{"set": "evalgen", "label": 1, "group": "s/0", "logit": 1.0}] * 3
     rows += [{"set": "test", "label": 0, "group": "s/0", "logit": -1.0}] * 3
-    beside = {"set": "test", "why": "--reals", "for_all": True}
-    found = report(table_of(rows, ["evalgen"], reals=beside))["sets"]["evalgen"]
+    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    found = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
     assert found["overall"]["groups"] == 1
-    assert found["beside"]["groups"] == 2
+    assert found["reference"]["groups"] == 2
     assert found["overall"]["intervals"] == {}
 
 

@@ -8,24 +8,24 @@ import torch
 from torch import nn
 
 from model.evaluation import robustness
-from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_delivery
+from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_robustness
 from model.evaluation.robustness import (
-    draw_samples,
     group_codes,
-    measure_deliveries,
-    score_deliveries,
+    measure_perturbations,
+    sample_by_hash,
+    score_perturbations,
     shift_of,
 )
 from model.score import score_set
-from pipeline.augment import View
+from pipeline.augment import Preprocess
 from pipeline.loader import Loading, open_loader
-from pipeline.perturb import DELIVERIES, ORIGINAL, Delivery
+from pipeline.perturb import ORIGINAL, PERTURBATIONS, Perturbation
 from pipeline.read import ShardReader
 from sharding.format import ShardSet, join_sets, open_shards
 from tests.builders import write_shards
 
 CPU = torch.device("cpu")
-VIEW = View(size=64, resize=64)
+PREPROCESS = Preprocess(crop_size=64, resize_size=64)
 """The whole of a square image of 64 pixels, so that the planted detectors see its blocks."""
 
 
@@ -62,7 +62,7 @@ def swapped(_rng: np.random.Generator, label: int, number: int) -> tuple[str, in
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = {"square": {"square": (square, 40, 40)}, "other": {"other": (swapped, 12, 12)}}
-    return write_shards(tmp_path_factory.mktemp("delivery"), plan)
+    return write_shards(tmp_path_factory.mktemp("perturbation"), plan)
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,19 @@ def shards(sets: Path) -> ShardSet:
     return open_shards([sets / "square"])
 
 
-def named(*names: str) -> list[Delivery]:
-    return [way for way in DELIVERIES if way.name in names]
+def named(*names: str) -> list[Perturbation]:
+    return [way for way in PERTURBATIONS if way.name in names]
 
 
 def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
-    net, view = Brightness(), View(size=32, resize=40)
-    loader = open_loader(shards, view=view, loading=Loading(workers=0, backend="pil"), device=CPU)
+    net, preprocess = Brightness(), Preprocess(crop_size=32, resize_size=40)
+    loader = open_loader(
+        shards, preprocess=preprocess, loading=Loading(num_workers=0, backend="pil"), device=CPU
+    )
     plain = score_set(net, loader)
     done: list[int] = []
-    found = score_deliveries(
-        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), view=view, device=CPU,
+    found = score_perturbations(
+        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), preprocess=preprocess, device=CPU,
         on_images=done.append,
     )  # fmt: skip
     assert np.array_equal(found.samples, plain.samples)
@@ -90,13 +92,15 @@ def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
     assert sum(done) == len(shards)
 
 
-def test_figures_of_a_delivery(shards: ShardSet) -> None:
-    """Against a plain count, with a delivery that flips known images."""
-    dark = Delivery("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
+def test_figures_of_a_perturbation(shards: ShardSet) -> None:
+    """Against a plain count, with a perturbation that flips known images."""
+    dark = Perturbation("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
     rows = np.arange(len(shards))
-    found = score_deliveries(Brightness(), shards, rows, [ORIGINAL, dark], view=VIEW, device=CPU)
+    found = score_perturbations(
+        Brightness(), shards, rows, [ORIGINAL, dark], preprocess=PREPROCESS, device=CPU
+    )
     at = {"temperature": 2.0, "threshold": 0.5}
-    first, second = measure_deliveries(found, group_codes(shards), **at)
+    first, second = measure_perturbations(found, group_codes(shards), **at)
     labels, (before, after) = found.labels, found.logits > 0
     assert first["flip_rate"] == 0 and first["shift"]["real"]["mean"] == 0
     for row, called in ((first, before), (second, after)):
@@ -116,9 +120,9 @@ def test_an_image_that_cannot_go_that_way_is_counted_and_named(shards: ShardSet)
         return pixels
 
     rows = np.arange(len(shards))
-    ways = [ORIGINAL, Delivery("refuse", "refuse", 1, (refuse,))]
-    found = score_deliveries(Brightness(), shards, rows, ways, view=VIEW, device=CPU)
-    row = measure_deliveries(found, group_codes(shards), temperature=1.0, threshold=0.5)[1]
+    ways = [ORIGINAL, Perturbation("refuse", "refuse", 1, (refuse,))]
+    found = score_perturbations(Brightness(), shards, rows, ways, preprocess=PREPROCESS, device=CPU)
+    row = measure_perturbations(found, group_codes(shards), temperature=1.0, threshold=0.5)[1]
     missing = np.isnan(found.logits[1])
     assert 5 < missing.sum() < 75
     assert row["failed"] == missing.sum() and row["failed_first"] == "too bright for this"
@@ -135,22 +139,27 @@ def test_an_unreadable_image_has_no_column(
         return decode(data[:50] if data.startswith(b"\x89PNG") else data, *rest)
 
     monkeypatch.setattr(robustness, "decode_image", broken)
-    found = score_deliveries(
-        Brightness(), shards, np.arange(len(shards)), named("original"), view=VIEW, device=CPU
+    found = score_perturbations(
+        Brightness(),
+        shards,
+        np.arange(len(shards)),
+        named("original"),
+        preprocess=PREPROCESS,
+        device=CPU,
     )
     assert len(found.unreadable) == 40 and set(found.labels) == {0}
     assert all("does not decode" in reason for reason in found.unreadable.values())
 
 
 def test_samples_are_drawn_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
-    rows = draw_samples(shards, 10)
+    rows = sample_by_hash(shards, 10)
     labels = shards.column("label")[rows]
     assert [(labels == label).sum() for label in (0, 1)] == [10, 10]
     assert np.array_equal(rows, np.sort(rows))
     mixed = shards.take(np.random.default_rng(0).permutation(len(shards)))
-    keys = [s.table.column("key").take(draw_samples(s, 10)).to_pylist() for s in (shards, mixed)]
+    keys = [s.table.column("key").take(sample_by_hash(s, 10)).to_pylist() for s in (shards, mixed)]
     assert set(keys[0]) == set(keys[1])
-    assert len(draw_samples(shards, 1000)) == len(shards)
+    assert len(sample_by_hash(shards, 1000)) == len(shards)
 
 
 def test_an_interval_counts_groups() -> None:
@@ -207,7 +216,7 @@ def test_joined_sets_are_read_as_each_by_itself(sets: Path, shards: ShardSet) ->
 
 
 def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
-    both = ["all-as-jpeg", "all-as-webp", "levelled"]
+    both = ["all-as-jpeg", "all-as-webp", "leveled"]
     for rows, expected in (
         (np.arange(len(shards)), ["fakes-as-reals", *both]),
         (np.flatnonzero(shards.column("label") == 0), both),
@@ -218,14 +227,14 @@ def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
     containers, swaps = plan_swaps(other, np.arange(len(other)))
     assert [swap.name for swap in swaps] == ["fakes-as-reals", "reals-as-fakes", *both]
     assert swaps[1].what == "reals re-encoded as WebP 80"
-    assert swaps[2].delivery.amount == min(LOW_QUALITY, containers["real"].quality)
+    assert swaps[2].perturbation.amount == min(LOW_QUALITY, containers["real"].quality)
 
 
 def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: ShardSet) -> None:
     found = {}
     for net in (Blocking(), Brightness()):
-        found[type(net)] = report_delivery(
-            net, shards, named("original", "jpeg-50"), view=VIEW, device=CPU, dtype=torch.float32,
+        found[type(net)] = report_robustness(
+            net, shards, named("original", "jpeg-50"), preprocess=PREPROCESS, device=CPU, dtype=torch.float32,
             temperature=1.0, threshold=0.5,
         )  # fmt: skip
     caught, content = (found[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
@@ -244,6 +253,6 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     assert abs(content["after"]["recall"] - content["before"]["recall"]) <= 0.05
     assert found[Blocking]["images"] == found[Blocking]["of"] == 80
     assert found[Blocking]["containers"]["real"]["name"].startswith("JPEG ")
-    assert [row["name"] for row in found[Blocking]["deliveries"]] == ["original", "jpeg-50"]
-    levelled = found[Blocking]["codec_swap"][-1]
-    assert levelled["name"] == "levelled" and levelled["after"]["auroc"] < 0.75
+    assert [row["name"] for row in found[Blocking]["perturbations"]] == ["original", "jpeg-50"]
+    leveled = found[Blocking]["codec_swap"][-1]
+    assert leveled["name"] == "leveled" and leveled["after"]["auroc"] < 0.75

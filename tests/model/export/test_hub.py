@@ -20,7 +20,7 @@ from model import checkpoint, load_detector
 from model.__main__ import main
 from model.export import hub
 from model.export.card import card_of
-from model.export.license import ORIGINAL_BASE, licence_of
+from model.export.license import ORIGINAL_BASE, license_of
 from tests.builders import CALIBRATION, TINY, encode, photo
 
 REPO = "owner/detector"
@@ -33,12 +33,14 @@ def folder(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> None:
-    net, view, _ = checkpoint.load_network(tiny_checkpoint)
+    net, preprocess, _ = checkpoint.load_network(tiny_checkpoint)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.randint(0, 256, (3, 3, view.size, view.size), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (3, 3, preprocess.crop_size, preprocess.crop_size), dtype=torch.uint8
+    )
     with torch.inference_mode():
-        normalised = (images - net.mean) / net.std
-        torch.testing.assert_close(loaded(normalised), net(images), rtol=0, atol=0)
+        normalized = (images - net.mean) / net.std
+        torch.testing.assert_close(loaded(normalized), net(images), rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == ["real", "fake"] and config["num_classes"] == 2
     # transformers passes the number of classes itself, and fails on a second one
@@ -48,17 +50,17 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
 def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     found = timm.data.resolve_data_config(model=loaded)
-    resize, crop, _, normalise = timm.data.create_transform(**found).transforms
+    resize, crop, _, normalize = timm.data.create_transform(**found).transforms
     assert (resize.size, crop.size) == (54, (48, 48))
     assert resize.interpolation.value == "bilinear"
-    assert normalise.mean.tolist() == pytest.approx(TINY.mean)
-    assert normalise.std.tolist() == pytest.approx(TINY.std)
+    assert normalize.mean.tolist() == pytest.approx(TINY.mean)
+    assert normalize.std.tolist() == pytest.approx(TINY.std)
 
 
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
 def test_the_share_of_a_view_leads_back_to_it(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
-    found = hub.preprocessing_of(net, hub.View(size=size, resize=resize))
+    found = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
     assert int(size / found["crop_pct"]) == resize
 
 
@@ -99,7 +101,7 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
     assert "**No evaluation is attached.**" in text
-    assert "| old | alpha | test |" in text  # set, source, licence
+    assert "| old | alpha | test |" in text  # set, source, license
     assert "likely real below" not in text and "Below 0.3 call it likely real" in text
     assert f"fitted on val ({CALIBRATION['reals']} real" in text
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -111,9 +113,9 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "onnx/detector.onnx" in card
 
 
-def test_the_licence_is_that_of_the_first_weights() -> None:
+def test_the_license_is_that_of_the_first_weights() -> None:
     def found(name: str, pretrained: bool, **data: object):
-        return licence_of(
+        return license_of(
             {"recipe": {"network": {"name": name, "pretrained": pretrained}}, "data": data}
         )
 

@@ -42,8 +42,8 @@ def test_it_computes_what_it_computed(small: nn.Module, tmp_path: Path, prefix: 
     file = published(small, tmp_path / "checkpoint_phase2.pth", prefix)
     result = CliRunner().invoke(main, ["import", str(file), "--runs", str(tmp_path / "runs")])
     assert result.exit_code == 0, result.output
-    net, view, meta = checkpoint.load_network(checkpoint.find(tmp_path / "runs"))
-    assert (view.size, view.resize) == (256, 288)
+    net, preprocess, meta = checkpoint.load_network(checkpoint.find(tmp_path / "runs"))
+    assert (preprocess.crop_size, preprocess.resize_size) == (256, 288)
     assert meta["classes"] == ["real", "fake"]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (TINY.mean, TINY.std))

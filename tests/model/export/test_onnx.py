@@ -16,16 +16,16 @@ from model import checkpoint, load_detector
 from model.__main__ import main
 from model.export import import_original
 from model.export import onnx as export
-from model.inference.onnx_detector import META_KEYS, OnnxError, load_onnx, see
+from model.inference.onnx_detector import META_KEYS, OnnxError, load_onnx, preprocess
 from model.network import Network, build
 from pipeline import pil
-from pipeline.augment import View
-from tests.builders import ROOT, VIEW, encode, photo
+from pipeline.augment import Preprocess
+from tests.builders import PREPROCESS, ROOT, encode, photo
 
 KINDS = [("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"quality": 80}), ("BMP", {})]
 
 # Torch's operator weighs with 16 bits and Pillow with 22: they round apart where a value lies
-# between two grey levels. Seen: up to 1.5 % of values, by one level.
+# between two gray levels. Seen: up to 1.5 % of values, by one level.
 LEVELS, SHARE = 1, 0.03
 
 
@@ -61,8 +61,8 @@ def test_the_graph_is_the_network(
     precision: str, limit: float, count: int, exported: Path, tiny_checkpoint: Path
 ) -> None:
     """Any number of images, the temperature applied in `probability` and not in `logits`."""
-    net, view, _ = checkpoint.load_network(tiny_checkpoint)
-    pixels = np.stack([pil.see(photo(seed, 64, 64), view) for seed in range(count)])
+    net, preprocess, _ = checkpoint.load_network(tiny_checkpoint)
+    pixels = np.stack([pil.preprocess(photo(seed, 64, 64), preprocess) for seed in range(count)])
     with torch.inference_mode():
         expected = net(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     detector = load_onnx(exported / export.FILES[precision], device="cpu")
@@ -100,10 +100,10 @@ def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path)
     meta = checkpoint.read_meta(tiny_checkpoint)
     found = load_onnx(exported / "detector.onnx", device="cpu")
     assert set(found.meta) == set(META_KEYS)
-    for key in ("classes", "view", "temperature", "threshold", "calibration", "step"):
+    for key in ("classes", "preprocess", "temperature", "threshold", "calibration", "step"):
         assert found.meta[key] == meta[key]
-    assert (found.view, found.band, found.threshold) == (VIEW, (0.3, 0.6), 0.6)
-    assert found.meta["licence"].startswith("CC-BY-NC-4.0")
+    assert (found.preprocess, found.band, found.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
+    assert found.meta["license"].startswith("CC-BY-NC-4.0")
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
 
 
@@ -129,10 +129,10 @@ def test_it_predicts_what_the_checkpoint_predicts(
 
 @pytest.mark.parametrize("side", [17, 47, 48, 49, 54, 60, 83, 131, 300, 999])
 def test_both_resizes_agree(side: int) -> None:
-    """Torch's and Pillow's, with the one crop of `centre`."""
+    """Torch's and Pillow's, with the one crop of `center`."""
     pixels = photo(side, side, side + 7)
-    one, two = (f(pixels, VIEW).astype(np.int16) for f in (pil.see, see))
-    assert one.shape == two.shape == (VIEW.size, VIEW.size, 3)
+    one, two = (f(pixels, PREPROCESS).astype(np.int16) for f in (pil.preprocess, preprocess))
+    assert one.shape == two.shape == (PREPROCESS.crop_size, PREPROCESS.crop_size, 3)
     assert np.abs(one - two).max() <= LEVELS
     assert (one != two).mean() <= SHARE
 
@@ -235,18 +235,18 @@ def test_noise_stands_in_and_is_called_so(
 
 
 def test_a_shard_set_is_compared_too(exported: Path, tiny_checkpoint: Path, data: Path) -> None:
-    net, view, meta = checkpoint.load_network(tiny_checkpoint)
+    net, preprocess, meta = checkpoint.load_network(tiny_checkpoint)
     files = [exported / "detector.onnx"]
-    (parity,), seen = export.compare(net, view, meta, files, data / "val")
+    (parity,), seen = export.compare(net, preprocess, meta, files, data / "val")
     assert seen["images"] == "val" and seen["compared"] > 10 and not seen["unreadable"]
     assert parity.same_pixels.max < 1e-5
 
 
 def test_no_image_is_an_error(exported: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no")
-    net, view, meta = checkpoint.load_network(tiny_checkpoint)
+    net, preprocess, meta = checkpoint.load_network(tiny_checkpoint)
     with pytest.raises(export.ExportError, match=r"no image to compare on .*first: broken.png"):
-        export.compare(net, view, meta, [exported / "detector.onnx"], tmp_path)
+        export.compare(net, preprocess, meta, [exported / "detector.onnx"], tmp_path)
 
 
 def test_something_must_be_asked_for() -> None:
@@ -258,11 +258,14 @@ def test_something_must_be_asked_for() -> None:
 def test_the_original_is_exported_too(images: Path, tmp_path: Path) -> None:
     """ConvNeXtV2-Base with random weights, by the way that the published file takes."""
     torch.manual_seed(0)
-    base = Network(name="convnextv2_base", pretrained=False, scratch="fan_in")
+    base = Network(name="convnextv2_base", pretrained=False, init="fan_in")
     net = build(base, pretrained=False)
     torch.save({"model": net.backbone.state_dict()}, tmp_path / "checkpoint_phase2.pth")
     folder = import_original.import_file(tmp_path / "checkpoint_phase2.pth", tmp_path / "original")
     report = export.export_onnx(folder, tmp_path / "onnx", images)
     assert report["files"][0]["same_pixels"]["max"] < 1e-4
     found = load_onnx(tmp_path / "onnx" / "detector.onnx")
-    assert found.view == View(size=256, resize=288) and "its card says MIT" in found.meta["licence"]
+    assert (
+        found.preprocess == Preprocess(crop_size=256, resize_size=288)
+        and "its card says MIT" in found.meta["license"]
+    )

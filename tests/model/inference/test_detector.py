@@ -53,7 +53,10 @@ def test_the_shards_and_the_files_give_one_score(old: ShardSet, raw: Path, detec
     """
     files = [raw / origin for origin in old.table.column("origin").to_pylist()]
     loader = open_loader(
-        old, view=detector.view, loading=Loading(backend="pil", workers=0), device=CPU
+        old,
+        preprocess=detector.preprocess,
+        loading=Loading(backend="pil", num_workers=0),
+        device=CPU,
     )
     evaluated = probability(score_set(detector.net, loader).logits)
     found = np.array([one.probability for one in detector.predict(files, AT_A_TIME)])

@@ -11,14 +11,14 @@ from model.inference.gradcam import ExplainError, attribution, heatmap, overlay
 from model.network import Network, build
 from tests.builders import encode, photo, small_recipe
 
-MOBILE = Network(name="mobilenetv2_035", pretrained=False, scratch="fan_in")
+MOBILE = Network(name="mobilenetv2_035", pretrained=False, init="fan_in")
 
 
 def detector_of(network: Network, folder: Path, size: int = 64):
-    from pipeline.augment import View
+    from pipeline.augment import Preprocess
 
     torch.manual_seed(2)
-    recipe = small_recipe(network=network, view=View(size=size, resize=size))
+    recipe = small_recipe(network=network, preprocess=Preprocess(crop_size=size, resize_size=size))
     checkpoint.save(
         folder / "step_0000001", build(network, pretrained=False), recipe=recipe, step=1, epoch=1,
         metrics={}, selection=0.5, data={}, state=None,
@@ -31,8 +31,8 @@ def mobile(tmp_path_factory: pytest.TempPathFactory):
     return detector_of(MOBILE, tmp_path_factory.mktemp("mobile"))
 
 
-def margin(detector, view: np.ndarray) -> float:
-    pixels = torch.from_numpy(view)[None].permute(0, 3, 1, 2)
+def margin(detector, preprocessed: np.ndarray) -> float:
+    pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2)
     with torch.inference_mode():
         real, fake = detector.net(pixels)[0].tolist()
     return fake - real
@@ -46,9 +46,9 @@ def test_the_cells_add_up_to_the_logit(mobile) -> None:
     with torch.no_grad():
         head.bias.copy_(torch.tensor([0.25, -0.5]))
     for seed in range(3):
-        view, cells = attribution(mobile, encode(photo(seed, 80, 64), "PNG"))
+        preprocessed, cells = attribution(mobile, encode(photo(seed, 80, 64), "PNG"))
         assert cells.shape == (2, 2)
-        assert cells.sum() - 0.75 == pytest.approx(margin(mobile, view), abs=1e-4)
+        assert cells.sum() - 0.75 == pytest.approx(margin(mobile, preprocessed), abs=1e-4)
 
 
 def test_it_works_for_the_recipes_networks_and_says_where_not(
@@ -56,7 +56,7 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
 ) -> None:
     for detector in (mobile, load_detector(runs=small_runs)):
         found = heatmap(detector, encode(photo(1), "PNG"))
-        size = detector.view.size
+        size = detector.preprocess.crop_size
         assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
     transformer = Network(
         name="vit_tiny_patch16_224", pretrained=False,
@@ -76,10 +76,10 @@ def test_a_heatmap_changes_no_score(mobile) -> None:
 
 
 def test_red_speaks_for_ai_and_blue_for_real() -> None:
-    view = np.full((64, 64, 3), 100, np.uint8)
-    drawn = overlay(view, np.array([[1.0, 0.0], [0.0, -1.0]], np.float32)).astype(int)
-    red, grey, blue = drawn[5, 5], drawn[31, 31], drawn[58, 58]
+    preprocessed = np.full((64, 64, 3), 100, np.uint8)
+    drawn = overlay(preprocessed, np.array([[1.0, 0.0], [0.0, -1.0]], np.float32)).astype(int)
+    red, gray, blue = drawn[5, 5], drawn[31, 31], drawn[58, 58]
     assert red[0] > 150 > red[2]
     assert blue[2] > 150 > blue[0]
-    assert np.ptp(grey) < 30
-    assert (overlay(view, np.zeros((2, 2), np.float32)) == 100).all()
+    assert np.ptp(gray) < 30
+    assert (overlay(preprocessed, np.zeros((2, 2), np.float32)) == 100).all()

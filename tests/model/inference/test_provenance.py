@@ -59,8 +59,8 @@ def certificate(name: str, key, signer_name: str, signer_key, *, is_ca: bool) ->
     now = datetime.datetime.now(datetime.UTC)
 
     def of(common: str) -> x509.Name:
-        organisation = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example Images Ltd")
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common), organisation])
+        organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example Images Ltd")
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common), organization])
 
     usage = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
@@ -494,15 +494,15 @@ def harmless(data: bytes) -> None:
 
 
 def test_no_damage_makes_it_raise(signer: c2pa.Signer) -> None:
-    dice = random.Random(1)
+    rng = random.Random(1)
     for whole in all_kinds(signer):
         assert read_evidence(whole)
         for length in range(0, len(whole), max(1, len(whole) // 60)):
             harmless(whole[:length])
         for _ in range(60):
             changed = bytearray(whole)
-            for _ in range(dice.randint(1, 20)):
-                changed[dice.randrange(len(changed))] = dice.randrange(256)
+            for _ in range(rng.randint(1, 20)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
             harmless(bytes(changed))
     for data in KINDS.values():
         harmless(data)

@@ -26,12 +26,16 @@ def rates(optim: Optim, backbone: torch.nn.Module, steps: int, step: int) -> set
     return {group["lr"] for group in optimizer.param_groups}
 
 
-@pytest.mark.parametrize(("grouping", "groups"), [("none", 1), ("block", 38), ("stage12", 14)])
-def test_after_warm_up_there_are_as_many_rates_as_groups(grouping: str, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("layer_decay_groups", "groups"), [("none", 1), ("block", 38), ("stage12", 14)]
+)
+def test_after_warm_up_there_are_as_many_rates_as_groups(
+    layer_decay_groups: str, groups: int
+) -> None:
     """The original wrote `lr_scale` and its schedulers ignored it: one rate for 38 groups."""
-    decay = 1.0 if grouping == "none" else 0.8
-    optim = Optim(lr=2e-4, layer_decay=decay, grouping=grouping)
-    layers = layer_of_parameters(BASE, grouping)
+    decay = 1.0 if layer_decay_groups == "none" else 0.8
+    optim = Optim(lr=2e-4, layer_decay=decay, layer_decay_groups=layer_decay_groups)
+    layers = layer_of_parameters(BASE, layer_decay_groups)
     assert len(set(layers.values())) == groups
     for step in (0, 5, 50, 99):
         found = rates(optim, BASE, 100, step)
@@ -58,12 +62,14 @@ def test_stages_are_groups_of_a_network_that_is_no_convnext() -> None:
     assert layers["blocks.2.0.conv_pw.weight"] == layers["blocks.2.2.conv_pw.weight"] == 3
     assert layers["conv_head.weight"] == 7
     assert layers["classifier.weight"] == 8
-    optim = Optim(lr=1e-3, layer_decay=0.8, grouping="stage")
+    optim = Optim(lr=1e-3, layer_decay=0.8, layer_decay_groups="stage")
     assert len(rates(optim, backbone, 100, 50)) == 9
 
 
 def test_no_decay_on_biases_norms_and_grn() -> None:
-    optimizer = make_optimizer(BASE, Optim(lr=1e-3, layer_decay=0.8, grouping="block"), fused=False)
+    optimizer = make_optimizer(
+        BASE, Optim(lr=1e-3, layer_decay=0.8, layer_decay_groups="block"), fused=False
+    )
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, parameter in BASE.named_parameters():
         wanted = parameter.ndim > 1
@@ -76,7 +82,9 @@ def test_no_decay_on_biases_norms_and_grn() -> None:
 def test_the_rates_are_used_by_the_step() -> None:
     """One step of plain gradients of one: the head moves by its rate, the stem by its own."""
     net = build(TINY, pretrained=False)
-    optim = Optim(lr=1e-2, weight_decay=0.0, layer_decay=0.5, grouping="block", warmup=0.0)
+    optim = Optim(
+        lr=1e-2, weight_decay=0.0, layer_decay=0.5, layer_decay_groups="block", warmup_ratio=0.0
+    )
     optimizer = make_optimizer(net.backbone, optim, fused=False)
     before = {name: p.detach().clone() for name, p in net.backbone.named_parameters()}
     for parameter in net.backbone.parameters():
@@ -102,7 +110,7 @@ def test_a_parameter_without_a_layer_is_an_error() -> None:
 
 
 def test_the_schedule_is_the_originals_in_multiples() -> None:
-    optim = Optim(lr=7.5e-5, warmup=0.07, warmup_start=0.01, min_lr=1e-7)
+    optim = Optim(lr=7.5e-5, warmup_ratio=0.07, warmup_start_factor=0.01, min_lr=1e-7)
     factors = [schedule(optim, step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(0.01)
     assert factors[35] == pytest.approx(0.505)
@@ -115,7 +123,7 @@ def test_the_schedule_is_the_originals_in_multiples() -> None:
 
 def test_a_small_group_is_never_raised() -> None:
     """An absolute floor of 1e-7 would lift the stem's 5e-8 above itself; a factor cannot."""
-    optim = Optim(lr=2e-4, layer_decay=0.8, grouping="block", min_lr=1e-7)
+    optim = Optim(lr=2e-4, layer_decay=0.8, layer_decay_groups="block", min_lr=1e-7)
     start, end = rates(optim, BASE, 1000, 50), rates(optim, BASE, 1000, 999)
     assert all(low < high for low, high in zip(sorted(end), sorted(start), strict=True))
     assert min(end) < 1e-9
@@ -125,8 +133,8 @@ def test_a_small_group_is_never_raised() -> None:
     ("values", "said"),
     [
         ({"lr": 0}, "needs 0 <= min_lr <= lr"),
-        ({"lr": 1e-3, "layer_decay": 0.8}, "needs grouping block, stage or stage12"),
-        ({"lr": 1e-3, "warmup": 1.5}, "warmup is a share of the steps"),
+        ({"lr": 1e-3, "layer_decay": 0.8}, "needs layer_decay_groups block, stage or stage12"),
+        ({"lr": 1e-3, "warmup_ratio": 1.5}, "warmup_ratio is a share of the steps"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict, said: str) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import recipes
 from model import checkpoint
-from model.distributed import Ranks
+from model.distributed import DistEnv
 from model.network import NetworkError, build
 from model.recipe import Recipe
 from model.training import assemble as assembling
@@ -24,7 +24,7 @@ from pipeline.loader import LoadError
 from pipeline.order import OrderError
 from sharding.format import ShardError
 from storage import sha256_of
-from tests.builders import TINY, VIEW, small_recipe
+from tests.builders import PREPROCESS, TINY, small_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     network = replace(TINY, name="convnextv2_atto", options=options)
     checkpoint.save(
         runs / "first" / "step_0000003", build(network, pretrained=False),
-        recipe=small_recipe("first", network, VIEW), step=3, epoch=1, metrics={}, selection=0.5,
+        recipe=small_recipe("first", network, PREPROCESS), step=3, epoch=1, metrics={}, selection=0.5,
         data={"train": ["old"]}, state=None,
     )  # fmt: skip
     return runs
@@ -75,11 +75,11 @@ def test_a_new_run(load: Load, data: Path, tmp_path: Path) -> None:
 def test_parameters_and_rates_are_those_of_the_network_that_is_built(
     load: Load, data: Path, tmp_path: Path
 ) -> None:
-    recipe = load("optim.grouping=block", "optim.layer_decay=0.5")
+    recipe = load("optim.layer_decay_groups=block", "optim.layer_decay=0.5")
     planned = plan(recipe, data, tmp_path)
-    trainer = assembling.assemble(planned)
-    assert planned.parameters == sum(p.numel() for p in trainer.net.parameters())
-    rates = {group["base_lr"] for group in trainer.optimizer.param_groups}
+    train_state = assembling.assemble(planned)
+    assert planned.parameters == sum(p.numel() for p in train_state.net.parameters())
+    rates = {group["base_lr"] for group in train_state.optimizer.param_groups}
     assert planned.learning_rates == tuple(sorted(rates))
     assert len(rates) > 2
 
@@ -105,9 +105,9 @@ def test_a_run_that_goes_on_and_one_that_is_finished(
 
 def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -> None:
     before = files_below(data, trained)
-    recipe = load('run.start="first"', "replay.distill=1")
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
     planned = plan(recipe, data, trained)
-    assert planned.baseline == trained / "tiny/before.json"
+    assert planned.baseline == trained / "tiny/baseline_metrics.json"
     assert files_below(data, trained) == before
 
 
@@ -125,11 +125,11 @@ def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path
     first = trained / "first/step_0000003"
     digest = sha256_of(first / "weights.safetensors")
     trained_weights = Weights(kind="checkpoint", path=first, sha256=digest)
-    named = load('run.start="first"')
+    named = load('run.init_from="first"')
     assert plan(named, data, trained).weights == trained_weights
     planned = plan(load(), data, tmp_path, init_from=first)
     assert planned.weights == trained_weights
-    assert planned.baseline == tmp_path / "tiny/before.json"
+    assert planned.baseline == tmp_path / "tiny/baseline_metrics.json"
     assert f"weights from {first}" in planned.describe()
     file = tmp_path / "imagenet.safetensors"
     shutil.copy(first / "weights.safetensors", file)
@@ -142,7 +142,7 @@ def test_the_teacher_is_the_start_also_of_a_resumed_run(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     runs = shutil.copytree(trained, tmp_path / "runs")
-    recipe = load('run.start="first"', "replay.distill=1")
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
     assert plan(recipe, data, runs).teacher.path == runs / "first/step_0000003"
     train(recipe, data, runs, stop_at=1)
     planned = plan(recipe, data, runs)
@@ -157,9 +157,9 @@ def test_without_distillation_a_resumed_run_does_not_need_its_start(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     runs = shutil.copytree(trained, tmp_path / "runs")
-    train(load('run.start="first"'), data, runs, stop_at=1)
+    train(load('run.init_from="first"'), data, runs, stop_at=1)
     shutil.rmtree(runs / "first")
-    assert plan(load('run.start="first"'), data, runs).done == 1
+    assert plan(load('run.init_from="first"'), data, runs).done == 1
 
 
 @pytest.mark.parametrize(
@@ -171,22 +171,22 @@ def test_without_distillation_a_resumed_run_does_not_need_its_start(
         (["data.validate=[]"], ValueError, "data.validate names no set"),
         (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
         (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sets hold alpha"),
-        (['data.law="tarin"'], LoadError, "augmented by law 'tarin', but the recipe describes"),
-        (['replay.leave_out=["alhpa"]'], ValueError, "leave_out names source alhpa; the sets hold"),
+        (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe describes"),
+        (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa; the sets hold"),
         (
-            ['replay.sets=["old"]', "replay.old_per_new=1:8",
-             'replay.leave_out=["alpha", "beta", "dummy"]'],
+            ['replay.sets=["old"]', "replay.ratio=1:8",
+             'replay.exclude_sources=["alpha", "beta", "dummy"]'],
             ValueError, "there is no old sample to draw from",
         ),
         (["loading.batch_size=81"], OrderError, "80 training samples do not fill one batch of 81"),
-        (['run.start="none"'], checkpoint.CheckpointError, "starts from the best checkpoint of"),
-        (["replay.distill=1"], ValueError, "needs a run that starts from a trained checkpoint"),
+        (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint of"),
+        (["replay.distill_weight=1"], ValueError, "needs a run that starts from a trained checkpoint"),
         (['network.name="convnextv9"'], NetworkError, "timm cannot build 'convnextv9'"),
         (["network.options.dept=[1]"], NetworkError, "timm cannot build"),
         (
-            ['network.name="mobilenetv2_035"', "network.options={}", "optim.grouping=stage12",
+            ['network.name="mobilenetv2_035"', "network.options={}", "optim.layer_decay_groups=stage12",
              "optim.layer_decay=0.5"],
-            OptimError, "grouping stage12 knows no layer for",
+            OptimError, "layer_decay_groups stage12 knows no layer for",
         ),
     ],
 )  # fmt: skip
@@ -260,7 +260,7 @@ def test_a_damaged_teacher_is_refused(
 ) -> None:
     """Also where the run goes on from weights of its own."""
     runs = shutil.copytree(trained, tmp_path / "runs")
-    recipe = load('run.start="first"', "replay.distill=1")
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
     train(recipe, data, runs, stop_at=1)
     (runs / "first/step_0000003/weights.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(NetworkError, match=r"first/step_0000003/weights\.safetensors is no read"):
@@ -284,7 +284,7 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
     with pytest.raises(ValueError, match=r"another recipe \(optim\.lr was 0\.0002, now 0\.001; 1"):
         plan(load("optim.lr=1e-3"), data, tmp_path)
     with pytest.raises(OrderError, match="global_batch"):
-        plan(load(), data, tmp_path, ranks=Ranks(0, 2, 0))
+        plan(load(), data, tmp_path, dist=DistEnv(0, 2, 0))
     state = tmp_path / "tiny/step_0000002/state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt cannot be read"):

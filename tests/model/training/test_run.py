@@ -15,7 +15,7 @@ from model.recipe import Recipe
 from model.training.history import rows_of
 from model.training.optim import make_optimizer
 from model.training.run import train
-from model.training.step import Trainer, train_step
+from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
 from pipeline.order import OrderError
 from tests.builders import ends_alike, losses_of, weights_of
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_learns_and_writes_everything_down(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=8", "optim.lr=8e-3", "data.law=dda"])
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=8", "optim.lr=8e-3", "data.policy=dda"])
     best = train(recipe, data, tmp_path / "runs")
     rows = rows_of(best.parent)
     losses = losses_of(best.parent)
@@ -113,7 +113,7 @@ def test_a_run_goes_on_under_a_program_with_more_settings(
     recipe = recipes.load(Recipe, tiny_recipe)
     last = train(recipe, data, tmp_path, stop_at=2)
     saved = checkpoint.read_meta(last)["recipe"]
-    del saved["network"]["head"], saved["optim"]["ema"]
+    del saved["network"]["head"], saved["optim"]["ema_decay"]
     checkpoint.annotate(last, {"recipe": saved})
     assert checkpoint.read_meta(train(recipe, data, tmp_path, stop_at=3))["step"] == 3
     with pytest.raises(ValueError, match=r"another recipe \(network\.head was timm, now stages"):
@@ -125,8 +125,8 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
 ) -> None:
     best = train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
     second = [
-        'name="second"', 'run.start="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
-        "replay.old_per_new=1:8", "optim.lr=1e-12", "optim.weight_decay=0",
+        'name="second"', 'run.init_from="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
+        "replay.ratio=1:8", "optim.lr=1e-12", "optim.weight_decay=0",
     ]  # fmt: skip
     recipe = recipes.load(Recipe, tiny_recipe, second)
     found = train(recipe, data, tmp_path)
@@ -141,14 +141,14 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
 def test_phase_2_without_phase_1_says_what_to_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = recipes.load(Recipe, tiny_recipe, ['run.start="phase1"'])
+    recipe = recipes.load(Recipe, tiny_recipe, ['run.init_from="phase1"'])
     with pytest.raises(checkpoint.CheckpointError, match=r"run `python train\.py --phase 1` first"):
         train(recipe, data, tmp_path)
 
 
 def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> None:
     """A batch with black, invalid rows moves the weights as the batch of its valid rows does."""
-    recipe = recipes.load(Recipe, tiny_recipe, ["network.drop_path=0", "optim.lr=1e-2"])
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.drop_path_rate=0", "optim.lr=1e-2"])
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     images[2:] = 0
     labels = torch.tensor([0, 1, 1, 1])
@@ -158,7 +158,7 @@ def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> Non
         net = build(recipe.network, pretrained=False)
         optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        trainer = Trainer(net, optimizer, scaler, torch.device("cpu"), torch.float32)
+        train_state = TrainState(net, optimizer, scaler, torch.device("cpu"), torch.float32)
         batch = Batch(
             images[:rows],
             labels[:rows],
@@ -168,7 +168,7 @@ def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> Non
             np.zeros(rows),
             {},
         )
-        loss = train_step(trainer, net, batch, recipe.optim)
+        loss = train_step(train_state, net, batch, recipe.optim)
         moved.append((loss, net.backbone.stem[0].weight.detach()))
     torch.testing.assert_close(moved[0], moved[1])
 

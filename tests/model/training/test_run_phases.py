@@ -39,10 +39,10 @@ train = ["new"]
 validate = ["val", "old"]
 [replay]
 sets = ["old"]
-old_per_new = "1:4"
+ratio = "1:4"
 [run]
 epochs = 2
-start = "tiny"
+init_from = "tiny"
 """
     )
     return path
@@ -60,7 +60,12 @@ def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
     """Bit for bit, with old samples replayed in phase 2, and a save at every third step. Each time
     the run goes on from its last save, so that no step of another seed, epoch or sample slips in.
     """
-    settings = ["run.log_every=1", "run.save_every=3", f"run.epochs={4 - phase}", "optim.ema=0.5"]
+    settings = [
+        "run.log_every=1",
+        "run.save_every=3",
+        f"run.epochs={4 - phase}",
+        "optim.ema_decay=0.5",
+    ]
     first = recipes.load(Recipe, tiny_recipe, settings)
     start = train(first, data, tmp_path / "whole")
     recipe = recipes.load(Recipe, phase2, settings) if phase == 2 else first
@@ -112,13 +117,13 @@ GOLDEN_LOSSES = [
 @pytest.mark.parametrize("ratio", ["0", "1:1", "1:4", "1:8", "1:16"])
 def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
     """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
-    recipe = recipes.load(Recipe, phase2, [f"replay.old_per_new={ratio}", "replay.distill=0.5"])
-    assert recipe.replay.distill == 0.5
+    recipe = recipes.load(Recipe, phase2, [f"replay.ratio={ratio}", "replay.distill_weight=0.5"])
+    assert recipe.replay.distill_weight == 0.5
     stream = open_stream(recipe, data, torch.device("cpu"))
-    wanted = int(stream.new_per_epoch * recipe.replay.ratio)
+    wanted = int(stream.new_per_epoch * recipe.replay.fraction)
     assert stream.replayed_per_epoch == wanted
     epoch = stream.epoch(0)
-    share = float(recipe.replay.ratio / (1 + recipe.replay.ratio))
+    share = float(recipe.replay.fraction / (1 + recipe.replay.fraction))
     assert abs(epoch.replayed.sum() - share * len(epoch.replayed)) <= 1
     assert (wanted == 0) == (ratio == "0")
     assert set(epoch.samples[epoch.replayed]) <= set(stream.pool.old)
@@ -129,8 +134,12 @@ def test_accumulation_changes_only_memory(
     tiny_recipe: Path, data: Path, tmp_path: Path, pieces: int
 ) -> None:
     found = []
-    for name, accumulate in (("whole", 1), ("pieces", pieces)):
-        settings = ["network.drop_path=0", "run.log_every=1", f"run.accumulate={accumulate}"]
+    for name, grad_accum_steps in (("whole", 1), ("pieces", pieces)):
+        settings = [
+            "network.drop_path_rate=0",
+            "run.log_every=1",
+            f"run.grad_accum_steps={grad_accum_steps}",
+        ]
         recipe = recipes.load(Recipe, tiny_recipe, settings)
         train(recipe, data, tmp_path / name, stop_at=4)
         found.append(losses_of(tmp_path / name / "tiny"))
@@ -140,7 +149,7 @@ def test_accumulation_changes_only_memory(
 def test_averaged_weights_are_saved_and_the_run_resumes_from_the_others(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema=0.9", "run.epochs=2"])
+    recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema_decay=0.9", "run.epochs=2"])
     whole = train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at=3)
     half = checkpoint.last_of(tmp_path / "parts/tiny")
@@ -166,7 +175,7 @@ def test_phase_2_says_what_was_forgotten_and_keeps_its_manifest(
     meta = checkpoint.read_meta(best)
     compared = {row["name"]: row for row in meta["compared"]["sources"]}
     assert compared["old/alpha"]["old"] and not compared["val/gamma"]["old"]
-    before = json.loads((tmp_path / "tiny2/before.json").read_text())
+    before = json.loads((tmp_path / "tiny2/baseline_metrics.json").read_text())
     start = checkpoint.read_meta(checkpoint.best_of(tmp_path / "tiny"))
     assert before["sets"]["val"] == start["metrics"]["sets"]["val"]
     assert meta["refused"] == []
@@ -191,7 +200,7 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
     result = CliRunner().invoke(
         command.main,
         ["--recipe", str(phase2), "--data", str(data), "--runs", str(tmp_path / "again"),
-         "--init", str(checkpoint.best_of(tmp_path / "tiny")), "--set", "gate.max_fpr=0.0",
+         "--init-from", str(checkpoint.best_of(tmp_path / "tiny")), "--set", "gate.max_fpr=0.0",
          "--set", "optim.lr=1e-2"],
     )  # fmt: skip
     assert result.exit_code == 1
@@ -227,8 +236,8 @@ def test_distillation_holds_the_logits_of_old_samples(
     train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
     away = []
     for name, weight in (("free", 0.0), ("held", 50.0)):
-        settings = [f"name={name}", f"replay.distill={weight}", "optim.lr=3e-3",
-                    'replay.old_per_new="1:1"', "run.epochs=3"]  # fmt: skip
+        settings = [f"name={name}", f"replay.distill_weight={weight}", "optim.lr=3e-3",
+                    'replay.ratio="1:1"', "run.epochs=3"]  # fmt: skip
         recipe = recipes.load(Recipe, phase2, settings)
         train(recipe, data, tmp_path)
         teacher, _, _ = checkpoint.load_network(checkpoint.best_of(tmp_path / "tiny"))
@@ -238,7 +247,9 @@ def test_distillation_holds_the_logits_of_old_samples(
             away.append(float((teacher(images) - student(images)).square().mean()))
     assert away[1] < 0.5 * away[0]
     with pytest.raises(ValueError, match="needs a run that starts from a trained checkpoint"):
-        train(recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill=1"]), data, tmp_path)
+        train(
+            recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill_weight=1"]), data, tmp_path
+        )
 
 
 def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
@@ -248,13 +259,13 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
     step = run.train_step
     seen: list[list[str]] = []
 
-    def poisoned(trainer, forward: Callable, batch, *arguments, **options):
+    def poisoned(train_state, forward: Callable, batch, *arguments, **options):
         table = open_pool(data, ["old"], Replay()).shards.table
         seen.append(table.column("key").take(batch.samples).to_pylist())
         if options["step"] == 2:
             with torch.no_grad():
-                next(trainer.net.parameters()).fill_(float("nan"))
-        return step(trainer, forward, batch, *arguments, **options)
+                next(train_state.net.parameters()).fill_(float("nan"))
+        return step(train_state, forward, batch, *arguments, **options)
 
     monkeypatch.setattr(run, "train_step", poisoned)
     recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=5", "run.epochs=2"])

@@ -142,7 +142,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 def test_two_ranks_learn_as_one_with_the_same_batch(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = ["network.drop_path=0", "run.log_every=1", "optim.clip=0.5"]
+    settings = ["network.drop_path_rate=0", "run.log_every=1", "optim.clip_grad_norm=0.5"]
     train(recipes.load(Recipe, tiny_recipe, settings), data, tmp_path / "one")
     two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
     ended = [running.wait() for running in forked.start_ranks(2, two, tmp_path)]
@@ -153,7 +153,7 @@ def test_two_ranks_learn_as_one_with_the_same_batch(
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    settings = ["network.drop_path=0", "run.log_every=1"]
+    settings = ["network.drop_path_rate=0", "run.log_every=1"]
     train(recipes.load(Recipe, tiny_recipe, settings), data, tmp_path / "one")
     two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
     words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *two]
@@ -175,7 +175,7 @@ def agree(one: Path, two: Path) -> None:
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    settings = ["network.drop_path=0", "run.log_every=1", "run.epochs=3"]
+    settings = ["network.drop_path_rate=0", "run.log_every=1", "run.epochs=3"]
     recipe = recipes.load(Recipe, tiny_recipe, settings)
     train(recipe, data, tmp_path / "one")
     two = command(tiny_recipe, data, tmp_path, *settings, "loading.batch_size=8")

@@ -2,12 +2,12 @@
 
 | bug of others | found by |
 |---|---|
-| the AMP scaler is never restored (a misspelt key) | test_the_scaler_goes_on_where_it_was |
+| the AMP scaler is never restored (a misspelled key) | test_the_scaler_goes_on_where_it_was |
 | no scaler where there is no AMP, and `.scale()` crashes | tests/model/training/test_run.py::test_ten_losses_never_change |
 | the schedule steps once per step and once more per epoch | test_one_step_of_the_schedule_per_optimizer_step |
 | AMP by name: a scaler without autocast, or autocast around a block | test_autocast_is_on_around_the_whole_network, test_gradients_are_scaled |
 | layer-wise rates that are written down and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
-| an unreadable image is a black one labelled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
+| an unreadable image is a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
 | a bad file is retried by recursion until Python gives up | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
 | classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_go_by_whole_path_part_and_name_never_by_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
 | a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_comes_back_whole |
@@ -33,13 +33,13 @@ from model.score import score_set
 from model.training.history import rows_of
 from model.training.optim import Optim, make_optimizer, schedule
 from model.training.run import train
-from model.training.step import Trainer, train_step
+from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
 from pipeline.loader import Loading, open_loader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet
-from tests.builders import BACKENDS, CPU, HARSH, ROOT, TINY, VIEW, broken_copy
+from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, ROOT, TINY, broken_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -80,7 +80,7 @@ def test_one_step_of_the_schedule_per_optimizer_step(
         return step(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1", "run.accumulate=4"])
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1", "run.grad_accum_steps=4"])
     train(recipe, data, tmp_path)
     wanted = [recipe.optim.lr * schedule(recipe.optim, step, 10) for step in range(10)]
     assert len(set(wanted)) == 10
@@ -89,15 +89,15 @@ def test_one_step_of_the_schedule_per_optimizer_step(
     assert logged == pytest.approx(wanted)
 
 
-def small_trainer(dtype: torch.dtype, scale: float = 1.0) -> Trainer:
+def small_trainer(dtype: torch.dtype, scale: float = 1.0) -> TrainState:
     torch.manual_seed(0)
     net = build(TINY, pretrained=False)
     optimizer = make_optimizer(net.backbone, OPTIM, fused=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
-    return Trainer(net, optimizer, scaler, CPU, dtype)
+    return TrainState(net, optimizer, scaler, CPU, dtype)
 
 
-OPTIM = Optim(lr=1e-3, clip=1e9)
+OPTIM = Optim(lr=1e-3, clip_grad_norm=1e9)
 
 
 def small_batch() -> Batch:
@@ -113,8 +113,8 @@ def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
     """Every convolution and linear layer gives the dtype, from the stem to the head, while weights
     and gradients stay float32.
     """
-    trainer, seen = small_trainer(dtype), {}
-    names = {module: name for name, module in trainer.net.named_modules()}
+    train_state, seen = small_trainer(dtype), {}
+    names = {module: name for name, module in train_state.net.named_modules()}
 
     def look(module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
         seen[names[module]] = output.dtype
@@ -122,10 +122,10 @@ def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
     for module in names:
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(look)
-    train_step(trainer, trainer.net, small_batch(), OPTIM)
+    train_step(train_state, train_state.net, small_batch(), OPTIM)
     assert {"backbone.stem.0", "backbone.head.fc"} <= seen.keys()
     assert set(seen.values()) == {dtype}
-    for parameter in trainer.net.parameters():
+    for parameter in train_state.net.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
 
 
@@ -141,10 +141,10 @@ def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
     for scale in (1.0, 1024.0):
-        trainer = small_trainer(torch.float32, scale)
-        last = list(trainer.net.parameters())[-1]
+        train_state = small_trainer(torch.float32, scale)
+        last = list(train_state.net.parameters())[-1]
         last.register_hook(lambda gradient: inside.append(gradient.clone()))
-        train_step(trainer, trainer.net, small_batch(), OPTIM)
+        train_step(train_state, train_state.net, small_batch(), OPTIM)
     torch.testing.assert_close(inside[1], 1024 * inside[0])
     torch.testing.assert_close(used[1], used[0])
     torch.testing.assert_close(used[0], inside[0])
@@ -159,8 +159,8 @@ def test_an_unreadable_image_is_never_a_black_real_one(
     """
     bad = [int(np.flatnonzero(old.column("label") == label)[0]) for label in (0, 1)]
     shards = broken_copy(data, tmp_path, bad, "all")
-    loading = Loading(batch_size=8, backend=backend, workers=0)
-    loader = open_loader(shards, view=VIEW, loading=loading, device=CPU)
+    loading = Loading(batch_size=8, backend=backend, num_workers=0)
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     lost = {}

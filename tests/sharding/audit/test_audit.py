@@ -15,7 +15,7 @@ from sharding.audit import metadata as facts
 from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
 from tests.builders import (
-    Draw,
+    MakeImage,
     build_all,
     encode,
     grouped,
@@ -39,7 +39,7 @@ def clean(rng: np.random.Generator, _label: int, _number: int) -> tuple[str, int
 
 
 # set -> source -> (how its images are drawn, reals, fakes)
-PLAN: dict[str, dict[str, tuple[Draw, int, int]]] = {
+PLAN: dict[str, dict[str, tuple[MakeImage, int, int]]] = {
     "planted": {"mixed": (planted, 40, 40), "few": (planted, 20, 12)},
     "clean": {"even": (clean, 120, 120)},
     "partly": {"half": (partly, 150, 150)},
@@ -69,9 +69,9 @@ def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
     assert 0.9 < found.pooled.low < found.pooled.high <= 1
     assert found.features["format"].alone.auroc > 0.99
     assert max(found.features["size"].alone.auroc, found.features["EXIF"].alone.auroc) < 0.7
-    assert "format PNG: 100 % fake (52 images)" in map(str, found.telling)
-    assert "format JPEG: 100 % real (60 images)" in map(str, found.telling)
-    assert not any(value.value == facts.NO_JPEG for value in found.telling)
+    assert "format PNG: 100 % fake (52 images)" in map(str, found.shortcuts)
+    assert "format JPEG: 100 % real (60 images)" in map(str, found.shortcuts)
+    assert not any(value.value == facts.NO_JPEG for value in found.shortcuts)
     mixed, few = found.sources["mixed"], found.sources["few"]
     assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
     assert mixed.within.auroc > 0.99
@@ -170,7 +170,7 @@ def test_the_published_format_counts(tmp_path: Path) -> None:
     (folder / "c.jpg").write_bytes(encode(photo(3, 90, 60), "JPEG", exif=turned))
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
-        '[sets]\nweb = "train"\n[sources.old_web]\nlicence = "x"\nset = "web"\nreal = ["real"]'
+        '[sets]\nweb = "train"\n[sources.old_web]\nlicense = "x"\nset = "web"\nreal = ["real"]'
     )
     build_all(tmp_path / "raw", tmp_path / "shards", catalog=read_catalog([catalog]))
     shards = shards_of(tmp_path / "shards", "web")
@@ -238,8 +238,8 @@ def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Pat
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) >= 800
             pixels = np.asarray(image.convert("RGB"))
-        # More than the legend shows of either colour.
-        real, fake = ((pixels == colour).all(-1).sum() for colour in ((0, 114, 178), (213, 94, 0)))
+        # More than the legend shows of either color.
+        real, fake = ((pixels == color).all(-1).sum() for color in ((0, 114, 178), (213, 94, 0)))
         assert fake > 5_000
         assert (real > 5_000) == (name == "partly")
     matched = run(sets / "partly", "--out", out, "--match", listed)
