@@ -31,8 +31,10 @@ def run_all(
     `tasks` only a few ahead.
 
     Raises:
-        ValueError: the engine is not installed.
+        ValueError: the engine is not installed, or more processes than this machine can serve.
     """
+    if engine == "local" and jobs > (most := max(64, 8 * cores())):
+        raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; say {most} at most")
     if engine == "ray":
         yield from _run_ray(function, tasks, jobs)
     elif jobs == 1:
@@ -54,7 +56,8 @@ def _run_processes(
         try:
             running = set()
             for task in tasks:
-                running.add(pool.submit(_work, function, task))
+                with _interrupts_later():
+                    running.add(pool.submit(_work, function, task))
                 if len(running) >= 2 * jobs:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -65,6 +68,18 @@ def _run_processes(
             # Waits for what runs: a worker that is just starting would miss its builder, loudly.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: in the midst of its start a worker would find what
+    it needs gone, and say so loudly.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _WORKING = threading.Lock()

@@ -138,9 +138,9 @@ def write_raw(folder: Path) -> Path:
 def build_all(
     raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
 ) -> Path:
-    """Every set of `raw`, by the real builder."""
+    """Every set of `raw`, by the real builder; training sets of one class are meant."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
-    build(catalog, raw, out, jobs=jobs, max_bad=max_bad)
+    build(catalog, raw, out, jobs=jobs, max_bad=max_bad, allow_incomplete=True)
     return out
 
 
