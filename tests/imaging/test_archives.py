@@ -45,7 +45,7 @@ def header(name: str, kind: bytes, size: int = 0) -> bytes:
 
 def refusals(path: Path) -> dict[str, str]:
     """What a tar holds by name, with why it is not read."""
-    return {member.name: member.refused for member in tar.members(path, lambda _name: True)}
+    return {member.name: member.excluded for member in tar.members(path, lambda _name: True)}
 
 
 def overlapping_zip(path: Path, count: int) -> Path:
@@ -88,15 +88,15 @@ def test_overlapping_members_that_claim_too_much_are_one_line(tmp_path: Path) ->
 def test_of_overlapping_members_the_first_is_read(tmp_path: Path) -> None:
     path = overlapping_zip(tmp_path / "x.zip", 2)
     first, second = zip.members(path)
-    assert (first.name, first.refused) == ("0000.png", "")
-    assert (second.name, second.refused) == ("0001.png", "shares bytes with another member")
+    assert (first.name, first.excluded) == ("0000.png", "")
+    assert (second.name, second.excluded) == ("0001.png", "shares bytes with another member")
 
 
 def test_members_without_a_name_are_refused(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "x.zip", {"a.png": b"1", "n.png": b"2"})
     data = path.read_bytes().replace(b"n.png", b"\0.png")
     path.write_bytes(data)  # zipfile ends a name at a zero
-    assert [member.refused for member in zip.members(path)] == ["without a name", ""]
+    assert [member.excluded for member in zip.members(path)] == ["without a name", ""]
     path = tmp_path / "x.tar"
     path.write_bytes(header("", tarfile.REGTYPE) + header("a.png", tarfile.REGTYPE) + bytes(1024))
     assert refusals(path) == {"": "without a name", "a.png": ""}
@@ -259,7 +259,7 @@ def test_memory_stays_small_for_the_worst_of_these(tmp_path: Path) -> None:
 def test_backslashes_are_those_of_old_windows_programs(tmp_path: Path) -> None:
     names = ("d\\a.png", "d/b.png", "e\\", "d\\.c.png", "..\\up.png")
     path = zip_of(tmp_path / "x.zip", dict.fromkeys(names, b"1"))
-    found = {member.name: member.refused for member in zip.members(path)}
+    found = {member.name: member.excluded for member in zip.members(path)}
     assert found == {
         "..\\up.png": "a path that leaves the archive", "d/a.png": "", "d/b.png": "",
         "d/.c.png": "hidden",

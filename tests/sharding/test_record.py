@@ -31,7 +31,7 @@ def refused(raw: Path, out: Path, *said: str) -> None:
 
 def test_a_copied_set_without_its_record_is_refused(raw: Path, built: Path) -> None:
     shutil.rmtree(built / ".build")
-    refused(raw, built, f"{built / 'new'} holds _info.json, gamma-train-00000.idx", "and 3 more")
+    refused(raw, built, f"{built / 'new'} holds _info.json, excluded.csv", "and 3 more")
 
 
 def test_a_downloaded_index_alone_is_refused(raw: Path, data: Path, tmp_path: Path) -> None:
