@@ -59,10 +59,10 @@ def _open(place: str) -> ShardSet:
     "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."
 )
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, other samples and dice.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other samples.")
 @console.options()
 def preview(shards: str, out: Path, path: Path, policy: str | None, count: int, seed: int) -> None:
-    """Draw what the network is fed of the set SHARDS, by both backends."""
+    """Write a picture of what the network is fed of the set SHARDS, by both backends."""
     opened = _open(shards)
     values = recipes.read(path)
     policies = recipes.build(

@@ -1,7 +1,8 @@
 """Apply `AugmentParams` with NVIDIA DALI: the fast backend. The only file that imports nvidia.
 
 One graph, with CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and the columns of the
-draws come in from outside, so the graph holds no dice and no state. `Pipeline.run()` is driven
+parameters come in from outside, so the graph holds nothing random and no state. `Pipeline.run()` is
+driven
 directly: after a bad sample it loses that one batch, which is then repaired sample by sample;
 DALIGenericIterator would end the epoch early without a word.
 """
@@ -130,7 +131,7 @@ def _color(image: Any, matrix: Any, offset: Any) -> Any:
 
 def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
     """A real libjpeg round trip. DALI's GPU operator is another algorithm, so a GPU batch comes
-    to the host for it: 200 kB per image that is drawn.
+    to the host for it: 200 kB per image that has this step.
     """
     if not on_gpu:
         return fn.jpeg_compression_distortion(image, quality=quality)
@@ -162,7 +163,7 @@ def columns_of(data: list[bytes], params: AugmentBatch, size: int) -> tuple:
 
 
 READER, DECODER = 0, 1
-"""Who stands where on the backend's board."""
+"""Rows of the backend's `WorkerStatus`."""
 
 
 class DaliBackend:

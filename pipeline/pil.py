@@ -1,4 +1,4 @@
-"""Apply draws without DALI: the reference, and what runs where DALI cannot.
+"""Apply `AugmentParams` without DALI: the reference, and what runs where DALI cannot.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow: simplejpeg's encoder takes
 the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one. Resizing
@@ -53,7 +53,7 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     uint8 RGB image.
 
     Raises:
-        ValueError: the crop reaches outside the image, so the draw was made for another one.
+        ValueError: the crop reaches outside the image, so the parameters were made for another one.
     """
     bottom, right = params.top + params.height, params.left + params.width
     if bottom > pixels.shape[0] or right > pixels.shape[1]:
@@ -93,8 +93,8 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """What the network sees of an upright (height, width, 3) uint8 RGB image when no dice are
-    rolled: uint8 (size, size, 3).
+    """What the network sees in evaluation of an upright (height, width, 3) uint8 RGB image:
+    uint8 (crop_size, crop_size, 3).
     """
     out = torch.empty((settings.crop_size, settings.crop_size, 3), dtype=torch.uint8)
     height, width = pixels.shape[:2]

@@ -1,7 +1,7 @@
 """An exported detector (`python -m model export --onnx`) under ONNX Runtime: the same answers as
 `model.load_detector`, and no torch.
 
-The file says everything about itself in its metadata: how an image is to be seen (`preprocess`),
+The file says everything about itself in its metadata: how an image is preprocessed (`preprocess`),
 the temperature that is in its probability already, the threshold and the band. `META_KEYS` is the
 list.
 """
