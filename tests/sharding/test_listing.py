@@ -438,3 +438,21 @@ def test_images_in_a_parquet_table_may_be_plain_bytes_or_missing(tmp_path: Path)
     path.write_bytes(stream.getvalue())
     rows = pack(tmp_path, max_bad=0.5)
     assert Counter(row.label for row in rows.values()) == {"real": 1, "fake": 1}
+
+
+def test_files_without_an_extension_are_one_line(tmp_path: Path) -> None:
+    """A folder of objects by number is said once, not once for each."""
+    put(tmp_path / "raw/mine/real", "a.jpg")
+    for number in range(300):
+        (tmp_path / f"raw/mine/real/{number:03d}").write_bytes(b"x")
+        (tmp_path / f"raw/mine/real/part.{number:03d}").write_bytes(b"x")
+    (tmp_path / "raw/mine/real/notes.txt").write_text("x")
+    (tmp_path / "mine.toml").write_text(
+        '[sets]\nmine = "train"\n[sources.mine]\nlicense = "x"\nset = "mine"\nreal = ["real"]\n'
+    )
+    catalog = read_catalog([tmp_path / "mine.toml"])
+    listing = find_sources(catalog, tmp_path / "raw", tmp_path / "out").listings["mine"]
+    assert {reason: entry["files"] for reason, entry in listing.excluded.items()} == {
+        "not an image by its name (no extension)": 600,
+        "not an image by its name (.txt)": 1,
+    }
