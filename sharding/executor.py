@@ -12,10 +12,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
+from imaging.budget import share_large
 from storage import cores
 
 Engine = Literal["local", "ray"]
@@ -52,7 +54,9 @@ def _run_processes(
     context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
     with _deaf_to_interrupts():
         forkserver.ensure_running()
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_with_builder) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),)
+    ) as pool:
         try:
             running = set()
             for task in tasks:
@@ -88,6 +92,11 @@ _WORKING = threading.Lock()
 def _work(function: Callable[..., Any], task: tuple) -> Any:
     with _WORKING:
         return function(*task)
+
+
+def _start_worker(one_large: AbstractContextManager) -> None:
+    share_large(one_large)
+    _leave_with_builder()
 
 
 def _leave_with_builder() -> None:

@@ -19,7 +19,7 @@ from sharding.listing import Item, Listing
 from sharding.raw import read_all
 from storage import AnyPath, any_path, files_in, write_atomically
 
-FACTS_VERSION = "2"
+FACTS_VERSION = "3"
 """Changes when `prepare` would describe an image in another way; old rows are then made again."""
 
 CHUNK = 256

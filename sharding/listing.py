@@ -74,6 +74,10 @@ class _Compiled(NamedTuple):
     place: str
 
 
+# What tells kinds of files apart; numbers behind a dot are as many as files.
+_EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
+
+
 def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """All images of a source, sorted by path.
 
@@ -115,7 +119,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             images += 1
             _list_cells(name, source, raw, file, _fitting(on_cells, inside, base), listing)
         elif suffix not in IMAGE_SUFFIXES:
-            listing.exclude(f"not an image by its name ({suffix or 'no extension'})", file.inside)
+            kind = suffix if _EXTENSION.fullmatch(suffix) else "no extension"
+            listing.exclude(f"not an image by its name ({kind})", file.inside)
         else:
             images += 1
             _list_file(name, source, file, claims, table, groups, listing)

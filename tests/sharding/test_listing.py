@@ -544,3 +544,21 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> 
     status, output = build_command(tmp_path)
     assert status == 1
     assert f"Error: {tmp_path}/raw/mine/{name} is damaged or no table (" in output
+
+
+def test_numbers_for_extensions_are_one_line_too(tmp_path: Path) -> None:
+    """A folder of objects by number is said once, not once for each."""
+    put(tmp_path / "raw/mine/real", "a.jpg")
+    for number in range(300):
+        (tmp_path / f"raw/mine/real/{number:03d}").write_bytes(b"x")
+        (tmp_path / f"raw/mine/real/part.{number:03d}").write_bytes(b"x")
+    (tmp_path / "raw/mine/real/notes.txt").write_text("x")
+    (tmp_path / "mine.toml").write_text(
+        '[sets]\nmine = "train"\n[sources.mine]\nlicense = "x"\nset = "mine"\nreal = ["real"]\n'
+    )
+    catalog = read_catalog([tmp_path / "mine.toml"])
+    listing = find_sources(catalog, tmp_path / "raw", tmp_path / "out").listings["mine"]
+    assert {reason: entry["files"] for reason, entry in listing.excluded.items()} == {
+        "not an image by its name (no extension)": 600,
+        "not an image by its name (.txt)": 1,
+    }
