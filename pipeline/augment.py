@@ -98,6 +98,7 @@ class AugmentPolicy:
     webp: float = 0.0
     webp_quality: tuple[int, int] = (95, 95)
     match_pair_jpeg: bool = False
+    vflip: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -109,6 +110,7 @@ class AugmentPolicy:
             "grayscale",
             "jpeg_grid_shift",
             "webp",
+            "vflip",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
@@ -160,6 +162,7 @@ class AugmentParams(NamedTuple):
     webp: int = 0
     pair_jpeg: int = 0
     pair_chroma: int = 0
+    vflip: bool = False
 
 
 _DTYPES = {int: np.int32, bool: np.bool_, float: np.float64, tuple[float, ...]: np.float32}
@@ -249,10 +252,10 @@ def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
 
 
 _TRIES = 10
-_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
+_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10])
 """Where each kind of number ends among those of one sample, whatever the policy, so that one
 probability does not shift the others: areas and ratios to try, the place, six chances, four color
-factors, three places in a range; and, since policies may be harsher, nine more for what they add.
+factors, three places in a range; and, since policies may be harsher, ten more for what they add.
 """
 
 
@@ -344,6 +347,7 @@ def sample_params(
         webp=webp,
         pair_jpeg=pair_jpeg,
         pair_chroma=pair_chroma,
+        vflip=more[:, 9] < ranges["vflip"],
     )
 
 

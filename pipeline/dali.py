@@ -97,6 +97,7 @@ COLUMNS = {
         types.INT32, 1, lambda fed: np.stack([fed.params.height, fed.params.width], axis=1)
     ),
     "hflip": _of("hflip", types.INT32),
+    "vflip": _of("vflip", types.INT32),
     "color_jitter": _of("color_jitter", types.BOOL),
     "matrix": Column(types.FLOAT, 2, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, :3])),
     "offset": Column(types.FLOAT, 1, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, 3])),
@@ -150,7 +151,7 @@ def graph(
         image = fn.flip(image, vertical=fed["mirrored_rows"], horizontal=fed["mirrored_columns"])
     image = fn.slice(image, fed["anchor"], fed["shape"], axes=(0, 1))
     image = _resize(image, side)
-    image = fn.flip(image, horizontal=fed["hflip"])
+    image = fn.flip(image, horizontal=fed["hflip"], vertical=fed["vflip"])
     if fed["color_jitter"]:
         image = _color(image, fed["matrix"], fed["offset"])
     if fed["resample"] > 0.0:

@@ -54,6 +54,7 @@ WHOLE = AugmentParams(top=0, left=0, height=SIZE, width=SIZE)
 STAGES = {
     "nothing": (WHOLE, 0),
     "hflip": (WHOLE._replace(hflip=True), 0),
+    "vflip": (WHOLE._replace(vflip=True), 0),
     "jpeg 30": (WHOLE._replace(jpeg=30), 0),
     "jpeg 75": (WHOLE._replace(jpeg=75), 0),
     "jpeg 97": (WHOLE._replace(jpeg=97), 0),
@@ -378,7 +379,7 @@ def test_a_lost_gpu_is_told_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -
 
 
 OTHER_VALUES = {
-    "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True,
+    "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
     "pair_jpeg": 20, "pair_chroma": 3,
