@@ -13,8 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upath import UPath
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
 AnyPath = Path | UPath
 
@@ -27,7 +31,8 @@ def any_path(text: str | os.PathLike) -> AnyPath:
     """
     try:
         path = UPath(text)
-        return Path(path) if isinstance(path, Path) else path
+        # `UPath(folder)` is a PosixUPath, which is a Path too; its types do not say so.
+        return Path(path) if isinstance(path, Path) else path  # type: ignore[unreachable]
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
@@ -53,7 +58,7 @@ def check_reachable(path: AnyPath) -> None:
         ) from error
 
 
-def is_local(path: AnyPath) -> bool:
+def is_local(path: AnyPath) -> "TypeIs[Path]":
     """Whether `path` is on this machine's file system."""
     return isinstance(path, Path)
 
@@ -184,7 +189,8 @@ def files_in(folder: AnyPath) -> list[AnyPath]:
 def sha256_of(path: AnyPath) -> str:
     """The hash of a file, read in pieces."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        # What fsspec opens has `readinto`, which BinaryIO does not promise.
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def cores() -> int:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
 from sharding.demo.render import make_demo
 from sharding.describe import describe
+from sharding.executor import Engine
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
 from sharding.verify import sets_in, verify
 from storage import AnyPath, any_path, cores, write_text
@@ -25,7 +27,7 @@ class Place(click.ParamType):
     name = "folder or address"
 
     def convert(
-        self, value: object, _param: click.Parameter | None, _context: click.Context | None
+        self, value: Any, _param: click.Parameter | None, _context: click.Context | None
     ) -> AnyPath:
         """A `Path` or a `UPath`."""
         return any_path(value)
@@ -114,7 +116,7 @@ def build_command(
     catalogs: tuple[Path, ...],
     only: tuple[str, ...],
     jobs: int | None,
-    engine: str,
+    engine: Engine,
     max_bad: float,
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""

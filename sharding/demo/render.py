@@ -30,7 +30,7 @@ from PIL import Image
 from sharding.demo.scenes import SCENES, Rng
 
 Progress = Callable[[int, int], None]  # files done, files in all
-AFFINE, Resampling = Image.Transform.AFFINE, Image.Resampling
+AFFINE = Image.Transform.AFFINE
 
 SUPERSAMPLING = 2
 REAL, FAKE = 0, 1
@@ -192,7 +192,7 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
     pixels = np.clip(render(shot, seed) * 255 + 0.5, 0, 255).astype(np.uint8)
     suffix, quality, subsampling = container(shot, seed)
     jpeg = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
-    options = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
+    options: dict[str, Any] = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
     path = path_of(folder, shot, seed)
     Image.fromarray(pixels).save(path, **options)
     if shot == TRUNCATED:
