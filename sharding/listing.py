@@ -375,7 +375,7 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
 # --- which items, and where to --------------------------------------------------------------------
 
 
-def capped(listing: Listing, cap: Mapping[str, int]) -> None:
+def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
     """Keep at most `cap[class]` items of each class, whole groups, in the order of their hashes.
 
     The choice depends on the source alone, so that other data never changes it.

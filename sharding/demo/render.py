@@ -23,9 +23,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Resampling
 
 from sharding.demo.scenes import SCENES, Rng
 
@@ -191,7 +193,7 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
     folder, shot, seed = work
     pixels = np.clip(render(shot, seed) * 255 + 0.5, 0, 255).astype(np.uint8)
     suffix, quality, subsampling = container(shot, seed)
-    jpeg = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
+    jpeg: dict[str, Any] = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
     options: dict[str, Any] = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
     path = path_of(folder, shot, seed)
     Image.fromarray(pixels).save(path, **options)
