@@ -128,10 +128,10 @@ class _Files:
 
     def __init__(self, shards: ShardSet):
         self.shards = shards
-        self._few = len(shards.shards) <= MAX_OPEN
         self._reset()
 
     def _reset(self) -> None:
+        self._few = len(self.shards.shards) <= MAX_OPEN
         self._open: OrderedDict[int, int] = OrderedDict()
         self._reading: dict[int, int] = {}  # descriptor -> threads that read from it now
         self._lock = threading.Lock()
@@ -141,7 +141,8 @@ class _Files:
         return {"shards": self.shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["shards"])
+        self.shards = state["shards"]
+        self._reset()
 
     def expect(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Have the system begin to read all of these, where it can be asked to."""
@@ -173,7 +174,7 @@ class _Files:
             if code not in self._open:
                 self._close_oldest()
                 path = self.shards.folders[code] / self.shards.shards[code]
-                self._open[code] = os.open(path, os.O_RDONLY)
+                self._open[code] = os.open(str(path), os.O_RDONLY)
             self._open.move_to_end(code)
             file = self._open[code]
             self._reading[file] = self._reading.get(file, 0) + 1
