@@ -109,12 +109,16 @@ def say(text: str) -> None:
         console.say(text)
 
 
-def draw_heatmap(detector: "ImageDetector", name: str, data: bytes, folder: Path) -> None:
+def draw_heatmap(
+    detector: "ImageDetector | OnnxDetector", name: str, data: bytes, folder: Path
+) -> None:
     """Write the overlay of an image to `<folder>/<its path>.png`."""
     from PIL import Image
 
+    from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
+    assert isinstance(detector, ImageDetector)  # `predict.py` takes no --heatmap with --onnx
     parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
     path = folder.joinpath(*parts)
     path = path.with_name(f"{path.name}.png")
