@@ -96,8 +96,8 @@ def webdataset_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def dali_images(place: Path, workers: int) -> Iterator[int]:
-    """DALI's reader of our tars and `.idx` files, with its own dice; decodes on a GPU if there
-    is one. Decoding and crop are fused, as in DALI's ImageNet example.
+    """DALI's reader of our tars and `.idx` files, with its own random numbers; decodes on a GPU if
+    there is one. Decoding and crop are fused, as in DALI's ImageNet example.
     """
     import torch
     from nvidia.dali import fn, pipeline_def, types

@@ -147,7 +147,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
-    """The network with its weights (on the CPU, ready for evaluation), its view and its meta."""
+    """The network with its weights (on the CPU, ready for evaluation), its preprocessing and its
+    meta.
+    """
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False, empty=True)

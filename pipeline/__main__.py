@@ -39,10 +39,10 @@ def _open(place: str) -> ShardSet:
 
 
 @main.command()
-@click.argument("shards")
+@click.argument("shards", type=console.AnyAddress())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     default=Path("grid.png"),
     show_default=True,
     help="PNG to write.",
@@ -50,7 +50,7 @@ def _open(place: str) -> ShardSet:
 @click.option(
     "--recipe",
     "path",
-    type=click.Path(path_type=Path),
+    type=console.LocalPath(),
     default=recipes.FOLDER / "phase1.toml",
     help="Recipe whose policies and preprocessing are shown. Default: that of phase 1.",
 )
@@ -58,10 +58,10 @@ def _open(place: str) -> ShardSet:
     "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."
 )
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, other samples and dice.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other samples.")
 @console.options()
 def preview(shards: str, out: Path, path: Path, policy: str | None, count: int, seed: int) -> None:
-    """Draw what the network is fed of the set SHARDS, by both backends."""
+    """Write a picture of what the network is fed of the set SHARDS, by both backends."""
     opened = _open(shards)
     values = recipes.read(path)
     policies = recipes.build(
@@ -150,7 +150,7 @@ def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
 
 
 @main.command()
-@click.argument("shards")
+@click.argument("shards", type=console.AnyAddress())
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, another order.")
 @console.options()

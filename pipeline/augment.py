@@ -1,8 +1,8 @@
 """THE AUGMENTATION: ranges in, one `AugmentParams` per image out. Two backends only apply it.
 
-The dice (`pipeline/philox.py`) are read here and nowhere else, on the host, from the index's width
-and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker count,
-rank or resume. A batch is drawn at once, in columns: 3 to 20 us an image.
+Random numbers (`pipeline/philox.py`) are used here and nowhere else, on the host, with the index's
+width and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker
+count, rank or resume. A batch is sampled at once, in columns: 3 to 20 us an image.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> color jitter ->
 resample down and back up -> JPEG re-encode -> 3x3 blur -> gray. Harsher policies add up to two more
@@ -38,9 +38,7 @@ weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a gray level in both. So back
 """
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
-"""Resampling filters; a draw holds a position in this tuple."""
-
-"""Chroma of a JPEG as the index names it; a draw holds a position in this tuple."""
+"""Resampling filters; `AugmentParams.filter` is a position in this tuple."""
 
 GRID = 8
 """Side of a JPEG block in pixels."""
@@ -66,15 +64,16 @@ class Preprocess:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentPolicy:
-    """Ranges to draw from: one augmentation policy. What is not named stays off.
+    """One augmentation policy: the ranges that parameters are sampled from. What is not named stays
+    off.
 
     Fields without a range of their own are probabilities. `scale` is the share of the image's area
     that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation` vary by
     a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative to the
-    view's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1 to 100,
+    crop's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1 to 100,
     and `num_jpegs` how many follow each other, 1 to 3; `jpeg_grid_shift` is the probability that
     blocks begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is
-    in pixels. `match_pair_jpeg` delivers a fake as a JPEG of its real partner's quality and chroma,
+    in pixels. `match_pair_jpeg` turns a fake into a JPEG of its real partner's quality and chroma,
     where the index knows them (`pipeline/pairs.py`).
     """
 
@@ -133,7 +132,7 @@ _RANGES = [field for field in fields(AugmentPolicy) if field.name != "resample_f
 
 
 class AugmentParams(NamedTuple):
-    """What happens to one image: plain numbers, no ranges, no dice.
+    """What happens to one image: plain numbers, no ranges, nothing random.
 
     The crop is in pixels of the upright image; `color` is a 3 x 4 matrix in rows on RGB values of
     0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
@@ -164,8 +163,8 @@ class AugmentParams(NamedTuple):
 
 
 class AugmentBatch(NamedTuple):
-    """The draws of a batch as columns, the fields of `AugmentParams` in its order: one entry per
-    image.
+    """The parameters of a batch as columns, the fields of `AugmentParams` in its order: one entry
+    per image.
 
     int32 but for `hflip` and `grayscale`, bool, `blur`, float64, and `color`, float32 (N, 12).
     """
@@ -202,22 +201,22 @@ class AugmentBatch(NamedTuple):
         return (self.color != np.float32(IDENTITY)).any(axis=1)
 
     def row(self, number: int) -> AugmentParams:
-        """The draw of one image."""
+        """The parameters of one image."""
         return next(self.take(np.array([number])).rows())
 
     def rows(self) -> Iterator[AugmentParams]:
-        """The draw of each image."""
+        """The parameters of each image."""
         columns = [column.tolist() for column in self]
         columns[5] = list(map(tuple, columns[5]))
         return map(AugmentParams._make, zip(*columns, strict=True))
 
     def take(self, rows: np.ndarray | slice) -> "AugmentBatch":
-        """These draws only."""
+        """The parameters of these images only."""
         return AugmentBatch._make(column[rows] for column in self)
 
 
 def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
-    """The draws with those of `rows` replaced by one that fits the smallest image."""
+    """The batch with the parameters of `rows` replaced by such that fit the smallest image."""
     columns = [column.copy() for column in params]
     for column, value in zip(columns, stack([AugmentParams(0, 0, 1, 1)]), strict=True):
         column[list(rows)] = value
@@ -231,14 +230,14 @@ _TYPES = AugmentBatch(
 
 
 def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
-    """Draws as columns."""
+    """Parameters as columns."""
     columns = zip(*params, strict=True)
     return AugmentBatch._make(np.array(c, t) for c, t in zip(columns, _TYPES, strict=True))
 
 
 _TRIES = 10
 _NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
-"""Where each kind of number ends among those that a draw takes, whatever the policy, so that one
+"""Where each kind of number ends among those of one sample, whatever the policy, so that one
 probability does not shift the others: areas and ratios to try, the place, six chances, four color
 factors, three places in a range; and, since policies may be harsher, nine more for what they add.
 """
@@ -279,10 +278,10 @@ def sample_params(
     repeat_index: np.ndarray | None = None,
     partners: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> AugmentBatch:
-    """Roll the dice of `samples`, upright images of `widths` x `heights` pixels.
+    """Sample the parameters of `samples`, upright images of `widths` x `heights` pixels.
 
     `policy` is the row of each in `policies`, `repeat_index` how often the epoch had the sample
-    before, `partners` the quality and chroma of the JPEG that each is to be delivered as first, 0
+    before, `partners` the quality and chroma of the JPEG that each becomes first, 0
     for none (`pipeline/pairs.py`). All arrays are (N,) int.
     """
     ranges = policies.of(policy)
@@ -337,7 +336,7 @@ def sample_params(
 def center_crop_params(
     preprocess: Preprocess, widths: np.ndarray, heights: np.ndarray
 ) -> AugmentBatch:
-    """Evaluation is a draw without dice: the part of each image that the view shows.
+    """The parameters of evaluation, nothing random: the center crop of each image.
 
     Cropping `crop_size / resize_size` of the shorter side and resizing once equals resizing the
     whole and cropping the center, up to the rounding of the crop to whole pixels.

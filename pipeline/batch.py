@@ -22,8 +22,8 @@ PLACEHOLDER = _black_pixel(), "PNG", 1
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTiming:
-    """What a batch cost, for the meter: seconds spent reading and decoding it, and how many batches
-    were waiting, ready, when it was asked for.
+    """What a batch took, for `LoaderStats`: seconds spent reading and decoding it, and how many
+    batches were waiting, ready, when it was asked for.
 
     With DALI, reading is the time that its feed waited for bytes, and decoding the rest of the
     time that it was waited for; with Pillow both are a worker's own time.
@@ -36,7 +36,7 @@ class BatchTiming:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Encoded images of one batch with the draw of each.
+    """Encoded images of one batch with the parameters of each.
 
     `formats` and `orientations` are what the index says of the bytes. `failures` names samples
     that could not be read (row -> reason); in their rows stands `PLACEHOLDER`.

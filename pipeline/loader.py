@@ -1,4 +1,5 @@
-"""Open a shard set as batches: choose a backend and say why, read, draw, decode, hand over."""
+"""Open a shard set as batches: choose a backend and say why, read, sample parameters, decode, hand
+over."""
 
 import contextlib
 import functools
@@ -101,8 +102,8 @@ def _is_installed(module: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TrainParams:
-    """Training draws of one epoch; made by `train_params`. An object, so that workers can be sent
-    it where they are not forked.
+    """Training parameters of one epoch; made by `train_params`. An object, so that workers can be
+    sent it where they are not forked.
     """
 
     policies: PolicyTable  # by source code
@@ -115,7 +116,7 @@ class TrainParams:
     partners: Partners | None = None
 
     def __call__(self, samples: np.ndarray, repeat_index: np.ndarray) -> AugmentBatch:
-        """Roll the dice of these samples, each for the stated time in this epoch."""
+        """Sample the parameters of these samples, each for the stated time in this epoch."""
         partners = self.partners and tuple(column[samples] for column in self.partners)
         return sample_params(
             self.policies, self.sources[samples], self.preprocess,
@@ -127,14 +128,14 @@ class TrainParams:
 
 @dataclass(frozen=True, eq=False)
 class EvalParams:
-    """Evaluation draws: the same view of every image, without dice."""
+    """Evaluation parameters: the same center crop of every image."""
 
     widths: np.ndarray
     heights: np.ndarray
     preprocess: Preprocess
 
     def __call__(self, samples: np.ndarray, _repeat_index: np.ndarray) -> AugmentBatch:
-        """What the view shows of these samples."""
+        """The center crop of these samples."""
         return center_crop_params(self.preprocess, self.widths[samples], self.heights[samples])
 
 
@@ -146,7 +147,8 @@ def train_params(
     seed: int,
     epoch: int,
 ) -> TrainParams:
-    """Training draws: each source by its own policy where the index names one, else by `policy`.
+    """Training parameters: each source by its own policy where the index names one, else by
+    `policy`.
 
     Raises:
         LoadError: a source keeps a policy that `augment` does not describe.
@@ -170,7 +172,7 @@ def train_params(
 
 
 def eval_params(shards: ShardSet, preprocess: Preprocess) -> EvalParams:
-    """Evaluation draws of a shard set."""
+    """Evaluation parameters of a shard set."""
     return EvalParams(shards.column("width"), shards.column("height"), preprocess)
 
 
@@ -240,7 +242,7 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             collate_fn=_unchanged,
             # Else it takes a number from torch's global generator each time it starts, and a run
-            # that resumes in mid-epoch would draw its dropout from another place.
+            # that resumes in mid-epoch would take its dropout from another place.
             generator=torch.Generator(),
         )
         before = self._status.made()
@@ -304,7 +306,7 @@ def _named_worker_death() -> Iterator[None]:
 
 
 SAMPLED_TOGETHER = 1024
-"""Samples whose dice are rolled at once."""
+"""Samples whose parameters are sampled at once."""
 
 
 class _Requests(Dataset):
@@ -343,7 +345,7 @@ class _Requests(Dataset):
         return pixels
 
     def make(self, step: int) -> Request:
-        """Read the samples of one step and draw for each."""
+        """Read the samples of one step and sample the parameters of each."""
         began = time.perf_counter()
         samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world_size)]
         params = self._params(step)
@@ -361,7 +363,8 @@ class _Requests(Dataset):
         return Request(data, formats, orientations, params, failures, read_s)
 
     def _params(self, step: int) -> AugmentBatch:
-        """The draws of one step, made with those of the next ones that this process will be asked
+        """The parameters of one step, made with those of the next ones that this process will be
+        asked
         for: thirty at a time cost ten times as much each as a thousand do.
         """
         if step not in self._sampled:

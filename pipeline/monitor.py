@@ -1,4 +1,5 @@
-"""METER: what the loader is doing, in numbers, always on; and who is at what when nothing comes.
+"""MONITOR: what the loader is doing, in numbers, always on; and the status of workers when it
+stalls.
 
 Workers note their stage on a `WorkerStatus` that processes share, each batch carries its
 `BatchTiming`, the `LoaderStats` adds up what the consumer sees, and the `Watchdog` speaks when it

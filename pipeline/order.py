@@ -24,7 +24,7 @@ WINDOW = 64
 """A block shuffle permutes runs of `BLOCK` samples and then samples inside `WINDOW` open runs."""
 
 # Philox counters are 4 x 64 bits: the last word keeps independent uses of one key apart
-# (0: the draws of samples).
+# (0: the parameters of samples).
 _SHUFFLE, _REPLAY, _REPEAT = 1, 2, 3
 
 
@@ -106,7 +106,7 @@ def repeat(
     """The samples of an epoch in which each source comes a stated number of times.
 
     `sources` is the source code of each sample, `times` code -> how often (1 where it is not
-    named): 2.5 takes every sample twice and half of them, drawn by `rng`, once more. Exact, unlike
+    named): 2.5 takes every sample twice and half of them, chosen by `rng`, once more. Exact, unlike
     weights in a sampler: an epoch's length and its shares follow from the index.
     """
     parts = []
@@ -119,7 +119,7 @@ def repeat(
 
 
 def repeat_rng(seed: int, epoch: int) -> np.random.Generator:
-    """The dice that choose which samples of a source come once more in an epoch."""
+    """The generator that chooses which samples of a source come once more in an epoch."""
     return rng_of(seed, epoch, _REPEAT)
 
 
@@ -170,12 +170,12 @@ def evaluation_epoch(count: int, global_batch: int) -> Epoch:
 
 
 def rng_of(seed: int, epoch: int, purpose: int) -> np.random.Generator:
-    """The dice of one purpose in one epoch; see `augment.rng_for` for those of a sample."""
+    """The generator of one purpose in one epoch; `philox.uniform` makes the numbers of a sample."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
 
 
 def replay_rng(seed: int, epoch: int) -> np.random.Generator:
-    """The dice that choose the old samples of an epoch."""
+    """The generator that chooses the old samples of an epoch."""
     return rng_of(seed, epoch, _REPLAY)
 
 

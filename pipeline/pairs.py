@@ -1,7 +1,7 @@
 """PAIRS: how the real partner of each fake was compressed, from the index.
 
 A fake that reconstructs a photograph is a lossless file, the photograph a JPEG: between them a
-detector may learn the JPEG. Delivered as its partner is, the fake differs by its generator alone
+detector may learn the JPEG. Compressed as its partner is, the fake differs by its generator alone
 (Chen et al., "Dual Data Alignment Makes AI-Generated Image Detector Easier Generalizable", 2025).
 """
 

@@ -1,9 +1,9 @@
 """What happens to an image between its maker and whoever asks: it is compressed, shrunk, shown on a
-phone. Pure functions on whole upright images, before the network's view of them.
+phone. Pure functions on whole upright images, before the network's preprocessing.
 
 A perturbation is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that
 chains can be put together freely. Only noise needs a generator, which comes from the image's own
-hash: the same image is always delivered as the same pixels. Encoders are Pillow's (libjpeg-turbo,
+hash: the same image always becomes the same pixels. Encoders are Pillow's (libjpeg-turbo,
 libwebp, libaom), decoders those of `imaging.decode`.
 """
 
@@ -26,7 +26,7 @@ PHONE = (1080, 1920)
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """One way that an image may take. `family` and `amount` place it on a curve: perturbations of
+    """One degradation of an image. `family` and `amount` place it on a curve: perturbations of
     one family differ in one number only. `what` says in words what the name does not.
     """
 
@@ -37,10 +37,11 @@ class Perturbation:
     what: str = ""
 
     def apply(self, pixels: np.ndarray, sha256: bytes = b"") -> np.ndarray:
-        """The image as it arrives; `sha256` is that of its file, and decides on the noise.
+        """The degraded image; `sha256` is that of its file, and decides on the noise.
 
         Raises:
-            ValueError: the image cannot go this way: too large for the format, or to be enlarged.
+            ValueError: the image cannot be perturbed so: too large for the format, or to be
+            enlarged.
         """
         rng = np.random.default_rng([zlib.crc32(self.name.encode()), *sha256])
         for step in self.steps:

@@ -1,4 +1,4 @@
-"""DICE: numbers in [0, 1) for many samples at once, each a function of (seed, epoch, sample).
+"""RANDOM NUMBERS in [0, 1) for many samples at once, each a function of (seed, epoch, sample).
 
 Philox 4x64 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
 bit for bit those of NumPy's `Philox`, which makes one stream at a time: 25 us a sample, against 2

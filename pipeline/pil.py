@@ -1,4 +1,4 @@
-"""Apply draws without DALI: the reference, and what runs where DALI cannot.
+"""Apply `AugmentParams` without DALI: the reference, and what runs where DALI cannot.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow: simplejpeg's encoder takes
 the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one. Resizing
@@ -53,14 +53,10 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     uint8 RGB image.
 
     Raises:
-        ValueError: the crop reaches outside the image, so the draw was made for another one.
+        ValueError: the crop reaches outside the image, so the parameters were made for another one.
     """
+    refuse_crop_outside(pixels, params)
     bottom, right = params.top + params.height, params.left + params.width
-    if bottom > pixels.shape[0] or right > pixels.shape[1]:
-        raise ValueError(
-            f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-            f"its crop reaches to {right} x {bottom}"
-        )
     if params.pair_jpeg:
         pixels = _decode_jpeg(encode_jpeg(pixels, params.pair_jpeg, CHROMAS[params.pair_chroma]))
     size = out.shape[0]
@@ -92,9 +88,21 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
         whole.numpy()[:] = webp_round_trip(whole.numpy(), params.webp)
 
 
+def refuse_crop_outside(pixels: np.ndarray, params: AugmentParams) -> None:
+    """Raise a ValueError if the crop of `params` is not inside the upright (height, width, 3)
+    image: it was made for another one.
+    """
+    bottom, right = params.top + params.height, params.left + params.width
+    if bottom > pixels.shape[0] or right > pixels.shape[1]:
+        raise ValueError(
+            f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+            f"its crop reaches to {right} x {bottom}"
+        )
+
+
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """What the network sees of an upright (height, width, 3) uint8 RGB image when no dice are
-    rolled: uint8 (size, size, 3).
+    """What the network sees in evaluation of an upright (height, width, 3) uint8 RGB image:
+    uint8 (crop_size, crop_size, 3).
     """
     out = torch.empty((settings.crop_size, settings.crop_size, 3), dtype=torch.uint8)
     height, width = pixels.shape[:2]

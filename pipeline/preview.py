@@ -19,7 +19,7 @@ _COLUMNS = ("as packed, and the crop", "pil", "dali", f"dali - pil, x {GAIN}")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sample: its whole image, its draw, and what each backend made of it, all uint8 RGB.
+    """One sample: its whole image, its parameters, and what each backend made of it, all uint8 RGB.
 
     `dali` is None where that backend is not there. `lines` say what it is.
     """
@@ -78,7 +78,7 @@ def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
 
 
 def words_of(params: AugmentParams) -> list[str]:
-    """What a draw does, a line each; nothing for what it leaves alone."""
+    """What the parameters do, a line each; nothing for what they leave alone."""
     found = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
     pair = f"as its real partner: JPEG {params.pair_jpeg}, {CHROMAS[params.pair_chroma]}"
     found += [pair] if params.pair_jpeg else []

@@ -1,7 +1,7 @@
 """Replay: a few old samples among the new ones, so that phase 2 does not forget phase 1.
 
 The ratio is old to new: "1:8" is one old sample for eight new ones (2,500 for 20,000 in the
-original). Old samples are drawn afresh each epoch, in equal quotas per source, balanced by class
+original). Old samples are chosen afresh each epoch, in equal quotas per source, balanced by class
 inside a source, and spread evenly over the epoch.
 """
 
@@ -17,7 +17,7 @@ class Replay:
     """Which sets are old, and how many of their samples come with the new ones.
 
     `ratio` is "1:8", 0.125 or 0 for none. Sources whose index says `replay = false` and those in
-    `exclude_sources` are not drawn from. `distill_weight` weighs how closely the logits of old
+    `exclude_sources` are left out. `distill_weight` weighs how closely the logits of old
     samples are held to those of the detector that the run starts from, 0 for not at all.
     """
 
@@ -61,7 +61,7 @@ def sample_old(
         (count,) int64 sample numbers, shuffled.
     """
     if count and not len(pool):
-        raise ValueError("replay is on, but there is no old sample to draw from")
+        raise ValueError("replay is on, but there is no old sample to choose")
     chosen: list[np.ndarray] = []
     while (missing := count - sum(map(len, chosen))) > 0:
         strata = [pool[sources == source] for source in np.unique(sources)]
@@ -73,7 +73,7 @@ def sample_old(
 
 
 def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """Split `count` into quotas as equal as `sizes` allow; odd remainders go to drawn places.
+    """Split `count` into quotas as equal as `sizes` allow; odd remainders go to random places.
 
     The quotas sum to `min(count, sum(sizes))` and none is larger than its size.
     """

@@ -1,4 +1,5 @@
-"""All batches of a training run, epoch after epoch: new sets, replayed old ones, draws by policy.
+"""All batches of a training run, epoch after epoch: new sets, replayed old ones, parameters by
+policy.
 
 A stream is a pure function of its settings: `batches(step)` from any step gives what an
 uninterrupted run would have given.
@@ -75,7 +76,7 @@ class Stream:
 
     @property
     def replayed_per_epoch(self) -> int:
-        """Old samples drawn for each epoch."""
+        """Old samples chosen for each epoch."""
         return math.floor(self.new_per_epoch * self.replay.fraction)
 
     @property
@@ -98,7 +99,7 @@ class Stream:
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
     def epoch(self, number: int) -> Epoch:
-        """The order of epoch `number`, with old samples drawn afresh."""
+        """The order of epoch `number`, with old samples chosen afresh."""
         shards, old = self.pool.shards, self.pool.old
         replayed = sample_old(
             old,
@@ -166,6 +167,6 @@ class Stream:
 
 
 def evaluation_batches(loader: Loader) -> Iterator[Batch]:
-    """Every sample of the loader's shard set exactly once, seen by the view without dice."""
+    """Every sample of the loader's shard set exactly once, with the center crop of evaluation."""
     epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
     return loader.batches(epoch, eval_params(loader.shards, loader.preprocess))

@@ -65,7 +65,9 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
 
 
 def rates_of(found: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
-    """The rates of one set of a report: its own, or its fakes with another set's reals beside."""
+    """The rates of one set of a report: its own, or its fakes with the reference reals of another
+    set.
+    """
     reference = found.get("reference")
     figures = reference or found["overall"]
     false = estimate(figures, "false_positive_rate", "reals")
@@ -154,7 +156,7 @@ def signed(value: float | None) -> str:
 
 
 class _Columns:
-    """The columns that charts are drawn from, once for all sets."""
+    """The columns that charts are made from, once for all sets."""
 
     def __init__(self, report: Mapping[str, Any], scores: ScoreTable):
         self.set, self.sets = scores.codes("set")
@@ -165,7 +167,7 @@ class _Columns:
         self.reals: Mapping[str, Any] = report.get("reference_reals") or {}
 
     def of_set(self, name: str, reference: bool) -> np.ndarray:
-        """Readable rows of a set; or its fakes, and the reals that stand beside them."""
+        """Readable rows of a set; or its fakes, and the reference reals."""
         rows = self.set == self.sets.index(name)
         if reference:
             others = self.set == self.sets.index(self.reals["set"])

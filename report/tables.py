@@ -46,7 +46,7 @@ def figures_csv(report: Mapping[str, Any]) -> str:
 
 
 def robustness_csv(report: Mapping[str, Any]) -> str:
-    """A row per set and robustness, and per set and codec-swap test."""
+    """A row per set and perturbation, and per set and codec-swap test."""
     rates = ("recall", "false_positive_rate", "balanced_accuracy", "auroc")
     shifts = [f"shift_{name}{end}" for name in ("real", "fake") for end in ("", "_low", "_high")]
     columns = ["set", "kind", "name", "what", "images", *rates]

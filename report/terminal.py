@@ -91,7 +91,7 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
 
 
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
-    """Every robustness, and the codec-swap tests."""
+    """Every perturbation, and the codec-swap tests."""
     rows = [
         [one["name"], one["images"], _figure(one, "recall"), _figure(one, "false_positive_rate"),
          _figure(one, "auroc"), one["flip_rate"]]

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -18,24 +17,11 @@ from sharding.describe import describe
 from sharding.executor import Engine
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
 from sharding.verify import sets_in, verify
-from storage import AnyPath, any_path, cores, write_text
-
-
-class Place(click.ParamType):
-    """A folder, or an address such as s3://bucket/shards."""
-
-    name = "folder or address"
-
-    def convert(
-        self, value: Any, _param: click.Parameter | None, _context: click.Context | None
-    ) -> AnyPath:
-        """A `Path` or a `UPath`."""
-        return any_path(value)
-
+from storage import AnyPath, check_reachable, cores, write_text
 
 RAW = click.option(
     "--raw",
-    type=Place(),
+    type=console.AnyAddress(),
     default="data/raw",
     show_default=True,
     help="Folder or address that holds the raw datasets.",
@@ -43,7 +29,7 @@ RAW = click.option(
 CATALOG = click.option(
     "--catalog",
     "catalogs",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=console.LocalPath(dir_okay=False, exists=True),
     multiple=True,
     help="A catalog of your own, on top of the built-in one. May be repeated.",
 )
@@ -58,7 +44,7 @@ def main() -> None:
 @click.argument("sources", nargs=-1)
 @click.option(
     "--raw",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     default=Path("data/raw"),
     show_default=True,
     help="Folder that gets one folder per source.",
@@ -85,7 +71,7 @@ def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...
 @RAW
 @click.option(
     "--out",
-    type=Place(),
+    type=console.AnyAddress(writes=True),
     default="data/shards",
     show_default=True,
     help="Folder or address that gets one folder per set.",
@@ -104,10 +90,15 @@ def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...
 )
 @click.option(
     "--max-bad",
-    type=click.FloatRange(0, 1),
+    type=console.FiniteRange(0, 1),
     default=0.01,
     show_default=True,
     help="Share of images that may be unreadable or missing; more fails the build.",
+)
+@click.option(
+    "--allow-incomplete",
+    is_flag=True,
+    help="Build although a rule matches no file, or a training set has one class.",
 )
 @console.options()
 def build_command(
@@ -118,6 +109,7 @@ def build_command(
     jobs: int | None,
     engine: Engine,
     max_bad: float,
+    allow_incomplete: bool,
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
     catalog = read_catalog([BUILT_IN, *catalogs])
@@ -130,7 +122,8 @@ def build_command(
 
     found, built = build(
         catalog, raw, out,
-        only=only, jobs=jobs or 0, engine=engine, max_bad=max_bad, progress=progress,
+        only=only, jobs=jobs or 0, engine=engine, max_bad=max_bad,
+        allow_incomplete=allow_incomplete, progress=progress,
     )  # fmt: skip
     if not built:
         _say_what_is_missing(catalog, found, raw)
@@ -212,7 +205,7 @@ def _say_what_was_excluded(found: SourceScan) -> None:
 
 
 @main.command()
-@click.argument("folder", type=Place())
+@click.argument("folder", type=console.AnyAddress())
 @console.options()
 def show(folder: AnyPath) -> None:
     """Print what the shard set in FOLDER holds."""
@@ -247,7 +240,7 @@ def show(folder: AnyPath) -> None:
 @RAW
 @click.option(
     "--out",
-    type=Place(),
+    type=console.AnyAddress(),
     default="data/shards",
     show_default=True,
     help="Folder or address of the packed sets.",
@@ -257,6 +250,8 @@ def show(folder: AnyPath) -> None:
 def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
     """List the known sources: what is on disk, what is packed, and their licenses."""
     catalog = read_catalog([BUILT_IN, *catalogs])
+    check_reachable(raw)
+    check_reachable(out)
     packed: dict[str, list[str]] = {}
     sets = []
     for folder in sets_in(out) if any(out.glob(f"*/{INDEX_FILE}")) else []:
@@ -279,13 +274,14 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
 
 
 @main.command("verify")
-@click.argument("folder", type=Place())
+@click.argument("folder", type=console.AnyAddress())
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
 )
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the set in FOLDER, or all sets below it: bytes, images, counts, and splits."""
+    check_reachable(folder)
     folders = sets_in(folder)
     total = sum(read_index(each)["samples"] for each in folders)
     with console.progress("verifying", total) as advance:
@@ -302,8 +298,8 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 
 
 @main.command("diff")
-@click.argument("before", type=Place())
-@click.argument("after", type=Place())
+@click.argument("before", type=console.AnyAddress())
+@click.argument("after", type=console.AnyAddress())
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """Say what differs between two shard sets; exit 1 if anything does."""
@@ -326,10 +322,10 @@ def diff(before: AnyPath, after: AnyPath) -> None:
 
 
 @main.command("describe")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     default=Path("my-catalog.toml"),
     show_default=True,
     help="Catalog to write; an existing file is not overwritten.",
@@ -344,6 +340,8 @@ def describe_command(folder: Path, out: Path) -> None:
     rows += [[path, "?", count] for path, count in found.undecided.items()]
     console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
     write_text(out, found.text)
+    for reason, count in found.unread.items():
+        console.say(f"excluded: {count:,} images: {reason}")
     if found.undecided:
         console.say(f"{len(found.undecided)} folders have no class: say it in {out}, then")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
@@ -351,10 +349,10 @@ def describe_command(folder: Path, out: Path) -> None:
 
 
 @main.command("audit")
-@click.argument("folders", type=Place(), nargs=-1, required=True)
+@click.argument("folders", type=console.AnyAddress(), nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     default=Path("data/audit"),
     show_default=True,
     help="Folder for report.json and a PNG per set.",
@@ -362,7 +360,7 @@ def describe_command(folder: Path, out: Path) -> None:
 @click.option(
     "--match",
     "sample_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="CSV to write: samples in which real and fake agree on metadata.",
 )
 @click.option("--seed", default=0, show_default=True, help="Another seed, other folds and samples.")
@@ -434,7 +432,7 @@ def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | 
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=console.LocalPath())
 @click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
 @console.options()
 def demo(folder: Path, seed: int) -> None:

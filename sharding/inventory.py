@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
-from sharding.format import table_from
+from sharding.format import ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all
 from storage import AnyPath, any_path, files_in, write_atomically
 
-FACTS_VERSION = "2"
+FACTS_VERSION = "3"
 """Changes when `prepare` would describe an image in another way; old rows are then made again."""
 
 CHUNK = 256
@@ -177,12 +177,29 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
     if not path.exists():
         return None
     table = _read(path)
-    notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
+    try:
+        notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{path} is damaged (no notes of its listing: {error}); delete it"
+        ) from error
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
 
 
 def _read(path: AnyPath) -> pa.Table:
-    return table_from(path.read_bytes())
+    data = path.read_bytes()
+    try:
+        table = table_from(data)
+        if missing := [
+            name for name in (*_KEY, *FACT_SCHEMA.names) if name not in table.schema.names
+        ]:
+            raise KeyError(f"no column {', '.join(missing)}")
+    except (KeyError, OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ShardError(
+            f"{path} is damaged ({reason}); delete it, and the build decodes its images again"
+        ) from error
+    return table
 
 
 def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:

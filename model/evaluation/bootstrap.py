@@ -1,12 +1,13 @@
 """Intervals by the bootstrap: what the metrics would be on other images of the same kind.
 
 Images are not independent: twenty of one prompt, the frames of a video, a photo and its
-reconstruction. So whole groups (`group` of the index) are drawn with replacement, not images
-(Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). They are drawn
-within strata, by source and by the classes that a group holds, because how many of each there are
-was decided by who made the set and is not chance. The interval holds the middle 95 % of the draws.
+reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images
+(Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). They are
+resampled within strata, by source and by the classes that a group holds, because how many of each
+there are was decided by who made the set and is not chance. The interval holds the middle 95 % of
+the resamples.
 
-Where every draw gives 0 or 1 (no false positive among 45 photographs), the draws say nothing: the
+Where every resample gives 0 or 1 (no false positive among 45 photographs), they say nothing: the
 other end is then the exact one for as many groups, 1 - (0.05 / 2) ** (1 / groups) away (Clopper and
 Pearson, 1934). `ece` has no interval: resampling biases it upwards.
 """
@@ -25,14 +26,14 @@ LEVEL = 0.95
 SEED = 0
 
 _AT_A_TIME = 2_000_000
-"""Weights, draws times images, that are held at a time. (More leave the processor's cache. Threads
-would wait for each other between NumPy's calls: two took as long as one.)
+"""Weights, resamples times images, that are held at a time. (More leave the processor's cache.
+Threads would wait for each other between NumPy's calls: two took as long as one.)
 """
 
 Line = TypeVar("Line", bound=Hashable)
 
 Resamples = dict[str, np.ndarray]
-"""A metric's value in every draw: float64 (draws,), NaN where the draw left it undefined."""
+"""A metric's value in every resample: float64 (resamples,), NaN where it is undefined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +92,12 @@ def resample(
     seed: int = SEED,
     on_resamples: Callable[[int], None] | None = None,
 ) -> dict[Line, Resamples]:
-    """The metrics of each of `images` in `resamples` draws of the groups, the same draws for all.
+    """The metrics of each of `images` in `resamples` resamples of the groups, the same ones for
+    all.
 
     `probabilities` are those of fake, float64 (N,). A line of one class has the metrics of
     `model.metrics.measure` that exist for it. Fully determined by the arguments; `on_resamples(n)`
-    is called as draws are done.
+    is called as resamples are done.
     """
     order = np.argsort(probabilities, kind="stable")
     scores, of_place = probabilities[order], groups.of_row[order]
@@ -123,8 +125,8 @@ def resample(
 
 
 def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each group is drawn, float32 (B, groups), block after block of draws. Sums of them
-    are exact up to 2 ** 24 images; beyond, float64.
+    """How often each group is in each resample, float32 (B, groups), block after block. Sums of
+    them are exact up to 2 ** 24 images; beyond, float64.
     """
     dtype = np.float32 if rows < 2**24 else np.float64
     rng = np.random.default_rng(seed)
@@ -144,9 +146,9 @@ def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[n
 
 @dataclass(frozen=True, eq=False)
 class _Weighed:
-    """The reals of a block of draws: `below` (B, n + 1) is the weight of those before a position in
-    the order of their scores, `total` and `called` (B,) are sums, `errors` (2, B) those of NLL and
-    of squared error.
+    """The reals of a block of resamples: `below` (B, n + 1) is the weight of those before a
+    position in the order of their scores, `total` and `called` (B,) are sums, `errors` (2, B) those
+    of NLL and of squared error.
     """
 
     below: np.ndarray
@@ -192,8 +194,8 @@ class _Fakes:
         self.have_reals = len(reals.scores) > 0
 
     def measure(self, reals: _Weighed, weights: np.ndarray) -> Resamples:
-        """Every metric in every draw of a block. What is left undefined by a draw that has none of
-        a class is NaN.
+        """Every metric in every resample of a block. A metric of a class that a resample lacks is
+        NaN.
         """
         own = np.take(weights, self.places, axis=1)
         fakes = own.sum(axis=1).astype(np.float64)
@@ -294,7 +296,7 @@ def _running(weights: np.ndarray) -> np.ndarray:
 
 
 def _weighed(weights: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """The sums of both errors over a block of draws: (B, n), (2, n) -> (2, B)."""
+    """The sums of both errors over a block of resamples: (B, n), (2, n) -> (2, B)."""
     return np.stack([np.vecdot(weights, one) for one in errors.astype(weights.dtype, copy=False)])
 
 
@@ -314,8 +316,8 @@ _UNBOUNDED = ("nll",)
 def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str, list[float]]:
     """[low, high] for every metric that `resamples` allow to say something about.
 
-    A metric is left out where it rests on fewer than two groups, or where half of the draws left it
-    undefined.
+    A metric is left out where it rests on fewer than two groups, or where half of the resamples
+    left it undefined.
     """
     reals, fakes = groups.count(images.reals), groups.count(images.fakes)
     both = groups.count(np.concatenate([images.reals, images.fakes]))
@@ -335,8 +337,8 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
 def interval(
     values: np.ndarray, independent: int, ends: tuple[float, ...] = (0.0, 1.0)
 ) -> list[float] | None:
-    """[low, high] from a metric's values in all draws, resting on `independent` groups; `ends` are
-    values at which draws that all agree do not mean certainty. None where there is none.
+    """[low, high] from a metric's values in all resamples, resting on `independent` groups; `ends`
+    are values at which resamples that all agree do not mean certainty. None where there is none.
     """
     known = values[~np.isnan(values)]
     if independent < 2 or 2 * len(known) < len(values):

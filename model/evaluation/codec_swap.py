@@ -196,7 +196,8 @@ def report_robustness(
     on_images: Callable[[int], None] | None = None,
     dist: DistEnv | None = None,
 ) -> dict[str, Any]:
-    """The entry `robustness` of one set in `report.json`, grid and codec swap on `sample_by_hash`:
+    """The entry `robustness` of one set in `report.json`: perturbations and codec swap on
+    `sample_by_hash`:
 
     {"images": n, "of": n, "unreadable": n,
      "perturbations": rows of `measure_perturbations`,

@@ -1,6 +1,6 @@
 """Two evaluations of the same images side by side: what changed, how surely, and which verdicts.
 
-Differences are paired: both runs are resampled by the same draws of the same groups, so that what
+Differences are paired: both runs have the same resamples of the same groups, so that what
 the two have in common, the images, does not widen the interval.
 """
 
@@ -111,7 +111,7 @@ def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
         rows = rows_of_set(before, name), rows_of_set(after, name)
         if not np.array_equal(rows[0].own, rows[1].own):
             raise ScoresError(
-                f"{name} stands beside other real images in the second run; measure both with the "
+                f"{name} has other reference reals in the second run; measure both with the "
                 "same --reference-reals"
             )
         if len(rows[0].labels):

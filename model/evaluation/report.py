@@ -70,7 +70,7 @@ _COPIED = (
 
 def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None) -> dict[str, Any]:
     """The report on a table of scores; the same table gives the same report. `on_resamples(n)` is
-    called as draws for intervals are done, `bootstrap.RESAMPLES` for each set.
+    called as resamples for intervals are done, `bootstrap.RESAMPLES` for each set.
     """
     about = scores.evaluation
     found = {
@@ -100,8 +100,8 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The readable rows of one set and, behind them, the reals of another where they are to stand
-    beside; a value per row in each array. `own` is True for the set's own.
+    """The readable rows of one set and, behind them, the reference reals of another where they are
+    wanted; a value per row in each array. `own` is True for the set's own.
     """
 
     own: np.ndarray
@@ -146,8 +146,8 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
 
 
 def lines_of(rows: Rows) -> dict[LineKey, Images]:
-    """The lines of a set's report that are its own figures: "overall", "reference" where reals
-    stand beside, and ("classes" or "sources" or "generators", name).
+    """The lines of a set's report that are its own figures: "overall", "reference" where another
+    set has reals for it, and ("classes" or "sources" or "generators", name).
     """
     own = rows.where(rows.own)
     lines: dict[LineKey, Images] = {"overall": own}

@@ -1,7 +1,7 @@
-"""How a detector bears what happens to images: the same samples scored through many perturbations.
+"""Robustness of a detector: the same samples scored after many perturbations.
 
-A perturbation works on the whole decoded image, exactly as packed, and the evaluation view follows;
-so `original` here and a plain evaluation see the same pixels.
+A perturbation works on the whole decoded image, exactly as packed, and the preprocessing of
+evaluation follows; so `original` here and a plain evaluation see the same pixels.
 """
 
 from collections import deque
@@ -35,10 +35,10 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
 
 @dataclass(frozen=True, eq=False)
 class PerturbedScores:
-    """Scores of the same images through several perturbations.
+    """Scores of the same images after several perturbations.
 
-    `samples` int64 (N,) are rows of the shard set, `labels` int64 (N,); `logits` is float32
-    (D, N), before any temperature, NaN where an image cannot go that way: `failures[d]` says why
+    `samples` int64 (N,) are rows of the shard set, `labels` int64 (N,); `logits` is float32 (D, N),
+    before any temperature, NaN where an image cannot be perturbed so: `failures[d]` says why
     (sample -> reason). `unreadable` are samples that do not decode at all; they have no column.
     """
 
@@ -85,10 +85,10 @@ def score_perturbations(
     on_images: Callable[[int], None] | None = None,
     dist: DistEnv | None = None,
 ) -> PerturbedScores:
-    """Score `samples` through each perturbation; `on_images(n)` is called as images are done. Over
+    """Score `samples` after each perturbation; `on_images(n)` is called as images are done. Over
     many ranks each takes its share, and all of them know the whole.
 
-    Each image is read and decoded once; a thread per core prepares all its views. The whole grid
+    Each image is read and decoded once; a thread per core prepares all its variants. The whole grid
     of one image is one batch.
     """
     dist = dist or DistEnv()
@@ -187,7 +187,7 @@ def _variant_of(
 
 
 def _batch_of(sample: int, variants: list[np.ndarray | str], device: torch.device) -> Batch:
-    """All views of one sample as a batch; those that are not there are black and not valid."""
+    """All variants of one sample as a batch; those that are not there are black and not valid."""
     failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
     size = next((len(found) for found in variants if not isinstance(found, str)), 1)
     blank = np.zeros((size, size, 3), np.uint8)
@@ -209,8 +209,8 @@ def measure_perturbations(
     """The figures of each perturbation, as `report.json` holds them.
 
     `recall`, `false_positive_rate`, `balanced_accuracy` and `auroc` are those of the images that
-    could go this way, and `intervals` theirs, by groups of images; `flip_rate` is the share of them
-    whose verdict at `threshold` is another one than as packed, `flip_rate_real` and
+    could be perturbed, and `intervals` theirs, by groups of images; `flip_rate` is the share of
+    them whose verdict at `threshold` is another one than as packed, `flip_rate_real` and
     `flip_rate_fake` that of each class; `shift` is how far each class moves (`Shift`), None for a
     class without images.
     """

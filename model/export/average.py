@@ -1,4 +1,4 @@
-"""Weights between two checkpoints: a little less learned, much less forgotten.
+"""Average the weights of two checkpoints: a little less learned, much less forgotten.
 
 Fine-tuned weights and those that they started from can be averaged, and what comes out often keeps
 more of both than either (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
@@ -16,31 +16,31 @@ from model.score import DEFAULT_THRESHOLD
 from storage import atomic_folder
 
 
-def average(first: Path, last: Path, share: float, run: Path) -> Path:
-    """A checkpoint in the folder `run` with weights `share` (0 to 1) of the way from those of
+def average(first: Path, last: Path, weight: float, run: Path) -> Path:
+    """A checkpoint in the folder `run` with weights `weight` (0 to 1) of the way from those of
     `first` to those of `last`; what was trained on is that of `last`. It is neither validated nor
     calibrated, and no training can be resumed from it, though a run can start from it.
 
     Raises:
-        CheckpointError: two networks that are not alike, a share outside 0 to 1, or a run that
+        CheckpointError: two networks that are not alike, a weight outside 0 to 1, or a run that
             exists.
     """
-    if not 0 <= share <= 1:
-        raise CheckpointError(f"the share must be between 0 and 1, got {share}")
-    start, meta = read_meta(first), read_meta(last)
-    if start["recipe"]["network"]["name"] != meta["recipe"]["network"]["name"]:
+    if not 0 <= weight <= 1:
+        raise CheckpointError(f"the weight must be between 0 and 1, got {weight}")
+    first_meta, meta = read_meta(first), read_meta(last)
+    if first_meta["recipe"]["network"]["name"] != meta["recipe"]["network"]["name"]:
         raise CheckpointError(
-            f"{first} is a {start['recipe']['network']['name']}, {last} a "
+            f"{first} is a {first_meta['recipe']['network']['name']}, {last} a "
             f"{meta['recipe']['network']['name']}: only weights of one network can be averaged"
         )
-    one, two = read_weights(first), read_weights(last)
-    if {n: w.shape for n, w in one.items()} != {n: w.shape for n, w in two.items()}:
+    start, ends = read_weights(first), read_weights(last)
+    if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in ends.items()}:
         raise CheckpointError(f"the weights of {first} and {last} differ in names or shapes")
     if run.exists():
         raise CheckpointError(f"{run} exists; name another run")
     weights = {
-        name: torch.lerp(one[name], weight, share) if weight.is_floating_point() else weight
-        for name, weight in two.items()
+        name: torch.lerp(start[name], end, weight) if end.is_floating_point() else end
+        for name, end in ends.items()
     }
     meta |= {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -52,7 +52,7 @@ def average(first: Path, last: Path, share: float, run: Path) -> Path:
         "selection": None,
         "compared": None,
         "refused": [],
-        "average": {"first": str(first), "last": str(last), "share": share},
+        "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }
     text = json.dumps(meta, indent=1, sort_keys=True) + "\n"

@@ -93,7 +93,9 @@ def refuse_if_there(out: Path) -> None:
 
 
 def preprocessing_of(net: Detector, preprocess: Preprocess) -> dict[str, Any]:
-    """The view in timm's words: shorter side to `floor(size / crop_pct)`, center crop of `size`."""
+    """The preprocessing in timm's words: shorter side to `floor(size / crop_pct)`, center crop of
+    `size`.
+    """
     crop_pct = preprocess.crop_size / preprocess.resize_size
     while math.floor(preprocess.crop_size / crop_pct) < preprocess.resize_size:
         crop_pct = math.nextafter(crop_pct, 0)

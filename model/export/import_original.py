@@ -32,7 +32,7 @@ class OriginalError(ValueError):
 
 
 def recipe_of(name: str) -> Recipe:
-    """What stands in place of the original's recipe: its network, and the view it was made for."""
+    """What stands in place of the original's recipe: its network, and its preprocessing."""
     return Recipe(
         name=name,
         data=Data(train=[], validate=[], policy=""),

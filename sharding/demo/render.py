@@ -177,7 +177,7 @@ def shots_of(name: str) -> list[Shot]:
 
 
 def rng_for(seed: int, purpose: str, source: str, *rest: int) -> Rng:
-    """The dice of one purpose; no other purpose or image takes part."""
+    """The generator of one purpose; no other purpose or image takes part."""
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {source}".encode()), *rest])
 
 

@@ -1,4 +1,4 @@
-"""Procedural scenes for the demo's synthetic images: dice in, linear light out.
+"""Procedural scenes for the demo's synthetic images: a random generator in, linear light out.
 
 A scene is (height, width, 3) float32 radiance, about 0 to 1. The same scenes are photographed and
 "generated", so that what is shown says nothing about the label.

@@ -257,12 +257,12 @@ def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     meta = checkpoint.read_meta(checkpoint.find(tmp_path, tmp_path / "quarter"))
     assert (meta["recipe"]["name"], meta["selection"]) == ("quarter", None)
     assert (meta["threshold"], meta["temperature"], meta["calibration"]) == (0.5, 1.0, None)
-    assert meta["average"] == {"first": str(first), "last": str(last), "share": 0.25}
+    assert meta["average"] == {"first": str(first), "last": str(last), "weight": 0.25}
     checkpoint.load_network(found)
     arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--run", "half"]
     said = CliRunner().invoke(main, ["average", *arguments, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output
-    assert checkpoint.read_meta(tmp_path / "half" / last.name)["average"]["share"] == 0.5
+    assert checkpoint.read_meta(tmp_path / "half" / last.name)["average"]["weight"] == 0.5
 
 
 def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:

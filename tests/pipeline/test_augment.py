@@ -1,4 +1,4 @@
-"""The dice: what they depend on, what they never depend on, and that they keep to their ranges."""
+"""The parameters: what they depend on, what they never depend on, and that they keep to ranges."""
 
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def many_params(
 
 
 @pytest.mark.parametrize("count", [1, 4, 35])
-def test_the_dice_are_numpys_philox(count: int) -> None:
+def test_the_numbers_are_numpys_philox(count: int) -> None:
     """The referee of the vectorized generator, also for samples beyond 32 bits."""
     samples = np.array([0, 1, 7, 1309, 2**33 + 5])
     found = uniform(70, 3, samples, count)
@@ -86,7 +86,7 @@ def test_the_dice_are_numpys_philox(count: int) -> None:
         np.testing.assert_array_equal(found[row], expected)
 
 
-def test_a_draw_does_not_depend_on_its_batch() -> None:
+def test_parameters_do_not_depend_on_their_batch() -> None:
     together = many_params(PHASE1, 300)
     alone = [params_of(PHASE1, Preprocess(), 500, 375, 7, 2, sample) for sample in range(300)]
     assert together == alone
@@ -138,7 +138,7 @@ def test_one_thing_that_happens_says_nothing_of_another() -> None:
     assert np.abs(together - np.eye(len(together))).max() < 0.07  # four sigma of 4,000 draws
 
 
-def test_what_a_harsh_law_adds_leaves_the_other_dice_alone() -> None:
+def test_what_a_harsh_law_adds_leaves_the_other_numbers_alone() -> None:
     mild = AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grayscale=0.5)
     harsh = replace(mild, num_jpegs=(1, 3), jpeg_grid_shift=1.0, webp=1.0, webp_quality=(10, 90))
     for one, other in zip(many_params(mild, 200), many_params(harsh, 200), strict=True):
@@ -171,7 +171,7 @@ def test_odd_sizes_have_a_crop(width: int, height: int) -> None:
         assert apply(photo(1, width, height), d, 48).shape == (48, 48, 3)
 
 
-def test_a_draw_depends_on_seed_epoch_and_sample_and_nothing_else() -> None:
+def test_parameters_depend_on_seed_epoch_and_sample_and_nothing_else() -> None:
     one = params_of(HARSH, PREPROCESS, 90, 70, 1, 2, 3)
     for _ in range(3):
         params_of(HARSH, PREPROCESS, 90, 70, 1, 2, 4)
@@ -180,7 +180,7 @@ def test_a_draw_depends_on_seed_epoch_and_sample_and_nothing_else() -> None:
     assert all(params_of(HARSH, PREPROCESS, 90, 70, *other) != one for other in others)
 
 
-def test_one_probability_does_not_shift_the_other_dice() -> None:
+def test_one_probability_does_not_shift_the_other_numbers() -> None:
     without = params_of(
         AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90)), PREPROCESS, 90, 70, 1, 1, 1
     )
@@ -191,7 +191,7 @@ def test_one_probability_does_not_shift_the_other_dice() -> None:
     assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1).jpeg == without.jpeg
 
 
-def test_these_draws_never_change() -> None:
+def test_these_parameters_never_change() -> None:
     """Golden: another value means another training run for everyone's seed."""
     found = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
     assert found[:5] == (3, 28, 359, 376, True)

@@ -100,7 +100,7 @@ def test_a_fake_is_drawn_as_its_partner_was_compressed(pairs: ShardSet, logged: 
 
 
 def test_without_the_law_nothing_changes(pairs: ShardSet) -> None:
-    """And with it no dice move: the columns come from the index alone."""
+    """And with it no random number moves: the columns come from the index alone."""
     everyone, repeat_index = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)
     with_, without = (
         train_params(pairs, {"train": AugmentPolicy(), "dda": policy}, "train", PREPROCESS, 1, 0)(

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 
 from sharding.build import build
-from sharding.catalog import read_catalog
+from sharding.catalog import CatalogError, read_catalog
 from sharding.format import ShardError, open_shards, read_index
 from sharding.lock import locked
 from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
@@ -227,3 +227,68 @@ def test_a_foreign_table_or_version_is_refused(data: Path, tmp_path: Path) -> No
     (tmp_path / "out/val/index.json").write_text(json.dumps(index | {"format_version": 99}))
     with pytest.raises(ShardError, match="format version 99"):
         open_shards([tmp_path / "out/val"])
+
+
+def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    text = (raw / "catalog.toml").read_text()
+    entry = '{ folder = "real", generator = "camera" }'
+    for extra in ('{ folder = "raels" }', '{ folder = "real", name = "*.tif" }'):
+        (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {extra}", 1))
+        with pytest.raises(
+            CatalogError, match=r"source alpha: no file in .* fits real: (raels|real/)"
+        ):
+            build_one(raw, tmp_path / "out", "old")
+        catalog = read_catalog([raw / "catalog.toml"])
+        build(catalog, raw, tmp_path / "flag", only=["old"], jobs=1, allow_incomplete=True)
+        optional = extra.replace(" }", ", optional = true }")
+        (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {optional}", 1))
+        build_one(raw, tmp_path / "out", "old")
+    (raw / "catalog.toml").write_text(
+        text.replace('license = "test"', 'license = "test"\nignore = ["x"]', 1)
+    )
+    with pytest.raises(CatalogError, match=r"source alpha: no file in .* fits ignored: x"):
+        build_one(raw, tmp_path / "out", "old")
+
+
+def test_optional_rules_of_which_none_matches_stop_the_build(tmp_path: Path) -> None:
+    """Alternatives: one of them must fit."""
+    raw = write_raw(tmp_path / "raw")
+    text = (raw / "catalog.toml").read_text()
+    entry = '{ folder = "real", generator = "camera" }'
+    choices = '{ folder = "a", optional = true }, { folder = "b", optional = true }'
+    (raw / "catalog.toml").write_text(text.replace(entry, choices, 1))
+    with pytest.raises(CatalogError, match=r"fits real: a; real: b\. Correct the rule"):
+        build_one(raw, tmp_path / "out", "old")
+
+
+def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    for source in ("alpha", "beta"):
+        shutil.rmtree(raw / source)
+    with pytest.raises(ShardError, match="set old has 10 fake images and no real one; add real im"):
+        build_one(raw, tmp_path / "out", "old")
+    assert not (tmp_path / "out/old/index.json").exists()
+    catalog = read_catalog([raw / "catalog.toml"])
+    build(catalog, raw, tmp_path / "out", only=["old"], jobs=1, allow_incomplete=True)
+    text = (raw / "catalog.toml").read_text().replace('old = "train"', 'old = "test"')
+    (raw / "catalog.toml").write_text(text)
+    build_one(raw, tmp_path / "test", "old")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" + bytes(99) + b"PAR1", None])
+def test_damaged_notes_of_a_build_are_named_or_made_anew(
+    raw: Path, data: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    """`None` is a table, but another one."""
+    out = shutil.copytree(data, tmp_path / "out")
+    content = (data / "old/samples.parquet").read_bytes() if content is None else content
+    mark = out / ".build/old/alpha-train-00000.tar.parquet"
+    mark.write_bytes(content)
+    assert hashes(build_all(raw, out)) == hashes(data)
+    inventory = out / ".build/inventory/alpha.parquet"
+    inventory.write_bytes(content)
+    with pytest.raises(ShardError, match=r"alpha\.parquet is damaged \(.*\); delete it"):
+        build_all(raw, out)
+    inventory.unlink()
+    assert hashes(build_all(raw, out)) == hashes(data)

@@ -23,7 +23,7 @@ def alone(labels: np.ndarray) -> bootstrap.Groups:
 
 
 def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draw's metrics are those of `measure` on the images it drew, ties and all."""
+    """A resample's metrics are those of `measure` on its images, ties and all."""
     rng = np.random.default_rng(2)
     for _ in range(60):
         count = int(rng.integers(4, 50))
@@ -51,7 +51,7 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
             assert {n for n, v in wanted.items() if v is not None} - beyond <= found.keys()
 
 
-def test_a_draw_of_many_images_is_exact() -> None:
+def test_a_resample_of_many_images_is_exact() -> None:
     """More images than small whole numbers count, and a place in every step of the search."""
     rng = np.random.default_rng(8)
     labels, fake = rng.integers(0, 2, 80_000), rng.uniform(size=80_000).round(5)
@@ -65,7 +65,7 @@ def test_a_draw_of_many_images_is_exact() -> None:
 
 
 def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draws of one line do not depend on which others are there; a seed gives the same."""
+    """The resamples of one line do not depend on which others are there; a seed gives the same."""
     rng = np.random.default_rng(3)
     labels, fake = rng.integers(0, 2, 90), rng.uniform(size=90)
     groups, whole = alone(labels), images_of(labels)
@@ -80,7 +80,7 @@ def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert not np.array_equal(other["auroc"], by_itself["b"]["auroc"])
 
 
-def test_groups_are_drawn_whole_and_within_their_strata() -> None:
+def test_groups_are_resampled_whole_and_within_their_strata() -> None:
     labels = np.array([0] * 40 + [1] * 60)
     sources = np.array([0] * 20 + [1] * 20 + [1] * 60)
     prompts = np.concatenate([np.arange(40), 40 + np.arange(60) // 20])  # 3 prompts of 20 fakes

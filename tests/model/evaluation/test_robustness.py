@@ -1,4 +1,4 @@
-"""Deliveries scored on a network, and the codec-swap test on planted detectors."""
+"""Perturbations scored on a network, and the codec-swap test on planted detectors."""
 
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def test_an_unreadable_image_has_no_column(
     assert all("does not decode" in reason for reason in found.unreadable.values())
 
 
-def test_samples_are_drawn_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
+def test_samples_are_chosen_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
     rows = sample_by_hash(shards, 10)
     labels = shards.column("label")[rows]
     assert [(labels == label).sum() for label in (0, 1)] == [10, 10]
