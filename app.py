@@ -167,7 +167,9 @@ def forget(files: Sequence[UploadedFile]) -> None:
     """Drop the files now rather than when the page is closed."""
     context = script_context()
     for file in files:
-        context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
+        context.uploaded_file_mgr.remove_file(  # type: ignore[attr-defined]  # not in the protocol
+            context.session_id, file.file_id
+        )
     st.session_state["uploader"] += 1  # a new uploader is an empty one
 
 

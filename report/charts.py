@@ -117,7 +117,7 @@ def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float])
     )
     for values, color in ((reals, REAL), (fakes, FAKE)):
         if len(values):
-            axes.hist(values, edges, color=color, alpha=0.75)
+            axes.hist(values, edges.tolist(), color=color, alpha=0.75)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2, integer=True))

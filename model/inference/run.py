@@ -4,6 +4,8 @@ What takes seconds to load (torch, timm) is imported inside the functions that u
 """
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -130,7 +132,7 @@ def named(paths: Iterable[str]) -> Iterator[str]:
     """PATH... with `-` replaced by the list on standard input, as it comes."""
     for path in paths:
         if path == "-":
-            lines = click.get_text_stream("stdin", errors="surrogateescape")
+            lines = map(os.fsdecode, sys.stdin.buffer)
             yield from filter(None, (text.rstrip("\r\n") for text in lines))
         else:
             yield path
