@@ -198,7 +198,7 @@ class AugmentBatch(NamedTuple):
     @property
     def color_jitter(self) -> np.ndarray:
         """Which images have a color matrix that changes anything, bool (N,)."""
-        return (self.color != np.float32(IDENTITY)).any(axis=1)
+        return (self.color != np.array(IDENTITY, np.float32)).any(axis=1)
 
     def row(self, number: int) -> AugmentParams:
         """The parameters of one image."""
@@ -223,7 +223,7 @@ def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
     return AugmentBatch._make(columns)
 
 
-_TYPES = AugmentBatch(
+_TYPES: tuple[type[np.generic], ...] = (
     np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
     np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
 )  # fmt: skip
@@ -314,7 +314,7 @@ def sample_params(
         color=np.where(
             happens["color_jitter"][:, None],
             _color_jitter(ranges, 2 * color - 1),
-            np.float32(IDENTITY),
+            np.array(IDENTITY, np.float32),
         ),
         resample=np.where(happens["resample"], side, 0).astype(np.int32),
         jpeg=qualities[0],
@@ -352,7 +352,7 @@ def center_crop_params(
         height=side,
         width=side,
         hflip=none.astype(np.bool_),
-        color=np.tile(np.float32(IDENTITY), (len(side), 1)),
+        color=np.tile(np.array(IDENTITY, np.float32), (len(side), 1)),
         resample=none,
         jpeg=none,
         blur=none.astype(np.float64),
@@ -392,7 +392,8 @@ def _crop(
     height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)
     top = place[:, 0] * (heights - height + 1)
     left = place[:, 1] * (widths - width + 1)
-    return tuple(column.astype(np.int32) for column in (top, left, height, width))
+    top, left, height, width = (c.astype(np.int32) for c in (top, left, height, width))
+    return top, left, height, width
 
 
 def _whole(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
