@@ -21,6 +21,7 @@ from PIL import Image
 from starlette.formparsers import MultiPartParser
 from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunContext
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from imaging.decode import MAX_BYTES, decode
@@ -130,10 +131,17 @@ def close_soon(session: str) -> None:
     timer.start()
 
 
+def script_context() -> ScriptRunContext:
+    """What Streamlit knows of the page that this thread draws."""
+    context = get_script_run_ctx()
+    assert context is not None  # every line here runs in a page
+    return context
+
+
 @st.cache_resource(scope="session", on_release=close_soon, show_spinner=False)
 def this_page() -> str:
     """The id of the session. Streamlit lets go of it when the page's connection ends."""
-    return get_script_run_ctx().session_id
+    return script_context().session_id
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -157,9 +165,11 @@ def uploads() -> list[UploadedFile]:
 
 def forget(files: Sequence[UploadedFile]) -> None:
     """Drop the files now rather than when the page is closed."""
-    context = get_script_run_ctx()
+    context = script_context()
     for file in files:
-        context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
+        context.uploaded_file_mgr.remove_file(  # type: ignore[attr-defined]  # not in the protocol
+            context.session_id, file.file_id
+        )
     st.session_state["uploader"] += 1  # a new uploader is an empty one
 
 
@@ -301,9 +311,10 @@ def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str)
     with left:
         color, icon = LOOKS[said]
         st.subheader(f":{color}[{icon} {capital(said)}]", anchor=False)
-        probability = percent(one.prediction.probability)
-        st.markdown(f"Probability that it is AI-generated: **{probability}**")
-        st.html(scale(one.prediction.probability, found.band))
+        probability = one.prediction.probability
+        assert probability is not None  # what was refused is not shown
+        st.markdown(f"Probability that it is AI-generated: **{percent(probability)}**")
+        st.html(scale(probability, found.band))
         st.markdown("**What the file says**")
         if one.evidence:
             st.markdown("\n".join(f"- {as_markdown(item)}" for item in one.evidence))
@@ -450,7 +461,7 @@ def main() -> None:
     if scored:
         ours = moved(found)
         verdicts = {
-            key: one.prediction.verdict if one.prediction.error
+            key: one.prediction.verdict if one.prediction.probability is None
             else ours.verdict(one.prediction.probability)
             for key, one in scored.items()
         }  # fmt: skip

@@ -17,6 +17,7 @@ from model.inference.run import Run, predict_all, predict_as_they_come
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
     from model.inference.onnx_detector import OnnxDetector
+    from pipeline.loader import Backend
 
 
 class NotStarted(click.ClickException):
@@ -72,7 +73,7 @@ def main(
     checkpoint: Path | None,
     runs: Path,
     device: str,
-    backend: str,
+    backend: "Backend",
     batch_size: int,
 ) -> None:
     """Print, for each image of PATH..., the probability that it is AI-generated, and a verdict.
@@ -93,7 +94,9 @@ def main(
         if onnx:
             from model.inference.onnx_detector import load_onnx
 
-            detector = load_onnx(onnx, device=device, threshold=threshold)
+            detector: ImageDetector | OnnxDetector = load_onnx(
+                onnx, device=device, threshold=threshold
+            )
         else:
             from model import load_detector
 

@@ -14,14 +14,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upath import UPath
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
 AnyPath = Path | UPath
 
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _READ_ONLY = ("http", "https")
+_OF_THIS_MACHINE = ("", "file", "local")
 
 
 def any_path(text: str | os.PathLike) -> AnyPath:
@@ -38,7 +43,7 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         return Path(text)
     try:
         path = UPath(text)
-        return Path(path) if isinstance(path, Path) else path
+        return Path(path.path) if path.protocol in _OF_THIS_MACHINE else path
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
@@ -51,9 +56,11 @@ def local_path(text: str | os.PathLike) -> Path:
     Raises:
         ValueError: an address, or an empty text.
     """
-    if _ADDRESS.match(str(text)) and not str(text).startswith("file://"):
+    is_address = _ADDRESS.match(str(text)) and not str(text).startswith("file://")
+    path = None if is_address else any_path(text)
+    if path is None or not is_local(path):
         raise ValueError(f"{text} is an address; this takes a path of this machine only")
-    return any_path(text)
+    return path
 
 
 def writable_path(text: str | os.PathLike) -> AnyPath:
@@ -93,7 +100,7 @@ def check_reachable(path: AnyPath) -> None:
         ) from error
 
 
-def is_local(path: AnyPath) -> bool:
+def is_local(path: AnyPath) -> "TypeIs[Path]":
     """Whether `path` is on this machine's file system."""
     return isinstance(path, Path)
 
@@ -104,8 +111,10 @@ def check_inside(path: AnyPath, folder: AnyPath) -> None:
     Raises:
         ValueError: it does not.
     """
-    if is_local(path):
+    if is_local(path) and is_local(folder):
         inside = path.resolve().is_relative_to(folder.resolve())
+    elif is_local(path) or is_local(folder):
+        inside = False
     else:
         inside = path.path.startswith(folder.path.rstrip("/") + "/") and ".." not in path.parts
     if not inside:
@@ -147,8 +156,8 @@ def naming(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full or error.filename is not None:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno not in full or error.filename is not None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
@@ -259,7 +268,8 @@ def files_in(folder: AnyPath) -> list[AnyPath]:
 def sha256_of(path: AnyPath) -> str:
     """The hash of a file, read in pieces."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        # What fsspec opens has `readinto`, which BinaryIO does not promise.
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def cores() -> int:

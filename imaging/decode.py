@@ -116,7 +116,8 @@ def prepare(data: bytes) -> Prepared:
             with decoding(image.width * image.height):
                 pixels, orientation = _upright_pixels(image, name, data)
             exif = carries_exif(data, name) if name in _KEPT else "exif" in image.info
-            chroma, tables, transcoded_from = "", (), ""
+            tables: tuple[tuple[int, ...], ...] = ()
+            chroma = transcoded_from = ""
             if orientation is None:
                 data, name, orientation, transcoded_from = png_of(pixels), "PNG", UPRIGHT, name
             elif name == "JPEG":
@@ -416,7 +417,7 @@ def _stream(data: bytes) -> io.BytesIO:
 
 def _name_of(image: Image.Image) -> str:
     """Its format; the first picture of a multi-picture file is a JPEG."""
-    return "JPEG" if image.format == "MPO" else image.format
+    return "JPEG" if image.format == "MPO" else image.format or ""
 
 
 def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
@@ -434,7 +435,7 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     if name == "PNG":
         return png.is_plain(data)
     whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)  # RIFF's length
-    return name == "WEBP" and whole and image.n_frames == 1
+    return name == "WEBP" and whole and getattr(image, "n_frames", 1) == 1
 
 
 def png_of(pixels: np.ndarray) -> bytes:

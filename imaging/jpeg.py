@@ -147,8 +147,8 @@ def has_end(data: bytes) -> bool:
         return False
     scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
     if scan is None:  # something stands between the segments
-        scan = next((one for one in lenient_segments(data) if one[0] == SOS), None)
-        return scan is not None and end > scan[1]
+        start = next((at for marker, at, _ in lenient_segments(data) if marker == SOS), None)
+        return start is not None and end > start
     return end > scan.start
 
 

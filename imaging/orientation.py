@@ -25,7 +25,8 @@ def orientation_of(data: bytes, image_format: str) -> int:
     its EXIF (of a PNG also as ImageMagick's raw profile), else of its XMP; what is absent or
     nonsense counts as 1.
     """
-    exif, xmp = [], []
+    exif: list[bytes] = []
+    xmp: list[bytes] = []
     for kind, content in _METADATA[image_format](data):
         (exif if kind == "exif" else xmp).append(content)
     stated = [*map(_of_exif, exif), *map(_of_xmp, xmp)]
@@ -127,6 +128,8 @@ def _of_exif(content: bytes) -> int | None:
     """
     tiff = content[6:] if content.startswith(b"Exif\0") else content
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return None
     try:
         (first,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, first)

@@ -76,6 +76,7 @@ def texts(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Keyword and content of every text chunk; what does not unpack is passed over."""
     for kind, start, end in chunks(data):
         keyword, _, rest = data[start + 8 : end - 4].partition(b"\0")
+        content: bytes | None
         if kind == b"tEXt":
             content = rest
         elif kind == b"zTXt":

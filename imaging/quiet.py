@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from PIL import Image
 
@@ -93,7 +94,7 @@ class _Filter:
             os.close(self.real)
 
 
-def _is_native(stream: object) -> bool:
+def _is_native(stream: Any) -> bool:
     try:
         return stream.fileno() == 2
     except (AttributeError, OSError, ValueError):  # a test's, or none

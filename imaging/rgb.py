@@ -7,6 +7,7 @@ is turned into sRGB by its own profile (docs/design.md says why).
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -45,10 +46,12 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
     if not profile:
         return image.convert("RGB")
     try:
-        return ImageCms.profileToProfile(
+        converted = ImageCms.profileToProfile(
             image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
             outputMode="RGB",
         )  # fmt: skip
+        assert converted is not None  # it does not work in place
+        return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image.convert("RGB")  # damaged, or of another kind of color
 
@@ -68,7 +71,7 @@ def _from_deep(image: Image.Image) -> np.ndarray:
     return np.repeat(gray[:, :, None], 3, axis=2)
 
 
-def _range_of(image: Image.Image, values: np.ndarray, tags: object) -> tuple[float, float]:
+def _range_of(image: Image.Image, values: np.ndarray, tags: Any) -> tuple[float, float]:
     """The values that become 0 and 255."""
     smallest, largest = _extremes(values)
     if image.mode == "F":
@@ -91,7 +94,7 @@ def _range_of(image: Image.Image, values: np.ndarray, tags: object) -> tuple[flo
     return 0.0, 65535.0
 
 
-def _declared(tags: object, names: tuple[int, ...]) -> float | None:
+def _declared(tags: Any, names: tuple[int, ...]) -> float | None:
     for name in names:
         value = tags.get(name)
         value = value[0] if isinstance(value, tuple) and value else value

@@ -10,8 +10,9 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
 from imaging.zip import HIDDEN, is_hidden, leaves_archive, printable
@@ -29,6 +30,11 @@ WAITING_BYTES = 256 * 2**20
 """Bytes of a compressed archive's members that may wait to be read."""
 
 
+# typeshed has not got these two.
+_InvalidHeader = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
+_EndOfArchive = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+
+
 class TarMember(NamedTuple):
     """A member that may be read. Either `excluded` says why it is not, or `read` gives its bytes
     (or raises `DecodeError` or `OSError`).
@@ -39,23 +45,37 @@ class TarMember(NamedTuple):
     read: Callable[[], bytes] | None
 
 
+class _Archive(tarfile.TarFile):
+    """An archive that counts extended headers, and remembers what was damaged."""
+
+    nested = 0
+    damage = ""
+    members: list[tarfile.TarInfo]
+
+
 class _Info(tarfile.TarInfo):
     """tarfile takes a damaged header for the end; here the archive remembers that it was none.
     Extended headers are bounded, since tarfile reads them whole and one inside the other; the maps
     of sparse members, which are not read, are passed over.
     """
 
+    # Of tarfile, whose published types leave them out.
+    _sparse_structs: Any
+    _block: Callable[[int], int]
+    sparse: Any
+
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Info":
-        archive.nested = getattr(archive, "nested", 0) + 1
+        assert isinstance(archive, _Archive)
+        archive.nested += 1
         try:
             if archive.nested > MAX_NESTED:
-                raise tarfile.InvalidHeaderError("too many extended headers of one member")
+                raise _InvalidHeader("too many extended headers of one member")
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except _EndOfArchive:
             raise
         except tarfile.HeaderError as error:
-            archive.damage = getattr(archive, "damage", "") or str(error) or type(error).__name__
+            archive.damage = archive.damage or str(error) or type(error).__name__
             raise
         finally:
             archive.nested -= 1
@@ -66,8 +86,8 @@ class _Info(tarfile.TarInfo):
             tarfile.GNUTYPE_LONGLINK,
         )  # fmt: skip
         if extended and not 0 <= self.size <= MAX_HEADER:
-            raise tarfile.InvalidHeaderError(f"an extended header of {self.size:,} bytes")
-        return super()._proc_member(archive)
+            raise _InvalidHeader(f"an extended header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]  # typeshed has not got it
 
     def _proc_sparse(self, archive: tarfile.TarFile) -> "_Info":
         _structs, extended, size = self._sparse_structs
@@ -77,7 +97,7 @@ class _Info(tarfile.TarInfo):
             block = archive.fileobj.read(tarfile.BLOCKSIZE)
             read += tarfile.BLOCKSIZE
             if len(block) < tarfile.BLOCKSIZE or read > MAX_HEADER:
-                raise tarfile.InvalidHeaderError("a sparse member without an end of its map")
+                raise _InvalidHeader("a sparse member without an end of its map")
             extended = bool(block[504])
         self.sparse = []
         self.offset_data = archive.fileobj.tell()
@@ -85,7 +105,7 @@ class _Info(tarfile.TarInfo):
         self.size = size
         return self
 
-    def _proc_gnusparse_00(self, member: tarfile.TarInfo, *_: object) -> None:
+    def _proc_gnusparse_00(self, member: "_Info", *_: object) -> None:
         member.sparse = []
 
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
@@ -109,8 +129,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     packed = is_compressed(path)
     waiting = _Waiting()
     try:
-        with tarfile.open(path, "r|*" if packed else "r:", tarinfo=_Info) as archive:
-            archive.damage = getattr(archive, "damage", "")
+        with _Archive.open(path, "r|*" if packed else "r:", tarinfo=_Info) as archive:
             end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
             reached = 0
             while (member := _next(archive, reached, end)) is not None:
@@ -124,8 +143,9 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
                     if packed and member.size > MAX_BYTES:
                         raise DecodeError("the members after it are out of reach; unpack it")
                 elif packed:
-                    data = archive.extractfile(member).read()
-                    yield TarMember(name, "", waiting.put(data))
+                    stream = archive.extractfile(member)
+                    assert stream is not None  # a regular member has one
+                    yield TarMember(name, "", waiting.put(stream.read()))
                 else:
                     yield TarMember(name, "", _Place(path, member.offset_data, member.size))
             if archive.damage:
@@ -139,7 +159,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
         raise DecodeError(f"damaged or cut off: {error}; members may be missing") from error
 
 
-def _next(archive: tarfile.TarFile, reached: int, end: int) -> tarfile.TarInfo | None:
+def _next(archive: _Archive, reached: int, end: int) -> tarfile.TarInfo | None:
     """The next member, which ends behind `reached` and before `end`."""
     member = archive.next()
     archive.members = []  # it would keep every header it has seen
@@ -172,7 +192,8 @@ def _refuse(member: tarfile.TarInfo) -> str:
     return ""
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """Where in a plain tar a member lies; called, it reads it."""
 
     path: Path

@@ -9,6 +9,7 @@ from model.checkpoint import find
 from model.export import hub, import_original, onnx
 from model.export.average import average
 from model.training import curves
+from storage import any_path
 
 
 @click.group(cls=console.Group)
@@ -124,7 +125,9 @@ def export_command(
     if onnx:
         _export_onnx(chosen, out, images)
     if folder:
-        hub.write_hub(chosen, folder, report=report, data=Path(data), onnx=out if onnx else None)
+        hub.write_hub(
+            chosen, folder, report=report, data=any_path(data), onnx=out if onnx else None
+        )
         if report is None:
             console.log.warning("the model card has no evaluation: give the report with --report")
         console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")

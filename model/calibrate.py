@@ -94,11 +94,15 @@ def calibrate(
     at_5 = threshold_at_fpr(fake[labels == 0], 0.05)
     at_1 = threshold_at_fpr(fake[labels == 0], 0.01)
     below = np.sort(fake[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
-    if threshold_at == "fpr1" and at_1 is None:
+    assert at_5 is not None  # `FEWEST` real images are enough for it
+    thresholds: dict[ThresholdAt, float] = {
+        "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "0.5": DEFAULT_THRESHOLD,
+    }  # fmt: skip
+    if at_1 is not None:
+        thresholds["fpr1"] = at_1
+    elif threshold_at == "fpr1":
         raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (99 do)")
-    high = {
-        "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "fpr1": at_1, "0.5": DEFAULT_THRESHOLD,
-    }[threshold_at]  # fmt: skip
+    high = thresholds[threshold_at]
     return Calibration(
         temperature=temperature,
         threshold=high,

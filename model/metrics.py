@@ -68,19 +68,21 @@ def measure(
     called = probabilities >= threshold
     count, fakes = len(labels), int(fake.sum())
     reals = count - fakes
+    recall = float(called[fake].mean()) if fakes else None
+    false_positive_rate = float(called[~fake].mean()) if reals else None
     found = {
         "accuracy": float((called == fake).mean()) if count else None,
-        "recall": float(called[fake].mean()) if fakes else None,
-        "false_positive_rate": float(called[~fake].mean()) if reals else None,
+        "recall": recall,
+        "false_positive_rate": false_positive_rate,
         "nll": negative_log_likelihood(labels, probabilities) if count else None,
         "brier": float(np.square(probabilities - labels).mean()) if count else None,
     }
-    if fakes and reals:
+    if recall is not None and false_positive_rate is not None:
         truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
         called_fake = torch.from_numpy(called.astype(np.int64))
         curve = roc(labels, probabilities)
         found |= {
-            "balanced_accuracy": (found["recall"] + 1 - found["false_positive_rate"]) / 2,
+            "balanced_accuracy": (recall + 1 - false_positive_rate) / 2,
             "precision": float(binary_precision(called_fake, truth)) if called.any() else None,
             "f1": float(binary_f1_score(called_fake, truth)),
             "auroc": float(binary_auroc(ranks, truth)),
@@ -162,10 +164,10 @@ def measure_sources(
     threshold: float = DEFAULT_THRESHOLD,
 ) -> dict[str, Metrics]:
     """Metrics of each source's own images."""
-    sources = np.asarray(sources, object)
+    source_of = np.asarray(sources, object)
     result = {}
     for name in sorted(set(sources)):
-        rows = sources == name
+        rows = source_of == name
         result[name] = measure(labels[rows], probabilities[rows], threshold)
     return result
 

@@ -6,7 +6,7 @@ device, in training and serving alike.
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,10 +86,27 @@ class StageHead(nn.Module):
         return self.fc(torch.cat(found, 1).to(self.fc.weight.dtype))
 
 
+class Backbone(nn.Module):
+    """What a timm classifier has beside a module's own, for the type checker: its class is one of
+    timm's. `stage_head` is there where the network asks for it.
+    """
+
+    feature_info: list[dict[str, Any]]
+    group_matcher: Callable[..., dict[str, Any]]
+    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
+    forward_features: Callable[[torch.Tensor], torch.Tensor]
+    forward_intermediates: Callable[..., list[torch.Tensor]]
+    pretrained_cfg: dict[str, Any]
+    stage_head: StageHead
+
+
 class Detector(nn.Module):
     """`forward`: uint8 (B, 3, H, W) -> float logits (B, 2), columns in the order of `CLASSES`."""
 
-    def __init__(self, backbone: nn.Module, network: Network):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: Backbone, network: Network):
         super().__init__()
         self.backbone = backbone
         self.head, self.freeze_backbone = network.head, network.freeze_backbone
@@ -160,7 +177,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     return net.to(memory_format=torch.channels_last)
 
 
-def _put_stage_head(backbone: nn.Module) -> None:
+def _put_stage_head(backbone: Backbone) -> None:
     """Its weights lie in the backbone, so that they are saved and filled with it, and start at 0:
     the first step of the body should not follow random ones.
     """
@@ -175,10 +192,10 @@ def _put_stage_head(backbone: nn.Module) -> None:
         children[name].requires_grad_(name == "stage_head")
 
 
-def classifier_names(backbone: nn.Module) -> list[str]:
+def classifier_names(backbone: Backbone) -> list[str]:
     """The modules of timm's own head; distilled transformers have two."""
-    found = backbone.get_classifier()
-    found = found if isinstance(found, tuple) else (found,)
+    head = backbone.get_classifier()
+    found = head if isinstance(head, tuple) else (head,)
     return [n for n, module in backbone.named_modules() if any(module is one for one in found)]
 
 
@@ -222,12 +239,12 @@ def check_pretrained(network: Network) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     repository, _, revision = found.hf_hub_id.partition("@")
-    where = {"repo_id": repository, "revision": revision or None}
     files = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(try_to_load_from_cache(filename=name, **where), str) for name in files):
+    at = revision or None
+    if any(isinstance(try_to_load_from_cache(repository, n, revision=at), str) for n in files):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(filename=files[0], **where))
+        get_hf_file_metadata(hf_hub_url(repository, files[0], revision=at))
     except HfHubHTTPError:
         return  # an answer; what it means is timm's business
     except (OSError, HTTPError) as error:

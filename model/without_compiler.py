@@ -25,6 +25,8 @@ def without_compiler() -> Iterator[None]:
     if _NAMES[0] in sys.modules:
         yield
         return
+    package: Any
+    inner: Any
     package, inner = (types.ModuleType(name) for name in _NAMES)
     package.__path__ = []
     package.utils = inner
@@ -39,6 +41,6 @@ def without_compiler() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _unmarked(function: Any = None, *_how: object, **_named: object) -> Any:
+def _unmarked(fn: Any = None, *_how: Any, **_named: Any) -> Any:
     """`torch.compiler.disable`, with or without arguments, that marks nothing."""
-    return function if callable(function) else lambda inner: inner
+    return fn if callable(fn) else lambda inner: inner

@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from upath import UPath
 
 import console
 import recipes
@@ -19,6 +18,7 @@ from pipeline.pil import decode_request
 from pipeline.preview import Row, picture_of
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet, open_shards
+from storage import any_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ def main() -> None:
 
 
 def _open(place: str) -> ShardSet:
-    path = UPath(place)
-    return open_shards([Path(path) if isinstance(path, Path) else path])
+    return open_shards([any_path(place)])
 
 
 @main.command()
@@ -114,10 +113,11 @@ def _request(
     shards: ShardSet, samples: np.ndarray, policies: Policies, policy: str, seed: int
 ) -> Request:
     params_for = train_params(shards, policies.augment, policy, policies.preprocess, seed, 0)
-    data = ShardReader(shards).read(samples)
-    for sample, found in zip(samples.tolist(), data, strict=True):
+    data = []
+    for sample, found in zip(samples.tolist(), ShardReader(shards).read(samples), strict=True):
         if isinstance(found, ReadError):
             raise LoadError(f"{shards.name(sample)}: {found}")
+        data.append(found)
     return Request(
         data,
         shards.names("format", samples),

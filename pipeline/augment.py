@@ -208,7 +208,7 @@ class AugmentBatch:
     @property
     def color_jitter(self) -> np.ndarray:
         """Which images have a color matrix that changes anything, bool (N,)."""
-        return (self.color != np.float32(IDENTITY)).any(axis=1)
+        return (self.color != np.array(IDENTITY, np.float32)).any(axis=1)
 
     def row(self, index: int) -> AugmentParams:
         """The parameters of one image."""
@@ -334,7 +334,7 @@ def sample_params(
         height=height,
         width=width,
         hflip=happens["hflip"],
-        color=np.where(happens["color_jitter"][:, None], jitter, np.float32(IDENTITY)),
+        color=np.where(happens["color_jitter"][:, None], jitter, np.array(IDENTITY, np.float32)),
         resample=np.where(happens["resample"], side, 0),
         jpeg=qualities[0],
         blur=np.where(happens["blur"], sigma, 0.0),
@@ -392,7 +392,8 @@ def _crop(
     height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)
     top = place[:, 0] * (heights - height + 1)
     left = place[:, 1] * (widths - width + 1)
-    return tuple(column.astype(np.int32) for column in (top, left, height, width))
+    top, left, height, width = (c.astype(np.int32) for c in (top, left, height, width))
+    return top, left, height, width
 
 
 def _whole(limits: np.ndarray, share: np.ndarray) -> np.ndarray:

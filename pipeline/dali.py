@@ -260,6 +260,7 @@ class DaliBackend:
             step = start
             while True:
                 ready, before, began = ahead.ready, waited, time.perf_counter()
+                failures: dict[int, str]
                 try:
                     with self.status.at(DECODER, "decoding", step):
                         images, failures = _tensor_of(pipe.run(*self._stream)), {}
@@ -287,9 +288,10 @@ class DaliBackend:
         an end never reaches the graph: a GPU's decoder fills what is missing without a word.
         """
         params = request.params
+        work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
         work = dict.fromkeys(np.flatnonzero(params.pair_jpeg).tolist(), self._as_partner)
-        for row, data in enumerate(request.data):
-            if request.formats[row] == "JPEG" and not has_end(data):
+        for row, encoded in enumerate(request.data):
+            if request.formats[row] == "JPEG" and not has_end(encoded):
                 work[row] = self._without_end
         work = {row: act for row, act in work.items() if row not in request.failures}
         if not work:
@@ -409,6 +411,7 @@ class DaliBackend:
         """
         pixels = decode_image(*_member(request, row))
         refuse_crop_outside(pixels, params.row(0))
+        assert self._repair is not None  # `_one_by_one` has built it
         try:
             return self._repair(png_of(pixels), UPRIGHT, params)
         except RuntimeError as error:

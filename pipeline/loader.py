@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -349,13 +349,14 @@ class _Requests(Dataset):
         began = time.perf_counter()
         samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world_size)]
         params = self._params(step)
-        data = self.reader.read(samples)
+        found = self.reader.read(samples)
         codes, names = self.formats
         formats = [names[code] for code in codes[samples].tolist()]
         orientations = self.orientations[samples].tolist()
-        failures = {row: str(e) for row, e in enumerate(data) if isinstance(e, ReadError)}
+        failures = {row: str(e) for row, e in enumerate(found) if isinstance(e, ReadError)}
+        data = [PLACEHOLDER[0] if isinstance(one, ReadError) else one for one in found]
         for row in failures:
-            data[row], formats[row], orientations[row] = PLACEHOLDER
+            _data, formats[row], orientations[row] = PLACEHOLDER
         if failures:
             params = blank(params, list(failures))
         read_s = time.perf_counter() - began
@@ -385,8 +386,8 @@ class _Requests(Dataset):
         return self._sampled.pop(step)
 
 
-def _unchanged(pixels: Pixels) -> Pixels:
-    return pixels
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def open_loader(

@@ -169,7 +169,7 @@ def _noise(sigma: float) -> Perturbation:
 
 
 def _tier(name: str, longest: int, quality: int) -> Perturbation:
-    steps = (partial(fit, longest=longest), *_jpeg(quality).steps)
+    steps: tuple[Step, ...] = (partial(fit, longest=longest), *_jpeg(quality).steps)
     what = f"longer side at most {longest} pixels, then JPEG {quality}"
     return Perturbation(name, "tier", longest, steps, what)
 

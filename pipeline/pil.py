@@ -121,7 +121,7 @@ def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
     together would cost more than all the rest. The other filters are Pillow's.
     """
     if kind:
-        found = Image.fromarray(image.numpy()).resize(tuple(out.shape[1::-1]), _PILLOW[kind])
+        found = Image.fromarray(image.numpy()).resize((out.shape[1], out.shape[0]), _PILLOW[kind])
         out.numpy()[:] = np.asarray(found)
         return
     torch.ops.aten._upsample_bilinear2d_aa.out(

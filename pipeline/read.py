@@ -10,7 +10,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from imaging.decode import claimed_size
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
+from storage import is_local
 
 MAX_OPEN = 256
 """Tars kept open at a time; the least recently used one is closed."""
@@ -58,7 +58,7 @@ class ShardReader:
         cache: Cache | None = None,
     ):
         self.shards, self.verify_checksums, self.threads = shards, verify_checksums, threads
-        local = all(isinstance(folder, Path) for folder in shards.folders)
+        local = all(is_local(folder) for folder in shards.folders)
         self._files: _Files | RemoteShards = (
             _Files(shards) if local else RemoteShards(shards, cache or Cache())
         )
@@ -69,7 +69,7 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pool": None}
 
-    def read(self, samples: Sequence[int]) -> list[bytes | ReadError]:
+    def read(self, samples: Sequence[int] | np.ndarray) -> list[bytes | ReadError]:
         """The image of each sample, or why there is none: the tar is missing or shorter than the
         index says, the address does not answer, the image claims another size than the index (so
         that no decoder is asked for more memory than the packed image took), or (with
@@ -161,7 +161,7 @@ class _Files:
         return {"shards": self.shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["shards"])
+        _Files.__init__(self, state["shards"])
 
     def expect(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Have the system begin to read all of these, where it can be asked to."""
@@ -199,7 +199,7 @@ class _Files:
             return file
 
     def _descriptor(self, code: int) -> int:
-        path = self.shards.folders[code] / self.shards.shards[code]
+        path = str(self.shards.folders[code] / self.shards.shards[code])
         try:
             return os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from pipeline.order import (
 )
 from pipeline.replay import Replay, sample_old
 from sharding.format import ShardSet, open_shards
+from storage import AnyPath
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Pool:
     old: np.ndarray
 
 
-def open_pool(data: Path, train: Sequence[str], replay: Replay) -> Pool:
+def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
     """Open the new and, with replay, the old sets below `data` as one shard set."""
     new = open_shards([data / name for name in train])
     if not replay.fraction:

@@ -99,7 +99,7 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
     Pydantic alone would say so too, but without the names that are known.
     """
     arguments = typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         known = typing.get_type_hints(kind)
         for key, entry in value.items():
             if key not in known:

@@ -7,6 +7,7 @@ name that a user chose enters a chart: such text belongs to the page, which esca
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ REAL, FAKE, INK, MUTED, GRID, BAND = (f"#0a0b0{number}" for number in range(1, 7
 _VARIABLES = {REAL: "real", FAKE: "fake", INK: "ink", MUTED: "muted", GRID: "grid", BAND: "band"}
 """Stand-in colors, and the variables of the page that take their place."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 9,
@@ -116,7 +117,7 @@ def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float])
     )
     for values, color in ((reals, REAL), (fakes, FAKE)):
         if len(values):
-            axes.hist(values, edges, color=color, alpha=0.75)
+            axes.hist(values, edges.tolist(), color=color, alpha=0.75)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2, integer=True))

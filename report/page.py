@@ -164,7 +164,7 @@ class _Columns:
         self.label = scores.numbers("label").astype(np.int64)
         self.fake = scores.numbers("probability")
         self.valid = scores.numbers("valid").astype(bool)
-        self.reals = report.get("reference_reals")
+        self.reals: Mapping[str, Any] = report.get("reference_reals") or {}
 
     def of_set(self, name: str, reference: bool) -> np.ndarray:
         """Readable rows of a set; or its fakes, and the reference reals."""
@@ -219,7 +219,7 @@ def _histograms(columns: _Columns, rows: np.ndarray, band: Sequence[float]) -> l
     return result
 
 
-_CURVES = (
+_CURVES: tuple[tuple[str, dict[str, str], str, float | None, dict[str, bool]], ...] = (
     # title, families with their line pattern, axis, what the image itself is on it, its options
     ("Compression", {"JPEG": "solid", "WebP": "dashed", "AVIF": "dotted"}, "quality", None,
      {"falling": True}),

@@ -14,6 +14,7 @@ from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
 from sharding.demo.render import make_demo
 from sharding.describe import describe
+from sharding.executor import Engine
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
 from sharding.verify import sets_in, verify
 from storage import AnyPath, check_reachable, cores, write_text
@@ -106,7 +107,7 @@ def build_command(
     catalogs: tuple[Path, ...],
     only: tuple[str, ...],
     jobs: int | None,
-    engine: str,
+    engine: Engine,
     max_bad: float,
     allow_incomplete: bool,
 ) -> None:

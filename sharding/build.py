@@ -272,7 +272,9 @@ def _read_everything(
         for name, table in scan.items.items()
     ]
     for name in scan.packed_only:
-        table, listing = read_source(folder, name)
+        packed = read_source(folder, name)
+        assert packed is not None  # that is how it is known
+        table, listing = packed
         scan.listings[name] = listing
         tables.append(table)
     return pa.concat_tables(tables, promote_options="default").unify_dictionaries()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardSet
 
@@ -51,7 +52,7 @@ def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
     return Difference(added, removed, changed, counts)
 
 
-def _say(name: str, before: object, after: object) -> str:
+def _say(name: str, before: Any, after: Any) -> str:
     if name == "label":
         before, after = CLASSES[before], CLASSES[after]
     if isinstance(before, bytes):

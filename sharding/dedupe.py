@@ -125,7 +125,7 @@ def _keep_one_of_each(
             decision.other[run] = np.roll(run, 1)
             continue
         kept = [row for row in run.tolist() if decision.sets[row]]
-        kept.sort(key=lambda row: (order[decision.sets[row]], row))
+        kept.sort(key=lambda row: (order[str(decision.sets[row])], row))
         for row in kept[1:]:
             decision.reasons[row] = f"the same bytes as an image of {decision.sets[kept[0]]}"
             decision.other[row] = kept[0]

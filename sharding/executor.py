@@ -105,7 +105,9 @@ def _leave_with_builder() -> None:
     """
 
     def leave() -> None:
-        multiprocessing.parent_process().join()
+        builder = multiprocessing.parent_process()
+        assert builder is not None  # only workers run this
+        builder.join()
         with _WORKING:
             os._exit(1)
 

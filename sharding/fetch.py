@@ -123,7 +123,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _is_complete(target: Path, fetch: Fetch) -> bool:
     """Whether this download ended well, and its files are still there at their sizes."""
     mark = _read(target / MARK)
-    files = mark.get("files")
+    files = mark.get("files") or {}
     return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
 
 
@@ -146,11 +146,12 @@ def _plain(error: object) -> str:
 @contextlib.contextmanager
 def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> Iterator[None]:
     """Say what to do about an error of the network, the disk, or a library (`also`)."""
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
     except FetchError:
         raise
-    except (OSError, *also) as error:
+    except kinds as error:
         responses = [getattr(each, "response", None) for each in (error, error.__cause__)]
         status = next((each.status_code for each in responses if each is not None), None)
         anew = f", or delete {begun} to start over" if begun.exists() else ""

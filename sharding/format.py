@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from storage import AnyPath, is_local
 
 FORMAT_VERSION = 4
 CLASSES = ("real", "fake")
@@ -135,7 +136,7 @@ class ShardSet:
     the tables and of the tars.
     """
 
-    folders: tuple[Path, ...]
+    folders: tuple[AnyPath, ...]
     shards: tuple[str, ...]
     shard_bytes: tuple[int, ...]
     table: pa.Table
@@ -167,7 +168,7 @@ class ShardSet:
         """One value of a text column."""
         return self.table.column(name)[int(sample)].as_py()
 
-    def shard_path(self, sample: int) -> Path:
+    def shard_path(self, sample: int) -> AnyPath:
         """The tar that holds a sample."""
         code = int(self.column("shard_code")[sample])
         return self.folders[code] / self.shards[code]
@@ -206,7 +207,7 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return codes, chunks[0].dictionary.to_pylist()
 
 
-def read_index(folder: Path) -> dict:
+def read_index(folder: AnyPath) -> dict[str, Any]:
     """The parsed `index.json` of a set.
 
     Raises:
@@ -217,14 +218,14 @@ def read_index(folder: Path) -> dict:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: AnyPath) -> Iterator[None]:
     """The clients behind an address raise errors of their own kinds; here they become one."""
     try:
         yield
     except (ShardError, OSError):
         raise
     except Exception as error:
-        if isinstance(folder, Path):
+        if is_local(folder):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ShardError(
@@ -233,7 +234,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_index(folder: Path) -> dict:
+def _read_index(folder: AnyPath) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.exists():
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
@@ -274,13 +275,15 @@ def _read_index(folder: Path) -> dict:
     return index
 
 
-def open_shards(folders: Sequence[Path]) -> ShardSet:
+def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     """Open sets as one `ShardSet`, rows in the order of `folders`.
 
     Raises:
         ShardError: as `read_index`, or a table that does not belong to its index.
     """
-    tables, shards, sizes, homes, sources = [], [], [], [], {}
+    tables, sizes, homes = [], [], []
+    shards: list[str] = []
+    sources: dict[str, Mapping[str, Any]] = {}
     digest = hashlib.sha256()
     for folder in folders:
         index = read_index(folder)

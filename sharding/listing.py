@@ -368,7 +368,7 @@ def _list_cells(
             group = f"{name}/{hashlib.sha256(str(captions[row]).encode()).hexdigest()[:16]}"
         member = f"{group_of[row]}:{row_of[row]}:{column}"
         _add(listing, claim, name, file, origin, member, group)
-    for row in np.flatnonzero(~taken):
+    for row in np.flatnonzero(~taken).tolist():
         found = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
         listing.exclude(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")
 
@@ -417,7 +417,7 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
 # --- which items, and where to --------------------------------------------------------------------
 
 
-def capped(listing: Listing, cap: Mapping[str, int]) -> None:
+def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
     """Keep at most `cap[class]` items of each class, whole groups, in the order of their hashes.
 
     The choice depends on the source alone, so that other data never changes it.

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from upath import UPath
+
 from storage import AnyPath, is_local
 
 LEASE_SECONDS = 120
@@ -36,7 +38,7 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _leased(path: AnyPath, busy: str) -> Iterator[None]:
+def _leased(path: UPath, busy: str) -> Iterator[None]:
     """A bucket has no locks that die with their holder: an object, renewed while the build runs."""
     owner = f"{socket.gethostname()}:{os.getpid()}"
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
@@ -62,9 +63,9 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
         RawError: a broken or incomplete archive.
         OSError: a folder that cannot be read.
     """
-    listing = _walk_local if is_local(raw) else _walk_remote
+    listed = _walk_local(raw, root) if is_local(raw) else _walk_remote(raw, root)
     volume = re.compile(r"\.z\d+$", re.IGNORECASE)
-    for file in listing(raw, root):
+    for file in listed:
         if not file.excluded and file.inside.lower().endswith(".zip"):
             yield from _members(raw, file)
         elif not volume.search(file.inside):  # volumes are read with the archive they belong to
@@ -115,7 +116,7 @@ def _sorted_entries(folder: str) -> Iterator[os.DirEntry[str]]:
         return iter(sorted(entries, key=lambda entry: entry.name))
 
 
-def _walk_remote(raw: AnyPath, root: str) -> Iterator[RawFile]:
+def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
     top = (raw / root).path.rstrip("/")
     for path, info in sorted(raw.fs.find(top, detail=True).items()):
         inside = path.removeprefix(top).lstrip("/")

@@ -21,7 +21,7 @@ _PARTIAL = re.compile(r"(.+)\.\d+\.partial")
 
 def files_of(shards: Iterable[str]) -> set[str]:
     """The names of the files of a set with these shards."""
-    return SET_FILES.union(*((name, f"{name.removesuffix('.tar')}.idx") for name in shards))
+    return set(SET_FILES).union(*((name, f"{name.removesuffix('.tar')}.idx") for name in shards))
 
 
 def read_record(marks: AnyPath) -> set[str]:

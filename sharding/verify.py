@@ -120,7 +120,9 @@ def _check_members(
         parts.setdefault(key, []).append(
             f"{extension} {member.offset_data} {member.size} {member.name}"
         )
-        data = tar.extractfile(member).read()
+        stream = tar.extractfile(member)
+        assert stream is not None  # a regular member has one
+        data = stream.read()
         if extension == "json":
             faults += [f"{name}: {fault}" for fault in _check_metadata(data, row)]
         elif key in seen:

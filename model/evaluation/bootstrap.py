@@ -15,6 +15,7 @@ Pearson, 1934). `ece` has no interval: resampling biases it upwards.
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ _AT_A_TIME = 2_000_000
 """Weights, resamples times images, that are held at a time. (More leave the processor's cache.
 Threads would wait for each other between NumPy's calls: two took as long as one.)
 """
+
+Line = TypeVar("Line", bound=Hashable)
 
 Resamples = dict[str, np.ndarray]
 """A metric's value in every resample: float64 (resamples,), NaN where it is undefined."""
@@ -81,14 +84,14 @@ def group_rows(groups: np.ndarray, sources: np.ndarray, labels: np.ndarray) -> G
 
 def resample(
     probabilities: np.ndarray,
-    images: Mapping[Hashable, Images],
+    images: Mapping[Line, Images],
     groups: Groups,
     threshold: float,
     *,
     resamples: int = RESAMPLES,
     seed: int = SEED,
     on_resamples: Callable[[int], None] | None = None,
-) -> dict[Hashable, Resamples]:
+) -> dict[Line, Resamples]:
     """The metrics of each of `images` in `resamples` resamples of the groups, the same ones for
     all.
 
@@ -106,7 +109,7 @@ def resample(
         key: _Fakes(scores, place[one.fakes], reals[id(one.reals)], threshold)
         for key, one in images.items()
     }
-    blocks: dict[Hashable, list[Resamples]] = {key: [] for key in images}
+    blocks: dict[Line, list[Resamples]] = {key: [] for key in images}
     for drawn in _weights(groups, len(scores), resamples, seed):
         weights = np.take(drawn, of_place, axis=1)
         weighed = {which: one.weigh(weights) for which, one in reals.items()}

@@ -4,14 +4,14 @@ Differences are paired: both runs have the same resamples of the same groups, so
 the two have in common, the images, does not widen the interval.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from model.evaluation.bootstrap import interval, resample
-from model.evaluation.report import Rows, lines_of, rows_of_set
+from model.evaluation.report import LineKey, Rows, lines_of, rows_of_set
 from model.evaluation.scores import ScoresError, ScoreTable
 from model.metrics import measure
 from sharding.format import CLASSES
@@ -93,9 +93,9 @@ def shared_samples(
         first = keys[0][rows[0][int(np.argmax(labels[0] != labels[1]))]]
         raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in the other")
     both = valid[0].astype(bool) & valid[1].astype(bool)
-    return tuple(
-        ScoreTable(table.table.take(own[both]), table.evaluation)
-        for table, own in zip((before, after), rows, strict=True)
+    return (
+        ScoreTable(before.table.take(rows[0][both]), before.evaluation),
+        ScoreTable(after.table.take(rows[1][both]), after.evaluation),
     )
 
 
@@ -151,7 +151,7 @@ def _compare_set(
     return lines
 
 
-def _order(key: Hashable) -> tuple[int, str]:
+def _order(key: LineKey) -> tuple[int, str]:
     """The set itself, its sources, its generators; each by name."""
     return (0, "") if isinstance(key, str) else (1 + (key[0] == "generators"), key[1])
 

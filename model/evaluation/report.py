@@ -40,7 +40,7 @@ RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_0.5": r
 """
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,9 @@ from sharding.format import CLASSES
 REPORT_VERSION = 2
 
 REAL, FAKE = range(len(CLASSES))
+
+LineKey = str | tuple[str, str]
+"""A line of a set's report: its name, or its kind and name; see `lines_of`."""
 
 _NONE = np.empty(0, np.int64)
 _COPIED = (
@@ -142,12 +145,12 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     )
 
 
-def lines_of(rows: Rows) -> dict[Hashable, Images]:
+def lines_of(rows: Rows) -> dict[LineKey, Images]:
     """The lines of a set's report that are its own figures: "overall", "reference" where another
     set has reals for it, and ("classes" or "sources" or "generators", name).
     """
     own = rows.where(rows.own)
-    lines: dict[Hashable, Images] = {"overall": own}
+    lines: dict[LineKey, Images] = {"overall": own}
     if not rows.own.all():
         lines["reference"] = Images(rows.where(~rows.own).reals, own.fakes)
     reals = lines.get("reference", own).reals
@@ -211,7 +214,9 @@ def first_of_each(
     """
     best: dict[tuple[int, int, str], tuple[int, str, int]] = {}
     for row in rows.tolist():
-        stem, number = _NUMBERED.fullmatch(origins[row]).groups()
+        parts = _NUMBERED.fullmatch(origins[row])
+        assert parts is not None  # it matches any text
+        stem, number = parts.groups()
         key = int(groups[row]), int(generators[row]), stem
         candidate = int(number or 0), origins[row], row
         best[key] = min(best.get(key, candidate), candidate)
@@ -282,7 +287,7 @@ def _has_reals(found: Mapping[str, Any]) -> bool:
     return bool((found["reference"] or found["overall"])["reals"])
 
 
-def _note(found: Mapping[Hashable, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
+def _note(found: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
     """What a reader must know of this set, in words."""
     overall = found["overall"]
     if "reference" in found:

@@ -271,11 +271,11 @@ def shifts(
     there = np.isfinite(before) & np.isfinite(after)
     means = [before[there & (labels == label)] for label in (0, 1)]
     gap = float(means[1].mean() - means[0].mean()) if all(map(len, means)) else None
-    found = {}
+    found: dict[str, dict[str, Any] | None] = {}
     for label, name in enumerate(CLASSES):
         rows = there & (labels == label)
         shift = shift_of((after - before)[rows], groups[rows], gap) if rows.any() else None
-        found[name] = shift and asdict(shift)
+        found[name] = asdict(shift) if shift else None
     return found
 
 

@@ -104,14 +104,13 @@ def _is_plain(meta: Mapping[str, Any]) -> bool:
 
 def _front(license: License, *, timm: bool) -> str:
     """What the hub itself reads."""
-    other = {"license_name": "see-licenses-below"} if license.id == "other" else {}
     data = ModelCardData(
         license=license.id,
         library_name="timm" if timm else None,
         pipeline_tag="image-classification",
         tags=TAGS,
         base_model=f"timm/{license.base}" if license.base else None,
-        **other,
+        license_name="see-licenses-below" if license.id == "other" else None,
     )
     return data.to_yaml()
 

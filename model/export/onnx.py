@@ -9,6 +9,7 @@ reader must know stands in the metadata (`model.inference.onnx_detector.META_KEY
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
         opset_version=OPSET,
         verbose=False,
     )
+    assert program is not None  # `dynamo` makes one
     model = program.model_proto
     for node in model.graph.node:  # stack traces, with paths
         node.ClearField("metadata_props")
@@ -251,7 +253,7 @@ def compare(
     if not found[0]:
         first = f" (first: {unreadable[0]})" if unreadable else ""
         raise ExportError(f"no image to compare on in {images}{first}")
-    expected, *others = [np.concatenate(parts) if parts else None for parts in found]
+    expected, *others = [np.concatenate(parts) if parts else np.empty(0) for parts in found]
     band = band_of(meta)
     parities = [
         Parity(
@@ -326,7 +328,7 @@ def _files_in(images: Path) -> list[ImageFile]:
             raise DecodeError(str(data))
         return data
 
-    return [ImageFile(shards.name(row), lambda row=row: read(row)) for row in _spread(len(shards))]
+    return [ImageFile(shards.name(row), partial(read, row)) for row in _spread(len(shards))]
 
 
 def _spread(count: int) -> list[int]:

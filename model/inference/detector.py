@@ -8,7 +8,7 @@ for result in load_detector().predict(["photo.jpg"]):
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class ImageDetector(DecisionRule):
 
     def predict(
         self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """One prediction per image, in order; an unreadable one carries its reason.
 
         `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by

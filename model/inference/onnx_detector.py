@@ -8,7 +8,7 @@ list.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class OnnxDetector(DecisionRule):
 
     def predict(
         self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """One prediction per image, in order; an unreadable one carries its reason."""
         files = map(as_file, images, range(sys.maxsize))
         for names, pixels, failures in preprocess_ahead(

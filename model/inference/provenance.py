@@ -252,7 +252,8 @@ def _exif(image: Image.Image) -> dict[str, Any]:
     try:
         if image.format == "PNG" and not info.keys() & {"exif", "Raw profile type exif"}:
             base = Image.Exif()  # Pillow would decode the pixels in search of it
-            base.load(raw if raw.startswith(b"Exif\0") else None)
+            if raw.startswith(b"Exif\0"):
+                base.load(raw)
         else:
             base = image.getexif()
         tags = {**base, **base.get_ifd(ExifTags.IFD.Exif)}

@@ -39,9 +39,9 @@ def line(output: str, row: Mapping[str, Any]) -> str:
         stream = io.StringIO()
         said = "; ".join(map(str, row["provenance"]))
         # It quotes the newlines that are in its own line end, so both kinds must be.
-        csv.writer(stream, lineterminator="\r\n").writerow((row | {"provenance": said}).values())
+        csv.writer(stream, lineterminator="\r\n").writerow({**row, "provenance": said}.values())
         return stream.getvalue().removesuffix("\r\n")
-    values = row | {"provenance": [asdict(one) for one in row["provenance"]]}
+    values = {**row, "provenance": [asdict(one) for one in row["provenance"]]}
     text = json.dumps(values, ensure_ascii=False)
     # A name that is not UTF-8 is written with escapes, by which Python finds the file again.
     return text if _is_utf8(text) else json.dumps(values)
@@ -131,7 +131,7 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
                     f"{partial} was made by {row['checkpoint']}, this is {checkpoint} (another "
                     "checkpoint, calibration or threshold); name another file with --out"
                 )
-            hashes.append(_hash(row["path"]))
+            hashes.append(int(_hash(row["path"])))
             unreadable += bool(row["error"])
     names = np.sort(np.frombuffer(hashes, np.uint64))
     return ResultsFile(path, partial.open("ab", buffering=0), names, unreadable)

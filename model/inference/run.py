@@ -4,6 +4,8 @@ What takes seconds to load (torch, timm) is imported inside the functions that u
 """
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -109,12 +111,16 @@ def say(text: str) -> None:
         console.say(text)
 
 
-def draw_heatmap(detector: "ImageDetector", name: str, data: bytes, folder: Path) -> None:
+def draw_heatmap(
+    detector: "ImageDetector | OnnxDetector", name: str, data: bytes, folder: Path
+) -> None:
     """Write the overlay of an image to `<folder>/<its path>.png`."""
     from PIL import Image
 
+    from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
+    assert isinstance(detector, ImageDetector)  # `predict.py` takes no --heatmap with --onnx
     parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
     path = folder.joinpath(*parts)
     path = path.with_name(f"{path.name}.png")
@@ -126,7 +132,7 @@ def named(paths: Iterable[str]) -> Iterator[str]:
     """PATH... with `-` replaced by the list on standard input, as it comes."""
     for path in paths:
         if path == "-":
-            lines = click.get_text_stream("stdin", errors="surrogateescape")
+            lines = map(os.fsdecode, sys.stdin.buffer)
             yield from filter(None, (text.rstrip("\r\n") for text in lines))
         else:
             yield path

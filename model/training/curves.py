@@ -83,8 +83,8 @@ def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
 def _line(place: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
     """One curve; in every panel the sets come in one order, and so in the same colors."""
     place.set_title(title, fontsize=11)
-    x, y = zip(*points, strict=True)
-    y = [float("nan") if value is None else value for value in y]  # one class only
+    x, values = zip(*points, strict=True)
+    y = [float("nan") if value is None else value for value in values]  # one class only
     marker = "o" if len(points) < 40 else ""
     place.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(place, label))
 

@@ -39,7 +39,9 @@ class Change:
 
 def accuracy_of(found: Metrics) -> float:
     """Balanced accuracy, or accuracy where there is one class only."""
-    return found.accuracy if found.balanced_accuracy is None else found.balanced_accuracy
+    accuracy = found.accuracy if found.balanced_accuracy is None else found.balanced_accuracy
+    assert accuracy is not None  # a source without images has no metrics
+    return accuracy
 
 
 def changes(

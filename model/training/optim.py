@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 from timm.models._manipulate import group_with_matcher
-from torch import nn
 
-from model.network import STAGE_HEAD, classifier_names
+from model.network import STAGE_HEAD, Backbone, classifier_names
 
 
 class OptimError(ValueError):
@@ -75,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def make_optimizer(backbone: nn.Module, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(backbone: Backbone, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over the `parameter_groups`.
 
     Raises:
@@ -84,7 +83,7 @@ def make_optimizer(backbone: nn.Module, optim: Optim, *, fused: bool) -> torch.o
     return torch.optim.AdamW(parameter_groups(backbone, optim), fused=fused)
 
 
-def parameter_groups(backbone: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     """The groups of an optimizer, one per layer and weight decay; none on biases, norms and GRN
     (all 1-D parameters).
 
@@ -113,7 +112,7 @@ def parameter_groups(backbone: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def layer_of_parameters(backbone: nn.Module, layer_decay_groups: str) -> dict[str, int]:
+def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str, int]:
     """The layer number of each parameter, 0 at the stem, the highest at the head.
 
     Raises:
@@ -143,7 +142,7 @@ def layer_of_parameters(backbone: nn.Module, layer_decay_groups: str) -> dict[st
     return {name: int(layers[name]) for name in names}
 
 
-def _head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
+def _head_prefixes(backbone: Backbone) -> tuple[str, ...]:
     """How the names of parameters behind the last block begin."""
     names = [*classifier_names(backbone), "fc_norm"]
     return (*(f"{name.partition('.')[0]}." for name in names), STAGE_HEAD)

@@ -87,12 +87,12 @@ def train_step(
                 reduction="none", label_smoothing=optim.label_smoothing,
             )  # fmt: skip
             loss = (losses * batch.valid[rows]).sum() / count
-            if distill_weight and train_state.teacher is not None:
+            if replayed is not None and train_state.teacher is not None:
                 held = replayed[rows] & batch.valid[rows]
                 loss = (
                     loss
                     + distill_weight
-                    * _distance(train_state, batch.images[rows], logits, held)
+                    * _distance(train_state, train_state.teacher, batch.images[rows], logits, held)
                     / count
                 )
             train_state.scaler.scale(loss).backward()
@@ -103,7 +103,7 @@ def train_step(
     train_state.scaler.update()
     _note_if_bad(train_state, total, step)
     if train_state.ema is not None:
-        _average(train_state, min(optim.ema_decay, (1 + step) / (10 + step)))
+        _average(train_state.ema, train_state.net, min(optim.ema_decay, (1 + step) / (10 + step)))
     return total
 
 
@@ -124,14 +124,18 @@ def _synchronized(forward: torch.nn.Module, last: bool) -> contextlib.AbstractCo
 
 
 def _distance(
-    train_state: TrainState, images: torch.Tensor, logits: torch.Tensor, held: torch.Tensor
+    train_state: TrainState,
+    teacher: Detector,
+    images: torch.Tensor,
+    logits: torch.Tensor,
+    held: torch.Tensor,
 ) -> torch.Tensor:
     """The summed squared distance to the teacher's logits over the rows `held`.
 
     All rows go through the teacher: picking some would wait for the GPU to say which.
     """
     with torch.no_grad(), autocast(train_state.device, train_state.dtype):
-        wanted = train_state.teacher(images).float()
+        wanted = teacher(images).float()
     return (mse_loss(logits.float(), wanted, reduction="none").mean(1) * held).sum()
 
 
@@ -143,10 +147,11 @@ def _note_if_bad(train_state: TrainState, loss: torch.Tensor, step: int) -> None
     train_state.bad_step = torch.where(first, step, train_state.bad_step)
 
 
-def _average(train_state: TrainState, decay: float) -> None:
+def _average(ema: Detector, net: Detector, decay: float) -> None:
     """Move the averaged weights a little toward the current ones; buffers are copied."""
     with torch.no_grad():
-        averaged, current = list(train_state.ema.parameters()), list(train_state.net.parameters())
+        averaged: list[torch.Tensor] = list(ema.parameters())
+        current: list[torch.Tensor] = list(net.parameters())
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        for one, other in zip(train_state.ema.buffers(), train_state.net.buffers(), strict=True):
+        for one, other in zip(ema.buffers(), net.buffers(), strict=True):
             one.copy_(other)

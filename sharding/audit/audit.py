@@ -166,8 +166,8 @@ def audit(
     drops = _importance(metadata, models, seed) if pooled else {}
     on_step(1)
     for name, columns in FEATURES.items():
-        if pooled:
-            alone = _cross_validate(metadata, folds, columns, seed)
+        alone = _cross_validate(metadata, folds, columns, seed) if pooled else None
+        if alone:
             features[name] = FeatureAudit(alone=alone, drop=drops[name])
         on_step(1)
     source_name = None
@@ -292,7 +292,7 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     )
     # One thread is as fast at this size, and gives the same trees on any number of cores.
     with extra("threadpoolctl").threadpool_limits(1):
-        return trees.fit(metadata.values[np.ix_(rows, columns)], labels)
+        return trees.fit(metadata.values[rows[:, None], columns], labels)
 
 
 Models = list[tuple[np.ndarray, Any]]  # held-out rows, and what was fitted on the others
@@ -311,7 +311,7 @@ def cross_fit(
         model = _fit(metadata, np.flatnonzero(folds != fold), columns, seed)
         if model is not None:
             models.append((held_out, model))
-            scores[held_out] = model.decision_function(metadata.values[np.ix_(held_out, columns)])
+            scores[held_out] = model.decision_function(metadata.values[held_out[:, None], columns])
     return models, scores
 
 
@@ -372,7 +372,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     for number, (rows, model) in enumerate(models):
         rng = np.random.default_rng([seed, number])
         rows = rng.permutation(rows)[:_PERMUTED]
-        labels, values = metadata.labels[rows], metadata.values[np.ix_(rows, everything)]
+        labels, values = metadata.labels[rows], metadata.values[rows[:, None], everything]
         if labels.min() == labels.max():
             continue
         whole = area(labels, model.decision_function(values))
@@ -425,7 +425,7 @@ def _notes(
             f"images, {MIN_GROUPS} of each are needed."
         )
     single = [name for name, one in sources.items() if not one.reals or not one.fakes]
-    if single and min(groups):
+    if min(groups) and single:
         known = f" (AUROC {source_name} by the name alone)" if source_name else ""
         notes.append(
             f"{len(single)} of {len(sources)} sources have one class only ({', '.join(single)}), "

@@ -50,7 +50,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     folds = assign_folds(metadata, seed)
     rng = np.random.default_rng(seed)
     everything = [column for columns in FEATURES.values() for column in columns]
-    before = None
+    before: Estimate | None = None
     rows = np.arange(len(metadata))
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
     for number in range(_ROUNDS + 1):
@@ -65,6 +65,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
             )
         scores = cross_fit(left, folds[rows], everything, seed)[1]
         now = estimate(left.labels, scores, left.groups)
+        assert now is not None  # both classes have the groups that it asks for
         before = before or now
         if number and (now.auroc <= MATCHED or now.low <= 0.5):
             return Match(rows, int(left.labels.sum()), before, now, number)

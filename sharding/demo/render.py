@@ -23,14 +23,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Resampling
 
 from sharding.demo.scenes import SCENES, Rng
 
 Progress = Callable[[int, int], None]  # files done, files in all
-AFFINE, Resampling = Image.Transform.AFFINE, Image.Resampling
+AFFINE = Image.Transform.AFFINE
 
 SUPERSAMPLING = 2
 REAL, FAKE = 0, 1
@@ -191,8 +193,8 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
     folder, shot, seed = work
     pixels = np.clip(render(shot, seed) * 255 + 0.5, 0, 255).astype(np.uint8)
     suffix, quality, subsampling = container(shot, seed)
-    jpeg = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
-    options = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
+    jpeg: dict[str, Any] = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
+    options: dict[str, Any] = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
     path = path_of(folder, shot, seed)
     Image.fromarray(pixels).save(path, **options)
     if shot == TRUNCATED:
