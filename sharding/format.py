@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
 """Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
 
@@ -218,8 +218,8 @@ def _read_index(folder: Path) -> dict:
     index = json.loads(path.read_text(encoding="utf-8"))
     if index.get("format_version") != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {index.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; build the set again"
+            f"{path} has format version {index.get('format_version')}, expected {FORMAT_VERSION}; "
+            "build the set again with `python -m sharding build`"
         )
     if tuple(index["classes"]) != CLASSES:
         raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")

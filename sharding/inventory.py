@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
-from sharding.format import table_from
+from sharding.format import ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all
 from storage import AnyPath, any_path, files_in, write_atomically
 
-FACTS_VERSION = "2"
+FACTS_VERSION = "3"
 """Changes when `prepare` would describe an image in another way; old rows are then made again."""
 
 CHUNK = 256
@@ -172,11 +172,21 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
 
 
 def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None:
-    """What an earlier build found in a source, whose raw files may be gone; None if nothing."""
+    """What an earlier build found in a source, whose raw files may be gone; None if nothing.
+
+    Raises:
+        ShardError: it was written by another version of this program.
+    """
     path = folder / f"{source}.parquet"
     if not path.exists():
         return None
     table = _read(path)
+    version = (table.schema.metadata or {}).get(b"facts", b"none").decode()
+    if version != FACTS_VERSION:
+        raise ShardError(
+            f"{path} has inventory version {version}, expected {FACTS_VERSION}, and the raw files "
+            f"of {source} are gone; put them back and build again, or delete it to drop the source"
+        )
     notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
 
