@@ -5,16 +5,20 @@ Packages return values and raise; only commands print, and they print through th
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+import storage
 
 log = logging.getLogger("ai_images_detector")
 
@@ -88,23 +92,82 @@ def _start_logging(_context: click.Context, _option: click.Parameter, verbose: b
     log.propagate = False
 
 
+class LocalPath(click.Path):
+    """A path of this machine, as a `Path`: an address is refused, and so is what is neither a file
+    nor a folder (a pipe would wait for ever, a device would be replaced). Takes the keywords of
+    `click.Path`.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"path_type": Path, **keywords})
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """Check and convert one value."""
+        try:
+            path = storage.local_path(value)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
+        except (ValueError, OSError) as error:
+            self.fail(str(error), param, context)
+        return super().convert(path, param, context)
+
+
+class AnyAddress(click.ParamType):
+    """A folder of this machine, as a `Path`, or an address, as a `UPath`. With `writes` an address
+    that can only be read is refused.
+    """
+
+    name = "folder or address"
+
+    def __init__(self, *, writes: bool = False) -> None:
+        self._parse = storage.writable_path if writes else storage.any_path
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> storage.AnyPath:
+        """Check and convert one value; nothing is asked of the network."""
+        try:
+            path = self._parse(value)
+            if storage.is_local(path) and path.exists() and not path.is_dir():
+                raise ValueError(f"{value} is no folder")
+        except (ValueError, OSError) as error:
+            self.fail(str(error), param, context)
+        return path
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; NaN, which compares with nothing, is refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        """Check and convert one value."""
+        converted = super().convert(value, param, context)
+        if not math.isfinite(converted):
+            self.fail(f"{value} is no finite number", param, context)
+        return converted
+
+
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
+        type=AnyAddress(),
         default="data/shards",
         show_default=True,
         help="Folder or address (s3://, hf://, https://) that holds the shard sets.",
     ),
     "runs": click.option(
         "--runs",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=LocalPath(file_okay=False),
         default=Path("runs"),
         show_default=True,
         help="Folder that holds the training runs.",
     ),
     "checkpoint": click.option(
         "--checkpoint",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=LocalPath(file_okay=False),
         help="Checkpoint, or a run to take the best one of. Default: the newest run.",
     ),
     "device": click.option(

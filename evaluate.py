@@ -19,11 +19,12 @@ from model.device import choose_device
 from model.distributed import DistEnv, init_distributed
 from model.evaluation.compare import Flip, shared_samples
 from model.evaluation.compare import flips as find_flips
+from model.evaluation.plan import Options
 from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
 from model.training.validation import calibrate_checkpoint
-from pipeline.loader import Loading
+from pipeline.loader import Backend, Loading
 from pipeline.subset import read_subset
 from report.files import write_report
 from report.tables import table_csv
@@ -38,12 +39,12 @@ from storage import any_path, write_text
 )
 @click.option(
     "--subset",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=console.LocalPath(exists=True, dir_okay=False),
     help="CSV with set,key: score only these samples. Default of --shards: its sets.",
 )
 @click.option(
     "--scores",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=console.LocalPath(exists=True, dir_okay=False),
     help="The report on a scores.parquet, without a network or images.",
 )
 @click.option(
@@ -56,7 +57,7 @@ from storage import any_path, write_text
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
 )
 @console.options("checkpoint", "data", "runs", "device", "backend")
@@ -73,7 +74,7 @@ def main(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
 
@@ -84,8 +85,8 @@ def main(
     if scores:
         if names or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores takes no --shards, --subset, --reference-reals or --robustness: it has "
-                "its own"
+                "--scores cannot be combined with --shards, --subset, --reference-reals or "
+                "--robustness: the scores file already fixes them"
             )
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)
@@ -101,10 +102,11 @@ def main(
     out = out or chosen.parent / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
-        report = evaluate(
-            chosen, any_path(data), names, out, loading=Loading(backend=backend), device=device,
-            subset=listed, reference_reals=reference_reals, robustness=robustness or 0, dist=dist,
+        options = Options(
+            loading=Loading(backend=backend), device=device, subset=listed,
+            reference_reals=reference_reals, robustness=robustness or 0,
         )  # fmt: skip
+        report = evaluate(chosen, any_path(data), names, out, options=options, dist=dist)
     if dist.is_main:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
@@ -147,7 +149,7 @@ def calibrate(
     data: str,
     runs: Path,
     device: str,
-    backend: str,
+    backend: Backend,
 ) -> None:
     """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
 
@@ -167,12 +169,12 @@ def calibrate(
 
 
 @main.command()
-@click.argument("before", type=click.Path(path_type=Path, exists=True))
-@click.argument("after", type=click.Path(path_type=Path, exists=True))
+@click.argument("before", type=console.LocalPath(exists=True))
+@click.argument("after", type=console.LocalPath(exists=True))
 @click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
 @click.option(
     "--flips",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="CSV of every image whose verdict is another one.",
 )
 @console.options()

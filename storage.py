@@ -8,29 +8,34 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-if TYPE_CHECKING:
-    from upath import UPath
+from upath import UPath
 
-AnyPath = Union[Path, "UPath"]  # a name that is not imported takes no |
+AnyPath = Path | UPath
+
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_READ_ONLY = ("http", "https")
 
 
 def any_path(text: str | os.PathLike) -> AnyPath:
     """A `Path` for a folder of this machine, a `UPath` for an address.
 
     Raises:
-        ValueError: an address whose file system is not installed.
+        ValueError: an empty text, an address of nothing, or one whose file system is not installed.
     """
+    if not str(text).strip():
+        raise ValueError("an empty path; name a file or folder, or . for this folder")
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:/*", str(text)):
+        raise ValueError(f"{text} names no bucket or host; expected such as s3://bucket/folder")
     if ":" not in str(text):
         return Path(text)
-    from upath import UPath  # a tenth of a second, which most commands need not wait for
-
     try:
         path = UPath(text)
         return Path(path) if isinstance(path, Path) else path
@@ -38,6 +43,35 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         raise ValueError(
             f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
         ) from error
+
+
+def local_path(text: str | os.PathLike) -> Path:
+    """A `Path` of this machine, where an address would be of no use.
+
+    Raises:
+        ValueError: an address, or an empty text.
+    """
+    if _ADDRESS.match(str(text)) and not str(text).startswith("file://"):
+        raise ValueError(f"{text} is an address; this takes a path of this machine only")
+    return any_path(text)
+
+
+def writable_path(text: str | os.PathLike) -> AnyPath:
+    """As `any_path`, for what is to be written.
+
+    Raises:
+        ValueError: also an address that can only be read.
+    """
+    scheme = _ADDRESS.match(str(text))
+    if scheme and scheme[1].lower() in _READ_ONLY:
+        raise ValueError(f"{text} can only be read; write to a folder or to s3://bucket/folder")
+    return any_path(text)
+
+
+def redact(text: str) -> str:
+    """A text without what may be secret in its addresses: logins, queries and fragments."""
+    text = re.sub(r"(://[^\s#]*)#\S*", r"\1", text)
+    return re.sub(r"(?<=//)[^/\s]*@|\?\S+", "", text)
 
 
 def check_reachable(path: AnyPath) -> None:
@@ -64,6 +98,20 @@ def is_local(path: AnyPath) -> bool:
     return isinstance(path, Path)
 
 
+def check_inside(path: AnyPath, folder: AnyPath) -> None:
+    """Check that what is written to `path` lies below `folder`, links followed.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if is_local(path):
+        inside = path.resolve().is_relative_to(folder.resolve())
+    else:
+        inside = path.path.startswith(folder.path.rstrip("/") + "/") and ".." not in path.parts
+    if not inside:
+        raise ValueError(f"{path} leads out of {folder}; nothing is written or removed there")
+
+
 def make_folder(path: AnyPath) -> None:
     """Make a folder and what is above it. Object stores have none, and a bucket that is not there
     was most likely misspelled: it is not made.
@@ -85,7 +133,27 @@ def is_partial(path: Path) -> bool:
 def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Call `write(temporary file)`, then rename or upload it: `path` is absent, old or whole,
     whatever fails and whenever the power does. Its mode follows the umask.
+
+    Raises:
+        OSError: as `write` does; where there is no room the message names `path`.
     """
+    with naming(path):
+        _write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    """Put the name of the file into errors of a full disk, which come without one."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     if not is_local(path):
         with tempfile.TemporaryDirectory() as folder:
             partial = Path(folder) / path.name
@@ -167,8 +235,9 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
+        # Some network file systems keep the names in a folder by themselves.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise  # some network file systems keep the names in a folder by themselves
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 

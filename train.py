@@ -16,18 +16,18 @@ import console
 import recipes
 from model import checkpoint
 from model.distributed import init_distributed
-from model.metrics import Metrics
 from model.recipe import Recipe
 from model.training.run import Interrupted, train
+from model.training.validation import Validation
 from storage import any_path
 
 
 def _print_validation(meta: Mapping[str, Any]) -> None:
-    """What validation found for a checkpoint, per set and source."""
+    """Print the validation of a checkpoint, per set and source."""
+    validation = Validation.from_json(meta["metrics"])
     rows = [
         [name, m.count, m.accuracy, m.recall, m.false_positive_rate, m.auroc]
-        for kind in ("sets", "sources")
-        for name, m in ((n, Metrics(**found)) for n, found in meta["metrics"][kind].items())
+        for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
     console.table(f"{meta['recipe']['name']}, step {meta['step']}", columns, rows)
@@ -38,14 +38,14 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option(
     "--recipe",
     "recipe_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="Another recipe file, instead of --phase.",
 )
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set optim.lr=1e-4.")
 @click.option("--run", "name", help="Name of the run. Default: the recipe's.")
 @click.option(
     "--init-from",
-    type=click.Path(path_type=Path, exists=True),
+    type=console.LocalPath(exists=True),
     help="Start from this checkpoint folder or ImageNet .safetensors file.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")

@@ -30,12 +30,12 @@ import recipes
 from model import checkpoint
 from model.device import keep_freed_memory
 from model.evaluation import report
+from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import SCORES_SCHEMA, read_scores, write_scores
 from model.network import build as build_network
 from model.recipe import Recipe
 from model.score import AT_A_TIME, logits_of, probability
-from pipeline.loader import Loading
 from report.files import write_report
 from sharding.build import build
 from sharding.catalog import read_catalog
@@ -149,7 +149,7 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 
     def whole() -> None:
         out = folder / "out"
-        report = evaluate(saved, shards, ["small"], out, loading=Loading(), device="cpu")
+        report = evaluate(saved, shards, ["small"], out, options=Options(device="cpu"))
         write_report(report, out / "scores.parquet", shards, out)
 
     logits_of(net, images, cpu, torch.float32)

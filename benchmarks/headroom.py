@@ -24,10 +24,10 @@ import torch
 
 import console
 import recipes
-from model.device import choose_device, describe, keep_freed_memory
-from model.distributed import DistEnv
+from model.device import describe
 from model.recipe import Recipe
-from model.training.run import _assemble, _compile, open_stream
+from model.training.assemble import assemble, compile_network
+from model.training.plan import plan
 from model.training.step import train_step
 from pipeline.batch import Batch
 from pipeline.monitor import LoaderStats
@@ -148,17 +148,22 @@ def main(
     if shards:
         data, names = shards.parent, replace(recipe.data, train=[shards.name])
         recipe = replace(recipe, data=names, replay=Replay())
-    place = choose_device(device)
-    keep_freed_memory(place)
-    stream = open_stream(recipe, data, place)
+    # Nothing is validated or saved: no other set is needed, and no run of this name is there.
+    unsaved = replace(
+        recipe, data=replace(recipe.data, validate=recipe.data.train), name="headroom"
+    )
+    planned = plan(unsaved, data, Path("runs"), device=device)
+    place, stream = planned.device, planned.stream
     stats = LoaderStats(stream.pool.shards.codes("source")[1])
     before = memory_used(place)
     batches = endless(stream)
     cached = [keep(batch) for batch in itertools.islice(batches, CACHED)]
     loader_bytes = None if before is None else memory_used(place) - before
     batches.close()
-    train_state = _assemble(recipe, place, Path("runs"), None, None, DistEnv())
-    forward = _compile(train_state, recipe)
+    for line in planned.describe():
+        console.log.info("%s", line)
+    train_state = assemble(planned)
+    forward = compile_network(planned, train_state)
 
     def step(batch: Batch) -> None:
         train_step(train_state, forward, batch, recipe.optim)

@@ -25,7 +25,13 @@ from PIL import Image
 
 import console
 from benchmarks.packing import CATALOG, seconds_and_memory
-from sharding.format import INDEX_FILE, ROW_GROUP, SAMPLES_FILE, SAMPLES_SCHEMA
+from sharding.format import (
+    INDEX_FILE,
+    ROW_GROUP,
+    SAMPLES_FILE,
+    SAMPLES_SCHEMA,
+    content_sha256,
+)
 
 OPEN = """
 import re, sys, time
@@ -67,6 +73,7 @@ def grow_index(folder: Path, rows: int) -> None:
     pq.write_table(table, folder / SAMPLES_FILE, row_group_size=ROW_GROUP)
     index = json.loads((folder / INDEX_FILE).read_text())
     index["samples_sha256"] = hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest()
+    index["content_sha256"] = content_sha256(index)
     (folder / INDEX_FILE).write_text(json.dumps(index))
 
 

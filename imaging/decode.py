@@ -1,17 +1,17 @@
 """Any image file in; bytes that every decoder reads alike, and the facts about them, out.
 
 8-bit JPEG (gray or YCbCr), PNG and WebP keep their original bytes. Everything else that a person
-may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated) becomes an 8-bit RGB PNG, losslessly
-from the decoded pixels, and the facts say so. Packing and prediction both go through `prepare`.
+may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated, odd) becomes an 8-bit RGB PNG,
+losslessly from the decoded pixels, and the facts say so. Packing and prediction both go through
+here, and no exception but `DecodeError` and `MemoryError` leaves it on a file's account.
 """
 
 import contextlib
 import io
 import os
+import re
 import stat
 import struct
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +20,24 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 from pillow_heif import register_heif_opener
 
-from imaging.jpeg import PLAIN_SPACES, Header, Tables, describe_tables, read_header
+from imaging import png
+from imaging.budget import decoding
+from imaging.jpeg import PLAIN_SPACES, Header, Tables, describe_tables, mended, read_header
+from imaging.jpeg_pixels import (
+    jpeg_pixels,
+    odd_jpeg_pixels,
+    refuse_damaged_cmyk,
+    refuse_many_scans,
+)
+from imaging.orientation import UPRIGHT, carries_exif, orientation_left, orientation_of, upright
+from imaging.quiet import silence_pillow, without_warnings
+from imaging.rgb import PixelError, to_rgb
 
 register_heif_opener()
+silence_pillow()
 Image.init()  # load every plugin now: `Image.open(formats=...)` looks names up in those loaded
 
 IMAGE_SUFFIXES = frozenset(
@@ -50,6 +62,9 @@ READABLE = (
     "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG2000",
     "PPM", "QOI", "TGA", "TIFF",
 )  # fmt: skip
+
+# Formats whose bytes may be kept.
+_KEPT = ("JPEG", "PNG", "WEBP")
 
 # 8-bit modes that Pillow and DALI turn into the same RGB values (docs/shards.md has the list).
 _PLAIN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
@@ -89,29 +104,33 @@ def prepare(data: bytes) -> Prepared:
     Raises:
         DecodeError: not an image, damaged, or too large; the message is the reason.
     """
-    if header := _plain_jpeg(data):
-        pixels = decode_image(data, "JPEG")
-        facts = _facts(pixels, "JPEG", header.chroma, header.tables)
+    with _boundary():
+        if header := _plain_jpeg(data):
+            with decoding(header.width * header.height):
+                pixels, clean = jpeg_pixels(data)
+            if clean:
+                facts = _facts(pixels, "JPEG", header.chroma, header.tables)
+                return Prepared(data, pixels, facts)
+        with _opened(data) as image:
+            name = _name_of(image)
+            with decoding(image.width * image.height):
+                pixels, orientation = _upright_pixels(image, name, data)
+            exif = carries_exif(data, name) if name in _KEPT else "exif" in image.info
+            chroma, tables, transcoded_from = "", (), ""
+            if orientation is None:
+                data, name, orientation, transcoded_from = png_of(pixels), "PNG", UPRIGHT, name
+            elif name == "JPEG":
+                chroma, tables = simplejpeg.decode_jpeg_header(data)[3], _tables_of(image)
+        facts = _facts(
+            pixels,
+            name,
+            chroma,
+            tables,
+            exif=exif,
+            orientation=orientation,
+            transcoded_from=transcoded_from,
+        )
         return Prepared(data, pixels, facts)
-    with _opened(data) as image:
-        name, orientation = _name_of(image), _orientation(image, data)
-        if _is_plain(image, name, data):
-            pixels, transcoded_from = decode_image(data, name, orientation), ""
-        else:
-            pixels = _eight_bit_rgb(image)
-            data, name, orientation, transcoded_from = _png(pixels), "PNG", 1, name
-    chroma = simplejpeg.decode_jpeg_header(data)[3] if name == "JPEG" else ""
-    tables = _tables_of(image) if name == "JPEG" else ()
-    facts = _facts(
-        pixels,
-        name,
-        chroma,
-        tables,
-        exif="exif" in image.info,
-        orientation=orientation,
-        transcoded_from=transcoded_from,
-    )
-    return Prepared(data, pixels, facts)
 
 
 def _facts(
@@ -142,7 +161,10 @@ def _facts(
 def _plain_jpeg(data: bytes) -> Header | None:
     """The header of a JPEG that may stay as it is and needs no Pillow."""
     header = read_header(data) if len(data) <= MAX_BYTES else None
-    return header if header and header.width * header.height <= MAX_PIXELS else None
+    if header and header.width * header.height <= MAX_PIXELS:
+        refuse_many_scans(data)
+        return header
+    return None
 
 
 def _tables_of(image: Image.Image) -> Tables:
@@ -156,58 +178,76 @@ def decode(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: as `prepare`.
     """
-    if _plain_jpeg(data):
-        return decode_image(data, "JPEG")
+    with decoded(data) as pixels:
+        return pixels
+
+
+@contextlib.contextmanager
+def decoded(data: bytes) -> Iterator[np.ndarray]:
+    """`decode` for threads: what the picture takes of the memory for decoding is held until the
+    block ends, so that no more pictures are whole in memory than there is room for.
+    """
+    with contextlib.ExitStack() as held:
+        with _boundary():
+            pixels = _pixels_held(data, held)
+        yield pixels
+
+
+def _pixels_held(data: bytes, held: contextlib.ExitStack) -> np.ndarray:
+    if header := _plain_jpeg(data):
+        held.enter_context(decoding(header.width * header.height))
+        return jpeg_pixels(data)[0]
     with _opened(data) as image:
-        name = _name_of(image)
-        if _is_plain(image, name, data):
-            return decode_image(data, name, _orientation(image, data))
-        return _eight_bit_rgb(image)
+        held.enter_context(decoding(image.width * image.height))
+        return _upright_pixels(image, _name_of(image), data)[0]
 
 
-def decode_image(data: bytes, image_format: str, orientation: int = 1) -> np.ndarray:
-    """The pixels of a member: (height, width, 3) uint8 RGB, upright.
+def decode_image(data: bytes, image_format: str, orientation: int = UPRIGHT) -> np.ndarray:
+    """The pixels of a member: (height, width, 3) uint8 RGB, upright by the index's `orientation`.
 
     This is the reference that every other decoder is held against: exact inverse DCT and smooth
-    chroma upsampling for JPEG, alpha dropped, EXIF orientation applied. Never a scaled decode: it
-    deletes the traces that a detector reads.
+    chroma upsampling for JPEG, alpha dropped. Never a scaled decode: it deletes the traces that a
+    detector reads.
 
     Raises:
         DecodeError: truncated or damaged bytes, or not `image_format`.
     """
-    try:
-        if image_format == "JPEG":
-            pixels = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=True)
-            return np.ascontiguousarray(_upright(pixels, orientation))
-        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+    with _boundary(image_format):
+        return np.ascontiguousarray(upright(_member_pixels(data, image_format), orientation))
+
+
+def _member_pixels(data: bytes, image_format: str) -> np.ndarray:
+    """As they are stored."""
+    if image_format == "JPEG":
+        return jpeg_pixels(data)[0]
+    with Image.open(_stream(data), formats=[image_format]) as image:
+        image.load()
+        image.info.pop("transparency", None)  # dropped anyway; Pillow would warn of it
+        return to_rgb(image)
+
+
+def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndarray, int | None]:
+    """The pixels of an opened image, and its orientation if its bytes may stay; else None."""
+    plain = _is_plain(image, name, data)
+    if name in _KEPT:
+        orientation = orientation_of(data, name)
+        if plain and name == "JPEG":
+            pixels, plain = jpeg_pixels(data)
+        elif plain:
+            pixels = _member_pixels(data, name)
+        elif name == "JPEG" and image.mode != "CMYK":
+            pixels = odd_jpeg_pixels(data)
+        else:
+            if name == "JPEG":
+                refuse_damaged_cmyk(data)
             image.load()
-            image.info.pop("transparency", None)  # dropped anyway; Pillow would warn of it
-            # Orientation comes from the index for every format, so that EXIF is parsed once.
-            return np.ascontiguousarray(_upright(np.asarray(image.convert("RGB")), orientation))
-    except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"{image_format} does not decode: {error}") from error
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image, 1 to 8; what is absent or nonsense counts as 1."""
-    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
-        return 1  # parsing nothing costs as much as a twentieth of the decode
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except (ValueError, OSError, SyntaxError, KeyError, TypeError):
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then mirror the axes."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
+            pixels = to_rgb(image)
+    else:
+        # Without `seek`: Pillow opens a file at its first picture, or at the primary one.
+        image.load()
+        pixels, orientation = to_rgb(image), orientation_left(image)
+    pixels = np.ascontiguousarray(upright(pixels, orientation))
+    return pixels, orientation if plain else None
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
@@ -233,21 +273,23 @@ class Encoded(NamedTuple):
     height: int
 
 
-def encoded(data: bytes) -> Encoded:
-    """The bytes of `prepare`, alone: what is plain is not decoded, only its header is read.
+def as_is(data: bytes) -> Encoded | None:
+    """The bytes themselves where every decoder reads them alike, by a look at the header; None
+    where they have to be decoded by `decode`.
 
     Raises:
         DecodeError: as `prepare`, but for damage that only decoding finds.
     """
-    if header := _plain_jpeg(data):
-        return Encoded(data, "JPEG", 1, header.width, header.height)
-    with _opened(data) as image:
-        name, orientation = _name_of(image), _orientation(image, data)
-        if _is_plain(image, name, data):
+    with _boundary():
+        if header := _plain_jpeg(data):
+            return Encoded(data, "JPEG", UPRIGHT, header.width, header.height)
+        with _opened(data) as image:
+            name = _name_of(image)
+            if not _is_plain(image, name, data):
+                return None
+            orientation = orientation_of(data, name)
             size = image.size if orientation < 5 else image.size[::-1]
             return Encoded(data, name, orientation, *size)
-        pixels = _eight_bit_rgb(image)
-    return Encoded(_png(pixels), "PNG", 1, pixels.shape[1], pixels.shape[0])
 
 
 class ImageFile(NamedTuple):
@@ -289,49 +331,87 @@ def _read_to(stream: io.RawIOBase, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its header read; Pillow's warnings are silent until the block ends."""
-    if len(data) > MAX_BYTES:
-        raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
-    # Pillow warns where we decide: size has its own limit, odd metadata does not matter.
-    with without_warnings():
-        yield _open(data)
+def _boundary(name: str = "") -> Iterator[None]:
+    """Whatever is raised on the account of a file leaves as one `DecodeError`; no warnings.
 
-
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation. Pillow decodes a whole PNG in search of one behind the pixels, so it is
-    asked only where some bytes look like one.
+    Broad on purpose: plugins index, unpack and convert what a file says, and on hostile bytes they
+    raise IndexError, KeyError, TypeError, struct.error, ZeroDivisionError, RecursionError and
+    more, which no list of theirs names. A list of ours would end a run of a million files at the
+    first that is missing from it. `MemoryError` is no verdict on the file and passes.
     """
-    if image.format == "PNG" and not any(mark in data for mark in _ORIENTED):
-        return 1
-    return exif_orientation(image)
+    try:
+        with without_warnings():
+            yield
+    except (DecodeError, MemoryError):
+        raise
+    except PixelError as error:
+        raise DecodeError(str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {_in_words(error)}") from error
+    except Exception as error:
+        raise DecodeError(f"{name or 'image'} does not decode: {_in_words(error)}") from error
 
 
-_ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_PYTHON = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|\bb(?=['\"])")
 
 
-_silence = threading.Lock()
-_silent: list[warnings.catch_warnings] = []  # what was caught first, then one for each block inside
+def _in_words(error: Exception) -> str:
+    """The message of a library as one line without Python's way of writing things."""
+    said = " ".join(_PYTHON.sub("", str(error)).split())[:200]
+    if said and isinstance(error, ValueError | OSError | SyntaxError | EOFError):
+        return said
+    return f"its parts contradict each other ({type(error).__name__})"
 
 
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """No warnings until the block ends, in any number of threads: `catch_warnings` alone, entered
-    and left by several in no order, leaves the filters of one of them behind.
-    """
-    with _silence:
-        if not _silent:
-            _silent.append(warnings.catch_warnings())
-            _silent[0].__enter__()
-            warnings.simplefilter("ignore")
-        _silent.append(_silent[0])
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read and nothing decoded; the size is checked here."""
+    if len(data) > MAX_BYTES:
+        raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
+    if not data:
+        raise DecodeError("empty file")
+    with _open(data) as image:
+        if image.width < 1 or image.height < 1:
+            raise DecodeError(f"{image.width} x {image.height} pixels")
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {image.width} x {image.height}")
+        with _boundary(_name_of(image)):
+            yield image
+
+
+_MENDED = "mended"
+"""Among what Pillow knows of an image: that it opened the mended bytes only."""
+
+
+def _open(data: bytes) -> Image.Image:
     try:
-        yield
-    finally:
-        with _silence:
-            _silent.pop()
-            if len(_silent) == 1:
-                _silent.pop().__exit__(None, None, None)
+        return Image.open(_stream(data), formats=READABLE)
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:  # see `_boundary`
+        if data.startswith(b"\xff\xd8") and data[2:3]:
+            with contextlib.suppress(Exception):
+                image = Image.open(io.BytesIO(mended(data)), formats=["JPEG"])
+                image.info[_MENDED] = True
+                return image
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise DecodeError(
+                f"not an image this program reads (it begins {_readable(data[:8])})"
+            ) from error
+        raise DecodeError(f"damaged header: {_in_words(error)}") from error
+
+
+def _readable(data: bytes) -> str:
+    """Bytes for a message: as text if they are some, else in hexadecimal."""
+    text = data.decode("latin-1")
+    return f'"{text}"' if text.isascii() and text.isprintable() else data.hex(" ")
+
+
+def _stream(data: bytes) -> io.BytesIO:
+    """What Pillow reads: of a PNG its pixels alone, since Pillow refuses the whole for the sake of
+    a text that is damaged or large.
+    """
+    return io.BytesIO(png.essential(data) if data.startswith(png.SIGNATURE) else data)
 
 
 def _name_of(image: Image.Image) -> str:
@@ -339,58 +419,26 @@ def _name_of(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else image.format
 
 
-def _open(data: bytes) -> Image.Image:
-    """The image with its header read and nothing decoded; the size is checked here."""
-    if not data:
-        raise DecodeError("empty file")
-    try:
-        image = Image.open(io.BytesIO(data), formats=READABLE)
-    except Image.DecompressionBombError as error:
-        raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise DecodeError(f"not an image this program reads (it begins {data[:8]!r})") from error
-    except Exception as error:  # Pillow's plugins raise almost anything on hostile headers
-        raise DecodeError(f"damaged header: {type(error).__name__}: {error}") from error
-    if image.width < 1 or image.height < 1:
-        raise DecodeError(f"{image.width} x {image.height} pixels")
-    return image
-
-
 def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
     """Whether the original bytes may stay: both decoders read them, and read the same."""
     if name == "JPEG":
+        refuse_many_scans(data)
+        if _MENDED in image.info:
+            return False
         try:
             return simplejpeg.decode_jpeg_header(data)[2] in PLAIN_SPACES
-        except (ValueError, KeyError) as error:  # KeyError: no color space before the data ends
-            raise DecodeError(f"JPEG does not decode: {error}") from error
-    if getattr(image, "n_frames", 1) > 1:
+        except (ValueError, KeyError):  # KeyError: as in `_jpeg_pixels`
+            return False
+    if image.mode not in _PLAIN_MODES:
         return False
     if name == "PNG":
-        return image.mode in _PLAIN_MODES and data[24] <= 8  # byte 24 is IHDR's bit depth
-    return name == "WEBP" and image.mode in _PLAIN_MODES
+        return png.is_plain(data)
+    whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)  # RIFF's length
+    return name == "WEBP" and whole and image.n_frames == 1
 
 
-def _eight_bit_rgb(image: Image.Image) -> np.ndarray:
-    """The first frame as upright 8-bit RGB."""
-    try:
-        image.seek(0)
-        image.load()
-        # After loading, because some plugins (TIFF, HEIF) turn the image themselves then.
-        image = ImageOps.exif_transpose(image)
-        return np.array(_from_deep(image) if image.mode[0] in "IF" else image.convert("RGB"))
-    except Exception as error:  # as in _open: a plugin may raise anything
-        raise DecodeError(f"{image.format} does not decode: {error}") from error
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit gray by its full range, 32-bit float by its own; `convert` would clip both at 255."""
-    values = np.asarray(image, np.float64)
-    low, high = (0.0, 65535.0) if image.mode[0] == "I" else (min(0.0, values.min()), values.max())
-    scaled = np.rint((values - low) * (255.0 / max(high - low, 1e-12)))
-    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _png(pixels: np.ndarray) -> bytes:
+def png_of(pixels: np.ndarray) -> bytes:
+    """(height, width, 3) uint8 RGB as the bytes of a PNG."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", compress_level=6)
     return stream.getvalue()

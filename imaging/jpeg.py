@@ -1,6 +1,7 @@
 """What the header of a JPEG says, without decoding it (ITU-T T.81 annex B)."""
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -32,8 +33,13 @@ class Header(NamedTuple):
     tables: Tables
 
 
-_SOF, _DHT, _SOS, _DQT, _DRI, _COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
-_APP0 = 0xE0
+_SOF, _DHT, SOS, _DQT, _DRI, _COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+_APP0, APP1, _APP14 = 0xE0, 0xE1, 0xEE
+_TEM, _SOI, _EOI, _DAC = 0x01, 0xD8, 0xD9, 0xCC
+PIXELS = 0
+"""Stands for a marker where the pixels of a scan are meant; no marker has this code."""
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, _DAC}
 
 
 class Segment(NamedTuple):
@@ -67,7 +73,7 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 def before_scan(data: bytes) -> bytes:
     """The segments of a JPEG up to the first of its pixels; without any, all of `data`."""
-    scan = next((segment for segment in segments(data) if segment.marker == _SOS), None)
+    scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
     return data[: scan.start] if scan else data
 
 
@@ -81,7 +87,7 @@ def read_header(data: bytes) -> Header | None:
         if filled or end > len(data) or end < start + 4:
             return None
         segment = data[start + 4 : end]
-        if marker == _SOS:
+        if marker == SOS:
             return _described(data, size, tables) if size else None
         if marker == _DQT:
             # 8 bits each; longer entries are rare enough for Pillow
@@ -110,6 +116,93 @@ def _described(data: bytes, size: tuple[int, int], tables: dict[int, bytes]) -> 
     if space not in PLAIN_SPACES or (width, height) != size:
         return None
     return Header(*size, chroma, tuple(tuple(sorted(tables[number])) for number in sorted(tables)))
+
+
+MAX_SCANS = 100
+"""A JPEG of more scans is refused before it is decoded: each goes over the whole picture again, so
+that a small file could take a minute (decoders that limit scans stop at 500). Encoders write about
+ten.
+"""
+
+# A marker other than the restarts, which stand among the pixels.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def count_scans(data: bytes) -> int:
+    """The scans of a JPEG, at most; exact where there may be more than `MAX_SCANS`."""
+    total = data.count(b"\xff\xda")
+    if total <= MAX_SCANS:
+        return total
+    return sum(marker == SOS for marker, *_ in lenient_segments(data))
+
+
+def has_end(data: bytes) -> bool:
+    """Whether an end of image stands behind the first start of scan: a JPEG without one is cut off.
+
+    Among the pixels the two bytes cannot stand (T.81, B.1.1.5). A cut file may hold those of its
+    thumbnail, before the scan.
+    """
+    end = data.rfind(b"\xff\xd9")
+    if end < 0:
+        return False
+    scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
+    if scan is None:  # something stands between the segments
+        scan = next((one for one in lenient_segments(data) if one[0] == SOS), None)
+        return scan is not None and end > scan[1]
+    return end > scan.start
+
+
+def lenient_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of every segment up to the end of image, and with marker `PIXELS` what
+    follows a start of scan. What stands between two segments is passed over, as libjpeg does.
+    """
+    at = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while following := _MARKER.search(data, at):
+        start = following.start()
+        marker = data[start + 1]
+        if marker == _EOI:
+            yield marker, start, start + 2
+            return
+        if marker in (_TEM, _SOI):
+            at = start + 2
+            continue
+        at = start + 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+        yield marker, start, at
+        if marker == SOS:
+            following = _MARKER.search(data, at)
+            start, at = at, following.start() if following else len(data)
+            yield PIXELS, start, at
+
+
+def mended(data: bytes) -> bytes:
+    """A JPEG with nothing but what its pixels need, so that a strict decoder complains of missing
+    or damaged pixels alone: no metadata, nothing between segments, and only a JFIF version, an
+    Adobe transform and scan parameters that the standard knows. What the first two mean for the
+    colors stays (libjpeg's rules).
+    """
+    parts, sequential, components = [b"\xff\xd8"], True, 3
+    for marker, start, end in lenient_segments(data):
+        segment = data[start:end]
+        if marker in _FRAMES and len(segment) > 9:
+            sequential, components = marker in (0xC0, 0xC1), segment[9]
+        elif marker == _APP0:
+            segment = _JFIF if segment[4:9] == b"JFIF\0" and len(segment) >= 16 else b""
+        elif marker == _APP14:
+            adobe = segment[4:9] == b"Adobe" and len(segment) >= 16
+            # libjpeg takes an unknown transform for the usual one.
+            usual = 1 if components == 3 else 2
+            segment = _ADOBE + bytes([segment[15] if segment[15] <= 2 else usual]) if adobe else b""
+        elif marker == SOS and sequential:
+            segment = segment[:-3] + b"\0\x3f\0"
+        elif marker not in (SOS, PIXELS, _DHT, _DQT, _DRI, _DAC, _EOI):
+            continue
+        parts.append(segment)
+    return b"".join(parts)
+
+
+# The segments that say how three or four components make a color, without what does not matter.
+_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+_ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
 
 
 # T.81 table K.1 (luma), the base that libjpeg scales by quality.

@@ -5,6 +5,7 @@ be read from front to end, so their members come with their bytes.
 
 import lzma
 import os
+import sys
 import tarfile
 import threading
 import zlib
@@ -13,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
-from imaging.zip import leaves_archive
+from imaging.zip import HIDDEN, is_hidden, leaves_archive, printable
+
+MAX_RATIO, MAX_SLACK = 200, 256 * 2**20
+"""A compressed archive may unpack to so many times its size, and so many bytes more."""
+
+MAX_HEADER = 2**20
+"""Bytes that a member's extended header may have; names have 255."""
+
+MAX_NESTED = 16
+"""Extended headers that may stand before one member."""
 
 WAITING_BYTES = 256 * 2**20
 """Bytes of a compressed archive's members that may wait to be read."""
@@ -30,17 +40,55 @@ class TarMember(NamedTuple):
 
 
 class _Info(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end; here the archive remembers that it was none."""
+    """tarfile takes a damaged header for the end; here the archive remembers that it was none.
+    Extended headers are bounded, since tarfile reads them whole and one inside the other; the maps
+    of sparse members, which are not read, are passed over.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Info":
+        archive.nested = getattr(archive, "nested", 0) + 1
         try:
+            if archive.nested > MAX_NESTED:
+                raise tarfile.InvalidHeaderError("too many extended headers of one member")
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
-            archive.damage = str(error) or type(error).__name__
+            archive.damage = getattr(archive, "damage", "") or str(error) or type(error).__name__
             raise
+        finally:
+            archive.nested -= 1
+
+    def _proc_member(self, archive: tarfile.TarFile) -> "_Info":
+        extended = self.type in (
+            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )  # fmt: skip
+        if extended and not 0 <= self.size <= MAX_HEADER:
+            raise tarfile.InvalidHeaderError(f"an extended header of {self.size:,} bytes")
+        return super()._proc_member(archive)
+
+    def _proc_sparse(self, archive: tarfile.TarFile) -> "_Info":
+        _structs, extended, size = self._sparse_structs
+        del self._sparse_structs
+        read = 0
+        while extended:
+            block = archive.fileobj.read(tarfile.BLOCKSIZE)
+            read += tarfile.BLOCKSIZE
+            if len(block) < tarfile.BLOCKSIZE or read > MAX_HEADER:
+                raise tarfile.InvalidHeaderError("a sparse member without an end of its map")
+            extended = bool(block[504])
+        self.sparse = []
+        self.offset_data = archive.fileobj.tell()
+        archive.offset = self.offset_data + self._block(self.size)
+        self.size = size
+        return self
+
+    def _proc_gnusparse_00(self, member: tarfile.TarInfo, *_: object) -> None:
+        member.sparse = []
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
 def is_compressed(path: Path) -> bool:
@@ -62,33 +110,62 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     waiting = _Waiting()
     try:
         with tarfile.open(path, "r|*" if packed else "r:", tarinfo=_Info) as archive:
-            archive.damage = ""
-            while (member := archive.next()) is not None:
-                archive.members = []  # it would keep every header it has seen
+            archive.damage = getattr(archive, "damage", "")
+            end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
+            reached = 0
+            while (member := _next(archive, reached, end)) is not None:
+                reached = archive.offset
                 if member.isdir() or not wanted(member.name):
                     continue
+                name = printable(member.name)
                 excluded = _refuse(member)
                 if excluded:
-                    yield TarMember(member.name, excluded, None)
+                    yield TarMember(name, excluded, None)
                     if packed and member.size > MAX_BYTES:
                         raise DecodeError("the members after it are out of reach; unpack it")
                 elif packed:
                     data = archive.extractfile(member).read()
-                    yield TarMember(member.name, "", waiting.put(data))
+                    yield TarMember(name, "", waiting.put(data))
                 else:
-                    yield TarMember(member.name, "", _Place(path, member.offset_data, member.size))
+                    yield TarMember(name, "", _Place(path, member.offset_data, member.size))
             if archive.damage:
                 raise DecodeError(f"damaged or cut off: {archive.damage}; members may be missing")
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except DecodeError:
+        raise
+    except (
+        tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
+        IndexError, RecursionError,
+    ) as error:  # fmt: skip
         raise DecodeError(f"damaged or cut off: {error}; members may be missing") from error
 
 
+def _next(archive: tarfile.TarFile, reached: int, end: int) -> tarfile.TarInfo | None:
+    """The next member, which ends behind `reached` and before `end`."""
+    member = archive.next()
+    archive.members = []  # it would keep every header it has seen
+    if member is None:
+        return None
+    if member.size < 0 or archive.offset <= reached:
+        raise DecodeError("damaged: a member of negative size; members may be missing")
+    if archive.offset > end:
+        raise DecodeError(
+            f"unpacks to more than {MAX_RATIO} times its size; the members after it are not read"
+        )
+    return member
+
+
 def _refuse(member: tarfile.TarInfo) -> str:
+    if not member.name.strip("/"):
+        return "without a name"
+    if is_hidden(member.name) and not leaves_archive(member.name):
+        return HIDDEN
     if leaves_archive(member.name):
         return "a path that leaves the archive"
     if member.issym() or member.islnk():
         return "a link, which is not followed"
-    if not member.isreg() or member.issparse():
+    if member.issparse():
+        return "a sparse file, which is not read; unpack it yourself"
+    if not member.isreg():
         return "no plain file"
     if member.size > MAX_BYTES:
         return f"{member.size:,} bytes, more than the limit of {MAX_BYTES:,}"

@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 from imaging.decode import MAX_BYTES, DecodeError
 from storage import AnyPath, any_path, is_local
 
+MAX_RATIO = 1032
+"""Deflate holds at most so many bytes in one; an archive that claims more lies or is a bomb."""
+
+HIDDEN = "hidden"
+"""Why files are not read that file managers hide, in folders, zips and tars alike."""
+
 
 class ZipError(ValueError):
     """An archive that cannot be read; the message says what to do."""
@@ -146,10 +152,11 @@ def _single(volumes: _Volumes, name: str) -> int:
 
 
 def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
-    """The files in an archive, sorted by name. Messages call the archive `name`.
+    """The files in an archive, sorted by name. Messages call the archive `name`. Hidden files have
+    the reason HIDDEN; of members that share bytes with another only the first is read.
 
     Raises:
-        ZipError: it is broken, or volumes are missing.
+        ZipError: it is broken, volumes are missing, or it claims more than it can hold.
         OSError: it cannot be opened.
     """
     name = name or str(archive)
@@ -158,14 +165,24 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
     try:
         with zipfile.ZipFile(io.BufferedReader(volumes, 1 << 20)) as opened:
             entries, start = opened.infolist(), opened.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, OSError, struct.error) as error:
+    except (
+        zipfile.BadZipFile, NotImplementedError, OSError, struct.error, ValueError, OverflowError,
+        IndexError, RuntimeError,
+    ) as error:  # fmt: skip
         raise ZipError(f"{name} is not a readable zip archive: {error}") from error
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > MAX_RATIO * len(volumes) + 2**20:
+        raise ZipError(
+            f"{name} claims {claimed:,} bytes in {len(volumes):,}, more than {MAX_RATIO:,} times "
+            "its size: its members overlap or lie; it is not read"
+        )
     # zipfile adds the distance between where the directory is and where it says it is.
     moved = volumes.starts[directory_disk] if len(volumes.paths) > 1 else 0
     seen: set[str] = set()
+    plain = len(volumes.paths) == 1 and len(volumes) <= 2**32  # offsets are then what they say
+    overlapping = _overlapping(entries) if plain else set()
     for entry in sorted(entries, key=lambda entry: (entry.filename, entry.header_offset)):
-        hidden = any(p.startswith((".", "__MACOSX")) for p in entry.filename.split("/"))
-        if entry.is_dir() or (hidden and ".." not in entry.filename.split("/")):
+        if entry.filename.endswith(("/", "\\")):
             continue
         offset = entry.header_offset - moved
         if len(volumes.paths) > 1:
@@ -175,11 +192,48 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
             # `read_member` tries the places this may mean.
             offset %= 2**32
         excluded = _refuse_member(entry)
+        if not excluded or excluded == HIDDEN:
+            entry.filename = entry.filename.replace("\\", "/")  # as old Windows programs write it
+        if not excluded and entry.header_offset in overlapping:
+            excluded = "shares bytes with another member"
         if not excluded and entry.filename in seen:
             excluded = "listed twice in the archive"
         seen.add(entry.filename)
         where = (offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
-        yield ZipMember(entry.filename, ":".join(map(str, where)), entry.file_size, excluded)
+        yield ZipMember(
+            printable(entry.filename), ":".join(map(str, where)), entry.file_size, excluded
+        )
+
+
+def _overlapping(entries: Sequence[zipfile.ZipInfo]) -> set[int]:
+    """The offsets of members that begin inside an earlier one; whole copies of one entry do not."""
+    overlapping, end = set(), 0
+    spans = sorted(
+        {
+            (e.header_offset, e.compress_size)
+            for e in entries
+            if not e.filename.endswith(("/", "\\"))
+        }
+    )
+    for offset, size in spans:
+        if offset < end:
+            overlapping.add(offset)
+        else:
+            end = offset + _LOCAL.size + size
+    return overlapping
+
+
+def is_hidden(name: str) -> bool:
+    """Whether file managers hide a file or folder of this path: `.x`, `._x`, `__MACOSX`."""
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+        for part in name.split("/")
+    )
+
+
+def printable(name: str) -> str:
+    """A name with bytes that are not UTF-8 as escapes, so that it can be printed and stored."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def kind_of(mode: int) -> str:
@@ -196,8 +250,12 @@ def leaves_archive(name: str) -> bool:
 
 def _refuse_member(entry: zipfile.ZipInfo) -> str:
     """Why an archive's member is not read; empty if it is."""
+    if not entry.filename:
+        return "without a name"
     if leaves_archive(entry.filename):
         return "a path that leaves the archive"
+    if is_hidden(entry.filename.replace("\\", "/")):
+        return HIDDEN
     mode = entry.external_attr >> 16
     if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
         return kind_of(mode)

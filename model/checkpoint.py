@@ -18,11 +18,12 @@ Verdicts: below low likely real, from high on likely AI, between them uncertain.
 
 import functools
 import json
+import pickle
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,11 +34,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
-from model.network import Detector, Network, build, load_weights
+from model.network import Detector, Network, build, check_weights_file, load_weights
 from model.score import DEFAULT_THRESHOLD
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES
-from storage import atomic_folder, is_partial, write_text
+from storage import atomic_folder, is_partial, sha256_of, write_text
 
 if TYPE_CHECKING:
     from model.recipe import Recipe
@@ -121,7 +122,7 @@ def save(
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`; it is replaced as a whole."""
-    meta = read_meta(folder) | changes
+    meta = {**read_meta(folder), **changes}
     write_text(folder / META_FILE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
@@ -153,27 +154,60 @@ def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False, empty=True)
     load_weights(net, read_weights(folder), str(folder), assign=True)
-    net = net.to(torch.float32, memory_format=torch.channels_last)
+    net = net.to(torch.float32).to(memory_format=torch.channels_last)
     return net.eval(), Preprocess(**meta["preprocess"]), meta
+
+
+def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
+    """The meta of a checkpoint whose weights fit `net` (made by `build` with `empty`, and of no use
+    afterward), or the network that the checkpoint describes; no weight is read.
+
+    Raises:
+        CheckpointError: as `read_meta`.
+        NetworkError: a network that timm does not know, or weights that do not fit it.
+    """
+    meta = read_meta(folder)
+    if net is None:
+        network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
+        net = build(network, pretrained=False, empty=True)
+    check_weights_file(net, _weights_file(folder), str(folder))
+    return meta
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of the file that holds the weights of a checkpoint."""
+    return sha256_of(_weights_file(folder))
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / WEIGHTS_FILE
+    return path if path.exists() else folder / HUB_WEIGHTS_FILE
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The backbone's weights by their timm names, on the CPU."""
     read_meta(folder)
-    path = folder / WEIGHTS_FILE
-    return load_file(path if path.exists() else folder / HUB_WEIGHTS_FILE)
+    return load_file(_weights_file(folder))
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """What resuming needs; tensors on the CPU.
+def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
+    """What resuming needs; tensors on the CPU. With `lazy` they stay in the file until they are
+    used.
 
     Raises:
-        CheckpointError: the checkpoint was stored for prediction only.
+        CheckpointError: the checkpoint was stored for prediction only, or its state is damaged.
     """
     path = folder / STATE_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot go on from it")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); remove {folder} to go on from the checkpoint "
+            "before it"
+        ) from error
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -200,9 +234,8 @@ def best_of(run: Path) -> Path | None:
     return max(found, key=rank, default=None)
 
 
-def prune(run: Path) -> None:
-    """Keep the best and the last checkpoint of a run."""
-    keep = {best_of(run), last_of(run)}
+def prune(run: Path, keep: Collection[Path]) -> None:
+    """Remove all checkpoints of a run but those in `keep`."""
     for folder in checkpoints_of(run):
         if folder not in keep:
             (folder / META_FILE).unlink()  # from here on it does not exist
@@ -221,7 +254,7 @@ def find(runs: Path, named: Path | None = None) -> Path:
         if best is None:
             raise CheckpointError(f"{named} is neither a checkpoint nor a run that has one")
         return best
-    newest = {run: last_of(run) for run in sorted(runs.glob("*")) if last_of(run)}
+    newest = {run: last for run in sorted(runs.glob("*")) if (last := last_of(run))}
     if not newest:
         raise CheckpointError(
             f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
@@ -229,7 +262,7 @@ def find(runs: Path, named: Path | None = None) -> Path:
             "one with --checkpoint FOLDER"
         )
     run = max(newest, key=lambda run: read_meta(newest[run])["created_ns"])
-    return best_of(run)
+    return find(runs, run)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -128,7 +129,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     if network.drop_path_rate:
         options["drop_path_rate"] = network.drop_path_rate
     if pretrained:
-        _refuse_without_hub(network)
+        check_pretrained(network)
     try:
         with _Undrawn() if empty else contextlib.nullcontext():
             backbone = timm.create_model(
@@ -207,8 +208,8 @@ def _init_by_fan_in(backbone: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
-def _refuse_without_hub(network: Network) -> None:
-    """One question to the hub before timm asks: its download tries again for a minute where nobody
+def check_pretrained(network: Network) -> None:
+    """Ask the hub once before timm does: its download tries again for a minute where nobody
     answers. How long an answer may take is the hub's own HF_HUB_ETAG_TIMEOUT, 10 s by default.
 
     Raises:
@@ -252,7 +253,13 @@ def load_weights(
     try:
         net.backbone.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
-        raise NetworkError(f"the weights in {where} do not fit: {error}") from error
+        # The first line is torch's heading; each other one names parameters.
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise NetworkError(
+            f"the weights in {where} do not fit: {lines[0][:200]}{more}; name a checkpoint or file "
+            "of this network"
+        ) from error
 
 
 def load_backbone_file(net: Detector, path: Path) -> None:
@@ -261,7 +268,19 @@ def load_backbone_file(net: Detector, path: Path) -> None:
     Raises:
         NetworkError: names or shapes that do not fit outside the classifier.
     """
-    weights = load_file(path)
+    net.backbone.load_state_dict(
+        net.backbone.state_dict() | _without_classifier(net, load_file(path), path)
+    )
+
+
+def _without_classifier(
+    net: Detector, weights: Mapping[str, torch.Tensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """The weights of an ImageNet file that the backbone takes; `path` is for messages.
+
+    Raises:
+        NetworkError: names or shapes that do not fit outside the classifier.
+    """
     own = net.backbone.state_dict()
     heads = (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
     kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
@@ -275,4 +294,37 @@ def load_backbone_file(net: Detector, path: Path) -> None:
             f"(first: {missing[:1]}), {len(strange)} are unknown or of another shape "
             f"(first: {strange[:1]})"
         )
-    net.backbone.load_state_dict(own | kept)
+    return kept
+
+
+def check_backbone_file(net: Detector, path: Path) -> None:
+    """Refuse an ImageNet `.safetensors` file that `load_backbone_file` would refuse, by its header.
+
+    Raises:
+        NetworkError: names or shapes that do not fit, or no such file.
+    """
+    _without_classifier(net, _outlines(path), path)
+
+
+def check_weights_file(net: Detector, path: Path, where: str) -> None:
+    """Refuse a `.safetensors` file that `load_weights` would refuse, by its header. The network
+    `net` is made for this check (`build` with `empty`) and of no use afterward.
+
+    Raises:
+        NetworkError: names or shapes that do not fit, or no such file.
+    """
+    load_weights(net, _outlines(path), where, assign=True)
+
+
+def _outlines(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file on the meta device: names and shapes without values."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()
+            }
+    except SafetensorError as error:
+        raise NetworkError(
+            f"{path} is no readable .safetensors file ({error}); get it again, or name another one"
+        ) from error

@@ -40,10 +40,10 @@ def _open(place: str) -> ShardSet:
 
 
 @main.command()
-@click.argument("shards")
+@click.argument("shards", type=console.AnyAddress())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     default=Path("grid.png"),
     show_default=True,
     help="PNG to write.",
@@ -51,7 +51,7 @@ def _open(place: str) -> ShardSet:
 @click.option(
     "--recipe",
     "path",
-    type=click.Path(path_type=Path),
+    type=console.LocalPath(),
     default=recipes.FOLDER / "phase1.toml",
     help="Recipe whose policies and preprocessing are shown. Default: that of phase 1.",
 )
@@ -150,7 +150,7 @@ def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
 
 
 @main.command()
-@click.argument("shards")
+@click.argument("shards", type=console.AnyAddress())
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, another order.")
 @console.options()

@@ -8,7 +8,9 @@ DALIGenericIterator would end the epoch early without a word.
 """
 
 import gc
+import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when DALI loads its own OpenCV
 from nvidia.dali import fn, pipeline_def, types
 
-from imaging.decode import DecodeError, decode_image
-from imaging.jpeg import CHROMAS
-from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch
-from pipeline.batch import BatchTiming, Pixels, Request
+from imaging.decode import DecodeError, decode_image, png_of
+from imaging.jpeg import CHROMAS, has_end
+from imaging.orientation import UPRIGHT, is_transposed, mirrored
+from imaging.quiet import without_chatter
+from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch, blank
+from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
 from pipeline.monitor import WorkerStatus
-from pipeline.pil import encode_jpeg, webp_round_trip
+from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
@@ -38,6 +44,10 @@ DALI's own default.
 # A column of the graph: name, element type, dimensions per sample.
 COLUMNS = (
     ("data", types.UINT8, 1),
+    ("transposed", types.BOOL, 0),
+    ("mirrored", types.BOOL, 0),
+    ("mirrored_rows", types.INT32, 0),
+    ("mirrored_columns", types.INT32, 0),
     ("anchor", types.INT32, 1),
     ("shape", types.INT32, 1),
     ("hflip", types.INT32, 0),
@@ -75,19 +85,24 @@ def graph(
         dtype=[column[1] for column in COLUMNS],
         ndim=[column[2] for column in COLUMNS],
     )
-    data, anchor, shape, hflip, color_jitter, matrix, offset, resample, jpeg, blur, grayscale = (
-        columns[:11]
-    )
-    side, kind, jpeg2, jpeg3, moved, grid = columns[11:]
+    data, transposed, mirrored, mirrored_rows, mirrored_columns = columns[:5]
+    anchor, shape, hflip, color_jitter, matrix, offset, resample, jpeg, blur, grayscale = columns[
+        5:15
+    ]
+    side, kind, jpeg2, jpeg3, moved, grid = columns[15:]
     image = fn.decoders.image(
         data,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=True,
+        adjust_orientation=False,  # the index says it; DALI knows fewer places where it may stand
         jpeg_fancy_upsampling=True,
         use_fast_idct=False,
         hw_decoder_load=hw_decoder_load,
     )
+    if transposed:
+        image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+    if mirrored:
+        image = fn.flip(image, vertical=mirrored_rows, horizontal=mirrored_columns)
     image = fn.slice(image, anchor, shape, axes=(0, 1))
     image = _resize(image, side)
     image = fn.flip(image, horizontal=hflip)
@@ -138,11 +153,18 @@ def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
     return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
 
 
-def columns_of(data: list[bytes], params: AugmentBatch, size: int) -> tuple:
+def columns_of(
+    data: list[bytes], orientations: list[int], params: AugmentBatch, size: int
+) -> tuple:
     """What the graph is fed for one batch, in the order of `COLUMNS`."""
     color = params.color.reshape(-1, 3, 4)
+    transposed, rows, columns = np.ascontiguousarray(_TURNS[orientations].T)
     return (
         [np.frombuffer(item, np.uint8) for item in data],
+        transposed,
+        rows | columns,
+        rows.astype(np.int32),
+        columns.astype(np.int32),
         np.stack([params.top, params.left], axis=1),
         np.stack([params.height, params.width], axis=1),
         params.hflip.astype(np.int32),
@@ -161,6 +183,10 @@ def columns_of(data: list[bytes], params: AugmentBatch, size: int) -> tuple:
         np.stack([params.grid_top, params.grid_left], axis=1),
     )
 
+
+_TURNS = np.array(
+    [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
+)  # by orientation: whether transposed, then whether rows and columns are mirrored
 
 READER, DECODER = 0, 1
 """Rows of the backend's `WorkerStatus`."""
@@ -183,14 +209,15 @@ class DaliBackend:
         self.threads = threads
         self.hw_decoder_load = hw_decoder_load
         self.status = WorkerStatus(["reader", "DALI"])
-        self._repair: Callable[[bytes, AugmentBatch], torch.Tensor] | None = None
+        self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
         """Yield the pixels of each request, uint8 (B, size, size, 3) on the device; the first is
         that of step `start`.
         """
         try:
-            yield from self._run(requests, start)
+            with without_chatter():
+                yield from self._run(requests, start)
         finally:
             # A DALI pipeline is part of a reference cycle: without this it keeps its memory, on the
             # GPU too, until Python happens to look for cycles.
@@ -199,7 +226,7 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with _ReadAhead(map(self._as_partners, requests), self.status, start) as ahead:
+        with _ReadAhead(map(self._on_host, requests), self.status, start) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited
@@ -207,7 +234,7 @@ class DaliBackend:
                 request = ahead.next()
                 waited += time.perf_counter() - began
                 fed.put(request)
-                return columns_of(request.data, request.params, self.size)
+                return columns_of(request.data, request.orientations, request.params, self.size)
 
             pipe = self._build(feed, self.batch_size, depth=2)
             step = start
@@ -219,10 +246,13 @@ class DaliBackend:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    if "CUDA" in str(error):
-                        raise  # the device is gone, not one sample
+                    if self._device_failed(error):
+                        raise
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
+                failures = {
+                    row: why for row, why in failures.items() if row not in request.failures
+                }
                 images = self._to_webp(images, request.params, failures)
                 read_s = waited - before
                 decode_s = time.perf_counter() - began - read_s
@@ -231,29 +261,65 @@ class DaliBackend:
                 step += 1
                 yield Pixels(images, request.failures | failures, timing)
 
-    def _as_partners(self, request: Request) -> Request:
-        """The first step of a policy for pairs, on the host: DALI's JPEG operator knows one chroma,
-        and this way the graph decodes a fake as it decodes its partner. What does not decode is
-        left to the graph, which says so.
+    def _on_host(self, request: Request) -> Request:
+        """What the graph cannot do, done before it; see `_as_partner` and `_without_end`. Other
+        damage is left to the graph, and then to the reference, which says why. But a JPEG without
+        an end never reaches the graph: a GPU's decoder fills what is missing without a word.
         """
         params = request.params
-        rows = [row for row in np.flatnonzero(params.pair_jpeg) if row not in request.failures]
-        if not rows:
+        work = dict.fromkeys(np.flatnonzero(params.pair_jpeg).tolist(), self._as_partner)
+        for row, data in enumerate(request.data):
+            if request.formats[row] == "JPEG" and not has_end(data):
+                work[row] = self._without_end
+        work = {row: act for row, act in work.items() if row not in request.failures}
+        if not work:
             return request
-
-        def encoded(row: int) -> bytes:
-            of = request.data[row], request.formats[row], request.orientations[row]
-            try:
-                pixels = decode_image(*of)
-            except DecodeError:
-                return request.data[row]
-            return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
-
-        data = list(request.data)
+        data, orientations = list(request.data), list(request.orientations)
+        failures = dict(request.failures)
         with ThreadPoolExecutor(self.threads) as pool:
-            for row, found in zip(rows, pool.map(encoded, rows), strict=True):
-                data[row] = found
-        return replace(request, data=data)
+            made = pool.map(lambda row: work[row](request, row), work)
+            for row, result in zip(work, made, strict=True):
+                if isinstance(result, DecodeError):
+                    failures[row], result = str(result), PLACEHOLDER[0]
+                if result is not None:
+                    data[row], orientations[row] = result, UPRIGHT
+        lost = failures.keys() - request.failures.keys()
+        params = blank(params, sorted(lost)) if lost else params
+        return replace(
+            request, data=data, orientations=orientations, failures=failures, params=params
+        )
+
+    @staticmethod
+    def _as_partner(request: Request, row: int) -> bytes | None:
+        """The first step of a policy for pairs: DALI's JPEG operator knows one chroma, and this way
+        the graph decodes a fake as it decodes its partner.
+        """
+        params = request.params
+        try:
+            pixels = decode_image(*_member(request, row))
+        except DecodeError:
+            return None
+        return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
+
+    @staticmethod
+    def _without_end(request: Request, row: int) -> bytes | DecodeError:
+        """A JPEG that is cut off, by the reference decoder: it refuses, and says why."""
+        try:
+            return png_of(decode_image(*_member(request, row)))
+        except DecodeError as error:
+            return error
+
+    def _device_failed(self, error: RuntimeError) -> bool:
+        """Whether the GPU is lost or out of memory, and not a sample bad. A lost one raises at
+        whatever it is asked next; what DALI says names CUDA's error.
+        """
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return bool(_CUDA_ERROR.search(_reason(error)))
 
     def _to_webp(
         self, images: torch.Tensor, params: AugmentBatch, failures: dict[int, str]
@@ -303,18 +369,37 @@ class DaliBackend:
         )
         failures = {}
         for row, data in enumerate(request.data):
+            params = request.params.take(np.array([row]))
             try:
-                images[row] = self._repair(data, request.params.take(np.array([row])))
+                images[row] = self._repair(data, request.orientations[row], params)
             except RuntimeError as error:
-                failures[row] = _reason(error)
+                if self._device_failed(error):
+                    raise
+                try:
+                    images[row] = self._by_reference(request, row, params)
+                except ValueError as reason:
+                    failures[row] = str(reason)
         return images, failures
 
-    def _build_repair(self) -> Callable[[bytes, AugmentBatch], torch.Tensor]:
+    def _by_reference(self, request: Request, row: int, params: AugmentBatch) -> torch.Tensor:
+        """What DALI does not decode, decoded as without DALI, and then through the same graph.
+
+        Raises:
+            ValueError: it does not decode, or the graph does not take it; the message says why.
+        """
+        pixels = decode_image(*_member(request, row))
+        refuse_crop_outside(pixels, params.row(0))
+        try:
+            return self._repair(png_of(pixels), UPRIGHT, params)
+        except RuntimeError as error:
+            raise ValueError(_reason(error)) from error
+
+    def _build_repair(self) -> Callable[[bytes, int, AugmentBatch], torch.Tensor]:
         waiting: list[tuple] = []
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
 
-        def decode(data: bytes, params: AugmentBatch) -> torch.Tensor:
-            waiting.append(columns_of([data], params, self.size))
+        def decode(data: bytes, orientation: int, params: AugmentBatch) -> torch.Tensor:
+            waiting.append(columns_of([data], [orientation], params, self.size))
             return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode
@@ -376,8 +461,21 @@ def _tensor_of(outputs: tuple) -> torch.Tensor:
     return torch.from_dlpack(outputs[0].as_tensor())
 
 
+def _member(request: Request, row: int) -> tuple[bytes, str, int]:
+    """What `decode_image` takes."""
+    return request.data[row], request.formats[row], request.orientations[row]
+
+
+# As CUDA's runtime and its driver spell their errors.
+_CUDA_ERROR = re.compile(r"\bcudaError[A-Z]\w+|\bCUDA_ERROR_[A-Z_]+")
+
+_SOURCE_LINE = re.compile(r"\[/[^\]]*\] ?|Current pipeline object is no longer valid\.")
+
+
 def _reason(error: RuntimeError) -> str:
-    """The one line of DALI's message that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line and "Current pipeline" not in line]
-    return (errors or lines)[-1][:200]
+    """The cause in DALI's message, as one line: behind the name of the operator and the traceback
+    of its definition, without the lines of DALI's own source.
+    """
+    cause = str(error).rpartition("encountered:")[2]
+    cause = " ".join(_SOURCE_LINE.sub(" ", cause.partition("Stacktrace")[0]).split())
+    return (cause or type(error).__name__)[:200]

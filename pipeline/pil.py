@@ -55,12 +55,8 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     Raises:
         ValueError: the crop reaches outside the image, so the parameters were made for another one.
     """
+    refuse_crop_outside(pixels, params)
     bottom, right = params.top + params.height, params.left + params.width
-    if bottom > pixels.shape[0] or right > pixels.shape[1]:
-        raise ValueError(
-            f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-            f"its crop reaches to {right} x {bottom}"
-        )
     if params.pair_jpeg:
         pixels = _decode_jpeg(encode_jpeg(pixels, params.pair_jpeg, CHROMAS[params.pair_chroma]))
     size = out.shape[0]
@@ -90,6 +86,18 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
         whole.copy_(out[top : top + size, left : left + size])
     if params.webp:
         whole.numpy()[:] = webp_round_trip(whole.numpy(), params.webp)
+
+
+def refuse_crop_outside(pixels: np.ndarray, params: AugmentParams) -> None:
+    """Raise a ValueError if the crop of `params` is not inside the upright (height, width, 3)
+    image: it was made for another one.
+    """
+    bottom, right = params.top + params.height, params.left + params.width
+    if bottom > pixels.shape[0] or right > pixels.shape[1]:
+        raise ValueError(
+            f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+            f"its crop reaches to {right} x {bottom}"
+        )
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:

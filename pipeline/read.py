@@ -1,8 +1,10 @@
 """Bytes out of tars: positional reads through the index, safe from any thread or process."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -21,8 +23,17 @@ MAX_OPEN = 256
 """Tars kept open at a time; the least recently used one is closed."""
 
 
+def max_open() -> int:
+    """MAX_OPEN, or a quarter of the descriptors that this process may have (`ulimit -n`)."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else max(2, min(MAX_OPEN, soft // 4))
+
+
 CACHED_READ_S = 60e-6
 """A read that takes longer came from the disk: what the system holds takes 10 to 20 us."""
+
+
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class ReadError(ValueError):
@@ -63,6 +74,9 @@ class ShardReader:
         index says, the address does not answer, the image claims another size than the index (so
         that no decoder is asked for more memory than the packed image took), or (with
         `verify_checksums`) the bytes have changed.
+
+        Raises:
+            OSError: too many files are open; that is no fault of an image.
         """
         rows = np.asarray(samples, np.int64)
         places = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
@@ -111,6 +125,11 @@ class ShardReader:
         try:
             data = self._files.read(code, offset, size)
         except OSError as error:
+            if error.errno in _TOO_MANY:
+                raise OSError(
+                    f"{error}; raise the limit of open files (ulimit -n 4096) or use fewer "
+                    "loading workers"
+                ) from error
             return ReadError(f"cannot be read: {error}")
         if len(data) != size:
             return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
@@ -128,7 +147,8 @@ class _Files:
 
     def __init__(self, shards: ShardSet):
         self.shards = shards
-        self._few = len(shards.shards) <= MAX_OPEN
+        self._max_open = max_open()
+        self._few = len(shards.shards) <= self._max_open
         self._reset()
 
     def _reset(self) -> None:
@@ -172,17 +192,26 @@ class _Files:
         with self._lock:
             if code not in self._open:
                 self._close_oldest()
-                path = self.shards.folders[code] / self.shards.shards[code]
-                self._open[code] = os.open(path, os.O_RDONLY)
+                self._open[code] = self._descriptor(code)
             self._open.move_to_end(code)
             file = self._open[code]
             self._reading[file] = self._reading.get(file, 0) + 1
             return file
 
-    def _close_oldest(self) -> None:
-        """Close what nobody reads from, the least recently used first, down to `MAX_OPEN`."""
+    def _descriptor(self, code: int) -> int:
+        path = self.shards.folders[code] / self.shards.shards[code]
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in _TOO_MANY or self._few:  # few are read without a lock
+                raise
+            self._close_oldest(1)  # the rest of the process has taken them
+            return os.open(path, os.O_RDONLY)
+
+    def _close_oldest(self, most: int = 0) -> None:
+        """Close what nobody reads from, the least recently used first, to make room for one."""
         for code, file in list(self._open.items()):
-            if len(self._open) < MAX_OPEN:
+            if len(self._open) < (most or self._max_open):
                 return
             if not self._reading.get(file):
                 os.close(self._open.pop(code))

@@ -4,6 +4,7 @@ Whatever an earlier run has finished is kept, however it ended. Below the output
 
     .build/inventory/<source>.parquet      every raw image, described (sharding/inventory.py)
     .build/<set>/<shard>.tar.parquet       the rows of a finished shard, and the mark that it is
+    .build/<set>/written.json              which files of the set a build wrote (sharding/record.py)
     <set>/                                 what `sharding/format.py` promises
 """
 
@@ -34,6 +35,7 @@ from sharding.format import (
     SAMPLES_SCHEMA,
     TIMM_FILE,
     ShardError,
+    content_sha256,
     table_from,
     timm_info,
 )  # fmt: skip
@@ -48,11 +50,19 @@ from sharding.inventory import (
 from sharding.listing import Listing, capped, list_source
 from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
+from sharding.raw import folder_of
+from sharding.record import (
+    files_of,
+    read_record,
+    refuse_foreign_files,
+    remove_earlier,
+    write_record,
+)  # fmt: skip
 from sharding.write import Written, read_done, write_shard
 from storage import (
     AnyPath,
+    check_inside,
     check_reachable,
-    files_in,
     make_folder,
     sha256_of,
     write_atomically,
@@ -100,7 +110,12 @@ class BuiltSet:
 
 
 def find_sources(
-    catalog: Catalog, raw: AnyPath, out: AnyPath, only: Sequence[str] = (), max_bad: float = 0.01
+    catalog: Catalog,
+    raw: AnyPath,
+    out: AnyPath,
+    only: Sequence[str] = (),
+    max_bad: float = 0.01,
+    allow_incomplete: bool = False,
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
 
@@ -108,7 +123,8 @@ def find_sources(
     depends on sets whose split goes before its own, and on no other.
 
     Raises:
-        CatalogError: a layout that does not fit, or a source with far fewer images than expected.
+        CatalogError: a layout that does not fit, a source with far fewer images than expected, or a
+            rule that matches no file, which `allow_incomplete` lets pass.
     """
     scan = SourceScan()
     lowest = min(
@@ -118,10 +134,13 @@ def find_sources(
         sets = {name for place in source.places() for name in place}
         if not any(SPLIT_RANK[catalog.sets[name]] >= lowest for name in sets):
             continue
-        if (raw / (source.root or name)).is_dir():
+        source = replace(source, root=folder_of(raw, source.root or name))
+        if (raw / source.root).is_dir():
             listing = list_source(name, source, raw)
             if listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, max_bad))
+                if listing.unmatched and not allow_incomplete:
+                    _refuse_unmatched(name, listing, raw / source.root)
                 capped(listing, source.cap)
                 scan.items[name] = item_table(listing.items)
                 scan.listings[name] = replace(listing, items=[])  # ten times the memory
@@ -133,6 +152,15 @@ def find_sources(
         else:
             scan.missing.append(name)
     return scan
+
+
+def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
+    """A rule without a file is a misspelled rule, or half a download."""
+    shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
+    raise CatalogError(
+        f"source {name}: no file in {folder} fits {shown}. Correct the rule or complete the data; "
+        "if it is meant, say optional = true in the rule, or --allow-incomplete"
+    )
 
 
 def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
@@ -156,13 +184,15 @@ def build(
     jobs: int = 0,
     engine: Engine = "local",
     max_bad: float = 0.01,
+    allow_incomplete: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[SourceScan, list[BuiltSet]]:
     """Pack everything of `catalog` below `raw` into sets below `out`, or only the sets `only`.
 
     Finished sets whose input has not changed are left alone; an interrupted build goes on with what
-    is missing. `max_bad` is the share of a set's images that may be unreadable. `jobs` is the
-    number of processes, 0 for one per core.
+    is missing. `max_bad` is the share of a set's images that may be unreadable; `allow_incomplete`
+    lets rules that match no file and training sets of one class pass. `jobs` is the number of
+    processes, 0 for one per core.
 
     Raises:
         ShardError: another build runs here, a set lost too many images, or a raw file changed.
@@ -171,12 +201,18 @@ def build(
     """
     check_reachable(raw)
     check_reachable(out)
-    scan = find_sources(catalog, raw, out, only, max_bad)
+    scan = find_sources(catalog, raw, out, only, max_bad, allow_incomplete)
     if not scan.listings and not scan.packed_only:
         return scan, []
     work = out / WORK_FOLDER
+    for path in (work, work / "inventory"):
+        check_inside(path, out)
     make_folder(work / "inventory")
     with locked(work, out):
+        for name in _sets_of(catalog, scan, only):
+            for path in (out / name, work / name):
+                check_inside(path, out)
+            refuse_foreign_files(out / name, work / name)
         inventory = _read_everything(scan, raw, work / "inventory", jobs, engine, progress)
         decision = decide(inventory, catalog.sets)
         present = sorted(set(decision.wanted.tolist()))
@@ -189,6 +225,8 @@ def build(
         builds = {name: _SetBuild(name, catalog, scan, inventory, decision) for name in chosen}
         for one in builds.values():
             one.refuse_many_bad(max_bad)
+            if not allow_incomplete:
+                one.refuse_one_class()
         for one in builds.values():
             one.plan(out)
         with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
@@ -199,6 +237,17 @@ def build(
                 builds[name].done[written.name] = written
                 advance(written.samples)
         return scan, [one.finish() for one in builds.values()]
+
+
+def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[str]:
+    """The sets that the sources may go to, before anything is decoded."""
+    names = set()
+    for table in scan.items.values():
+        for mixture in table.column("place").unique().to_pylist():
+            names |= json.loads(mixture).keys()
+    for source in scan.packed_only:
+        names.update(*catalog.sources[source].places())
+    return sorted(name for name in names if not only or name in only)
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
@@ -270,6 +319,16 @@ class _SetBuild:
                 "them, or allow more with --max-bad"
             )
 
+    def refuse_one_class(self) -> None:
+        """A network that is trained on one class learns to name it."""
+        labels = self.samples.column("label").unique().to_pylist()
+        if self.split == "train" and len(labels) == 1:
+            other = CLASSES[1 - labels[0]]
+            raise ShardError(
+                f"training set {self.name} has {len(self.samples):,} {CLASSES[labels[0]]} images "
+                f"and no {other} one; add {other} images, or say --allow-incomplete if it is meant"
+            )
+
     def plan(self, out: AnyPath) -> None:
         """Divide the samples into shards, and see which are there already."""
         self.folder, self.marks = out / self.name, out / WORK_FOLDER / self.name
@@ -280,6 +339,8 @@ class _SetBuild:
         self.done: dict[str, Written] = {written.name: written for written in finished if written}
         self.todo = [plan for plan in self.plans if plan.name not in self.done]
         self._refuse_to_lose(out)
+        names = files_of(plan.name for plan in self.plans)
+        write_record(self.marks, read_record(self.marks) | names)
 
     def tasks(self, raw: AnyPath) -> Iterator[tuple]:
         """The shards to write; from here until the end this is no set."""
@@ -303,11 +364,10 @@ class _SetBuild:
                 f"set {self.name} must be packed again in parts, and the raw files of "
                 f"{', '.join(gone)} are gone; put them back (nothing was changed)"
             )
-        if not (self.folder / INDEX_FILE).exists():
-            return
-        before = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["sources"]
         inventory = out / WORK_FOLDER / "inventory"
-        for name in sorted(before.keys() - self.catalog.sources.keys()):
+        shards = [name for name in read_record(self.marks) if name.endswith(".tar")]
+        before = {name.rsplit("-", 2)[0] for name in shards}
+        for name in sorted(before - self.catalog.sources.keys()):
             if (inventory / f"{name}.parquet").exists():
                 raise ShardError(
                     f"set {self.name} holds source {name}, which this catalog does not name; "
@@ -346,9 +406,10 @@ class _SetBuild:
             "excluded": dict(sorted(Counter(reason for *_, reason, _ in self.excluded).items())),
             "excluded_sha256": sha256_of(folder / EXCLUDED_FILE),
         }
+        index["content_sha256"] = content_sha256(index)
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
-        _remove_strangers(folder, self.marks, {shard.name for shard in shards})
+        remove_earlier(folder, self.marks, {shard.name for shard in shards})
         if not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
             write_text(folder / INDEX_FILE, text)
         return BuiltSet(self.name, index, len(self.todo))
@@ -402,16 +463,3 @@ def _read_rows(path: AnyPath) -> pa.Table:
 
 def _text_of(path: AnyPath) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def _remove_strangers(folder: AnyPath, marks: AnyPath, names: set[str]) -> None:
-    """Delete shards of an earlier, different plan: a set holds what its index lists."""
-    for path in files_in(folder):
-        if (
-            path.suffix in (".tar", ".idx", ".partial")
-            and path.with_suffix(".tar").name not in names
-        ):
-            path.unlink()
-    for path in files_in(marks):
-        if path.name.removesuffix(".parquet") not in names:
-            path.unlink()

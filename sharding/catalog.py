@@ -24,18 +24,21 @@ A set that may hold no real images has its false-positive rate from those of ano
 Later files add to earlier ones key by key: two lines change one setting of a built-in source.
 """
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import recipes
+from imaging.zip import leaves_archive
 
 BUILT_IN = Path(__file__).with_name("catalog.toml")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 
 class CatalogError(ValueError):
@@ -51,7 +54,8 @@ class Rule:
     part and names the generator. `name` is a pattern for the file's own name. With `column` the
     files are parquet tables and the images lie in that column. `where` are columns and the values
     they must have: of the parquet row, or of the file's row in the source's `table`. A text value
-    for a column of numbers is a class name, looked up in the table's own metadata.
+    for a column of numbers is a class name, looked up in the table's own metadata. A rule that
+    matches no file stops a build, unless it is `optional`.
     """
 
     folder: str = "**"
@@ -60,6 +64,7 @@ class Rule:
     where: dict[str, str | int] = field(default_factory=dict)
     generator: str = ""
     set: str | dict[str, float] = ""
+    optional: bool = False
 
     def __str__(self) -> str:
         """The rule as messages name it."""
@@ -80,7 +85,8 @@ class Table:
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
     """Where a source is downloaded from: one of the Hugging Face hub (`files`: patterns of what is
-    needed there), Kaggle, or plain addresses; or `by_hand`, what a person has to do.
+    needed there), Kaggle, or plain addresses; or `by_hand`, what a person has to do. `sha256` holds
+    the hashes of files that must arrive with these bytes, by their path in the download.
     """
 
     hub: str = ""
@@ -88,10 +94,17 @@ class Fetch:
     kaggle: str = ""
     urls: list[str] = field(default_factory=list)
     by_hand: str = ""
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.hub, self.kaggle, self.urls, self.by_hand))) != 1:
             raise ValueError("fetch takes exactly one of hub, kaggle, urls and by_hand")
+        for name in filter(None, (self.hub, self.kaggle)):
+            if not _DATASET.fullmatch(name):  # the libraries make paths of it
+                raise ValueError(f"fetch {name!r} is no name of a dataset, such as owner/dataset")
+        for name, digest in self.sha256.items():
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"fetch.sha256 of {name}: expected 64 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +138,9 @@ class Source:
         for pattern in self.groups():
             if re.compile(pattern).groups != 1:
                 raise ValueError(f"group {pattern!r} must have exactly one capture group")
+
+        if any(count < 0 for counts in (self.cap, self.expected) for count in counts.values()):
+            raise ValueError("cap and expected are numbers of images, 0 or more")
 
     def rules(self, label: int) -> list[Rule]:
         """The rules of one label, 0 real or 1 fake."""
@@ -188,6 +204,8 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
             )
         except recipes.RecipeError as error:
             raise CatalogError(str(error)) from error
+        for name in catalog.sets:
+            _check_name("set", name, file)
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
         for name in (name for pair in reference.items() for name in pair if name not in sets):
@@ -199,18 +217,47 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except FileNotFoundError:
         raise CatalogError(f"no catalog at {file}") from None
+    except UnicodeDecodeError as error:
+        raise CatalogError(
+            f"{file} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save "
+            "it as UTF-8"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{file} is not valid TOML: {error}") from error
 
 
-def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:
-    """Names are safe in file names, and every set that is used has a split."""
+def _check_name(kind: str, name: str, file: Path) -> None:
+    """Check that a name is safe as a name of files and folders: catalogs are passed on."""
     if not _NAME.fullmatch(name):
-        raise CatalogError(f"{file}: source {name!r}: use lower-case letters, digits, '-' and '_'")
+        raise CatalogError(
+            f"{file}: {kind} {name!r}: use lower-case letters, digits, '-' and '_', and begin with "
+            "a letter or digit"
+        )
+
+
+def _leaves_raw(root: str) -> bool:
+    """Whether a source's root is no path below the raw folder."""
+    strange = any(ord(character) < 32 for character in root) or "://" in root
+    return strange or leaves_archive(root) or not PurePosixPath(root).parts
+
+
+def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:
+    """Check that names and root are safe in paths, and that every set that is used has a split."""
+    _check_name("source", name, file)
+    if source.root and _leaves_raw(source.root):
+        raise CatalogError(
+            f"{file}: source {name}: root {source.root!r} is no folder below the raw folder; "
+            "give a relative path without '..'"
+        )
     for place in source.places():
+        if bad := [share for share in place.values() if not 0 < share <= 1]:
+            raise CatalogError(
+                f"{file}: source {name}: a share of {place} is {bad[0]}, expected more than 0 and "
+                "at most 1"
+            )
         total = sum(place.values())
         if abs(total - 1) > 1e-6:
             raise CatalogError(f"{file}: source {name}: the shares of {place} sum to {total:g}")

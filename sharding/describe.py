@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from imaging.decode import IMAGE_SUFFIXES
+from imaging.zip import printable
 from sharding.catalog import CatalogError
 from sharding.format import CLASSES
-from sharding.raw import walk
+from sharding.raw import nfc, walk
 
 WORDS = (
     frozenset("real reals nature natural photo photos photograph photographs camera human "
@@ -35,19 +36,27 @@ class Description:
     text: str
     folders: dict[str, tuple[str, int]]  # folder -> (class, images)
     undecided: dict[str, int]
+    unread: dict[str, int]  # why images cannot be read -> how many
 
 
 def describe(folder: Path) -> Description:
     """Propose a catalog for the images below `folder`.
 
     Raises:
-        CatalogError: no image there.
+        CatalogError: no image there, or a name that no catalog can hold.
     """
     folder = folder.absolute()
+    if printable(folder.name) != folder.name:
+        raise CatalogError(f"{printable(str(folder))} has a name that is not UTF-8; rename it")
+    unread: Counter[str] = Counter()
     images: Counter[str] = Counter()
     for file in walk(folder.parent, folder.name):
-        if not file.excluded and PurePosixPath(file.inside.lower()).suffix in IMAGE_SUFFIXES:
-            images[file.inside.rpartition("/")[0]] += 1
+        if PurePosixPath(file.inside.lower()).suffix not in IMAGE_SUFFIXES:
+            continue
+        if file.excluded:
+            unread[file.excluded] += 1
+        else:
+            images[nfc(file.inside.rpartition("/")[0])] += 1
     if not images:
         raise CatalogError(
             f"no image below {folder}; expected files such as .jpg, .png or .webp in folders or "
@@ -63,7 +72,9 @@ def describe(folder: Path) -> Description:
             continue
         folders[decided] = (CLASSES[label], folders.get(decided, ("", 0))[1] + count)
         nested[decided] += count if inside != decided else 0
-    return Description(_catalog(folder, folders, undecided, nested), folders, undecided)
+    return Description(
+        _catalog(folder, folders, undecided, nested), folders, undecided, dict(unread)
+    )
 
 
 def _class_of(inside: str) -> tuple[int | None, str]:

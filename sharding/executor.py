@@ -12,10 +12,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
+from imaging.budget import share_large
 from storage import cores
 
 Engine = Literal["local", "ray"]
@@ -31,8 +33,10 @@ def run_all(
     `tasks` only a few ahead.
 
     Raises:
-        ValueError: the engine is not installed.
+        ValueError: the engine is not installed, or more processes than this machine can serve.
     """
+    if engine == "local" and jobs > (most := max(64, 8 * cores())):
+        raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; say {most} at most")
     if engine == "ray":
         yield from _run_ray(function, tasks, jobs)
     elif jobs == 1:
@@ -47,15 +51,17 @@ def _run_processes(
 ) -> Iterator[Any]:
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
-    # Paid once, and not by each worker: webdataset takes a second or two, since it imports torch.
-    context.set_forkserver_preload(["sharding.inventory", "sharding.write", "webdataset"])
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
     with _deaf_to_interrupts():
         forkserver.ensure_running()
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_with_builder) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),)
+    ) as pool:
         try:
             running = set()
             for task in tasks:
-                running.add(pool.submit(_work, function, task))
+                with _interrupts_later():
+                    running.add(pool.submit(_work, function, task))
                 if len(running) >= 2 * jobs:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -68,12 +74,29 @@ def _run_processes(
             raise
 
 
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: in the midst of its start a worker would find what
+    it needs gone, and say so loudly.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _WORKING = threading.Lock()
 
 
 def _work(function: Callable[..., Any], task: tuple) -> Any:
     with _WORKING:
         return function(*task)
+
+
+def _start_worker(one_large: AbstractContextManager) -> None:
+    share_large(one_large)
+    _leave_with_builder()
 
 
 def _leave_with_builder() -> None:

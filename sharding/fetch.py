@@ -1,7 +1,8 @@
 """Download the sources of the catalog: a source's `fetch` in, a folder of raw files out.
 
-Everything resumes. A folder is complete when it holds MARK, which is written last; BEGUN says which
-revision an interrupted download began with, and the next one goes on with that.
+Everything resumes. A folder is complete when it holds MARK, which is written last, and the files
+that MARK lists at their sizes. BEGUN says which revision an interrupted download began with, and
+the next one goes on with that. Both keep addresses without logins and signatures.
 """
 
 import contextlib
@@ -11,8 +12,9 @@ import logging
 import os
 import re
 import shutil
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import filelock
 import requests
 
 from sharding.catalog import Catalog, CatalogError, Fetch, Source
-from storage import publish, write_text
+from storage import check_inside, naming, publish, redact, sha256_of, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -83,7 +85,8 @@ def fetch_source(
         todo = fetch.by_hand if fetch else f"no download is known ({source.homepage or 'no page'})"
         return Fetched(name, "by hand", f"{todo.strip()} Put it in {target}")
     try:
-        if _read(target / MARK).get("fetch") == _wanted(fetch):
+        check_inside(target, raw.absolute())
+        if _is_complete(target, fetch):
             return Fetched(name, "complete", str(target))
         with _alone(target):
             if fetch.hub:
@@ -102,7 +105,8 @@ def fetch_source(
 
 def _wanted(fetch: Fetch) -> dict[str, Any]:
     """What is asked for, as MARK and BEGUN keep it."""
-    return {key: value for key, value in asdict(fetch).items() if value}
+    wanted = {key: value for key, value in asdict(fetch).items() if value}
+    return wanted | ({"urls": [redact(url) for url in fetch.urls]} if fetch.urls else {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -116,15 +120,27 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _finish(folder: Path, fetch: Fetch, **facts: object) -> None:
-    """Everything is there: say so, last."""
-    _write(folder / MARK, {"fetch": _wanted(fetch), **facts})
+def _is_complete(target: Path, fetch: Fetch) -> bool:
+    """Whether this download ended well, and its files are still there at their sizes."""
+    mark = _read(target / MARK)
+    files = mark.get("files")
+    return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
+
+
+def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -> None:
+    """Everything is there: check the hashes that the catalog gives, and say so, last."""
+    files = {name: (folder / name).stat().st_size for name in sorted(names)}
+    if unknown := sorted(fetch.sha256.keys() - files.keys()):
+        raise FetchError(f"the catalog has a sha256 of {', '.join(unknown)}, which did not arrive")
+    for name, digest in fetch.sha256.items():
+        _check_hash(folder / name, digest)
+    _write(folder / MARK, {"fetch": _wanted(fetch), "files": files, **facts})
     (folder / BEGUN).unlink(missing_ok=True)
 
 
 def _plain(error: object) -> str:
-    """An error on one line, without what may be secret in an address: its query, its login."""
-    return re.sub(r"\?\S+|(?<=//)[^/\s@]+@", "", " ".join(str(error).split()))
+    """An error on one line, without what may be secret in an address."""
+    return redact(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager
@@ -216,7 +232,8 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
         )
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     names = _matching(sizes, fetch.files, f"{fetch.hub} on the hub")
-    _check_space(target, sum(sizes[name] or 0 for name in _lacking(target, names, sizes)))
+    wanted = {name: sizes[name] for name in names}
+    _check_space(target, sum(sizes[name] or 0 for name in _lacking(target, wanted)))
     target.mkdir(exist_ok=True)
     _write(target / BEGUN, {"fetch": _wanted(fetch), "revision": info.sha})
     # A killed download leaves these, under names that the library never looks for again.
@@ -228,21 +245,20 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
             allow_patterns=fetch.files or None,
         )  # fmt: skip
     # Where the hub fails midway the library may be content with what there is.
-    if lacking := _lacking(target, names, sizes):
+    if lacking := _lacking(target, wanted):
         raise FetchError(
             f"{len(lacking)} of {len(names)} files of {fetch.hub} did not arrive whole, first "
             f"{lacking[0]}; run the command again to resume"
         )
-    _finish(target, fetch, revision=info.sha)
+    _finish(target, fetch, names, revision=info.sha)
 
 
-def _lacking(target: Path, names: list[str], sizes: dict[str, int | None]) -> list[str]:
+def _lacking(target: Path, sizes: Mapping[str, int | None]) -> list[str]:
     """The files that are not there at their full size."""
     return [
         name
-        for name in names
-        if not (target / name).is_file()
-        or sizes[name] not in (None, (target / name).stat().st_size)
+        for name, size in sizes.items()
+        if not (target / name).is_file() or size not in (None, (target / name).stat().st_size)
     ]
 
 
@@ -262,8 +278,8 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         ) from None
     if target.exists() and any(target.iterdir()):
         raise FetchError(
-            f"{target} holds files already, and not by this fetch; build them as they are, or "
-            "move them away to fetch the dataset"
+            f"{target} holds files already, and not what this fetch left; build them as they are, "
+            "or move them away to fetch the dataset"
         )
     # With an output_dir the library clears an unfinished download; with its cache it resumes one.
     # This cache lies beside the target, so that the result only has to be renamed.
@@ -283,9 +299,10 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
     with explained, _kaggle_cache(work):
         folder = Path(kagglehub.dataset_download(fetch.kaggle))
     inside = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    for name in inside.keys() - _matching(inside, fetch.files, f"{fetch.kaggle} on Kaggle"):
+    names = _matching(inside, fetch.files, f"{fetch.kaggle} on Kaggle")
+    for name in inside.keys() - names:
         inside[name].unlink()
-    _finish(folder, fetch, revision=folder.name)
+    _finish(folder, fetch, names, revision=folder.name)
     publish(folder, target)
     shutil.rmtree(work, ignore_errors=True)
 
@@ -318,7 +335,8 @@ class _Remote:
     url: str
     path: Path
     size: int | None
-    version: str  # changes when the file does; empty where the server does not say
+    version: str  # its ETag, which changes when the file does; empty where there is none
+    sha256: str  # by the catalog; empty where it does not say
 
     @property
     def partial(self) -> Path:
@@ -336,11 +354,11 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         remotes = []
         for url, name in zip(fetch.urls, names, strict=True):
             with _explained(url, by_hand, target / BEGUN):
-                remotes.append(_ask(session, url, target / name))
+                remotes.append(_ask(session, url, target / name, fetch.sha256.get(name, "")))
         begun = _read(target / BEGUN).get("versions", {})
         for remote in remotes:
-            if begun.get(remote.path.name) != remote.version:
-                remote.partial.unlink(missing_ok=True)  # of another file
+            if not remote.version or begun.get(remote.path.name) != remote.version:
+                remote.partial.unlink(missing_ok=True)  # of another file, for all that is known
         lacking = [each for each in remotes if each.size is None or _size(each.path) != each.size]
         _check_space(target, sum((each.size or 0) - _size(each.partial) for each in lacking))
         target.mkdir(exist_ok=True)
@@ -349,7 +367,9 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         for remote in lacking:
             with _explained(remote.url, by_hand, remote.partial):
                 _download(session, remote, progress)
-    _finish(target, fetch, versions=versions)
+    for remote in remotes:
+        _check_content(remote.path, "")
+    _finish(target, fetch, names, versions=versions)
 
 
 def _file_name(url: str) -> str:
@@ -363,22 +383,23 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _ask(session: requests.Session, url: str, path: Path) -> _Remote:
+def _ask(session: requests.Session, url: str, path: Path, sha256: str) -> _Remote:
     response = session.head(url, allow_redirects=True, timeout=TIMEOUT_S)
     if response.status_code in (429, 500, 502, 503, 504):
         response.raise_for_status()
     facts = response.headers if response.ok else {}  # not every server answers HEAD
     size = int(facts.get("Content-Length", 0)) or None
-    return _Remote(url, path, size, facts.get("ETag") or facts.get("Last-Modified") or "")
+    version = facts.get("ETag") or ""
+    return _Remote(url, path, size, "" if version.startswith("W/") else version, sha256)
 
 
 def _download(session: requests.Session, remote: _Remote, progress: Progress) -> None:
     """Go on with what there is of the file; give it its name when all of it has arrived."""
     have = _size(remote.partial)
     if have and have == remote.size:
-        publish(remote.partial, remote.path)
+        _accept(remote)
         return
-    with _open(session, remote.url, have) as response:
+    with _open(session, remote, have) as response, naming(remote.partial):
         have = have if response.status_code == 206 else 0
         size = _expected(response, have)
         bar = progress(f"{remote.path.name}, MiB", size and size // MIB)
@@ -392,17 +413,69 @@ def _download(session: requests.Session, remote: _Remote, progress: Progress) ->
             f"{remote.url} has {size:,} bytes, of which {_size(remote.partial):,} arrived; "
             "run the command again to resume"
         )
+    _accept(remote)
+
+
+def _accept(remote: _Remote) -> None:
+    """Give a whole file its name if it is what its name says; else remove it."""
+    try:
+        _check_content(remote.partial, remote.path.suffix)
+        if remote.sha256:
+            _check_hash(remote.partial, remote.sha256)
+    except FetchError:
+        remote.partial.unlink()
+        raise
     publish(remote.partial, remote.path)
 
 
-def _open(session: requests.Session, url: str, have: int) -> requests.Response:
+def _check_hash(path: Path, digest: str) -> None:
+    """Check a file against the hash of the catalog."""
+    arrived = sha256_of(path)
+    if arrived != digest:
+        raise FetchError(
+            f"{path} has sha256 {arrived[:12]}..., the catalog says {digest[:12]}...; it is not "
+            "the file that was meant, or the catalog is out of date"
+        )
+
+
+_MAGIC = {
+    ".parquet": (b"PAR1",), ".gz": (b"\x1f\x8b",), ".tgz": (b"\x1f\x8b",), ".bz2": (b"BZh",),
+    ".xz": (b"\xfd7zXZ\0",), ".zst": (b"\x28\xb5\x2f\xfd",), ".7z": (b"7z\xbc\xaf\x27\x1c",),
+    ".rar": (b"Rar!",), ".png": (b"\x89PNG",), ".jpg": (b"\xff\xd8",), ".jpeg": (b"\xff\xd8",),
+}  # fmt: skip
+_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)", re.IGNORECASE)
+
+
+def _check_content(path: Path, suffix: str) -> None:
+    """Check that a file begins as its name says: servers send pages (a quota, a login) with status
+    200. `suffix` is that of the name it will have, empty for its own.
+    """
+    suffix = (suffix or path.suffix).lower()
+    with path.open("rb") as stream:
+        start = stream.read(1024)
+    wrong = "a web page" if _PAGE.match(start) and suffix not in (".html", ".htm") else ""
+    if suffix == ".zip" and not wrong:
+        wrong = "" if zipfile.is_zipfile(path) else "no whole zip archive"
+    elif suffix == ".tar" and not wrong:
+        wrong = "" if start[257:262] == b"ustar" or tarfile.is_tarfile(path) else "no tar archive"
+    elif not wrong and not start.startswith(_MAGIC.get(suffix, b"")):
+        wrong = f"no {suffix} file by its first bytes"
+    if wrong:
+        raise FetchError(
+            f"{path.name.removesuffix('.partial')} is {wrong} ({path.stat().st_size:,} bytes); "
+            "open its address in a browser to see why (a quota, a login, a move), then run again"
+        )
+
+
+def _open(session: requests.Session, remote: _Remote, have: int) -> requests.Response:
     """The file from byte `have` on (status 206), or all of it from a server that cannot do that."""
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    url = remote.url
+    headers = {"Range": f"bytes={have}-", "If-Range": remote.version} if have else {}
     response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
     begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
     if have and (response.status_code == 416 or (response.status_code == 206 and not begins)):
         response.close()
-        return _open(session, url, 0)
+        return _open(session, remote, 0)
     response.raise_for_status()
     return response
 

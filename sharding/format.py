@@ -9,6 +9,7 @@ not a set. The format is described for people without this code in `docs/shards.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,9 @@ SAMPLES_SCHEMA = pa.schema(
 )
 
 
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
+
+
 class ShardError(ValueError):
     """A shard set that cannot be used; the message says what was found and what to do."""
 
@@ -87,6 +91,38 @@ def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
         "alt_label": "cls",
     }
     return {"splits": {index["split"]: split}}
+
+
+_INDEX_KEYS = {
+    "format_version": int, "set": str, "split": str, "classes": list, "samples": int,
+    "samples_sha256": str, "shards": list, "totals": dict, "sources": dict, "quarantined": list,
+    "excluded": dict, "excluded_sha256": str, "content_sha256": str,
+}  # fmt: skip
+_SHARD_KEYS = {"name": str, "samples": int, "bytes": int, "sha256": str}
+_SOURCE_KEYS = {
+    "license": str, "homepage": str, "policy": str, "replay": bool, "read_as": dict,
+    "excluded": dict,
+}  # fmt: skip
+
+
+def _check_keys(value: Any, keys: Mapping[str, type], where: str) -> None:
+    """Check that an index has what is read of it, so that no later place has to."""
+    if not isinstance(value, dict):
+        raise ShardError(f"{where} holds a {type(value).__name__}, expected an object; {_ANEW}")
+    for key, kind in keys.items():
+        if not isinstance(value.get(key), kind) or (kind is int and value[key] is True):
+            is_there = f"is {str(value[key])[:40]!r}" if key in value else "is missing"
+            raise ShardError(f"{where}: {key} {is_there}, expected {kind.__name__}; {_ANEW}")
+
+
+_ANEW = "the file is damaged: copy the set anew, or build it again"
+
+
+def content_sha256(index: Mapping[str, Any]) -> str:
+    """The hash of all that an index says, its key `content_sha256` excepted."""
+    content = {key: value for key, value in index.items() if key != "content_sha256"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,14 +251,26 @@ def _read_index(folder: Path) -> dict:
                 else "make one with `python -m sharding build`, or try `make demo`"
             )
         )
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if index.get("format_version") != FORMAT_VERSION:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError(f"{path} is no JSON ({error}); {_ANEW}") from error
+    _check_keys(index, {"format_version": int}, str(path))
+    if index["format_version"] != FORMAT_VERSION:
         raise ShardError(
             f"{path} has format version {index.get('format_version')}, expected {FORMAT_VERSION}; "
             "build the set again with `python -m sharding build`"
         )
+    _check_keys(index, _INDEX_KEYS, str(path))
     if tuple(index["classes"]) != CLASSES:
         raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")
+    _check_keys(index["totals"], dict.fromkeys(("label", "source", "generator"), dict), str(path))
+    for number, entry in enumerate(index["shards"]):
+        _check_keys(entry, _SHARD_KEYS, f"{path}: shard {number}")
+        if not _SHARD_NAME.fullmatch(entry["name"]):
+            raise ShardError(f"{path}: shard {number} is called {entry['name']!r}; {_ANEW}")
+    for name, entry in index["sources"].items():
+        _check_keys(entry, _SOURCE_KEYS, f"{path}: source {name}")
     return index
 
 
@@ -245,8 +293,14 @@ def open_shards(folders: Sequence[Path]) -> ShardSet:
                 f"{index['samples_sha256'][:12]}; build the set again"
             )
         names = [shard["name"] for shard in index["shards"]]
-        table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
-        tables.append(_number_shards(table, names, len(shards)))
+        try:
+            table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
+            tables.append(_number_shards(table, names, len(shards)))
+        except (KeyError, OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ShardError(
+                f"{folder / SAMPLES_FILE} is no table of samples ({reason}); {_ANEW}"
+            ) from error
         shards += names
         sizes += [shard["bytes"] for shard in index["shards"]]
         homes += [folder] * len(names)

@@ -4,13 +4,14 @@ Labels come from whole path parts, without regard to case, the deepest match fir
 of a table; what a real and a fake rule claim alike is refused, never guessed.
 """
 
+import contextlib
 import csv
 import fnmatch
 import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
-from sharding.raw import RawFile, walk
+from sharding.raw import RawFile, nfc, walk
 from storage import AnyPath
 
 NAMED = 5
@@ -52,6 +53,7 @@ class Listing:
     items: list[Item] = field(default_factory=list)
     excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
     read_as: dict[str, int] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)  # rules that fit no file
 
     def exclude(self, reason: str, name: str) -> None:
         """Count a file that is left out; the first few are named."""
@@ -72,6 +74,10 @@ class _Compiled(NamedTuple):
     place: str
 
 
+# What tells kinds of files apart; numbers behind a dot are as many as files.
+_EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
+
+
 def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """All images of a source, sorted by path.
 
@@ -90,31 +96,49 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     ignored = [_compile(source, -1, rule) for rule in source.ignored()]
     groups = [re.compile(pattern, re.IGNORECASE) for pattern in source.groups()]
     listing = Listing()
+    used: set[str] = set()
     table = _read_table(source, raw, files, listing)
     on_files = [rule for rule in rules if not rule.rule.column]
     on_cells = [rule for rule in rules if rule.rule.column]
     images = 0
     for file in files:
-        folder, _, base = file.inside.rpartition("/")
+        folder, _, base = nfc(file.inside).rpartition("/")
         inside = f"{folder}/".lower() if folder else ""
         suffix = posixpath.splitext(base)[1].lower()
         if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
             continue
-        if _fitting(ignored, inside, base):
+        claims = _fitting(on_files, inside, base)
+        ignoring = _fitting(ignored, inside, base)
+        if suffix in IMAGE_SUFFIXES:
+            used.update(claim.compiled.read_as for claim in (*ignoring, *claims))
+        if ignoring:
             listing.exclude("the catalog ignores it", file.inside)
-        elif file.excluded and not _fitting(on_files, inside, base):
+        elif file.excluded and not claims:
             listing.exclude(file.excluded, file.inside)
         elif on_cells and suffix == ".parquet":
             images += 1
             _list_cells(name, source, raw, file, _fitting(on_cells, inside, base), listing)
         elif suffix not in IMAGE_SUFFIXES:
-            listing.exclude(f"not an image by its name ({suffix or base})", file.inside)
+            kind = suffix if _EXTENSION.fullmatch(suffix) else "no extension"
+            listing.exclude(f"not an image by its name ({kind})", file.inside)
         else:
             images += 1
-            _list_file(name, source, file, _fitting(on_files, inside, base), table, groups, listing)
+            _list_file(name, source, file, claims, table, groups, listing)
+    listing.unmatched = _unmatched([*rules, *ignored], used | listing.read_as.keys())
     if images and not listing.items:
         _refuse_all(name, source, raw / root, listing)
     return listing
+
+
+def _unmatched(rules: Sequence[_Compiled], used: set[str]) -> list[str]:
+    """The rules that fit no file; optional ones only where nothing of their class fits."""
+    classes = {rule.label for rule in rules if rule.read_as in used}
+    return [
+        rule.read_as
+        for rule in rules
+        if rule.read_as not in used
+        and (not rule.rule.optional or (rule.label >= 0 and rule.label not in classes))
+    ]
 
 
 def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> None:
@@ -132,7 +156,7 @@ def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> N
 
 
 def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
-    name = re.compile(fnmatch.translate(rule.name), re.IGNORECASE)
+    name = re.compile(fnmatch.translate(nfc(rule.name)), re.IGNORECASE)
     read_as = f"{CLASSES[label] if label >= 0 else 'ignored'}: {rule}"
     place = json.dumps(shares(rule.set or source.set))
     return _Compiled(label, rule, folder_pattern(rule.folder), name, read_as, place)
@@ -140,7 +164,7 @@ def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
 
 def folder_pattern(folder: str) -> re.Pattern:
     """A catalog path as a regular expression over 'a/b/c/' in lower case; see `Rule`."""
-    parts = [part for part in folder.lower().strip("/").split("/") if part not in (".", "")]
+    parts = [part for part in nfc(folder).lower().strip("/").split("/") if part not in (".", "")]
     translated = [r"(?:[^/]+/)*" if part == "**" else _part_pattern(part) + "/" for part in parts]
     return re.compile("".join(translated))
 
@@ -203,7 +227,7 @@ def _list_file(
     if not claims:
         listing.exclude("in no folder the catalog names", file.inside)
         return
-    row = table.get(file.inside.rpartition("/")[2].lower())
+    row = table.get(nfc(file.inside.rpartition("/")[2]).lower())
     if row is not None:
         agreeing = [claim for claim in claims if _agrees(claim.compiled.rule, row)]
         if not agreeing:
@@ -215,7 +239,7 @@ def _list_file(
         listing.read_as[note] = listing.read_as.get(note, 0) + 1
     claim = _decide(claims, file.inside)
     root = source.root or name
-    origin = f"{root}/{file.inside}"
+    origin = nfc(f"{root}/{file.inside}")  # the same on every machine
     captured = next((m[1] for p in groups if (m := p.search(origin))), None)
     group = f"{name}/{captured.lower()}" if captured else origin.rpartition(".")[0]
     _add(listing, claim, name, file, origin, file.member, group)
@@ -253,6 +277,20 @@ def _add(
     )
 
 
+@contextlib.contextmanager
+def _naming_damage(path: AnyPath) -> Iterator[None]:
+    """Put the name of a table's file into errors of the libraries that read it."""
+    try:
+        yield
+    except CatalogError:
+        raise
+    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CatalogError(f"{path} is damaged or no table ({reason}); fetch it again") from error
+
+
 def _read_table(
     source: Source, raw: AnyPath, files: Sequence[RawFile], listing: Listing
 ) -> dict[str, dict[str, str]]:
@@ -264,7 +302,10 @@ def _read_table(
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
-        with (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream:
+        with (
+            _naming_damage(raw / file.path),
+            (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
+        ):
             reader = csv.DictReader(stream)
             if source.table.key not in (reader.fieldnames or []):
                 raise CatalogError(
@@ -272,7 +313,8 @@ def _read_table(
                     f"{source.table.key!r} among them"
                 )
             for row in reader:
-                key = PurePosixPath(row.pop(source.table.key).replace("\\", "/")).name.lower()
+                key = PurePosixPath(row.pop(source.table.key).replace("\\", "/")).name
+                key = nfc(key).lower()
                 values = {column: value or "" for column, value in row.items() if column}
                 if rows.setdefault(key, values) != values:
                     rows[key] = {}  # two rows that differ agree with no rule: refused
@@ -296,7 +338,7 @@ def _list_cells(
     if not claims:
         listing.exclude("in no table the catalog names", file.inside)
         return
-    with (raw / file.path).open("rb") as stream:
+    with _naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)
         conditions = {column for claim in claims for column in claim.compiled.rule.where}
         names = conditions | ({source.group_column} - {""})
@@ -320,8 +362,8 @@ def _list_cells(
         claim = claims[number]
         column = claim.compiled.rule.column
         taken[row] = True
-        origin = f"{root}/{file.inside}:{row}:{column}"
-        group = f"{root}/{file.inside}:{row}"
+        origin = nfc(f"{root}/{file.inside}:{row}:{column}")
+        group = nfc(f"{root}/{file.inside}:{row}")
         if captions and captions[row]:
             group = f"{name}/{hashlib.sha256(str(captions[row]).encode()).hexdigest()[:16]}"
         member = f"{group_of[row]}:{row_of[row]}:{column}"

@@ -7,8 +7,10 @@ gives the bytes of what was listed. What an archive should not hold is listed wi
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -34,6 +36,25 @@ class RawFile(NamedTuple):
     excluded: str = ""  # why it is not read
 
 
+def nfc(name: str) -> str:
+    """A name composed, as people type it; macOS decomposes the names of files."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folder_of(raw: AnyPath, root: str) -> str:
+    """The folder below `raw` of the name `root`, composed or not; `root` if there is none."""
+    if not is_local(raw) or (raw / root).exists():
+        return root
+    path = raw
+    for part in PurePosixPath(root).parts:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        same = [name for name in sorted(names) if nfc(name) == nfc(part)]
+        if not same:
+            return root
+        path /= same[0]
+    return path.relative_to(raw).as_posix()
+
+
 def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
     """Every file below `raw/root`, archives opened, sorted by path. Links are listed as excluded.
 
@@ -54,6 +75,8 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
     """The files in a zip archive, sorted by name."""
     try:
         for member in zip.members(raw / archive.path, archive.path):
+            if member.excluded == zip.HIDDEN:
+                continue
             yield RawFile(
                 f"{archive.inside}/{member.name}", archive.path, member.where, member.size,
                 archive.version, member.excluded,
@@ -63,32 +86,40 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
 
 
 def _walk_local(raw: AnyPath, root: str) -> Iterator[RawFile]:
-    yield from _walk_folder(str(raw / root), "", root)
+    # Strings and scandir: a million Path objects would take most of a minute. A stack: folders may
+    # lie deeper than Python recurses.
+    top = str(raw / root)
+    stack = [_sorted_entries(top)]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+        elif zip.is_hidden(entry.name):
+            continue
+        elif entry.is_dir(follow_symlinks=False):
+            stack.append(_sorted_entries(entry.path))
+        else:
+            facts = entry.stat(follow_symlinks=False)
+            name = entry.path[len(top.rstrip("/")) + 1 :]
+            inside = zip.printable(name)
+            excluded = "" if stat.S_ISREG(facts.st_mode) else zip.kind_of(facts.st_mode)
+            if inside != name and not excluded:
+                excluded = "a name that is not UTF-8; rename it"
+            yield RawFile(
+                inside, f"{root}/{inside}", "", facts.st_size, str(facts.st_mtime_ns), excluded
+            )
 
 
-def _walk_folder(folder: str, prefix: str, root: str) -> Iterator[RawFile]:
-    # Strings and scandir: a million Path objects would take most of a minute.
+def _sorted_entries(folder: str) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        inside = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk_folder(entry.path, f"{inside}/", root)
-            continue
-        facts = entry.stat(follow_symlinks=False)
-        excluded = "" if stat.S_ISREG(facts.st_mode) else zip.kind_of(facts.st_mode)
-        yield RawFile(
-            inside, f"{root}/{inside}", "", facts.st_size, str(facts.st_mtime_ns), excluded
-        )
+        return iter(sorted(entries, key=lambda entry: entry.name))
 
 
 def _walk_remote(raw: AnyPath, root: str) -> Iterator[RawFile]:
     top = (raw / root).path.rstrip("/")
     for path, info in sorted(raw.fs.find(top, detail=True).items()):
         inside = path.removeprefix(top).lstrip("/")
-        if any(part.startswith(".") for part in inside.split("/")):
+        if zip.is_hidden(inside):
             continue
         stamp = info.get("ETag") or info.get("LastModified") or info.get("mtime") or ""
         yield RawFile(inside, f"{root}/{inside}", "", info["size"], str(stamp))

@@ -3,6 +3,7 @@
 Nothing is trusted but the hashes: tars are read again, images decoded again, counts made again.
 """
 
+import csv
 import hashlib
 import json
 import tarfile
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from imaging.decode import DecodeError, decode_image, fingerprints, green_grid
+from imaging.decode import DecodeError, fingerprints, green_grid, prepare
 from sharding.dedupe import SPLIT_RANK
 from sharding.executor import run_all
 from sharding.format import (
     CLASSES,
+    EXCLUDED_FILE,
     IMAGE_FORMATS,
     INDEX_FILE,
     TIMM_FILE,
     ShardSet,
+    content_sha256,
     member_metadata,
     open_shards,
     read_index,
@@ -96,7 +99,7 @@ def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[in
         faults.append(f"{where}:{key}: in the index and not in the tar")
     idx = path.with_suffix(".idx")
     expected = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
-    if not idx.exists() or idx.read_text(encoding="utf-8") != expected:
+    if not idx.exists() or idx.read_bytes() != expected.encode():
         faults.append(f"{where}: its .idx does not say where the members are")
     return len(rows), faults
 
@@ -147,10 +150,16 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
     if IMAGE_FORMATS.get(row["format"]) != extension:
         yield f"a .{extension}, the index says {row['format']}"
     try:
-        pixels = decode_image(data, row["format"], row["orientation"])
+        prepared = prepare(data)
     except DecodeError as error:
         yield str(error)
         return
+    pixels = prepared.pixels
+    facts = _FACTS[:1] if row["transcoded_from"] else _FACTS  # of the published file, then
+    for name in facts:
+        value = getattr(prepared.facts, name)
+        if value != row[name]:
+            yield f"{name} is {value!r}, the index says {row[name]!r}"
     if pixels.shape[:2] != (row["height"], row["width"]):
         yield (
             f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the index says "
@@ -160,9 +169,24 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
         yield "another perceptual hash than the index says"
 
 
+_FACTS = ("format", "chroma", "jpeg_quality", "jpeg_tables", "exif", "orientation")
+
+
 def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> Iterator[str]:
     """Counts, keys, and files that no index lists."""
     where = folder.name
+    if content_sha256(index) != index["content_sha256"]:
+        yield (
+            f"{where}/{INDEX_FILE}: changed since it was written (its content_sha256 says so); "
+            "license, policy, replay and counts are not those of the build"
+        )
+    yield from _check_left_out(folder, index)
+    for name, values in (("source", index["sources"]), ("split", [index["split"]])):
+        present = {shards.codes(name)[1][code] for code in np.unique(shards.codes(name)[0])}
+        if present != set(values):
+            yield f"{where}: {name}s are {sorted(present)}, the index says {sorted(values)}"
+    if index["set"] != where:
+        yield f"{where}: the index is that of set {index['set']}"
     if len(shards) != index["samples"]:
         yield f"{where}: {len(shards):,} rows, the index says {index['samples']:,}"
     keys = shards.table.column("key").to_pylist()
@@ -178,13 +202,34 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         if found != index["totals"][name]:
             yield f"{where}: the counts per {name} are not those of the index"
     info = folder / TIMM_FILE
-    if not info.exists() or json.loads(info.read_text(encoding="utf-8")) != timm_info(index):
+    if not info.exists() or _json_of(info) != timm_info(index):
         yield f"{where}/{TIMM_FILE}: does not say what the index says"
     listed = {entry["name"] for entry in index["shards"]}
     for path in files_in(folder):
         shard = Path(path.name).with_suffix(".tar").name
         if path.suffix in (".tar", ".idx") and shard not in listed:
             yield f"{where}/{path.name}: a file that the index does not list"
+
+
+def _json_of(path: AnyPath) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _check_left_out(folder: AnyPath, index: dict[str, Any]) -> Iterator[str]:
+    """The list of what was left out: its bytes, and its counts by reason."""
+    path, where = folder / EXCLUDED_FILE, f"{folder.name}/{EXCLUDED_FILE}"
+    if not path.exists():
+        yield f"{where}: missing"
+        return
+    if sha256_of(path) != index["excluded_sha256"]:
+        yield f"{where}: its sha256 is not the one in the index"
+    with path.open("r", encoding="utf-8", errors="replace", newline="") as stream:
+        counts = Counter(row.get("reason") for row in csv.DictReader(stream))
+    if dict(counts) != index["excluded"]:
+        yield f"{where}: its counts by reason are not those of the index"
 
 
 def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> list[str]:

@@ -17,7 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imaging.decode import DecodeError, prepare
-from sharding.format import IMAGE_FORMATS, SAMPLES_SCHEMA, ShardError, member_metadata
+from sharding.format import (
+    IMAGE_FORMATS,
+    SAMPLES_SCHEMA,
+    ShardError,
+    member_metadata,
+    table_from,
+)
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
 from storage import AnyPath, any_path, size_of, write_atomically, write_text
@@ -114,7 +120,9 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
     Returns the lines of the `.idx` for DALI's reader (version 1.2), per sample the extension,
     offset, size and name of each member; and the tar's SHA-256.
     """
-    import webdataset  # here, because it imports torch, which only writers should wait for
+    # Here, because it imports torch, which takes seconds: only a worker that writes waits for it.
+    # Were it preloaded for all workers, an interrupt would have to wait for it.
+    import webdataset
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
@@ -158,14 +166,17 @@ def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
 
 
 def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:
-    """What an earlier run wrote for `plan`, or None if it is missing, partial or out of date."""
+    """What an earlier run wrote for `plan`, or None if it is missing, damaged or out of date."""
     path = marks / f"{plan.name}.parquet"
     if not path.exists():
         return None
-    with path.open("rb") as stream:
-        mark = json.loads(pq.read_schema(stream).metadata[b"shard"])
-    if mark.pop("fingerprint") != plan.fingerprint:
+    try:
+        table = table_from(path.read_bytes())
+        mark = json.loads(table.schema.metadata[b"shard"])
+        if mark.pop("fingerprint") != plan.fingerprint or table.num_rows != len(plan.rows):
+            return None
+        written = Written(**mark)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    written = Written(**mark)
     index = (folder / plan.name).with_suffix(".idx")
     return written if size_of(folder / plan.name) == written.bytes and index.exists() else None

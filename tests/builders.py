@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import recipes
 from model import checkpoint
@@ -79,6 +80,47 @@ def encode(
     return stream.getvalue()
 
 
+ORIENTED_PLACES = [
+    ("JPEG", "exif"), ("JPEG", "xmp attribute"), ("JPEG", "xmp element"),
+    ("PNG", "exif"), ("PNG", "xmp attribute"), ("PNG", "raw profile"), ("PNG", "raw xmp"),
+    ("WEBP", "exif"), ("WEBP", "prefixed exif"), ("WEBP", "xmp element"),
+]  # fmt: skip
+"""Formats that may be kept, and where each may state its orientation."""
+
+
+def oriented(image: Image.Image, image_format: str, place: str, orientation: int) -> bytes:
+    """The image as a file that states an orientation in one of `ORIENTED_PLACES`."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tiff = exif.tobytes().removeprefix(b"Exif\0\0")
+    field = (
+        f'tiff:Orientation="{orientation}"/>'
+        if "attribute" in place
+        else f"><tiff:Orientation>{orientation}</tiff:Orientation></rdf:Description>"
+    )
+    xmp = f"<x:xmpmeta><rdf:RDF><rdf:Description {field}</rdf:RDF></x:xmpmeta>".encode()
+    if place == "exif":
+        return encode(image, image_format, exif=exif)
+    if place == "prefixed exif":  # as some encoders copy it out of a JPEG
+        data = encode(image, image_format, exif=exif)
+        prefixed = b"Exif\0\0" + tiff
+        chunk = b"EXIF" + struct.pack("<I", len(prefixed)) + prefixed + b"\0" * (len(prefixed) % 2)
+        data = data[: data.index(b"EXIF" + struct.pack("<I", len(tiff)))] + chunk
+        return data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    if image_format != "PNG":
+        return encode(image, image_format, xmp=xmp)
+    info = PngInfo()
+    if place == "xmp attribute":
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
+    else:  # as ImageMagick writes them
+        name, content = ("exif", b"Exif\0\0" + tiff) if place == "raw profile" else ("xmp", xmp)
+        digits = content.hex()
+        lines = [digits[at : at + 72] for at in range(0, len(digits), 72)]
+        text = "\n".join(["", name, f"{len(content):8}", *lines, ""])
+        info.add_text(f"Raw profile type {name}", text, zip=True)
+    return encode(image, image_format, pnginfo=info)
+
+
 CATALOG = """
 [sets]
 old = "train"
@@ -138,9 +180,9 @@ def write_raw(folder: Path) -> Path:
 def build_all(
     raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
 ) -> Path:
-    """Every set of `raw`, by the real builder."""
+    """Every set of `raw`, by the real builder; training sets of one class are meant."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
-    build(catalog, raw, out, jobs=jobs, max_bad=max_bad)
+    build(catalog, raw, out, jobs=jobs, max_bad=max_bad, allow_incomplete=True)
     return out
 
 

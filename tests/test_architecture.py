@@ -11,7 +11,7 @@ SCRIPTS = ("train", "evaluate", "predict", "app")
 COMMON = {"console", "recipes", "storage", "imaging"}
 
 MAY_IMPORT = {
-    "console": set(),
+    "console": {"storage"},
     "recipes": set(),
     "storage": set(),
     "imaging": {"storage"},

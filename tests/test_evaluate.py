@@ -17,6 +17,7 @@ import evaluate
 from model import score
 from model.checkpoint import find, read_meta
 from model.distributed import DistEnv
+from model.evaluation.plan import Options
 from model.evaluation.run import evaluate as evaluate_sets
 from model.evaluation.scores import read_scores
 from pipeline.loader import Loading
@@ -109,7 +110,7 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
     def work(rank: int) -> None:
         reports[rank] = evaluate_sets(
             find(runs), data, ["evalgen", "val"], out, dist=DistEnv(rank, world_size, 0),
-            loading=Loading(batch_size=batch_size, num_workers=0, backend="pil"),
+            options=Options(loading=Loading(batch_size=batch_size, num_workers=0, backend="pil")),
         )  # fmt: skip
 
     before, score.all_gather_object = score.all_gather_object, all_gather_object
@@ -146,13 +147,13 @@ def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, stor
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
-    loading = Loading(batch_size=7, num_workers=0, backend="pil")
+    options = Options(loading=Loading(batch_size=7, num_workers=0, backend="pil"))
     evaluate_sets(
         find(runs),
         data,
         ["evalgen", "val"],
         out,
-        loading=loading,
+        options=options,
         dist=DistEnv(rank, world_size, 0),
     )
     torch.distributed.destroy_process_group()
@@ -219,7 +220,7 @@ def test_the_report_is_found_again_without_the_network(
     assert said == done.stdout.split("checkpoint: ")[0]
     wrong = run(data, runs, "--scores", tmp_path / "a/scores.parquet", "--shards", "val")
     assert wrong.exit_code == 2
-    assert "--scores takes no --shards" in wrong.output
+    assert "--scores cannot be combined with --shards" in wrong.output
     other = run(data, runs, "--scores", tmp_path / "a/report.json")
     assert other.exit_code == 1
     assert "not a file of scores" in other.output

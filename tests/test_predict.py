@@ -408,7 +408,7 @@ def test_a_file_cannot_write_to_the_terminal(ask: Callable[..., Result], tmp_pat
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
     assert len(result.stdout.splitlines()) == 2
-    assert "the file says: camera: Camera [31m red (EXIF)" in result.stdout
+    assert "the file says: camera: Camera red (EXIF)" in result.stdout
 
 
 def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from upath import UPath
 
 import storage
 from storage import atomic_folder, publish, write_atomically, write_bytes, write_text
+from tests.builders import ROOT, can_mount
 
 
 @pytest.fixture
@@ -161,6 +164,53 @@ def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="input/output"):
         write_text(tmp_path / "a", "new")
     assert not list(tmp_path.iterdir())
+
+
+SMALL_DISK = """
+import resource, sys
+from pathlib import Path
+import pyarrow as pa, pyarrow.parquet as pq
+import storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # EFBIG where a disk says ENOSPC
+path = Path(sys.argv[1])
+table = pa.table({"x": pa.array([str(i) * 9 for i in range(90_000)])})
+write = {
+    "text": lambda partial: partial.write_text("x" * 200_000),
+    "parquet": lambda partial: pq.write_table(table, partial),
+}[sys.argv[2]]
+try:
+    storage.write_atomically(path, write)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").write_text("old")
+    result = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, tmp_path / "a", kind],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout == f"[Errno 27] File too large: '{tmp_path / 'a'}'\n", result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_a_full_disk_is_named(tmp_path: Path, kind: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = SMALL_DISK.replace("resource.setrlimit", "# ")
+    script = (
+        f"mount -t tmpfs -o size=80k none {disk} || exit 99\n"
+        f"{sys.executable} -c '{code}' {disk}/a {kind}; ls {disk} | wc -l"
+    )
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == f"[Errno 28] No space left on device: '{disk}/a'\n0\n", result.stderr
 
 
 def test_cores_are_those_this_process_may_use() -> None:

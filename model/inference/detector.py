@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from imaging.decode import ImageFile, decode, encoded
+from imaging.budget import LARGE_PIXELS
+from imaging.decode import Encoded, ImageFile, as_is, decoded, png_of
+from imaging.orientation import UPRIGHT
 from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
@@ -76,7 +78,8 @@ class ImageDetector(DecisionRule):
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        return pil.preprocess(decode(as_file(image).read()), self.preprocess)
+        with decoded(as_file(image).read()) as pixels:
+            return pil.preprocess(pixels, self.preprocess)
 
     def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
         """Groups of images as the network sees them."""
@@ -92,7 +95,7 @@ class ImageDetector(DecisionRule):
         names: deque[Sequence[str]] = deque()
 
         def requests() -> Iterator[Request]:
-            for of_group, found in ahead(files, _read_encoded, batch_size):
+            for of_group, found in ahead(files, self._for_dali, batch_size):
                 names.append(of_group)
                 yield self._request(found)
 
@@ -100,12 +103,40 @@ class ImageDetector(DecisionRule):
         for pixels in dali.run(requests()):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
+    def _for_dali(self, file: ImageFile) -> Encoded | bytes:
+        """Bytes for the backend to decode; or a PNG of what the network sees, where DALI would read
+        something else than the reference, or a batch of such images would take all memory.
+        """
+        data = file.read()
+        kept = as_is(data)
+        if kept and kept.width * kept.height < LARGE_PIXELS:
+            return kept
+        with decoded(data) as pixels:
+            return png_of(pil.preprocess(pixels, self.preprocess))
+
     def _request(self, found: Sequence[Any]) -> Request:
         """What the backend is asked for; a black pixel stands where there is nothing to decode."""
         failures = {row: one for row, one in enumerate(found) if isinstance(one, str)}
-        rows = [(*PLACEHOLDER, 1, 1) if isinstance(one, str) else one for one in found]
+        rows, seen = [], []
+        for row, one in enumerate(found):
+            if isinstance(one, str):
+                rows.append((*PLACEHOLDER, 1, 1))
+            elif isinstance(one, bytes):
+                seen.append(row)
+                rows.append(
+                    (one, "PNG", UPRIGHT, self.preprocess.crop_size, self.preprocess.crop_size)
+                )
+            else:
+                rows.append(one)
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         params = center_crop_params(self.preprocess, np.array(widths), np.array(heights))
+        for column, value in (
+            (params.top, 0),
+            (params.left, 0),
+            (params.height, self.preprocess.crop_size),
+            (params.width, self.preprocess.crop_size),
+        ):
+            column[seen] = value
         return Request(data, formats, orientations, params, failures)
 
     def _score(
@@ -161,7 +192,3 @@ def load_detector(
     return ImageDetector(
         folder, net.to(where), preprocess, meta, where, dtype, chosen, reason, threshold
     )
-
-
-def _read_encoded(file: ImageFile) -> Any:
-    return encoded(file.read())

@@ -88,8 +88,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             folders.pop()
         elif isinstance(entry, ImageFile):
             yield entry
-        elif entry.name.startswith("."):
-            excluded["hidden"] += 1
+        elif zip.is_hidden(entry.name):
+            excluded[zip.HIDDEN] += 1
         elif entry.is_dir(follow_symlinks=False):
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
@@ -120,7 +120,9 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         version = str(Path(path).stat().st_mtime_ns)
         for member in zip.members(Path(path), Path(path).name):
             name = str(Path(f"{path}/{member.name}"))
-            if not is_image(member.name):
+            if member.excluded == zip.HIDDEN:
+                excluded[zip.HIDDEN] += 1
+            elif not is_image(member.name):
                 excluded[NO_IMAGE] += 1
             elif member.excluded:
                 yield _unreadable(name, member.excluded)
@@ -132,6 +134,9 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
 
 def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     def wanted(name: str) -> bool:
+        if zip.is_hidden(name):
+            excluded[zip.HIDDEN] += 1
+            return False
         excluded[NO_IMAGE] += not is_image(name)
         return is_image(name)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from imaging.decode import ImageFile, decode
+from imaging.decode import ImageFile, decoded
 from model.inference.prediction import (
     DecisionRule,
     Prediction,
@@ -85,7 +85,8 @@ class OnnxDetector(DecisionRule):
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        return preprocess(decode(as_file(image).read()), self.preprocess)
+        with decoded(as_file(image).read()) as pixels:
+            return preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
         """The probability of fake of uint8 (B, size, size, 3) images, float32 (B,)."""

@@ -76,7 +76,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def make_optimizer(backbone: nn.Module, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over layer groups; no weight decay on biases, norms and GRN (all 1-D parameters).
+    """AdamW over the `parameter_groups`.
+
+    Raises:
+        OptimError: a parameter that belongs to no layer.
+    """
+    return torch.optim.AdamW(parameter_groups(backbone, optim), fused=fused)
+
+
+def parameter_groups(backbone: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """The groups of an optimizer, one per layer and weight decay; none on biases, norms and GRN
+    (all 1-D parameters).
 
     Raises:
         OptimError: a parameter that belongs to no layer.
@@ -100,7 +110,7 @@ def make_optimizer(backbone: nn.Module, optim: Optim, *, fused: bool) -> torch.o
             },
         )
         group["params"].append(parameter)
-    return torch.optim.AdamW([groups[key] for key in sorted(groups)], fused=fused)
+    return [groups[key] for key in sorted(groups)]
 
 
 def layer_of_parameters(backbone: nn.Module, layer_decay_groups: str) -> dict[str, int]:

@@ -19,8 +19,8 @@ from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from pipeline.augment import Preprocess
 from pipeline.loader import Loading, open_loader
-from sharding.format import open_shards, read_index
-from storage import write_text
+from sharding.format import ShardSet, open_shards, read_index
+from storage import AnyPath, write_text
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class Validation:
 
 
 def validate(
-    train_state: TrainState, folders: Sequence[Path], preprocess: Preprocess, loading: Loading
+    train_state: TrainState, sets: Mapping[str, ShardSet], preprocess: Preprocess, loading: Loading
 ) -> Validation:
     """Score every validation set, on all ranks together. In the selection figure each set counts
     alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
     AUROC, which does not see a checkpoint that calls everything fake.
     """
     dist = train_state.dist
-    sets, sources = {}, {}
-    for folder in folders:
-        shards = open_shards([folder])
+    by_set: dict[str, Metrics] = {}
+    sources: dict[str, Metrics] = {}
+    for name, shards in sets.items():
         loader = open_loader(
             shards, preprocess=preprocess, loading=loading, device=train_state.device,
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
         scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
         fake = probability(scores.logits)
-        sets[folder.name] = measure(scores.labels, fake)
+        by_set[name] = measure(scores.labels, fake)
         by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
-        sources |= {f"{folder.name}/{source}": found for source, found in by_source.items()}
-    return Validation(sets, sources, float(np.mean([accuracy_of(m) for m in sets.values()])))
+        sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
+    return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
 
 
 def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
@@ -77,7 +77,7 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
 
 def calibrate_checkpoint(
     checkpoint: Path,
-    folders: Sequence[Path],
+    folders: Sequence[AnyPath],
     loading: Loading,
     device: torch.device,
     *,

@@ -9,9 +9,9 @@ from PIL import Image, ImageOps
 
 from imaging.decode import (
     DecodeError,
+    as_is,
     decode,
     decode_image,
-    encoded,
     fingerprints,
     green_grid,
     prepare,
@@ -186,13 +186,26 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_prediction_sees_what_is_packed(kind: str, orientation: int) -> None:
-    """`decode` and `encoded` give what `prepare` gives, without its other work."""
+    """`decode` and `as_is` give what `prepare` gives, without its other work."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(IMAGE, kind, **({} if kind == "GIF" else {"exif": exif}))
     packed = prepare(data)
     np.testing.assert_array_equal(decode(data), packed.pixels)
     height, width = packed.pixels.shape[:2]
-    assert encoded(data) == (
-        packed.data, packed.facts.format, packed.facts.orientation, width, height,
-    )  # fmt: skip
+    kept = data, packed.facts.format, packed.facts.orientation, width, height
+    assert as_is(data) == (None if packed.facts.transcoded_from else kept)
+
+
+@pytest.mark.parametrize("primary", [0, 1])
+def test_a_heic_of_several_pictures_shows_the_primary_one(primary: int) -> None:
+    pictures = [
+        Image.new("RGB", (128, 128), (200, 30, 30)),
+        Image.new("RGB", (160, 96), (30, 30, 200)),
+    ]
+    data = encode(
+        pictures[0], "HEIF", save_all=True, append_images=pictures[1:], primary_index=primary
+    )
+    for pixels in (decode(data), prepare(data).pixels):
+        assert pixels.shape[1::-1] == pictures[primary].size
+        assert np.abs(pixels - np.array(pictures[primary].getpixel((0, 0)), int)).max() < 9

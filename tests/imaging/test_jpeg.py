@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from imaging import decode
-from imaging.decode import DecodeError, claimed_size, encoded, prepare
+from imaging.decode import DecodeError, as_is, claimed_size, prepare
 from imaging.jpeg import before_scan, read_header
 from tests.builders import encode, photo
 
@@ -42,12 +42,12 @@ OTHER = {
 
 
 def outcome(data: bytes):
-    """What `prepare` and `encoded` make of bytes."""
+    """What `prepare` and `as_is` make of bytes."""
     try:
         prepared = prepare(data)
     except DecodeError as error:
         return str(error)
-    return prepared.facts, prepared.data, prepared.pixels.tobytes(), encoded(data)
+    return prepared.facts, prepared.data, prepared.pixels.tobytes(), as_is(data)
 
 
 def with_pillow(data: bytes, monkeypatch: pytest.MonkeyPatch):
@@ -76,7 +76,7 @@ def test_what_needs_interpreting_is_left_to_pillow(
 def test_a_bomb_is_refused_by_its_header() -> None:
     bomb = PLAIN["4:4:4"].replace(b"\x00\x53\x00\x3d", b"\xff\xdc\xff\xdc")
     assert read_header(bomb) is not None
-    for act in (prepare, decode.decode, encoded):
+    for act in (prepare, decode.decode, as_is):
         with pytest.raises(DecodeError, match="200,000,000 pixels"):
             act(bomb)
 

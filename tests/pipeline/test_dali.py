@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from imaging.decode import prepare
+from imaging.decode import decode_image, prepare
 from imaging.jpeg import CHROMAS
 from pipeline.augment import AugmentParams, stack
-from pipeline.batch import Request
-from pipeline.dali import DaliBackend
+from pipeline.batch import PLACEHOLDER, Request
+from pipeline.dali import DaliBackend, _reason
 from pipeline.pil import decode_request
-from tests.builders import color_matrix, encode, photo
+from tests.builders import ORIENTED_PLACES, color_matrix, encode, oriented, photo
 
 SIZE = 64
 
@@ -75,6 +75,10 @@ STAGES = {
 }
 
 
+def _not_wanted(_request: Request) -> None:
+    raise AssertionError("the graph does not take a batch of good images")
+
+
 def both(
     data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +88,9 @@ def both(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
     )
     pil = decode_request(request, size)
-    (dali,) = DaliBackend(size, len(data), device, threads=2).run([request])
+    backend = DaliBackend(size, len(data), device, threads=2)
+    backend._one_by_one = _not_wanted  # else what is compared could be one backend with itself
+    (dali,) = backend.run([request])
     assert not pil.failures
     assert not dali.failures
     return pil.images.numpy().astype(int), dali.images.cpu().numpy().astype(int)
@@ -152,6 +158,29 @@ def test_photographs_of_any_size_resize_alike(size: tuple[int, int], device: tor
     assert np.percentile(np.abs(pil - dali), 99) <= RESIZE_P99
 
 
+# Where an antialiasing filter reaches over the border, DALI repeats the outermost pixel and torch
+# leaves it out. Bilinear, that is an eighth of the weight on the outermost frame, nothing inside:
+# what differs is an eighth of how far the outermost pixel is from the mean of those beside it, at
+# most 32 levels along a side and 60 in a corner; seen on photographs 13.
+FRAME_BOUND, CORNER_BOUND = 32 + 1, 60 + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", [100, 160, 333])
+def test_resizes_differ_on_the_outermost_frame_alone(side: int, device: torch.device) -> None:
+    worst = np.indices((side, side)).sum(0) // 4 % 2 * 255
+    worst[0], worst[-1], worst[:, 0], worst[:, -1] = 255, 0, 255, 0
+    scenes = [photo(5, side, side), np.repeat(worst[:, :, None], 3, axis=2).astype(np.uint8)]
+    params = AugmentParams(top=0, left=0, height=side, width=side)
+    pil, dali = both([encode(one, "PNG") for one in scenes], [params] * 2, device=device)
+    difference = np.abs(pil - dali).max(axis=3)
+    assert difference[:, 1:-1, 1:-1].max() <= RESIZE_P99
+    corners = difference[:, :: SIZE - 1, :: SIZE - 1].copy()
+    assert corners.max() <= CORNER_BOUND
+    difference[:, :: SIZE - 1, :: SIZE - 1] = 0
+    assert RESIZE_P99 < difference.max() <= FRAME_BOUND
+
+
 IMAGE = Image.fromarray(photo(8, SIZE, SIZE))
 ALPHA = Image.merge("RGBA", (*IMAGE.split(), Image.linear_gradient("L").resize((SIZE, SIZE))))
 
@@ -200,6 +229,152 @@ def test_both_decode_to_the_same_pixels(name: str, device: torch.device) -> None
         assert np.percentile(difference, 99) <= NVJPEG_P99
     else:
         np.testing.assert_array_equal(pil, dali)
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
+def test_both_turn_as_the_index_says(image_format: str, place: str, device: torch.device) -> None:
+    """Wherever a file states its orientation, of square pictures and others."""
+    data, expected = [], []
+    for width, height in ((64, 64), (72, 56)):
+        image = Image.fromarray(photo(11, width, height))
+        for orientation, turn in TURNS.items():
+            data.append(oriented(image, image_format, place, orientation))
+            stored = Image.fromarray(decode_image(data[-1], image_format))
+            expected.append(np.asarray(stored.transpose(turn))[3:43, 5:45])
+    crop = AugmentParams(top=3, left=5, height=40, width=40)
+    pil, dali = both(data, [crop] * len(data), size=40, device=device)
+    assert not any(prepare(item).facts.transcoded_from for item in data)
+    for row, pixels in enumerate(expected):
+        np.testing.assert_array_equal(pil[row], pixels)
+        if device.type == "cuda" and image_format == "JPEG":
+            assert np.abs(dali[row] - pixels.astype(int)).mean() < NVJPEG_MEAN
+        else:
+            np.testing.assert_array_equal(dali[row], pixels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_the_number_in_the_index_counts_and_not_the_file(number: int, device: torch.device) -> None:
+    data = with_orientation(6, "PNG")
+    request = Request([data], ["PNG"], [number], stack([WHOLE]))
+    expected = IMAGE if number == 1 else IMAGE.transpose(TURNS[number])
+    (dali,) = DaliBackend(SIZE, 1, device, threads=1).run([request])
+    np.testing.assert_array_equal(dali.images[0].cpu(), np.asarray(expected))
+    np.testing.assert_array_equal(decode_request(request, SIZE).images[0], np.asarray(expected))
+
+
+ODD = {
+    "three bytes between segments": FILES["jpeg 420"].replace(b"\xff\xdb", b"\0\0\0\xff\xdb", 1),
+    "colors of print": encode(IMAGE.convert("CMYK")),
+    "16 bits": encode(Image.fromarray(np.asarray(IMAGE.convert("L"), np.uint16) * 257), "PNG"),
+    "animated": encode(IMAGE, "PNG", save_all=True, append_images=[IMAGE.rotate(9)]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_dali_does_not_read_like_the_reference_is_transcoded(name: str) -> None:
+    prepared = prepare(ODD[name])
+    assert prepared.facts.transcoded_from
+    pil, dali = both([prepared.data], [WHOLE])
+    np.testing.assert_array_equal(pil, dali)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> None:
+    """One that only the reference reads, and one that neither does, beside good ones."""
+    good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
+    bad = b"\xff\xd8" + odd[200:]
+    request = Request([good, odd, bad, good], ["JPEG"] * 4, [1] * 4, stack([WHOLE] * 4))
+    pil = decode_request(request, SIZE)
+    (dali,) = DaliBackend(SIZE, 4, device, threads=2).run([request])
+    assert set(pil.failures) == {2}
+    assert dali.failures == pil.failures
+    if device.type == "cpu":
+        np.testing.assert_array_equal(dali.images, pil.images)
+
+
+def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
+    """As prediction asks: small groups first, the last one not full."""
+    good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
+    others = [encode(photo(seed, SIZE, SIZE)) for seed in range(8)]
+    groups = [[good], others[:4], [*others[:3], bad, *others[4:]], [bad, *others[1:]], others[2:7]]
+    requests = [
+        Request(group, ["JPEG"] * len(group), [1] * len(group), stack([WHOLE] * len(group)))
+        for group in groups
+    ]
+    images = [one.images.clone() for one in DaliBackend(SIZE, 8, CPU, threads=2).run(requests)]
+    for request, pixels in zip(requests, images, strict=True):
+        np.testing.assert_array_equal(pixels, decode_request(request, SIZE).images)
+
+
+def test_a_crop_outside_has_the_same_reason_in_both() -> None:
+    outside = WHOLE._replace(top=1)
+    request = Request([FILES["png"]] * 2, ["PNG"] * 2, [1] * 2, stack([outside, WHOLE]))
+    (dali,) = DaliBackend(SIZE, 2, CPU, threads=1).run([request])
+    assert dali.failures == decode_request(request, SIZE).failures
+    assert "its crop reaches to 64 x 65" in dali.failures[0]
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.95, "without its last two bytes"])
+@pytest.mark.parametrize("kind", ["jpeg 420", "jpeg progressive", "jpeg turned 6"])
+def test_a_jpeg_that_is_cut_off_never_reaches_the_gpu(kind: str, kept: float | str) -> None:
+    """Its decoder would fill what is missing without a word; here DALI is not asked at all."""
+    whole = FILES[kind]
+    cut = whole[: int(len(whole) * kept)] if isinstance(kept, float) else whole[:-2]
+    request = Request([whole, cut, whole], ["JPEG"] * 3, [1] * 3, stack([WHOLE] * 3))
+    backend = DaliBackend(SIZE, 3, CPU, threads=2)
+    checked = backend._on_host(request)
+    assert checked.data[0] is whole and checked.data[2] is whole
+    assert checked.data[1] == PLACEHOLDER[0]
+    (dali,) = backend.run([request])
+    assert dali.failures == decode_request(request, SIZE).failures
+    assert set(dali.failures) == {1}
+
+
+MESSAGE = """Critical error in pipeline:
+Error in CPU operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "/home/CUDA/pipeline/dali.py", line 95, in graph
+    image = fn.decoders.image(
+
+encountered:
+
+[/opt/dali/dali/operators/imgcodec/image_decoder.h:1002] Failed to decode sample #0 : {cause}
+Current pipeline object is no longer valid."""
+
+
+def test_the_reason_is_the_cause() -> None:
+    error = RuntimeError(MESSAGE.format(cause="no such\ncode stream"))
+    assert _reason(error) == "Failed to decode sample #0 : no such code stream"
+
+
+def test_a_lost_gpu_is_told_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CUDA, or by its name of the error; never by a folder."""
+    sample = RuntimeError(MESSAGE.format(cause="corrupt"))
+    memory = RuntimeError(
+        MESSAGE.format(cause="CUDA runtime API error cudaErrorMemoryAllocation (2)")
+    )
+    backend = DaliBackend(SIZE, 1, CPU, threads=1)
+    assert not backend._device_failed(memory)
+    backend.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    assert not backend._device_failed(sample)
+    assert backend._device_failed(memory)
+
+    def lost(_device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert backend._device_failed(sample)
 
 
 OTHER_VALUES = {

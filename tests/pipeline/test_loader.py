@@ -16,7 +16,6 @@ from pipeline.loader import (
     Loading,
     _Requests,
     choose_backend,
-    decode_threads,
     open_loader,
     train_params,
 )
@@ -321,17 +320,6 @@ def test_a_loader_may_be_left_in_the_middle(old: ShardSet, backend: str) -> None
         batches = evaluation_batches(loader)
         assert next(batches).samples.tolist() == [0, 1, 2, 3]
         batches.close()
-
-
-def test_threads_beside_a_gpu_follow_the_share_of_png_and_webp(old: ShardSet) -> None:
-    """Half of the tiny set is PNG or WebP, which a GPU does not decode."""
-    codes, names = old.codes("format")
-    is_jpeg = codes == names.index("JPEG")
-    assert decode_threads(16, old.take(np.flatnonzero(is_jpeg))) == 4
-    assert decode_threads(16, old) == 16
-    few = old.take(np.r_[np.flatnonzero(is_jpeg)[:19], np.flatnonzero(~is_jpeg)[:1]])
-    assert decode_threads(32, few) == 8  # one in twenty, at five times the work
-    assert decode_threads(2, old) == 2
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imaging.decode import exif_orientation
+from imaging.orientation import orientation_of
 from pipeline.loader import LoadError, Loading, open_loader, train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
@@ -34,7 +34,7 @@ def claimed_by(data: bytes) -> dict[str, object] | None:
         with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
             if image.width * image.height > 2**26:
                 return None
-            turned = exif_orientation(image)
+            turned = orientation_of(data, image.format)
             width, height = image.size[:: -1 if turned >= 5 else 1]
             return {
                 "format": image.format, "width": width, "height": height, "orientation": turned,

@@ -1,14 +1,20 @@
 """Reading out of tars: what is open, what is announced to the disk."""
 
+import contextlib
 import os
+import resource
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import read
-from pipeline.read import ShardReader
+from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet
 
 
@@ -73,3 +79,34 @@ def test_the_disk_hears_of_a_whole_batch_while_it_is_waited_for(
         told.clear()
     # The first time it is not known; after that it is as the call before was.
     assert calls == [expected, ["read"] * 3, expected, expected, ["read"] * 3]
+
+
+@contextlib.contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """A process that may have `count` descriptors."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_descriptors_are_read(old: ShardSet) -> None:
+    """As under `ulimit -n 256` with 300 shards; good images were counted as broken."""
+    codes = pa.array(range(len(old)), pa.int32())
+    place = old.table.schema.get_field_index("shard_code")
+    many = replace(
+        old,
+        folders=old.folders[:1] * len(old),
+        shards=old.shards[:1] * len(old),
+        table=old.table.set_column(place, "shard_code", codes),
+        _columns={},
+    )
+    used = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
+    with few_descriptors(used + 20):
+        found = ShardReader(many).read(range(len(old)))
+    assert not [data for data in found if isinstance(data, ReadError) and "open" in str(data)]
+    assert [data for data in found if isinstance(data, bytes)]  # of the first shard, these
+    with few_descriptors(3), pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096"):
+        ShardReader(many).read([0])

@@ -15,7 +15,7 @@ import pytest
 import webdataset
 
 from sharding.build import build
-from sharding.catalog import read_catalog
+from sharding.catalog import CatalogError, read_catalog
 from sharding.format import FORMAT_VERSION, ShardError, open_shards, read_index
 from sharding.inventory import FACTS_VERSION
 from sharding.lock import locked
@@ -241,9 +241,10 @@ def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path
     path = out / ".build/inventory/alpha.parquet"
     table = pq.read_table(path)
     notes = {**table.schema.metadata, b"facts": b"1"}
+    names = ["refused" if name == "excluded" else name for name in table.schema.names]
 
     def make_old() -> None:
-        pq.write_table(table.replace_schema_metadata(notes), path)
+        pq.write_table(table.rename_columns(names).replace_schema_metadata(notes), path)
 
     make_old()
     build_one(raw, out, "old")
@@ -255,3 +256,68 @@ def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path
     )
     with pytest.raises(ShardError, match=said):
         build_one(raw, out, "old")
+
+
+def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    text = (raw / "catalog.toml").read_text()
+    entry = '{ folder = "real", generator = "camera" }'
+    for extra in ('{ folder = "raels" }', '{ folder = "real", name = "*.tif" }'):
+        (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {extra}", 1))
+        with pytest.raises(
+            CatalogError, match=r"source alpha: no file in .* fits real: (raels|real/)"
+        ):
+            build_one(raw, tmp_path / "out", "old")
+        catalog = read_catalog([raw / "catalog.toml"])
+        build(catalog, raw, tmp_path / "flag", only=["old"], jobs=1, allow_incomplete=True)
+        optional = extra.replace(" }", ", optional = true }")
+        (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {optional}", 1))
+        build_one(raw, tmp_path / "out", "old")
+    (raw / "catalog.toml").write_text(
+        text.replace('license = "test"', 'license = "test"\nignore = ["x"]', 1)
+    )
+    with pytest.raises(CatalogError, match=r"source alpha: no file in .* fits ignored: x"):
+        build_one(raw, tmp_path / "out", "old")
+
+
+def test_optional_rules_of_which_none_matches_stop_the_build(tmp_path: Path) -> None:
+    """Alternatives: one of them must fit."""
+    raw = write_raw(tmp_path / "raw")
+    text = (raw / "catalog.toml").read_text()
+    entry = '{ folder = "real", generator = "camera" }'
+    choices = '{ folder = "a", optional = true }, { folder = "b", optional = true }'
+    (raw / "catalog.toml").write_text(text.replace(entry, choices, 1))
+    with pytest.raises(CatalogError, match=r"fits real: a; real: b\. Correct the rule"):
+        build_one(raw, tmp_path / "out", "old")
+
+
+def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    for source in ("alpha", "beta"):
+        shutil.rmtree(raw / source)
+    with pytest.raises(ShardError, match="set old has 10 fake images and no real one; add real im"):
+        build_one(raw, tmp_path / "out", "old")
+    assert not (tmp_path / "out/old/index.json").exists()
+    catalog = read_catalog([raw / "catalog.toml"])
+    build(catalog, raw, tmp_path / "out", only=["old"], jobs=1, allow_incomplete=True)
+    text = (raw / "catalog.toml").read_text().replace('old = "train"', 'old = "test"')
+    (raw / "catalog.toml").write_text(text)
+    build_one(raw, tmp_path / "test", "old")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" + bytes(99) + b"PAR1", None])
+def test_damaged_notes_of_a_build_are_named_or_made_anew(
+    raw: Path, data: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    """`None` is a table, but another one."""
+    out = shutil.copytree(data, tmp_path / "out")
+    content = (data / "old/samples.parquet").read_bytes() if content is None else content
+    mark = out / ".build/old/alpha-train-00000.tar.parquet"
+    mark.write_bytes(content)
+    assert hashes(build_all(raw, out)) == hashes(data)
+    inventory = out / ".build/inventory/alpha.parquet"
+    inventory.write_bytes(content)
+    with pytest.raises(ShardError, match=r"alpha\.parquet is damaged \(.*\); delete it"):
+        build_all(raw, out)
+    inventory.unlink()
+    assert hashes(build_all(raw, out)) == hashes(data)

@@ -98,7 +98,7 @@ def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, sma
 
 def test_an_unknown_kind_of_address_is_one_error() -> None:
     result = CliRunner().invoke(main, ["show", "nosuch://x/y"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "nosuch" in result.output
 
 

@@ -152,3 +152,63 @@ def test_a_bad_catalog_is_one_clear_error(tmp_path: Path, text: str, said: str) 
     with pytest.raises(CatalogError) as caught:
         catalog_of(tmp_path, text)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".build", "a/b", "A", "", "x\\n"])
+def test_a_set_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "catalog.toml"
+    path.write_text(
+        f'[sets]\n"{name}" = "train"\n[sources.s]\nlicense = "x"\nset = "{name}"\nreal = ["a"]\n'
+    )
+    with pytest.raises(CatalogError, match=r"set '.*': use lower-case letters"):
+        read_catalog([path])
+
+
+@pytest.mark.parametrize(
+    "root",
+    ["../../.ssh", "/etc", "..", ".", "a/../../b", "C:/x", "..\\\\x", "s3://bucket/x", "a\\u0000"],
+)
+def test_a_root_lies_below_the_raw_folder(tmp_path: Path, root: str) -> None:
+    with pytest.raises(CatalogError, match="is no folder below the raw folder"):
+        catalog_of(
+            tmp_path, f'[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\nroot = "{root}"\n'
+        )
+
+
+@pytest.mark.parametrize("root", ["my-photos", "a/b c/é", "x.y"])
+def test_a_root_may_be_any_other_path(tmp_path: Path, root: str) -> None:
+    text = f'[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\nroot = "{root}"\n'
+    assert catalog_of(tmp_path, text).sources["s"].root == root
+
+
+@pytest.mark.parametrize("entry", ['hub = "../../x"', 'kaggle = "../.."', 'kaggle = "/etc/x"'])
+def test_a_download_is_named_like_a_dataset(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(CatalogError, match="is no name of a dataset"):
+        catalog_of(
+            tmp_path,
+            f'[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\nfetch = {{ {entry} }}\n',
+        )
+
+
+def test_a_catalog_with_a_mark_or_in_another_encoding(tmp_path: Path) -> None:
+    text = '# Müller\n[sets]\nt = "train"\n[sources.s]\nlicense = "x"\nset = "t"\nreal = ["a"]\n'
+    path = tmp_path / "catalog.toml"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert list(read_catalog([path]).sources) == ["s"]
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(CatalogError, match=r"catalog\.toml is not UTF-8 \(byte 3 is 0xfc\); save"):
+        read_catalog([path])
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("set = { train = nan }", "a share of"), ("set = { train = 2, held = -1 }", "a share of"),
+        ("set = { train = inf }", "a share of"), ("cap = { real = -1 }", "0 or more"),
+        ("expected = { fake = -1 }", "0 or more"),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_catalog_are_possible(tmp_path: Path, entry: str, said: str) -> None:
+    where = "" if entry.startswith("set") else 'set = "train"\n'
+    with pytest.raises(CatalogError, match=said):
+        catalog_of(tmp_path, f'[sources.s]\nlicense = "x"\n{where}real = ["a"]\n{entry}\n')

@@ -21,7 +21,7 @@ import huggingface_hub.constants
 import kagglesdk.kaggle_env
 import pytest
 
-from sharding.catalog import Catalog, CatalogError, Fetch, Source
+from sharding.catalog import BUILT_IN, Catalog, CatalogError, Fetch, Source, read_catalog
 from sharding.fetch import BEGUN, MARK, Fetched, fetch_all, fetch_source
 from tests.builders import ROOT
 from tests.servers import REPO, SERVICE, Server
@@ -63,7 +63,8 @@ def test_a_hub_dataset_arrives_whole_and_once(server: Server, tmp_path: Path) ->
     assert fetched(tmp_path, **HUB) == Fetched("s", "downloaded", str(tmp_path / "s"))
     assert files_of(tmp_path / "s") == DATA
     mark = json.loads((tmp_path / "s" / MARK).read_text())
-    assert mark == {"fetch": HUB, "revision": OLD}
+    files = {name: len(body) for name, body in DATA.items()}
+    assert mark == {"fetch": HUB, "files": files, "revision": OLD}
     assert not (tmp_path / "s" / BEGUN).exists()
     assert server.tokens == {"Bearer hf_s3cret"}
     server.publish(FILES, NEW)
@@ -198,9 +199,9 @@ def test_patterns_that_fit_nothing(server: Server, tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(server: Server) -> str:
-    server.bodies["/p/photos.zip"] = BODY
-    server.headers["/p/photos.zip"] = {"ETag": '"1"'}
-    return f"{server.url}/p/photos.zip"
+    server.bodies["/p/photos.bin"] = BODY
+    server.headers["/p/photos.bin"] = {"ETag": '"1"'}
+    return f"{server.url}/p/photos.bin"
 
 
 def test_an_address_arrives_whole_and_once(server: Server, photos: str, tmp_path: Path) -> None:
@@ -220,9 +221,9 @@ def test_an_address_arrives_whole_and_once(server: Server, photos: str, tmp_path
             self.done += done
 
     assert fetch_source("s", source(urls=[photos]), tmp_path, Bar).status == "downloaded"
-    assert files_of(tmp_path / "s") == {"photos.zip": BODY}
+    assert files_of(tmp_path / "s") == {"photos.bin": BODY}
     assert [(bar.label, bar.total, bar.done) for bar in bars] == [
-        ("photos.zip, MiB", 3, pytest.approx(len(BODY) / 2**20))
+        ("photos.bin, MiB", 3, pytest.approx(len(BODY) / 2**20))
     ]
     server.asked.clear()
     assert fetched(tmp_path, urls=[photos]).status == "complete"
@@ -232,31 +233,31 @@ def test_an_address_arrives_whole_and_once(server: Server, photos: str, tmp_path
 @pytest.mark.parametrize("ranges", ["yes", "no", "wrong"])
 def test_a_cut_address_resumes(server: Server, photos: str, tmp_path: Path, ranges: str) -> None:
     server.ranges = ranges
-    server.cut["/p/photos.zip"] = CUT
+    server.cut["/p/photos.bin"] = CUT
     first = fetched(tmp_path, urls=[photos])
     assert first.status == "failed"
     assert "run the command again to resume" in first.note
-    assert not (tmp_path / "s/photos.zip").exists()
+    assert not (tmp_path / "s/photos.bin").exists()
     assert not (tmp_path / "s" / MARK).exists()
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
-    assert files_of(tmp_path / "s") == {"photos.zip": BODY}
+    assert files_of(tmp_path / "s") == {"photos.bin": BODY}
     again = [""] if ranges == "wrong" else []
     assert [of for _, of in server.got()] == ["", f"bytes={2**21}-", *again]
 
 
 def test_a_file_that_changed_is_not_resumed(server: Server, photos: str, tmp_path: Path) -> None:
-    server.cut["/p/photos.zip"] = CUT
+    server.cut["/p/photos.bin"] = CUT
     assert fetched(tmp_path, urls=[photos]).status == "failed"
-    server.bodies["/p/photos.zip"] = other = BODY[::-1] + b"longer"
-    server.headers["/p/photos.zip"] = {"ETag": '"2"'}
+    server.bodies["/p/photos.bin"] = other = BODY[::-1] + b"longer"
+    server.headers["/p/photos.bin"] = {"ETag": '"2"'}
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
-    assert files_of(tmp_path / "s") == {"photos.zip": other}
+    assert files_of(tmp_path / "s") == {"photos.bin": other}
 
 
 def test_a_failing_head_keeps_what_there_is(server: Server, photos: str, tmp_path: Path) -> None:
-    server.cut["/p/photos.zip"] = CUT
+    server.cut["/p/photos.bin"] = CUT
     assert fetched(tmp_path, urls=[photos]).status == "failed"
-    server.status["HEAD /p/photos.zip"] = 503
+    server.status["HEAD /p/photos.bin"] = 503
     assert "HTTP 503" in fetched(tmp_path, urls=[photos]).note
     server.status.clear()
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
@@ -266,22 +267,22 @@ def test_a_failing_head_keeps_what_there_is(server: Server, photos: str, tmp_pat
 def test_a_partial_that_is_all_of_it_is_only_renamed(
     server: Server, photos: str, tmp_path: Path
 ) -> None:
-    # Killed after the last byte. Where HEAD is refused, only the server's 416 can tell.
+    # Killed after the last byte.
     for refused in (False, True):
-        server.status = {"HEAD /p/photos.zip": 405} if refused else {}
+        server.status = {"HEAD /p/photos.bin": 405} if refused else {}
         raw = tmp_path / str(refused)
-        server.cut["/p/photos.zip"] = CUT
+        server.cut["/p/photos.bin"] = CUT
         assert fetched(raw, urls=[photos]).status == "failed"
-        (raw / "s/photos.zip.partial").write_bytes(BODY)
+        (raw / "s/photos.bin.partial").write_bytes(BODY)
         server.asked.clear()
         assert fetched(raw, urls=[photos]).status == "downloaded"
-        assert files_of(raw / "s") == {"photos.zip": BODY}
+        assert files_of(raw / "s") == {"photos.bin": BODY}
         ranges = [of for _, of in server.got()]
-        assert ranges == ([f"bytes={len(BODY)}-", ""] if refused else [])
+        assert ranges == ([""] if refused else [])  # without an ETag it starts anew
 
 
 def test_a_file_without_a_length_is_refused(server: Server, photos: str, tmp_path: Path) -> None:
-    server.headers["/p/photos.zip"] = {"Content-Length": "", "Connection": "close"}
+    server.headers["/p/photos.bin"] = {"Content-Length": "", "Connection": "close"}
     result = fetched(tmp_path, urls=[photos])
     assert result.status == "failed"
     assert "the server gives no length" in result.note
@@ -290,12 +291,12 @@ def test_a_file_without_a_length_is_refused(server: Server, photos: str, tmp_pat
 
 def test_a_file_of_another_length_is_refused(server: Server, photos: str, tmp_path: Path) -> None:
     # Compressed on its way although that was not asked for: its length says nothing of the file's.
-    server.bodies["/p/photos.zip"] = gzip.compress(BODY)
-    server.headers["/p/photos.zip"] = {"Content-Encoding": "gzip"}
+    server.bodies["/p/photos.bin"] = gzip.compress(BODY)
+    server.headers["/p/photos.bin"] = {"Content-Encoding": "gzip"}
     result = fetched(tmp_path, urls=[photos])
     assert result.status == "failed"
     assert f"of which {len(BODY):,} arrived" in result.note
-    assert not (tmp_path / "s/photos.zip").exists()
+    assert not (tmp_path / "s/photos.bin").exists()
 
 
 @pytest.mark.parametrize("end", ["", "a/", "a/..", "a%2Fb.zip", "a%5Cb.zip", ".fetched.json"])
@@ -353,7 +354,8 @@ def test_a_kaggle_dataset_arrives_whole_and_once(
     assert fetched(tmp_path, **KAGGLE).status == "downloaded"
     assert files_of(tmp_path / "s") == KEPT
     mark = json.loads((tmp_path / "s" / MARK).read_text())
-    assert mark == {"fetch": KAGGLE, "revision": "3"}
+    files = {name: len(body) for name, body in KEPT.items()}
+    assert mark == {"fetch": KAGGLE, "files": files, "revision": "3"}
     assert kaggle.tokens == {"Bearer kg_s3cret"}
     assert not (tmp_path / ".s.kaggle").exists()
     assert not (tmp_path / "elsewhere").exists()
@@ -407,7 +409,7 @@ def test_kaggle_leaves_files_alone_that_it_did_not_bring(kaggle: Server, tmp_pat
     (tmp_path / "s/mine.png").write_bytes(b"mine")
     result = fetched(tmp_path, **KAGGLE)
     assert result.status == "failed"
-    assert "holds files already, and not by this fetch" in result.note
+    assert "holds files already, and not what this fetch left" in result.note
     assert files_of(tmp_path / "s") == {"mine.png": b"mine"}
     assert kaggle.asked == []
 
@@ -431,7 +433,7 @@ def test_too_little_disk_is_said_before_anything_is_downloaded(
     info = json.loads(server.bodies[f"/api/datasets/{REPO}"])
     info["siblings"][0]["size"] = 5 * 2**30
     server.bodies[f"/api/datasets/{REPO}"] = json.dumps(info).encode()
-    server.headers["/p/photos.zip"] = {"Content-Length": str(5 * 2**30)}
+    server.headers["/p/photos.bin"] = {"Content-Length": str(5 * 2**30)}
     for fetch in (HUB, {"urls": [photos]}):
         result = fetched(tmp_path / "not/there", **fetch)
         assert result.status == "failed"
@@ -447,7 +449,7 @@ def test_disk_is_needed_only_for_what_is_not_there(
     server.publish({"data/big.parquet": BODY}, OLD)
     (tmp_path / "s/data").mkdir(parents=True)
     (tmp_path / "s/data/big.parquet").write_bytes(BODY)
-    server.cut["/p/photos.zip"] = CUT
+    server.cut["/p/photos.bin"] = CUT
     urls = {"urls": [photos]}
     assert fetched(tmp_path / "u", **urls).status == "failed"
     disk = type(shutil.disk_usage(tmp_path))
@@ -510,7 +512,7 @@ def test_one_failing_source_does_not_stop_the_others(
 def test_the_folder_is_the_source_s_root(server: Server, photos: str, tmp_path: Path) -> None:
     one = Source(license="x", set="t", real=["**"], root="a/b", fetch=Fetch(urls=[photos]))
     assert fetch_source("s", one, tmp_path).status == "downloaded"
-    assert files_of(tmp_path) == {"a/b/photos.zip": BODY}
+    assert files_of(tmp_path) == {"a/b/photos.bin": BODY}
 
 
 def test_two_downloads_of_one_folder_do_not_meet(
@@ -519,3 +521,121 @@ def test_two_downloads_of_one_folder_do_not_meet(
     with filelock.FileLock(tmp_path / ".s.lock"):
         assert "another fetch is writing" in fetched(tmp_path, urls=[photos]).note
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+
+
+def test_a_link_out_of_the_raw_folder_is_not_written_through(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/s").symlink_to(tmp_path / "elsewhere")
+    result = fetched(tmp_path / "raw", urls=[photos])
+    assert result.status == "failed"
+    assert "leads out of" in result.note
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+PAGE = b"<!doctype html><html>Quota exceeded</html>"
+
+
+def zipped(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, body in members.items():
+            archive.writestr(name, body)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "said"),
+    [
+        ("x.zip", PAGE, "a web page"), ("x.bin", b"\xef\xbb\xbf\n <HTML>", "a web page"),
+        ("x.zip", b"quota exceeded", "no whole zip archive"),
+        ("x.zip", zipped(a=BODY)[:-30], "no whole zip archive"),
+        ("x.tar", b"quota exceeded" * 99, "no tar archive"),
+        ("x.parquet", b"quota exceeded", "no .parquet file"),
+        ("x.tar.gz", b"quota exceeded", "no .gz file"),
+    ],
+)  # fmt: skip
+def test_a_page_instead_of_the_file_is_no_download(
+    server: Server, tmp_path: Path, name: str, body: bytes, said: str
+) -> None:
+    server.bodies[f"/p/{name}"] = body
+    for _ in range(2):
+        result = fetched(tmp_path, urls=[f"{server.url}/p/{name}"])
+        assert result.status == "failed"
+        assert f"{name} is {said}" in result.note
+    assert files_of(tmp_path / "s") == {}
+    assert not (tmp_path / "s" / MARK).exists()
+
+
+def test_complete_looks_at_the_files(server: Server, photos: str, tmp_path: Path) -> None:
+    assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+    (tmp_path / "s/photos.bin").unlink()
+    assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+    os.truncate(tmp_path / "s/photos.bin", 100)
+    assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+    assert files_of(tmp_path / "s") == {"photos.bin": BODY}
+    server.publish(FILES, OLD)
+    assert fetched(tmp_path / "hub", **HUB).status == "downloaded"
+    (tmp_path / "hub/s/data/a.parquet").unlink()
+    assert fetched(tmp_path / "hub", **HUB).status == "downloaded"
+    assert fetched(tmp_path / "hub", **HUB).status == "complete"
+    assert files_of(tmp_path / "hub/s") == DATA
+
+
+def test_complete_looks_at_the_files_of_kaggle(kaggle: Server, tmp_path: Path) -> None:
+    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
+    (tmp_path / "s/keep/2.png").unlink()
+    result = fetched(tmp_path, **KAGGLE)
+    assert result.status == "failed"
+    assert "move them away to fetch the dataset" in result.note
+
+
+def test_a_catalog_may_say_the_sha256(server: Server, photos: str, tmp_path: Path) -> None:
+    good = {"photos.bin": hashlib.sha256(BODY).hexdigest()}
+    assert fetched(tmp_path / "a", urls=[photos], sha256=good).status == "downloaded"
+    result = fetched(tmp_path / "b", urls=[photos], sha256={"photos.bin": "0" * 64})
+    assert result.status == "failed"
+    assert "the catalog says 000000000000..." in result.note
+    assert files_of(tmp_path / "b/s") == {}
+    result = fetched(tmp_path / "c", urls=[photos], sha256={"other.bin": "0" * 64})
+    assert "a sha256 of other.bin, which did not arrive" in result.note
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        Fetch(urls=[photos], sha256={"photos.bin": "abc"})
+
+
+def test_without_an_etag_a_download_starts_anew(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
+    """Last-Modified counts in seconds, and a weak ETag does not promise the same bytes."""
+    for headers in ({}, {"Last-Modified": "x"}, {"ETag": 'W/"1"'}):
+        raw = tmp_path / str(len(str(headers)))
+        server.headers["/p/photos.bin"] = headers
+        server.bodies["/p/photos.bin"] = BODY
+        server.cut["/p/photos.bin"] = CUT
+        assert fetched(raw, urls=[photos]).status == "failed"
+        server.bodies["/p/photos.bin"] = BODY[::-1]
+        assert fetched(raw, urls=[photos]).status == "downloaded"
+        assert files_of(raw / "s") == {"photos.bin": BODY[::-1]}
+
+
+def test_marks_keep_no_secrets(server: Server, photos: str, tmp_path: Path) -> None:
+    host = photos.removeprefix("http://")
+    address = f"http://me:s3c@ret@{host}?X-Amz-Signature=s3cret#s3cret"
+    server.cut["/p/photos.bin"] = CUT
+    notes = [fetched(tmp_path, urls=[address]).note]
+    assert BEGUN in [path.name for path in (tmp_path / "s").iterdir()]
+    texts = [(tmp_path / "s" / BEGUN).read_text()]
+    notes.append(fetched(tmp_path, urls=[address]).note)
+    texts.append((tmp_path / "s" / MARK).read_text())
+    for text in (*notes, *texts):
+        assert not {word for word in ("s3c", "ret@", "Signature", "me:") if word in text}
+    assert fetched(tmp_path, urls=[address.replace("Signature=s3cret", "x=y")]).status == "complete"
+
+
+def test_the_built_in_catalog_downloads_by_https_only() -> None:
+    sources = read_catalog([BUILT_IN]).sources.values()
+    urls = [url for source in sources if source.fetch for url in source.fetch.urls]
+    assert urls
+    assert all(url.startswith("https://") for url in urls)

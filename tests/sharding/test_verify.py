@@ -64,6 +64,7 @@ def test_missing_short_and_strange_files_are_found(copy: Path) -> None:
     (copy / "old/beta-train-00000.idx").write_text("v1.2 0\n")
     (copy / "old/zeta-train-00000.tar").write_bytes(b"")
     (copy / "val/_info.json").write_text('{"splits": {}}')
+    (copy / "new/_info.json").write_bytes(b"\xff{")
     tar = copy / "new/gamma-train-00000.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     shutil.copy(copy / "val/gamma-val-00000.tar", copy / "old/dummy-train-00000.tar")
@@ -72,6 +73,7 @@ def test_missing_short_and_strange_files_are_found(copy: Path) -> None:
     assert "old/beta-train-00000.tar: its .idx does not say" in faults
     assert "old/zeta-train-00000.tar: a file that the index does not list" in faults
     assert "val/_info.json: does not say what the index says" in faults
+    assert "new/_info.json: does not say what the index says" in faults
     assert "new/gamma-train-00000.tar: not a whole tar" in faults
     assert "in the index and not in the tar" in faults
 
@@ -186,3 +188,103 @@ def test_a_damaged_shard_is_mended_by_the_build(tmp_path: Path) -> None:
     assert run(*arguments, "--jobs", 1)[0] == 0
     assert (tmp_path / "o/old/alpha-train-00000.tar").read_bytes() == before
     assert run("verify", tmp_path / "o")[0] == 0
+
+
+def edit_index(folder: Path, change) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["sources"]["alpha"].update(license="mine"),
+        lambda index: index["sources"]["alpha"].update(policy="dda"),
+        lambda index: index["sources"]["dummy"].update(replay=True),
+        lambda index: index["sources"]["dummy"].update(homepage="here.org"),
+        lambda index: index["quarantined"].append({"path": "x", "source": "alpha", "reason": "y"}),
+    ],
+)
+def test_a_changed_promise_of_the_index_is_found(copy: Path, change) -> None:
+    edit_index(copy / "old", change)
+    (fault,) = verify([copy / "old"], jobs=1)
+    assert "old/index.json: changed since it was written" in fault
+
+
+def test_the_list_of_what_was_left_out_is_checked(copy: Path) -> None:
+    with (copy / "old/excluded.csv").open("a") as stream:
+        stream.write("alpha,alpha/real/x.jpg,no reason,\n")
+    faults = "\n".join(verify([copy / "old"], jobs=1))
+    assert "old/excluded.csv: its sha256 is not" in faults
+    assert "old/excluded.csv: its counts by reason are not" in faults
+    (copy / "old/excluded.csv").unlink()
+    assert "old/excluded.csv: missing" in verify([copy / "old"], jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("chroma", "411"), ("jpeg_quality", 3), ("jpeg_tables", "x"), ("exif", True),
+     ("split", "test"), ("source", "beta")],
+)  # fmt: skip
+def test_a_fact_that_the_image_denies_is_found(copy: Path, name: str, value: object) -> None:
+    rewrite(copy / "old", lambda rows: rows[0].update({name: value}))
+    faults = "\n".join(verify([copy / "old"], jobs=1))
+    said = {"split": "splits are", "source": "source is 'alpha', the index says 'beta'"}
+    assert said.get(name, f"{name} is ") in faults
+
+
+KEYS = ["set", "split", "classes", "samples", "samples_sha256", "shards", "totals", "sources",
+        "quarantined", "excluded", "excluded_sha256", "content_sha256",
+        "format_version"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_is_missing_is_one_line(copy: Path, key: str) -> None:
+    edit_index(copy / "old", lambda index: index.pop(key))
+    for command in ("verify", "show", "list"):
+        arguments = ("--out", copy) if command == "list" else (copy / "old",)
+        status, output = run(command, *arguments)
+        assert status == 1
+        (line,) = [line for line in output.splitlines() if "rror" in line]
+        assert f"index.json: {key} is missing, expected" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index.update(samples="80"), "samples is '80', expected int"),
+        (lambda index: index["totals"].pop("label"), "label is missing, expected dict"),
+        (lambda index: index["shards"][1].pop("bytes"), "shard 1: bytes is missing"),
+        (lambda index: index["shards"][0].update(name="../x.tar"), "shard 0 is called '../x.tar'"),
+        (lambda index: index["sources"]["alpha"].pop("policy"), "source alpha: policy is missing"),
+        (lambda index: index["shards"].pop(0), "is no table of samples"),
+    ],
+)
+def test_a_strange_index_is_one_line(copy: Path, change, said: str) -> None:
+    edit_index(copy / "old", change)
+    status, output = run("verify", copy / "old")
+    assert status == 1
+    assert said in output
+    assert "copy the set anew, or build it again" in output
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_an_index_that_is_none_is_one_line(copy: Path, text: str) -> None:
+    (copy / "old/index.json").write_bytes(text.encode("latin-1"))
+    status, output = run("verify", copy / "old")
+    assert status == 1
+    assert "index.json" in output
+    assert "copy the set anew" in output
+
+
+def test_a_damaged_table_is_one_line(copy: Path) -> None:
+    import hashlib
+
+    for content in (b"", b"PAR1" + bytes(500) + b"PAR1"):
+        (copy / "old/samples.parquet").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        edit_index(copy / "old", lambda index: index.update(samples_sha256=digest))  # noqa: B023
+        status, output = run("verify", copy / "old")
+        assert status == 1
+        assert "samples.parquet is no table of samples" in output

@@ -7,7 +7,9 @@ import http.server
 import io
 import json
 import random
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.inference import provenance
-from model.inference.provenance import MAX_TEXT, Evidence, read_evidence
+from model.inference.provenance import MAX_EVIDENCE, MAX_TEXT, Evidence, read_evidence
 from tests.builders import KINDS, awkward_files, encode, photo
 
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -102,11 +104,14 @@ def signer() -> c2pa.Signer:
     )  # fmt: skip
 
 
-def sign(signer: c2pa.Signer, data: bytes, kind: str, source: str, remote: str = "") -> bytes:
+def sign(
+    signer: c2pa.Signer, data: bytes, kind: str, source: str, remote: str = "",
+    maker: str = "Example Painter",
+) -> bytes:  # fmt: skip
     """The file with a manifest that says how it was made; `remote`: with its address alone."""
     action = {"action": "c2pa.created", "digitalSourceType": SOURCE + source}
     manifest = {
-        "claim_generator_info": [{"name": "Example Painter", "version": "2"}],
+        "claim_generator_info": [{"name": maker, "version": "2"}],
         "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
     }
     settings = {"builder": {"thumbnail": {"enabled": False}}}
@@ -183,15 +188,21 @@ GRAPH = json.dumps(
      "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog in the rain"}}}
 )  # fmt: skip
 
+DRAWN = json.dumps(
+    {"nodes": [{"id": 3, "type": "KSampler", "widgets_values": [1, "euler"]}], "links": []}
+)  # fmt: skip
+JOB = "a7421d2f-b262-44f9-977c-ac23e9c7d3e3"
+
 
 @pytest.mark.parametrize(
     ("texts", "said"),
     [({"parameters": A1111}, "Stable Diffusion settings: a cat on a sofa"),
      ({"prompt": GRAPH}, "ComfyUI: a dog in the rain"),
-     ({"workflow": '{"nodes": []}'}, 'ComfyUI: {"nodes": []}'),
-     ({"invokeai_metadata": '{"positive_prompt": "x"}'}, "InvokeAI"),
+     ({"workflow": DRAWN}, 'ComfyUI: {"nodes"'),
+     ({"invokeai_metadata": '{"positive_prompt": "x"}'}, "InvokeAI: x"),
      ({"Software": "NovelAI"}, "NovelAI"),
-     ({"Description": "a fox --v 6 Job ID: 12345678-1234-1234"}, "Midjourney: a fox"),
+     ({"Source": "Stable Diffusion 8BA2AF87"}, "Stable Diffusion 8BA2AF87"),
+     ({"Description": f"a fox --ar 2:1 --v 6 Job ID: {JOB}"}, "Midjourney: a fox"),
      ({"Comment": "made by DALL-E 3"}, "DALL-E 3")],
 )  # fmt: skip
 def test_what_generators_leave_in_a_png(texts: dict[str, str], said: str) -> None:
@@ -212,9 +223,92 @@ def test_settings_in_an_exif_comment(kind: str, code: bytes) -> None:
 
 def test_comfyui_in_a_webp() -> None:
     """It takes the tags of a camera's make and model for it."""
-    found = read_evidence(encode(PICTURE, "WEBP", exif=exif(Make="workflow:{}", Model="prompt:{}")))
-    assert {one.kind for one in found} == {"generator"}
+    tags = exif(Make=f"workflow:{DRAWN}", Model=f"prompt:{GRAPH}")
+    found = read_evidence(encode(PICTURE, "WEBP", exif=tags))
+    assert {one.value[:12] for one in found} == {'ComfyUI: {"n', "ComfyUI: a d"}
     assert {one.suggests for one in found} == {"AI"}
+    empty = exif(Make="workflow:{}", Model="prompt:{}")
+    assert read_evidence(encode(PICTURE, "WEBP", exif=empty)) == []  # and no camera either
+
+
+# What real photographs have in them: cases that were once taken for a generator's.
+PHOTOGRAPHS = [
+    {"Artist": "Kendall Evans"}, {"Artist": "Randall Ellis"}, {"Artist": "Marco Dall'E"},
+    {"ImageDescription": "Imagen de la catedral de Burgos"},
+    {"ImageDescription": "Tramonto visto dalle mura di Lucca"},
+    {"ImageDescription": "Fireflies over a meadow; firefly long exposure"},
+    {"ImageDescription": "Chinese ideogram on a temple gate"},
+    {"ImageDescription": "Not AI-generated. Not made with Midjourney."},
+    {"ImageDescription": "The ComfyUI and Stable Diffusion booth at the fair"},
+    {"ImageDescription": f"Scan, Job ID: {JOB}"},
+    {"UserComment": b"ASCII\0\0\0DALL-E 3 poster at the exhibition"},
+    {"UserComment": b"ASCII\0\0\0Steps: 200, up to the tower. Seed: wheat"},
+    {"Copyright": "Midjourney Photography, Ohio"},
+    {"Software": "Imagenomic Portraiture 3"}, {"Software": "Adobe Photoshop 25.0"},
+    {"Software": "Firefly 8SE v1.3"}, {"Software": "Imagen 2.1"}, {"Software": "Midjourneyman 2"},
+    {"Software": "ComfyUI-remover"}, {"Make": "Hawkeye Firefly", "Model": "8SE"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tags", PHOTOGRAPHS)
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "HEIF"])
+def test_a_photograph_is_no_generators(kind: str, tags: dict[str, object]) -> None:
+    tags = {"Make": "Canon", "Model": "Canon EOS R5"} | tags
+    (found,) = read_evidence(encode(PICTURE, kind, exif=exif(**tags)))
+    assert (found.kind, found.suggests) == ("camera", "camera")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{"parameters": "exposure=20ms gain=1.5 objective=40x"},
+     {"workflow": "scan -> register -> stitch"}, {"workflow": '{"nodes": [], "links": []}'},
+     {"workflow": '{"nodes": [{"type": "n8n.webhook", "parameters": {}}], "connections": {}}'},
+     {"workflow": '{"nodes": [{"type": "camera", "id": 1}], "links": []}'},
+     {"prompt": "say cheese"}, {"prompt": '{"1": {"text": "a"}}'}, {"Dream": "a house by the sea"},
+     {"sd-metadata": "32 GB card"}, {"generation_data": "2019"}, {"positive_prompt": "x"},
+     {"Title": "Panorama dalle Dolomiti"}, {"Author": "Kendall Evans"},
+     {"Description": "Imagen 3: plaza mayor"}, {"Source": "imagen escaneada"},
+     {"Comment": "my cat, not made with Midjourney"}, {"Comment": '{"steps": 20, "seed": 4}'},
+     {"prompt": "p", "steps": "20"}],
+)  # fmt: skip
+def test_a_name_of_a_text_says_nothing(texts: dict[str, str]) -> None:
+    assert read_evidence(png(**texts)) == []
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "HEIF"])
+@pytest.mark.parametrize(
+    "name",
+    ["Adobe Firefly", "NovelAI", "Midjourney v6", "Fooocus v2.5.5", "OpenAI DALL\xb7E 3",
+     "DALL-E-3", "Draw Things", "InvokeAI 3.4"],
+)  # fmt: skip
+def test_a_generator_that_signs_as_software(kind: str, name: str) -> None:
+    found = one(encode(PICTURE, kind, exif=exif(Software=name.encode())))
+    assert (found.value, found.where, found.suggests) == (name, "EXIF Software", "AI")
+
+
+def test_makers_that_sign_elsewhere() -> None:
+    assert one(encode(PICTURE, exif=exif(Make="Ideogram AI"))).suggests == "AI"
+    signed = exif(Artist=JOB, ImageDescription="Signature: " + "aB3/" * 20 + "==")
+    assert one(encode(PICTURE, exif=signed)).value.startswith("xAI: Signature")
+    half = exif(Artist="Ann Bell", ImageDescription="Signature: " + "aB3/" * 20)
+    assert read_evidence(encode(PICTURE, exif=half)) == []
+
+
+def xp_comment(text: str) -> Image.Exif:
+    found = Image.Exif()
+    found[ExifTags.Base.XPComment] = text.encode("utf-16-le")
+    return found
+
+
+def test_settings_in_a_comment_of_windows() -> None:
+    assert "a cat on a sofa" in one(encode(PICTURE, exif=xp_comment(A1111))).value
+
+
+def test_a_number_is_no_camera() -> None:
+    """A damaged type made a camera of it by the name of "(1, 2, 3)"."""
+    make = struct.pack("<HHIIIHHH", ExifTags.Base.Make, 3, 3, 26, 0, 1, 2, 3)
+    tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + make
+    assert read_evidence(encode(PICTURE, exif=tags)) == []
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
@@ -250,6 +344,105 @@ def test_the_iptc_source_type(kind: str) -> None:
     assert found == Evidence("AI label", "AI-generated, by 0011", "XMP", "AI")
     credit = one(saved('photoshop:Credit="Made with Google AI"/>'))
     assert (credit.value, credit.suggests) == ("credit: Made with Google AI", "AI")
+
+
+IN_XMP = [
+    (f'I:DigitalSourceType="{SOURCE}trainedAlgorithmicMedia"/>', "AI-generated"),
+    ('I:DigitalSourceType="trainedAlgorithmicMedia"/>', "AI-generated"),
+    ('DigitalSourceType="digsrctype:trainedAlgorithmicMedia"/>', "AI-generated"),
+    (f'I:DigitalSourceType="{SOURCE.replace("source", "Source")}TrainedAlgorithmicMedia"/>',
+     "AI-generated (trainedAlgorithmicMedia)"),
+    ("><DigitalSourceType>trainedAlgorithmicMedia</DigitalSourceType></D>", "AI-generated"),
+    (f"><I:DigitalSourceType rdf:resource='{SOURCE}compositeSynthetic'/></D>", "AI-generated"),
+    ('xmp:CreatorTool="Draw Things"/>', "Draw Things"),
+    ("><xmp:CreatorTool>Adobe Firefly</xmp:CreatorTool></D>", "Adobe Firefly"),
+    ("><I:AISystemUsed>Some Model 3</I:AISystemUsed></D>", "Some Model 3"),
+    (">" + """<exif:UserComment><rdf:Alt><rdf:li xml:lang="x-default">{&quot;c&quot;:&quot;a cube
+     &quot;,"uc":"","model":"m.ckpt","steps":8}</rdf:li></rdf:Alt></exif:UserComment></D>""",
+     "Draw Things: a cube"),
+    ("><dc:description><rdf:Alt><rdf:li>a cat&#xA;Steps: 8, Sampler: Euler, Guidance Scale: 4.0"
+     "</rdf:li></rdf:Alt></dc:description></D>", "Stable Diffusion settings: a cat Steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inside", "said"), IN_XMP)
+def test_what_generators_leave_in_xmp(inside: str, said: str) -> None:
+    found = one(encode(PICTURE, xmp=xmp(inside)))
+    assert found.value.startswith(said)
+    assert found.suggests == "AI"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ['xmp:CreatorTool="Adobe Photoshop 25.0"/>', 'photoshop:Credit="AI / Contributor"/>',
+     'dc:title="Midjourney"/>', "><dc:creator>Randall Ellis</dc:creator></D>",
+     "><dc:description>Fotos dalle Dolomiti, Adobe Firefly</dc:description></D>",
+     "><dc:subject>trainedAlgorithmicMedia, Stable Diffusion</dc:subject></D>",
+     'xmp:CreatorTool="Imagenomic Portraiture"/>'],
+)  # fmt: skip
+def test_what_people_write_in_xmp(inside: str) -> None:
+    assert read_evidence(encode(PICTURE, xmp=xmp(inside))) == []
+
+
+def raw_profile(name: str, content: bytes) -> dict[str, str]:
+    """As ImageMagick writes it: the last part of the name, the length, lines of 72 digits."""
+    digits = content.hex()
+    lines = "\n".join(digits[at : at + 72] for at in range(0, len(digits), 72))
+    return {f"Raw profile type {name}": f"\n{name}\n{len(content):8}\n{lines}\n"}
+
+
+def gif(packet: bytes) -> bytes:
+    whole = encode(PICTURE, "GIF")
+    trailer = b"\x01" + bytes(range(255, -1, -1)) + b"\0"
+    return whole[:-1] + b"!\xff\x0bXMP DataXMP" + packet + trailer + b"\0;"
+
+
+def extended(packet: bytes) -> bytes:
+    """A JPEG whose XMP goes on in two further segments, the second part first."""
+    whole, half = encode(PICTURE), packet.index(b"Things")
+    added = b""
+    for start, part in ((half, packet[half:]), (0, packet[:half])):
+        numbers = len(packet).to_bytes(4, "big") + start.to_bytes(4, "big")
+        content = b"http://ns.adobe.com/xmp/extension/\0" + b"0" * 32 + numbers + part
+        added += b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content
+    return whole[:2] + added + whole[2:]
+
+
+WRITTEN = xmp('xmp:CreatorTool="Draw Things"/>')
+
+
+@pytest.mark.parametrize(
+    "data",
+    [encode(PICTURE, xmp=WRITTEN), encode(PICTURE, "WEBP", xmp=WRITTEN),
+     encode(PICTURE, "AVIF", xmp=WRITTEN), encode(PICTURE, "HEIF", xmp=WRITTEN),
+     encode(PICTURE, "TIFF", tiffinfo={700: WRITTEN}),
+     encode(PICTURE, xmp=WRITTEN.decode().encode("utf-16")),
+     encode(PICTURE, xmp=WRITTEN.decode().encode("utf-16-be")),
+     png(**{"XML:com.adobe.xmp": WRITTEN.decode()}), png(**raw_profile("xmp", WRITTEN)),
+     png(**raw_profile("APP1", b"http://ns.adobe.com/xap/1.0/\0" + WRITTEN)),
+     gif(WRITTEN), extended(WRITTEN)],
+    ids=["jpeg", "webp", "avif", "heic", "tiff", "utf-16", "utf-16-be", "png", "raw", "app1",
+         "gif", "extended"],
+)  # fmt: skip
+def test_where_xmp_stands(data: bytes) -> None:
+    assert one(data) == Evidence("generator", "Draw Things", "XMP CreatorTool", "AI")
+
+
+def test_exif_where_imagemagick_puts_it() -> None:
+    tags = exif(Software="NovelAI").tobytes()
+    assert one(png(**raw_profile("APP1", tags))).value == "NovelAI"
+
+
+def test_damaged_exif_hides_nothing_else() -> None:
+    whole = encode(PICTURE, "WEBP", exif=b"Exif\0\0XX*\0rubbish", xmp=WRITTEN)
+    assert one(whole).value == "Draw Things"
+
+
+def test_a_claim_without_a_source_type(signer: c2pa.Signer) -> None:
+    plain = one(sign(signer, encode(PICTURE), "JPEG", "empty"))
+    assert plain.suggests == ""
+    named = one(sign(signer, encode(PICTURE), "JPEG", "empty", maker="ChatGPT"))
+    assert named.suggests == "AI"
 
 
 def test_a_text_behind_the_pixels() -> None:
@@ -323,9 +516,47 @@ def test_a_text_that_unpacks_to_much_is_not_unpacked() -> None:
 
 
 def test_a_file_cannot_write_to_the_terminal() -> None:
-    found = one(png(parameters="\x1b[2J\x9b\x07\u202e" + A1111 + "x" * 1000))
+    found = one(png(parameters="\x1b[2J\x1b]0;title\x07\x9b31m\x07\u202e" + A1111 + "x" * 1000))
     assert found.value.isprintable()
+    assert found.value.startswith("Stable Diffusion settings: a cat")
     assert len(found.value) == MAX_TEXT
+
+
+def test_a_file_that_says_much_says_little() -> None:
+    """15,000 statements become a row of `MAX_EVIDENCE`, what suggests AI among them."""
+    texts = {f"parameters {n}\x1b[2J'": f"{n} {A1111}" for n in range(15_000)}
+    found = read_evidence(encode(PICTURE, "PNG", pnginfo=many(texts)))
+    assert len(found) == MAX_EVIDENCE
+    assert found[-1].value == "14,981 further statements are not shown"
+    assert all(len(str(one)) < 2 * MAX_TEXT and one.where.isprintable() for one in found)
+    assert "'text" not in found[0].where
+    types = "".join(f"<DigitalSourceType>type{n}</DigitalSourceType>" for n in range(15_000))
+    last = 'xmp:CreatorTool="Midjourney">'
+    found = read_evidence(png(**{"XML:com.adobe.xmp": xmp(last + types).decode()}))
+    assert len(found) == MAX_EVIDENCE
+    assert found[0].value == "Midjourney"
+    assert len(one(encode(PICTURE, xmp=xmp(f'DigitalSourceType="{"a" * 9000}"'))).value) == MAX_TEXT
+
+
+def many(texts: dict[str, str]) -> PngInfo:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    return info
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" + " " * 400_000 + "b", "--a" * 150_000, "Steps: 1 " * 50_000, "{" * 400_000,
+     '{"prompt":' * 40_000, '"class_type" ' * 30_000, "<DigitalSourceType>" * 20_000,
+     "<UserComment>" * 30_000 + "</UserComment>", ' CreatorTool="' * 30_000, "\x1b[" * 200_000,
+     "&amp;" * 90_000, '" -s1 -S1' * 50_000],
+)  # fmt: skip
+def test_no_text_takes_long(text: str) -> None:
+    began = time.process_time()
+    harmless(png(parameters=text))
+    harmless(png(**{"XML:com.adobe.xmp": text}))
+    assert time.process_time() - began < 4
 
 
 @pytest.mark.slow

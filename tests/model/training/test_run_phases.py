@@ -18,6 +18,7 @@ from model.recipe import Recipe
 from model.training import run
 from model.training.forgetting import Change, Gate, forgetting, refusals
 from model.training.history import rows_of
+from model.training.plan import open_stream
 from model.training.run import Refused, train
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
@@ -118,7 +119,7 @@ def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
     """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
     recipe = recipes.load(Recipe, phase2, [f"replay.ratio={ratio}", "replay.distill_weight=0.5"])
     assert recipe.replay.distill_weight == 0.5
-    stream = run.open_stream(recipe, data, torch.device("cpu"))
+    stream = open_stream(recipe, data, torch.device("cpu"))
     wanted = int(stream.new_per_epoch * recipe.replay.fraction)
     assert stream.replayed_per_epoch == wanted
     epoch = stream.epoch(0)

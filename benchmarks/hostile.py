@@ -1,0 +1,396 @@
+"""Files that break image software, through everything that reads images: one table of what broke.
+
+    python -m benchmarks.hostile FOLDER [--seconds S] [--memory GB] [--json FILE]
+
+Every file below FOLDER is decoded, looked at as `predict` does through both backends, packed,
+verified, and loaded for one epoch through both backends. Each stage is a child process that is
+ended when a file takes longer than `--seconds`, or the process more memory than `--memory`; the
+decoding stage then goes on behind the file it was at. Outcomes are compared between the backends
+and with Pillow's own decode; a difference is named in `EXPLANATIONS`, or it is unexplained.
+
+`python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import console
+
+ROOT = Path(__file__).parents[1]
+SIDE = 96
+"""Pixels along each side of what a network sees here."""
+
+LEAST_DIFFERENCE = 1.0
+"""Mean difference in levels from which two pictures count as different; resizes differ by 0.5."""
+
+STAGES = ("decode", "predict pil", "predict dali", "build", "load pil", "load dali")
+
+EXPLANATIONS = {
+    "Pillow shows what is left of a damaged picture": lambda row: (
+        "remature end" in row["reason"] or "Corrupt JPEG data" in row["reason"]
+    ),
+    "Pillow refuses for what stands beside the pixels": lambda row: (
+        not row["reason"] and row["pillow"] == "refused"
+    ),
+    "deep values are scaled, Pillow cuts them off": lambda row: row["mode"][:1] in ("I", "F"),
+    "refused because nothing says what is white": lambda row: "which is white" in row["reason"],
+    "refused for its size or its scans": lambda row: "more than" in row["reason"],
+    "Pillow makes gray of a missing palette": lambda row: "palette is missing" in row["reason"],
+    "Pillow turns or blends the first frame of an animation": lambda row: row["frames"] > 1,
+    "an orientation that Pillow does not look for there": lambda row: row["turned"],
+    "CMYK by its own profile": lambda row: row["mode"] == "CMYK",
+    # DALI never sees a TIFF, so both backends decode it by the same function.
+    "libtiff leaves a part of a damaged TIFF undefined": lambda row: (
+        row["format"] == "TIFF" and row["differs"] == "pixels between backends"
+    ),
+    "DALI shows what it can of damage inside a JPEG or WEBP that has its end": lambda row: (
+        row.get("backends") == "shown by DALI alone" and row["format"] in ("JPEG", "MPO", "WEBP")
+    ),
+}  # fmt: skip
+"""What a difference is called, by what is known of the file; the first that fits."""
+
+
+# --- what children do -----------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def say(line: dict[str, Any]) -> None:
+    """One fact for the parent."""
+    print(json.dumps(line), flush=True)
+
+
+def decode_all(folder: Path, start: int, _work: Path) -> None:
+    """Decode every file from number `start` on, and compare with Pillow."""
+    from imaging.decode import DecodeError, decode, read_file
+
+    for number, path in enumerate(files_in(folder)[start:], start):
+        say({"at": number})
+        began = time.monotonic()
+        row: dict[str, Any] = {"file": number, "reason": "", "shape": None}
+        pixels = None
+        try:
+            data = read_file(path)
+            pixels = decode(data)
+            row["shape"] = pixels.shape
+        except (DecodeError, OSError) as error:
+            data, row["reason"] = b"", str(error) or type(error).__name__
+        row["seconds"] = time.monotonic() - began
+        say(row | by_pillow(path, pixels))
+
+
+def by_pillow(path: Path, pixels: np.ndarray | None) -> dict[str, Any]:
+    """How Pillow alone ends, and how far its pixels are from ours."""
+    from PIL import Image, ImageOps
+
+    from imaging.orientation import orientation_of
+
+    row: dict[str, Any] = {"pillow": "refused", "mode": "", "frames": 1, "turned": False}
+    row["format"] = ""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            row["format"], row["mode"] = image.format, image.mode
+            row["frames"] = getattr(image, "n_frames", 1)
+            if image.format in ("JPEG", "PNG", "WEBP"):
+                ours = orientation_of(path.read_bytes(), image.format)
+                row["turned"] = ours != image.getexif().get(0x0112, 1)
+            theirs = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.int16)
+        row["pillow"] = "good"
+        if pixels is not None:
+            same = theirs.shape == pixels.shape
+            row["difference"] = float(np.abs(theirs - pixels).mean()) if same else None
+            row["pillow"] = "same" if same and row["difference"] < LEAST_DIFFERENCE else "differs"
+    return row
+
+
+def predict_all(folder: Path, backend: str, work: Path) -> None:
+    """What a network would be shown of every file, and why not; pixels go to `work`."""
+    import torch
+
+    from imaging.decode import ImageFile, read_file
+    from model.inference.detector import ImageDetector
+    from pipeline.augment import Preprocess
+
+    preprocess, paths = Preprocess(crop_size=SIDE, resize_size=SIDE), files_in(folder)
+    detector = ImageDetector(
+        Path(), None, preprocess, {}, torch.device("cpu"), torch.float32, backend
+    )
+    files = (ImageFile(str(n), lambda path=path: read_file(path)) for n, path in enumerate(paths))
+    keep = np.lib.format.open_memmap(
+        work / f"predict-{backend}.npy", "w+", np.uint8, (len(paths), SIDE, SIDE, 3)
+    )
+    decoded = detector._by_dali if backend == "dali" else detector._by_pil
+    for group in decoded(files, 32):
+        keep[[int(name) for name in group.names]] = group.pixels.cpu().numpy()
+        reasons = {group.names[row]: reason for row, reason in group.failures.items()}
+        say({"at": int(group.names[-1]), "reasons": reasons})
+
+
+CATALOG = """
+[sets]
+hostile = "train"
+[sources.files]
+license = "measured only"
+set = "hostile"
+real = ["real"]
+fake = ["fake"]
+"""
+
+
+def build_all(folder: Path, _name: str, work: Path) -> None:
+    """Pack every file, and hold the set against its index."""
+    import sharding.catalog
+    from imaging.decode import IMAGE_SUFFIXES
+    from sharding.build import build
+    from sharding.verify import verify
+
+    for number, path in enumerate(files_in(folder)):
+        suffix = path.suffix.lower() if path.suffix.lower() in IMAGE_SUFFIXES else ".png"
+        link = work / "raw/files" / ("real", "fake")[number % 2] / f"{number:06d}{suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, link)
+    (work / "catalog.toml").write_text(CATALOG)
+    catalog = sharding.catalog.read_catalog([work / "catalog.toml"])
+    say({"at": 0})
+    _, (built,) = build(catalog, work / "raw", work / "shards", jobs=1, max_bad=1.0)
+    say({"at": 0, "packed": built.index["samples"]})
+    refused = {
+        str(int(Path(entry["path"]).stem.rpartition("/")[2])): entry["reason"]
+        for entry in built.index["quarantined"]
+    }
+    say({"at": 0, "reasons": refused, "faults": verify([work / "shards/hostile"], jobs=1)})
+
+
+def load_all(_folder: Path, backend: str, work: Path) -> None:
+    """One epoch over the packed set."""
+    import torch
+
+    from pipeline.augment import Preprocess
+    from pipeline.loader import Loading, eval_params, open_loader
+    from pipeline.order import evaluation_epoch
+    from sharding.format import open_shards
+
+    shards, preprocess = (
+        open_shards([work / "shards/hostile"]),
+        Preprocess(crop_size=SIDE, resize_size=SIDE),
+    )
+    loading = Loading(batch_size=32, num_workers=1, backend=backend)
+    loader = open_loader(shards, preprocess=preprocess, loading=loading, device=torch.device("cpu"))
+    keep = np.lib.format.open_memmap(
+        work / f"load-{backend}.npy", "w+", np.uint8, (len(shards), SIDE, SIDE, 3)
+    )
+    epoch = evaluation_epoch(len(shards), 32)
+    for step, batch in enumerate(loader.batches(epoch, eval_params(shards, preprocess))):
+        rows = np.flatnonzero(epoch.valid[epoch.positions(step, 0, 1)])
+        images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+        keep[batch.samples[rows]] = images[rows]
+        reasons = {str(batch.samples[row]): why for row, why in batch.failures.items()}
+        say({"at": step, "reasons": reasons})
+
+
+# --- the parent -----------------------------------------------------------------------------------
+
+
+def run_child(
+    stage: str, folder: Path, work: Path, start: int, seconds: float, memory: int
+) -> tuple[list[dict[str, Any]], str, int]:
+    """What a child said, how it ended (empty: well), and its peak memory in bytes."""
+    command = [sys.executable, "-m", "benchmarks.hostile", str(folder), "--child", stage]
+    command += ["--work", str(work), "--start", str(start)]
+    said, log = work / "said.jsonl", work / f"{stage.replace(' ', '-')}.log"
+    peak, ended = 0, ""
+    with said.open("wb") as out, log.open("ab") as errors:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=errors)
+        size, since = 0, time.monotonic()
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.1)
+            peak = max(peak, memory_of(child.pid))
+            if said.stat().st_size != size:
+                size, since = said.stat().st_size, time.monotonic()
+            if peak > memory:
+                ended = f"{peak / 2**30:.1f} GB of memory"
+            elif time.monotonic() - since > seconds * (1 if stage == "decode" else 10):
+                ended = "hangs"
+            if ended:
+                child.kill()
+    if child.returncode and not ended:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no word"]
+        ended = f"crash, exit code {child.returncode}: {lines[-1][:120]}"
+    lines = said.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")], ended, peak
+
+
+def memory_of(process: int) -> int:
+    """Peak resident bytes; 0 where there is no Linux /proc."""
+    with contextlib.suppress(OSError, IndexError):
+        status = Path(f"/proc/{process}/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return 0
+
+
+def run_all(
+    folder: Path, work: Path, seconds: float, memory: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each stage with its answers, faults, seconds, peak memory and lines of standard error."""
+    count = len(files_in(folder))
+    for stage in STAGES:
+        console.log.info("%s", stage)
+        began, start = time.monotonic(), 0
+        result: dict[str, Any] = {"lines": [], "bad": [], "peak": 0}
+        while True:
+            lines, ended, peak = run_child(stage, folder, work, start, seconds, memory)
+            result["lines"] += lines
+            result["peak"] = max(result["peak"], peak)
+            at = max([line["at"] for line in lines if "at" in line], default=start)
+            if ended:
+                result["bad"].append((at, ended))
+            start = at + 1
+            if not ended or stage != "decode" or start >= count:
+                break
+        result["seconds"] = time.monotonic() - began
+        log = work / f"{stage.replace(' ', '-')}.log"
+        result["words"] = len(log.read_text(errors="replace").splitlines())
+        yield stage, result
+
+
+def reasons_of(result: dict[str, Any]) -> dict[int, str]:
+    said = [line["reasons"] for line in result["lines"] if "reasons" in line]
+    return {int(name): reason for reasons in said for name, reason in reasons.items()}
+
+
+def differing(work: Path, kind: str) -> list[int]:
+    """Rows whose pixels differ between the backends; the outermost frame has its own bound."""
+    paths = [work / f"{kind}-{backend}.npy" for backend in ("pil", "dali")]
+    if not all(path.exists() for path in paths):
+        return []
+    one, other = (np.load(path, mmap_mode="r") for path in paths)
+    means = [
+        np.abs(a[1:-1, 1:-1].astype(np.int16) - b[1:-1, 1:-1]).mean()
+        for a, b in zip(one, other, strict=True)
+    ]
+    return [row for row, mean in enumerate(means) if mean >= LEAST_DIFFERENCE]
+
+
+def compare(stages: dict[str, dict[str, Any]], work: Path) -> dict[int, dict[str, Any]]:
+    """What is known of each file, with `differs`: what does not agree."""
+    rows = {
+        row["file"]: row | {"differs": ""} for row in stages["decode"]["lines"] if "file" in row
+    }
+    pil, dali = (reasons_of(stages[f"predict {name}"]) for name in ("pil", "dali"))
+    packed = reasons_of(stages["build"])
+    pixels = set(differing(work, "predict"))
+    whole = not (stages["predict pil"]["bad"] or stages["predict dali"]["bad"])
+    for number, row in rows.items():
+        if row["pillow"] != "same" and (row["pillow"] == "refused") != bool(row["reason"]):
+            row["differs"] = "Pillow's outcome"
+        elif row["pillow"] == "differs":
+            row["differs"] = "Pillow's pixels"
+        if whole and pil.get(number, "") != dali.get(number, ""):
+            row["differs"] = "outcome or reason between backends"
+            row["backends"] = "other reasons" if number in dali else "shown by DALI alone"
+        elif whole and number in pixels and number not in pil:
+            row["differs"] = "pixels between backends"
+        if whole and bool(packed.get(number)) != bool(pil.get(number)):
+            row["differs"] = "packed, and not predicted, or the other way round"
+    return rows
+
+
+def explanation(row: dict[str, Any]) -> str:
+    return next((name for name, fits in EXPLANATIONS.items() if fits(row)), "unexplained")
+
+
+def report(folder: Path, stages: dict[str, dict[str, Any]], work: Path) -> int:
+    """Print the table; returns the number of crashes, hangs and unexplained differences."""
+    paths = [str(path.relative_to(folder)) for path in files_in(folder)]
+    rows = compare(stages, work)
+    lines = [
+        [stage, len(result["bad"]), f"{result['seconds']:.0f}", f"{result['peak'] / 2**20:,.0f}",
+         result["words"]] for stage, result in stages.items()
+    ]  # fmt: skip
+    console.table(
+        f"{len(paths):,} files",
+        ["stage", "crashes and hangs", "s", "peak MiB", "stderr lines"],
+        lines,
+    )
+    for stage, result in stages.items():
+        for at, ended in result["bad"]:
+            console.say(f"{stage}: {ended}; at or behind {paths[min(at, len(paths) - 1)]}")
+    faults = [fault for line in stages["build"]["lines"] for fault in line.get("faults", [])]
+    loaded = [reasons_of(stages[f"load {name}"]) for name in ("pil", "dali")]
+    unlike = differing(work, "load")
+    console.say(
+        f"verify: {len(faults)} faults; loading: {len(loaded[0])} and {len(loaded[1])} samples "
+        f"failed, {len(unlike)} differ between backends"
+    )
+    for fault in [*faults[:9], *(f"sample {row}" for row in unlike[:9])]:
+        console.say(f"  {fault}")
+    slowest = sorted(rows.values(), key=lambda row: -row["seconds"])[:5]
+    console.table(
+        "slowest to decode", ["file", "s", "outcome"],
+        [[paths[row["file"]], f"{row['seconds']:.2f}", row["reason"][:60]] for row in slowest],
+    )  # fmt: skip
+    named = Counter(explanation(row) for row in rows.values() if row["differs"])
+    console.table(
+        "differences by name", ["why", "files"], [[name, count] for name, count in named.items()]
+    )
+    for row in rows.values():
+        if row["differs"] and explanation(row) == "unexplained":
+            facts = {key: row[key] for key in ("differs", "reason", "pillow", "mode")}
+            console.say(f"unexplained: {paths[row['file']]}: {facts}")
+    good = sum(not row["reason"] for row in rows.values())
+    console.say(f"{good:,} good, {len(rows) - good:,} refused with a reason")
+    bad = sum(len(result["bad"]) for result in stages.values())
+    return bad + named["unexplained"] + len(faults) + len(unlike) + sum(map(len, loaded))
+
+
+@click.command(cls=console.Command)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--seconds", default=60.0, show_default=True, help="For one file.")
+@click.option("--memory", default=8.0, show_default=True, help="GB for one process.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write what was said here.")
+@click.option("--child", hidden=True)
+@click.option("--work", type=click.Path(path_type=Path), hidden=True)
+@click.option("--start", default=0, hidden=True)
+@console.options()
+def main(
+    folder: Path, seconds: float, memory: float, out: Path | None, child: str | None,
+    work: Path | None, start: int,
+) -> None:  # fmt: skip
+    """Run every file below FOLDER through everything that reads images, and print one table."""
+    if child:
+        act, _, backend = child.partition(" ")
+        act_of = {
+            "decode": decode_all,
+            "predict": predict_all,
+            "build": build_all,
+            "load": load_all,
+        }
+        act_of[act](folder, start if act == "decode" else backend, work)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        stages = dict(run_all(folder.resolve(), Path(name), seconds, round(memory * 2**30)))
+        if out:
+            out.write_text(json.dumps(stages) + "\n", encoding="utf-8")
+        bad = report(folder.resolve(), stages, Path(name))
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

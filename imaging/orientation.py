@@ -1,0 +1,150 @@
+"""Which way up an image is: the one place that decides it, at packing and at prediction.
+
+Every decoder is told the number that was found here, and none looks for itself.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from imaging import jpeg, png
+
+UPRIGHT = 1
+
+_TAG = 0x0112
+
+# As an attribute or an element of any XMP packet, in whatever quotes.
+_XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>\s*)([1-8])\b""")
+
+
+def orientation_of(data: bytes, image_format: str) -> int:
+    """The orientation (JEITA CP-3451, tag 0x0112: 1 to 8) that a JPEG, PNG or WEBP states: that of
+    its EXIF (of a PNG also as ImageMagick's raw profile), else of its XMP; what is absent or
+    nonsense counts as 1.
+    """
+    exif, xmp = [], []
+    for kind, content in _METADATA[image_format](data):
+        (exif if kind == "exif" else xmp).append(content)
+    stated = [*map(_of_exif, exif), *map(_of_xmp, xmp)]
+    return next(filter(None, stated), UPRIGHT)
+
+
+def carries_exif(data: bytes, image_format: str) -> bool:
+    """Whether a JPEG, PNG or WEBP holds EXIF, of whatever content."""
+    return any(kind == "exif" for kind, _ in _METADATA[image_format](data))
+
+
+def orientation_left(image: Image.Image) -> int:
+    """The orientation that an image of any other format still has to be given when Pillow has
+    decoded it: some of its plugins (TIFF, HEIF) have turned it already.
+    """
+    stated = image.getexif().get(_TAG)
+    return stated if isinstance(stated, int) and 1 <= stated <= 8 else UPRIGHT
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an orientation of (height, width, channels) pixels, as a view: transpose, then mirror
+    the axes.
+    """
+    if is_transposed(orientation):
+        pixels = pixels.swapaxes(0, 1)
+    rows, columns = mirrored(orientation)
+    return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+
+
+def is_transposed(orientation: int) -> bool:
+    """Whether rows and columns are exchanged first."""
+    return orientation >= 5
+
+
+def mirrored(orientation: int) -> tuple[bool, bool]:
+    """Whether the order of the rows, and of the columns, is reversed after that."""
+    return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+
+
+# --- where it may stand ---------------------------------------------------------------------------
+
+
+def _in_jpeg(data: bytes) -> Iterator[tuple[str, bytes]]:
+    for marker, start, end in jpeg.lenient_segments(data):
+        if marker == jpeg.SOS:
+            return
+        if marker == jpeg.APP1:
+            yield from _exif_or_xmp(data[start + 4 : end])
+
+
+def _exif_or_xmp(content: bytes) -> Iterator[tuple[str, bytes]]:
+    if content.startswith(b"Exif\0"):
+        yield "exif", content
+    elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+        yield "xmp", content
+
+
+def _in_png(data: bytes) -> Iterator[tuple[str, bytes]]:
+    if not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
+        return
+    for kind, start, end in png.chunks(data):
+        if kind == b"eXIf":
+            yield "exif", data[start + 8 : end - 4]
+    for keyword, content in png.texts(data):
+        if keyword == "XML:com.adobe.xmp":
+            yield "xmp", content
+        elif keyword in ("Raw profile type exif", "Raw profile type APP1"):
+            yield from _exif_or_xmp(_of_hex(content))
+        elif keyword == "Raw profile type xmp":
+            yield "xmp", _of_hex(content)
+
+
+def _of_hex(profile: bytes) -> bytes:
+    """ImageMagick writes the profile's name, its length, and its bytes in hexadecimal."""
+    try:
+        return bytes.fromhex(b"".join(profile.split()[2:]).decode("ascii"))
+    except ValueError:
+        return b""
+
+
+def _in_webp(data: bytes) -> Iterator[tuple[str, bytes]]:
+    at = 12  # RIFF, its length, WEBP
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        content = data[at + 8 : at + 8 + size]
+        if kind == b"EXIF":
+            yield "exif", content
+        elif kind == b"XMP ":
+            yield "xmp", content
+        at += 8 + size + size % 2
+
+
+_METADATA = {"JPEG": _in_jpeg, "PNG": _in_png, "WEBP": _in_webp}
+
+
+def _of_exif(content: bytes) -> int | None:
+    """The tag of the first directory (TIFF 6.0, section 2), however the program that wrote it has
+    prefixed it.
+    """
+    tiff = content[6:] if content.startswith(b"Exif\0") else content
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        (first,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, first)
+        for entry in range(entries):
+            tag, kind, count = struct.unpack_from(order + "HHI", tiff, first + 2 + 12 * entry)
+            if tag == _TAG and count == 1 and kind in _INTEGERS:
+                at = first + 10 + 12 * entry
+                (stated,) = struct.unpack_from(order + _INTEGERS[kind], tiff, at)
+                return stated if 1 <= stated <= 8 else None
+    except (struct.error, TypeError):  # TypeError: no byte order
+        return None
+    return None
+
+
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+"""TIFF's types of whole numbers, as struct names them."""
+
+
+def _of_xmp(content: bytes) -> int | None:
+    stated = _XMP.search(content)
+    return int(stated[1]) if stated else None

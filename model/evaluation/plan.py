@@ -1,0 +1,172 @@
+"""Plan an evaluation: what is scored, and whatever can be refused is, before a network is loaded.
+
+`model/evaluation/run.py` scores what an `EvaluationPlan` says and reports on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from model import checkpoint as checkpoints
+from model.device import choose_device, choose_precision
+from model.distributed import DistEnv
+from pipeline.loader import Loading, choose_backend
+from pipeline.subset import Subset, choose_samples
+from sharding.catalog import BUILT_IN, read_catalog
+from sharding.format import CLASSES, ShardSet, open_shards, read_index
+from storage import AnyPath
+
+REAL = CLASSES.index("real")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How sets are scored, and what else is. `reals` names the set whose real images stand beside
+    the others, `robustness` is how many images of each class are scored once more through every
+    robustness.
+    """
+
+    loading: Loading = field(default_factory=Loading)
+    device: str = "auto"
+    subset: Subset | None = None
+    reference_reals: str | None = None
+    robustness: int = 0
+
+
+class Reals(TypedDict):
+    """The set whose real images stand beside, why, and whether beside sets with reals as well."""
+
+    set: str
+    why: str
+    for_all: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedSet:
+    """The samples of a set that are scored, and the hash and split of the whole set. One that is
+    not `measured` is there for its real images only.
+    """
+
+    shards: ShardSet
+    index_sha256: str
+    split: str
+    measured: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationPlan:
+    """What an evaluation will do, on this rank. Made by `plan`; `meta` is that of the checkpoint,
+    `sets` are in the order in which they are scored.
+    """
+
+    checkpoint: Path
+    meta: Mapping[str, Any] = field(repr=False)
+    sets: Mapping[str, PlannedSet] = field(repr=False)
+    reference: Reals | None
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    backend: str
+    backend_reason: str
+    dist: DistEnv
+
+    @property
+    def measured(self) -> dict[str, PlannedSet]:
+        """The sets that the report is about."""
+        return {name: planned for name, planned in self.sets.items() if planned.measured}
+
+
+def plan(
+    checkpoint: Path,
+    data: AnyPath,
+    names: Sequence[str],
+    options: Options,
+    dist: DistEnv | None = None,
+) -> EvaluationPlan:
+    """Open and check all that scoring `names` (sets below `data`) needs; nothing is written.
+
+    Raises:
+        ValueError: no such set, sample, real image, checkpoint or device; the message says what to
+            do.
+    """
+    dist = dist or DistEnv()
+    sets = {name: _open(data, name, options.subset) for name in names}
+    reference = choose_reference(
+        data, {name: s.shards for name, s in sets.items()}, options.reference_reals
+    )
+    if reference and reference["set"] not in sets:
+        sets[reference["set"]] = _open_reals(data, reference["set"])
+    device = choose_device(options.device, dist.local_rank)
+    dtype, dtype_reason = choose_precision("auto", device)
+    backend, backend_reason = choose_backend(options.loading.backend, device)
+    return EvaluationPlan(
+        checkpoint=checkpoint,
+        meta=checkpoints.check(checkpoint),
+        sets=sets,
+        reference=reference,
+        options=options,
+        device=device,
+        dtype=dtype,
+        dtype_reason=dtype_reason,
+        backend=backend,
+        backend_reason=backend_reason,
+        dist=dist,
+    )
+
+
+def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:
+    """A set that is measured, or those of its samples that the subset lists."""
+    whole = open_shards([data / name])
+    return PlannedSet(
+        shards=choose_samples(whole, name, subset) if subset else whole,
+        index_sha256=whole.sha256,
+        split=read_index(data / name)["split"],
+    )
+
+
+def _open_reals(data: AnyPath, name: str) -> PlannedSet:
+    """The real images of a set that is not measured itself."""
+    whole = open_shards([data / name])
+    return PlannedSet(
+        shards=whole.take(np.flatnonzero(whole.column("label") == REAL)),
+        index_sha256=whole.sha256,
+        split=read_index(data / name)["split"],
+        measured=False,
+    )
+
+
+def choose_reference(
+    data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
+) -> Reals | None:
+    """The set whose real images stand beside, and why; see `model/evaluation/report.py`.
+
+    Recall without a false-positive rate says nothing, so a set without real images gets those of
+    the set that the catalog names for it (`[reference]`), if it is at hand.
+
+    Raises:
+        ValueError: the set that was asked for has no real images.
+    """
+    if asked:
+        if not _count_reals(data, asked):
+            raise ValueError(
+                f"--reference-reals {asked}: that set has no real images; name one that has"
+            )
+        return {"set": asked, "why": "--reference-reals", "for_all": True}
+    defaults = read_catalog([BUILT_IN]).reference
+    for name, shards in opened.items():
+        other = defaults.get(name)
+        if (shards.column("label") == REAL).any() or other is None:
+            continue
+        if (data / other / "index.json").exists() and _count_reals(data, other):
+            return {"set": other, "why": "the catalog's default", "for_all": False}
+    return None
+
+
+def _count_reals(data: AnyPath, name: str) -> int:
+    labels = open_shards([data / name]).column("label")
+    return int((labels == REAL).sum())

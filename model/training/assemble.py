@@ -1,0 +1,58 @@
+"""Assemble what a plan says: the network with its first weights, optimizer and scaler."""
+
+from typing import cast
+
+import torch
+
+from model import checkpoint
+from model.device import keep_freed_memory
+from model.network import Detector, build, load_backbone_file, load_weights
+from model.training.optim import make_optimizer
+from model.training.plan import RunPlan, Weights
+from model.training.resume import restore
+from model.training.step import TrainState, average_of, wrap_ddp
+
+
+def assemble(plan: RunPlan) -> TrainState:
+    """The moving parts of the run on its device, as they are after `plan.done` steps. Seeds torch's
+    random generators.
+
+    Raises:
+        NetworkError: timm's weights cannot be fetched.
+    """
+    recipe, device, dist = plan.recipe, plan.device, plan.dist
+    keep_freed_memory(device)
+    torch.manual_seed(recipe.run.seed)
+    torch.backends.cudnn.benchmark = True
+    net = build(recipe.network, pretrained=plan.weights.kind == "timm")
+    _load(net, plan.weights)
+    net.to(device)
+    optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == torch.float16)
+    train_state = TrainState(net, optimizer, scaler, device, plan.dtype, dist)
+    train_state.ema = average_of(net) if recipe.optim.ema_decay else None
+    if plan.teacher and plan.teacher.path:
+        teacher, _, _ = checkpoint.load_network(plan.teacher.path)
+        teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+        train_state.teacher = teacher.to(device)
+    if dist.world_size > 1:  # equal weights, but each rank drops other paths
+        torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + dist.rank))
+    if plan.resumed:
+        restore(train_state, plan.resumed, plan.done)
+    return train_state
+
+
+def _load(net: Detector, weights: Weights) -> None:
+    """Fill a network that was built on the CPU; timm's own and random weights are in it already."""
+    if weights.path is None:
+        return
+    if weights.kind == "imagenet":
+        load_backbone_file(net, weights.path)
+    else:
+        load_weights(net, checkpoint.read_weights(weights.path), str(weights.path))
+
+
+def compile_network(plan: RunPlan, train_state: TrainState) -> torch.nn.Module:
+    """The network as the loop calls it: over all dist, and compiled where the plan says so."""
+    net = wrap_ddp(train_state)
+    return cast(torch.nn.Module, torch.compile(net)) if plan.compiled else net

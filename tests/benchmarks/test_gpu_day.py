@@ -1,0 +1,53 @@
+"""Tests of the GPU day: a stage ends alone, and the next call goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_day import ROOT, Stage, done_in, run
+from benchmarks.images import write_images
+
+
+def stage(code: str, name: str = "stage") -> Stage:
+    return Stage(name=name, command=(sys.executable, "-c", code), limit_s=60, least_s=1)
+
+
+def test_a_stage_that_is_cut_keeps_what_it_printed(tmp_path: Path) -> None:
+    code = "import time; print('a row', flush=True); time.sleep(60)"
+    assert run(stage(code), tmp_path, 1.0) == 124
+    assert "a row" in (tmp_path / "log.txt").read_text()
+    assert done_in(tmp_path) == set()
+
+
+def test_a_stage_that_ended_well_is_done(tmp_path: Path) -> None:
+    assert run(stage("raise SystemExit(3)", "bad"), tmp_path, 30) == 3
+    assert run(stage("print('fine')", "good"), tmp_path, 30) == 0
+    assert done_in(tmp_path) == {"good"}
+    rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["rc"]) for row in rows] == [("bad", 3), ("good", 0)]
+
+
+@pytest.mark.slow
+def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for path in write_images(tmp_path / "made", 40):
+        target = images / "jpeg" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    command = [
+        sys.executable, "-m", "benchmarks.gpu_day", "--cpu", "--images", str(images),
+        "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = (tmp_path / "out/stages.jsonl").read_text().splitlines()
+    assert {json.loads(row)["rc"] for row in rows} == {0}
+    assert {"selftest.json", "step.json", "loader.json", "headroom.json", "embedding.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "==" not in again.stdout, "a stage that was done ran again"

@@ -1,0 +1,47 @@
+"""The table of hostile files tells what broke from what did not."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import hostile
+from benchmarks.mutations import mutations, seeds
+
+
+def folder_of(tmp_path: Path, count: int) -> Path:
+    (tmp_path / "in").mkdir()
+    for name, data in [*seeds().items(), *mutations(count)]:
+        (tmp_path / "in" / f"{name}.{name.partition('-')[0]}").write_bytes(data)
+    return tmp_path / "in"
+
+
+@pytest.mark.slow
+def test_damaged_files_break_nothing(tmp_path: Path) -> None:
+    done = CliRunner().invoke(hostile.main, [str(folder_of(tmp_path, 60))])
+    assert done.exit_code == 0, done.output
+    assert "verify: 0 faults" in done.output
+    assert "unexplained" not in done.output
+
+
+def test_a_child_that_takes_too_long_or_too_much_is_ended(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 1)
+    _, ended, _ = hostile.run_child("decode", folder, tmp_path, 0, 0.0, 2**40)
+    assert ended == "hangs"
+    _, ended, _ = hostile.run_child("decode", folder, tmp_path, 0, 60.0, 2**20)
+    assert "GB of memory" in ended
+    lines, ended, peak = hostile.run_child("decode", folder, tmp_path, 0, 60.0, 2**40)
+    assert not ended and peak > 2**20
+    assert [line["file"] for line in lines if "file" in line] == list(range(len(seeds()) + 1))
+
+
+def test_a_crash_is_told(tmp_path: Path) -> None:
+    _, ended, _ = hostile.run_child("load pil", tmp_path, tmp_path, 0, 60.0, 2**40)
+    assert ended.startswith("crash, exit code 1: ")
+
+
+def test_a_difference_without_a_name_is_unexplained() -> None:
+    row = {"reason": "", "pillow": "differs", "mode": "RGB", "frames": 1, "turned": False}
+    row |= {"format": "JPEG", "differs": "Pillow's pixels"}
+    assert hostile.explanation(row) == "unexplained"
+    assert hostile.explanation(row | {"mode": "CMYK"}) == "CMYK by its own profile"

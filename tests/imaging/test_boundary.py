@@ -1,0 +1,115 @@
+"""Nothing but `DecodeError` leaves the decode boundary, whatever a file holds."""
+
+import io
+import re
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from benchmarks.mutations import mutated, mutations, seeds
+from imaging import decode as boundary
+from imaging.decode import READABLE, DecodeError, as_is, claimed_size, decode, prepare
+
+SEEDS = seeds()
+
+
+def fuzz(kind: str, rounds: int) -> set[str]:
+    """The outcomes of so many mutations; any other exception is raised."""
+    rng = np.random.default_rng(list(SEEDS).index(kind))
+    seen = set()
+    for _ in range(rounds):
+        data = mutated(SEEDS[kind], rng)
+        claimed_size(data)
+        outcomes = []
+        for act in (prepare, decode, as_is):
+            try:
+                act(data)
+                outcomes.append("good")
+            except DecodeError as error:
+                outcomes.append(str(error))
+        reasons = [outcome for outcome in outcomes if outcome != "good"]
+        for reason in reasons:
+            assert reason.strip() and "\n" not in reason and len(reason) < 300, reason
+            assert not re.search(r"object at 0x|\bb['\"]|Error\(|Traceback", reason), reason
+        assert outcomes[0] == outcomes[1], "packing and prediction disagree"
+        seen |= {"refused" if reasons else "good"}
+    return seen
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_damaged_file_is_an_image_or_one_reason(kind: str) -> None:
+    assert fuzz(kind, 40) >= {"refused"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_thousand_damaged_files_are_images_or_reasons(kind: str) -> None:
+    assert fuzz(kind, 1000) == {"good", "refused"}
+
+
+def test_there_is_a_seed_of_every_format() -> None:
+    formats = {Image.open(io.BytesIO(data)).format for data in SEEDS.values()}
+    assert formats >= set(READABLE)
+
+
+def test_mutations_are_the_same_every_time() -> None:
+    assert list(mutations(70)) == list(mutations(70))
+
+
+@pytest.mark.parametrize("where", ["_open", "load", "size"])
+@pytest.mark.parametrize(
+    "error",
+    [IndexError("list index out of range"), TypeError("x"), KeyError(256), RecursionError(),
+     ZeroDivisionError("division by zero"), OSError("a\nb <_io.BytesIO object at 0xf0>")],
+)  # fmt: skip
+def test_whatever_a_plugin_raises_becomes_one_reason(
+    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it raises: on opening, on decoding, or when it is asked for a property."""
+
+    class Hostile(ImageFile.ImageFile):
+        def _open(self) -> None:
+            self._mode, self._size = "RGB", (8, 8)
+            if where == "_open":
+                raise error
+
+        def load(self) -> None:
+            raise error
+
+        @property
+        def size(self) -> tuple[int, int]:
+            if where == "size":
+                raise error
+            return (8, 8)
+
+    monkeypatch.setattr(boundary, "READABLE", ("HOSTILE",))
+    data = b"HOSTILE" + b"!" * 9
+    plugin = (lambda stream, _name: Hostile(stream)), (lambda head: head == data)
+    monkeypatch.setitem(Image.OPEN, "HOSTILE", plugin)
+    for act in (prepare, decode):
+        with pytest.raises(DecodeError) as caught:
+            act(data)
+        assert "0x" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_lack_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(_image: Image.Image) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(boundary, "to_rgb", without_memory)
+    with pytest.raises(MemoryError):
+        decode(SEEDS["bmp"])
+
+
+def test_no_word_of_a_decoder_leaks(capfd: pytest.CaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for _, data in mutations(300, seed=5):
+            try:
+                decode(data)
+            except DecodeError:
+                continue
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""

@@ -1,0 +1,70 @@
+"""One number says which way up an image is, wherever the file states it."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from imaging.decode import as_is, decode, prepare
+from imaging.orientation import carries_exif, orientation_of, upright
+from tests.builders import ORIENTED_PLACES, encode, oriented, photo
+
+IMAGE = Image.fromarray(photo(2, 40, 30))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
+def test_the_orientation_is_found_and_obeyed(
+    image_format: str, place: str, orientation: int
+) -> None:
+    data = oriented(IMAGE, image_format, place, orientation)
+    assert orientation_of(data, image_format) == orientation
+    prepared = prepare(data)
+    assert (prepared.facts.orientation, prepared.facts.transcoded_from) == (orientation, "")
+    assert as_is(data).orientation == orientation
+    turned = Image.Exif()
+    turned[0x0112] = orientation
+    lossless = encode(prepared_as_stored(data, image_format), "PNG", exif=turned)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(lossless)))
+    np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
+    np.testing.assert_array_equal(decode(data), prepared.pixels)
+
+
+def prepared_as_stored(data: bytes, image_format: str) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+        return image.convert("RGB")
+
+
+@pytest.mark.parametrize("stated", [0, 9, 255])
+@pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
+def test_nonsense_counts_as_upright(image_format: str, place: str, stated: int) -> None:
+    assert orientation_of(oriented(IMAGE, image_format, place, stated), image_format) == 1
+
+
+def test_exif_goes_before_xmp() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encode(IMAGE, "JPEG", exif=exif, xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    assert orientation_of(data, "JPEG") == 3
+
+
+def test_what_carries_exif() -> None:
+    assert carries_exif(oriented(IMAGE, "JPEG", "exif", 1), "JPEG")
+    assert not carries_exif(oriented(IMAGE, "JPEG", "xmp element", 6), "JPEG")
+    assert not carries_exif(encode(IMAGE, "PNG"), "PNG")
+
+
+@pytest.mark.parametrize("image_format", ["TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+def test_formats_that_are_transcoded_end_upright(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    flat = Image.new("RGB", (64, 32))
+    flat.paste((250, 250, 250), (0, 0, 16, 8))  # the first corner
+    options = {} if image_format == "TIFF" else {"quality": 100}
+    facts = prepare(encode(flat, image_format, exif=exif, **options))
+    expected = upright(np.asarray(flat), orientation)
+    assert facts.facts.orientation == 1
+    assert facts.pixels.shape == expected.shape
+    assert np.abs(facts.pixels.astype(int) - expected).mean() < 3

@@ -1,0 +1,114 @@
+"""Every mode as 8 bits: scaled by what the file declares, or refused with words."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, TiffImagePlugin
+
+from imaging import rgb
+from imaging.decode import DecodeError, decode, prepare
+from tests.builders import encode, photo
+
+RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+GRAY = np.rint(255 * RAMP).astype(int)
+
+
+def tiff(values: np.ndarray, **tags: object) -> bytes:
+    """`values` as a TIFF, with tags by number."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for number, value in tags.items():
+        info[int(number.removeprefix("tag"))] = value
+    return encode(Image.fromarray(values), "TIFF", tiffinfo=info)
+
+
+@pytest.mark.parametrize("bad", [[], [np.nan], [np.inf], [-np.inf], [np.nan, np.inf, -np.inf]])
+def test_a_float_tiff_is_scaled_by_its_finite_values(bad: list[float]) -> None:
+    values = RAMP.copy()
+    values.flat[1000 : 1000 + len(bad)] = bad
+    pixels = decode(tiff(values))
+    expected = GRAY.copy()
+    shown = {"nan": 0, "inf": 255, "-inf": 0}
+    expected.flat[1000 : 1000 + len(bad)] = [shown[str(value)] for value in bad]
+    np.testing.assert_array_equal(pixels, np.repeat(expected[:, :, None], 3, axis=2))
+
+
+def test_a_float_tiff_without_a_finite_value_is_refused() -> None:
+    with pytest.raises(DecodeError, match="no pixel has a finite value"):
+        decode(tiff(np.full((8, 8), np.nan, np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bits_keep_their_range(kind: str) -> None:
+    data = encode(Image.fromarray(np.rint(RAMP * 65535).astype(np.uint16)), kind)
+    assert np.abs(decode(data)[:, :, 0].astype(int) - GRAY).max() <= 1
+
+
+def test_12_bits_in_16_are_scaled_where_the_file_says_so() -> None:
+    values = np.rint(RAMP * 4095).astype(np.uint16)
+    declared = tiff(values, tag281=4095)
+    assert np.abs(decode(declared)[:, :, 0].astype(int) - GRAY).max() <= 1
+    for data in (tiff(values), encode(Image.fromarray(values), "PNG")):
+        with pytest.raises(DecodeError, match=r"at most 4,095, nearly black .* save it with 8"):
+            decode(data)
+
+
+def test_where_white_is_zero_values_are_turned_round() -> None:
+    values = np.rint((1 - RAMP) * 65535).astype(np.uint16)
+    assert np.abs(decode(tiff(values, tag262=0))[:, :, 0].astype(int) - GRAY).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values", [np.rint(RAMP * 255).astype(np.int32), np.rint(RAMP * 1e6 - 7).astype(np.int32)]
+)
+def test_32_bit_integers_are_refused_unless_the_file_says_what_is_white(
+    values: np.ndarray,
+) -> None:
+    with pytest.raises(DecodeError, match="nothing in the file says which is white"):
+        decode(tiff(values))
+    low, high = int(values.min()), int(values.max())
+    declared = tiff(values, tag340=low, tag341=high)
+    assert np.abs(decode(declared)[:, :, 0].astype(int) - GRAY).max() <= 1
+
+
+def test_deep_pixels_are_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decode(tiff(RAMP))
+    monkeypatch.setattr(rgb, "BAND_PIXELS", 64 * 5)
+    np.testing.assert_array_equal(decode(tiff(RAMP)), whole)
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+IMAGE = Image.fromarray(photo(4, 64, 48))
+LINEAR = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_profile_of_rgb_changes_no_pixel_and_no_byte(kind: str) -> None:
+    options = {"quality": 90} if kind in ("JPEG", "WEBP") else {}
+    plain, tagged = (
+        encode(IMAGE, kind, **options, **more) for more in ({}, {"icc_profile": LINEAR})
+    )
+    np.testing.assert_array_equal(decode(tagged), decode(plain))
+    assert (prepare(tagged).data == tagged) == (kind != "TIFF")
+
+
+@pytest.mark.parametrize("profile", [b"no profile", LINEAR])
+def test_a_profile_that_is_none_of_cmyk_is_passed_over(profile: bytes) -> None:
+    data = encode(IMAGE.convert("CMYK"), icc_profile=profile)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_cmyk_is_converted_by_its_own_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CMYK profile may be shipped here; that it is asked, and for sRGB, can be seen."""
+    asked = []
+
+    def convert(image: Image.Image, ours: object, target: object, outputMode: str) -> Image.Image:
+        asked.append((image.mode, outputMode))
+        return Image.new("RGB", image.size, (1, 2, 3))
+
+    monkeypatch.setattr(ImageCms, "profileToProfile", convert)
+    data = encode(IMAGE.convert("CMYK"), icc_profile=LINEAR)
+    assert (prepare(data).pixels == (1, 2, 3)).all()
+    assert asked == [("CMYK", "RGB")]

@@ -1,0 +1,84 @@
+"""The plan of an evaluation: what is scored, and every refusal, before a network is loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import CheckpointError
+from model.evaluation import run
+from model.evaluation.plan import Options, plan
+from model.network import NetworkError
+from pipeline.loader import LoadError, Loading
+from pipeline.subset import Subset
+from sharding.format import ShardError, open_shards
+
+
+def test_what_is_scored(data: Path, tiny_checkpoint: Path) -> None:
+    planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reference_reals="val"))
+    assert list(planned.sets) == ["new", "old", "val"]
+    assert list(planned.measured) == ["new", "old"]
+    assert planned.reference == {"set": "val", "why": "--reference-reals", "for_all": True}
+    whole = open_shards([data / "val"])
+    reals = planned.sets["val"].shards
+    assert 0 < len(reals) == (whole.column("label") == 0).sum() < len(whole)
+    assert planned.sets["val"].index_sha256 == whole.sha256
+    assert (planned.sets["new"].split, planned.sets["val"].split) == ("train", "val")
+    assert planned.dtype == torch.float32
+    assert planned.meta["step"] == 7
+
+
+def test_a_subset_is_scored_and_the_whole_set_is_named(data: Path, tiny_checkpoint: Path) -> None:
+    whole = open_shards([data / "val"])
+    keys = whole.table.column("key").to_pylist()[:3]
+    subset = Subset("list.csv", "0" * 64, {"val": keys})
+    planned = plan(tiny_checkpoint, data, ["val"], Options(subset=subset))
+    assert planned.sets["val"].shards.table.column("key").to_pylist() == keys
+    assert planned.sets["val"].index_sha256 == whole.sha256
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "said"),
+    [
+        (["vall"], Options(), ShardError, r"no shard set at .*vall; .* holds new, old, val"),
+        (["val"], Options(reference_reals="nope"), ShardError, "no shard set at .*nope"),
+        (["val"], Options(device="gpu"), ValueError, "no such device: gpu"),
+        (
+            ["val"], Options(subset=Subset("list.csv", "", {"old": ["x"]})),
+            ValueError, "list.csv lists no sample of val, only of old",
+        ),
+        (
+            ["val"], Options(subset=Subset("list.csv", "", {"val": ["x"]})),
+            ValueError, "are not in that set",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    names: list[str], options: Options, error: type[ValueError], said: str,
+) -> None:  # fmt: skip
+    """By `evaluate` itself, before it loads or writes anything."""
+    monkeypatch.setattr(run, "load_network", lambda _folder: pytest.fail("loaded"))
+    with pytest.raises(error, match=said):
+        run.evaluate(tiny_checkpoint, data, names, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_that_is_not_there_is_refused(
+    data: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader._is_installed", lambda _module: False)
+    with pytest.raises(LoadError, match=r"backend dali: .* is not installed"):
+        plan(tiny_checkpoint, data, ["val"], Options(loading=Loading(backend="dali")))
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_refused(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"is no checkpoint \(it has no meta"):
+        plan(tmp_path, data, ["val"], Options())
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (copy / "weights.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(NetworkError, match=r"weights\.safetensors is no readable \.safetensors"):
+        plan(copy, data, ["val"], Options())

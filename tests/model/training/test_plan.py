@@ -1,0 +1,309 @@
+"""The plan of a run: what it decides, and every refusal, before anything is built or written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import recipes
+from model import checkpoint
+from model.distributed import DistEnv
+from model.network import NetworkError, build
+from model.recipe import Recipe
+from model.training import assemble as assembling
+from model.training.optim import OptimError
+from model.training.plan import Best, Weights, better, plan
+from model.training.run import train
+from model.training.validation import Validation
+from pipeline.loader import LoadError
+from pipeline.order import OrderError
+from sharding.format import ShardError
+from storage import sha256_of
+from tests.builders import PREPROCESS, TINY, small_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture
+def load(tiny_recipe: Path) -> Load:
+    """The tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
+    return lambda *changes: recipes.load(Recipe, tiny_recipe, changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Runs with the checkpoint of a run `first`, of the network that the tiny recipe describes."""
+    runs = tmp_path_factory.mktemp("runs")
+    options = {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2}
+    network = replace(TINY, name="convnextv2_atto", options=options)
+    checkpoint.save(
+        runs / "first" / "step_0000003", build(network, pretrained=False),
+        recipe=small_recipe("first", network, PREPROCESS), step=3, epoch=1, metrics={},
+        selection=0.5, data={"train": ["old"]}, state=None,
+    )  # fmt: skip
+    return runs
+
+
+def files_below(*folders: Path) -> dict[Path, int]:
+    """Every file and folder with the time of its last change."""
+    return {p: p.stat().st_mtime_ns for folder in folders for p in [folder, *folder.rglob("*")]}
+
+
+def test_a_new_run(load: Load, data: Path, tmp_path: Path) -> None:
+    planned = plan(load(), data, tmp_path / "runs")
+    assert planned.folder == tmp_path / "runs/tiny"
+    assert (planned.resumed, planned.done, planned.best, planned.baseline) == (None, 0, None, None)
+    assert (planned.steps, planned.steps_per_epoch, planned.finished) == (10, 5, False)
+    assert planned.weights == Weights(kind="random")
+    assert planned.teacher is None
+    assert list(planned.validation) == ["val"]
+    assert planned.dtype == torch.float32
+    said = "\n".join(planned.describe())
+    assert "fp32 on cpu (no mixed precision on cpu)" in said
+    assert "per epoch 80 new samples (40 real, 40 fake) and 0 old ones" in said
+    assert "10 steps of 16" in said
+    assert "torch.compile off (does not pay on cpu)" in said
+
+
+def test_parameters_and_rates_are_those_of_the_network_that_is_built(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    recipe = load("optim.layer_decay_groups=block", "optim.layer_decay=0.5")
+    planned = plan(recipe, data, tmp_path)
+    train_state = assembling.assemble(planned)
+    assert planned.parameters == sum(p.numel() for p in train_state.net.parameters())
+    rates = {group["base_lr"] for group in train_state.optimizer.param_groups}
+    assert planned.learning_rates == tuple(sorted(rates))
+    assert len(rates) > 2
+
+
+def test_a_run_that_goes_on_and_one_that_is_finished(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    train(load(), data, tmp_path, stop_at=7)
+    planned = plan(load(), data, tmp_path)
+    assert planned.resumed == tmp_path / "tiny/step_0000007"
+    assert (planned.done, planned.finished) == (7, False)
+    assert planned.weights.path == planned.resumed
+    assert planned.weights.sha256 == sha256_of(planned.resumed / "weights.safetensors")
+    assert planned.describe()[0] == f"going on from {planned.resumed}"
+    # The end of the first epoch was validated, step 7 was not.
+    assert planned.best.path == tmp_path / "tiny/step_0000005"
+    assert list(planned.best.validation.sets) == ["val"]
+    best = train(load(), data, tmp_path)
+    planned = plan(load(), data, tmp_path)
+    assert planned.finished
+    assert planned.best.path == best
+
+
+def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -> None:
+    before = files_below(data, trained)
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    planned = plan(recipe, data, trained)
+    assert planned.baseline == trained / "tiny/baseline_metrics.json"
+    assert files_below(data, trained) == before
+
+
+def test_a_plan_leaves_torchs_generator_to_the_run(load: Load, data: Path, tmp_path: Path) -> None:
+    """`assemble` seeds it; two plans in a row give one network."""
+    weights = []
+    for _ in range(2):
+        net = assembling.assemble(plan(load(), data, tmp_path)).net
+        weights.append(net.backbone.stem[0].weight)
+    assert torch.equal(*weights)
+
+
+def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path) -> None:
+    """The recipe's run, unless a checkpoint or an ImageNet file is named."""
+    first = trained / "first/step_0000003"
+    digest = sha256_of(first / "weights.safetensors")
+    trained_weights = Weights(kind="checkpoint", path=first, sha256=digest)
+    named = load('run.init_from="first"')
+    assert plan(named, data, trained).weights == trained_weights
+    planned = plan(load(), data, tmp_path, init_from=first)
+    assert planned.weights == trained_weights
+    assert planned.baseline == tmp_path / "tiny/baseline_metrics.json"
+    assert f"weights from {first}" in planned.describe()
+    file = tmp_path / "imagenet.safetensors"
+    shutil.copy(first / "weights.safetensors", file)
+    planned = plan(named, data, trained, init_from=file)
+    assert planned.weights == Weights(kind="imagenet", path=file, sha256=digest)
+    assert planned.baseline is None
+
+
+def test_the_teacher_is_the_start_also_of_a_resumed_run(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    assert plan(recipe, data, runs).teacher.path == runs / "first/step_0000003"
+    train(recipe, data, runs, stop_at=1)
+    planned = plan(recipe, data, runs)
+    assert planned.weights.path == runs / "tiny/step_0000001"
+    assert planned.teacher.path == runs / "first/step_0000003"
+    shutil.rmtree(runs / "first")
+    with pytest.raises(checkpoint.CheckpointError, match="starts from the best checkpoint of"):
+        plan(recipe, data, runs)
+
+
+def test_without_distillation_a_resumed_run_does_not_need_its_start(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    train(load('run.init_from="first"'), data, runs, stop_at=1)
+    shutil.rmtree(runs / "first")
+    assert plan(load('run.init_from="first"'), data, runs).done == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        (['data.train=["odl"]'], ShardError, r"no shard set at .*odl; .* holds new, old, val"),
+        (["data.train=[]"], ValueError, "data.train names no set"),
+        (['data.validate=["vall"]'], ShardError, "no shard set at .*vall"),
+        (["data.validate=[]"], ValueError, "data.validate names no set"),
+        (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
+        (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sets hold alpha"),
+        (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe"),
+        (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa"),
+        (
+            ['replay.sets=["old"]', "replay.ratio=1:8",
+             'replay.exclude_sources=["alpha", "beta", "dummy"]'],
+            ValueError, "there is no old sample to draw from",
+        ),
+        (["loading.batch_size=81"], OrderError, "80 training samples do not fill one batch of 81"),
+        (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint"),
+        (["replay.distill_weight=1"], ValueError, "needs a run that starts from a trained"),
+        (['network.name="convnextv9"'], NetworkError, "timm cannot build 'convnextv9'"),
+        (["network.options.dept=[1]"], NetworkError, "timm cannot build"),
+        (
+            ['network.name="mobilenetv2_035"', "network.options={}",
+             "optim.layer_decay_groups=stage12", "optim.layer_decay=0.5"],
+            OptimError, "layer_decay_groups stage12 knows no layer for",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_cannot_have_is_refused(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: list[str], error: type[ValueError], said: str,
+) -> None:  # fmt: skip
+    """By `train` itself, before it assembles or writes anything."""
+    monkeypatch.setattr("model.training.run.assemble", lambda _plan: pytest.fail("assembled"))
+    with pytest.raises(error, match=said):
+        train(load(*changes), data, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_validation_set_that_is_damaged_is_refused(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    shards = shutil.copytree(data, tmp_path / "shards")
+    with (shards / "val/samples.parquet").open("ab") as stream:
+        stream.write(b"\0")
+    with pytest.raises(ShardError, match=r"val/samples.parquet has sha256"):
+        plan(load(), shards, tmp_path)
+
+
+def test_a_device_or_backend_that_is_not_there_is_refused(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="no such device: gpu"):
+        plan(load(), data, tmp_path, device="gpu")
+    monkeypatch.setattr("pipeline.loader._is_installed", lambda _module: False)
+    with pytest.raises(LoadError, match=r"backend dali: .* is not installed"):
+        plan(load("loading.backend=dali"), data, tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    wider = "network.options.dims=[8, 8, 16, 24]"
+    first = trained / "first/step_0000003"
+    with pytest.raises(
+        NetworkError, match=r"weights in .*step_0000003 do not fit: size mismatch for .* more\)"
+    ) as refused:
+        plan(load(wider), data, tmp_path, init_from=first)
+    assert "\n" not in str(refused.value)
+    file = tmp_path / "imagenet.safetensors"
+    shutil.copy(first / "weights.safetensors", file)
+    with pytest.raises(NetworkError, match=r"does not fit the network: 0 parameters are missing"):
+        plan(load(wider), data, tmp_path, init_from=file)
+    save_file({"stem.0.weight": torch.zeros(8, 3, 2, 2)}, file)
+    with pytest.raises(NetworkError, match=r"parameters are missing \(first: \['stem.0.bias"):
+        plan(load(), data, tmp_path, init_from=file)
+    file.write_bytes(b"<html>404</html>")
+    with pytest.raises(NetworkError, match=r"is no readable \.safetensors file"):
+        plan(load(), data, tmp_path, init_from=file)
+
+
+def test_a_start_that_is_no_checkpoint_is_refused(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint \(it has no meta"):
+        plan(load(), data, tmp_path, init_from=tmp_path)
+    first = shutil.copytree(trained / "first/step_0000003", tmp_path / "first")
+    meta = json.loads((first / "meta.json").read_text())
+    (first / "meta.json").write_text(json.dumps(meta | {"format_version": 0}))
+    with pytest.raises(checkpoint.CheckpointError, match="has checkpoint version 0"):
+        plan(load(), data, tmp_path, init_from=first)
+
+
+def test_a_damaged_teacher_is_refused(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Also where the run goes on from weights of its own."""
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    train(recipe, data, runs, stop_at=1)
+    (runs / "first/step_0000003/weights.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(NetworkError, match=r"first/step_0000003/weights\.safetensors is no read"):
+        plan(recipe, data, runs)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_refused(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named = ['network.name="convnextv2_atto.fcmae_ft_in1k"', "network.pretrained=true"]
+    with pytest.raises(NetworkError, match=r"could not be fetched .*--no-pretrained"):
+        plan(load(*named), data, tmp_path)
+
+
+def test_a_run_of_another_recipe_order_or_without_state_is_refused(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    train(load(), data, tmp_path, stop_at=2)
+    with pytest.raises(ValueError, match=r"another recipe \(optim\.lr was 0\.0002, now 0\.001; 1"):
+        plan(load("optim.lr=1e-3"), data, tmp_path)
+    with pytest.raises(OrderError, match="global_batch"):
+        plan(load(), data, tmp_path, dist=DistEnv(0, 2, 0))
+    state = tmp_path / "tiny/step_0000002/state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt cannot be read"):
+        plan(load(), data, tmp_path)
+    state.unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="so training cannot go on from it"):
+        plan(load(), data, tmp_path)
+
+
+def test_the_better_checkpoint_is_that_of_the_higher_figure_or_the_later() -> None:
+    def at(step: int, selection: float | None) -> Best:
+        validation = None if selection is None else Validation({}, {}, selection)
+        return Best(path=Path(f"step_{step:07d}"), validation=validation)
+
+    low, high, later, none = at(1, 0.5), at(2, 0.6), at(3, 0.6), at(4, None)
+    assert better(None, none) is none
+    assert better(none, low) is low
+    assert better(low, none) is low
+    assert better(low, high) is high
+    assert better(high, low) is high
+    assert better(high, later) is later
+    assert better(none, at(5, None)).path.name == "step_0000005"

@@ -1,0 +1,111 @@
+"""A build replaces and removes its own files and no others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sharding.build import build
+from sharding.catalog import read_catalog
+from sharding.format import ShardError, read_index
+from tests.builders import build_all, hashes, write_raw
+
+
+@pytest.fixture
+def built(raw: Path, data: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny sets with the record of their build."""
+    return Path(shutil.copytree(data, tmp_path / "out"))
+
+
+def refused(raw: Path, out: Path, *said: str) -> None:
+    """Check that a build says all of this and changes nothing."""
+    before = hashes(out)
+    with pytest.raises(ShardError) as caught:
+        build_all(raw, out)
+    for text in (*said, "nothing was changed"):
+        assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert hashes(out) == before
+
+
+def test_a_copied_set_without_its_record_is_refused(raw: Path, built: Path) -> None:
+    shutil.rmtree(built / ".build")
+    refused(raw, built, f"{built / 'new'} holds _info.json, excluded.csv", "and 3 more")
+
+
+def test_a_downloaded_index_alone_is_refused(raw: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/old").mkdir(parents=True)
+    shutil.copy(data / "old/index.json", tmp_path / "out/old")
+    refused(raw, tmp_path / "out", "old holds index.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["backup.tar", "beta-train-00007.tar", "x.idx", "alpha-train-00000.tar.partial",
+     "photos.tar.77.partial"],
+)  # fmt: skip
+def test_a_foreign_file_is_refused_and_kept(raw: Path, built: Path, name: str) -> None:
+    (built / "old" / name).write_bytes(b"mine")
+    refused(raw, built, name, "written.json", "Move them away")
+    (built / "old" / name).unlink()
+    build_all(raw, built)
+
+
+def test_other_files_are_left_alone(raw: Path, data: Path, built: Path) -> None:
+    (built / "old/README.md").write_text("mine")
+    (built / "old/index.json").unlink()  # so that the set is written again
+    build_all(raw, built)
+    assert (built / "old/README.md").read_text() == "mine"
+
+
+def test_what_a_killed_build_left_is_its_own(raw: Path, data: Path, built: Path) -> None:
+    (built / "old/alpha-train-00000.tar.77.partial").write_bytes(b"half")
+    (built / "old/index.json.77.partial").write_bytes(b"half")
+    (built / ".build/old/alpha-train-00000.tar.parquet").unlink()
+    (built / "old/index.json").unlink()
+    build_all(raw, built)
+    assert hashes(built) == hashes(data)
+
+
+def test_an_unfinished_set_of_another_catalog_is_not_lost(raw: Path, built: Path) -> None:
+    """Without its index the record still says which sources a set holds."""
+    (built / "old/index.json").unlink()
+    (built / "other.toml").write_text(
+        '[sets]\nold = "train"\n[sources.gamma]\nlicense = "x"\nset = "old"\n'
+        'real = ["real"]\nfake = ["fake"]\n'
+    )
+    before = hashes(built)
+    with pytest.raises(ShardError, match="holds source alpha, which this catalog does not name"):
+        build(read_catalog([built / "other.toml"]), raw, built, jobs=1)
+    assert hashes(built) == before
+
+
+def test_fewer_sources_leave_only_what_the_index_lists(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    build_all(raw, tmp_path / "out")
+    shutil.rmtree(raw / "dummy")
+    (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
+    build_all(raw, tmp_path / "out")
+    index = read_index(tmp_path / "out/old")
+    record = json.loads((tmp_path / "out/.build/old/written.json").read_text())["files"]
+    assert record == sorted(path.name for path in (tmp_path / "out/old").iterdir())
+    assert [shard["name"] for shard in index["shards"]] == [n for n in record if n.endswith("tar")]
+
+
+def test_a_damaged_record_is_one_line(raw: Path, built: Path) -> None:
+    (built / ".build/old/written.json").write_text("{")
+    with pytest.raises(ShardError, match=r"written\.json is damaged .*move .* away"):
+        build_all(raw, built)
+
+
+@pytest.mark.parametrize("folder", ["old", ".build/old", ".build/inventory"])
+def test_a_link_out_of_the_output_is_refused(
+    raw: Path, built: Path, tmp_path: Path, folder: str
+) -> None:
+    shutil.move(built / folder, tmp_path / "elsewhere")
+    (built / folder).symlink_to(tmp_path / "elsewhere")
+    before = hashes(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of"):
+        build_all(raw, built)
+    assert hashes(tmp_path / "elsewhere") == before

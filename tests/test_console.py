@@ -1,0 +1,103 @@
+"""Types of options: an address works or is refused, and so is what no job can use."""
+
+import os
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from upath import UPath
+
+import console
+import evaluate
+import predict
+import train
+from model.__main__ import main as model
+from pipeline.__main__ import main as pipeline
+from sharding.__main__ import main as sharding
+
+COMMANDS = [
+    train.main, predict.main, evaluate.main, *evaluate.main.commands.values(),
+    *sharding.commands.values(), *pipeline.commands.values(), *model.commands.values(),
+]  # fmt: skip
+PARAMETERS = [
+    pytest.param(command, parameter, id=f"{command.name} {parameter.name}")
+    for command in COMMANDS
+    for parameter in command.params
+]
+PATH_WORDS = {"data", "runs", "raw", "out", "folder", "folders", "checkpoint", "heatmap", "watch"}
+
+
+def said_of(kind: click.ParamType, value: object) -> str:
+    """What the type says of a value that it refuses."""
+    with pytest.raises(click.BadParameter) as caught:
+        kind.convert(value, None, None)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize(("command", "parameter"), PARAMETERS)
+def test_every_path_is_local_or_any_address(command: object, parameter: click.Parameter) -> None:
+    kind = parameter.type
+    assert not isinstance(kind, click.Path) or isinstance(kind, console.LocalPath)
+    assert not isinstance(kind, click.types.FloatParamType) or isinstance(kind, console.FiniteRange)
+    if parameter.name in PATH_WORDS:
+        assert isinstance(kind, console.LocalPath | console.AnyAddress)
+    if isinstance(kind, console.LocalPath):
+        assert "is an address" in said_of(kind, "s3://bucket/x")
+        assert "empty path" in said_of(kind, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (train.main, ["--phase", "1", "--runs", "s3://bucket/runs"]),
+        (train.main, ["--phase", "1", "--runs", "s3:/bucket/runs"]),
+        (sharding, ["fetch", "--raw", "hf://datasets/x"]),
+        (sharding, ["audit", "data/shards", "--out", "s3://bucket/audit"]),
+        (predict.main, ["x.jpg", "--heatmap", "gs://bucket/heatmaps"]),
+    ],
+)
+def test_an_address_where_none_works_is_refused_and_nothing_is_made(
+    command: click.Command, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    assert f"{arguments[-1]} is an address" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
+    kind = console.AnyAddress()
+    assert kind.convert(str(tmp_path), None, None) == tmp_path
+    assert kind.convert("memory://bucket/x", None, None) == UPath("memory://bucket/x")
+    assert console.LocalPath().convert(f"{tmp_path}/a:b", None, None) == tmp_path / "a:b"
+    assert "names no bucket" in said_of(kind, "s3://")
+    assert "names no bucket" in said_of(kind, "http://")
+    assert "empty path" in said_of(kind, " ")
+    assert "is no folder" in said_of(kind, __file__)
+
+
+def test_a_page_cannot_be_written_to() -> None:
+    kind = console.AnyAddress(writes=True)
+    assert "can only be read" in said_of(kind, "http://here.org/shards")
+    result = CliRunner().invoke(sharding, ["build", "--out", "http://"])
+    assert result.exit_code == 2
+    assert "can only be read" in result.output
+
+
+def test_a_pipe_or_device_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe or a device" in said_of(console.LocalPath(), str(tmp_path / "pipe"))
+    assert "pipe or a device" in said_of(console.LocalPath(), "/dev/null")
+    result = CliRunner().invoke(sharding, ["build", "--catalog", str(tmp_path / "pipe")])
+    assert result.exit_code == 2
+    assert "pipe or a device" in result.output
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "-nan"])
+def test_nan_is_no_number(value: str) -> None:
+    assert "no finite number" in said_of(console.FiniteRange(0, 1), value)
+    result = CliRunner().invoke(sharding, ["build", "--max-bad", value])
+    assert result.exit_code == 2
