@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv

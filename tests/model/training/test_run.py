@@ -115,7 +115,7 @@ def test_a_run_of_other_settings_is_refused(tiny_recipe: Path, data: Path, tmp_p
     saved = checkpoint.read_meta(last)["recipe"]
     del saved["network"]["head"]
     checkpoint.annotate(last, {"recipe": saved})
-    with pytest.raises(ValueError, match=r"another recipe \(network\.head was None, now timm; 1 diff"):
+    with pytest.raises(ValueError, match=r"another recipe \(network\.head was None, now timm"):
         train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
 
 
