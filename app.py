@@ -368,8 +368,8 @@ def scale(p: float, band: tuple[float, float]) -> str:
 
 def show_threshold(found: ImageDetector) -> None:
     """Where "likely AI" begins, and what moving it costs."""
-    calibration = found.meta["calibration"] or {}
-    curve = calibration.get("roc", [])
+    calibration = found.meta["calibration"]
+    curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     with st.container(border=True):
         threshold = st.select_slider(

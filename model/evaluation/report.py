@@ -3,7 +3,7 @@
 `report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
 `evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
 
-    {"report_version": 2,
+    {"report_version": 3,
      "headline": [sentence, ...],            # one per set; those without any reals come first
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
@@ -54,7 +54,7 @@ from model.score import DEFAULT_THRESHOLD
 from model.verdict import VERDICTS, band_of, verdict
 from sharding.format import CLASSES
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 REAL, FAKE = range(len(CLASSES))
 

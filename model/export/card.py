@@ -99,7 +99,7 @@ def card_of(
 
 def _is_plain(meta: Mapping[str, Any]) -> bool:
     """Whether timm alone can build the network: a head that sees all stages is not in it."""
-    return meta["recipe"]["network"].get("head", "timm") == "timm"
+    return meta["recipe"]["network"]["head"] == "timm"
 
 
 def _front(license: License, *, timm: bool) -> str:
@@ -149,7 +149,7 @@ they are from PyTorch.
 
 
 def _calibrated(meta: Mapping[str, Any]) -> str:
-    calibration = meta.get("calibration")
+    calibration = meta["calibration"]
     if not calibration:
         return (
             "**Not calibrated**: read it as a score, and choose a threshold on images of your own."
@@ -169,7 +169,7 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
     ]
     notes = []
     for name, found in report["sets"].items():
-        own, reference = found["overall"], found.get("reference")
+        own, reference = found["overall"], found["reference"]
         rows.append(_row(name, own))
         if reference:
             rows.append(
@@ -199,7 +199,7 @@ def _share(figures: Mapping[str, Any], name: str, missing: str = "-") -> str:
     """A figure, with its interval where the report has one."""
     if figures[name] is None:
         return missing
-    interval = figures.get("intervals", {}).get(name)
+    interval = figures["intervals"].get(name)
     between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     return f"{figures[name]:.3f}{between}"
 

@@ -122,7 +122,8 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise HubError(f"{path} is not a report.json of evaluate.py") from error
     if version != REPORT_VERSION:
         raise HubError(
-            f"{path} has report version {version}, expected {REPORT_VERSION}; evaluate again"
+            f"{path} has report version {version}, expected {REPORT_VERSION}; measure the "
+            "checkpoint again with evaluate.py"
         )
     found, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if found != expected:

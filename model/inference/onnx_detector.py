@@ -32,7 +32,7 @@ from sharding.format import CLASSES
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 META_KEYS = (
     "format_version", "classes", "preprocess", "temperature", "threshold", "calibration",
@@ -175,8 +175,8 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
     meta = {key: json.loads(found[key]) for key in META_KEYS}
     if meta["format_version"] != FORMAT_VERSION:
         raise OnnxError(
-            f"{file} has version {meta['format_version']}, this program reads {FORMAT_VERSION}; "
-            "export it again"
+            f"{file} has version {meta['format_version']}, expected {FORMAT_VERSION}; export the "
+            "detector again with `python -m model export --onnx`"
         )
     if tuple(meta["classes"]) != CLASSES:
         raise OnnxError(f"{file} knows {meta['classes']}, expected {list(CLASSES)}")

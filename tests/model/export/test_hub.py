@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from model import checkpoint, load_detector
 from model.__main__ import main
+from model.evaluation.report import REPORT_VERSION
 from model.export import hub
 from model.export.card import card_of
 from model.export.license import ORIGINAL_BASE, license_of
@@ -79,16 +80,16 @@ def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None
 def report_of(meta: dict, **changes: object) -> dict:
     figures = {
         "count": 4, "reals": 2, "fakes": 2, "recall": 0.75, "false_positive_rate": 0.25,
-        "auroc": 0.875,
+        "auroc": 0.875, "intervals": {},
     }  # fmt: skip
     alone = figures | {"reals": 0, "false_positive_rate": None, "auroc": None}
     sets = {
-        "val": {"overall": figures, "note": None},
-        "evalgen": {"overall": alone, "note": "There are no real images here."},
+        "val": {"overall": figures, "reference": None, "note": None},
+        "evalgen": {"overall": alone, "reference": None, "note": "There are no real images here."},
     }
     name, step = meta["recipe"]["name"], meta["step"]
     return {
-        "report_version": 2,
+        "report_version": REPORT_VERSION,
         "run": name,
         "step": step,
         "threshold": 0.6,
@@ -141,7 +142,11 @@ def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path)
     [
         ("[]", "is not a report.json"),
         ("{}", "is not a report.json"),
-        ('{"report_version": 99}', "has report version 99"),
+        (
+            '{"report_version": 99}',
+            f"has report version 99, expected {REPORT_VERSION}; measure the "
+            "checkpoint again with evaluate.py",
+        ),
         (None, "is of tiny step 8, the checkpoint is tiny step 7"),
     ],
 )
