@@ -121,7 +121,7 @@ def main(
         _finish(run, paths, watch)
     finally:
         if file:
-            file.stream.close()
+            file.close()
 
 
 def _format_of(out: Path | None) -> str:
