@@ -5,16 +5,22 @@ Packages return values and raise; only commands print, and they print through th
 
 import contextlib
 import logging
+import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
@@ -27,7 +33,8 @@ def _console(stderr: bool) -> Console:
     can be piped. The stream is looked up at each print.
     """
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDE)
+    width = None if stream.isatty() else _WIDE
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 ERR = _console(stderr=True)
@@ -37,8 +44,12 @@ class _LogHandler(logging.Handler):
     """Log lines above a running progress bar, unwrapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        ERR.print(self.format(record), markup=False, soft_wrap=True)
+        """Print one record, harmless to a terminal and without secrets."""
+        ERR.print(_shown(self.format(record)), soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    return printable(without_secrets(text))
 
 
 @contextlib.contextmanager
@@ -52,13 +63,37 @@ def plain_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt:
+        click.echo("stopped by Ctrl-C", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except click.ClickException as error:
+        error.message = _shown(error.message)
+        raise
     except (ValueError, OSError) as error:
         log.debug("traceback", exc_info=True)
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_shown(one_line(error))) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says: of one of the system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return f"{error.strerror} (the system names no file; standard output may be one)"
+        return f"{_name_of(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _name_of(filename: object) -> str:
+    return os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
 
 
 class Command(click.Command):
     """A click command under `plain_errors`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line."""
+        with plain_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> object:
         """Run the command."""
@@ -71,10 +106,37 @@ class Group(click.Group):
 
     command_class = Command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line."""
+        with plain_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, context: click.Context) -> object:
         """Run the group."""
         with plain_errors():
             return super().invoke(context)
+
+
+class LocalPath(click.Path):
+    """A file or folder of this machine; an address is refused instead of becoming a folder `s3:`.
+
+    The name may be a folder's only with `file_okay=False`; either way it is checked that what is
+    there is of that kind, and may be read or written.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A `Path`."""
+        text = os.fspath(value)
+        if not text:
+            self.fail("an empty name; say a file or folder", param, ctx)
+        if "://" in text or re.match(r"[a-z][a-z0-9+]{1,9}:/(?!/)", text):
+            self.fail(f"{text} is an address, and this must be on this machine", param, ctx)
+        if "\0" in text:
+            self.fail("a name with a zero byte", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
@@ -147,13 +209,31 @@ def options(*names: str) -> Callable[[Callable], Callable]:
 
 
 def say(text: str = "") -> None:
-    """Print one line of a command's answer on standard output, never wrapped; where that is the
-    terminal of a running progress bar, above the bar.
+    """Print lines of a command's answer on standard output, never wrapped; where that is the
+    terminal of a running progress bar, above the bar. A terminal gets nothing that it would obey.
     """
-    if ERR.is_terminal and sys.stdout.isatty():
-        ERR.print(text, markup=False, soft_wrap=True)
+    if not sys.stdout.isatty():
+        click.echo(_encodable(text))
+    elif ERR.is_terminal:
+        ERR.print(printable(text), soft_wrap=True)
     else:
-        click.echo(text)
+        click.echo(_encodable(printable(text)))
+
+
+def say_data(text: str) -> None:
+    """Print a line of CSV or JSON on standard output, in UTF-8 whatever the locale says; bytes of a
+    file name that are no UTF-8 stay as they are. A terminal gets it by `say`.
+    """
+    if sys.stdout.isatty():
+        say(text)
+    else:
+        click.echo(text.encode("utf-8", "surrogateescape"))
+
+
+def _encodable(text: str) -> str:
+    """`text` with escapes for what standard output has no bytes for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -165,17 +245,17 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
     clean.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     hidden = not (shown and ERR.is_terminal)
     with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
-        task = bar.add_task(label, total=total, note="")
+        task = bar.add_task(printable(label), total=total, note="")
         yield lambda done=1, note="", total=None: bar.update(
-            task, advance=done, note=note, **({} if total is None else {"total": total})
+            task, advance=done, note=printable(note), **({} if total is None else {"total": total})
         )
 
 
@@ -230,12 +310,28 @@ def _is_figure(value: object) -> bool:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: the first column is text, numbers stand to the right."""
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    """Print a table: the first column is text, numbers stand to the right. Texts are shown as they
+    are, and whole: where the terminal is too narrow for a table, each row is a paragraph.
+    """
+    console = _console(stderr=False)
     rows = [list(row) for row in rows]
+    cells = [[_encodable(printable(cell(value))) for value in row] for row in rows]
+    title, columns = (_encodable(printable(title)), [*map(_encodable, map(printable, columns))])
+    grid = Table(
+        title=Text(title) if title else None,
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
     for number, name in enumerate(columns):
         numeric = any(_is_figure(row[number]) for row in rows)
-        grid.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
-    for row in rows:
-        grid.add_row(*[cell(value) for value in row])
-    _console(stderr=False).print(grid)
+        grid.add_column(Text(name), justify="right" if numeric else "left", no_wrap=number == 0)
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    options = console.options.update(max_width=sys.maxsize)  # else the answer is cut to the width
+    if console.measure(grid, options=options).minimum <= console.width:
+        console.print(grid)
+        return
+    console.print(title, soft_wrap=True)
+    for first, *others in cells:
+        console.print(first, soft_wrap=True)
+        for name, value in zip(columns[1:], others, strict=True):
+            console.print(f"    {name}: {value}", soft_wrap=True)

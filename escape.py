@@ -35,7 +35,7 @@ def from_spreadsheet_cell(text: str) -> str:
 # help: mdast-util-gfm-autolink-literal, remark-emoji, and Streamlit's `:material/name:`.
 _SEPARATE = re.compile(r":|@|(?<=www)(?=\.)", re.IGNORECASE)
 _JOINER = "\N{WORD JOINER}"
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])")
+_MARKUP = re.compile(r"[\\`*_{}\[\]()<>#|~:$&]|^[-+=]|(?<=\d)\.(?=\s)")
 
 
 def markdown(text: str) -> str:
@@ -43,7 +43,7 @@ def markdown(text: str) -> str:
     invisible character stands where an address would otherwise become a link.
     """
     line = " ".join(printable(text).split())
-    return _MARKUP.sub(r"\\\1", _SEPARATE.sub(lambda match: match[0] + _JOINER, line))
+    return _MARKUP.sub(r"\\\g<0>", _SEPARATE.sub(lambda match: match[0] + _JOINER, line))
 
 
 _ADDRESS = re.compile(r"\b[a-z][a-z0-9+.\-]*://[^\s'\"<>]+", re.IGNORECASE)

@@ -95,18 +95,10 @@ class Run:
             draw_heatmap(self.detector, result.name, note.data, self.heatmaps)
         if self.out:
             self.out.write(text)
+        elif self.output == "table":
+            console.say(text)
         else:
-            say(text)
-
-
-def say(text: str) -> None:
-    """A line on standard output; bytes that are no UTF-8 in a file's name stay as they are."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        click.echo(text.encode("utf-8", "surrogateescape"))
-    else:
-        console.say(text)
+            console.say_data(text)
 
 
 def draw_heatmap(detector: "ImageDetector", name: str, data: bytes, folder: Path) -> None:

@@ -236,7 +236,7 @@ def test_predict_ends_with_1_when_the_disk_is_full(
     def on_a_full_disk(*arguments: object) -> results.ResultsFile:
         file = opened(*arguments)
         file.stream.close()
-        file.stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115, PTH123
+        file.stream = open("/dev/full", "wb", buffering=0)  # noqa: PTH123
         return file
 
     monkeypatch.setattr(results, "open_results", on_a_full_disk)
