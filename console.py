@@ -4,14 +4,16 @@ Packages return values and raise; only commands print, and they print through th
 """
 
 import contextlib
+import errno
 import logging
+import math
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import click
@@ -20,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+import storage
 from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
@@ -77,14 +80,19 @@ def plain_errors() -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """What an error says: of one of the system's, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
+        if isinstance(error, ConnectionError | TimeoutError):
+            return f"{error.strerror}; check the address and the network"
         if error.filename is None:
-            return f"{error.strerror} (the system names no file; standard output may be one)"
+            return error.strerror
         return f"{_name_of(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def _name_of(filename: object) -> str:
-    return os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+    name = os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+    return name if len(name) <= 500 else f"{name[:200]}...{name[-50:]}"
 
 
 class Command(click.Command):
@@ -117,28 +125,6 @@ class Group(click.Group):
             return super().invoke(context)
 
 
-class LocalPath(click.Path):
-    """A file or folder of this machine; an address is refused instead of becoming a folder `s3:`.
-
-    The name may be a folder's only with `file_okay=False`; either way it is checked that what is
-    there is of that kind, and may be read or written.
-    """
-
-    def __init__(self, **options: Any):
-        super().__init__(path_type=Path, **options)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A `Path`."""
-        text = os.fspath(value)
-        if not text:
-            self.fail("an empty name; say a file or folder", param, ctx)
-        if "://" in text or re.match(r"[a-z][a-z0-9+]{1,9}:/(?!/)", text):
-            self.fail(f"{text} is an address, and this must be on this machine", param, ctx)
-        if "\0" in text:
-            self.fail("a name with a zero byte", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
     """Send log lines to standard error: the message alone, or with time, level and module."""
     handler = _LogHandler()
@@ -150,23 +136,82 @@ def _start_logging(_context: click.Context, _option: click.Parameter, verbose: b
     log.propagate = False
 
 
+class LocalPath(click.Path):
+    """A path of this machine, as a `Path`: an address is refused, and so is what is neither a file
+    nor a folder (a pipe would wait for ever, a device would be replaced). Takes the keywords of
+    `click.Path`.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"path_type": Path, **keywords})
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """Check and convert one value."""
+        try:
+            path = storage.local_path(value)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
+        except (ValueError, OSError) as error:
+            self.fail(one_line(error), param, context)
+        return super().convert(path, param, context)
+
+
+class AnyAddress(click.ParamType):
+    """A folder of this machine, as a `Path`, or an address, as a `UPath`. With `writes` an address
+    that can only be read is refused.
+    """
+
+    name = "folder or address"
+
+    def __init__(self, *, writes: bool = False) -> None:
+        self._parse = storage.writable_path if writes else storage.any_path
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> storage.AnyPath:
+        """Check and convert one value; nothing is asked of the network."""
+        try:
+            path = self._parse(value)
+            if storage.is_local(path) and path.exists() and not path.is_dir():
+                raise ValueError(f"{value} is no folder")
+        except (ValueError, OSError) as error:
+            self.fail(one_line(error), param, context)
+        return path
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; NaN, which compares with nothing, is refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        """Check and convert one value."""
+        converted = super().convert(value, param, context)
+        if not math.isfinite(converted):
+            self.fail(f"{value} is no finite number", param, context)
+        return converted
+
+
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
+        type=AnyAddress(),
         default="data/shards",
         show_default=True,
         help="Folder or address (s3://, hf://, https://) that holds the shard sets.",
     ),
     "runs": click.option(
         "--runs",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=LocalPath(file_okay=False),
         default=Path("runs"),
         show_default=True,
         help="Folder that holds the training runs.",
     ),
     "checkpoint": click.option(
         "--checkpoint",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=LocalPath(file_okay=False),
         help="Checkpoint, or a run to take the best one of. Default: the newest run.",
     ),
     "device": click.option(

@@ -39,17 +39,17 @@ from storage import any_path, write_text
 )
 @click.option(
     "--subset",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=console.LocalPath(exists=True, dir_okay=False),
     help="CSV with set,key: score only these samples. Default of --shards: its sets.",
 )
 @click.option(
     "--scores",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=console.LocalPath(exists=True, dir_okay=False),
     help="The report on a scores.parquet, without a network or images.",
 )
 @click.option(
     "--robustness",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**31 - 1),
     is_flag=False,
     flag_value=PER_CLASS,
     metavar="[N]",
@@ -57,7 +57,7 @@ from storage import any_path, write_text
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
 )
 @console.options("checkpoint", "data", "runs", "device", "backend")
@@ -169,12 +169,12 @@ def calibrate(
 
 
 @main.command()
-@click.argument("before", type=click.Path(path_type=Path, exists=True))
-@click.argument("after", type=click.Path(path_type=Path, exists=True))
+@click.argument("before", type=console.LocalPath(exists=True))
+@click.argument("after", type=console.LocalPath(exists=True))
 @click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
 @click.option(
     "--flips",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="CSV of every image whose verdict is another one.",
 )
 @console.options()

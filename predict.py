@@ -35,28 +35,28 @@ class NotStarted(click.ClickException):
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="Write results to this file as they come; it has .partial added until it is complete.",
 )
 @click.option("--resume", is_flag=True, help="Go on with --out after an interruption.")
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=console.FiniteRange(0, 1),
     help="Likely AI from this probability on. Default: what the checkpoint was calibrated to.",
 )
 @click.option(
     "--heatmap",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     help="Folder for a picture of each image that shows what moved its score.",
 )
 @click.option(
     "--watch",
-    type=click.Path(exists=True, file_okay=False),
+    type=console.LocalPath(exists=True, file_okay=False, path_type=str),
     help="Folder that fills: predict what comes into it, until Ctrl-C.",
 )
 @click.option(
     "--onnx",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="Exported detector (`python -m model export --onnx`) to use; torch is then not needed.",
 )
 @console.options("checkpoint", "runs", "device", "backend", "batch_size")
@@ -141,7 +141,7 @@ def _check(
         )
     for path in paths:
         if path != "-" and not inputs.is_there(path):
-            raise click.UsageError(f"{path} does not exist")
+            raise click.UsageError(f"{path!r} does not exist")
     if resume and not out:
         raise click.UsageError("--resume goes on with a file; name it with --out")
     if resume and output == "table":

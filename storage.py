@@ -8,6 +8,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,12 +20,22 @@ from upath import UPath
 AnyPath = Path | UPath
 
 
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_READ_ONLY = ("http", "https")
+
+
 def any_path(text: str | os.PathLike) -> AnyPath:
     """A `Path` for a folder of this machine, a `UPath` for an address.
 
     Raises:
-        ValueError: an address whose file system is not installed.
+        ValueError: an empty text, an address of nothing, or one whose file system is not installed.
     """
+    if not str(text).strip():
+        raise ValueError("an empty path; name a file or folder, or . for this folder")
+    if "\0" in str(text):
+        raise ValueError("a path with a zero byte, which no file system has")
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:/*", str(text)):
+        raise ValueError(f"{text} names no bucket or host; expected such as s3://bucket/folder")
     try:
         path = UPath(text)
         return Path(path) if isinstance(path, Path) else path
@@ -32,6 +43,29 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         raise ValueError(
             f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
         ) from error
+
+
+def local_path(text: str | os.PathLike) -> Path:
+    """A `Path` of this machine, where an address would be of no use.
+
+    Raises:
+        ValueError: an address, or an empty text.
+    """
+    if _ADDRESS.match(str(text)) and not str(text).startswith("file://"):
+        raise ValueError(f"{text} is an address; this takes a path of this machine only")
+    return any_path(text)
+
+
+def writable_path(text: str | os.PathLike) -> AnyPath:
+    """As `any_path`, for what is to be written.
+
+    Raises:
+        ValueError: also an address that can only be read.
+    """
+    scheme = _ADDRESS.match(str(text))
+    if scheme and scheme[1].lower() in _READ_ONLY:
+        raise ValueError(f"{text} can only be read; write to a folder or to s3://bucket/folder")
+    return any_path(text)
 
 
 def check_reachable(path: AnyPath) -> None:

@@ -38,14 +38,14 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option(
     "--recipe",
     "recipe_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="Another recipe file, instead of --phase.",
 )
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set optim.lr=1e-4.")
 @click.option("--run", "name", help="Name of the run. Default: the recipe's.")
 @click.option(
     "--init-from",
-    type=click.Path(path_type=Path, exists=True),
+    type=console.LocalPath(exists=True),
     help="Start from this checkpoint folder or ImageNet .safetensors file.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")

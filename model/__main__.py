@@ -9,6 +9,7 @@ from model.checkpoint import find
 from model.export import hub, import_original, onnx
 from model.export.average import average
 from model.training import curves
+from storage import any_path, check_reachable
 
 
 @click.group(cls=console.Group)
@@ -22,7 +23,7 @@ NAME = click.option(
 
 
 @main.command("import")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("file", type=console.LocalPath(exists=True, dir_okay=False))
 @NAME
 @console.options("runs")
 def import_command(file: Path, name: str, runs: Path) -> None:
@@ -39,10 +40,10 @@ def fetch_command(name: str, runs: Path) -> None:
 
 
 @main.command("curves")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=console.LocalPath())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     default=Path("curves.png"),
     show_default=True,
     help="PNG to write.",
@@ -55,10 +56,14 @@ def curves_command(run: Path, out: Path) -> None:
 
 
 @main.command("average")
-@click.argument("first", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("last", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("first", type=console.LocalPath(exists=True, file_okay=False))
+@click.argument("last", type=console.LocalPath(exists=True, file_okay=False))
 @click.option(
-    "--weight", default=0.5, show_default=True, help="How far from FIRST to LAST, 0 to 1."
+    "--weight",
+    type=console.FiniteRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="How far from FIRST to LAST, 0 to 1.",
 )
 @click.option("--run", "name", required=True, help="Name of the run that holds it.")
 @console.options("runs")
@@ -80,22 +85,22 @@ def _say(folder: Path) -> None:
 @click.option(
     "--hub",
     "folder",
-    type=click.Path(path_type=Path),
+    type=console.LocalPath(),
     help="Write this folder for the Hugging Face Hub; with --onnx they lie in it.",
 )
 @click.option(
     "--images",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=console.LocalPath(exists=True, file_okay=False),
     help="Folder of images, or shard set, to compare with PyTorch on. Default: noise.",
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=console.LocalPath(exists=True, dir_okay=False),
     help="The checkpoint's report.json, for the model card.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     help="Folder for the ONNX files. Default: onnx/ beside the checkpoint.",
 )
 @console.options("checkpoint", "data", "runs")
@@ -114,13 +119,15 @@ def export_command(
         raise click.UsageError("say what to write: --onnx, --hub FOLDER, or both")
     if folder:
         hub.refuse_if_there(folder)
+    sets = any_path(data)
+    check_reachable(sets)
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     out = out or chosen.parent / "onnx"
     if onnx:
         _export_onnx(chosen, out, images)
     if folder:
-        hub.write_hub(chosen, folder, report=report, data=Path(data), onnx=out if onnx else None)
+        hub.write_hub(chosen, folder, report=report, data=sets, onnx=out if onnx else None)
         if report is None:
             console.log.warning("the model card has no evaluation: give the report with --report")
         console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")
@@ -150,7 +157,7 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
 
 
 @main.command("push")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository a private one.")
 @console.options()

@@ -16,24 +16,11 @@ from sharding.demo.render import make_demo
 from sharding.describe import describe
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
 from sharding.verify import sets_in, verify
-from storage import AnyPath, any_path, cores, write_text
-
-
-class Place(click.ParamType):
-    """A folder, or an address such as s3://bucket/shards."""
-
-    name = "folder or address"
-
-    def convert(
-        self, value: object, _param: click.Parameter | None, _context: click.Context | None
-    ) -> AnyPath:
-        """A `Path` or a `UPath`."""
-        return any_path(value)
-
+from storage import AnyPath, cores, write_text
 
 RAW = click.option(
     "--raw",
-    type=Place(),
+    type=console.AnyAddress(),
     default="data/raw",
     show_default=True,
     help="Folder or address that holds the raw datasets.",
@@ -41,7 +28,7 @@ RAW = click.option(
 CATALOG = click.option(
     "--catalog",
     "catalogs",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=console.LocalPath(dir_okay=False, exists=True),
     multiple=True,
     help="A catalog of your own, on top of the built-in one. May be repeated.",
 )
@@ -56,7 +43,7 @@ def main() -> None:
 @click.argument("sources", nargs=-1)
 @click.option(
     "--raw",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     default=Path("data/raw"),
     show_default=True,
     help="Folder that gets one folder per source.",
@@ -83,7 +70,7 @@ def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...
 @RAW
 @click.option(
     "--out",
-    type=Place(),
+    type=console.AnyAddress(writes=True),
     default="data/shards",
     show_default=True,
     help="Folder or address that gets one folder per set.",
@@ -102,7 +89,7 @@ def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...
 )
 @click.option(
     "--max-bad",
-    type=click.FloatRange(0, 1),
+    type=console.FiniteRange(0, 1),
     default=0.01,
     show_default=True,
     help="Share of images that may be unreadable or missing; more fails the build.",
@@ -210,7 +197,7 @@ def _say_what_was_excluded(found: SourceScan) -> None:
 
 
 @main.command()
-@click.argument("folder", type=Place())
+@click.argument("folder", type=console.AnyAddress())
 @console.options()
 def show(folder: AnyPath) -> None:
     """Print what the shard set in FOLDER holds."""
@@ -245,7 +232,7 @@ def show(folder: AnyPath) -> None:
 @RAW
 @click.option(
     "--out",
-    type=Place(),
+    type=console.AnyAddress(),
     default="data/shards",
     show_default=True,
     help="Folder or address of the packed sets.",
@@ -277,7 +264,7 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
 
 
 @main.command("verify")
-@click.argument("folder", type=Place())
+@click.argument("folder", type=console.AnyAddress())
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
 )
@@ -300,8 +287,8 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 
 
 @main.command("diff")
-@click.argument("before", type=Place())
-@click.argument("after", type=Place())
+@click.argument("before", type=console.AnyAddress())
+@click.argument("after", type=console.AnyAddress())
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """Say what differs between two shard sets; exit 1 if anything does."""
@@ -324,10 +311,10 @@ def diff(before: AnyPath, after: AnyPath) -> None:
 
 
 @main.command("describe")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     default=Path("my-catalog.toml"),
     show_default=True,
     help="Catalog to write; an existing file is not overwritten.",
@@ -349,10 +336,10 @@ def describe_command(folder: Path, out: Path) -> None:
 
 
 @main.command("audit")
-@click.argument("folders", type=Place(), nargs=-1, required=True)
+@click.argument("folders", type=console.AnyAddress(), nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=console.LocalPath(file_okay=False),
     default=Path("data/audit"),
     show_default=True,
     help="Folder for report.json and a PNG per set.",
@@ -360,10 +347,16 @@ def describe_command(folder: Path, out: Path) -> None:
 @click.option(
     "--match",
     "sample_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=console.LocalPath(dir_okay=False),
     help="CSV to write: samples in which real and fake agree on metadata.",
 )
-@click.option("--seed", default=0, show_default=True, help="Another seed, other folds and samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, other folds and samples.",
+)
 @console.options()
 def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
@@ -432,8 +425,14 @@ def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | 
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
+@click.argument("folder", type=console.LocalPath())
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, other images.",
+)
 @console.options()
 def demo(folder: Path, seed: int) -> None:
     """Make seeded, synthetic raw datasets and their catalog in FOLDER."""

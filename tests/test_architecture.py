@@ -12,7 +12,7 @@ COMMON = {"escape", "console", "recipes", "storage", "imaging"}
 
 MAY_IMPORT = {
     "escape": set(),
-    "console": {"escape"},
+    "console": {"escape", "storage"},
     "recipes": set(),
     "storage": set(),
     "imaging": {"storage"},

@@ -22,7 +22,7 @@ from model.export.license import license_of
 from model.network import Detector
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
-from storage import atomic_folder
+from storage import AnyPath, atomic_folder
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -38,7 +38,7 @@ def write_hub(
     out: Path,
     *,
     report: Path | None = None,
-    data: Path | None = None,
+    data: AnyPath | None = None,
     onnx: Path | None = None,
 ) -> Path:
     """Write the folder `out`, and return it.
@@ -131,7 +131,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def sources_of(meta: Mapping[str, Any], data: Path | None) -> dict[str, dict[str, Any] | None]:
+def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:
     """What the index of each training set says of its sources; None for a set that is not below
     `data`.
     """

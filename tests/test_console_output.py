@@ -143,17 +143,6 @@ def test_our_own_bug_keeps_its_traceback() -> None:
     assert isinstance(run(raiser(KeyError("a"))).exception, KeyError)
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [("s3://bucket/a", "is an address"), ("http://", "is an address"), ("s3:/a", "is an address"),
-     ("hf://a", "is an address"), ("", "an empty name"), ("a\0b", "zero byte")],
-)  # fmt: skip
-def test_what_must_be_on_this_machine_is_no_address(value: str, said: str) -> None:
-    result = run(lambda: None, "--path", value)
-    assert result.exit_code == 2 and said in result.stderr
-    assert run(lambda: None, "--path", "s3/a:b//c").exit_code == 0
-
-
 def test_a_log_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(console, "ERR", console.Console(file=stream, width=200))
