@@ -186,6 +186,9 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)
         click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
+    if run.undrawn:
+        click.echo(f"{run.undrawn:,} heatmaps could not be written", err=True)
+    if unreadable or run.undrawn:
         raise SystemExit(1)
 
 
