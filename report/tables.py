@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from escape import spreadsheet_cell
 from model.metrics import Metrics
 from storage import write_text
 
@@ -83,9 +84,12 @@ def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV with a header; a row's other entries are left out."""
+    """CSV with a header; a row's other entries are left out. Texts are no formulas."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow(
+            {name: spreadsheet_cell(v) if isinstance(v, str) else v for name, v in row.items()}
+        )
     return stream.getvalue()

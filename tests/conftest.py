@@ -136,7 +136,8 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     checkpoint.save(
         runs / "small" / "step_0000001", build_network(TINY, pretrained=False),
-        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]},
+        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5,
+        data={"train": ["x"], "replay": []},
         state=None,
     )  # fmt: skip
     return runs

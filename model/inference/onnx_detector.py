@@ -134,6 +134,8 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
 
     if not file.is_file():
         raise OnnxError(f"there is no file {file}; `python -m model export --onnx` writes one")
+    if not str(file).isascii() and str(file) != str(file).encode("utf-8", "replace").decode():
+        raise OnnxError(f"ONNX Runtime opens no name that is not UTF-8: rename {file}")
     options = onnxruntime.SessionOptions()
     # Said outright, so that a container's or taskset's share is not taken for the whole machine.
     options.intra_op_num_threads = threads()

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -112,6 +113,22 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "evalgen: There are no real images here." in card
     assert "| old | not at hand when this was written |" in card
     assert "onnx/detector.onnx" in card
+
+
+def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
+    hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    meta["recipe"]["name"], meta["data"] = hostile, {"train": [hostile], "replay": [hostile]}
+    meta["calibration"] = CALIBRATION | {"fitted_on": [hostile]}
+    report = report_of(meta)
+    report["sets"] = {hostile: report["sets"]["evalgen"] | {"note": hostile}}
+    source = {"homepage": "evil.example) [x](y", "license": hostile}
+    card = card_of(meta, report, {hostile: {hostile: source}}, onnx=False)
+    text = card.split("---\n", 2)[2]
+    assert hostile not in text and "<img" not in text.replace("\\<img", "")
+    assert "https://evil" not in text and "www.evil" not in text and "\n# c" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|") and "evil" in line]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 4]
 
 
 def test_the_license_is_that_of_the_first_weights() -> None:
