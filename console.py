@@ -70,7 +70,8 @@ def plain_errors() -> Iterator[None]:
         click.echo("stopped by Ctrl-C", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except click.ClickException as error:
-        error.message = _shown(error.message)
+        # click prints this attribute, which its types call final
+        error.message = _shown(error.message)  # type: ignore[misc]
         raise
     except (ValueError, OSError) as error:
         log.debug("traceback", exc_info=True)

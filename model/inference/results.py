@@ -40,7 +40,7 @@ def line(output: str, row: Mapping[str, Any]) -> str:
         return _table_line(row)
     if output == "csv":
         stream = io.StringIO()
-        values = row | {"provenance": "; ".join(map(str, row["provenance"]))}
+        values = {**row, "provenance": "; ".join(map(str, row["provenance"]))}
         cells = [spreadsheet_cell(v) if isinstance(v, str) else v for v in values.values()]
         # It quotes the newlines that are in its own line end, so both kinds must be.
         csv.writer(stream, lineterminator="\r\n").writerow(cells)
@@ -240,7 +240,7 @@ def _read_rows(
                 f"{path} was made by {row['checkpoint']}, this is {checkpoint} (another "
                 "checkpoint, calibration or threshold); name another file with --out"
             )
-        hashes.append(_hash(row["path"]))
+        hashes.append(int(_hash(row["path"])))
         unreadable += bool(row["error"])
     return _Rows(np.sort(np.frombuffer(hashes, np.uint64)), unreadable, end)
 
