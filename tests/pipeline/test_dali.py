@@ -302,6 +302,26 @@ def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> 
         np.testing.assert_array_equal(dali.images, pil.images)
 
 
+def test_what_its_parser_refuses_never_reaches_dali() -> None:
+    """A batch with such an image ended the process, more often than not."""
+    turned = oriented(IMAGE, "WEBP", "exif", 6)
+    longer = turned.index(b"EXIF") + 4
+    webp = turned[:longer] + b"\xff\xff\0\0" + turned[longer + 4 :]
+    good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
+    formats = ["JPEG", "WEBP", "JPEG", "PNG"] * 2
+    request = Request([good, webp, odd, b"no image"] * 2, formats, [1] * 8, stack([WHOLE] * 8))
+    backend = DaliBackend(SIZE, 8, CPU, threads=2)
+    checked = backend._on_host(request)
+    assert set(checked.failures) == {1, 3, 5, 7}
+    assert [new is old for new, old in zip(checked.data, request.data, strict=True)] == [
+        True, False, False, False] * 2  # fmt: skip
+    backend._one_by_one = _not_wanted
+    (dali,) = backend.run([request])
+    pil = decode_request(request, SIZE)
+    assert dali.failures == pil.failures
+    np.testing.assert_array_equal(dali.images, pil.images)
+
+
 def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
     """As prediction asks: small groups first, the last one not full."""
     good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
