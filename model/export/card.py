@@ -222,7 +222,7 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     for name, found in sources.items():
         if found is None:
             lines.append(
-                f"| {markdown(name)} | not at hand when this was written | see the set's index |"
+                f"| {markdown(name)} | not at hand as it was trained on | see the set's index |"
             )
             continue
         lines += [
