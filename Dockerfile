@@ -22,7 +22,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && rm left-out.txt \
     && useradd --create-home --uid 10001 page
 
-COPY console.py storage.py app.py app.js ./
+COPY console.py escape.py storage.py app.py app.js ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/

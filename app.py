@@ -8,7 +8,6 @@ the files, `st.session_state` what was found about them, and both go with the im
 import base64
 import io
 import os
-import re
 import threading
 import tomllib
 from collections import Counter
@@ -24,6 +23,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunContext
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+from escape import markdown
 from imaging.decode import MAX_BYTES, decode
 from model import load_detector
 from model.checkpoint import CheckpointError
@@ -183,7 +183,7 @@ def score_all(found: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, 
     fresh = [file for file in files if file.file_id not in scored]
     bar = st.empty()
     for number, file in enumerate(fresh):
-        bar.progress(number / len(fresh), f"Looking at {plain(file.name)}")
+        bar.progress(number / len(fresh), f"Looking at {markdown(file.name)}")
         scored[file.file_id] = score(found, file.name, file.getvalue())
     bar.empty()
     return {file.file_id: scored[file.file_id] for file in files}
@@ -302,7 +302,7 @@ def as_data_url(jpeg: bytes) -> str | None:
 
 def refusal(one: Scored) -> str:
     """Which file was refused, and why."""
-    return f"**{plain(one.name)}**: {plain(one.prediction.error)}"
+    return f"**{markdown(one.name)}**: {markdown(one.prediction.error)}"
 
 
 def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str) -> None:
@@ -323,7 +323,7 @@ def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str)
             st.caption("Nothing of where it comes from. That is usual: most sites strip it.")
     with right:
         picture = st.empty()
-        st.caption(plain(one.name))
+        st.caption(markdown(one.name))
         if st.toggle("Heatmap: what moved the score", key="heatmap"):
             show_heatmap(found, file, picture)
         else:
@@ -333,7 +333,7 @@ def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str)
 def as_markdown(item: Evidence) -> str:
     """One thing that the file says, marked where it names AI."""
     mark = ":orange-badge[names AI] " if item.suggests == "AI" else ""
-    return f"{mark}**{plain(item.kind)}**: {plain(item.value)} ({plain(item.where)})"
+    return f"{mark}**{markdown(item.kind)}**: {markdown(item.value)} ({markdown(item.where)})"
 
 
 def show_heatmap(
@@ -346,7 +346,7 @@ def show_heatmap(
             with picture, st.spinner("Asking the network"), turn():
                 maps[file.file_id] = gradcam.heatmap(found, file.getvalue())
         except gradcam.ExplainError as error:
-            picture.error(plain(str(error)))
+            picture.error(markdown(str(error)))
             return
     picture.image(maps[file.file_id], width="stretch", alt=f"Heatmap of {file.name}")
     st.caption(gradcam.MEANING)
@@ -368,8 +368,8 @@ def scale(p: float, band: tuple[float, float]) -> str:
 
 def show_threshold(found: ImageDetector) -> None:
     """Where "likely AI" begins, and what moving it costs."""
-    calibration = found.meta["calibration"] or {}
-    curve = calibration.get("roc", [])
+    calibration = found.meta["calibration"]
+    curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     with st.container(border=True):
         threshold = st.select_slider(
@@ -395,7 +395,7 @@ def show_threshold(found: ImageDetector) -> None:
         )
         sets = ", ".join(calibration["fitted_on"])
         st.caption(
-            f"Measured on {plain(sets)}: {calibration['reals']:,} real and "
+            f"Measured on {markdown(sets)}: {calibration['reals']:,} real and "
             f"{calibration['fakes']:,} fake images. On images unlike those, expect more of both "
             "mistakes."
         )
@@ -417,7 +417,7 @@ def about(found: ImageDetector) -> None:
     project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     network, created = found.meta["recipe"]["network"]["name"], found.meta["created"][:10]
     st.caption(
-        f"Model {plain(network)}, {plain(found.identity)}, {created}. Program "
+        f"Model {markdown(network)}, {markdown(found.identity)}, {created}. Program "
         f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."
     )
 
@@ -441,11 +441,6 @@ def of_hundred(share: float) -> str:
     return "**more than 99**" if share > 0.995 else f"about **{100 * share:.0f}**"
 
 
-def plain(text: str) -> str:
-    """Text that came with a file, for Streamlit's Markdown to show and not to obey."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])", r"\\\1", " ".join(text.split()))
-
-
 def main() -> None:
     """Draw the page."""
     st.set_page_config(page_title="Real or AI-generated?", page_icon=ICON)
@@ -453,7 +448,7 @@ def main() -> None:
     try:
         found = detector()
     except CheckpointError as error:
-        st.error(plain(str(error)))
+        st.error(markdown(str(error)))
         return
     this_page()
     files = {file.file_id: file for file in uploads()}

@@ -4,21 +4,26 @@ Packages return values and raise; only commands print, and they print through th
 """
 
 import contextlib
+import errno
 import logging
 import math
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import storage
+from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
@@ -31,7 +36,8 @@ def _console(stderr: bool) -> Console:
     can be piped. The stream is looked up at each print.
     """
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDE)
+    width = None if stream.isatty() else _WIDE
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 ERR = _console(stderr=True)
@@ -41,8 +47,12 @@ class _LogHandler(logging.Handler):
     """Log lines above a running progress bar, unwrapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        ERR.print(self.format(record), markup=False, soft_wrap=True)
+        """Print one record, harmless to a terminal and without secrets."""
+        ERR.print(_shown(self.format(record)), soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    return printable(without_secrets(text))
 
 
 @contextlib.contextmanager
@@ -56,13 +66,43 @@ def plain_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt:
+        click.echo("stopped by Ctrl-C", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except click.ClickException as error:
+        # click prints this attribute, which its types call final
+        error.message = _shown(error.message)  # type: ignore[misc]
+        raise
     except (ValueError, OSError) as error:
         log.debug("traceback", exc_info=True)
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_shown(one_line(error))) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says: of one of the system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
+        if isinstance(error, ConnectionError | TimeoutError):
+            return f"{error.strerror}; check the address and the network"
+        if error.filename is None:
+            return error.strerror
+        return f"{_name_of(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _name_of(filename: object) -> str:
+    name = os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+    return name if len(name) <= 500 else f"{name[:200]}...{name[-50:]}"
 
 
 class Command(click.Command):
     """A click command under `plain_errors`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line."""
+        with plain_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> object:
         """Run the command."""
@@ -74,6 +114,11 @@ class Group(click.Group):
     """A group whose own function and commands run under `plain_errors`."""
 
     command_class = Command
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line."""
+        with plain_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> object:
         """Run the group."""
@@ -110,7 +155,7 @@ class LocalPath(click.Path):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
         except (ValueError, OSError) as error:
-            self.fail(str(error), param, context)
+            self.fail(one_line(error), param, context)
         return super().convert(path, param, context)
 
 
@@ -133,7 +178,7 @@ class AnyAddress(click.ParamType):
             if storage.is_local(path) and path.exists() and not path.is_dir():
                 raise ValueError(f"{value} is no folder")
         except (ValueError, OSError) as error:
-            self.fail(str(error), param, context)
+            self.fail(one_line(error), param, context)
         return path
 
 
@@ -210,13 +255,31 @@ def options(*names: str) -> Callable[[Callable], Callable]:
 
 
 def say(text: str = "") -> None:
-    """Print one line of a command's answer on standard output, never wrapped; where that is the
-    terminal of a running progress bar, above the bar.
+    """Print lines of a command's answer on standard output, never wrapped; where that is the
+    terminal of a running progress bar, above the bar. A terminal gets nothing that it would obey.
     """
-    if ERR.is_terminal and sys.stdout.isatty():
-        ERR.print(text, markup=False, soft_wrap=True)
+    if not sys.stdout.isatty():
+        click.echo(_encodable(text))
+    elif ERR.is_terminal:
+        ERR.print(printable(text), soft_wrap=True)
     else:
-        click.echo(text)
+        click.echo(_encodable(printable(text)))
+
+
+def say_data(text: str) -> None:
+    """Print a line of CSV or JSON on standard output, in UTF-8 whatever the locale says; bytes of a
+    file name that are no UTF-8 stay as they are. A terminal gets it by `say`.
+    """
+    if sys.stdout.isatty():
+        say(text)
+    else:
+        click.echo(text.encode("utf-8", "surrogateescape"))
+
+
+def _encodable(text: str) -> str:
+    """`text` with escapes for what standard output has no bytes for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -228,17 +291,17 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
     clean.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     hidden = not (shown and ERR.is_terminal)
     with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
-        task = bar.add_task(label, total=total, note="")
+        task = bar.add_task(printable(label), total=total, note="")
         yield lambda done=1, note="", total=None: bar.update(
-            task, advance=done, note=note, **({} if total is None else {"total": total})
+            task, advance=done, note=printable(note), **({} if total is None else {"total": total})
         )
 
 
@@ -293,12 +356,28 @@ def _is_figure(value: object) -> bool:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: the first column is text, numbers stand to the right."""
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    """Print a table: the first column is text, numbers stand to the right. Texts are shown as they
+    are, and whole: where the terminal is too narrow for a table, each row is a paragraph.
+    """
+    console = _console(stderr=False)
     rows = [list(row) for row in rows]
+    cells = [[_encodable(printable(cell(value))) for value in row] for row in rows]
+    title, columns = (_encodable(printable(title)), [*map(_encodable, map(printable, columns))])
+    grid = Table(
+        title=Text(title) if title else None,
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
     for number, name in enumerate(columns):
         numeric = any(_is_figure(row[number]) for row in rows)
-        grid.add_column(name, justify="right" if numeric else "left", no_wrap=number == 0)
-    for row in rows:
-        grid.add_row(*[cell(value) for value in row])
-    _console(stderr=False).print(grid)
+        grid.add_column(Text(name), justify="right" if numeric else "left", no_wrap=number == 0)
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    options = console.options.update(max_width=sys.maxsize)  # else the answer is cut to the width
+    if console.measure(grid, options=options).minimum <= console.width:
+        console.print(grid)
+        return
+    console.print(title, soft_wrap=True)
+    for first, *others in cells:
+        console.print(first, soft_wrap=True)
+        for name, value in zip(columns[1:], others, strict=True):
+            console.print(f"    {name}: {value}", soft_wrap=True)

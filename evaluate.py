@@ -49,7 +49,7 @@ from storage import any_path, write_text
 )
 @click.option(
     "--robustness",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**31 - 1),
     is_flag=False,
     flag_value=PER_CLASS,
     metavar="[N]",

@@ -124,7 +124,7 @@ def main(
         _finish(run, paths, watch)
     finally:
         if file:
-            file.stream.close()
+            file.close()
 
 
 def _format_of(out: Path | None) -> str:
@@ -144,7 +144,7 @@ def _check(
         )
     for path in paths:
         if path != "-" and not inputs.is_there(path):
-            raise click.UsageError(f"{path} does not exist")
+            raise click.UsageError(f"{path!r} does not exist")
     if resume and not out:
         raise click.UsageError("--resume goes on with a file; name it with --out")
     if resume and output == "table":
@@ -189,6 +189,9 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)
         click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
+    if run.undrawn:
+        click.echo(f"{run.undrawn:,} heatmaps could not be written", err=True)
+    if unreadable or run.undrawn:
         raise SystemExit(1)
 
 

@@ -37,6 +37,8 @@ def any_path(text: str | os.PathLike) -> AnyPath:
     """
     if not str(text).strip():
         raise ValueError("an empty path; name a file or folder, or . for this folder")
+    if "\0" in str(text):
+        raise ValueError("a path with a zero byte, which no file system has")
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:/*", str(text)):
         raise ValueError(f"{text} names no bucket or host; expected such as s3://bucket/folder")
     if ":" not in str(text):

@@ -29,7 +29,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 import console
-from pipeline.augment import AugmentBatch, AugmentParams, stack
+from pipeline.augment import AugmentParams, concatenate, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
 from pipeline.pil import decode_request
@@ -205,8 +205,7 @@ def mixed_batch(given: Given) -> Any:
     singles = [
         request_of([data], **OPERATIONS[name]) for data, name in zip(files, names, strict=True)
     ]
-    columns = zip(*[single.params for single in singles], strict=True)
-    params = AugmentBatch._make(np.concatenate(column) for column in columns)
+    params = concatenate([single.params for single in singles])
     request = Request(files, ["JPEG"] * len(files), [1] * len(files), params)
     [(images, failures)] = pixels_of(given.device, [request], BATCH)
     [(expected, _)] = pixels_of(torch.device("cpu"), [request], BATCH)

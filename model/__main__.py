@@ -9,7 +9,7 @@ from model.checkpoint import find
 from model.export import hub, import_original, onnx
 from model.export.average import average
 from model.training import curves
-from storage import any_path
+from storage import any_path, check_reachable
 
 
 @click.group(cls=console.Group)
@@ -59,7 +59,7 @@ def curves_command(run: Path, out: Path) -> None:
 @click.argument("first", type=console.LocalPath(exists=True, file_okay=False))
 @click.argument("last", type=console.LocalPath(exists=True, file_okay=False))
 @click.option(
-    "--share",
+    "--weight",
     type=console.FiniteRange(0, 1),
     default=0.5,
     show_default=True,
@@ -119,15 +119,15 @@ def export_command(
         raise click.UsageError("say what to write: --onnx, --hub FOLDER, or both")
     if folder:
         hub.refuse_if_there(folder)
+    sets = any_path(data)
+    check_reachable(sets)
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     out = out or chosen.parent / "onnx"
     if onnx:
         _export_onnx(chosen, out, images)
     if folder:
-        hub.write_hub(
-            chosen, folder, report=report, data=any_path(data), onnx=out if onnx else None
-        )
+        hub.write_hub(chosen, folder, report=report, data=sets, onnx=out if onnx else None)
         if report is None:
             console.log.warning("the model card has no evaluation: give the report with --report")
         console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")

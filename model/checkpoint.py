@@ -43,7 +43,7 @@ from storage import atomic_folder, is_partial, sha256_of, write_text
 if TYPE_CHECKING:
     from model.recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 WEIGHTS_FILE = "weights.safetensors"
 HUB_WEIGHTS_FILE = "model.safetensors"
@@ -138,12 +138,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = json.loads(path.read_text(encoding="utf-8"))
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint version {meta.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}"
+            f"{folder} has checkpoint version {meta.get('format_version')}, expected "
+            f"{FORMAT_VERSION}; train it again, as another run, with `--run NAME`"
         )
     if tuple(meta["classes"]) != CLASSES:
         raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
-    return {"calibration": None} | meta
+    return meta
 
 
 def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 
 import torch
 
@@ -17,13 +18,17 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
     """
     if asked == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {asked}, but there is no CUDA device here")
-    return device
+    kind, _, number = asked.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in asked and not re.fullmatch(r"[0-9]{1,4}", number)):
+        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
+    count = torch.cuda.device_count()
+    if number and int(number) >= count:
+        raise ValueError(f"--device {asked}, but there are {count} CUDA devices here, from 0")
+    return torch.device(f"cuda:{int(number)}" if number else "cuda")
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:

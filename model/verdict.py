@@ -12,7 +12,7 @@ VERDICTS = ("likely real", "uncertain", "likely AI")
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
     """(low, high) of a checkpoint's meta; both are its threshold where it is not calibrated."""
-    calibration = meta.get("calibration")
+    calibration = meta["calibration"]
     low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
     return float(low), float(high)
 

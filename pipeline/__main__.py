@@ -18,7 +18,7 @@ from pipeline.pil import decode_request
 from pipeline.preview import Row, picture_of
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet, open_shards
-from storage import any_path
+from storage import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,6 @@ class Policies:
 @click.group(cls=console.Group)
 def main() -> None:
     """Look at what the loader gives."""
-
-
-def _open(place: str) -> ShardSet:
-    return open_shards([any_path(place)])
 
 
 @main.command()
@@ -58,11 +54,19 @@ def _open(place: str) -> ShardSet:
     "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."
 )
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, other samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, other samples and dice.",
+)
 @console.options()
-def preview(shards: str, out: Path, path: Path, policy: str | None, count: int, seed: int) -> None:
-    """Write a picture of what the network is fed of the set SHARDS, by both backends."""
-    opened = _open(shards)
+def preview(
+    shards: AnyPath, out: Path, path: Path, policy: str | None, count: int, seed: int
+) -> None:
+    """Draw what the network is fed of the set SHARDS, by both backends."""
+    opened = open_shards([shards])
     values = recipes.read(path)
     policies = recipes.build(
         Policies,
@@ -152,11 +156,17 @@ def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
 @main.command()
 @click.argument("shards", type=console.AnyAddress())
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, another order.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, another order.",
+)
 @console.options()
-def order(shards: str, batch: int, seed: int) -> None:
+def order(shards: AnyPath, batch: int, seed: int) -> None:
     """Measure how well each shuffle mixes the set SHARDS; 1 is as well as by chance."""
-    opened = _open(shards)
+    opened = open_shards([shards])
     codes = opened.codes("source")[0]
     rows = []
     for shuffle in ("global", "block"):

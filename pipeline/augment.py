@@ -98,6 +98,7 @@ class AugmentPolicy:
     webp: float = 0.0
     webp_quality: tuple[int, int] = (95, 95)
     match_pair_jpeg: bool = False
+    vflip: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -109,6 +110,7 @@ class AugmentPolicy:
             "grayscale",
             "jpeg_grid_shift",
             "webp",
+            "vflip",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
@@ -160,33 +162,41 @@ class AugmentParams(NamedTuple):
     webp: int = 0
     pair_jpeg: int = 0
     pair_chroma: int = 0
+    vflip: bool = False
 
 
-class AugmentBatch(NamedTuple):
-    """The parameters of a batch as columns, the fields of `AugmentParams` in its order: one entry
-    per image.
+_DTYPES = {int: np.int32, bool: np.bool_, float: np.float64, tuple[float, ...]: np.float32}
+"""Element type of a column by the annotation of its field in `AugmentParams`."""
 
-    int32 but for `hflip` and `grayscale`, bool, `blur`, float64, and `color`, float32 (N, 12).
+
+class AugmentBatch:
+    """The parameters of a batch: one column, (N,) or (N, 12) for `color`, per field of
+    `AugmentParams`, under the field's name.
+
+    A field that is not given keeps its default for every image. Columns are int32, bool, float64
+    or float32 by the type of their field.
     """
 
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    hflip: np.ndarray
-    color: np.ndarray
-    resample: np.ndarray
-    jpeg: np.ndarray
-    blur: np.ndarray
-    grayscale: np.ndarray
-    filter: np.ndarray
-    jpeg2: np.ndarray
-    jpeg3: np.ndarray
-    grid_top: np.ndarray
-    grid_left: np.ndarray
-    webp: np.ndarray
-    pair_jpeg: np.ndarray
-    pair_chroma: np.ndarray
+    def __init__(self, **columns: np.ndarray):
+        if unknown := columns.keys() - set(AugmentParams._fields):
+            raise TypeError(f"AugmentParams has no field {', '.join(sorted(unknown))}")
+        count = len(next(iter(columns.values())))
+        self._columns: dict[str, np.ndarray] = {}
+        for name in AugmentParams._fields:
+            values = columns.get(name)
+            if values is None:
+                default = np.asarray(AugmentParams._field_defaults[name])
+                values = np.broadcast_to(default, (count, *default.shape))
+            dtype = _DTYPES[AugmentParams.__annotations__[name]]
+            self._columns[name] = np.ascontiguousarray(values, dtype)
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name.startswith("_") or name not in self._columns:
+            raise AttributeError(f"AugmentParams has no field {name}")
+        return self._columns[name]
+
+    def __len__(self) -> int:
+        return len(self._columns["top"])
 
     @property
     def moved(self) -> np.ndarray:
@@ -200,46 +210,52 @@ class AugmentBatch(NamedTuple):
         """Which images have a color matrix that changes anything, bool (N,)."""
         return (self.color != np.array(IDENTITY, np.float32)).any(axis=1)
 
-    def row(self, number: int) -> AugmentParams:
+    def row(self, index: int) -> AugmentParams:
         """The parameters of one image."""
-        return next(self.take(np.array([number])).rows())
+        return next(self.take(np.array([index])).rows())
 
     def rows(self) -> Iterator[AugmentParams]:
         """The parameters of each image."""
-        columns = [column.tolist() for column in self]
-        columns[5] = list(map(tuple, columns[5]))
-        return map(AugmentParams._make, zip(*columns, strict=True))
+        columns = [column.tolist() for column in self._columns.values()]
+        for values in zip(*columns, strict=True):
+            row = AugmentParams(*values)
+            yield row._replace(color=tuple(row.color))
 
     def take(self, rows: np.ndarray | slice) -> "AugmentBatch":
         """The parameters of these images only."""
-        return AugmentBatch._make(column[rows] for column in self)
+        return AugmentBatch(**{name: column[rows] for name, column in self._columns.items()})
+
+
+def concatenate(batches: Sequence[AugmentBatch]) -> AugmentBatch:
+    """One batch of the images of several."""
+    return AugmentBatch(
+        **{
+            name: np.concatenate([getattr(batch, name) for batch in batches])
+            for name in AugmentParams._fields
+        }
+    )
 
 
 def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
     """The batch with the parameters of `rows` replaced by such that fit the smallest image."""
-    columns = [column.copy() for column in params]
-    for column, value in zip(columns, stack([AugmentParams(0, 0, 1, 1)]), strict=True):
-        column[list(rows)] = value
-    return AugmentBatch._make(columns)
-
-
-_TYPES: tuple[type[np.generic], ...] = (
-    np.int32, np.int32, np.int32, np.int32, np.bool_, np.float32, np.int32, np.int32, np.float64,
-    np.bool_, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32,
-)  # fmt: skip
+    smallest = stack([AugmentParams(0, 0, 1, 1)])
+    columns = {name: getattr(params, name).copy() for name in AugmentParams._fields}
+    for name, column in columns.items():
+        column[list(rows)] = getattr(smallest, name)
+    return AugmentBatch(**columns)
 
 
 def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
     """Parameters as columns."""
-    columns = zip(*params, strict=True)
-    return AugmentBatch._make(np.array(c, t) for c, t in zip(columns, _TYPES, strict=True))
+    columns = zip(AugmentParams._fields, zip(*params, strict=True), strict=True)
+    return AugmentBatch(**{name: np.array(column) for name, column in columns})
 
 
 _TRIES = 10
-_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 9])
+_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10])
 """Where each kind of number ends among those of one sample, whatever the policy, so that one
 probability does not shift the others: areas and ratios to try, the place, six chances, four color
-factors, three places in a range; and, since policies may be harsher, nine more for what they add.
+factors, three places in a range; and, since policies may be harsher, ten more for what they add.
 """
 
 
@@ -265,27 +281,33 @@ class PolicyTable:
         return {name: column[rows].T for name, column in self._columns.items()}
 
 
+class SampleKeys(NamedTuple):
+    """What the random numbers of samples depend on: the run's seed, the epoch, the sample numbers,
+    (N,) int, and how often the epoch had each sample before, (N,) int, None for never.
+    """
+
+    seed: int
+    epoch: int
+    samples: np.ndarray
+    repeat_index: np.ndarray | None = None
+
+
 def sample_params(
     policies: PolicyTable,
     policy: np.ndarray,
     preprocess: Preprocess,
     widths: np.ndarray,
     heights: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    samples: np.ndarray,
-    repeat_index: np.ndarray | None = None,
+    keys: SampleKeys,
     partners: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> AugmentBatch:
-    """Sample the parameters of `samples`, upright images of `widths` x `heights` pixels.
+    """Sample the parameters of N upright images of `widths` x `heights` pixels.
 
-    `policy` is the row of each in `policies`, `repeat_index` how often the epoch had the sample
-    before, `partners` the quality and chroma of the JPEG that each becomes first, 0
-    for none (`pipeline/pairs.py`). All arrays are (N,) int.
+    `policy` is the row of each in `policies`, `partners` the quality and chroma of the JPEG that
+    each becomes first, 0 for none (`pipeline/pairs.py`). All arrays are (N,) int.
     """
     ranges = policies.of(policy)
-    numbers = uniform(seed, epoch, samples, _NUMBERS[-1], repeat_index)
+    numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
     areas, ratios, place, chance, color, within, more = np.split(numbers, _NUMBERS[:-1], axis=1)
     top, left, height, width = _crop(ranges, widths, heights, areas, ratios, place)
     happens = {
@@ -297,39 +319,35 @@ def sample_params(
     side = np.rint(preprocess.crop_size * _between(ranges["resample_scale"], within[:, 0]))
     jpegs = np.where(happens["jpeg"], _whole(ranges["num_jpegs"], more[:, 0]), 0)
     qualities = [
-        np.where(jpegs > number, _whole(ranges["jpeg_quality"], share), 0).astype(np.int32)
+        np.where(jpegs > number, _whole(ranges["jpeg_quality"], share), 0)
         for number, share in enumerate((within[:, 1], more[:, 1], more[:, 2]))
     ]
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
-    none = np.zeros(len(samples), np.int32)
+    none = np.zeros(len(keys.samples), np.int32)
     pair_jpeg, pair_chroma = partners or (none, none)
+    jitter = _color_jitter(ranges, 2 * color - 1)
     return AugmentBatch(
         top=top,
         left=left,
         height=height,
         width=width,
         hflip=happens["hflip"],
-        color=np.where(
-            happens["color_jitter"][:, None],
-            _color_jitter(ranges, 2 * color - 1),
-            np.array(IDENTITY, np.float32),
-        ),
-        resample=np.where(happens["resample"], side, 0).astype(np.int32),
+        color=np.where(happens["color_jitter"][:, None], jitter, np.array(IDENTITY, np.float32)),
+        resample=np.where(happens["resample"], side, 0),
         jpeg=qualities[0],
         blur=np.where(happens["blur"], sigma, 0.0),
         grayscale=happens["grayscale"],
-        filter=np.where(happens["resample"], policies.filter(policy, more[:, 3]), 0).astype(
-            np.int32
-        ),
+        filter=np.where(happens["resample"], policies.filter(policy, more[:, 3]), 0),
         jpeg2=qualities[1],
         jpeg3=qualities[2],
-        grid_top=moved[:, 0].astype(np.int32),
-        grid_left=moved[:, 1].astype(np.int32),
-        webp=webp.astype(np.int32),
+        grid_top=moved[:, 0],
+        grid_left=moved[:, 1],
+        webp=webp,
         pair_jpeg=pair_jpeg,
         pair_chroma=pair_chroma,
+        vflip=more[:, 9] < ranges["vflip"],
     )
 
 
@@ -345,26 +363,8 @@ def center_crop_params(
     side = np.maximum(1, np.rint(shorter * preprocess.crop_size / preprocess.resize_size)).astype(
         np.int32
     )
-    none = np.zeros(len(side), np.int32)
     return AugmentBatch(
-        top=((heights - side) // 2).astype(np.int32),
-        left=((widths - side) // 2).astype(np.int32),
-        height=side,
-        width=side,
-        hflip=none.astype(np.bool_),
-        color=np.tile(np.array(IDENTITY, np.float32), (len(side), 1)),
-        resample=none,
-        jpeg=none,
-        blur=none.astype(np.float64),
-        grayscale=none.astype(np.bool_),
-        filter=none,
-        jpeg2=none,
-        jpeg3=none,
-        grid_top=none,
-        grid_left=none,
-        webp=none,
-        pair_jpeg=none,
-        pair_chroma=none,
+        top=(heights - side) // 2, left=(widths - side) // 2, height=side, width=side
     )
 
 

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when DALI loads its own OpenCV
+from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 
 from imaging.decode import DecodeError, decode_image, png_of
@@ -41,31 +42,6 @@ HW_DECODER_LOAD = 0.65
 DALI's own default.
 """
 
-# A column of the graph: name, element type, dimensions per sample.
-COLUMNS = (
-    ("data", types.UINT8, 1),
-    ("transposed", types.BOOL, 0),
-    ("mirrored", types.BOOL, 0),
-    ("mirrored_rows", types.INT32, 0),
-    ("mirrored_columns", types.INT32, 0),
-    ("anchor", types.INT32, 1),
-    ("shape", types.INT32, 1),
-    ("hflip", types.INT32, 0),
-    ("color_jitter", types.BOOL, 0),
-    ("matrix", types.FLOAT, 2),
-    ("offset", types.FLOAT, 1),
-    ("resample", types.FLOAT, 0),
-    ("jpeg", types.INT32, 0),
-    ("blur", types.FLOAT, 0),
-    ("grayscale", types.BOOL, 0),
-    ("side", types.FLOAT, 0),
-    ("filter", types.INT32, 0),
-    ("jpeg2", types.INT32, 0),
-    ("jpeg3", types.INT32, 0),
-    ("moved", types.BOOL, 0),
-    ("grid", types.INT32, 1),
-)
-
 # DALI's names of `augment.FILTERS`.
 _FILTERS = np.array(
     [int(kind) for kind in (types.INTERP_LINEAR, types.INTERP_CUBIC, types.INTERP_LANCZOS3)],
@@ -73,25 +49,96 @@ _FILTERS = np.array(
 )
 
 
+_TURNS = np.array(
+    [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
+)  # by orientation: whether transposed, then whether rows and columns are mirrored
+
+
+class Fed(NamedTuple):
+    """What the graph is fed for one batch: encoded images, their parameters, the turns that make
+    them upright, bool (3, N), and the side of the result in pixels.
+    """
+
+    data: list[bytes]
+    params: AugmentBatch
+    turns: np.ndarray
+    size: int
+
+
+class Column(NamedTuple):
+    """An input of the graph: element type, dimensions per sample, and its values for a batch."""
+
+    dtype: Any
+    dimensions: int
+    values: Callable[[Fed], Any]
+
+
+def _of(name: str, dtype: Any) -> Column:
+    """A parameter as it is."""
+    numpy_dtype = {types.INT32: np.int32, types.FLOAT: np.float32, types.BOOL: np.bool_}[dtype]
+    return Column(dtype, 0, lambda fed: getattr(fed.params, name).astype(numpy_dtype, copy=False))
+
+
+def _matrices(fed: Fed) -> np.ndarray:
+    return fed.params.color.reshape(-1, 3, 4)
+
+
+COLUMNS = {
+    "data": Column(
+        types.UINT8, 1, lambda fed: [np.frombuffer(item, np.uint8) for item in fed.data]
+    ),
+    "transposed": Column(types.BOOL, 0, lambda fed: fed.turns[0]),
+    "mirrored": Column(types.BOOL, 0, lambda fed: fed.turns[1] | fed.turns[2]),
+    "mirrored_rows": Column(types.INT32, 0, lambda fed: fed.turns[1].astype(np.int32)),
+    "mirrored_columns": Column(types.INT32, 0, lambda fed: fed.turns[2].astype(np.int32)),
+    "anchor": Column(
+        types.INT32, 1, lambda fed: np.stack([fed.params.top, fed.params.left], axis=1)
+    ),
+    "shape": Column(
+        types.INT32, 1, lambda fed: np.stack([fed.params.height, fed.params.width], axis=1)
+    ),
+    "hflip": _of("hflip", types.INT32),
+    "vflip": _of("vflip", types.INT32),
+    "color_jitter": _of("color_jitter", types.BOOL),
+    "matrix": Column(types.FLOAT, 2, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, :3])),
+    "offset": Column(types.FLOAT, 1, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, 3])),
+    "resample": _of("resample", types.FLOAT),
+    "filter": Column(types.INT32, 0, lambda fed: _FILTERS[fed.params.filter]),
+    "jpeg": _of("jpeg", types.INT32),
+    "jpeg2": _of("jpeg2", types.INT32),
+    "jpeg3": _of("jpeg3", types.INT32),
+    "blur": Column(
+        types.FLOAT, 0,
+        lambda fed: np.where(fed.params.blur >= LEAST_SIGMA, fed.params.blur, 0).astype(np.float32),
+    ),
+    "grayscale": _of("grayscale", types.BOOL),
+    "side": Column(
+        types.FLOAT, 0, lambda fed: (fed.size + GRID * fed.params.moved).astype(np.float32)
+    ),
+    "moved": _of("moved", types.BOOL),
+    "grid": Column(
+        types.INT32, 1, lambda fed: np.stack([fed.params.grid_top, fed.params.grid_left], axis=1)
+    ),
+}  # fmt: skip
+"""The graph's inputs by name, in the order in which they are fed."""
+
+
 @pipeline_def(enable_conditionals=True)
 def graph(
     feed: Callable[[], tuple], size: int, on_gpu: bool, hw_decoder_load: float = HW_DECODER_LOAD
 ) -> Any:
     """Encoded images and columns in, (size, size, 3) uint8 out; the order is that of `augment`."""
-    columns = fn.external_source(
+    outputs = fn.external_source(
         source=feed,
         num_outputs=len(COLUMNS),
         batch=True,
-        dtype=[column[1] for column in COLUMNS],
-        ndim=[column[2] for column in COLUMNS],
+        dtype=[column.dtype for column in COLUMNS.values()],
+        ndim=[column.dimensions for column in COLUMNS.values()],
     )
-    data, transposed, mirrored, mirrored_rows, mirrored_columns = columns[:5]
-    anchor, shape, hflip, color_jitter, matrix, offset, resample, jpeg, blur, grayscale = columns[
-        5:15
-    ]
-    side, kind, jpeg2, jpeg3, moved, grid = columns[15:]
+    fed = dict(zip(COLUMNS, outputs))  # noqa: B905  DALI's zip takes no strict
+    side = fed["side"]
     image = fn.decoders.image(
-        data,
+        fed["data"],
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,  # the index says it; DALI knows fewer places where it may stand
@@ -99,31 +146,31 @@ def graph(
         use_fast_idct=False,
         hw_decoder_load=hw_decoder_load,
     )
-    if transposed:
+    if fed["transposed"]:
         image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
-    if mirrored:
-        image = fn.flip(image, vertical=mirrored_rows, horizontal=mirrored_columns)
-    image = fn.slice(image, anchor, shape, axes=(0, 1))
+    if fed["mirrored"]:
+        image = fn.flip(image, vertical=fed["mirrored_rows"], horizontal=fed["mirrored_columns"])
+    image = fn.slice(image, fed["anchor"], fed["shape"], axes=(0, 1))
     image = _resize(image, side)
-    image = fn.flip(image, horizontal=hflip)
-    if color_jitter:
-        image = _color(image, matrix, offset)
-    if resample > 0.0:
-        kind = fn.reinterpret(kind, dtype=types.INTERP_TYPE)
-        image = _resize(_resize(image, resample, kind), side, kind)
-    if jpeg > 0:
-        image = _jpeg(image, jpeg, on_gpu)
-    if jpeg2 > 0:
-        image = _jpeg(image, jpeg2, on_gpu)
-    if jpeg3 > 0:
-        image = _jpeg(image, jpeg3, on_gpu)
-    if blur > 0.0:
-        image = fn.gaussian_blur(image, sigma=blur, window_size=BLUR_TAPS)
-    if grayscale:
+    image = fn.flip(image, horizontal=fed["hflip"], vertical=fed["vflip"])
+    if fed["color_jitter"]:
+        image = _color(image, fed["matrix"], fed["offset"])
+    if fed["resample"] > 0.0:
+        kind = fn.reinterpret(fed["filter"], dtype=types.INTERP_TYPE)
+        image = _resize(_resize(image, fed["resample"], kind), side, kind)
+    if fed["jpeg"] > 0:
+        image = _jpeg(image, fed["jpeg"], on_gpu)
+    if fed["jpeg2"] > 0:
+        image = _jpeg(image, fed["jpeg2"], on_gpu)
+    if fed["jpeg3"] > 0:
+        image = _jpeg(image, fed["jpeg3"], on_gpu)
+    if fed["blur"] > 0.0:
+        image = fn.gaussian_blur(image, sigma=fed["blur"], window_size=BLUR_TAPS)
+    if fed["grayscale"]:
         rows = np.array(GRAY, np.float32).reshape(3, 4)
         image = _color(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
-    if moved:
-        image = fn.slice(image, start=grid, shape=[size, size], axes=[0, 1])
+    if fed["moved"]:
+        image = fn.slice(image, start=fed["grid"], shape=[size, size], axes=[0, 1])
     return image
 
 
@@ -157,36 +204,10 @@ def columns_of(
     data: list[bytes], orientations: list[int], params: AugmentBatch, size: int
 ) -> tuple:
     """What the graph is fed for one batch, in the order of `COLUMNS`."""
-    color = params.color.reshape(-1, 3, 4)
-    transposed, rows, columns = np.ascontiguousarray(_TURNS[orientations].T)
-    return (
-        [np.frombuffer(item, np.uint8) for item in data],
-        transposed,
-        rows | columns,
-        rows.astype(np.int32),
-        columns.astype(np.int32),
-        np.stack([params.top, params.left], axis=1),
-        np.stack([params.height, params.width], axis=1),
-        params.hflip.astype(np.int32),
-        params.color_jitter,
-        np.ascontiguousarray(color[:, :, :3]),
-        np.ascontiguousarray(color[:, :, 3]),
-        params.resample.astype(np.float32),
-        params.jpeg,
-        np.where(params.blur >= LEAST_SIGMA, params.blur, 0).astype(np.float32),
-        params.grayscale,
-        (size + GRID * params.moved).astype(np.float32),
-        _FILTERS[params.filter],
-        params.jpeg2,
-        params.jpeg3,
-        params.moved,
-        np.stack([params.grid_top, params.grid_left], axis=1),
-    )
+    turns = np.ascontiguousarray(_TURNS[orientations].T)
+    fed = Fed(data, params, turns, size)
+    return tuple(column.values(fed) for column in COLUMNS.values())
 
-
-_TURNS = np.array(
-    [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
-)  # by orientation: whether transposed, then whether rows and columns are mirrored
 
 READER, DECODER = 0, 1
 """Rows of the backend's `WorkerStatus`."""
@@ -263,16 +284,15 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """What the graph cannot do, done before it; see `_as_partner` and `_without_end`. Other
-        damage is left to the graph, and then to the reference, which says why. But a JPEG without
-        an end never reaches the graph: a GPU's decoder fills what is missing without a word.
+        """What the graph cannot do, done before it; see `_as_partner` and `_by_host`. Other damage
+        is left to the graph, and then to the reference, which says why.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
         work = dict.fromkeys(np.flatnonzero(params.pair_jpeg).tolist(), self._as_partner)
         for row, encoded in enumerate(request.data):
-            if request.formats[row] == "JPEG" and not has_end(encoded):
-                work[row] = self._without_end
+            if not _may_reach_graph(encoded, request.formats[row]):
+                work[row] = self._by_host
         work = {row: act for row, act in work.items() if row not in request.failures}
         if not work:
             return request
@@ -304,8 +324,8 @@ class DaliBackend:
         return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
 
     @staticmethod
-    def _without_end(request: Request, row: int) -> bytes | DecodeError:
-        """A JPEG that is cut off, by the reference decoder: it refuses, and says why."""
+    def _by_host(request: Request, row: int) -> bytes | DecodeError:
+        """A PNG of what the reference decoder makes of an image, or why there is none."""
         try:
             return png_of(decode_image(*_member(request, row)))
         except DecodeError as error:
@@ -462,6 +482,18 @@ class _ReadAhead:
 def _tensor_of(outputs: tuple) -> torch.Tensor:
     """The batch without a copy; DALI keeps the buffer as long as the tensor lives."""
     return torch.from_dlpack(outputs[0].as_tensor())
+
+
+def _may_reach_graph(data: bytes, image_format: str) -> bool:
+    """Whether DALI's parser takes it: in a batch, what it does not take may end the process (DALI
+    2.4). And whether a JPEG has its end: a GPU's decoder fills what is missing without a word.
+    """
+    if image_format == "JPEG" and not has_end(data):
+        return False
+    try:
+        return nvimgcodec.CodeStream(data).height > 0  # asking parses it, in 4 us
+    except RuntimeError:
+        return False
 
 
 def _member(request: Request, row: int) -> tuple[bytes, str, int]:

@@ -19,6 +19,7 @@ from pipeline.augment import (
     AugmentPolicy,
     PolicyTable,
     Preprocess,
+    SampleKeys,
     blank,
     center_crop_params,
     sample_params,
@@ -124,8 +125,7 @@ class TrainParams:
         return sample_params(
             self.policies, self.sources[samples], self.preprocess,
             self.widths[samples], self.heights[samples],
-            seed=self.seed, epoch=self.epoch, samples=samples,
-            repeat_index=repeat_index, partners=partners,
+            SampleKeys(self.seed, self.epoch, samples, repeat_index), partners,
         )  # fmt: skip
 
 

@@ -69,6 +69,8 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     image = out.numpy()
     if params.hflip:
         out.copy_(out.flip(1))  # NumPy takes twenty times as long
+    if params.vflip:
+        out.copy_(out.flip(0))
     if params.color != IDENTITY:
         image[:] = _recolor(image, params.color)
     if params.resample:

@@ -5,10 +5,11 @@ files (in the same folder, a later one over an earlier one) and changes only wha
 """
 
 import dataclasses
+import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,17 +104,20 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
         known = typing.get_type_hints(kind)
         for key, entry in value.items():
             if key not in known:
-                raise RecipeError(
-                    f"{where}: unknown key '{prefix}{key}'; "
-                    f"{prefix.rstrip('.') or kind.__name__} knows {', '.join(sorted(known))}"
-                )
+                raise RecipeError(f"{where}: unknown key '{prefix}{key}'; {_nearest(key, known)}")
             _refuse_unknown(known[key], entry, where, f"{prefix}{key}.")
     elif isinstance(value, Mapping) and typing.get_origin(kind) is dict:
         for key, entry in value.items():
             _refuse_unknown(arguments[1], entry, where, f"{prefix}{key}.")
     elif isinstance(value, list) and typing.get_origin(kind) in (list, tuple):
-        for number, entry in enumerate(value):
-            _refuse_unknown(arguments[0], entry, where, f"{prefix}{number}.")
+        for index, entry in enumerate(value):
+            _refuse_unknown(arguments[0], entry, where, f"{prefix}{index}.")
     elif typing.get_origin(kind) in (typing.Union, types.UnionType):
         for member in arguments:
             _refuse_unknown(member, value, where, prefix)
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    """The known names that are spelled like `key`, the nearest first; all of them if none is."""
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    return f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(sorted(known))}"

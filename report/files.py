@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import console
+from escape import without_secrets
 from model.evaluation.scores import read_scores
 from report.page import write_page
 from sharding.format import open_shards
@@ -35,5 +36,5 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
                 "%s: no pictures on the page: the set at %s is another one", name, data
             )
             del shards[name]
-    command = shlex.join(["python", *sys.argv])
+    command = without_secrets(shlex.join(["python", *sys.argv]))
     return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out, command)]

@@ -60,7 +60,7 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
     """A metric out of FIGURES; None where it is not defined."""
     if figures is None or figures.get(name) is None:
         return None
-    low, high = figures.get("intervals", {}).get(name) or (None, None)
+    low, high = figures["intervals"].get(name) or (None, None)
     return Estimate(figures[name], low, high, figures[count])
 
 
@@ -68,12 +68,12 @@ def rates_of(found: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates
     """The rates of one set of a report: its own, or its fakes with the reference reals of another
     set.
     """
-    reference = found.get("reference")
+    reference = found["reference"]
     figures = reference or found["overall"]
     false = estimate(figures, "false_positive_rate", "reals")
     missing = None
     if false is None:
-        missing = found.get("note") or "There are no real images here to measure false alarms on."
+        missing = found["note"] or "There are no real images here to measure false alarms on."
     return Rates(
         estimate(figures, "recall", "fakes"),
         false,
@@ -164,7 +164,7 @@ class _Columns:
         self.label = scores.numbers("label").astype(np.int64)
         self.fake = scores.numbers("probability")
         self.valid = scores.numbers("valid").astype(bool)
-        self.reals: Mapping[str, Any] = report.get("reference_reals") or {}
+        self.reals: Mapping[str, Any] = report["reference_reals"] or {}
 
     def of_set(self, name: str, reference: bool) -> np.ndarray:
         """Readable rows of a set; or its fakes, and the reference reals."""
@@ -184,7 +184,7 @@ def _set(
     mistakes: Sequence[Mistake],
 ) -> dict[str, Any]:
     """What the page says of one set."""
-    reference = bool(found.get("reference"))
+    reference = bool(found["reference"])
     rows = columns.of_set(name, reference)
     labels, fake = columns.label[rows], columns.fake[rows]
     both = len(set(labels.tolist())) == 2
@@ -194,12 +194,12 @@ def _set(
         "name": name,
         "found": found,
         "figures": found["reference"] if reference else found["overall"],
-        "rates": rates_of(found, report.get("reference_reals")),
+        "rates": rates_of(found, report["reference_reals"]),
         "roc": roc_chart(labels, fake, report["threshold"]) if both else None,
         "reliability": reliability_chart(labels, fake) if both else None,
         "histograms": _histograms(columns, own, report["band"]),
         "hidden_histograms": max(0, len(found["sources"]) - MOST_HISTOGRAMS),
-        "curves": _curves(found["robustness"]["perturbations"]) if found.get("robustness") else [],
+        "curves": _curves(found["robustness"]["perturbations"]) if found["robustness"] else [],
         "mistakes": {
             label: [mistake for mistake in mistakes if mistake.label == label] for label in (0, 1)
         },

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from escape import spreadsheet_cell
 from model.metrics import Metrics
 from storage import write_text
 
@@ -21,7 +22,7 @@ def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     written. Values are those of `report.json`, unrounded; what is not there stays empty.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
-    if any(found.get("robustness") for found in report["sets"].values()):
+    if any(found["robustness"] for found in report["sets"].values()):
         tables[ROBUSTNESS_FILE] = robustness_csv(report)
     for name, text in tables.items():
         write_text(folder / name, text)
@@ -36,7 +37,7 @@ def figures_csv(report: Mapping[str, Any]) -> str:
     columns += [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
     rows = []
     for name, found in report["sets"].items():
-        lines = [("overall", "", found["overall"]), ("reference", "", found.get("reference"))]
+        lines = [("overall", "", found["overall"]), ("reference", "", found["reference"])]
         for what, key in (("class", "classes"), ("source", "sources"), ("generator", "generators")):
             lines += [(what, own, figures) for own, figures in found.get(key, {}).items()]
         for what, own, figures in lines:
@@ -54,7 +55,7 @@ def robustness_csv(report: Mapping[str, Any]) -> str:
     columns += ["flip_rate", "flip_rate_real", "flip_rate_fake", *shifts, "failed"]
     rows = []
     for name, found in report["sets"].items():
-        measured = found.get("robustness") or {"perturbations": (), "codec_swap": ()}
+        measured = found["robustness"] or {"perturbations": (), "codec_swap": ()}
         for line in measured["perturbations"]:
             rows.append({"set": name, "kind": "perturbation"} | line | _shifts(line["shift"]))
         for line in measured["codec_swap"]:
@@ -67,7 +68,7 @@ def robustness_csv(report: Mapping[str, Any]) -> str:
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
     ends = {
         f"{name}_{end}": value
-        for name, pair in figures.get("intervals", {}).items()
+        for name, pair in figures["intervals"].items()
         for end, value in zip(("low", "high"), pair, strict=True)
     }
     return {**figures, **ends}
@@ -83,9 +84,12 @@ def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV with a header; a row's other entries are left out."""
+    """CSV with a header; a row's other entries are left out. Texts are no formulas."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow(
+            {name: spreadsheet_cell(v) if isinstance(v, str) else v for name, v in row.items()}
+        )
     return stream.getvalue()

@@ -363,7 +363,13 @@ def describe_command(folder: Path, out: Path) -> None:
     type=console.LocalPath(dir_okay=False),
     help="CSV to write: samples in which real and fake agree on metadata.",
 )
-@click.option("--seed", default=0, show_default=True, help="Another seed, other folds and samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, other folds and samples.",
+)
 @console.options()
 def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
@@ -433,7 +439,13 @@ def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | 
 
 @main.command()
 @click.argument("folder", type=console.LocalPath())
-@click.option("--seed", default=0, show_default=True, help="Another seed, other images.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another seed, other images.",
+)
 @console.options()
 def demo(folder: Path, seed: int) -> None:
     """Make seeded, synthetic raw datasets and their catalog in FOLDER."""

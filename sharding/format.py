@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from storage import AnyPath, is_local
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
 """Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
 
@@ -259,8 +259,8 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     _check_keys(index, {"format_version": int}, str(path))
     if index["format_version"] != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {index.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; build the set again"
+            f"{path} has format version {index.get('format_version')}, expected {FORMAT_VERSION}; "
+            "build the set again with `python -m sharding build`"
         )
     _check_keys(index, _INDEX_KEYS, str(path))
     if tuple(index["classes"]) != CLASSES:

@@ -128,7 +128,7 @@ def known_facts(folder: AnyPath, source: str) -> pa.Table | None:
         whole = path.suffix == ".parquet"
         if whole and (path.stem == source or path.name.startswith(f"{source}+")):
             table = _read(path)
-            if (table.schema.metadata or {}).get(b"facts") == FACTS_VERSION.encode():
+            if _version_of(table) == FACTS_VERSION:
                 tables.append(table.select([*_KEY, *FACT_SCHEMA.names]))
     return pa.concat_tables(tables, promote_options="default") if tables else None
 
@@ -172,7 +172,11 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
 
 
 def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None:
-    """What an earlier build found in a source, whose raw files may be gone; None if nothing."""
+    """What an earlier build found in a source, whose raw files may be gone; None if nothing.
+
+    Raises:
+        ShardError: it was written by another version of this program.
+    """
     path = folder / f"{source}.parquet"
     if not path.exists():
         return None
@@ -183,6 +187,11 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
         raise ShardError(
             f"{path} is damaged (no notes of its listing: {error}); delete it"
         ) from error
+    if (version := _version_of(table)) != FACTS_VERSION:
+        raise ShardError(
+            f"{path} has inventory version {version}, expected {FACTS_VERSION}, and the raw files "
+            f"of {source} are gone; put them back and build again, or delete it to drop the source"
+        )
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
 
 
@@ -190,9 +199,8 @@ def _read(path: AnyPath) -> pa.Table:
     data = path.read_bytes()
     try:
         table = table_from(data)
-        if missing := [
-            name for name in (*_KEY, *FACT_SCHEMA.names) if name not in table.schema.names
-        ]:
+        columns = (*_KEY, *FACT_SCHEMA.names) if _version_of(table) == FACTS_VERSION else ()
+        if missing := [name for name in columns if name not in table.schema.names]:
             raise KeyError(f"no column {', '.join(missing)}")
     except (KeyError, OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
@@ -200,6 +208,18 @@ def _read(path: AnyPath) -> pa.Table:
             f"{path} is damaged ({reason}); delete it, and the build decodes its images again"
         ) from error
     return table
+
+
+def _version_of(table: pa.Table) -> str:
+    """The `FACTS_VERSION` that a table was written with.
+
+    Raises:
+        KeyError: it has none.
+    """
+    metadata = table.schema.metadata or {}
+    if b"facts" not in metadata:
+        raise KeyError("no version of its facts")
+    return metadata[b"facts"].decode()
 
 
 def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:

@@ -297,7 +297,7 @@ def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> Shard
 
 
 ABOUT = {
-    "scores_version": 1, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
+    "scores_version": 2, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
     "precision": "fp32", "backend": "pil", "temperature": 2.0, "threshold": 0.6,
     "calibration": {"band": [0.3, 0.6]}, "subset": None, "reference_reals": None,
 }  # fmt: skip

@@ -19,7 +19,8 @@ from pipeline.augment import AugmentPolicy
 from pipeline.loader import Loading, open_loader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
-from sharding.format import ShardSet, open_shards
+from sharding.format import INDEX_FILE, ShardSet, open_shards
+from storage import sha256_of
 from tests.builders import CALIBRATION, HARSH, PREPROCESS, TINY, build_all, small_recipe, write_raw
 from tests.servers import Server
 
@@ -136,15 +137,17 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     checkpoint.save(
         runs / "small" / "step_0000001", build_network(TINY, pretrained=False),
-        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]},
+        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5,
+        data={"train": ["x"], "replay": []},
         state=None,
     )  # fmt: skip
     return runs
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights, calibrated, step 7 of the run `tiny`."""
+def tiny_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, calibrated: step 7 of the run `tiny`, which learns `old`."""
+    hashes = {"old": sha256_of(data / "old" / INDEX_FILE)}
     torch.manual_seed(5)
     net = build_network(TINY, pretrained=False)
     for name, weight in net.named_parameters():
@@ -153,7 +156,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
         folder, net, recipe=small_recipe(name="tiny", preprocess=PREPROCESS), step=7, epoch=0.5,
-        metrics={}, selection=None, data={"train": ["old"], "replay": []}, state=None,
+        metrics={}, selection=None, state=None,
+        data={"train": ["old"], "replay": [], "set_sha256": hashes},
     )  # fmt: skip
     checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
     return folder

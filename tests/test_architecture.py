@@ -8,10 +8,11 @@ from tests.builders import ROOT, imports_of
 
 SCRIPTS = ("train", "evaluate", "predict", "app")
 
-COMMON = {"console", "recipes", "storage", "imaging"}
+COMMON = {"escape", "console", "recipes", "storage", "imaging"}
 
 MAY_IMPORT = {
-    "console": {"storage"},
+    "escape": set(),
+    "console": {"escape", "storage"},
     "recipes": set(),
     "storage": set(),
     "imaging": {"storage"},

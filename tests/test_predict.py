@@ -423,6 +423,33 @@ def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_
         assert image.size == (32, 32)
 
 
+def test_a_heatmap_of_a_long_name_and_of_one_that_cannot_be(
+    ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Names up to what the file system takes have a heatmap each; what cannot have one is said."""
+    folder, maps = tmp_path / "photos", tmp_path / "maps"
+    folder.mkdir()
+    names = ["x" * 250 + ".jpg", "x" * 249 + "y.jpg", "é" * 125 + ".jpg", os.fsdecode(b"\xe9.jpg")]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(encode(photo(number)))
+    assert ask(folder, "--heatmap", maps).exit_code == 0
+    below = maps / folder.relative_to("/")
+    assert len(list(below.iterdir())) == len(names)
+    assert all(path.suffix == ".png" for path in below.iterdir())
+    (below / "blocked.jpg.png").mkdir()
+    (folder / "blocked.jpg").write_bytes(encode(photo(9)))
+    result = ask(folder, "--heatmap", maps, "--format", "jsonl")
+    assert result.exit_code == 1
+    assert len(rows_of_bytes(result)) == len(names) + 1
+    assert "1 heatmaps could not be written" in result.stderr
+    assert "no heatmap of" in result.stderr and "blocked.jpg" in result.stderr
+
+
+def rows_of_bytes(result: Result) -> list[dict]:
+    """The rows of JSON lines whose names need not be UTF-8."""
+    return [json.loads(line) for line in result.stdout_bytes.splitlines()]
+
+
 # --- a folder that fills --------------------------------------------------------------------------
 
 

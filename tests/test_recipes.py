@@ -78,8 +78,14 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optim.lrr=1", "unknown key 'optim.lrr'; optim knows clip"),
-        ("augment.train.flipp=1", "unknown key 'augment.train.flipp'; augment.train knows"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; the nearest known: lr"),
+        (
+            "augment.train.flip=1",
+            "unknown key 'augment.train.flip'; the nearest known: vflip, hflip",
+        ),
+        ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; the nearest known: cache_gb, cache"),
+        ("run.width=1", "unknown key 'run.width'; known: compile, epochs, grad_accum_steps, init"),
+        ("optimm.lr=1", "unknown key 'optimm'; the nearest known: optim"),
         ("optim.lr=-1", "optim: needs 0 <= min_lr <= lr"),
         ("augment.train.jpeg=1.5", "jpeg is a probability, got 1.5"),
         ("replay.ratio=much", "ratio must look like 1:8"),

@@ -3,8 +3,10 @@
 `report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
 `evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
 
-    {"report_version": 2,
-     "headline": [sentence, ...],            # one per set; those without any reals come first
+    {"report_version": 3,
+     "headline": [sentence, ...],            # that of `on_training_data`, if any; then one per set,
+                                             # those without any reals first
+     "trained_on": [set, ...],               # of the sets those that the checkpoint learned from
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
@@ -54,7 +56,7 @@ from model.score import DEFAULT_THRESHOLD
 from model.verdict import VERDICTS, band_of, verdict
 from sharding.format import CLASSES
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 REAL, FAKE = range(len(CLASSES))
 
@@ -78,9 +80,12 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     }
     sentences = {name: _headline(name, one, about) for name, one in found.items()}
     first = [name for name, one in found.items() if not _has_reals(one)]
+    trained_on = about.get("trained_on", [])
+    warning = [on_training_data(trained_on)] if trained_on else []
     return {
         "report_version": REPORT_VERSION,
-        "headline": [sentences[name] for name in dict.fromkeys([*first, *found])],
+        "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *found]))],
+        "trained_on": trained_on,
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
         "intervals": {
@@ -298,6 +303,14 @@ def _note(found: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> 
             f"{found['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
+
+
+def on_training_data(sets: Sequence[str]) -> str:
+    """What must be said first where a checkpoint is measured on what it learned from."""
+    return (
+        f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures there say nothing of images "
+        "that it has not seen"
+    )
 
 
 def _headline(name: str, found: Mapping[str, Any], about: Mapping[str, Any]) -> str:

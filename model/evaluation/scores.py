@@ -4,13 +4,14 @@ without the network.
 One row per sample of the sets that were measured, in their order; see `SCORES_SCHEMA`. The metadata
 of the file holds, under `evaluation`, a JSON object with what else a report needs:
 
-    {"scores_version": 1, "checkpoint": path, "run": name, "step": n, "commit": commit,
+    {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "precision": "fp32", "backend": "pil",
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "sets": {set: {"index_sha256": hash, "split": split,     # in the order they were asked for
                     "robustness": null or as model.codec_swap.report_robustness says}},
-     "reference_reals": null or {"set": set, "why": text}}     # whose real images are the reference
+     "reference_reals": null or {"set": set, "why": text},     # whose real images are the reference
+     "trained_on": [set, ...]}     # of these sets those that the checkpoint was trained on
 
 A set that is only there for its real images is not in `sets`, and only its real images have rows.
 """
@@ -29,7 +30,7 @@ from model.score import Scores, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
 from storage import write_atomically
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 SCORES_FILE = "scores.parquet"
 
 _name = pa.dictionary(pa.int32(), pa.string())
@@ -152,7 +153,7 @@ def read_scores(path: Path) -> ScoreTable:
         ) from error
     if evaluation.get("scores_version") != SCORES_VERSION:
         raise ScoresError(
-            f"{path} has version {evaluation.get('scores_version')}, this program reads "
-            f"{SCORES_VERSION}; run evaluate.py again"
+            f"{path} has scores version {evaluation.get('scores_version')}, expected "
+            f"{SCORES_VERSION}; measure the checkpoint again with evaluate.py"
         )
     return ScoreTable(table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA), evaluation)

@@ -1,10 +1,12 @@
 """The model card: what a stranger must know before using a checkpoint, from its record alone."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from escape import markdown
 from model.export.license import License, license_of
 from model.verdict import band_of
 from sharding.format import CLASSES
@@ -80,7 +82,7 @@ def card_of(
         share=preprocess["crop_size"] / preprocess["resize_size"], size=preprocess["crop_size"]
     )
     sections = [
-        f"# {meta['recipe']['name']}: real photograph or AI-generated?",
+        f"# {markdown(meta['recipe']['name'])}: real photograph or AI-generated?",
         _summary(meta),
         "## Use",
         _use(meta, onnx),
@@ -91,15 +93,15 @@ def card_of(
         "## Limits",
         limits.strip(),
         "## Licenses",
-        f"Weights: {license.text}. The images that it was trained on have licenses of their own, "
-        "see above. Neither this card nor the license of any code widens them.",
+        f"Weights: {markdown(license.text)}. The images that it was trained on have licenses of "
+        "their own, see above. Neither this card nor the license of any code widens them.",
     ]
     return f"---\n{_front(license, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _is_plain(meta: Mapping[str, Any]) -> bool:
     """Whether timm alone can build the network: a head that sees all stages is not in it."""
-    return meta["recipe"]["network"].get("head", "timm") == "timm"
+    return meta["recipe"]["network"]["head"] == "timm"
 
 
 def _front(license: License, *, timm: bool) -> str:
@@ -120,8 +122,8 @@ def _summary(meta: Mapping[str, Any]) -> str:
     trained = f"step {step:,}" if step else "imported from the original project's checkpoint"
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
     return (
-        f"{meta['recipe']['network']['name']} at {size} x {size}, two outputs ({classes}: "
-        f"AI-generated or deepfake); {trained}."
+        f"{markdown(meta['recipe']['network']['name'])} at {size} x {size}, two outputs "
+        f"({classes}: AI-generated or deepfake); {trained}."
     )
 
 
@@ -149,13 +151,13 @@ they are from PyTorch.
 
 
 def _calibrated(meta: Mapping[str, Any]) -> str:
-    calibration = meta.get("calibration")
+    calibration = meta["calibration"]
     if not calibration:
         return (
             "**Not calibrated**: read it as a score, and choose a threshold on images of your own."
         )
     return (
-        f"Temperature and thresholds were fitted on {', '.join(calibration['fitted_on'])} "
+        f"Temperature and thresholds were fitted on {_names(calibration['fitted_on'])} "
         f"({calibration['reals']:,} real, {calibration['fakes']:,} fake images)."
     )
 
@@ -169,7 +171,7 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
     ]
     notes = []
     for name, found in report["sets"].items():
-        own, reference = found["overall"], found.get("reference")
+        own, reference = found["overall"], found["reference"]
         rows.append(_row(name, own))
         if reference:
             rows.append(
@@ -178,7 +180,7 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
                 )
             )
         if found["note"]:
-            notes.append(f"{name}: {found['note']}")
+            notes.append(f"{markdown(name)}: {markdown(found['note'])}")
     text = (
         f"An image is called fake from a probability of {report['threshold']:.3g} on. Never read "
         "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
@@ -192,14 +194,16 @@ def _row(name: str, figures: Mapping[str, Any]) -> str:
         _share(figures, "false_positive_rate", "not measured: no real images"),
         _share(figures, "auroc"),
     ]
-    return f"| {name} | {figures['reals']:,} | {figures['fakes']:,} | {' | '.join(shown)} |"
+    return (
+        f"| {markdown(name)} | {figures['reals']:,} | {figures['fakes']:,} | {' | '.join(shown)} |"
+    )
 
 
 def _share(figures: Mapping[str, Any], name: str, missing: str = "-") -> str:
     """A figure, with its interval where the report has one."""
     if figures[name] is None:
         return missing
-    interval = figures.get("intervals", {}).get(name)
+    interval = figures["intervals"].get(name)
     between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     return f"{figures[name]:.3f}{between}"
 
@@ -211,19 +215,28 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
             "That of the original project (about 420,000 images of 13 public datasets, by its own "
             "card); its record came without a list."
         )
-    lines = [f"Trained on: {', '.join(data['train']) or 'no set of images'}."]
+    lines = [f"Trained on: {_names(data['train']) or 'no set of images'}."]
     if data["replay"]:
-        lines.append(f"Old images of {', '.join(data['replay'])} were replayed among them.")
+        lines.append(f"Old images of {_names(data['replay'])} were replayed among them.")
     lines += ["", "| set | source | license |", "|---|---|---|"]
     for name, found in sources.items():
         if found is None:
-            lines.append(f"| {name} | not at hand when this was written | see the set's index |")
+            lines.append(
+                f"| {markdown(name)} | not at hand as it was trained on | see the set's index |"
+            )
             continue
         lines += [
-            f"| {name} | {_linked(key, one)} | {one['license']} |" for key, one in found.items()
+            f"| {markdown(name)} | {_linked(key, one)} | {markdown(one['license'])} |"
+            for key, one in found.items()
         ]
     return "\n".join(lines)
 
 
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(markdown, names))
+
+
 def _linked(name: str, source: Mapping[str, Any]) -> str:
-    return f"[{name}](https://{source['homepage']})" if source["homepage"] else name
+    """The name of a source, as a link to its homepage where that is nothing but a host and path."""
+    plain = re.fullmatch(r"[\w.-]+(/[\w./~-]*)?", source["homepage"], re.ASCII)
+    return f"[{markdown(name)}](https://{source['homepage']})" if plain else markdown(name)

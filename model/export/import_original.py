@@ -107,7 +107,7 @@ def _weights_in(file: Path) -> dict[str, torch.Tensor]:
             f"{file} holds more than tensors, or is no checkpoint; loading it could run code, so "
             "it is refused"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise OriginalError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     model = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not model:

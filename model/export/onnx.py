@@ -201,7 +201,7 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "preprocess": meta["preprocess"],
         "temperature": meta["temperature"],
         "threshold": meta["threshold"],
-        "calibration": meta.get("calibration"),
+        "calibration": meta["calibration"],
         "precision": precision,
         "run": meta["recipe"]["name"],
         "step": meta["step"],

@@ -32,7 +32,7 @@ from sharding.format import CLASSES
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 META_KEYS = (
     "format_version", "classes", "preprocess", "temperature", "threshold", "calibration",
@@ -134,6 +134,8 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
 
     if not file.is_file():
         raise OnnxError(f"there is no file {file}; `python -m model export --onnx` writes one")
+    if not str(file).isascii() and str(file) != str(file).encode("utf-8", "replace").decode():
+        raise OnnxError(f"ONNX Runtime opens no name that is not UTF-8: rename {file}")
     options = onnxruntime.SessionOptions()
     # Said outright, so that a container's or taskset's share is not taken for the whole machine.
     options.intra_op_num_threads = threads()
@@ -175,8 +177,8 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
     meta = {key: json.loads(found[key]) for key in META_KEYS}
     if meta["format_version"] != FORMAT_VERSION:
         raise OnnxError(
-            f"{file} has version {meta['format_version']}, this program reads {FORMAT_VERSION}; "
-            "export it again"
+            f"{file} has version {meta['format_version']}, expected {FORMAT_VERSION}; export the "
+            "detector again with `python -m model export --onnx`"
         )
     if tuple(meta["classes"]) != CLASSES:
         raise OnnxError(f"{file} knows {meta['classes']}, expected {list(CLASSES)}")

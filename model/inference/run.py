@@ -4,6 +4,8 @@ What takes seconds to load (torch, timm) is imported inside the functions that u
 """
 
 import contextlib
+import errno
+import hashlib
 import os
 import sys
 import threading
@@ -14,12 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-import click
-
 import console
 from imaging.decode import ImageFile
 from model.inference import inputs, results
 from model.inference.provenance import Evidence, read_evidence
+from storage import write_atomically
 
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
@@ -46,6 +47,7 @@ class Run:
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
     skipped: int = 0  # they are in the results file already
+    undrawn: int = 0  # heatmaps that could not be written
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -94,38 +96,61 @@ class Run:
         )  # fmt: skip
         text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
         if self.heatmaps and not result.error:
-            draw_heatmap(self.detector, result.name, note.data, self.heatmaps)
+            self._draw(result.name, note.data, self.heatmaps)
         if self.out:
             self.out.write(text)
+        elif self.output == "table":
+            console.say(text)
         else:
-            say(text)
+            console.say_data(text)
+
+    def _draw(self, name: str, data: bytes, folder: Path) -> None:
+        """One heatmap; a name that cannot be one of a file is said, counted, and ends nothing."""
+        try:
+            draw_heatmap(self.detector, name, data, folder)
+        except OSError as error:
+            if error.errno not in _OF_ONE_NAME:
+                raise
+            self.undrawn += 1
+            console.log.warning("no heatmap of %s: %s", name, console.one_line(error))
 
 
-def say(text: str) -> None:
-    """A line on standard output; bytes that are no UTF-8 in a file's name stay as they are."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        click.echo(text.encode("utf-8", "surrogateescape"))
-    else:
-        console.say(text)
+# What one name brings about; with any other error, such as a full disk, the run ends.
+_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 
 
 def draw_heatmap(
     detector: "ImageDetector | OnnxDetector", name: str, data: bytes, folder: Path
 ) -> None:
-    """Write the overlay of an image to `<folder>/<its path>.png`."""
+    """Write the overlay of an image to `heatmap_path`, as a whole or not at all."""
     from PIL import Image
 
     from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
     assert isinstance(detector, ImageDetector)  # `predict.py` takes no --heatmap with --onnx
+    path = heatmap_path(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(heatmap(detector, data))
+    write_atomically(path, lambda partial: picture.save(partial, "PNG"))
+
+
+MAX_NAME_BYTES = 255 - len(".4194304.partial")
+"""The longest name that the usual file systems take, with room for that of a temporary file."""
+
+
+def heatmap_path(name: str, folder: Path) -> Path:
+    """`<folder>/<path of the image>.png`; where that name is too long for a file, its beginning and
+    a hash of it.
+    """
     parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
     path = folder.joinpath(*parts)
-    path = path.with_name(f"{path.name}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(heatmap(detector, data)).save(path)
+    encoded = os.fsencode(f"{path.name}.png")
+    if len(encoded) <= MAX_NAME_BYTES:
+        return path.with_name(f"{path.name}.png")
+    short = hashlib.sha256(encoded).hexdigest()[:16]
+    beginning = encoded[: MAX_NAME_BYTES - 21].decode("utf-8", "ignore")
+    return path.with_name(f"{beginning}-{short}.png")
 
 
 def named(paths: Iterable[str]) -> Iterator[str]:

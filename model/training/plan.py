@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-import recipes
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
@@ -198,7 +197,7 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: with the first setting that differs.
     """
-    before = _flat(_completed(checkpoint.read_meta(resumed)["recipe"], type(recipe)))
+    before = _flat(checkpoint.read_meta(resumed)["recipe"])
     now = _flat(_as_saved(recipe))
     changed = sorted(
         key
@@ -211,14 +210,6 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
             f"{resumed.parent} holds a run of another recipe ({key} was {before.get(key)}, now "
             f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
         )
-
-
-def _completed(values: dict[str, Any], kind: type[Recipe]) -> dict[str, Any]:
-    """A saved recipe with the defaults of settings that are younger than it."""
-    try:
-        return _as_saved(recipes.build(kind, values, ""))
-    except recipes.RecipeError:
-        return values  # it has settings that are gone: they will be named
 
 
 def _as_saved(recipe: Recipe) -> dict[str, Any]:

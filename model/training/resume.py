@@ -79,6 +79,7 @@ def save(
             "replay": recipe.replay.sets,
             "replayed_per_epoch": stream.replayed_per_epoch,
             "index_sha256": stream.pool.shards.sha256,
+            "set_sha256": stream.pool.hashes,
         },
         state=state,
         replayed=stream.replayed_until(done) if recipe.replay.sets else None,

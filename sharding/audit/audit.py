@@ -30,7 +30,7 @@ from sharding.format import CLASSES, ShardSet, open_shards
 from sharding.verify import sets_in
 from storage import AnyPath, write_text
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2
 """Of `report.json`; grows when a name or a meaning in it changes."""
 
 

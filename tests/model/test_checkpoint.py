@@ -152,7 +152,8 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path)
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"format_version": 7}))
-    with pytest.raises(CheckpointError, match="checkpoint version 7"):
+    said = f"checkpoint version 7, expected {checkpoint.FORMAT_VERSION}; train it again, as another"
+    with pytest.raises(CheckpointError, match=said):
         checkpoint.load_network(folder)
 
 

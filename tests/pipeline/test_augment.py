@@ -15,6 +15,7 @@ from pipeline.augment import (
     AugmentPolicy,
     PolicyTable,
     Preprocess,
+    SampleKeys,
     center_crop_params,
     sample_params,
 )
@@ -46,9 +47,7 @@ def params_of(
         np.array([0]),
         preprocess,
         *size,
-        seed=seed,
-        epoch=epoch,
-        samples=samples,
+        SampleKeys(seed, epoch, samples),
     )
     return found.row(0)
 
@@ -70,7 +69,7 @@ def many_params(
     rows = np.zeros(count, np.int64)
     samples = np.arange(count)
     found = sample_params(
-        PolicyTable([augment]), rows, Preprocess(), *sizes, seed=7, epoch=2, samples=samples
+        PolicyTable([augment]), rows, Preprocess(), *sizes, SampleKeys(7, 2, samples)
     )
     return list(found.rows())
 

@@ -54,6 +54,7 @@ WHOLE = AugmentParams(top=0, left=0, height=SIZE, width=SIZE)
 STAGES = {
     "nothing": (WHOLE, 0),
     "hflip": (WHOLE._replace(hflip=True), 0),
+    "vflip": (WHOLE._replace(vflip=True), 0),
     "jpeg 30": (WHOLE._replace(jpeg=30), 0),
     "jpeg 75": (WHOLE._replace(jpeg=75), 0),
     "jpeg 97": (WHOLE._replace(jpeg=97), 0),
@@ -301,6 +302,26 @@ def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> 
         np.testing.assert_array_equal(dali.images, pil.images)
 
 
+def test_what_its_parser_refuses_never_reaches_dali() -> None:
+    """A batch with such an image ended the process, more often than not."""
+    turned = oriented(IMAGE, "WEBP", "exif", 6)
+    longer = turned.index(b"EXIF") + 4
+    webp = turned[:longer] + b"\xff\xff\0\0" + turned[longer + 4 :]
+    good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
+    formats = ["JPEG", "WEBP", "JPEG", "PNG"] * 2
+    request = Request([good, webp, odd, b"no image"] * 2, formats, [1] * 8, stack([WHOLE] * 8))
+    backend = DaliBackend(SIZE, 8, CPU, threads=2)
+    checked = backend._on_host(request)
+    assert set(checked.failures) == {1, 3, 5, 7}
+    assert [new is old for new, old in zip(checked.data, request.data, strict=True)] == [
+        True, False, False, False] * 2  # fmt: skip
+    backend._one_by_one = _not_wanted
+    (dali,) = backend.run([request])
+    pil = decode_request(request, SIZE)
+    assert dali.failures == pil.failures
+    np.testing.assert_array_equal(dali.images, pil.images)
+
+
 def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
     """As prediction asks: small groups first, the last one not full."""
     good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
@@ -378,7 +399,7 @@ def test_a_lost_gpu_is_told_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -
 
 
 OTHER_VALUES = {
-    "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True,
+    "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
     "pair_jpeg": 20, "pair_chroma": 3,

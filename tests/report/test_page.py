@@ -17,7 +17,7 @@ from model.evaluation.scores import ScoreTable
 from pipeline.perturb import PERTURBATIONS
 from report.charts import histogram_chart, reliability_chart, roc_chart
 from report.page import Estimate, Rates, mistakes_of, render
-from report.tables import figures_csv, write_tables
+from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
 from tests.builders import table_of
@@ -208,6 +208,12 @@ def test_tables(tmp_path: Path) -> None:
     ]
     assert (lines[-1]["recall_before"], lines[-1]["recall"]) == ("0.9", "0.2")
     assert (lines[0]["shift_fake_low"], lines[0]["shift_real"]) == ("-2.0", "")
+
+
+def test_tables_hold_no_formulas() -> None:
+    assert table_csv(["a", "b"], [{"a": "=1+1", "b": -1.5}, {"a": "'+x", "b": None}]) == (
+        "a,b\n'=1+1,-1.5\n''+x,\n"
+    )
 
 
 def test_charts_take_the_colors_of_the_page_and_many_images() -> None:

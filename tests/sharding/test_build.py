@@ -10,12 +10,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from sharding.build import build
 from sharding.catalog import CatalogError, read_catalog
-from sharding.format import ShardError, open_shards, read_index
+from sharding.format import FORMAT_VERSION, ShardError, open_shards, read_index
+from sharding.inventory import FACTS_VERSION
 from sharding.lock import locked
 from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
 
@@ -225,8 +227,35 @@ def test_a_foreign_table_or_version_is_refused(data: Path, tmp_path: Path) -> No
         open_shards([tmp_path / "out/old"])
     index = json.loads((tmp_path / "out/val/index.json").read_text())
     (tmp_path / "out/val/index.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(ShardError, match="format version 99"):
+    said = (
+        f"format version 99, expected {FORMAT_VERSION}; build the set again with `python -m shard"
+    )
+    with pytest.raises(ShardError, match=said):
         open_shards([tmp_path / "out/val"])
+
+
+def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path) -> None:
+    """Made again from the raw files; where these are gone, nobody can."""
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    build_one(raw, out, "old")
+    path = out / ".build/inventory/alpha.parquet"
+    table = pq.read_table(path)
+    notes = {**table.schema.metadata, b"facts": b"1"}
+    names = ["refused" if name == "excluded" else name for name in table.schema.names]
+
+    def make_old() -> None:
+        pq.write_table(table.rename_columns(names).replace_schema_metadata(notes), path)
+
+    make_old()
+    build_one(raw, out, "old")
+    assert pq.read_schema(path).metadata[b"facts"] == FACTS_VERSION.encode()
+    make_old()
+    shutil.rmtree(raw / "alpha")
+    said = (
+        rf"alpha\.parquet has inventory version 1, expected {FACTS_VERSION}, and the raw files of "
+    )
+    with pytest.raises(ShardError, match=said):
+        build_one(raw, out, "old")
 
 
 def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:

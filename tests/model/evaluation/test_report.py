@@ -10,6 +10,7 @@ import pytest
 
 from model.evaluation.report import first_of_each, mean_and_std, report
 from model.evaluation.scores import (
+    SCORES_VERSION,
     ScoresError,
     read_scores,
     rows_of,
@@ -195,7 +196,7 @@ def test_scores_are_kept_row_by_row(old: ShardSet, new: ShardSet, tmp_path: Path
     path = tmp_path / "scores.parquet"
     write_scores(path, parts, about)
     found = read_scores(path)
-    assert found.evaluation == {"scores_version": 1, **about}
+    assert found.evaluation == {"scores_version": SCORES_VERSION, **about}
     rows = found.table.to_pylist()
     assert len(rows) == len(old) + len(new)
     index = old.table.to_pylist() + new.table.to_pylist()
@@ -228,6 +229,12 @@ def test_what_is_not_a_file_of_scores_is_one_clear_error(old: ShardSet, tmp_path
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(ScoresError, match="not a file of scores"):
+        read_scores(path)
+    write_scores(path, [rows_of("old", old, scored(old), 1.0)], {"scores_version": 1})
+    said = (
+        rf"scores version 1, expected {SCORES_VERSION}; measure the checkpoint again with evaluate"
+    )
+    with pytest.raises(ScoresError, match=said):
         read_scores(path)
     write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})
     table = pa.parquet.read_table(path)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from model import checkpoint, load_detector
 from model.__main__ import main
+from model.evaluation.report import REPORT_VERSION
 from model.export import hub
 from model.export.card import card_of
 from model.export.license import ORIGINAL_BASE, license_of
@@ -79,16 +81,16 @@ def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None
 def report_of(meta: dict, **changes: object) -> dict:
     figures = {
         "count": 4, "reals": 2, "fakes": 2, "recall": 0.75, "false_positive_rate": 0.25,
-        "auroc": 0.875,
+        "auroc": 0.875, "intervals": {},
     }  # fmt: skip
     alone = figures | {"reals": 0, "false_positive_rate": None, "auroc": None}
     sets = {
-        "val": {"overall": figures, "note": None},
-        "evalgen": {"overall": alone, "note": "There are no real images here."},
+        "val": {"overall": figures, "reference": None, "note": None},
+        "evalgen": {"overall": alone, "reference": None, "note": "There are no real images here."},
     }
     name, step = meta["recipe"]["name"], meta["step"]
     return {
-        "report_version": 2,
+        "report_version": REPORT_VERSION,
         "run": name,
         "step": step,
         "threshold": 0.6,
@@ -109,8 +111,35 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
     assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
     assert "evalgen: There are no real images here." in card
-    assert "| old | not at hand when this was written |" in card
+    assert "| old | not at hand as it was trained on |" in card
     assert "onnx/detector.onnx" in card
+
+
+def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
+    tiny_checkpoint: Path, data: Path, logged: list[str]
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    assert hub.sources_of(meta, data)["old"]
+    meta["data"]["set_sha256"]["old"] = "another"
+    assert hub.sources_of(meta, data) == {"old": None}
+    assert "is not the set that the checkpoint was trained on" in logged[-1]
+    assert hub.sources_of(meta, None) == {"old": None}
+
+
+def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
+    hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    meta["recipe"]["name"], meta["data"] = hostile, {"train": [hostile], "replay": [hostile]}
+    meta["calibration"] = CALIBRATION | {"fitted_on": [hostile]}
+    report = report_of(meta)
+    report["sets"] = {hostile: report["sets"]["evalgen"] | {"note": hostile}}
+    source = {"homepage": "evil.example) [x](y", "license": hostile}
+    card = card_of(meta, report, {hostile: {hostile: source}}, onnx=False)
+    text = card.split("---\n", 2)[2]
+    assert hostile not in text and "<img" not in text.replace("\\<img", "")
+    assert "https://evil" not in text and "www.evil" not in text and "\n# c" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|") and "evil" in line]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 4]
 
 
 def test_the_license_is_that_of_the_first_weights() -> None:
@@ -126,6 +155,25 @@ def test_the_license_is_that_of_the_first_weights() -> None:
     original = found("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
     assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
     assert found("mobilenetv2_100", True).id == "apache-2.0"
+    timm_s = {"kind": "timm", "name": "mobilenetv2_100", "license": "apache-2.0"}
+    other = {"kind": "random", "name": "", "license": None}
+    for first, id, base in (
+        (timm_s, "apache-2.0", "mobilenetv2_100"),
+        (
+            {"kind": "checkpoint", "name": "a/step_1", "first_weights": timm_s},
+            "apache-2.0",
+            "mobile",
+        ),
+        (other, "other", ""),
+        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": other}, "other", ""),
+        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": None}, "cc-by-nc-4.0", ""),
+        ({"kind": "imagenet", "name": "x.safetensors", "license": None}, "cc-by-nc-4.0", ""),
+    ):
+        network = {"name": "convnextv2_base", "pretrained": False}
+        meta = {"recipe": {"network": network}, "data": {}, "first_weights": first}
+        license = license_of(meta)
+        assert license.id == id and license.base.startswith(base), first
+        assert bool(license.base) == bool(base)
 
 
 def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -141,7 +189,11 @@ def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path)
     [
         ("[]", "is not a report.json"),
         ("{}", "is not a report.json"),
-        ('{"report_version": 99}', "has report version 99"),
+        (
+            '{"report_version": 99}',
+            f"has report version 99, expected {REPORT_VERSION}; measure the "
+            "checkpoint again with evaluate.py",
+        ),
         (None, "is of tiny step 8, the checkpoint is tiny step 7"),
     ],
 )

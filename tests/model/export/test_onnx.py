@@ -16,7 +16,13 @@ from model import checkpoint, load_detector
 from model.__main__ import main
 from model.export import import_original
 from model.export import onnx as export
-from model.inference.onnx_detector import META_KEYS, OnnxError, load_onnx, preprocess
+from model.inference.onnx_detector import (
+    FORMAT_VERSION,
+    META_KEYS,
+    OnnxError,
+    load_onnx,
+    preprocess,
+)
 from model.network import Network, build
 from pipeline import pil
 from pipeline.augment import Preprocess
@@ -192,9 +198,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         tmp_path / "missing.onnx": "there is no file",
         tmp_path / "text.onnx": "cannot be opened as ONNX",
         foreign(tmp_path / "bare.onnx"): "does not say format_version, classes",
-        foreign(tmp_path / "new.onnx", **(known | {"format_version": "9"})): "has version 9",
         foreign(
-            tmp_path / "other.onnx", **(known | {"format_version": "1", "classes": '["cat"]'})
+            tmp_path / "new.onnx", **(known | {"format_version": "9"})
+        ): f"has version 9, expected {FORMAT_VERSION}; export",
+        foreign(
+            tmp_path / "other.onnx",
+            **(known | {"format_version": str(FORMAT_VERSION), "classes": '["cat"]'}),
         ): r"knows \['cat'\]",
     }
     for path, said in cases.items():

@@ -176,7 +176,7 @@ def test_without_distillation_a_resumed_run_does_not_need_its_start(
         (
             ['replay.sets=["old"]', "replay.ratio=1:8",
              'replay.exclude_sources=["alpha", "beta", "dummy"]'],
-            ValueError, "there is no old sample to draw from",
+            ValueError, "there is no old sample to choose",
         ),
         (["loading.batch_size=81"], OrderError, "80 training samples do not fill one batch of 81"),
         (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint"),

@@ -1,0 +1,247 @@
+"""The file that verdicts go to: nothing of anybody is lost, and what is in it can be read again."""
+
+import csv
+import errno
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import PngImagePlugin
+
+import predict
+from model.inference import results
+from model.inference.provenance import MAX_EVIDENCE, Evidence
+from model.inference.results import COLUMNS, ResultsError, line, open_results, partial_of
+from tests.builders import ROOT, encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+MADE_BY = "run/step_0000001 12345678"
+
+
+def row(path: str, **changes: object) -> dict:
+    values = (path, 0.5, "uncertain", "", [], MADE_BY)
+    return dict(zip(COLUMNS, values, strict=True)) | changes
+
+
+def finished(path: Path, *names: str, made_by: str = MADE_BY) -> Path:
+    """A finished file with these images."""
+    output = path.suffix[1:]
+    file = open_results(path, output, made_by, resume=False)
+    for name in names:
+        file.write(line(output, row(name, checkpoint=made_by)))
+    file.finish()
+    file.close()
+    return path
+
+
+FOREIGN = {
+    "notes.csv": b"date,note\n2026-01-01,first\n2026-01-02,no line end",
+    "whole.csv": b"date,note\n2026-01-01,first\n",
+    "one.csv": b"remember the milk",
+    "line.csv": b"remember the milk\n",
+    "header.csv": b"path,probability,verdict\n",
+    "cells.csv": ",".join(COLUMNS).encode() + b"\na,b\n",
+    "quote.csv": b'a,"b',
+    "one.jsonl": b'{"a": 1}',
+    "line.jsonl": b'{"a": 1}\n',
+    "list.jsonl": json.dumps(COLUMNS).encode() + b"\n",
+    "number.jsonl": b"1\n",
+    "text.jsonl": b"remember\nthe milk",
+    "deep.jsonl": b"[" * 100_000 + b"\n",
+    "picture.csv": bytes(range(256)) * 40,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("as_partial", [False, True])
+def test_a_foreign_file_is_refused_and_untouched(
+    tmp_path: Path, name: str, as_partial: bool
+) -> None:
+    path = tmp_path / name
+    kept = partial_of(path) if as_partial else path
+    kept.write_bytes(FOREIGN[name])
+    before = kept.stat()
+    with pytest.raises(ResultsError, match="name another file with --out"):
+        open_results(path, path.suffix[1:], MADE_BY, resume=True)
+    assert kept.read_bytes() == FOREIGN[name]
+    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+@pytest.mark.parametrize("cut", [0, 3])
+def test_a_finished_file_of_another_detector_or_cut_off_is_refused_and_untouched(
+    tmp_path: Path, output: str, cut: int
+) -> None:
+    path = finished(tmp_path / f"x.{output}", "a", "b", made_by=MADE_BY if cut else "another 1")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    with pytest.raises(ResultsError, match="does not end as" if cut else "made by another 1"):
+        open_results(path, output, MADE_BY, resume=True)
+    assert path.read_bytes() == whole[: len(whole) - cut]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_a_finished_file_stays_until_the_longer_one_is_finished(
+    tmp_path: Path, output: str
+) -> None:
+    path = finished(tmp_path / f"x.{output}", "a", "b")
+    whole = path.read_bytes()
+    for size in (None, 0, 5, len(whole)):  # then what kills of the copying leave
+        if size is not None:
+            partial_of(path).write_bytes(whole[:size])
+        file = open_results(path, output, MADE_BY, resume=True)
+        assert "a" in file and "b" in file and "c" not in file
+        assert path.read_bytes() == partial_of(path).read_bytes() == whole
+        file.close()
+    file = open_results(path, output, MADE_BY, resume=True)
+    file.write(line(output, row("c")))
+    file.close()
+    assert path.read_bytes() == whole
+    file = open_results(path, output, MADE_BY, resume=True)
+    assert "c" in file
+    file.finish()
+    file.close()
+    assert path.read_bytes().startswith(whole) and path.stat().st_size > len(whole)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_files_that_do_not_go_together_are_both_kept(tmp_path: Path) -> None:
+    other = finished(tmp_path / "y.csv", "c", "d", "e").read_bytes()
+    path = finished(tmp_path / "x.csv", "a", "b")
+    partial_of(path).write_bytes(other)
+    before = path.read_bytes()
+    with pytest.raises(ResultsError, match="neither begins with the other"):
+        open_results(path, "csv", MADE_BY, resume=True)
+    assert (path.read_bytes(), partial_of(path).read_bytes()) == (before, other)
+
+
+def test_one_process_writes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    file = open_results(path, "csv", MADE_BY, resume=False)
+    other = (
+        "import sys; from pathlib import Path; from model.inference.results import open_results\n"
+        f"open_results(Path({str(path)!r}), 'csv', {MADE_BY!r}, resume=True)"
+    )
+    command = [sys.executable, "-c", other]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "another predict.py is writing" in done.stderr
+    file.close()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.csv"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ResultsError, match="no plain file"):
+        open_results(path, "csv", MADE_BY, resume=True)
+    with pytest.raises(ResultsError, match="there is no folder"):
+        open_results(tmp_path / "none" / "x.csv", "csv", MADE_BY, resume=False)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    """A limit on the size of files does what a full disk does: takes half a row, then refuses."""
+    path = tmp_path / "x.csv"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = open_results(path, "csv", MADE_BY, resume=False)
+    text = line("csv", row("a" * 100))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        file.write(text)
+        with pytest.raises(OSError) as raised:
+            file.write(text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.close()
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(partial_of(path))
+    assert partial_of(path).stat().st_size == 300
+    again = open_results(path, "csv", MADE_BY, resume=True)
+    assert "a" * 100 in again
+    again.close()
+    assert partial_of(path).read_text() == f"{','.join(COLUMNS)}\n{text}\n"
+
+
+NAMES = ["=1+1.jpg", "'=1.jpg", "+a.jpg", "@b.jpg", "-c.jpg", 'qu"ote', "new\nline", "\r", "a\0b",
+         "\ufeffx", os.fsdecode(b"\xe9"), "é", "x" * 4000]  # fmt: skip
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_every_row_can_be_read_again(tmp_path: Path, output: str) -> None:
+    path = finished(tmp_path / f"x.{output}", *NAMES)
+    file = open_results(path, output, MADE_BY, resume=True)
+    assert len(file.names) == len(NAMES)
+    assert all(name in file for name in NAMES)
+    file.close()
+    if output == "csv":
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        assert [one["path"] for one in rows[:3]] == ["'=1+1.jpg", "''=1.jpg", "'+a.jpg"]
+        assert not any(cell[:1] in "=+-@" for one in rows for cell in one.values() if cell)
+
+
+def test_what_a_file_says_is_no_formula(tmp_path: Path) -> None:
+    said = [Evidence("=HYPERLINK(1)", "x", "y")]
+    text = line("csv", row("a", error="@SUM(1)", provenance=said))
+    (cells,) = csv.reader([text])
+    assert cells[3] == "'@SUM(1)" and cells[4].startswith("'=HYPERLINK")
+
+
+@pytest.fixture
+def ask(small_runs: Path) -> Callable[..., Result]:
+    """`predict.py` with these arguments."""
+
+    def run(*arguments: object) -> Result:
+        command = [*map(str, arguments), "--runs", str(small_runs)]
+        return CliRunner().invoke(predict.main, command)
+
+    return run
+
+
+def test_an_image_with_15000_lines_of_metadata_makes_a_file_that_can_be_read(
+    ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    said = PngImagePlugin.PngInfo()
+    for number in range(15_000):
+        settings = f"Steps: 20, Sampler: Euler, CFG scale: 7, Seed: {number}, {'é' * 300}"
+        said.add_text(f"parameters{number}", settings)
+    (tmp_path / "a.png").write_bytes(encode(photo(1), "PNG", pnginfo=said))
+    out = tmp_path / "out.csv"
+    assert ask(tmp_path / "a.png", "--out", out).exit_code == 0
+    (found,) = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"), newline=""))
+    assert found["provenance"].count("generator: ") == MAX_EVIDENCE - 1
+    result = ask(tmp_path / "a.png", "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "1 were there already" in result.stderr
+
+
+def test_predict_ends_with_1_when_the_disk_is_full(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
+    out = tmp_path / "out.csv"
+    opened = results.open_results
+
+    def on_a_full_disk(*arguments: object) -> results.ResultsFile:
+        file = opened(*arguments)
+        file.stream.close()
+        file.stream = open("/dev/full", "wb", buffering=0)  # noqa: PTH123
+        return file
+
+    monkeypatch.setattr(results, "open_results", on_a_full_disk)
+    result = ask(tmp_path / "a.jpg", "--out", out)
+    assert result.exit_code == 1
+    assert f"{partial_of(out)}: No space left on device" in result.stderr
+    assert "Traceback" not in result.output
+    assert not out.exists()

@@ -1,0 +1,156 @@
+"""What reaches a terminal is what was meant for it, and a mistake is one line."""
+
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import console
+from tests.builders import ROOT
+
+HOSTILE = "a\x1b[2J\x9b31m\rb [red]FLUX.1 [dev][/base] :skull: \u202e"
+SHOWN = r"a\x1b[2J\x9b31m\rb [red]FLUX.1 [dev][/base] :skull: \u202e"
+
+
+def in_a_terminal(code: str, columns: int = 200) -> str:
+    """What a terminal of that width receives from a Python program, with line ends of a file."""
+    ours, its = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm", "PYTHONUTF8": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import console\n{code}"],
+        cwd=ROOT, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True,
+    ) as process:  # fmt: skip
+        os.close(its)
+        received = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end was closed
+                break
+            if not part:
+                break
+            received += part
+    os.close(ours)
+    assert process.returncode == 0, received.decode()
+    text = received.decode().replace("\r\n", "\n")
+    return re.sub(r"\x1b\[[\d;?]*[mhlKA]", "", text)  # what rich itself sends: colors, the bar
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"console.say({HOSTILE!r})",
+        f"console.say_data({HOSTILE!r})",
+        f"console.table({HOSTILE!r}, [{HOSTILE!r}, 'n'], [[{HOSTILE!r}, 1]])",
+        f"with console.progress({HOSTILE!r}, 2) as advance: advance(1, {HOSTILE!r})",
+        f"console._start_logging(None, None, False); console.log.info('%s', {HOSTILE!r})",
+    ],
+)
+def test_a_terminal_shows_names_as_they_are_and_obeys_none(code: str) -> None:
+    received = in_a_terminal(code)
+    assert SHOWN in received
+    assert not set(received) & set("\x1b\x9b\u202e"), received
+    assert "\rb" not in received  # a bar goes back to the beginning of its line itself
+
+
+def test_a_table_is_never_cut() -> None:
+    """Where the terminal is too narrow, each row is a paragraph."""
+    columns = ["what", "reals", "recall", "false positives", "AUROC"]
+    row = ["generator FLUX.1 [schnell]", 12345, "0.944 (0.90-0.98)", "0.123456789", "0.5"]
+    code = f"console.table('set', {columns}, [{row}])"
+    for width in (200, 80, 40):
+        received = in_a_terminal(code, width)
+        assert "…" not in received
+        for value in ("generator FLUX.1 [schnell]", "12,345", "0.123456789"):
+            assert value in received, (width, received)
+    assert "recall: 0.944 (0.90-0.98)" in in_a_terminal(code, 40)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8"])
+def test_standard_output_of_any_encoding_takes_every_name(encoding: str) -> None:
+    code = (
+        "import console; console.say('東京 \\udce9'); console.say_data('東京 \\udce9');"
+        "console.table('東京', ['東京'], [['東京 \\udce9']])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    lines = done.stdout.splitlines()
+    escaped = "東京 " if encoding == "utf-8" else r"\u6771\u4eac "
+    assert lines[0].decode(encoding) == rf"{escaped}\udce9"
+    assert lines[1] == "東京 ".encode() + b"\xe9"  # data is UTF-8 and bytes as they are
+
+
+def run(action, *arguments: str):
+    """A command with an option of this machine that does `action`."""
+
+    @click.command(cls=console.Command)
+    @click.option("--path", type=console.LocalPath())
+    @console.options()
+    def command(path) -> None:
+        action()
+
+    return CliRunner().invoke(command, arguments)
+
+
+def raiser(error: BaseException):
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError(HOSTILE), 1, f"Error: {SHOWN}"),
+        (
+            OSError(28, "No space left on device", "out.csv"),
+            1,
+            "Error: out.csv: No space left on device",
+        ),
+        (
+            OSError(28, "No space left on device", b"caf\xe9"),
+            1,
+            r"Error: caf\udce9: No space left on device",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "Error: No space left on device: standard output, or a temporary file in",
+        ),
+        (OSError("no answer"), 1, "Error: no answer"),
+        (ValueError(), 1, "Error: ValueError"),
+        (click.UsageError(f"{HOSTILE} is wrong"), 2, f"{SHOWN} is wrong"),
+        (ValueError("https://me:secret@host/a does not answer"), 1, "https://***@host/a does not"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_a_mistake_is_one_harmless_line(error: BaseException, code: int, said: str) -> None:
+    result = run(raiser(error))
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr and "Aborted" not in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_our_own_bug_keeps_its_traceback() -> None:
+    assert isinstance(run(raiser(KeyError("a"))).exception, KeyError)
+
+
+def test_a_log_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "ERR", console.Console(file=stream, width=200))
+    handler = console._LogHandler()
+    record = logging.LogRecord("x", 20, "", 0, "from %s", ("https://h/a?sig=secret",), None)
+    handler.emit(record)
+    assert stream.getvalue() == "from https://h/a?***\n"

@@ -1,0 +1,90 @@
+"""Text that came with a file obeys nobody: not a terminal, a spreadsheet, Markdown or a log."""
+
+import html
+import re
+
+import pytest
+
+from escape import (
+    from_spreadsheet_cell,
+    markdown,
+    printable,
+    spreadsheet_cell,
+    without_secrets,
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\x1b[2Ja", "\x9b31mred", "\x1b]0;title\x07", "a\rb", "\x7f", "\u202egpj.exe", "caf\udce9",
+     "\x00", "\u2028"],
+)  # fmt: skip
+def test_a_terminal_is_given_nothing_to_obey(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    shown.encode()
+    assert printable(shown) == shown
+
+
+def test_what_can_be_shown_is_shown() -> None:
+    for text in ("FLUX.1 [dev]", "東京 é", "a\nb", ":skull:"):
+        assert printable(text) == text
+
+
+FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(1)", "\t=1", "\r=1", "\uff1d1"]
+
+
+def test_a_spreadsheet_is_given_no_formula_and_no_two_texts_become_one() -> None:
+    texts = [*FORMULAS, *(f"'{text}" for text in FORMULAS), *(f"''{text}" for text in FORMULAS),
+             "", "'", "'quoted'", "a=1", "photo.jpg"]  # fmt: skip
+    cells = [spreadsheet_cell(text) for text in texts]
+    assert len(set(cells)) == len(texts)
+    assert [from_spreadsheet_cell(cell) for cell in cells] == texts
+    for cell in cells[: len(FORMULAS)]:
+        assert cell[0] == "'"
+    assert cells[-5:] == texts[-5:]
+
+
+# The expressions that these libraries look for in text after parsing, so that a backslash is gone:
+# mdast-util-gfm-autolink-literal 2, remark-emoji 5, Streamlit 1.67 (remarkMaterialIcons).
+AFTER_PARSING = (
+    r"(https?://|www(?=\.))([-.\w]+)([^ \t\r\n]*)",
+    r"([-.\w+]+)@([-\w]+(?:\.[-\w]+)+)",
+    r":\+1:|:-1:|:[\w-]+:",
+    r":(material|streamlit)/(\w+):?",
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://evil.example/a", "HTTP://evil.example", "www.evil.example", "WWW.evil.example",
+     "me@evil.example", ":material/verified:", ":streamlit:", ":+1:", "[a](https://evil.example)",
+     "![](https://evil.example/x.png)", "<b>x</b>", "`a`", "$x$", "# head", "- item", "1. item",
+     "&lt;", ":red[x]", "a\n\nb", "~~x~~", "a | b", "+ item", "=== ", "CC-BY-4.0"],
+)  # fmt: skip
+def test_markdown_shows_the_text_and_makes_nothing_of_it(text: str) -> None:
+    shown = markdown(text)
+    assert "\n" not in shown
+    assert not re.search(r"(?<!\\)[\[\]()<>`*_#$~|&:]", shown)
+    parsed = html.unescape(re.sub(r"\\(.)", r"\1", shown))
+    for pattern in AFTER_PARSING:
+        assert not re.search(pattern, parsed, re.IGNORECASE), pattern
+    assert parsed.replace("\N{WORD JOINER}", "") == html.unescape(" ".join(text.split()))
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:pass@host:8080/a?b=1", "https://***@host:8080/a?b=1"),
+        ("s3://KEY:SECRET@bucket/a", "s3://***@bucket/a"),
+        ("https://host/a?X-Amz-Signature=abc&x=1", "https://host/a?***"),
+        ("https://host/a?sv=1&sig=abc", "https://host/a?***"),
+        ("https://host/a#access_token=abc", "https://host/a#***"),
+        ("http://[broken", "http://..."),
+        ("https://host/a?list=2", "https://host/a?list=2"),
+        ("no address, me:pass@host", "no address, me:pass@host"),
+    ],
+)
+def test_addresses_lose_their_secrets(address: str, shown: str) -> None:
+    assert without_secrets(address) == shown
+    assert without_secrets(f"'{address}' and {address}") == f"'{shown}' and {shown}"
