@@ -123,7 +123,11 @@ def raiser(error: BaseException):
             1,
             r"Error: caf\udce9: No space left on device",
         ),
-        (OSError(28, "No space left on device"), 1, "Error: No space left on device: standard output, or a temporary file in"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "Error: No space left on device: standard output, or a temporary file in",
+        ),
         (OSError("no answer"), 1, "Error: no answer"),
         (ValueError(), 1, "Error: ValueError"),
         (click.UsageError(f"{HOSTILE} is wrong"), 2, f"{SHOWN} is wrong"),

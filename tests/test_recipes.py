@@ -79,7 +79,10 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
     ("override", "said"),
     [
         ("optim.lrr=1", "unknown key 'optim.lrr'; the nearest known: lr"),
-        ("augment.train.flip=1", "unknown key 'augment.train.flip'; the nearest known: vflip, hflip"),
+        (
+            "augment.train.flip=1",
+            "unknown key 'augment.train.flip'; the nearest known: vflip, hflip",
+        ),
         ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; the nearest known: cache_gb, cache"),
         ("run.width=1", "unknown key 'run.width'; known: compile, epochs, grad_accum_steps, init"),
         ("optimm.lr=1", "unknown key 'optimm'; the nearest known: optim"),

@@ -53,7 +53,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     before: Estimate | None = None
     rows = np.arange(len(metadata))
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
-    for number in range(_ROUNDS + 1):
+    for round_index in range(_ROUNDS + 1):
         left = metadata.take(rows)
         counts = [len(np.unique(left.groups[left.labels == label])) for label in (0, 1)]
         if min(counts) < MIN_GROUPS:
@@ -67,8 +67,8 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         now = estimate(left.labels, scores, left.groups)
         assert now is not None  # both classes have the groups that it asks for
         before = before or now
-        if number and (now.auroc <= MATCHED or now.low <= 0.5):
-            return Match(rows, int(left.labels.sum()), before, now, number)
+        if round_index and (now.auroc <= MATCHED or now.low <= 0.5):
+            return Match(rows, int(left.labels.sum()), before, now, round_index)
         width = max(0.2 * scores.std(), 1e-9)
         cells = np.column_stack([strata[rows], np.floor(scores / width)])
         rows = rows[_balanced(cells, left.labels, rng)]
