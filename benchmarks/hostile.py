@@ -39,6 +39,9 @@ LEAST_DIFFERENCE = 1.0
 STAGES = ("decode", "predict pil", "predict dali", "build", "load pil", "load dali")
 
 EXPLANATIONS = {
+    "DALI shows what it can of damage inside a JPEG that has its end": lambda row: (
+        row.get("backends") == "shown by DALI alone" and row["format"] in ("JPEG", "MPO")
+    ),
     "Pillow shows what is left of a damaged picture": lambda row: (
         "remature end" in row["reason"] or "Corrupt JPEG data" in row["reason"]
     ),
@@ -55,9 +58,6 @@ EXPLANATIONS = {
     # DALI never sees a TIFF, so both backends decode it by the same function.
     "libtiff leaves a part of a damaged TIFF undefined": lambda row: (
         row["format"] == "TIFF" and row["differs"] == "pixels between backends"
-    ),
-    "DALI shows what it can of damage inside a JPEG or WEBP that has its end": lambda row: (
-        row.get("backends") == "shown by DALI alone" and row["format"] in ("JPEG", "MPO", "WEBP")
     ),
 }  # fmt: skip
 """What a difference is called, by what is known of the file; the first that fits."""

@@ -57,7 +57,11 @@ _CHATTER = re.compile(
     rb"|\[ ?(ERROR|WARN|INFO):\d+@[\d.]+\]"  # OpenCV
     rb"|^(Corrupt JPEG data: |Premature end of JPEG|Invalid SOS parameters for sequential JPEG"
     rb"|Inconsistent progression sequence for component|Unknown Adobe color transform"
-    rb"|Warning: unknown JFIF revision|libpng (warning|error): )"
+    rb"|Warning: unknown JFIF revision|Bogus |Unsupported marker type 0x|Invalid JPEG file struct"
+    rb"|Invalid progressive|Quantization table 0x|Huffman table 0x|Didn't expect more than one scan"
+    rb"|Unsupported JPEG |Not a JPEG file|Sorry, there are legal|Empty JPEG image"
+    rb"|Invalid component ID \d|Input file read error"
+    rb"|libpng (warning|error): )"
     rb"|^> |^\s*'[^']*' (is|where) |^Unsupported number of channels"  # OpenCV's second lines
 )
 

@@ -22,7 +22,7 @@ class DistEnv:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, draws progress and speaks for all."""
+        """Whether this process writes, shows progress and logs for all."""
         return self.rank == 0
 
 

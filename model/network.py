@@ -42,8 +42,8 @@ class Network:
     """Which network, and where its first weights come from.
 
     `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `init` is how weights are drawn otherwise: by
-    timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
+    starts from a checkpoint or a file needs none. `init` is how weights are initialized otherwise:
+    by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
     narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
     statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
     the last features, or one that sees those of every stage. With `freeze_backbone` only the head
@@ -137,7 +137,7 @@ class Detector(nn.Module):
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
     """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`. Those
-    of an `empty` one are not drawn: `load_weights` brings them.
+    of an `empty` one are not initialized: `load_weights` brings them.
 
     Raises:
         NetworkError: timm does not know the name or an option, or the weights cannot be fetched.

@@ -59,7 +59,7 @@ def main() -> None:
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Another seed, other samples and dice.",
+    help="Another seed, other samples.",
 )
 @console.options()
 def preview(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when DALI loads its own OpenCV
+from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 
 from imaging.decode import DecodeError, decode_image, png_of
@@ -283,16 +284,15 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """What the graph cannot do, done before it; see `_as_partner` and `_without_end`. Other
-        damage is left to the graph, and then to the reference, which says why. But a JPEG without
-        an end never reaches the graph: a GPU's decoder fills what is missing without a word.
+        """What the graph cannot do, done before it; see `_as_partner` and `_by_host`. Other damage
+        is left to the graph, and then to the reference, which says why.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
         work = dict.fromkeys(np.flatnonzero(params.pair_jpeg).tolist(), self._as_partner)
         for row, encoded in enumerate(request.data):
-            if request.formats[row] == "JPEG" and not has_end(encoded):
-                work[row] = self._without_end
+            if not _may_reach_graph(encoded, request.formats[row]):
+                work[row] = self._by_host
         work = {row: act for row, act in work.items() if row not in request.failures}
         if not work:
             return request
@@ -324,8 +324,8 @@ class DaliBackend:
         return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
 
     @staticmethod
-    def _without_end(request: Request, row: int) -> bytes | DecodeError:
-        """A JPEG that is cut off, by the reference decoder: it refuses, and says why."""
+    def _by_host(request: Request, row: int) -> bytes | DecodeError:
+        """A PNG of what the reference decoder makes of an image, or why there is none."""
         try:
             return png_of(decode_image(*_member(request, row)))
         except DecodeError as error:
@@ -482,6 +482,18 @@ class _ReadAhead:
 def _tensor_of(outputs: tuple) -> torch.Tensor:
     """The batch without a copy; DALI keeps the buffer as long as the tensor lives."""
     return torch.from_dlpack(outputs[0].as_tensor())
+
+
+def _may_reach_graph(data: bytes, image_format: str) -> bool:
+    """Whether DALI's parser takes it: in a batch, what it does not take may end the process (DALI
+    2.4). And whether a JPEG has its end: a GPU's decoder fills what is missing without a word.
+    """
+    if image_format == "JPEG" and not has_end(data):
+        return False
+    try:
+        return nvimgcodec.CodeStream(data).height > 0  # asking parses it, in 4 us
+    except RuntimeError:
+        return False
 
 
 def _member(request: Request, row: int) -> tuple[bytes, str, int]:

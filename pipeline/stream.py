@@ -27,32 +27,37 @@ from pipeline.order import (
     training_epoch,
 )
 from pipeline.replay import Replay, sample_old
-from sharding.format import ShardSet, open_shards
-from storage import AnyPath
+from sharding.format import INDEX_FILE, ShardSet, open_shards
+from storage import AnyPath, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The samples of a run: rows of `shards` that are new, and old ones that may be replayed."""
+    """The samples of a run: rows of `shards` that are new, and old ones that may be replayed.
+    `hashes` has the hash of each set's index, by the set's name.
+    """
 
     shards: ShardSet
     new: np.ndarray
     old: np.ndarray
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
     """Open the new and, with replay, the old sets below `data` as one shard set."""
     new = open_shards([data / name for name in train])
+    names = [*train, *(replay.sets if replay.fraction else [])]
+    hashes = {name: sha256_of(data / name / INDEX_FILE) for name in names}
     if not replay.fraction:
-        return Pool(new, np.arange(len(new)), np.empty(0, np.int64))
-    shards = open_shards([data / name for name in [*train, *replay.sets]])
-    codes, names = shards.codes("source")
+        return Pool(new, np.arange(len(new)), np.empty(0, np.int64), hashes)
+    shards = open_shards([data / name for name in names])
+    codes, sources = shards.codes("source")
     allowed = np.array(
-        [bool(shards.sources[n]["replay"]) and n not in replay.exclude_sources for n in names],
+        [bool(shards.sources[n]["replay"]) and n not in replay.exclude_sources for n in sources],
         np.bool_,
     )
     old = np.arange(len(new), len(shards))
-    return Pool(shards, np.arange(len(new)), old[allowed[codes[old]]])
+    return Pool(shards, np.arange(len(new)), old[allowed[codes[old]]], hashes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,8 @@ from pipeline.augment import AugmentPolicy
 from pipeline.loader import Loading, open_loader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
-from sharding.format import ShardSet, open_shards
+from sharding.format import INDEX_FILE, ShardSet, open_shards
+from storage import sha256_of
 from tests.builders import CALIBRATION, HARSH, PREPROCESS, TINY, build_all, small_recipe, write_raw
 from tests.servers import Server
 
@@ -131,7 +132,7 @@ def make_stream(data: Path) -> Callable[..., Stream]:
 
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with one checkpoint, whose network is drawn and not trained."""
+    """Runs with one checkpoint, whose network is initialized and not trained."""
     runs = tmp_path_factory.mktemp("small_runs")
     torch.manual_seed(1)
     checkpoint.save(
@@ -144,8 +145,9 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights, calibrated, step 7 of the run `tiny`."""
+def tiny_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, calibrated: step 7 of the run `tiny`, which learns `old`."""
+    hashes = {"old": sha256_of(data / "old" / INDEX_FILE)}
     torch.manual_seed(5)
     net = build_network(TINY, pretrained=False)
     for name, weight in net.named_parameters():
@@ -154,7 +156,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
         folder, net, recipe=small_recipe(name="tiny", preprocess=PREPROCESS), step=7, epoch=0.5,
-        metrics={}, selection=None, data={"train": ["old"], "replay": []}, state=None,
+        metrics={}, selection=None, state=None,
+        data={"train": ["old"], "replay": [], "set_sha256": hashes},
     )  # fmt: skip
     checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
     return folder

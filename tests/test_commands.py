@@ -99,6 +99,22 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert "furthest" not in compared.output
 
 
+def test_measuring_on_training_data_is_said_first(data: Path, runs: Path, tmp_path: Path) -> None:
+    """By the hash of the set, whatever it is called."""
+    shutil.copytree(data / "old", tmp_path / "data" / "renamed")
+    shutil.copytree(data / "val", tmp_path / "data" / "val")
+    arguments = "--data", tmp_path / "data", "--runs", runs, "--out", tmp_path / "out"
+    result = run(evaluate.main, "--shards", "val", "--shards", "renamed", *arguments)
+    assert result.exit_code == 0, result.output
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("THE CHECKPOINT WAS TRAINED ON renamed: its figures there say nothing")
+    assert "TRAINED ON" in (tmp_path / "out" / "report.html").read_text()
+    result = run(evaluate.main, "--shards", "val", *arguments)
+    assert "TRAINED ON" not in result.output
+    result = run(evaluate.main, "--shards", "val", "--reference-reals", "renamed", *arguments)
+    assert result.stdout.startswith("THE CHECKPOINT WAS TRAINED ON renamed")
+
+
 def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(

@@ -76,6 +76,13 @@ class EvaluationPlan:
     dist: DistEnv
 
     @property
+    def trained_on(self) -> list[str]:
+        """The sets, of those that are measured or give their reals, that the checkpoint was trained
+        on, by the hash of their index, whatever they are called.
+        """
+        return trained_on(self.meta, {name: s.index_sha256 for name, s in self.sets.items()})
+
+    @property
     def measured(self) -> dict[str, PlannedSet]:
         """The sets that the report is about."""
         return {name: planned for name, planned in self.sets.items() if planned.measured}
@@ -117,6 +124,15 @@ def plan(
         backend_reason=backend_reason,
         dist=dist,
     )
+
+
+def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
+    """Which of some sets (name -> hash of the index) a checkpoint with this `meta` was trained on,
+    replayed ones too.
+    """
+    data = meta["data"]
+    known = {*data.get("set_sha256", {}).values(), data.get("index_sha256")}
+    return [name for name, sha256 in hashes.items() if sha256 in known]
 
 
 def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:

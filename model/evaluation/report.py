@@ -4,7 +4,9 @@
 `evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
 
     {"report_version": 3,
-     "headline": [sentence, ...],            # one per set; those without any reals come first
+     "headline": [sentence, ...],            # that of `on_training_data`, if any; then one per set,
+                                             # those without any reals first
+     "trained_on": [set, ...],               # of the sets those that the checkpoint learned from
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
@@ -78,9 +80,12 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     }
     sentences = {name: _headline(name, set_report, about) for name, set_report in reports.items()}
     first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
+    trained_on = about.get("trained_on", [])
+    warning = [on_training_data(trained_on)] if trained_on else []
     return {
         "report_version": REPORT_VERSION,
-        "headline": [sentences[name] for name in dict.fromkeys([*first, *reports])],
+        "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *reports]))],
+        "trained_on": trained_on,
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
         "intervals": {
@@ -302,6 +307,14 @@ def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -
             f"{figures['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
+
+
+def on_training_data(sets: Sequence[str]) -> str:
+    """What must be said first where a checkpoint is measured on what it learned from."""
+    return (
+        f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures there say nothing of images "
+        "that it has not seen"
+    )
 
 
 def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]) -> str:

@@ -42,6 +42,8 @@ def evaluate(
         ValueError: as `plan`.
     """
     planned = plan(checkpoint, data, names, options or Options(), dist)
+    if planned.trained_on:
+        console.log.warning("%s", report.on_training_data(planned.trained_on))
     net, preprocess, _ = load_network(planned.checkpoint)
     keep_freed_memory(planned.device)
     precision = describe(planned.dtype)
@@ -140,6 +142,7 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
             for name, planned_set in measured.items()
         },
         "reference_reals": planned.reference,
+        "trained_on": planned.trained_on,
     }
 
 

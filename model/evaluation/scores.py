@@ -10,7 +10,8 @@ of the file holds, under `evaluation`, a JSON object with what else a report nee
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "sets": {set: {"index_sha256": hash, "split": split,     # in the order they were asked for
                     "robustness": null or as model.codec_swap.report_robustness says}},
-     "reference_reals": null or {"set": set, "why": text}}     # whose real images are the reference
+     "reference_reals": null or {"set": set, "why": text},     # whose real images are the reference
+     "trained_on": [set, ...]}     # of these sets those that the checkpoint was trained on
 
 A set that is only there for its real images is not in `sets`, and only its real images have rows.
 """

@@ -222,7 +222,7 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     for name, facts_of_set in sources.items():
         if facts_of_set is None:
             lines.append(
-                f"| {markdown(name)} | not at hand when this was written | see the set's index |"
+                f"| {markdown(name)} | not at hand as it was trained on | see the set's index |"
             )
             continue
         lines += [

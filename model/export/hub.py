@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.models import save_for_hf
 
+import console
 from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
@@ -22,7 +23,7 @@ from model.export.license import license_of
 from model.network import Detector
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
-from storage import AnyPath, atomic_folder
+from storage import AnyPath, atomic_folder, sha256_of
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -136,15 +137,23 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:
     """What the index of each training set says of its sources; None for a set that is not below
-    `data`.
+    `data`, or whose index is not the one that the checkpoint was trained on, by its hash.
     """
-    sets = [*meta["data"]["train"], *meta["data"]["replay"]]
-    return {
-        name: read_index(data / name)["sources"]
-        if data is not None and (data / name / INDEX_FILE).exists()
-        else None
-        for name in sets
-    }
+    hashes = meta["data"].get("set_sha256", {})
+    sources: dict[str, dict[str, Any] | None] = {}
+    for name in [*meta["data"]["train"], *meta["data"]["replay"]]:
+        sources[name] = None
+        index = None if data is None else data / name / INDEX_FILE
+        if index is None or not index.exists():
+            continue
+        if sha256_of(index) == hashes.get(name):
+            sources[name] = read_index(data / name)["sources"]
+        else:
+            console.log.warning(
+                "%s is not the set that the checkpoint was trained on, so the model card does not "
+                "name its sources", data / name,
+            )  # fmt: skip
+    return sources
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:

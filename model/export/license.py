@@ -22,22 +22,35 @@ ORIGINAL_BASE = "convnextv2_base.fcmae_ft_in1k"
 
 def license_of(meta: Mapping[str, Any]) -> License:
     """From a checkpoint's `meta.json`: fine-tuned weights stay under the license of those they
-    began from. Where the record does not name them (phase 2, a file), it is the license of timm's
-    own for that network, the strictest that this project's recipes can lead to. Licenses of the
-    training data are another matter: the index of each set has them.
+    began from, which `first_weights` records. Where the record does not name them (a file, an old
+    run), it is the license of timm's own for that network, the strictest that this project's
+    recipes can lead to. Licenses of the training data are another matter: the index of each set has
+    them.
     """
     network = meta["recipe"]["network"]
+    first = _first(meta.get("first_weights"))
     imported = "imported_from" in meta["data"]
-    config = timm.models.get_pretrained_cfg(ORIGINAL_BASE if imported else network["name"])
+    if first and first["kind"] == "random":
+        text = "nobody's but the trainer's: it began from random weights"
+        return License("other", text, "")
+    is_timm = first["kind"] == "timm" if first else network["pretrained"]
+    name = first["name"] if first and is_timm else network["name"]
+    config = timm.models.get_pretrained_cfg(ORIGINAL_BASE if imported else name)
     if config is None or not config.license:
-        return License("other", f"timm names none for weights of {network['name']}", "")
+        return License("other", f"timm names none for weights of {name}", "")
     base = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
-    name = config.license.upper()
+    said = ((first or {}).get("license") if is_timm else None) or config.license
     if imported:
-        text = f"{name}, that of timm's {base}, which it was fine-tuned from; its card says MIT"
-    elif network["pretrained"]:
-        text = f"{name}, that of timm's {base}, which it was fine-tuned from"
+        text = f"{said.upper()}, that of timm's {base}, which it was tuned from; its card says MIT"
+    elif is_timm:
+        text = f"{said.upper()}, that of timm's {base}, which it was fine-tuned from"
     else:
-        text = f"{name} if it goes back to timm's {base}; its record names no first weights"
-    known = imported or network["pretrained"]
-    return License(config.license.lower(), text, base if known else "")
+        text = f"{said.upper()} if it goes back to timm's {base}; its record names no first weights"
+    return License(said.lower(), text, base if imported or is_timm else "")
+
+
+def _first(weights: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The weights that a chain of checkpoints goes back to; None where the record ends before."""
+    while weights and weights["kind"] == "checkpoint":
+        weights = weights.get("first_weights")
+    return weights

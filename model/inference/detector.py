@@ -104,12 +104,13 @@ class ImageDetector(DecisionRule):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
     def _for_dali(self, file: ImageFile) -> Encoded | bytes:
-        """Bytes for the backend to decode; or a PNG of what the network sees, where DALI would read
-        something else than the reference, or a batch of such images would take all memory.
+        """A JPEG for the backend to decode; else a PNG of what the network sees: DALI would read
+        something else than the reference, or decode it on the host as well (PNG, WebP) and with
+        less of a look for damage, or a batch of such images would take all memory.
         """
         data = file.read()
         kept = as_is(data)
-        if kept and kept.width * kept.height < LARGE_PIXELS:
+        if kept and kept.format == "JPEG" and kept.width * kept.height < LARGE_PIXELS:
             return kept
         with decoded(data) as pixels:
             return png_of(pil.preprocess(pixels, self.preprocess))

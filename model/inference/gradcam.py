@@ -27,7 +27,7 @@ MOST = 0.6
 
 
 class ExplainError(ValueError):
-    """A network that no heatmap can be drawn for; the message says why."""
+    """A network that no heatmap can be made for; the message says why."""
 
 
 def attribution(
@@ -90,7 +90,7 @@ def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
     ]  # fmt: skip
     if features.ndim != 4 or features.shape[1] not in channels or not layers:
         raise ExplainError(
-            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap to draw"
+            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap"
         )
     return layers[-1]
 

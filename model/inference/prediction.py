@@ -135,8 +135,7 @@ def preprocess_ahead(
     batch_size: int,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
     """Groups of images as a network sees them, ahead of time: names, uint8 (B, size, size, 3), and
-    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one
-    view.
+    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one.
     """
     for names, images in ahead(files, preprocess_file, batch_size):
         failures = {row: image for row, image in enumerate(images) if isinstance(image, str)}

@@ -25,7 +25,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
     dist = train_state.dist
     if len(state["rng"]) != dist.world_size:
         log.warning(
-            "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
+            "saved on %d ranks, going on on %d: the same batches, but other paths are dropped",
             *(len(state["rng"]), dist.world_size),
         )
         torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)
@@ -79,6 +79,7 @@ def save(
             "replay": recipe.replay.sets,
             "replayed_per_epoch": stream.replayed_per_epoch,
             "index_sha256": stream.pool.shards.sha256,
+            "set_sha256": stream.pool.hashes,
         },
         state=state,
         replayed=stream.replayed_until(done) if recipe.replay.sets else None,

@@ -38,7 +38,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     Inside a source (sources of one class are taken together) and of equal format, chroma and EXIF,
     images are put in bins of the cross-validated log-odds of fake, the propensity score of
     Rosenbaum and Rubin (1983), 0.2 standard deviations wide (Austin 2011), and as many of each
-    class are drawn from a bin as the smaller has. A classifier fitted anew on what is left shows
+    class are taken from a bin as the smaller has. A classifier fitted anew on what is left shows
     what still differs, and the next round matches on that. Bins lie inside the folds: what is held
     out together is balanced, so the last figure is not below 0.5 for having been matched.
 

@@ -1,4 +1,5 @@
-"""The referee: one draw, two backends. Per stage, on the images that tell backends apart.
+"""The referee: the same parameters, two backends. Per stage, on the images that tell backends
+apart.
 
 A stage is tested on identical pixels, because one gray level of difference before a JPEG
 quantizer may be forty after it.
@@ -83,7 +84,7 @@ def _not_wanted(_request: Request) -> None:
 def both(
     data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same encoded images and draws through Pillow and through DALI, uint8 (B, S, S, 3)."""
+    """The same images and parameters through Pillow and through DALI, uint8 (B, S, S, 3)."""
     facts = [prepare(item).facts for item in data]
     request = Request(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
@@ -302,6 +303,26 @@ def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> 
         np.testing.assert_array_equal(dali.images, pil.images)
 
 
+def test_what_its_parser_refuses_never_reaches_dali() -> None:
+    """A batch with such an image ended the process, more often than not."""
+    turned = oriented(IMAGE, "WEBP", "exif", 6)
+    longer = turned.index(b"EXIF") + 4
+    webp = turned[:longer] + b"\xff\xff\0\0" + turned[longer + 4 :]
+    good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
+    formats = ["JPEG", "WEBP", "JPEG", "PNG"] * 2
+    request = Request([good, webp, odd, b"no image"] * 2, formats, [1] * 8, stack([WHOLE] * 8))
+    backend = DaliBackend(SIZE, 8, CPU, threads=2)
+    checked = backend._on_host(request)
+    assert set(checked.failures) == {1, 3, 5, 7}
+    assert [new is old for new, old in zip(checked.data, request.data, strict=True)] == [
+        True, False, False, False] * 2  # fmt: skip
+    backend._one_by_one = _not_wanted
+    (dali,) = backend.run([request])
+    pil = decode_request(request, SIZE)
+    assert dali.failures == pil.failures
+    np.testing.assert_array_equal(dali.images, pil.images)
+
+
 def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
     """As prediction asks: small groups first, the last one not full."""
     good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
@@ -402,7 +423,7 @@ def test_both_backends_obey_every_field(field: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_mixed_draws_in_one_batch_keep_their_places(device: torch.device) -> None:
+def test_mixed_parameters_in_one_batch_keep_their_places(device: torch.device) -> None:
     """Conditional operators split and merge a batch; the order must come out as it went in."""
     params = [stage for stage, _ in STAGES.values()] * 2
     data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(params))]

@@ -49,7 +49,7 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
     assert "num_classes" not in config["model_args"]
 
 
-def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
+def test_timm_preprocesses_images_alike(folder: Path) -> None:
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     found = timm.data.resolve_data_config(model=loaded)
     resize, crop, _, normalize = timm.data.create_transform(**found).transforms
@@ -60,7 +60,7 @@ def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
-def test_the_share_of_a_view_leads_back_to_it(size: int, resize: int, folder: Path) -> None:
+def test_the_crop_share_leads_back_to_the_sizes(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
     found = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
     assert int(size / found["crop_pct"]) == resize
@@ -111,8 +111,19 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
     assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
     assert "evalgen: There are no real images here." in card
-    assert "| old | not at hand when this was written |" in card
+    assert "| old | not at hand as it was trained on |" in card
     assert "onnx/detector.onnx" in card
+
+
+def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
+    tiny_checkpoint: Path, data: Path, logged: list[str]
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    assert hub.sources_of(meta, data)["old"]
+    meta["data"]["set_sha256"]["old"] = "another"
+    assert hub.sources_of(meta, data) == {"old": None}
+    assert "is not the set that the checkpoint was trained on" in logged[-1]
+    assert hub.sources_of(meta, None) == {"old": None}
 
 
 def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
@@ -144,6 +155,25 @@ def test_the_license_is_that_of_the_first_weights() -> None:
     original = found("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
     assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
     assert found("mobilenetv2_100", True).id == "apache-2.0"
+    timm_s = {"kind": "timm", "name": "mobilenetv2_100", "license": "apache-2.0"}
+    other = {"kind": "random", "name": "", "license": None}
+    for first, id, base in (
+        (timm_s, "apache-2.0", "mobilenetv2_100"),
+        (
+            {"kind": "checkpoint", "name": "a/step_1", "first_weights": timm_s},
+            "apache-2.0",
+            "mobile",
+        ),
+        (other, "other", ""),
+        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": other}, "other", ""),
+        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": None}, "cc-by-nc-4.0", ""),
+        ({"kind": "imagenet", "name": "x.safetensors", "license": None}, "cc-by-nc-4.0", ""),
+    ):
+        network = {"name": "convnextv2_base", "pretrained": False}
+        meta = {"recipe": {"network": network}, "data": {}, "first_weights": first}
+        license = license_of(meta)
+        assert license.id == id and license.base.startswith(base), first
+        assert bool(license.base) == bool(base)
 
 
 def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
