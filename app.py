@@ -103,7 +103,7 @@ class Scored:
 
 
 @st.cache_resource(show_spinner="Loading the detector")
-def detector() -> ImageDetector:
+def loaded_detector() -> ImageDetector:
     """The checkpoint, loaded once."""
     return load_detector(CHECKPOINT, runs=RUNS)
 
@@ -173,7 +173,7 @@ def forget(files: Sequence[UploadedFile]) -> None:
     st.session_state["uploader"] += 1  # a new uploader is an empty one
 
 
-def score_all(found: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:
+def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:
     """What is known of each file, by its id; only new files are scored."""
     before = st.session_state.get("scored", {})
     scored = {file.file_id: before[file.file_id] for file in files if file.file_id in before}
@@ -182,17 +182,17 @@ def score_all(found: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, 
     st.session_state["heatmaps"] = {key: maps[key] for key in maps.keys() & scored.keys()}
     fresh = [file for file in files if file.file_id not in scored]
     bar = st.empty()
-    for number, file in enumerate(fresh):
-        bar.progress(number / len(fresh), f"Looking at {markdown(file.name)}")
-        scored[file.file_id] = score(found, file.name, file.getvalue())
+    for index, file in enumerate(fresh):
+        bar.progress(index / len(fresh), f"Looking at {markdown(file.name)}")
+        scored[file.file_id] = score(detector, file.name, file.getvalue())
     bar.empty()
     return {file.file_id: scored[file.file_id] for file in files}
 
 
-def score(found: ImageDetector, name: str, data: bytes) -> Scored:
+def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """One image: its probability, or why it is refused."""
     with turn():
-        (prediction,) = found.predict([data])
+        (prediction,) = detector.predict([data])
         if prediction.error:
             return Scored(name, prediction)
         picture = Image.fromarray(decode(data))
@@ -217,20 +217,20 @@ def as_jpeg(picture: Image.Image) -> bytes:
 # --- out ------------------------------------------------------------------------------------------
 
 
-def moved(found: ImageDetector) -> ImageDetector:
+def moved(detector: ImageDetector) -> ImageDetector:
     """The detector with the threshold that the slider stands at."""
-    threshold = st.session_state.get("threshold", found.threshold)
-    return found if threshold == found.threshold else replace(found, asked=threshold)
+    threshold = st.session_state.get("threshold", detector.threshold)
+    return detector if threshold == detector.threshold else replace(detector, asked=threshold)
 
 
 def show_table(
-    found: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
+    detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
 ) -> str:
     """Many images at a glance; returns the id of the one to show in full."""
     counts = Counter(verdicts.values())
     said = ", ".join(f"{counts[name]} {name}" for name in LOOKS if name in counts)
     st.subheader(f"{len(scored)} images: {said}", anchor=False)
-    refused = [f"- {refusal(one)}" for one in scored.values() if one.prediction.error]
+    refused = [f"- {refusal(result)}" for result in scored.values() if result.prediction.error]
     if refused:
         st.error("\n".join(refused), icon=":material/broken_image:")
     # A heading sorts too, but no key reaches it.
@@ -249,13 +249,13 @@ def show_table(
         if rows := st.session_state[table]["selection"]["rows"]:
             st.session_state["chosen"] = ids[rows[0]]
 
-    probabilities = [one.prediction.probability for one in shown]
+    probabilities = [result.prediction.probability for result in shown]
     st.dataframe(
         {
-            "Image": [as_data_url(one.thumbnail) for one in shown],
+            "Image": [as_data_url(result.thumbnail) for result in shown],
             "Verdict": [capital(verdicts[key]) for key in ids],
             "Probability of AI": [None if p is None else 100 * p for p in probabilities],
-            "File": [one.name for one in shown],
+            "File": [result.name for result in shown],
         },
         column_config={
             "Image": st.column_config.ImageColumn(width=64),
@@ -274,7 +274,7 @@ def show_table(
     )
     st.download_button(
         "Download as CSV",
-        as_csv(found, scored, verdicts),
+        as_csv(detector, scored, verdicts),
         "verdicts.csv",
         "text/csv",
         on_click="ignore",
@@ -283,13 +283,15 @@ def show_table(
     return st.selectbox("Show in full", ids, key="chosen", format_func=lambda key: scored[key].name)
 
 
-def as_csv(found: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
+def as_csv(
+    detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
+) -> str:
     """The table as `predict.py --format csv` writes it."""
     lines = [results.header("csv")]
-    for key, one in scored.items():
+    for key, result in scored.items():
         values = (
-            one.name, one.prediction.probability, verdicts[key], one.prediction.error,
-            one.evidence, found.identity,
+            result.name, result.prediction.probability, verdicts[key], result.prediction.error,
+            result.evidence, detector.identity,
         )  # fmt: skip
         lines.append(results.line("csv", dict(zip(results.COLUMNS, values, strict=True))))
     return "\n".join(lines) + "\n"
@@ -300,34 +302,34 @@ def as_data_url(jpeg: bytes) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else None
 
 
-def refusal(one: Scored) -> str:
+def refusal(result: Scored) -> str:
     """Which file was refused, and why."""
-    return f"**{markdown(one.name)}**: {markdown(one.prediction.error)}"
+    return f"**{markdown(result.name)}**: {markdown(result.prediction.error)}"
 
 
-def show_image(found: ImageDetector, file: UploadedFile, one: Scored, said: str) -> None:
+def show_image(detector: ImageDetector, file: UploadedFile, result: Scored, said: str) -> None:
     """One image in full."""
     left, right = st.columns([3, 2], gap="medium")
     with left:
         color, icon = LOOKS[said]
         st.subheader(f":{color}[{icon} {capital(said)}]", anchor=False)
-        probability = one.prediction.probability
+        probability = result.prediction.probability
         assert probability is not None  # what was refused is not shown
         st.markdown(f"Probability that it is AI-generated: **{percent(probability)}**")
-        st.html(scale(probability, found.band))
+        st.html(scale(probability, detector.band))
         st.markdown("**What the file says**")
-        if one.evidence:
-            st.markdown("\n".join(f"- {as_markdown(item)}" for item in one.evidence))
+        if result.evidence:
+            st.markdown("\n".join(f"- {as_markdown(item)}" for item in result.evidence))
             st.caption(provenance.MEANING)
         else:
             st.caption("Nothing of where it comes from. That is usual: most sites strip it.")
     with right:
         picture = st.empty()
-        st.caption(markdown(one.name))
+        st.caption(markdown(result.name))
         if st.toggle("Heatmap: what moved the score", key="heatmap"):
-            show_heatmap(found, file, picture)
+            show_heatmap(detector, file, picture)
         else:
-            picture.image(one.preview, width="stretch", alt=one.name)
+            picture.image(result.preview, width="stretch", alt=result.name)
 
 
 def as_markdown(item: Evidence) -> str:
@@ -337,14 +339,14 @@ def as_markdown(item: Evidence) -> str:
 
 
 def show_heatmap(
-    found: ImageDetector, file: UploadedFile, picture: st.delta_generator.DeltaGenerator
+    detector: ImageDetector, file: UploadedFile, picture: st.delta_generator.DeltaGenerator
 ) -> None:
     """What moved the score, over what the network sees of the image; made once."""
     maps = st.session_state["heatmaps"]
     if file.file_id not in maps:
         try:
             with picture, st.spinner("Asking the network"), turn():
-                maps[file.file_id] = gradcam.heatmap(found, file.getvalue())
+                maps[file.file_id] = gradcam.heatmap(detector, file.getvalue())
         except gradcam.ExplainError as error:
             picture.error(markdown(str(error)))
             return
@@ -366,20 +368,20 @@ def scale(p: float, band: tuple[float, float]) -> str:
   margin-top: 6px"><span>real</span><span>AI-generated</span></div></div>"""
 
 
-def show_threshold(found: ImageDetector) -> None:
+def show_threshold(detector: ImageDetector) -> None:
     """Where "likely AI" begins, and what moving it costs."""
-    calibration = found.meta["calibration"]
+    calibration = detector.meta["calibration"]
     curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     with st.container(border=True):
         threshold = st.select_slider(
             "Say likely AI from this probability on",
-            sorted({*steps, found.threshold}),
-            value=found.threshold,
+            sorted({*steps, detector.threshold}),
+            value=detector.threshold,
             key="threshold",
             format_func=lambda step: f"{100 * step:.3g}%",
         )
-        st.caption(rule(found))
+        st.caption(rule(detector))
         if not curve:
             st.warning(
                 "This checkpoint is not calibrated: read its probabilities as scores. What a "
@@ -391,7 +393,7 @@ def show_threshold(found: ImageDetector) -> None:
         _, false, true = max((row for row in curve if row[0] <= threshold), default=curve[0])
         st.markdown(
             f"At this threshold {of_hundred(false)} of 100 real photographs are called AI, and "
-            f"{of_hundred(true)} of 100 fakes are found."
+            f"{of_hundred(true)} of 100 fakes are detector."
         )
         sets = ", ".join(calibration["fitted_on"])
         st.caption(
@@ -401,23 +403,23 @@ def show_threshold(found: ImageDetector) -> None:
         )
 
 
-def rule(found: ImageDetector) -> str:
+def rule(detector: ImageDetector) -> str:
     """What the verdicts mean, in words."""
-    ours = moved(found)
-    low, high, own = (f"{100 * p:.3g}%" for p in (*ours.band, found.threshold))
+    ours = moved(detector)
+    low, high, own_threshold = (f"{100 * p:.3g}%" for p in (*ours.band, detector.threshold))
     doubt = f", uncertain from there to {high}" if low != high else ""
-    aside = f" The checkpoint's own threshold is {own}." if ours is not found else ""
+    aside = f" The checkpoint's own threshold is {own_threshold}." if ours is not detector else ""
     return f"Likely real below {low}{doubt}, likely AI from {high} on.{aside}"
 
 
-def about(found: ImageDetector) -> None:
+def about(detector: ImageDetector) -> None:
     """What the detector cannot know, and which one it is."""
     with st.expander("What this page can and cannot tell"):
         st.markdown(LIMITS)
     project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    network, created = found.meta["recipe"]["network"]["name"], found.meta["created"][:10]
+    network, created = detector.meta["recipe"]["network"]["name"], detector.meta["created"][:10]
     st.caption(
-        f"Model {markdown(network)}, {markdown(found.identity)}, {created}. Program "
+        f"Model {markdown(network)}, {markdown(detector.identity)}, {created}. Program "
         f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."
     )
 
@@ -446,28 +448,28 @@ def main() -> None:
     st.set_page_config(page_title="Real or AI-generated?", page_icon=ICON)
     st.title("Real or AI-generated?", anchor=False)
     try:
-        found = detector()
+        detector = loaded_detector()
     except CheckpointError as error:
         st.error(markdown(str(error)))
         return
     this_page()
     files = {file.file_id: file for file in uploads()}
-    scored = score_all(found, list(files.values()))
+    scored = score_all(detector, list(files.values()))
     if scored:
-        ours = moved(found)
+        ours = moved(detector)
         verdicts = {
-            key: one.prediction.verdict if one.prediction.probability is None
-            else ours.verdict(one.prediction.probability)
-            for key, one in scored.items()
+            key: result.prediction.verdict if result.prediction.probability is None
+            else ours.verdict(result.prediction.probability)
+            for key, result in scored.items()
         }  # fmt: skip
         chosen = show_table(ours, scored, verdicts) if len(scored) > 1 else next(iter(scored))
         if scored[chosen].prediction.error:
             st.error(refusal(scored[chosen]), icon=":material/broken_image:")
         else:
             show_image(ours, files[chosen], scored[chosen], verdicts[chosen])
-        if not all(one.prediction.error for one in scored.values()):
-            show_threshold(found)
-    about(found)
+        if not all(result.prediction.error for result in scored.values()):
+            show_threshold(detector)
+    about(detector)
 
 
 if __name__ == "__main__":

@@ -367,9 +367,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         title=Text(title) if title else None,
         title_justify="left", title_style="bold", header_style="bold",
     )  # fmt: skip
-    for number, name in enumerate(columns):
-        numeric = any(_is_figure(row[number]) for row in rows)
-        grid.add_column(Text(name), justify="right" if numeric else "left", no_wrap=number == 0)
+    for index, name in enumerate(columns):
+        numeric = any(_is_figure(row[index]) for row in rows)
+        grid.add_column(Text(name), justify="right" if numeric else "left", no_wrap=index == 0)
     for row in cells:
         grid.add_row(*map(Text, row))
     options = console.options.update(max_width=sys.maxsize)  # else the answer is cut to the width

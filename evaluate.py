@@ -159,12 +159,12 @@ def calibrate(
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
         _speak_for(dist)
-        found = calibrate_checkpoint(
+        calibration = calibrate_checkpoint(
             chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
             threshold_at=threshold_at, dist=dist,
         )  # fmt: skip
     if dist.is_main:
-        print_calibration(found)
+        print_calibration(calibration)
         console.say(f"checkpoint: {chosen}")
 
 
@@ -181,15 +181,15 @@ def calibrate(
 def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
     """Put two runs side by side: folders of reports, or their files."""
     tables = [read_scores(scores_beside(path)) for path in (before, after)]
-    one, two = shared_samples(*tables, intersect=intersection)
-    excluded = [len(table) - len(one) for table in tables]
+    table_before, table_after = shared_samples(*tables, intersect=intersection)
+    excluded = [len(table) - len(table_before) for table in tables]
     if any(excluded):
         console.say(
-            f"on {len(one):,} images that both scored; excluded are {excluded[0]:,} of "
+            f"on {len(table_before):,} images that both scored; excluded are {excluded[0]:,} of "
             f"{before} and {excluded[1]:,} of {after}"
         )
-    changed = find_flips(one, two)
-    print_comparison(one, two, changed)
+    changed = find_flips(table_before, table_after)
+    print_comparison(table_before, table_after, changed)
     if flips:
         write_text(flips, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
         console.say(f"flips: {flips}")

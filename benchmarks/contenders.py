@@ -63,7 +63,7 @@ def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
 
 
 def read_samples(place: Path, _workers: int) -> Iterator[int]:
-    """Plan, positional reads and draws, without decoding, in this process alone."""
+    """Plan, positional reads and parameters, without decoding, in this process alone."""
     from pipeline.loader import _Requests, train_params
 
     stream = our_stream(place, "pil", 0)
@@ -94,7 +94,7 @@ def decode_images(place: Path, workers: int) -> Iterator[int]:
 
 
 CONTENDERS = {
-    "read": Contender(title="read: plan, reads, draws; 1 process", images=read_samples),
+    "read": Contender(title="read: plan, reads, params; 1 process", images=read_samples),
     "decode": Contender(title="decode only (limit on a CPU)", images=decode_images),
     "pil": Contender(
         title="ours, pil", images=lambda place, workers: our_images(place, "pil", workers)

@@ -193,7 +193,7 @@ def measure(
     "recipe_path",
     type=click.Path(path_type=Path, dir_okay=False),
     default=recipes.FOLDER / "phase1.toml",
-    help="Network, view, batch, precision and optimizer. Default: phase 1.",
+    help="Network, image size, batch, precision and optimizer. Default: phase 1.",
 )
 @click.option("--set", "overrides", multiple=True, help="Change a value of it.")
 @click.option("--seconds", default=10.0, show_default=True, help="Of each way in each round.")

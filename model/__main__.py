@@ -140,12 +140,12 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
     with console.progress("comparing", total) as advance:
         report = onnx.export_onnx(checkpoint, out, images, advance)
     rows = []
-    for found in report["files"]:
+    for parity in report["files"]:
         for what, key in (("same pixels", "same_pixels"), ("from files", "from_files")):
-            if found[key]:
-                change = found[key]
+            if parity[key]:
+                change = parity[key]
                 rows.append(
-                    [found["file"], what, f"{change['max']:.1e}", f"{change['mean']:.1e}",
+                    [parity["file"], what, f"{change['max']:.1e}", f"{change['mean']:.1e}",
                      change["verdicts"]]
                 )  # fmt: skip
     title = f"probability of fake, ONNX - PyTorch, {report['compared']} images"

@@ -61,9 +61,9 @@ class Calibration:
         index of every set that the scores are of.
         """
         rest = asdict(self)
-        own = {name: rest.pop(name) for name in ("temperature", "threshold")}
+        decision = {name: rest.pop(name) for name in ("temperature", "threshold")}
         sets = {"fitted_on": list(fitted_on), "index_sha256": dict(fitted_on)}
-        return own | {"calibration": sets | rest | {"band": list(self.band)}}
+        return decision | {"calibration": sets | rest | {"band": list(self.band)}}
 
 
 def calibrate(
@@ -90,10 +90,10 @@ def calibrate(
     if not np.isfinite(logits).all():
         raise CalibrationError("some scores are not finite; the checkpoint cannot be calibrated")
     temperature = fit_temperature(labels, logits)
-    fake = probability(logits, temperature)
-    at_5 = threshold_at_fpr(fake[labels == 0], 0.05)
-    at_1 = threshold_at_fpr(fake[labels == 0], 0.01)
-    below = np.sort(fake[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
+    probabilities = probability(logits, temperature)
+    at_5 = threshold_at_fpr(probabilities[labels == 0], 0.05)
+    at_1 = threshold_at_fpr(probabilities[labels == 0], 0.01)
+    below = np.sort(probabilities[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
     assert at_5 is not None  # `FEWEST` real images are enough for it
     thresholds: dict[ThresholdAt, float] = {
         "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "0.5": DEFAULT_THRESHOLD,
@@ -112,26 +112,26 @@ def calibrate(
         threshold_fpr_1=at_1,
         threshold_fpr_5=at_5,
         band=(float(min(DEFAULT_THRESHOLD, below, high)), high),
-        roc=roc_at(labels, fake, {*ROC_THRESHOLDS, at_5, at_1 or at_5}),
+        roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, at_5, at_1 or at_5}),
         before=_fit_of(labels, probability(logits)),
-        after=_fit_of(labels, fake),
+        after=_fit_of(labels, probabilities),
     )
 
 
-def _fit_of(labels: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+def _fit_of(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     return {
-        "nll": negative_log_likelihood(labels, fake),
-        "ece": expected_calibration_error(labels, fake),
+        "nll": negative_log_likelihood(labels, probabilities),
+        "ece": expected_calibration_error(labels, probabilities),
     }
 
 
 def roc_at(
-    labels: np.ndarray, fake: np.ndarray, thresholds: Iterable[float]
+    labels: np.ndarray, probabilities: np.ndarray, thresholds: Iterable[float]
 ) -> list[tuple[float, float, float]]:
     """(threshold, false-positive rate, recall) at each of `thresholds`, rising; both classes must
     be there.
     """
-    reals, fakes = fake[labels == 0], fake[labels == 1]
+    reals, fakes = probabilities[labels == 0], probabilities[labels == 1]
     return [(t, float((reals >= t).mean()), float((fakes >= t).mean())) for t in sorted(thresholds)]
 
 
@@ -156,13 +156,13 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
-    found = math.exp(-(low + high) / 2)
-    if not TEMPERATURES[0] * 1.01 < found < TEMPERATURES[1] / 1.01:
+    temperature = math.exp(-(low + high) / 2)
+    if not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01:
         raise CalibrationError(
             "no temperature fits these scores, which hardly depend on the class; the checkpoint is "
             "not calibrated"
         )
-    return found
+    return temperature
 
 
 def threshold_at_fpr(reals: np.ndarray, rate: float) -> float | None:

@@ -225,13 +225,13 @@ def last_of(run: Path) -> Path | None:
 
 def best_of(run: Path) -> Path | None:
     """The checkpoint with the highest selection figure (the later one of equals), or None."""
-    found = checkpoints_of(run)
+    checkpoints = checkpoints_of(run)
 
     def rank(folder: Path) -> tuple[float, str]:
         selection = read_meta(folder)["selection"]
         return (float("-inf") if selection is None else selection, folder.name)
 
-    return max(found, key=rank, default=None)
+    return max(checkpoints, key=rank, default=None)
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:

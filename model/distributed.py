@@ -22,7 +22,7 @@ class DistEnv:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, draws progress and speaks for all."""
+        """Whether this process writes, shows progress and logs for all."""
         return self.rank == 0
 
 
@@ -67,6 +67,6 @@ def all_gather_object(dist: DistEnv, value: T) -> list[T]:
     """The value of every rank, in order; the same list on each of them."""
     if dist.world_size == 1:
         return [value]
-    found: list[Any] = [None] * dist.world_size
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.world_size
+    distributed.all_gather_object(values, value)
+    return values

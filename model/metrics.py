@@ -64,14 +64,14 @@ def measure(
     """All metrics of one group of images; an image is called fake from `threshold` on."""
     labels = np.asarray(labels, np.int64)
     probabilities = np.asarray(probabilities, np.float64)
-    fake = labels == 1
+    is_fake = labels == 1
     called = probabilities >= threshold
-    count, fakes = len(labels), int(fake.sum())
+    count, fakes = len(labels), int(is_fake.sum())
     reals = count - fakes
-    recall = float(called[fake].mean()) if fakes else None
-    false_positive_rate = float(called[~fake].mean()) if reals else None
-    found = {
-        "accuracy": float((called == fake).mean()) if count else None,
+    recall = float(called[is_fake].mean()) if fakes else None
+    false_positive_rate = float(called[~is_fake].mean()) if reals else None
+    metrics = {
+        "accuracy": float((called == is_fake).mean()) if count else None,
         "recall": recall,
         "false_positive_rate": false_positive_rate,
         "nll": negative_log_likelihood(labels, probabilities) if count else None,
@@ -81,7 +81,7 @@ def measure(
         truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
         called_fake = torch.from_numpy(called.astype(np.int64))
         curve = roc(labels, probabilities)
-        found |= {
+        metrics |= {
             "balanced_accuracy": (recall + 1 - false_positive_rate) / 2,
             "precision": float(binary_precision(called_fake, truth)) if called.any() else None,
             "f1": float(binary_f1_score(called_fake, truth)),
@@ -93,7 +93,7 @@ def measure(
             "ece": expected_calibration_error(labels, probabilities),
         }
     missing = dict.fromkeys(("balanced_accuracy", "f1", "auroc"))
-    return Metrics(count=count, reals=reals, fakes=fakes, **(missing | found))
+    return Metrics(count=count, reals=reals, fakes=fakes, **(missing | metrics))
 
 
 def _ranked(scores: np.ndarray) -> torch.Tensor:

@@ -42,8 +42,8 @@ class Network:
     """Which network, and where its first weights come from.
 
     `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `init` is how weights are drawn otherwise: by
-    timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
+    starts from a checkpoint or a file needs none. `init` is how weights are initialized otherwise:
+    by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
     narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
     statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
     the last features, or one that sees those of every stage. With `freeze_backbone` only the head
@@ -78,12 +78,12 @@ class StageHead(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Each half of each stage is scaled by itself, so that none drowns the others."""
-        found = []
-        for one in maps:
-            places = one.flatten(2).float()
-            for of_stage in (places.mean(2), places.std(2, correction=0)):
-                found.append(nn.functional.layer_norm(of_stage, of_stage.shape[1:]))
-        return self.fc(torch.cat(found, 1).to(self.fc.weight.dtype))
+        features = []
+        for stage_map in maps:
+            positions = stage_map.flatten(2).float()
+            for of_stage in (positions.mean(2), positions.std(2, correction=0)):
+                features.append(nn.functional.layer_norm(of_stage, of_stage.shape[1:]))
+        return self.fc(torch.cat(features, 1).to(self.fc.weight.dtype))
 
 
 class Backbone(nn.Module):
@@ -137,7 +137,7 @@ class Detector(nn.Module):
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
     """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`. Those
-    of an `empty` one are not drawn: `load_weights` brings them.
+    of an `empty` one are not initialized: `load_weights` brings them.
 
     Raises:
         NetworkError: timm does not know the name or an option, or the weights cannot be fetched.
@@ -195,8 +195,12 @@ def _put_stage_head(backbone: Backbone) -> None:
 def classifier_names(backbone: Backbone) -> list[str]:
     """The modules of timm's own head; distilled transformers have two."""
     head = backbone.get_classifier()
-    found = head if isinstance(head, tuple) else (head,)
-    return [n for n, module in backbone.named_modules() if any(module is one for one in found)]
+    heads = head if isinstance(head, tuple) else (head,)
+    return [
+        n
+        for n, module in backbone.named_modules()
+        if any(module is classifier for classifier in heads)
+    ]
 
 
 class _Undrawn(TorchFunctionMode):
@@ -232,13 +236,13 @@ def check_pretrained(network: Network) -> None:
     Raises:
         NetworkError: no answer, and the weights are not in the hub's cache.
     """
-    found = timm.get_pretrained_cfg(network.name) if timm.is_model(network.name) else None
-    if found is None or not found.hf_hub_id:
+    config = timm.get_pretrained_cfg(network.name) if timm.is_model(network.name) else None
+    if config is None or not config.hf_hub_id:
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    repository, _, revision = found.hf_hub_id.partition("@")
+    repository, _, revision = config.hf_hub_id.partition("@")
     files = ("model.safetensors", "pytorch_model.bin")
     at = revision or None
     if any(isinstance(try_to_load_from_cache(repository, n, revision=at), str) for n in files):
@@ -298,11 +302,11 @@ def _without_classifier(
     Raises:
         NetworkError: names or shapes that do not fit outside the classifier.
     """
-    own = net.backbone.state_dict()
+    state = net.backbone.state_dict()
     heads = (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
     kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
-    missing = [name for name in own if name not in kept and not name.startswith(heads)]
-    strange = [n for n in kept if n not in own or kept[n].shape != own[n].shape]
+    missing = [name for name in state if name not in kept and not name.startswith(heads)]
+    strange = [n for n in kept if n not in state or kept[n].shape != state[n].shape]
     # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     if missing or strange:

@@ -142,8 +142,8 @@ def score_set(
     Raises:
         RuntimeError: scored and failed samples together are not those of the index (our bug).
     """
-    own = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
-    scores = _joined(all_gather_object(dist or DistEnv(), own))
+    rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    scores = _joined(all_gather_object(dist or DistEnv(), rank_scores))
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(

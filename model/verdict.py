@@ -17,6 +17,6 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def verdict(fake: float, band: tuple[float, float]) -> str:
+def verdict(probability: float, band: tuple[float, float]) -> str:
     """One of `VERDICTS` for a probability of fake."""
-    return VERDICTS[int(fake >= band[0]) + int(fake >= band[1])]
+    return VERDICTS[int(probability >= band[0]) + int(probability >= band[1])]

@@ -59,7 +59,7 @@ def main() -> None:
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Another seed, other samples and dice.",
+    help="Another seed, other samples.",
 )
 @console.options()
 def preview(
@@ -118,10 +118,10 @@ def _request(
 ) -> Request:
     params_for = train_params(shards, policies.augment, policy, policies.preprocess, seed, 0)
     data = []
-    for sample, found in zip(samples.tolist(), ShardReader(shards).read(samples), strict=True):
-        if isinstance(found, ReadError):
-            raise LoadError(f"{shards.name(sample)}: {found}")
-        data.append(found)
+    for sample, image in zip(samples.tolist(), ShardReader(shards).read(samples), strict=True):
+        if isinstance(image, ReadError):
+            raise LoadError(f"{shards.name(sample)}: {image}")
+        data.append(image)
     return Request(
         data,
         shards.names("format", samples),
@@ -140,8 +140,8 @@ def _by_dali(request: Request, size: int) -> np.ndarray | None:
         return None
     from pipeline.dali import DaliBackend
 
-    (found,) = DaliBackend(size, len(request.data), device, threads=2).run([request])
-    return found.images.cpu().numpy()
+    (pixels,) = DaliBackend(size, len(request.data), device, threads=2).run([request])
+    return pixels.images.cpu().numpy()
 
 
 def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
@@ -173,8 +173,8 @@ def order(shards: AnyPath, batch: int, seed: int) -> None:
         samples = training_epoch(
             np.arange(len(opened)), seed=seed, number=0, global_batch=batch, shuffle=shuffle
         ).samples
-        found = mixing_of(samples, codes[samples], batch)
-        rows.append([shuffle, found.distance, found.batches])
+        mixing = mixing_of(samples, codes[samples], batch)
+        rows.append([shuffle, mixing.distance, mixing.batches])
     columns = ["shuffle", "distance (1: random)", "sources per batch (1: random)"]
     console.table(f"{shards}: {len(opened):,} samples in batches of {batch}", columns, rows)
 

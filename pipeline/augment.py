@@ -273,8 +273,8 @@ class PolicyTable:
 
     def filter(self, rows: np.ndarray, share: np.ndarray) -> np.ndarray:
         """One of each row's filters: the one at `share` of its list."""
-        place = np.floor(share * self._filter_counts[rows]).astype(np.int64)
-        return self._filters[rows, place].astype(np.int32)
+        index = np.floor(share * self._filter_counts[rows]).astype(np.int64)
+        return self._filters[rows, index].astype(np.int32)
 
     def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Each setting for these rows: (N,), or (2, N) for a range."""
@@ -308,19 +308,19 @@ def sample_params(
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
-    areas, ratios, place, chance, color, within, more = np.split(numbers, _NUMBERS[:-1], axis=1)
-    top, left, height, width = _crop(ranges, widths, heights, areas, ratios, place)
+    areas, ratios, position, chance, color, within, more = np.split(numbers, _NUMBERS[:-1], axis=1)
+    top, left, height, width = _crop(ranges, widths, heights, areas, ratios, position)
     happens = {
-        name: chance[:, number] < ranges[name]
-        for number, name in enumerate(
+        name: chance[:, index] < ranges[name]
+        for index, name in enumerate(
             ("hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale")
         )
     }
     side = np.rint(preprocess.crop_size * _between(ranges["resample_scale"], within[:, 0]))
     jpegs = np.where(happens["jpeg"], _whole(ranges["num_jpegs"], more[:, 0]), 0)
     qualities = [
-        np.where(jpegs > number, _whole(ranges["jpeg_quality"], share), 0)
-        for number, share in enumerate((within[:, 1], more[:, 1], more[:, 2]))
+        np.where(jpegs > index, _whole(ranges["jpeg_quality"], share), 0)
+        for index, share in enumerate((within[:, 1], more[:, 1], more[:, 2]))
     ]
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
@@ -374,7 +374,7 @@ def _crop(
     heights: np.ndarray,
     areas: np.ndarray,
     ratios: np.ndarray,
-    place: np.ndarray,
+    position: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Inception's random resized crop as torchvision does it: the first of ten tries that fits."""
     area = _between(ranges["scale"][..., None], areas) * (widths * heights)[:, None]
@@ -390,8 +390,8 @@ def _crop(
     none = ~fits.any(axis=1)
     width = np.where(none, np.clip(np.rint(heights * high), 1, widths), width)
     height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)
-    top = place[:, 0] * (heights - height + 1)
-    left = place[:, 1] * (widths - width + 1)
+    top = position[:, 0] * (heights - height + 1)
+    left = position[:, 1] * (widths - width + 1)
     top, left, height, width = (c.astype(np.int32) for c in (top, left, height, width))
     return top, left, height, width
 

@@ -257,7 +257,7 @@ class Loader:
     def _status(self) -> WorkerStatus:
         if self.backend == "dali":
             return self._dali.status
-        return WorkerStatus([f"worker {number}" for number in range(max(1, self._workers))])
+        return WorkerStatus([f"worker {index}" for index in range(max(1, self._workers))])
 
     @property
     def _workers(self) -> int:
@@ -339,12 +339,12 @@ class _Requests(Dataset):
 
     def __getitem__(self, step: int) -> Pixels:
         worker = get_worker_info()
-        number = worker.id if worker else 0
-        with self.status.at(number, "reading", step):
+        worker_id = worker.id if worker else 0
+        with self.status.at(worker_id, "reading", step):
             request = self.make(step)
-        with self.status.at(number, "decoding", step):
+        with self.status.at(worker_id, "decoding", step):
             pixels = decode_request(request, self.size)
-        self.status.finished(number)
+        self.status.finished(worker_id)
         return pixels
 
     def make(self, step: int) -> Request:
@@ -352,12 +352,12 @@ class _Requests(Dataset):
         began = time.perf_counter()
         samples = self.epoch.samples[self.epoch.positions(step, self.rank, self.world_size)]
         params = self._params(step)
-        found = self.reader.read(samples)
+        images = self.reader.read(samples)
         codes, names = self.formats
         formats = [names[code] for code in codes[samples].tolist()]
         orientations = self.orientations[samples].tolist()
-        failures = {row: str(e) for row, e in enumerate(found) if isinstance(e, ReadError)}
-        data = [PLACEHOLDER[0] if isinstance(one, ReadError) else one for one in found]
+        failures = {row: str(e) for row, e in enumerate(images) if isinstance(e, ReadError)}
+        data = [PLACEHOLDER[0] if isinstance(image, ReadError) else image for image in images]
         for row in failures:
             _data, formats[row], orientations[row] = PLACEHOLDER
         if failures:
@@ -376,15 +376,17 @@ class _Requests(Dataset):
             stride = worker.num_workers if worker else 1
             ahead = step + stride * max(1, SAMPLED_TOGETHER // batch)
             steps = range(step, min(ahead, self.epoch.steps), stride)
-            rows = [self.epoch.positions(one, self.rank, self.world_size) for one in steps]
+            rows = [
+                self.epoch.positions(next_step, self.rank, self.world_size) for next_step in steps
+            ]
             samples, repeat_index = (
                 np.concatenate([column[row] for row in rows])
                 for column in (self.epoch.samples, self.epoch.repeat_index)
             )
             params = self.params_for(samples, repeat_index)
             self._sampled = {
-                one: params.take(slice(place * batch, (place + 1) * batch))
-                for place, one in enumerate(steps)
+                next_step: params.take(slice(index * batch, (index + 1) * batch))
+                for index, next_step in enumerate(steps)
             }
         return self._sampled.pop(step)
 

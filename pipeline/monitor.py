@@ -182,8 +182,8 @@ class LoaderStats:
 
     def note(self) -> str:
         """The rates in a few words, for a progress bar."""
-        found = self.rates()
+        rates = self.rates()
         return (
-            f"{found['images_per_s']:,.0f} images/s, waits {found['wait_share']:.0%} "
-            f"(read {found['wait_read']:.0%}, decode {found['wait_decode']:.0%})"
+            f"{rates['images_per_s']:,.0f} images/s, waits {rates['wait_share']:.0%} "
+            f"(read {rates['wait_read']:.0%}, decode {rates['wait_decode']:.0%})"
         )

@@ -54,9 +54,9 @@ class Epoch:
         order = np.argsort(self.samples, kind="stable")
         ordered = self.samples[order]
         begins = np.r_[True, ordered[1:] != ordered[:-1]]
-        place = np.arange(len(order))
+        position = np.arange(len(order))
         repeat_index = np.empty(len(order), np.int64)
-        repeat_index[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+        repeat_index[order] = position - np.maximum.accumulate(np.where(begins, position, 0))
         return repeat_index
 
     @property
@@ -111,10 +111,10 @@ def repeat(
     """
     parts = []
     for code in np.unique(sources):
-        own = samples[sources == code]
+        source_samples = samples[sources == code]
         whole, part = divmod(float(times.get(int(code), 1.0)), 1.0)
-        parts += [own] * int(whole)
-        parts.append(np.sort(rng.permutation(own)[: round(part * len(own))]))
+        parts += [source_samples] * int(whole)
+        parts.append(np.sort(rng.permutation(source_samples)[: round(part * len(source_samples))]))
     return np.concatenate(parts) if parts else samples
 
 
@@ -139,8 +139,8 @@ class Mixing(NamedTuple):
 def mixing_of(samples: np.ndarray, sources: np.ndarray, batch: int) -> Mixing:
     """Measure an order: sample numbers by position, and the source code of each position."""
     count = len(samples)
-    place = np.argsort(np.argsort(samples, kind="stable"), kind="stable")
-    distance = float(np.abs(place - np.arange(count)).mean() / (count / 3))
+    position = np.argsort(np.argsort(samples, kind="stable"), kind="stable")
+    distance = float(np.abs(position - np.arange(count)).mean() / (count / 3))
     rows = count // batch
     codes, compact = np.unique(sources, return_inverse=True)
     cells = np.repeat(np.arange(rows), batch) * len(codes) + compact[: rows * batch]

@@ -39,28 +39,28 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
     codes, names = shards.codes("source")
     for source in sources:
         rows = np.flatnonzero(codes == names.index(source))
-        fake = shards.column("label")[rows] == 1
+        is_fake = shards.column("label")[rows] == 1
         groups = shards.table.column("group").take(rows).combine_chunks()
         group = np.asarray(pc.dictionary_encode(groups).indices)
-        reals = np.bincount(group[~fake], minlength=len(rows))
+        reals = np.bincount(group[~is_fake], minlength=len(rows))
         partner = np.zeros(len(rows), np.int64)  # by group: the row of its one real image
-        partner[group[~fake]] = rows[~fake]
+        partner[group[~is_fake]] = rows[~is_fake]
         partner = partner[group]
         kinds, kind_names = shards.codes("chroma")
         known = np.array([CHROMAS.index(n) if n in CHROMAS else -1 for n in kind_names])
         theirs = known[kinds[partner]]
         jpeg = shards.column("jpeg_quality")
-        alone = fake & (reals[group] != 1)
-        lossy = fake & ~alone & (jpeg[rows] > 0)
-        other = fake & ~alone & ~lossy & ((jpeg[partner] == 0) | (theirs < 0))
-        taken = fake & ~alone & ~lossy & ~other
+        alone = is_fake & (reals[group] != 1)
+        lossy = is_fake & ~alone & (jpeg[rows] > 0)
+        other = is_fake & ~alone & ~lossy & ((jpeg[partner] == 0) | (theirs < 0))
+        taken = is_fake & ~alone & ~lossy & ~other
         quality[rows[taken]] = jpeg[partner[taken]]
         chroma[rows[taken]] = theirs[taken]
         log.info(
             "match_pair_jpeg: of the %s fakes of %s %s come as JPEGs of their real partner's "
             "quality; left as they are: %s without one real partner, %s whose partner is no common "
             "JPEG, %s that are JPEGs themselves",
-            *(f"{fake.sum():,}", source),
+            *(f"{is_fake.sum():,}", source),
             *(f"{part.sum():,}" for part in (taken, alone, other, lossy)),
         )
     return Partners(quality, chroma)

@@ -37,10 +37,10 @@ def uniform(
         np.zeros(shape, np.uint64),
     ]
     key = np.array([seed, epoch], np.uint64)
-    for number in range(_ROUNDS):
+    for round_index in range(_ROUNDS):
         low0, high0 = _multiply(_MULTIPLIERS[0], counter[0])
         low1, high1 = _multiply(_MULTIPLIERS[1], counter[2])
-        here = key + np.uint64(number) * _WEYL
+        here = key + np.uint64(round_index) * _WEYL
         counter = [high1 ^ counter[1] ^ here[0], low1, high0 ^ counter[3] ^ here[1], low0]
     words = np.stack(counter, axis=-1).reshape(len(samples), -1)[:, :count]
     return (words >> np.uint64(11)) * 2.0**-53  # as NumPy's `next_double`

@@ -121,8 +121,8 @@ def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
     together would cost more than all the rest. The other filters are Pillow's.
     """
     if kind:
-        found = Image.fromarray(image.numpy()).resize((out.shape[1], out.shape[0]), _PILLOW[kind])
-        out.numpy()[:] = np.asarray(found)
+        resized = Image.fromarray(image.numpy()).resize((out.shape[1], out.shape[0]), _PILLOW[kind])
+        out.numpy()[:] = np.asarray(resized)
         return
     torch.ops.aten._upsample_bilinear2d_aa.out(
         image.permute(2, 0, 1)[None], list(out.shape[:2]), False, None, None,

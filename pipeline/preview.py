@@ -37,16 +37,16 @@ def picture_of(rows: Sequence[Row]) -> Image.Image:
     sheet = Image.new("RGB", (width, _HEAD + len(rows) * (CELL + _GAP)), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    for number, title in enumerate(_COLUMNS):
-        pen.text((number * (CELL + _GAP) + 4, 6), title, "black", font)
-    for number, row in enumerate(rows):
-        top = _HEAD + number * (CELL + _GAP)
+    for index, title in enumerate(_COLUMNS):
+        pen.text((index * (CELL + _GAP) + 4, 6), title, "black", font)
+    for index, row in enumerate(rows):
+        top = _HEAD + index * (CELL + _GAP)
         for column, cell in enumerate(_cells(row)):
             if cell is not None:
                 sheet.paste(cell, (column * (CELL + _GAP), top))
         text = "\n".join([*row.lines, *words_of(row.params)])
-        place = (len(_COLUMNS) * (CELL + _GAP) + 4, top)
-        pen.multiline_text(place, text, "black", font, spacing=3)
+        corner = (len(_COLUMNS) * (CELL + _GAP) + 4, top)
+        pen.multiline_text(corner, text, "black", font, spacing=3)
     return sheet
 
 
@@ -79,17 +79,17 @@ def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
 
 def words_of(params: AugmentParams) -> list[str]:
     """What the parameters do, a line each; nothing for what they leave alone."""
-    found = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
+    words = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
     pair = f"as its real partner: JPEG {params.pair_jpeg}, {CHROMAS[params.pair_chroma]}"
-    found += [pair] if params.pair_jpeg else []
-    found += ["horizontal flip"] if params.hflip else []
-    found += ["color jitter"] if params.color != IDENTITY else []
+    words += [pair] if params.pair_jpeg else []
+    words += ["horizontal flip"] if params.hflip else []
+    words += ["color jitter"] if params.color != IDENTITY else []
     how = f" ({FILTERS[params.filter]})" if params.filter else ""
-    found += [f"resample to {params.resample} and back{how}"] if params.resample else []
+    words += [f"resample to {params.resample} and back{how}"] if params.resample else []
     jpegs = ", ".join(str(q) for q in (params.jpeg, params.jpeg2, params.jpeg3) if q)
-    found += [f"JPEG {jpegs}"] if jpegs else []
+    words += [f"JPEG {jpegs}"] if jpegs else []
     moved = params.grid_top or params.grid_left
-    found += [f"blocks begin at {params.grid_left}, {params.grid_top}"] if moved else []
-    found += [f"blur {params.blur:.2f}"] if params.blur else []
-    found += ["grayscale"] if params.grayscale else []
-    return found + ([f"WebP {params.webp}"] if params.webp else [])
+    words += [f"blocks begin at {params.grid_left}, {params.grid_top}"] if moved else []
+    words += [f"blur {params.blur:.2f}"] if params.blur else []
+    words += ["grayscale"] if params.grayscale else []
+    return words + ([f"WebP {params.webp}"] if params.webp else [])

@@ -79,25 +79,25 @@ class ShardReader:
             OSError: too many files are open; that is no fault of an image.
         """
         rows = np.asarray(samples, np.int64)
-        places = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
-        wanted = list(zip(*places, strict=True))
+        locations = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
+        wanted = list(zip(*locations, strict=True))
         if isinstance(self._files, _Files):
             # Threads would cost three times what cached bytes do, and find others no sooner.
             began = time.perf_counter()
             if self._waited:
                 self._files.expect(wanted)
-            found = [self._read_one(place) for place in wanted]
+            images = [self._read_one(location) for location in wanted]
             self._waited = time.perf_counter() - began > CACHED_READ_S * len(wanted)
         else:
-            found = list(self._threads.map(self._read_one, wanted))
-        found = self._check_sizes(rows, found)
+            images = list(self._threads.map(self._read_one, wanted))
+        images = self._check_sizes(rows, images)
         if self.verify_checksums:
             expected = self.shards.table.column("sha256").take(rows).to_pylist()
-            found = [_checked(data, sha) for data, sha in zip(found, expected, strict=True)]
-        return found
+            images = [_checked(data, sha) for data, sha in zip(images, expected, strict=True)]
+        return images
 
     def _check_sizes(
-        self, rows: np.ndarray, found: list[bytes | ReadError]
+        self, rows: np.ndarray, images: list[bytes | ReadError]
     ) -> list[bytes | ReadError]:
         names = ("width", "height", "orientation")
         width, height, turned = (self.shards.column(name)[rows] for name in names)
@@ -105,13 +105,13 @@ class ShardReader:
         widths = np.where(turned, height, width).tolist()
         heights = np.where(turned, width, height).tolist()
         for row, expected in enumerate(zip(widths, heights, strict=True)):
-            data = found[row]
+            data = images[row]
             claimed = claimed_size(data) if isinstance(data, bytes) else None
             if claimed and claimed != expected:
-                found[row] = ReadError(
+                images[row] = ReadError(
                     "it claims {} x {} pixels, the index says {} x {}".format(*claimed, *expected)
                 )
-        return found
+        return images
 
     @property
     def _threads(self) -> ThreadPoolExecutor:
@@ -120,8 +120,8 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
         return self._pool
 
-    def _read_one(self, place: tuple[int, int, int]) -> bytes | ReadError:
-        code, offset, size = place
+    def _read_one(self, location: tuple[int, int, int]) -> bytes | ReadError:
+        code, offset, size = location
         try:
             data = self._files.read(code, offset, size)
         except OSError as error:

@@ -71,15 +71,15 @@ class RemoteShards:
             OSError: there is no such shard, or no right to read it.
         """
         pieces = []
-        for number in range(offset // PIECE, (offset + size - 1) // PIECE + 1):
-            start = max(offset, number * PIECE)
-            end = min(offset + size, (number + 1) * PIECE)
-            pieces.append(self._part(code, number, start - number * PIECE, end - start))
+        for index in range(offset // PIECE, (offset + size - 1) // PIECE + 1):
+            start = max(offset, index * PIECE)
+            end = min(offset + size, (index + 1) * PIECE)
+            pieces.append(self._part(code, index, start - index * PIECE, end - start))
         return b"".join(pieces)
 
-    def _part(self, code: int, number: int, start: int, size: int) -> bytes:
+    def _part(self, code: int, index: int, start: int, size: int) -> bytes:
         """Bytes of one piece, which is fetched first if it is not here."""
-        text = f"{self._identity} {self._names[code]} {number}"
+        text = f"{self._identity} {self._names[code]} {index}"
         path = self.cache.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.piece"
         while True:
             try:
@@ -87,22 +87,22 @@ class RemoteShards:
                     os.utime(stream.fileno())  # the last use, by which pieces are dropped
                     return os.pread(stream.fileno(), size, start)
             except FileNotFoundError:  # never here, or dropped by another process
-                self._fetch(code, number, path)
+                self._fetch(code, index, path)
 
-    def _fetch(self, code: int, number: int, path: Path) -> None:
+    def _fetch(self, code: int, index: int, path: Path) -> None:
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if path.exists():  # another worker wanted it too
                 return
-            data = self._ask(code, number)
+            data = self._ask(code, index)
             self._make_room(len(data))
             write_bytes(path, data)
         with contextlib.suppress(OSError):
             path.with_suffix(".lock").unlink()
 
-    def _ask(self, code: int, number: int) -> bytes:
+    def _ask(self, code: int, index: int) -> bytes:
         """One piece from the remote, with patience."""
-        start, end = number * PIECE, min((number + 1) * PIECE, self._bytes[code])
+        start, end = index * PIECE, min((index + 1) * PIECE, self._bytes[code])
         started = time.monotonic()
         for delay in (*DELAYS_S, None):
             try:
@@ -138,9 +138,9 @@ class RemoteShards:
 
     def _make_room(self, needed: int) -> None:
         """Drop the pieces that were used longest ago until `needed` more bytes are allowed."""
-        found = sorted(_pieces(self.cache.folder))
-        total = sum(size for _used, size, _path in found) + needed
-        for _used, size, path in found:
+        pieces = sorted(_pieces(self.cache.folder))
+        total = sum(size for _used, size, _path in pieces) + needed
+        for _used, size, path in pieces:
             if total <= self.cache.limit:
                 return
             path.unlink(missing_ok=True)

@@ -90,8 +90,8 @@ class Stream:
         total = self.new_per_epoch + self.replayed_per_epoch
         return total // self.loader.global_batch
 
-    def new(self, number: int) -> np.ndarray:
-        """The new samples of epoch `number`, in the order of the index."""
+    def new(self, epoch_number: int) -> np.ndarray:
+        """The new samples of epoch `epoch_number`, in the order of the index."""
         codes, names = self.pool.shards.codes("source")
         if unknown := sorted(self.repeats.keys() - set(names)):
             raise LoadError(
@@ -100,23 +100,23 @@ class Stream:
         if not self.repeats:
             return self.pool.new
         times = {names.index(name): count for name, count in self.repeats.items()}
-        rng = repeat_rng(self.seed, number)
+        rng = repeat_rng(self.seed, epoch_number)
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
-    def epoch(self, number: int) -> Epoch:
-        """The order of epoch `number`, with old samples chosen afresh."""
+    def epoch(self, epoch_number: int) -> Epoch:
+        """The order of epoch `epoch_number`, with old samples chosen afresh."""
         shards, old = self.pool.shards, self.pool.old
         replayed = sample_old(
             old,
             shards.codes("source")[0][old],
             shards.column("label")[old],
             self.replayed_per_epoch,
-            replay_rng(self.seed, number),
+            replay_rng(self.seed, epoch_number),
         )
         return training_epoch(
-            self.new(number),
+            self.new(epoch_number),
             seed=self.seed,
-            number=number,
+            number=epoch_number,
             global_batch=self.loader.global_batch,
             shuffle=self.loader.loading.shuffle,
             old=replayed,
@@ -124,37 +124,39 @@ class Stream:
 
     def batches(self, start: int, epochs: int) -> Iterator[Batch]:
         """Batches from global step `start` to the end of the last of `epochs`."""
-        number = start // self.steps_per_epoch
-        while number < epochs:
-            epoch = self.epoch(number)
+        epoch_number = start // self.steps_per_epoch
+        while epoch_number < epochs:
+            epoch = self.epoch(epoch_number)
             params_for = train_params(
                 self.pool.shards,
                 self.augment,
                 self.policy,
                 self.loader.preprocess,
                 self.seed,
-                number,
+                epoch_number,
             )
-            yield from self.loader.batches(epoch, params_for, max(0, start - number * epoch.steps))
-            number += 1
+            yield from self.loader.batches(
+                epoch, params_for, max(0, start - epoch_number * epoch.steps)
+            )
+            epoch_number += 1
 
     def replayed_until(self, done: int) -> list[tuple[int, str]]:
         """(epoch, key) of every old sample in the first `done` steps, in the order they came."""
-        found = []
-        for number in range(-(-done // self.steps_per_epoch)):
-            epoch = self.epoch(number)
-            steps = min(epoch.steps, done - number * epoch.steps)
+        replayed = []
+        for epoch_number in range(-(-done // self.steps_per_epoch)):
+            epoch = self.epoch(epoch_number)
+            steps = min(epoch.steps, done - epoch_number * epoch.steps)
             seen = slice(0, steps * epoch.global_batch)
             keys = self.pool.shards.table.column("key").take(
                 epoch.samples[seen][epoch.replayed[seen]]
             )
-            found += [(number, key) for key in keys.to_pylist()]
-        return found
+            replayed += [(epoch_number, key) for key in keys.to_pylist()]
+        return replayed
 
     def state(self, done: int) -> dict[str, Any]:
         """What must be saved to go on after `done` steps: a few integers and the index hash."""
-        number, step = divmod(done, self.steps_per_epoch)
-        return state_of(self.epoch(number), step, self.pool.shards.sha256)
+        epoch_number, step = divmod(done, self.steps_per_epoch)
+        return state_of(self.epoch(epoch_number), step, self.pool.shards.sha256)
 
     def resume(self, state: Mapping[str, Any]) -> int:
         """The steps that are done, from a saved state.
@@ -162,13 +164,13 @@ class Stream:
         Raises:
             OrderError: the state belongs to other shards, another seed, batch or order.
         """
-        number, step = check_state(
+        epoch_number, step = check_state(
             state,
             seed=self.seed,
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
         )
-        return number * self.steps_per_epoch + step
+        return epoch_number * self.steps_per_epoch + step
 
 
 def evaluation_batches(loader: Loader) -> Iterator[Batch]:

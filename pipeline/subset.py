@@ -38,9 +38,9 @@ def read_subset(path: Path) -> Subset:
             "set,key; `python -m sharding audit DIR --match FILE` writes such a list"
         )
     keys: dict[str, list[str]] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for line_number, row in enumerate(rows[1:], start=2):
         if row and len(row) != 2:
-            raise ValueError(f"{path}:{number} has {len(row)} values, expected set,key")
+            raise ValueError(f"{path}:{line_number} has {len(row)} values, expected set,key")
         if row:
             keys.setdefault(row[0], []).append(row[1])
     listed = sum(map(len, keys.values()))

@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
 _DASHED = (0, (3, 3))
 
 MOST_POINTS = 400
-"""Corners of a ROC curve that are drawn; more cannot be told apart."""
+"""Corners of a ROC curve that are plotted; more cannot be told apart."""
 
 BINS = 10
 """Bins of the reliability diagram."""

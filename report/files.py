@@ -25,13 +25,13 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_text(out / REPORT_FILE, text)
     shards = {}
-    for name, found in report["sets"].items():
+    for name, set_report in report["sets"].items():
         try:
             shards[name] = open_shards([data / name])
         except (ValueError, OSError) as error:
             console.log.info("%s: no pictures on the page: %s", name, error)
             continue
-        if shards[name].sha256 != found["index_sha256"]:
+        if shards[name].sha256 != set_report["index_sha256"]:
             console.log.info(
                 "%s: no pictures on the page: the set at %s is another one", name, data
             )

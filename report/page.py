@@ -64,16 +64,16 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
     return Estimate(figures[name], low, high, figures[count])
 
 
-def rates_of(found: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
+def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
     """The rates of one set of a report: its own, or its fakes with the reference reals of another
     set.
     """
-    reference = found["reference"]
-    figures = reference or found["overall"]
+    reference = set_report["reference"]
+    figures = reference or set_report["overall"]
     false = estimate(figures, "false_positive_rate", "reals")
     missing = None
     if false is None:
-        missing = found["note"] or "There are no real images here to measure false alarms on."
+        missing = set_report["note"] or "There are no real images here to measure false alarms on."
     return Rates(
         estimate(figures, "recall", "fakes"),
         false,
@@ -103,7 +103,7 @@ def write_page(
     for.
     """
     mistakes = mistakes_of(report, scores)
-    shown = [one for of_set in mistakes.values() for one in of_set if one.set in shards]
+    shown = [mistake for of_set in mistakes.values() for mistake in of_set if mistake.set in shards]
     page = render(report, scores, mistakes, thumbnails(shards, shown), command)
     written = write_tables(report, folder)
     write_text(folder / PAGE_FILE, page)
@@ -130,8 +130,8 @@ def render(
                             "signed": signed}  # fmt: skip
     columns = _Columns(report, scores)
     sets = [
-        _set(number, name, found, report, columns, mistakes[name])
-        for number, (name, found) in enumerate(report["sets"].items())
+        _set(index, name, set_report, report, columns, mistakes[name])
+        for index, (name, set_report) in enumerate(report["sets"].items())
     ]
     return environment.get_template("page.html").render(
         report=report, sets=sets, pictures=pictures, command=command,
@@ -162,7 +162,7 @@ class _Columns:
         self.set, self.sets = scores.codes("set")
         self.source, self.sources = scores.codes("source")
         self.label = scores.numbers("label").astype(np.int64)
-        self.fake = scores.numbers("probability")
+        self.probability = scores.numbers("probability")
         self.valid = scores.numbers("valid").astype(bool)
         self.reals: Mapping[str, Any] = report["reference_reals"] or {}
 
@@ -176,30 +176,32 @@ class _Columns:
 
 
 def _set(
-    number: int,
+    index: int,
     name: str,
-    found: Mapping[str, Any],
+    set_report: Mapping[str, Any],
     report: Mapping[str, Any],
     columns: _Columns,
     mistakes: Sequence[Mistake],
 ) -> dict[str, Any]:
     """What the page says of one set."""
-    reference = bool(found["reference"])
+    reference = bool(set_report["reference"])
     rows = columns.of_set(name, reference)
-    labels, fake = columns.label[rows], columns.fake[rows]
+    labels, probabilities = columns.label[rows], columns.probability[rows]
     both = len(set(labels.tolist())) == 2
-    own = columns.of_set(name, False)
+    own_rows = columns.of_set(name, False)
     return {
-        "id": f"set-{number}",
+        "id": f"set-{index}",
         "name": name,
-        "found": found,
-        "figures": found["reference"] if reference else found["overall"],
-        "rates": rates_of(found, report["reference_reals"]),
-        "roc": roc_chart(labels, fake, report["threshold"]) if both else None,
-        "reliability": reliability_chart(labels, fake) if both else None,
-        "histograms": _histograms(columns, own, report["band"]),
-        "hidden_histograms": max(0, len(found["sources"]) - MOST_HISTOGRAMS),
-        "curves": _curves(found["robustness"]["perturbations"]) if found["robustness"] else [],
+        "report": set_report,
+        "figures": set_report["reference"] if reference else set_report["overall"],
+        "rates": rates_of(set_report, report["reference_reals"]),
+        "roc": roc_chart(labels, probabilities, report["threshold"]) if both else None,
+        "reliability": reliability_chart(labels, probabilities) if both else None,
+        "histograms": _histograms(columns, own_rows, report["band"]),
+        "hidden_histograms": max(0, len(set_report["sources"]) - MOST_HISTOGRAMS),
+        "curves": _curves(set_report["robustness"]["perturbations"])
+        if set_report["robustness"]
+        else [],
         "mistakes": {
             label: [mistake for mistake in mistakes if mistake.label == label] for label in (0, 1)
         },
@@ -211,8 +213,11 @@ def _histograms(columns: _Columns, rows: np.ndarray, band: Sequence[float]) -> l
     codes, counts = np.unique(sources, return_counts=True)
     result = []
     for code in codes[np.argsort(-counts, kind="stable")][:MOST_HISTOGRAMS]:
-        own = rows[sources == code]
-        reals, fakes = (columns.fake[own[columns.label[own] == label]] for label in (0, 1))
+        source_rows = rows[sources == code]
+        reals, fakes = (
+            columns.probability[source_rows[columns.label[source_rows] == label]]
+            for label in (0, 1)
+        )
         chart = histogram_chart(reals, fakes, band)
         result.append({"name": columns.sources[code], "reals": len(reals), "fakes": len(fakes),
                        "chart": chart})  # fmt: skip

@@ -22,7 +22,7 @@ def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     written. Values are those of `report.json`, unrounded; what is not there stays empty.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
-    if any(found["robustness"] for found in report["sets"].values()):
+    if any(set_report["robustness"] for set_report in report["sets"].values()):
         tables[ROBUSTNESS_FILE] = robustness_csv(report)
     for name, text in tables.items():
         write_text(folder / name, text)
@@ -36,13 +36,15 @@ def figures_csv(report: Mapping[str, Any]) -> str:
     columns = ["set", "what", "name", *_COUNTS]
     columns += [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
     rows = []
-    for name, found in report["sets"].items():
-        lines = [("overall", "", found["overall"]), ("reference", "", found["reference"])]
+    for name, set_report in report["sets"].items():
+        lines = [("overall", "", set_report["overall"]), ("reference", "", set_report["reference"])]
         for what, key in (("class", "classes"), ("source", "sources"), ("generator", "generators")):
-            lines += [(what, own, figures) for own, figures in found.get(key, {}).items()]
-        for what, own, figures in lines:
+            lines += [
+                (what, line_name, figures) for line_name, figures in set_report.get(key, {}).items()
+            ]
+        for what, line_name, figures in lines:
             if figures:
-                rows.append({"set": name, "what": what, "name": own} | _flat(figures))
+                rows.append({"set": name, "what": what, "name": line_name} | _flat(figures))
     return table_csv(columns, rows)
 
 
@@ -54,14 +56,14 @@ def robustness_csv(report: Mapping[str, Any]) -> str:
     columns += [f"{name}_before" for name in rates]
     columns += ["flip_rate", "flip_rate_real", "flip_rate_fake", *shifts, "failed"]
     rows = []
-    for name, found in report["sets"].items():
-        measured = found["robustness"] or {"perturbations": (), "codec_swap": ()}
+    for name, set_report in report["sets"].items():
+        measured = set_report["robustness"] or {"perturbations": (), "codec_swap": ()}
         for line in measured["perturbations"]:
             rows.append({"set": name, "kind": "perturbation"} | line | _shifts(line["shift"]))
         for line in measured["codec_swap"]:
             before = {f"{key}_before": value for key, value in line["before"].items()}
-            own = {"set": name, "kind": "codec swap"} | line | line["after"] | before
-            rows.append(own | _shifts(line["shift"]))
+            row = {"set": name, "kind": "codec swap"} | line | line["after"] | before
+            rows.append(row | _shifts(line["shift"]))
     return table_csv(columns, rows)
 
 
@@ -76,9 +78,9 @@ def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        f"shift_{name}{end}": own[key]
-        for name, own in shift.items()
-        if own
+        f"shift_{name}{end}": class_shift[key]
+        for name, class_shift in shift.items()
+        if class_shift
         for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
     }
 

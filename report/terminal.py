@@ -17,20 +17,21 @@ COLUMNS = (
 SHOWN_FLIPS = 3
 
 
-def _figure(found: Mapping[str, Any], name: str) -> str | None:
+def _figure(figures: Mapping[str, Any], name: str) -> str | None:
     """A metric and its interval: `0.944 (0.90-0.98)`."""
-    if found[name] is None:
+    if figures[name] is None:
         return None
-    between = found["intervals"].get(name)
-    return f"{found[name]:.3f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
+    between = figures["intervals"].get(name)
+    return f"{figures[name]:.3f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
 
 
-def _row(name: str, found: Mapping[str, Any]) -> list[Any]:
+def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
     with_interval = ("accuracy", "recall", "false_positive_rate", "auroc")
     plain = ("tpr_at_fpr_1", "tpr_at_fpr_5")
     return [
-        name, found["reals"], found["fakes"], *(_figure(found, figure) for figure in with_interval),
-        *(found[figure] for figure in plain),
+        name, figures["reals"], figures["fakes"],
+        *(_figure(figures, figure) for figure in with_interval),
+        *(figures[figure] for figure in plain),
     ]  # fmt: skip
 
 
@@ -44,44 +45,46 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     if report["calibration"] is None:
         console.say("not calibrated: see `python evaluate.py calibrate --help`")
-    for name, found in report["sets"].items():
-        rows = [_row("overall", found["overall"])]
-        if found["reference"]:
+    for name, set_report in report["sets"].items():
+        rows = [_row("overall", set_report["overall"])]
+        if set_report["reference"]:
             rows.append(
                 _row(
                     f"with reference reals of {report['reference_reals']['set']}",
-                    found["reference"],
+                    set_report["reference"],
                 )
             )
-        rows += [_row(f"source {source}", m) for source, m in found["sources"].items()]
-        rows += [_row(f"generator {gen}", m) for gen, m in found["generators"].items()]
+        rows += [_row(f"source {source}", m) for source, m in set_report["sources"].items()]
+        rows += [_row(f"generator {gen}", m) for gen, m in set_report["generators"].items()]
         title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
         console.table(title, COLUMNS, rows)
-        overall = found["overall"]
+        overall = set_report["overall"]
         quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
         console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
-        if found["generators"] and (found["reference"] or overall)["reals"]:
+        if set_report["generators"] and (set_report["reference"] or overall)["reals"]:
             console.say("A generator's fakes are held against all real images of the set.")
-        if found["note"]:
-            console.say(found["note"])
-        if found["unreadable"]:
-            console.say(f"{len(found['unreadable'])} unreadable, first: {found['unreadable'][0]}")
-        if found["protocols"] and found["protocols"]["first_per_prompt"]:
-            print_protocols(name, found["protocols"])
-        if found["robustness"]:
-            print_robustness(name, found["robustness"])
+        if set_report["note"]:
+            console.say(set_report["note"])
+        if set_report["unreadable"]:
+            console.say(
+                f"{len(set_report['unreadable'])} unreadable, first: {set_report['unreadable'][0]}"
+            )
+        if set_report["protocols"] and set_report["protocols"]["first_per_prompt"]:
+            print_protocols(name, set_report["protocols"])
+        if set_report["robustness"]:
+            print_robustness(name, set_report["robustness"])
 
 
 def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     """Recall by generator on all images and on the first of each prompt; then each mean."""
     every, first = protocols["all_images"], protocols["first_per_prompt"]
     rows = []
-    for generator, found in every["generators"].items():
+    for generator, recall in every["generators"].items():
         other = first["generators"][generator]
-        rows.append([generator, found["recall"], found["recall_at_0.5"],
+        rows.append([generator, recall["recall"], recall["recall_at_0.5"],
                      other["recall"], other["recall_at_0.5"]])  # fmt: skip
     for figure in ("mean", "std"):
-        values = [found[figure + at] for found in (every, first) for at in ("", "_at_0.5")]
+        values = [recall[figure + at] for recall in (every, first) for at in ("", "_at_0.5")]
         rows.append([f"{figure} over generators", *values])
     title = (
         f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
@@ -93,24 +96,24 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
     """Every perturbation, and the codec-swap tests."""
     rows = [
-        [one["name"], one["images"], _figure(one, "recall"), _figure(one, "false_positive_rate"),
-         _figure(one, "auroc"), one["flip_rate"]]
-        for one in robustness["perturbations"]
+        [row["name"], row["images"], _figure(row, "recall"), _figure(row, "false_positive_rate"),
+         _figure(row, "auroc"), row["flip_rate"]]
+        for row in robustness["perturbations"]
     ]  # fmt: skip
     columns = ["perturbation", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
     console.table(f"{name}, perturbed", columns, rows)
-    failed = [one for one in robustness["perturbations"] if one["failed"]]
-    for one in failed:
-        console.say(f"{one['name']}: {one['failed']:,} images could not: {one['failed_first']}")
+    failed = [row for row in robustness["perturbations"] if row["failed"]]
+    for row in failed:
+        console.say(f"{row['name']}: {row['failed']:,} images could not: {row['failed_first']}")
     if robustness["unreadable"]:
         console.say(f"{robustness['unreadable']:,} unreadable images are left out here")
     rows = []
-    for one in robustness["codec_swap"]:
+    for row in robustness["codec_swap"]:
         changes = [
-            _change(one["before"][figure], one["after"][figure])
+            _change(row["before"][figure], row["after"][figure])
             for figure in ("recall", "false_positive_rate", "auroc")
         ]
-        rows.append([one["what"], *(_shift(one["shift"][label]) for label in CLASSES), *changes])
+        rows.append([row["what"], *(_shift(row["shift"][label]) for label in CLASSES), *changes])
     columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
     console.table(f"{name}: the pictures, or their containers?", columns, rows)
     for label, container in robustness["containers"].items():
@@ -144,9 +147,11 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
         ]
         for line in compare(before, after)
     ]
-    one, two = ("{run} step {step}".format(**table.evaluation) for table in (before, after))
+    name_before, name_after = (
+        "{run} step {step}".format(**table.evaluation) for table in (before, after)
+    )
     columns = ["set", "images", "AUROC", "recall", "false positives"]
-    console.table(f"{one} -> {two}", columns, rows)
+    console.table(f"{name_before} -> {name_after}", columns, rows)
     console.say(
         "In brackets: 95 % interval of the difference, on the same resamples of the images."
     )
@@ -176,21 +181,23 @@ def _change(before: float | None, after: float | None) -> str | None:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def print_calibration(found: Calibration) -> None:
+def print_calibration(calibration: Calibration) -> None:
     """What was fitted, before and after."""
     rows = [
         [when, temperature, figures["nll"], figures["ece"]]
         for when, temperature, figures in (
-            ("before", 1.0, found.before),
-            ("after", found.temperature, found.after),
+            ("before", 1.0, calibration.before),
+            ("after", calibration.temperature, calibration.after),
         )
     ]
-    console.say(f"fitted to {found.reals:,} real and {found.fakes:,} fake images")
+    console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
-    low, high = found.band
-    at_1 = "-" if found.threshold_fpr_1 is None else f"{found.threshold_fpr_1:.3f}"
-    console.say(f"fake from {found.threshold:.3f} ({found.threshold_at})")
-    console.say(f"at most 1 % false positives from {at_1}, 5 % from {found.threshold_fpr_5:.3f}")
-    if found.threshold_fpr_1 is None:
-        console.say(f"{found.reals} real images are too few to promise 1 %: it takes 99")
+    low, high = calibration.band
+    at_1 = "-" if calibration.threshold_fpr_1 is None else f"{calibration.threshold_fpr_1:.3f}"
+    console.say(f"fake from {calibration.threshold:.3f} ({calibration.threshold_at})")
+    console.say(
+        f"at most 1 % false positives from {at_1}, 5 % from {calibration.threshold_fpr_5:.3f}"
+    )
+    if calibration.threshold_fpr_1 is None:
+        console.say(f"{calibration.reals} real images are too few to promise 1 %: it takes 99")
     console.say(f"verdicts: real below {low:.3f}, AI from {high:.3f}, uncertain between")

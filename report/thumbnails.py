@@ -39,15 +39,17 @@ def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) 
     called real.
     """
     codes, names = scores.codes("set")
-    fake, labels = scores.numbers("probability"), scores.numbers("label")
-    own = (codes == names.index(name)) & scores.numbers("valid").astype(bool)
-    found = []
+    probabilities, labels = scores.numbers("probability"), scores.numbers("label")
+    in_set = (codes == names.index(name)) & scores.numbers("valid").astype(bool)
+    mistakes = []
     for label in (0, 1):
-        wrong = np.flatnonzero(own & (labels == label) & ((fake >= threshold) != (label == 1)))
-        order = np.argsort(fake[wrong] if label else -fake[wrong], kind="stable")
-        found += wrong[order[:count]].tolist()
+        wrong = np.flatnonzero(
+            in_set & (labels == label) & ((probabilities >= threshold) != (label == 1))
+        )
+        order = np.argsort(probabilities[wrong] if label else -probabilities[wrong], kind="stable")
+        mistakes += wrong[order[:count]].tolist()
     columns = ("set", "key", "source", "generator", "origin", "label", "probability")
-    rows = scores.table.select(columns).take(np.array(found, np.int64)).to_pylist()
+    rows = scores.table.select(columns).take(np.array(mistakes, np.int64)).to_pylist()
     return [Mistake(**row) for row in rows]
 
 
@@ -55,26 +57,26 @@ def thumbnails(
     shards: Mapping[str, ShardSet], mistakes: Iterable[Mistake]
 ) -> dict[tuple[str, str], str]:
     """(set, key) -> a picture as a data address, for what can be read and decoded."""
-    found = {}
+    pictures = {}
     wanted: dict[str, list[str]] = {}
     for mistake in mistakes:
         wanted.setdefault(mistake.set, []).append(mistake.key)
     for name, keys in wanted.items():
-        own = shards[name]
-        mask = pc.is_in(own.table.column("key"), value_set=pc.cast(keys, "string"))
+        shard_set = shards[name]
+        mask = pc.is_in(shard_set.table.column("key"), value_set=pc.cast(keys, "string"))
         rows = np.flatnonzero(np.array(mask.to_pylist()))
-        held = own.table.column("key").take(rows).to_pylist()
-        formats = own.names("format", rows)
-        orientations = own.column("orientation")[rows].tolist()
-        data = ShardReader(own).read(rows)
-        for key, one, form, turn in zip(held, data, formats, orientations, strict=True):
-            if isinstance(one, ReadError):
+        held = shard_set.table.column("key").take(rows).to_pylist()
+        formats = shard_set.names("format", rows)
+        orientations = shard_set.column("orientation")[rows].tolist()
+        data = ShardReader(shard_set).read(rows)
+        for key, encoded, form, turn in zip(held, data, formats, orientations, strict=True):
+            if isinstance(encoded, ReadError):
                 continue
             try:
-                found[name, key] = _small(decode_image(one, form, turn))
+                pictures[name, key] = _small(decode_image(encoded, form, turn))
             except DecodeError:
                 continue
-    return found
+    return pictures
 
 
 def _small(pixels: np.ndarray) -> str:

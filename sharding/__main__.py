@@ -56,10 +56,10 @@ def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...
     from sharding.fetch import fetch_all  # its libraries take most of a second
 
     results = []
-    for one in fetch_all(read_catalog([BUILT_IN, *catalogs]), raw, sources, console.progress):
-        console.say(f"{one.source}: {one.status}: {one.note}")
-        results.append(one)
-    failed = [one.source for one in results if one.status == "failed"]
+    for fetched in fetch_all(read_catalog([BUILT_IN, *catalogs]), raw, sources, console.progress):
+        console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
+        results.append(fetched)
+    failed = [fetched.source for fetched in results if fetched.status == "failed"]
     if failed:
         raise click.ClickException(
             f"{len(failed)} of {len(results)} sources failed: {', '.join(failed)}; what arrived is "
@@ -120,33 +120,33 @@ def build_command(
         with console.progress(what, total) as advance:
             yield advance
 
-    found, built = build(
+    scan, built = build(
         catalog, raw, out,
         only=only, jobs=jobs or 0, engine=engine,
         tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
     )  # fmt: skip
     if not built:
-        _say_what_is_missing(catalog, found, raw)
+        _say_what_is_missing(catalog, scan, raw)
         raise SystemExit(1)
-    _say_what_was_built(built, found, out)
+    _say_what_was_built(built, scan, out)
 
 
-def _say_what_is_missing(catalog: Catalog, found: SourceScan, raw: AnyPath) -> None:
+def _say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
     """With nothing to build: what is known, where it was looked for, what to do."""
     rows = [
         [
             name,
             (source.root or name) + "/",
-            "no image" if name in found.empty else "not there",
+            "no image" if name in scan.empty else "not there",
             source.homepage or "-",
         ]
         for name, source in catalog.sources.items()
-        if name in found.missing
+        if name in scan.missing
     ]
     console.table(
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
     )
-    _say_what_was_excluded(found)
+    _say_what_was_excluded(scan)
     console.say(
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
@@ -155,21 +155,21 @@ def _say_what_is_missing(catalog: Catalog, found: SourceScan, raw: AnyPath) -> N
     )
 
 
-def _say_what_was_built(built: list[BuiltSet], found: SourceScan, out: AnyPath) -> None:
+def _say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -> None:
     rows = []
-    for one in built:
-        totals = one.index["totals"]
+    for built_set in built:
+        totals = built_set.index["totals"]
         rows.append(
             [
-                one.name,
-                one.index["samples"],
+                built_set.name,
+                built_set.index["samples"],
                 *[totals["label"].get(name, 0) for name in CLASSES],
                 len(totals["source"]),
-                len(one.index["shards"]),
-                f"{sum(shard['bytes'] for shard in one.index['shards']) / 2**20:.1f}",
-                sum(one.index["excluded"].values()),
-                len(one.index["quarantined"]),
-                "packed" if one.shards_written else "was up to date",
+                len(built_set.index["shards"]),
+                f"{sum(shard['bytes'] for shard in built_set.index['shards']) / 2**20:.1f}",
+                sum(built_set.index["excluded"].values()),
+                len(built_set.index["quarantined"]),
+                "packed" if built_set.shards_written else "was up to date",
             ]
         )
     columns = [
@@ -177,25 +177,25 @@ def _say_what_was_built(built: list[BuiltSet], found: SourceScan, out: AnyPath) 
         "this run",
     ]  # fmt: skip
     console.table(f"Shard sets in {out}", columns, rows)
-    for one in built:
-        for entry in one.index["quarantined"][:5]:
+    for built_set in built:
+        for entry in built_set.index["quarantined"][:5]:
             console.say(f"quarantined: {entry['path']}: {entry['reason']}")
-        if len(one.index["quarantined"]) > 5:
-            console.say(f"... and more: see quarantined in {out / one.name / INDEX_FILE}")
-        for reason, count in one.index["excluded"].items():
-            console.say(f"excluded from {one.name}: {count:,} images: {reason}")
-    _say_what_was_excluded(found)
-    for source, listing in found.listings.items():
+        if len(built_set.index["quarantined"]) > 5:
+            console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
+        for reason, count in built_set.index["excluded"].items():
+            console.say(f"excluded from {built_set.name}: {count:,} images: {reason}")
+    _say_what_was_excluded(scan)
+    for source, listing in scan.listings.items():
         for rule, count in listing.read_as.items():
             console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
-    if found.packed_only:
-        console.say(f"raw files gone, kept as packed: {', '.join(found.packed_only)}")
+    if scan.packed_only:
+        console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
 
 
-def _say_what_was_excluded(found: SourceScan) -> None:
+def _say_what_was_excluded(scan: SourceScan) -> None:
     """Files that belong to no set, and why, by source."""
-    for source, listing in (found.listings | found.empty).items():
-        if source in found.empty:
+    for source, listing in (scan.listings | scan.empty).items():
+        if source in scan.empty:
             console.say(f"no image: {source}")
         for reason, entry in listing.excluded.items():
             console.say(
@@ -261,10 +261,16 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
             packed.setdefault(source, []).append(f"{index['set']} {count:,}")
     rows = []
     for name, source in catalog.sources.items():
-        places = sorted({place for shares in source.places() for place in shares})
+        set_names = sorted({set_name for shares in source.destinations() for set_name in shares})
         there = "yes" if (raw / (source.root or name)).is_dir() else "-"
         rows.append(
-            [name, " ".join(places), there, ", ".join(packed.get(name, [])) or "-", source.license]
+            [
+                name,
+                " ".join(set_names),
+                there,
+                ", ".join(packed.get(name, [])) or "-",
+                source.license,
+            ]
         )
     columns = ["source", "goes to", f"in {raw}", "packed", "license"]
     console.table("Known sources", columns, rows)
@@ -303,20 +309,24 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """Say what differs between two shard sets; exit 1 if anything does."""
-    found = compare_sets(open_shards([before]), open_shards([after]))
-    if not found:
+    difference = compare_sets(open_shards([before]), open_shards([after]))
+    if not difference:
         console.say(f"{before} and {after} hold the same samples")
         return
     rows = [
         [what, where, count]
-        for what, counts in found.counts.items()
+        for what, counts in difference.counts.items()
         for where, count in sorted(counts.items())
     ]
     if rows:
         console.table(f"{before} -> {after}", ["", "source, class", "images"], rows)
-    for key, changes in list(found.changed.items())[:20]:
+    for key, changes in list(difference.changed.items())[:20]:
         console.say(f"changed: {key}: {'; '.join(changes)}")
-    added, removed, changed = len(found.added), len(found.removed), len(found.changed)
+    added, removed, changed = (
+        len(difference.added),
+        len(difference.removed),
+        len(difference.changed),
+    )
     console.say(f"{added:,} added, {removed:,} removed, {changed:,} changed")
     raise SystemExit(1)
 
@@ -335,15 +345,15 @@ def describe_command(folder: Path, out: Path) -> None:
     """Propose a catalog for the images in FOLDER, by the names of its folders."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
-    found = describe(folder)
-    rows = [[path, kind, count] for path, (kind, count) in found.folders.items()]
-    rows += [[path, "?", count] for path, count in found.undecided.items()]
+    description = describe(folder)
+    rows = [[path, kind, count] for path, (kind, count) in description.folders.items()]
+    rows += [[path, "?", count] for path, count in description.undecided.items()]
     console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
-    write_text(out, found.text)
-    for reason, count in found.unread.items():
+    write_text(out, description.text)
+    for reason, count in description.unread.items():
         console.say(f"excluded: {count:,} images: {reason}")
-    if found.undecided:
-        console.say(f"{len(found.undecided)} folders have no class: say it in {out}, then")
+    if description.undecided:
+        console.say(f"{len(description.undecided)} folders have no class: say it in {out}, then")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
     console.say(f"check {out}, then: {command}")
 
@@ -380,8 +390,8 @@ def audit_command(
     results, entries, chosen = [], {}, {}
     for name, shards in sets.items():
         with console.progress(f"auditing {name}", audit.steps_of(shards)) as advance:
-            found = audit.audit(shards, seed=seed, on_step=advance)
-        draw(shards, name, found, out / f"{name}.png")
+            result = audit.audit(shards, seed=seed, on_step=advance)
+        draw(shards, name, result, out / f"{name}.png")
         matched: match.Match | str | None = None
         if sample_file:
             try:
@@ -389,14 +399,14 @@ def audit_command(
                 chosen[name] = shards, matched.rows
             except ValueError as error:
                 matched = str(error)
-        entries[name] = audit.as_json(shards, found) | {"match": match.as_json(matched)}
-        results.append((name, found, matched))
+        entries[name] = audit.as_json(shards, result) | {"match": match.as_json(matched)}
+        results.append((name, result, matched))
     audit.write_report(out / "report.json", seed, entries)
-    for result in results:
-        _say_what_was_audited(*result)
+    for said in results:
+        _say_what_was_audited(*said)
     console.say(f"report: {out / 'report.json'}, histograms: {out / '<set>.png'}")
     if sample_file:
-        missing = [matched for _name, _found, matched in results if isinstance(matched, str)]
+        missing = [matched for _name, _result, matched in results if isinstance(matched, str)]
         if missing:
             raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
@@ -404,31 +414,33 @@ def audit_command(
         console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
 
 
-def _say_what_was_audited(name: str, found: audit.Audit, matched: match.Match | str | None) -> None:
+def _say_what_was_audited(
+    name: str, result: audit.Audit, matched: match.Match | str | None
+) -> None:
     """The figures, the values behind them, and what to do."""
     rows = [
-        [source, one.reals, one.fakes, one.within, one.from_others, one.note]
-        for source, one in found.sources.items()
+        [name, source.reals, source.fakes, source.within, source.from_others, source.note]
+        for name, source in result.sources.items()
     ]
-    rows.append(["all", found.reals, found.fakes, found.pooled, found.across, ""])
-    if found.source_name:
-        rows.append(["name of the source alone", "", "", found.source_name, None, ""])
+    rows.append(["all", result.reals, result.fakes, result.pooled, result.across, ""])
+    if result.source_name:
+        rows.append(["name of the source alone", "", "", result.source_name, None, ""])
     console.table(
         f"{name}: AUROC of metadata alone (95 % interval)",
         ["source", *CLASSES, "cross-validated", "fitted on other sources", ""],
         rows,
     )
-    if found.features:
+    if result.features:
         console.table(
             f"{name}: what carries it (AUROC)",
             ["feature", "alone", "lost without it"],
-            [[feature, one.alone, one.drop] for feature, one in found.features.items()],
+            [[name, feature.alone, feature.drop] for name, feature in result.features.items()],
         )
-    for value in found.shortcuts:
+    for value in result.shortcuts:
         console.say(str(value))
     console.say()
-    console.say(f"{name}: shortcut by metadata: {found.verdict}")
-    for line in [*found.notes, *audit.advice_of(found)]:
+    console.say(f"{name}: shortcut by metadata: {result.verdict}")
+    for line in [*result.notes, *audit.advice_of(result)]:
         console.say(line)
     if isinstance(matched, match.Match):
         console.say(

@@ -143,7 +143,7 @@ def find_sources(
         (SPLIT_RANK[catalog.sets[name]] for name in only if name in catalog.sets), default=0
     )
     for name, source in catalog.sources.items():
-        sets = {name for place in source.places() for name in place}
+        sets = {name for destination in source.destinations() for name in destination}
         if not any(SPLIT_RANK[catalog.sets[name]] >= lowest for name in sets):
             continue
         source = replace(source, root=folder_of(raw, source.root or name))
@@ -252,10 +252,10 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
     """The sets that the sources may go to, before anything is decoded."""
     names = set()
     for table in scan.items.values():
-        for mixture in table.column("place").unique().to_pylist():
+        for mixture in table.column("destination").unique().to_pylist():
             names |= json.loads(mixture).keys()
     for source in scan.packed_only:
-        names.update(*catalog.sources[source].places())
+        names.update(*catalog.sources[source].destinations())
     return sorted(name for name in names if not only or name in only)
 
 
@@ -314,7 +314,7 @@ class _SetBuild:
             table.column("source").to_pylist(), table.column("origin").to_pylist(), strict=True
         )
         keys = [sample_key(source, origin) for source, origin in pairs]
-        table = table.drop_columns(["group", "thumbnail", "error", "place"])
+        table = table.drop_columns(["group", "thumbnail", "error", "destination"])
         table = table.append_column("key", pa.array(keys, pa.string()))
         table = table.append_column("group", pa.array(groups, pa.string()))
         return table.append_column("split", pa.array([self.split] * len(keys), pa.string()))

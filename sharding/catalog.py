@@ -154,10 +154,10 @@ class Source:
         """The patterns that find a file's group; the first that fits counts."""
         return [self.group] if isinstance(self.group, str) and self.group else list(self.group)
 
-    def places(self) -> list[dict[str, float]]:
+    def destinations(self) -> list[dict[str, float]]:
         """Every set, or mixture of sets, that images of this source may go to."""
-        own = [r.set for label in (0, 1) for r in self.rules(label) if r.set]
-        return [shares(place) for place in (self.set, *own)]
+        of_rules = [r.set for label in (0, 1) for r in self.rules(label) if r.set]
+        return [shares(destination) for destination in (self.set, *of_rules)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +175,9 @@ def _as_rule(rule: str | Rule) -> Rule:
     return Rule(folder=rule) if isinstance(rule, str) else rule
 
 
-def shares(place: str | Mapping[str, float]) -> dict[str, float]:
+def shares(destination: str | Mapping[str, float]) -> dict[str, float]:
     """Where samples go: `{set: share}`, shares summing to 1."""
-    return {place: 1.0} if isinstance(place, str) else dict(place)
+    return {destination: 1.0} if isinstance(destination, str) else dict(destination)
 
 
 def read_catalog(files: Sequence[Path]) -> Catalog:
@@ -252,16 +252,18 @@ def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> No
             f"{file}: source {name}: root {source.root!r} is no folder below the raw folder; "
             "give a relative path without '..'"
         )
-    for place in source.places():
-        if bad := [share for share in place.values() if not 0 < share <= 1]:
+    for destination in source.destinations():
+        if bad := [share for share in destination.values() if not 0 < share <= 1]:
             raise CatalogError(
-                f"{file}: source {name}: a share of {place} is {bad[0]}, expected more than 0 and "
-                "at most 1"
+                f"{file}: source {name}: a share of {destination} is {bad[0]}, expected more than "
+                "0 and at most 1"
             )
-        total = sum(place.values())
+        total = sum(destination.values())
         if abs(total - 1) > 1e-6:
-            raise CatalogError(f"{file}: source {name}: the shares of {place} sum to {total:g}")
-        for set_name in place:
+            raise CatalogError(
+                f"{file}: source {name}: the shares of {destination} sum to {total:g}"
+            )
+        for set_name in destination:
             if set_name not in sets:
                 raise CatalogError(
                     f"{file}: source {name} goes to set {set_name!r}, but [sets] has only "

@@ -38,9 +38,9 @@ def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
     changed = {}
     for key in sorted(old.keys() & new.keys()):
         differing = [
-            _say(name, one[old[key]], two[new[key]])
-            for name, (one, two) in columns.items()
-            if one[old[key]] != two[new[key]]
+            _say(name, old_values[old[key]], new_values[new[key]])
+            for name, (old_values, new_values) in columns.items()
+            if old_values[old[key]] != new_values[new[key]]
         ]
         if differing:
             changed[key] = differing

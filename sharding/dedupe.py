@@ -56,11 +56,11 @@ def decide(inventory: pa.Table, split_of: Mapping[str, str]) -> Decision:
     edges = np.concatenate([near, np.stack([same, same_of], axis=1)])
     component = _components(len(group_names), group_code[edges])[group_code]
     names = _component_names(component, group_code, group_names)
-    place_code, places = _encode(inventory.column("place"))
-    share_of = [json.loads(place) for place in places]
+    destination_code, destinations = _encode(inventory.column("destination"))
+    share_of = [json.loads(destination) for destination in destinations]
     chosen: dict[tuple[int, int], str] = {}
     sets = np.empty(n, object)
-    for row, key in enumerate(zip(component.tolist(), place_code.tolist(), strict=True)):
+    for row, key in enumerate(zip(component.tolist(), destination_code.tolist(), strict=True)):
         if key not in chosen:
             chosen[key] = choose_set(names[key[0]], share_of[key[1]])
         sets[row] = chosen[key]
@@ -117,7 +117,7 @@ def _keep_one_of_each(
     """Of images with the same bytes keep the first, by set and then by row; none if they are
     labeled both ways, in any set.
     """
-    order = {name: number for number, name in enumerate(_by_rank(split_of))}
+    order = {name: index for index, name in enumerate(_by_rank(split_of))}
     for run in _runs(sha, np.flatnonzero(good)):
         if len(set(labels[run].tolist())) > 1:
             decision.sets[run] = ""
@@ -147,7 +147,7 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     (k = 3), or 462 (k = 5) where bands must be longer because there are millions.
     """
     star, rows = _equal_hashes(phash)
-    found = [star]
+    pairs_of_bands = [star]
     hashes = phash[rows]
     keep = 3 if len(rows) < 4_000_000 else 5
     edges = np.linspace(0, 64, MAX_BITS + keep + 1).astype(int)
@@ -166,8 +166,8 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             bits = np.bitwise_count(hashes[a] ^ hashes[b])
             close = (bits > 0) & (bits <= MAX_BITS)
             pairs = np.stack([rows[a[close]], rows[b[close]]], axis=1)
-            found.append(pairs[_alike(thumbnails, pairs)])
-    pairs = np.sort(np.concatenate(found), axis=1)
+            pairs_of_bands.append(pairs[_alike(thumbnails, pairs)])
+    pairs = np.sort(np.concatenate(pairs_of_bands), axis=1)
     # Each as one number: `unique` of rows takes ten times as long.
     return np.stack(np.divmod(np.unique(pairs @ [len(phash), 1]), max(len(phash), 1)), axis=1)
 

@@ -110,8 +110,8 @@ def _catalog(
     ]
     for kind in CLASSES:
         lines.append(f"{kind} = [")
-        for path, (found, count) in folders.items():
-            if found != kind:
+        for path, (class_name, count) in folders.items():
+            if class_name != kind:
                 continue
             whole = kind == "fake" and nested[path] == count
             generator = _generator(path) if kind == "fake" else "camera"

@@ -178,8 +178,8 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    place = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(folder for folder in (target, *target.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise FetchError(
             f"{needed / 2**30:.2f} GiB are to be downloaded to {target}, but its disk has "
@@ -192,14 +192,14 @@ def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str
     from huggingface_hub.utils import filter_repo_objects
 
     names = list(names)
-    found = list(filter_repo_objects(names, allow_patterns=patterns or None))
-    if not found:
+    matching = list(filter_repo_objects(names, allow_patterns=patterns or None))
+    if not matching:
         there = sorted({name.partition("/")[0] for name in names})
         raise FetchError(
             f"{where} holds nothing that fits {', '.join(patterns) or '*'}, but "
             f"{', '.join(there[:8]) or 'nothing'}; correct `files` in the catalog"
         )
-    return found
+    return matching
 
 
 # --- the Hugging Face hub -------------------------------------------------------------------------

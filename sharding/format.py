@@ -266,10 +266,10 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     if tuple(index["classes"]) != CLASSES:
         raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")
     _check_keys(index["totals"], dict.fromkeys(("label", "source", "generator"), dict), str(path))
-    for number, entry in enumerate(index["shards"]):
-        _check_keys(entry, _SHARD_KEYS, f"{path}: shard {number}")
+    for shard_index, entry in enumerate(index["shards"]):
+        _check_keys(entry, _SHARD_KEYS, f"{path}: shard {shard_index}")
         if not _SHARD_NAME.fullmatch(entry["name"]):
-            raise ShardError(f"{path}: shard {number} is called {entry['name']!r}; {_ANEW}")
+            raise ShardError(f"{path}: shard {shard_index} is called {entry['name']!r}; {_ANEW}")
     for name, entry in index["sources"].items():
         _check_keys(entry, _SOURCE_KEYS, f"{path}: source {name}")
     return index
@@ -289,10 +289,10 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
         index = read_index(folder)
         with _explained(folder):
             data = (folder / SAMPLES_FILE).read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != index["samples_sha256"]:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != index["samples_sha256"]:
             raise ShardError(
-                f"{folder / SAMPLES_FILE} has sha256 {found[:12]}, {INDEX_FILE} says "
+                f"{folder / SAMPLES_FILE} has sha256 {sha256[:12]}, {INDEX_FILE} says "
                 f"{index['samples_sha256'][:12]}; build the set again"
             )
         names = [shard["name"] for shard in index["shards"]]
@@ -324,8 +324,8 @@ def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
     tables, first = [], 0
     for part in parts:
         code = pa.compute.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))
-        place = part.table.schema.get_field_index("shard_code")
-        tables.append(part.table.set_column(place, "shard_code", code))
+        index = part.table.schema.get_field_index("shard_code")
+        tables.append(part.table.set_column(index, "shard_code", code))
         first += len(part.shards)
     return ShardSet(
         tuple(folder for part in parts for folder in part.folders),
@@ -345,8 +345,8 @@ def table_from(data: bytes) -> pa.Table:
     """
     file = pq.ParquetFile(pa.BufferReader(data))
     groups = []
-    for number in range(file.num_row_groups):
-        groups.append(file.read_row_group(number))
+    for group_index in range(file.num_row_groups):
+        groups.append(file.read_row_group(group_index))
         pa.default_memory_pool().release_unused()  # else the buffers of all of them pile up
     return pa.concat_tables(groups) if groups else file.read()
 
@@ -357,7 +357,7 @@ def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
     Two sets may hold shards of one name; coded by position they stay apart.
     """
     codes, used = codes_of(table.column("shard"))
-    position = {name: first + number for number, name in enumerate(names)}
+    position = {name: first + index for index, name in enumerate(names)}
     numbered = np.array([position[name] for name in used], np.int32)[codes]
     column = pa.Array.from_buffers(pa.int32(), len(numbered), [None, pa.py_buffer(numbered)])
     return table.set_column(table.schema.get_field_index("shard"), "shard_code", column)

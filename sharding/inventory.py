@@ -32,7 +32,8 @@ ITEM_SCHEMA = pa.schema(
     [
         ("source", _name), ("origin", pa.string()), ("path", pa.string()), ("member", pa.string()),
         ("size", pa.int64()), ("version", pa.string()), ("label", pa.int8()),
-        ("generator", _name), ("group", pa.string()), ("place", _name), ("excluded", pa.string()),
+        ("generator", _name), ("group", pa.string()), ("destination", _name),
+        ("excluded", pa.string()),
     ]
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Item(NamedTuple):
     label: int
     generator: str
     group: str
-    place: str  # JSON: set -> share
+    destination: str  # JSON: set -> share
     excluded: str  # why it is not read; empty if it is
 
 
@@ -71,7 +71,7 @@ class _Compiled(NamedTuple):
     folder: re.Pattern
     name: re.Pattern
     read_as: str
-    place: str
+    destination: str
 
 
 # What tells kinds of files apart; numbers behind a dot are as many as files.
@@ -158,8 +158,8 @@ def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> N
 def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
     name = re.compile(fnmatch.translate(nfc(rule.name)), re.IGNORECASE)
     read_as = f"{CLASSES[label] if label >= 0 else 'ignored'}: {rule}"
-    place = json.dumps(shares(rule.set or source.set))
-    return _Compiled(label, rule, folder_pattern(rule.folder), name, read_as, place)
+    destination = json.dumps(shares(rule.set or source.set))
+    return _Compiled(label, rule, folder_pattern(rule.folder), name, read_as, destination)
 
 
 def folder_pattern(folder: str) -> re.Pattern:
@@ -187,15 +187,15 @@ class _Claim(NamedTuple):
 
 
 def _fitting(rules: Sequence[_Compiled], inside: str, base: str) -> list[_Claim]:
-    found = []
+    claims = []
     for compiled in rules:
         match = compiled.folder.match(inside)
         if match and compiled.name.match(base):
             named = match.groupdict().get("generator") or compiled.rule.generator
             # "**" alone reaches nowhere: any folder that is named goes before it.
             depth = 0 if compiled.rule.folder == "**" else match.end()
-            found.append(_Claim(depth, compiled, named))
-    return found
+            claims.append(_Claim(depth, compiled, named))
+    return claims
 
 
 def _decide(claims: list[_Claim], name: str) -> _Claim:
@@ -271,7 +271,7 @@ def _add(
             label=label,
             generator=claim.generator or CLASSES[label],
             group=group,
-            place=claim.compiled.place,
+            destination=claim.compiled.destination,
             excluded=file.excluded,
         )
     )
@@ -358,8 +358,8 @@ def _list_cells(
     taken = np.zeros(total, bool)
     root = source.root or name
     cells = [(int(row), i) for i, mask in enumerate(chosen) for row in np.flatnonzero(mask)]
-    for row, number in sorted(cells):
-        claim = claims[number]
+    for row, claim_index in sorted(cells):
+        claim = claims[claim_index]
         column = claim.compiled.rule.column
         taken[row] = True
         origin = nfc(f"{root}/{file.inside}:{row}:{column}")
@@ -369,8 +369,8 @@ def _list_cells(
         member = f"{group_of[row]}:{row_of[row]}:{column}"
         _add(listing, claim, name, file, origin, member, group)
     for row in np.flatnonzero(~taken).tolist():
-        found = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
-        listing.exclude(f"no rule for such a row ({found[:80]})", f"{file.inside}:{row}")
+        shown = ", ".join(f"{c}={values.column(c)[int(row)]}" for c in sorted(conditions))
+        listing.exclude(f"no rule for such a row ({shown[:80]})", f"{file.inside}:{row}")
 
 
 def _choose_rows(
@@ -395,8 +395,8 @@ def _choose_rows(
 
 def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np.ndarray:
     """Where a column has a value; a text for a column of numbers goes by its class names."""
-    found = values.column(column)
-    if isinstance(value, str) and pa.types.is_integer(found.type):
+    cells = values.column(column)
+    if isinstance(value, str) and pa.types.is_integer(cells.type):
         names = class_names(values.schema, column)
         if value not in names:
             raise CatalogError(
@@ -404,7 +404,7 @@ def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np
                 f"; the catalog expects the class {value!r}, and labels are not guessed"
             )
         value = names.index(value)
-    return np.array([entry == value for entry in found.to_pylist()], bool)
+    return np.array([entry == value for entry in cells.to_pylist()], bool)
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:

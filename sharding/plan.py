@@ -62,8 +62,8 @@ def plan_shards(samples: pa.Table, split: str) -> list[ShardPlan]:
     plans = []
     for source, entries in groupby(order, key=lambda entry: entry[0]):
         rows = np.array([entry[-1] for entry in entries])
-        for number, chunk in enumerate(_chunks(rows, sizes)):
-            name = shard_name(source, split, number)
+        for shard_number, chunk in enumerate(_chunks(rows, sizes)):
+            name = shard_name(source, split, shard_number)
             print_of = _fingerprint(name, [content[row] for row in chunk])
             plans.append(ShardPlan(name, source, chunk, print_of))
     return plans

@@ -67,11 +67,17 @@ def verify(
         index = read_index(folder)
         faults += _check_totals(folder, index, shards)
         tasks = [
-            (str(folder), entry, shards.table.filter(np.equal(shards.column("shard_code"), number)))
-            for number, entry in enumerate(index["shards"])
+            (
+                str(folder),
+                entry,
+                shards.table.filter(np.equal(shards.column("shard_code"), shard_code)),
+            )
+            for shard_code, entry in enumerate(index["shards"])
         ]
-        for count, found in run_all(verify_shard, tasks, "local", jobs if len(tasks) > 1 else 1):
-            faults += found
+        for count, new_faults in run_all(
+            verify_shard, tasks, "local", jobs if len(tasks) > 1 else 1
+        ):
+            faults += new_faults
             on_images(count)
     return sorted(faults) + _check_splits(folders, opened)
 
@@ -200,8 +206,8 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         yield f"{where}: labels are {dict(labels)}, the index says {index['totals']['label']}"
     for name in ("source", "generator"):
         codes, names = shards.codes(name)
-        found = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
-        if found != index["totals"][name]:
+        counts = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
+        if counts != index["totals"][name]:
             yield f"{where}: the counts per {name} are not those of the index"
     info = folder / TIMM_FILE
     if not info.exists() or _json_of(info) != timm_info(index):

@@ -341,13 +341,13 @@ def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, i
     rng = np.random.default_rng(0)
     seed = 0
     for set_name, sources in plan.items():
-        for source, (draw, *counts) in sources.items():
+        for source, (make_image, *counts) in sources.items():
             catalog += f'[sources.{source}]\nlicense = "test"\nset = "{set_name}"\n'
-            catalog += "group = '(v\\d+)_\\d+\\.'\n" if draw is grouped else ""
+            catalog += "group = '(v\\d+)_\\d+\\.'\n" if make_image is grouped else ""
             for label, (name, count) in enumerate(zip(("real", "fake"), counts, strict=True)):
                 catalog += f'{name} = ["{name}"]\n' if count else ""
                 for number in range(count):
-                    suffix, width, height = draw(rng, label, number)
+                    suffix, width, height = make_image(rng, label, number)
                     kind, options = OPTIONS[suffix]
                     video = number // 6 * 2 + label
                     path = folder / "raw" / source / name / f"v{video}_{number}.{suffix}"

@@ -132,7 +132,7 @@ def make_stream(data: Path) -> Callable[..., Stream]:
 
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with one checkpoint, whose network is drawn and not trained."""
+    """Runs with one checkpoint, whose network is initialized and not trained."""
     runs = tmp_path_factory.mktemp("small_runs")
     torch.manual_seed(1)
     checkpoint.save(

@@ -100,27 +100,27 @@ def resample(
     is called as resamples are done.
     """
     order = np.argsort(probabilities, kind="stable")
-    scores, of_place = probabilities[order], groups.of_row[order]
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    shared = {id(one.reals): one.reals for one in images.values()}
-    reals = {which: _Reals(scores, place[rows], threshold) for which, rows in shared.items()}
+    scores, group_of_rank = probabilities[order], groups.of_row[order]
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    shared = {id(line.reals): line.reals for line in images.values()}
+    reals = {which: _Reals(scores, rank[rows], threshold) for which, rows in shared.items()}
     fakes = {
-        key: _Fakes(scores, place[one.fakes], reals[id(one.reals)], threshold)
-        for key, one in images.items()
+        key: _Fakes(scores, rank[line.fakes], reals[id(line.reals)], threshold)
+        for key, line in images.items()
     }
     blocks: dict[Line, list[Resamples]] = {key: [] for key in images}
-    for drawn in _weights(groups, len(scores), resamples, seed):
-        weights = np.take(drawn, of_place, axis=1)
-        weighed = {which: one.weigh(weights) for which, one in reals.items()}
+    for times in _weights(groups, len(scores), resamples, seed):
+        weights = np.take(times, group_of_rank, axis=1)
+        weighed = {which: line.weigh(weights) for which, line in reals.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
-            for key, one in fakes.items():
-                blocks[key].append(one.measure(weighed[id(images[key].reals)], weights))
+            for key, line in fakes.items():
+                blocks[key].append(line.measure(weighed[id(images[key].reals)], weights))
         if on_resamples:
             on_resamples(len(weights))
     return {
-        key: {name: np.concatenate([block[name] for block in found]) for name in found[0]}
-        for key, found in blocks.items()
+        key: {name: np.concatenate([block[name] for block in parts]) for name in parts[0]}
+        for key, parts in blocks.items()
     }
 
 
@@ -169,11 +169,11 @@ class _Reals:
         self.errors = _errors(self.scores, 0)
 
     def weigh(self, weights: np.ndarray) -> _Weighed:
-        own = np.take(weights, self.places, axis=1)
-        below = _running(own)
+        own_weights = np.take(weights, self.places, axis=1)
+        below = _running(own_weights)
         total = below[:, -1].astype(np.float64)
         called = total - below[:, self.first_called]
-        return _Weighed(below, total, called, _weighed(own, self.errors))
+        return _Weighed(below, total, called, _weighed(own_weights, self.errors))
 
 
 class _Fakes:
@@ -197,49 +197,51 @@ class _Fakes:
         """Every metric in every resample of a block. A metric of a class that a resample lacks is
         NaN.
         """
-        own = np.take(weights, self.places, axis=1)
-        fakes = own.sum(axis=1).astype(np.float64)
+        own_weights = np.take(weights, self.places, axis=1)
+        fakes = own_weights.sum(axis=1).astype(np.float64)
         count = fakes + reals.total
-        true, false = own[:, self.first_called :].sum(axis=1), reals.called
-        nll, brier = (_weighed(own, self.errors) + reals.errors) / count
-        found = {"accuracy": (true + reals.total - false) / count, "nll": nll, "brier": brier}
+        true, false = own_weights[:, self.first_called :].sum(axis=1), reals.called
+        nll, brier = (_weighed(own_weights, self.errors) + reals.errors) / count
+        metrics = {"accuracy": (true + reals.total - false) / count, "nll": nll, "brier": brier}
         if len(self.places):
-            found["recall"] = true / fakes
+            metrics["recall"] = true / fakes
         if self.have_reals:
-            found["false_positive_rate"] = false / reals.total
+            metrics["false_positive_rate"] = false / reals.total
         if not (len(self.places) and self.have_reals):
-            return found
-        found["balanced_accuracy"] = (found["recall"] + 1 - found["false_positive_rate"]) / 2
-        found["precision"] = true / (true + false)
-        found["f1"] = 2 * true / (true + false + fakes)
-        return found | self._over_thresholds(reals, own)
+            return metrics
+        metrics["balanced_accuracy"] = (metrics["recall"] + 1 - metrics["false_positive_rate"]) / 2
+        metrics["precision"] = true / (true + false)
+        metrics["f1"] = 2 * true / (true + false + fakes)
+        return metrics | self._over_thresholds(reals, own_weights)
 
-    def _over_thresholds(self, reals: _Weighed, own: np.ndarray) -> Resamples:
+    def _over_thresholds(self, reals: _Weighed, own_weights: np.ndarray) -> Resamples:
         """The metrics that have no threshold, from the weights of reals and of fakes below each
         fake's score: as `model.metrics`; `test_bootstrap.py` holds them together.
         """
-        below = _running(own)
+        below = _running(own_weights)
         fakes = below[:, -1].astype(np.float64)
         lower = np.take(reals.below, self.left, axis=1)
-        ordered = np.vecdot(own, lower).astype(np.float64)
+        ordered = np.vecdot(own_weights, lower).astype(np.float64)
         if len(self.tied):
             level = reals.below[:, self.right[self.tied]] - lower[:, self.tied]
-            ordered += np.vecdot(own[:, self.tied], level) / 2
-        found = {"auroc": ordered / (fakes * reals.total)}
+            ordered += np.vecdot(own_weights[:, self.tied], level) / 2
+        metrics = {"auroc": ordered / (fakes * reals.total)}
         row = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):
             # The lowest score that leaves no more reals than that as high or higher.
             least = (reals.total - np.floor(rate * reals.total + 1e-9)).astype(lower.dtype)
             at = _count(lambda *of, least=least: lower[of] < least[:, None], lower.shape)
-            found[name] = 1 - below[row, at] / fakes
+            metrics[name] = 1 - below[row, at] / fakes
         before = np.take(below, self.first, axis=1) if self.own_ties else below[:, :-1]
-        found["eer"] = self._equal_error_rate(reals, below, lower, before)
+        metrics["eer"] = self._equal_error_rate(reals, below, lower, before)
         true = below[:, -1:] - before  # fakes as high or higher
         either = np.subtract(reals.below[:, -1:], lower, out=lower)  # reals as high or higher
         either += true
         either += 1e-30  # where there are none
-        found["average_precision"] = np.vecdot(own, np.divide(true, either, out=true)) / fakes
-        return found
+        metrics["average_precision"] = (
+            np.vecdot(own_weights, np.divide(true, either, out=true)) / fakes
+        )
+        return metrics
 
     def _equal_error_rate(
         self, reals: _Weighed, below: np.ndarray, lower: np.ndarray, before: np.ndarray
@@ -297,7 +299,7 @@ def _running(weights: np.ndarray) -> np.ndarray:
 
 def _weighed(weights: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """The sums of both errors over a block of resamples: (B, n), (2, n) -> (2, B)."""
-    return np.stack([np.vecdot(weights, one) for one in errors.astype(weights.dtype, copy=False)])
+    return np.stack([np.vecdot(weights, row) for row in errors.astype(weights.dtype, copy=False)])
 
 
 def _errors(probabilities: np.ndarray, label: int) -> np.ndarray:
@@ -321,7 +323,7 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
     """
     reals, fakes = groups.count(images.reals), groups.count(images.fakes)
     both = groups.count(np.concatenate([images.reals, images.fakes]))
-    found = {}
+    intervals_of = {}
     for name, values in resamples.items():
         independent = min(reals, fakes)
         if name in _OF_ALL:
@@ -329,9 +331,9 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
         elif name in (*_OF_FAKES, *_OF_REALS):
             independent = fakes if name in _OF_FAKES else reals
         ends = () if name in _UNBOUNDED else (0.0, 1.0)
-        if (one := interval(values, independent, ends)) is not None:
-            found[name] = one
-    return found
+        if (low_high := interval(values, independent, ends)) is not None:
+            intervals_of[name] = low_high
+    return intervals_of
 
 
 def interval(

@@ -151,18 +151,18 @@ def measure_swaps(
     """
     names = [perturbation.name for perturbation in perturbed.perturbations]
     before = perturbed.logits[names.index(ORIGINAL.name)]
-    labels, own = perturbed.labels, groups[perturbed.samples]
+    labels, sample_groups = perturbed.labels, groups[perturbed.samples]
     rows = []
     for swap in swaps:
         re_encoded = perturbed.logits[names.index(swap.name)]
         moved = (swap.reals & (labels == 0)) | (swap.fakes & (labels == 1))
         after = np.where(moved, re_encoded, before)
         there = np.isfinite(before) & np.isfinite(after)
-        one, two = (
+        rates_before, rates_after = (
             asdict(measure(labels[there], probability(logits[there], temperature), threshold))
             for logits in (before, after)
         )
-        shift = shifts(labels, before, after, own)
+        shift = shifts(labels, before, after, sample_groups)
         rows.append(
             {
                 "name": swap.name,
@@ -172,8 +172,8 @@ def measure_swaps(
                     "real": shift["real"] if swap.reals else None,
                     "fake": shift["fake"] if swap.fakes else None,
                 },
-                "before": {key: one[key] for key in FIGURES},
-                "after": {key: two[key] for key in FIGURES},
+                "before": {key: rates_before[key] for key in FIGURES},
+                "after": {key: rates_after[key] for key in FIGURES},
             }
         )
     return rows

@@ -74,8 +74,8 @@ def shared_samples(
         list(zip(*(table.table.column(name).to_pylist() for name in ("set", "key")), strict=True))
         for table in (before, after)
     ]
-    place = {key: row for row, key in enumerate(keys[1])}
-    common = [(row, place[key]) for row, key in enumerate(keys[0]) if key in place]
+    row_of_key = {key: row for row, key in enumerate(keys[1])}
+    common = [(row, row_of_key[key]) for row, key in enumerate(keys[0]) if key in row_of_key]
     if not common:
         raise ScoresError("the two runs have no image in common; nothing can be compared")
     if not intersect and not len(common) == len(before) == len(after):
@@ -86,7 +86,10 @@ def shared_samples(
         )
     rows = np.array(common).T
     labels, valid = (
-        [table.numbers(name)[own] for table, own in zip((before, after), rows, strict=True)]
+        [
+            table.numbers(name)[table_rows]
+            for table, table_rows in zip((before, after), rows, strict=True)
+        ]
         for name in ("label", "valid")
     )
     if (labels[0] != labels[1]).any():
@@ -124,26 +127,26 @@ def _compare_set(
 ) -> list[Line]:
     images = lines_of(rows[0])
     if sum(key[0] == "sources" for key in images) < 2:
-        images = {key: one for key, one in images.items() if key[0] != "sources"}
-    images = {key: one for key, one in images.items() if key[0] != "classes"}
+        images = {key: line_images for key, line_images in images.items() if key[0] != "sources"}
+    images = {key: line_images for key, line_images in images.items() if key[0] != "classes"}
     if "reference" in images:  # the set by itself has no false positives to speak of
         del images["overall"]
     thresholds = before["threshold"], after["threshold"]
     resamples = [
-        resample(own.fake, images, rows[0].groups, threshold)
-        for own, threshold in zip(rows, thresholds, strict=True)
+        resample(run.probability, images, rows[0].groups, threshold)
+        for run, threshold in zip(rows, thresholds, strict=True)
     ]
     lines = []
     for key in sorted(images, key=_order):
-        one = images[key]
-        chosen = np.concatenate([one.reals, one.fakes])
-        found = [
-            asdict(measure(own.labels[chosen], own.fake[chosen], threshold))
-            for own, threshold in zip(rows, thresholds, strict=True)
+        line_images = images[key]
+        chosen = np.concatenate([line_images.reals, line_images.fakes])
+        figures = [
+            asdict(measure(run.labels[chosen], run.probability[chosen], threshold))
+            for run, threshold in zip(rows, thresholds, strict=True)
         ]
-        groups = [rows[0].groups.count(rows_) for rows_ in (one.reals, one.fakes)]
+        groups = [rows[0].groups.count(rows_) for rows_ in (line_images.reals, line_images.fakes)]
         changes = {
-            metric: _change(metric, found, [of_run[key] for of_run in resamples], groups)
+            metric: _change(metric, figures, [of_run[key] for of_run in resamples], groups)
             for metric in COMPARED
         }
         kind, own_name = (key, "") if isinstance(key, str) else key
@@ -158,11 +161,11 @@ def _order(key: LineKey) -> tuple[int, str]:
 
 def _change(
     metric: str,
-    found: Sequence[Mapping[str, Any]],
+    figures_of_runs: Sequence[Mapping[str, Any]],
     resamples: Sequence[Mapping[str, np.ndarray]],
     groups: Sequence[int],
 ) -> Change | None:
-    before, after = (figures[metric] for figures in found)
+    before, after = (figures[metric] for figures in figures_of_runs)
     if before is None or after is None:
         return None
     reals, fakes = groups
@@ -176,25 +179,27 @@ def flips(before: ScoreTable, after: ScoreTable) -> list[Flip]:
     """Every image whose verdict changed, by how far its probability moved, the furthest first; each
     run decides by its own threshold. The tables are `shared_samples`.
     """
-    fake = [table.numbers("probability") for table in (before, after)]
+    run_probabilities = [table.numbers("probability") for table in (before, after)]
     called = [
-        own >= table.evaluation["threshold"]
-        for own, table in zip(fake, (before, after), strict=True)
+        probabilities >= table.evaluation["threshold"]
+        for probabilities, table in zip(run_probabilities, (before, after), strict=True)
     ]
     labels = before.numbers("label").astype(np.int64)
     sets, names = before.codes("set")
     measured = [name in before.evaluation["sets"] for name in names]
     rows = np.flatnonzero((called[0] != called[1]) & np.array(measured, np.bool_)[sets])
-    rows = rows[np.argsort(-np.abs(fake[1] - fake[0])[rows], kind="stable")]
+    rows = rows[
+        np.argsort(-np.abs(run_probabilities[1] - run_probabilities[0])[rows], kind="stable")
+    ]
     columns = before.table.select(["set", "key", "source", "generator", "label"]).take(rows)
     return [
         Flip(
-            **one,
-            before=float(fake[0][row]),
-            after=float(fake[1][row]),
+            **entry,
+            before=float(run_probabilities[0][row]),
+            after=float(run_probabilities[1][row]),
             fixed=bool(called[1][row] == (labels[row] == 1)),
         )
-        for row, one in zip(rows.tolist(), columns.to_pylist(), strict=True)
+        for row, entry in zip(rows.tolist(), columns.to_pylist(), strict=True)
     ]
 
 
@@ -204,12 +209,16 @@ def count_flips(
     """(set, class, images, broken, fixed) for each class of each set that was measured."""
     sets, names = before.codes("set")
     labels = before.numbers("label")
-    found = []
+    counts = []
     for name in before.evaluation["sets"]:
         for label, said in enumerate(CLASSES):
-            own = (sets == names.index(name)) & (labels == label) if name in names else np.array([])
-            if own.any():
-                of_class = [one.fixed for one in changed if one.set == name and one.label == label]
+            chosen = (
+                (sets == names.index(name)) & (labels == label) if name in names else np.array([])
+            )
+            if chosen.any():
+                of_class = [
+                    flip.fixed for flip in changed if flip.set == name and flip.label == label
+                ]
                 fixed = sum(of_class)
-                found.append((name, said, int(own.sum()), len(of_class) - fixed, fixed))
-    return found
+                counts.append((name, said, int(chosen.sum()), len(of_class) - fixed, fixed))
+    return counts

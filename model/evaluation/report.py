@@ -75,16 +75,16 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     called as resamples for intervals are done, `bootstrap.RESAMPLES` for each set.
     """
     about = scores.evaluation
-    found = {
+    reports = {
         name: _report_set(rows_of_set(scores, name), about, on_resamples) for name in about["sets"]
     }
-    sentences = {name: _headline(name, one, about) for name, one in found.items()}
-    first = [name for name, one in found.items() if not _has_reals(one)]
+    sentences = {name: _headline(name, set_report, about) for name, set_report in reports.items()}
+    first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
     trained_on = about.get("trained_on", [])
     warning = [on_training_data(trained_on)] if trained_on else []
     return {
         "report_version": REPORT_VERSION,
-        "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *found]))],
+        "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *reports]))],
         "trained_on": trained_on,
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
@@ -95,10 +95,10 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
             name: {
                 "robustness": None,
                 **about["sets"][name],
-                **one,
+                **set_report,
                 "unreadable": _unreadable(scores, name),
             }
-            for name, one in found.items()
+            for name, set_report in reports.items()
         },
     }  # fmt: skip
 
@@ -111,7 +111,7 @@ class Rows:
 
     own: np.ndarray
     labels: np.ndarray
-    fake: np.ndarray  # probability
+    probability: np.ndarray  # of fake
     source: tuple[np.ndarray, list[str]]
     generator: tuple[np.ndarray, list[str]]
     origin: Sequence[str]
@@ -130,7 +130,7 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     sets, names = scores.codes("set")
     labels, valid = scores.numbers("label"), scores.numbers("valid")
     rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
-    own = len(rows)
+    count = len(rows)
     chosen = scores.evaluation["reference_reals"]
     needed = chosen and (chosen["for_all"] or not (labels[rows] == REAL).any())
     if needed and chosen["set"] in names and chosen["set"] != name:
@@ -140,9 +140,9 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     # Sources and groups of two sets are not the same where their names are.
     apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
     return Rows(
-        own=np.arange(len(rows)) < own,
+        own=np.arange(len(rows)) < count,
         labels=labels[rows].astype(np.int64),
-        fake=scores.numbers("probability")[rows],
+        probability=scores.numbers("probability")[rows],
         source=(source[0][rows], source[1]),
         generator=(generator[0][rows], generator[1]),
         origin=scores.table.column("origin").take(rows).to_pylist(),
@@ -154,18 +154,20 @@ def lines_of(rows: Rows) -> dict[LineKey, Images]:
     """The lines of a set's report that are its own figures: "overall", "reference" where another
     set has reals for it, and ("classes" or "sources" or "generators", name).
     """
-    own = rows.where(rows.own)
-    lines: dict[LineKey, Images] = {"overall": own}
+    images = rows.where(rows.own)
+    lines: dict[LineKey, Images] = {"overall": images}
     if not rows.own.all():
-        lines["reference"] = Images(rows.where(~rows.own).reals, own.fakes)
-    reals = lines.get("reference", own).reals
-    for label, one in enumerate((Images(own.reals, _NONE), Images(_NONE, own.fakes))):
-        if len(one.reals) or len(one.fakes):
-            lines["classes", CLASSES[label]] = one
+        lines["reference"] = Images(rows.where(~rows.own).reals, images.fakes)
+    reals = lines.get("reference", images).reals
+    for label, class_images in enumerate(
+        (Images(images.reals, _NONE), Images(_NONE, images.fakes))
+    ):
+        if len(class_images.reals) or len(class_images.fakes):
+            lines["classes", CLASSES[label]] = class_images
     codes, names = rows.source
     for code in np.unique(codes[rows.own]):
         lines["sources", names[code]] = rows.where(rows.own & (codes == code))
-    for name, chosen in _by_generator(rows, own.fakes).items():
+    for name, chosen in _by_generator(rows, images.fakes).items():
         lines["generators", name] = Images(reals, chosen)
     return lines
 
@@ -175,31 +177,33 @@ def _report_set(
 ) -> dict[str, Any]:
     """The figures of one set."""
     threshold = about["threshold"]
-    own = rows.where(rows.own)
+    own_images = rows.where(rows.own)
     lines = lines_of(rows)
-    first = first_of_each(rows.origin, rows.groups.of_row, rows.generator[0], own.fakes)
-    if len(first) < len(own.fakes):
+    first = first_of_each(rows.origin, rows.groups.of_row, rows.generator[0], own_images.fakes)
+    if len(first) < len(own_images.fakes):
         for name, chosen in _by_generator(rows, first).items():
             lines["first", name] = Images(_NONE, chosen)
-    resamples = resample(rows.fake, lines, rows.groups, threshold, on_resamples=on_resamples)
-    found = {key: _figures(rows, one, resamples[key], threshold) for key, one in lines.items()}
+    resamples = resample(rows.probability, lines, rows.groups, threshold, on_resamples=on_resamples)
+    figures = {
+        key: _figures(rows, images, resamples[key], threshold) for key, images in lines.items()
+    }
 
     def of_kind(kind: str) -> dict[str, Any]:
-        return {key[1]: found[key] for key in sorted(k for k in lines if k[0] == kind)}
+        return {key[1]: figures[key] for key in sorted(k for k in lines if k[0] == kind)}
 
     def protocol(kind: str) -> dict[str, Any] | None:
         keys = sorted(key for key in lines if key[0] == kind)
-        return _protocol(rows, {k[1]: (lines[k], found[k], resamples[k]) for k in keys})
+        return _protocol(rows, {k[1]: (lines[k], figures[k], resamples[k]) for k in keys})
 
     return {
-        "overall": found["overall"],
-        "reference": found.get("reference"),
+        "overall": figures["overall"],
+        "reference": figures.get("reference"),
         **{kind: of_kind(kind) for kind in ("classes", "sources", "generators")},
-        "verdicts": _verdicts(rows, own, band_of(about)),
+        "verdicts": _verdicts(rows, own_images, band_of(about)),
         "protocols": {"all_images": protocol("generators"), "first_per_prompt": protocol("first")}
-        if len(own.fakes)
+        if len(own_images.fakes)
         else None,
-        "note": _note(found, about),
+        "note": _note(figures, about),
     }
 
 
@@ -231,12 +235,12 @@ def first_of_each(
 _NUMBERED = re.compile(r"(.*?)(\d*)(?:\.[^./]*)?", re.DOTALL)
 
 
-def _figures(rows: Rows, one: Images, resamples: Resamples, threshold: float) -> dict[str, Any]:
-    chosen = np.concatenate([one.reals, one.fakes])
+def _figures(rows: Rows, images: Images, resamples: Resamples, threshold: float) -> dict[str, Any]:
+    chosen = np.concatenate([images.reals, images.fakes])
     return {
-        **asdict(measure(rows.labels[chosen], rows.fake[chosen], threshold)),
+        **asdict(measure(rows.labels[chosen], rows.probability[chosen], threshold)),
         "groups": rows.groups.count(chosen),
-        "intervals": intervals(one, rows.groups, resamples),
+        "intervals": intervals(images, rows.groups, resamples),
     }
 
 
@@ -245,27 +249,27 @@ def _protocol(
 ) -> dict[str, Any] | None:
     if not generators:
         return None
-    fakes = np.concatenate([one.fakes for one, _, _ in generators.values()])
-    found = {
+    fakes = np.concatenate([images.fakes for images, _, _ in generators.values()])
+    recalls = {
         name: {
-            "images": len(one.fakes),
+            "images": len(images.fakes),
             "recall": figures["recall"],
             "interval": figures["intervals"].get("recall"),
-            "recall_at_0.5": float((rows.fake[one.fakes] >= DEFAULT_THRESHOLD).mean()),
+            "recall_at_0.5": float((rows.probability[images.fakes] >= DEFAULT_THRESHOLD).mean()),
         }
-        for name, (one, figures, _) in generators.items()
+        for name, (images, figures, _) in generators.items()
     }
     mean = np.mean([resamples["recall"] for _, _, resamples in generators.values()], axis=0)
     prompts = rows.groups.count(fakes)
     return {
         "images": len(fakes),
         "prompts": prompts,
-        "generators": found,
+        "generators": recalls,
         "interval": bootstrap.interval(mean, prompts),
         **{
             name + at: value
             for at, figure in (("", "recall"), ("_at_0.5", "recall_at_0.5"))
-            for name, value in mean_and_std([one[figure] for one in found.values()]).items()
+            for name, value in mean_and_std([recall[figure] for recall in recalls.values()]).items()
         },
     }
 
@@ -278,29 +282,29 @@ def mean_and_std(recalls: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(recalls)), "std": std}
 
 
-def _verdicts(rows: Rows, own: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
+def _verdicts(rows: Rows, images: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
     """How often each verdict is given to each class that is there."""
-    found = {}
-    for name, chosen in zip(CLASSES, (own.reals, own.fakes), strict=True):
+    counts = {}
+    for name, chosen in zip(CLASSES, (images.reals, images.fakes), strict=True):
         if len(chosen):
-            of_each = [verdict(p, band) for p in rows.fake[chosen]]
-            found[name] = {said: of_each.count(said) for said in VERDICTS}
-    return found
+            of_each = [verdict(p, band) for p in rows.probability[chosen]]
+            counts[name] = {said: of_each.count(said) for said in VERDICTS}
+    return counts
 
 
-def _has_reals(found: Mapping[str, Any]) -> bool:
-    return bool((found["reference"] or found["overall"])["reals"])
+def _has_reals(set_report: Mapping[str, Any]) -> bool:
+    return bool((set_report["reference"] or set_report["overall"])["reals"])
 
 
-def _note(found: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
+def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
     """What a reader must know of this set, in words."""
-    overall = found["overall"]
-    if "reference" in found:
+    overall = figures["overall"]
+    if "reference" in figures:
         reals = about["reference_reals"]
         none = "" if overall["reals"] else "There are no real images here: "
         return (
             f"{none}the reference false positives are those among the "
-            f"{found['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
+            f"{figures['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
 
@@ -313,12 +317,12 @@ def on_training_data(sets: Sequence[str]) -> str:
     )
 
 
-def _headline(name: str, found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """What the set says in one sentence; recall never without false positives, or without saying
     that they are missing.
     """
-    reference = found["reference"]
-    figures = reference or found["overall"]
+    reference = set_report["reference"]
+    figures = reference or set_report["overall"]
     if not figures["count"]:
         return f"{name}: no image could be scored"
     recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")

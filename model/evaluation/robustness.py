@@ -116,12 +116,12 @@ def score_perturbations(
             else:
                 yield _batch_of(int(sample), variants, scorer.device)
 
-    for batch, found in score_batches(scorer.net, batches(), scorer.device, scorer.dtype):
+    for batch, batch_logits in score_batches(scorer.net, batches(), scorer.device, scorer.dtype):
         sample = int(batch.samples[0])
         for row, reason in batch.failures.items():
             failures[row][sample] = reason
         kept.append(sample)
-        logits.append(found)
+        logits.append(batch_logits)
         if on_images:
             on_images(1)
     parts = all_gather_object(dist, (kept, logits, failures, unreadable))
@@ -135,8 +135,8 @@ def score_perturbations(
         labels=shards.column("label")[rows[order]].astype(np.int64),
         logits=scores[:, order],
         failures=tuple(
-            {sample: reason for part in parts for sample, reason in part[2][number].items()}
-            for number in range(len(perturbations))
+            {sample: reason for part in parts for sample, reason in part[2][index].items()}
+            for index in range(len(perturbations))
         ),
         unreadable={sample: reason for part in parts for sample, reason in part[3].items()},
     )
@@ -197,9 +197,11 @@ def _variant_of(
 def _batch_of(sample: int, variants: list[np.ndarray | str], device: torch.device) -> Batch:
     """All variants of one sample as a batch; those that are not there are black and not valid."""
     failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
-    size = next((len(found) for found in variants if not isinstance(found, str)), 1)
+    size = next((len(variant) for variant in variants if not isinstance(variant, str)), 1)
     blank = np.zeros((size, size, 3), np.uint8)
-    pixels = np.stack([blank if row in failures else found for row, found in enumerate(variants)])
+    pixels = np.stack(
+        [blank if row in failures else variant for row, variant in enumerate(variants)]
+    )
     return Batch(
         images=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2),
         labels=torch.zeros(len(variants), dtype=torch.int64, device=device),
@@ -225,14 +227,16 @@ def measure_perturbations(
     names = [perturbation.name for perturbation in perturbed.perturbations]
     before = perturbed.logits[names.index(ORIGINAL.name)]
     rows = []
-    for number, perturbation in enumerate(perturbed.perturbations):
-        after = perturbed.logits[number]
+    for index, perturbation in enumerate(perturbed.perturbations):
+        after = perturbed.logits[index]
         there = np.isfinite(after) & np.isfinite(before)
         labels = perturbed.labels[there]
-        fake = probability(after[there], temperature)
-        flipped = (fake >= threshold) != (probability(before[there], temperature) >= threshold)
-        metrics = asdict(measure(labels, fake, threshold))
-        failed = perturbed.failures[number]
+        probabilities = probability(after[there], temperature)
+        flipped = (probabilities >= threshold) != (
+            probability(before[there], temperature) >= threshold
+        )
+        metrics = asdict(measure(labels, probabilities, threshold))
+        failed = perturbed.failures[index]
         rows.append(
             {
                 "name": perturbation.name,
@@ -241,7 +245,9 @@ def measure_perturbations(
                 "what": perturbation.what,
                 "images": len(labels),
                 **{key: metrics[key] for key in FIGURES},
-                "intervals": _intervals(labels, fake, groups[perturbed.samples[there]], threshold),
+                "intervals": _intervals(
+                    labels, probabilities, groups[perturbed.samples[there]], threshold
+                ),
                 "flip_rate": _share(flipped),
                 "flip_rate_real": _share(flipped[labels == 0]),
                 "flip_rate_fake": _share(flipped[labels == 1]),
@@ -257,15 +263,17 @@ FIGURES = ("reals", "fakes", "recall", "false_positive_rate", "balanced_accuracy
 
 
 def _intervals(
-    labels: np.ndarray, fake: np.ndarray, groups: np.ndarray, threshold: float
+    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, threshold: float
 ) -> dict[str, list[float]]:
     """95 % intervals of what `FIGURES` names; as if all images were of one source."""
     if not len(labels):
         return {}
     images = Images(np.flatnonzero(labels == 0), np.flatnonzero(labels == 1))
     grouped = group_rows(groups, np.zeros(len(labels), np.int64), labels)
-    found = intervals(images, grouped, resample(fake, {"": images}, grouped, threshold)[""])
-    return {name: ends for name, ends in found.items() if name in FIGURES}
+    ends_of = intervals(
+        images, grouped, resample(probabilities, {"": images}, grouped, threshold)[""]
+    )
+    return {name: ends for name, ends in ends_of.items() if name in FIGURES}
 
 
 def _share(flags: np.ndarray) -> float | None:
@@ -279,12 +287,12 @@ def shifts(
     there = np.isfinite(before) & np.isfinite(after)
     means = [before[there & (labels == label)] for label in (0, 1)]
     gap = float(means[1].mean() - means[0].mean()) if all(map(len, means)) else None
-    found: dict[str, dict[str, Any] | None] = {}
+    shift_of_class: dict[str, dict[str, Any] | None] = {}
     for label, name in enumerate(CLASSES):
         rows = there & (labels == label)
         shift = shift_of((after - before)[rows], groups[rows], gap) if rows.any() else None
-        found[name] = asdict(shift) if shift else None
-    return found
+        shift_of_class[name] = asdict(shift) if shift else None
+    return shift_of_class
 
 
 def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) -> Shift:
@@ -295,11 +303,11 @@ def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) 
     changes = np.asarray(changes, np.float64)
     mean = float(changes.mean())
     sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=changes - mean)
-    number = len(sums)
+    count = len(sums)
     of_gap = mean / gap if gap and gap > 0 else None
-    if number < 2:
+    if count < 2:
         return Shift(len(changes), mean, None, None, of_gap)
-    variance = np.square(sums).sum() * number / (number - 1)
+    variance = np.square(sums).sum() * count / (count - 1)
     reach = 1.96 * float(np.sqrt(variance)) / len(changes)
     return Shift(len(changes), mean, mean - reach, mean + reach, of_gap)
 

@@ -120,7 +120,7 @@ def _front(license: License, *, timm: bool) -> str:
 def _summary(meta: Mapping[str, Any]) -> str:
     size, step = meta["preprocess"]["crop_size"], meta["step"]
     trained = f"step {step:,}" if step else "imported from the original project's checkpoint"
-    classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
+    classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
     return (
         f"{markdown(meta['recipe']['network']['name'])} at {size} x {size}, two outputs "
         f"({classes}: AI-generated or deepfake); {trained}."
@@ -170,17 +170,17 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
         "|---|---|---|---|---|---|",
     ]
     notes = []
-    for name, found in report["sets"].items():
-        own, reference = found["overall"], found["reference"]
-        rows.append(_row(name, own))
+    for name, set_report in report["sets"].items():
+        overall, reference = set_report["overall"], set_report["reference"]
+        rows.append(_row(name, overall))
         if reference:
             rows.append(
                 _row(
                     f"{name}, with reference reals of {report['reference_reals']['set']}", reference
                 )
             )
-        if found["note"]:
-            notes.append(f"{markdown(name)}: {markdown(found['note'])}")
+        if set_report["note"]:
+            notes.append(f"{markdown(name)}: {markdown(set_report['note'])}")
     text = (
         f"An image is called fake from a probability of {report['threshold']:.3g} on. Never read "
         "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
@@ -219,15 +219,15 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     if data["replay"]:
         lines.append(f"Old images of {_names(data['replay'])} were replayed among them.")
     lines += ["", "| set | source | license |", "|---|---|---|"]
-    for name, found in sources.items():
-        if found is None:
+    for name, facts_of_set in sources.items():
+        if facts_of_set is None:
             lines.append(
                 f"| {markdown(name)} | not at hand as it was trained on | see the set's index |"
             )
             continue
         lines += [
-            f"| {markdown(name)} | {_linked(key, one)} | {markdown(one['license'])} |"
-            for key, one in found.items()
+            f"| {markdown(name)} | {_linked(key, facts)} | {markdown(facts['license'])} |"
+            for key, facts in facts_of_set.items()
         ]
     return "\n".join(lines)
 

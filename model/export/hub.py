@@ -126,10 +126,10 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} has report version {version}, expected {REPORT_VERSION}; measure the "
             "checkpoint again with evaluate.py"
         )
-    found, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
-    if found != expected:
+    measured, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
+    if measured != expected:
         raise HubError(
-            f"{path} is of {found[0]} step {found[1]}, the checkpoint is {expected[0]} step "
+            f"{path} is of {measured[0]} step {measured[1]}, the checkpoint is {expected[0]} step "
             f"{expected[1]}; evaluate this one with evaluate.py --checkpoint"
         )
     return report

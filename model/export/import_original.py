@@ -62,10 +62,10 @@ def fetch() -> Path:
             "python -m model import FILE"
         ) from error
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if sha256 != SHA256:
         raise OriginalError(
-            f"{path} has sha256 {found[:16]}..., expected {SHA256[:16]}...; it is not the "
+            f"{path} has sha256 {sha256[:16]}..., expected {SHA256[:16]}...; it is not the "
             "published file, and is not used. Delete it and fetch again"
         )
     return path

@@ -238,33 +238,33 @@ def compare(
     images they were compared on.
     """
     detectors = [load_onnx(file, device="cpu") for file in files]
-    found: list[list[np.ndarray]] = [[] for _ in range(1 + 2 * len(files))]
+    probabilities: list[list[np.ndarray]] = [[] for _ in range(1 + 2 * len(files))]
     unreadable: list[str] = []
     for by_torch, by_pillow in _preprocessed(images, preprocess, unreadable):
         with torch.inference_mode():
             real, fake = net(torch.from_numpy(by_torch).permute(0, 3, 1, 2)).unbind(1)
-        found[0].append(probability((fake - real).numpy(), meta["temperature"]))
-        for number, detector in enumerate(detectors):
-            found[2 * number + 1].append(detector.score(by_torch))
+        probabilities[0].append(probability((fake - real).numpy(), meta["temperature"]))
+        for index, detector in enumerate(detectors):
+            probabilities[2 * index + 1].append(detector.score(by_torch))
             if by_pillow is not None:
-                found[2 * number + 2].append(detector.score(by_pillow))
+                probabilities[2 * index + 2].append(detector.score(by_pillow))
         if on_images:
             on_images(len(by_torch))
-    if not found[0]:
+    if not probabilities[0]:
         first = f" (first: {unreadable[0]})" if unreadable else ""
         raise ExportError(f"no image to compare on in {images}{first}")
-    expected, *others = [np.concatenate(parts) if parts else np.empty(0) for parts in found]
+    expected, *others = [np.concatenate(parts) if parts else np.empty(0) for parts in probabilities]
     band = band_of(meta)
     parities = [
         Parity(
             file=detector.checkpoint.name,
             precision=detector.meta["precision"],
-            same_pixels=_difference(expected, others[2 * number], band),
+            same_pixels=_difference(expected, others[2 * index], band),
             from_files=None
             if images is None
-            else _difference(expected, others[2 * number + 1], band),
+            else _difference(expected, others[2 * index + 1], band),
         )
-        for number, detector in enumerate(detectors)
+        for index, detector in enumerate(detectors)
     ]
     seen = {
         "images": "noise" if images is None else images.name,
@@ -274,11 +274,13 @@ def compare(
     return parities, seen
 
 
-def _difference(expected: np.ndarray, found: np.ndarray, band: tuple[float, float]) -> Difference:
-    change = np.abs(expected - found)
+def _difference(
+    expected: np.ndarray, exported: np.ndarray, band: tuple[float, float]
+) -> Difference:
+    change = np.abs(expected - exported)
     verdicts = [
-        verdict(one, band) != verdict(other, band)
-        for one, other in zip(expected.tolist(), found.tolist(), strict=True)
+        verdict(reference, band) != verdict(converted, band)
+        for reference, converted in zip(expected.tolist(), exported.tolist(), strict=True)
     ]
     return Difference(max=float(change.max()), mean=float(change.mean()), verdicts=sum(verdicts))
 
@@ -301,10 +303,12 @@ def _preprocessed(
         pixels = decode(file.read())
         return pil.preprocess(pixels, settings), preprocess(pixels, settings)
 
-    for names, found in ahead(_files_in(images), both, _BATCH):
-        pairs = [one for one in found if not isinstance(one, str)]
+    for names, results in ahead(_files_in(images), both, _BATCH):
+        pairs = [result for result in results if not isinstance(result, str)]
         unreadable += [
-            f"{name}: {one}" for name, one in zip(names, found, strict=True) if isinstance(one, str)
+            f"{name}: {result}"
+            for name, result in zip(names, results, strict=True)
+            if isinstance(result, str)
         ]
         if pairs:
             by_torch, by_pillow = zip(*pairs, strict=True)

@@ -95,9 +95,9 @@ class ImageDetector(DecisionRule):
         names: deque[Sequence[str]] = deque()
 
         def requests() -> Iterator[Request]:
-            for of_group, found in ahead(files, self._for_dali, batch_size):
+            for of_group, encoded_files in ahead(files, self._for_dali, batch_size):
                 names.append(of_group)
-                yield self._request(found)
+                yield self._request(encoded_files)
 
         dali = DaliBackend(self.preprocess.crop_size, batch_size, self.device, threads())
         for pixels in dali.run(requests()):
@@ -115,20 +115,30 @@ class ImageDetector(DecisionRule):
         with decoded(data) as pixels:
             return png_of(pil.preprocess(pixels, self.preprocess))
 
-    def _request(self, found: Sequence[Any]) -> Request:
+    def _request(self, encoded_files: Sequence[Any]) -> Request:
         """What the backend is asked for; a black pixel stands where there is nothing to decode."""
-        failures = {row: one for row, one in enumerate(found) if isinstance(one, str)}
+        failures = {
+            row: encoded_file
+            for row, encoded_file in enumerate(encoded_files)
+            if isinstance(encoded_file, str)
+        }
         rows, seen = [], []
-        for row, one in enumerate(found):
-            if isinstance(one, str):
+        for row, encoded_file in enumerate(encoded_files):
+            if isinstance(encoded_file, str):
                 rows.append((*PLACEHOLDER, 1, 1))
-            elif isinstance(one, bytes):
+            elif isinstance(encoded_file, bytes):
                 seen.append(row)
                 rows.append(
-                    (one, "PNG", UPRIGHT, self.preprocess.crop_size, self.preprocess.crop_size)
+                    (
+                        encoded_file,
+                        "PNG",
+                        UPRIGHT,
+                        self.preprocess.crop_size,
+                        self.preprocess.crop_size,
+                    )
                 )
             else:
-                rows.append(one)
+                rows.append(encoded_file)
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         params = center_crop_params(self.preprocess, np.array(widths), np.array(heights))
         for column, value in (
@@ -155,8 +165,8 @@ class ImageDetector(DecisionRule):
             failures=failures,
         )
         for _, logits in score_batches(self.net, [batch], self.device, self.dtype):
-            fake = probability(logits, self.meta["temperature"]).tolist()
-        yield from predictions(names, fake, failures, self.band)
+            probabilities = probability(logits, self.meta["temperature"]).tolist()
+        yield from predictions(names, probabilities, failures, self.band)
 
 
 class _Group(NamedTuple):

@@ -26,7 +26,7 @@ MOST = 0.6
 
 
 class ExplainError(ValueError):
-    """A network that no heatmap can be drawn for; the message says why."""
+    """A network that no heatmap can be made for; the message says why."""
 
 
 def attribution(
@@ -56,8 +56,8 @@ def attribution(
         real, fake = net(images).float().unbind(1)
         return fake - real
 
-    found = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
-    return preprocessed, found[0, 0].detach().float().cpu().numpy()
+    cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
+    return preprocessed, cells[0, 0].detach().float().cpu().numpy()
 
 
 def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
@@ -83,15 +83,15 @@ def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
         for hook in hooks:
             hook.remove()
     channels = {getattr(backbone, n, None) for n in ("num_features", "head_hidden_size")}
-    found = [
-        module for module, place, shape in seen
-        if (place, shape) == (features.data_ptr(), features.shape)
+    layers = [
+        module for module, address, shape in seen
+        if (address, shape) == (features.data_ptr(), features.shape)
     ]  # fmt: skip
-    if features.ndim != 4 or features.shape[1] not in channels or not found:
+    if features.ndim != 4 or features.shape[1] not in channels or not layers:
         raise ExplainError(
-            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap to draw"
+            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap"
         )
-    return found[-1]
+    return layers[-1]
 
 
 def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> np.ndarray:

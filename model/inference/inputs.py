@@ -163,7 +163,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
     first_seen: dict[str, tuple[tuple[int, int], float]] = {}
     given: dict[str, tuple[int, int]] = {}
     while True:
-        now, found, ready = time.monotonic(), {}, []
+        now, stamps, ready = time.monotonic(), {}, []
         excluded.clear()
         for file in _in_folder(folder, excluded):
             try:
@@ -172,13 +172,13 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
                 continue
             stamp = facts.st_size, facts.st_mtime_ns
             before, since = first_seen.get(file.name, (stamp, now))
-            found[file.name] = stamp, since if stamp == before else now
+            stamps[file.name] = stamp, since if stamp == before else now
             # At the first look a file may be old: its own time tells.
-            age = max(now - found[file.name][1], 0 if first_seen else time.time() - facts.st_mtime)
+            age = max(now - stamps[file.name][1], 0 if first_seen else time.time() - facts.st_mtime)
             if facts.st_size and age >= SETTLED_S and given.get(file.name) != stamp:
                 given[file.name] = stamp
                 ready.append(file)
-        first_seen = found
-        given = {name: stamp for name, stamp in given.items() if name in found}
+        first_seen = stamps
+        given = {name: stamp for name, stamp in given.items() if name in stamps}
         yield ready
         time.sleep(POLL_S)

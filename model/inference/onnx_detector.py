@@ -167,14 +167,14 @@ def _providers(device: str) -> list[str]:
 
 def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, Any]:
     """The parsed metadata of a file."""
-    found = session.get_modelmeta().custom_metadata_map
-    missing = [key for key in META_KEYS if key not in found]
+    texts = session.get_modelmeta().custom_metadata_map
+    missing = [key for key in META_KEYS if key not in texts]
     if missing:
         raise OnnxError(
             f"{file} does not say {', '.join(missing)} in its metadata, so it is not known how to "
             "feed it; export the detector with `python -m model export --onnx`"
         )
-    meta = {key: json.loads(found[key]) for key in META_KEYS}
+    meta = {key: json.loads(texts[key]) for key in META_KEYS}
     if meta["format_version"] != FORMAT_VERSION:
         raise OnnxError(
             f"{file} has version {meta['format_version']}, expected {FORMAT_VERSION}; export the "

@@ -32,12 +32,12 @@ class Prediction:
     error: str = ""
 
 
-def as_file(image: Path | str | bytes | ImageFile, number: int = 0) -> ImageFile:
-    """A path or the bytes of a file as an `ImageFile`; bytes are called by their `number`."""
+def as_file(image: Path | str | bytes | ImageFile, index: int = 0) -> ImageFile:
+    """A path or the bytes of a file as an `ImageFile`; bytes are called by their `index`."""
     if isinstance(image, ImageFile):
         return image
     if isinstance(image, bytes):
-        return ImageFile(f"image {number}", lambda: image)
+        return ImageFile(f"image {index}", lambda: image)
     return ImageFile(str(image), lambda: read_file(image))
 
 
@@ -135,13 +135,12 @@ def preprocess_ahead(
     batch_size: int,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
     """Groups of images as a network sees them, ahead of time: names, uint8 (B, size, size, 3), and
-    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one
-    view.
+    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one.
     """
-    for names, found in ahead(files, preprocess_file, batch_size):
-        failures = {row: image for row, image in enumerate(found) if isinstance(image, str)}
-        pixels = np.zeros((len(found), size, size, 3), np.uint8)
-        for row, image in enumerate(found):
+    for names, images in ahead(files, preprocess_file, batch_size):
+        failures = {row: image for row, image in enumerate(images) if isinstance(image, str)}
+        pixels = np.zeros((len(images), size, size, 3), np.uint8)
+        for row, image in enumerate(images):
             if row not in failures:
                 pixels[row] = image
         yield names, pixels, failures

@@ -45,7 +45,7 @@ def line(output: str, row: Mapping[str, Any]) -> str:
         # It quotes the newlines that are in its own line end, so both kinds must be.
         csv.writer(stream, lineterminator="\r\n").writerow(cells)
         return stream.getvalue().removesuffix("\r\n")
-    values = {**row, "provenance": [asdict(one) for one in row["provenance"]]}
+    values = {**row, "provenance": [asdict(evidence) for evidence in row["provenance"]]}
     text = json.dumps(values, ensure_ascii=False)
     # A name that is not UTF-8 is written with escapes, by which Python finds the file again.
     return text if _is_utf8(text) else json.dumps(values)
@@ -64,7 +64,7 @@ def _table_line(row: Mapping[str, Any]) -> str:
     if row["error"]:
         return f"    -  {row['verdict']:<11}  {name}: {row['error']}"
     lines = [f"{row['probability']:5.3f}  {row['verdict']:<11}  {name}"]
-    lines += [f"{'':20}the file says: {one}" for one in row["provenance"]]
+    lines += [f"{'':20}the file says: {evidence}" for evidence in row["provenance"]]
     return "\n".join(lines)
 
 
@@ -87,8 +87,8 @@ class ResultsFile:
     unreadable: int = 0
 
     def __contains__(self, name: str) -> bool:
-        place = np.searchsorted(self.names, _hash(name))
-        return bool(place < len(self.names) and self.names[place] == _hash(name))
+        index = np.searchsorted(self.names, _hash(name))
+        return bool(index < len(self.names) and self.names[index] == _hash(name))
 
     def write(self, text: str) -> None:
         """Add a line; it is in the file at once.
@@ -247,13 +247,13 @@ def _read_rows(
 
 def _end_of_rows(stream: BinaryIO, output: str) -> int:
     """Where the last whole row ends. A name may hold a newline, which in CSV stands in quotes."""
-    end, place, quotes = 0, 0, 0
+    end, offset, quotes = 0, 0, 0
     stream.seek(0)
     for part in stream:
-        place += len(part)
+        offset += len(part)
         quotes += part.count(b'"') if output == "csv" else 0
         if part.endswith(b"\n") and quotes % 2 == 0:
-            end = place
+            end = offset
     return end
 
 
@@ -291,9 +291,9 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
 
 def _texts(stream: BinaryIO, end: int) -> Iterator[str]:
     """The lines of a file up to the byte `end`."""
-    place = 0
+    offset = 0
     stream.seek(0)
-    while place < end:
+    while offset < end:
         part = stream.readline()
-        place += len(part)
+        offset += len(part)
         yield part.decode("utf-8", "surrogateescape")

@@ -45,22 +45,22 @@ def draw(run: Path, out: Path) -> int:
     figure.suptitle(run.name)
     _line(axes[0], "loss", [(row["step"], row["loss"]) for row in steps], "training")
     _line(axes[1], "learning rate of the head", [(row["step"], row["lr"]) for row in steps])
-    for place, (name, title) in zip(axes[2:5], _PANELS, strict=True):
-        for label, found in sets.items():
-            _line(place, title, [(step, row[name]) for step, row in found], label)
-        place.set_ylim(-0.02, 1.02)
+    for panel, (name, title) in zip(axes[2:5], _PANELS, strict=True):
+        for label, rows_of_set in sets.items():
+            _line(panel, title, [(step, row[name]) for step, row in rows_of_set], label)
+        panel.set_ylim(-0.02, 1.02)
     best = checkpoint.best_of(run)
-    for place in axes[:5]:
+    for panel in axes[:5]:
         if best:
             step = checkpoint.read_meta(best)["step"]
-            place.axvline(step, color="0.6", linestyle=":", label="best checkpoint")
-        place.set_xlabel("step")
-        place.grid(color="0.9")
+            panel.axvline(step, color="0.6", linestyle=":", label="best checkpoint")
+        panel.set_xlabel("step")
+        panel.grid(color="0.9")
     axes[5].axis("off")  # the legend's
     entries = {
         label: line
-        for place in axes[:5]
-        for line, label in zip(*place.get_legend_handles_labels(), strict=True)
+        for panel in axes[:5]
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     axes[5].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
@@ -69,26 +69,26 @@ def draw(run: Path, out: Path) -> int:
 
 def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
     """(step, metrics) of each validation set, in the order of steps."""
-    found: dict[str, list[tuple[int, dict]]] = {}
+    metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
     if (run / "baseline_metrics.json").exists():
         before = json.loads((run / "baseline_metrics.json").read_text(encoding="utf-8"))
-        found = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
+        metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")
         if kind == "validate" and name and "/" not in name:  # one with a slash is a source
-            found.setdefault(name, []).append((row["step"], row))
-    return found
+            metrics_of_set.setdefault(name, []).append((row["step"], row))
+    return metrics_of_set
 
 
-def _line(place: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
+def _line(panel: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
     """One curve; in every panel the sets come in one order, and so in the same colors."""
-    place.set_title(title, fontsize=11)
+    panel.set_title(title, fontsize=11)
     x, values = zip(*points, strict=True)
     y = [float("nan") if value is None else value for value in values]  # one class only
     marker = "o" if len(points) < 40 else ""
-    place.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(place, label))
+    panel.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(panel, label))
 
 
-def _color(place: Any, label: str) -> str:
+def _color(panel: Any, label: str) -> str:
     """Dark for training, else the next of matplotlib's ten."""
-    return "0.2" if label in ("", "training") else f"C{len(place.lines)}"
+    return "0.2" if label in ("", "training") else f"C{len(panel.lines)}"

@@ -37,9 +37,9 @@ class Change:
         return self.before - self.after
 
 
-def accuracy_of(found: Metrics) -> float:
+def accuracy_of(metrics: Metrics) -> float:
     """Balanced accuracy, or accuracy where there is one class only."""
-    accuracy = found.accuracy if found.balanced_accuracy is None else found.balanced_accuracy
+    accuracy = metrics.accuracy if metrics.balanced_accuracy is None else metrics.balanced_accuracy
     assert accuracy is not None  # a source without images has no metrics
     return accuracy
 
@@ -70,13 +70,13 @@ def forgetting(rows: list[Change]) -> float:
 
 def refusals(gate: Gate, rows: list[Change], sets: Mapping[str, Metrics]) -> list[str]:
     """Why the gate refuses, a sentence each; empty if it lets the checkpoint pass."""
-    found = [
+    reasons = [
         f"{row.name} lost {row.lost:.1%} of accuracy ({row.before:.3f} to {row.after:.3f}), more "
         f"than gate.max_forgetting {gate.max_forgetting:.1%}"
         for row in rows
         if row.old and row.lost > gate.max_forgetting
     ]
-    return found + [
+    return reasons + [
         f"{name} has {m.false_positive_rate:.1%} false positives, more than gate.max_fpr "
         f"{gate.max_fpr:.1%}"
         for name, m in sets.items()

@@ -25,7 +25,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
     dist = train_state.dist
     if len(state["rng"]) != dist.world_size:
         log.warning(
-            "saved on %d ranks, going on on %d: the same batches, but dropped paths are drawn anew",
+            "saved on %d ranks, going on on %d: the same batches, but other paths are dropped",
             *(len(state["rng"]), dist.world_size),
         )
         torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)

@@ -153,5 +153,5 @@ def _average(ema: Detector, net: Detector, decay: float) -> None:
         averaged: list[torch.Tensor] = list(ema.parameters())
         current: list[torch.Tensor] = list(net.parameters())
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        for one, other in zip(ema.buffers(), net.buffers(), strict=True):
-            one.copy_(other)
+        for averaged_buffer, buffer in zip(ema.buffers(), net.buffers(), strict=True):
+            averaged_buffer.copy_(buffer)

@@ -35,7 +35,7 @@ class Validation:
     def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
         """What `asdict` made of one, as `meta.json` and `baseline_metrics.json` hold it."""
         sets, sources = (
-            {name: Metrics(**found) for name, found in saved[kind].items()}
+            {name: Metrics(**metrics) for name, metrics in saved[kind].items()}
             for kind in ("sets", "sources")
         )
         return cls(sets, sources, saved["selection"])
@@ -57,9 +57,11 @@ def validate(
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
         scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
-        fake = probability(scores.logits)
-        by_set[name] = measure(scores.labels, fake)
-        by_source = measure_sources(scores.labels, fake, shards.names("source", scores.samples))
+        probabilities = probability(scores.logits)
+        by_set[name] = measure(scores.labels, probabilities)
+        by_source = measure_sources(
+            scores.labels, probabilities, shards.names("source", scores.samples)
+        )
         sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
     return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
 
@@ -68,11 +70,11 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
     """What `find` finds, from `path` if it was found before; the first rank writes it there."""
     if path.exists():
         return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
-    found = find()
+    validation = find()
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(found), indent=1) + "\n")
-    return found
+        write_text(path, json.dumps(asdict(validation), indent=1) + "\n")
+    return validation
 
 
 def calibrate_checkpoint(
@@ -118,7 +120,7 @@ def calibrate_checkpoint(
         labels.append(scores.labels)
         logits.append(scores.logits)
         hashes[folder.name] = shards.sha256
-    found = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    calibration = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
     if dist.is_main:
-        annotate(checkpoint, found.entries(hashes))
-    return found
+        annotate(checkpoint, calibration.entries(hashes))
+    return calibration

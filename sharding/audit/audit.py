@@ -96,11 +96,11 @@ class Shortcut:
     fake_share: float
 
     def __str__(self) -> str:
-        """The value as a sentence: `format PNG: 100 % fake (109 images)`."""
-        fake = self.fake_share >= 0.5
-        share = self.fake_share if fake else 1 - self.fake_share
+        """The value as a sentence: `format PNG: 100 % is_fake (109 images)`."""
+        is_fake = self.fake_share >= 0.5
+        share = self.fake_share if is_fake else 1 - self.fake_share
         return (
-            f"{self.feature} {self.value}: {100 * share:.0f} % {CLASSES[fake]} "
+            f"{self.feature} {self.value}: {100 * share:.0f} % {CLASSES[is_fake]} "
             f"({self.images:,} images)"
         )
 
@@ -132,15 +132,15 @@ def open_sets(folders: Sequence[AnyPath]) -> dict[str, ShardSet]:
         ShardError: a folder holds none.
         ValueError: two sets have one name, so a sample list could not tell them apart.
     """
-    found: dict[str, AnyPath] = {}
-    for folder in dict.fromkeys(one for place in folders for one in sets_in(place)):
-        if folder.name in found:
+    folder_of: dict[str, AnyPath] = {}
+    for folder in dict.fromkeys(set_folder for given in folders for set_folder in sets_in(given)):
+        if folder.name in folder_of:
             raise ValueError(
-                f"{found[folder.name]} and {folder} are both named {folder.name}; audit them one "
-                "by one"
+                f"{folder_of[folder.name]} and {folder} are both named {folder.name}; audit them "
+                "one by one"
             )
-        found[folder.name] = folder
-    return {name: open_shards([folder]) for name, folder in found.items()}
+        folder_of[folder.name] = folder
+    return {name: open_shards([folder]) for name, folder in folder_of.items()}
 
 
 def audit(
@@ -202,18 +202,18 @@ def verdict_of(pooled: Estimate | None) -> str:
     return "little" if pooled.auroc < LITTLE else "some" if pooled.auroc <= STRONG else "strong"
 
 
-def advice_of(found: Audit) -> list[str]:
+def advice_of(result: Audit) -> list[str]:
     """What to do about the verdict, one sentence each."""
-    if found.pooled is None:
+    if result.pooled is None:
         return ["Pack it in one set with more images, or those of the other class, and audit that."]
-    inside = {n: s.within for n, s in found.sources.items() if s.within is not None}
+    inside = {n: s.within for n, s in result.sources.items() if s.within is not None}
     worse = [f"{n} {s.auroc:.2f}" for n, s in inside.items() if s.auroc >= LITTLE]
-    if found.verdict == "little" and not worse:
+    if result.verdict == "little" and not worse:
         return ["Metadata gives little away: nothing has to be done about it."]
-    if found.verdict == "little":
+    if result.verdict == "little":
         first = f"Metadata gives little away over all sources, but not within {', '.join(worse)}."
     else:
-        amount = {"some": "something", "strong": "much"}[found.verdict]
+        amount = {"some": "something", "strong": "much"}[result.verdict]
         first = (
             f"Metadata alone says {amount} about the label: a good score on such images may come "
             "from the file and not from the picture, and be gone on the next one."
@@ -286,7 +286,7 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
         learning_rate=0.15,
         max_leaf_nodes=8,
         early_stopping=False,
-        categorical_features=[place for place, c in enumerate(columns) if c in NAMED],
+        categorical_features=[index for index, c in enumerate(columns) if c in NAMED],
         class_weight="balanced",
         random_state=seed,
     )
@@ -330,18 +330,21 @@ def _audit_sources(
     on_step: Callable[[int], None],
 ) -> tuple[dict[str, SourceAudit], Estimate | None]:
     """Each source by itself and by the others, and the AUROC over all sources left out in turn."""
-    found = {}
+    audits = {}
     held_out = np.full(len(metadata), np.nan)
     for code in np.unique(metadata.sources):
         here = metadata.sources == code
-        one = metadata.take(here)
-        fakes = int(one.labels.sum())
-        reals = len(one) - fakes
+        source_metadata = metadata.take(here)
+        fakes = int(source_metadata.labels.sum())
+        reals = len(source_metadata) - fakes
         others = _fit(metadata, np.flatnonzero(~here), columns, seed)
         if others is not None:
-            held_out[here] = others.decision_function(one.values[:, columns])
+            held_out[here] = others.decision_function(source_metadata.values[:, columns])
         within = note = None
-        counts = [len(np.unique(one.groups[one.labels == label])) for label in (0, 1)]
+        counts = [
+            len(np.unique(source_metadata.groups[source_metadata.labels == label]))
+            for label in (0, 1)
+        ]
         if not reals or not fakes:
             note = f"only {CLASSES[bool(fakes)]} images"
         elif min(counts) < MIN_GROUPS:
@@ -350,16 +353,16 @@ def _audit_sources(
                 f"{MIN_GROUPS} of each are needed"
             )
         else:
-            within = _cross_validate(one, folds[here], columns, seed)
-        found[metadata.names[SOURCE[0]][code]] = SourceAudit(
+            within = _cross_validate(source_metadata, folds[here], columns, seed)
+        audits[metadata.names[SOURCE[0]][code]] = SourceAudit(
             reals=reals,
             fakes=fakes,
             within=within,
-            from_others=estimate(one.labels, held_out[here], one.groups),
+            from_others=estimate(source_metadata.labels, held_out[here], source_metadata.groups),
             note=note or "",
         )
         on_step(1)
-    return found, estimate(metadata.labels, held_out, metadata.groups)
+    return audits, estimate(metadata.labels, held_out, metadata.groups)
 
 
 def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, float]:
@@ -369,8 +372,8 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     area = extra("sklearn.metrics").roc_auc_score
     everything = [column for columns in FEATURES.values() for column in columns]
     drops: dict[str, list[float]] = {name: [] for name in FEATURES}
-    for number, (rows, model) in enumerate(models):
-        rng = np.random.default_rng([seed, number])
+    for fold, (rows, model) in enumerate(models):
+        rng = np.random.default_rng([seed, fold])
         rows = rng.permutation(rows)[:_PERMUTED]
         labels, values = metadata.labels[rows], metadata.values[rows[:, None], everything]
         if labels.min() == labels.max():
@@ -381,32 +384,32 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
             places = [everything.index(column) for column in columns]
             shuffled[:, places] = values[rng.permutation(len(rows))][:, places]
             drops[name].append(whole - area(labels, model.decision_function(shuffled)))
-    return {name: float(np.mean(found)) if found else 0.0 for name, found in drops.items()}
+    return {name: float(np.mean(losses)) if losses else 0.0 for name, losses in drops.items()}
 
 
 def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Shortcut]:
     """The values that say most: rare ones far from the set's share of fakes, or common ones."""
     base = metadata.labels.mean()
-    found = []
+    weighted = []
     for feature in FEATURES:
         codes, words = spelled(metadata, feature)
-        value, place = np.unique(codes, return_inverse=True)
-        images = np.bincount(place)
-        share = np.bincount(place, weights=metadata.labels) / images
+        value, index = np.unique(codes, return_inverse=True)
+        images = np.bincount(index)
+        share = np.bincount(index, weights=metadata.labels) / images
         weight = np.sqrt(images) * np.abs(share - base)
         weight[(value < 0) | (images < MIN_GROUPS) | (np.abs(share - base) < 0.1)] = 0
         for best in np.argsort(-weight, kind="stable")[:per_feature]:
             said = words(int(value[best]))
             if weight[best] > 0 and said != NO_JPEG:  # the format says that already
-                one = Shortcut(
+                shortcut = Shortcut(
                     feature=feature,
                     value=said,
                     images=int(images[best]),
                     fake_share=float(share[best]),
                 )
-                found.append((weight[best], one))
-    found.sort(key=lambda entry: -entry[0])
-    return [one for _weight, one in found[:most]]
+                weighted.append((weight[best], shortcut))
+    weighted.sort(key=lambda entry: -entry[0])
+    return [shortcut for _weight, shortcut in weighted[:most]]
 
 
 def _notes(
@@ -424,7 +427,11 @@ def _notes(
             f"Too few images to measure: {groups[0]:,} groups of real and {groups[1]:,} of fake "
             f"images, {MIN_GROUPS} of each are needed."
         )
-    single = [name for name, one in sources.items() if not one.reals or not one.fakes]
+    single = [
+        name
+        for name, source_audit in sources.items()
+        if not source_audit.reals or not source_audit.fakes
+    ]
     if min(groups) and single:
         known = f" (AUROC {source_name} by the name alone)" if source_name else ""
         notes.append(
@@ -439,9 +446,9 @@ def _notes(
     return notes
 
 
-def as_json(shards: ShardSet, found: Audit) -> dict[str, Any]:
+def as_json(shards: ShardSet, result: Audit) -> dict[str, Any]:
     """One set of `report.json`."""
-    return {"index_sha256": shards.sha256, **asdict(found), "advice": advice_of(found)}
+    return {"index_sha256": shards.sha256, **asdict(result), "advice": advice_of(result)}
 
 
 def write_report(path: AnyPath, seed: int, sets: dict[str, dict[str, Any]]) -> None:

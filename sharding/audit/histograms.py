@@ -12,18 +12,18 @@ from storage import AnyPath, write_atomically
 _COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
 
 
-def draw(shards: ShardSet, name: str, found: Audit, path: AnyPath) -> None:
+def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
     """Write the histograms of a set as PNG: a panel per feature, the share of each class."""
     figure = extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
     metadata = metadata_of(shards)
-    pooled = f", AUROC of metadata {found.pooled}" if found.pooled else ""
-    figure.suptitle(f"{name}: {found.reals:,} real and {found.fakes:,} fake images{pooled}")
+    pooled = f", AUROC of metadata {result.pooled}" if result.pooled else ""
+    figure.suptitle(f"{name}: {result.reals:,} real and {result.fakes:,} fake images{pooled}")
     for axes, feature in zip(figure.subplots(2, 4).flat, FEATURES, strict=True):
         if feature in ("size", "aspect", "bits per pixel", "JPEG quality"):
             _draw_quantity(axes, metadata, feature)
         else:
             _draw_names(axes, metadata, feature)
-        alone = found.features.get(feature)
+        alone = result.features.get(feature)
         axes.set_title(feature + (f" (alone {alone.alone.auroc:.2f})" if alone else ""))
         axes.set_ylabel("share of the class")
         axes.spines[["top", "right"]].set_visible(False)

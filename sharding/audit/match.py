@@ -38,7 +38,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     Inside a source (sources of one class are taken together) and of equal format, chroma and EXIF,
     images are put in bins of the cross-validated log-odds of fake, the propensity score of
     Rosenbaum and Rubin (1983), 0.2 standard deviations wide (Austin 2011), and as many of each
-    class are drawn from a bin as the smaller has. A classifier fitted anew on what is left shows
+    class are taken from a bin as the smaller has. A classifier fitted anew on what is left shows
     what still differs, and the next round matches on that. Bins lie inside the folds: what is held
     out together is balanced, so the last figure is not below 0.5 for having been matched.
 
@@ -53,7 +53,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     before: Estimate | None = None
     rows = np.arange(len(metadata))
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
-    for number in range(_ROUNDS + 1):
+    for round_index in range(_ROUNDS + 1):
         left = metadata.take(rows)
         counts = [len(np.unique(left.groups[left.labels == label])) for label in (0, 1)]
         if min(counts) < MIN_GROUPS:
@@ -67,8 +67,8 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         now = estimate(left.labels, scores, left.groups)
         assert now is not None  # both classes have the groups that it asks for
         before = before or now
-        if number and (now.auroc <= MATCHED or now.low <= 0.5):
-            return Match(rows, int(left.labels.sum()), before, now, number)
+        if round_index and (now.auroc <= MATCHED or now.low <= 0.5):
+            return Match(rows, int(left.labels.sum()), before, now, round_index)
         width = max(0.2 * scores.std(), 1e-9)
         cells = np.column_stack([strata[rows], np.floor(scores / width)])
         rows = rows[_balanced(cells, left.labels, rng)]

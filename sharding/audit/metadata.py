@@ -80,11 +80,11 @@ def metadata_of(shards: ShardSet) -> Metadata:
         9: _frequent(*shards.codes("source")),
     }
     values = np.empty((len(shards), 10), np.float32)
-    for place, column in enumerate(columns, start=1):
-        values[:, place] = column
-    for place, (codes, _names) in named.items():
-        values[:, place] = codes
-    names = {place: found for place, (_codes, found) in named.items()}
+    for index, column in enumerate(columns, start=1):
+        values[:, index] = column
+    for index, (codes, _names) in named.items():
+        values[:, index] = codes
+    names = {index: labels for index, (_codes, labels) in named.items()}
     return Metadata(values, shards.column("label"), _groups(shards), names)
 
 
@@ -94,7 +94,7 @@ def _published_format(shards: ShardSet) -> tuple[np.ndarray, list[str]]:
     before, names_before = shards.codes("transcoded_from")
     changed = np.array([bool(name) for name in names_before], np.bool_)[before]
     every = list(dict.fromkeys([*names, *filter(None, names_before)]))
-    position = {name: number for number, name in enumerate(every)}
+    position = {name: index for index, name in enumerate(every)}
     kept = np.array([position[name] for name in names], np.int64)[codes]
     original = np.array([position.get(name, 0) for name in names_before], np.int64)[before]
     return np.where(changed, original, kept), every

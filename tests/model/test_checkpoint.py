@@ -69,7 +69,9 @@ SWIN = Network(
 
 
 @pytest.mark.parametrize("network", [TINY, SWIN], ids=["convnextv2", "swin"])
-def test_a_network_that_is_filled_without_being_drawn_computes_the_same(network: Network) -> None:
+def test_a_network_that_is_filled_without_initialization_computes_the_same(
+    network: Network,
+) -> None:
     """Swin makes buffers of its own that no checkpoint holds."""
     net = build(network, pretrained=False).eval()
     empty = build(network, pretrained=False, empty=True).eval()

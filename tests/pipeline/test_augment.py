@@ -105,7 +105,7 @@ def test_probabilities_and_ranges_are_those_of_the_policy() -> None:
     assert all(0.1 <= d.blur <= 0.5 for d in found if d.blur)
 
 
-def test_a_harsh_law_draws_all_that_it_adds() -> None:
+def test_a_harsh_policy_samples_all_that_it_adds() -> None:
     found = many_params(HARSH)
     share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
     counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in found if d.jpeg]
@@ -134,10 +134,10 @@ def test_one_thing_that_happens_says_nothing_of_another() -> None:
         ]
     )  # fmt: skip
     together = np.corrcoef(happened.T)
-    assert np.abs(together - np.eye(len(together))).max() < 0.07  # four sigma of 4,000 draws
+    assert np.abs(together - np.eye(len(together))).max() < 0.07  # four sigma of 4,000 samples
 
 
-def test_what_a_harsh_law_adds_leaves_the_other_numbers_alone() -> None:
+def test_what_a_harsh_policy_adds_leaves_the_other_numbers_alone() -> None:
     mild = AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grayscale=0.5)
     harsh = replace(mild, num_jpegs=(1, 3), jpeg_grid_shift=1.0, webp=1.0, webp_quality=(10, 90))
     for one, other in zip(many_params(mild, 200), many_params(harsh, 200), strict=True):
@@ -200,7 +200,7 @@ def test_these_parameters_never_change() -> None:
 
 
 @pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
-def test_the_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) -> None:
+def test_the_evaluation_crop_is_resize_and_center_crop(size: tuple[int, int]) -> None:
     """Against torchvision's Resize(288) + CenterCrop(256), which trained the original: the same
     where the crop falls on whole pixels, but for the border, where a resize before the crop still
     sees a pixel beyond it.
@@ -214,7 +214,7 @@ def test_the_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 640), (100, 3000)])
-def test_elsewhere_the_view_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
+def test_elsewhere_the_crop_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
     side = min(size) * 256 / 288
     found = center_params(Preprocess(), *size)
     assert found.width == found.height

@@ -1,4 +1,5 @@
-"""The referee: one draw, two backends. Per stage, on the images that tell backends apart.
+"""The referee: the same parameters, two backends. Per stage, on the images that tell backends
+apart.
 
 A stage is tested on identical pixels, because one gray level of difference before a JPEG
 quantizer may be forty after it.
@@ -83,7 +84,7 @@ def _not_wanted(_request: Request) -> None:
 def both(
     data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same encoded images and draws through Pillow and through DALI, uint8 (B, S, S, 3)."""
+    """The same images and parameters through Pillow and through DALI, uint8 (B, S, S, 3)."""
     facts = [prepare(item).facts for item in data]
     request = Request(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
@@ -422,7 +423,7 @@ def test_both_backends_obey_every_field(field: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_mixed_draws_in_one_batch_keep_their_places(device: torch.device) -> None:
+def test_mixed_parameters_in_one_batch_keep_their_places(device: torch.device) -> None:
     """Conditional operators split and merge a batch; the order must come out as it went in."""
     params = [stage for stage, _ in STAGES.values()] * 2
     data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(params))]

@@ -122,7 +122,7 @@ def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
     assert found == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
 
 
-def test_old_samples_are_drawn_afresh_each_epoch_and_never_twice_in_one() -> None:
+def test_old_samples_are_chosen_afresh_each_epoch_and_never_twice_in_one() -> None:
     pool = pools(a=(500, 500), b=(500, 500))
     first, second = (sample_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
     assert len(np.unique(first)) == len(np.unique(second)) == 200

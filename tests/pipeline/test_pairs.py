@@ -80,7 +80,7 @@ def sample_of(shards: ShardSet, origin: str) -> int:
 POLICIES = {"train": AugmentPolicy(), "dda": AugmentPolicy(match_pair_jpeg=True)}
 
 
-def test_a_fake_is_drawn_as_its_partner_was_compressed(pairs: ShardSet, logged: list[str]) -> None:
+def test_a_fake_is_compressed_as_its_partner_was(pairs: ShardSet, logged: list[str]) -> None:
     partners_of.cache_clear()
     params_for = train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=0)
     everyone = np.arange(len(pairs))

@@ -18,7 +18,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_view_draws_the_same_samples_through_both_backends(data: Path, tmp_path: Path) -> None:
+def test_preview_shows_the_same_samples_through_both_backends(data: Path, tmp_path: Path) -> None:
     status, output = run("preview", data / "old", "--out", tmp_path / "grid.png", "--count", 5)
     assert status == 0, output
     assert "5 samples of" in output
@@ -33,7 +33,7 @@ def test_view_draws_the_same_samples_through_both_backends(data: Path, tmp_path:
     assert again.read_bytes() != (tmp_path / "grid.png").read_bytes()
 
 
-def test_view_without_dali_says_so(
+def test_preview_without_dali_says_so(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.loader._is_installed", lambda _name: False)

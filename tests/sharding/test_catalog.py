@@ -104,7 +104,7 @@ def test_a_group_never_crosses_a_set(tmp_path: Path) -> None:
     items = list_source("s", catalog.sources["s"], tmp_path).items
     sets = {}
     for item in items:
-        chosen = choose_set(item.group, json.loads(item.place))
+        chosen = choose_set(item.group, json.loads(item.destination))
         sets.setdefault(item.group, set()).add(chosen)
     assert len(sets) == 40
     assert all(len(found) == 1 for found in sets.values())

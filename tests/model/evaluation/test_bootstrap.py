@@ -38,10 +38,10 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
         for rows in (np.arange(count), np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)):
             one = Images(rows[labels[rows] == 0], rows[labels[rows] == 1])
             found = resample(fake, {"": one}, groups, 0.5)[""]
-            drawn = np.repeat(rows, times[rows])
-            if not all((labels[drawn] == label).any() for label in set(labels[rows])):
-                continue  # a class was not drawn
-            wanted = asdict(measure(labels[drawn], fake[drawn], 0.5))
+            resampled = np.repeat(rows, times[rows])
+            if not all((labels[resampled] == label).any() for label in set(labels[rows])):
+                continue  # a class is not in it
+            wanted = asdict(measure(labels[resampled], fake[resampled], 0.5))
             for name, (value,) in found.items():
                 if np.isnan(value):
                     assert wanted[name] is None, name
@@ -58,10 +58,10 @@ def test_a_resample_of_many_images_is_exact() -> None:
     groups, images = alone(labels), images_of(labels)
     found = resample(fake, {"": images}, groups, 0.5, resamples=2)[""]
     (weights,) = bootstrap._weights(groups, len(labels), 2, seed=bootstrap.SEED)
-    for draw, times in enumerate(weights[:, groups.of_row].astype(int)):
+    for index, times in enumerate(weights[:, groups.of_row].astype(int)):
         wanted = asdict(measure(np.repeat(labels, times), np.repeat(fake, times), 0.5))
         for name, values in found.items():
-            assert values[draw] == pytest.approx(wanted[name], abs=1e-6), name
+            assert values[index] == pytest.approx(wanted[name], abs=1e-6), name
 
 
 def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def coverage(
     """
     rng = np.random.default_rng(7)
 
-    def draw(reals: int, prompts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def simulate(reals: int, prompts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         fakes = np.repeat(rng.normal(0, 1, prompts), per_prompt)
         logits = np.concatenate(
             [rng.normal(-1.2, 1.4, reals), 1.2 + fakes + rng.normal(0, 1, len(fakes))]
@@ -151,11 +151,11 @@ def coverage(
         group = np.append(np.arange(reals), reals + np.arange(len(fakes)) // per_prompt)
         return labels, probability(logits), group
 
-    labels, fake, _ = draw(400_000, 400_000 // per_prompt)
+    labels, fake, _ = simulate(400_000, 400_000 // per_prompt)
     truth = asdict(measure(labels, fake, 0.5))
     hits: dict[str, int] = {}
     for repeat in range(repeats):
-        labels, fake, group = draw(reals, prompts)
+        labels, fake, group = simulate(reals, prompts)
         groups, images = group_rows(group, np.zeros(len(labels), int), labels), images_of(labels)
         found = resample(fake, {"": images}, groups, 0.5, resamples=resamples, seed=repeat)[""]
         for name, (low, high) in intervals(images, groups, found).items():

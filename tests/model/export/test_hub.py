@@ -49,7 +49,7 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
     assert "num_classes" not in config["model_args"]
 
 
-def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
+def test_timm_preprocesses_images_alike(folder: Path) -> None:
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     found = timm.data.resolve_data_config(model=loaded)
     resize, crop, _, normalize = timm.data.create_transform(**found).transforms
@@ -60,7 +60,7 @@ def test_timm_sees_images_as_the_view_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
-def test_the_share_of_a_view_leads_back_to_it(size: int, resize: int, folder: Path) -> None:
+def test_the_crop_share_leads_back_to_the_sizes(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
     found = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
     assert int(size / found["crop_pct"]) == resize

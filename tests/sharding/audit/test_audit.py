@@ -38,7 +38,7 @@ def clean(rng: np.random.Generator, _label: int, _number: int) -> tuple[str, int
     return [JPEG, PNG, WEBP][rng.integers(3)], *random_size(rng)
 
 
-# set -> source -> (how its images are drawn, reals, fakes)
+# set -> source -> (how its images are made, reals, fakes)
 PLAN: dict[str, dict[str, tuple[MakeImage, int, int]]] = {
     "planted": {"mixed": (planted, 40, 40), "few": (planted, 20, 12)},
     "clean": {"even": (clean, 120, 120)},
