@@ -23,7 +23,7 @@ from imaging.decode import DecodeError, decode_image
 from imaging.jpeg import CHROMAS
 from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch
 from pipeline.batch import BatchTiming, Pixels, Request
-from pipeline.monitor import WorkerStatus
+from pipeline.monitor import STALL_ERROR_S, StallError, WorkerStatus, stalled
 from pipeline.pil import encode_jpeg, webp_round_trip
 
 QUEUE_BATCHES = 4
@@ -175,7 +175,9 @@ class DaliBackend:
         device: torch.device,
         threads: int,
         hw_decoder_load: float = HW_DECODER_LOAD,
+        stall_error_s: float = STALL_ERROR_S,
     ):
+        self.stall_error_s = stall_error_s
         self.size = size
         self.batch_size = batch_size
         self.device = device
@@ -198,7 +200,8 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with _ReadAhead(map(self._as_partners, requests), self.status, start) as ahead:
+        wanted = map(self._as_partners, requests)
+        with _ReadAhead(wanted, self.status, start, self.stall_error_s) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited
@@ -322,8 +325,11 @@ class DaliBackend:
 class _ReadAhead:
     """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
 
-    def __init__(self, requests: Iterable[Request], status: WorkerStatus, start: int):
+    def __init__(
+        self, requests: Iterable[Request], status: WorkerStatus, start: int, stall_error_s: float
+    ):
         self._requests, self._status, self._start = requests, status, start
+        self._stall_error_s = stall_error_s
         self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
@@ -334,7 +340,7 @@ class _ReadAhead:
 
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(5)  # a read that hangs may do so for ever
 
     @property
     def ready(self) -> int:
@@ -342,8 +348,15 @@ class _ReadAhead:
         return self._queue.qsize()
 
     def next(self) -> Request:
-        """The next request; `StopIteration` after the last."""
-        item = self._queue.get()
+        """The next request; `StopIteration` after the last.
+
+        Raises:
+            StallError: none came for `stall_error_s` seconds.
+        """
+        try:
+            item = self._queue.get(timeout=self._stall_error_s)
+        except queue.Empty:
+            raise StallError(stalled(self._stall_error_s, self._status.describe())) from None
         if isinstance(item, BaseException):
             self._put(item)  # the graph may ask again while it drains
             raise item

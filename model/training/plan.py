@@ -328,8 +328,7 @@ def _weights_at(path: Path) -> Weights:
     """A checkpoint folder or an ImageNet file as the source of weights."""
     if path.suffix == ".safetensors":
         return Weights(kind="imagenet", path=path, sha256=sha256_of(path))
-    checkpoint.read_meta(path)
-    return Weights(kind="checkpoint", path=path, sha256=checkpoint.weights_sha256(path))
+    return Weights(kind="checkpoint", path=path, sha256=checkpoint.check_weights(path))
 
 
 def _start_of(recipe: Recipe, runs: Path) -> Path | None:
