@@ -116,6 +116,7 @@ def save(
                 "temperature": 1.0,
                 "threshold": DEFAULT_THRESHOLD,
                 "calibration": None,
+                "calibrated_metrics": None,
                 "metrics": metrics,
                 "selection": selection,
                 "compared": None,
@@ -189,6 +190,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has checkpoint version {version}, this program reads {FORMAT_VERSION}; "
             "train again, or use the program that wrote it"
+        )
+    if not isinstance(hashes, dict):
+        raise DamagedError(
+            f"{path} is damaged: it has no hashes of the checkpoint's files (sha256)"
         )
     if tuple(meta["classes"]) != CLASSES:
         raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")

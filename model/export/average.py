@@ -47,6 +47,8 @@ def average(first: Path, last: Path, share: float, run: Path) -> Path:
         "temperature": 1.0,
         "threshold": DEFAULT_THRESHOLD,
         "calibration": None,
+        "calibrated_metrics": None,
+        "first_weights": None,
         "metrics": {"sets": {}, "sources": {}},
         "selection": None,
         "compared": None,
