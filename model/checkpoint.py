@@ -158,7 +158,7 @@ def _text_of(meta: Mapping[str, Any]) -> str:
 
 def _meta_sha256(meta: Mapping[str, Any]) -> str:
     """The hash of all entries but that hash itself."""
-    files = {name: found for name, found in meta["sha256"].items() if name != META_FILE}
+    files = {name: sha256 for name, sha256 in meta["sha256"].items() if name != META_FILE}
     return hashlib.sha256(_text_of({**meta, "sha256": files}).encode()).hexdigest()
 
 
@@ -356,7 +356,7 @@ def checkpoints_of(run: Path) -> list[Path]:
     if is_partial(run):
         return []
     folders = (path.parent for path in run.glob(f"step_*/{META_FILE}"))
-    named = {int(found[1]): one for one in folders if (found := STEP_FOLDER.fullmatch(one.name))}
+    named = {int(m[1]): path for path in folders if (m := STEP_FOLDER.fullmatch(path.name))}
     return [named[step] for step in sorted(named)]
 
 
@@ -387,13 +387,15 @@ def best_among(checkpoints: Sequence[Path]) -> Path | None:
 
 def runs_below(runs: Path) -> list[Path]:
     """The runs that have a checkpoint, in `runs` and, where names hold a slash, further below."""
-    found = []
+    with_checkpoint: list[Path] = []
     for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
         if folder.name.startswith(".") or is_partial(folder) or STEP_FOLDER.fullmatch(folder.name):
             continue
-        found += [folder] if checkpoints_of(folder) else []
-        found += [] if folder.is_symlink() else runs_below(folder)  # links may lead in a circle
-    return found
+        with_checkpoint += [folder] if checkpoints_of(folder) else []
+        with_checkpoint += (
+            [] if folder.is_symlink() else runs_below(folder)
+        )  # links may lead in a circle
+    return with_checkpoint
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:

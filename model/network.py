@@ -231,8 +231,8 @@ def _init_by_fan_in(backbone: nn.Module) -> None:
 
 def timm_license(name: str) -> str | None:
     """The license of timm's own weights for a network, where timm says one."""
-    found = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return found.license if found else None
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return config.license if config else None
 
 
 def check_pretrained(network: Network) -> None:

@@ -1,5 +1,4 @@
-"""Open a shard set as batches: choose a backend and say why, read, sample parameters, decode, hand
-over."""
+"""Open a shard set as batches: choose a backend and say why, read, sample, decode, hand over."""
 
 import contextlib
 import functools
@@ -330,18 +329,18 @@ class Loader:
         fitting = fitting_workers(wanted, batch_bytes, None if free is None else free // ranks)
         if fitting == wanted:
             return wanted
-        found = (
+        shortage = (
             f"{SHARED_MEMORY}, through which loading workers hand over batches of "
             f"{batch_bytes / 2**20:.1f} MiB, "
             + (f"has {free / 2**20:.0f} MiB free" if free else "cannot be written")
         )
-        mend = "give it more (docker run --shm-size=8g) or use a smaller loading.batch_size"
+        advice = "give it more (docker run --shm-size=8g) or use a smaller loading.batch_size"
         if not fitting and asked > 0:
             raise LoadError(
-                f"{found}, too little for one of {asked} workers; {mend}, or decode in this "
+                f"{shortage}, too little for one of {asked} workers; {advice}, or decode in this "
                 "process with loading.num_workers=0"
             )
-        log.warning("%s: %d loading workers instead of %d; %s", found, fitting, wanted, mend)
+        log.warning("%s: %d loading workers instead of %d; %s", shortage, fitting, wanted, advice)
         return fitting
 
     @functools.cached_property

@@ -30,8 +30,8 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int | None:
         return None
     if not os.access(folder, os.W_OK):
         return 0
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize if found.f_blocks else None
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize if space.f_blocks else None
 
 
 def fitting_workers(wanted: int, batch_bytes: int, free: int | None) -> int:
@@ -69,6 +69,6 @@ def answer_parent_only(_worker: int = 0) -> None:
 
 def _end_by_parent() -> None:
     while True:
-        found = signal.sigwaitinfo(_STOPS)
-        if found.si_signo == signal.SIGTERM and found.si_pid == os.getppid():
+        received = signal.sigwaitinfo(_STOPS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
             os._exit(0)

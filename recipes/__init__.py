@@ -41,14 +41,14 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`."""
     _refuse_unknown(kind, values, where, prefix="")
     try:
-        found = TypeAdapter(kind).validate_python(values)
+        built = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{where}: {name or 'recipe'}: {reason}") from error
-    _refuse_not_finite(found, where, prefix="")
-    return found
+    _refuse_not_finite(built, where, prefix="")
+    return built
 
 
 def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:

@@ -317,15 +317,15 @@ def _first_weights(
     if resumed:
         return checkpoint.read_meta(resumed)["first_weights"]
     path, name = weights.path, ""
-    found: dict[str, Any] = {"license": None, "first_weights": None}
+    origin: dict[str, Any] = {"license": None, "first_weights": None}
     if weights.kind == "checkpoint" and path:
         name = f"{path.absolute().parent.name}/{path.absolute().name}"
-        found["first_weights"] = checkpoint.read_meta(path)["first_weights"]
+        origin["first_weights"] = checkpoint.read_meta(path)["first_weights"]
     elif path:
         name = path.name
     elif weights.kind == "timm":
-        name, found["license"] = recipe.network.name, timm_license(recipe.network.name)
-    return found | {"kind": weights.kind, "name": name, "sha256": weights.sha256}
+        name, origin["license"] = recipe.network.name, timm_license(recipe.network.name)
+    return origin | {"kind": weights.kind, "name": name, "sha256": weights.sha256}
 
 
 def _words_for(first_weights: Mapping[str, Any] | None) -> str:
