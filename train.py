@@ -23,14 +23,17 @@ from storage import any_path
 
 
 def _print_validation(meta: Mapping[str, Any]) -> None:
-    """Print the validation of a checkpoint, per set and source."""
-    validation = Validation.from_json(meta["metrics"])
+    """Print the validation of a checkpoint, per set and source, at the threshold that it decides
+    by: that of its calibration, as `evaluate.py` does, or 0.5 where there is none.
+    """
+    validation = Validation.from_json(meta.get("calibrated_metrics") or meta["metrics"])
     rows = [
         [name, m.count, m.accuracy, m.recall, m.false_positive_rate, m.auroc]
         for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-    console.table(f"{meta['recipe']['name']}, step {meta['step']}", columns, rows)
+    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
+    console.table(title, columns, rows)
 
 
 @click.command(cls=console.Command)

@@ -2,7 +2,9 @@
 
 `weights.safetensors` (plain timm names), `state.pt` (what only training needs; read with
 `weights_only=True`) and `meta.json`, written last. Prediction needs weights and meta, and nothing
-from the command line.
+from the command line. Of each file `meta.json` holds the SHA-256 (`sha256`), of itself that of its
+other entries: a file that has changed is refused when it is loaded. A run's own checkpoints are
+called `step_` and at least seven digits; what has another name in its folder is left alone.
 
 Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
 on an image is called fake, and `calibration` is null, or what `model/calibrate.py` fitted:
@@ -16,14 +18,17 @@ on an image is called fake, and `calibration` is null, or what `model/calibrate.
 Verdicts: below low likely real, from high on likely AI, between them uncertain.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -51,10 +56,18 @@ HUB_WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
+_HASHED = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, STATE_FILE, REPLAYED_FILE)
+
+STEP_FOLDER = re.compile(r"step_(\d{7,})")
+"""The names that a run gives its checkpoints, and no other folder of it is one."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or cannot be used; the message says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint that is not as it was written; the message names it."""
 
 
 def save(
@@ -69,13 +82,15 @@ def save(
     data: Mapping[str, Any],
     state: Mapping[str, Any] | None,
     replayed: Sequence[tuple[int, str]] | None = None,
+    first_weights: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint: everything under a temporary name, then one rename.
+    """Write a checkpoint: everything under a temporary name, then one rename. When this returns the
+    checkpoint is on the disk, and survives a power cut.
 
     `recipe` is the run's recipe (a dataclass with `network` and `preprocess`), `metrics` what
     validation found, `selection` the figure that the best checkpoint has most of, `data` says which
     sets were trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of
-    the old samples that came in so far.
+    the old samples that came in so far, `first_weights` where the run's first weights came from.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
@@ -101,17 +116,18 @@ def save(
                 "temperature": 1.0,
                 "threshold": DEFAULT_THRESHOLD,
                 "calibration": None,
+                "calibrated_metrics": None,
                 "metrics": metrics,
                 "selection": selection,
                 "compared": None,
                 "refused": [],
                 "data": data,
                 "recipe": asdict(recipe),
+                "first_weights": first_weights,
                 "commit": git_commit(),
                 "versions": versions(),
             }
-            text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
-            (partial / META_FILE).write_text(text, encoding="utf-8")
+            seal(partial, meta)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -120,10 +136,30 @@ def save(
         ) from error
 
 
+def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write `meta.json` beside the files of a new checkpoint, with the SHA-256 of each."""
+    hashes = {name: sha256_of(folder / name) for name in _HASHED if (folder / name).exists()}
+    _write_meta(folder, {**meta, "sha256": hashes})
+
+
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`; it is replaced as a whole."""
-    meta = {**read_meta(folder), **changes}
-    write_text(folder / META_FILE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    _write_meta(folder, {**read_meta(folder), **changes})
+
+
+def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    sealed = {**meta, "sha256": {**meta["sha256"], META_FILE: _meta_sha256(meta)}}
+    write_text(folder / META_FILE, _text_of(sealed))
+
+
+def _text_of(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, indent=1, sort_keys=True) + "\n"
+
+
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    """The hash of all entries but that hash itself."""
+    files = {name: sha256 for name, sha256 in meta["sha256"].items() if name != META_FILE}
+    return hashlib.sha256(_text_of({**meta, "sha256": files}).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -131,19 +167,108 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no checkpoint there, another version, or other classes.
+        DamagedError: `meta.json` is not as it was written.
     """
+    with _names_another(folder):
+        return _read_meta(folder)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} is no checkpoint (it has no {META_FILE})")
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    if meta.get("format_version") != FORMAT_VERSION:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: it is no JSON ({_one_line(error)})") from error
+    if not isinstance(meta, dict):
+        raise DamagedError(f"{path} is damaged: it holds {type(meta).__name__}, expected an object")
+    hashes, version = meta.get("sha256"), meta.get("format_version")
+    if isinstance(hashes, dict) and hashes.get(META_FILE) != _meta_sha256(meta):
+        raise DamagedError(f"{path} is damaged: its entries are not those that were written")
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint version {meta.get('format_version')}, expected "
-            f"{FORMAT_VERSION}; train it again, as another run, with `--run NAME`"
+            f"{folder} has checkpoint version {version}, expected {FORMAT_VERSION}; train it "
+            "again, as another run, with `--run NAME`"
+        )
+    if not isinstance(hashes, dict):
+        raise DamagedError(
+            f"{path} is damaged: it has no hashes of the checkpoint's files (sha256)"
         )
     if tuple(meta["classes"]) != CLASSES:
         raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
     return meta
+
+
+def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
+    """Hold a file of a checkpoint against the hash in its meta.
+
+    Raises:
+        DamagedError: it is missing or has changed.
+        OSError: it may not be read.
+    """
+    path = folder / name
+    try:
+        sha256 = sha256_of(path)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    if sha256 != meta["sha256"].get(name):
+        raise DamagedError(
+            f"{path} is damaged: its {path.stat().st_size:,} bytes are not those that were written "
+            "(SHA-256)"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The meta of a checkpoint, all of whose files are as they were written.
+
+    Raises:
+        CheckpointError: it is damaged or cannot be used.
+    """
+    meta = _read_meta(folder)
+    for name in meta["sha256"]:
+        # What was left out of a copy on purpose is missed when it is asked for.
+        if name != META_FILE and ((folder / name).exists() or name == _weights_name(meta)):
+            _verify(folder, meta, name)
+    return meta
+
+
+def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints of a run whose files are as they were written, oldest step first, and of each
+    other one why it is not used.
+    """
+    whole, reasons = [], []
+    for folder in checkpoints_of(run):
+        try:
+            verify(folder)
+        except (CheckpointError, OSError) as error:
+            reasons.append(_one_line(error))
+        else:
+            whole.append(folder)
+    return whole, reasons
+
+
+@contextlib.contextmanager
+def _names_another(folder: Path) -> Iterator[None]:
+    """An error about a damaged checkpoint goes on with a whole one of its run, where there is one.
+
+    Raises:
+        DamagedError: as the block, and what to do.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        others = [other for other in whole_checkpoints(folder.parent)[0] if other != folder]
+        advice = (
+            f"{others[-1]} is whole: name it instead"
+            if others
+            else f"no whole checkpoint lies beside {folder}; take it from a copy, or train again"
+        )
+        raise DamagedError(f"{error}; {advice}") from error
 
 
 def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
@@ -170,24 +295,38 @@ def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
     if net is None:
         network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
         net = build(network, pretrained=False, empty=True)
-    check_weights_file(net, _weights_file(folder), str(folder))
+    check_weights_file(net, folder / _weights_name(meta), str(folder))
     return meta
 
 
-def weights_sha256(folder: Path) -> str:
-    """The hash of the file that holds the weights of a checkpoint."""
-    return sha256_of(_weights_file(folder))
+def check_weights(folder: Path) -> str:
+    """The SHA-256 of the file that holds the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: as `read_meta`.
+        DamagedError: the file is missing or has changed.
+    """
+    with _names_another(folder):
+        meta = _read_meta(folder)
+        _verify(folder, meta, _weights_name(meta))
+    return meta["sha256"][_weights_name(meta)]
 
 
-def _weights_file(folder: Path) -> Path:
-    path = folder / WEIGHTS_FILE
-    return path if path.exists() else folder / HUB_WEIGHTS_FILE
+def _weights_name(meta: Mapping[str, Any]) -> str:
+    return HUB_WEIGHTS_FILE if HUB_WEIGHTS_FILE in meta["sha256"] else WEIGHTS_FILE
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The backbone's weights by their timm names, on the CPU."""
-    read_meta(folder)
-    return load_file(_weights_file(folder))
+    """The backbone's weights by their timm names, on the CPU.
+
+    Raises:
+        CheckpointError: as `read_meta`.
+        DamagedError: the file is missing or has changed.
+    """
+    with _names_another(folder):
+        meta = _read_meta(folder)
+        _verify(folder, meta, _weights_name(meta))
+    return load_file(folder / _weights_name(meta))
 
 
 def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
@@ -200,42 +339,67 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot go on from it")
+    with _names_another(folder):
+        _verify(folder, _read_meta(folder), STATE_FILE)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} cannot be read ({reason}); remove {folder} to go on from the checkpoint "
-            "before it"
+            f"{path} cannot be read ({_one_line(error)}); name a checkpoint of this program"
         ) from error
 
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest step first; what a killed process left half written is
-    none.
+    none, nor is a folder that has another name than the run gives.
     """
+    if is_partial(run):
+        return []
     folders = (path.parent for path in run.glob(f"step_*/{META_FILE}"))
-    return sorted(folder for folder in folders if not is_partial(folder) and not is_partial(run))
+    named = {int(m[1]): path for path in folders if (m := STEP_FOLDER.fullmatch(path.name))}
+    return [named[step] for step in sorted(named)]
 
 
 def last_of(run: Path) -> Path | None:
     """The checkpoint with most steps, or None."""
-    return max(checkpoints_of(run), default=None)
+    return next(reversed(checkpoints_of(run)), None)
 
 
 def best_of(run: Path) -> Path | None:
-    """The checkpoint with the highest selection figure (the later one of equals), or None."""
-    checkpoints = checkpoints_of(run)
+    """The checkpoint with the highest selection figure (the later one of equals), or None.
 
-    def rank(folder: Path) -> tuple[float, str]:
+    Raises:
+        CheckpointError: as `read_meta`.
+    """
+    return best_among(checkpoints_of(run))
+
+
+def best_among(checkpoints: Sequence[Path]) -> Path | None:
+    """That of the highest selection figure (the last one of equals), or None."""
+    best, most = None, float("-inf")
+    for folder in checkpoints:
         selection = read_meta(folder)["selection"]
-        return (float("-inf") if selection is None else selection, folder.name)
+        figure = float("-inf") if selection is None else selection
+        if figure >= most:
+            best, most = folder, figure
+    return best
 
-    return max(checkpoints, key=rank, default=None)
+
+def runs_below(runs: Path) -> list[Path]:
+    """The runs that have a checkpoint, in `runs` and, where names hold a slash, further below."""
+    with_checkpoint: list[Path] = []
+    for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
+        if folder.name.startswith(".") or is_partial(folder) or STEP_FOLDER.fullmatch(folder.name):
+            continue
+        with_checkpoint += [folder] if checkpoints_of(folder) else []
+        with_checkpoint += (
+            [] if folder.is_symlink() else runs_below(folder)
+        )  # links may lead in a circle
+    return with_checkpoint
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:
-    """Remove all checkpoints of a run but those in `keep`."""
+    """Remove all checkpoints of a run but those in `keep`, which are on the disk already."""
     for folder in checkpoints_of(run):
         if folder not in keep:
             (folder / META_FILE).unlink()  # from here on it does not exist
@@ -254,15 +418,18 @@ def find(runs: Path, named: Path | None = None) -> Path:
         if best is None:
             raise CheckpointError(f"{named} is neither a checkpoint nor a run that has one")
         return best
-    newest = {run: last for run in sorted(runs.glob("*")) if (last := last_of(run))}
-    if not newest:
+    candidates = runs_below(runs)
+    if not candidates:
         raise CheckpointError(
             f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
             "whole flow on synthetic data with `make demo` (then pass --runs demo/runs), or name "
             "one with --checkpoint FOLDER"
         )
-    run = max(newest, key=lambda run: read_meta(newest[run])["created_ns"])
-    return find(runs, run)
+
+    def created(run: Path) -> int:
+        return read_meta(checkpoints_of(run)[-1])["created_ns"]
+
+    return find(runs, max(candidates, key=created))
 
 
 @functools.cache

@@ -229,6 +229,12 @@ def _init_by_fan_in(backbone: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
+def timm_license(name: str) -> str | None:
+    """The license of timm's own weights for a network, where timm says one."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return config.license if config else None
+
+
 def check_pretrained(network: Network) -> None:
     """Ask the hub once before timm does: its download tries again for a minute where nobody
     answers. How long an answer may take is the hub's own HF_HUB_ETAG_TIMEOUT, 10 s by default.

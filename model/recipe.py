@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.checkpoint import STEP_FOLDER
 from model.network import Network
 from model.training.forgetting import Gate
 from model.training.optim import Optim
@@ -16,13 +17,15 @@ class Data:
     """Shard sets to learn from and to validate on, and the augmentation policy of most sources.
 
     `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
-    twice and half of them once more, 0 leaves a source out.
+    twice and half of them once more, 0 leaves a source out. Training samples of one class only are
+    refused unless `allow_one_class` says that they are meant.
     """
 
     train: list[str]
     validate: list[str]
     policy: str
     repeats: dict[str, float] = field(default_factory=dict)
+    allow_one_class: bool = False
 
     def __post_init__(self) -> None:
         if any(times < 0 for times in self.repeats.values()):
@@ -60,7 +63,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a run computes; `recipes/` holds them as TOML."""
+    """Everything that decides what a run computes; `recipes/` holds them as TOML. `name` is the
+    run's folder below that of all runs; with slashes in it, one further below.
+    """
 
     name: str
     data: Data
@@ -72,3 +77,22 @@ class Recipe:
     replay: Replay = field(default_factory=Replay)
     gate: Gate = field(default_factory=Gate)
     preprocess: Preprocess = field(default_factory=Preprocess)
+
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a name that leads out of the folder of all runs, or that no run is found by.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    for part in name.split("/"):
+        if not part or part.startswith(".") or part.endswith(".partial") or not part.isprintable():
+            raise ValueError(
+                f"a run cannot be called {name!r}: give letters and digits, with slashes only "
+                "between them, and no dot first"
+            )
+        if STEP_FOLDER.fullmatch(part):
+            raise ValueError(f"a run cannot be called {name!r}: checkpoints are called so")

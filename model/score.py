@@ -17,6 +17,10 @@ DEFAULT_THRESHOLD = 0.5
 """From this probability of fake on an image is called fake, until a calibration says otherwise."""
 
 
+class ScoreError(ValueError):
+    """Scores that say nothing; the message says of which images."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """One row per image that was scored.
@@ -33,12 +37,14 @@ class Scores:
 
 
 def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The probability of fake, float64: the softmax of the two logits at a temperature. NaN stays
-    NaN.
+    """The probability of fake, float64: the softmax of the two logits at a temperature; NaN of a
+    logit that is not finite, for it says nothing.
     """
+    logits = np.asarray(logits, np.float64)
+    finite = np.where(np.isfinite(logits), logits, np.nan)
     with np.errstate(invalid="ignore"):
         # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
-        return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64) / temperature))
+        return np.exp(-np.logaddexp(0.0, -finite / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -140,6 +146,7 @@ def score_set(
     order of the index, are then known to each of them.
 
     Raises:
+        ScoreError: a score is not finite.
         RuntimeError: scored and failed samples together are not those of the index (our bug).
     """
     rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
@@ -149,6 +156,13 @@ def score_set(
         raise RuntimeError(
             f"{len(covered)} samples came out of {loader.shards.describe()}, which has "
             f"{len(loader.shards)}"
+        )
+    bad = scores.samples[~np.isfinite(scores.logits)]
+    if len(bad):
+        raise ScoreError(
+            f"{len(bad)} of {len(scores.samples)} scores of {loader.shards.describe()} are not "
+            f"finite, the first that of {loader.shards.name(bad[0])}: the weights or the precision "
+            "are at fault; nothing is measured or chosen by such scores"
         )
     return scores
 

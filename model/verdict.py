@@ -3,11 +3,15 @@
 Apart from `model/calibrate.py`, which finds the band: predicting needs nothing to fit with.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 VERDICTS = ("likely real", "uncertain", "likely AI")
 """By where the probability of fake lies: below the band, in it, at its upper end or above."""
+
+NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"
+"""Why an image has no verdict though it was read."""
 
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
@@ -18,5 +22,11 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def verdict(probability: float, band: tuple[float, float]) -> str:
-    """One of `VERDICTS` for a probability of fake."""
+    """One of `VERDICTS` for a probability of fake.
+
+    Raises:
+        ValueError: it is not a finite number, and no comparison with it would say anything.
+    """
+    if not math.isfinite(probability):
+        raise ValueError(f"an image has no verdict: {NOT_FINITE}")
     return VERDICTS[int(probability >= band[0]) + int(probability >= band[1])]

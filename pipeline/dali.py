@@ -30,7 +30,7 @@ from imaging.orientation import UPRIGHT, is_transposed, mirrored
 from imaging.quiet import without_chatter
 from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
-from pipeline.monitor import WorkerStatus
+from pipeline.monitor import STALL_ERROR_S, WorkerStatus
 from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
 
@@ -216,7 +216,9 @@ class DaliBackend:
         device: torch.device,
         threads: int,
         hw_decoder_load: float = HW_DECODER_LOAD,
+        stall_error_s: float = STALL_ERROR_S,
     ):
+        self.stall_error_s = stall_error_s
         self.size = size
         self.batch_size = batch_size
         self.device = device
@@ -240,7 +242,8 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with ReadAhead(map(self._on_host, requests), self.status, start) as ahead:
+        on_host = map(self._on_host, requests)
+        with ReadAhead(on_host, self.status, start, self.stall_error_s) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited

@@ -1,9 +1,10 @@
-"""Open a shard set as batches: choose a backend and say why, read, sample parameters, decode, hand
-over."""
+"""Open a shard set as batches: choose a backend and say why, read, sample, decode, hand over."""
 
 import contextlib
 import functools
 import importlib.util
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,17 +26,33 @@ from pipeline.augment import (
     sample_params,
 )
 from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
-from pipeline.monitor import STALL_WARNING_S, Watchdog, WorkerStatus
+from pipeline.monitor import (
+    STALL_ERROR_S,
+    STALL_WARNING_S,
+    StallError,
+    Watchdog,
+    WorkerStatus,
+    stalled,
+)
 from pipeline.order import Epoch, Shuffle
 from pipeline.pairs import Partners, partners_of
 from pipeline.pil import decode_request
-from pipeline.read import ReadError, ShardReader
+from pipeline.read import ReadError, ShardReader, damaged_shards
 from pipeline.remote import Cache
+from pipeline.workers import (
+    SHARED_MEMORY,
+    answer_parent_only,
+    fitting_workers,
+    free_shared_memory,
+    stop_signals_held,
+)
 from sharding.format import ShardSet
 from storage import cores
 
 if TYPE_CHECKING:
     from pipeline.dali import DaliBackend
+
+log = logging.getLogger("ai_images_detector")
 
 Backend = Literal["auto", "dali", "pil"]
 ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]
@@ -45,7 +62,9 @@ READ_THREADS = 8
 
 MAX_BAD_SHARE = 0.05
 MIN_SEEN = 200
-"""A run stops when more than this share of at least `MIN_SEEN` samples cannot be decoded."""
+"""A run stops when more than this share of at least `MIN_SEEN` samples cannot be decoded, or of a
+whole epoch, however short; one bad sample alone stops none.
+"""
 
 
 class LoadError(ValueError):
@@ -58,7 +77,10 @@ class Loading:
 
     `batch_size` is per rank. `num_workers` are processes (pil) or threads (dali): 0 decodes in the
     calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
-    GPU decodes most of the images). `cache` and `cache_gb` are for shards at an address.
+    GPU decodes most of the images). Processes hand their batches over through shared memory, and
+    there are no more of them than it holds. A batch that does not come is warned of after
+    `stall_warning_s`; after `stall_error_s` it ends the run, unless the calling process decodes.
+    `cache` and `cache_gb` are for shards at an address.
     """
 
     batch_size: int = 32
@@ -69,14 +91,16 @@ class Loading:
     cache: str = "data/cache"
     cache_gb: float = 20.0
     stall_warning_s: float = STALL_WARNING_S
+    stall_error_s: float = STALL_ERROR_S
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.num_workers < -1:
             raise ValueError(f"num_workers must be at least -1, got {self.num_workers}")
-        if self.cache_gb <= 0 or self.stall_warning_s <= 0:
-            raise ValueError("cache_gb and stall_warning_s must be more than 0")
+        for name in ("cache_gb", "stall_warning_s", "stall_error_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
 
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
@@ -201,22 +225,25 @@ class Loader:
         """The batches of `epoch` from step `start` on, in order.
 
         Raises:
-            LoadError: too many samples cannot be decoded.
+            LoadError: too many samples cannot be decoded, a worker died, or no batch came.
         """
         if epoch.global_batch != self.global_batch:
             raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
         seen, bad = 0, []
         status = self._status
         watching = Watchdog(status.describe, self.loading.stall_warning_s)
-        with _named_worker_death(), watching as watchdog:
+        with self._named_failures(), watching as watchdog:
             decoded = self._decode(epoch, params_for, start)
             for step in range(start, epoch.steps):
                 with watchdog.waiting(step):
                     pixels = next(decoded)
                 batch = self._batch(epoch, step, pixels)
-                seen += len(batch)
-                bad += self.name_failures(batch)
-                if seen >= MIN_SEEN and len(bad) > MAX_BAD_SHARE * seen:
+                counts = epoch.valid[epoch.positions(step, self.rank, self.world_size)]
+                seen += int(counts.sum())
+                failures = zip(batch.failures, self.name_failures(batch), strict=True)
+                bad += [line for row, line in failures if counts[row]]
+                whole = start == 0 and step == epoch.steps - 1
+                if (seen >= MIN_SEEN or whole) and len(bad) > max(1, MAX_BAD_SHARE * seen):
                     raise LoadError(
                         f"{len(bad)} of {seen} samples cannot be decoded, more than "
                         f"{MAX_BAD_SHARE:.0%}; the first: {bad[0]}"
@@ -229,6 +256,27 @@ class Loader:
             f"{self.shards.name(batch.samples[row])}: {reason}"
             for row, reason in batch.failures.items()
         ]
+
+    @contextlib.contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """When a worker dies torch raises a plain RuntimeError, wherever the main thread is, or the
+        pipe to it breaks in the middle of a batch; when none gives a batch, another RuntimeError.
+        """
+        try:
+            yield
+        except StallError as error:
+            raise LoadError(str(error)) from error
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if "DataLoader timed out" in str(error):
+                status = self._status.describe()
+                raise LoadError(stalled(self.loading.stall_error_s, status)) from error
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LoadError(
+                f"a loading worker died ({reason}); if memory ran out, use a smaller "
+                "loading.num_workers or loading.batch_size"
+            ) from error
 
     def _decode(self, epoch: Epoch, params_for: ParamsFor, start: int) -> Iterator[Pixels]:
         """Pixels of each step, by the chosen backend."""
@@ -244,12 +292,16 @@ class Loader:
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_unchanged,
+            worker_init_fn=answer_parent_only,
+            timeout=self.loading.stall_error_s if self._workers else 0,
             # Else it takes a number from torch's global generator each time it starts, and a run
             # that resumes in mid-epoch would take its dropout from another place.
             generator=torch.Generator(),
         )
         before = self._status.made()
-        for taken, pixels in enumerate(loader, start=1):
+        with stop_signals_held():  # also while they start, workers are not reached by any
+            decoded = iter(loader)
+        for taken, pixels in enumerate(decoded, start=1):
             ready = self._status.made() - before - taken
             yield replace(pixels, timing=replace(pixels.timing, ready=ready))
 
@@ -257,11 +309,39 @@ class Loader:
     def _status(self) -> WorkerStatus:
         if self.backend == "dali":
             return self._dali.status
-        return WorkerStatus([f"worker {index}" for index in range(max(1, self._workers))])
+        names = [f"worker {index}" for index in range(max(1, self._workers))]
+        return WorkerStatus(names, shared=self._workers > 0)
 
-    @property
+    @functools.cached_property
     def _workers(self) -> int:
-        return self.loading.num_workers if self.loading.num_workers >= 0 else min(16, cores())
+        """Processes (pil) or threads (dali) that load.
+
+        Raises:
+            LoadError: shared memory has no room for a single process of those that were asked for.
+        """
+        asked = self.loading.num_workers
+        wanted = asked if asked >= 0 else min(16, cores())
+        if self.backend == "dali" or not wanted:
+            return wanted
+        batch_bytes = 3 * self.loading.batch_size * self.preprocess.crop_size**2
+        free = free_shared_memory()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        fitting = fitting_workers(wanted, batch_bytes, None if free is None else free // ranks)
+        if fitting == wanted:
+            return wanted
+        shortage = (
+            f"{SHARED_MEMORY}, through which loading workers hand over batches of "
+            f"{batch_bytes / 2**20:.1f} MiB, "
+            + (f"has {free / 2**20:.0f} MiB free" if free else "cannot be written")
+        )
+        advice = "give it more (docker run --shm-size=8g) or use a smaller loading.batch_size"
+        if not fitting and asked > 0:
+            raise LoadError(
+                f"{shortage}, too little for one of {asked} workers; {advice}, or decode in this "
+                "process with loading.num_workers=0"
+            )
+        log.warning("%s: %d loading workers instead of %d; %s", shortage, fitting, wanted, advice)
+        return fitting
 
     @functools.cached_property
     def _dali(self) -> "DaliBackend":
@@ -270,7 +350,13 @@ class Loader:
         # One thread per core beside a GPU too: the JPEG step, PNG and WebP run on the host. On an
         # H200 with 16 cores, 4 threads gave 2,338 images/s and 16 gave 3,303 (docs/log.md).
         size, batch = self.preprocess.crop_size, self.loading.batch_size
-        return DaliBackend(size, batch, self.device, max(1, self._workers))
+        return DaliBackend(
+            size,
+            batch,
+            self.device,
+            max(1, self._workers),
+            stall_error_s=self.loading.stall_error_s,
+        )
 
     def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
         rows = epoch.positions(step, self.rank, self.world_size)
@@ -289,23 +375,6 @@ class Loader:
             failures=pixels.failures,
             timing=pixels.timing,
         )
-
-
-@contextlib.contextmanager
-def _named_worker_death() -> Iterator[None]:
-    """When a worker dies torch raises a plain RuntimeError, wherever the main thread is, or the
-    pipe to it breaks in the middle of a batch.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LoadError(
-            f"a loading worker died ({reason}); if memory ran out, use a smaller "
-            "loading.num_workers or loading.batch_size"
-        ) from error
 
 
 SAMPLED_TOGETHER = 1024
@@ -407,7 +476,25 @@ def open_loader(
     """A loader over `shards`; `backend` and `reason` say what decodes, and why.
 
     Raises:
-        LoadError: the backend that was asked for is not there.
+        LoadError: the backend that was asked for is not there, a tar is gone or not as long as the
+            index says, or shared memory has no room for the workers that were asked for.
     """
     backend, reason = choose_backend(loading.backend, device)
-    return Loader(shards, preprocess, loading, device, backend, reason, rank, world_size)
+    check_shards(shards)
+    loader = Loader(shards, preprocess, loading, device, backend, reason, rank, world_size)
+    _ = loader._workers  # what stops them does so before the first batch
+    return loader
+
+
+def check_shards(shards: ShardSet) -> None:
+    """Refuse a shard set whose tars are not those that its index lists.
+
+    Raises:
+        LoadError: a tar is gone or not as long as the index says.
+    """
+    if damaged := damaged_shards(shards):
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise LoadError(
+            f"{damaged[0]}{more}; build or copy the set again, `python -m sharding verify` checks "
+            "all of it"
+        )

@@ -28,13 +28,32 @@ STAGES = ("idle", "reading", "decoding")
 STALL_WARNING_S = 60.0
 """How long the consumer waits for one batch before the watchdog says who is at what."""
 
+STALL_ERROR_S = 900.0
+"""How long the consumer waits for one batch before the run ends."""
+
+
+class StallError(ValueError):
+    """A batch that does not come; the message says who is at what."""
+
+
+def stalled(seconds: float, status: str) -> str:
+    """What there is to say of a batch that did not come for so long."""
+    return (
+        f"no batch for {seconds:g} s (loading.stall_error_s): {status}; look whether the disk or "
+        "the address that holds the shards answers, and run the same command again"
+    )
+
 
 class WorkerStatus:
-    """What each worker is at: a stage of `STAGES`, a step, and how many batches it has made."""
+    """What each worker is at: a stage of `STAGES`, a step, and how many batches it has made.
+    Workers that are processes note it in memory that is `shared` with them.
+    """
 
-    def __init__(self, workers: Sequence[str]):
+    def __init__(self, workers: Sequence[str], *, shared: bool = False):
         self.workers = list(workers)
-        self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64).share_memory_()
+        self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64)
+        if shared:
+            self._cells.share_memory_()
 
     @contextlib.contextmanager
     def at(self, worker: int, stage: str, step: int) -> Iterator[None]:

@@ -17,7 +17,7 @@ import numpy as np
 from imaging.decode import claimed_size
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
-from storage import is_local
+from storage import is_local, size_of
 
 MAX_OPEN = 256
 """Tars kept open at a time; the least recently used one is closed."""
@@ -38,6 +38,22 @@ _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 class ReadError(ValueError):
     """A sample whose bytes are not what the index says."""
+
+
+def damaged_shards(shards: ShardSet) -> list[str]:
+    """A line for each tar on this machine that is gone or not as long as the index says. Tars at an
+    address are not asked for: reading them says what is wrong.
+    """
+    found = []
+    for folder, name, size in zip(shards.folders, shards.shards, shards.shard_bytes, strict=True):
+        if not is_local(folder):
+            continue
+        there = size_of(folder / name)
+        if there is None:
+            found.append(f"{folder / name} is gone")
+        elif there != size:
+            found.append(f"{folder / name} has {there:,} bytes, its index says {size:,}")
+    return found
 
 
 class ShardReader:

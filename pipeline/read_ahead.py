@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.batch import Request
-from pipeline.monitor import WorkerStatus
+from pipeline.monitor import StallError, WorkerStatus, stalled
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes read ahead of the decoder."""
@@ -18,8 +18,11 @@ READER, DECODER = 0, 1
 class ReadAhead:
     """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
 
-    def __init__(self, requests: Iterable[Request], status: WorkerStatus, start: int):
+    def __init__(
+        self, requests: Iterable[Request], status: WorkerStatus, start: int, stall_error_s: float
+    ):
         self._requests, self._status, self._start = requests, status, start
+        self._stall_error_s = stall_error_s
         self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
@@ -30,7 +33,7 @@ class ReadAhead:
 
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(5)  # a read that hangs may do so for ever
 
     @property
     def ready(self) -> int:
@@ -38,8 +41,15 @@ class ReadAhead:
         return self._queue.qsize()
 
     def next(self) -> Request:
-        """The next request; `StopIteration` after the last."""
-        item = self._queue.get()
+        """The next request; `StopIteration` after the last.
+
+        Raises:
+            StallError: none came for `stall_error_s` seconds.
+        """
+        try:
+            item = self._queue.get(timeout=self._stall_error_s)
+        except queue.Empty:
+            raise StallError(stalled(self._stall_error_s, self._status.describe())) from None
         if isinstance(item, BaseException):
             self._put(item)  # the graph may ask again while it drains
             raise item

@@ -6,6 +6,7 @@ files (in the same folder, a later one over an earlier one) and changes only wha
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -40,12 +41,28 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`."""
     _refuse_unknown(kind, values, where, prefix="")
     try:
-        return TypeAdapter(kind).validate_python(values)
+        built = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{where}: {name or 'recipe'}: {reason}") from error
+    _refuse_not_finite(built, where, prefix="")
+    return built
+
+
+def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
+    """Walk a value; the first NaN or infinity in it is an error."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a finite number, got {value}")
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _refuse_not_finite(entry, where, f"{prefix}{key}.")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _refuse_not_finite(entry, where, prefix)
 
 
 def read(path: Path) -> dict[str, Any]:

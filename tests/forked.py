@@ -54,7 +54,9 @@ class Running:
 
 
 def start(arguments: Sequence[object], answer: Path, **environment: str) -> Running:
-    """`python train.py` with these arguments; `answer` is a file for how it ends."""
+    """`python train.py` with these arguments; `answer` is a file for how it ends. With OWN_GROUP in
+    the environment it leads a process group of its own.
+    """
     return _forked(_train, answer, [str(argument) for argument in arguments], environment)
 
 
@@ -84,6 +86,13 @@ def start_on_small_disk(
     return [Running(process, one) for one in answers]
 
 
+def start_on_image(image: Path, disk: Path, arguments: Sequence[object], answer: Path) -> Running:
+    """The same with the file system in `image` mounted at `disk`, for itself alone; others see it
+    through `/proc/<process>/root`.
+    """
+    return _forked(_train_on_image, answer, image, disk, [str(a) for a in arguments])
+
+
 def _forked(function: Callable, answer: Path, *arguments: object) -> Running:
     answer.unlink(missing_ok=True)
     process = FORK.Process(target=function, args=(answer, *arguments))
@@ -92,6 +101,8 @@ def _forked(function: Callable, answer: Path, *arguments: object) -> Running:
 
 
 def _train(answer: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    if "OWN_GROUP" in environment:
+        os.setpgid(0, 0)
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     result = CliRunner().invoke(train.main, arguments)
@@ -103,12 +114,23 @@ def _train(answer: Path, arguments: Sequence[str], environment: Mapping[str, str
     partial.replace(answer)
 
 
-def _train_on_small_disk(
-    _answer: Path, disk: Path, sizes: Sequence[str], arguments: Sequence[str], answers: list[Path]
-) -> None:
+def _unshare_mounts() -> None:
+    """What this process mounts from here on nobody else sees."""
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def _train_on_image(answer: Path, image: Path, disk: Path, arguments: Sequence[str]) -> None:
+    _unshare_mounts()
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    _train(answer, arguments, {})
+
+
+def _train_on_small_disk(
+    _answer: Path, disk: Path, sizes: Sequence[str], arguments: Sequence[str], answers: list[Path]
+) -> None:
+    _unshare_mounts()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "none", disk], check=True)
     for size, answer in zip(sizes, answers, strict=True):
         subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)

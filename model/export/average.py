@@ -4,14 +4,13 @@ Fine-tuned weights and those that they started from can be averaged, and what co
 more of both than either (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
 """
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import META_FILE, WEIGHTS_FILE, CheckpointError, read_meta, read_weights
+from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
 from model.score import DEFAULT_THRESHOLD
 from storage import atomic_folder
 
@@ -48,6 +47,8 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "temperature": 1.0,
         "threshold": DEFAULT_THRESHOLD,
         "calibration": None,
+        "calibrated_metrics": None,
+        "first_weights": None,
         "metrics": {"sets": {}, "sources": {}},
         "selection": None,
         "compared": None,
@@ -55,10 +56,9 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }
-    text = json.dumps(meta, indent=1, sort_keys=True) + "\n"
     with atomic_folder(run) as partial:
         folder = partial / last.name
         folder.mkdir()
         save_file(weights, folder / WEIGHTS_FILE)
-        (folder / META_FILE).write_text(text, encoding="utf-8")
+        seal(folder, meta)
     return run / last.name

@@ -16,7 +16,7 @@ import torch
 from timm.models import save_for_hf
 
 import console
-from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network
+from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network, seal
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
 from model.export.license import license_of
@@ -68,7 +68,7 @@ def write_hub(
             safe_serialization=True,
         )
         _let_transformers_in(partial / CONFIG_FILE)
-        shutil.copy(checkpoint / META_FILE, partial / META_FILE)
+        seal(partial, meta)
         if onnx:
             shutil.copytree(onnx, partial / ONNX_FOLDER)
         card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)

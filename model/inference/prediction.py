@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from imaging.decode import DecodeError, ImageFile, read_file
-from model.verdict import band_of, verdict
+from model.verdict import NOT_FINITE, band_of, verdict
 from storage import cores
 
 UNREADABLE = "unreadable"
@@ -90,10 +91,13 @@ def predictions(
     failures: Mapping[int, str],
     band: tuple[float, float],
 ) -> Iterator[Prediction]:
-    """A group's predictions; of the rows in `failures` (row -> reason) the reason."""
+    """A group's predictions; of the rows in `failures` (row -> reason), and of those whose score is
+    not finite, the reason.
+    """
     for row, (name, value) in enumerate(zip(names, probabilities, strict=True)):
-        if row in failures:
-            yield Prediction(name=name, probability=None, verdict=UNREADABLE, error=failures[row])
+        error = failures.get(row) or ("" if math.isfinite(value) else NOT_FINITE)
+        if error:
+            yield Prediction(name=name, probability=None, verdict=UNREADABLE, error=error)
         else:
             yield Prediction(name=name, probability=value, verdict=verdict(value, band))
 

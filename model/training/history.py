@@ -1,6 +1,7 @@
 """What a run writes down while it goes: `metrics.jsonl` and TensorBoard, one row at a time."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,34 @@ HISTORY_FILE = "metrics.jsonl"
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows that a run in `folder` wrote so far, each with `step` and `kind`."""
-    lines = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows that a run in `folder` wrote so far, each with `step` and `kind`. What a kill or a
+    power cut left at the end, and is no row, is left out.
+
+    Raises:
+        ValueError: the file begins with something else.
+    """
+    path = folder / HISTORY_FILE
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not (isinstance(row, dict) and row.keys() >= {"step", "kind"}):
+            if not rows and line.endswith(b"\n") and line.strip(b"\0\n"):
+                raise ValueError(
+                    f"{path} is no history of a run (it begins with {line[:40]!r}); move it away, "
+                    "or use --run NAME for another folder"
+                )
+            break
+        rows.append(row)
+    return rows
 
 
 class History:
     """The history of a run in `folder`, from step `done` on; a context manager.
 
-    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again. So is
-    a last row without its end, as a kill or a full disk leaves it.
+    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again.
     """
 
     def __init__(self, folder: Path, done: int):
@@ -46,3 +65,8 @@ class History:
         for name, value in row.items():
             if value is not None:
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Have the disk keep the rows so far, before a checkpoint says that they were written."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            os.fsync(stream.fileno())

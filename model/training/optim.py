@@ -46,7 +46,17 @@ class Optim:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+        if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                "needs clip_grad_norm above 0 and weight_decay of at least 0, got "
+                f"{self.clip_grad_norm} and {self.weight_decay}"
+            )
+        if not (0 <= self.warmup_start_factor <= 1 and 0 <= self.label_smoothing <= 1):
+            raise ValueError(
+                "warmup_start_factor and label_smoothing are shares, from 0 to 1, got "
+                f"{self.warmup_start_factor} and {self.label_smoothing}"
+            )
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,13 @@ import torch
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
-from model.network import build, check_backbone_file, check_pretrained
+from model.network import build, check_backbone_file, check_pretrained, timm_license
 from model.recipe import Recipe
 from model.training.optim import parameter_groups
+from model.training.sets import check_apart, check_sets, open_stream, open_validation
 from model.training.validation import Validation
-from pipeline.loader import open_loader, train_params
-from pipeline.stream import Stream, open_pool
-from sharding.format import CLASSES, ShardSet, open_shards
+from pipeline.stream import Stream
+from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, sha256_of
 
 BASELINE_FILE = "baseline_metrics.json"
@@ -62,21 +62,25 @@ class RunPlan:
     """What a run will do, on this rank. Made by `plan`; nothing is looked up afterward.
 
     `resumed` is the checkpoint of this run from which it goes on after `done` of its `steps`, None
-    for a new run; `best` is its best one. `weights` are the first ones that are loaded, `teacher`
-    those that replayed samples are held to. `baseline` is the file of what the detector knew before
-    the run, None where the run starts from no trained detector. `validation` holds the sets that
-    choose the best checkpoint, by name, and `stream` the batches.
+    for a new run; `best` is its best one. `damaged` says of each other checkpoint of the run why it
+    is not used. `weights` are the first ones that are loaded, `first_weights` is where those of the
+    run's first step came from (see `_first_weights`), `teacher` those that replayed samples are
+    held to. `baseline` is the file of what the detector knew before the run, None where the run
+    starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
+    name, and `stream` the batches.
     """
 
     recipe: Recipe = field(repr=False)
     data: AnyPath
     folder: Path
     resumed: Path | None
+    damaged: tuple[str, ...]
     done: int
     steps: int
     steps_per_epoch: int
     best: Best | None = field(repr=False)
     weights: Weights
+    first_weights: Mapping[str, Any] | None
     teacher: Weights | None
     baseline: Path | None
     stream: Stream = field(repr=False)
@@ -110,6 +114,7 @@ class RunPlan:
         return [
             *([f"going on from {self.resumed}"] if self.resumed else []),
             *([f"weights from {self.weights.path}"] if self.weights.path else []),
+            f"first weights: {_words_for(self.first_weights)}",
             f"{describe(self.dtype)} on {self.device} ({self.dtype_reason})",
             f"{recipe.name}: {recipe.network.name}, {self.parameters / 1e6:.1f} M parameters, "
             f"{rates}",
@@ -141,14 +146,17 @@ def plan(
     """
     dist = dist or DistEnv()
     folder = runs / recipe.name
-    resumed = checkpoint.last_of(folder)
+    whole, damaged = _checkpoints_of(folder)
+    resumed = whole[-1] if whole else None
     if resumed:
         _check_same_recipe(resumed, recipe)
+        _check_same_start(resumed, init_from)
     where = choose_device(device, dist.local_rank)
     dtype, dtype_reason = choose_precision(recipe.run.precision, where)
     stream = open_stream(recipe, data, where, dist)
-    validation = _open_validation(recipe, data)
-    _check_sets(recipe, stream)
+    validation = open_validation(recipe, data)
+    check_sets(recipe, stream)
+    check_apart(recipe, stream, validation)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
     parameters, learning_rates = _check_network(recipe, weights, teacher)
     done = stream.resume(checkpoint.load_state(resumed, lazy=True)["order"]) if resumed else 0
@@ -158,11 +166,13 @@ def plan(
         data=data,
         folder=folder,
         resumed=resumed,
+        damaged=damaged,
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
-        best=_best(folder) if resumed else None,
+        best=_best(whole),
         weights=weights,
+        first_weights=_first_weights(recipe, weights, resumed),
         teacher=teacher,
         baseline=folder / BASELINE_FILE if _starts_trained(recipe, init_from) else None,
         stream=stream,
@@ -185,10 +195,43 @@ _DECIDE_NOTHING = {
     "loading.cache_gb",
     "loading.verify_checksums",
     "loading.stall_warning_s",
+    "loading.stall_error_s",
     "run.log_every",
     "run.save_every",
 }
 """What another machine, or another number of them, may set anew when it goes on with a run."""
+
+
+def _checkpoints_of(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The whole checkpoints of a run, and of each other one why it is not used.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    whole, damaged = checkpoint.whole_checkpoints(folder)
+    if damaged and not whole:
+        raise checkpoint.CheckpointError(
+            f"{damaged[-1]}; no whole checkpoint lies in {folder}: take one from a copy, or use "
+            "--run NAME for a new run"
+        )
+    return whole, tuple(damaged)
+
+
+def _check_same_start(resumed: Path, init_from: Path | None) -> None:
+    """Refuse `--init-from` for a run that began from other weights: it would change nothing.
+
+    Raises:
+        ValueError: with what the run began from.
+    """
+    if init_from is None:
+        return
+    began = checkpoint.read_meta(resumed)["first_weights"]
+    if began is None or _weights_at(init_from).sha256 != began["sha256"]:
+        raise ValueError(
+            f"{resumed.parent} holds a run that began from other weights than {init_from}: "
+            f"{_words_for(began)}; leave --init-from out to go on with it, or use --run NAME for a "
+            "new run"
+        )
 
 
 def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
@@ -226,72 +269,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_stream(
-    recipe: Recipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
-) -> Stream:
-    """The run's batches on this rank, from the sets below `data`.
-
-    Raises:
-        ShardError: a set that is not there or cannot be used.
-        LoadError: the backend that was asked for is not there.
-    """
-    dist = dist or DistEnv()
-    if not recipe.data.train:
-        raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
-    pool = open_pool(data, recipe.data.train, recipe.replay)
-    loader = open_loader(
-        pool.shards, preprocess=recipe.preprocess, loading=recipe.loading, device=device,
-        rank=dist.rank, world_size=dist.world_size,
-    )  # fmt: skip
-    return Stream(
-        loader,
-        pool,
-        recipe.replay,
-        recipe.augment,
-        recipe.data.policy,
-        recipe.run.seed,
-        recipe.data.repeats,
-    )
-
-
-def _open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
-    """The validation sets by the name of their folder, under which their metrics are kept.
-
-    Raises:
-        ValueError: no set, or two of one name.
-        ShardError: a set that is not there or cannot be used.
-    """
-    folders = [data / name for name in recipe.data.validate]
-    if not folders:
-        raise ValueError(
-            "data.validate names no set, and only what was validated can be the best checkpoint; "
-            'name one, such as data.validate=["val"]'
-        )
-    names = [folder.name for folder in folders]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"data.validate names {', '.join(twice)} more than once; name each once")
-    return {folder.name: open_shards([folder]) for folder in folders}
-
-
-def _check_sets(recipe: Recipe, stream: Stream) -> None:
-    """Refuse sets that the recipe does not fit.
-
-    Raises:
-        LoadError: a source of `data.repeats` that is not there, or a policy that is not described.
-        OrderError: too few samples for a batch.
-        ValueError: nothing to replay, or a source of `replay.exclude_sources` that is not there.
-    """
-    shards, seed = stream.pool.shards, recipe.run.seed
-    sources = shards.codes("source")[1]
-    if unknown := sorted(set(recipe.replay.exclude_sources) - set(sources)):
-        raise ValueError(
-            f"replay.exclude_sources names source {', '.join(unknown)}; the sets hold "
-            f"{', '.join(sources)}"
-        )
-    stream.epoch(0)
-    train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)
-
-
 def _weights(
     recipe: Recipe, runs: Path, init_from: Path | None, resumed: Path | None
 ) -> tuple[Weights, Weights | None]:
@@ -299,7 +276,8 @@ def _weights(
 
     Raises:
         CheckpointError: no such checkpoint.
-        ValueError: distillation without a trained detector to start from.
+        ValueError: distillation without a trained detector to start from, or a frozen body of
+            random weights.
     """
     distills = recipe.replay.distill_weight > 0
     init_from = (init_from or _start_of(recipe, runs)) if distills or not resumed else None
@@ -308,6 +286,12 @@ def _weights(
         weights = _weights_at(first)
     else:
         weights = Weights(kind="timm" if recipe.network.pretrained else "random")
+    if recipe.network.freeze_backbone and weights.kind == "random":
+        raise ValueError(
+            "network.freeze_backbone keeps the body as it is, and its weights would be random: "
+            "give some with --init-from weights.safetensors (see docs/training.md), or with "
+            "--set network.pretrained=true"
+        )
     if not distills:
         return weights, None
     if init_from is None or init_from.suffix == ".safetensors":
@@ -319,8 +303,43 @@ def _weights_at(path: Path) -> Weights:
     """A checkpoint folder or an ImageNet file as the source of weights."""
     if path.suffix == ".safetensors":
         return Weights(kind="imagenet", path=path, sha256=sha256_of(path))
-    checkpoint.read_meta(path)
-    return Weights(kind="checkpoint", path=path, sha256=checkpoint.weights_sha256(path))
+    return Weights(kind="checkpoint", path=path, sha256=checkpoint.check_weights(path))
+
+
+def _first_weights(
+    recipe: Recipe, weights: Weights, resumed: Path | None
+) -> Mapping[str, Any] | None:
+    """Where the weights of the run's first step came from, as `meta.json` keeps it: `kind` as in
+    `Weights`, `name` (of the run and its checkpoint, of the file or of timm's network), `sha256`
+    (empty for timm's and random ones), `license` where timm says one, and for a checkpoint its own
+    `first_weights`. No path of this machine is in it.
+    """
+    if resumed:
+        return checkpoint.read_meta(resumed)["first_weights"]
+    path, name = weights.path, ""
+    origin: dict[str, Any] = {"license": None, "first_weights": None}
+    if weights.kind == "checkpoint" and path:
+        name = f"{path.absolute().parent.name}/{path.absolute().name}"
+        origin["first_weights"] = checkpoint.read_meta(path)["first_weights"]
+    elif path:
+        name = path.name
+    elif weights.kind == "timm":
+        name, origin["license"] = recipe.network.name, timm_license(recipe.network.name)
+    return origin | {"kind": weights.kind, "name": name, "sha256": weights.sha256}
+
+
+def _words_for(first_weights: Mapping[str, Any] | None) -> str:
+    """What `_first_weights` found, for people."""
+    if first_weights is None:
+        return "not recorded"
+    kind, name = first_weights["kind"], first_weights["name"]
+    digest = f" (sha256 {first_weights['sha256'][:12]})"
+    return {
+        "checkpoint": f"checkpoint {name}{digest}",
+        "imagenet": f"file {name}{digest}",
+        "timm": f"timm's {name} (license {first_weights['license']})",
+        "random": "random, nothing is pretrained",
+    }[kind]
 
 
 def _start_of(recipe: Recipe, runs: Path) -> Path | None:
@@ -369,9 +388,9 @@ def _check_network(
     return parameters, tuple(sorted(rates))
 
 
-def _best(folder: Path) -> Best | None:
-    """The best checkpoint in the folder of a run."""
-    path = checkpoint.best_of(folder)
+def _best(whole: Sequence[Path]) -> Best | None:
+    """The best of the whole checkpoints of a run."""
+    path = checkpoint.best_among(whole)
     if path is None:
         return None
     metrics = checkpoint.read_meta(path)["metrics"]

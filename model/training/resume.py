@@ -83,6 +83,8 @@ def save(
         },
         state=state,
         replayed=stream.replayed_until(done) if recipe.replay.sets else None,
+        first_weights=plan.first_weights,
     )
+    # The new one is on the disk: a power cut from here on loses none that a run goes on from.
     checkpoint.prune(plan.folder, {saved, best.path})
     return best

@@ -1,9 +1,11 @@
 """Run a recipe: plan, assemble, then the loop; at its end the gate and the calibration."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 
@@ -18,10 +20,12 @@ from model.training.history import History
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
-from model.training.step import TrainState, train_step
+from model.training.step import TrainState, not_finite_in, train_step
 from model.training.validation import Validation, calibrate_checkpoint, remembered, validate
 from pipeline.monitor import LoaderStats
 from storage import AnyPath
+
+LOCK_FILE = ".lock"
 
 
 class Refused(ValueError):
@@ -52,12 +56,48 @@ def train(
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
     planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
-    if planned.finished and planned.best:
-        console.log.info("%s is finished; nothing to do", planned.folder)
-        _calibrate(planned, planned.best.path)
-        return planned.best.path
-    for line in planned.describe():
-        console.log.info("%s", line)
+    for line in planned.damaged:
+        console.log.warning("%s; it is not used", line)
+    with _locked(planned):
+        if planned.finished and planned.best:
+            console.log.info("%s is finished; nothing to do", planned.folder)
+            _calibrate(planned, planned.best.path)
+            return planned.best.path
+        for line in planned.describe():
+            console.log.info("%s", line)
+        return _run(planned, stop_at)
+
+
+@contextlib.contextmanager
+def _locked(planned: RunPlan) -> Iterator[None]:
+    """Hold the folder of the run for one training by a lock, which goes with the process.
+
+    Raises:
+        ValueError: another training holds it, or has gone on with the run since it was planned.
+    """
+    busy = f"another training is writing {planned.folder}; wait for it to end, or use --run NAME"
+    reason, lock = "", filelock.FileLock(planned.folder / LOCK_FILE, timeout=0)
+    if planned.dist.is_main:
+        planned.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            reason = busy
+        except NotImplementedError:
+            console.log.warning("%s: its file system has no locks", planned.folder)
+        whole, _ = checkpoint.whole_checkpoints(planned.folder)
+        if not reason and (whole[-1] if whole else None) != planned.resumed:
+            reason = f"another training has just written {planned.folder}; run the command again"
+    try:
+        if reason := all_gather_object(planned.dist, reason)[0]:
+            raise ValueError(reason)
+        yield
+    finally:
+        lock.release()
+
+
+def _run(planned: RunPlan, stop_at: int | None) -> Path:
+    """Assemble, run and finish what is planned; returns the best checkpoint."""
     train_state = assemble(planned)
     baseline = _baseline(planned, train_state)
     done, best = run_steps(planned, train_state, stop_at)
@@ -108,6 +148,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             saving = ended or due or stopping or done == stop_at
             if saving or done % settings.log_every == 0:
                 _refuse_bad_loss(planned, train_state)
+                _refuse_bad_weights(train_state, done)
                 _log_step(history, stats, train_state, done, loss)
             epoch = -(-done // planned.steps_per_epoch)
             advance(1, f"epoch {epoch} of {settings.epochs}, {stats.note()}")
@@ -117,6 +158,8 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
                 _log_validation(history, done, validation)
                 stats.reset()
             if saving:
+                if history is not None:
+                    history.sync()
                 best = save(planned, train_state, done, validation, best)
             if stopping and done < steps:
                 name = received[0].name if received else "a signal to another rank"
@@ -215,6 +258,19 @@ def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
         f"the loss is not finite at step {bad + 1} (first samples: {keys}); lower optim.lr, or use "
         "--set run.precision=fp32"
     )
+
+
+def _refuse_bad_weights(train_state: TrainState, done: int) -> None:
+    """End the run if a weight is not finite, before a checkpoint of it takes the place of another.
+
+    Raises:
+        ValueError: the first such weight.
+    """
+    if name := not_finite_in(train_state):
+        raise ValueError(
+            f"the weights are not finite after step {done} (the first is {name}); lower optim.lr, "
+            "or use --set run.precision=fp32; the same command goes on from the last checkpoint"
+        )
 
 
 def _log_step(

@@ -39,6 +39,15 @@ class TrainState:
         return self.ema or self.net
 
 
+def not_finite_in(train_state: TrainState) -> str | None:
+    """The first weight or buffer that is not finite, of the network or of its average."""
+    for net in (train_state.net, train_state.ema):
+        for name, value in net.backbone.state_dict().items() if net is not None else ():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return name
+    return None
+
+
 def average_of(net: Detector) -> Detector:
     """A copy of a network to average its weights in; it takes no gradient."""
     return copy.deepcopy(net).requires_grad_(False).eval()

@@ -14,7 +14,7 @@ from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv
 from model.metrics import Metrics, measure, measure_sources
-from model.score import probability, score_set
+from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from pipeline.augment import Preprocess
@@ -49,18 +49,30 @@ def validate(
     AUROC, which does not see a checkpoint that calls everything fake.
     """
     dist = train_state.dist
-    by_set: dict[str, Metrics] = {}
-    sources: dict[str, Metrics] = {}
+    scored = []
     for name, shards in sets.items():
         loader = open_loader(
             shards, preprocess=preprocess, loading=loading, device=train_state.device,
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
         scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
-        probabilities = probability(scores.logits)
-        by_set[name] = measure(scores.labels, probabilities)
+        scored.append((name, shards, scores))
+    return _measured(scored)
+
+
+def _measured(
+    scored: Sequence[tuple[str, ShardSet, Scores]],
+    temperature: float = 1.0,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> Validation:
+    """The metrics of sets and their scores, by the probabilities at a temperature."""
+    by_set: dict[str, Metrics] = {}
+    sources: dict[str, Metrics] = {}
+    for name, shards, scores in scored:
+        probabilities = probability(scores.logits, temperature)
+        by_set[name] = measure(scores.labels, probabilities, threshold)
         by_source = measure_sources(
-            scores.labels, probabilities, shards.names("source", scores.samples)
+            scores.labels, probabilities, shards.names("source", scores.samples), threshold
         )
         sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
     return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
@@ -69,7 +81,10 @@ def validate(
 def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
     """What `find` finds, from `path` if it was found before; the first rank writes it there."""
     if path.exists():
-        return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
     validation = find()
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +102,8 @@ def calibrate_checkpoint(
     dist: DistEnv | None = None,
 ) -> Calibration:
     """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
-    in its `meta.json`. On many ranks each calls this; the first one writes.
+    in its `meta.json`, with the metrics of the sets at the threshold that was found
+    (`calibrated_metrics`). On many ranks each calls this; the first one writes.
 
     Raises:
         CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
@@ -105,7 +121,7 @@ def calibrate_checkpoint(
     keep_freed_memory(device)
     dtype, _ = choose_precision("auto", device)
     net.to(device)
-    labels, logits, hashes = [], [], {}
+    scored, hashes = [], {}
     for folder in folders:
         shards = open_shards([folder])
         loader = open_loader(
@@ -116,11 +132,15 @@ def calibrate_checkpoint(
             rank=dist.rank,
             world_size=dist.world_size,
         )
-        scores = score_set(net, loader, dtype, dist=dist)
-        labels.append(scores.labels)
-        logits.append(scores.logits)
+        scored.append((folder.name, shards, score_set(net, loader, dtype, dist=dist)))
         hashes[folder.name] = shards.sha256
-    calibration = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    labels, logits = (
+        np.concatenate([getattr(scores, name) for _, _, scores in scored])
+        for name in ("labels", "logits")
+    )
+    calibration = calibrate(labels, logits, threshold_at)
     if dist.is_main:
-        annotate(checkpoint, calibration.entries(hashes))
+        calibrated = _measured(scored, calibration.temperature, calibration.threshold)
+        entries = calibration.entries(hashes) | {"calibrated_metrics": asdict(calibrated)}
+        annotate(checkpoint, entries)
     return calibration

@@ -1,7 +1,7 @@
 """A checkpoint is whole or does not exist, and needs nothing from the command line."""
 
 import hashlib
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +100,7 @@ def test_the_state_is_read_without_running_code(tmp_path: Path) -> None:
     folder = save(tmp_path, state=state)
     assert checkpoint.load_state(folder)["order"] == {"seed": 1}
     torch.save({"evil": time.sleep}, folder / "state.pt")
+    checkpoint.seal(folder, checkpoint.read_meta(folder))  # as whoever wants to run it would
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
         checkpoint.load_state(folder)
 
@@ -152,11 +153,126 @@ def test_the_newest_runs_best_is_found(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path)
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"format_version": 7}))
-    said = f"checkpoint version 7, expected {checkpoint.FORMAT_VERSION}; train it again, as another"
-    with pytest.raises(CheckpointError, match=said):
+    checkpoint.annotate(folder, {"format_version": 7})
+    expected = f"checkpoint version 7, expected {checkpoint.FORMAT_VERSION}; train it again, as"
+    with pytest.raises(CheckpointError, match=expected):
         checkpoint.load_network(folder)
+
+
+STATE = {"optimizer": {"state": {}}, "order": {"seed": 1}, "rng": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "meta.json", "replayed.csv"])
+def test_a_flipped_bit_is_noticed_wherever_it_lies(tmp_path: Path, name: str) -> None:
+    """At the beginning, in the middle and at the end; the error names the file, and a whole one."""
+    older = save(tmp_path, state=STATE)
+    folder = save(tmp_path, step=2, state=STATE)
+    (folder / "replayed.csv").write_text("epoch,key\n0,a\n")
+    checkpoint.seal(folder, checkpoint.read_meta(folder))
+    assert checkpoint.verify(folder)["step"] == 2
+    path = folder / name
+    data = path.read_bytes()
+    # The last byte of meta.json is a line's end, which says nothing.
+    for place in (0, len(data) // 3, len(data) // 2, len(data) - 2):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        whole, (reason,) = checkpoint.whole_checkpoints(tmp_path)
+        assert whole == [older]
+        assert str(path) in reason and "damaged" in reason, reason
+        load = {
+            "weights.safetensors": checkpoint.load_network, "state.pt": checkpoint.load_state,
+            "meta.json": checkpoint.read_meta, "replayed.csv": checkpoint.verify,
+        }[name]  # fmt: skip
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        if name != "replayed.csv":
+            assert f"{older} is whole: name it instead" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+        ("weights.safetensors", None), ("state.pt", b""), ("meta.json", b""),
+        ("meta.json", b"\0" * 900), ("meta.json", b"[1]"), ("meta.json", b'{"format_version": 2}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line_that_names_it(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    folder = save(tmp_path, state=STATE)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    load = checkpoint.load_state if name == "state.pt" else checkpoint.load_network
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert str(folder / name) in said and "\n" not in said
+    assert "no whole checkpoint lies beside" in said
+
+
+def test_what_a_copy_leaves_out_on_purpose_is_missed_when_it_is_asked_for(tmp_path: Path) -> None:
+    folder = save(tmp_path, state=STATE)
+    (folder / "state.pt").unlink()
+    assert checkpoint.load_network(folder)
+    assert checkpoint.whole_checkpoints(tmp_path) == ([folder], [])
+    with pytest.raises(CheckpointError, match=r"has no state\.pt, so training cannot go on"):
+        checkpoint.load_state(folder)
+
+
+def test_a_file_that_may_not_be_read_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For root every file may be: the refusal is made here."""
+    folder = save(tmp_path)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("model.checkpoint.sha256_of", refuse)
+    with pytest.raises(OSError, match=r"Permission denied: .*weights\.safetensors"):
+        checkpoint.load_network(folder)
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, state=STATE)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o640"}
+
+
+def test_copies_under_other_names_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    one, two = save(tmp_path, selection=0.1), save(tmp_path, step=2, selection=0.2)
+    names = ["step_0000002.bak", "step_0000002-keep", "step_3", "step_0000009 (copy)", "best"]
+    copies = [shutil.copytree(two, tmp_path / name) for name in names]
+    (tmp_path / "step_0000004").mkdir()
+    (tmp_path / "step_0000004/notes.txt").write_text("mine")
+    assert checkpoint.checkpoints_of(tmp_path) == [one, two]
+    assert checkpoint.last_of(tmp_path) == checkpoint.best_of(tmp_path) == two
+    checkpoint.prune(tmp_path, {two})
+    assert not one.exists()
+    assert all((copy / "weights.safetensors").exists() for copy in copies)
+    assert (tmp_path / "step_0000004/notes.txt").exists()
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    few, many = save(tmp_path, step=9_999_999), save(tmp_path, step=10_000_000)
+    assert checkpoint.checkpoints_of(tmp_path) == [few, many]
+    assert checkpoint.last_of(tmp_path) == many
+
+
+def test_a_run_with_a_slash_in_its_name_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "old")
+    inner = save(tmp_path / "exp/one")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    assert checkpoint.find(tmp_path) == inner
+    assert checkpoint.find(tmp_path, tmp_path / "exp/one") == inner
 
 
 def test_normalization_happens_inside_once() -> None:

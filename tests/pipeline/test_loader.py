@@ -276,14 +276,32 @@ def test_too_many_bad_images_stop_the_run(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_truncated_tar_and_a_missing_one_are_named(
+def test_a_short_set_is_judged_at_the_end_of_an_epoch(
     data: Path, tmp_path: Path, backend: str
 ) -> None:
+    """It has fewer samples than the run is stopped after. One bad sample alone stops none."""
+    loading = Loading(batch_size=16, backend=backend, num_workers=0)
+    for bad, name in (([3], "one"), (list(range(5)), "many")):
+        shards = broken_copy(data, tmp_path / name, bad, "all")
+        loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
+        if name == "one":
+            assert sum(len(batch.failures) for batch in evaluation_batches(loader)) == 1
+        else:
+            with pytest.raises(LoadError, match="5 of 80 samples cannot be decoded, more than 5%"):
+                list(evaluation_batches(loader))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_truncated_tar_and_a_missing_one_are_named(
+    data: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When they were opened they were whole."""
     shards = broken_copy(data, tmp_path, [], "all")
     dummy = tmp_path / "old/dummy-train-00000.tar"
-    dummy.write_bytes(dummy.read_bytes()[:2000])
     loading = Loading(batch_size=16, backend=backend, num_workers=0)
+    monkeypatch.setattr("pipeline.loader.MAX_BAD_SHARE", 1.0)
     loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
+    dummy.write_bytes(dummy.read_bytes()[:2000])
     reasons = [r for batch in evaluation_batches(loader) for r in loader.name_failures(batch)]
     assert len(reasons) == 10
     assert all("dummy-train-00000.tar" in r and "the tar ends early" in r for r in reasons)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import recipes
 from model import checkpoint
+from model.checkpoint import DamagedError
 from model.distributed import DistEnv
 from model.network import NetworkError, build
 from model.recipe import Recipe
@@ -249,8 +250,7 @@ def test_a_start_that_is_no_checkpoint_is_refused(
     with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint \(it has no meta"):
         plan(load(), data, tmp_path, init_from=tmp_path)
     first = shutil.copytree(trained / "first/step_0000003", tmp_path / "first")
-    meta = json.loads((first / "meta.json").read_text())
-    (first / "meta.json").write_text(json.dumps(meta | {"format_version": 0}))
+    checkpoint.annotate(first, {"format_version": 0})
     with pytest.raises(checkpoint.CheckpointError, match="has checkpoint version 0"):
         plan(load(), data, tmp_path, init_from=first)
 
@@ -263,7 +263,7 @@ def test_a_damaged_teacher_is_refused(
     recipe = load('run.init_from="first"', "replay.distill_weight=1")
     train(recipe, data, runs, stop_at=1)
     (runs / "first/step_0000003/weights.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(NetworkError, match=r"first/step_0000003/weights\.safetensors is no read"):
+    with pytest.raises(DamagedError, match=r"first/step_0000003/weights\.safetensors is damaged"):
         plan(recipe, data, runs)
 
 
@@ -287,11 +287,115 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
         plan(load(), data, tmp_path, dist=DistEnv(0, 2, 0))
     state = tmp_path / "tiny/step_0000002/state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt cannot be read"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt is damaged.*--run NAME"):
         plan(load(), data, tmp_path)
     state.unlink()
     with pytest.raises(checkpoint.CheckpointError, match="so training cannot go on from it"):
         plan(load(), data, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "meta.json"])
+def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_goes_on(
+    load: Load, data: Path, tmp_path: Path, name: str, logged: list[str]
+) -> None:
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, stop_at=2)
+    older = shutil.copytree(tmp_path / "tiny/step_0000002", tmp_path / "older")
+    train(recipe, data, tmp_path, stop_at=3)
+    older = older.rename(tmp_path / "tiny/step_0000002")
+    path = tmp_path / "tiny/step_0000003" / name
+    data_of = bytearray(path.read_bytes())
+    data_of[len(data_of) // 2] ^= 1
+    path.write_bytes(data_of)
+    planned = plan(recipe, data, tmp_path)
+    assert planned.resumed == older and planned.done == 2
+    assert planned.best.path == older
+    logged.clear()
+    train(recipe, data, tmp_path, stop_at=4)
+    assert f"{path} is damaged" in logged[0] and "it is not used" in logged[0]
+    assert f"going on from {older}" in logged
+    assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000004"
+
+
+def test_the_first_weights_are_said_and_kept(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    first = trained / "first/step_0000003"
+    digest = sha256_of(first / "weights.safetensors")
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    assert "first weights: random, nothing is pretrained" in plan(load(), data, runs).describe()
+    recipe = load("run.epochs=1")
+    train(recipe, data, runs, init_from=first, stop_at=1)
+    planned = plan(recipe, data, runs, init_from=first)  # the same command goes on
+    assert planned.done == 1
+    said = f"first weights: checkpoint first/step_0000003 (sha256 {digest[:12]})"
+    assert said in planned.describe()
+    kept = checkpoint.read_meta(planned.resumed)["first_weights"]
+    assert (kept["kind"], kept["name"], kept["sha256"]) == (
+        "checkpoint", "first/step_0000003", digest
+    )  # fmt: skip
+    assert str(tmp_path) not in json.dumps(kept)
+    file = tmp_path / "imagenet.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"began from other weights than .*imagenet.safetensors: "):
+        plan(recipe, data, runs, init_from=file)
+
+
+def test_the_license_of_timms_weights_is_kept(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.training.plan.check_pretrained", lambda _network: None)
+    named = ['network.name="convnextv2_atto.fcmae_ft_in1k"', "network.pretrained=true"]
+    kept = plan(load(*named), data, tmp_path).first_weights
+    assert (kept["kind"], kept["license"]) == ("timm", "cc-by-nc-4.0")
+
+
+def test_a_frozen_body_of_random_weights_is_refused(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    frozen = load("network.freeze_backbone=true")
+    with pytest.raises(
+        ValueError, match=r"freeze_backbone .*would be random: give some with --ini"
+    ):
+        plan(frozen, data, tmp_path)
+    assert plan(frozen, data, tmp_path, init_from=trained / "first/step_0000003")
+
+
+def test_sets_that_share_images_are_refused(load: Load, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"80 of 80 images of validation set old are in the train"):
+        plan(load('data.validate=["val", "old"]'), data, tmp_path)
+
+
+@pytest.fixture
+def copied(data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(data, tmp_path / "copied")
+
+
+@pytest.mark.parametrize("name", ["old", "val"])
+def test_a_tar_that_is_gone_or_cut_is_refused_at_opening(
+    load: Load, copied: Path, tmp_path: Path, name: str
+) -> None:
+    tar = next((copied / name).glob("*.tar"))
+    with tar.open("r+b") as stream:
+        stream.truncate(10_000)
+    with pytest.raises(LoadError, match=rf"{tar.name} has 10,000 bytes, its index says \d"):
+        plan(load(), copied, tmp_path)
+    tar.unlink()
+    with pytest.raises(LoadError, match=rf"{tar.name} is gone.*build or copy the set again"):
+        plan(load(), copied, tmp_path)
+
+
+def test_one_class_is_refused_unless_it_is_meant(load: Load, data: Path, tmp_path: Path) -> None:
+    only = ["data.repeats.alpha=0", "data.repeats.beta=0", "loading.batch_size=8"]
+    with pytest.raises(ValueError, match=r"all training samples are fake.*allow_one_class=true"):
+        plan(load(*only), data, tmp_path)
+    assert plan(load(*only, "data.allow_one_class=true"), data, tmp_path).steps
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/", ".x", "a/step_0000001", "", "a\nb"])
+def test_a_name_that_no_run_is_found_by_is_refused(load: Load, name: str) -> None:
+    with pytest.raises(recipes.RecipeError, match="a run cannot be called"):
+        load(f"name={json.dumps(name)}")
 
 
 def test_the_better_checkpoint_is_that_of_the_higher_figure_or_the_later() -> None:

@@ -13,13 +13,16 @@ from click.testing import CliRunner
 import recipes
 import train as command
 from model import checkpoint
+from model.calibrate import Calibration
+from model.evaluation.run import evaluate
 from model.metrics import measure
 from model.recipe import Recipe
+from model.score import probability
 from model.training import run
 from model.training.forgetting import Change, Gate, forgetting, refusals
 from model.training.history import rows_of
-from model.training.plan import open_stream
 from model.training.run import Refused, train
+from model.training.sets import open_stream
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
 from tests.builders import ends_alike, losses_of
@@ -273,3 +276,55 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
         train(recipe, data, tmp_path)
     assert all(key in str(caught.value) for key in seen[2][:8])
     assert checkpoint.last_of(tmp_path / "tiny") is None
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step was finite: only the weights say so."""
+    step = run.train_step
+
+    def poisoned(train_state, *arguments, **options):
+        loss = step(train_state, *arguments, **options)
+        if options["step"] == 2:
+            with torch.no_grad():
+                train_state.net.backbone.stem[0].bias[0] = float("inf")
+        return loss
+
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.save_every=1"])
+    monkeypatch.setattr(run, "train_step", poisoned)
+    with pytest.raises(ValueError, match=r"not finite after step 3 \(the first is stem\.0\.bias"):
+        train(recipe, data, tmp_path)
+    assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000002"
+
+
+def test_the_last_table_stands_at_the_threshold_that_ships(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those that `evaluate.py` finds for the same set."""
+
+    def in_the_middle(labels: np.ndarray, logits: np.ndarray, *_threshold_at: str) -> Calibration:
+        """For so few images nothing is fitted: half of them are called fake."""
+        threshold = float(np.median(probability(logits, 2.0)))
+        return Calibration(
+            temperature=2.0, threshold=threshold, threshold_at="auto", threshold_fpr_1=None,
+            threshold_fpr_5=threshold, band=(threshold, threshold), roc=[],
+            reals=int((labels == 0).sum()), fakes=int(labels.sum()), before={}, after={},
+        )  # fmt: skip
+
+    monkeypatch.setattr("model.training.validation.calibrate", in_the_middle)
+    arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
+    result = CliRunner().invoke(command.main, arguments)
+    assert result.exit_code == 0, result.output
+    best = checkpoint.best_of(tmp_path / "tiny")
+    meta = checkpoint.read_meta(best)
+    assert meta["threshold"] != 0.5
+    shown = meta["calibrated_metrics"]["sets"]["val"]
+    report = evaluate(best, data, ["val"], tmp_path / "report")
+    figures = report["sets"]["val"]["overall"]
+    assert shown["recall"] != meta["metrics"]["sets"]["val"]["recall"]
+    for name in ("accuracy", "recall", "false_positive_rate"):
+        assert figures[name] == pytest.approx(shown[name]), name
+    row = next(line for line in result.stdout.splitlines() if " val " in line)
+    assert f"{shown['false_positive_rate']:.3f}" in row
+    assert f"threshold {meta['threshold']:.3f}" in result.stdout

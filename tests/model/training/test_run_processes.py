@@ -3,6 +3,8 @@
 import contextlib
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +60,117 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=300"])
     train(recipe, data, tmp_path / "runs", stop_at=step + 2)
     assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
+    tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a terminal, `timeout`, systemd and batch systems send it: to the loading workers too."""
+    settings = ["run.epochs=300", "loading.num_workers=2"]
+    arguments = command(tiny_recipe, data, tmp_path / "runs", *settings)
+    running = forked.start(arguments, tmp_path / "answer.json", OWN_GROUP="1")
+    wait_for_rows(tmp_path / "runs/tiny", 3, running)
+    os.killpg(running.process.pid, number)
+    ended = running.wait()
+    assert ended.status == 130, ended
+    assert f"stopped by {number.name} at step" in ended.stdout
+    last = checkpoint.last_of(tmp_path / "runs/tiny")
+    assert checkpoint.read_meta(last)["step"] > 0
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):  # no worker stays
+        while time.monotonic() < deadline:
+            os.killpg(running.process.pid, 0)
+            time.sleep(0.2)
+
+
+def test_two_trainings_in_one_folder_are_refused(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    arguments = command(tiny_recipe, data, tmp_path / "runs", "run.epochs=300")
+    first = forked.start(arguments, tmp_path / "first.json")
+    wait_for_rows(tmp_path / "runs/tiny", 1, first)
+    second = forked.start(arguments, tmp_path / "second.json").wait()
+    assert second.status == 1
+    assert "another training is writing" in second.stderr and "Traceback" not in second.stderr
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.wait().status == 130
+    steps = [row["step"] for row in rows_of(tmp_path / "runs/tiny") if row["kind"] == "train"]
+    assert len(steps) == len(set(steps))
+
+
+def can_mount_images() -> bool:
+    """Whether a test may mount an ext4 file system in a file."""
+    return can_mount() and bool(shutil.which("mkfs.ext4")) and Path("/dev/loop-control").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount_images(), reason="mounting an ext4 image needs root and loop")
+def test_a_power_cut_loses_no_checkpoint(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    """The image is copied while a run writes to the file system in it: what a copy holds is what a
+    disk would hold after a cut. Each is mounted, and the same command goes on.
+    """
+    disk, image = tmp_path / "disk", tmp_path / "disk.img"
+    disk.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(64 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    settings = ["run.save_every=1", "run.epochs=6", "run.validate_every=6"]
+    settings.append("loading.batch_size=4")
+    arguments = command(tiny_recipe, data, disk, *settings)
+    running = forked.start_on_image(image, disk, arguments, tmp_path / "answer.json")
+    seen = Path(f"/proc/{running.process.pid}/root{disk}/tiny")
+    copies: list[tuple[Path, int]] = []
+    while running.process.is_alive() and len(copies) < 12:
+        time.sleep(0.2)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if not (saved := checkpoint.checkpoints_of(seen)):
+                continue
+            os.kill(running.process.pid, signal.SIGSTOP)
+            saved = checkpoint.checkpoints_of(seen)
+            copy = shutil.copy(image, tmp_path / f"cut{len(copies)}.img")
+            copies.append((copy, int(saved[0].name[5:])))
+            os.kill(running.process.pid, signal.SIGCONT)
+    running.process.kill()
+    running.process.join()
+    assert len(copies) == 12, "the run was over before; make it longer"
+    for copy, least in copies:
+        ended = forked.start_on_image(copy, disk, arguments, tmp_path / "again.json").wait()
+        assert ended.status == 0, ended.stderr
+        found = re.search(r"going on from \S+/step_(\d+)", ended.stderr)
+        assert found and int(found[1]) >= least, ended.stderr
+        assert "damaged" not in ended.stderr
+
+
+def test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of what reaches the disk: each file, its folder, the rename, the run's folder."""
+    happened: list[tuple[str, str]] = []
+    fsync, replace, prune = os.fsync, Path.replace, checkpoint.prune
+
+    def noting_fsync(descriptor: int) -> None:
+        happened.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def noting_replace(self: Path, target: Path) -> Path:
+        happened.append(("rename", str(target)))
+        return replace(self, target)
+
+    def noting_prune(run: Path, keep: set[Path]) -> None:
+        happened.append(("prune", str(run)))
+        prune(run, keep)
+
+    monkeypatch.setattr("os.fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    monkeypatch.setattr(checkpoint, "prune", noting_prune)
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path, stop_at=1)
+    run = str(tmp_path / "tiny")
+    new, last = f"{run}/step_0000001", happened.index(("prune", run))
+    renamed = happened.index(("rename", new))
+    files = [Path(name).name for kind, name in happened[:renamed] if kind == "sync"]
+    assert {"weights.safetensors", "state.pt", "meta.json", "metrics.jsonl"} <= set(files)
+    assert ("sync", run) in happened[renamed:last]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,114 @@
+"""The sets of a training run: opened, and refused where they do not fit the recipe."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+
+from model.distributed import DistEnv
+from model.recipe import Recipe
+from pipeline.loader import check_shards, open_loader, train_params
+from pipeline.stream import Stream, open_pool
+from sharding.format import CLASSES, ShardSet, open_shards
+from storage import AnyPath
+
+
+def open_stream(
+    recipe: Recipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
+) -> Stream:
+    """The run's batches on this rank, from the sets below `data`.
+
+    Raises:
+        ShardError: a set that is not there or cannot be used.
+        LoadError: the backend that was asked for is not there.
+    """
+    dist = dist or DistEnv()
+    if not recipe.data.train:
+        raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
+    pool = open_pool(data, recipe.data.train, recipe.replay)
+    loader = open_loader(
+        pool.shards, preprocess=recipe.preprocess, loading=recipe.loading, device=device,
+        rank=dist.rank, world_size=dist.world_size,
+    )  # fmt: skip
+    return Stream(
+        loader,
+        pool,
+        recipe.replay,
+        recipe.augment,
+        recipe.data.policy,
+        recipe.run.seed,
+        recipe.data.repeats,
+    )
+
+
+def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
+    """The validation sets by the name of their folder, under which their metrics are kept.
+
+    Raises:
+        ValueError: no set, or two of one name.
+        ShardError: a set that is not there or cannot be used.
+    """
+    folders = [data / name for name in recipe.data.validate]
+    if not folders:
+        raise ValueError(
+            "data.validate names no set, and only what was validated can be the best checkpoint; "
+            'name one, such as data.validate=["val"]'
+        )
+    names = [folder.name for folder in folders]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"data.validate names {', '.join(twice)} more than once; name each once")
+    sets = {folder.name: open_shards([folder]) for folder in folders}
+    for name, shards in sets.items():
+        if not len(shards):
+            raise ValueError(f"validation set {name} holds no sample; build it again")
+        check_shards(shards)
+    return sets
+
+
+def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSet]) -> None:
+    """Refuse a validation set with images that are trained on: what it measures is memory. Sets
+    that only give replayed samples may be validated on, which is how forgetting is measured.
+
+    Raises:
+        ValueError: the set, how many images, and one of them.
+    """
+    pool = stream.pool
+    trained = pool.shards.table.column("sha256").take(stream.new(0))
+    for name, shards in validation.items():
+        shared = pa.compute.is_in(shards.table.column("sha256"), value_set=trained)
+        rows = np.flatnonzero(shared.to_numpy())
+        if len(rows):
+            raise ValueError(
+                f"{len(rows)} of {len(shards)} images of validation set {name} are in the training "
+                f"sets {', '.join(recipe.data.train)} too, the first is {shards.name(rows[0])}; "
+                "validate on a set that nothing was trained on (one catalog for both sets keeps "
+                "them apart)"
+            )
+
+
+def check_sets(recipe: Recipe, stream: Stream) -> None:
+    """Refuse sets that the recipe does not fit.
+
+    Raises:
+        LoadError: a source of `data.repeats` that is not there, or a policy that is not described.
+        OrderError: too few samples for a batch.
+        ValueError: nothing to replay, a source of `replay.exclude_sources` that is not there, or
+            samples of one class only.
+    """
+    shards, seed = stream.pool.shards, recipe.run.seed
+    sources = shards.codes("source")[1]
+    if unknown := sorted(set(recipe.replay.exclude_sources) - set(sources)):
+        raise ValueError(
+            f"replay.exclude_sources names source {', '.join(unknown)}; the sets hold "
+            f"{', '.join(sources)}"
+        )
+    epoch = stream.epoch(0)
+    labels = np.unique(shards.column("label")[epoch.samples])
+    if len(labels) == 1 and not recipe.data.allow_one_class:
+        raise ValueError(
+            f"all training samples are {CLASSES[labels[0]]}: nothing tells the classes apart; add "
+            "a set with the other class, or say --set data.allow_one_class=true if that is meant"
+        )
+    train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)

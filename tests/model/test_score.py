@@ -1,0 +1,55 @@
+"""Scores that are no numbers are errors, and never verdicts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import checkpoint, load_detector
+from model.inference.prediction import UNREADABLE, predictions
+from model.network import build
+from model.score import ScoreError, probability, score_set
+from model.verdict import verdict
+from pipeline.loader import Loading, open_loader
+from sharding.format import ShardSet
+from tests.builders import CPU, PREPROCESS, TINY, encode, photo, small_recipe
+
+
+def test_a_logit_that_is_not_finite_has_no_probability() -> None:
+    found = probability(np.array([0.0, np.nan, np.inf, -np.inf, 1e6, -1e6]))
+    assert np.isnan(found).tolist() == [False, True, True, True, False, False]
+    assert found[[0, 4, 5]].tolist() == [0.5, 1.0, 0.0]
+
+
+def test_there_is_no_verdict_for_what_is_no_number() -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(ValueError, match="no verdict: its score is not a finite number"):
+            verdict(value, (0.3, 0.6))
+        good, bad = predictions(["a", "b"], [0.2, value], {}, (0.3, 0.6))
+        assert good.verdict == "likely real"
+        assert (bad.verdict, bad.probability) == (UNREADABLE, None)
+        assert bad.error.startswith("its score is not a finite number")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_of_bad_weights_gives_an_error_for_each_image(
+    tmp_path: Path, old: ShardSet, value: float
+) -> None:
+    net = build(TINY, pretrained=False)
+    with torch.no_grad():
+        net.backbone.head.fc.bias[1] = value
+    folder = tmp_path / "run/step_0000001"
+    checkpoint.save(
+        folder, net, recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=None,
+        data={"train": []}, state=None,
+    )  # fmt: skip
+    (found,) = load_detector(folder, device="cpu").predict([encode(photo(1))])
+    assert (found.verdict, found.probability) == (UNREADABLE, None)
+    assert "not a finite number" in found.error
+    loading = Loading(batch_size=16, num_workers=0)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
+    with pytest.raises(
+        ScoreError, match=r"80 of 80 scores of .* are not finite, the first that of"
+    ):
+        score_set(net.eval(), loader)

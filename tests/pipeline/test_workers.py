@@ -1,0 +1,139 @@
+"""Loading processes: shared memory, signals, and a batch that never comes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import workers
+from pipeline.loader import LoadError
+from pipeline.read import ShardReader
+from pipeline.workers import fitting_workers, free_shared_memory
+from tests.builders import ROOT, can_mount
+
+MIB = 2**20
+
+
+def test_workers_follow_the_shared_memory_there_is() -> None:
+    assert fitting_workers(16, 6 * MIB, None) == 16
+    assert fitting_workers(16, 6 * MIB, 64 * MIB) == 3  # 2 x 3 + 3 batches are 54 MiB
+    assert fitting_workers(2, 6 * MIB, 64 * MIB) == 2
+    assert fitting_workers(16, 30 * MIB, 64 * MIB) == 0
+    assert fitting_workers(16, 6 * MIB, 0) == 0
+
+
+def test_shared_memory_that_cannot_be_written_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert free_shared_memory(tmp_path) > MIB
+    assert free_shared_memory(tmp_path / "none") == 0
+    monkeypatch.setattr(workers.os, "access", lambda *_arguments: False)
+    assert free_shared_memory(tmp_path) == 0
+
+
+def test_fewer_workers_are_said_and_none_is_an_error(
+    make_stream: Callable, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    batch = 6 * 3 * 48**2
+    monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda: MIB + 5 * batch)
+    stream = make_stream(backend="pil", num_workers=2)
+    assert "1 loading workers instead of 2; give it more (docker run --shm-size" in logged[0]
+    assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
+    for free, said in ((MIB, "has 1 MiB free"), (0, "cannot be written")):
+        monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda free=free: free)
+        with pytest.raises(LoadError, match=rf"/dev/shm.* {said}, too little .*num_workers=0"):
+            make_stream(backend="pil", num_workers=2)
+        stream = make_stream(backend="pil", num_workers=-1)  # nobody asked for processes
+        assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
+
+
+SMALL = """
+import sys, torch
+from pathlib import Path
+from pipeline.augment import Preprocess
+from pipeline.loader import Loading, LoadError, open_loader
+from pipeline.stream import evaluation_batches
+from sharding.format import open_shards
+
+shards = open_shards([Path(sys.argv[1]) / "old"])
+loading = Loading(batch_size=30, num_workers=int(sys.argv[2]), backend="pil")
+try:
+    loader = open_loader(
+        shards, preprocess=Preprocess(), loading=loading, device=torch.device("cpu")
+    )
+    print(loader._workers, sum(int(b.valid.sum()) for b in evaluation_batches(loader)))
+except LoadError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small /dev/shm needs root")
+@pytest.mark.parametrize(
+    ("options", "wanted", "said"),
+    [("size=64m", 16, "4 80"), ("size=8m", 16, "too little"), ("size=8m", -1, "0 80"),
+     ("size=64m,ro", 16, "cannot be written, too little"), ("size=64m,ro", -1, "0 80")],
+)  # fmt: skip
+@pytest.mark.slow
+def test_a_container_with_little_shared_memory_loads_or_says_so(
+    data: Path, options: str, wanted: int, said: str
+) -> None:
+    """As docker mounts it: 64 MB, too little for the batches of 16 workers, which would hang."""
+    words = f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", words, "-", sys.executable, "-c", SMALL, str(data),
+         str(wanted)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert said in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("pil", 1), ("dali", 0)])
+def test_a_batch_that_never_comes_ends_the_run(
+    make_stream: Callable, backend: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(self: ShardReader, samples):
+        time.sleep(8)
+
+    monkeypatch.setattr(ShardReader, "read", hang)
+    stream = make_stream(backend=backend, num_workers=workers, stall_error_s=0.5)
+    name = "worker 0" if backend == "pil" else "reader"
+    with pytest.raises(LoadError, match=rf"no batch for 0\.5 s .*{name} reading step 0"):
+        next(stream.batches(0, 1))
+
+
+ANSWERS = """
+import json, os, signal, sys, time
+from pipeline.workers import answer_parent_only
+if (child := os.fork()) == 0:
+    answer_parent_only()
+    print("ready", flush=True)
+    time.sleep(30)
+    os._exit(7)
+signal.signal(signal.SIGUSR1, lambda *_arguments: os.kill(child, signal.SIGTERM))
+print(json.dumps(child), flush=True)
+print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+"""
+
+
+def test_a_worker_ends_by_its_parent_and_by_nobody_else() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ANSWERS], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    lines = sorted(parent.stdout.readline().strip() for _ in range(2))
+    child = json.loads(lines[0])
+    assert lines[1] == "ready"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(child, number)
+        time.sleep(0.3)
+        os.kill(child, 0)
+    os.kill(parent.pid, signal.SIGUSR1)
+    assert json.loads(parent.stdout.readline()) == 0
+    assert parent.wait(10) == 0
+    parent.stdout.close()
