@@ -43,9 +43,10 @@ test-gpu: ## the tests that need a GPU; without one this fails. RUN=python3 wher
 	$(if $(filter $(BIN)/python,$(RUN)),$(MAKE) setup)
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu tests/pipeline
 
-lint: setup ## ruff: style and format
+lint: setup ## ruff: style and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: setup ## loader throughput of both backends against other loaders, one table
 	$(RUN) -m benchmarks.loader

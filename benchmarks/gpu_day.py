@@ -25,7 +25,7 @@ import click
 
 import console
 from benchmarks.loader import SOURCE
-from sharding.build import build
+from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def pack(images: Path, work: Path, count: int, jobs: int) -> None:
     sources = "".join(SOURCE.format(number=part) for part in range(parts))
     (work / "catalog.toml").write_text('[sets]\nbench = "train"\n' + sources, encoding="utf-8")
     catalog = read_catalog([work / "catalog.toml"])
-    build(catalog, work / "raw", work / "shards", jobs=jobs, max_bad=0)
+    build(catalog, work / "raw", work / "shards", jobs=jobs, tolerance=Tolerance(max_bad=0))
 
 
 def done_in(out: Path) -> set[str]:

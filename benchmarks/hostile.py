@@ -157,7 +157,7 @@ def build_all(folder: Path, _name: str, work: Path) -> None:
     """Pack every file, and hold the set against its index."""
     import sharding.catalog
     from imaging.decode import IMAGE_SUFFIXES
-    from sharding.build import build
+    from sharding.build import Tolerance, build
     from sharding.verify import verify
 
     for number, path in enumerate(files_in(folder)):
@@ -168,7 +168,9 @@ def build_all(folder: Path, _name: str, work: Path) -> None:
     (work / "catalog.toml").write_text(CATALOG)
     catalog = sharding.catalog.read_catalog([work / "catalog.toml"])
     say({"at": 0})
-    _, (built,) = build(catalog, work / "raw", work / "shards", jobs=1, max_bad=1.0)
+    _, (built,) = build(
+        catalog, work / "raw", work / "shards", jobs=1, tolerance=Tolerance(max_bad=1.0)
+    )
     say({"at": 0, "packed": built.index["samples"]})
     refused = {
         str(int(Path(entry["path"]).stem.rpartition("/")[2])): entry["reason"]

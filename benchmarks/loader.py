@@ -36,7 +36,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.images import write_copies, write_images
 from benchmarks.peers import BATCH
 from pipeline.read import ShardReader
-from sharding.build import build
+from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 from sharding.format import CLASSES, open_shards
 
@@ -76,7 +76,7 @@ def pack(place: Path, images: int, originals: Path | None, workers: int) -> None
     sources = [SOURCE.format(number=number) for number in range(parts)]
     (place / "catalog.toml").write_text('[sets]\nbench = "train"\n' + "".join(sources))
     catalog = read_catalog([place / "catalog.toml"])
-    build(catalog, place / "raw", place / "shards", jobs=workers, max_bad=0)
+    build(catalog, place / "raw", place / "shards", jobs=workers, tolerance=Tolerance(max_bad=0))
 
 
 def unpack(place: Path, folder: Path) -> None:

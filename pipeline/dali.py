@@ -11,7 +11,6 @@ import gc
 import os
 import queue
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +32,7 @@ from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch, b
 from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
 from pipeline.monitor import WorkerStatus
 from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
-
-QUEUE_BATCHES = 4
-"""Batches of encoded bytes read ahead of the decoder."""
+from pipeline.read_ahead import DECODER, ReadAhead
 
 HW_DECODER_LOAD = 0.65
 """Share of JPEGs that a GPU's JPEG engine takes where it has one, the others go to its cores:
@@ -209,10 +206,6 @@ def columns_of(
     return tuple(column.values(fed) for column in COLUMNS.values())
 
 
-READER, DECODER = 0, 1
-"""Rows of the backend's `WorkerStatus`."""
-
-
 class DaliBackend:
     """Decodes requests in order; see `run`."""
 
@@ -247,7 +240,7 @@ class DaliBackend:
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
-        with _ReadAhead(map(self._on_host, requests), self.status, start) as ahead:
+        with ReadAhead(map(self._on_host, requests), self.status, start) as ahead:
 
             def feed() -> tuple:
                 nonlocal waited
@@ -426,57 +419,6 @@ class DaliBackend:
             return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode
-
-
-class _ReadAhead:
-    """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
-
-    def __init__(self, requests: Iterable[Request], status: WorkerStatus, start: int):
-        self._requests, self._status, self._start = requests, status, start
-        self._queue: queue.Queue = queue.Queue(QUEUE_BATCHES)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="shard-reader", daemon=True)
-
-    def __enter__(self) -> "_ReadAhead":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    @property
-    def ready(self) -> int:
-        """Batches of encoded bytes that wait to be decoded."""
-        return self._queue.qsize()
-
-    def next(self) -> Request:
-        """The next request; `StopIteration` after the last."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._put(item)  # the graph may ask again while it drains
-            raise item
-        return item
-
-    def _read(self) -> None:
-        requests = iter(self._requests)
-        step = self._start
-        try:
-            while not self._stopped.is_set():
-                with self._status.at(READER, "reading", step):
-                    request = next(requests)
-                self._put(request)
-                self._status.finished(READER)
-                step += 1
-        except Exception as error:  # StopIteration too: it ends the run on the other side
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
 
 def _tensor_of(outputs: tuple) -> torch.Tensor:

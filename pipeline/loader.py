@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from pipeline.read import ReadError, ShardReader
 from pipeline.remote import Cache
 from sharding.format import ShardSet
 from storage import cores
+
+if TYPE_CHECKING:
+    from pipeline.dali import DaliBackend
 
 Backend = Literal["auto", "dali", "pil"]
 ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]
@@ -261,7 +264,7 @@ class Loader:
         return self.loading.num_workers if self.loading.num_workers >= 0 else min(16, cores())
 
     @functools.cached_property
-    def _dali(self):
+    def _dali(self) -> "DaliBackend":
         from pipeline.dali import DaliBackend
 
         # One thread per core beside a GPU too: the JPEG step, PNG and WebP run on the host. On an

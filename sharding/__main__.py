@@ -9,7 +9,7 @@ import click
 import console
 from sharding.audit import audit, match
 from sharding.audit.histograms import draw
-from sharding.build import BuiltSet, SourceScan, build
+from sharding.build import BuiltSet, SourceScan, Tolerance, build
 from sharding.catalog import BUILT_IN, Catalog, read_catalog
 from sharding.compare import compare_sets
 from sharding.demo.render import make_demo
@@ -122,8 +122,8 @@ def build_command(
 
     scan, built = build(
         catalog, raw, out,
-        only=only, jobs=jobs or 0, engine=engine, max_bad=max_bad,
-        allow_incomplete=allow_incomplete, progress=progress,
+        only=only, jobs=jobs or 0, engine=engine,
+        tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
     )  # fmt: skip
     if not built:
         _say_what_is_missing(catalog, scan, raw)

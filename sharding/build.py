@@ -101,6 +101,19 @@ class SourceScan:
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """What a build accepts: `max_bad` is the share of a set's images that may be unreadable, and
+    `allow_incomplete` lets rules that match no file and training sets of one class pass.
+    """
+
+    max_bad: float = 0.01
+    allow_incomplete: bool = False
+
+
+STRICT = Tolerance()
+
+
+@dataclass(frozen=True)
 class BuiltSet:
     """One set after a build: its index, and how many shards this run wrote."""
 
@@ -114,8 +127,7 @@ def find_sources(
     raw: AnyPath,
     out: AnyPath,
     only: Sequence[str] = (),
-    max_bad: float = 0.01,
-    allow_incomplete: bool = False,
+    tolerance: Tolerance = STRICT,
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
 
@@ -124,7 +136,7 @@ def find_sources(
 
     Raises:
         CatalogError: a layout that does not fit, a source with far fewer images than expected, or a
-            rule that matches no file, which `allow_incomplete` lets pass.
+            rule that matches no file.
     """
     scan = SourceScan()
     lowest = min(
@@ -138,8 +150,8 @@ def find_sources(
         if (raw / source.root).is_dir():
             listing = list_source(name, source, raw)
             if listing.items:
-                _check_counts(name, source, listing, max(COUNT_TOLERANCE, max_bad))
-                if listing.unmatched and not allow_incomplete:
+                _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
+                if listing.unmatched and not tolerance.allow_incomplete:
                     _refuse_unmatched(name, listing, raw / source.root)
                 capped(listing, source.cap)
                 scan.items[name] = item_table(listing.items)
@@ -183,16 +195,13 @@ def build(
     only: Sequence[str] = (),
     jobs: int = 0,
     engine: Engine = "local",
-    max_bad: float = 0.01,
-    allow_incomplete: bool = False,
+    tolerance: Tolerance = STRICT,
     progress: Progress = no_progress,
 ) -> tuple[SourceScan, list[BuiltSet]]:
     """Pack everything of `catalog` below `raw` into sets below `out`, or only the sets `only`.
 
     Finished sets whose input has not changed are left alone; an interrupted build goes on with what
-    is missing. `max_bad` is the share of a set's images that may be unreadable; `allow_incomplete`
-    lets rules that match no file and training sets of one class pass. `jobs` is the number of
-    processes, 0 for one per core.
+    is missing. `jobs` is the number of processes, 0 for one per core.
 
     Raises:
         ShardError: another build runs here, a set lost too many images, or a raw file changed.
@@ -201,7 +210,7 @@ def build(
     """
     check_reachable(raw)
     check_reachable(out)
-    scan = find_sources(catalog, raw, out, only, max_bad, allow_incomplete)
+    scan = find_sources(catalog, raw, out, only, tolerance)
     if not scan.listings and not scan.packed_only:
         return scan, []
     work = out / WORK_FOLDER
@@ -224,8 +233,8 @@ def build(
         chosen = [name for name in present if not only or name in only]
         builds = {name: _SetBuild(name, catalog, scan, inventory, decision) for name in chosen}
         for one in builds.values():
-            one.refuse_many_bad(max_bad)
-            if not allow_incomplete:
+            one.refuse_many_bad(tolerance.max_bad)
+            if not tolerance.allow_incomplete:
                 one.refuse_one_class()
         for one in builds.values():
             one.plan(out)

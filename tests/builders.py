@@ -32,7 +32,7 @@ from model.training.history import rows_of
 from model.training.optim import Optim
 from model.training.run import train
 from pipeline.augment import AugmentPolicy, Preprocess, color_matrices
-from sharding.build import build
+from sharding.build import Tolerance, build
 from sharding.catalog import Catalog, read_catalog
 from sharding.format import ShardSet, open_shards
 
@@ -182,7 +182,7 @@ def build_all(
 ) -> Path:
     """Every set of `raw`, by the real builder; training sets of one class are meant."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
-    build(catalog, raw, out, jobs=jobs, max_bad=max_bad, allow_incomplete=True)
+    build(catalog, raw, out, jobs=jobs, tolerance=Tolerance(max_bad, allow_incomplete=True))
     return out
 
 

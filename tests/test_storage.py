@@ -213,5 +213,19 @@ def test_a_full_disk_is_named(tmp_path: Path, kind: str) -> None:
     assert result.stdout == f"[Errno 28] No space left on device: '{disk}/a'\n0\n", result.stderr
 
 
+@pytest.mark.parametrize("read", [storage.any_path, storage.local_path])
+def test_a_file_address_is_a_path_of_this_machine(
+    tmp_path: Path, read: Callable[[str], storage.AnyPath]
+) -> None:
+    assert read(f"file://{tmp_path}") == tmp_path
+    assert storage.is_local(read(f"file://{tmp_path}"))
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])
+def test_an_address_is_no_path_of_this_machine(text: str) -> None:
+    with pytest.raises(ValueError, match="is an address"):
+        storage.local_path(text)
+
+
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= storage.cores() <= (os.cpu_count() or 1)

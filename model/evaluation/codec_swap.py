@@ -10,15 +10,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from imaging.jpeg import CHROMAS
-from model.distributed import DistEnv
 from model.evaluation.robustness import (
     FIGURES,
     PER_CLASS,
     PerturbedScores,
+    Scorer,
     group_codes,
     measure_perturbations,
     sample_by_hash,
@@ -27,7 +25,6 @@ from model.evaluation.robustness import (
 )
 from model.metrics import measure
 from model.score import probability
-from pipeline.augment import Preprocess
 from pipeline.perturb import ORIGINAL, Perturbation, fit_shorter, jpeg, webp
 from sharding.format import CLASSES, ShardSet
 
@@ -183,18 +180,14 @@ def measure_swaps(
 
 
 def report_robustness(
-    net: nn.Module,
+    scorer: Scorer,
     shards: ShardSet,
     perturbations: Sequence[Perturbation],
     *,
-    preprocess: Preprocess,
-    device: torch.device,
-    dtype: torch.dtype,
     temperature: float,
     threshold: float,
     per_class: int = PER_CLASS,
     on_images: Callable[[int], None] | None = None,
-    dist: DistEnv | None = None,
 ) -> dict[str, Any]:
     """The entry `robustness` of one set in `report.json`: perturbations and codec swap on
     `sample_by_hash`:
@@ -207,10 +200,7 @@ def report_robustness(
     samples = sample_by_hash(shards, per_class)
     containers, swaps = plan_swaps(shards, samples)
     ways = [*perturbations, *(swap.perturbation for swap in swaps)]
-    perturbed = score_perturbations(
-        net, shards, samples, ways, preprocess=preprocess, device=device, dtype=dtype,
-        on_images=on_images, dist=dist,
-    )  # fmt: skip
+    perturbed = score_perturbations(scorer, shards, samples, ways, on_images)
     groups = group_codes(shards)
     at = {"temperature": temperature, "threshold": threshold}
     rows = measure_perturbations(perturbed, groups, **at)[: len(perturbations)]

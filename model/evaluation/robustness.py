@@ -7,7 +7,7 @@ evaluation follows; so `original` here and a plain evaluation see the same pixel
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,17 +73,25 @@ def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """How images are scored: by which network, after which preprocessing, on which device, in
+    which precision and on which ranks.
+    """
+
+    net: nn.Module
+    preprocess: Preprocess
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    dist: DistEnv = field(default_factory=DistEnv)
+
+
 def score_perturbations(
-    net: nn.Module,
+    scorer: Scorer,
     shards: ShardSet,
     samples: np.ndarray,
     perturbations: Sequence[Perturbation],
-    *,
-    preprocess: Preprocess,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
-    dist: DistEnv | None = None,
 ) -> PerturbedScores:
     """Score `samples` after each perturbation; `on_images(n)` is called as images are done. Over
     many ranks each takes its share, and all of them know the whole.
@@ -91,7 +99,7 @@ def score_perturbations(
     Each image is read and decoded once; a thread per core prepares all its variants. The whole grid
     of one image is one batch.
     """
-    dist = dist or DistEnv()
+    dist = scorer.dist
     perturbations = tuple(perturbations)
     failures: tuple[dict[int, str], ...] = tuple({} for _ in perturbations)
     unreadable: dict[int, str] = {}
@@ -99,16 +107,16 @@ def score_perturbations(
 
     def batches() -> Iterator[Batch]:
         for sample, variants in _variants(
-            shards, samples[dist.rank :: dist.world_size], perturbations, preprocess
+            shards, samples[dist.rank :: dist.world_size], perturbations, scorer.preprocess
         ):
             if isinstance(variants, str):
                 unreadable[int(sample)] = variants
                 if on_images:
                     on_images(1)
             else:
-                yield _batch_of(int(sample), variants, device)
+                yield _batch_of(int(sample), variants, scorer.device)
 
-    for batch, batch_logits in score_batches(net, batches(), device, dtype):
+    for batch, batch_logits in score_batches(scorer.net, batches(), scorer.device, scorer.dtype):
         sample = int(batch.samples[0])
         for row, reason in batch.failures.items():
             failures[row][sample] = reason

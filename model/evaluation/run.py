@@ -16,6 +16,7 @@ from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
+from model.evaluation.robustness import Scorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
 from model.score import score_set
 from pipeline.augment import Preprocess
@@ -84,6 +85,7 @@ def deliver_sets(
 ) -> dict[str, dict[str, Any]]:
     """The entry `robustness` of each measured set; says how many images it is about."""
     dist, meta, per_class = planned.dist, planned.meta, planned.options.robustness
+    scorer = Scorer(net, preprocess, planned.device, planned.dtype, dist)
     entries = {}
     for name in planned.measured:
         label, shards = f"perturbing {name}", with_reference(planned, name)
@@ -93,11 +95,9 @@ def deliver_sets(
         console.log.info("%s: %s of %s real and %s of %s fake images", label, *figures)
         with console.progress(label, int(taken.sum()), dist.is_main) as advance:
             entries[name] = report_robustness(
-                net, shards, PERTURBATIONS, preprocess=preprocess,
-                device=planned.device, dtype=planned.dtype,
+                scorer, shards, PERTURBATIONS,
                 temperature=meta["temperature"], threshold=meta["threshold"],
                 per_class=per_class, on_images=lambda done: advance(done * dist.world_size),
-                dist=dist,
             )  # fmt: skip
     return entries
 

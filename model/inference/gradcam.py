@@ -15,13 +15,12 @@ from model.inference.detector import ImageDetector
 from model.network import Detector
 
 MEANING = (
-    "Red raised the score for AI, blue lowered it; the strongest place has the full color, "
-    "however weak it is. It shows what moved the score, coarsely, not which part is fake; red is "
-    "to be trusted more than blue."
+    "Red raised the score for AI; the strongest place has the full color, however weak it is. It "
+    "shows what moved the score, coarsely, not which part is fake."
 )
 """What must stand beside every heatmap."""
 
-RED, BLUE = np.array([255.0, 32.0, 0.0]), np.array([0.0, 96.0, 255.0])
+RED = np.array([255.0, 32.0, 0.0])
 MOST = 0.6
 """Share of color in the strongest place."""
 
@@ -97,7 +96,7 @@ def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
 
 def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> np.ndarray:
     """The overlay: uint8 (size, size, 3) RGB, what the network sees with red where it raised the
-    score for AI and blue where it lowered it (`MEANING` says it to people).
+    score for AI (`MEANING` says it to people).
 
     Raises:
         DecodeError, OSError, ExplainError: as `attribution`.
@@ -106,13 +105,15 @@ def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> n
 
 
 def overlay(preprocessed: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """`cells` (rows, columns), any scale, as color over an image, uint8 (height, width, 3)."""
+    """Positive `cells` (rows, columns), any scale, as red over an image, uint8 (height, width, 3).
+
+    Negative cells stay gray: covering them did not raise the score (docs/log.md, 2026-11-25).
+    """
     smooth = nn.functional.interpolate(
         torch.from_numpy(cells)[None, None], size=preprocessed.shape[:2], mode="bicubic"
     )[0, 0].numpy()
-    largest = np.abs(smooth).max()
-    share = smooth / largest if largest > 0 else smooth
-    color = np.where((share > 0)[..., None], RED, BLUE)
-    weight = MOST * np.abs(share)[..., None]
+    raised = np.maximum(smooth, 0)
+    largest = raised.max()
+    weight = MOST * (raised / largest if largest > 0 else raised)[..., None]
     gray = preprocessed.mean(axis=2, keepdims=True)
-    return np.rint((1 - weight) * gray + weight * color).astype(np.uint8)
+    return np.rint((1 - weight) * gray + weight * RED).astype(np.uint8)

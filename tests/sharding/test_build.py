@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from sharding.build import build
+from sharding.build import Tolerance, build
 from sharding.catalog import CatalogError, read_catalog
 from sharding.format import FORMAT_VERSION, ShardError, open_shards, read_index
 from sharding.inventory import FACTS_VERSION
@@ -187,7 +187,7 @@ def test_a_second_builder_is_told_to_wait(raw: Path, tmp_path: Path) -> None:
 
 def build_one(raw: Path, out: Path, name: str, max_bad: float = 0.01):
     catalog = read_catalog([raw / "catalog.toml"])
-    (built,) = build(catalog, raw, out, only=[name], jobs=1, max_bad=max_bad)[1]
+    (built,) = build(catalog, raw, out, only=[name], jobs=1, tolerance=Tolerance(max_bad))[1]
     return built
 
 
@@ -269,7 +269,14 @@ def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
         ):
             build_one(raw, tmp_path / "out", "old")
         catalog = read_catalog([raw / "catalog.toml"])
-        build(catalog, raw, tmp_path / "flag", only=["old"], jobs=1, allow_incomplete=True)
+        build(
+            catalog,
+            raw,
+            tmp_path / "flag",
+            only=["old"],
+            jobs=1,
+            tolerance=Tolerance(allow_incomplete=True),
+        )
         optional = extra.replace(" }", ", optional = true }")
         (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {optional}", 1))
         build_one(raw, tmp_path / "out", "old")
@@ -299,7 +306,14 @@ def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
         build_one(raw, tmp_path / "out", "old")
     assert not (tmp_path / "out/old/index.json").exists()
     catalog = read_catalog([raw / "catalog.toml"])
-    build(catalog, raw, tmp_path / "out", only=["old"], jobs=1, allow_incomplete=True)
+    build(
+        catalog,
+        raw,
+        tmp_path / "out",
+        only=["old"],
+        jobs=1,
+        tolerance=Tolerance(allow_incomplete=True),
+    )
     text = (raw / "catalog.toml").read_text().replace('old = "train"', 'old = "test"')
     (raw / "catalog.toml").write_text(text)
     build_one(raw, tmp_path / "test", "old")

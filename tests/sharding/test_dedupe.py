@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imaging.decode import decode, fingerprints, green_grid
-from sharding.build import build
+from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 from sharding.dedupe import MAX_BITS, near_duplicates
 from sharding.format import open_shards, read_index
@@ -71,7 +71,12 @@ def pack(tmp_path: Path, only: list[str] | None = None):
     (tmp_path / "catalog.toml").write_text(CATALOG)
     catalog = read_catalog([tmp_path / "catalog.toml"])
     _, built = build(
-        catalog, tmp_path / "raw", tmp_path / "out", jobs=1, only=only or [], allow_incomplete=True
+        catalog,
+        tmp_path / "raw",
+        tmp_path / "out",
+        jobs=1,
+        only=only or [],
+        tolerance=Tolerance(allow_incomplete=True),
     )
     rows = {}
     for one in built:

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.build import build, find_sources
+from sharding.build import Tolerance, build, find_sources
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.format import CLASSES, open_shards, read_index
 from sharding.verify import verify
@@ -57,7 +57,11 @@ def pack(tmp_path: Path, *, expected: bool = False, changes: str = "", max_bad: 
     mine.write_text("".join(f"[sources.{n}]\nexpected = {{}}\n" for n in names) + changes)
     catalog = read_catalog([BUILT_IN, mine])
     _, built = build(
-        catalog, tmp_path / "raw", tmp_path / "out", jobs=1, max_bad=max_bad, allow_incomplete=True
+        catalog,
+        tmp_path / "raw",
+        tmp_path / "out",
+        jobs=1,
+        tolerance=Tolerance(max_bad, allow_incomplete=True),
     )
     rows = {}
     for one in built:
@@ -429,7 +433,7 @@ def test_a_set_without_its_sources_needs_only_those_that_go_before_it(tmp_path: 
     put(tmp_path / "raw/coco/val2017", "000000000139.jpg")
     put(tmp_path / "raw/deepfake-face-images/Final Dataset/Fake", "a.jpg")
     catalog = read_catalog([BUILT_IN])
-    found = find_sources(catalog, tmp_path / "raw", tmp_path / "out", ["evalgen"], max_bad=1.0)
+    found = find_sources(catalog, tmp_path / "raw", tmp_path / "out", ["evalgen"], Tolerance(1.0))
     assert list(found.listings) == ["coco_val2017"]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from model.evaluation import robustness
 from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_robustness
 from model.evaluation.robustness import (
+    Scorer,
     group_codes,
     measure_perturbations,
     sample_by_hash,
@@ -82,8 +83,8 @@ def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
     plain = score_set(net, loader)
     done: list[int] = []
     found = score_perturbations(
-        net, shards, np.arange(len(shards)), named("original", "jpeg-30"), preprocess=preprocess,
-        device=CPU, on_images=done.append,
+        Scorer(net, preprocess, CPU), shards, np.arange(len(shards)),
+        named("original", "jpeg-30"), done.append,
     )  # fmt: skip
     assert np.array_equal(found.samples, plain.samples)
     assert np.array_equal(found.labels, plain.labels)
@@ -97,7 +98,7 @@ def test_figures_of_a_perturbation(shards: ShardSet) -> None:
     dark = Perturbation("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
     rows = np.arange(len(shards))
     found = score_perturbations(
-        Brightness(), shards, rows, [ORIGINAL, dark], preprocess=PREPROCESS, device=CPU
+        Scorer(Brightness(), PREPROCESS, CPU), shards, rows, [ORIGINAL, dark]
     )
     at = {"temperature": 2.0, "threshold": 0.5}
     first, second = measure_perturbations(found, group_codes(shards), **at)
@@ -121,7 +122,7 @@ def test_an_image_that_cannot_go_that_way_is_counted_and_named(shards: ShardSet)
 
     rows = np.arange(len(shards))
     ways = [ORIGINAL, Perturbation("refuse", "refuse", 1, (refuse,))]
-    found = score_perturbations(Brightness(), shards, rows, ways, preprocess=PREPROCESS, device=CPU)
+    found = score_perturbations(Scorer(Brightness(), PREPROCESS, CPU), shards, rows, ways)
     row = measure_perturbations(found, group_codes(shards), temperature=1.0, threshold=0.5)[1]
     missing = np.isnan(found.logits[1])
     assert 5 < missing.sum() < 75
@@ -140,12 +141,10 @@ def test_an_unreadable_image_has_no_column(
 
     monkeypatch.setattr(robustness, "decode_image", broken)
     found = score_perturbations(
-        Brightness(),
+        Scorer(Brightness(), PREPROCESS, CPU),
         shards,
         np.arange(len(shards)),
         named("original"),
-        preprocess=PREPROCESS,
-        device=CPU,
     )
     assert len(found.unreadable) == 40 and set(found.labels) == {0}
     assert all("does not decode" in reason for reason in found.unreadable.values())
@@ -234,8 +233,8 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     found = {}
     for net in (Blocking(), Brightness()):
         found[type(net)] = report_robustness(
-            net, shards, named("original", "jpeg-50"), preprocess=PREPROCESS, device=CPU,
-            dtype=torch.float32, temperature=1.0, threshold=0.5,
+            Scorer(net, PREPROCESS, CPU), shards, named("original", "jpeg-50"),
+            temperature=1.0, threshold=0.5,
         )  # fmt: skip
     caught, content = (found[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
     assert caught["name"] == content["name"] == "fakes-as-reals"
