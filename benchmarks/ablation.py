@@ -103,13 +103,13 @@ FIRST: dict[str, tuple[str, ...]] = {
 class Cell:
     """A recipe of both phases: the name of its phase 1, and what phase 2 changes in
     `recipes/small-phase2.toml` (from scratch: `demo-phase2.toml`). With `of`, nothing is trained:
-    the weights lie `share` of the way from the start of phase 2 of the cell `of` to its end.
+    the weights lie `weight` of the way from the start of phase 2 of the cell `of` to its end.
     """
 
     first: str
     second: tuple[str, ...] = FLAT_2
     of: str = ""
-    share: float = 1.0
+    weight: float = 1.0
 
     @property
     def files(self) -> tuple[str, str]:
@@ -134,10 +134,10 @@ STAR: dict[str, Cell] = {
 one thing changed at a time."""
 
 CANDIDATES: dict[str, Cell] = {
-    "half": Cell("original", of="as it ran", share=0.5),
-    "replay 1:1 half": Cell("original", of="replay 1:1", share=0.5),
+    "half": Cell("original", of="as it ran", weight=0.5),
+    "replay 1:1 half": Cell("original", of="replay 1:1", weight=0.5),
     "replay 1:1 distilled": Cell("original", (*FLAT_2, *EVEN, "replay.distill_weight=0.5")),
-    "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", share=0.5),
+    "replay 1:1 distilled half": Cell("original", of="replay 1:1 distilled", weight=0.5),
     "replay 3:1": Cell("original", (*FLAT_2, *MORE, "run.epochs=3")),
     "stage, then 1:1": Cell("stage", (*FLAT_2, *EVEN)),
     "stages, 3:1": Cell("stages", (*STAGES, *BODY_2, *MORE)),
@@ -340,7 +340,7 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
     if cell.of:
         run_folder = bench.runs / label("average", name, seed)
         mixed = run_folder / second.name
-        second = mixed if mixed.exists() else average(first, second, cell.share, run_folder)
+        second = mixed if mixed.exists() else average(first, second, cell.weight, run_folder)
     seconds = {
         path.parent.name: json.loads((path.parent / "done.json").read_text())["seconds"]
         for path in (first, second)
@@ -386,11 +386,11 @@ def table(
         values = [[f[group][figure] for f in found] for group, figure in FIGURES]
         if phase == "second":
             values += [[lost(row, key) for row in of.values()] for key in ("val", "val calibrated")]
-        lines.append([name, str(len(of)), *map(spread, values)])
+        lines.append([name, str(len(of)), *map(mean_and_std, values)])
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_std(values: Sequence[float]) -> str:
     """Mean +- standard deviation (of a sample), in percent."""
     values = 100 * np.array(values)
     if len(values) == 1:

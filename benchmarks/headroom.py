@@ -67,7 +67,9 @@ def run(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
-    """Use batches for `seconds` after `WARM_UP` of them; what the meter saw, and ms per step."""
+    """Use batches for `seconds` after `WARM_UP` of them; what the loader's statistics say, and ms
+    per step.
+    """
     batches = iter(batches)
     for batch in itertools.islice(batches, WARM_UP):
         use(batch)

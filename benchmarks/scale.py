@@ -117,11 +117,11 @@ def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> Non
             took, memory, count = result.stdout.split()
             opened.append({"samples": int(count), "seconds": float(took), "bytes": int(memory)})
     middle = sorted(opened, key=lambda one: one["seconds"])[len(opened) // 2]
-    spread = [one["seconds"] for one in opened]
+    seconds = [one["seconds"] for one in opened]
     console.table(
         "Opening one set",
         ["samples", "seconds, median", "spread", "MiB more than before"],
-        [[middle["samples"], f"{middle['seconds']:.2f}", f"{min(spread):.2f}-{max(spread):.2f}",
+        [[middle["samples"], f"{middle['seconds']:.2f}", f"{min(seconds):.2f}-{max(seconds):.2f}",
           round(max(one["bytes"] for one in opened) / 2**20)]],
     )  # fmt: skip
     if out:

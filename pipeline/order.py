@@ -127,9 +127,9 @@ class Mixing(NamedTuple):
     """How well an order is shuffled: 1 is as well as by chance, for both figures.
 
     `distance` is how far samples end from where they lie on disk, against the mean of a random
-    order, a third of its length; 0 is not at all. `batches` is the spread of sources over batches:
-    the chi-squared statistic of their counts per batch over its degrees of freedom; more than 1
-    means that batches hold more of one source than chance gives them.
+    order, a third of its length; 0 is not at all. `batches` is how evenly sources fall into
+    batches: the chi-squared statistic of their counts per batch over its degrees of freedom; more
+    than 1 means that batches hold more of one source than chance gives them.
     """
 
     distance: float

@@ -101,7 +101,7 @@ class RemoteShards:
             path.with_suffix(".lock").unlink()
 
     def _ask(self, code: int, index: int) -> bytes:
-        """One piece from the remote, with patience."""
+        """One piece from the remote, asked again after `DELAYS_S`."""
         start, end = index * PIECE, min((index + 1) * PIECE, self._bytes[code])
         started = time.monotonic()
         for delay in (*DELAYS_S, None):

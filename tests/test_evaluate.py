@@ -229,7 +229,7 @@ def test_the_report_is_found_again_without_the_network(
 def test_evalgen_stands_beside_the_reals_of_the_catalog(
     data: Path, runs: Path, tmp_path: Path
 ) -> None:
-    """Both protocols, the mean and the spread; the reals of `test` as the catalog says."""
+    """Both protocols, mean and standard deviation; the reals of `test` as the catalog says."""
     done = run(data, runs, "--shards", "evalgen", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())

@@ -25,9 +25,9 @@ REAL = CLASSES.index("real")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How sets are scored, and what else is. `reals` names the set whose real images stand beside
-    the others, `robustness` is how many images of each class are scored once more through every
-    robustness.
+    """How sets are scored, and what else is. `reference_reals` names the set whose real images give
+    the others their false-positive rate, `robustness` is how many images of each class are scored
+    once more through every robustness.
     """
 
     loading: Loading = field(default_factory=Loading)
@@ -38,7 +38,7 @@ class Options:
 
 
 class Reals(TypedDict):
-    """The set whose real images stand beside, why, and whether beside sets with reals as well."""
+    """The set whose real images are the reference, why, and whether for sets with reals as well."""
 
     set: str
     why: str
@@ -159,7 +159,7 @@ def _open_reals(data: AnyPath, name: str) -> PlannedSet:
 def choose_reference(
     data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
 ) -> Reals | None:
-    """The set whose real images stand beside, and why; see `model/evaluation/report.py`.
+    """The set whose real images are the reference, and why; see `model/evaluation/report.py`.
 
     Recall without a false-positive rate says nothing, so a set without real images gets those of
     the set that the catalog names for it (`[reference]`), if it is at hand.

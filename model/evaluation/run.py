@@ -103,8 +103,8 @@ def deliver_sets(
 
 
 def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
-    """What set `name` is delivered with: itself, or its fakes and the reals that stand beside, as
-    in its report.
+    """The samples of set `name` that are perturbed: its own, or its fakes and the reference reals,
+    as in its report.
     """
     shards, reference = planned.sets[name].shards, planned.reference
     is_real = shards.column("label") == REAL

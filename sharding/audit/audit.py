@@ -251,8 +251,8 @@ def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tupl
     """
     value = np.linspace(0, 1, 20_001)
     half = (reals + fakes) / 2 - 1
-    spread = 1 + half * ((1 - value) / (2 - value) + value / (1 + value))
-    variance = value * (1 - value) * spread / (reals * fakes)
+    inflation = 1 + half * ((1 - value) / (2 - value) + value / (1 + value))
+    variance = value * (1 - value) * inflation / (reals * fakes)
     inside = value[(value - area) ** 2 <= z**2 * variance + 1e-12]
     return float(inside.min()), float(inside.max())
 

@@ -54,7 +54,7 @@ class Decoder:
     """How a generator gets from its latent to pixels: one x2 upsampler per stage."""
 
     stages: tuple[str, ...]
-    uneven: float  # spread of the learned weights around the ideal kernel
+    uneven: float  # deviation of the learned weights around the ideal kernel
     detail: float = 0.6  # share of the fine detail that survives the latent
     grain: float = 0.0  # sigma of the noise that imitates film
 
@@ -288,9 +288,9 @@ def decode(rng: Rng, image: np.ndarray, maker: str) -> np.ndarray:
 def upsample(latent: np.ndarray, stage: str, uneven: float, weights: Rng) -> np.ndarray:
     """Double the size; uneven weights after zero insertion or shuffling leave period two."""
     if stage == "transposed":
-        spread = np.zeros((2 * latent.shape[0], 2 * latent.shape[1], 3), np.float32)
-        spread[::2, ::2] = latent
-        return convolve(spread, perturbed(np.outer([1, 2, 1], [1, 2, 1]) / 4, uneven, weights))
+        stretched = np.zeros((2 * latent.shape[0], 2 * latent.shape[1], 3), np.float32)
+        stretched[::2, ::2] = latent
+        return convolve(stretched, perturbed(np.outer([1, 2, 1], [1, 2, 1]) / 4, uneven, weights))
     if stage == "shuffle":
         gains = perturbed(np.ones((2, 2)), uneven, weights)
         return enlarge(latent, 2, Resampling.BILINEAR) * np.tile(gains, (*latent.shape[:2], 1))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.ablation import figures, lost, spread
+from benchmarks.ablation import figures, lost, mean_and_std
 
 
 def scored(
@@ -46,6 +46,6 @@ def test_the_worst_loss_is_that_of_one_source() -> None:
     assert lost(row, "val") == pytest.approx(before - after)
 
 
-def test_spread_is_that_of_a_sample() -> None:
-    assert spread([0.5, 0.7]) == "60.0 ± 14.1"
-    assert spread([0.5]) == "50.0"
+def test_the_standard_deviation_is_that_of_a_sample() -> None:
+    assert mean_and_std([0.5, 0.7]) == "60.0 ± 14.1"
+    assert mean_and_std([0.5]) == "50.0"

@@ -14,11 +14,11 @@ from model.score import probability
 from model.verdict import band_of, verdict
 
 
-def calibrated_scores(count: int, seed: int = 0, spread: float = 2.0):
+def calibrated_scores(count: int, seed: int = 0, scale: float = 2.0):
     """Labels, and logits that are exactly the log-odds of fake: temperature 1 is right."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
-    return labels, (2 * labels - 1) * spread**2 / 2 + spread * rng.normal(size=count)
+    return labels, (2 * labels - 1) * scale**2 / 2 + scale * rng.normal(size=count)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
@@ -46,14 +46,14 @@ def test_thresholds_hold_on_images_not_seen() -> None:
 
 
 def test_the_decision_threshold_and_the_band() -> None:
-    labels, logits = calibrated_scores(4_000, spread=2.0)
+    labels, logits = calibrated_scores(4_000, scale=2.0)
     weak = calibrate(labels, logits)
     fake = probability(logits, weak.temperature)
     low, high = weak.band
     assert low < 0.5 < high == weak.threshold == weak.threshold_fpr_5
     assert (fake[labels == 0] >= high).mean() == pytest.approx(0.05, abs=0.001)
     assert (fake[labels == 1] < low).mean() == pytest.approx(0.05, abs=0.001)
-    strong = calibrate(*calibrated_scores(4_000, spread=5.0))
+    strong = calibrate(*calibrated_scores(4_000, scale=5.0))
     assert strong.threshold_fpr_5 < 0.5
     assert strong.band == (0.5, 0.5)
     assert strong.threshold == 0.5

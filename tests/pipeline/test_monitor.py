@@ -1,4 +1,4 @@
-"""What the meter adds up, and what the watchdog says when a stage hangs."""
+"""What the statistics add up, and what the watchdog says when a stage hangs."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def batch(sources: list[int], *, replayed: int = 0, timing: BatchTiming | None =
     )
 
 
-def test_the_meter_adds_up_what_was_seen() -> None:
+def test_the_statistics_add_up_what_was_seen() -> None:
     def slowly():
         for wait in (0.0, 0.02, 0.2):
             time.sleep(wait)
