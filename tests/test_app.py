@@ -354,7 +354,10 @@ def bomb() -> bytes:
         ("empty.png", b"", "empty file"),
         ("bomb.png", bomb(), "more than 200,000,000 pixels"),
         ("tiny.png", encode(photo(1, 31, 200), "PNG"), "31 x 200 pixels: too small to judge"),
-        ("![a](http://x/y) :red[b] $c$.png", b"?", "![a](http://x/y) :red[b] $c$.png: not an"),
+        (
+            "![a](http://x/y) :red[b] $c$.png", b"?",
+            "![a](http:\u2060//x/y) :\u2060red[b] $c$.png: not an",
+        ),
     ],
     ids=["broken", "other", "empty", "bomb", "tiny", "markdown"],
 )  # fmt: skip
