@@ -52,4 +52,4 @@ bench: setup ## loader throughput of both backends against other loaders, one ta
 	$(RUN) -m benchmarks.loader
 
 app: setup ## the web page, on this machine only
-	$(BIN)/streamlit run app.py
+	$(BIN)/streamlit run serve.py

@@ -6,12 +6,14 @@ the files, `st.session_state` what was found about them, and both go with the im
 """
 
 import base64
+import contextlib
 import io
+import logging
 import os
 import threading
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,14 +25,16 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunContext
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+import console
 from escape import markdown
-from imaging.decode import MAX_BYTES, decode
+from imaging.decode import MAX_BYTES, READABLE, decode, without_warnings
 from model import load_detector
-from model.checkpoint import CheckpointError
 from model.inference import gradcam, provenance, results
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
+
+log = logging.getLogger("ai_images_detector")
 
 HERE = Path(__file__).parent
 
@@ -108,10 +112,47 @@ def loaded_detector() -> ImageDetector:
     return load_detector(CHECKPOINT, runs=RUNS)
 
 
+LARGE_PIXELS = 2**25
+"""From here on an image waits for other large ones, and no small one waits for it."""
+
+WAIT_S = 60.0
+"""How long an image waits for others before the page says that it could not be looked at."""
+
+
+class Busy(Exception):
+    """Others were looked at for all of `WAIT_S`."""
+
+
 @st.cache_resource(show_spinner=False)
-def turn() -> threading.Lock:
-    """One image at a time, whoever sent it: the largest takes 2.8 GB for a while."""
-    return threading.Lock()
+def lanes() -> tuple[threading.Lock, threading.Lock]:
+    """For small images and for large ones."""
+    return threading.Lock(), threading.Lock()
+
+
+@contextlib.contextmanager
+def turn(data: bytes) -> Iterator[None]:
+    """One small image and one large one at a time, whoever sent them: the largest takes 2.8 GB and
+    seconds, which nobody else's small one is to wait for.
+
+    Raises:
+        Busy: the turn did not come.
+    """
+    lane = lanes()[pixels_of(data) >= LARGE_PIXELS]
+    if not lane.acquire(timeout=WAIT_S):
+        raise Busy("the server is busy with other images; try this one again later")
+    try:
+        yield
+    finally:
+        lane.release()
+
+
+def pixels_of(data: bytes) -> int:
+    """How many pixels the header of an image promises; 0 where it cannot be read."""
+    try:
+        with without_warnings(), Image.open(io.BytesIO(data), formats=READABLE) as image:
+            return image.width * image.height
+    except Exception:  # whatever hostile bytes make a parser raise; decoding says what is wrong
+        return 0
 
 
 def close_soon(session: str) -> None:
@@ -191,11 +232,15 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
 
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """One image: its probability, or why it is refused."""
-    with turn():
-        (prediction,) = detector.predict([data])
-        if prediction.error:
-            return Scored(name, prediction)
-        picture = Image.fromarray(decode(data))
+    try:
+        with turn(data):
+            (prediction,) = detector.predict([data])
+            if prediction.error:
+                return Scored(name, prediction)
+            picture = Image.fromarray(decode(data))
+    except Busy as error:
+        refused = Prediction(name=name, probability=None, verdict=UNREADABLE, error=str(error))
+        return Scored(name, refused)
     if min(picture.size) < MIN_SIDE_PX:
         size = f"{picture.width} x {picture.height} pixels"
         reason = f"{size}: too small to judge; at least {MIN_SIDE_PX} are needed each way"
@@ -345,9 +390,10 @@ def show_heatmap(
     maps = st.session_state["heatmaps"]
     if file.file_id not in maps:
         try:
-            with picture, st.spinner("Asking the network"), turn():
-                maps[file.file_id] = gradcam.heatmap(detector, file.getvalue())
-        except gradcam.ExplainError as error:
+            data = file.getvalue()
+            with picture, st.spinner("Asking the network"), turn(data):
+                maps[file.file_id] = gradcam.heatmap(detector, data)
+        except (gradcam.ExplainError, Busy) as error:
             picture.error(markdown(str(error)))
             return
     picture.image(maps[file.file_id], width="stretch", alt=f"Heatmap of {file.name}")
@@ -449,8 +495,13 @@ def main() -> None:
     st.title("Real or AI-generated?", anchor=False)
     try:
         detector = loaded_detector()
-    except CheckpointError as error:
-        st.error(markdown(str(error)))
+    except Exception as error:  # whatever a damaged or unreadable checkpoint makes a loader raise
+        log.warning("no detector", exc_info=True)
+        if isinstance(error, ValueError | OSError):
+            said = console.one_line(error)
+        else:
+            said = f"the checkpoint cannot be loaded ({type(error).__name__}: {error})"
+        st.error(markdown(said))
         return
     this_page()
     files = {file.file_id: file for file in uploads()}

@@ -33,7 +33,7 @@ def from_spreadsheet_cell(text: str) -> str:
 
 # What makes links and icons of plain text after Markdown was parsed, so that a backslash does not
 # help: mdast-util-gfm-autolink-literal, remark-emoji, and Streamlit's `:material/name:`.
-_SEPARATE = re.compile(r":|@|(?<=www)(?=\.)", re.IGNORECASE)
+_SEPARATE = re.compile(r"[:@](?=\S)|(?<=www)(?=\.)", re.IGNORECASE)
 _JOINER = "\N{WORD JOINER}"
 _MARKUP = re.compile(r"[\\`*_{}\[\]()<>#|~:$&]|^[-+=]|(?<=\d)\.(?=\s)")
 

@@ -152,9 +152,10 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
             backbone = timm.create_model(
                 network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
             )
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         if not pretrained or "nknown model" in str(error):
-            raise NetworkError(f"timm cannot build {network.name!r}: {error}") from error
+            said = f"with the options {options}: {error}" if options else str(error)
+            raise NetworkError(f"timm cannot build {network.name!r} {said}") from error
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except OSError as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error

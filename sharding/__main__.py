@@ -385,6 +385,8 @@ def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
     """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
+    for folder in folders:
+        check_reachable(folder)
     sets = audit.open_sets(folders)
     out.mkdir(parents=True, exist_ok=True)
     results, entries, chosen = [], {}, {}

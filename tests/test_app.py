@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import requests
+from PIL import Image
 
 import app
 from model import load_detector
@@ -75,7 +76,10 @@ def test_the_container_gets_what_the_page_imports() -> None:
     copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
     copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
-    needed, open_ends = {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"}, ["app"]
+    needed, open_ends = (
+        {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
+        ["app", "serve"],
+    )
     while open_ends:
         name = open_ends.pop()
         files = list((ROOT / name).rglob("*.py")) or [ROOT / f"{name}.py"]
@@ -85,6 +89,33 @@ def test_the_container_gets_what_the_page_imports() -> None:
         open_ends += [one for one in ours if not {one, f"{one}.py"} & needed]
     assert needed <= copied
     assert all(any(fnmatch(path, pattern) for pattern in let_in) for path in copied)
+
+
+def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(app, "WAIT_S", 0.1)
+    small, large = encode(photo(1, 50, 50)), encode(photo(1, 200, 100), "PNG")
+    assert [app.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
+    taken = []
+    with app.turn(large):
+        with app.turn(small):
+            taken.append("small")
+        with pytest.raises(app.Busy, match="busy with other images"), app.turn(large):
+            taken.append("large")
+    with app.turn(large):
+        taken.append("large again")
+    assert taken == ["small", "large again"]
+
+    class Found:
+        def predict(self, _images: object) -> None:
+            raise AssertionError("it was not this image's turn")
+
+    with app.turn(large):
+        scored = app.score(Found(), "a.png", large)
+    assert scored.prediction.verdict == app.UNREADABLE
+    assert "try this one again later" in scored.prediction.error
 
 
 # --- in the browser ------------------------------------------------------------------------------
@@ -116,7 +147,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port),
+        sys.executable, "-m", "streamlit", "run", "serve.py", "--server.port", str(port),
     ]  # fmt: skip
     server = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -273,7 +304,7 @@ def test_one_image_has_the_probability_that_python_gives(visit, found) -> None:
     assert probability_shown(page) == probability(found, PHOTO)
     (prediction,) = found.predict([PHOTO])
     assert page.get_by_role("heading", name=prediction.verdict[1:]).is_visible()
-    assert page.get_by_text(found.identity).is_visible()
+    preprocess(page, found.identity)
 
 
 @in_browser
@@ -354,7 +385,10 @@ def bomb() -> bytes:
         ("empty.png", b"", "empty file"),
         ("bomb.png", bomb(), "more than 200,000,000 pixels"),
         ("tiny.png", encode(photo(1, 31, 200), "PNG"), "31 x 200 pixels: too small to judge"),
-        ("![a](http://x/y) :red[b] $c$.png", b"?", "![a](http://x/y) :red[b] $c$.png: not an"),
+        (
+            "![a](http://x/y) :red[b] $c$.png", b"?",
+            "![a](http:\u2060//x/y) :\u2060red[b] $c$.png: not an",
+        ),
     ],
     ids=["broken", "other", "empty", "bomb", "tiny", "markdown"],
 )  # fmt: skip
@@ -368,6 +402,33 @@ def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str
     assert page.get_by_role("slider").count() == 0
     browse(page, file_of("fine.png", OTHER))
     preprocess(page, "2 images", "1 unreadable")
+
+
+@in_browser
+def test_what_a_file_says_is_no_markup(visit) -> None:
+    """No link, icon, picture or formula comes of a file's name or metadata."""
+    exif = Image.Exif()
+    exif[0x010F] = "www.evil.example me@evil.example :material/verified: :+1:"
+    exif[0x0110] = "https://evil.example [a](https://evil.example) ![b](https://evil.example/x) $x$"
+    name = "https:evil www.evil.example :smile: [a](b).jpg"
+    page = visit()
+    browse(page, file_of(name, encode(photo(1), exif=exif)))
+    preprocess(page, "What the file says", "camera")
+    page.wait_for_timeout(500)
+    main = page.get_by_test_id("stMain")
+    assert main.locator("a").count() == 0
+    assert main.locator("img[src*=evil], .katex").count() == 0
+    shown = main.inner_text().replace("\u2060", "")
+    for text in (exif[0x010F], exif[0x0110], name):
+        assert text in shown
+    assert main.get_by_test_id("stIconMaterial").filter(has_text="verified").count() == 0
+
+
+@in_browser
+def test_no_other_page_may_frame_this_one(address: str) -> None:
+    answer = requests.get(address, timeout=10)
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["X-Frame-Options"] == "DENY"
 
 
 @in_browser

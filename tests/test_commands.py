@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -298,6 +299,32 @@ def test_the_page_without_a_checkpoint_says_how_to_get_one(
     monkeypatch.setenv("DETECTOR_RUNS", str(tmp_path))
     shown = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
     assert "no checkpoint below" in shown.error[0].value
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "runs/a/weights.safetensors"),
+         "weights.safetensors: Permission denied"),
+        (KeyError("network"), "the checkpoint cannot be loaded (KeyError: 'network')"),
+        (RuntimeError("[x](https://evil.example)"), "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_the_page_says_why_a_checkpoint_cannot_be_loaded(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import streamlit
+    from streamlit.testing.v1 import AppTest
+
+    def fails(*_arguments: object, **_keywords: object) -> None:
+        raise error
+
+    streamlit.cache_resource.clear()
+    monkeypatch.setattr("model.load_detector", fails)
+    shown = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    assert not shown.exception
+    assert said in re.sub(r"\\(.)", r"\1", shown.error[0].value)
+    assert "https://" not in shown.error[0].value
 
 
 @pytest.mark.parametrize(

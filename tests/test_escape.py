@@ -65,6 +65,7 @@ AFTER_PARSING = (
 def test_markdown_shows_the_text_and_makes_nothing_of_it(text: str) -> None:
     shown = markdown(text)
     assert "\n" not in shown
+    assert not re.match(r"[-+=]|\d+\.\s", shown)  # lists, headings
     assert not re.search(r"(?<!\\)[\[\]()<>`*_#$~|&:]", shown)
     parsed = html.unescape(re.sub(r"\\(.)", r"\1", shown))
     for pattern in AFTER_PARSING:

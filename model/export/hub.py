@@ -9,13 +9,14 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from timm.models import save_for_hf
 
 import console
+from escape import without_secrets
 from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network, seal
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
@@ -68,12 +69,28 @@ def write_hub(
             safe_serialization=True,
         )
         _let_transformers_in(partial / CONFIG_FILE)
-        seal(partial, meta)
+        seal(partial, without_paths(meta))
         if onnx:
             shutil.copytree(onnx, partial / ONNX_FOLDER)
         card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return out
+
+
+def without_paths(value: Any) -> Any:
+    """The record of a checkpoint, or a part of it, for everybody to read: of a path of this machine
+    the name, of an address what is no secret.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_paths(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [without_paths(own) for own in value]
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        return without_secrets(value)
+    is_path = value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).drive
+    return PureWindowsPath(value).name if is_path else value
 
 
 def _let_transformers_in(path: Path) -> None:

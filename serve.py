@@ -1,0 +1,83 @@
+"""The server of the web page: `streamlit run serve.py`. What Streamlit has no setting for stands
+between it and the browser: a bound on all uploads together, and headers.
+"""
+
+import os
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from streamlit import config
+from streamlit.runtime import get_instance
+from streamlit.starlette import App
+
+MAX_HELD_BYTES = int(os.environ.get("DETECTOR_UPLOADS_MB", "1024")) * 2**20
+"""Of all uploads of all visitors together."""
+
+LEAST_BYTES = 2**20
+"""What a file counts at least: its pictures on the page take memory too, however small it is."""
+
+UPLOADS = "/_stcore/upload_file/"
+
+HEADERS = {
+    # Streamlit's own page needs inline scripts, evaluation and blobs; no other host, and no frame.
+    "Content-Security-Policy": (
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: "
+        "data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Guard:
+    """Passes requests on to Streamlit, but for uploads that there is no room for; answers get
+    `HEADERS`.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.arriving = 0  # bytes of uploads that are on their way
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        if scope["method"] == "PUT" and UPLOADS in scope["path"]:
+            await self._upload(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        said = Headers(scope=scope).get("content-length", "")
+        largest = config.get_option("server.maxUploadSize") * 2**20  # Streamlit refuses more
+        size = max(int(said) if said.isdecimal() else largest, LEAST_BYTES)
+        if held() + self.arriving + size > MAX_HELD_BYTES:
+            text = "The server holds as many images as it may; try again later.\n"
+            await PlainTextResponse(text, 503)(scope, receive, send)
+            return
+        self.arriving += size
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.arriving -= size
+
+
+def held() -> int:
+    """Bytes of all uploads that the server holds, each file as `LEAST_BYTES` at least."""
+    sessions = list(get_instance().uploaded_file_mgr.file_storage.values())
+    return sum(max(len(file.data), LEAST_BYTES) for one in sessions for file in list(one.values()))
+
+
+app = App(Path(__file__).parent / "app.py", middleware=[Middleware(Guard)])

@@ -1,0 +1,114 @@
+"""What stands between Streamlit and the browser: headers, and room for uploads."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+import serve
+
+UPLOAD = "/_stcore/upload_file/session/file"
+MB = 2**20
+
+
+class Streamlit:
+    """Takes uploads as Streamlit does, into the same kind of store."""
+
+    def __init__(self) -> None:
+        self.file_storage: dict[str, dict[str, SimpleNamespace]] = {}
+        self.uploaded_file_mgr = self
+        self.fails = False
+
+    async def upload(self, request: Request) -> Response:
+        data = await request.body()
+        if self.fails:
+            raise RuntimeError("the connection broke")
+        files = self.file_storage.setdefault("session", {})
+        files[str(len(files))] = SimpleNamespace(data=data)
+        return Response(status_code=204)
+
+    async def page(self, _request: Request) -> Response:
+        return Response("page")
+
+
+@pytest.fixture
+def streamlit(monkeypatch: pytest.MonkeyPatch) -> Streamlit:
+    inner = Streamlit()
+    monkeypatch.setattr(serve, "get_instance", lambda: inner)
+    monkeypatch.setattr(serve, "MAX_HELD_BYTES", 4 * MB)
+    return inner
+
+
+@pytest.fixture
+def guard(streamlit: Streamlit) -> serve.Guard:
+    routes = [Route("/", streamlit.page), Route(UPLOAD, streamlit.upload, methods=["PUT"])]
+    return serve.Guard(Starlette(routes=routes))
+
+
+def test_every_answer_has_the_headers(guard: serve.Guard) -> None:
+    client = TestClient(guard)
+    for answer in (client.get("/"), client.get("/none"), client.put(UPLOAD, content=bytes(9 * MB))):
+        for name, value in serve.HEADERS.items():
+            assert answer.headers[name] == value
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+
+
+def test_all_uploads_together_are_bounded_and_room_comes_back(
+    streamlit: Streamlit, guard: serve.Guard
+) -> None:
+    client = TestClient(guard)
+    sizes = [MB, 2 * MB, 10, 10]  # the small ones count as a megabyte
+    assert [client.put(UPLOAD, content=bytes(size)).status_code for size in sizes] == [
+        204, 204, 204, 503,
+    ]  # fmt: skip
+    assert "try again later" in client.put(UPLOAD, content=b"x").text
+    assert guard.arriving == 0
+    streamlit.file_storage.clear()  # pages are closed
+    assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
+
+
+def test_what_breaks_off_gives_its_room_back(streamlit: Streamlit, guard: serve.Guard) -> None:
+    streamlit.fails = True
+    client = TestClient(guard)
+    for _ in range(10):
+        with pytest.raises(RuntimeError, match="broke"):
+            client.put(UPLOAD, content=bytes(2 * MB))
+    assert guard.arriving == 0
+
+
+def test_uploads_that_arrive_together_count_together(streamlit: Streamlit) -> None:
+    """Ten of 1 MB that have all begun before the first one has ended; four fit. One that does not
+    say its size counts as the largest that Streamlit takes.
+    """
+    begun, go_on = [], asyncio.Event()
+
+    async def slow(_scope: object, _receive: object, send) -> None:
+        begun.append(1)
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def together(headers: list[tuple[bytes, bytes]]) -> list[int]:
+        guard, statuses = serve.Guard(slow), []
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {"type": "http", "method": "PUT", "path": UPLOAD, "headers": headers}
+        tasks = [asyncio.create_task(guard(scope, None, send)) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.gather(*tasks)
+        assert guard.arriving == 0
+        return statuses
+
+    statuses = asyncio.run(together([(b"content-length", b"1048576")]))
+    assert sorted(statuses) == [204] * 4 + [503] * 6
+    go_on.clear()
+    assert asyncio.run(together([])) == [503] * 10
