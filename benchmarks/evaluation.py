@@ -134,7 +134,11 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
     net = build_network(recipe.network, pretrained=False).eval()
     saved = folder / "runs" / "random" / "step_0000000"
     checkpoint.save(
-        saved, net, recipe=recipe, step=0, epoch=0.0, metrics={}, selection=0.0, data={}, state=None
+        saved,
+        net,
+        recipe=recipe,
+        state=None,
+        record=checkpoint.Record(step=0, epoch=0.0, metrics={}, selection=0.0, data={}),
     )
     shards = pack(count, folder)
     cpu = torch.device("cpu")

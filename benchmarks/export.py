@@ -76,9 +76,14 @@ def ways_of(name: str, folder: Path) -> dict[str, Score]:
     recipe = replace(recipe_of("bench"), network=network)
     net = build(recipe.network, pretrained=False)
     checkpoint.save(
-        folder / "step_0000000", net, recipe=recipe, step=0, epoch=0, metrics={}, selection=None,
-        data={"train": [], "replay": []}, state=None,
-    )  # fmt: skip
+        folder / "step_0000000",
+        net,
+        recipe=recipe,
+        state=None,
+        record=checkpoint.Record(
+            step=0, epoch=0, metrics={}, selection=None, data={"train": [], "replay": []}
+        ),
+    )
     load_weights(net, checkpoint.read_weights(folder / "step_0000000"), name)
     export.export_onnx(folder / "step_0000000", folder / "onnx")
     fp32, fp16 = (folder / "onnx" / file for file in export.FILES.values())

@@ -46,10 +46,12 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     """A run with one checkpoint of random weights."""
     network = Network(name=NETWORKS[name], pretrained=False)
     checkpoint.save(
-        folder / name / "step_0000000", build(network, pretrained=False),
-        recipe=replace(recipe_of(name), network=network), step=0, epoch=0, metrics={},
-        selection=None, data={}, state=None,
-    )  # fmt: skip
+        folder / name / "step_0000000",
+        build(network, pretrained=False),
+        recipe=replace(recipe_of(name), network=network),
+        state=None,
+        record=checkpoint.Record(step=0, epoch=0, metrics={}, selection=None, data={}),
+    )
     return folder / name
 
 

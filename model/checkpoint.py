@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,27 +70,35 @@ class DamagedError(CheckpointError):
     """A file of a checkpoint that is not as it was written; the message names it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a checkpoint keeps of its training: the step and epoch, what validation measured, the
+    figure that the best checkpoint has most of, the sets with their hashes, and where the run's
+    first weights came from.
+    """
+
+    step: int
+    epoch: float
+    metrics: Mapping[str, Any]
+    selection: float | None
+    data: Mapping[str, Any]
+    first_weights: Mapping[str, Any] | None = None
+
+
 def save(
     folder: Path,
     net: Detector,
     *,
     recipe: "Recipe",
-    step: int,
-    epoch: float,
-    metrics: Mapping[str, Any],
-    selection: float | None,
-    data: Mapping[str, Any],
+    record: Record,
     state: Mapping[str, Any] | None,
     replayed: Sequence[tuple[int, str]] | None = None,
-    first_weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint: everything under a temporary name, then one rename. When this returns the
     checkpoint is on the disk, and survives a power cut.
 
-    `recipe` is the run's recipe (a dataclass with `network` and `preprocess`), `metrics` what
-    validation found, `selection` the figure that the best checkpoint has most of, `data` says which
-    sets were trained on and their hash, `state` is what resuming needs, `replayed` (epoch, key) of
-    the old samples that came in so far, `first_weights` where the run's first weights came from.
+    `recipe` is the run's recipe, `state` is what resuming needs, `replayed` (epoch, key) of the old
+    samples that came in so far.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
@@ -109,21 +117,21 @@ def save(
                 "format_version": FORMAT_VERSION,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "created_ns": time.time_ns(),
-                "step": step,
-                "epoch": epoch,
+                "step": record.step,
+                "epoch": record.epoch,
                 "classes": list(CLASSES),
                 "preprocess": asdict(recipe.preprocess),
                 "temperature": 1.0,
                 "threshold": DEFAULT_THRESHOLD,
                 "calibration": None,
                 "calibrated_metrics": None,
-                "metrics": metrics,
-                "selection": selection,
+                "metrics": record.metrics,
+                "selection": record.selection,
                 "compared": None,
                 "refused": [],
-                "data": data,
+                "data": record.data,
                 "recipe": asdict(recipe),
-                "first_weights": first_weights,
+                "first_weights": record.first_weights,
                 "commit": git_commit(),
                 "versions": versions(),
             }

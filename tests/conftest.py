@@ -136,11 +136,14 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("small_runs")
     torch.manual_seed(1)
     checkpoint.save(
-        runs / "small" / "step_0000001", build_network(TINY, pretrained=False),
-        recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=0.5,
-        data={"train": ["x"], "replay": []},
+        runs / "small" / "step_0000001",
+        build_network(TINY, pretrained=False),
+        recipe=small_recipe(),
         state=None,
-    )  # fmt: skip
+        record=checkpoint.Record(
+            step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"], "replay": []}
+        ),
+    )
     return runs
 
 
@@ -155,10 +158,18 @@ def tiny_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             torch.nn.init.normal_(weight)
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
-        folder, net, recipe=small_recipe(name="tiny", preprocess=PREPROCESS), step=7, epoch=0.5,
-        metrics={}, selection=None, state=None,
-        data={"train": ["old"], "replay": [], "set_sha256": hashes},
-    )  # fmt: skip
+        folder,
+        net,
+        recipe=small_recipe(name="tiny", preprocess=PREPROCESS),
+        state=None,
+        record=checkpoint.Record(
+            step=7,
+            epoch=0.5,
+            metrics={},
+            selection=None,
+            data={"train": ["old"], "replay": [], "set_sha256": hashes},
+        ),
+    )
     checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
     return folder
 

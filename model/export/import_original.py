@@ -86,12 +86,14 @@ def import_file(file: Path, run: Path) -> Path:
         folder,
         net,
         recipe=recipe,
-        step=0,
-        epoch=0.0,
-        metrics={},
-        selection=None,
-        data={"train": [], "replay": [], "imported_from": file.name},
         state=None,
+        record=checkpoint.Record(
+            step=0,
+            epoch=0.0,
+            metrics={},
+            selection=None,
+            data={"train": [], "replay": [], "imported_from": file.name},
+        ),
     )
     return folder
 

@@ -70,20 +70,22 @@ def save(
         saved,
         train_state.shown,
         recipe=recipe,
-        step=done,
-        epoch=done / plan.steps_per_epoch,
-        metrics=asdict(validation) if validation else {},
-        selection=validation.selection if validation else None,
-        data={
-            "train": recipe.data.train,
-            "replay": recipe.replay.sets,
-            "replayed_per_epoch": stream.replayed_per_epoch,
-            "index_sha256": stream.pool.shards.sha256,
-            "set_sha256": stream.pool.hashes,
-        },
         state=state,
         replayed=stream.replayed_until(done) if recipe.replay.sets else None,
-        first_weights=plan.first_weights,
+        record=checkpoint.Record(
+            step=done,
+            epoch=done / plan.steps_per_epoch,
+            metrics=asdict(validation) if validation else {},
+            selection=validation.selection if validation else None,
+            data={
+                "train": recipe.data.train,
+                "replay": recipe.replay.sets,
+                "replayed_per_epoch": stream.replayed_per_epoch,
+                "index_sha256": stream.pool.shards.sha256,
+                "set_sha256": stream.pool.hashes,
+            },
+            first_weights=plan.first_weights,
+        ),
     )
     # The new one is on the disk: a power cut from here on loses none that a run goes on from.
     checkpoint.prune(plan.folder, {saved, best.path})

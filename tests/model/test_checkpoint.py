@@ -34,9 +34,14 @@ from tests.servers import Server
 def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5, state=None):
     net = net or build(TINY, pretrained=False)
     checkpoint.save(
-        folder / f"step_{step:07d}", net, recipe=small_recipe(), step=step, epoch=1, metrics={},
-        selection=selection, data={"train": ["x"]}, state=state,
-    )  # fmt: skip
+        folder / f"step_{step:07d}",
+        net,
+        recipe=small_recipe(),
+        state=state,
+        record=checkpoint.Record(
+            step=step, epoch=1, metrics={}, selection=selection, data={"train": ["x"]}
+        ),
+    )
     return folder / f"step_{step:07d}"
 
 

@@ -94,9 +94,14 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     net = build(STAGES, pretrained=False).eval()
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
     checkpoint.save(
-        tmp_path / "step_0000001", net, recipe=small_recipe(network=STAGES, preprocess=PREPROCESS),
-        step=1, epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}, state=None,
-    )  # fmt: skip
+        tmp_path / "step_0000001",
+        net,
+        recipe=small_recipe(network=STAGES, preprocess=PREPROCESS),
+        state=None,
+        record=checkpoint.Record(
+            step=1, epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}
+        ),
+    )
     detector = load_detector(tmp_path)
     images, image = noise(size=PREPROCESS.crop_size), encode(photo(1), "PNG")
     with torch.inference_mode():

@@ -41,9 +41,12 @@ def test_a_checkpoint_of_bad_weights_gives_an_error_for_each_image(
         net.backbone.head.fc.bias[1] = value
     folder = tmp_path / "run/step_0000001"
     checkpoint.save(
-        folder, net, recipe=small_recipe(), step=1, epoch=1, metrics={}, selection=None,
-        data={"train": []}, state=None,
-    )  # fmt: skip
+        folder,
+        net,
+        recipe=small_recipe(),
+        state=None,
+        record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=None, data={"train": []}),
+    )
     (found,) = load_detector(folder, device="cpu").predict([encode(photo(1))])
     assert (found.verdict, found.probability) == (UNREADABLE, None)
     assert "not a finite number" in found.error

@@ -20,9 +20,12 @@ def detector_of(network: Network, folder: Path, size: int = 64):
     torch.manual_seed(2)
     recipe = small_recipe(network=network, preprocess=Preprocess(crop_size=size, resize_size=size))
     checkpoint.save(
-        folder / "step_0000001", build(network, pretrained=False), recipe=recipe, step=1, epoch=1,
-        metrics={}, selection=0.5, data={}, state=None,
-    )  # fmt: skip
+        folder / "step_0000001",
+        build(network, pretrained=False),
+        recipe=recipe,
+        state=None,
+        record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=0.5, data={}),
+    )
     return load_detector(folder)
 
 

@@ -45,10 +45,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     options = {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2}
     network = replace(TINY, name="convnextv2_atto", options=options)
     checkpoint.save(
-        runs / "first" / "step_0000003", build(network, pretrained=False),
-        recipe=small_recipe("first", network, PREPROCESS), step=3, epoch=1, metrics={},
-        selection=0.5, data={"train": ["old"]}, state=None,
-    )  # fmt: skip
+        runs / "first" / "step_0000003",
+        build(network, pretrained=False),
+        recipe=small_recipe("first", network, PREPROCESS),
+        state=None,
+        record=checkpoint.Record(
+            step=3, epoch=1, metrics={}, selection=0.5, data={"train": ["old"]}
+        ),
+    )
     return runs
 
 
