@@ -6,14 +6,13 @@ the files, `st.session_state` what was found about them, and both go with the im
 """
 
 import base64
-import contextlib
 import io
 import logging
 import os
 import threading
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,12 +26,13 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 import console
 from escape import markdown
-from imaging.decode import MAX_BYTES, READABLE, decode, without_warnings
+from imaging.decode import MAX_BYTES, decode
 from model import load_detector
 from model.inference import gradcam, provenance, results
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
+from model.inference.turns import Busy, turn
 
 log = logging.getLogger("ai_images_detector")
 
@@ -110,49 +110,6 @@ class Scored:
 def loaded_detector() -> ImageDetector:
     """The checkpoint, loaded once."""
     return load_detector(CHECKPOINT, runs=RUNS)
-
-
-LARGE_PIXELS = 2**25
-"""From here on an image waits for other large ones, and no small one waits for it."""
-
-WAIT_S = 60.0
-"""How long an image waits for others before the page says that it could not be looked at."""
-
-
-class Busy(Exception):
-    """Others were looked at for all of `WAIT_S`."""
-
-
-@st.cache_resource(show_spinner=False)
-def lanes() -> tuple[threading.Lock, threading.Lock]:
-    """For small images and for large ones."""
-    return threading.Lock(), threading.Lock()
-
-
-@contextlib.contextmanager
-def turn(data: bytes) -> Iterator[None]:
-    """One small image and one large one at a time, whoever sent them: the largest takes 2.8 GB and
-    seconds, which nobody else's small one is to wait for.
-
-    Raises:
-        Busy: the turn did not come.
-    """
-    lane = lanes()[pixels_of(data) >= LARGE_PIXELS]
-    if not lane.acquire(timeout=WAIT_S):
-        raise Busy("the server is busy with other images; try this one again later")
-    try:
-        yield
-    finally:
-        lane.release()
-
-
-def pixels_of(data: bytes) -> int:
-    """How many pixels the header of an image promises; 0 where it cannot be read."""
-    try:
-        with without_warnings(), Image.open(io.BytesIO(data), formats=READABLE) as image:
-            return image.width * image.height
-    except Exception:  # whatever hostile bytes make a parser raise; decoding says what is wrong
-        return 0
 
 
 def close_soon(session: str) -> None:

@@ -29,6 +29,7 @@ import app
 from model import load_detector
 from model.calibrate import calibrate
 from model.checkpoint import annotate
+from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
 from pipeline.loader import Loading, open_loader
@@ -94,17 +95,17 @@ def test_the_container_gets_what_the_page_imports() -> None:
 def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app, "LARGE_PIXELS", 10_000)
-    monkeypatch.setattr(app, "WAIT_S", 0.1)
+    monkeypatch.setattr(turns, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(turns, "WAIT_S", 0.1)
     small, large = encode(photo(1, 50, 50)), encode(photo(1, 200, 100), "PNG")
-    assert [app.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
+    assert [turns.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
     taken = []
-    with app.turn(large):
-        with app.turn(small):
+    with turns.turn(large):
+        with turns.turn(small):
             taken.append("small")
-        with pytest.raises(app.Busy, match="busy with other images"), app.turn(large):
+        with pytest.raises(turns.Busy, match="busy with other images"), turns.turn(large):
             taken.append("large")
-    with app.turn(large):
+    with turns.turn(large):
         taken.append("large again")
     assert taken == ["small", "large again"]
 
@@ -112,7 +113,7 @@ def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
         def predict(self, _images: object) -> None:
             raise AssertionError("it was not this image's turn")
 
-    with app.turn(large):
+    with turns.turn(large):
         scored = app.score(Found(), "a.png", large)
     assert scored.prediction.verdict == app.UNREADABLE
     assert "try this one again later" in scored.prediction.error
