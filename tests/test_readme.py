@@ -14,6 +14,7 @@ import train
 from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
 from sharding.__main__ import main as sharding
+from sharding.format import FORMAT_VERSION
 from tests.builders import ROOT
 
 # The log keeps the commands of its time.
@@ -79,3 +80,8 @@ def test_no_page_is_linked_that_is_not_there() -> None:
     for page in [*PAGES, ROOT / "docs/log.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_version_in_the_documents_is_that_of_the_code() -> None:
+    text = (ROOT / "docs/shards.md").read_text(encoding="utf-8")
+    assert f"Version {FORMAT_VERSION}." in text.partition("\n##")[0]
