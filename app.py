@@ -396,7 +396,7 @@ def show_threshold(detector: ImageDetector) -> None:
         _, false, true = max((row for row in curve if row[0] <= threshold), default=curve[0])
         st.markdown(
             f"At this threshold {of_hundred(false)} of 100 real photographs are called AI, and "
-            f"{of_hundred(true)} of 100 fakes are detector."
+            f"{of_hundred(true)} of 100 fakes are found."
         )
         sets = ", ".join(calibration["fitted_on"])
         st.caption(

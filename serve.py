@@ -4,6 +4,7 @@ between it and the browser: a bound on all uploads together, and headers.
 
 import os
 from pathlib import Path
+from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -11,6 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import config
 from streamlit.runtime import get_instance
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.starlette import App
 
 MAX_HELD_BYTES = int(os.environ.get("DETECTOR_UPLOADS_MB", "1024")) * 2**20
@@ -76,7 +78,8 @@ class Guard:
 
 def held() -> int:
     """Bytes of all uploads that the server holds, each file as `LEAST_BYTES` at least."""
-    sessions = list(get_instance().uploaded_file_mgr.file_storage.values())
+    store = cast(MemoryUploadedFileManager, get_instance().uploaded_file_mgr)
+    sessions = list(store.file_storage.values())
     return sum(max(len(file.data), LEAST_BYTES) for one in sessions for file in list(one.values()))
 
 

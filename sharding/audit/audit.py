@@ -96,7 +96,7 @@ class Shortcut:
     fake_share: float
 
     def __str__(self) -> str:
-        """The value as a sentence: `format PNG: 100 % is_fake (109 images)`."""
+        """The value as a sentence: `format PNG: 100 % fake (109 images)`."""
         is_fake = self.fake_share >= 0.5
         share = self.fake_share if is_fake else 1 - self.fake_share
         return (
