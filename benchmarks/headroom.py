@@ -151,9 +151,8 @@ def main(
         data, names = shards.parent, replace(recipe.data, train=[shards.name])
         recipe = replace(recipe, data=names, replay=Replay())
     # Nothing is validated or saved: no other set is needed, and no run of this name is there.
-    unsaved = replace(
-        recipe, data=replace(recipe.data, validate=recipe.data.train), name="headroom"
-    )
+    trained = replace(recipe.data, validate=recipe.data.train, allow_shared_images=True)
+    unsaved = replace(recipe, data=trained, name="headroom")
     planned = plan(unsaved, data, Path("runs"), device=device)
     place, stream = planned.device, planned.stream
     stats = LoaderStats(stream.pool.shards.codes("source")[1])

@@ -18,7 +18,8 @@ class Data:
 
     `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
     twice and half of them once more, 0 leaves a source out. Training samples of one class only are
-    refused unless `allow_one_class` says that they are meant.
+    refused unless `allow_one_class` says that they are meant, images that are trained and validated
+    on unless `allow_shared_images` does (where nothing but speed is measured).
     """
 
     train: list[str]
@@ -26,6 +27,7 @@ class Data:
     policy: str
     repeats: dict[str, float] = field(default_factory=dict)
     allow_one_class: bool = False
+    allow_shared_images: bool = False
 
     def __post_init__(self) -> None:
         if any(times < 0 for times in self.repeats.values()):

@@ -79,7 +79,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `tiny` with a checkpoint."""
-    return train_tiny(data, tmp_path_factory.mktemp("runs"), 'data.train=["val"]')
+    return train_tiny(
+        data, tmp_path_factory.mktemp("runs"), 'data.train=["val"]', 'data.validate=["test"]'
+    )
 
 
 @pytest.fixture

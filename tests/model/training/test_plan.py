@@ -368,6 +368,7 @@ def test_a_frozen_body_of_random_weights_is_refused(
 def test_sets_that_share_images_are_refused(load: Load, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"80 of 80 images of validation set old are in the train"):
         plan(load('data.validate=["val", "old"]'), data, tmp_path)
+    assert plan(load('data.validate=["old"]', "data.allow_shared_images=true"), data, tmp_path)
 
 
 @pytest.fixture
