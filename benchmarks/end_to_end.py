@@ -116,7 +116,8 @@ def main(
     )  # fmt: skip
     values = [
         f'data.train=["{shards.name}"]', f'data.validate=["{shards.name}"]',
-        "data.allow_shared_images=true", "network.name=convnextv2_atto", "network.pretrained=false", "run.epochs=1",
+        "data.allow_shared_images=true", "network.name=convnextv2_atto",
+        "network.pretrained=false", "run.epochs=1",
         "run.log_every=5", 'run.compile="off"', f"loading.batch_size={batch_size}", *overrides,
     ]  # fmt: skip
     settings = [word for value in values for word in ("--set", value)]
