@@ -55,10 +55,18 @@ def train(
         ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
-    planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
-    for line in planned.damaged:
-        console.log.warning("%s; it is not used", line)
-    with _locked(planned):
+    dist, folder = dist or DistEnv(), runs / recipe.name
+    with contextlib.ExitStack() as held:
+        # A folder that is there may be another training's, which changes it while it is planned
+        # for; one that is not is made after the plan, so that a refused run leaves nothing behind.
+        is_new = not folder.exists()
+        if not is_new:
+            held.enter_context(_locked(folder, dist, is_new))
+        planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
+        if is_new:
+            held.enter_context(_locked(folder, dist, is_new))
+        for line in planned.damaged:
+            console.log.warning("%s; it is not used", line)
         if planned.finished and planned.best:
             console.log.info("%s is finished; nothing to do", planned.folder)
             _calibrate(planned, planned.best.path)
@@ -69,27 +77,26 @@ def train(
 
 
 @contextlib.contextmanager
-def _locked(planned: RunPlan) -> Iterator[None]:
-    """Hold the folder of the run for one training by a lock, which goes with the process.
+def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
+    """Hold the folder of a run for one training by a lock, which goes with the process.
 
     Raises:
-        ValueError: another training holds it, or has gone on with the run since it was planned.
+        ValueError: another training holds it, or wrote it while it was not there yet (`is_new`).
     """
-    busy = f"another training is writing {planned.folder}; wait for it to end, or use --run NAME"
-    reason, lock = "", filelock.FileLock(planned.folder / LOCK_FILE, timeout=0)
-    if planned.dist.is_main:
-        planned.folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another training is writing {folder}; wait for it to end, or use --run NAME"
+    reason, lock = "", filelock.FileLock(folder / LOCK_FILE, timeout=0)
+    if dist.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except filelock.Timeout:
             reason = busy
         except NotImplementedError:
-            console.log.warning("%s: its file system has no locks", planned.folder)
-        whole, _ = checkpoint.whole_checkpoints(planned.folder)
-        if not reason and (whole[-1] if whole else None) != planned.resumed:
-            reason = f"another training has just written {planned.folder}; run the command again"
+            console.log.warning("%s: its file system has no locks", folder)
+        if not reason and is_new and checkpoint.checkpoints_of(folder):
+            reason = f"another training has just written {folder}; run the command again"
     try:
-        if reason := all_gather_object(planned.dist, reason)[0]:
+        if reason := all_gather_object(dist, reason)[0]:
             raise ValueError(reason)
         yield
     finally:
