@@ -147,6 +147,7 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     assert "dummy" not in read_index(tmp_path / "out/old")["sources"]
 
 
+@pytest.mark.slow  # the quick kill of a build is in test_build_robust.py
 def test_killed_and_started_again_ends_with_the_same_bytes(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ class Died(Exception):
     """Stands for a SIGKILL: nothing after it happens."""
 
 
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("phase", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int,
     monkeypatch: pytest.MonkeyPatch,

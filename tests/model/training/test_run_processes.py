@@ -43,7 +43,9 @@ def wait_for_rows(run: Path, count: int, running: forked.Running | subprocess.Po
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
