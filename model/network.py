@@ -69,21 +69,27 @@ class StageHead(nn.Module):
     Traces of generation are small and lie early; what an ImageNet network ends in is what the
     picture shows. After RINE (Koutlis & Papadopoulos, ECCV 2024), which reads all blocks of CLIP.
 
-    `forward`: float maps (B, C_i, H_i, W_i), one per stage -> float logits (B, 2).
+    `features`: float maps (B, C_i, H_i, W_i), one per stage -> float (B, 2 * sum of C_i).
+    `forward`: those features -> float logits (B, 2).
     """
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
         self.fc = nn.Linear(2 * sum(channels), len(CLASSES))
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    @staticmethod
+    def features(maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Each half of each stage is scaled by itself, so that none drowns the others."""
         features = []
         for stage_map in maps:
             positions = stage_map.flatten(2).float()
             for of_stage in (positions.mean(2), positions.std(2, correction=0)):
                 features.append(nn.functional.layer_norm(of_stage, of_stage.shape[1:]))
-        return self.fc(torch.cat(features, 1).to(self.fc.weight.dtype))
+        return torch.cat(features, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Classify."""
+        return self.fc(features.to(self.fc.weight.dtype))
 
 
 class Backbone(nn.Module):
@@ -95,6 +101,7 @@ class Backbone(nn.Module):
     group_matcher: Callable[..., dict[str, Any]]
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     forward_features: Callable[[torch.Tensor], torch.Tensor]
+    forward_head: Callable[..., torch.Tensor]
     forward_intermediates: Callable[..., list[torch.Tensor]]
     pretrained_cfg: dict[str, Any]
     stage_head: StageHead
@@ -127,12 +134,32 @@ class Detector(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalize and classify."""
-        images = (images.to(self.mean.dtype) - self.mean) / self.std
+        """Normalize and classify; features (B, D) in place of images are classified as they are."""
+        if images.ndim == 2:
+            return self.classify(images)
+        if self.head == "timm" and not self.freeze_backbone:
+            return self.backbone(self._normalized(images))
+        return self.classify(self.features(images))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the head classifies: uint8 (B, 3, H, W) -> float (B, D)."""
+        images = self._normalized(images)
         if self.head == "timm":
-            return self.backbone(images)
+            last = self.backbone.forward_features(images)
+            return self.backbone.forward_head(last, pre_logits=True)
         maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        return self.backbone.stage_head(maps)
+        return self.backbone.stage_head.features(maps)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Float features (B, D) -> float logits (B, 2)."""
+        if self.head == "stages":
+            return self.backbone.stage_head(features)
+        classifier = self.backbone.get_classifier()
+        assert isinstance(classifier, nn.Module)
+        return classifier(features)
+
+    def _normalized(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:

@@ -37,7 +37,29 @@ def test_the_stage_head_is_linear_in_scaled_means_and_deviations() -> None:
             found.append(middle / np.sqrt((middle**2).mean(1, keepdims=True) + 1e-5))
     expected = np.concatenate(found, 1) @ head.fc.weight.detach().numpy().T
     expected += head.fc.bias.detach().numpy()
-    np.testing.assert_allclose(head(maps).detach().numpy(), expected, atol=1e-4)
+    logits = head(head.features(maps))
+    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["timm", "stages"])
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "vit_tiny_patch16_224"])
+def test_features_and_their_classification_are_the_forward_pass(name: str, head: str) -> None:
+    """Of a network that learns whole, of one whose backbone is frozen, and by the two halves."""
+    size = 224 if name.startswith("vit") else 64
+    torch.manual_seed(5)
+    whole = build(Network(name=name, pretrained=False, head=head), pretrained=False).eval()
+    for parameter in whole.backbone.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    frozen = build(Network(name=name, head=head, freeze_backbone=True), pretrained=False).eval()
+    frozen.load_state_dict(whole.state_dict())
+    images = noise(3, size)
+    with torch.inference_mode():
+        expected = whole(images)
+        features = frozen.features(images)
+        torch.testing.assert_close(frozen.classify(features), expected)
+        torch.testing.assert_close(frozen(images), expected)
+        torch.testing.assert_close(frozen(features), expected)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "resnet10t"])
