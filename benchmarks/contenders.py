@@ -64,7 +64,8 @@ def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
 
 def read_samples(place: Path, _workers: int) -> Iterator[int]:
     """Plan, positional reads and parameters, without decoding, in this process alone."""
-    from pipeline.loader import _Requests, train_params
+    from pipeline.loader import _Requests
+    from pipeline.params import train_params
 
     stream = our_stream(place, "pil", 0)
     shards, preprocess = stream.pool.shards, stream.loader.preprocess

@@ -31,7 +31,8 @@ from benchmarks import peers
 from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
-from pipeline.loader import Loading, _Requests, open_loader, train_params
+from pipeline.loader import Loading, _Requests, open_loader
+from pipeline.params import train_params
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool
 

@@ -155,8 +155,12 @@ class Detector(nn.Module):
         if self.head == "stages":
             return self.backbone.stage_head(features)
         classifier = self.backbone.get_classifier()
-        assert isinstance(classifier, nn.Module)
-        return classifier(features)
+        if not isinstance(classifier, nn.Module):
+            raise NetworkError(
+                "a network with two classifiers has no features of its own; do not freeze it, or "
+                "take another one"
+            )
+        return classifier(features.to(self.mean.dtype))
 
     def _normalized(self, images: torch.Tensor) -> torch.Tensor:
         return (images.to(self.mean.dtype) - self.mean) / self.std

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.checkpoint import STEP_FOLDER
+from model.features.store import Features
 from model.network import Network
 from model.training.forgetting import Gate
 from model.training.optim import Optim
@@ -66,7 +67,8 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what a run computes; `recipes/` holds them as TOML. `name` is the
-    run's folder below that of all runs; with slashes in it, one further below.
+    run's folder below that of all runs; with slashes in it, one further below. With `features` the
+    head of a frozen backbone is trained from features that are computed once.
     """
 
     name: str
@@ -79,9 +81,15 @@ class Recipe:
     replay: Replay = field(default_factory=Replay)
     gate: Gate = field(default_factory=Gate)
     preprocess: Preprocess = field(default_factory=Preprocess)
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
+        if self.features and not self.network.freeze_backbone:
+            raise ValueError(
+                "features are computed once for a frozen backbone only: set "
+                "network.freeze_backbone=true, or leave [features] out"
+            )
 
 
 def check_run_name(name: str) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from model.distributed import DistEnv, all_gather_object
 from pipeline.batch import Batch
-from pipeline.loader import Loader
-from pipeline.stream import evaluation_batches
+from pipeline.stream import BatchLoader, evaluation_batches
 
 DEFAULT_THRESHOLD = 0.5
 """From this probability of fake on an image is called fake, until a calibration says otherwise."""
@@ -121,23 +120,28 @@ summed up, and so the last bits of a score, which must not depend on the batches
 
 
 def in_parts(images: Iterable[torch.Tensor], size: int = AT_A_TIME) -> Iterator[torch.Tensor]:
-    """The same images in the same order, (`size`, 3, H, W) in channels_last each; the last part is
-    filled up with black.
+    """The same images, (`size`, 3, H, W) in channels_last, or features, (`size`, D), in the same
+    order; the last part is filled up with zeros.
     """
     held: torch.Tensor | None = None
     for more in images:
         held = more if held is None else torch.cat([held, more])
         while len(held) >= size:
-            yield held[:size].contiguous(memory_format=torch.channels_last)
+            yield _contiguous(held[:size])
             held = held[size:]
     if held is not None and len(held):
         filling = held.new_zeros((size - len(held), *held.shape[1:]))
-        yield torch.cat([held, filling]).contiguous(memory_format=torch.channels_last)
+        yield _contiguous(torch.cat([held, filling]))
+
+
+def _contiguous(images: torch.Tensor) -> torch.Tensor:
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return images.contiguous(memory_format=layout)
 
 
 def score_set(
     net: nn.Module,
-    loader: Loader,
+    loader: BatchLoader,
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
     dist: DistEnv | None = None,

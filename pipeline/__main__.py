@@ -12,8 +12,9 @@ import recipes
 from imaging.decode import decode_image
 from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Request
-from pipeline.loader import LoadError, choose_backend, train_params
+from pipeline.loader import LoadError, choose_backend
 from pipeline.order import mixing_of, training_epoch
+from pipeline.params import train_params
 from pipeline.pil import decode_request
 from pipeline.preview import Row, picture_of
 from pipeline.read import ReadError, ShardReader

@@ -10,6 +10,10 @@ from PIL import Image
 from pipeline.augment import AugmentBatch
 
 
+class LoadError(ValueError):
+    """Batches cannot be had; the message says why and what to do."""
+
+
 def _black_pixel() -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(stream, "PNG")

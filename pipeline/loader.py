@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,15 +17,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.augment import (
     AugmentBatch,
-    AugmentPolicy,
-    PolicyTable,
     Preprocess,
-    SampleKeys,
     blank,
-    center_crop_params,
-    sample_params,
 )
-from pipeline.batch import PLACEHOLDER, Batch, Pixels, Request
+from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request
 from pipeline.monitor import (
     STALL_ERROR_S,
     STALL_WARNING_S,
@@ -35,7 +30,7 @@ from pipeline.monitor import (
     stalled,
 )
 from pipeline.order import Epoch, Shuffle
-from pipeline.pairs import Partners, partners_of
+from pipeline.params import ParamsFor
 from pipeline.pil import decode_request
 from pipeline.read import ReadError, ShardReader, damaged_shards
 from pipeline.remote import Cache
@@ -55,7 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ai_images_detector")
 
 Backend = Literal["auto", "dali", "pil"]
-ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]
 
 READ_THREADS = 8
 """Reads from an address in flight at a time, in each process."""
@@ -65,10 +59,6 @@ MIN_SEEN = 200
 """A run stops when more than this share of at least `MIN_SEEN` samples cannot be decoded, or of a
 whole epoch, however short; one bad sample alone stops none.
 """
-
-
-class LoadError(ValueError):
-    """Batches cannot be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,81 +116,6 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even the package it would be in
         return False
-
-
-@dataclass(frozen=True, eq=False)
-class TrainParams:
-    """Training parameters of one epoch; made by `train_params`. An object, so that workers can be
-    sent it where they are not forked.
-    """
-
-    policies: PolicyTable  # by source code
-    sources: np.ndarray
-    widths: np.ndarray
-    heights: np.ndarray
-    preprocess: Preprocess
-    seed: int
-    epoch: int
-    partners: Partners | None = None
-
-    def __call__(self, samples: np.ndarray, repeat_index: np.ndarray) -> AugmentBatch:
-        """Sample the parameters of these samples, each for the stated time in this epoch."""
-        partners = self.partners and tuple(column[samples] for column in self.partners)
-        return sample_params(
-            self.policies, self.sources[samples], self.preprocess,
-            self.widths[samples], self.heights[samples],
-            SampleKeys(self.seed, self.epoch, samples, repeat_index), partners,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class EvalParams:
-    """Evaluation parameters: the same center crop of every image."""
-
-    widths: np.ndarray
-    heights: np.ndarray
-    preprocess: Preprocess
-
-    def __call__(self, samples: np.ndarray, _repeat_index: np.ndarray) -> AugmentBatch:
-        """The center crop of these samples."""
-        return center_crop_params(self.preprocess, self.widths[samples], self.heights[samples])
-
-
-def train_params(
-    shards: ShardSet,
-    augment: Mapping[str, AugmentPolicy],
-    policy: str,
-    preprocess: Preprocess,
-    seed: int,
-    epoch: int,
-) -> TrainParams:
-    """Training parameters: each source by its own policy where the index names one, else by
-    `policy`.
-
-    Raises:
-        LoadError: a source keeps a policy that `augment` does not describe.
-    """
-    codes, names = shards.codes("source")
-    policies = []
-    for name in names:
-        wanted = str(shards.sources[name]["policy"]) or policy
-        if wanted not in augment:
-            raise LoadError(
-                f"source {name} is augmented by policy {wanted!r}, but the recipe describes "
-                f"{', '.join(augment) or 'none'}; add [augment.{wanted}]"
-            )
-        policies.append(augment[wanted])
-    size = shards.column("width"), shards.column("height")
-    paired = tuple(
-        name for name, policy in zip(names, policies, strict=True) if policy.match_pair_jpeg
-    )
-    partners = partners_of(shards, paired) if paired else None
-    return TrainParams(PolicyTable(policies), codes, *size, preprocess, seed, epoch, partners)
-
-
-def eval_params(shards: ShardSet, preprocess: Preprocess) -> EvalParams:
-    """Evaluation parameters of a shard set."""
-    return EvalParams(shards.column("width"), shards.column("height"), preprocess)
 
 
 @dataclass(frozen=True, eq=False)

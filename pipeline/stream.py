@@ -9,13 +9,14 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from pipeline.augment import AugmentPolicy
+from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Batch
-from pipeline.loader import Loader, LoadError, eval_params, train_params
+from pipeline.loader import LoadError, Loading
 from pipeline.order import (
     Epoch,
     check_state,
@@ -26,9 +27,50 @@ from pipeline.order import (
     state_of,
     training_epoch,
 )
+from pipeline.params import ParamsFor, eval_params, train_params, view_params
 from pipeline.replay import Replay, sample_old
 from sharding.format import INDEX_FILE, ShardSet, open_shards
 from storage import AnyPath, sha256_of
+
+
+class BatchLoader(Protocol):
+    """What makes the batches of a shard set on one rank: `pipeline.loader.Loader` from images, or
+    a loader of stored features.
+    """
+
+    @property
+    def shards(self) -> ShardSet:
+        """The samples, by row number."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How a whole image is seen by the network."""
+
+    @property
+    def loading(self) -> Loading:
+        """How batches are made."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+
+    @property
+    def backend(self) -> str:
+        """What makes them."""
+
+    @property
+    def reason(self) -> str:
+        """Why that does."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step over all ranks."""
+
+    def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from step `start` on, in order."""
+
+    def name_failures(self, batch: Batch) -> list[str]:
+        """One line per sample of the batch that could not be decoded: where it is, and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +106,18 @@ def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
 class Stream:
     """The batches of a run on one rank. `policy` is that of sources without one of their own;
     `repeats` says how often sources of the new sets come in an epoch, where that is not once.
+    `views` is None for parameters that are sampled anew in each epoch; with a number, epoch e takes
+    view 1 + e modulo `views` of each image, or with 0 its center crop (`view_params`).
     """
 
-    loader: Loader
+    loader: BatchLoader
     pool: Pool
     replay: Replay
     augment: Mapping[str, AugmentPolicy]
     policy: str
     seed: int
     repeats: Mapping[str, float] = field(default_factory=dict)
+    views: int | None = None
 
     @functools.cached_property
     def new_per_epoch(self) -> int:
@@ -122,19 +167,32 @@ class Stream:
             old=replayed,
         )
 
+    def view(self, epoch_number: int) -> int | None:
+        """The view of each image in epoch `epoch_number`; None where there are no views."""
+        if not self.views:
+            return self.views
+        return 1 + epoch_number % self.views
+
+    def params(self, epoch_number: int) -> ParamsFor:
+        """The augmentation parameters of epoch `epoch_number`.
+
+        Raises:
+            LoadError: a source keeps a policy that `augment` does not describe.
+        """
+        settings = (
+            self.pool.shards, self.augment, self.policy, self.loader.preprocess, self.seed,
+        )  # fmt: skip
+        view = self.view(epoch_number)
+        if view is None:
+            return train_params(*settings, epoch_number)
+        return view_params(*settings, view)
+
     def batches(self, start: int, epochs: int) -> Iterator[Batch]:
         """Batches from global step `start` to the end of the last of `epochs`."""
         epoch_number = start // self.steps_per_epoch
         while epoch_number < epochs:
             epoch = self.epoch(epoch_number)
-            params_for = train_params(
-                self.pool.shards,
-                self.augment,
-                self.policy,
-                self.loader.preprocess,
-                self.seed,
-                epoch_number,
-            )
+            params_for = self.params(epoch_number)
             yield from self.loader.batches(
                 epoch, params_for, max(0, start - epoch_number * epoch.steps)
             )
@@ -173,7 +231,7 @@ class Stream:
         return epoch_number * self.steps_per_epoch + step
 
 
-def evaluation_batches(loader: Loader) -> Iterator[Batch]:
+def evaluation_batches(loader: BatchLoader) -> Iterator[Batch]:
     """Every sample of the loader's shard set exactly once, with the center crop of evaluation."""
     epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
     return loader.batches(epoch, eval_params(loader.shards, loader.preprocess))

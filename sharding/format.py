@@ -130,15 +130,18 @@ def content_sha256(index: Mapping[str, Any]) -> str:
 class ShardSet:
     """One or more shard sets on disk, seen as one table; a sample is a row number.
 
-    `folders[code]` holds the shard `shards[code]` of `shard_bytes[code]` bytes; the column
-    `shard_code` says which one a row is in. `sources` is what the index says of each source:
-    license, augmentation policy, replay. `sha256` stands for everything: it covers the hashes of
-    the tables and of the tars.
+    `folders[code]` holds the shard `shards[code]` of `shard_samples[code]` samples,
+    `shard_bytes[code]` bytes and hash `shard_sha256[code]`; the column `shard_code` says which one
+    a row is in. `sources` is what the
+    index says of each source: license, augmentation policy, replay. `sha256` stands for everything:
+    it covers the hashes of the tables and of the tars.
     """
 
     folders: tuple[AnyPath, ...]
     shards: tuple[str, ...]
+    shard_samples: tuple[int, ...]
     shard_bytes: tuple[int, ...]
+    shard_sha256: tuple[str, ...]
     table: pa.Table
     sources: Mapping[str, Mapping[str, Any]]
     sha256: str
@@ -281,7 +284,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     Raises:
         ShardError: as `read_index`, or a table that does not belong to its index.
     """
-    tables, sizes, homes = [], [], []
+    tables, counts, sizes, hashes, homes = [], [], [], [], []
     shards: list[str] = []
     sources: dict[str, Mapping[str, Any]] = {}
     digest = hashlib.sha256()
@@ -305,14 +308,18 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
                 f"{folder / SAMPLES_FILE} is no table of samples ({reason}); {_ANEW}"
             ) from error
         shards += names
+        counts += [shard["samples"] for shard in index["shards"]]
         sizes += [shard["bytes"] for shard in index["shards"]]
+        hashes += [shard["sha256"] for shard in index["shards"]]
         homes += [folder] * len(names)
         sources |= index["sources"]
         digest.update((folder / INDEX_FILE).read_bytes())
     return ShardSet(
         tuple(homes),
         tuple(shards),
+        tuple(counts),
         tuple(sizes),
+        tuple(hashes),
         pa.concat_tables(tables),
         sources,
         digest.hexdigest(),
@@ -330,7 +337,9 @@ def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
     return ShardSet(
         tuple(folder for part in parts for folder in part.folders),
         tuple(name for part in parts for name in part.shards),
+        tuple(count for part in parts for count in part.shard_samples),
         tuple(size for part in parts for size in part.shard_bytes),
+        tuple(sha256 for part in parts for sha256 in part.shard_sha256),
         pa.concat_tables(tables),
         {name: facts for part in parts for name, facts in part.sources.items()},
         hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),

@@ -14,6 +14,7 @@ import torch
 from model import checkpoint
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
+from model.features.loader import FeatureSource
 from model.network import build, check_backbone_file, check_pretrained, timm_license
 from model.recipe import Recipe
 from model.training.optim import parameter_groups
@@ -67,7 +68,8 @@ class RunPlan:
     run's first step came from (see `_first_weights`), `teacher` those that replayed samples are
     held to. `baseline` is the file of what the detector knew before the run, None where the run
     starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
-    name, and `stream` the batches.
+    name, and `stream` the batches. `features` is where stored features lie, None where the run
+    reads images; it is known once the network is (`model/features/prepare.py`).
     """
 
     recipe: Recipe = field(repr=False)
@@ -93,6 +95,7 @@ class RunPlan:
     compiled: bool
     compiled_reason: str
     dist: DistEnv
+    features: FeatureSource | None = None
 
     @property
     def finished(self) -> bool:
@@ -196,6 +199,7 @@ _DECIDE_NOTHING = {
     "loading.verify_checksums",
     "loading.stall_warning_s",
     "loading.stall_error_s",
+    "features.store",
     "run.log_every",
     "run.save_every",
 }

@@ -13,6 +13,7 @@ import console
 from model import checkpoint
 from model.calibrate import CalibrationError
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
+from model.features.prepare import with_features
 from model.recipe import Recipe
 from model.training.assemble import assemble, compile_network
 from model.training.forgetting import changes, forgetting, refusals
@@ -106,6 +107,7 @@ def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
 def _run(planned: RunPlan, stop_at: int | None) -> Path:
     """Assemble, run and finish what is planned; returns the best checkpoint."""
     train_state = assemble(planned)
+    planned = with_features(planned, train_state)
     baseline = _baseline(planned, train_state)
     done, best = run_steps(planned, train_state, stop_at)
     # No rank reads the checkpoint before the first one, which writes it, is here.
@@ -180,7 +182,9 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
 def _validate(planned: RunPlan, train_state: TrainState) -> Validation:
     """Metrics of the validation sets of the plan."""
     recipe = planned.recipe
-    return validate(train_state, planned.validation, recipe.preprocess, recipe.loading)
+    return validate(
+        train_state, planned.validation, recipe.preprocess, recipe.loading, planned.features
+    )
 
 
 def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
@@ -203,8 +207,9 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     folders = [planned.data / name for name in recipe.data.validate]
     try:
         calibration = calibrate_checkpoint(
-            best, folders, recipe.loading, planned.device, dist=planned.dist
-        )
+            best, folders, recipe.loading, planned.device,
+            dist=planned.dist, features=planned.features,
+        )  # fmt: skip
     except CalibrationError as error:
         console.log.warning("not calibrated: %s", error)
         return

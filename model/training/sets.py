@@ -9,7 +9,8 @@ import torch
 
 from model.distributed import DistEnv
 from model.recipe import Recipe
-from pipeline.loader import check_shards, open_loader, train_params
+from pipeline.loader import check_shards, open_loader
+from pipeline.params import train_params
 from pipeline.stream import Stream, open_pool
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath
@@ -40,6 +41,7 @@ def open_stream(
         recipe.data.policy,
         recipe.run.seed,
         recipe.data.repeats,
+        recipe.features.views if recipe.features else None,
     )
 
 

@@ -13,12 +13,13 @@ from model.calibrate import Calibration, CalibrationError, ThresholdAt, calibrat
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv
+from model.features.loader import FeatureSource, open_scored
 from model.metrics import Metrics, measure, measure_sources
 from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from pipeline.augment import Preprocess
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import Loading
 from sharding.format import ShardSet, open_shards, read_index
 from storage import AnyPath, write_text
 
@@ -42,19 +43,23 @@ class Validation:
 
 
 def validate(
-    train_state: TrainState, sets: Mapping[str, ShardSet], preprocess: Preprocess, loading: Loading
+    train_state: TrainState,
+    sets: Mapping[str, ShardSet],
+    preprocess: Preprocess,
+    loading: Loading,
+    features: FeatureSource | None = None,
 ) -> Validation:
     """Score every validation set, on all ranks together. In the selection figure each set counts
     alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
-    AUROC, which does not see a checkpoint that calls everything fake.
+    AUROC, which does not see a checkpoint that calls everything fake. With `features` stored ones
+    are scored instead of images.
     """
     dist = train_state.dist
     scored = []
     for name, shards in sets.items():
-        loader = open_loader(
-            shards, preprocess=preprocess, loading=loading, device=train_state.device,
-            rank=dist.rank, world_size=dist.world_size,
-        )  # fmt: skip
+        loader = open_scored(
+            shards, preprocess, loading, train_state.device, dist=dist, features=features
+        )
         scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
         scored.append((name, shards, scores))
     return _measured(scored)
@@ -100,10 +105,12 @@ def calibrate_checkpoint(
     *,
     threshold_at: ThresholdAt = "auto",
     dist: DistEnv | None = None,
+    features: FeatureSource | None = None,
 ) -> Calibration:
     """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
     in its `meta.json`, with the metrics of the sets at the threshold that was found
-    (`calibrated_metrics`). On many ranks each calls this; the first one writes.
+    (`calibrated_metrics`). With `features`, those of its backbone, stored ones are scored, not
+    images. On many ranks each calls this; the first one writes.
 
     Raises:
         CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
@@ -124,14 +131,7 @@ def calibrate_checkpoint(
     scored, hashes = [], {}
     for folder in folders:
         shards = open_shards([folder])
-        loader = open_loader(
-            shards,
-            preprocess=preprocess,
-            loading=loading,
-            device=device,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        )
+        loader = open_scored(shards, preprocess, loading, device, dist=dist, features=features)
         scored.append((folder.name, shards, score_set(net, loader, dtype, dist=dist)))
         hashes[folder.name] = shards.sha256
     labels, logits = (

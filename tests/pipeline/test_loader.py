@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
-from pipeline.loader import (
-    LoadError,
-    Loading,
-    _Requests,
-    choose_backend,
-    open_loader,
-    train_params,
-)
+from pipeline.loader import LoadError, Loading, _Requests, choose_backend, open_loader
 from pipeline.order import OrderError
+from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches, open_pool

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from imaging.orientation import orientation_of
-from pipeline.loader import LoadError, Loading, open_loader, train_params
+from pipeline.loader import LoadError, Loading, open_loader
+from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches

@@ -10,8 +10,9 @@ from PIL import Image
 
 from imaging.jpeg import CHROMAS
 from pipeline.augment import AugmentParams, AugmentPolicy
-from pipeline.loader import Loading, open_loader, train_params
+from pipeline.loader import Loading, open_loader
 from pipeline.pairs import partners_of
+from pipeline.params import train_params
 from pipeline.pil import apply
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream

@@ -1,0 +1,165 @@
+"""Compute the features of a frozen backbone: images in, files of a feature store out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.features.loader import FeatureSource
+from model.features.store import (
+    FeatureError,
+    ShardFile,
+    describe_backbone,
+    missing_of,
+    write_file,
+)
+from model.network import Detector
+from model.score import AT_A_TIME, autocast, evaluating, in_parts
+from pipeline.batch import Batch
+from pipeline.loader import Loading, open_loader
+from pipeline.order import Epoch
+from pipeline.params import view_params
+from sharding.format import ShardSet
+
+AT_A_TIME_ON_GPU = 256
+"""Images that the backbone sees at a time on a GPU. The number is fixed, as `AT_A_TIME` is on the
+CPU: the shape of its input decides the last bits of a feature.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedder:
+    """What computes features: the network, its device and precision, and how images are loaded. Of
+    `world_size` ranks each takes every so many-th shard.
+    """
+
+    net: Detector
+    device: torch.device
+    dtype: torch.dtype
+    loading: Loading
+    rank: int = 0
+    world_size: int = 1
+
+
+def embed(
+    embedder: Embedder,
+    shards: ShardSet,
+    source: FeatureSource,
+    number: int,
+    on_images: Callable[[int], Any] = lambda _count: None,
+) -> int:
+    """Compute view `number` of a shard set as far as it is missing; returns the images that were
+    computed on this rank. `on_images(n)` is called as they come. Each shard is written when it is
+    complete, so that an interrupted run goes on with the next one.
+
+    Raises:
+        LoadError: too many images that cannot be decoded, or no images.
+        FeatureError: features that are not finite, or part of a shard only.
+    """
+    view = source.numbered(number)
+    files = missing_of(
+        source.store, source.backbone, shards, view,
+        rank=embedder.rank, world_size=embedder.world_size,
+    )  # fmt: skip
+    if not files:
+        return 0
+    describe_backbone(source.store, source.backbone)
+    rows = [_rows_of(shards, file) for file in files]
+    loader = open_loader(
+        shards,
+        preprocess=source.backbone.preprocess,
+        loading=embedder.loading,
+        device=embedder.device,
+    )
+    settings = view.augment or {}, view.policy, source.backbone.preprocess, view.seed, number
+    batches = loader.batches(
+        _in_order(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
+    )
+    computed = _features(embedder, batches, on_images)
+    offsets = shards.column("offset")
+    held: list[tuple[np.ndarray, np.ndarray, dict[int, str]]] = []
+    for file, wanted in zip(files, rows, strict=True):
+        while sum(len(part[1]) for part in held) < len(wanted):
+            held.append(next(computed))
+        features, valid, failures = _joined(held)
+        count = len(wanted)
+        own = {row: reason for row, reason in failures.items() if row < count}
+        write_file(file, offsets[wanted], valid[:count], features[:count], own)
+        later = {row - count: reason for row, reason in failures.items() if row >= count}
+        held = [(features[count:], valid[count:], later)]
+    return sum(map(len, rows))
+
+
+def _rows_of(shards: ShardSet, file: ShardFile) -> np.ndarray:
+    """The samples of a shard in the order of the tar.
+
+    Raises:
+        FeatureError: `shards` is a subset, which lacks some of them.
+    """
+    rows = np.flatnonzero(shards.column("shard_code") == file.shard_code)
+    expected = shards.shard_samples[file.shard_code]
+    if len(rows) != expected:
+        raise FeatureError(
+            f"{shards.shards[file.shard_code]} has {expected} samples and {len(rows)} were asked "
+            "for; compute the features of whole sets"
+        )
+    return rows[np.argsort(shards.column("offset")[rows], kind="stable")]
+
+
+def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
+    """These samples once each, padded to whole batches."""
+    padded = np.zeros(-(-len(samples) // global_batch) * global_batch, np.int64)
+    padded[: len(samples)] = samples
+    valid = np.arange(len(padded)) < len(samples)
+    return Epoch(0, 0, global_batch, padded, np.zeros(len(padded), np.bool_), valid)
+
+
+def _features(
+    embedder: Embedder, batches: Iterator[Batch], on_images: Callable[[int], Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
+    """(features float16 (N, D), valid bool (N,), failures row -> reason) of parts, in order; zeros
+    where an image could not be decoded.
+    """
+    on_gpu = embedder.device.type == "cuda"
+    size = AT_A_TIME_ON_GPU if on_gpu else AT_A_TIME
+    waiting_valid, waiting_failures, seen = np.empty(0, np.bool_), dict[int, str](), 0
+
+    def noted() -> Iterator[torch.Tensor]:
+        nonlocal waiting_valid, seen
+        for batch in batches:
+            waiting_failures.update({seen + row: reason for row, reason in batch.failures.items()})
+            seen += len(batch)
+            waiting_valid = np.concatenate([waiting_valid, batch.valid.cpu().numpy()])
+            yield batch.images
+
+    done = 0
+    with evaluating(embedder.net), torch.inference_mode():
+        for images in in_parts(noted(), size):
+            with autocast(embedder.device, embedder.dtype):
+                features = embedder.net.features(images).to(torch.float16).cpu().numpy()
+            valid, waiting_valid = waiting_valid[:size], waiting_valid[size:]
+            features = features[: len(valid)]
+            features[~valid] = 0
+            failures = {
+                row - done: waiting_failures.pop(row)
+                for row in sorted(waiting_failures)
+                if row < done + len(valid)
+            }
+            done += len(valid)
+            on_images(len(valid))
+            yield features, valid, failures
+
+
+def _joined(
+    parts: list[tuple[np.ndarray, np.ndarray, dict[int, str]]],
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Parts behind each other as one."""
+    failures: dict[int, str] = {}
+    first = 0
+    for _features_of, valid, of_part in parts:
+        failures |= {first + row: reason for row, reason in of_part.items()}
+        first += len(valid)
+    features = np.concatenate([part[0] for part in parts])
+    return features, np.concatenate([part[1] for part in parts]), failures

@@ -1,0 +1,142 @@
+"""Batches of stored features: the order, labels and padding of batches of images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.distributed import DistEnv
+from model.features.store import BackboneId, FeatureTable, View, open_table
+from pipeline.augment import Preprocess
+from pipeline.batch import Batch
+from pipeline.loader import LoadError, Loading, open_loader
+from pipeline.order import Epoch
+from pipeline.params import EvalParams, ParamsFor, TrainParams
+from pipeline.stream import BatchLoader
+from sharding.format import ShardSet
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureSource:
+    """Where the features of a run lie: the folder of the store, what computes them, and `view` with
+    the augmentations of every view from 1 on.
+    """
+
+    store: Path
+    backbone: BackboneId
+    view: View
+
+    def numbered(self, number: int) -> View:
+        """View `number`."""
+        if not number:
+            return View()
+        return View(
+            number=number, augment=self.view.augment, policy=self.view.policy, seed=self.view.seed
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureLoader:
+    """Batches of the features of one shard set on one rank, in place of
+    `pipeline.loader.Loader`. `images` of a batch are float16 (B, D).
+    """
+
+    shards: ShardSet
+    source: FeatureSource
+    loading: Loading
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    backend: str = "features"
+    _tables: dict[int, FeatureTable] = field(default_factory=dict, repr=False)
+
+    @property
+    def reason(self) -> str:
+        """Where they lie."""
+        return f"stored in {self.source.store / self.source.backbone.folder}"
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How the images were seen by the backbone."""
+        return self.source.backbone.preprocess
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step over all ranks."""
+        return self.loading.batch_size * self.world_size
+
+    def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from step `start` on, in order, of the view that `params_for`
+        makes.
+
+        Raises:
+            FeatureError: features that are missing or damaged.
+        """
+        if epoch.global_batch != self.global_batch:
+            raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
+        if not isinstance(params_for, TrainParams | EvalParams):
+            raise TypeError(f"stored features have views, not parameters of {params_for!r}")
+        table = self.table(params_for.view)
+        labels = self.shards.column("label").astype(np.int64)
+        sources = self.shards.codes("source")[0]
+        for step in range(start, epoch.steps):
+            rows = epoch.positions(step, self.rank, self.world_size)
+            samples = epoch.samples[rows]
+            failures = table.failures(samples)
+            valid = epoch.valid[rows].copy()
+            valid[list(failures)] = False
+            yield Batch(
+                images=torch.from_numpy(table.rows(samples)).to(self.device),
+                labels=torch.from_numpy(labels[samples]).to(self.device),
+                valid=torch.from_numpy(valid).to(self.device),
+                samples=samples,
+                sources=sources[samples],
+                replayed=epoch.replayed[rows],
+                failures=failures,
+            )
+
+    def name_failures(self, batch: Batch) -> list[str]:
+        """One line per sample of the batch that could not be decoded: where it is, and why."""
+        return [
+            f"{self.shards.name(batch.samples[row])}: {reason}"
+            for row, reason in batch.failures.items()
+        ]
+
+    def table(self, view: int) -> FeatureTable:
+        """The features of a view, opened once.
+
+        Raises:
+            FeatureError: features that are missing or damaged.
+        """
+        if view not in self._tables:
+            source = self.source
+            self._tables[view] = open_table(
+                source.store, source.backbone, self.shards, source.numbered(view)
+            )
+        return self._tables[view]
+
+
+def open_scored(
+    shards: ShardSet,
+    preprocess: Preprocess,
+    loading: Loading,
+    device: torch.device,
+    *,
+    dist: DistEnv | None = None,
+    features: FeatureSource | None = None,
+) -> BatchLoader:
+    """What gives a network its batches of `shards`: stored features where there are some, else
+    images.
+
+    Raises:
+        LoadError: as `open_loader`.
+    """
+    dist = dist or DistEnv()
+    if features:
+        return FeatureLoader(shards, features, loading, device, dist.rank, dist.world_size)
+    return open_loader(
+        shards, preprocess=preprocess, loading=loading, device=device,
+        rank=dist.rank, world_size=dist.world_size,
+    )  # fmt: skip

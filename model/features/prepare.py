@@ -1,0 +1,104 @@
+"""Put stored features in the place of images: compute what a run lacks, then read the store."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import console
+from model.distributed import all_gather_object
+from model.features.embed import Embedder, embed
+from model.features.loader import FeatureLoader, FeatureSource
+from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
+from model.network import Detector
+from model.recipe import Recipe
+from model.training.plan import RunPlan
+from model.training.step import TrainState
+from sharding.format import ShardSet
+
+
+def source_of(recipe: Recipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
+    """Where the features of a recipe lie that `net`, with its weights loaded, computes.
+
+    Raises:
+        FeatureError: the backbone of `net` learns.
+    """
+    assert recipe.features is not None
+    return FeatureSource(
+        store=Path(recipe.features.store),
+        backbone=backbone_id(net, recipe.network, recipe.preprocess, dtype),
+        view=View(augment=recipe.augment, policy=recipe.data.policy, seed=recipe.run.seed),
+    )
+
+
+def views_of(recipe: Recipe) -> range:
+    """The numbers of the views that training takes."""
+    assert recipe.features is not None
+    if not recipe.features.views:
+        return range(1)
+    return range(1, 1 + min(recipe.features.views, recipe.run.epochs))
+
+
+def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
+    """The plan of a run that reads stored features, all of which are there; the same plan where
+    the recipe asks for none.
+
+    Raises:
+        FeatureError: the teacher has another backbone, or features that are not finite.
+        LoadError: too many images that cannot be decoded.
+    """
+    recipe, stream = planned.recipe, planned.stream
+    if recipe.features is None or not recipe.features.stored:
+        return planned
+    source = source_of(recipe, train_state.net, planned.dtype)
+    teacher = train_state.teacher
+    if teacher is not None and frozen_sha256(teacher) != source.backbone.sha256:
+        raise FeatureError(
+            "replay.distill_weight: the teacher has another backbone than this run, so the stored "
+            "features are not its own; set features.stored=false"
+        )
+    embedder = Embedder(
+        net=train_state.net,
+        device=planned.device,
+        dtype=planned.dtype,
+        loading=recipe.loading,
+        rank=planned.dist.rank,
+        world_size=planned.dist.world_size,
+    )
+    for number in views_of(recipe):
+        embed_sets(embedder, [stream.pool.shards], source, number)
+    embed_sets(embedder, [*planned.validation.values()], source, 0)
+    all_gather_object(planned.dist, None)  # no rank reads before all have written
+    loader = FeatureLoader(
+        stream.pool.shards,
+        source,
+        recipe.loading,
+        planned.device,
+        planned.dist.rank,
+        planned.dist.world_size,
+    )
+    console.log.info("features %s", loader.reason)
+    return replace(planned, stream=replace(stream, loader=loader), features=source)
+
+
+def embed_sets(
+    embedder: Embedder, sets: Sequence[ShardSet], source: FeatureSource, number: int
+) -> int:
+    """Compute what is missing of a view of some sets, with progress; returns the images computed on
+    this rank.
+    """
+    count = 0
+    for shards in sets:
+        own = missing_of(
+            source.store, source.backbone, shards, source.numbered(number),
+            rank=embedder.rank, world_size=embedder.world_size,
+        )  # fmt: skip
+        if not own:
+            continue
+        images = sum(shards.shard_samples[file.shard_code] for file in own)
+        label = f"embedding {shards.describe()}, view {number}"
+        console.log.info("%s: %d of its images in %d shards are missing", label, images, len(own))
+        with console.progress(label, images, shown=embedder.rank == 0) as advance:
+            count += embed(embedder, shards, source, number, advance)
+    return count

@@ -1,0 +1,371 @@
+"""THE FEATURE STORE: features of a frozen backbone on disk, one Arrow file per shard and view.
+
+    <store>/<backbone>-<hash>/backbone.json          what computes the features
+    <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
+
+View 0 is the center crop of evaluation. View v, from 1 on, is the augmentation that training from
+pixels sees in epoch v. A file has the rows of its shard in the order of the tar, with the columns
+`offset` (int64, of the sample in the tar), `valid` (bool) and `features` (fixed-size list of
+float16; zeros where an image cannot be decoded). Its schema says what it was computed from
+(`FileId`) and which images could not be decoded. A file that says something else than what is
+asked for is computed again. Files are memory-mapped when they are read.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from model.network import Detector, Network
+from pipeline.augment import AugmentPolicy, Preprocess
+from pipeline.params import policies_of
+from sharding.format import ShardSet
+from storage import write_atomically, write_text
+
+STORE_VERSION = 1
+
+BACKBONE_FILE = "backbone.json"
+_ID_KEY = b"ai_images_detector.features"
+_FAILURES_KEY = b"ai_images_detector.failures"
+
+
+class FeatureError(ValueError):
+    """Features that cannot be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """How a head is trained from features that are computed once.
+
+    `views` is how many augmented views of each image are kept: epoch e takes view 1 + e modulo
+    `views`. With 0 every epoch takes the center crop of evaluation. `store` is the folder. With
+    `stored = false` the same views are computed from pixels in each epoch, which is slow and
+    gives the same head to rounding.
+    """
+
+    views: int = 0
+    store: str = "data/features"
+    stored: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.views <= 1000:
+            raise ValueError(f"views must be 0 to 1000, got {self.views}")
+        if not self.store:
+            raise ValueError("store names no folder; give one, such as data/features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneId:
+    """What computes features: two that are equal give equal features.
+
+    `sha256` covers the names, shapes and values of the frozen weights. `precision` is that of the
+    computation: fp32, bf16 or fp16.
+    """
+
+    network: str
+    options: Mapping[str, Any]
+    head: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str
+    preprocess: Preprocess
+    precision: str
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in a store."""
+        digest = hashlib.sha256(_canonical(asdict(self)).encode()).hexdigest()
+        return f"{self.network}-{digest[:16]}"
+
+
+def backbone_id(
+    net: Detector, network: Network, preprocess: Preprocess, dtype: torch.dtype
+) -> BackboneId:
+    """The identity of the frozen part of a network."""
+    return BackboneId(
+        network=network.name,
+        options=dict(network.options),
+        head=network.head,
+        mean=_triple(net.mean),
+        std=_triple(net.std),
+        sha256=frozen_sha256(net),
+        preprocess=preprocess,
+        precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+    )
+
+
+def _triple(channels: torch.Tensor) -> tuple[float, float, float]:
+    """A buffer of a detector, in 0 to 255, as the numbers in 0 to 1 that it was made of."""
+    red, green, blue = (round(float(value) / 255, 8) for value in channels.flatten())
+    return red, green, blue
+
+
+def frozen_sha256(net: Detector) -> str:
+    """The hash of all weights and buffers of a network but those that learn.
+
+    Raises:
+        FeatureError: the backbone learns, so it has no features to keep.
+    """
+    if not net.freeze_backbone:
+        raise FeatureError(
+            "features are kept of a frozen backbone only: set network.freeze_backbone=true"
+        )
+    learning = {name for name, p in net.backbone.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for name, value in sorted(net.backbone.state_dict().items()):
+        if name not in learning:
+            array = value.detach().to("cpu").contiguous().numpy()
+            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """JSON text with sorted keys: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """One view of every image: `number` 0 is the center crop, others are those of the epoch before
+    (view 1 that of epoch 0), with augmentations by `augment`, `policy` and `seed` as in a recipe.
+    """
+
+    number: int = 0
+    augment: Mapping[str, AugmentPolicy] | None = None
+    policy: str = ""
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in a set."""
+        if not self.number:
+            return "view0"
+        table = {name: asdict(policy) for name, policy in (self.augment or {}).items()}
+        text = _canonical([table, self.policy, self.seed])
+        return f"view{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """The file of one shard and view, and what it must say of itself to be used (`id`)."""
+
+    path: Path
+    shard_code: int
+    id: Mapping[str, Any]
+
+
+def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> list[ShardFile]:
+    """The files that hold a view of a shard set, in the order of its shards, there or not."""
+    codes = np.unique(shards.column("shard_code"))
+    source_codes, names = shards.codes("source")
+    first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
+    policies = policies_of(shards, view.augment, view.policy) if view.augment else None
+    files = []
+    for code in codes.tolist():
+        folder, shard = shards.folders[code], shards.shards[code]
+        entry: dict[str, Any] = {
+            "version": STORE_VERSION,
+            "backbone": backbone.folder,
+            "shard": shard,
+            "shard_sha256": shards.shard_sha256[code],
+            "view": view.number,
+        }
+        if view.number and policies is not None:
+            source = names[source_codes[first_rows[code]]]
+            entry |= {"seed": view.seed, "policy": asdict(policies[source])}
+        path = store / backbone.folder / folder.name / view.folder / f"{shard[:-4]}.arrow"
+        files.append(ShardFile(path=path, shard_code=code, id=json.loads(_canonical(entry))))
+    return files
+
+
+def _first_rows(shards: ShardSet) -> list[tuple[int, int]]:
+    """(row, shard code) of the first sample of each shard."""
+    codes, rows = np.unique(shards.column("shard_code"), return_index=True)
+    return list(zip(rows.tolist(), codes.tolist(), strict=True))
+
+
+def describe_backbone(store: Path, backbone: BackboneId) -> None:
+    """Write what computes the features into their folder, for people and for `du`."""
+    folder = store / backbone.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / BACKBONE_FILE).exists():
+        text = json.dumps(asdict(backbone), indent=1, sort_keys=True)
+        write_text(folder / BACKBONE_FILE, text + "\n")
+
+
+def write_file(
+    file: ShardFile,
+    offsets: np.ndarray,
+    valid: np.ndarray,
+    features: np.ndarray,
+    failures: Mapping[int, str],
+) -> None:
+    """Write the file of one shard. `offsets` int64 (N,) ascending, `valid` bool (N,), `features`
+    float16 (N, D), `failures` row -> reason.
+
+    Raises:
+        FeatureError: a feature is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad):
+        raise FeatureError(
+            f"{file.path.parent}: the features of row {bad[0]} are not finite in float16; the "
+            "weights or the precision of the backbone are at fault: use --set run.precision=fp32"
+        )
+    values = pa.Array.from_buffers(
+        pa.float16(), features.size, [None, pa.py_buffer(np.ascontiguousarray(features))]
+    )
+    columns = {
+        "offset": pa.Array.from_buffers(pa.int64(), len(offsets), [None, pa.py_buffer(offsets)]),
+        "valid": pa.array(valid.tolist(), pa.bool_()),
+        "features": pa.FixedSizeListArray.from_arrays(values, features.shape[1]),
+    }
+    notes = {str(row): reason for row, reason in failures.items()}
+    metadata = {_ID_KEY: _canonical(dict(file.id)), _FAILURES_KEY: _canonical(notes)}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(partial: Path) -> None:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    write_atomically(file.path, write)
+
+
+def is_there(file: ShardFile) -> bool:
+    """Whether a file is there and holds what is asked for; one that cannot be read is not."""
+    try:
+        with pa.memory_map(str(file.path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    try:
+        return json.loads(metadata.get(_ID_KEY, b"null")) == dict(file.id)
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one shard: `offsets` int64 (N,), `valid` bool (N,), `features` float16 (N, D),
+    mapped from the file, and `failures` row -> reason.
+    """
+
+    offsets: np.ndarray
+    valid: np.ndarray
+    features: np.ndarray
+    failures: Mapping[int, str]
+
+
+def read_file(file: ShardFile) -> Part:
+    """Map the file of one shard into memory.
+
+    Raises:
+        FeatureError: it is not there or holds something else.
+    """
+    if not is_there(file):
+        raise FeatureError(
+            f"{file.path} is not there or holds other features; compute them with `python -m model "
+            "embed`"
+        )
+    try:
+        # The map stays as long as its buffers do; the descriptor does not.
+        with pa.memory_map(str(file.path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        batch = table.combine_chunks().to_batches()[0] if table.num_rows else None
+        notes = json.loads(table.schema.metadata[_FAILURES_KEY])
+        width = table.schema.field("features").type.list_size
+    except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FeatureError(
+            f"{file.path} is damaged ({reason}); remove it, and it is computed again"
+        ) from error
+    if batch is None:
+        return Part(np.empty(0, np.int64), np.empty(0, bool), np.empty((0, width), np.float16), {})
+    column = batch.column("features")
+    flat = np.frombuffer(column.values.buffers()[1], np.float16)
+    start = (column.offset + column.values.offset) * width
+    features = flat[start : start + len(column) * width].reshape(len(column), width)
+    offsets = np.from_dlpack(batch.column("offset"))
+    valid = np.array(batch.column("valid").to_pylist(), np.bool_)
+    return Part(offsets, valid, features, {int(row): reason for row, reason in notes.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """A view of a shard set: the features of every sample, by row number of the set."""
+
+    parts: Sequence[Part]
+    part_of: np.ndarray
+    row_of: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Numbers per image."""
+        return self.parts[0].features.shape[1]
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """The features of some samples, float16 (B, D)."""
+        features = np.empty((len(samples), self.width), np.float16)
+        parts = self.part_of[samples]
+        order = np.argsort(parts, kind="stable")
+        edges = np.flatnonzero(np.diff(parts[order], prepend=-1, append=-1))
+        for first, last in itertools.pairwise(edges.tolist()):
+            into = order[first:last]
+            part = self.parts[parts[into[0]]]
+            features[into] = part.features[self.row_of[samples[into]]]
+        return features
+
+    def failures(self, samples: np.ndarray) -> dict[int, str]:
+        """Which of some samples could not be decoded: position -> reason."""
+        found = {}
+        for position, sample in enumerate(samples.tolist()):
+            part, row = self.parts[self.part_of[sample]], int(self.row_of[sample])
+            if not part.valid[row]:
+                found[position] = part.failures.get(row, "could not be decoded")
+        return found
+
+
+def open_table(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> FeatureTable:
+    """Open a view of a shard set.
+
+    Raises:
+        FeatureError: a file is missing, damaged, or lacks a sample of the set.
+    """
+    files = files_of(store, backbone, shards, view)
+    parts = [read_file(file) for file in files]
+    codes, offsets = shards.column("shard_code"), shards.column("offset")
+    part_of = np.searchsorted(np.array([file.shard_code for file in files]), codes)
+    row_of = np.empty(len(codes), np.int64)
+    for number, (file, part) in enumerate(zip(files, parts, strict=True)):
+        chosen = part_of == number
+        rows = np.searchsorted(part.offsets, offsets[chosen])
+        held = part.offsets[np.minimum(rows, len(part.offsets) - 1)] if len(part.offsets) else -1
+        if not np.array_equal(held, offsets[chosen]):
+            raise FeatureError(f"{file.path} lacks samples of its shard; remove it, and run again")
+        row_of[chosen] = rows
+    return FeatureTable(parts, part_of, row_of)
+
+
+def missing_of(
+    store: Path,
+    backbone: BackboneId,
+    shards: ShardSet,
+    view: View,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[ShardFile]:
+    """The files of a view that are still to be computed, by this rank of `world_size`: each takes
+    every so many-th shard, whether others are done or not, so that ranks need not wait to share.
+    """
+    files = files_of(store, backbone, shards, view)
+    return [file for file in files[rank::world_size] if not is_there(file)]
