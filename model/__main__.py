@@ -1,14 +1,18 @@
-"""`python -m model import | fetch | curves | average | export | push`: parses, calls, prints."""
+"""`python -m model import | fetch | embed | curves | average | export | push`: reads options only."""
 
 from pathlib import Path
 
 import click
 
 import console
+import recipes
 from model.checkpoint import find
 from model.export import hub, import_original, onnx
 from model.export.average import average
+from model.features.prepare import embed_part
+from model.recipe import Recipe
 from model.training import curves
+from sharding.executor import Engine, run_all
 from storage import any_path, check_reachable
 
 
@@ -37,6 +41,45 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 def fetch_command(name: str, runs: Path) -> None:
     """Download the original project's published checkpoint (1 GB), check it, and import it."""
     _say(import_original.import_file(import_original.fetch(), runs / name))
+
+
+@main.command("embed")
+@click.argument("sets", nargs=-1, metavar="[SET]...")
+@click.option(
+    "--recipe", "recipe_path", type=console.LocalPath(dir_okay=False), required=True,
+    help="Recipe with a frozen backbone and [features].",
+)  # fmt: skip
+@click.option("--set", "overrides", multiple=True, help="Change a value: --set features.views=2.")
+@click.option(
+    "--init-from", type=console.LocalPath(exists=True),
+    help="Weights of the backbone: a checkpoint folder or a .safetensors file.",
+)  # fmt: skip
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(1, 100_000), default=1, show_default=True,
+    help="Parts that the shards are shared out in, with --engine ray.",
+)  # fmt: skip
+@console.options("data", "runs")
+def embed_command(
+    sets: tuple[str, ...],
+    recipe_path: Path,
+    overrides: tuple[str, ...],
+    init_from: Path | None,
+    engine: Engine,
+    jobs: int,
+    data: str,
+    runs: Path,
+) -> None:
+    """Compute the features that the training of a recipe reads, and those of more SETs.
+
+    Training computes what it lacks by itself; this does it ahead, or on a cluster.
+    """
+    recipe = recipes.load(Recipe, recipe_path, overrides)
+    parts = jobs if engine == "ray" else 1
+    tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
+    images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
+    assert recipe.features is not None
+    console.say(f"features of {images:,} images were computed, in {recipe.features.store}")
 
 
 @main.command("curves")

@@ -24,13 +24,18 @@ Engine = Literal["local", "ray"]
 
 
 def run_all(
-    function: Callable[..., Any], tasks: Iterable[tuple], engine: Engine = "local", jobs: int = 0
+    function: Callable[..., Any],
+    tasks: Iterable[tuple],
+    engine: Engine = "local",
+    jobs: int = 0,
+    *,
+    on_gpu: bool = False,
 ) -> Iterator[Any]:
     """`function(*task)` for each task; yields results as they come, in any order.
 
     `jobs` is how many run at a time: 0 for every core, here or in the cluster. The first task that
     fails ends it all: what has not begun is dropped, and its error is raised. Tasks are taken from
-    `tasks` only a few ahead.
+    `tasks` only a few ahead. With `on_gpu` each task on a cluster that has GPUs gets one of them.
 
     Raises:
         ValueError: the engine is not installed, or more processes than this machine can serve.
@@ -38,7 +43,7 @@ def run_all(
     if engine == "local" and jobs > (most := max(64, 8 * cores())):
         raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; say {most} at most")
     if engine == "ray":
-        yield from _run_ray(function, tasks, jobs)
+        yield from _run_ray(function, tasks, jobs, on_gpu)
     elif jobs == 1:
         for task in tasks:
             yield function(*task)
@@ -129,19 +134,28 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run_ray(function: Callable[..., Any], tasks: Iterable[tuple], jobs: int) -> Iterator[Any]:
+_SHIPPED = (
+    "sharding", "imaging", "recipes", "pipeline", "model", "report",
+    "storage.py", "console.py", "escape.py",
+)  # fmt: skip
+"""What a cluster's workers are sent of this program."""
+
+
+def _run_ray(
+    function: Callable[..., Any], tasks: Iterable[tuple], jobs: int, on_gpu: bool
+) -> Iterator[Any]:
     """Tasks of one core each on the cluster that RAY_ADDRESS names, or on a local one."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--engine ray needs Ray; install the extra `ray`, as `make setup` does")
     import ray
 
     if not ray.is_initialized():
-        here = Path(__file__).parent
-        modules = (here, *(here.parent / name for name in ("imaging", "recipes", "storage.py")))
-        packages = {"py_modules": [str(path) for path in modules]}
+        root = Path(__file__).parents[1]
+        packages = {"py_modules": [str(root / name) for name in _SHIPPED]}
         ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
     at_once = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    gpus = 1 if on_gpu and ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(function)
     running: list[Any] = []
     try:
         for task in tasks:

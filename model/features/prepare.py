@@ -13,9 +13,11 @@ from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
 from model.network import Detector
 from model.recipe import Recipe
-from model.training.plan import RunPlan
+from model.training.assemble import assemble
+from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
-from sharding.format import ShardSet
+from sharding.format import ShardSet, open_shards
+from storage import AnyPath
 
 
 def source_of(recipe: Recipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
@@ -58,17 +60,7 @@ def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
             "replay.distill_weight: the teacher has another backbone than this run, so the stored "
             "features are not its own; set features.stored=false"
         )
-    embedder = Embedder(
-        net=train_state.net,
-        device=planned.device,
-        dtype=planned.dtype,
-        loading=recipe.loading,
-        rank=planned.dist.rank,
-        world_size=planned.dist.world_size,
-    )
-    for number in views_of(recipe):
-        embed_sets(embedder, [stream.pool.shards], source, number)
-    embed_sets(embedder, [*planned.validation.values()], source, 0)
+    embed_run(planned, train_state, source)
     all_gather_object(planned.dist, None)  # no rank reads before all have written
     loader = FeatureLoader(
         stream.pool.shards,
@@ -80,6 +72,65 @@ def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
     )
     console.log.info("features %s", loader.reason)
     return replace(planned, stream=replace(stream, loader=loader), features=source)
+
+
+def embed_run(
+    planned: RunPlan,
+    train_state: TrainState,
+    source: FeatureSource,
+    sets: Sequence[ShardSet] = (),
+    *,
+    rank: int | None = None,
+    world_size: int = 1,
+) -> int:
+    """Compute all features that a run lacks, and view 0 of more `sets`; returns the images that
+    were computed here. The work is shared by the ranks of the run, or as `rank` of `world_size`
+    says.
+
+    Raises:
+        FeatureError: features that are not finite.
+        LoadError: too many images that cannot be decoded.
+    """
+    recipe = planned.recipe
+    embedder = Embedder(
+        net=train_state.net,
+        device=planned.device,
+        dtype=planned.dtype,
+        loading=recipe.loading,
+        rank=planned.dist.rank if rank is None else rank,
+        world_size=planned.dist.world_size if rank is None else world_size,
+    )
+    count = 0
+    for number in views_of(recipe):
+        count += embed_sets(embedder, [planned.stream.pool.shards], source, number)
+    return count + embed_sets(embedder, [*planned.validation.values(), *sets], source, 0)
+
+
+def embed_part(
+    recipe: Recipe,
+    data: AnyPath,
+    runs: Path,
+    init_from: Path | None,
+    names: Sequence[str],
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Compute the features that a recipe's run lacks, and view 0 of the sets `names` below `data`:
+    every so many-th shard, if the work is shared. Returns the images that were computed.
+
+    Raises:
+        ValueError: as `plan` and `embed_run`.
+    """
+    if recipe.features is None:
+        raise FeatureError(
+            f"{recipe.name} has no [features]; say how many views of each image are kept, such as "
+            "--set features.views=0"
+        )
+    planned = plan(recipe, data, runs, init_from=init_from)
+    sets = [open_shards([data / name]) for name in names]
+    train_state = assemble(planned)
+    source = source_of(recipe, train_state.net, planned.dtype)
+    return embed_run(planned, train_state, source, sets, rank=rank, world_size=world_size)
 
 
 def embed_sets(

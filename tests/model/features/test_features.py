@@ -1,6 +1,9 @@
 """The feature store: the same heads as from pixels, files that go on, ranks, damage, refusals."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import recipes
 from model import checkpoint
+from model.__main__ import main as command
 from model.features import embed as embedding
 from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
@@ -33,7 +38,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.loader import LoadError, Loading
 from pipeline.stream import evaluation_batches
 from sharding.format import ShardSet, open_shards
-from tests.builders import HARSH, SMALL_PREPROCESS, TINY, broken_copy, losses_of
+from tests.builders import HARSH, ROOT, SMALL_PREPROCESS, TINY, broken_copy, losses_of
 
 CPU = torch.device("cpu")
 FROZEN = replace(TINY, freeze_backbone=True, head="stages")
@@ -327,3 +332,57 @@ def test_a_run_is_the_same_after_an_interruption(
 def test_a_number_of_views_has_bounds(value: int) -> None:
     with pytest.raises(ValueError, match="views must be 0 to 1000"):
         Features(views=value)
+
+
+def test_the_command_embeds_ahead_what_training_reads(
+    tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    words = [
+        "embed", "new", "--recipe", str(tiny_recipe), "--init-from", str(weights),
+        "--data", str(data), "--runs", str(tmp_path / "runs"),
+    ]  # fmt: skip
+    for setting in settings(f'features.store="{tmp_path / "store"}"', "features.views=1"):
+        words += ["--set", setting]
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 0, result.output
+    counts = {name: len(open_shards([data / name])) for name in ("old", "new", "val")}
+    assert f"features of {sum(counts.values())} images were computed" in result.output
+    files = {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path / "store")}
+    again = CliRunner().invoke(command, words)
+    assert "features of 0 images were computed" in again.output
+    recipe = recipes.load(Recipe, tiny_recipe, words[11::2])
+    train(recipe, data, tmp_path / "runs", init_from=weights)
+    assert {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path / "store")} == files
+
+
+def test_the_command_asks_for_views(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    words = ["embed", "--recipe", str(tiny_recipe), "--data", str(data)]
+    result = CliRunner().invoke(command, [*words, "--runs", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "has no [features]; say how many views" in result.output
+
+
+@pytest.mark.slow
+def test_ray_computes_the_same_files(
+    tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    stores = {engine: tmp_path / engine for engine in ("local", "ray")}
+    for engine, store in stores.items():
+        words = [
+            "-m", "model", "embed", "--recipe", tiny_recipe, "--init-from", weights,
+            "--data", data, "--runs", tmp_path / "runs", "--engine", engine, "--jobs", "2",
+        ]  # fmt: skip
+        for setting in settings(f'features.store="{store}"', "features.views=1"):
+            words += ["--set", setting]
+        subprocess.run(
+            [sys.executable, *map(str, words)], check=True, timeout=240, cwd=ROOT,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+    one, two = ({p.relative_to(s): p for p in arrow_files(s)} for s in stores.values())
+    assert one.keys() == two.keys()
+    for name, path in one.items():
+        with pa.memory_map(str(path)) as first, pa.memory_map(str(two[name])) as second:
+            tables = [pa.ipc.open_file(stream).read_all() for stream in (first, second)]
+            features = [np.array(t.column("features").to_pylist(), np.float32) for t in tables]
+            np.testing.assert_allclose(*features, atol=2e-3)
