@@ -106,7 +106,6 @@ def by_pillow(path: Path, pixels: np.ndarray | None) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
             row["format"], row["mode"] = image.format, image.mode
-            row["frames"] = getattr(image, "n_frames", 1)
             if image.format in ("JPEG", "PNG", "WEBP"):
                 ours = orientation_of(path.read_bytes(), image.format)
                 row["turned"] = ours != image.getexif().get(0x0112, 1)
@@ -116,6 +115,8 @@ def by_pillow(path: Path, pixels: np.ndarray | None) -> dict[str, Any]:
             same = theirs.shape == pixels.shape
             row["difference"] = float(np.abs(theirs - pixels).mean()) if same else None
             row["pillow"] = "same" if same and row["difference"] < LEAST_DIFFERENCE else "differs"
+        with Image.open(path) as image:  # last: damage in a later frame raises here
+            row["frames"] = getattr(image, "n_frames", 1)
     return row
 
 

@@ -1,9 +1,19 @@
 """Image generators by what they write into files: their names, and the settings they leave.
 
-What each writes was read in its own source where that is public (named beside it), and in readers
-of such metadata: https://github.com/receyuki/stable-diffusion-prompt-reader (A1111, ComfyUI,
-Draw Things, Easy Diffusion, Fooocus, InvokeAI, NovelAI, SwarmUI),
-https://github.com/wiltodelta/remove-ai-watermarks (Ideogram, xAI, C2PA signers).
+What each writes was read in its own source where that is public (named beside it):
+
+- https://github.com/AUTOMATIC1111/stable-diffusion-webui
+- https://github.com/Comfy-Org/ComfyUI, https://github.com/Kaharos94/ComfyUI-Saveaswebp
+- https://github.com/filipstrand/mflux
+- https://github.com/invoke-ai/InvokeAI
+- https://github.com/lllyasviel/Fooocus
+- https://github.com/mcmonkeyprojects/SwarmUI
+
+and elsewhere in readers of such metadata:
+
+- https://github.com/receyuki/stable-diffusion-prompt-reader (Draw Things, Easy Diffusion, NovelAI)
+- https://github.com/enslo/sd-metadata (TensorArt)
+- https://github.com/wiltodelta/remove-ai-watermarks (Ideogram, xAI, C2PA signers)
 """
 
 import itertools
@@ -36,11 +46,11 @@ _SIGNATURE = re.compile(
 # Fields that programs write. Nobody's name, title, caption or keyword is among them.
 _PROGRAM_FIELDS = {
     "software", "processingsoftware", "creatortool", "softwareagent",  # EXIF and XMP
-    "source",  # PNG: NovelAI's Software is "NovelAI", its Source "Stable Diffusion 8BA2AF87"
+    "source",  # PNG: NovelAI fills it beside Software
     "claim_generator",  # C2PA
 }  # fmt: skip
 # Fields that programs sign and people write in: the signature must be all that stands there.
-# Make: Ideogram writes "Ideogram AI" into it.
+# Make: Ideogram writes "Ideogram AI" into it (remove-ai-watermarks, `exif_generator`).
 _SIGNED_FIELDS = {"comment", "make"}
 
 
@@ -59,19 +69,21 @@ def is_signature(text: str) -> bool:
 
 # --- generators by the settings they leave --------------------------------------------------------
 
-# Stable Diffusion web UI (modules/infotext_utils.py) and all that write as it does; Draw Things
-# says "Guidance Scale".
+# Stable Diffusion web UI (`create_infotext` in modules/processing.py) and all that write as it
+# does; Draw Things says "Guidance Scale".
 _STEPS = re.compile(r"(?:^|[\s,.;])Steps: ?\d{1,5}\b")
 _SETTING = re.compile(r"\b(Sampler|CFG scale|Guidance Scale|Seed): ?[\w-]", re.IGNORECASE)
-# Midjourney ends what it was asked with its parameters and the number of the job.
+# Midjourney's Description, as exiftool prints it: "a dog --ar 2:1 --v 6 Job ID: a7421d2f-b262-...".
 _JOB = re.compile(r"\bJob ID: [0-9a-f]{8}-[0-9a-f]{4}-")
 _PARAMETER = re.compile(
     r"(?:^|\s)--(?:ar|v|s|niji|stylize|style|chaos|raw|seed|q|iw|no|p|profile)\b"
 )
-# InvokeAI 2: `"a prompt" -s50 -S123 -W512 -H512 -C7.5 -Ak_lms` (ldm/invoke/args.py).
-_DREAM = re.compile(r"\" -s ?\d+ -S ?\d+ -W ?\d+ -H ?\d+ -C ?[\d.]+")
+# InvokeAI 2: `"a prompt" -s 50 -S 123 -W 512 -H 512 -C 7.5 -A k_lms`, in later versions without the
+# quotes (`dream_prompt_str` in ldm/invoke/args.py).
+_DREAM = re.compile(r"\s-s ?\d+ -S ?\d+ -W ?\d+ -H ?\d+ -C ?[\d.]+")
 # ComfyUI's in the EXIF of a WebP: "prompt:{...}" as the model, "workflow:{...}" as the make
-# (comfy_api/latest/_ui.py); nodes of others use "Prompt:" in the description.
+# (comfy_api/latest/_ui.py); nodes of others write "Prompt:" as the make and "Workflow:" as the
+# description (ComfyUI-Saveaswebp).
 _PREFIX = re.compile(r"(?:prompt|workflow):\s*(?=\{)", re.IGNORECASE)
 # A graph cut short is no JSON; its nodes are still there.
 _NODE = re.compile(r'"class_type"\s*:\s*"\w[^"]*"')
@@ -83,13 +95,14 @@ _OBJECTS = (
     ("NovelAI", {"uc", "scale", "sampler", "steps", "seed"}),  # PNG Comment
     ("InvokeAI", {"positive_prompt"}),  # invokeai_metadata
     ("InvokeAI", {"app_id", "model_weights", "image"}),  # sd-metadata of version 2
+    ("mflux", {"mflux_version", "prompt"}),  # src/mflux/utils/generated_image.py
     ("Fooocus", {"base_model", "prompt", "steps"}),  # modules/meta_parser.py: parameters
     ("Fooocus", {"base_model", "prompt", "performance"}),
     ("Easy Diffusion", {"prompt", "num_inference_steps", "guidance_scale"}),
     ("Easy Diffusion", {"Prompt", "Steps", "Guidance Scale", "Stable Diffusion model"}),
-    ("TensorArt", {"prompt", "steps", "cfgScale"}),  # generation_data
+    ("TensorArt", {"prompt", "steps", "cfgScale"}),  # sd-metadata: src/parsers/tensorart.ts
     ("an image generator", {"prompt", "seed", "steps", "sampler"}),
-    ("an image generator", {"prompt", "seed", "steps", "guidance"}),  # mflux
+    ("an image generator", {"prompt", "seed", "steps", "guidance"}),
     ("an image generator", {"prompt", "seed", "steps", "cfg_scale"}),
 )
 _PROMPTS = ("prompt", "positive_prompt", "full_prompt", "c", "Prompt")

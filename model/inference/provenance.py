@@ -149,13 +149,18 @@ def _source_types(value: Any) -> list[str]:
     return []
 
 
-# https://cv.iptc.org/newscodes/digitalsourcetype/; compositeSynthetic includes elements by AI.
+# As IPTC defines them (https://cv.iptc.org/newscodes/digitalsourcetype/): compositeSynthetic is a
+# "mix or composite of several elements, at least one of which is Generative AI"; algorithmicMedia
+# (a fractal) is "not based on any sampled training data", so it is not among them.
+# trainedAlgorithmicData is C2PA's own term (https://c2pa.org/specifications).
 _MADE_BY_AI = {
-    "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia", "algorithmicMedia",
-    "compositeSynthetic", "trainedAlgorithmicData",
-}  # fmt: skip
+    "trainedAlgorithmicMedia": "AI-generated",
+    "trainedAlgorithmicData": "AI-generated",
+    "compositeWithTrainedAlgorithmicMedia": "edited with generative AI",
+    "compositeSynthetic": "composite with AI-generated parts",
+}
 _TAKEN = {"digitalCapture", "computationalCapture", "negativeFilm", "positiveFilm", "print"}
-_SPELLED = {name.lower(): name for name in _MADE_BY_AI | _TAKEN}
+_SPELLED = {name.lower(): name for name in (*_MADE_BY_AI, *_TAKEN)}
 
 
 def _source_type(value: str) -> str:
@@ -168,12 +173,12 @@ def _source_type(value: str) -> str:
 
 def _in_words(source: str) -> str:
     """A source type with what it means, where it speaks for a machine or a camera."""
-    meaning = {"AI": "AI-generated", "camera": "taken with a camera", "": ""}[_suggested([source])]
+    meaning = _MADE_BY_AI.get(source, "taken with a camera" if source in _TAKEN else "")
     return f"{meaning} ({source})" if meaning else source
 
 
 def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
-    if _MADE_BY_AI & set(sources):
+    if _MADE_BY_AI.keys() & set(sources):
         return "AI"
     return "camera" if _TAKEN & set(sources) else ""
 
@@ -383,9 +388,9 @@ _PROPERTIES = (
     "UserComment", "description", "parameters", "prompt", "workflow",
 )  # fmt: skip
 
-# What Google's images and photographs edited by its models are credited with
-# (https://blog.google/products/photos/ai-editing-transparency/).
-_CREDIT = re.compile(r"(Made|Created|Edited) (with|by) Google AI\.?", re.IGNORECASE)
+# What Google credits images of its models with, and photographs that they edited ("Credit: Edited
+# with Google AI": https://www.fonearena.com/blog/438871/google-photos-ai-metadata-edited-photos.html).
+_CREDIT = re.compile(r"(?:(?:Made|Edited) with|Made by) Google AI\.?", re.IGNORECASE)
 
 
 def _said_in_xmp(xmp: str) -> Iterator[Evidence]:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from benchmarks import hostile
 from benchmarks.mutations import mutations, seeds
+from imaging.decode import decode
 
 
 def folder_of(tmp_path: Path, count: int) -> Path:
@@ -38,6 +40,18 @@ def test_a_child_that_takes_too_long_or_too_much_is_ended(tmp_path: Path) -> Non
 def test_a_crash_is_told(tmp_path: Path) -> None:
     _, ended, _ = hostile.run_child("load pil", tmp_path, tmp_path, 0, 60.0, 2**40)
     assert ended.startswith("crash, exit code 1: ")
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF")
+def test_damage_in_a_later_frame_hides_no_pixels_of_the_first(tmp_path: Path) -> None:
+    """Counting frames raises; what Pillow shows of the first is compared all the same."""
+    path = tmp_path / "cut.tif"
+    path.write_bytes(seeds()["tiff-pages"][:-3000])
+    with Image.open(path) as image, pytest.raises(KeyError):
+        _ = image.n_frames
+    pixels = decode(path.read_bytes())
+    assert hostile.by_pillow(path, pixels)["pillow"] == "same"
+    assert hostile.by_pillow(path, 255 - pixels)["pillow"] == "differs"
 
 
 def test_a_difference_without_a_name_is_unexplained() -> None:

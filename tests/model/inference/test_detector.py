@@ -43,7 +43,7 @@ def test_both_backends_agree_and_name_the_same_files(small_runs: Path, detector)
     for row in names:
         assert found[row].probability == pytest.approx(expected[row].probability, abs=0.02)
     for one, other in zip(found, expected, strict=True):
-        assert bool(one.error) == bool(other.error), (one, other)
+        assert one.error == other.error, (one, other)
         assert (one.verdict == UNREADABLE) == bool(one.error)
 
 

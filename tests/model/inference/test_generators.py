@@ -20,8 +20,9 @@ OBJECTS = {
     "Easy Diffusion: x": {"prompt": "x", "seed": 1, "num_inference_steps": 25,
                           "guidance_scale": 7.5, "use_stable_diffusion_model": "sd"},
     "TensorArt: x": {"prompt": "x", "negativePrompt": "", "steps": 25, "cfgScale": 7},
-    "an image generator: x": {"mflux_version": "0.4", "prompt": "x", "seed": 1, "steps": 4,
-                              "guidance": 3.5},
+    "mflux: x": {"mflux_version": "0.18.0", "prompt": "x", "seed": 1, "steps": 4, "guidance": 3.5,
+                 "base_model": "dev"},
+    "an image generator: x": {"prompt": "x", "seed": 1, "steps": 4, "guidance": 3.5},
     'InvokeAI: {"i': {"id": "g", "nodes": {"a": {"type": "noise", "is_intermediate": True}},
                       "edges": []},
 }  # fmt: skip
@@ -48,8 +49,11 @@ def test_settings_in_lines(text: str) -> None:
     assert settings_in(text.replace("Steps", "Footsteps")) == ""
 
 
-def test_settings_of_invokeai_2() -> None:
-    assert settings_in('"a fox" -s 50 -S 12 -W 512 -H 512 -C 7.5 -A k_lms').startswith("InvokeAI")
+@pytest.mark.parametrize("prompt", ['"a fox"', "a fox"])
+def test_settings_of_invokeai_2(prompt: str) -> None:
+    said = f"{prompt} -s 50 -S 12 -W 512 -H 512 -C 7.5 -A k_lms"
+    assert settings_in(said) == f"InvokeAI: {said}"
+    assert settings_in("tar -s 50 -S 12") == ""
 
 
 def test_a_graph_in_an_object_or_cut_short() -> None:

@@ -342,8 +342,9 @@ def test_the_iptc_source_type(kind: str) -> None:
     label = "&quot;Label&quot;:&quot;1&quot;,&quot;ContentProducer&quot;:&quot;0011&quot;"
     found = one(saved(f"><TC260:AIGC>{{{label}}}</TC260:AIGC></rdf:Description>"))
     assert found == Evidence("AI label", "AI-generated, by 0011", "XMP", "AI")
-    credit = one(saved('photoshop:Credit="Made with Google AI"/>'))
-    assert (credit.value, credit.suggests) == ("credit: Made with Google AI", "AI")
+    for text in ("Made with Google AI", "Edited with Google AI", "Made by Google AI"):
+        credit = one(saved(f'photoshop:Credit="{text}"/>'))
+        assert (credit.value, credit.suggests) == (f"credit: {text}", "AI")
 
 
 IN_XMP = [
@@ -353,7 +354,12 @@ IN_XMP = [
     (f'I:DigitalSourceType="{SOURCE.replace("source", "Source")}TrainedAlgorithmicMedia"/>',
      "AI-generated (trainedAlgorithmicMedia)"),
     ("><DigitalSourceType>trainedAlgorithmicMedia</DigitalSourceType></D>", "AI-generated"),
-    (f"><I:DigitalSourceType rdf:resource='{SOURCE}compositeSynthetic'/></D>", "AI-generated"),
+    (f"><I:DigitalSourceType rdf:resource='{SOURCE}compositeSynthetic'/></D>",
+     "composite with AI-generated parts (compositeSynthetic)"),
+    (f'I:DigitalSourceType="{SOURCE}compositeWithTrainedAlgorithmicMedia"/>',
+     "edited with generative AI (compositeWithTrainedAlgorithmicMedia)"),
+    ('I:DigitalSourceType="http://c2pa.org/digitalsourcetype/trainedAlgorithmicData"/>',
+     "AI-generated (trainedAlgorithmicData)"),
     ('xmp:CreatorTool="Draw Things"/>', "Draw Things"),
     ("><xmp:CreatorTool>Adobe Firefly</xmp:CreatorTool></D>", "Adobe Firefly"),
     ("><I:AISystemUsed>Some Model 3</I:AISystemUsed></D>", "Some Model 3"),
@@ -370,6 +376,13 @@ def test_what_generators_leave_in_xmp(inside: str, said: str) -> None:
     found = one(encode(PICTURE, xmp=xmp(inside)))
     assert found.value.startswith(said)
     assert found.suggests == "AI"
+
+
+@pytest.mark.parametrize("name", ["algorithmicMedia", "composite", "digitalCreation"])
+def test_a_source_type_that_is_neither_ai_nor_a_camera(name: str) -> None:
+    """By IPTC's definitions; a fractal is made by an algorithm, not by AI."""
+    found = one(encode(PICTURE, xmp=xmp(f'I:DigitalSourceType="{SOURCE}{name}"/>')))
+    assert found == Evidence("source type", name, "XMP", "")
 
 
 @pytest.mark.parametrize(
