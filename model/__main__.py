@@ -1,4 +1,4 @@
-"""`python -m model import | fetch | embed | curves | average | export | push`: reads options only."""
+"""`python -m model`: import, fetch, embed, curves, average, export and push; each is one call."""
 
 from pathlib import Path
 

@@ -1,0 +1,151 @@
+"""Measure what stored features cost: reading them, and training a head from them.
+
+    python -m benchmarks.features [--images 400000] [--width 768] [--json FILE]
+
+Writes a feature store of random numbers, in shards of 4,000 images, and measures in one run:
+`memory` copies random rows of one array in memory, in batches; `store` reads the same batches from
+the mapped files; `head` trains one epoch of a linear head from the store, by the steps that
+`train.py` takes. `python -m benchmarks.embedding` measures how fast features are computed.
+"""
+
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import torch
+
+import console
+from model.checkpoint import versions
+from model.features.loader import FeatureLoader, FeatureSource
+from model.features.store import BackboneId, View, files_of, open_table, write_file
+from model.network import Network, build
+from model.training.optim import Optim, make_optimizer
+from model.training.step import TrainState, train_step
+from pipeline.augment import Preprocess
+from pipeline.loader import Loading
+from pipeline.replay import Replay
+from pipeline.stream import Pool, Stream
+from sharding.format import SAMPLES_SCHEMA, ShardSet
+
+PER_SHARD = 4000
+CPU = torch.device("cpu")
+
+
+def shard_set(folder: Path, count: int) -> ShardSet:
+    """A set of `count` samples of two sources, one real and one fake, whose tars do not exist."""
+    shards = -(-count // PER_SHARD)
+    rows = np.arange(count)
+    code = (rows // PER_SHARD).astype(np.int32)
+    label = (code % 2).astype(np.int8)
+    columns = {}
+    for entry in SAMPLES_SCHEMA:
+        if pa.types.is_dictionary(entry.type):
+            names = pa.array(["real", "fake"] if entry.name == "source" else [""])
+            codes = pa.array(label.astype(np.int32) if entry.name == "source" else 0 * code)
+            columns[entry.name] = pa.DictionaryArray.from_arrays(codes, names)
+        elif pa.types.is_integer(entry.type):
+            values = {"offset": 512 * (rows % PER_SHARD), "label": label}.get(entry.name, 0 * rows)
+            columns[entry.name] = pa.array(values).cast(entry.type)
+        else:
+            columns[entry.name] = pa.nulls(count, entry.type)
+    columns["shard_code"] = pa.array(code)
+    sizes = np.bincount(code, minlength=shards).tolist()
+    return ShardSet(
+        (folder / "set",) * shards,
+        tuple(f"x-train-{number:05d}.tar" for number in range(shards)),
+        tuple(sizes),
+        tuple(sizes),
+        tuple(f"{number:064x}" for number in range(shards)),
+        pa.table(columns),
+        {name: {"policy": "", "replay": True} for name in ("real", "fake")},
+        "0" * 64,
+    )
+
+
+def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int) -> np.ndarray:
+    """Write random features of every sample; returns them, float16 (N, width). Fakes lie a little
+    to one side.
+    """
+    rng = np.random.default_rng(0)
+    everything = np.empty((len(shards), width), np.float16)
+    codes, offsets = shards.column("shard_code"), shards.column("offset")
+    for file in files_of(store, backbone, shards, View()):
+        rows = np.flatnonzero(codes == file.shard_code)
+        features = rng.standard_normal((len(rows), width), np.float32)
+        features += 0.05 * (file.shard_code % 2)
+        everything[rows] = features
+        write_file(file, offsets[rows], np.ones(len(rows), bool), everything[rows], {})
+    return everything
+
+
+@click.command(cls=console.Command)
+@click.option("--images", default=400_000, show_default=True)
+@click.option("--width", default=768, show_default=True, help="Numbers per image.")
+@click.option("--batch-size", default=256, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@console.options()
+def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
+    """Measure reading stored features beside memory, and training a head from them."""
+    network = Network(
+        name="vit_tiny_patch16_224", pretrained=False, freeze_backbone=True,
+        options={"embed_dim": width, "depth": 1, "num_heads": 1},
+    )  # fmt: skip
+    backbone = BackboneId(
+        network=network.name, options={}, head="timm", mean=(0, 0, 0), std=(1, 1, 1),
+        sha256="0" * 64, preprocess=Preprocess(), precision="fp32",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        store, shards = Path(folder), shard_set(Path(folder), images)
+        console.say(f"writing {images:,} features of {width} numbers")
+        held = write_store(store, backbone, shards, width)
+        began = time.perf_counter()
+        table = open_table(store, backbone, shards, View())
+        opened = time.perf_counter() - began
+        order = np.random.default_rng(1).permutation(images)
+        batches = np.split(order[: images // batch_size * batch_size], images // batch_size)
+        rates: dict[str, list[float]] = {"memory": [], "store": []}
+        for _ in range(2):
+            for name, read in (("memory", held.__getitem__), ("store", table.rows)):
+                began = time.perf_counter()
+                for batch in batches:
+                    read(batch)
+                rates[name].append(len(batches) * batch_size / (time.perf_counter() - began))
+        source = FeatureSource(store=store, backbone=backbone, view=View())
+        loader = FeatureLoader(shards, source, Loading(batch_size=batch_size), CPU)
+        pool = Pool(shards, np.arange(images), np.empty(0, np.int64))
+        stream = Stream(loader, pool, Replay(), {}, "", 0, views=0)
+        net = build(network, pretrained=False)
+        optim = Optim(lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainState(
+            net, make_optimizer(net.backbone, optim, fused=False), scaler, CPU, torch.float32
+        )
+        del held
+        began, losses = time.perf_counter(), []
+        for batch in stream.batches(0, 1):
+            losses.append(train_step(state, net, batch, optim))
+        epoch_s = time.perf_counter() - began
+        stored = sum(path.stat().st_size for path in store.rglob("*.arrow"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures = {
+        "images": images, "width": width, "bytes_per_image": stored / images, "open_s": opened,
+        "memory_images_per_s": max(rates["memory"]), "store_images_per_s": max(rates["store"]),
+        "store_over_memory": max(rates["store"]) / max(rates["memory"]),
+        "head_epoch_s": epoch_s, "head_images_per_s": len(losses) * batch_size / epoch_s,
+        "first_loss": float(losses[0]), "last_loss": float(losses[-1]), "peak_bytes": peak,
+        "versions": versions(),
+    }  # fmt: skip
+    for name, value in figures.items():
+        if isinstance(value, int | float):
+            console.say(f"{name}: {value:,.4g}" if value < 100 else f"{name}: {value:,.0f}")
+    if out:
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
