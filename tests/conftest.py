@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -21,12 +21,39 @@ from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import INDEX_FILE, ShardSet, open_shards
 from storage import sha256_of
-from tests.builders import CALIBRATION, HARSH, PREPROCESS, TINY, build_all, small_recipe, write_raw
+from tests.builders import (
+    CALIBRATION,
+    HARSH,
+    PREPROCESS,
+    ROOT,
+    TINY,
+    build_all,
+    small_recipe,
+    write_raw,
+)
+from tests.goldens import Golden
 from tests.servers import Server
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-golden", action="store_true",
+        help="run the tests of golden values alone, and write the values instead of comparing them",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The golden values of this project; see `make golden`."""
+    return Golden(ROOT / "tests/golden", write=request.config.getoption("write_golden"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are skipped with a reason, or fail where one is required."""
+    if config.getoption("write_golden"):
+        others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
         return
     for item in items:

@@ -23,6 +23,7 @@ from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
+from tests.goldens import Golden
 
 PHASE1 = AugmentPolicy(
     scale=(0.6, 1.0), ratio=(0.85, 1.15), hflip=0.5, color_jitter=0.3, brightness=0.06,
@@ -190,13 +191,14 @@ def test_one_probability_does_not_shift_the_other_numbers() -> None:
     assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1).jpeg == without.jpeg
 
 
-def test_these_parameters_never_change() -> None:
+def test_these_parameters_never_change(golden: Golden) -> None:
     """Golden: another value means another training run for everyone's seed."""
-    found = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
-    assert found[:5] == (3, 28, 359, 376, True)
-    assert (found.resample, found.jpeg, found.grayscale) == (217, 84, False)
-    np.testing.assert_allclose(found.blur, 0.3381189495866347)
-    np.testing.assert_allclose(np.diag(np.reshape(found.color, (3, 4))), 0.94648087, rtol=1e-6)
+    params = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
+    names = ("top", "left", "height", "width", "hflip", "resample", "jpeg", "grayscale", "blur")
+    assert params[:5] == tuple(getattr(params, name) for name in names[:5])
+    golden.check("augment", {name: getattr(params, name) for name in names}, rtol=1e-7)
+    color = np.diag(np.reshape(params.color, (3, 4))).tolist()
+    golden.check("augment_color", {"diagonal": [round(x, 8) for x in color]}, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
