@@ -7,7 +7,6 @@ import json
 import os
 import tarfile
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from model import load_detector
 from model.checkpoint import annotate
 from model.inference import inputs, results
 from sharding.format import open_shards
-from tests.builders import KINDS, awkward_files, bomb, encode, photo
+from tests.builders import KINDS, awkward_files, bomb, encode, photo, write_tar, write_zip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -57,22 +56,6 @@ def rows_of(result: Result) -> dict[str, dict]:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len({row["path"] for row in rows}) == len(rows)
     return {row["path"]: row for row in rows}
-
-
-def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
-        for name, data in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in contents.items():
-            archive.writestr(name, data)
-    return path
 
 
 # --- what may be named ----------------------------------------------------------------------------
@@ -453,38 +436,6 @@ def rows_of_bytes(result: Result) -> list[dict]:
 # --- a folder that fills --------------------------------------------------------------------------
 
 
-def test_a_folder_that_fills_gives_each_complete_file_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        inputs.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    )
-    (tmp_path / "old.jpg").write_bytes(b"12")
-    os.utime(tmp_path / "old.jpg", (1, 1))
-    looks = inputs.watch(str(tmp_path), Counter())
-
-    def look() -> list[str]:
-        return [Path(file.name).name for file in next(looks)]
-
-    assert look() == ["old.jpg"]
-    growing = tmp_path / "growing.jpg"
-    for size in range(4):
-        growing.write_bytes(bytes(size + 1))
-        os.utime(growing, (1, 1 + size))
-        assert look() == []
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "half.jpg.part").write_bytes(b"x")
-    assert look() == []
-    assert look() == ["growing.jpg"]
-    assert [look() for _ in range(4)] == [[]] * 4
-    growing.unlink()
-    assert look() == []
-    growing.write_bytes(b"another")
-    assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
-
-
 def test_watching_ends_cleanly(
     ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,22 +486,3 @@ def test_python_and_predict_give_the_same_bits(
     names = sorted(rows)
     found = list(load_detector(runs=small_runs).predict(names))
     assert [one.probability for one in found] == [rows[name]["probability"] for name in names]
-
-
-def test_standard_input_is_read_as_it_comes(small_runs: Path, photos: Path) -> None:
-    """A list without an end: the first verdict does not wait for it."""
-    taken = []
-
-    def endless():
-        while True:
-            taken.append(1)
-            yield str(photos / "a.jpg")
-
-    files = inputs.find_images(endless(), Counter())
-    predictions = load_detector(runs=small_runs).predict(files)
-    next(predictions)
-    assert len(taken) == 2
-    for _ in range(200):
-        next(predictions)
-    assert len(taken) < 201 + 4 * 32
-    predictions.close()

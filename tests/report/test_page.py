@@ -2,7 +2,6 @@
 
 import csv
 import io
-import shutil
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -20,10 +19,10 @@ from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
+from tests.browser import CHROMIUM
 from tests.builders import table_of
 
 HOSTILE = "<script>window.hacked = 1</script>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def rows(name: str, reals: int, fakes: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
