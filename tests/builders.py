@@ -1,6 +1,7 @@
 """Images, shard sets, tables and checkpoints that many tests build, and what they compare."""
 
 import ast
+import functools
 import hashlib
 import io
 import os
@@ -456,16 +457,17 @@ def ends_alike(whole: Path, parts: Path) -> None:
     assert losses_of(whole) == losses_of(parts)
 
 
-def imports_of(path: Path) -> list[str]:
+@functools.cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Everything a file imports, as dotted names."""
-    found = []
+    modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} uses a relative import"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(modules)
 
 
 def color_matrix(

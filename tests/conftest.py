@@ -108,8 +108,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     address = ""
     for _ in range(300):
         log.seek(0)
-        if found := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
-            address = found[0]
+        if addresses := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
+            address = addresses[0]
             break
         time.sleep(0.1)
     assert address, "moto's server did not start"
@@ -130,12 +130,12 @@ def client(s3: dict[str, str]) -> Iterator[object]:
     """Amazon's own client of that server."""
     import boto3  # the other tests must run where it is not installed
 
-    found = boto3.client(
+    s3_client = boto3.client(
         "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
         aws_access_key_id="test", aws_secret_access_key="test",
     )  # fmt: skip
-    yield found
-    found.close()
+    yield s3_client
+    s3_client.close()
 
 
 @pytest.fixture

@@ -108,18 +108,22 @@ def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint that is trained, and calibrated, on the tiny sets."""
     folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
-    found = load_detector(runs=folder)
+    detector = load_detector(runs=folder)
     shards = open_shards([data / "new"])
     loading = Loading(backend="pil", num_workers=0)
-    scores = score_set(found.net, open_loader(shards, preprocess=found.preprocess, loading=loading,
-                                              device=found.device))  # fmt: skip
+    scores = score_set(
+        detector.net,
+        open_loader(
+            shards, preprocess=detector.preprocess, loading=loading, device=detector.device
+        ),
+    )
     fitted = calibrate(scores.labels, scores.logits)
-    annotate(found.checkpoint, fitted.entries({"new": "0"}))
+    annotate(detector.checkpoint, fitted.entries({"new": "0"}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(runs: Path) -> ImageDetector:
+def detector(runs: Path) -> ImageDetector:
     return load_detector(runs=runs)
 
 
@@ -196,9 +200,9 @@ def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
     assert not strange
 
 
-def probability(found: ImageDetector, data: bytes) -> str:
+def probability(detector: ImageDetector, data: bytes) -> str:
     """What Python says of the same bytes."""
-    (prediction,) = found.predict([data])
+    (prediction,) = detector.predict([data])
     return app.percent(prediction.probability)
 
 
@@ -207,18 +211,18 @@ OTHER = encode(photo(2, 300, 400), "PNG")
 
 
 @in_browser
-def test_one_image_has_the_probability_that_python_gives(visit, found) -> None:
+def test_one_image_has_the_probability_that_python_gives(visit, detector) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO))
     wait_for(page, "What the file says", "Nothing of where it comes from")
-    assert probability_shown(page) == probability(found, PHOTO)
-    (prediction,) = found.predict([PHOTO])
+    assert probability_shown(page) == probability(detector, PHOTO)
+    (prediction,) = detector.predict([PHOTO])
     assert page.get_by_role("heading", name=prediction.verdict[1:]).is_visible()
-    wait_for(page, found.identity)
+    wait_for(page, detector.identity)
 
 
 @in_browser
-def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None:
+def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, detector) -> None:
     page = visit()
     button = page.get_by_role("button", name="Paste from the clipboard")
     button.wait_for()  # from then on the page listens
@@ -229,7 +233,7 @@ def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None
     page.keyboard.press("Control+V")
     wait_for(page, "What the file says", "pasted-1.png")
     # A browser decodes and encodes what is copied; of a PNG the pixels stay.
-    assert probability_shown(page) == probability(found, OTHER)
+    assert probability_shown(page) == probability(detector, OTHER)
     button.click()
     wait_for(page, "2 images", "pasted-2.png")
     assert page.get_by_text("There is no picture").count() == 0
@@ -237,15 +241,15 @@ def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None
 
 @in_browser
 @pytest.mark.parametrize("where", ["[data-testid=stFileUploaderDropzone]", "h1"])
-def test_dropping_on_the_drop_zone_or_beside_it(visit, found, where: str) -> None:
+def test_dropping_on_the_drop_zone_or_beside_it(visit, detector, where: str) -> None:
     page = visit()
     drop(page, where, "fallen.jpg", PHOTO)
     wait_for(page, "What the file says", "fallen.jpg")
-    assert probability_shown(page) == probability(found, PHOTO)
+    assert probability_shown(page) == probability(detector, PHOTO)
 
 
 @in_browser
-def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
+def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     images = [encode(photo(seed, 100, 90), "PNG" if seed % 2 else "JPEG") for seed in range(12)]
     page = visit()
     files = [file_of(f"{i}.img", data) for i, data in enumerate(images)]
@@ -254,12 +258,12 @@ def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
-    predictions = list(found.predict(images))
+    predictions = list(detector.predict(images))
     assert [row["path"] for row in rows] == [*(f"{i}.img" for i in range(12)), "notes.jpg"]
     for row, prediction in zip(rows, predictions, strict=False):
         assert float(row["probability"]) == pytest.approx(prediction.probability, abs=1e-6)
         assert row["verdict"] == prediction.verdict
-        assert row["checkpoint"] == found.identity
+        assert row["checkpoint"] == detector.identity
     assert (rows[12]["probability"], rows[12]["verdict"]) == ("", "unreadable")
 
     page.get_by_text("Most likely AI first").click()
@@ -272,7 +276,7 @@ def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
     assert shown == [*(f"{i}.img" for i in ranked), "notes.jpg"][: len(shown)]
     page.get_by_role("option", name=f"{ranked[3]}.img", exact=True).click()
     page.get_by_role("img", name=f"{ranked[3]}.img", exact=True).wait_for()
-    assert probability_shown(page) == probability(found, images[ranked[3]])
+    assert probability_shown(page) == probability(detector, images[ranked[3]])
 
 
 def bomb() -> bytes:
@@ -353,9 +357,9 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(visit, address, t
 
 
 @in_browser
-def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, found) -> None:
-    calibration = found.meta["calibration"]
-    stops = sorted({found.threshold, *(row[0] for row in calibration["roc"])})
+def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) -> None:
+    calibration = detector.meta["calibration"]
+    stops = sorted({detector.threshold, *(row[0] for row in calibration["roc"])})
     telling = max(calibration["roc"], key=lambda row: row[2] - row[1])
     assert telling[1] < telling[2] - 0.05, "false positives and recall could be swapped unseen"
     page = visit()
@@ -366,8 +370,8 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, found) -> No
         slider.press("Home")
         for _ in range(stops.index(threshold)):
             slider.press("ArrowRight")
-        (prediction,) = replace(found, asked=threshold).predict([PHOTO])
-        if threshold != found.threshold:
+        (prediction,) = replace(detector, asked=threshold).predict([PHOTO])
+        if threshold != detector.threshold:
             wait_for(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
         wait_for(

@@ -90,10 +90,10 @@ def test_a_shard_set_is_its_images(ask: Callable[..., Result], data: Path) -> No
     result = ask(data / "val", "--format", "csv")
     assert result.exit_code == 0, result.output
     shards = open_shards([data / "val"])
-    found = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    paths = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout))]
     formats = shards.names("format", np.arange(len(shards)))
     endings = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-    assert sorted(found) == sorted(
+    assert sorted(paths) == sorted(
         f"{shards.shard_path(row)}/{shards.text('key', row)}.{endings[formats[row]]}"
         for row in range(len(shards))
     )
@@ -121,8 +121,8 @@ def test_a_large_folder_comes_in_runs_and_nothing_is_lost(
     monkeypatch.setattr(inputs, "RUN", 2)
     for number in range(7):
         (photos / f"{number}.jpg").touch()
-    found = [file.name for file in inputs.find_images([str(photos)], Counter())]
-    assert len(found) == len(set(found)) == 10
+    names = [file.name for file in inputs.find_images([str(photos)], Counter())]
+    assert len(names) == len(set(names)) == 10
 
 
 def test_the_exit_code_and_one_line_tell_what_is_wrong(
@@ -334,10 +334,10 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
         again = read(out.read_bytes(), output)
         assert again.keys() == rows.keys()
         for path, row in rows.items():
-            found = again[path].pop("probability")
+            probability = again[path].pop("probability")
             assert row["verdict"] == again[path]["verdict"]
             if not row["error"]:
-                assert float(found) == pytest.approx(float(row["probability"]), abs=1e-6)
+                assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-6)
     (folder / "later.jpg").write_bytes(encode(photo(9)))
     result = ask(folder, "--out", out, "--resume")
     assert "1 images, 6 were there already" in result.stderr
@@ -348,13 +348,13 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
 
 def read(data: bytes, output: str) -> dict[str, dict]:
     text = data.decode("utf-8", "surrogateescape")
-    found = (
+    written = (
         list(csv.DictReader(io.StringIO(text, newline="")))
         if output == "csv"
         else [json.loads(line) for line in text.splitlines()]
     )
-    rows = {row["path"]: row for row in found}
-    assert len(rows) == len(found)
+    rows = {row["path"]: row for row in written}
+    assert len(rows) == len(written)
     return rows
 
 
@@ -400,8 +400,10 @@ def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_
     result = ask(photos, tmp_path / "x.zip", "--heatmap", tmp_path / "maps")
     assert result.exit_code == 1
     below = tmp_path / "maps" / photos.relative_to("/").parent
-    found = sorted(path.relative_to(below).as_posix() for path in below.rglob("*.png"))
-    assert found == sorted(f"{place}/{name}.png" for place in ("photos", "x.zip") for name in ALL)
+    maps_written = sorted(path.relative_to(below).as_posix() for path in below.rglob("*.png"))
+    assert maps_written == sorted(
+        f"{place}/{name}.png" for place in ("photos", "x.zip") for name in ALL
+    )
     with Image.open(below / "photos" / "a.jpg.png") as image:
         assert image.size == (32, 32)
 
@@ -484,5 +486,5 @@ def test_python_and_predict_give_the_same_bits(
 ) -> None:
     rows = rows_of(ask(photos, "--format", "jsonl"))
     names = sorted(rows)
-    found = list(load_detector(runs=small_runs).predict(names))
-    assert [one.probability for one in found] == [rows[name]["probability"] for name in names]
+    predictions = list(load_detector(runs=small_runs).predict(names))
+    assert [one.probability for one in predictions] == [rows[name]["probability"] for name in names]

@@ -236,7 +236,7 @@ def test_df40_frames_go_with_their_video_across_methods(tmp_path: Path) -> None:
         frozenset({"fake heygen"}), frozenset({"real unknown"}), frozenset({"fake ddim"}),
     }  # fmt: skip
     sets = {group: {r.set for r in rows.values() if r.group == group} for group in by_group}
-    assert all(len(found) == 1 for found in sets.values())
+    assert all(len(names) == 1 for names in sets.values())
 
 
 def gravex(root: Path) -> Path:
@@ -427,8 +427,8 @@ def test_a_set_without_its_sources_needs_only_those_that_go_before_it(tmp_path: 
     put(tmp_path / "raw/coco/val2017", "000000000139.jpg")
     put(tmp_path / "raw/deepfake-face-images/Final Dataset/Fake", "a.jpg")
     catalog = read_catalog([BUILT_IN])
-    found = find_sources(catalog, tmp_path / "raw", tmp_path / "out", ["evalgen"], Tolerance(1.0))
-    assert list(found.listings) == ["coco_val2017"]
+    scan = find_sources(catalog, tmp_path / "raw", tmp_path / "out", ["evalgen"], Tolerance(1.0))
+    assert list(scan.listings) == ["coco_val2017"]
 
 
 def test_images_in_a_parquet_table_may_be_plain_bytes_or_missing(tmp_path: Path) -> None:

@@ -41,27 +41,27 @@ JOB = "a7421d2f-b262-44f9-977c-ac23e9c7d3e3"
      ({"Comment": "made by DALL-E 3"}, "DALL-E 3")],
 )  # fmt: skip
 def test_what_generators_leave_in_a_png(texts: dict[str, str], said: str) -> None:
-    found = evidence_of(png(**texts))
-    assert (found.kind, found.suggests) == ("generator", "AI")
-    assert found.value.startswith(said) or said in found.value
-    assert next(iter(texts)) in found.where
+    evidence = evidence_of(png(**texts))
+    assert (evidence.kind, evidence.suggests) == ("generator", "AI")
+    assert evidence.value.startswith(said) or said in evidence.value
+    assert next(iter(texts)) in evidence.where
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
 @pytest.mark.parametrize("code", [b"ASCII\0\0\0", b"UNICODE\0"])
 def test_settings_in_an_exif_comment(kind: str, code: bytes) -> None:
     text = A1111.encode("ascii" if code.startswith(b"A") else "utf-16-be")
-    found = evidence_of(encode(PICTURE, kind, exif=exif(Orientation=1, UserComment=code + text)))
-    assert found.value.startswith("Stable Diffusion settings: a cat on a sofa")
-    assert "UserComment" in found.where
+    evidence = evidence_of(encode(PICTURE, kind, exif=exif(Orientation=1, UserComment=code + text)))
+    assert evidence.value.startswith("Stable Diffusion settings: a cat on a sofa")
+    assert "UserComment" in evidence.where
 
 
 def test_comfyui_in_a_webp() -> None:
     """It takes the tags of a camera's make and model for it."""
     tags = exif(Make=f"workflow:{DRAWN}", Model=f"prompt:{GRAPH}")
-    found = read_evidence(encode(PICTURE, "WEBP", exif=tags))
-    assert {one.value[:12] for one in found} == {'ComfyUI: {"n', "ComfyUI: a d"}
-    assert {one.suggests for one in found} == {"AI"}
+    evidence = read_evidence(encode(PICTURE, "WEBP", exif=tags))
+    assert {one.value[:12] for one in evidence} == {'ComfyUI: {"n', "ComfyUI: a d"}
+    assert {one.suggests for one in evidence} == {"AI"}
     empty = exif(Make="workflow:{}", Model="prompt:{}")
     assert read_evidence(encode(PICTURE, "WEBP", exif=empty)) == []  # and no camera either
 
@@ -89,8 +89,8 @@ PHOTOGRAPHS = [
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "HEIF"])
 def test_a_photograph_is_no_generators(kind: str, tags: dict[str, object]) -> None:
     tags = {"Make": "Canon", "Model": "Canon EOS R5"} | tags
-    (found,) = read_evidence(encode(PICTURE, kind, exif=exif(**tags)))
-    assert (found.kind, found.suggests) == ("camera", "camera")
+    (evidence,) = read_evidence(encode(PICTURE, kind, exif=exif(**tags)))
+    assert (evidence.kind, evidence.suggests) == ("camera", "camera")
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_a_name_of_a_text_says_nothing(texts: dict[str, str]) -> None:
      "DALL-E-3", "Draw Things", "InvokeAI 3.4"],
 )  # fmt: skip
 def test_a_generator_that_signs_as_software(kind: str, name: str) -> None:
-    found = evidence_of(encode(PICTURE, kind, exif=exif(Software=name.encode())))
-    assert (found.value, found.where, found.suggests) == (name, "EXIF Software", "AI")
+    evidence = evidence_of(encode(PICTURE, kind, exif=exif(Software=name.encode())))
+    assert (evidence.value, evidence.where, evidence.suggests) == (name, "EXIF Software", "AI")
 
 
 def test_makers_that_sign_elsewhere() -> None:
@@ -130,9 +130,9 @@ def test_makers_that_sign_elsewhere() -> None:
 
 
 def xp_comment(text: str) -> Image.Exif:
-    found = Image.Exif()
-    found[ExifTags.Base.XPComment] = text.encode("utf-16-le")
-    return found
+    tags = Image.Exif()
+    tags[ExifTags.Base.XPComment] = text.encode("utf-16-le")
+    return tags
 
 
 def test_settings_in_a_comment_of_windows() -> None:
@@ -149,9 +149,9 @@ def test_a_number_is_no_camera() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_a_camera(kind: str) -> None:
     tags = exif(Make="Canon", Model="Canon EOS 40D", DateTimeOriginal="2008:05:30 15:56:01")
-    found = evidence_of(encode(PICTURE, kind, exif=tags))
+    evidence = evidence_of(encode(PICTURE, kind, exif=tags))
     when = "" if kind == "TIFF" else ", 2008:05:30 15:56:01"  # which Pillow does not write there
-    assert found == Evidence("camera", f"Canon EOS 40D{when}", "EXIF", "camera")
+    assert evidence == Evidence("camera", f"Canon EOS 40D{when}", "EXIF", "camera")
     phone = evidence_of(encode(PICTURE, kind, exif=exif(Make="Apple", Model="iPhone")))
     assert phone.value == "Apple iPhone"
 
@@ -170,8 +170,8 @@ def test_the_iptc_source_type(kind: str) -> None:
     element = f"><I:DigitalSourceType>{SOURCE}digitalCapture</I:DigitalSourceType></rdf:D>"
     assert evidence_of(saved(element)).suggests == "camera"
     label = "&quot;Label&quot;:&quot;1&quot;,&quot;ContentProducer&quot;:&quot;0011&quot;"
-    found = evidence_of(saved(f"><TC260:AIGC>{{{label}}}</TC260:AIGC></rdf:Description>"))
-    assert found == Evidence("AI label", "AI-generated, by 0011", "XMP", "AI")
+    evidence = evidence_of(saved(f"><TC260:AIGC>{{{label}}}</TC260:AIGC></rdf:Description>"))
+    assert evidence == Evidence("AI label", "AI-generated, by 0011", "XMP", "AI")
     credit = evidence_of(saved('photoshop:Credit="Made with Google AI"/>'))
     assert (credit.value, credit.suggests) == ("credit: Made with Google AI", "AI")
 
@@ -197,9 +197,9 @@ IN_XMP = [
 
 @pytest.mark.parametrize(("inside", "said"), IN_XMP)
 def test_what_generators_leave_in_xmp(inside: str, said: str) -> None:
-    found = evidence_of(encode(PICTURE, xmp=xmp(inside)))
-    assert found.value.startswith(said)
-    assert found.suggests == "AI"
+    evidence = evidence_of(encode(PICTURE, xmp=xmp(inside)))
+    assert evidence.value.startswith(said)
+    assert evidence.suggests == "AI"
 
 
 @pytest.mark.parametrize(

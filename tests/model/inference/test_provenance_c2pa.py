@@ -27,11 +27,11 @@ def signer() -> c2pa.Signer:
 @pytest.mark.parametrize("kind", MIME)
 def test_a_signed_manifest_is_read_and_checked(signer: c2pa.Signer, kind: str) -> None:
     signed = sign(signer, encode(PICTURE, kind), kind, "trainedAlgorithmicMedia")
-    found = evidence_of(signed)
-    assert (found.kind, found.suggests) == ("C2PA", "AI")
+    evidence = evidence_of(signed)
+    assert (evidence.kind, evidence.suggests) == ("C2PA", "AI")
     for said in ("signed by Example Images Ltd", "made with Example Painter", "AI-generated",
                  "trainedAlgorithmicMedia", "the signature fits the file"):  # fmt: skip
-        assert said in found.value
+        assert said in evidence.value
     middle = bytearray(signed)
     middle[-30] ^= 1
     assert "NOT VALID" in evidence_of(bytes(middle)).value

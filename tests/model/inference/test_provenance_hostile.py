@@ -49,8 +49,8 @@ def all_kinds(signer: c2pa.Signer) -> Iterator[bytes]:
 
 
 def harmless(data: bytes) -> None:
-    for found in read_evidence(data):
-        for text in (found.kind, found.value, found.where):
+    for evidence in read_evidence(data):
+        for text in (evidence.kind, evidence.value, evidence.where):
             assert text.isprintable()
             assert len(text) <= MAX_TEXT
 
@@ -78,27 +78,27 @@ def test_a_text_that_unpacks_to_much_is_not_unpacked() -> None:
 
 
 def test_a_file_cannot_write_to_the_terminal() -> None:
-    found = evidence_of(
+    evidence = evidence_of(
         png(parameters="\x1b[2J\x1b]0;title\x07\x9b31m\x07\u202e" + A1111 + "x" * 1000)
     )
-    assert found.value.isprintable()
-    assert found.value.startswith("Stable Diffusion settings: a cat")
-    assert len(found.value) == MAX_TEXT
+    assert evidence.value.isprintable()
+    assert evidence.value.startswith("Stable Diffusion settings: a cat")
+    assert len(evidence.value) == MAX_TEXT
 
 
 def test_a_file_that_says_much_says_little() -> None:
     """15,000 statements become a row of `MAX_EVIDENCE`, what suggests AI among them."""
     texts = {f"parameters {n}\x1b[2J'": f"{n} {A1111}" for n in range(15_000)}
-    found = read_evidence(encode(PICTURE, "PNG", pnginfo=many(texts)))
-    assert len(found) == MAX_EVIDENCE
-    assert found[-1].value == "14,981 further statements are not shown"
-    assert all(len(str(one)) < 2 * MAX_TEXT and one.where.isprintable() for one in found)
-    assert "'text" not in found[0].where
+    evidence = read_evidence(encode(PICTURE, "PNG", pnginfo=many(texts)))
+    assert len(evidence) == MAX_EVIDENCE
+    assert evidence[-1].value == "14,981 further statements are not shown"
+    assert all(len(str(one)) < 2 * MAX_TEXT and one.where.isprintable() for one in evidence)
+    assert "'text" not in evidence[0].where
     types = "".join(f"<DigitalSourceType>type{n}</DigitalSourceType>" for n in range(15_000))
     last = 'xmp:CreatorTool="Midjourney">'
-    found = read_evidence(png(**{"XML:com.adobe.xmp": xmp(last + types).decode()}))
-    assert len(found) == MAX_EVIDENCE
-    assert found[0].value == "Midjourney"
+    evidence = read_evidence(png(**{"XML:com.adobe.xmp": xmp(last + types).decode()}))
+    assert len(evidence) == MAX_EVIDENCE
+    assert evidence[0].value == "Midjourney"
     assert (
         len(evidence_of(encode(PICTURE, xmp=xmp(f'DigitalSourceType="{"a" * 9000}"'))).value)
         == MAX_TEXT

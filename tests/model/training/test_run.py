@@ -48,10 +48,10 @@ def test_epochs_between_validations_are_not_looked_at(
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=5", "run.validate_every=2"])
     best = train(recipe, data, tmp_path / "runs")
     rows = rows_of(best.parent)
-    found = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
+    selections = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
     last = max(row["step"] for row in rows)
-    assert [5 * step // last for step in found] == [2, 4, 5]  # the last one in any case
-    assert checkpoint.read_meta(best)["selection"] == max(found.values())
+    assert [5 * step // last for step in selections] == [2, 4, 5]  # the last one in any case
+    assert checkpoint.read_meta(best)["selection"] == max(selections.values())
 
 
 def test_resume_at_any_step_equals_the_uninterrupted_run(
@@ -129,13 +129,13 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
         "replay.ratio=1:8", "optim.lr=1e-12", "optim.weight_decay=0",
     ]  # fmt: skip
     recipe = recipes.load(Recipe, tiny_recipe, second)
-    found = train(recipe, data, tmp_path)
-    for name, weights in weights_of(found).items():
+    best_of_second = train(recipe, data, tmp_path)
+    for name, weights in weights_of(best_of_second).items():
         torch.testing.assert_close(weights, weights_of(best)[name], rtol=0, atol=1e-9)
     rows = rows_of(tmp_path / "second")
     shares = [row["replay_share"] for row in rows if row["kind"] == "train"]
     assert max(shares) > 0
-    assert checkpoint.read_meta(found)["data"]["replay"] == ["old"]
+    assert checkpoint.read_meta(best_of_second)["data"]["replay"] == ["old"]
 
 
 def test_phase_2_without_phase_1_says_what_to_run(
