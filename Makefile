@@ -6,7 +6,7 @@ DEMO ?= demo
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint bench app
+.PHONY: help setup demo test test-slow golden test-gpu lint bench app
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test: setup ## the tests that take at most 5 minutes on two cores
 
 test-slow: setup ## every test
 	$(RUN) -m pytest
+
+golden: setup ## write the golden values in tests/golden anew: `git diff` then shows what changed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --write-golden tests/model/training tests/pipeline
 
 test-gpu: ## the tests that need a GPU; without one this fails. RUN=python3 where nothing can be installed
 	$(if $(filter $(BIN)/python,$(RUN)),$(MAKE) setup)

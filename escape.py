@@ -3,7 +3,6 @@ Markdown, or whoever reads a log.
 """
 
 import re
-from urllib.parse import urlsplit, urlunsplit
 
 # What OWASP's page "CSV Injection" lists, and its full-width twins, which some programs obey too.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -46,26 +45,19 @@ def markdown(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", _SEPARATE.sub(lambda match: match[0] + _JOINER, line))
 
 
-_ADDRESS = re.compile(r"\b[a-z][a-z0-9+.\-]*://[^\s'\"<>]+", re.IGNORECASE)
-_SECRET = re.compile(r"sig|key|token|secret|password|passwd|auth|credential|expires", re.IGNORECASE)
+_LOGIN = re.compile(r"""(?<=://)[^/\s"<>]*@""")
+_WEB_QUERY = re.compile(r"""(https?://[^\s'"<>?#]*[?#])[^\s'"<>]*[^\s'"<>,.:;)]""", re.IGNORECASE)
+# As in `/file?token=...`, which requests writes without its host. A `?` of a pattern has no `=`.
+_ASSIGNMENTS = re.compile(r"""([?#])[^\s'"<>?#=]*=[^\s'"<>]*[^\s'"<>,.:;)]""")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the names, passwords and signatures taken out of the addresses in it.
+    """`text` without the logins, queries and fragments of the addresses in it.
 
-    A query that holds anything like a key, a token or a signature goes as a whole: what else
-    stands in it is part of what was signed.
+    A query goes as a whole: a signature has no name of its own, and what else stands in a signed
+    query is part of what was signed. A `?` or `#` in other text stays, unless a value follows.
     """
-    return _ADDRESS.sub(lambda match: _public(match[0]), text) if "://" in text else text
-
-
-def _public(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-    except ValueError:  # a broken host, such as http://[
-        return address.partition("://")[0] + "://..."
-    host = parts.netloc.rpartition("@")[2]
-    hidden = "***@" if "@" in parts.netloc else ""
-    query = "***" if _SECRET.search(parts.query) else parts.query
-    fragment = "***" if _SECRET.search(parts.fragment) else parts.fragment
-    return urlunsplit((parts.scheme, hidden + host, parts.path, query, fragment))
+    if not any(mark in text for mark in "@?#"):
+        return text
+    text = _WEB_QUERY.sub(r"\1***", _LOGIN.sub("***@", text))
+    return _ASSIGNMENTS.sub(r"\1***", text)

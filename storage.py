@@ -77,12 +77,6 @@ def writable_path(text: str | os.PathLike) -> AnyPath:
     return any_path(text)
 
 
-def redact(text: str) -> str:
-    """A text without what may be secret in its addresses: logins, queries and fragments."""
-    text = re.sub(r"(://[^\s#]*)#\S*", r"\1", text)
-    return re.sub(r"(?<=//)[^/\s]*@|\?\S+", "", text)
-
-
 def check_reachable(path: AnyPath) -> None:
     """Ask an address for anything at all, before work begins that needs it.
 

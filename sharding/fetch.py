@@ -24,8 +24,9 @@ from urllib.parse import unquote, urlsplit
 import filelock
 import requests
 
+from escape import without_secrets
 from sharding.catalog import Catalog, CatalogError, Fetch, Source
-from storage import check_inside, naming, publish, redact, sha256_of, write_text
+from storage import check_inside, naming, publish, sha256_of, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -106,7 +107,7 @@ def fetch_source(
 def _wanted(fetch: Fetch) -> dict[str, Any]:
     """What is asked for, as MARK and BEGUN keep it."""
     wanted = {key: value for key, value in asdict(fetch).items() if value}
-    return wanted | ({"urls": [redact(url) for url in fetch.urls]} if fetch.urls else {})
+    return wanted | ({"urls": [without_secrets(url) for url in fetch.urls]} if fetch.urls else {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
 
 def _plain(error: object) -> str:
     """An error on one line, without what may be secret in an address."""
-    return redact(" ".join(str(error).split()))
+    return without_secrets(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Images, shard sets, tables and checkpoints that many tests build, and what they compare."""
 
 import ast
+import functools
 import hashlib
 import io
 import os
@@ -8,6 +9,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -383,6 +386,22 @@ def run_build(raw: Path, out: Path) -> subprocess.Popen:
     )
 
 
+def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
 def write_split_zip(path: Path, members: dict[str, bytes], volumes: int) -> None:
     """A split archive, as `zip -s` writes it: X.z01, X.z02, ..., X.zip.
 
@@ -438,16 +457,17 @@ def ends_alike(whole: Path, parts: Path) -> None:
     assert losses_of(whole) == losses_of(parts)
 
 
-def imports_of(path: Path) -> list[str]:
+@functools.cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Everything a file imports, as dotted names."""
-    found = []
+    modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} uses a relative import"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(modules)
 
 
 def color_matrix(

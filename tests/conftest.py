@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -21,12 +21,39 @@ from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import INDEX_FILE, ShardSet, open_shards
 from storage import sha256_of
-from tests.builders import CALIBRATION, HARSH, PREPROCESS, TINY, build_all, small_recipe, write_raw
+from tests.builders import (
+    CALIBRATION,
+    HARSH,
+    PREPROCESS,
+    ROOT,
+    TINY,
+    build_all,
+    small_recipe,
+    write_raw,
+)
+from tests.goldens import Golden
 from tests.servers import Server
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-golden", action="store_true",
+        help="run the tests of golden values alone, and write the values instead of comparing them",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The golden values of this project; see `make golden`."""
+    return Golden(ROOT / "tests/golden", write=request.config.getoption("write_golden"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are skipped with a reason, or fail where one is required."""
+    if config.getoption("write_golden"):
+        others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
         return
     for item in items:
@@ -81,8 +108,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     address = ""
     for _ in range(300):
         log.seek(0)
-        if found := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
-            address = found[0]
+        if addresses := [w for w in log.read().split() if w.startswith("http://127.0.0.1:")]:
+            address = addresses[0]
             break
         time.sleep(0.1)
     assert address, "moto's server did not start"
@@ -103,12 +130,12 @@ def client(s3: dict[str, str]) -> Iterator[object]:
     """Amazon's own client of that server."""
     import boto3  # the other tests must run where it is not installed
 
-    found = boto3.client(
+    s3_client = boto3.client(
         "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
         aws_access_key_id="test", aws_secret_access_key="test",
     )  # fmt: skip
-    yield found
-    found.close()
+    yield s3_client
+    s3_client.close()
 
 
 @pytest.fixture

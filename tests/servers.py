@@ -1,15 +1,32 @@
-"""Loopback servers that speak as much of each protocol as the libraries need."""
+"""Loopback servers that speak as much of each protocol as the libraries need, what they serve, and
+downloads from them.
+"""
 
 import hashlib
 import json
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from sharding.catalog import Fetch, Source
+from sharding.fetch import Fetched, fetch_source
+
 REPO = "owner/set"
-
-
 SERVICE = "/api/v1/datasets.DatasetApiService"
+
+# More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
+BODY = random.Random(0).randbytes(3 * 2**20 + 7)
+CUT = 2**21 + 5
+
+OLD, NEW = "a" * 40, "b" * 40
+"""Revisions of the dataset of the hub."""
+
+FILES = {"data/a.parquet": BODY[:1000], "data/sub/b.parquet": BODY[1000:3000], "README.md": b"hi"}
+DATA = {name: body for name, body in FILES.items() if name.startswith("data/")}
+HUB = {"hub": REPO, "files": ["data/*.parquet"]}
+KAGGLE = {"kaggle": "owner/set", "files": ["keep/*"]}
 
 
 class Server(ThreadingHTTPServer):
@@ -115,3 +132,18 @@ class Handler(BaseHTTPRequestHandler):
 def _oid(body: bytes) -> str:
     """As the hub names large files; what is there already is then compared by its hash."""
     return hashlib.sha256(body).hexdigest()
+
+
+def source(**fetch: object) -> Source:
+    return Source(license="x", set="train", real=["**"], fetch=Fetch(**fetch))
+
+
+def fetched(raw: Path, **fetch: object) -> Fetched:
+    return fetch_source("s", source(**fetch), raw)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What the build would see: no hidden files or folders."""
+    paths = [p for p in folder.rglob("*") if p.is_file()]
+    inside = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+    return {name: body for name, body in inside.items() if not f"/{name}".count("/.")}

@@ -1,12 +1,10 @@
 """The web page in a real browser, on a real server that may not write a single byte to a file."""
 
-import base64
 import contextlib
 import csv
 import os
 import re
 import resource
-import shutil
 import socket
 import struct
 import subprocess
@@ -16,7 +14,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +31,22 @@ from model.inference.detector import ImageDetector
 from model.score import score_set
 from pipeline.loader import Loading, open_loader
 from sharding.format import open_shards
-from tests.builders import ROOT, encode, imports_of, photo, train_tiny
+from tests.browser import (
+    CHROMIUM,
+    browse,
+    bytes_held,
+    copy,
+    drop,
+    file_of,
+    holds,
+    probability_shown,
+    wait_for,
+    width_of,
+)
+from tests.builders import ROOT, encode, photo, train_tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def in_browser(test: Callable) -> Callable:
@@ -65,31 +72,6 @@ def test_a_probability_is_never_a_certainty(p: float, said: str) -> None:
 def test_a_share_is_never_none_or_all() -> None:
     said = [app.of_hundred(share).replace("*", "") for share in (0.0, 0.004, 0.05, 0.996, 1.0)]
     assert said == ["fewer than 1", "fewer than 1", "about 5", "more than 99", "more than 99"]
-
-
-def test_the_files_of_the_container_pass_their_linter() -> None:
-    hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_container_gets_what_the_page_imports() -> None:
-    copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
-    copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
-    needed, open_ends = (
-        {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
-        ["app", "serve"],
-    )
-    while open_ends:
-        name = open_ends.pop()
-        files = list((ROOT / name).rglob("*.py")) or [ROOT / f"{name}.py"]
-        needed.add(name if (ROOT / name).is_dir() else f"{name}.py")
-        imported = {module.partition(".")[0] for file in files for module in imports_of(file)}
-        ours = {one for one in imported if (ROOT / one).is_dir() or (ROOT / f"{one}.py").exists()}
-        open_ends += [one for one in ours if not {one, f"{one}.py"} & needed]
-    assert needed <= copied
-    assert all(any(fnmatch(path, pattern) for pattern in let_in) for path in copied)
 
 
 def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
@@ -126,18 +108,22 @@ def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint that is trained, and calibrated, on the tiny sets."""
     folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
-    found = load_detector(runs=folder)
+    detector = load_detector(runs=folder)
     shards = open_shards([data / "new"])
     loading = Loading(backend="pil", num_workers=0)
-    scores = score_set(found.net, open_loader(shards, preprocess=found.preprocess, loading=loading,
-                                              device=found.device))  # fmt: skip
+    scores = score_set(
+        detector.net,
+        open_loader(
+            shards, preprocess=detector.preprocess, loading=loading, device=detector.device
+        ),
+    )
     fitted = calibrate(scores.labels, scores.logits)
-    annotate(found.checkpoint, fitted.entries({"new": "0"}))
+    annotate(detector.checkpoint, fitted.entries({"new": "0"}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(runs: Path) -> ImageDetector:
+def detector(runs: Path) -> ImageDetector:
     return load_detector(runs=runs)
 
 
@@ -214,82 +200,9 @@ def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
     assert not strange
 
 
-def file_of(name: str, data: bytes) -> dict[str, object]:
-    return {"name": name, "mimeType": "", "buffer": data}
-
-
-def browse(page: "Page", *files: dict[str, object] | Path) -> None:
-    """Choose files as the browser's dialog does."""
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name=re.compile("Upload|Add files")).click()
-    chooser.value.set_files(list(files))
-
-
-def copy(page: "Page", data: bytes) -> None:
-    """Put a picture (a PNG file) on the clipboard."""
-    page.evaluate(
-        """async (data) => {
-          const blob = await (await fetch("data:image/png;base64," + data)).blob();
-          await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
-        }""",
-        base64.b64encode(data).decode(),
-    )
-
-
-def drop(page: "Page", where: str, name: str, data: bytes) -> None:
-    """Let a file fall on the element `where`."""
-    transfer = page.evaluate_handle(
-        """([name, data]) => {
-          const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
-          const transfer = new DataTransfer();
-          transfer.items.add(new File([bytes], name));
-          return transfer;
-        }""",
-        [name, base64.b64encode(data).decode()],
-    )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event(where, event, {"dataTransfer": transfer})
-
-
-def preprocess(page: "Page", *texts: str) -> None:
-    """Wait until each of the texts is there."""
-    for text in texts:
-        page.get_by_text(text).first.wait_for()
-
-
-def probability_shown(page: "Page") -> str:
-    """Of the one image on the page."""
-    text = page.get_by_text("Probability that it is AI-generated:").inner_text()
-    return text.rpartition(": ")[2]
-
-
-def width_of(page: "Page") -> int:
-    """How wide the page would like to be, px; more than the window scrolls sideways."""
-    return page.evaluate(
-        "Math.max(document.documentElement.scrollWidth,"
-        " ...[...document.querySelectorAll('[data-testid=stMain]')].map((one) => one.scrollWidth))"
-    )
-
-
-def bytes_held(address: str) -> int:
-    """Size of what the server holds of uploads, by its own count."""
-    text = requests.get(f"{address}/_stcore/metrics", timeout=10).text
-    lines = [line for line in text.splitlines() if 'cache_type="UploadedFileManager"' in line]
-    return sum(int(line.rpartition(" ")[2]) for line in lines if "bytes" in line)
-
-
-def holds(address: str, expected: int) -> None:
-    """Wait until the server holds so many bytes of uploads."""
-    for _ in range(300):
-        if bytes_held(address) == expected:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{bytes_held(address)} bytes held after 30 s, expected {expected}")
-
-
-def probability(found: ImageDetector, data: bytes) -> str:
+def probability(detector: ImageDetector, data: bytes) -> str:
     """What Python says of the same bytes."""
-    (prediction,) = found.predict([data])
+    (prediction,) = detector.predict([data])
     return app.percent(prediction.probability)
 
 
@@ -298,59 +211,59 @@ OTHER = encode(photo(2, 300, 400), "PNG")
 
 
 @in_browser
-def test_one_image_has_the_probability_that_python_gives(visit, found) -> None:
+def test_one_image_has_the_probability_that_python_gives(visit, detector) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO))
-    preprocess(page, "What the file says", "Nothing of where it comes from")
-    assert probability_shown(page) == probability(found, PHOTO)
-    (prediction,) = found.predict([PHOTO])
+    wait_for(page, "What the file says", "Nothing of where it comes from")
+    assert probability_shown(page) == probability(detector, PHOTO)
+    (prediction,) = detector.predict([PHOTO])
     assert page.get_by_role("heading", name=prediction.verdict[1:]).is_visible()
-    preprocess(page, found.identity)
+    wait_for(page, detector.identity)
 
 
 @in_browser
-def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, found) -> None:
+def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, detector) -> None:
     page = visit()
     button = page.get_by_role("button", name="Paste from the clipboard")
     button.wait_for()  # from then on the page listens
     page.evaluate("navigator.clipboard.writeText('no picture')")
     page.keyboard.press("Control+V")
-    preprocess(page, "There is no picture on the clipboard.")
+    wait_for(page, "There is no picture on the clipboard.")
     copy(page, OTHER)
     page.keyboard.press("Control+V")
-    preprocess(page, "What the file says", "pasted-1.png")
+    wait_for(page, "What the file says", "pasted-1.png")
     # A browser decodes and encodes what is copied; of a PNG the pixels stay.
-    assert probability_shown(page) == probability(found, OTHER)
+    assert probability_shown(page) == probability(detector, OTHER)
     button.click()
-    preprocess(page, "2 images", "pasted-2.png")
+    wait_for(page, "2 images", "pasted-2.png")
     assert page.get_by_text("There is no picture").count() == 0
 
 
 @in_browser
 @pytest.mark.parametrize("where", ["[data-testid=stFileUploaderDropzone]", "h1"])
-def test_dropping_on_the_drop_zone_or_beside_it(visit, found, where: str) -> None:
+def test_dropping_on_the_drop_zone_or_beside_it(visit, detector, where: str) -> None:
     page = visit()
     drop(page, where, "fallen.jpg", PHOTO)
-    preprocess(page, "What the file says", "fallen.jpg")
-    assert probability_shown(page) == probability(found, PHOTO)
+    wait_for(page, "What the file says", "fallen.jpg")
+    assert probability_shown(page) == probability(detector, PHOTO)
 
 
 @in_browser
-def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
+def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     images = [encode(photo(seed, 100, 90), "PNG" if seed % 2 else "JPEG") for seed in range(12)]
     page = visit()
     files = [file_of(f"{i}.img", data) for i, data in enumerate(images)]
     browse(page, *files, file_of("notes.jpg", b"<html>"))
-    preprocess(page, "13 images", "1 unreadable", "not an image this program reads")
+    wait_for(page, "13 images", "1 unreadable", "not an image this program reads")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
-    predictions = list(found.predict(images))
+    predictions = list(detector.predict(images))
     assert [row["path"] for row in rows] == [*(f"{i}.img" for i in range(12)), "notes.jpg"]
     for row, prediction in zip(rows, predictions, strict=False):
         assert float(row["probability"]) == pytest.approx(prediction.probability, abs=1e-6)
         assert row["verdict"] == prediction.verdict
-        assert row["checkpoint"] == found.identity
+        assert row["checkpoint"] == detector.identity
     assert (rows[12]["probability"], rows[12]["verdict"]) == ("", "unreadable")
 
     page.get_by_text("Most likely AI first").click()
@@ -363,7 +276,7 @@ def test_many_images_in_a_table_and_as_csv(visit, found) -> None:
     assert shown == [*(f"{i}.img" for i in ranked), "notes.jpg"][: len(shown)]
     page.get_by_role("option", name=f"{ranked[3]}.img", exact=True).click()
     page.get_by_role("img", name=f"{ranked[3]}.img", exact=True).wait_for()
-    assert probability_shown(page) == probability(found, images[ranked[3]])
+    assert probability_shown(page) == probability(detector, images[ranked[3]])
 
 
 def bomb() -> bytes:
@@ -396,13 +309,13 @@ def bomb() -> bytes:
 def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str) -> None:
     page = visit()
     browse(page, file_of(name, content))
-    preprocess(page, said)
+    wait_for(page, said)
     page.wait_for_timeout(500)
     assert page.get_by_role("alert").count() == 1
     assert page.get_by_role("alert").inner_text().count(said) == 1
     assert page.get_by_role("slider").count() == 0
     browse(page, file_of("fine.png", OTHER))
-    preprocess(page, "2 images", "1 unreadable")
+    wait_for(page, "2 images", "1 unreadable")
 
 
 @in_browser
@@ -414,7 +327,7 @@ def test_what_a_file_says_is_no_markup(visit) -> None:
     name = "https:evil www.evil.example :smile: [a](b).jpg"
     page = visit()
     browse(page, file_of(name, encode(photo(1), exif=exif)))
-    preprocess(page, "What the file says", "camera")
+    wait_for(page, "What the file says", "camera")
     page.wait_for_timeout(500)
     main = page.get_by_test_id("stMain")
     assert main.locator("a").count() == 0
@@ -439,14 +352,14 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(visit, address, t
     holds(address, 0)
     page = visit()
     browse(page, tmp_path / "huge.png")
-    preprocess(page, "50.0MB or smaller")
+    wait_for(page, "50.0MB or smaller")
     assert bytes_held(address) == 0
 
 
 @in_browser
-def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, found) -> None:
-    calibration = found.meta["calibration"]
-    stops = sorted({found.threshold, *(row[0] for row in calibration["roc"])})
+def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) -> None:
+    calibration = detector.meta["calibration"]
+    stops = sorted({detector.threshold, *(row[0] for row in calibration["roc"])})
     telling = max(calibration["roc"], key=lambda row: row[2] - row[1])
     assert telling[1] < telling[2] - 0.05, "false positives and recall could be swapped unseen"
     page = visit()
@@ -457,11 +370,11 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, found) -> No
         slider.press("Home")
         for _ in range(stops.index(threshold)):
             slider.press("ArrowRight")
-        (prediction,) = replace(found, asked=threshold).predict([PHOTO])
-        if threshold != found.threshold:
-            preprocess(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
+        (prediction,) = replace(detector, asked=threshold).predict([PHOTO])
+        if threshold != detector.threshold:
+            wait_for(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
-        preprocess(
+        wait_for(
             page,
             f"{app.of_hundred(false)} of 100 real photographs".replace("*", ""),
             f"{app.of_hundred(true)} of 100 fakes are found".replace("*", ""),
@@ -478,7 +391,7 @@ def test_the_heatmap_takes_the_place_of_the_image(visit) -> None:
     overlay = page.get_by_role("img", name="Heatmap of one.jpg")
     overlay.wait_for()
     assert overlay.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [32, 32]
-    preprocess(page, "Red raised the score for AI")
+    wait_for(page, "Red raised the score for AI")
     page.get_by_text("Heatmap: what moved the score").click()
     page.get_by_role("img", name="one.jpg", exact=True).wait_for()
 
@@ -489,12 +402,12 @@ def test_a_phone_never_scrolls_sideways(visit) -> None:
     assert width_of(page) == 390
     name = "a_name_without_any_place_to_break_it_" * 3 + ".jpg"
     browse(page, file_of(name, PHOTO))
-    preprocess(page, "What the file says")
+    wait_for(page, "What the file says")
     assert width_of(page) == 390
     browse(page, file_of("two.png", OTHER), file_of(name + ".jpg", b"?" * 40))
-    preprocess(page, "3 images")
+    wait_for(page, "3 images")
     page.get_by_text("What this page can and cannot tell").click()
-    preprocess(page, "A probability is not a proof")
+    wait_for(page, "A probability is not a proof")
     assert width_of(page) == 390
 
 
@@ -504,7 +417,7 @@ def test_colors_follow_the_system_and_are_legible(visit, scheme: str) -> None:
     """Contrast of text by WCAG 2.2: 4.5, and 3 for large text."""
     page = visit(color_scheme=scheme)
     browse(page, file_of("one.jpg", PHOTO), file_of("x.jpg", b"?"))
-    preprocess(page, "2 images", "What the file says")
+    wait_for(page, "2 images", "What the file says")
 
     def luminance(color: str) -> float:
         values = [int(v) / 255 for v in re.findall(r"\d+", color)[:3]]
@@ -531,7 +444,7 @@ def test_colors_follow_the_system_and_are_legible(visit, scheme: str) -> None:
 def test_the_keyboard_reaches_everything(visit) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO), file_of("two.png", OTHER))
-    preprocess(page, "2 images", "What the file says")
+    wait_for(page, "2 images", "What the file says")
     page.locator("canvas").first.wait_for()
     reached = []
     for _ in range(45):
@@ -565,7 +478,7 @@ def test_nothing_is_kept(visit, address: str) -> None:
     holds(address, 0)  # of the tests before
     page = visit()
     browse(page, file_of("one.png", large), file_of("two.jpg", PHOTO))
-    preprocess(page, "2 images", "What the file says")
+    wait_for(page, "2 images", "What the file says")
     holds(address, len(large) + len(PHOTO))
     page.get_by_role("button", name="Remove one.png").click()
     page.get_by_text("2 images").wait_for(state="detached")
@@ -574,7 +487,7 @@ def test_nothing_is_kept(visit, address: str) -> None:
     page.get_by_text("What the file says").wait_for(state="detached")
     holds(address, 0)
     browse(page, file_of("two.jpg", PHOTO))
-    preprocess(page, "What the file says")
+    wait_for(page, "What the file says")
     holds(address, len(PHOTO))
     page.close()
     holds(address, 0)

@@ -124,15 +124,17 @@ def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: 
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "val, perturbed" in result.output and "fakes re-encoded as" in result.output
-    found = json.loads((out / "report.json").read_text())["sets"]["val"]["robustness"]
-    assert [row["name"] for row in found["perturbations"]] == [way.name for way in PERTURBATIONS]
-    assert found["images"] == 8 < found["of"]
+    robustness = json.loads((out / "report.json").read_text())["sets"]["val"]["robustness"]
+    assert [row["name"] for row in robustness["perturbations"]] == [
+        way.name for way in PERTURBATIONS
+    ]
+    assert robustness["images"] == 8 < robustness["of"]
     tables = [
         list(csv.DictReader(io.StringIO((out / name).read_text())))
         for name in ("figures.csv", "robustness.csv")
     ]
     assert {row["what"] for row in tables[0]} == {"overall", "class", "source", "generator"}
-    assert len(tables[1]) == len(PERTURBATIONS) + len(found["codec_swap"])
+    assert len(tables[1]) == len(PERTURBATIONS) + len(robustness["codec_swap"])
     page = (out / "report.html").read_text()
     assert "jpeg-90" in page and "data:image/jpeg;base64," in page
     # Everything is found again without the network; nor are images needed.

@@ -76,16 +76,24 @@ def test_markdown_shows_the_text_and_makes_nothing_of_it(text: str) -> None:
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
-        ("https://me:pass@host:8080/a?b=1", "https://***@host:8080/a?b=1"),
+        ("https://me:pass@host:8080/a?b=1", "https://***@host:8080/a?***"),
+        ("https://me:p@ss@host/a", "https://***@host/a"),
+        ("http://me:p'ss@host", "http://***@host"),
         ("s3://KEY:SECRET@bucket/a", "s3://***@bucket/a"),
+        ("s3://bucket/a?versionId=b&token=c", "s3://bucket/a?***"),
         ("https://host/a?X-Amz-Signature=abc&x=1", "https://host/a?***"),
-        ("https://host/a?sv=1&sig=abc", "https://host/a?***"),
+        ("HTTPS://host/a?sv=1&sig=abc", "HTTPS://host/a?***"),
         ("https://host/a#access_token=abc", "https://host/a#***"),
-        ("http://[broken", "http://..."),
-        ("https://host/a?list=2", "https://host/a?list=2"),
+        ("https://host/a?abc", "https://host/a?***"),
+        ("http://me:pass@[broken?b=1", "http://***@[broken?***"),
+        ("/a?token=abc&x=1", "/a?***"),
+        ("s3://bucket/photo?.jpg", "s3://bucket/photo?.jpg"),
+        ("photo#1?.jpg", "photo#1?.jpg"),
         ("no address, me:pass@host", "no address, me:pass@host"),
     ],
 )
 def test_addresses_lose_their_secrets(address: str, shown: str) -> None:
     assert without_secrets(address) == shown
     assert without_secrets(f"'{address}' and {address}") == f"'{shown}' and {shown}"
+    assert without_secrets(f"({address}): HTTP 500") == f"({shown}): HTTP 500"
+    assert without_secrets(shown) == shown

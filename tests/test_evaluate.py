@@ -103,9 +103,9 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
     def all_gather_object(dist: DistEnv, value: object) -> list:
         brought[dist.rank] = value
         meeting.wait()
-        found = [brought[rank] for rank in range(world_size)]
+        gathered = [brought[rank] for rank in range(world_size)]
         meeting.wait()
-        return found
+        return gathered
 
     reports: dict[int, dict] = {}
 
@@ -133,14 +133,14 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
 
 def test_ranks_and_batch_sizes_change_not_a_byte(data: Path, runs: Path, tmp_path: Path) -> None:
     """35 and 35 and 70 samples: no world and no batch size here divides them."""
-    found = {}
+    outputs = {}
     for world_size, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
         out = tmp_path / f"{world_size}-{batch_size}"
         report = evaluate_on(world_size, batch_size, data, runs, out)
         assert report["sets"]["evalgen"]["overall"]["count"] == 35
-        found[world_size, batch_size] = (out / "scores.parquet").read_bytes()
+        outputs[world_size, batch_size] = (out / "scores.parquet").read_bytes()
         assert [path.name for path in out.iterdir()] == ["scores.parquet"]
-    assert len(set(found.values())) == 1
+    assert len(set(outputs.values())) == 1
 
 
 def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, store: Path) -> None:
@@ -240,11 +240,11 @@ def test_evalgen_stands_beside_the_reals_of_the_catalog(
         "set": "test", "why": "the catalog's default", "for_all": False,
     }  # fmt: skip
     assert f"of {reals} real images of test called fake" in report["headline"][0]
-    found = report["sets"]["evalgen"]
-    assert found["reference"]["reals"] == reals
-    assert found["protocols"]["all_images"]["images"] == 35
-    assert found["protocols"]["first_per_prompt"]["images"] == 12
-    assert set(found["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
+    figures = report["sets"]["evalgen"]
+    assert figures["reference"]["reals"] == reals
+    assert figures["protocols"]["all_images"]["images"] == 35
+    assert figures["protocols"]["first_per_prompt"]["images"] == 12
+    assert set(figures["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
     assert "the first of each prompt, 12" in " ".join(done.output.split())
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
@@ -295,9 +295,9 @@ def test_calibration_is_kept_in_the_checkpoint_and_used(
     assert "too few to promise 1 %" in done.output
     report = run(data, own_runs, "--shards", "evalgen", "--out", tmp_path / "out")
     assert report.exit_code == 0, report.output
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["threshold"] == meta["threshold"]
-    assert found["band"] == meta["calibration"]["band"]
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["threshold"] == meta["threshold"]
+    assert document["band"] == meta["calibration"]["band"]
     at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold", "0.5")
     assert at_half.exit_code == 0, at_half.output
     assert read_meta(find(own_runs))["threshold"] == 0.5

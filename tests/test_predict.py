@@ -7,7 +7,6 @@ import json
 import os
 import tarfile
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from model import load_detector
 from model.checkpoint import annotate
 from model.inference import inputs, results
 from sharding.format import open_shards
-from tests.builders import KINDS, awkward_files, bomb, encode, photo
+from tests.builders import KINDS, awkward_files, bomb, encode, photo, write_tar, write_zip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -59,22 +58,6 @@ def rows_of(result: Result) -> dict[str, dict]:
     return {row["path"]: row for row in rows}
 
 
-def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
-        for name, data in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in contents.items():
-            archive.writestr(name, data)
-    return path
-
-
 # --- what may be named ----------------------------------------------------------------------------
 
 
@@ -107,10 +90,10 @@ def test_a_shard_set_is_its_images(ask: Callable[..., Result], data: Path) -> No
     result = ask(data / "val", "--format", "csv")
     assert result.exit_code == 0, result.output
     shards = open_shards([data / "val"])
-    found = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    paths = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout))]
     formats = shards.names("format", np.arange(len(shards)))
     endings = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-    assert sorted(found) == sorted(
+    assert sorted(paths) == sorted(
         f"{shards.shard_path(row)}/{shards.text('key', row)}.{endings[formats[row]]}"
         for row in range(len(shards))
     )
@@ -138,8 +121,8 @@ def test_a_large_folder_comes_in_runs_and_nothing_is_lost(
     monkeypatch.setattr(inputs, "RUN", 2)
     for number in range(7):
         (photos / f"{number}.jpg").touch()
-    found = [file.name for file in inputs.find_images([str(photos)], Counter())]
-    assert len(found) == len(set(found)) == 10
+    names = [file.name for file in inputs.find_images([str(photos)], Counter())]
+    assert len(names) == len(set(names)) == 10
 
 
 def test_the_exit_code_and_one_line_tell_what_is_wrong(
@@ -351,10 +334,10 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
         again = read(out.read_bytes(), output)
         assert again.keys() == rows.keys()
         for path, row in rows.items():
-            found = again[path].pop("probability")
+            probability = again[path].pop("probability")
             assert row["verdict"] == again[path]["verdict"]
             if not row["error"]:
-                assert float(found) == pytest.approx(float(row["probability"]), abs=1e-6)
+                assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-6)
     (folder / "later.jpg").write_bytes(encode(photo(9)))
     result = ask(folder, "--out", out, "--resume")
     assert "1 images, 6 were there already" in result.stderr
@@ -365,13 +348,13 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
 
 def read(data: bytes, output: str) -> dict[str, dict]:
     text = data.decode("utf-8", "surrogateescape")
-    found = (
+    written = (
         list(csv.DictReader(io.StringIO(text, newline="")))
         if output == "csv"
         else [json.loads(line) for line in text.splitlines()]
     )
-    rows = {row["path"]: row for row in found}
-    assert len(rows) == len(found)
+    rows = {row["path"]: row for row in written}
+    assert len(rows) == len(written)
     return rows
 
 
@@ -417,8 +400,10 @@ def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_
     result = ask(photos, tmp_path / "x.zip", "--heatmap", tmp_path / "maps")
     assert result.exit_code == 1
     below = tmp_path / "maps" / photos.relative_to("/").parent
-    found = sorted(path.relative_to(below).as_posix() for path in below.rglob("*.png"))
-    assert found == sorted(f"{place}/{name}.png" for place in ("photos", "x.zip") for name in ALL)
+    maps_written = sorted(path.relative_to(below).as_posix() for path in below.rglob("*.png"))
+    assert maps_written == sorted(
+        f"{place}/{name}.png" for place in ("photos", "x.zip") for name in ALL
+    )
     with Image.open(below / "photos" / "a.jpg.png") as image:
         assert image.size == (32, 32)
 
@@ -451,38 +436,6 @@ def rows_of_bytes(result: Result) -> list[dict]:
 
 
 # --- a folder that fills --------------------------------------------------------------------------
-
-
-def test_a_folder_that_fills_gives_each_complete_file_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        inputs.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    )
-    (tmp_path / "old.jpg").write_bytes(b"12")
-    os.utime(tmp_path / "old.jpg", (1, 1))
-    looks = inputs.watch(str(tmp_path), Counter())
-
-    def look() -> list[str]:
-        return [Path(file.name).name for file in next(looks)]
-
-    assert look() == ["old.jpg"]
-    growing = tmp_path / "growing.jpg"
-    for size in range(4):
-        growing.write_bytes(bytes(size + 1))
-        os.utime(growing, (1, 1 + size))
-        assert look() == []
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "half.jpg.part").write_bytes(b"x")
-    assert look() == []
-    assert look() == ["growing.jpg"]
-    assert [look() for _ in range(4)] == [[]] * 4
-    growing.unlink()
-    assert look() == []
-    growing.write_bytes(b"another")
-    assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
 
 
 def test_watching_ends_cleanly(
@@ -533,24 +486,5 @@ def test_python_and_predict_give_the_same_bits(
 ) -> None:
     rows = rows_of(ask(photos, "--format", "jsonl"))
     names = sorted(rows)
-    found = list(load_detector(runs=small_runs).predict(names))
-    assert [one.probability for one in found] == [rows[name]["probability"] for name in names]
-
-
-def test_standard_input_is_read_as_it_comes(small_runs: Path, photos: Path) -> None:
-    """A list without an end: the first verdict does not wait for it."""
-    taken = []
-
-    def endless():
-        while True:
-            taken.append(1)
-            yield str(photos / "a.jpg")
-
-    files = inputs.find_images(endless(), Counter())
-    predictions = load_detector(runs=small_runs).predict(files)
-    next(predictions)
-    assert len(taken) == 2
-    for _ in range(200):
-        next(predictions)
-    assert len(taken) < 201 + 4 * 32
-    predictions.close()
+    predictions = list(load_detector(runs=small_runs).predict(names))
+    assert [one.probability for one in predictions] == [rows[name]["probability"] for name in names]

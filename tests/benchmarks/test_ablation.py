@@ -33,10 +33,10 @@ def test_what_is_held_out_does_not_move_the_threshold() -> None:
 
 
 def test_hard_leaves_the_easy_photographs_out() -> None:
-    found = figures(scores(), ["val"])
-    assert found["unseen"]["reals"] == 100
-    assert found["hard"]["reals"] == 50
-    assert found["hard"]["auroc"] < found["unseen"]["auroc"]
+    row = figures(scores(), ["val"])
+    assert row["unseen"]["reals"] == 100
+    assert row["hard"]["reals"] == 50
+    assert row["hard"]["auroc"] < row["unseen"]["auroc"]
 
 
 def test_the_worst_loss_is_that_of_one_source() -> None:

@@ -259,8 +259,8 @@ def test_memory_stays_small_for_the_worst_of_these(tmp_path: Path) -> None:
 def test_backslashes_are_those_of_old_windows_programs(tmp_path: Path) -> None:
     names = ("d\\a.png", "d/b.png", "e\\", "d\\.c.png", "..\\up.png")
     path = zip_of(tmp_path / "x.zip", dict.fromkeys(names, b"1"))
-    found = {member.name: member.excluded for member in zip.members(path)}
-    assert found == {
+    reasons = {member.name: member.excluded for member in zip.members(path)}
+    assert reasons == {
         "..\\up.png": "a path that leaves the archive", "d/a.png": "", "d/b.png": "",
         "d/.c.png": "hidden",
     }  # fmt: skip

@@ -87,7 +87,7 @@ def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) 
     its own.
     """
     rng = np.random.default_rng(7)
-    found = set()
+    outcomes = set()
     for _ in range(250):
         data = bytearray(PLAIN[kind])
         at = int(rng.integers(2, rng.choice([640, len(data)])))
@@ -106,8 +106,8 @@ def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) 
         assert good == (not isinstance(expected, str)), (ended, expected)
         if good:
             assert ended == expected
-        found.add((good, read_header(bytes(data)) is not None))
-    assert found >= {(True, True), (False, False), (False, True)}
+        outcomes.add((good, read_header(bytes(data)) is not None))
+    assert outcomes >= {(True, True), (False, False), (False, True)}
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, "exif", "profile", "cmyk", "gap before a marker"])

@@ -29,10 +29,10 @@ def test_the_temperature_that_was_applied_is_found(temperature: float) -> None:
 
 def test_calibration_repairs_overconfidence_and_keeps_the_order() -> None:
     labels, logits = calibrated_scores(5_000)
-    found = calibrate(labels, 5 * logits)
-    assert found.after["ece"] < 0.03 < 0.08 < found.before["ece"]
-    assert found.after["nll"] < found.before["nll"]
-    assert (probability(logits, found.temperature) >= 0.5).tolist() == (logits >= 0).tolist()
+    calibration = calibrate(labels, 5 * logits)
+    assert calibration.after["ece"] < 0.03 < 0.08 < calibration.before["ece"]
+    assert calibration.after["nll"] < calibration.before["nll"]
+    assert (probability(logits, calibration.temperature) >= 0.5).tolist() == (logits >= 0).tolist()
 
 
 def test_thresholds_hold_on_images_not_seen() -> None:
@@ -63,27 +63,29 @@ def test_the_decision_threshold_and_the_band() -> None:
 
 def test_the_trade_off_holds_at_every_threshold_that_is_kept() -> None:
     labels, logits = calibrated_scores(2_000)
-    found = calibrate(labels, logits)
-    fake = probability(logits, found.temperature)
-    thresholds = [t for t, _, _ in found.roc]
+    calibration = calibrate(labels, logits)
+    fake = probability(logits, calibration.temperature)
+    thresholds = [t for t, _, _ in calibration.roc]
     assert thresholds == sorted(thresholds)
-    assert {0.01, 0.5, 0.99, found.threshold_fpr_1, found.threshold_fpr_5} < set(thresholds)
-    for threshold, false_positive_rate, recall in found.roc:
+    assert {0.01, 0.5, 0.99, calibration.threshold_fpr_1, calibration.threshold_fpr_5} < set(
+        thresholds
+    )
+    for threshold, false_positive_rate, recall in calibration.roc:
         measured = measure(labels, fake, threshold)
         assert (false_positive_rate, recall) == (measured.false_positive_rate, measured.recall)
     assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few, and no failure
 
 
 def test_entries_of_the_meta_file() -> None:
-    found = calibrate(*calibrated_scores(400))
-    entries = json.loads(json.dumps(found.entries({"val": "abc"})))
-    assert entries["temperature"] == found.temperature
-    assert entries["threshold"] == found.threshold
+    fitted = calibrate(*calibrated_scores(400))
+    entries = json.loads(json.dumps(fitted.entries({"val": "abc"})))
+    assert entries["temperature"] == fitted.temperature
+    assert entries["threshold"] == fitted.threshold
     calibration = entries["calibration"]
     assert calibration["fitted_on"] == ["val"]
     assert calibration["index_sha256"] == {"val": "abc"}
     assert calibration["reals"] + calibration["fakes"] == 400
-    assert band_of(entries) == found.band
+    assert band_of(entries) == fitted.band
     assert set(calibration) == {
         "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "threshold_fpr_1",
         "threshold_fpr_5", "band", "roc", "before", "after",
@@ -100,9 +102,11 @@ def test_verdicts() -> None:
 
 def test_classes_that_are_separated_do_not_become_certain() -> None:
     labels = np.repeat([0, 1], 50)
-    found = calibrate(labels, np.where(labels == 1, 4.0, -4.0))
-    assert probability(np.array([4.0]), found.temperature)[0] == pytest.approx(51 / 52, abs=0.001)
-    assert found.threshold_fpr_1 is None  # 50 reals cannot promise it
+    calibration = calibrate(labels, np.where(labels == 1, 4.0, -4.0))
+    assert probability(np.array([4.0]), calibration.temperature)[0] == pytest.approx(
+        51 / 52, abs=0.001
+    )
+    assert calibration.threshold_fpr_1 is None  # 50 reals cannot promise it
 
 
 @pytest.mark.parametrize(

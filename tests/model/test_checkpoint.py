@@ -373,8 +373,8 @@ def test_device_and_precision_are_chosen_with_a_reason() -> None:
 def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
     checkpoint.annotate(last, {"threshold": 0.9, "temperature": 2.0})
-    found = average(first, last, 0.25, tmp_path / "quarter")
-    one, two, mixed = map(checkpoint.read_weights, (first, last, found))
+    averaged = average(first, last, 0.25, tmp_path / "quarter")
+    one, two, mixed = map(checkpoint.read_weights, (first, last, averaged))
     for name, weight in mixed.items():
         wanted = 0.75 * one[name] + 0.25 * two[name]
         torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-6)
@@ -382,7 +382,7 @@ def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
     assert (meta["recipe"]["name"], meta["selection"]) == ("quarter", None)
     assert (meta["threshold"], meta["temperature"], meta["calibration"]) == (0.5, 1.0, None)
     assert meta["average"] == {"first": str(first), "last": str(last), "weight": 0.25}
-    checkpoint.load_network(found)
+    checkpoint.load_network(averaged)
     arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--run", "half"]
     said = CliRunner().invoke(main, ["average", *arguments, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output

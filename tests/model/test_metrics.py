@@ -12,14 +12,14 @@ SCORES = np.array([0.1, 0.2, 0.3, 0.6, 0.4, 0.7, 0.8, 0.9])
 
 
 def test_figures_worked_out_by_hand() -> None:
-    found = measure(LABELS, SCORES)
-    assert (found.count, found.reals, found.fakes) == (8, 4, 4)
-    assert found.accuracy == pytest.approx(6 / 8)
-    assert found.balanced_accuracy == pytest.approx((3 / 4 + 3 / 4) / 2)
-    assert found.recall == pytest.approx(3 / 4)
-    assert found.false_positive_rate == pytest.approx(1 / 4)
-    assert found.f1 == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
-    assert found.auroc == pytest.approx(15 / 16)
+    metrics = measure(LABELS, SCORES)
+    assert (metrics.count, metrics.reals, metrics.fakes) == (8, 4, 4)
+    assert metrics.accuracy == pytest.approx(6 / 8)
+    assert metrics.balanced_accuracy == pytest.approx((3 / 4 + 3 / 4) / 2)
+    assert metrics.recall == pytest.approx(3 / 4)
+    assert metrics.false_positive_rate == pytest.approx(1 / 4)
+    assert metrics.f1 == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert metrics.auroc == pytest.approx(15 / 16)
 
 
 def test_the_threshold_itself_counts_as_fake() -> None:
@@ -31,8 +31,8 @@ def test_auroc_is_the_share_of_ordered_pairs_ties_counting_half() -> None:
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(0, 2, 200), rng.integers(0, 30, 200) / 30
     above = scores[labels == 1][:, None] - scores[labels == 0][None]
-    found = measure(labels, scores).auroc
-    assert found == pytest.approx(((above > 0) + 0.5 * (above == 0)).mean())
+    auroc = measure(labels, scores).auroc
+    assert auroc == pytest.approx(((above > 0) + 0.5 * (above == 0)).mean())
 
 
 def test_probabilities_near_one_do_not_tie() -> None:
@@ -62,24 +62,24 @@ def test_probability_is_the_softmax_at_a_temperature() -> None:
 
 
 def test_extreme_logits_neither_warn_nor_tie() -> None:
-    found = probability(np.array([-2000.0, -700.0, 0.0, 700.0, 2000.0, np.nan]))
-    assert found[:3].tolist() == [0.0, pytest.approx(np.exp(-700.0)), 0.5]
-    assert found[3:5].tolist() == [1.0, 1.0]
-    assert np.isnan(found[5])
+    probabilities = probability(np.array([-2000.0, -700.0, 0.0, 700.0, 2000.0, np.nan]))
+    assert probabilities[:3].tolist() == [0.0, pytest.approx(np.exp(-700.0)), 0.5]
+    assert probabilities[3:5].tolist() == [1.0, 1.0]
+    assert np.isnan(probabilities[5])
 
 
 def cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Labels and probabilities, random and degenerate."""
     rng = np.random.default_rng(5)
-    found = {}
+    by_name = {}
     for seed in range(12):
         labels = rng.integers(0, 2, 150)
         labels[:2] = 0, 1
         noise = rng.normal(0, 1 + seed, 150)
-        found[f"random {seed}"] = labels, probability((2 * labels - 1) + noise)
-        found[f"ties {seed}"] = labels, np.round(probability(labels + noise / 3), 1)
+        by_name[f"random {seed}"] = labels, probability((2 * labels - 1) + noise)
+        by_name[f"ties {seed}"] = labels, np.round(probability(labels + noise / 3), 1)
     half = np.repeat([0, 1], 30)
-    return found | {
+    return by_name | {
         "all equal": (half, np.full(60, 0.4)),
         "all certain": (half, np.ones(60)),
         "two samples, right": (np.array([0, 1]), np.array([0.2, 0.8])),
@@ -100,7 +100,7 @@ def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> d
     called = (fake >= threshold).astype(int)
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
     eps = np.finfo(np.float64).eps
-    found = {
+    figures = {
         "count": len(labels), "reals": reals, "fakes": fakes,
         "accuracy": sk.accuracy_score(labels, called),
         "recall": sk.recall_score(labels, called) if fakes else None,
@@ -111,12 +111,12 @@ def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> d
         if ((fake > eps) & (fake < 1 - eps)).all() else None,
     }  # fmt: skip
     if not (reals and fakes):
-        return found
+        return figures
     fpr, tpr, _ = sk.roc_curve(labels, fake, drop_intermediate=False)
     at = np.argmax(fpr + tpr - 1 >= 0)
     before, after = (fpr + tpr - 1)[at - 1 : at + 1]
     share = -before / (after - before)
-    return found | {
+    return figures | {
         "balanced_accuracy": sk.balanced_accuracy_score(labels, called),
         "precision": sk.precision_score(labels, called) if called.any() else None,
         "f1": sk.f1_score(labels, called, zero_division=0),
@@ -137,14 +137,14 @@ def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> d
 def test_the_same_figures_as_scikit_learn(name: str) -> None:
     labels, fake = cases()[name]
     for threshold in (0.5, 0.3):
-        found = asdict(measure(labels, fake, threshold))
+        figures = asdict(measure(labels, fake, threshold))
         for metric, wanted in by_scikit_learn(labels, fake, threshold).items():
             if metric == "nll" and wanted is None:
-                assert 0 <= found["nll"] < 37  # finite, whatever the probability
+                assert 0 <= figures["nll"] < 37  # finite, whatever the probability
             else:
-                assert found[metric] == pytest.approx(wanted, abs=1e-6), metric
-        missing = found.keys() - by_scikit_learn(labels, fake, threshold).keys()
-        assert all(found[metric] is None for metric in missing)
+                assert figures[metric] == pytest.approx(wanted, abs=1e-6), metric
+        missing = figures.keys() - by_scikit_learn(labels, fake, threshold).keys()
+        assert all(figures[metric] is None for metric in missing)
 
 
 def test_equal_errors_lie_between_two_thresholds() -> None:

@@ -29,13 +29,13 @@ def test_the_stage_head_is_linear_in_scaled_means_and_deviations() -> None:
     torch.manual_seed(3)
     head = StageHead([2, 3])
     maps = [torch.randn(5, 2, 4, 6), 100 * torch.randn(5, 3, 2, 3)]
-    found = []
+    statistics = []
     for one in maps:
         places = one.numpy().reshape(5, one.shape[1], -1)
         for part in (places.mean(2), places.std(2)):
             middle = part - part.mean(1, keepdims=True)
-            found.append(middle / np.sqrt((middle**2).mean(1, keepdims=True) + 1e-5))
-    expected = np.concatenate(found, 1) @ head.fc.weight.detach().numpy().T
+            statistics.append(middle / np.sqrt((middle**2).mean(1, keepdims=True) + 1e-5))
+    expected = np.concatenate(statistics, 1) @ head.fc.weight.detach().numpy().T
     expected += head.fc.bias.detach().numpy()
     logits = head(head.features(maps))
     np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-4)

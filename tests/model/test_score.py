@@ -17,9 +17,9 @@ from tests.builders import CPU, PREPROCESS, TINY, encode, photo, small_recipe
 
 
 def test_a_logit_that_is_not_finite_has_no_probability() -> None:
-    found = probability(np.array([0.0, np.nan, np.inf, -np.inf, 1e6, -1e6]))
-    assert np.isnan(found).tolist() == [False, True, True, True, False, False]
-    assert found[[0, 4, 5]].tolist() == [0.5, 1.0, 0.0]
+    probabilities = probability(np.array([0.0, np.nan, np.inf, -np.inf, 1e6, -1e6]))
+    assert np.isnan(probabilities).tolist() == [False, True, True, True, False, False]
+    assert probabilities[[0, 4, 5]].tolist() == [0.5, 1.0, 0.0]
 
 
 def test_there_is_no_verdict_for_what_is_no_number() -> None:
@@ -47,9 +47,9 @@ def test_a_checkpoint_of_bad_weights_gives_an_error_for_each_image(
         state=None,
         record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=None, data={"train": []}),
     )
-    (found,) = load_detector(folder, device="cpu").predict([encode(photo(1))])
-    assert (found.verdict, found.probability) == (UNREADABLE, None)
-    assert "not a finite number" in found.error
+    (prediction,) = load_detector(folder, device="cpu").predict([encode(photo(1))])
+    assert (prediction.verdict, prediction.probability) == (UNREADABLE, None)
+    assert "not a finite number" in prediction.error
     loading = Loading(batch_size=16, num_workers=0)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     with pytest.raises(

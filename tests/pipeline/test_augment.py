@@ -23,6 +23,7 @@ from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
+from tests.goldens import Golden
 
 PHASE1 = AugmentPolicy(
     scale=(0.6, 1.0), ratio=(0.85, 1.15), hflip=0.5, color_jitter=0.3, brightness=0.06,
@@ -42,14 +43,14 @@ def params_of(
 ) -> AugmentParams:
     size = np.array([width]), np.array([height])
     samples = np.array([sample])
-    found = sample_params(
+    batch = sample_params(
         PolicyTable([augment]),
         np.array([0]),
         preprocess,
         *size,
         SampleKeys(seed, epoch, samples),
     )
-    return found.row(0)
+    return batch.row(0)
 
 
 def center_params(preprocess: Preprocess, width: int, height: int) -> AugmentParams:
@@ -68,21 +69,21 @@ def many_params(
     sizes = np.full(count, width), np.full(count, height)
     rows = np.zeros(count, np.int64)
     samples = np.arange(count)
-    found = sample_params(
+    batch = sample_params(
         PolicyTable([augment]), rows, Preprocess(), *sizes, SampleKeys(7, 2, samples)
     )
-    return list(found.rows())
+    return list(batch.rows())
 
 
 @pytest.mark.parametrize("count", [1, 4, 35])
 def test_the_numbers_are_numpys_philox(count: int) -> None:
     """The referee of the vectorized generator, also for samples beyond 32 bits."""
     samples = np.array([0, 1, 7, 1309, 2**33 + 5])
-    found = uniform(70, 3, samples, count)
+    numbers = uniform(70, 3, samples, count)
     for row, sample in enumerate(samples.tolist()):
         stream = np.random.Philox(key=[70, 3], counter=[0, sample, 0, 0])
         expected = np.random.Generator(stream).random(count)
-        np.testing.assert_array_equal(found[row], expected)
+        np.testing.assert_array_equal(numbers[row], expected)
 
 
 def test_parameters_do_not_depend_on_their_batch() -> None:
@@ -92,33 +93,33 @@ def test_parameters_do_not_depend_on_their_batch() -> None:
 
 
 def test_probabilities_and_ranges_are_those_of_the_policy() -> None:
-    found = many_params(PHASE1)
-    share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
+    params = many_params(PHASE1)
+    share = lambda test: sum(map(test, params)) / len(params)  # noqa: E731
     assert abs(share(lambda d: d.hflip) - 0.5) < 0.03
     assert abs(share(lambda d: d.color != IDENTITY) - 0.3) < 0.03
     assert abs(share(lambda d: d.resample > 0) - 0.3) < 0.03
     assert abs(share(lambda d: d.jpeg > 0) - 0.3) < 0.03
     assert abs(share(lambda d: d.blur > 0) - 0.2) < 0.03
     assert abs(share(lambda d: d.grayscale) - 0.03) < 0.015
-    assert {d.jpeg for d in found if d.jpeg} == set(range(80, 96))
-    assert {d.resample for d in found if d.resample} == set(range(205, 244))
-    assert all(0.1 <= d.blur <= 0.5 for d in found if d.blur)
+    assert {d.jpeg for d in params if d.jpeg} == set(range(80, 96))
+    assert {d.resample for d in params if d.resample} == set(range(205, 244))
+    assert all(0.1 <= d.blur <= 0.5 for d in params if d.blur)
 
 
 def test_a_harsh_policy_samples_all_that_it_adds() -> None:
-    found = many_params(HARSH)
-    share = lambda test: sum(map(test, found)) / len(found)  # noqa: E731
-    counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in found if d.jpeg]
+    params = many_params(HARSH)
+    share = lambda test: sum(map(test, params)) / len(params)  # noqa: E731
+    counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in params if d.jpeg]
     assert all(abs(counts.count(number) / len(counts) - 1 / 3) < 0.05 for number in (1, 2, 3))
-    assert all(not (d.jpeg2 or d.jpeg3) for d in found if not d.jpeg)
-    assert all(d.jpeg2 for d in found if d.jpeg3)
-    assert all(40 <= q <= 95 for d in found for q in (d.jpeg, d.jpeg2, d.jpeg3) if q)
+    assert all(not (d.jpeg2 or d.jpeg3) for d in params if not d.jpeg)
+    assert all(d.jpeg2 for d in params if d.jpeg3)
+    assert all(40 <= q <= 95 for d in params for q in (d.jpeg, d.jpeg2, d.jpeg3) if q)
     assert abs(share(lambda d: d.webp > 0) - 0.3) < 0.03
-    assert {d.webp for d in found if d.webp} == set(range(40, 91))
-    kinds = [d.filter for d in found if d.resample]
+    assert {d.webp for d in params if d.webp} == set(range(40, 91))
+    kinds = [d.filter for d in params if d.resample]
     assert all(abs(kinds.count(k) / len(kinds) - 1 / 3) < 0.05 for k in range(3))
     assert abs(share(lambda d: bool(d.grid_top or d.grid_left)) - 0.4 * 63 / 64) < 0.03
-    assert {d.grid_top for d in found} == {d.grid_left for d in found} == set(range(8))
+    assert {d.grid_top for d in params} == {d.grid_left for d in params} == set(range(8))
 
 
 def test_one_thing_that_happens_says_nothing_of_another() -> None:
@@ -146,8 +147,8 @@ def test_what_a_harsh_policy_adds_leaves_the_other_numbers_alone() -> None:
 
 def test_crops_stay_inside_and_cover_the_scale() -> None:
     """The referee is torchvision, which cropped for the original."""
-    found = many_params(PHASE1)
-    areas = np.array([d.width * d.height / (500 * 375) for d in found])
+    crops = many_params(PHASE1)
+    areas = np.array([d.width * d.height / (500 * 375) for d in crops])
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500)
     params = transforms.RandomResizedCrop.get_params
@@ -156,7 +157,7 @@ def test_crops_stay_inside_and_cover_the_scale() -> None:
     assert areas.min() >= 0.595
     assert abs(areas.mean() - reference.mean()) < 0.006
     assert abs(areas.std() - reference.std()) < 0.004
-    for d in found:
+    for d in crops:
         assert 0 <= d.top <= 375 - d.height
         assert 0 <= d.left <= 500 - d.width
         assert 0.84 < d.width / d.height < 1.16
@@ -190,13 +191,14 @@ def test_one_probability_does_not_shift_the_other_numbers() -> None:
     assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1).jpeg == without.jpeg
 
 
-def test_these_parameters_never_change() -> None:
+def test_these_parameters_never_change(golden: Golden) -> None:
     """Golden: another value means another training run for everyone's seed."""
-    found = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
-    assert found[:5] == (3, 28, 359, 376, True)
-    assert (found.resample, found.jpeg, found.grayscale) == (217, 84, False)
-    np.testing.assert_allclose(found.blur, 0.3381189495866347)
-    np.testing.assert_allclose(np.diag(np.reshape(found.color, (3, 4))), 0.94648087, rtol=1e-6)
+    params = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
+    names = ("top", "left", "height", "width", "hflip", "resample", "jpeg", "grayscale", "blur")
+    assert params[:5] == tuple(getattr(params, name) for name in names[:5])
+    golden.check("augment", {name: getattr(params, name) for name in names}, rtol=1e-7)
+    color = np.diag(np.reshape(params.color, (3, 4))).tolist()
+    golden.check("augment_color", {"diagonal": [round(x, 8) for x in color]}, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
@@ -216,11 +218,11 @@ def test_the_evaluation_crop_is_resize_and_center_crop(size: tuple[int, int]) ->
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 640), (100, 3000)])
 def test_elsewhere_the_crop_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
     side = min(size) * 256 / 288
-    found = center_params(Preprocess(), *size)
-    assert found.width == found.height
-    assert abs(found.width - side) <= 0.5
-    assert abs(found.left - (size[0] - side) / 2) <= 0.75
-    assert abs(found.top - (size[1] - side) / 2) <= 0.75
+    params = center_params(Preprocess(), *size)
+    assert params.width == params.height
+    assert abs(params.width - side) <= 0.5
+    assert abs(params.left - (size[0] - side) / 2) <= 0.75
+    assert abs(params.top - (size[1] - side) / 2) <= 0.75
 
 
 def test_color_matrix_does_what_its_names_say() -> None:

@@ -183,9 +183,9 @@ def test_each_source_keeps_its_policy(old: ShardSet) -> None:
     )
     codes, names = old.codes("source")
     drawn = list(params_for(np.arange(len(old)), np.zeros(len(old), int)).rows())
-    for sample, found in enumerate(drawn):
+    for sample, params in enumerate(drawn):
         if names[codes[sample]] == "beta":
-            assert (found.jpeg, found.hflip, found.resample, found.grayscale) == (
+            assert (params.jpeg, params.hflip, params.resample, params.grayscale) == (
                 0,
                 False,
                 0,
@@ -225,14 +225,14 @@ def test_every_fiftieth_image_broken_costs_only_itself(
         loading = Loading(batch_size=8, backend=backend, num_workers=0, verify_checksums=check)
         loader = open_loader(pool.shards, preprocess=PREPROCESS, loading=loading, device=CPU)
         stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
-        found = {}
+        rows = {}
         for batch in stream.batches(0, 1):
             names = loader.name_failures(batch)
             for row, sample in enumerate(batch.samples.tolist()):
                 pixels = batch.images[row].contiguous().numpy().tobytes()
                 reason = names[list(batch.failures).index(row)] if row in batch.failures else ""
-                found[sample] = (bool(batch.valid[row]), pixels, reason)
-        return found
+                rows[sample] = (bool(batch.valid[row]), pixels, reason)
+        return rows
 
     good, damaged = run(whole), run(pool)
     assert damaged.keys() == good.keys() == set(range(len(old)))
@@ -300,8 +300,8 @@ def test_a_truncated_tar_and_a_missing_one_are_named(
     assert len(reasons) == 10
     assert all("dummy-train-00000.tar" in r and "the tar ends early" in r for r in reasons)
     dummy.unlink()
-    (found,) = ShardReader(shards).read([len(shards) - 1])
-    assert isinstance(found, ReadError) and "cannot be read" in str(found)
+    (item,) = ShardReader(shards).read([len(shards) - 1])
+    assert isinstance(item, ReadError) and "cannot be read" in str(item)
 
 
 def test_changed_bytes_are_found_by_their_hash(data: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_gpu_graph_agrees_with_the_reference(old: ShardSet) -> None:
     for backend, device in (("pil", CPU), ("dali", torch.device("cuda"))):
         loading = Loading(batch_size=8, backend=backend, num_workers=2)
         loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=device)
-        found = [batch.images.cpu().int() for batch in evaluation_batches(loader)]
-        images[backend] = torch.cat(found)
+        batches = [batch.images.cpu().int() for batch in evaluation_batches(loader)]
+        images[backend] = torch.cat(batches)
     difference = (images["pil"] - images["dali"]).abs().float()
     assert difference.mean() < 1.0

@@ -65,10 +65,10 @@ def with_bytes(
     columns["format"] = shards.table.column("format").to_pylist()
     stream = io.BytesIO()
     for sample, data in contents.items():
-        found = {"offset": stream.tell(), "size": len(data), "shard_code": len(shards.shards)}
+        changes = {"offset": stream.tell(), "size": len(data), "shard_code": len(shards.shards)}
         if as_claimed and (claimed := claimed_by(data)):
-            found |= claimed
-        for name, value in found.items():
+            changes |= claimed
+        for name, value in changes.items():
             columns[name][sample] = value
         stream.write(data)
     path.write_bytes(stream.getvalue())
@@ -91,14 +91,14 @@ def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
     epoch = stream.epoch(0)
     epoch = replace(epoch, samples=np.arange(len(epoch.samples)))
     params_for = train_params(shards, stream.augment, "train", PREPROCESS, 1, 0)
-    found = {}
+    rows = {}
     for batch in loader.batches(epoch, params_for):
         names = dict(zip(batch.failures, loader.name_failures(batch), strict=True))
         for row, sample in enumerate(batch.samples.tolist()):
             pixels = batch.images[row].contiguous().cpu().numpy().tobytes()
             digest = hashlib.sha256(pixels).hexdigest()
-            found[sample] = bool(batch.valid[row]), digest, names.get(row, "")
-    return found
+            rows[sample] = bool(batch.valid[row]), digest, names.get(row, "")
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def only_the_bad_are_lost(
     shards: ShardSet, good: dict, backend: str, bad: list[int]
 ) -> Iterator[str]:
     """Run, hold everything against a run without the bad ones; yields the reasons given."""
-    found = run(shards, backend)
-    assert found.keys() == good.keys()
-    for sample, (valid, digest, reason) in found.items():
+    rows = run(shards, backend)
+    assert rows.keys() == good.keys()
+    for sample, (valid, digest, reason) in rows.items():
         if sample not in bad:
             assert (valid, digest, reason) == good[sample], sample
         elif not valid:
@@ -148,9 +148,9 @@ def test_a_header_that_lies_is_refused_before_any_decoder_sees_it(
     """A decoder would take gigabytes, or a minute."""
     shards = with_bytes(old, {3: KINDS[kind]}, tmp_path, as_claimed=False)
     width, height = (int(old.column(name)[3]) for name in ("width", "height"))
-    (found,) = ShardReader(shards).read([3])
-    assert isinstance(found, ReadError)
-    assert str(found) == (f"it claims 60000 x 60000 pixels, the index says {width} x {height}")
+    (item,) = ShardReader(shards).read([3])
+    assert isinstance(item, ReadError)
+    assert str(item) == (f"it claims 60000 x 60000 pixels, the index says {width} x {height}")
 
 
 @pytest.mark.slow

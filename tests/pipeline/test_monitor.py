@@ -36,7 +36,7 @@ def test_the_statistics_add_up_what_was_seen() -> None:
             )
 
     stats = LoaderStats(["a", "b", "c"])
-    assert sum(len(found) for found in stats.timed(slowly())) == 9
+    assert sum(len(timed) for timed in stats.timed(slowly())) == 9
     row = stats.row()
     assert row["images/a"] == 6 and row["images/b"] == 3 and "images/c" not in row
     assert row["unreadable"] == 3
@@ -52,10 +52,10 @@ def test_the_statistics_add_up_what_was_seen() -> None:
 
 def test_each_batch_says_what_it_cost(make_stream: Callable) -> None:
     for backend in ("pil", "dali"):
-        for found in make_stream(backend=backend, num_workers=2).batches(0, 1):
-            assert found.timing.decode_s > 0
-            assert found.timing.read_s >= 0
-            assert 0 <= found.timing.ready <= 10
+        for batch in make_stream(backend=backend, num_workers=2).batches(0, 1):
+            assert batch.timing.decode_s > 0
+            assert batch.timing.read_s >= 0
+            assert 0 <= batch.timing.ready <= 10
 
 
 def test_the_watchdog_says_who_is_at_what(logged: list[str]) -> None:

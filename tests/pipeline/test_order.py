@@ -112,14 +112,14 @@ def counts(chosen, samples, sources, labels) -> dict[tuple[int, int], int]:
 
 def test_quotas_are_equal_and_balanced_by_class() -> None:
     pool = pools(a=(900, 100), b=(0, 300), c=(500, 500))
-    found = counts(sample_old(*pool, 300, replay_rng(1, 0)), *pool)
-    assert found == {(0, 0): 50, (0, 1): 50, (1, 1): 100, (2, 0): 50, (2, 1): 50}
+    drawn_from = counts(sample_old(*pool, 300, replay_rng(1, 0)), *pool)
+    assert drawn_from == {(0, 0): 50, (0, 1): 50, (1, 1): 100, (2, 0): 50, (2, 1): 50}
 
 
 def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
     pool = pools(a=(4, 2), b=(400, 400), c=(400, 3))
-    found = counts(sample_old(*pool, 206, replay_rng(1, 0)), *pool)
-    assert found == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
+    drawn_from = counts(sample_old(*pool, 206, replay_rng(1, 0)), *pool)
+    assert drawn_from == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
 
 
 def test_old_samples_are_chosen_afresh_each_epoch_and_never_twice_in_one() -> None:
@@ -148,13 +148,13 @@ def test_share_out_sums_and_keeps_to_the_sizes() -> None:
 
 def test_sources_come_as_often_as_they_are_said_to() -> None:
     samples, sources = np.arange(1000), np.repeat([0, 1, 2], [100, 300, 600])
-    found = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 0))
-    times = np.bincount(found, minlength=1000)
+    repeated = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 0))
+    times = np.bincount(repeated, minlength=1000)
     assert sorted(times[:100].tolist()) == [2] * 50 + [3] * 50
     assert (times[100:400] == 1).all()
     assert times[400:].sum() == 150 and times[400:].max() == 1
     again = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 1))
-    assert len(again) == len(found)
+    assert len(again) == len(repeated)
     assert not np.array_equal(np.bincount(again, minlength=1000), times)  # others, each epoch
     assert len(repeat(samples, sources, {1: 0}, repeat_rng(1, 0))) == 700
 

@@ -85,13 +85,13 @@ def test_a_fake_is_compressed_as_its_partner_was(pairs: ShardSet, logged: list[s
     partners_of.cache_clear()
     params_for = train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=0)
     everyone = np.arange(len(pairs))
-    found = list(params_for(everyone, np.zeros(len(pairs), np.int64)).rows())
+    sampled = list(params_for(everyone, np.zeros(len(pairs), np.int64)).rows())
     expected = {
         sample_of(pairs, f"pairs/fake/{number:03d}"): wanted
         for number, (_, wanted) in REALS.items()
         if wanted
     }
-    for sample, params in enumerate(found):
+    for sample, params in enumerate(sampled):
         wanted = expected.get(sample)
         assert (params.pair_jpeg, CHROMAS[params.pair_chroma]) == (wanted or (0, "420")), sample
     train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=1)
@@ -131,10 +131,10 @@ def test_it_is_a_jpeg_of_the_whole_image() -> None:
     pixels = photo(3)
     delivered = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
     params = AugmentParams(top=5, left=3, height=40, width=50, hflip=True)
-    found, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
-    apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), found)
+    pixels_out, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
+    apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), pixels_out)
     apply(delivered, params, expected)
-    assert torch.equal(found, expected)
+    assert torch.equal(pixels_out, expected)
 
 
 def test_both_backends_deliver_the_same(pairs: ShardSet) -> None:

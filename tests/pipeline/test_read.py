@@ -41,14 +41,14 @@ def test_a_tar_that_is_read_from_is_not_closed_for_another(
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", slow)
-    found: list = []
-    thread = threading.Thread(target=lambda: found.extend(reader.read(samples[:1])))
+    items: list = []
+    thread = threading.Thread(target=lambda: items.extend(reader.read(samples[:1])))
     thread.start()
     assert reading.wait(20)
     assert reader.read(samples[1:]) == expected[1:]
     go_on.set()
     thread.join(20)
-    assert found == expected[:1]
+    assert items == expected[:1]
     assert reader.read(samples) == expected
     assert len(reader._files._open) <= 2
 
@@ -105,8 +105,8 @@ def test_more_shards_than_descriptors_are_read(old: ShardSet) -> None:
     )
     used = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
     with few_descriptors(used + 20):
-        found = ShardReader(many).read(range(len(old)))
-    assert not [data for data in found if isinstance(data, ReadError) and "open" in str(data)]
-    assert [data for data in found if isinstance(data, bytes)]  # of the first shard, these
+        items = ShardReader(many).read(range(len(old)))
+    assert not [data for data in items if isinstance(data, ReadError) and "open" in str(data)]
+    assert [data for data in items if isinstance(data, bytes)]  # of the first shard, these
     with few_descriptors(3), pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096"):
         ShardReader(many).read([0])

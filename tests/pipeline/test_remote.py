@@ -204,10 +204,10 @@ def test_the_hub_gives_the_batches_of_a_folder(
 def test_a_remote_that_is_gone_is_named(web: Callable, tmp_path: Path) -> None:
     shards = web(*["busy"] * 100)
     reader = ShardReader(shards, cache=Cache(folder=tmp_path))
-    (found,) = reader.read([0])
-    assert isinstance(found, ReadError)
-    assert "old/alpha-train-00000.tar did not answer 4 times in" in str(found)
-    assert "503" in str(found)
+    (item,) = reader.read([0])
+    assert isinstance(item, ReadError)
+    assert "old/alpha-train-00000.tar did not answer 4 times in" in str(item)
+    assert "503" in str(item)
 
 
 def test_an_address_that_fails_while_opening_is_one_error(web: Callable) -> None:
@@ -221,8 +221,8 @@ def test_a_shard_that_is_not_there_is_named_at_once(web: Callable, tmp_path: Pat
     shards = web()
     web.handler.folder = tmp_path
     started = time.monotonic()
-    (found,) = ShardReader(shards, cache=Cache(folder=tmp_path / "c")).read([0])
-    assert isinstance(found, ReadError) and "alpha-train-00000.tar" in str(found)
+    (item,) = ShardReader(shards, cache=Cache(folder=tmp_path / "c")).read([0])
+    assert isinstance(item, ReadError) and "alpha-train-00000.tar" in str(item)
     assert time.monotonic() - started < 5
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import shutil
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -20,10 +19,10 @@ from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
+from tests.browser import CHROMIUM
 from tests.builders import table_of
 
 HOSTILE = "<script>window.hacked = 1</script>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def rows(name: str, reals: int, fakes: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
@@ -115,26 +114,26 @@ def test_without_reals_the_page_says_so_where_the_rate_would_be() -> None:
 
 def test_reals_of_another_set_stand_beside() -> None:
     about = {"reference_reals": {"set": "photos", "why": "the catalog's default", "for_all": False}}
-    found, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
-    page = page_of(found, scores)
+    document, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
+    page = page_of(document, scores)
     assert "80 reals of photos" in page and "ROC curve" in page and "not known" not in page
-    rate = found["sets"]["evalgen"]["reference"]["false_positive_rate"]
+    rate = document["sets"]["evalgen"]["reference"]["false_positive_rate"]
     assert page.count(f"{100 * rate:.1f}\N{NO-BREAK SPACE}%") >= 2  # headline, and the generators
 
 
 def test_names_are_escaped() -> None:
     hostile = rows(HOSTILE, 30, 30, source=HOSTILE, generator=f"$\\frac{HOSTILE}", origin=HOSTILE)
-    found, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
-    found["sets"][HOSTILE]["robustness"] = robustness()
-    page = page_of(found, scores, HOSTILE)
+    document, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
+    document["sets"][HOSTILE]["robustness"] = robustness()
+    page = page_of(document, scores, HOSTILE)
     assert "script" not in Text(page).tags
     assert "<script" not in page and page.count("&lt;script&gt;") > 8
 
 
 def test_nothing_is_fetched_and_everything_is_there() -> None:
-    found, scores = made(rows("val", 60, 60), "val")
-    found["sets"]["val"]["robustness"] = robustness()
-    text = Text(page_of(found, scores))
+    document, scores = made(rows("val", 60, 60), "val")
+    document["sets"]["val"]["robustness"] = robustness()
+    text = Text(page_of(document, scores))
     assert not [link for link in text.links if not link.startswith(("#", "data:"))]
     assert not {"script", "iframe", "object"} & set(text.tags)
     said = " ".join(" ".join(text.words).split())
@@ -145,7 +144,7 @@ def test_nothing_is_fetched_and_everything_is_there() -> None:
         "python evaluate.py --shards val", "runs/a/step_1",
     ):  # fmt: skip
         assert expected in said, expected
-    ids = page_of(found, scores).split(' id="')[1:]
+    ids = page_of(document, scores).split(' id="')[1:]
     own = [i.split('"')[0] for i in ids if i.startswith("set-") or i.startswith("run")]
     assert len(own) == len(set(own)) == 2
 
@@ -167,7 +166,7 @@ def test_a_page_of_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_worst_mistakes() -> None:
-    found, scores = made(rows("val", 80, 80) + rows("other", 40, 40, 3), "val", "other")
+    document, scores = made(rows("val", 80, 80) + rows("other", 40, 40, 3), "val", "other")
     fake, label = scores.numbers("probability"), scores.numbers("label")
     own = np.array([name == "val" for name in scores.table.column("set").to_pylist()])
     mistakes = worst_mistakes(scores, "val", 0.5, 4)
@@ -176,29 +175,29 @@ def test_worst_mistakes() -> None:
     assert [m.probability for m in mistakes] == [*alarms, *missed]
     assert {m.set for m in mistakes} == {"val"}
     assert [m.label for m in mistakes] == [0] * 4 + [1] * 4
-    assert max(len(of_set) for of_set in mistakes_of(found, scores).values()) <= 24
+    assert max(len(of_set) for of_set in mistakes_of(document, scores).values()) <= 24
 
 
 def test_thumbnails_are_of_those_images(new: ShardSet) -> None:
     keys = new.table.column("key").to_pylist()
     wanted = [Mistake("new", keys[i], "", "", "", 0, 0.9) for i in (7, 3)]
-    found = thumbnails({"new": new}, wanted)
-    assert set(found) == {("new", keys[7]), ("new", keys[3])}
-    assert all(address.startswith("data:image/jpeg;base64,") for address in found.values())
-    assert len(set(found.values())) == 2
+    pictures = thumbnails({"new": new}, wanted)
+    assert set(pictures) == {("new", keys[7]), ("new", keys[3])}
+    assert all(address.startswith("data:image/jpeg;base64,") for address in pictures.values())
+    assert len(set(pictures.values())) == 2
 
 
 def test_tables(tmp_path: Path) -> None:
-    found, _scores = made(rows("val", 60, 60), "val")
-    assert [path.name for path in write_tables(found, tmp_path)] == ["figures.csv"]
-    lines = list(csv.DictReader(io.StringIO(figures_csv(found))))
+    document, _scores = made(rows("val", 60, 60), "val")
+    assert [path.name for path in write_tables(document, tmp_path)] == ["figures.csv"]
+    lines = list(csv.DictReader(io.StringIO(figures_csv(document))))
     assert [line["what"] for line in lines].count("generator") == 7
-    overall = found["sets"]["val"]["overall"]
+    overall = document["sets"]["val"]["overall"]
     assert float(lines[0]["recall"]) == overall["recall"]
     assert float(lines[0]["auroc_low"]) == overall["intervals"]["auroc"][0]
     assert next(line for line in lines if line["name"] == "fake")["false_positive_rate"] == ""
-    found["sets"]["val"]["robustness"] = robustness()
-    assert [path.name for path in write_tables(found, tmp_path)] == [
+    document["sets"]["val"]["robustness"] = robustness()
+    assert [path.name for path in write_tables(document, tmp_path)] == [
         "figures.csv",
         "robustness.csv",
     ]
@@ -250,13 +249,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     long = "x" * 200 + HOSTILE
     hostile = made(rows(long, 20, 20, source=long, generator=long), long, run=long)
     hostile[0]["sets"][long]["robustness"] = robustness()
-    found = {}
+    written = {}
     for name, (report, scores) in {
         "ordinary": ordinary, "hostile": hostile, "fakes": made(rows("evalgen", 0, 40), "evalgen"),
     }.items():  # fmt: skip
-        found[name] = folder / f"{name}.html"
-        found[name].write_text(page_of(report, scores), encoding="utf-8")
-    return found
+        written[name] = folder / f"{name}.html"
+        written[name].write_text(page_of(report, scores), encoding="utf-8")
+    return written
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ def test_a_bucket_as_input_and_output(
     assert status == 0, output
     expected = hashes(build_all(small, tmp_path / "local"))
     for name, digest in expected.items():
-        found = client.get_object(Bucket="bucket", Key=f"shards/{name}")["Body"].read()
-        assert hashlib.sha256(found).hexdigest() == digest, name
+        body = client.get_object(Bucket="bucket", Key=f"shards/{name}")["Body"].read()
+        assert hashlib.sha256(body).hexdigest() == digest, name
     status, output = command(*build, environment=s3)
     assert status == 0, output
     assert output.count("was up to date") == 1

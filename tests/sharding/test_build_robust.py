@@ -62,12 +62,12 @@ def test_workers_that_outlive_their_builder_do_no_harm(
 
 def _alive(group: int) -> list[str]:
     """The processes of a group that still run."""
-    found = []
+    alive = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _parent, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            found += [path.parent.name] if int(its_group) == group and state != "Z" else []
-    return found
+            alive += [path.parent.name] if int(its_group) == group and state != "Z" else []
+    return alive
 
 
 def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path: Path) -> None:

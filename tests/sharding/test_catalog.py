@@ -107,7 +107,7 @@ def test_a_group_never_crosses_a_set(tmp_path: Path) -> None:
         chosen = choose_set(item.group, json.loads(item.destination))
         sets.setdefault(item.group, set()).add(chosen)
     assert len(sets) == 40
-    assert all(len(found) == 1 for found in sets.values())
+    assert all(len(names) == 1 for names in sets.values())
     assert {"train", "held"} == set().union(*sets.values())
 
 

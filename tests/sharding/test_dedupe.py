@@ -182,7 +182,7 @@ def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
         hashes[row] = int(hashes[other]) ^ sum(1 << int(bit) for bit in flips)
         if row % 2:
             thumbnails[row] = thumbnails[other]
-    found = {tuple(pair) for pair in near_duplicates(hashes, thumbnails).tolist()}
+    pairs = {tuple(pair) for pair in near_duplicates(hashes, thumbnails).tolist()}
     expected = set()
     for a in range(n):
         bits = np.bitwise_count(hashes[a] ^ hashes[a + 1 :])
@@ -190,9 +190,9 @@ def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
             apart = np.abs(thumbnails[a].astype(int) - thumbnails[b]).mean()
             if hashes[a] != hashes[b] and apart <= 8:
                 expected.add((a, int(b)))
-    assert expected <= found
+    assert expected <= pairs
     assert len(expected) > 100 or n < 3000
-    for a, b in found - expected:
+    for a, b in pairs - expected:
         assert hashes[a] == hashes[b]
 
 
@@ -201,10 +201,10 @@ def test_different_photographs_are_not_near_and_copies_are() -> None:
     files += [jpeg(n, 50) for n in range(60)]
     files += [jpeg(n, 85, (256, 256)) for n in range(60)]
     hashes, thumbnails = fingerprints(np.stack([green_grid(decode(data)) for data in files]))
-    found = near_duplicates(hashes, thumbnails.reshape(-1, 256))
-    assert all(a % 60 == b % 60 for a, b in found)
+    pairs = near_duplicates(hashes, thumbnails.reshape(-1, 256))
+    assert all(a % 60 == b % 60 for a, b in pairs)
     assert (
-        len({tuple(p) for p in found.tolist() if p[0] < 60}) >= 108
+        len({tuple(p) for p in pairs.tolist() if p[0] < 60}) >= 108
     )  # nine in ten, squashed or at quality 50
 
 

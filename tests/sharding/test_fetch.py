@@ -1,17 +1,12 @@
-"""Downloads from a loopback server that speaks as much of each protocol as the libraries need."""
+"""Downloads of addresses, and what all downloads have in common, from a loopback server."""
 
-import base64
 import gzip
 import hashlib
 import io
 import json
 import os
-import random
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -23,175 +18,23 @@ import pytest
 
 from sharding.catalog import BUILT_IN, Catalog, CatalogError, Fetch, Source, read_catalog
 from sharding.fetch import BEGUN, MARK, Fetched, fetch_all, fetch_source
-from tests.builders import ROOT
-from tests.servers import REPO, SERVICE, Server
-
-OLD, NEW = "a" * 40, "b" * 40
-
-# More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
-BODY = random.Random(0).randbytes(3 * 2**20 + 7)
-CUT = 2**21 + 5
+from tests.servers import (
+    BODY,
+    CUT,
+    DATA,
+    FILES,
+    HUB,
+    KAGGLE,
+    OLD,
+    REPO,
+    Server,
+    fetched,
+    files_of,
+    source,
+)
 
 # How long "no network" may take to be said; refused connections take milliseconds.
 SOON_S = 5
-
-
-def source(**fetch: object) -> Source:
-    return Source(license="x", set="train", real=["**"], fetch=Fetch(**fetch))
-
-
-def fetched(raw: Path, **fetch: object) -> Fetched:
-    return fetch_source("s", source(**fetch), raw)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """What the build would see: no hidden files or folders."""
-    paths = [p for p in folder.rglob("*") if p.is_file()]
-    inside = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
-    return {name: body for name, body in inside.items() if not f"/{name}".count("/.")}
-
-
-# --- the hub --------------------------------------------------------------------------------------
-
-FILES = {"data/a.parquet": BODY[:1000], "data/sub/b.parquet": BODY[1000:3000], "README.md": b"hi"}
-DATA = {name: body for name, body in FILES.items() if name.startswith("data/")}
-HUB = {"hub": REPO, "files": ["data/*.parquet"]}
-
-
-def test_a_hub_dataset_arrives_whole_and_once(server: Server, tmp_path: Path) -> None:
-    server.publish(FILES, OLD)
-    assert fetched(tmp_path, **HUB) == Fetched("s", "downloaded", str(tmp_path / "s"))
-    assert files_of(tmp_path / "s") == DATA
-    mark = json.loads((tmp_path / "s" / MARK).read_text())
-    files = {name: len(body) for name, body in DATA.items()}
-    assert mark == {"fetch": HUB, "files": files, "revision": OLD}
-    assert not (tmp_path / "s" / BEGUN).exists()
-    assert server.tokens == {"Bearer hf_s3cret"}
-    server.publish(FILES, NEW)
-    server.asked.clear()
-    assert fetched(tmp_path, **HUB).status == "complete"
-    assert server.asked == []
-
-
-def test_another_pattern_adds_files_of_the_same_revision(server: Server, tmp_path: Path) -> None:
-    server.publish(FILES, OLD)
-    assert fetched(tmp_path, **HUB).status == "downloaded"
-    server.publish(dict.fromkeys(FILES, b"other"), NEW)
-    server.asked.clear()
-    assert fetched(tmp_path, hub=REPO).status == "downloaded"
-    assert files_of(tmp_path / "s") == FILES
-    assert [path for path, _ in server.got("/resolve/")] == [
-        f"/datasets/{REPO}/resolve/{OLD}/README.md"
-    ]
-
-
-def test_a_cut_hub_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
-    server.publish({"data/big.parquet": BODY}, OLD)
-    server.cut[f"/datasets/{REPO}/resolve/{OLD}/data/big.parquet"] = CUT
-    assert fetched(tmp_path, **HUB).status == "downloaded"
-    assert files_of(tmp_path / "s") == {"data/big.parquet": BODY}
-    first, second = [of for _, of in server.got("big.parquet")]
-    assert (first, second) == ("", f"bytes={CUT // 2**16 * 2**16}-")
-
-
-PROGRAM = f"""
-import sys
-from pathlib import Path
-from sharding.catalog import Fetch, Source
-from sharding.fetch import fetch_source
-fetch = Fetch(hub={REPO!r}, files=["data/*.parquet"])
-print(fetch_source("s", Source(license="x", set="t", real=["**"], fetch=fetch), Path(sys.argv[1])))
-"""
-
-
-def test_a_killed_hub_download_resumes_with_its_revision(server: Server, tmp_path: Path) -> None:
-    files = {"data/a.parquet": BODY[:1000], "data/big.parquet": BODY}
-    server.publish(files, OLD)
-    server.stall.add(f"/datasets/{REPO}/resolve/{OLD}/data/big.parquet")
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    silent = {"cwd": ROOT, "env": environment, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **silent) as process:
-        assert server.stalled.wait(15)
-        until = time.monotonic() + 5
-        while not (tmp_path / "s/data/a.parquet").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert files_of(tmp_path / "s") == {"data/a.parquet": BODY[:1000]}
-    assert len(list((tmp_path / "s").rglob("*.incomplete"))) == 1
-
-    server.go_on.set()
-    server.stall.clear()
-    server.publish(dict.fromkeys(files, b"other"), NEW)
-    server.asked.clear()
-    second = subprocess.run(command, **silent, stdout=subprocess.PIPE, check=True, text=True)
-    assert "downloaded" in second.stdout
-    assert files_of(tmp_path / "s") == files
-    assert [path.rpartition("/")[2] for path, _ in server.got("/resolve/")] == ["big.parquet"]
-    assert not list((tmp_path / "s").rglob("*.incomplete"))
-
-
-def test_a_file_that_is_not_whole_is_never_called_complete(server: Server, tmp_path: Path) -> None:
-    # Without an answer about a file, the library is content with whatever bears its name.
-    server.publish(FILES, OLD)
-    server.status[f"HEAD /datasets/{REPO}/resolve/{OLD}/data/a.parquet"] = 500
-    (tmp_path / "s/data").mkdir(parents=True)
-    (tmp_path / "s/data/a.parquet").write_bytes(BODY[:999])
-    result = fetched(tmp_path, **HUB)
-    assert result.status == "failed"
-    assert "1 of 2 files of owner/set did not arrive whole, first data/a.parquet" in result.note
-    server.status.clear()
-    assert fetched(tmp_path, **HUB).status == "downloaded"
-    assert files_of(tmp_path / "s") == DATA
-
-
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("code", ["GatedRepo", ""])
-@pytest.mark.parametrize("where", ["/api/datasets/{}", "/datasets/{}/resolve/{}/data/a.parquet"])
-def test_a_gated_dataset_says_how_to_get_in(
-    server: Server, tmp_path: Path, status: int, code: str, where: str
-) -> None:
-    server.publish(FILES, OLD)
-    path = where.format(REPO, OLD)
-    server.status[path] = status
-    server.headers[path] = {"X-Error-Code": code}
-    result = fetched(tmp_path, **HUB)
-    assert result.status == "failed"
-    assert f"{server.url}/datasets/{REPO} refuses access (HTTP {status})" in result.note
-    assert "Accept its terms" in result.note
-    assert "`hf auth login`" in result.note
-    assert "HF_TOKEN" in result.note
-    assert "s3cret" not in result.note
-    assert "\n" not in result.note
-    assert not (tmp_path / "s" / MARK).exists()
-
-
-def test_a_dataset_that_is_not_there(server: Server, tmp_path: Path) -> None:
-    result = fetched(tmp_path, **HUB)
-    assert result.status == "failed"
-    assert result.note.endswith("is not there (HTTP 404); correct its address in the catalog")
-    assert not (tmp_path / "s").exists()
-
-
-def test_a_revision_that_is_gone_has_a_way_out(server: Server, tmp_path: Path) -> None:
-    server.publish(FILES, OLD)
-    path = f"/datasets/{REPO}/resolve/{OLD}/data/a.parquet"
-    server.status[path] = 403
-    assert fetched(tmp_path, **HUB).status == "failed"
-    server.status = {f"/api/datasets/{REPO}/revision/{OLD}": 404}
-    server.publish(FILES, NEW)
-    result = fetched(tmp_path, **HUB)
-    assert f"or delete {tmp_path}/s/{BEGUN} to start over" in result.note
-    (tmp_path / "s" / BEGUN).unlink()
-    assert fetched(tmp_path, **HUB).status == "downloaded"
-    assert json.loads((tmp_path / "s" / MARK).read_text())["revision"] == NEW
-
-
-def test_patterns_that_fit_nothing(server: Server, tmp_path: Path) -> None:
-    server.publish(FILES, OLD)
-    result = fetched(tmp_path, hub=REPO, files=["train/*"])
-    assert result.status == "failed"
-    assert "nothing that fits train/*, but README.md, data" in result.note
 
 
 # --- plain addresses ------------------------------------------------------------------------------
@@ -322,104 +165,6 @@ def test_errors_keep_the_secrets_of_an_address(server: Server, tmp_path: Path) -
 
 
 # --- Kaggle ---------------------------------------------------------------------------------------
-
-IMAGES = {"keep/x/1.png": BODY[:2_000_000], "keep/2.png": BODY[2_000_000:], "rest/3.png": b"3"}
-KAGGLE = {"kaggle": "owner/set", "files": ["keep/*"]}
-KEPT = {name: body for name, body in IMAGES.items() if name.startswith("keep/")}
-
-
-@pytest.fixture
-def kaggle(server: Server) -> Server:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        for name, body in IMAGES.items():
-            archive.writestr(name, body)
-    body = stream.getvalue()
-    digest = base64.b64encode(hashlib.md5(body).digest()).decode()
-    server.bodies |= {f"{SERVICE}/DownloadDataset": b"", "/blob/archive.zip": body}
-    server.bodies[f"{SERVICE}/GetDataset"] = json.dumps({"currentVersionNumber": 3}).encode()
-    server.status[f"{SERVICE}/DownloadDataset"] = 302
-    server.headers[f"{SERVICE}/DownloadDataset"] = {"Location": f"{server.url}/blob/archive.zip"}
-    server.headers["/blob/archive.zip"] = {
-        "Content-Type": "application/zip", "Accept-Ranges": "bytes", "X-Goog-Hash": f"md5={digest}",
-    }  # fmt: skip
-    return server
-
-
-def test_a_kaggle_dataset_arrives_whole_and_once(
-    kaggle: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KAGGLE_API_TOKEN", "kg_s3cret")
-    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "elsewhere"))
-    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
-    assert files_of(tmp_path / "s") == KEPT
-    mark = json.loads((tmp_path / "s" / MARK).read_text())
-    files = {name: len(body) for name, body in KEPT.items()}
-    assert mark == {"fetch": KAGGLE, "files": files, "revision": "3"}
-    assert kaggle.tokens == {"Bearer kg_s3cret"}
-    assert not (tmp_path / ".s.kaggle").exists()
-    assert not (tmp_path / "elsewhere").exists()
-    assert os.environ["KAGGLEHUB_CACHE"] == str(tmp_path / "elsewhere")
-    kaggle.asked.clear()
-    assert fetched(tmp_path, **KAGGLE).status == "complete"
-    assert kaggle.asked == []
-
-
-def test_a_cut_kaggle_download_resumes(kaggle: Server, tmp_path: Path) -> None:
-    kaggle.cut["/blob/archive.zip"] = CUT
-    first = fetched(tmp_path, **KAGGLE)
-    assert first.status == "failed"
-    assert "run the command again to resume" in first.note
-    assert not (tmp_path / "s").exists()
-    kaggle.asked.clear()
-    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
-    assert files_of(tmp_path / "s") == KEPT
-    assert f"bytes={2**21}-" in [of for _, of in kaggle.got("/blob/")]
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_kaggle_without_a_login(kaggle: Server, tmp_path: Path, status: int) -> None:
-    kaggle.status[f"{SERVICE}/GetDataset"] = status
-    result = fetched(tmp_path, **KAGGLE)
-    assert result.status == "failed"
-    assert "https://www.kaggle.com/datasets/owner/set" in result.note
-    if status == 404:
-        assert "is not there (HTTP 404)" in result.note
-    else:
-        for hint in (f"HTTP {status}", "~/.kaggle/kaggle.json", "KAGGLE_API_TOKEN", "KAGGLE_KEY"):
-            assert hint in result.note
-
-
-def test_a_damaged_archive_is_an_error_with_a_way_out(kaggle: Server, tmp_path: Path) -> None:
-    whole = kaggle.bodies["/blob/archive.zip"], kaggle.headers["/blob/archive.zip"]
-    kaggle.bodies["/blob/archive.zip"] = b"no archive"
-    kaggle.headers["/blob/archive.zip"] = {"Content-Type": "application/zip"}
-    result = fetched(tmp_path, **KAGGLE)
-    assert result.status == "failed"
-    assert "archive type" in result.note
-    assert f"delete {tmp_path}/.s.kaggle to start over" in result.note
-    assert not (tmp_path / "s").exists()
-    shutil.rmtree(tmp_path / ".s.kaggle")
-    kaggle.bodies["/blob/archive.zip"], kaggle.headers["/blob/archive.zip"] = whole
-    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
-
-
-def test_kaggle_leaves_files_alone_that_it_did_not_bring(kaggle: Server, tmp_path: Path) -> None:
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s/mine.png").write_bytes(b"mine")
-    result = fetched(tmp_path, **KAGGLE)
-    assert result.status == "failed"
-    assert "holds files already, and not what this fetch left" in result.note
-    assert files_of(tmp_path / "s") == {"mine.png": b"mine"}
-    assert kaggle.asked == []
-
-
-def test_kagglehub_is_an_extra(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "kagglehub", None)
-    assert "install the extra `fetch`" in fetched(tmp_path, **KAGGLE).note
-
 
 # --- all of them ----------------------------------------------------------------------------------
 
@@ -582,14 +327,6 @@ def test_complete_looks_at_the_files(server: Server, photos: str, tmp_path: Path
     assert fetched(tmp_path / "hub", **HUB).status == "downloaded"
     assert fetched(tmp_path / "hub", **HUB).status == "complete"
     assert files_of(tmp_path / "hub/s") == DATA
-
-
-def test_complete_looks_at_the_files_of_kaggle(kaggle: Server, tmp_path: Path) -> None:
-    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
-    (tmp_path / "s/keep/2.png").unlink()
-    result = fetched(tmp_path, **KAGGLE)
-    assert result.status == "failed"
-    assert "move them away to fetch the dataset" in result.note
 
 
 def test_a_catalog_may_say_the_sha256(server: Server, photos: str, tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_hostile_members_are_refused_by_name(tmp_path: Path) -> None:
         opened.writestr("large.png", bytes(600 * 2**20))  # 600 MiB in 600 kB
         opened.writestr(zipfile.ZipInfo("bz2.png"), b"x", zipfile.ZIP_BZIP2)
         opened.writestr("good.png", b"good")
-    found = {file.inside: file.excluded for file in walk(tmp_path, "s")}
-    assert {name.removeprefix("x.zip/"): reason for name, reason in found.items() if reason} == {
+    reasons = {file.inside: file.excluded for file in walk(tmp_path, "s")}
+    assert {name.removeprefix("x.zip/"): reason for name, reason in reasons.items() if reason} == {
         "../up.png": "a path that leaves the archive",
         "/etc/absolute.png": "a path that leaves the archive",
         "C:\\windows.png": "a path that leaves the archive",
@@ -112,9 +112,9 @@ def test_a_member_that_lies_about_its_size_stops_at_its_promise(tmp_path: Path) 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("a.png", bytes(100 * 2**20))
         opened.infolist()[0].file_size = 10
-    (found,) = contents(tmp_path).values()
-    assert isinstance(found, DecodeError)
-    assert "damaged in the archive" in str(found)
+    (content,) = contents(tmp_path).values()
+    assert isinstance(content, DecodeError)
+    assert "damaged in the archive" in str(content)
 
 
 def test_damage_inside_an_archive_is_found_by_its_checksum(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_damage_inside_an_archive_is_found_by_its_checksum(tmp_path: Path) -> No
     data = bytearray(path.read_bytes())
     data[data.index(b"bbb") + 500] ^= 1
     path.write_bytes(data)
-    found = contents(tmp_path)
-    assert found["x.zip/a.bin"] == b"a" * 1000
-    assert isinstance(found["x.zip/b.bin"], DecodeError)
+    by_name = contents(tmp_path)
+    assert by_name["x.zip/a.bin"] == b"a" * 1000
+    assert isinstance(by_name["x.zip/b.bin"], DecodeError)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, 1500])
@@ -149,8 +149,8 @@ def test_links_and_devices_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "s/file.png").symlink_to("d/real.bin")
     (tmp_path / "s/loop").symlink_to("..")
     os.mkfifo(tmp_path / "s/pipe.png")  # reading it would wait for ever
-    found = {file.inside: file.excluded for file in walk(tmp_path, "s")}
-    assert found == {
+    reasons = {file.inside: file.excluded for file in walk(tmp_path, "s")}
+    assert reasons == {
         "d/real.bin": "",
         "file.png": "a symbolic link, which is not followed",
         "loop": "a symbolic link, which is not followed",

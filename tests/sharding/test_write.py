@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def test_webdataset_reads_every_sample(data: Path, old: ShardSet) -> None:
     tars = sorted(str(path) for path in (data / "old").glob("*.tar"))
-    found = {}
+    by_key = {}
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         (extension,) = sample.keys() & {"jpg", "png", "webp"}
         Image.open(io.BytesIO(sample[extension])).load()
-        found[sample["__key__"]] = CLASSES.index(json.loads(sample["json"])["label"])
-    assert found == dict(
+        by_key[sample["__key__"]] = CLASSES.index(json.loads(sample["json"])["label"])
+    assert by_key == dict(
         zip(old.table.column("key").to_pylist(), old.column("label").tolist(), strict=True)
     )
 
@@ -73,12 +73,12 @@ def test_any_file_name_comes_back_whole(tmp_path: Path) -> None:
     )
     build_all(tmp_path / "raw", tmp_path / "out", catalog=read_catalog([tmp_path / "c.toml"]))
     tars = [str(path) for path in (tmp_path / "out/mine").glob("*.tar")]
-    found = {}
+    by_key = {}
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
-        found[json.loads(sample["json"])["origin"]] = sample["jpg"]
+        by_key[json.loads(sample["json"])["origin"]] = sample["jpg"]
     shown = [name for name in NAMES if not name.startswith(".")]
-    assert found == {
+    assert by_key == {
         f"s/real/{name}": (tmp_path / "raw/s/real" / name).read_bytes() for name in shown
     }
     rows = open_shards([tmp_path / "out/mine"]).table.column("origin").to_pylist()
-    assert sorted(rows) == sorted(found)
+    assert sorted(rows) == sorted(by_key)

@@ -37,18 +37,18 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
         groups = bootstrap.Groups(np.arange(count), (count,))
         for rows in (np.arange(count), np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)):
             one = Images(rows[labels[rows] == 0], rows[labels[rows] == 1])
-            found = resample(fake, {"": one}, groups, 0.5)[""]
+            weighed = resample(fake, {"": one}, groups, 0.5)[""]
             resampled = np.repeat(rows, times[rows])
             if not all((labels[resampled] == label).any() for label in set(labels[rows])):
                 continue  # a class is not in it
             wanted = asdict(measure(labels[resampled], fake[resampled], 0.5))
-            for name, (value,) in found.items():
+            for name, (value,) in weighed.items():
                 if np.isnan(value):
                     assert wanted[name] is None, name
                 else:
                     assert value == pytest.approx(wanted[name], abs=1e-6), name
             beyond = {"count", "reals", "fakes", "ece"}
-            assert {n for n, v in wanted.items() if v is not None} - beyond <= found.keys()
+            assert {n for n, v in wanted.items() if v is not None} - beyond <= weighed.keys()
 
 
 def test_a_resample_of_many_images_is_exact() -> None:
@@ -56,11 +56,11 @@ def test_a_resample_of_many_images_is_exact() -> None:
     rng = np.random.default_rng(8)
     labels, fake = rng.integers(0, 2, 80_000), rng.uniform(size=80_000).round(5)
     groups, images = alone(labels), images_of(labels)
-    found = resample(fake, {"": images}, groups, 0.5, resamples=2)[""]
+    resampled = resample(fake, {"": images}, groups, 0.5, resamples=2)[""]
     (weights,) = bootstrap._weights(groups, len(labels), 2, seed=bootstrap.SEED)
     for index, times in enumerate(weights[:, groups.of_row].astype(int)):
         wanted = asdict(measure(np.repeat(labels, times), np.repeat(fake, times), 0.5))
-        for name, values in found.items():
+        for name, values in resampled.items():
             assert values[index] == pytest.approx(wanted[name], abs=1e-6), name
 
 
@@ -111,14 +111,14 @@ def test_no_error_in_few_images_is_not_certainty() -> None:
     labels = np.repeat([0, 1], 45)
     fake = np.where(labels == 1, 0.9, 0.1)
     images, groups = images_of(labels), alone(labels)
-    found = intervals(images, groups, resample(fake, {"": images}, groups, 0.5)[""])
+    bounds = intervals(images, groups, resample(fake, {"": images}, groups, 0.5)[""])
     reach = 1 - 0.025 ** (1 / 45)
-    assert found["false_positive_rate"] == [0.0, pytest.approx(reach)]
+    assert bounds["false_positive_rate"] == [0.0, pytest.approx(reach)]
     for name in ("recall", "auroc", "f1", "average_precision", "tpr_at_fpr_1", "balanced_accuracy"):
-        assert found[name] == [pytest.approx(1 - reach), 1.0]
-    assert found["eer"] == [0.0, pytest.approx(reach)]
-    assert found["nll"] == [pytest.approx(-np.log(0.9))] * 2
-    assert "ece" not in found
+        assert bounds[name] == [pytest.approx(1 - reach), 1.0]
+    assert bounds["eer"] == [0.0, pytest.approx(reach)]
+    assert bounds["nll"] == [pytest.approx(-np.log(0.9))] * 2
+    assert "ece" not in bounds
 
 
 def test_what_rests_on_a_single_group_has_no_interval() -> None:
@@ -127,11 +127,11 @@ def test_what_rests_on_a_single_group_has_no_interval() -> None:
     labels = np.repeat([0, 1], 30)
     groups = group_rows(np.append(np.arange(30), np.full(30, 99)), np.zeros(60, int), labels)
     fake = np.linspace(0, 1, 60)
-    found = intervals(
+    bounds = intervals(
         images_of(labels), groups, resample(fake, {"": images_of(labels)}, groups, 0.6)[""]
     )
-    assert "false_positive_rate" in found
-    assert "recall" not in found and "auroc" not in found
+    assert "false_positive_rate" in bounds
+    assert "recall" not in bounds and "auroc" not in bounds
 
 
 def coverage(
@@ -157,8 +157,8 @@ def coverage(
     for repeat in range(repeats):
         labels, fake, group = simulate(reals, prompts)
         groups, images = group_rows(group, np.zeros(len(labels), int), labels), images_of(labels)
-        found = resample(fake, {"": images}, groups, 0.5, resamples=resamples, seed=repeat)[""]
-        for name, (low, high) in intervals(images, groups, found).items():
+        resampled = resample(fake, {"": images}, groups, 0.5, resamples=resamples, seed=repeat)[""]
+        for name, (low, high) in intervals(images, groups, resampled).items():
             hits[name] = hits.get(name, 0) + (low <= truth[name] <= high)
     return {name: count / repeats for name, count in hits.items()}
 
@@ -170,10 +170,10 @@ METRICS = {
 
 
 def test_intervals_cover_at_about_their_rate() -> None:
-    found = coverage(60, reals=120, prompts=60, per_prompt=2, resamples=400)
-    assert found.keys() == METRICS
-    assert np.mean([found[name] for name in METRICS]) == pytest.approx(0.94, abs=0.05)
-    assert min(found.values()) > 0.75  # TPR at 1 % rests on one of 120 reals
+    shares = coverage(60, reals=120, prompts=60, per_prompt=2, resamples=400)
+    assert shares.keys() == METRICS
+    assert np.mean([shares[name] for name in METRICS]) == pytest.approx(0.94, abs=0.05)
+    assert min(shares.values()) > 0.75  # TPR at 1 % rests on one of 120 reals
 
 
 @pytest.mark.slow
@@ -181,8 +181,8 @@ def test_intervals_cover_at_their_rate() -> None:
     """95 %, give or take what 600 repeats leave open (0.9 % is one standard error). TPR at 1 %
     rests on four of 400 reals, and covers less.
     """
-    found = coverage(600, reals=400, prompts=100, per_prompt=4)
-    assert found.keys() == METRICS
-    for name, rate in found.items():
+    shares = coverage(600, reals=400, prompts=100, per_prompt=4)
+    assert shares.keys() == METRICS
+    for name, rate in shares.items():
         assert rate > (0.90 if name == "tpr_at_fpr_1" else 0.925), (name, rate)
         assert rate < 0.985, (name, rate)

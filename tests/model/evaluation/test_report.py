@@ -65,16 +65,16 @@ def test_the_first_image_of_each_prompt() -> None:
 
 def test_the_spread_is_that_of_the_table_of_evalgens_authors() -> None:
     """97.2 and 4.2 of the five recalls that the paper gives for its detector."""
-    found = mean_and_std([89.9, 99.5, 97.8, 99.5, 99.5])
-    assert round(found["mean"], 1) == 97.2
-    assert round(found["std"], 1) == 4.2
+    mean_std = mean_and_std([89.9, 99.5, 97.8, 99.5, 99.5])
+    assert round(mean_std["mean"], 1) == 97.2
+    assert round(mean_std["std"], 1) == 4.2
     assert mean_and_std([0.5]) == {"mean": 0.5, "std": None}
 
 
 def test_both_protocols_of_evalgen() -> None:
     rows = prompts({"Flux": 1.2, "GoT": -1.0, "NOVA": 3.0})
-    found = report(table_of(rows, ["evalgen"]))["sets"]["evalgen"]
-    every, first = found["protocols"]["all_images"], found["protocols"]["first_per_prompt"]
+    figures = report(table_of(rows, ["evalgen"]))["sets"]["evalgen"]
+    every, first = figures["protocols"]["all_images"], figures["protocols"]["first_per_prompt"]
     assert (every["images"], every["prompts"]) == (72, 6)
     assert (first["images"], first["prompts"]) == (18, 6)
     assert list(every["generators"]) == ["Flux", "GoT", "NOVA"]
@@ -101,22 +101,22 @@ def test_both_protocols_of_evalgen() -> None:
 
 def test_recall_without_reals_is_said_first() -> None:
     rows = reals("val") + [row | {"set": "val"} for row in prompts({"Flux": 2.0})]
-    found = report(table_of(rows + prompts({"Flux": 1.0}), ["val", "evalgen"]))
-    assert found["headline"][0].startswith("evalgen: NO REAL IMAGES AT HAND")
-    assert "--reference-reals" in found["headline"][0]
-    assert "of 30 real images called fake" in found["headline"][1]
-    overall = found["sets"]["evalgen"]["overall"]
+    document = report(table_of(rows + prompts({"Flux": 1.0}), ["val", "evalgen"]))
+    assert document["headline"][0].startswith("evalgen: NO REAL IMAGES AT HAND")
+    assert "--reference-reals" in document["headline"][0]
+    assert "of 30 real images called fake" in document["headline"][1]
+    overall = document["sets"]["evalgen"]["overall"]
     assert overall["false_positive_rate"] is None and overall["auroc"] is None
     assert overall["recall"] is not None
-    assert "says how many fakes are found and nothing about" in found["sets"]["evalgen"]["note"]
+    assert "says how many fakes are found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
 def test_reals_of_another_set_stand_beside() -> None:
     rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
     reference = {"set": "test", "why": "the catalog's default", "for_all": False}
-    found = report(table_of(rows, ["evalgen"], reference_reals=reference))
-    assert list(found["sets"]) == ["evalgen"]
-    one = found["sets"]["evalgen"]
+    document = report(table_of(rows, ["evalgen"], reference_reals=reference))
+    assert list(document["sets"]) == ["evalgen"]
+    one = document["sets"]["evalgen"]
     assert one["overall"]["reals"] == 0
     labels = np.array([row["label"] for row in rows])
     fake = probability(np.array([row["logit"] for row in rows]), 2.0)
@@ -124,7 +124,7 @@ def test_reals_of_another_set_stand_beside() -> None:
     assert one["reference"]["false_positive_rate"] == wanted.false_positive_rate > 0
     assert one["reference"]["auroc"] == wanted.auroc
     assert one["generators"]["GoT"]["reals"] == 30
-    assert "of 30 real images of test called fake" in found["headline"][0]
+    assert "of 30 real images of test called fake" in document["headline"][0]
     assert "30 real images of test (the catalog's default)" in one["note"]
     # Reals of its own count first, unless another set was asked for.
     own = [row | {"set": "evalgen", "logit": -9.0} for row in reals("evalgen", 11)]
@@ -141,8 +141,8 @@ def test_figures_of_classes_sources_and_generators() -> None:
     rows += [row | {"source": "faces"} for row in reals("evalgen", 9)]
     rows.append({"set": "evalgen", "label": 0, "logit": None, "valid": False, "error": "cut off",
                  "source": "coco"})  # fmt: skip
-    found = report(table_of(rows, ["evalgen"]))
-    one = found["sets"]["evalgen"]
+    document = report(table_of(rows, ["evalgen"]))
+    one = document["sets"]["evalgen"]
     assert one["overall"]["count"] == 48 + 39
     assert one["overall"]["groups"] == 6 + 39
     assert one["unreadable"] == [f"evalgen:k{len(rows) - 1}: cut off"]
@@ -161,7 +161,7 @@ def test_figures_of_classes_sources_and_generators() -> None:
     assert sum(verdicts["real"].values()) == 39
     assert verdicts["fake"]["likely AI"] == round(48 * one["overall"]["recall"])
     assert verdicts["real"]["uncertain"] > 0
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 
 def test_groups_of_two_sets_are_not_one() -> None:
@@ -169,18 +169,18 @@ def test_groups_of_two_sets_are_not_one() -> None:
     rows = [{"set": "evalgen", "label": 1, "group": "s/0", "logit": 1.0}] * 3
     rows += [{"set": "test", "label": 0, "group": "s/0", "logit": -1.0}] * 3
     reference = {"set": "test", "why": "--reference-reals", "for_all": True}
-    found = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
-    assert found["overall"]["groups"] == 1
-    assert found["reference"]["groups"] == 2
-    assert found["overall"]["intervals"] == {}
+    figures = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
+    assert figures["overall"]["groups"] == 1
+    assert figures["reference"]["groups"] == 2
+    assert figures["overall"]["intervals"] == {}
 
 
 def test_a_set_of_which_nothing_can_be_read() -> None:
     rows = [{"set": "a", "label": 1, "logit": None, "valid": False, "error": "gone"}] * 2
-    found = report(table_of(rows, ["a"]))
-    assert found["headline"] == ["a: no image could be scored"]
-    assert found["sets"]["a"]["overall"]["count"] == 0
-    assert len(found["sets"]["a"]["unreadable"]) == 2
+    document = report(table_of(rows, ["a"]))
+    assert document["headline"] == ["a: no image could be scored"]
+    assert document["sets"]["a"]["overall"]["count"] == 0
+    assert len(document["sets"]["a"]["unreadable"]) == 2
 
 
 def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
@@ -195,9 +195,9 @@ def test_scores_are_kept_row_by_row(old: ShardSet, new: ShardSet, tmp_path: Path
     parts = [rows_of("old", old, scored(old, (3, 7)), 2.0), rows_of("new", new, scored(new), 2.0)]
     path = tmp_path / "scores.parquet"
     write_scores(path, parts, about)
-    found = read_scores(path)
-    assert found.evaluation == {"scores_version": SCORES_VERSION, **about}
-    rows = found.table.to_pylist()
+    table = read_scores(path)
+    assert table.evaluation == {"scores_version": SCORES_VERSION, **about}
+    rows = table.table.to_pylist()
     assert len(rows) == len(old) + len(new)
     index = old.table.to_pylist() + new.table.to_pylist()
     names = ("key", "sha256", "source", "generator", "split", "group", "origin", "label")

@@ -82,14 +82,14 @@ def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
     )
     plain = score_set(net, loader)
     done: list[int] = []
-    found = score_perturbations(
+    columns = score_perturbations(
         Scorer(net, preprocess, CPU), shards, np.arange(len(shards)),
         named("original", "jpeg-30"), done.append,
     )  # fmt: skip
-    assert np.array_equal(found.samples, plain.samples)
-    assert np.array_equal(found.labels, plain.labels)
-    np.testing.assert_allclose(found.logits[0], plain.logits, atol=1e-5)
-    assert not np.allclose(found.logits[1], plain.logits, atol=1e-5)
+    assert np.array_equal(columns.samples, plain.samples)
+    assert np.array_equal(columns.labels, plain.labels)
+    np.testing.assert_allclose(columns.logits[0], plain.logits, atol=1e-5)
+    assert not np.allclose(columns.logits[1], plain.logits, atol=1e-5)
     assert sum(done) == len(shards)
 
 
@@ -97,19 +97,19 @@ def test_figures_of_a_perturbation(shards: ShardSet) -> None:
     """Against a plain count, with a perturbation that flips known images."""
     dark = Perturbation("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
     rows = np.arange(len(shards))
-    found = score_perturbations(
+    columns = score_perturbations(
         Scorer(Brightness(), PREPROCESS, CPU), shards, rows, [ORIGINAL, dark]
     )
     at = {"temperature": 2.0, "threshold": 0.5}
-    first, second = measure_perturbations(found, group_codes(shards), **at)
-    labels, (before, after) = found.labels, found.logits > 0
+    first, second = measure_perturbations(columns, group_codes(shards), **at)
+    labels, (before, after) = columns.labels, columns.logits > 0
     assert first["flip_rate"] == 0 and first["shift"]["real"]["mean"] == 0
     for row, called in ((first, before), (second, after)):
         assert row["recall"] == pytest.approx(called[labels == 1].mean())
         assert row["false_positive_rate"] == pytest.approx(called[labels == 0].mean())
     assert second["flip_rate"] == pytest.approx((before != after).mean()) and 0.2 < np.mean(before)
     assert second["flip_rate_fake"] == pytest.approx((before != after)[labels == 1].mean())
-    change = (found.logits[1] - found.logits[0])[labels == 0]
+    change = (columns.logits[1] - columns.logits[0])[labels == 0]
     assert second["shift"]["real"]["mean"] == pytest.approx(change.mean(), rel=1e-5)
     assert second["shift"]["real"]["high"] < 0
 
@@ -122,13 +122,13 @@ def test_an_image_that_cannot_go_that_way_is_counted_and_named(shards: ShardSet)
 
     rows = np.arange(len(shards))
     ways = [ORIGINAL, Perturbation("refuse", "refuse", 1, (refuse,))]
-    found = score_perturbations(Scorer(Brightness(), PREPROCESS, CPU), shards, rows, ways)
-    row = measure_perturbations(found, group_codes(shards), temperature=1.0, threshold=0.5)[1]
-    missing = np.isnan(found.logits[1])
+    columns = score_perturbations(Scorer(Brightness(), PREPROCESS, CPU), shards, rows, ways)
+    row = measure_perturbations(columns, group_codes(shards), temperature=1.0, threshold=0.5)[1]
+    missing = np.isnan(columns.logits[1])
     assert 5 < missing.sum() < 75
     assert row["failed"] == missing.sum() and row["failed_first"] == "too bright for this"
     assert row["images"] == row["reals"] + row["fakes"] == len(shards) - missing.sum()
-    assert set(found.failures[1]) == set(found.samples[missing]) and not found.failures[0]
+    assert set(columns.failures[1]) == set(columns.samples[missing]) and not columns.failures[0]
 
 
 def test_an_unreadable_image_has_no_column(
@@ -140,14 +140,14 @@ def test_an_unreadable_image_has_no_column(
         return decode(data[:50] if data.startswith(b"\x89PNG") else data, *rest)
 
     monkeypatch.setattr(robustness, "decode_image", broken)
-    found = score_perturbations(
+    columns = score_perturbations(
         Scorer(Brightness(), PREPROCESS, CPU),
         shards,
         np.arange(len(shards)),
         named("original"),
     )
-    assert len(found.unreadable) == 40 and set(found.labels) == {0}
-    assert all("does not decode" in reason for reason in found.unreadable.values())
+    assert len(columns.unreadable) == 40 and set(columns.labels) == {0}
+    assert all("does not decode" in reason for reason in columns.unreadable.values())
 
 
 def test_samples_are_chosen_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
@@ -209,7 +209,7 @@ def test_joined_sets_are_read_as_each_by_itself(sets: Path, shards: ShardSet) ->
     assert keys == [key for own in expected for key in own]
     data = ShardReader(whole).read(range(len(whole)))
     alone = [ShardReader(one).read(range(len(one))) for one in (part, shards, part)]
-    assert data == [found for own in alone for found in own]
+    assert data == [content for own in alone for content in own]
     assert whole.names("source", np.array([0, len(part)])) == ["other", "square"]
     assert len({whole.sha256, part.sha256, join_sets([shards, part]).sha256}) == 3
 
@@ -230,13 +230,13 @@ def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
 
 
 def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: ShardSet) -> None:
-    found = {}
+    verdicts = {}
     for net in (Blocking(), Brightness()):
-        found[type(net)] = report_robustness(
+        verdicts[type(net)] = report_robustness(
             Scorer(net, PREPROCESS, CPU), shards, named("original", "jpeg-50"),
             temperature=1.0, threshold=0.5,
         )  # fmt: skip
-    caught, content = (found[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
+    caught, content = (verdicts[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
     assert caught["name"] == content["name"] == "fakes-as-reals"
     # As packed it looks like a good detector ...
     assert caught["before"]["auroc"] > 0.9
@@ -250,8 +250,8 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     shift = content["shift"]["fake"]
     assert abs(shift["mean"]) < 0.15
     assert abs(content["after"]["recall"] - content["before"]["recall"]) <= 0.05
-    assert found[Blocking]["images"] == found[Blocking]["of"] == 80
-    assert found[Blocking]["containers"]["real"]["name"].startswith("JPEG ")
-    assert [row["name"] for row in found[Blocking]["perturbations"]] == ["original", "jpeg-50"]
-    leveled = found[Blocking]["codec_swap"][-1]
+    assert verdicts[Blocking]["images"] == verdicts[Blocking]["of"] == 80
+    assert verdicts[Blocking]["containers"]["real"]["name"].startswith("JPEG ")
+    assert [row["name"] for row in verdicts[Blocking]["perturbations"]] == ["original", "jpeg-50"]
+    leveled = verdicts[Blocking]["codec_swap"][-1]
     assert leveled["name"] == "leveled" and leveled["after"]["auroc"] < 0.75

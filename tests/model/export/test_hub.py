@@ -52,8 +52,8 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
 
 def test_timm_preprocesses_images_alike(folder: Path) -> None:
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    found = timm.data.resolve_data_config(model=loaded)
-    resize, crop, _, normalize = timm.data.create_transform(**found).transforms
+    timm_config = timm.data.resolve_data_config(model=loaded)
+    resize, crop, _, normalize = timm.data.create_transform(**timm_config).transforms
     assert (resize.size, crop.size) == (54, (48, 48))
     assert resize.interpolation.value == "bilinear"
     assert normalize.mean.tolist() == pytest.approx(TINY.mean)
@@ -63,20 +63,20 @@ def test_timm_preprocesses_images_alike(folder: Path) -> None:
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
 def test_the_crop_share_leads_back_to_the_sizes(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
-    found = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
-    assert int(size / found["crop_pct"]) == resize
+    written = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
+    assert int(size / written["crop_pct"]) == resize
 
 
 def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None:
     images = [encode(photo(1)), encode(photo(2), "PNG")]
-    found, expected = (
+    outputs, expected = (
         [
             one.probability
             for one in load_detector(place, device="cpu", backend="pil").predict(images)
         ]
         for place in (folder, tiny_checkpoint)
     )
-    assert found == expected
+    assert outputs == expected
 
 
 def report_of(meta: dict, **changes: object) -> dict:
@@ -230,7 +230,7 @@ def test_only_its_own_report_is_taken(
     arguments = ["export", "--hub", str(tmp_path / "out"), "--checkpoint", str(tiny_checkpoint)]
     result = CliRunner().invoke(main, [*arguments, "--report", str(path)])
     assert result.exit_code == 1 and said in result.output
-    assert [found.name for found in tmp_path.iterdir()] == ["report.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
 class Hub(ThreadingHTTPServer):
@@ -275,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
             server.made.append(json.loads(body))
             return self._answer({"url": f"{server.url}/{REPO}"})
         if path.endswith("/preupload/main"):
-            found = [
+            answers = [
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
@@ -283,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
                 for file in json.loads(body)["files"]
             ]
-            return self._answer({"files": found})
+            return self._answer({"files": answers})
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**one, "actions": {"upload": {"href": f"{server.url}/lfs/{one['oid']}"}}}

@@ -72,12 +72,12 @@ def test_the_graph_is_the_network(
     with torch.inference_mode():
         expected = net(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     detector = load_onnx(exported / export.FILES[precision], device="cpu")
-    found, logits = detector.session.run(["probability", "logits"], {"images": pixels})
-    assert (found.dtype, logits.dtype) == (np.float32, np.float32)
+    probabilities, logits = detector.session.run(["probability", "logits"], {"images": pixels})
+    assert (probabilities.dtype, logits.dtype) == (np.float32, np.float32)
     assert np.abs(logits - expected.numpy()).max() < 10 * limit
     fake = torch.sigmoid((expected[:, 1] - expected[:, 0]) / 1.7).numpy()
     assert np.ptp(fake) > 1e-3 or count == 1  # the images do not all score alike
-    assert np.abs(found - fake).max() < limit
+    assert np.abs(probabilities - fake).max() < limit
 
 
 def test_the_weights_of_fp16_are_halved(exported: Path) -> None:
@@ -93,23 +93,23 @@ def test_parity_is_written(exported: Path) -> None:
     parity = json.loads((exported / "parity.json").read_text())
     assert (parity["compared"], len(parity["unreadable"])) == (12, 1)
     assert parity["unreadable"][0].startswith("broken.jpg: ")
-    assert [found["precision"] for found in parity["files"]] == ["fp32", "fp16"]
-    for found in parity["files"]:
-        limit = parity["tolerance"][found["precision"]]
-        assert 0 < found["same_pixels"]["mean"] <= found["same_pixels"]["max"] <= limit
-        assert found["from_files"]["verdicts"] == 0
-    one, two = (found["same_pixels"]["max"] for found in parity["files"])
+    assert [entry["precision"] for entry in parity["files"]] == ["fp32", "fp16"]
+    for entry in parity["files"]:
+        limit = parity["tolerance"][entry["precision"]]
+        assert 0 < entry["same_pixels"]["mean"] <= entry["same_pixels"]["max"] <= limit
+        assert entry["from_files"]["verdicts"] == 0
+    one, two = (entry["same_pixels"]["max"] for entry in parity["files"])
     assert one < two
 
 
 def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
-    found = load_onnx(exported / "detector.onnx", device="cpu")
-    assert set(found.meta) == set(META_KEYS)
+    loaded = load_onnx(exported / "detector.onnx", device="cpu")
+    assert set(loaded.meta) == set(META_KEYS)
     for key in ("classes", "preprocess", "temperature", "threshold", "calibration", "step"):
-        assert found.meta[key] == meta[key]
-    assert (found.preprocess, found.band, found.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
-    assert found.meta["license"].startswith("CC-BY-NC-4.0")
+        assert loaded.meta[key] == meta[key]
+    assert (loaded.preprocess, loaded.band, loaded.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
+    assert loaded.meta["license"].startswith("CC-BY-NC-4.0")
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
 
 
@@ -125,11 +125,13 @@ def test_it_predicts_what_the_checkpoint_predicts(
 ) -> None:
     files = sorted(images.iterdir())
     expected = list(load_detector(tiny_checkpoint, device="cpu", backend="pil").predict(files))
-    found = list(load_onnx(exported / "detector.onnx", device="cpu").predict(files, batch_size=4))
-    assert [(f.name, f.verdict, f.error) for f in found] == [
+    predictions = list(
+        load_onnx(exported / "detector.onnx", device="cpu").predict(files, batch_size=4)
+    )
+    assert [(f.name, f.verdict, f.error) for f in predictions] == [
         (e.name, e.verdict, e.error) for e in expected
     ]
-    pairs = [(f.probability, e.probability) for f, e in zip(found, expected, strict=True)]
+    pairs = [(f.probability, e.probability) for f, e in zip(predictions, expected, strict=True)]
     assert max(abs(f - e) for f, e in pairs if e is not None) < 2e-3
 
 
@@ -240,7 +242,7 @@ def test_noise_stands_in_and_is_called_so(
     monkeypatch.setattr(export, "_graph_of", lambda *_: model)
     report = export.export_onnx(tiny_checkpoint, tmp_path / "onnx")
     assert (report["images"], report["compared"]) == ("noise", export.NOISE)
-    assert all(found["from_files"] is None for found in report["files"])
+    assert all(entry["from_files"] is None for entry in report["files"])
 
 
 def test_a_shard_set_is_compared_too(exported: Path, tiny_checkpoint: Path, data: Path) -> None:
@@ -273,8 +275,8 @@ def test_the_original_is_exported_too(images: Path, tmp_path: Path) -> None:
     folder = import_original.import_file(tmp_path / "checkpoint_phase2.pth", tmp_path / "original")
     report = export.export_onnx(folder, tmp_path / "onnx", images)
     assert report["files"][0]["same_pixels"]["max"] < 1e-4
-    found = load_onnx(tmp_path / "onnx" / "detector.onnx")
+    loaded = load_onnx(tmp_path / "onnx" / "detector.onnx")
     assert (
-        found.preprocess == Preprocess(crop_size=256, resize_size=288)
-        and "its card says MIT" in found.meta["license"]
+        loaded.preprocess == Preprocess(crop_size=256, resize_size=288)
+        and "its card says MIT" in loaded.meta["license"]
     )

@@ -36,13 +36,13 @@ def test_both_backends_agree_and_name_the_same_files(small_runs: Path, detector)
     files = [*FILES, encode(photo(9, 64, 96), exif=exif), *broken, *FILES]
     dali = load_detector(runs=small_runs, backend="dali")
     assert dali.reason == "asked for"
-    found = list(dali.predict(files, batch_size=8))
+    predictions = list(dali.predict(files, batch_size=8))
     expected = list(detector.predict(files, batch_size=8))
-    assert [one.name for one in found] == [one.name for one in expected]
+    assert [one.name for one in predictions] == [one.name for one in expected]
     names = [*range(len(FILES) + 1), *range(len(files) - len(FILES), len(files))]
     for row in names:
-        assert found[row].probability == pytest.approx(expected[row].probability, abs=0.02)
-    for one, other in zip(found, expected, strict=True):
+        assert predictions[row].probability == pytest.approx(expected[row].probability, abs=0.02)
+    for one, other in zip(predictions, expected, strict=True):
         assert one.error == other.error, (one, other)
         assert (one.verdict == UNREADABLE) == bool(one.error)
 
@@ -59,11 +59,11 @@ def test_the_shards_and_the_files_give_one_score(old: ShardSet, raw: Path, detec
         device=CPU,
     )
     evaluated = probability(score_set(detector.net, loader).logits)
-    found = np.array([one.probability for one in detector.predict(files, AT_A_TIME)])
+    probabilities = np.array([one.probability for one in detector.predict(files, AT_A_TIME)])
     small = 1 + 4 + 16
     full = slice(small, small + AT_A_TIME)
-    np.testing.assert_array_equal(found[full], evaluated[full])
-    np.testing.assert_allclose(found, evaluated, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(probabilities[full], evaluated[full])
+    np.testing.assert_allclose(probabilities, evaluated, rtol=0, atol=1e-6)
 
 
 def test_the_size_of_a_batch_changes_a_score_by_rounding_alone(detector) -> None:
@@ -84,8 +84,8 @@ def test_any_error_of_reading_is_a_line(detector) -> None:
         return read
 
     errors = (DecodeError("a\nb"), PermissionError(13, "Permission denied"), MemoryError())
-    found = list(detector.predict(ImageFile(str(n), fail(e)) for n, e in enumerate(errors)))
-    assert [one.error for one in found] == [
+    predictions = list(detector.predict(ImageFile(str(n), fail(e)) for n, e in enumerate(errors)))
+    assert [one.error for one in predictions] == [
         "a b", "Permission denied", "more memory would be needed than there is",
     ]  # fmt: skip
     with pytest.raises(ZeroDivisionError):  # our own mistakes are not taken for bad files

@@ -58,9 +58,9 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
     mobile, small_runs: Path, tmp_path: Path
 ) -> None:
     for detector in (mobile, load_detector(runs=small_runs)):
-        found = heatmap(detector, encode(photo(1), "PNG"))
+        overlay = heatmap(detector, encode(photo(1), "PNG"))
         size = detector.preprocess.crop_size
-        assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
+        assert (overlay.shape, overlay.dtype) == ((size, size, 3), np.uint8)
     transformer = Network(
         name="vit_tiny_patch16_224", pretrained=False,
         options={"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 32},

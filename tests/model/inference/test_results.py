@@ -219,8 +219,8 @@ def test_an_image_with_15000_lines_of_metadata_makes_a_file_that_can_be_read(
     (tmp_path / "a.png").write_bytes(encode(photo(1), "PNG", pnginfo=said))
     out = tmp_path / "out.csv"
     assert ask(tmp_path / "a.png", "--out", out).exit_code == 0
-    (found,) = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"), newline=""))
-    assert found["provenance"].count("generator: ") == MAX_EVIDENCE - 1
+    (row,) = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"), newline=""))
+    assert row["provenance"].count("generator: ") == MAX_EVIDENCE - 1
     result = ask(tmp_path / "a.png", "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert "1 were there already" in result.stderr

@@ -49,10 +49,11 @@ def test_the_picture_shows_what_was_written_down(
 
     monkeypatch.setattr(curves, "_line", noted)
     one = draw(write_run(tmp_path / "one", 20, 0.1), tmp_path / "one.png")
-    found = {(title, label): points for title, label, points in drawn}
-    assert found["loss", "training"] == [(step, 1 / step) for step in range(1, 21)]
-    assert found["false positives on reals", "val"] == [(s, 0.1) for s in (5, 10, 15, 20)]
-    assert {label for _, label in found} == {"", "training", "val", "evalgen"}  # sets, not sources
+    points_of = {(title, label): points for title, label, points in drawn}
+    assert points_of["loss", "training"] == [(step, 1 / step) for step in range(1, 21)]
+    assert points_of["false positives on reals", "val"] == [(s, 0.1) for s in (5, 10, 15, 20)]
+    labels = {label for _, label in points_of}
+    assert labels == {"", "training", "val", "evalgen"}  # sets, not sources
     other = draw(write_run(tmp_path / "other/one", 20, 0.6), tmp_path / "other.png")
     again = draw(tmp_path / "one", tmp_path / "again.png")
     assert one.shape == other.shape

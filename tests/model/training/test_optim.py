@@ -38,9 +38,9 @@ def test_after_warm_up_there_are_as_many_rates_as_groups(
     layers = layer_of_parameters(BASE, layer_decay_groups)
     assert len(set(layers.values())) == groups
     for step in (0, 5, 50, 99):
-        found = rates(optim, BASE, 100, step)
-        assert len(found) == groups
-        assert max(found) / min(found) == pytest.approx(decay ** -(groups - 1))
+        group_rates = rates(optim, BASE, 100, step)
+        assert len(group_rates) == groups
+        assert max(group_rates) / min(group_rates) == pytest.approx(decay ** -(groups - 1))
 
 
 def test_the_official_grouping_has_12_layers_and_the_head() -> None:

@@ -187,24 +187,24 @@ OWN = [
 
 def unpicklers(text: str) -> list[str]:
     """Calls in Python code that may run what a file says."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
         options = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        found += [name] if re.search(r"(pickle|dill|joblib|shelve|marshal)\.\w*load", name) else []
+        calls += [name] if re.search(r"(pickle|dill|joblib|shelve|marshal)\.\w*load", name) else []
         if name.endswith(("torch.load", "load_state_dict_from_url")):
-            found += [] if options.get("weights_only") == "True" else [name]
-        found += [name] if options.get("allow_pickle", "False") != "False" else []
+            calls += [] if options.get("weights_only") == "True" else [name]
+        calls += [name] if options.get("allow_pickle", "False") != "False" else []
         unsafe = name.endswith("yaml.load") or name in ("eval", "exec")
-        found += [name] if unsafe else []
-    return found
+        calls += [name] if unsafe else []
+    return calls
 
 
 def test_nothing_is_unpickled() -> None:
     assert len(OWN) > 50
-    assert {path.name: found for path in OWN if (found := unpicklers(path.read_text()))} == {}
+    assert {path.name: calls for path in OWN if (calls := unpicklers(path.read_text()))} == {}
     assert unpicklers("torch.load(p)\nnp.load(p, allow_pickle=True)\npickle.loads(b)") == [
         "torch.load", "np.load", "pickle.loads",
     ]  # fmt: skip

@@ -63,22 +63,22 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
-    found = audit.audit(shards_of(sets, "planted"))
-    assert found.verdict == "strong"
-    assert found.pooled.auroc > 0.99
-    assert 0.9 < found.pooled.low < found.pooled.high <= 1
-    assert found.features["format"].alone.auroc > 0.99
-    assert max(found.features["size"].alone.auroc, found.features["EXIF"].alone.auroc) < 0.7
-    assert "format PNG: 100 % fake (52 images)" in map(str, found.shortcuts)
-    assert "format JPEG: 100 % real (60 images)" in map(str, found.shortcuts)
-    assert not any(value.value == facts.NO_JPEG for value in found.shortcuts)
-    mixed, few = found.sources["mixed"], found.sources["few"]
+    report = audit.audit(shards_of(sets, "planted"))
+    assert report.verdict == "strong"
+    assert report.pooled.auroc > 0.99
+    assert 0.9 < report.pooled.low < report.pooled.high <= 1
+    assert report.features["format"].alone.auroc > 0.99
+    assert max(report.features["size"].alone.auroc, report.features["EXIF"].alone.auroc) < 0.7
+    assert "format PNG: 100 % fake (52 images)" in map(str, report.shortcuts)
+    assert "format JPEG: 100 % real (60 images)" in map(str, report.shortcuts)
+    assert not any(value.value == facts.NO_JPEG for value in report.shortcuts)
+    mixed, few = report.sources["mixed"], report.sources["few"]
     assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
     assert mixed.within.auroc > 0.99
     assert few.within is None
     assert "too few: 20 groups of real and 12 of fake images" in few.note
     assert mixed.from_others is None or mixed.from_others.auroc > 0.4
-    assert any("re-encoded" in line for line in audit.advice_of(found))
+    assert any("re-encoded" in line for line in audit.advice_of(report))
 
 
 def test_what_the_classifier_leans_on_costs_when_it_is_shuffled(sets: Path) -> None:
@@ -91,11 +91,11 @@ def test_what_the_classifier_leans_on_costs_when_it_is_shuffled(sets: Path) -> N
 
 
 def test_without_a_shortcut_the_interval_covers_guessing(sets: Path) -> None:
-    found = audit.audit(shards_of(sets, "clean"))
-    assert found.pooled.low <= 0.5 <= found.pooled.high
-    assert found.pooled.high - found.pooled.low < 0.2
-    assert found.verdict == "little"
-    assert "nothing has to be done" in " ".join(audit.advice_of(found))
+    report = audit.audit(shards_of(sets, "clean"))
+    assert report.pooled.low <= 0.5 <= report.pooled.high
+    assert report.pooled.high - report.pooled.low < 0.2
+    assert report.verdict == "little"
+    assert "nothing has to be done" in " ".join(audit.advice_of(report))
 
 
 def test_groups_do_not_leak(sets: Path) -> None:
@@ -125,18 +125,18 @@ def test_folds_keep_groups_whole_and_share_out_classes_and_sources(sets: Path) -
 
 
 def test_a_source_with_one_class_is_a_shortcut_itself(sets: Path) -> None:
-    found = audit.audit(shards_of(sets, "single"))
-    assert found.source_name.auroc == 1
-    assert {one.note for one in found.sources.values()} == {"only real images", "only fake images"}
-    assert all(one.within is None for one in found.sources.values())
-    assert any("2 of 2 sources have one class only" in note for note in found.notes)
+    report = audit.audit(shards_of(sets, "single"))
+    assert report.source_name.auroc == 1
+    assert {one.note for one in report.sources.values()} == {"only real images", "only fake images"}
+    assert all(one.within is None for one in report.sources.values())
+    assert any("2 of 2 sources have one class only" in note for note in report.notes)
 
 
 def test_one_class_alone_is_said_in_words(sets: Path) -> None:
-    found = audit.audit(shards_of(sets, "lonely"))
-    assert (found.pooled, found.across, found.features) == (None, None, {})
-    assert found.verdict == "unknown"
-    assert found.notes[0].startswith("There are only fake images here")
+    report = audit.audit(shards_of(sets, "lonely"))
+    assert (report.pooled, report.across, report.features) == (None, None, {})
+    assert report.verdict == "unknown"
+    assert report.notes[0].startswith("There are only fake images here")
 
 
 def test_the_interval_of_an_auroc() -> None:
@@ -199,18 +199,18 @@ def test_too_many_names_share_one_code() -> None:
 
 def test_a_match_balances_the_classes(sets: Path) -> None:
     shards = shards_of(sets, "partly")
-    found = match.match_classes(shards)
-    assert found.before.low > 0.6
-    assert found.after.auroc <= audit.LITTLE
-    assert found.after.low <= 0.5
-    labels, formats = shards.column("label")[found.rows], shards.names("format", found.rows)
-    assert labels.sum() * 2 == len(labels) == 2 * found.per_class
+    matched = match.match_classes(shards)
+    assert matched.before.low > 0.6
+    assert matched.after.auroc <= audit.LITTLE
+    assert matched.after.low <= 0.5
+    labels, formats = shards.column("label")[matched.rows], shards.names("format", matched.rows)
+    assert labels.sum() * 2 == len(labels) == 2 * matched.per_class
     for name in set(formats):
         of_format = labels[np.array(formats) == name]
         assert of_format.sum() * 2 == len(of_format)
-    assert np.array_equal(found.rows, np.unique(found.rows))
-    assert np.array_equal(found.rows, match.match_classes(shards).rows)
-    assert not np.array_equal(found.rows, match.match_classes(shards, seed=1).rows)
+    assert np.array_equal(matched.rows, np.unique(matched.rows))
+    assert np.array_equal(matched.rows, match.match_classes(shards).rows)
+    assert not np.array_equal(matched.rows, match.match_classes(shards, seed=1).rows)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What a person does with the page in a browser, and what it shows."""
+
+import base64
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import requests
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def file_of(name: str, data: bytes) -> dict[str, object]:
+    return {"name": name, "mimeType": "", "buffer": data}
+
+
+def browse(page: "Page", *files: dict[str, object] | Path) -> None:
+    """Choose files as the browser's dialog does."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name=re.compile("Upload|Add files")).click()
+    chooser.value.set_files(list(files))
+
+
+def copy(page: "Page", data: bytes) -> None:
+    """Put a picture (a PNG file) on the clipboard."""
+    page.evaluate(
+        """async (data) => {
+          const blob = await (await fetch("data:image/png;base64," + data)).blob();
+          await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }""",
+        base64.b64encode(data).decode(),
+    )
+
+
+def drop(page: "Page", where: str, name: str, data: bytes) -> None:
+    """Let a file fall on the element `where`."""
+    transfer = page.evaluate_handle(
+        """([name, data]) => {
+          const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([bytes], name));
+          return transfer;
+        }""",
+        [name, base64.b64encode(data).decode()],
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event(where, event, {"dataTransfer": transfer})
+
+
+def wait_for(page: "Page", *texts: str) -> None:
+    """Wait until each of the texts is there."""
+    for text in texts:
+        page.get_by_text(text).first.wait_for()
+
+
+def probability_shown(page: "Page") -> str:
+    """Of the one image on the page."""
+    text = page.get_by_text("Probability that it is AI-generated:").inner_text()
+    return text.rpartition(": ")[2]
+
+
+def width_of(page: "Page") -> int:
+    """How wide the page would like to be, px; more than the window scrolls sideways."""
+    return page.evaluate(
+        "Math.max(document.documentElement.scrollWidth,"
+        " ...[...document.querySelectorAll('[data-testid=stMain]')]"
+        ".map((part) => part.scrollWidth))"
+    )
+
+
+def bytes_held(address: str) -> int:
+    """Size of what the server holds of uploads, by its own count."""
+    text = requests.get(f"{address}/_stcore/metrics", timeout=10).text
+    lines = [line for line in text.splitlines() if 'cache_type="UploadedFileManager"' in line]
+    return sum(int(line.rpartition(" ")[2]) for line in lines if "bytes" in line)
+
+
+def holds(address: str, expected: int) -> None:
+    """Wait until the server holds so many bytes of uploads."""
+    for _ in range(300):
+        if bytes_held(address) == expected:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{bytes_held(address)} bytes held after 30 s, expected {expected}")

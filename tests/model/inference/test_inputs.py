@@ -1,0 +1,65 @@
+"""Which files a run is given: a folder that fills, a list that has no end."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from model import load_detector
+from model.inference import inputs
+from tests.builders import encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_a_folder_that_fills_gives_each_complete_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        inputs.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
+    (tmp_path / "old.jpg").write_bytes(b"12")
+    os.utime(tmp_path / "old.jpg", (1, 1))
+    looks = inputs.watch(str(tmp_path), Counter())
+
+    def look() -> list[str]:
+        return [Path(file.name).name for file in next(looks)]
+
+    assert look() == ["old.jpg"]
+    growing = tmp_path / "growing.jpg"
+    for size in range(4):
+        growing.write_bytes(bytes(size + 1))
+        os.utime(growing, (1, 1 + size))
+        assert look() == []
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "half.jpg.part").write_bytes(b"x")
+    assert look() == []
+    assert look() == ["growing.jpg"]
+    assert [look() for _ in range(4)] == [[]] * 4
+    growing.unlink()
+    assert look() == []
+    growing.write_bytes(b"another")
+    assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+def test_standard_input_is_read_as_it_comes(small_runs: Path, tmp_path: Path) -> None:
+    """A list without an end: the first verdict does not wait for it."""
+    (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield str(tmp_path / "a.jpg")
+
+    files = inputs.find_images(endless(), Counter())
+    predictions = load_detector(runs=small_runs).predict(files)
+    next(predictions)
+    assert len(taken) == 2
+    for _ in range(200):
+        next(predictions)
+    assert len(taken) < 201 + 4 * 32
+    predictions.close()

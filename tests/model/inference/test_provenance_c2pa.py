@@ -1,0 +1,84 @@
+"""Signed manifests: read, checked, and never fetched from where a file says."""
+
+import http.server
+import io
+import threading
+
+import c2pa
+import pytest
+
+from model.inference import provenance
+from model.inference.provenance import read_evidence
+from tests.builders import encode
+from tests.provenance_files import (
+    MIME,
+    PICTURE,
+    evidence_of,
+    make_signer,
+    sign,
+)
+
+
+@pytest.fixture(scope="module")
+def signer() -> c2pa.Signer:
+    return make_signer()
+
+
+@pytest.mark.parametrize("kind", MIME)
+def test_a_signed_manifest_is_read_and_checked(signer: c2pa.Signer, kind: str) -> None:
+    signed = sign(signer, encode(PICTURE, kind), kind, "trainedAlgorithmicMedia")
+    evidence = evidence_of(signed)
+    assert (evidence.kind, evidence.suggests) == ("C2PA", "AI")
+    for said in ("signed by Example Images Ltd", "made with Example Painter", "AI-generated",
+                 "trainedAlgorithmicMedia", "the signature fits the file"):  # fmt: skip
+        assert said in evidence.value
+    middle = bytearray(signed)
+    middle[-30] ^= 1
+    assert "NOT VALID" in evidence_of(bytes(middle)).value
+    taken = evidence_of(sign(signer, encode(PICTURE, kind), kind, "digitalCapture"))
+    assert taken.suggests == "camera"
+
+
+def test_a_manifest_elsewhere_is_not_asked_for(signer: c2pa.Signer) -> None:
+    """A picture must not be able to make its reader call an address."""
+    asked = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/manifest.c2pa"
+        data = sign(signer, encode(PICTURE), "JPEG", "trainedAlgorithmicMedia", address)
+        assert address.encode() in data
+        read_evidence(data)
+        # Even where the bytes look as if there were a manifest, and the library is asked.
+        read_evidence(data + b"jumb c2pa")
+        provenance._c2pa_reader.cache_clear()
+        with pytest.raises(c2pa.C2paError):
+            provenance._c2pa_reader()(data)
+        assert not asked
+        with pytest.raises(c2pa.C2paError):
+            c2pa.Reader("image/jpeg", io.BytesIO(data))  # the library's own default does ask
+        assert asked
+        server.shutdown()
+
+
+def test_without_the_library_a_manifest_is_said_to_be_there(
+    signer: c2pa.Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = sign(signer, encode(PICTURE), "JPEG", "trainedAlgorithmicMedia")
+    monkeypatch.setattr(provenance, "_c2pa_reader", lambda: None)
+    assert "install the extra `evidence`" in evidence_of(data).value
+
+
+def test_a_claim_without_a_source_type(signer: c2pa.Signer) -> None:
+    plain = evidence_of(sign(signer, encode(PICTURE), "JPEG", "empty"))
+    assert plain.suggests == ""
+    named = evidence_of(sign(signer, encode(PICTURE), "JPEG", "empty", maker="ChatGPT"))
+    assert named.suggests == "AI"

@@ -1,0 +1,135 @@
+"""Nothing that a file says of itself can raise, take long or write to a terminal."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import c2pa
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from model.inference.provenance import MAX_EVIDENCE, MAX_TEXT, read_evidence
+from tests.builders import KINDS, awkward_files, encode, photo
+from tests.provenance_files import (
+    A1111,
+    GRAPH,
+    MIME,
+    PICTURE,
+    SOURCE,
+    evidence_of,
+    exif,
+    make_signer,
+    png,
+    sign,
+    xmp,
+)
+
+
+@pytest.fixture(scope="module")
+def signer() -> c2pa.Signer:
+    return make_signer()
+
+
+def all_kinds(signer: c2pa.Signer) -> Iterator[bytes]:
+    """One small file of each container, full of things to say."""
+    small = Image.fromarray(photo(2, 24, 20))
+    tags = exif(Make="Canon", Model="x", UserComment=b"UNICODE\0" + A1111.encode("utf-16-le"))
+    packet = xmp(f'a="{SOURCE}trainedAlgorithmicMedia" AIGC "Label":"1"/>')
+    yield encode(small, "JPEG", exif=tags, xmp=packet)
+    yield encode(small, "WEBP", exif=tags, xmp=packet)
+    yield encode(small, "TIFF", exif=tags)
+    info = PngInfo()
+    info.add_text("parameters", A1111, zip=True)
+    info.add_itxt("prompt", GRAPH, zip=True)
+    yield encode(small, "PNG", pnginfo=info, exif=tags)
+    for kind in MIME:
+        yield sign(signer, encode(small, kind), kind, "trainedAlgorithmicMedia")
+
+
+def harmless(data: bytes) -> None:
+    for evidence in read_evidence(data):
+        for text in (evidence.kind, evidence.value, evidence.where):
+            assert text.isprintable()
+            assert len(text) <= MAX_TEXT
+
+
+def test_no_damage_makes_it_raise(signer: c2pa.Signer) -> None:
+    rng = random.Random(1)
+    for whole in all_kinds(signer):
+        assert read_evidence(whole)
+        for length in range(0, len(whole), max(1, len(whole) // 60)):
+            harmless(whole[:length])
+        for _ in range(60):
+            changed = bytearray(whole)
+            for _ in range(rng.randint(1, 20)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            harmless(bytes(changed))
+    for data in KINDS.values():
+        harmless(data)
+        harmless(data + b"jumb c2pa")
+
+
+def test_a_text_that_unpacks_to_much_is_not_unpacked() -> None:
+    info = PngInfo()
+    info.add_text("parameters", "Steps: 1, Seed: 2" + " " * 50_000_000, zip=True)
+    harmless(encode(PICTURE, "PNG", pnginfo=info))
+
+
+def test_a_file_cannot_write_to_the_terminal() -> None:
+    evidence = evidence_of(
+        png(parameters="\x1b[2J\x1b]0;title\x07\x9b31m\x07\u202e" + A1111 + "x" * 1000)
+    )
+    assert evidence.value.isprintable()
+    assert evidence.value.startswith("Stable Diffusion settings: a cat")
+    assert len(evidence.value) == MAX_TEXT
+
+
+def test_a_file_that_says_much_says_little() -> None:
+    """15,000 statements become a row of `MAX_EVIDENCE`, what suggests AI among them."""
+    texts = {f"parameters {n}\x1b[2J'": f"{n} {A1111}" for n in range(15_000)}
+    evidence = read_evidence(encode(PICTURE, "PNG", pnginfo=many(texts)))
+    assert len(evidence) == MAX_EVIDENCE
+    assert evidence[-1].value == "14,981 further statements are not shown"
+    assert all(len(str(one)) < 2 * MAX_TEXT and one.where.isprintable() for one in evidence)
+    assert "'text" not in evidence[0].where
+    types = "".join(f"<DigitalSourceType>type{n}</DigitalSourceType>" for n in range(15_000))
+    last = 'xmp:CreatorTool="Midjourney">'
+    evidence = read_evidence(png(**{"XML:com.adobe.xmp": xmp(last + types).decode()}))
+    assert len(evidence) == MAX_EVIDENCE
+    assert evidence[0].value == "Midjourney"
+    assert (
+        len(evidence_of(encode(PICTURE, xmp=xmp(f'DigitalSourceType="{"a" * 9000}"'))).value)
+        == MAX_TEXT
+    )
+
+
+def many(texts: dict[str, str]) -> PngInfo:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    return info
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" + " " * 400_000 + "b", "--a" * 150_000, "Steps: 1 " * 50_000, "{" * 400_000,
+     '{"prompt":' * 40_000, '"class_type" ' * 30_000, "<DigitalSourceType>" * 20_000,
+     "<UserComment>" * 30_000 + "</UserComment>", ' CreatorTool="' * 30_000, "\x1b[" * 200_000,
+     "&amp;" * 90_000, '" -s1 -S1' * 50_000],
+)  # fmt: skip
+def test_no_text_takes_long(text: str) -> None:
+    began = time.process_time()
+    harmless(png(parameters=text))
+    harmless(png(**{"XML:com.adobe.xmp": text}))
+    assert time.process_time() - began < 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not awkward_files(), reason="AWKWARD_IMAGES names no folder of hostile files")
+def test_every_hostile_file_in_a_folder() -> None:
+    for path in awkward_files():
+        data = Path(path).read_bytes()
+        for length in (*range(0, len(data), max(1, len(data) // 10)), len(data)):
+            harmless(data[:length])

@@ -1,0 +1,125 @@
+"""Files that say what made them, written by the libraries that write such things."""
+
+import datetime
+import io
+import json
+
+import c2pa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from model.inference.provenance import Evidence, read_evidence
+from tests.builders import encode, photo
+
+SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+PICTURE = Image.fromarray(photo(1))
+MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+
+
+def evidence_of(data: bytes) -> Evidence:
+    """The one statement of a file."""
+    (evidence,) = read_evidence(data)
+    return evidence
+
+
+def png(**texts: str) -> bytes:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    return encode(PICTURE, "PNG", pnginfo=info)
+
+
+def exif(**tags: object) -> Image.Exif:
+    tags_of_file = Image.Exif()
+    inside = tags_of_file.get_ifd(ExifTags.IFD.Exif)
+    for name, value in tags.items():
+        tag = ExifTags.Base[name]
+        (inside if tag in (0x9286, 0x9003) else tags_of_file)[tag] = value
+    return tags_of_file
+
+
+def certificate(name: str, key, signer_name: str, signer_key, *, is_ca: bool) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.UTC)
+
+    def of(common: str) -> x509.Name:
+        organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example Images Ltd")
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common), organization])
+
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+         "encipher_only", "decipher_only"), False,
+    )  # fmt: skip
+    usage |= {"digital_signature": not is_ca, "key_cert_sign": is_ca, "crl_sign": is_ca}
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(of(name))
+        .issuer_name(of(signer_name))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=9))
+        .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
+        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()), False
+        )
+    )
+    if not is_ca:
+        mail = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
+        builder = builder.add_extension(mail, False)
+    return builder.sign(signer_key, hashes.SHA256())
+
+
+def sign(
+    signer: c2pa.Signer, data: bytes, kind: str, source: str, remote: str = "",
+    maker: str = "Example Painter",
+) -> bytes:  # fmt: skip
+    """The file with a manifest that says how it was made; `remote`: with its address alone."""
+    action = {"action": "c2pa.created", "digitalSourceType": SOURCE + source}
+    manifest = {
+        "claim_generator_info": [{"name": maker, "version": "2"}],
+        "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+    }
+    settings = {"builder": {"thumbnail": {"enabled": False}}}
+    with c2pa.Builder(json.dumps(manifest), context=c2pa.Context.from_dict(settings)) as builder:
+        if remote:
+            builder.set_remote_url(remote)
+            builder.set_no_embed()
+        out = io.BytesIO()
+        builder.sign(signer, MIME[kind], io.BytesIO(data), out)
+        return out.getvalue()
+
+
+A1111 = (
+    "a cat on a sofa\nNegative prompt: blurry\n"
+    "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15"
+)
+GRAPH = json.dumps(
+    {"3": {"class_type": "KSampler", "inputs": {"seed": 1}},
+     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog in the rain"}}}
+)  # fmt: skip
+
+
+def xmp(inside: str) -> bytes:
+    start = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description '
+    return f"{start}{inside}</rdf:RDF></x:xmpmeta>".encode()
+
+
+def make_signer() -> c2pa.Signer:
+    """A signer whose certificate a test authority has signed."""
+    root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = certificate("Root", root_key, "Root", root_key, is_ca=True)
+    leaf = certificate("Signer", key, "Root", root_key, is_ca=False)
+    chain = b"".join(c.public_bytes(serialization.Encoding.PEM) for c in (leaf, root))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return c2pa.Signer.from_info(
+        c2pa.C2paSignerInfo(alg=c2pa.C2paSigningAlg.ES256, sign_cert=chain, private_key=private,
+                            ta_url=None)
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Names that file systems and people write in several ways, and folders of what is no image."""
+
+import os
+import shutil
+from pathlib import Path
+from unicodedata import normalize
+
+import pytest
+from click.testing import CliRunner
+
+from sharding.__main__ import main
+from sharding.build import find_sources
+from sharding.catalog import BUILT_IN, read_catalog
+from sharding.format import open_shards
+from sharding.verify import verify
+from tests.builders import encode, photo
+
+SEEDS = iter(range(10_000))
+"""No two pictures of a test are alike."""
+
+
+def small_source(tmp_path: Path, folder: bytes, catalog_folder: str) -> Path:
+    """Five photos below a folder of these bytes, five fakes, and a catalog that names both."""
+    top = os.fsencode(tmp_path / "raw") + b"/mine/"
+    for name in (folder, b"fake"):
+        os.makedirs(top + name)  # noqa: PTH103  bytes
+        for number in range(5):
+            with open(top + name + b"/%d.png" % number, "wb") as stream:  # noqa: PTH123
+                stream.write(encode(photo(next(SEEDS), 48, 40), "PNG"))
+    (tmp_path / "catalog.toml").write_text(
+        f'[sets]\nm = "train"\n[sources.mine]\nlicense = "x"\nset = "m"\n'
+        f'real = ["{catalog_folder}"]\nfake = ["fake"]\n'
+    )
+    return tmp_path
+
+
+def build_command(tmp_path: Path, *arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(
+        main,
+        ["build", "--raw", str(tmp_path / "raw"), "--catalog", str(tmp_path / "catalog.toml"),
+         "--out", str(tmp_path / "out"), "--jobs", "1", *map(str, arguments)],
+    )  # fmt: skip
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_composed_and_decomposed_names_are_one(tmp_path: Path, form: str) -> None:
+    for other in ("NFC", "NFD"):
+        folder = small_source(tmp_path / other, normalize(form, "fotos é").encode(), "fotos é")
+        text = (folder / "catalog.toml").read_text()
+        text = text.replace("fotos é", normalize(other, "fotos é"))
+        (folder / "raw/mine").rename(folder / "raw" / normalize(form, "mîne"))
+        root = normalize(other, "mîne")
+        text = text.replace('license = "x"', f'license = "x"\nroot = "{root}"')
+        (folder / "catalog.toml").write_text(text)
+        status, output = build_command(folder)
+        assert status == 0, output
+        table = open_shards([folder / "out/m"]).table
+        assert table.column("label").to_pylist().count(0) == 5
+        assert all(name == normalize("NFC", name) for name in table.column("origin").to_pylist())
+
+
+def test_a_name_that_is_not_utf_8_is_said_and_the_rest_packed(tmp_path: Path) -> None:
+    small_source(tmp_path, b"real", "real")
+    name = os.fsencode(tmp_path / "raw/mine/real/") + b"/caf\xe9.png"
+    shutil.copy(os.fsencode(tmp_path / "raw/mine/real/0.png"), name)
+    status, output = build_command(tmp_path, "--max-bad", 0.2)
+    assert status == 0, output
+    assert "quarantined: mine/real/caf\\xe9.png: a name that is not UTF-8; rename it" in output
+    assert len(open_shards([tmp_path / "out/m"])) == 10
+    assert verify([tmp_path / "out/m"], jobs=1) == []
+
+
+def test_describe_says_which_names_are_not_utf_8(tmp_path: Path) -> None:
+    small_source(tmp_path, b"photos \xe9", "photos")
+    catalog = tmp_path / "my.toml"
+    result = CliRunner().invoke(
+        main, ["describe", str(tmp_path / "raw/mine"), "--out", str(catalog)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "excluded: 5 images: a name that is not UTF-8; rename it" in result.output
+    assert list(read_catalog([BUILT_IN, catalog]).sources["mine"].fake)
+
+
+def test_files_without_an_extension_are_one_line(tmp_path: Path) -> None:
+    small_source(tmp_path, b"real", "real")
+    for number in range(30):
+        (tmp_path / f"raw/mine/real/file{number}").write_bytes(b"x")
+    status, output = build_command(tmp_path)
+    assert status == 0
+    (line,) = [line for line in output.splitlines() if line.startswith("excluded: mine")]
+    assert "30 files: not an image by its name (no extension) (first: real/file0)" in line
+
+
+def test_absurd_jobs_are_one_line(tmp_path: Path) -> None:
+    small_source(tmp_path, b"real", "real")
+    status, output = build_command(tmp_path, "--jobs", 100_000)
+    assert status == 1
+    assert "Error: --jobs 100,000: this machine has" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.parquet", b""), ("x.parquet", b"PAR1" + bytes(99) + b"PAR1"),
+     ("x_labels.csv", b"filename,label\ncaf\xe9.png,1\n")],
+)  # fmt: skip
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    small_source(tmp_path, b"real", "real")
+    with (tmp_path / "catalog.toml").open("a") as stream:
+        stream.write('table = { name = "*.csv", key = "filename" }\n')
+    text = (tmp_path / "catalog.toml").read_text()
+    text = text.replace('real = ["real"]', 'real = ["real", { column = "image", optional = true }]')
+    (tmp_path / "catalog.toml").write_text(text)
+    (tmp_path / "raw/mine" / name).write_bytes(content)
+    status, output = build_command(tmp_path)
+    assert status == 1
+    assert f"Error: {tmp_path}/raw/mine/{name} is damaged or no table (" in output
+
+
+def test_numbers_for_extensions_are_one_line_too(tmp_path: Path) -> None:
+    """A folder of objects by number is said once, not once for each."""
+    (tmp_path / "raw/mine/real").mkdir(parents=True)
+    (tmp_path / "raw/mine/real/a.jpg").write_bytes(encode(photo(1)))
+    for number in range(300):
+        (tmp_path / f"raw/mine/real/{number:03d}").write_bytes(b"x")
+        (tmp_path / f"raw/mine/real/part.{number:03d}").write_bytes(b"x")
+    (tmp_path / "raw/mine/real/notes.txt").write_text("x")
+    (tmp_path / "mine.toml").write_text(
+        '[sets]\nmine = "train"\n[sources.mine]\nlicense = "x"\nset = "mine"\nreal = ["real"]\n'
+    )
+    catalog = read_catalog([tmp_path / "mine.toml"])
+    listing = find_sources(catalog, tmp_path / "raw", tmp_path / "out").listings["mine"]
+    assert {reason: entry["files"] for reason, entry in listing.excluded.items()} == {
+        "not an image by its name (no extension)": 600,
+        "not an image by its name (.txt)": 1,
+    }

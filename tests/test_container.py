@@ -1,0 +1,34 @@
+"""The container: its linter, and what it copies."""
+
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tests.builders import ROOT, imports_of
+
+
+def test_the_files_of_the_container_pass_their_linter() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_container_gets_what_the_page_imports() -> None:
+    copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
+    copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    needed, open_ends = (
+        {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
+        ["app", "serve"],
+    )
+    while open_ends:
+        name = open_ends.pop()
+        files = list((ROOT / name).rglob("*.py")) or [ROOT / f"{name}.py"]
+        needed.add(name if (ROOT / name).is_dir() else f"{name}.py")
+        imported = {module.partition(".")[0] for file in files for module in imports_of(file)}
+        ours = {one for one in imported if (ROOT / one).is_dir() or (ROOT / f"{one}.py").exists()}
+        open_ends += [one for one in ours if not {one, f"{one}.py"} & needed]
+    assert needed <= copied
+    assert all(any(fnmatch(path, pattern) for pattern in let_in) for path in copied)

@@ -1,0 +1,45 @@
+"""Golden values are compared, and are written only when asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.goldens import Golden
+
+VALUES = {"losses": [0.5, 0.25], "flipped": True, "quality": 84}
+
+
+def test_what_is_written_is_what_is_compared(tmp_path: Path) -> None:
+    Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-7)
+    assert json.loads((tmp_path / "tiny.json").read_text()) == VALUES
+    Golden(tmp_path).check("tiny", VALUES, rtol=1e-7)
+
+
+def test_numbers_that_hold_are_not_written_again(tmp_path: Path) -> None:
+    Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-3)
+    Golden(tmp_path, write=True).check("tiny", VALUES | {"losses": [0.50001, 0.25]}, rtol=1e-3)
+    assert json.loads((tmp_path / "tiny.json").read_text()) == VALUES
+    changed = VALUES | {"losses": [0.51, 0.25]}
+    Golden(tmp_path, write=True).check("tiny", changed, rtol=1e-3)
+    assert json.loads((tmp_path / "tiny.json").read_text()) == changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"losses": [0.5, 0.2501]}, {"losses": [0.5]}, {"flipped": False}, {"quality": 85},
+     {"more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_another_value_fails_and_leaves_the_file(tmp_path: Path, change: dict) -> None:
+    Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-7)
+    before = (tmp_path / "tiny.json").read_text()
+    with pytest.raises(AssertionError, match=r"tiny\.json"):
+        Golden(tmp_path).check("tiny", VALUES | change, rtol=1e-4)
+    assert (tmp_path / "tiny.json").read_text() == before
+
+
+def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="make golden"):
+        Golden(tmp_path).check("tiny", VALUES, rtol=1e-7)
+    assert not list(tmp_path.iterdir())
