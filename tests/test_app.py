@@ -67,10 +67,41 @@ def test_a_share_is_never_none_or_all() -> None:
     assert said == ["fewer than 1", "fewer than 1", "about 5", "more than 99", "more than 99"]
 
 
+def test_variables_take_a_folder_as_options_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").touch()
+    refused = {"s3://bucket/runs": "is an address", str(tmp_path / "fifo"): "a pipe or a device",
+               str(tmp_path / "file"): "is a file"}  # fmt: skip
+    for variable in ("DETECTOR_RUNS", "DETECTOR_CHECKPOINT"):
+        for value, reason in refused.items():
+            monkeypatch.setenv(variable, value)
+            with pytest.raises(ValueError, match=f"{variable}: .*{reason}"):
+                app.loaded_detector.__wrapped__()
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("DETECTOR_RUNS", f"file://{tmp_path}/none")
+    with pytest.raises(ValueError, match=f"no checkpoint below {tmp_path}/none"):
+        app.loaded_detector.__wrapped__()
+
+
 def test_the_files_of_the_container_pass_their_linter() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_container_is_pinned_and_its_user_can_read_it() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (.*)", text, re.M) == re.findall(
+        r"^FROM (\S+@sha256:\w{64})$", text, re.M
+    )
+    copies, readable, user = (text.rindex(word) for word in ("\nCOPY", "chmod -R a+rX .", "\nUSER"))
+    assert copies < readable < user
+    pinned = (ROOT / "constraints.txt").read_text()
+    for name in ("uv", "streamlit", "torch", "pillow", "simplejpeg"):
+        assert re.search(rf"^{name}==\d", pinned, re.M), name
+    assert text.count("--constraint constraints.txt") == 2
 
 
 def test_the_container_gets_what_the_page_imports() -> None:
