@@ -192,7 +192,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     reader.start()
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
             if requests.get(f"{address}/_stcore/health", timeout=5).text == "ok":
                 break
         assert server.poll() is None, said
