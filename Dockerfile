@@ -4,7 +4,8 @@
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
 #
 # For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
-FROM python:3.11-slim-bookworm
+# Python 3.11.16, for amd64 and arm64; a newer one is a change of this line.
+FROM python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 
 # What uv calls a PyTorch backend; torch and torchvision come from it as the pair that belongs together.
 ARG TORCH=cpu
@@ -29,6 +30,8 @@ COPY sharding/ sharding/
 COPY pipeline/ pipeline/
 COPY model/ model/
 COPY .streamlit/ .streamlit/
+# A checkout keeps the modes that its umask gave, and COPY keeps them for root.
+RUN chmod -R a+rX .
 
 USER 10001
 ENV DETECTOR_RUNS=/runs PYTHONDONTWRITEBYTECODE=1

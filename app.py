@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
 import streamlit as st
 from PIL import Image
 from starlette.formparsers import MultiPartParser
@@ -40,8 +41,7 @@ HERE = Path(__file__).parent
 
 # Where checkpoints are looked for: `DETECTOR_RUNS=demo/runs make app` shows the demo's. Not the
 # newest run's best one: `DETECTOR_CHECKPOINT=runs/phase1 make app`.
-RUNS = Path(os.environ.get("DETECTOR_RUNS", "runs"))
-CHECKPOINT = os.environ.get("DETECTOR_CHECKPOINT") or None
+RUNS, CHECKPOINT = "DETECTOR_RUNS", "DETECTOR_CHECKPOINT"
 
 MIN_SIDE_PX = 32
 """A shorter side is refused: no known set has smaller images, and a guess looks like a finding."""
@@ -109,7 +109,21 @@ class Scored:
 @st.cache_resource(show_spinner="Loading the detector")
 def loaded_detector() -> ImageDetector:
     """The checkpoint, loaded once."""
-    return load_detector(CHECKPOINT, runs=RUNS)
+    runs = folder_in(RUNS) or Path("runs")
+    return load_detector(folder_in(CHECKPOINT), runs=runs)
+
+
+def folder_in(variable: str) -> Path | None:
+    """The folder that a variable of the environment names, as options take one.
+
+    Raises:
+        ValueError: an address, or no folder.
+    """
+    value = os.environ.get(variable)
+    try:
+        return console.LocalPath(file_okay=False).convert(value, None, None) if value else None
+    except click.BadParameter as error:
+        raise ValueError(f"{variable}: {error.message}") from error
 
 
 def close_soon(session: str) -> None:

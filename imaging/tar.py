@@ -3,6 +3,7 @@ kept in memory. Plain tars are read where a member lies, from any thread; compre
 be read from front to end, so their members come with their bytes.
 """
 
+import contextlib
 import lzma
 import os
 import sys
@@ -10,9 +11,10 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
 from imaging.zip import HIDDEN, is_hidden, leaves_archive, printable
@@ -25,6 +27,11 @@ MAX_HEADER = 2**20
 
 MAX_NESTED = 16
 """Extended headers that may stand before one member."""
+
+MAX_XZ_MEMORY = 256 * 2**20
+"""Bytes of memory that an xz archive may ask for, by the dictionary that it names; the largest that
+`xz -9` writes takes 65 MiB.
+"""
 
 WAITING_BYTES = 256 * 2**20
 """Bytes of a compressed archive's members that may wait to be read."""
@@ -111,11 +118,80 @@ class _Info(tarfile.TarInfo):
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
+class _Xz:
+    """What an xz file unpacks to, within `MAX_XZ_MEMORY`; tarfile sets it no bound."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._packed = b""
+        self._unpacker = self._next_unpacker()
+
+    @staticmethod
+    def _next_unpacker() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none only at the end; several xz files in a row are one.
+
+        Raises:
+            DecodeError: it asks for more memory.
+            LZMAError, EOFError: it is damaged, or cut off.
+        """
+        while True:
+            if self._unpacker.eof:
+                # Zeros may stand behind a file (section 2.2 of the format).
+                rest = self._unpacker.unused_data.lstrip(b"\0")
+                self._packed = rest or self._more().lstrip(b"\0")
+                if not self._packed:
+                    return b""
+                self._unpacker = self._next_unpacker()
+            elif self._unpacker.needs_input and not self._packed:
+                self._packed = self._more()
+                if not self._packed:
+                    raise EOFError("it ends within the compressed data")
+            try:
+                data = self._unpacker.decompress(self._packed, size)
+            except lzma.LZMAError as error:
+                if "limit" not in str(error):
+                    raise
+                raise DecodeError(
+                    f"its xz asks for more memory than {MAX_XZ_MEMORY // 2**20} MiB; unpack it "
+                    "yourself"
+                ) from error
+            self._packed = b""
+            if data:
+                return data
+
+    def _more(self) -> bytes:
+        return self._stream.read(2**16)
+
+
+_XZ = b"\xfd7zXZ\x00"
+
+
 def is_compressed(path: Path) -> bool:
     """Whether a tar can only be read from front to end, by its first bytes."""
+    return _start_of(path).startswith((b"\x1f\x8b", b"BZh", _XZ, b"\x28\xb5\x2f\xfd"))
+
+
+def _start_of(path: Path) -> bytes:
     with path.open("rb") as stream:
-        start = stream.read(6)
-    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
+        return stream.read(6)
+
+
+def _open(path: Path, packed: bool) -> AbstractContextManager[_Archive]:
+    """A tar, from front to end where it is compressed."""
+    if _start_of(path) != _XZ:
+        return _Archive.open(path, "r|*" if packed else "r:", tarinfo=_Info)
+    return _open_xz(path)
+
+
+@contextlib.contextmanager
+def _open_xz(path: Path) -> Iterator[_Archive]:
+    with path.open("rb") as stream:
+        unpacked: Any = _Xz(stream)  # all that tarfile asks of a stream is `read`
+        with _Archive.open(fileobj=unpacked, mode="r|", tarinfo=_Info) as archive:
+            yield archive
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
@@ -129,7 +205,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     packed = is_compressed(path)
     waiting = _Waiting()
     try:
-        with _Archive.open(path, "r|*" if packed else "r:", tarinfo=_Info) as archive:
+        with _open(path, packed) as archive:
             end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
             reached = 0
             while (member := _next(archive, reached, end)) is not None:

@@ -10,7 +10,7 @@ from model.checkpoint import find
 from model.export import hub, import_original, onnx
 from model.export.average import average
 from model.features.prepare import embed_part
-from model.recipe import Recipe
+from model.recipe import Recipe, check_run_name
 from model.training import curves
 from sharding.executor import Engine, run_all
 from storage import any_path, check_reachable
@@ -21,8 +21,29 @@ def main() -> None:
     """Bring a trained model in, look at one, average two, or take one elsewhere."""
 
 
+class RunName(click.ParamType):
+    """The name of a run, which leads nowhere but below the folder of all runs."""
+
+    name = "name"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        """Check one name."""
+        try:
+            check_run_name(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+        return value
+
+
 NAME = click.option(
-    "--run", "name", default="original", show_default=True, help="Name of the run that holds it."
+    "--run",
+    "name",
+    type=RunName(),
+    default="original",
+    show_default=True,
+    help="Name of the run that holds it.",
 )
 
 
@@ -108,7 +129,7 @@ def curves_command(run: Path, out: Path) -> None:
     show_default=True,
     help="How far from FIRST to LAST, 0 to 1.",
 )
-@click.option("--run", "name", required=True, help="Name of the run that holds it.")
+@click.option("--run", "name", type=RunName(), required=True, help="Name of the run that holds it.")
 @console.options("runs")
 def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
     """Average the weights of two checkpoints, or of the best ones of two runs: phase 1 and 2."""

@@ -27,6 +27,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -350,11 +351,23 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
     with _names_another(folder):
         _verify(folder, _read_meta(folder), STATE_FILE)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+        return _interned(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({_one_line(error)}); name a checkpoint of this program"
         ) from error
+
+
+def _interned(value: Any) -> Any:
+    """The same dictionaries with the keys that Python code has: torch stores a key that two of them
+    share once, and writes other bytes where the keys are equal and not the same.
+    """
+    if isinstance(value, dict):
+        return {
+            sys.intern(key) if isinstance(key, str) else key: _interned(inner)
+            for key, inner in value.items()
+        }
+    return [_interned(inner) for inner in value] if isinstance(value, list) else value
 
 
 def checkpoints_of(run: Path) -> list[Path]:

@@ -169,10 +169,15 @@ def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> It
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Two downloads into one folder would write into each other's unfinished files."""
+    """Two downloads into one folder would write into each other's unfinished files. Nobody else
+    has it now: what was left of BEGUN and MARK in the midst of writing goes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
+            for name in (BEGUN, MARK):  # what killed processes left, each under a name of its own
+                for left in target.glob(f"{name}.*.partial"):
+                    left.unlink(missing_ok=True)
             yield
     except filelock.Timeout:
         raise FetchError(f"another fetch is writing {target}; wait for it to end") from None

@@ -97,7 +97,7 @@ def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[in
         faults.append(f"{where}: {len(rows):,} rows, the index says {entry['samples']:,}")
     listed = {row["key"]: row for row in rows.to_pylist()}
     try:
-        with path.open("rb") as stream, tarfile.open(fileobj=stream) as tar:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             seen, lines = _check_members(tar, listed, faults, where)
     except (tarfile.TarError, OSError) as error:
         return len(rows), [*faults, f"{where}: not a whole tar: {error}"]

@@ -15,6 +15,19 @@ def test_the_files_of_the_container_pass_their_linter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_container_is_pinned_and_its_user_can_read_it() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (.*)", text, re.M) == re.findall(
+        r"^FROM (\S+@sha256:\w{64})$", text, re.M
+    )
+    copies, readable, user = (text.rindex(word) for word in ("\nCOPY", "chmod -R a+rX .", "\nUSER"))
+    assert copies < readable < user
+    pinned = (ROOT / "constraints.txt").read_text()
+    for name in ("uv", "streamlit", "torch", "pillow", "simplejpeg"):
+        assert re.search(rf"^{name}==\d", pinned, re.M), name
+    assert text.count("--constraint constraints.txt") == 2
+
+
 def test_the_container_gets_what_the_page_imports() -> None:
     copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
     copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}

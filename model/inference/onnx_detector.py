@@ -28,6 +28,7 @@ from model.inference.prediction import (
 )
 from pipeline.augment import Preprocess, center_crop_params
 from sharding.format import CLASSES
+from storage import sha256_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,7 +51,8 @@ class OnnxError(ValueError):
 class OnnxDetector(DecisionRule):
     """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
 
-    `meta` is the file's metadata, `asked` a threshold to take instead of its own.
+    `meta` is the file's metadata with the hash of the file (`sha256`), which holds the weights;
+    `asked` is a threshold to take instead of its own.
     """
 
     checkpoint: Path
@@ -118,7 +120,7 @@ def load_onnx(
     check_threshold(threshold)
     file = Path(file)
     session = _open(file, device)
-    meta = _meta_of(session, file)
+    meta = _meta_of(session, file) | {"sha256": sha256_of(file)}
     return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, threshold)
 
 

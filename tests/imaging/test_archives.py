@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import resource
 import struct
 import subprocess
@@ -219,6 +220,46 @@ def test_a_tar_that_unpacks_to_too_much_ends(
     with pytest.raises(DecodeError, match="unpacks to more than 200 times its size"):
         for _member in tar.members(path, lambda name: name.endswith(".png")):
             pass
+
+
+def test_an_xz_that_asks_for_much_memory_is_refused(tmp_path: Path) -> None:
+    """A few hundred bytes that name a dictionary of 1.5 GiB."""
+    plain = tar_of(tmp_path / "x.tar", {"a.jpg": JPEG}).read_bytes()
+    path = tmp_path / "x.tar.xz"
+    for dictionary, says in ((64 * 2**20, ""), (3 * 2**29, "more memory than 256 MiB")):
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**16}]
+        path.write_bytes(with_dictionary(lzma.compress(plain, filters=filters), dictionary))
+        if says:
+            with pytest.raises(DecodeError, match=says):
+                refusals(path)
+        else:
+            (member,) = tar.members(path, lambda _name: True)
+            assert member.read() == JPEG
+
+
+def with_dictionary(packed: bytes, size: int) -> bytes:
+    """An xz file of one block with another size of its dictionary in the block's header, which has
+    a checksum.
+    """
+    begin, length = 12, 4 * (packed[12] + 1)
+    header = bytearray(packed[begin : begin + length - 4])
+    at = header.index(bytes([lzma_id := 0x21, 1])) + 2  # the filter, its one byte of properties
+    assert header[at - 2] == lzma_id
+    bits = next(bits for bits in range(41) if (2 | bits & 1) << bits // 2 + 11 >= size)
+    header[at] = bits
+    check = struct.pack("<I", zlib.crc32(header))
+    return packed[:begin] + bytes(header) + check + packed[begin + length :]
+
+
+def test_xz_files_in_a_row_are_one_tar_and_a_cut_one_is_none(tmp_path: Path) -> None:
+    plain = tar_of(tmp_path / "x.tar", {"a.jpg": JPEG, "b.jpg": JPEG}).read_bytes()
+    path = tmp_path / "x.tar.xz"
+    whole = lzma.compress(plain[:700]) + lzma.compress(plain[700:]) + bytes(8)
+    path.write_bytes(whole)
+    assert refusals(path) == {"a.jpg": "", "b.jpg": ""}
+    path.write_bytes(lzma.compress(plain)[:-200])
+    with pytest.raises(DecodeError, match="cut off"):
+        refusals(path)
 
 
 def test_folders_may_lie_deeper_than_python_recurses(tmp_path: Path) -> None:

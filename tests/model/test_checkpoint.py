@@ -405,3 +405,33 @@ def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a convnextv2_atto, .* a resnet18"):
         average(first, last, 0.5, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["../up", "/up", "a/../b", "", ".up", "step_0000001", "a//b"])
+def test_a_run_is_imported_and_averaged_under_a_name_of_a_run(tmp_path: Path, name: str) -> None:
+    runs, first = tmp_path / "in/runs", save(tmp_path / "one")
+    (tmp_path / "original.pth").touch()
+    lines = [["average", str(first), str(first)], ["import", str(tmp_path / "original.pth")]]
+    before = sorted(tmp_path.rglob("*"))
+    for line in [*lines, ["fetch"]]:
+        said = CliRunner().invoke(main, [*line, "--run", name, "--runs", str(runs)])
+        assert said.exit_code == 2, said.output
+        assert f"a run cannot be called {name!r}" in said.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_state_that_was_loaded_is_saved_in_the_same_bytes(tmp_path: Path) -> None:
+    """As that of a run that was interrupted: Python code has each name of a key once, and torch
+    writes it once.
+    """
+    state = {
+        "optimizer": {0: {"step": torch.zeros(())}, "betas": (0.9, 0.99), "groups": [{"step": 1}]},
+        "order": {"step": 3},
+    }
+    first = save(tmp_path / "one", state=state)
+    again = save(tmp_path / "two", state=checkpoint.load_state(first))
+    one, two = ((folder / checkpoint.STATE_FILE).read_bytes() for folder in (first, again))
+    order = {"order": {sys.intern("step"): 3}}
+    state = {"optimizer": checkpoint.load_state(first)["optimizer"], **order}
+    third = save(tmp_path / "three", state=state)
+    assert one == two == (third / checkpoint.STATE_FILE).read_bytes()

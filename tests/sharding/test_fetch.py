@@ -260,6 +260,17 @@ def test_the_folder_is_the_source_s_root(server: Server, photos: str, tmp_path: 
     assert files_of(tmp_path) == {"a/b/photos.bin": BODY}
 
 
+def test_what_a_kill_left_of_a_mark_goes(server: Server, tmp_path: Path) -> None:
+    server.publish(FILES, OLD)
+    (tmp_path / "s").mkdir()
+    for name in (BEGUN, MARK):
+        (tmp_path / "s" / f"{name}.4711.partial").touch()
+    (tmp_path / "s/notes.4711.partial").touch()  # of somebody else
+    assert fetched(tmp_path, **HUB).status == "downloaded"
+    assert files_of(tmp_path / "s") == {**DATA, "notes.4711.partial": b""}
+    assert not list((tmp_path / "s").glob(".*.partial"))
+
+
 def test_two_downloads_of_one_folder_do_not_meet(
     server: Server, photos: str, tmp_path: Path
 ) -> None:

@@ -113,6 +113,22 @@ def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path)
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
 
 
+def test_its_identity_covers_the_weights(exported: Path, tmp_path: Path) -> None:
+    """Results of other weights are not gone on with, whatever the metadata says."""
+    file = exported / export.FILES["fp32"]
+    model = onnx.load(file)
+    weights = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weights.flat[0] += 1
+    model.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(weights, model.graph.initializer[0].name)
+    )
+    (tmp_path / file.parent.name).mkdir()
+    onnx.save(model, other := tmp_path / file.parent.name / file.name)
+    one, two = load_onnx(file, device="cpu"), load_onnx(other, device="cpu")
+    assert {**one.meta, "sha256": ""} == {**two.meta, "sha256": ""}
+    assert one.identity == load_onnx(file, device="cpu").identity != two.identity
+
+
 def test_it_says_nothing_of_the_machine(exported: Path, images: Path) -> None:
     for path in exported.iterdir():
         data = path.read_bytes()

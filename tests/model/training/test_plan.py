@@ -158,6 +158,17 @@ def test_the_teacher_is_the_start_also_of_a_resumed_run(
         plan(recipe, data, runs)
 
 
+def test_what_decides_nothing_may_be_set_anew(load: Load, data: Path, tmp_path: Path) -> None:
+    train(load(), data, tmp_path, stop_at=1)
+    other = load(
+        "loading.num_workers=1", 'loading.cache="elsewhere"', "loading.cache_gb=1",
+        "run.log_every=7", "run.save_every=3",
+    )  # fmt: skip
+    assert plan(other, data, tmp_path).done == 1
+    with pytest.raises(ValueError, match=r"another recipe \(run\.seed"):
+        plan(load("run.seed=1"), data, tmp_path)
+
+
 def test_without_distillation_a_resumed_run_does_not_need_its_start(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,496 @@
+"""Do commands that are killed again and again end in the bytes of an undisturbed run?
+
+    python -m benchmarks.kills [COMMAND...] [--times 30] [--seed N] [--work FOLDER]
+
+Each command runs twice undisturbed on small inputs. Then it is started in fresh folders, gets
+SIGKILL with all its processes after a time drawn evenly from what an undisturbed run takes, is
+started again, one to four times for a folder, and at last runs to its end. `build`, `train`,
+`predict --resume` and `fetch` go on from what they find; `evaluate` and `export` start anew. Every
+file below the folder is compared, names and bytes, with the undisturbed run. `LEFT_OUT`,
+`MEANT_TO_DIFFER` and `RESULTS` name what is not.
+
+Processes are forked from this one, which has imported everything, so that the kills fall into work
+and not into imports. The builder has no workers here (`--jobs 1`): theirs is
+`tests/sharding/test_build_robust.py`.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+import console
+import evaluate
+import predict
+import train
+from model.__main__ import main as model
+from sharding.__main__ import main as sharding
+from storage import write_text
+
+LEFT_OUT = {
+    ".build": "what the builder remembers of raw files, with the time when each was changed",
+    "tensorboard": "its files carry times, and the process in their names",
+}
+"""Folders that are not compared, and why; each holds nothing that another command reads."""
+
+MEANT_TO_DIFFER = {
+    "meta.json": {"created", "created_ns", "sha256/meta.json"},
+    "metrics.jsonl": {
+        "images_per_s", "wait_share", "wait_read", "wait_decode", "stall_p50_ms", "stall_p99_ms",
+        "stall_max_ms", "ready", "read_ms", "decode_ms",
+    },
+}  # fmt: skip
+"""Entries, by the name of their file, that hold a time, a speed or a hash of one."""
+
+RESULTS, ROUNDING = "results.csv", 1e-6
+"""What `predict` writes: of its rows all is compared but the digits of a probability, which depend
+on how many images were scored with it (docs/using.md); it may be so far off.
+"""
+
+MOST_PER_FOLDER = 4
+"""Kills of a command in one folder, before it may run to its end."""
+
+LIMIT_S = 600
+"""A command that takes longer hangs."""
+
+RECIPE = """
+name = "tiny"
+[data]
+train = ["old"]
+validate = ["val"]
+policy = "train"
+[augment.train]
+scale = [0.6, 1.0]
+jpeg = 0.5
+[preprocess]
+crop_size = 32
+resize_size = 36
+[network]
+name = "convnextv2_atto"
+pretrained = false
+init = "fan_in"
+drop_path_rate = 0.2
+[network.options]
+depths = [1, 1, 2, 1]
+dims = [8, 8, 16, 16]
+patch_size = 2
+[optim]
+lr = 0.001
+[loading]
+batch_size = 8
+num_workers = 1
+[run]
+epochs = 2
+log_every = 1
+save_every = 2
+"""
+
+CATALOG = """
+[sets]
+old = "train"
+val = "val"
+
+[sources.alpha]
+license = "test"
+set = { old = 0.7, val = 0.3 }
+real = [{ folder = "real", generator = "camera" }]
+fake = [{ folder = "fake", generator = "gan" }]
+"""
+
+DOWNLOADS = {"a.bin": 3 * 2**20 + 7, "b.bin": 2**20 + 1, "c.bin": 5 * 2**19}
+"""Bytes of each file that is fetched: more than the pieces in which it is written, which are 1 MiB,
+so that a kill leaves a part behind.
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as it is killed: its words, relative to the folder that it runs in, and a file or
+    folder that is there once nothing is left to do (empty: the command can always run again).
+    """
+
+    group: click.Command
+    words: Sequence[str]
+    done: str = ""
+
+
+@dataclass
+class Row:
+    """What came of one command. `landed` kills hit a process that ran, `late` ones came after its
+    end; `apart` is how far probabilities differ at most, `differing` what is not as undisturbed.
+    """
+
+    command: str
+    seconds: float
+    landed: int = 0
+    late: int = 0
+    restarts: int = 0
+    folders: int = 0
+    files: int = 0
+    apart: float = 0.0
+    differing: list[str] = field(default_factory=list)
+
+
+def write_inputs(work: Path, address: str) -> dict[str, Command]:
+    """Images, sets and a checkpoint below `work`; the commands on them."""
+    rng = np.random.default_rng(0)
+    for number in range(80):
+        label = ("real", "fake")[number % 2]
+        coarse = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        pixels = np.asarray(Image.fromarray(coarse).resize((72, 60)), np.uint8).copy()
+        pixels[::2, ::2] //= 2 if label == "fake" else 1
+        path = work / "raw/alpha" / label / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+    (work / "catalog.toml").write_text(CATALOG)
+    (work / "tiny.toml").write_text(RECIPE)
+    urls = [f"{address}/{name}" for name in DOWNLOADS]
+    (work / "downloads.toml").write_text(
+        f'[sets]\nold = "train"\n[sources.big]\nlicense = "test"\nset = "old"\nreal = ["**"]\n'
+        f"fetch = {{ urls = {json.dumps(urls)} }}\n"
+    )
+    catalog, raw, sets, runs = (
+        str(work / name) for name in ("catalog.toml", "raw", "sets", "runs")
+    )  # fmt: skip
+    build = ["build", "--catalog", catalog, "--raw", raw, "--jobs", "1"]
+    fit = ["--recipe", str(work / "tiny.toml"), "--data", sets]
+    if not (work / "runs/tiny").exists():
+        finish(Command(sharding, [*build, "--out", sets]), work)
+        finish(Command(train.main, [*fit, "--runs", runs]), work)
+    best = ["--checkpoint", f"{runs}/tiny", "--data", sets]
+    return {
+        "build": Command(sharding, [*build, "--out", "sets"]),
+        "train": Command(train.main, [*fit, "--runs", "runs"]),
+        "predict": Command(
+            predict.main,
+            [f"{raw}/alpha/real", "--out", RESULTS, "--resume", "--runs", runs,
+             "--batch-size", "4", "--device", "cpu"],
+        ),
+        "fetch": Command(
+            sharding, ["fetch", "big", "--raw", "raw", "--catalog", str(work / "downloads.toml")]
+        ),
+        "evaluate": Command(
+            evaluate.main, ["--shards", "val", "--shards", "old", "--out", "report", *best]
+        ),
+        # A folder for the hub that is there is whole, and the command refuses to replace it.
+        "export": Command(
+            model,
+            ["export", "--onnx", "--images", f"{raw}/alpha/real", "--out", "onnx", "--hub", "hub",
+             *best],
+            done="hub",
+        ),
+    }  # fmt: skip
+
+
+class _Slow(BaseHTTPRequestHandler):
+    """Serves `DOWNLOADS` in small pieces, from any byte on."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, with_body: bool) -> None:
+        name = self.path[1:]
+        body = random.Random(name).randbytes(DOWNLOADS[name])
+        asked = self.headers.get("Range", "")
+        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body) - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # whoever asked was killed
+            for at in range(first, len(body) if with_body else 0, 2**17):
+                self.wfile.write(body[at : at + 2**17])
+                time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving() -> Any:
+    """The address of a server in a process of its own."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    server.daemon_threads = True
+    child = fork(server.serve_forever, Path(os.devnull))
+    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        kill(child)
+
+
+def fork(function: Callable[[], object], log: Path) -> int:
+    """Run `function` in a process that leads a group of its own, and ends with its exit code; what
+    it prints goes to `log`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries have started threads, which do nothing yet
+        child = os.fork()
+    if child:
+        with contextlib.suppress(OSError):  # whichever comes first
+            os.setpgid(child, child)
+        return child
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for standard in (1, 2):
+            os.dup2(stream, standard)
+        function()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def start(command: Command, folder: Path) -> int:
+    """Start a command in `folder`; the process."""
+
+    def run() -> None:
+        os.chdir(folder)
+        torch.set_num_threads(1)
+        command.group.main(list(command.words), standalone_mode=True)
+
+    return fork(run, log_of(folder))
+
+
+def log_of(folder: Path) -> Path:
+    """Where the output of the commands in `folder` goes."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def kill(child: int) -> None:
+    """End a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """The exit code of a process that ends within `seconds`, else None."""
+    until = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(min(0.002, max(0, until - time.monotonic())))
+
+
+def finish(command: Command, folder: Path) -> float:
+    """Run a command to its end, and return the seconds it took.
+
+    Raises:
+        ClickException: it hangs, or ends with another exit code than 0.
+    """
+    began = time.monotonic()
+    child = start(command, folder)
+    code = ended(child, LIMIT_S)
+    if code is None:
+        kill(child)
+    if code != 0:
+        last = log_of(folder).read_text(errors="replace").strip().splitlines()[-3:]
+        what = f"exit code {code}" if code is not None else f"no end after {LIMIT_S} s"
+        raise click.ClickException(f"{' '.join(command.words[:2])}: {what}: {' / '.join(last)}")
+    return time.monotonic() - began
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The hash of each file below `folder` by its path, without what is meant to differ."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not LEFT_OUT.keys() & set(name.parts):
+            files[name.as_posix()] = hashlib.sha256(lasting(path)).hexdigest()
+    return files
+
+
+def lasting(path: Path) -> bytes:
+    """The bytes of a file; those of `MEANT_TO_DIFFER` without such entries."""
+    data = path.read_bytes()
+    if path.name == RESULTS:
+        rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
+        return json.dumps([row | {"probability": ""} for row in rows]).encode()
+    if path.name not in MEANT_TO_DIFFER:
+        return data
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+    kept = []
+    for line in lines:
+        entries = json.loads(line)
+        for name in MEANT_TO_DIFFER[path.name]:
+            *outer, last = name.split("/")
+            place = entries
+            for key in outer:
+                place = place.get(key, {})
+            place.pop(last, None)
+        kept.append(json.dumps(entries))
+    return "\n".join(kept).encode()
+
+
+def apart(one: Path, other: Path) -> float:
+    """How far two files of results are apart, row by row; 0 where there are none."""
+    if not one.exists() or not other.exists():
+        return 0.0
+    probabilities = []
+    for path in (one, other):
+        with path.open(newline="", encoding="utf-8") as stream:
+            probabilities.append([float(row["probability"]) for row in csv.DictReader(stream)])
+    return max((abs(a - b) for a, b in zip(*probabilities, strict=False)), default=0.0)
+
+
+def differences(expected: dict[str, str], got: dict[str, str]) -> list[str]:
+    """What is missing, too many or other, a text each."""
+    return [
+        *(f"{name} is missing" for name in sorted(expected.keys() - got.keys())),
+        *(f"{name} is left over" for name in sorted(got.keys() - expected.keys())),
+        *(f"{name} differs" for name in sorted(expected) if got.get(name, expected[name])
+          != expected[name]),
+    ]  # fmt: skip
+
+
+def kill_often(name: str, command: Command, work: Path, times: int, rng: random.Random) -> Row:
+    """`times` kills that land, spread over as many fresh folders as it takes."""
+    seconds, contents = [], []
+    for index in range(2):
+        folder = work / f"{name}-undisturbed-{index}"
+        folder.mkdir()
+        seconds.append(finish(command, folder))
+        contents.append(content(folder))
+    row = Row(name, min(seconds), files=len(contents[0]))
+    row.differing += [f"undisturbed: {what}" for what in differences(*contents)]
+    while row.landed < times:
+        folder = work / f"{name}-{row.folders}"
+        folder.mkdir()
+        row.folders += 1
+        wanted = min(rng.randint(1, MOST_PER_FOLDER), times - row.landed)
+        try:
+            kill_in(folder, command, wanted, row, rng)
+        except click.ClickException as error:
+            row.differing.append(f"{folder.name}: {error.message}")
+        else:
+            found = differences(contents[0], content(folder))
+            far = apart(work / f"{name}-undisturbed-0" / RESULTS, folder / RESULTS)
+            row.apart = max(row.apart, far)
+            found += [f"{RESULTS} is {far:.2g} apart"] if far > ROUNDING else []
+            row.differing += [f"{folder.name}: {what}" for what in found]
+            if not found:
+                shutil.rmtree(folder)
+        if row.late > 10 * times:
+            raise click.ClickException(f"{name} is over before it is killed; give it more to do")
+        console.log.info("%s: %d of %d kills, %d folders", name, row.landed, times, row.folders)
+    console.log.info("%s", asdict(row))
+    return row
+
+
+def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.Random) -> None:
+    """Kill a command in `folder` up to `wanted` times, as long as it has something to do; then let
+    it run to its end.
+    """
+    for _ in range(wanted):
+        child = start(command, folder)
+        code = ended(child, rng.uniform(0, row.seconds))
+        if code is None:
+            kill(child)
+            row.landed += 1
+            row.restarts += 1
+        else:
+            row.late += 1
+            if code:
+                raise click.ClickException(f"after a kill it ended with exit code {code}")
+        if code is not None or (command.done and (folder / command.done).exists()):
+            break
+    if not (command.done and (folder / command.done).exists()):
+        finish(command, folder)
+
+
+@click.command(cls=console.Command)
+@click.argument("commands", nargs=-1)
+@click.option("--times", type=click.IntRange(1, 10_000), default=30, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--work",
+    type=console.LocalPath(),
+    help="New folder to work in; what differs is kept, its inputs may be there.",
+)
+@click.option("--json", "json_file", type=console.LocalPath(dir_okay=False))
+@console.options()
+def main(
+    commands: tuple[str, ...], times: int, seed: int, work: Path | None, json_file: Path | None
+) -> None:
+    """Kill each of COMMANDS (all) at random moments, and compare what it leaves in the end."""
+    rows = []
+    # SIGTERM ends the server as well.
+    with (
+        console.sigterm_interrupts(),
+        tempfile.TemporaryDirectory() as temporary,
+        serving() as address,
+    ):
+        os.environ["NO_PROXY"] = "127.0.0.1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        work = (work or Path(temporary)).absolute()
+        (work / "inputs").mkdir(parents=True, exist_ok=True)
+        known = write_inputs(work / "inputs", address)
+        if unknown := set(commands) - known.keys():
+            raise click.UsageError(f"no {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+        for name in commands or known:
+            rng = random.Random(f"{seed} {name}")
+            rows.append(kill_often(name, known[name], work, times, rng))
+    columns = [
+        "command", "seconds", "kills that landed", "came too late", "restarts", "folders",
+        "files each", "probabilities apart", "same bytes",
+    ]  # fmt: skip
+    console.table(
+        f"SIGKILL at random moments, seed {seed}",
+        columns,
+        [
+            [row.command, f"{row.seconds:.1f}", row.landed, row.late, row.restarts, row.folders,
+             row.files, f"{row.apart:.1e}" if row.apart else "-", "no" if row.differing else "yes"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    for row in rows:
+        for what in row.differing[:20]:
+            console.say(f"{row.command}: {what}")
+    if json_file:
+        write_text(json_file, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if any(row.differing for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Kills are counted, and what differs afterward is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kills
+from tests.builders import ROOT
+
+
+def test_what_is_meant_to_differ_is_left_out_and_nothing_else(tmp_path: Path) -> None:
+    meta, rows = {"created": "now", "step": 3, "sha256": {"meta.json": "a"}}, {"step": 1, "loss": 2}
+    for name in ("one", "two", "other"):
+        (tmp_path / name / ".build").mkdir(parents=True)
+        (tmp_path / name / ".build/notes").write_text(name)
+        entries = meta | {"created": name, "step": 4 if name == "other" else 3}
+        (tmp_path / name / "meta.json").write_text(json.dumps(entries))
+        row = rows | {"images_per_s": len(name), "loss": 9 if name == "other" else 2}
+        (tmp_path / name / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    (tmp_path / "other/x.7.partial").touch()
+    one, two, other = (kills.content(tmp_path / name) for name in ("one", "two", "other"))
+    assert kills.differences(one, two) == []
+    assert kills.differences(one, other) == [
+        "x.7.partial is left over", "meta.json differs", "metrics.jsonl differs",
+    ]  # fmt: skip
+    assert kills.differences(other, one)[0] == "x.7.partial is missing"
+
+
+@pytest.mark.slow
+def test_two_kills_of_predict_change_nothing(tmp_path: Path) -> None:
+    """In a process of its own, which forks: this one has threads."""
+    command = ["-m", "benchmarks.kills", "predict", "--times", "2", "--json", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert (row["command"], row["landed"], row["differing"]) == ("predict", 2, [])
