@@ -8,7 +8,7 @@ import pyarrow.compute
 import torch
 
 from model.distributed import DistEnv
-from model.recipe import Recipe
+from model.recipe import Recipe, ResolvedRecipe
 from pipeline.loader import check_shards, open_loader, train_params
 from pipeline.stream import Stream, open_pool
 from sharding.format import CLASSES, ShardSet, open_shards
@@ -16,7 +16,7 @@ from storage import AnyPath
 
 
 def open_stream(
-    recipe: Recipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
+    recipe: ResolvedRecipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
 ) -> Stream:
     """The run's batches on this rank, from the sets below `data`.
 
@@ -90,7 +90,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
             )
 
 
-def check_sets(recipe: Recipe, stream: Stream) -> None:
+def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     """Refuse sets that the recipe does not fit.
 
     Raises:
