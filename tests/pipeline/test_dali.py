@@ -410,7 +410,7 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
-    "pair_jpeg": 20, "pair_chroma": 3,
+    "pair_jpeg": 20, "pair_chroma": 3, "crop_filter": 2,
 }  # fmt: skip
 
 

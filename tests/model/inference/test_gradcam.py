@@ -66,7 +66,8 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
         options={"img_size": 32, "num_blocks": 1, "embed_dim": 24, "patch_size": 32},
     )  # fmt: skip
     net = detector_of(bag, tmp_path, 32)
-    net.net.backbone.num_features = 7  # as of a network whose last features are something else
+    for name in ("num_features", "head_hidden_size"):
+        setattr(net.net.backbone, name, 7)  # as of a network whose last features are something else
     with pytest.raises(ExplainError, match="keeps neither a map of features nor patches"):
         heatmap(net, encode(photo(1), "PNG"))
 
