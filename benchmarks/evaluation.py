@@ -34,7 +34,7 @@ from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import SCORES_SCHEMA, read_scores, write_scores
 from model.network import build as build_network
-from model.recipe import Recipe
+from model.recipe import Recipe, resolved
 from model.score import AT_A_TIME, logits_of, probability
 from report.files import write_report
 from sharding.build import build
@@ -130,7 +130,7 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
     overrides = [f'network.name="{network}"', "network.pretrained=false"]
     # The small recipe holds what only MobileNetV2 takes.
     name = "small-phase1.toml" if network.startswith("mobilenetv2") else "phase1.toml"
-    recipe = recipes.load(Recipe, recipes.FOLDER / name, overrides)
+    recipe = resolved(recipes.load(Recipe, recipes.FOLDER / name, overrides))
     net = build_network(recipe.network, pretrained=False).eval()
     saved = folder / "runs" / "random" / "step_0000000"
     checkpoint.save(

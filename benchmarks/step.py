@@ -31,7 +31,7 @@ import recipes
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.network import build
-from model.recipe import Recipe
+from model.recipe import Recipe, resolved
 from model.training.optim import make_optimizer
 from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
@@ -210,7 +210,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Measure the training step, and what each choice in it brings."""
-    recipe = recipes.load(Recipe, recipe_path, overrides)
+    recipe = resolved(recipes.load(Recipe, recipe_path, overrides))
     place = choose_device(device)
     keep_freed_memory(place)
     torch.backends.cudnn.benchmark = True

@@ -47,7 +47,7 @@ from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, sha256_of, write_text
 
 if TYPE_CHECKING:
-    from model.recipe import Recipe
+    from model.recipe import ResolvedRecipe
 
 FORMAT_VERSION = 2
 
@@ -90,7 +90,7 @@ def save(
     folder: Path,
     net: Detector,
     *,
-    recipe: "Recipe",
+    recipe: "ResolvedRecipe",
     record: Record,
     state: Mapping[str, Any] | None,
     replayed: Sequence[tuple[int, str]] | None = None,
@@ -98,8 +98,8 @@ def save(
     """Write a checkpoint: everything under a temporary name, then one rename. When this returns the
     checkpoint is on the disk, and survives a power cut.
 
-    `recipe` is the run's recipe, `state` is what resuming needs, `replayed` (epoch, key) of the old
-    samples that came in so far.
+    `recipe` is the run's recipe, resolved; `state` is what resuming needs, `replayed` (epoch, key)
+    of the old samples that came in so far.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:

@@ -5,6 +5,7 @@ device, in training and serving alike.
 """
 
 import contextlib
+import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from sharding.format import CLASSES
 
 with without_compiler():
     import timm
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import PretrainedCfg, load_model_config_from_hf
+    from timm.models._hub import load_model_config_from_path
 
 log = logging.getLogger("ai_images_detector")
 
@@ -48,15 +50,15 @@ class Network:
     statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
     the last features, or one that sees those of every stage. With `freeze_backbone` only the head
     learns. `options` go to `timm.create_model` as they are. `mean` and `std` are per channel, for
-    RGB values in 0 to 1.
+    RGB values in 0 to 1; None stands for those that the weights were made with.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
     pretrained: bool = True
     init: Literal["timm", "fan_in"] = "timm"
     drop_path_rate: float = 0.0
-    mean: Triple = IMAGENET_DEFAULT_MEAN
-    std: Triple = IMAGENET_DEFAULT_STD
+    mean: Triple | None = None
+    std: Triple | None = None
     freeze_bn: bool = False
     head: Literal["timm", "stages"] = "timm"
     freeze_backbone: bool = False
@@ -119,8 +121,9 @@ class Detector(nn.Module):
         self.head, self.freeze_backbone = network.head, network.freeze_backbone
         self.freeze_bn = network.freeze_bn
         shape = (1, 3, 1, 1)
-        scaled_mean = 255 * torch.tensor(network.mean).reshape(shape)
-        scaled_std = 255 * torch.tensor(network.std).reshape(shape)
+        mean, std = normalization(network)
+        scaled_mean = 255 * torch.tensor(mean).reshape(shape)
+        scaled_std = 255 * torch.tensor(std).reshape(shape)
         self.register_buffer("mean", scaled_mean, persistent=False)
         self.register_buffer("std", scaled_std, persistent=False)
 
@@ -164,6 +167,109 @@ class Detector(nn.Module):
 
     def _normalized(self, images: torch.Tensor) -> torch.Tensor:
         return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """How the images were seen that the weights of a network were made with, as timm says it.
+
+    `height` and `width` are those of the input in pixels, `fixed` where the network takes no other
+    unless it is built for it (`img_size`); `crop_pct` is the crop's share of the resized side.
+    `interpolation` is Pillow's name of the filter, `squashed` says that the aspect ratio was lost.
+    """
+
+    mean: Triple
+    std: Triple
+    height: int
+    width: int
+    fixed: bool
+    crop_pct: float
+    interpolation: str
+    squashed: bool
+
+
+def made_with(name: str) -> MadeWith:
+    """How the weights of a network see images: timm's own list, or the `config.json` of a network
+    that is called `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+
+    Raises:
+        NetworkError: timm does not know the network, or its configuration cannot be read.
+    """
+    config = _pretrained_config(name)
+    (_, height, width), mean, std = config.input_size, config.mean, config.std
+    if len(mean) != 3 or len(std) != 3:
+        raise NetworkError(
+            f"{name} was made for images of {len(mean)} channels, expected 3 (RGB); name another "
+            "network"
+        )
+    return MadeWith(
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        height=height,
+        width=width,
+        fixed=config.fixed_input_size,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+        squashed=config.crop_mode == "squash",
+    )
+
+
+def _pretrained_config(name: str) -> PretrainedCfg:
+    """timm's configuration of a network's weights.
+
+    Raises:
+        NetworkError: as `made_with`.
+    """
+    source, _, where = name.partition(":")
+    config: PretrainedCfg | None = None
+    try:
+        if source == "hf-hub":
+            config = PretrainedCfg(**load_model_config_from_hf(where)[0])
+        elif source == "local-dir":
+            config = PretrainedCfg(**load_model_config_from_path(where)[0])
+        else:
+            config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise NetworkError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+    if config is None:
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        more = f"; the nearest it knows: {', '.join(near)}" if near else ""
+        raise NetworkError(f"timm cannot build {name!r}: it knows no such network{more}")
+    return config
+
+
+def normalization(network: Network) -> tuple[Triple, Triple]:
+    """Mean and std of a network: as stated, else those that its weights were made with.
+
+    Raises:
+        NetworkError: they are not stated, and timm does not know the network.
+    """
+    if network.mean and network.std:
+        return network.mean, network.std
+    made = made_with(network.name)
+    return network.mean or made.mean, network.std or made.std
+
+
+def check_size(net: Detector, name: str, crop_size: int) -> None:
+    """Refuse a side of images, in pixels, that a network cannot take. The network `net` is made for
+    this check (`build` with `empty`) and of no use afterward: shapes go through it without values.
+
+    Raises:
+        NetworkError: with what to set.
+    """
+    images = torch.empty((1, 3, crop_size, crop_size), dtype=torch.uint8, device="meta")
+    try:
+        with torch.inference_mode():
+            net.to("meta").eval()(images)
+    except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+            return  # it looks at values, which says nothing of the size
+        made = made_with(name)
+        raise NetworkError(
+            f"{name} takes no images of {crop_size} x {crop_size} ({_first_line(error)}); set "
+            f"preprocess.crop_size={made.height}, the size that its weights were made with, or a "
+            "multiple of its patches"
+        ) from error
 
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
@@ -294,11 +400,14 @@ def check_pretrained(network: Network) -> None:
 
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return (
-        f"the ImageNet weights of {network.name} could not be fetched ({reason}); give a file with "
-        "--init-from weights.safetensors, or train from random ones with --no-pretrained"
+        f"the weights of {network.name} could not be fetched ({_first_line(error)}); give a file "
+        "with --init-from weights.safetensors, or train from random ones with --no-pretrained"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_weights(
@@ -348,10 +457,12 @@ def _without_classifier(
     # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     if missing or strange:
+        sized = any("pos_embed" in name for name in strange)
         raise NetworkError(
             f"{path} does not fit the network: {len(missing)} parameters are missing "
             f"(first: {missing[:1]}), {len(strange)} are unknown or of another shape "
             f"(first: {strange[:1]})"
+            + ("; set preprocess.crop_size to the size that it was made for" if sized else "")
         )
     return kept
 

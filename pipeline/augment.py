@@ -37,23 +37,39 @@ LEAST_SIGMA = 0.25
 weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a gray level in both. So backends skip it.
 """
 
-FILTERS = ("bilinear", "bicubic", "lanczos")
-"""Resampling filters; `AugmentParams.filter` is a position in this tuple."""
+Filter = Literal["bilinear", "bicubic", "lanczos"]
+
+FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic", "lanczos")
+"""Resampling filters, each antialiased; `AugmentParams.filter` and `crop_filter` are positions in
+this tuple.
+"""
 
 GRID = 8
 """Side of a JPEG block in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """How a whole image is seen by the network: shorter side to `resize_size`, center crop of
-    `crop_size`.
+class PreprocessSettings:
+    """`[preprocess]` as a recipe states it, see `Preprocess`. None stands for what the network's
+    weights were made with (`model.recipe.resolved`).
+    """
 
-    Both in pixels. Training crops end at `crop_size` as well.
+    crop_size: int | None = None
+    resize_size: int | None = None
+    interpolation: Filter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess(PreprocessSettings):
+    """How a whole image is seen by the network: shorter side to `resize_size`, center crop of
+    `crop_size`, by the filter `interpolation`.
+
+    Both in pixels. Training crops end at `crop_size` as well, by the same filter.
     """
 
     crop_size: int = 256
     resize_size: int = 288
+    interpolation: Filter = "bilinear"
 
     def __post_init__(self) -> None:
         if not 16 <= self.crop_size <= self.resize_size:
@@ -92,7 +108,7 @@ class AugmentPolicy:
     blur: float = 0.0
     blur_sigma: Range = (0.1, 0.1)
     grayscale: float = 0.0
-    resample_filters: tuple[Literal["bilinear", "bicubic", "lanczos"], ...] = ("bilinear",)
+    resample_filters: tuple[Filter, ...] = ("bilinear",)
     num_jpegs: tuple[int, int] = (1, 1)
     jpeg_grid_shift: float = 0.0
     webp: float = 0.0
@@ -136,7 +152,8 @@ _RANGES = [field for field in fields(AugmentPolicy) if field.name != "resample_f
 class AugmentParams(NamedTuple):
     """What happens to one image: plain numbers, no ranges, nothing random.
 
-    The crop is in pixels of the upright image; `color` is a 3 x 4 matrix in rows on RGB values of
+    The crop is in pixels of the upright image; `crop_filter`, a position in `FILTERS`, is what it
+    is resized by. `color` is a 3 x 4 matrix in rows on RGB values of
     0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
     each 0 for "not at all". So are the qualities `jpeg2` and `jpeg3` of further JPEGs and that of
     `webp`. `filter` is a position in `FILTERS`; `grid_top` and `grid_left`, 0 to 7, say how far
@@ -163,6 +180,7 @@ class AugmentParams(NamedTuple):
     pair_jpeg: int = 0
     pair_chroma: int = 0
     vflip: bool = False
+    crop_filter: int = 0
 
 
 _DTYPES = {int: np.int32, bool: np.bool_, float: np.float64, tuple[float, ...]: np.float32}
@@ -348,6 +366,7 @@ def sample_params(
         pair_jpeg=pair_jpeg,
         pair_chroma=pair_chroma,
         vflip=more[:, 9] < ranges["vflip"],
+        crop_filter=_crop_filters(preprocess, len(keys.samples)),
     )
 
 
@@ -364,8 +383,17 @@ def center_crop_params(
         np.int32
     )
     return AugmentBatch(
-        top=(heights - side) // 2, left=(widths - side) // 2, height=side, width=side
+        top=(heights - side) // 2,
+        left=(widths - side) // 2,
+        height=side,
+        width=side,
+        crop_filter=_crop_filters(preprocess, len(side)),
     )
+
+
+def _crop_filters(preprocess: Preprocess, count: int) -> np.ndarray:
+    """The filter of every crop, as a column."""
+    return np.full(count, FILTERS.index(preprocess.interpolation), np.int32)
 
 
 def _crop(

@@ -94,6 +94,7 @@ COLUMNS = {
     "shape": Column(
         types.INT32, 1, lambda fed: np.stack([fed.params.height, fed.params.width], axis=1)
     ),
+    "crop_filter": Column(types.INT32, 0, lambda fed: _FILTERS[fed.params.crop_filter]),
     "hflip": _of("hflip", types.INT32),
     "vflip": _of("vflip", types.INT32),
     "color_jitter": _of("color_jitter", types.BOOL),
@@ -148,7 +149,7 @@ def graph(
     if fed["mirrored"]:
         image = fn.flip(image, vertical=fed["mirrored_rows"], horizontal=fed["mirrored_columns"])
     image = fn.slice(image, fed["anchor"], fed["shape"], axes=(0, 1))
-    image = _resize(image, side)
+    image = _resize(image, side, fn.reinterpret(fed["crop_filter"], dtype=types.INTERP_TYPE))
     image = fn.flip(image, horizontal=fed["hflip"], vertical=fed["vflip"])
     if fed["color_jitter"]:
         image = _color(image, fed["matrix"], fed["offset"])
@@ -171,7 +172,7 @@ def graph(
     return image
 
 
-def _resize(image: Any, side: Any, kind: Any = types.INTERP_LINEAR) -> Any:
+def _resize(image: Any, side: Any, kind: Any) -> Any:
     """As Pillow does it: antialiased, and without shifting the grid by part of a pixel."""
     return fn.resize(
         image,

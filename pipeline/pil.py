@@ -65,7 +65,7 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     crop = pixels[params.top : bottom, params.left : right]
     if not crop.flags.writeable:  # as Pillow gives it, and torch does not like it
         crop = crop.copy()
-    resize(torch.from_numpy(crop), out)
+    resize(torch.from_numpy(crop), out, params.crop_filter)
     image = out.numpy()
     if params.hflip:
         out.copy_(out.flip(1))  # NumPy takes twenty times as long

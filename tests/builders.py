@@ -29,7 +29,7 @@ from model.evaluation.scores import (
     ScoreTable,
 )
 from model.network import Network
-from model.recipe import Data, Recipe, Run
+from model.recipe import Data, Recipe, ResolvedRecipe, Run, resolved
 from model.score import probability
 from model.training.history import rows_of
 from model.training.optim import Optim
@@ -191,16 +191,18 @@ def build_all(
 
 def small_recipe(
     name: str = "small", network: Network = TINY, preprocess: Preprocess = SMALL_PREPROCESS
-) -> Recipe:
+) -> ResolvedRecipe:
     """A recipe whose network is small; it is written down and never run."""
-    return Recipe(
-        name=name,
-        data=Data(train=[], validate=[], policy="train"),
-        augment={},
-        network=network,
-        optim=Optim(lr=1e-3),
-        run=Run(epochs=1),
-        preprocess=preprocess,
+    return resolved(
+        Recipe(
+            name=name,
+            data=Data(train=[], validate=[], policy="train"),
+            augment={},
+            network=network,
+            optim=Optim(lr=1e-3),
+            run=Run(epochs=1),
+            preprocess=preprocess,
+        )
     )
 
 

@@ -119,7 +119,7 @@ def preprocessing_of(net: Detector, preprocess: Preprocess) -> dict[str, Any]:
         crop_pct = math.nextafter(crop_pct, 0)
     return {
         "input_size": (3, preprocess.crop_size, preprocess.crop_size),
-        "interpolation": "bilinear",
+        "interpolation": preprocess.interpolation,
         "crop_pct": crop_pct,
         "crop_mode": "center",
         "mean": tuple((net.mean / 255).flatten().tolist()),

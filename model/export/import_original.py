@@ -16,7 +16,7 @@ import torch
 
 from model import checkpoint
 from model.network import Network, build, load_weights
-from model.recipe import Data, Recipe, Run
+from model.recipe import Data, Recipe, ResolvedRecipe, Run, resolved
 from model.training.optim import Optim
 from pipeline.augment import Preprocess
 
@@ -31,16 +31,18 @@ class OriginalError(ValueError):
     """A file that is not the original's checkpoint; the message says what was found."""
 
 
-def recipe_of(name: str) -> Recipe:
+def recipe_of(name: str) -> ResolvedRecipe:
     """What stands in place of the original's recipe: its network, and its preprocessing."""
-    return Recipe(
-        name=name,
-        data=Data(train=[], validate=[], policy=""),
-        augment={},
-        network=Network(name="convnextv2_base", pretrained=False),
-        optim=Optim(lr=1e-4),
-        run=Run(epochs=1),
-        preprocess=Preprocess(),
+    return resolved(
+        Recipe(
+            name=name,
+            data=Data(train=[], validate=[], policy=""),
+            augment={},
+            network=Network(name="convnextv2_base", pretrained=False),
+            optim=Optim(lr=1e-4),
+            run=Run(epochs=1),
+            preprocess=Preprocess(),
+        )
     )
 
 

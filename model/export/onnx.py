@@ -195,6 +195,7 @@ def _halved(graph: Any) -> Any:
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
     """What the file says of itself: `META_KEYS`, each as JSON."""
     size = meta["preprocess"]["crop_size"]
+    interpolation = Preprocess(**meta["preprocess"]).interpolation
     values = {
         "format_version": FORMAT_VERSION,
         "classes": meta["classes"],
@@ -209,7 +210,7 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "license": license_of(meta).text,
         "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the square of "
         "crop_size / resize_size of the shorter side, cut from the center and resized "
-        "(antialiased bilinear)",
+        f"(antialiased {interpolation})",
         "outputs": "probability: float32 (batch,), of fake, temperature applied; logits: float32 "
         "(batch, 2), in the order of classes, before it",
     }

@@ -12,7 +12,7 @@ from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
 from model.network import Detector
-from model.recipe import Recipe
+from model.recipe import Recipe, ResolvedRecipe
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
@@ -20,7 +20,7 @@ from sharding.format import ShardSet, open_shards
 from storage import AnyPath
 
 
-def source_of(recipe: Recipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
+def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
     """Where the features of a recipe lie that `net`, with its weights loaded, computes.
 
     Raises:

@@ -1,9 +1,13 @@
-"""Where the network looked: Grad-CAM as an overlay on what it saw.
+"""Where the network looked: Grad-CAM, or for transformers gradient-weighted patches, as an overlay
+on what it saw.
 
-It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels), shows what moved the score
-and not what is fake, and proves nothing.
+It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a transformer of
+patches of 16 at 224), shows what moved the score and not what is fake, and proves nothing. The
+patches of a transformer have taken in the rest of the image before they are weighed, so what one
+of them holds need not come from its place.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ from model.network import Detector
 
 MEANING = (
     "Red raised the score for AI; the strongest place has the full color, however weak it is. It "
-    "shows what moved the score, coarsely, not which part is fake."
+    "shows what moved the score, coarsely, not which part is fake; in a transformer a place holds "
+    "something of the whole picture."
 )
 """What must stand beside every heatmap."""
 
@@ -33,16 +38,21 @@ def attribution(
     detector: ImageDetector, image: Path | str | bytes | ImageFile
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the network sees, uint8 (size, size, 3) RGB, and for each of the cells of its last
-    feature map, float32 (rows, columns), what it adds to the logit of fake minus that of real.
+    features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
+    first order.
 
-    Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks for real.
+    Maps (B, C, rows, columns): Grad-CAM (Selvaraju et al. 2017) without its last step, which hides
+    what speaks for real. Else gradient times feature of each place (HiResCAM, Draelos and Carin
+    2020), which is the same where the mean over the places is classified: of the last tokens, or,
+    where the class token alone is classified, of what the last block's attention reads. The input
+    of that block will not do: a norm makes the sum of gradient times feature vanish.
 
     Raises:
         DecodeError, OSError: the image cannot be read.
-        ExplainError: the network has no feature map, or the library `captum` is not installed.
+        ExplainError: the network has no map nor patches, or the library `captum` is not installed.
     """
     try:
-        from captum.attr import LayerGradCam
+        from captum.attr import LayerGradCam, LayerGradientXActivation
     except ImportError as error:
         raise ExplainError(
             "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
@@ -50,48 +60,118 @@ def attribution(
     preprocessed = detector.preprocess_file(image)
     pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)
     net = detector.net.eval()
-    layer = last_feature_layer(net, pixels)
+    layer, features = last_features(net, pixels)
 
     def margin(images: torch.Tensor) -> torch.Tensor:
         real, fake = net(images).float().unbind(1)
         return fake - real
 
-    cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
-    return preprocessed, cells[0, 0].detach().float().cpu().numpy()
+    if _is_map(net, features):
+        cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)[0, 0]
+        return preprocessed, cells.detach().float().cpu().numpy()
+    cells = _on_grid(net, LayerGradientXActivation(margin, layer).attribute(pixels))
+    if not cells.any():  # only the class token goes on to the classifier
+        by_attention = LayerGradientXActivation(margin, _last_attention(net, features))
+        cells = _on_grid(net, by_attention.attribute(pixels, attribute_to_layer_input=True))
+    return preprocessed, cells.detach().float().cpu().numpy()
 
 
-def last_feature_layer(net: Detector, pixels: torch.Tensor) -> nn.Module:
-    """The module that puts out the last map of features, (B, C, rows, columns), which the
-    classifier then averages.
+def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """The last features that the head sees of uint8 `pixels` (B, 3, H, W), and the module that puts
+    them out: a map, (B, C, rows, columns) or (B, rows, columns, C), or tokens, (B, N, C).
 
     Raises:
-        ExplainError: there is none, as in a transformer, which keeps a list of patches.
+        ExplainError: no module puts them out.
     """
     backbone, seen = net.backbone, []
-    if net.head == "stages":
-        return backbone.get_submodule(backbone.feature_info[-1]["module"])
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor):
-            seen.append((module, output.data_ptr(), output.shape))
+            seen.append((module, output))
 
-    hooks = [module.register_forward_hook(note) for module in backbone.modules()]
+    by_stage = net.head == "stages"
+    noted = (
+        [backbone.get_submodule(backbone.feature_info[-1]["module"])]
+        if by_stage
+        else list(backbone.modules())
+    )
+    hooks = [module.register_forward_hook(note) for module in noted]
     try:
         with torch.inference_mode():
-            features = backbone.forward_features((pixels - net.mean) / net.std)
+            if by_stage:
+                net.features(pixels)
+            else:
+                features = backbone.forward_features((pixels - net.mean) / net.std)
     finally:
         for hook in hooks:
             hook.remove()
-    channels = {getattr(backbone, n, None) for n in ("num_features", "head_hidden_size")}
-    layers = [
-        module for module, address, shape in seen
-        if (address, shape) == (features.data_ptr(), features.shape)
-    ]  # fmt: skip
-    if features.ndim != 4 or features.shape[1] not in channels or not layers:
+    if not by_stage:
+        seen = [
+            (module, output) for module, output in seen
+            if (output.data_ptr(), output.shape) == (features.data_ptr(), features.shape)
+        ]  # fmt: skip
+    if not seen or not {1, -1} & _channel_axes(net, seen[-1][1]):
         raise ExplainError(
-            f"{type(backbone).__name__} keeps no map of features, so there is no heatmap"
+            f"{type(backbone).__name__} keeps neither a map of features nor patches, so there is "
+            "no heatmap"
         )
-    return layers[-1]
+    return seen[-1]
+
+
+def _channel_axes(net: Detector, features: torch.Tensor) -> set[int]:
+    """Which axes of (B, C, rows, columns), (B, rows, columns, C) or (B, N, C) may be the channels:
+    1, -1.
+    """
+    backbone = net.backbone
+    counts = {getattr(backbone, n, None) for n in ("num_features", "head_hidden_size")}
+    if net.head == "stages":
+        counts = {backbone.feature_info[-1]["num_chs"]}
+    axes = {3: (-1,), 4: (1, -1)}.get(features.ndim, ())
+    return {axis for axis in axes if features.shape[axis] in counts}
+
+
+def _is_map(net: Detector, features: torch.Tensor) -> bool:
+    """Whether features are (B, C, rows, columns)."""
+    return 1 in _channel_axes(net, features)
+
+
+def _on_grid(net: Detector, products: torch.Tensor) -> torch.Tensor:
+    """Products of the one image's features, (1, rows, columns, C) or (1, N, C), summed over the
+    channels, on the grid of patches, (rows, columns); class and register tokens are left out.
+
+    Raises:
+        ExplainError: the tokens are no square of patches.
+    """
+    sums = products[0].sum(-1)
+    if sums.ndim == 2:
+        return sums
+    patches = sums[getattr(net.backbone, "num_prefix_tokens", 0) :]
+    side = math.isqrt(len(patches))
+    if side * side != len(patches):
+        raise ExplainError(
+            f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which are no square of "
+            "patches, so there is no heatmap"
+        )
+    return patches.reshape(side, side)
+
+
+def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
+    """The attention of the last block: behind it a class token is all that goes on.
+
+    Raises:
+        ExplainError: no block has such a module, or the features are no tokens.
+    """
+    attentions = [
+        module
+        for name, module in net.backbone.named_modules()
+        if name.endswith(".attn") and not name.startswith("attn_pool.")
+    ]
+    if features.ndim != 3 or not attentions:
+        raise ExplainError(
+            f"{type(net.backbone).__name__} has no attention whose patches could be shown, so "
+            "there is no heatmap"
+        )
+    return attentions[-1]
 
 
 def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> np.ndarray:

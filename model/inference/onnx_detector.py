@@ -104,7 +104,10 @@ def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
     crop = pixels[params.top : params.top + params.height, params.left : params.left + params.width]
     image = Image.fromarray(np.ascontiguousarray(crop))
     return np.asarray(
-        image.resize((settings.crop_size, settings.crop_size), Image.Resampling.BILINEAR)
+        image.resize(
+            (settings.crop_size, settings.crop_size),
+            Image.Resampling[settings.interpolation.upper()],
+        )
     )
 
 

@@ -7,7 +7,7 @@ a small group is never raised to an absolute floor.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,9 +138,11 @@ def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str
             )
         matcher = backbone.group_matcher(coarse=layer_decay_groups == "stage")
         layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
-        # timm puts what no pattern matches into the last group, where only the head belongs.
-        head = _head_prefixes(backbone)
-        layers = {n: layers[n] for n in names if _matches(matcher, n) or n.startswith(head)}
+        # timm puts what no pattern matches into the last group: right for what lies behind the
+        # blocks (attention pooling, norms, heads), wrong for anything else.
+        matched = {name for name in names if _matches(matcher, name)}
+        head = _head_prefixes(backbone, matched)
+        layers = {n: layers[n] for n in names if n in matched or n.startswith(head)}
     else:
         layers = _official_convnext_layers(names)
     unmatched = [name for name in names if name not in layers]
@@ -152,10 +154,17 @@ def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str
     return {name: int(layers[name]) for name in names}
 
 
-def _head_prefixes(backbone: Backbone) -> tuple[str, ...]:
-    """How the names of parameters behind the last block begin."""
-    names = [*classifier_names(backbone), "fc_norm"]
-    return (*(f"{name.partition('.')[0]}." for name in names), STAGE_HEAD)
+def _head_prefixes(backbone: Backbone, matched: Collection[str]) -> tuple[str, ...]:
+    """How the names of parameters behind the last block begin: those of the classifier, and of
+    what timm defines between it and the last module that the patterns cover (`matched`).
+    """
+    children = [name for name, _ in backbone.named_children()]
+    covered = {name.partition(".")[0] for name in matched}
+    last = max((index for index, name in enumerate(children) if name in covered), default=0)
+    names = {name.partition(".")[0] for name in classifier_names(backbone)}
+    end = max((index for index, name in enumerate(children) if name in names), default=0)
+    names |= {*children[last + 1 : end + 1], "fc_norm", STAGE_HEAD.rstrip(".")}
+    return tuple(f"{name}." for name in sorted(names))
 
 
 def _matches(matcher: Any, name: str) -> bool:

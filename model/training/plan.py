@@ -15,8 +15,20 @@ from model import checkpoint
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
 from model.features.loader import FeatureSource
-from model.network import build, check_backbone_file, check_pretrained, timm_license
-from model.recipe import Recipe
+from model.network import (
+    build,
+    check_backbone_file,
+    check_pretrained,
+    check_size,
+    timm_license,
+)
+from model.recipe import (
+    Recipe,
+    ResolvedRecipe,
+    describe_preprocess,
+    normalization_warnings,
+    resolved,
+)
 from model.training.optim import parameter_groups
 from model.training.sets import check_apart, check_sets, open_stream, open_validation
 from model.training.validation import Validation
@@ -64,19 +76,20 @@ class RunPlan:
 
     `resumed` is the checkpoint of this run from which it goes on after `done` of its `steps`, None
     for a new run; `best` is its best one. `damaged` says of each other checkpoint of the run why it
-    is not used. `weights` are the first ones that are loaded, `first_weights` is where those of the
-    run's first step came from (see `_first_weights`), `teacher` those that replayed samples are
-    held to. `baseline` is the file of what the detector knew before the run, None where the run
-    starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
+    is not used; `warnings` are what the user should look at. `weights` are the first ones that are
+    loaded, `first_weights` is where those of the run's first step came from (see `_first_weights`),
+    `teacher` those that replayed samples are held to. `baseline` is the file of what the detector
+    knew before the run, None where the run starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
     name, and `stream` the batches. `features` is where stored features lie, None where the run
     reads images; it is known once the network is (`model/features/prepare.py`).
     """
 
-    recipe: Recipe = field(repr=False)
+    recipe: ResolvedRecipe = field(repr=False)
     data: AnyPath
     folder: Path
     resumed: Path | None
     damaged: tuple[str, ...]
+    warnings: tuple[str, ...]
     done: int
     steps: int
     steps_per_epoch: int
@@ -121,6 +134,7 @@ class RunPlan:
             f"{describe(self.dtype)} on {self.device} ({self.dtype_reason})",
             f"{recipe.name}: {recipe.network.name}, {self.parameters / 1e6:.1f} M parameters, "
             f"{rates}",
+            *describe_preprocess(recipe),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
             f"old ones, less the last {left} that fill no batch; {recipe.run.epochs} epochs, "
             f"{self.steps:,} steps of {loader.global_batch}",
@@ -147,7 +161,7 @@ def plan(
         ValueError: what stops the run before it begins: recipe, data, checkpoint, network, weights,
             device; the message says what to do.
     """
-    dist = dist or DistEnv()
+    dist, recipe = dist or DistEnv(), resolved(recipe)
     folder = runs / recipe.name
     whole, damaged = _checkpoints_of(folder)
     resumed = whole[-1] if whole else None
@@ -170,6 +184,7 @@ def plan(
         folder=folder,
         resumed=resumed,
         damaged=damaged,
+        warnings=_warnings(recipe, weights),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
@@ -368,18 +383,19 @@ def _starts_trained(recipe: Recipe, init_from: Path | None) -> bool:
 
 
 def _check_network(
-    recipe: Recipe, weights: Weights, teacher: Weights | None
+    recipe: ResolvedRecipe, weights: Weights, teacher: Weights | None
 ) -> tuple[int, tuple[float, ...]]:
     """How many parameters the network has and its different learning rates, ascending.
 
     Raises:
-        NetworkError: a network that timm does not know, weights that do not fit it or that cannot
-            be fetched.
+        NetworkError: a network that timm does not know or that takes no images of this size,
+            weights that do not fit it or that cannot be fetched.
         OptimError: a parameter that belongs to no layer group.
     """
     outline = build(recipe.network, pretrained=False, empty=True)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     rates = {group["base_lr"] for group in parameter_groups(outline.backbone, recipe.optim)}
+    check_size(outline, recipe.network.name, recipe.preprocess.crop_size)
     if weights.path is None:
         if weights.kind == "timm":
             check_pretrained(recipe.network)
@@ -390,6 +406,25 @@ def _check_network(
     if teacher and teacher.path:
         checkpoint.check(teacher.path)
     return parameters, tuple(sorted(rates))
+
+
+def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
+    """What may be a mistake: a mean or std that timm's weights were not made with, or images that
+    are seen otherwise than by the checkpoint that the run begins from.
+    """
+    if weights.kind in ("timm", "imagenet"):
+        return tuple(normalization_warnings(recipe))
+    if weights.path is None:
+        return ()
+    before, now = checkpoint.read_meta(weights.path), _as_saved(recipe)
+    seen = before["preprocess"], before["recipe"]["network"]
+    differ = [
+        f"{table}.{name} is {now[table][name]}, in {weights.path} it was {there[name]}"
+        for table, there in zip(("preprocess", "network"), seen, strict=True)
+        for name in ("crop_size", "resize_size", "interpolation", "mean", "std")
+        if name in there and there[name] != now[table][name]
+    ]
+    return tuple(differ)
 
 
 def _best(whole: Sequence[Path]) -> Best | None:

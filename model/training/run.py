@@ -68,6 +68,8 @@ def train(
             held.enter_context(_locked(folder, dist, is_new))
         for line in planned.damaged:
             console.log.warning("%s; it is not used", line)
+        for line in planned.warnings:
+            console.log.warning("%s", line)
         if planned.finished and planned.best:
             console.log.info("%s is finished; nothing to do", planned.folder)
             _calibrate(planned, planned.best.path)

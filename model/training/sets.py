@@ -8,7 +8,7 @@ import pyarrow.compute
 import torch
 
 from model.distributed import DistEnv
-from model.recipe import Recipe
+from model.recipe import Recipe, ResolvedRecipe
 from pipeline.loader import check_shards, open_loader
 from pipeline.params import train_params
 from pipeline.stream import Stream, open_pool
@@ -17,7 +17,7 @@ from storage import AnyPath
 
 
 def open_stream(
-    recipe: Recipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
+    recipe: ResolvedRecipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
 ) -> Stream:
     """The run's batches on this rank, from the sets below `data`.
 
@@ -92,7 +92,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
             )
 
 
-def check_sets(recipe: Recipe, stream: Stream) -> None:
+def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     """Refuse sets that the recipe does not fit.
 
     Raises:

@@ -117,6 +117,9 @@ def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> N
         AugmentParams(top=5, left=9, height=40, width=37),
         AugmentParams(top=0, left=0, height=11, width=13),
         AugmentParams(top=3, left=0, height=50, width=64),
+        WHOLE._replace(top=5, left=9, height=40, width=37, crop_filter=1),
+        AugmentParams(top=0, left=0, height=11, width=13, crop_filter=1),
+        WHOLE._replace(top=5, left=9, height=40, width=37, crop_filter=2),
         WHOLE._replace(resample=52),
         WHOLE._replace(resample=60),
         WHOLE._replace(resample=20, filter=1),
@@ -129,6 +132,9 @@ def test_each_stage_gives_the_same_pixels(stage: str, device: torch.device) -> N
         "crop",
         "enlarge",
         "squeeze",
+        "bicubic crop",
+        "bicubic enlarge",
+        "lanczos crop",
         "resample",
         "weak resample",
         "bicubic down",
@@ -143,8 +149,9 @@ def test_resizing_gives_almost_the_same_pixels(params: AugmentParams, device: to
     pil, dali = both(data, [params] * len(data), device=device)
     for name, one, other in zip(SCENES, pil, dali, strict=True):
         difference = np.abs(one - other)
-        mean, p99 = (SHARP_MEAN if params.filter else RESIZE_MEAN), RESIZE_P99
-        if params.filter and name == "saturated":
+        sharp = bool(params.filter or params.crop_filter)
+        mean, p99 = (SHARP_MEAN if sharp else RESIZE_MEAN), RESIZE_P99
+        if sharp and name == "saturated":
             mean, p99 = HARD_EDGES_MEAN, HARD_EDGES_P99
         assert difference.mean() < mean, f"{name}: {difference.mean()}"
         assert np.percentile(difference, 99) <= p99, name
@@ -403,7 +410,7 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
-    "pair_jpeg": 20, "pair_chroma": 3,
+    "pair_jpeg": 20, "pair_chroma": 3, "crop_filter": 2,
 }  # fmt: skip
 
 

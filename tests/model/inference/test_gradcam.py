@@ -61,12 +61,15 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
         overlay = heatmap(detector, encode(photo(1), "PNG"))
         size = detector.preprocess.crop_size
         assert (overlay.shape, overlay.dtype) == ((size, size, 3), np.uint8)
-    transformer = Network(
-        name="vit_tiny_patch16_224", pretrained=False,
-        options={"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 32},
+    bag = Network(
+        name="mixer_s32_224", pretrained=False,
+        options={"img_size": 32, "num_blocks": 1, "embed_dim": 24, "patch_size": 32},
     )  # fmt: skip
-    with pytest.raises(ExplainError, match="keeps no map of features"):
-        heatmap(detector_of(transformer, tmp_path, 32), encode(photo(1), "PNG"))
+    net = detector_of(bag, tmp_path, 32)
+    for name in ("num_features", "head_hidden_size"):
+        setattr(net.net.backbone, name, 7)  # as of a network whose last features are something else
+    with pytest.raises(ExplainError, match="keeps neither a map of features nor patches"):
+        heatmap(net, encode(photo(1), "PNG"))
 
 
 def test_a_heatmap_changes_no_score(mobile) -> None:

@@ -1,0 +1,348 @@
+"""A small network of each of timm's families, random weights, from the recipe to the heatmap."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+
+import recipes
+from model import checkpoint, load_detector
+from model.export import onnx as export
+from model.export.hub import write_hub
+from model.inference import onnx_detector
+from model.inference.gradcam import attribution
+from model.network import (
+    Detector,
+    Network,
+    NetworkError,
+    build,
+    check_backbone_file,
+    check_size,
+    load_backbone_file,
+)
+from model.recipe import (
+    Recipe,
+    describe_preprocess,
+    nearest_filter,
+    normalization_warnings,
+    resolved,
+)
+from model.training.optim import layer_of_parameters
+from model.training.plan import plan
+from model.training.run import train
+from pipeline import pil
+from pipeline.augment import Preprocess, PreprocessSettings
+from tests.builders import encode, photo, small_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+TINY_VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("vit_base_patch16_clip_quickgelu_224.openai", TINY_VIT),
+    "siglip": ("vit_base_patch16_siglip_224.webli", TINY_VIT),
+    "swin": (
+        "swin_tiny_patch4_window7_224.ms_in1k",
+        {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    ),
+    "convnext": (
+        "convnextv2_atto.fcmae_ft_in1k",
+        {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
+    ),
+    "pe": ("vit_pe_core_tiny_patch16_384.fb", TINY_VIT),
+    "dinov3": ("vit_small_patch16_dinov3.lvd1689m", TINY_VIT),
+    "efficientnet": ("efficientnet_b0.ra_in1k", {}),
+}
+QUICK = ("clip", "siglip", "swin")
+EACH = [
+    pytest.param(key, marks=() if key in QUICK else pytest.mark.slow, id=key) for key in FAMILIES
+]
+
+SIZE = 32
+
+# Equal float32 sums in another order.
+SAME = 1e-4
+
+
+def family(key: str, **changes: Any) -> Network:
+    """The network of a family, small, for images of `SIZE`."""
+    name, options = FAMILIES[key]
+    network = Network(name=name, pretrained=False, options=options, **changes)
+    recipe = small_recipe(network=network, preprocess=PreprocessSettings(crop_size=SIZE))
+    return recipe.network
+
+
+def state_of(net: Detector) -> dict[str, torch.Tensor]:
+    """Copies of the backbone's weights."""
+    return {name: weight.clone() for name, weight in net.backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize("key", EACH)
+def test_a_family_trains_predicts_is_exported_and_explained(
+    key: str, data: Path, tmp_path: Path
+) -> None:
+    name, options = FAMILIES[key]
+    path = tmp_path / "family.toml"
+    settings = "\n".join(f"{option} = {value}" for option, value in options.items())
+    path.write_text(
+        f"""
+name = "{key}"
+data = {{ train = ["old"], validate = ["val"], policy = "flip" }}
+augment = {{ flip = {{ hflip = 0.5 }}, dda = {{ hflip = 0.5 }} }}
+preprocess = {{ crop_size = {SIZE} }}
+optim = {{ lr = 1e-3, layer_decay = 0.5, layer_decay_groups = "block" }}
+loading = {{ batch_size = 8, num_workers = 0 }}
+run = {{ epochs = 1 }}
+[network]
+name = "{name}"
+pretrained = false
+[network.options]
+{settings}
+"""
+    )
+    torch.manual_seed(1)
+    saved = train(recipes.load(Recipe, path), data, tmp_path / "runs", stop_at=2)
+    meta, config = checkpoint.read_meta(saved), timm.get_pretrained_cfg(name)
+    assert meta["step"] == 2
+    assert tuple(meta["recipe"]["network"]["mean"]) == config.mean
+    assert tuple(meta["recipe"]["network"]["std"]) == config.std
+    assert meta["preprocess"] == {
+        "crop_size": SIZE,
+        "resize_size": int(SIZE / config.crop_pct),
+        "interpolation": config.interpolation,
+    }
+    detector, image = load_detector(saved, backend="pil"), encode(photo(1), "PNG")
+    (prediction,) = detector.predict([image])
+    assert 0 < prediction.probability < 1
+
+    export.export_onnx(saved, tmp_path / "onnx")
+    exported = onnx_detector.load_onnx(tmp_path / "onnx/detector.onnx", device="cpu")
+    (by_onnx,) = exported.predict([image])
+    assert by_onnx.probability == pytest.approx(prediction.probability, abs=1e-2)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/detector.onnx")
+    (logits,) = session.run(["logits"], {"images": pixels})
+    with torch.inference_mode():
+        expected = detector.net(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(logits, expected, atol=10 * SAME)
+
+    _, cells = attribution(detector, image)
+    assert np.isfinite(cells).all()
+    assert np.abs(cells).max() > 0
+
+    folder = write_hub(saved, tmp_path / "hub")
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=plain))
+    images = transform(Image.fromarray(photo(2, 36, 36)))[None]
+    assert images.shape == (1, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        by_timm = plain(images)[0].numpy()
+    (by_ours,) = detector.predict([encode(photo(2, 36, 36), "PNG")])
+    assert 1 / (1 + np.exp(by_timm[0] - by_timm[1])) == pytest.approx(by_ours.probability, abs=0.02)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_the_network_sees_what_timm_shows_it(key: str) -> None:
+    """By timm's own transform of the weights' configuration, at their own size: bit for bit but for
+    rounding where nothing is resized, and inside of the outermost pixels where it is.
+    """
+    name = FAMILIES[key][0]
+    recipe = small_recipe(network=Network(name=name), preprocess=PreprocessSettings())
+    config = timm.get_pretrained_cfg(name)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=config.to_dict()))
+    net = Detector(torch.nn.Identity(), recipe.network)
+    side = recipe.preprocess.resize_size
+    for times, within in ((1, 1e-5), (2, 2 / 255 / min(config.std) + 1e-5)):
+        noise = np.random.default_rng(3).integers(0, 256, (times * side, times * side, 3), np.uint8)
+        image = noise if times == 1 else photo(4, times * side, times * side)
+        expected = transform(Image.fromarray(image))
+        for by in (pil.preprocess, onnx_detector.preprocess):
+            pixels = torch.from_numpy(by(image, recipe.preprocess).copy())
+            seen = net(pixels.permute(2, 0, 1)[None])[0]
+            assert seen.shape == expected.shape
+            apart = (seen - expected).abs()[:, 4:-4, 4:-4]
+            assert apart.max() <= within, f"{times}: {apart.max()}"
+
+
+def test_the_filter_of_the_weights_is_seen() -> None:
+    """What two filters make of one image is further apart than they may be from timm's."""
+    image = photo(4, 496, 496)
+    bicubic, bilinear = (
+        pil.preprocess(image, Preprocess(crop_size=224, resize_size=248, interpolation=name))
+        for name in ("bicubic", "bilinear")
+    )
+    assert np.abs(bicubic.astype(int) - bilinear)[4:-4, 4:-4].max() > 4
+
+
+def test_what_a_recipe_states_is_kept_and_said() -> None:
+    network = Network(name=FAMILIES["clip"][0], mean=(0.5, 0.5, 0.5))
+    stated = PreprocessSettings(crop_size=336, interpolation="lanczos")
+    recipe = small_recipe(network=network, preprocess=stated)
+    assert recipe.network.mean == (0.5, 0.5, 0.5)
+    assert recipe.network.std == timm.get_pretrained_cfg(network.name).std
+    assert recipe.network.options == {"img_size": 336}
+    assert recipe.preprocess == Preprocess(crop_size=336, resize_size=373, interpolation="lanczos")
+    assert resolved(recipe) == recipe
+    (warned,) = normalization_warnings(recipe)
+    assert warned == (
+        "network.mean is [0.5, 0.5, 0.5], but timm's weights of "
+        "vit_base_patch16_clip_quickgelu_224.openai were made with [0.4815, 0.4578, 0.4082]: leave "
+        "it out, unless yours are others"
+    )
+    seen, made = describe_preprocess(recipe)
+    assert seen.startswith("sees 336 x 336 pixels from the center of a shorter side of 373 (lanczo")
+    assert made == "its weights were made with 224 x 224 of 248 (bicubic)"
+    assert [nearest_filter(name) for name in ("bicubic", "hamming")] == ["bicubic", "bilinear"]
+
+
+def test_a_recipe_that_states_nothing_takes_the_weights_own_size() -> None:
+    recipe = small_recipe(network=Network(name=FAMILIES["pe"][0]), preprocess=PreprocessSettings())
+    assert recipe.preprocess == Preprocess(crop_size=384, resize_size=384, interpolation="bicubic")
+    assert recipe.network.options == {}
+    assert not normalization_warnings(recipe)
+    assert len(describe_preprocess(recipe)) == 1
+    built_for = Network(name=FAMILIES["pe"][0], options={"img_size": 128})
+    recipe = small_recipe(network=built_for, preprocess=PreprocessSettings())
+    assert recipe.preprocess.crop_size == 128
+
+
+def test_a_warning_comes_with_the_plan(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["network.mean=[0.5, 0.5, 0.5]"])
+    weights = state_of(build(resolved(recipe).network, pretrained=False))
+    save_file(weights, tmp_path / "weights.safetensors")
+    planned = plan(recipe, data, tmp_path, init_from=tmp_path / "weights.safetensors")
+    (warned,) = planned.warnings
+    assert warned.startswith("network.mean is [0.5, 0.5, 0.5], but timm's weights of convnextv2_at")
+    assert not plan(recipe, data, tmp_path).warnings  # random weights saw nothing yet
+    checkpoint.save(
+        tmp_path / "before" / "step_0000001",
+        build(resolved(recipe).network, pretrained=False),
+        recipe=resolved(recipe),
+        state=None,
+        record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=0.5, data={}),
+    )
+    start = tmp_path / "before" / "step_0000001"
+    recipe = recipes.load(Recipe, tiny_recipe, ["preprocess.interpolation=bicubic"])
+    assert plan(recipe, data, tmp_path, init_from=start).warnings == (
+        f"preprocess.interpolation is bicubic, in {start} it was bilinear",
+        f"network.mean is [0.485, 0.456, 0.406], in {start} it was [0.5, 0.5, 0.5]",
+    )
+
+
+def test_a_size_that_a_network_cannot_take_is_refused() -> None:
+    network = family("clip")
+    check_size(build(network, pretrained=False, empty=True), network.name, SIZE)
+    with pytest.raises(NetworkError) as caught:
+        check_size(build(network, pretrained=False, empty=True), network.name, 40)
+    assert "takes no images of 40 x 40" in str(caught.value)
+    assert "set preprocess.crop_size=224, the size that its weights were made with" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224.nobody", "local-dir:/nowhere", "vti"])
+def test_weights_that_timm_does_not_know_are_one_line(name: str) -> None:
+    with pytest.raises(NetworkError, match="timm cannot build") as caught:
+        small_recipe(network=Network(name=name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("grouping", ["block", "stage"])
+@pytest.mark.parametrize("key", FAMILIES)
+def test_what_lies_behind_the_blocks_is_the_top_layer(key: str, grouping: str) -> None:
+    backbone = build(family(key), pretrained=False, empty=True).backbone
+    layers = layer_of_parameters(backbone, grouping)
+    top = max(layers.values())
+    pooling = [name for name in layers if name.startswith(("attn_pool", "head", "classifier"))]
+    assert pooling
+    assert {layers[name] for name in pooling} == {top}
+    assert min(layers.values()) == 0
+
+
+def planted(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of images without and with a checked patch, uint8 (2 * count, SIZE, SIZE, 3), and the
+    row and column of each patch, (count, 2), in patches of 8 pixels.
+    """
+    rng = np.random.default_rng(7)
+    checks = (np.indices((8, 8)).sum(0) // 2 % 2 * 255).astype(np.uint8)[..., None]
+    images, places = [], rng.integers(0, SIZE // 8, (count, 2))
+    for seed, (row, column) in enumerate(places.tolist()):
+        clean = photo(seed, SIZE, SIZE)
+        marked = clean.copy()
+        marked[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = checks
+        images += [clean, marked]
+    return np.stack(images), places
+
+
+@pytest.mark.parametrize("key", ["clip", "siglip", "pe", "dinov3", "swin"])
+def test_the_heatmap_follows_a_patch(key: str, tmp_path: Path) -> None:
+    """A frozen transformer, and a linear head that knows a patch by the mean of its features: the
+    strongest place of the heatmap is the patch, wherever it is.
+    """
+    torch.manual_seed(4)
+    network = family(key, freeze_backbone=True, init="fan_in")
+    net = build(network, pretrained=False).eval()
+    images, places = planted(40)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        features = net.features(pixels)
+        change = features[1:64:2].mean(0) - features[0:64:2].mean(0)
+    head = net.backbone.get_classifier()
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([-change, change]))
+        head.bias.zero_()
+    checkpoint.save(
+        tmp_path / "step_0000001",
+        net,
+        recipe=small_recipe(
+            network=network, preprocess=Preprocess(crop_size=SIZE, resize_size=SIZE)
+        ),
+        state=None,
+        record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=0.5, data={}),
+    )
+    detector, hits = load_detector(tmp_path, backend="pil"), []
+    for index in range(32, 40):
+        _, cells = attribution(detector, encode(images[2 * index + 1], "PNG"))
+        assert np.abs(cells).max() > 0
+        strongest = np.array(np.unravel_index(cells.argmax(), cells.shape))
+        # In the place's own cell, of whatever size the cells are.
+        hits.append((strongest == places[index] * len(cells) // (SIZE // 8)).all())
+    assert np.mean(hits) >= 0.75
+
+
+def test_a_clip_file_loads_whatever_its_head_is(tmp_path: Path) -> None:
+    """Without a classifier, and with the projection of the two towers in its place."""
+    network = family("clip")
+    theirs = state_of(build(network, pretrained=False))
+    body = {name: weight for name, weight in theirs.items() if not name.startswith("head.")}
+    for index, head in enumerate(
+        ({}, {"head.weight": torch.randn(20, 48)}, {"head.weight": torch.randn(2, 48)})
+    ):
+        path = tmp_path / f"{index}.safetensors"
+        save_file(body | head, path)
+        net = build(network, pretrained=False)
+        own = net.backbone.head.weight.detach().clone()
+        check_backbone_file(build(network, pretrained=False, empty=True), path)
+        load_backbone_file(net, path)
+        assert torch.equal(net.backbone.head.weight, own)
+        for name, weight in body.items():
+            assert torch.equal(net.backbone.state_dict()[name], weight), name
+
+
+def test_a_clip_file_of_another_size_says_what_to_set(tmp_path: Path) -> None:
+    network = family("clip")
+    weights = state_of(build(network, pretrained=False))
+    weights["pos_embed"] = torch.zeros(1, 50, 48)
+    save_file(weights, tmp_path / "other.safetensors")
+    with pytest.raises(NetworkError, match=r"pos_embed.*set preprocess.crop_size to the size"):
+        check_backbone_file(
+            build(network, pretrained=False, empty=True), tmp_path / "other.safetensors"
+        )
