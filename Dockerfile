@@ -3,6 +3,7 @@
 #   docker build -t ai-images-detector .
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
 #
+# Mount the backbone of the detector that ships too, for a page without a run: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
 # For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
 FROM python:3.11-slim-bookworm
 
@@ -31,7 +32,7 @@ COPY model/ model/
 COPY .streamlit/ .streamlit/
 
 USER 10001
-ENV DETECTOR_RUNS=/runs PYTHONDONTWRITEBYTECODE=1
+ENV DETECTOR_RUNS=/runs DETECTOR_CACHE=/cache PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8501
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]

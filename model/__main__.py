@@ -97,7 +97,7 @@ def _say(folder: Path) -> None:
 
 
 @main.command("export")
-@click.option("--onnx", is_flag=True, help="Write ONNX files, fp32 and fp16, and parity.json.")
+@click.option("--onnx", is_flag=True, help="Write ONNX files (fp32, fp16, int8) and parity.json.")
 @click.option(
     "--hub",
     "folder",

