@@ -32,6 +32,7 @@ from model.checkpoint import annotate
 from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
+from model.shipped import backbone
 from pipeline.loader import Loading, open_loader
 from sharding.format import open_shards
 from tests.builders import ROOT, encode, imports_of, photo, train_tiny
@@ -65,6 +66,22 @@ def test_a_probability_is_never_a_certainty(p: float, said: str) -> None:
 def test_a_share_is_never_none_or_all() -> None:
     said = [app.of_hundred(share).replace("*", "") for share in (0.0, 0.004, 0.05, 0.996, 1.0)]
     assert said == ["fewer than 1", "fewer than 1", "about 5", "more than 99", "more than 99"]
+
+
+def test_the_page_says_that_the_detector_ships(
+    small_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(app.st, "caption", captions.append)
+    detector = load_detector(runs=small_runs)
+    app.about(detector)
+    assert len(captions) == 1 and captions[0].startswith("Model convnextv2\\_atto")
+    monkeypatch.setattr(backbone, "DETECTORS", detector.checkpoint.parent)
+    app.about(detector)
+    assert captions[1] == "There is no trained run: this is step_0000001, which ships."
+    monkeypatch.setattr(app, "CHECKPOINT", "small")  # it was named
+    app.about(detector)
+    assert len(captions) == 4
 
 
 def test_the_files_of_the_container_pass_their_linter() -> None:

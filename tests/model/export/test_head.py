@@ -237,7 +237,6 @@ def test_timms_own_file_is_known_by_the_hubs_cache(
     first = {"kind": "timm", "name": name, "sha256": "", "license": None, "first_weights": None}
     checkpoint.annotate(folder, {"first_weights": first})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), False)
     with pytest.raises(head.HeadError, match="is not in the hub's cache"):
         head.backbone_of(folder)
     snapshots = tmp_path / "hub" / f"models--timm--{name}"

