@@ -19,7 +19,7 @@ from model.checkpoint import (
     seal,
 )
 from model.score import DEFAULT_THRESHOLD
-from model.shipped import backbone
+from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder
 
 
@@ -64,7 +64,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }
-    meta.pop(backbone.KEY, None)  # it is among the weights now
+    meta = with_backbone_inside(meta)
     name = last.name if STEP_FOLDER.fullmatch(last.name) else f"step_{meta['step']:07d}"
     with atomic_folder(run) as partial:
         folder = partial / name

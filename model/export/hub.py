@@ -22,7 +22,7 @@ from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
 from model.export.license import license_of
 from model.network import Detector
-from model.shipped.backbone import KEY
+from model.shipped.backbone import with_backbone_inside
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
 from storage import AnyPath, atomic_folder, sha256_of
@@ -54,12 +54,7 @@ def write_hub(
     """
     refuse_if_there(out)
     net, preprocess, meta = load_network(checkpoint)
-    license = license_of(meta)
-    if meta.pop(KEY, None):  # it is among the weights now, and its license is theirs
-        meta["first_weights"] = {
-            "kind": "timm", "name": license.base, "sha256": "", "license": license.id,
-            "first_weights": None,
-        }  # fmt: skip
+    meta = with_backbone_inside(meta)
     figures = read_report(report, meta) if report else None
     with atomic_folder(out) as partial:
         save_for_hf(
@@ -69,7 +64,7 @@ def write_hub(
                 "label_names": list(CLASSES),
                 "pretrained_cfg": {
                     "tag": meta["recipe"]["name"],
-                    "license": license.id,
+                    "license": license_of(meta).id,
                 },
             },
             data_config=preprocessing_of(net, preprocess),

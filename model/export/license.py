@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import timm
 
-from model.shipped.backbone import KEY
+from model.shipped.backbone import KEY, KEY_INSIDE
 
 
 class License(NamedTuple):
@@ -29,7 +29,7 @@ def license_of(meta: Mapping[str, Any]) -> License:
     recipes can lead to. A detector that ships names that of its backbone. Licenses of the training
     data are another matter: the index of each set has them.
     """
-    if spec := meta.get(KEY):
+    if spec := meta.get(KEY) or meta.get(KEY_INSIDE):
         base, said = spec["name"], spec["license"]
         if not said:
             return License("other", f"none is recorded for the backbone {base}", "")

@@ -37,6 +37,9 @@ DEFAULT_DETECTOR = "clip"
 KEY = "backbone"
 """The key of `meta.json` that makes a checkpoint the head of a detector that ships."""
 
+KEY_INSIDE = "backbone_inside"
+"""The key of the same entry where the weights hold the backbone after all: its license is kept."""
+
 CACHE_VARIABLE = "DETECTOR_CACHE"
 CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
 
@@ -243,6 +246,11 @@ def output_folder(checkpoint: Path, runs: Path) -> Path:
     folder stays as it is, into one of its name below `runs`.
     """
     return runs / checkpoint.name if is_shipped(checkpoint) else checkpoint.parent
+
+
+def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta of a checkpoint made of this one whose weights hold the backbone too."""
+    return {KEY_INSIDE if key == KEY else key: value for key, value in meta.items()}
 
 
 def shipped_names() -> list[str]:

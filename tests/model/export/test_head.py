@@ -272,6 +272,9 @@ def test_everything_that_takes_a_checkpoint_takes_it(
     assert "backbone" not in meta and license_of(meta).id == "mit"
     assert scores(whole) == scores(trained)
     mean = average(shipped, trained, 0.5, tmp_path / "runs" / "mean")
+    assert (
+        license_of(checkpoint.read_meta(average(trained, shipped, 1, tmp_path / "mit"))).id == "mit"
+    )
     assert mean.name == "step_0000007" and "backbone" not in checkpoint.read_meta(mean)
     back = average(trained, shipped, 0.5, tmp_path / "runs" / "back")
     assert back.name == "step_0000007"
