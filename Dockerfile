@@ -3,6 +3,7 @@
 #   docker build -t ai-images-detector .
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
 #
+# Mount the backbone of the detector that ships too, for a page without a run: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
 # For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
 # Python 3.11.16, for amd64 and arm64; a newer one is a change of this line.
 FROM python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
@@ -34,7 +35,7 @@ COPY .streamlit/ .streamlit/
 RUN chmod -R a+rX .
 
 USER 10001
-ENV DETECTOR_RUNS=/runs PYTHONDONTWRITEBYTECODE=1
+ENV DETECTOR_RUNS=/runs DETECTOR_CACHE=/cache PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8501
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]

@@ -34,6 +34,7 @@ from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.inference.turns import Busy, turn
+from model.shipped.backbone import is_shipped
 
 log = logging.getLogger("ai_images_detector")
 
@@ -435,6 +436,8 @@ def about(detector: ImageDetector) -> None:
         st.markdown(LIMITS)
     project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     network, created = detector.meta["recipe"]["network"]["name"], detector.meta["created"][:10]
+    if not os.environ.get(CHECKPOINT) and is_shipped(detector.checkpoint):
+        st.caption(f"There is no trained run: this is {detector.checkpoint.name}, which ships.")
     st.caption(
         f"Model {markdown(network)}, {markdown(detector.identity)}, {created}. Program "
         f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."

@@ -213,7 +213,8 @@ OPTIONS: dict[str, Callable] = {
     "checkpoint": click.option(
         "--checkpoint",
         type=LocalPath(file_okay=False),
-        help="Checkpoint, or a run to take the best one of. Default: the newest run.",
+        help="Checkpoint, a run to take the best one of, or a detector that ships, by its name. "
+        "Default: the newest run.",
     ),
     "device": click.option(
         "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

@@ -23,6 +23,7 @@ from model.evaluation.plan import Options
 from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
+from model.shipped.backbone import output_folder
 from model.training.validation import calibrate_checkpoint
 from pipeline.loader import Backend, Loading
 from pipeline.subset import read_subset
@@ -99,7 +100,7 @@ def main(
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
     chosen = find(runs, checkpoint)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
-    out = out or chosen.parent / "evaluation" / folder
+    out = out or output_folder(chosen, runs) / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
         options = Options(

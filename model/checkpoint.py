@@ -16,6 +16,9 @@ on an image is called fake, and `calibration` is null, or what `model/calibrate.
      "before": {"nll": x, "ece": x}, "after": {"nll": x, "ece": x}}
 
 Verdicts: below low likely real, from high on likely AI, between them uncertain.
+
+A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
+`backbone` where the others are (`model/shipped/backbone.py`).
 """
 
 import contextlib
@@ -42,6 +45,7 @@ from safetensors.torch import load_file, save_file
 import recipes
 from model.network import Detector, Network, build, check_weights_file, load_weights
 from model.score import DEFAULT_THRESHOLD
+from model.shipped import backbone
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, sha256_of, write_text
@@ -153,7 +157,10 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`; it is replaced as a whole."""
-    _write_meta(folder, {**read_meta(folder), **changes})
+    meta = read_meta(folder)
+    spec = backbone.spec_of(meta, str(folder / META_FILE))
+    changed = backbone.recalibrated(meta, changes, spec, folder) if spec else {**meta, **changes}
+    _write_meta(folder, changed)
 
 
 def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
@@ -289,7 +296,15 @@ def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
     net = build(network, pretrained=False, empty=True)
     load_weights(net, read_weights(folder), str(folder), assign=True)
     net = net.to(torch.float32).to(memory_format=torch.channels_last)
-    return net.eval(), Preprocess(**meta["preprocess"]), meta
+    return net.eval(), Preprocess(**meta["preprocess"]), _meta_in_use(folder, meta)
+
+
+def _meta_in_use(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The meta with the calibration for the backbone that is in use."""
+    spec = backbone.spec_of(meta, str(folder / META_FILE))
+    if spec is None:
+        return meta
+    return backbone.with_calibration(meta, spec, backbone.locate(spec, folder)[1])
 
 
 def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
@@ -304,8 +319,10 @@ def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
     if net is None:
         network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
         net = build(network, pretrained=False, empty=True)
-    check_weights_file(net, folder / _weights_name(meta), str(folder))
-    return meta
+    spec = backbone.spec_of(meta, str(folder / META_FILE))
+    others = backbone.locate(spec, folder)[0] if spec else None
+    check_weights_file(net, folder / _weights_name(meta), str(folder), others)
+    return _meta_in_use(folder, meta)
 
 
 def check_weights(folder: Path) -> str:
@@ -326,16 +343,19 @@ def _weights_name(meta: Mapping[str, Any]) -> str:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The backbone's weights by their timm names, on the CPU.
+    """The network's weights by their timm names, on the CPU.
 
     Raises:
         CheckpointError: as `read_meta`.
         DamagedError: the file is missing or has changed.
+        BackboneError: of a detector that ships the backbone is not here, or is another one.
     """
     with _names_another(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, _weights_name(meta))
-    return load_file(folder / _weights_name(meta))
+    weights = load_file(folder / _weights_name(meta))
+    spec = backbone.spec_of(meta, str(folder / META_FILE))
+    return backbone.read_backbone(spec, folder) | weights if spec else weights
 
 
 def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
@@ -427,19 +447,30 @@ def prune(run: Path, keep: Collection[Path]) -> None:
             shutil.rmtree(folder)
 
 
-def find(runs: Path, named: Path | None = None) -> Path:
-    """The checkpoint that is meant: `named` itself, the best one of the run `named`, or, with
-    nothing named, the best one of the newest run below `runs`.
+def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:
+    """The checkpoint that is meant: `named` itself, the best one of the run `named`, or the
+    detector that ships under that name; with nothing named the best one of the newest run below
+    `runs`, or, where there is no run and `shipped` allows it, the default detector that ships.
 
     Raises:
         CheckpointError: there is none; the message says how to get one.
     """
     if named:
+        own = backbone.DETECTORS / named
         best = named if (named / META_FILE).exists() else best_of(named)
+        if best is None and len(named.parts) == 1 and (own / META_FILE).exists():
+            return own
         if best is None:
-            raise CheckpointError(f"{named} is neither a checkpoint nor a run that has one")
+            ships = ", ".join(backbone.shipped_names())
+            raise CheckpointError(
+                f"{named} is neither a checkpoint nor a run that has one"
+                + (f", nor a detector that ships ({ships})" if ships else "")
+            )
         return best
     candidates = runs_below(runs)
+    default = backbone.DETECTORS / backbone.DEFAULT_DETECTOR
+    if not candidates and shipped and (default / META_FILE).exists():
+        return default
     if not candidates:
         raise CheckpointError(
             f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "

@@ -441,6 +441,11 @@ def load_backbone_file(net: Detector, path: Path) -> None:
     )
 
 
+def head_prefixes(net: Detector) -> tuple[str, ...]:
+    """How the names of the head's parameters begin, whichever head is in use."""
+    return (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
+
+
 def _without_classifier(
     net: Detector, weights: Mapping[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
@@ -450,7 +455,7 @@ def _without_classifier(
         NetworkError: names or shapes that do not fit outside the classifier.
     """
     state = net.backbone.state_dict()
-    heads = (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
+    heads = head_prefixes(net)
     kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
     missing = [name for name in state if name not in kept and not name.startswith(heads)]
     strange = [n for n in kept if n not in state or kept[n].shape != state[n].shape]
@@ -476,14 +481,16 @@ def check_backbone_file(net: Detector, path: Path) -> None:
     _without_classifier(net, _outlines(path), path)
 
 
-def check_weights_file(net: Detector, path: Path, where: str) -> None:
-    """Refuse a `.safetensors` file that `load_weights` would refuse, by its header. The network
-    `net` is made for this check (`build` with `empty`) and of no use afterward.
+def check_weights_file(net: Detector, path: Path, where: str, backbone: Path | None = None) -> None:
+    """Refuse a `.safetensors` file that `load_weights` would refuse, by its header, together with
+    the file of the backbone where `path` holds the head alone. The network `net` is made for this
+    check (`build` with `empty`) and of no use afterward.
 
     Raises:
         NetworkError: names or shapes that do not fit, or no such file.
     """
-    load_weights(net, _outlines(path), where, assign=True)
+    outlines = (_outlines(backbone) if backbone else {}) | _outlines(path)
+    load_weights(net, outlines, where, assign=True)
 
 
 def _outlines(path: Path) -> dict[str, torch.Tensor]:

@@ -61,6 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test finds without a run does not depend on what this version ships."""
+    monkeypatch.setattr("model.shipped.backbone.DETECTORS", Path("no detectors").absolute())
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_raw(tmp_path_factory.mktemp("raw"))

@@ -74,24 +74,6 @@ def test_a_share_is_never_none_or_all() -> None:
     assert said == ["fewer than 1", "fewer than 1", "about 5", "more than 99", "more than 99"]
 
 
-def test_variables_take_a_folder_as_options_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "file").touch()
-    refused = {"s3://bucket/runs": "is an address", str(tmp_path / "fifo"): "a pipe or a device",
-               str(tmp_path / "file"): "is a file"}  # fmt: skip
-    for variable in ("DETECTOR_RUNS", "DETECTOR_CHECKPOINT"):
-        for value, reason in refused.items():
-            monkeypatch.setenv(variable, value)
-            with pytest.raises(ValueError, match=f"{variable}: .*{reason}"):
-                app.loaded_detector.__wrapped__()
-            monkeypatch.delenv(variable)
-    monkeypatch.setenv("DETECTOR_RUNS", f"file://{tmp_path}/none")
-    with pytest.raises(ValueError, match=f"no checkpoint below {tmp_path}/none"):
-        app.loaded_detector.__wrapped__()
-
-
 def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

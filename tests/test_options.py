@@ -101,7 +101,7 @@ def base(
         "pipeline preview": [val, "--out", "grid.png"],
         "pipeline order": [val],
         "model import": ["text.txt", "--runs", "imported"],
-        "model fetch": ["--runs", "imported"],
+        "model fetch": ["original", "--runs", "imported"],
         "model curves": [str(small_runs / "small"), "--out", "curves.png"],
         "model average": [checkpoint, checkpoint, "--run", "mean", "--runs", "averaged"],
         "model export": ["--hub", "hub", *runs, *sets],

@@ -10,8 +10,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
+from model.checkpoint import (
+    STEP_FOLDER,
+    WEIGHTS_FILE,
+    CheckpointError,
+    read_meta,
+    read_weights,
+    seal,
+)
 from model.score import DEFAULT_THRESHOLD
+from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder
 
 
@@ -56,9 +64,11 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }
+    meta = with_backbone_inside(meta)
+    name = last.name if STEP_FOLDER.fullmatch(last.name) else f"step_{meta['step']:07d}"
     with atomic_folder(run) as partial:
-        folder = partial / last.name
+        folder = partial / name
         folder.mkdir()
         save_file(weights, folder / WEIGHTS_FILE)
         seal(folder, meta)
-    return run / last.name
+    return run / name

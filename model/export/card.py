@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from escape import markdown
 from model.export.license import License, license_of
+from model.shipped.backbone import KEY
 from model.verdict import band_of
 from sharding.format import CLASSES
 
@@ -47,10 +48,21 @@ print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
 ```
 """
 
-_BY_PROJECT = """\
+_STAGES = """\
 Its head sees the features of all stages, which timm and transformers cannot build alone: they
 refuse these weights. Download the folder and use the project it was trained with:
+"""
 
+_HEAD = """\
+These weights are the head alone. The backbone is fetched once, checked by its SHA-256 and kept:
+
+```
+python -m model fetch FOLDER
+```
+
+"""
+
+_BY_PROJECT = """
 ```
 python predict.py photo.jpg --checkpoint FOLDER
 ```
@@ -86,6 +98,7 @@ def card_of(
         _summary(meta),
         "## Use",
         _use(meta, onnx),
+        *(["## Backbone", _backbone(meta)] if KEY in meta else []),
         "## Evaluation",
         _evaluation(report),
         "## Training data",
@@ -100,8 +113,10 @@ def card_of(
 
 
 def _is_plain(meta: Mapping[str, Any]) -> bool:
-    """Whether timm alone can build the network: a head that sees all stages is not in it."""
-    return meta["recipe"]["network"]["head"] == "timm"
+    """Whether timm alone can build the network: a head that sees all stages is not in it, nor is
+    one without its backbone.
+    """
+    return meta["recipe"]["network"]["head"] == "timm" and KEY not in meta
 
 
 def _front(license: License, *, timm: bool) -> str:
@@ -130,11 +145,14 @@ def _summary(meta: Mapping[str, Any]) -> str:
 def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     """Snippets, and where a probability becomes a verdict."""
     temperature, (low, high) = meta["temperature"], band_of(meta)
-    text = _BY_TIMM.format(temperature=temperature) if _is_plain(meta) else _BY_PROJECT
+    text = _BY_TIMM.format(temperature=temperature)
+    if not _is_plain(meta):
+        text = (_HEAD if KEY in meta else _STAGES) + _BY_PROJECT
     if onnx:
         size = meta["preprocess"]["crop_size"]
         text += f"""
-`onnx/detector.onnx` (fp32) and `onnx/detector-fp16.onnx` take `images`, uint8
+`onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and `onnx/detector-int8.onnx` (linear layers
+in 8 bits) take `images`, uint8
 (batch, {size}, {size}, 3) RGB, and give `probability`, that of fake. How an image becomes such a
 square, the thresholds and this license stand in their metadata; `onnx/parity.json` says how far
 they are from PyTorch.
@@ -148,6 +166,31 @@ they are from PyTorch.
         "between them uncertain"
     )
     return f"{text}\nThe probability is that of fake{heat}. {verdict}. {_calibrated(meta)}"
+
+
+def _backbone(meta: Mapping[str, Any]) -> str:
+    """Where the other weights come from, and on which bits the head was trained and calibrated."""
+    spec = meta[KEY]
+    lines = [
+        f"{markdown(spec['name'])}, frozen. The head was tested on the files that are marked, and "
+        "any other is refused.",
+        "",
+        "| file (SHA-256) | tested | model hub | package index |",
+        "|---|---|---|---|",
+    ]
+    for file in spec["files"]:
+        hub, wheel = file["hub"], file["wheel"]
+        on_hub = f"{hub['repository']}, {hub['file']} at {hub['revision']}" if hub else "-"
+        in_wheel = (
+            f"{wheel['package']} {wheel['version']}, {wheel['member']}, converted" if wheel else "-"
+        )
+        tested = "no"
+        if file["sha256"] in spec["tested"]:
+            own = spec["tested"][file["sha256"]]
+            tested = "yes, with a calibration of its own" if own else "yes"
+        cells = (file["sha256"], tested, on_hub, in_wheel)
+        lines.append(f"| {' | '.join(map(markdown, cells))} |")
+    return "\n".join(lines)
 
 
 def _calibrated(meta: Mapping[str, Any]) -> str:
@@ -185,7 +228,19 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
         f"An image is called fake from a probability of {report['threshold']:.3g} on. Never read "
         "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
     )
-    return "\n\n".join([text, *notes])
+    return "\n\n".join([text, *notes, *_by_source(report)])
+
+
+def _by_source(report: Mapping[str, Any]) -> list[str]:
+    """Figures of each source and generator, where the report has them."""
+    rows = [
+        _row(f"{name}: {line}", figures)
+        for name, set_report in report["sets"].items()
+        for kind in ("sources", "generators")
+        for line, figures in set_report.get(kind, {}).items()
+    ]
+    head = "| source or generator | real | fake | recall | reals called fake | AUROC |"
+    return ["\n".join([head, "|---|---|---|---|---|---|", *rows])] if rows else []
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of
 from model.export.license import license_of
 from model.network import Detector
+from model.shipped.backbone import with_backbone_inside
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
 from storage import AnyPath, atomic_folder, sha256_of
@@ -53,6 +54,7 @@ def write_hub(
     """
     refuse_if_there(out)
     net, preprocess, meta = load_network(checkpoint)
+    meta = with_backbone_inside(meta)
     figures = read_report(report, meta) if report else None
     with atomic_folder(out) as partial:
         save_for_hf(

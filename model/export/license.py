@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import timm
 
+from model.shipped.backbone import KEY, KEY_INSIDE
+
 
 class License(NamedTuple):
     """`id` as the Hugging Face Hub spells it, in small letters; `text` is what people read, and
@@ -24,11 +26,17 @@ def license_of(meta: Mapping[str, Any]) -> License:
     """From a checkpoint's `meta.json`: fine-tuned weights stay under the license of those they
     began from, which `first_weights` records. Where the record does not name them (a file, an old
     run), it is the license of timm's own for that network, the strictest that this project's
-    recipes can lead to. Licenses of the training data are another matter: the index of each set has
-    them.
+    recipes can lead to. A detector that ships names that of its backbone. Licenses of the training
+    data are another matter: the index of each set has them.
     """
+    if spec := meta.get(KEY) or meta.get(KEY_INSIDE):
+        base, said = spec["name"], spec["license"]
+        if not said:
+            return License("other", f"none is recorded for the backbone {base}", "")
+        text = f"{said.upper()}, that of the backbone {base}, on which the head was trained"
+        return License(said.lower(), text, base)
     network = meta["recipe"]["network"]
-    first = _first(meta.get("first_weights"))
+    first = first_of(meta.get("first_weights"))
     imported = "imported_from" in meta["data"]
     if first and first["kind"] == "random":
         text = "nobody's but the trainer's: it began from random weights"
@@ -49,7 +57,7 @@ def license_of(meta: Mapping[str, Any]) -> License:
     return License(said.lower(), text, base if imported or is_timm else "")
 
 
-def _first(weights: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def first_of(weights: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The weights that a chain of checkpoints goes back to; None where the record ends before."""
     while weights and weights["kind"] == "checkpoint":
         weights = weights.get("first_weights")

@@ -1,4 +1,4 @@
-"""A checkpoint out as ONNX, in fp32 and fp16, and held against PyTorch on the same images.
+"""A checkpoint out as ONNX, in fp32, fp16 and int8, and held against PyTorch on the same images.
 
 The graph takes `images`, uint8 (batch, size, size, 3) RGB as any decoder gives them, and gives
 `probability`, float32 (batch,): that of fake, the checkpoint's temperature applied; and `logits`,
@@ -7,6 +7,7 @@ reader must know stands in the metadata (`model.inference.onnx_detector.META_KEY
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,12 +36,15 @@ from storage import publish, temporary_folder
 OPSET = 20
 """The first with GELU as one operator; ONNX Runtime reads it from 1.17 on."""
 
-FILES = {"fp32": "detector.onnx", "fp16": "detector-fp16.onnx"}
+FILES = {
+    "fp32": "detector.onnx", "fp16": "detector-fp16.onnx", "int8": "detector-int8.onnx",
+}  # fmt: skip
 PARITY_FILE = "parity.json"
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "int8": 1.0}
 """How far the probability of any image may be from PyTorch's, on identical pixels. An export that
-is further off is not kept."""
+is further off is not kept. Rounding to 8 bits keeps no bound, so nothing but NaN is refused there:
+`parity.json` says what it costs."""
 
 IMAGES = 200
 """So many images are compared, spread evenly over those given."""
@@ -116,7 +120,7 @@ def export_onnx(
     with temporary_folder(out) as partial:
         graph = _graph_of(net, preprocess, meta["temperature"])
         for precision, name in FILES.items():
-            model = graph if precision == "fp32" else _halved(graph)
+            model = _CONVERT[precision](graph)
             onnx.helper.set_model_props(model, _metadata(meta, precision))
             onnx.checker.check_model(model)
             onnx.save(model, partial / name)
@@ -190,6 +194,31 @@ def _halved(graph: Any) -> Any:
     )
     halved.graph.sort()  # the casts were put at the end
     return ir.to_proto(halved)
+
+
+def _quantized(graph: Any) -> Any:
+    """The model with the weights of its linear layers in int8, a scale for each output channel;
+    what goes into them is rounded to 8 bits by its range in each batch. Convolutions stay in fp32.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "quantized.onnx")
+        copy = onnx.ModelProto()
+        copy.CopyFrom(graph)
+        copy.graph.ClearField("value_info")  # the quantizer infers the shapes itself
+        quantize_dynamic(
+            copy, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )  # fmt: skip
+        return onnx.load(path)
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {
+    "fp32": lambda graph: graph, "fp16": _halved, "int8": _quantized,
+}  # fmt: skip
 
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:

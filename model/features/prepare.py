@@ -129,7 +129,7 @@ def embed_part(
     planned = plan(recipe, data, runs, init_from=init_from)
     sets = [open_shards([data / name]) for name in names]
     train_state = assemble(planned)
-    source = source_of(recipe, train_state.net, planned.dtype)
+    source = source_of(planned.recipe, train_state.net, planned.dtype)
     return embed_run(planned, train_state, source, sets, rank=rank, world_size=world_size)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import Encoded, ImageFile, as_is, decoded, png_of
 from imaging.orientation import UPRIGHT
@@ -33,6 +34,7 @@ from model.inference.prediction import (
 )
 from model.network import Detector
 from model.score import probability, score_batches
+from model.shipped.backbone import is_shipped
 from pipeline import pil
 from pipeline.augment import Preprocess, center_crop_params
 from pipeline.batch import PLACEHOLDER, Batch, Request
@@ -185,16 +187,21 @@ def load_detector(
     backend: Backend = "auto",
     threshold: float | None = None,
 ) -> ImageDetector:
-    """Load `checkpoint` (or the best one of that run), or the best one of the newest run in `runs`.
+    """Load `checkpoint` (or the best one of that run, or the detector that ships under that name),
+    or the best one of the newest run in `runs`, or without any run the detector that ships; a line
+    of the log then says so.
 
     `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
+        BackboneError: the backbone of a detector that ships is not here, or is another one.
         ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
     """
     check_threshold(threshold)
-    folder = find(Path(runs), Path(checkpoint) if checkpoint else None)
+    folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
+    if not checkpoint and is_shipped(folder):
+        console.log.info("no trained run below %s: using %s, which ships", runs, folder.name)
     where = choose_device(device)
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)

@@ -79,9 +79,10 @@ class RunPlan:
     is not used; `warnings` are what the user should look at. `weights` are the first ones that are
     loaded, `first_weights` is where those of the run's first step came from (see `_first_weights`),
     `teacher` those that replayed samples are held to. `baseline` is the file of what the detector
-    knew before the run, None where the run starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
-    name, and `stream` the batches. `features` is where stored features lie, None where the run
-    reads images; it is known once the network is (`model/features/prepare.py`).
+    knew before the run, None where the run starts from no trained detector. `validation` holds the
+    sets that choose the best checkpoint, by name, and `stream` the batches. `features` is where
+    stored features lie, None where the run reads images; it is known once the network is
+    (`model/features/prepare.py`).
     """
 
     recipe: ResolvedRecipe = field(repr=False)

