@@ -50,13 +50,21 @@ def main() -> None:
     help="Folder that gets one folder per source.",
 )
 @CATALOG
+@click.option(
+    "--git-mirror",
+    type=console.LocalPath(file_okay=False, exists=True),
+    help="Folder of Git directories named OWNER+NAME, read instead of a download.",
+)
 @console.options()
-def fetch_command(sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...]) -> None:
+def fetch_command(
+    sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
+) -> None:
     """Download SOURCES, or every source with a known download; run again to resume."""
     from sharding.fetch import fetch_all  # its libraries take most of a second
 
     results = []
-    for fetched in fetch_all(read_catalog([BUILT_IN, *catalogs]), raw, sources, console.progress):
+    catalog = read_catalog([BUILT_IN, *catalogs])
+    for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
         console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
         results.append(fetched)
     failed = [fetched.source for fetched in results if fetched.status == "failed"]

@@ -223,7 +223,7 @@ def build(
                 check_inside(path, out)
             refuse_foreign_files(out / name, work / name)
         inventory = _read_everything(scan, raw, work / "inventory", jobs, engine, progress)
-        decision = decide(inventory, catalog.sets)
+        decision = decide(inventory, catalog.sets, catalog.exclude)
         present = sorted(set(decision.wanted.tolist()))
         if unknown := sorted(set(only) - set(present)):
             raise ShardError(
@@ -447,13 +447,14 @@ class _SetBuild:
 def _excluded(
     inventory: pa.Table, decision: Decision, rows: np.ndarray
 ) -> list[tuple[str, str, str, str]]:
-    """(source, origin, reason, origin of the image kept instead) of what is left out."""
+    """(source, origin, reason, origin of the image kept instead or "") of what is left out."""
     others = decision.other[rows]
+    origins = inventory.column("origin").take(np.maximum(others, 0)).to_pylist()
     columns = [
         inventory.column("source").take(rows).to_pylist(),
         inventory.column("origin").take(rows).to_pylist(),
         decision.reasons[rows].tolist(),
-        inventory.column("origin").take(np.maximum(others, 0)).to_pylist(),
+        [origin if row >= 0 else "" for origin, row in zip(origins, others.tolist(), strict=True)],
     ]
     return sorted(zip(*columns, strict=True))
 

@@ -21,6 +21,11 @@ A set that may hold no real images has its false-positive rate from those of ano
     [reference]
     evalgen = "test"
 
+Images that no set may hold are named by the first 16 or more hexadecimal digits of their SHA-256,
+one a line, in files beside the catalog (above the first table of the TOML):
+
+    exclude = ["kept-for-testing.txt"]
+
 Later files add to earlier ones key by key: two lines change one setting of a built-in source.
 """
 
@@ -28,7 +33,7 @@ import codecs
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -43,6 +48,13 @@ _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 class CatalogError(ValueError):
     """A catalog that cannot be used; the message says where and why."""
+
+
+def _compile(what: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +95,58 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Git:
+    """The files of one commit of a Git repository: those below `below` whose path in the repository
+    has a match of the regular expression `pattern`.
+
+    `repository` is an https or file address, or an absolute folder. `count` is how many files that
+    are, and `manifest_sha256` the hash of their object names and paths (`sharding.git`); both are
+    checked where they are given.
+    """
+
+    repository: str
+    commit: str
+    below: str = ""
+    pattern: str = ""
+    count: int = 0
+    manifest_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(https://[^/\s@]+/|file:///|/)[^\s?#]+", self.repository):
+            raise ValueError(
+                f"git.repository {self.repository!r}: expected https://host/owner/name without a "
+                "login, file:///folder, or an absolute folder"
+            )
+        if not re.fullmatch("[0-9a-f]{40}", self.commit):
+            raise ValueError(
+                f"git.commit {self.commit!r}: expected 40 hexadecimal digits; a branch or a tag "
+                "moves"
+            )
+        if not re.fullmatch("([0-9a-f]{64})?", self.manifest_sha256):
+            raise ValueError("git.manifest_sha256: expected 64 hexadecimal digits")
+        _compile(f"git.pattern {self.pattern!r}", self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fetch:
     """Where a source is downloaded from: one of the Hugging Face hub (`files`: patterns of what is
-    needed there), Kaggle, or plain addresses; or `by_hand`, what a person has to do. `sha256` holds
-    the hashes of files that must arrive with these bytes, by their path in the download.
+    needed there), Kaggle, a Git repository, or plain addresses; or `by_hand`, what a person has to
+    do. `sha256` holds the hashes of files that must arrive with these bytes, by their path in the
+    download.
     """
 
     hub: str = ""
     files: list[str] = field(default_factory=list)
     kaggle: str = ""
     urls: list[str] = field(default_factory=list)
+    git: Git | None = None
     by_hand: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.hub, self.kaggle, self.urls, self.by_hand))) != 1:
-            raise ValueError("fetch takes exactly one of hub, kaggle, urls and by_hand")
+        kinds = (self.hub, self.kaggle, self.urls, self.git, self.by_hand)
+        if sum(map(bool, kinds)) != 1:
+            raise ValueError("fetch takes exactly one of hub, kaggle, urls, git and by_hand")
         for name in filter(None, (self.hub, self.kaggle)):
             if not _DATASET.fullmatch(name):  # the libraries make paths of it
                 raise ValueError(f"fetch {name!r} is no name of a dataset, such as owner/dataset")
@@ -163,12 +211,14 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
     """Sets with their split, sources by name, and for a set that may have no real images the one
-    whose real images its false-positive rate is then measured on.
+    whose real images its false-positive rate is then measured on. `exclude` are the beginnings of
+    the SHA-256 of images that no set may hold; a TOML file names the files that list them.
     """
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
     reference: dict[str, str] = field(default_factory=dict)
+    exclude: frozenset[str] = frozenset()
 
 
 def _as_rule(rule: str | Rule) -> Rule:
@@ -189,9 +239,11 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
     reference: dict[str, Any] = {}
+    exclude: set[str] = set()
     catalog = Catalog()
     for file in files:
         values = _read(file)
+        exclude |= _read_excluded(file, values.pop("exclude", []))
         sets |= values.pop("sets", {})
         reference |= values.pop("reference", {})
         for name, entry in values.pop("sources", {}).items():
@@ -212,7 +264,29 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
             raise CatalogError(
                 f"{file}: [reference] names set {name!r}, which [sets] does not have"
             )
-    return catalog
+    return replace(catalog, exclude=frozenset(exclude))
+
+
+def _read_excluded(file: Path, lists: Any) -> set[str]:
+    """Read the beginnings of hashes from the files that `exclude` names; `#` begins a comment."""
+    if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
+        raise CatalogError(f"{file}: exclude is {lists!r}, expected a list of names of files")
+    hashes: set[str] = set()
+    for name in lists:
+        path = file.parent / name
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CatalogError(f"{file}: exclude {name!r} cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            digits = line.partition("#")[0].strip().lower()
+            if digits and not re.fullmatch("[0-9a-f]{16,64}", digits):
+                raise CatalogError(
+                    f"{path}, line {number}: {digits[:70]!r}, expected the first 16 to 64 "
+                    "hexadecimal digits of a SHA-256"
+                )
+            hashes |= {digits} - {""}
+    return hashes
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ are left out. Exact duplicates are kept once.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -21,6 +21,8 @@ MAX_BITS = 6
 MAX_DIFFERENCE = 8.0
 """Mean gray levels by which their thumbnails may differ. Together with MAX_BITS: re-encoded and
 resized copies pass (98.9 % and more), 72,000 pairs of different images do not (docs/log.md)."""
+
+EXCLUDED_BY_CATALOG = "its SHA-256 stands in a list that the catalog excludes"
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
 """Who keeps an image that two splits want: what measures goes before what is measured."""
@@ -41,10 +43,16 @@ class Decision:
     groups: np.ndarray  # object
 
 
-def decide(inventory: pa.Table, split_of: Mapping[str, str]) -> Decision:
-    """Where every row of an inventory goes. `split_of` gives the sets, best first among equals."""
+def decide(
+    inventory: pa.Table, split_of: Mapping[str, str], exclude: Collection[str] = ()
+) -> Decision:
+    """Where every row of an inventory goes. `split_of` gives the sets, best first among equals;
+    `exclude` holds the beginnings of the SHA-256 of images that go nowhere.
+    """
     n = inventory.num_rows
     good = np.asarray(pa.compute.equal(inventory.column("error"), "").to_numpy(), bool)
+    named = good & _begins_with(inventory.column("sha256"), exclude)
+    good &= ~named
     rows = np.flatnonzero(good)
     group_code, group_names = _encode(inventory.column("group"))
     sha = _bytes_of(inventory.column("sha256"), 32).view(np.uint64)
@@ -73,7 +81,18 @@ def decide(inventory: pa.Table, split_of: Mapping[str, str]) -> Decision:
     )
     _keep_splits_apart(decision, component, near, good, split_of)
     _keep_one_of_each(decision, sha, inventory.column("label").to_numpy(), good, split_of)
+    decision.sets[named] = ""
+    decision.reasons[named] = EXCLUDED_BY_CATALOG
     return decision
+
+
+def _begins_with(hashes: pa.ChunkedArray, beginnings: Collection[str]) -> np.ndarray:
+    """Which hashes begin with one of these hexadecimal digits."""
+    if not beginnings:
+        return np.zeros(len(hashes), bool)
+    lengths = sorted({len(digits) for digits in beginnings})
+    texts = [digest.hex() for digest in hashes.to_pylist()]
+    return np.array([any(text[:n] in beginnings for n in lengths) for text in texts], bool)
 
 
 def _keep_splits_apart(

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,8 +24,10 @@ import filelock
 import requests
 
 from escape import without_secrets
-from sharding.catalog import Catalog, CatalogError, Fetch, Source
-from storage import check_inside, naming, publish, sha256_of, write_text
+from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
+from sharding.downloads import FetchError, check_content, check_hash
+from sharding.git import counted, extract
+from storage import check_inside, naming, publish, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -37,10 +38,6 @@ MIB = 2**20
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 """Opens a progress bar (label, total) and gives `advance(done)`, as `console.progress` does."""
-
-
-class FetchError(ValueError):
-    """A source that could not be downloaded; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,11 @@ def _no_progress(_label: str, _total: int | None) -> AbstractContextManager[Call
 
 
 def fetch_all(
-    catalog: Catalog, raw: Path, names: Sequence[str] = (), progress: Progress = _no_progress
+    catalog: Catalog,
+    raw: Path,
+    names: Sequence[str] = (),
+    progress: Progress = _no_progress,
+    git_mirror: Path | None = None,
 ) -> Iterator[Fetched]:
     """Fetch the named sources, or all with a `fetch`, one as each result is asked for.
 
@@ -70,15 +71,21 @@ def fetch_all(
         )
     chosen = names or [name for name, source in catalog.sources.items() if source.fetch]
     return (
-        fetch_source(name, catalog.sources[name], raw, progress) for name in dict.fromkeys(chosen)
+        fetch_source(name, catalog.sources[name], raw, progress, git_mirror)
+        for name in dict.fromkeys(chosen)
     )
 
 
 def fetch_source(
-    name: str, source: Source, raw: Path, progress: Progress = _no_progress
+    name: str,
+    source: Source,
+    raw: Path,
+    progress: Progress = _no_progress,
+    git_mirror: Path | None = None,
 ) -> Fetched:
     """Fetch one source into its folder below `raw`. What the network, the disk or a login does to
-    it is a result, "failed", and not raised: other sources can go on.
+    it is a result, "failed", and not raised: other sources can go on. Repositories that lie in
+    `git_mirror` (`sharding.git.find_mirror`) are read there.
     """
     target = (raw / (source.root or name)).absolute()
     fetch = source.fetch
@@ -89,16 +96,19 @@ def fetch_source(
         check_inside(target, raw.absolute())
         if _is_complete(target, fetch):
             return Fetched(name, "complete", str(target))
+        note = str(target)
         with _alone(target):
             if fetch.hub:
                 _from_hub(fetch, target)
+            elif fetch.git:
+                note += _from_git(fetch, fetch.git, target, git_mirror, progress)
             elif fetch.kaggle:
                 _from_kaggle(fetch, target)
             else:
                 _from_urls(fetch, target, progress)
     except (OSError, ValueError) as error:
         return Fetched(name, "failed", _plain(error))
-    return Fetched(name, "downloaded", str(target))
+    return Fetched(name, "downloaded", note)
 
 
 # --- what all of them share -----------------------------------------------------------------------
@@ -134,7 +144,7 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
     if unknown := sorted(fetch.sha256.keys() - files.keys()):
         raise FetchError(f"the catalog has a sha256 of {', '.join(unknown)}, which did not arrive")
     for name, digest in fetch.sha256.items():
-        _check_hash(folder / name, digest)
+        check_hash(folder / name, digest)
     _write(folder / MARK, {"fetch": _wanted(fetch), "files": files, **facts})
     (folder / BEGUN).unlink(missing_ok=True)
 
@@ -269,6 +279,20 @@ def _lacking(target: Path, sizes: Mapping[str, int | None]) -> list[str]:
     ]
 
 
+def _from_git(
+    fetch: Fetch, repository: Git, target: Path, mirror: Path | None, progress: Progress
+) -> str:
+    """The files of one commit; gives what was left out, as the end of a note."""
+    target.mkdir(exist_ok=True)
+    _write(target / BEGUN, {"fetch": _wanted(fetch)})
+    work = target.with_name(f".{target.name}.git")
+    extracted = extract(repository, target, work, mirror, progress)
+    _finish(target, fetch, extracted.names, left_out=extracted.left_out)
+    shutil.rmtree(work, ignore_errors=True)
+    left_out = counted(extracted.left_out)
+    return f" ({len(extracted.names):,} files{'; left out: ' if left_out else ''}{left_out})"
+
+
 # --- Kaggle ---------------------------------------------------------------------------------------
 
 
@@ -375,7 +399,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
             with _explained(remote.url, by_hand, remote.partial):
                 _download(session, remote, progress)
     for remote in remotes:
-        _check_content(remote.path, "")
+        check_content(remote.path, "")
     _finish(target, fetch, names, versions=versions)
 
 
@@ -426,52 +450,13 @@ def _download(session: requests.Session, remote: _Remote, progress: Progress) ->
 def _accept(remote: _Remote) -> None:
     """Give a whole file its name if it is what its name says; else remove it."""
     try:
-        _check_content(remote.partial, remote.path.suffix)
+        check_content(remote.partial, remote.path.suffix)
         if remote.sha256:
-            _check_hash(remote.partial, remote.sha256)
+            check_hash(remote.partial, remote.sha256)
     except FetchError:
         remote.partial.unlink()
         raise
     publish(remote.partial, remote.path)
-
-
-def _check_hash(path: Path, digest: str) -> None:
-    """Check a file against the hash of the catalog."""
-    arrived = sha256_of(path)
-    if arrived != digest:
-        raise FetchError(
-            f"{path} has sha256 {arrived[:12]}..., the catalog says {digest[:12]}...; it is not "
-            "the file that was meant, or the catalog is out of date"
-        )
-
-
-_MAGIC = {
-    ".parquet": (b"PAR1",), ".gz": (b"\x1f\x8b",), ".tgz": (b"\x1f\x8b",), ".bz2": (b"BZh",),
-    ".xz": (b"\xfd7zXZ\0",), ".zst": (b"\x28\xb5\x2f\xfd",), ".7z": (b"7z\xbc\xaf\x27\x1c",),
-    ".rar": (b"Rar!",), ".png": (b"\x89PNG",), ".jpg": (b"\xff\xd8",), ".jpeg": (b"\xff\xd8",),
-}  # fmt: skip
-_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)", re.IGNORECASE)
-
-
-def _check_content(path: Path, suffix: str) -> None:
-    """Check that a file begins as its name says: servers send pages (a quota, a login) with status
-    200. `suffix` is that of the name it will have, empty for its own.
-    """
-    suffix = (suffix or path.suffix).lower()
-    with path.open("rb") as stream:
-        start = stream.read(1024)
-    wrong = "a web page" if _PAGE.match(start) and suffix not in (".html", ".htm") else ""
-    if suffix == ".zip" and not wrong:
-        wrong = "" if zipfile.is_zipfile(path) else "no whole zip archive"
-    elif suffix == ".tar" and not wrong:
-        wrong = "" if start[257:262] == b"ustar" or tarfile.is_tarfile(path) else "no tar archive"
-    elif not wrong and not start.startswith(_MAGIC.get(suffix, b"")):
-        wrong = f"no {suffix} file by its first bytes"
-    if wrong:
-        raise FetchError(
-            f"{path.name.removesuffix('.partial')} is {wrong} ({path.stat().st_size:,} bytes); "
-            "open its address in a browser to see why (a quota, a login, a move), then run again"
-        )
 
 
 def _open(session: requests.Session, remote: _Remote, have: int) -> requests.Response:

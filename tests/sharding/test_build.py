@@ -203,6 +203,21 @@ def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
     assert built.index["samples"] == 79
 
 
+def test_images_that_the_catalog_excludes_by_hash_are_in_no_set(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    names = ["alpha/real/004.jpg", "alpha/fake/003.jpg"]
+    digests = [hashlib.sha256((raw / name).read_bytes()).hexdigest() for name in names]
+    path = raw / "catalog.toml"
+    path.write_text('exclude = ["kept.txt"]\n' + CATALOG)
+    (raw / "kept.txt").write_text(f"# for testing\n{digests[0][:16]}\n{digests[1].upper()}\n")
+    _, built = build(read_catalog([path]), raw, tmp_path / "out", only=["old"])
+    reason = "its SHA-256 stands in a list that the catalog excludes"
+    assert built[0].index["excluded"] == {reason: 2}
+    assert built[0].index["samples"] == 78
+    rows = (tmp_path / "out/old/excluded.csv").read_text().splitlines()[1:]
+    assert sorted(rows) == sorted(f"alpha,{name},{reason}," for name in names)
+
+
 def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     for number in (0, 4, 8):

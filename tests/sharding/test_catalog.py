@@ -1,4 +1,5 @@
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,37 @@ def test_numbers_of_a_catalog_are_possible(tmp_path: Path, entry: str, said: str
     where = "" if entry.startswith("set") else 'set = "train"\n'
     with pytest.raises(CatalogError, match=said):
         catalog_of(tmp_path, f'[sources.s]\nlicense = "x"\n{where}real = ["a"]\n{entry}\n')
+
+
+GITHUB = BUILT_IN.with_name("catalog-github.toml")
+
+
+def test_the_catalog_of_git_repositories_is_pinned() -> None:
+    catalog = read_catalog([BUILT_IN, GITHUB])
+    sources = {name: catalog.sources[name] for name in tomllib.loads(GITHUB.read_text())["sources"]}
+    assert len(sources) == 30
+    for name, source in sources.items():
+        assert source.fetch is not None, name
+        repository = source.fetch.git
+        assert repository is not None, name
+        assert repository.repository.startswith("https://"), name
+        assert repository.count, name
+        assert repository.manifest_sha256, name
+        assert source.license, name
+        assert bool(source.real) != bool(source.fake), name
+    assert len(catalog.exclude) == 2223
+    assert {len(digits) for digits in catalog.exclude} == {16}
+
+
+def test_exclude_lists_hashes_in_files_beside_the_catalog(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("# kept\n0123456789ABCDEF  # one\n\n" + "a" * 64 + "\n")
+    path = tmp_path / "catalog.toml"
+    path.write_text('exclude = ["list.txt"]\n')
+    assert read_catalog([path]).exclude == {"0123456789abcdef", "a" * 64}
+    (tmp_path / "list.txt").write_text("0123456789abcdef\n0123\n")
+    with pytest.raises(CatalogError, match=r"list\.txt, line 2: '0123', expected the first 16"):
+        read_catalog([path])
+    for text, words in [('exclude = ["none.txt"]', "cannot be read"), ('exclude = "x"', "a list")]:
+        path.write_text(text + "\n")
+        with pytest.raises(CatalogError, match=words):
+            read_catalog([path])
