@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from escape import without_secrets
 from sharding.catalog import Git
 from sharding.downloads import FetchError
-from storage import check_inside, naming, partial_of, redact
+from storage import check_inside, naming, partial_of
 
 BATCH = 2000
 """Blobs of one request: an interrupted download keeps the batches that arrived."""
@@ -89,13 +90,13 @@ class _Repository:
         return done.stdout
 
     def _explain(self, stderr: str) -> str:
-        address = redact(self.address)
+        address = without_secrets(self.address)
         if re.search(
             "not our ref|unadvertised object|find remote ref|bad object|valid object", stderr
         ):
             return f"{address} has no such commit; correct `commit` in the catalog"
         lines = [line for line in stderr.splitlines() if line.startswith(("fatal:", "error:"))]
-        reason = redact((lines or stderr.splitlines() or ["no reason given"])[0])
+        reason = without_secrets((lines or stderr.splitlines() or ["no reason given"])[0])
         return f"no files from {address}: {reason}; run the command again to resume"
 
 
@@ -118,7 +119,7 @@ def extract(
         _download_commit(repository, git.commit)
     if repository.run("cat-file", "-t", git.commit).strip() != b"commit":
         raise FetchError(
-            f"{redact(git.repository)}: {git.commit} is no commit; correct the catalog"
+            f"{without_secrets(git.repository)}: {git.commit} is no commit; correct the catalog"
         )
     entries, left_out = _choose(
         git, repository.run("ls-tree", "-r", "-z", "--full-tree", git.commit)
@@ -145,7 +146,9 @@ def extract(
         (folder / name).unlink()
     names = sorted(set(names) - set(pointers))
     if not names:
-        raise FetchError(f"{redact(git.repository)} holds nothing to use: {counted(left_out)}")
+        raise FetchError(
+            f"{without_secrets(git.repository)} holds nothing to use: {counted(left_out)}"
+        )
     return Extracted(names, {reason: n for reason, n in sorted(left_out.items()) if n})
 
 
@@ -239,7 +242,7 @@ def _choose(git: Git, tree: bytes) -> tuple[list[Entry], Counter[str]]:
             left_out[NAMES] += 1
         else:
             entries.append(Entry(path, blob))
-    where = f"{redact(git.repository)} at {git.commit[:12]}"
+    where = f"{without_secrets(git.repository)} at {git.commit[:12]}"
     rule = f"below = {git.below!r}, pattern = {git.pattern!r}"
     if not entries:
         raise FetchError(f"{where}: no file fits {rule}; correct the catalog")
@@ -328,13 +331,17 @@ def _read_blob(process: subprocess.Popen[bytes], entry: Entry, address: str) -> 
     process.stdin.flush()
     header = process.stdout.readline().split()
     if len(header) != 3 or header[1] != b"blob":
-        raise FetchError(f"{redact(address)}: {entry.path} cannot be read; run the command again")
+        raise FetchError(
+            f"{without_secrets(address)}: {entry.path} cannot be read; run the command again"
+        )
     left = int(header[2])
     yield left.to_bytes(8, "big")
     while left:
         piece = process.stdout.read(min(left, PIECE))
         if not piece:
-            raise FetchError(f"{redact(address)}: {entry.path} ended early; run the command again")
+            raise FetchError(
+                f"{without_secrets(address)}: {entry.path} ended early; run the command again"
+            )
         left -= len(piece)
         yield piece
     process.stdout.read(1)
