@@ -51,8 +51,7 @@ GRACE_S = float(os.environ.get("DETECTOR_GRACE_S", "30"))
 """Seconds from the closing of a page to the end of all it held."""
 
 # The longer side of what is shown; the detector sees the whole file.
-PREVIEW_PX = 768
-THUMBNAIL_PX = 96
+PREVIEW_PX, THUMBNAIL_PX = 768, 96
 
 # Starlette would pass larger uploads through a temporary file on their way into memory.
 MultiPartParser.spool_max_size = MAX_BYTES

@@ -96,7 +96,7 @@ def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
         options={"embed_dim": width, "depth": 1, "num_heads": 1},
     )  # fmt: skip
     backbone = BackboneId(
-        network=network.name, options={}, head="timm", mean=(0, 0, 0), std=(1, 1, 1),
+        network=network.name, options={}, head="timm", blocks=(), mean=(0, 0, 0), std=(1, 1, 1),
         sha256="0" * 64, preprocess=Preprocess(), precision="fp32",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -5,9 +5,8 @@ device, in training and serving alike.
 """
 
 import contextlib
-import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,25 +17,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from model.backbones.heads import ClassTokenHead, StageHead
+from model.backbones.made_with import NetworkError, Triple, first_line, made_with
 from model.without_compiler import without_compiler
 from sharding.format import CLASSES
 
 with without_compiler():
     import timm
-    from timm.models import PretrainedCfg, load_model_config_from_hf
-    from timm.models._hub import load_model_config_from_path
 
 log = logging.getLogger("ai_images_detector")
 
-Triple = tuple[float, float, float]
-
-
 STAGE_HEAD = "stage_head."
 """How the names of its parameters begin, beside those of timm."""
-
-
-class NetworkError(ValueError):
-    """A network that cannot be built or filled; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +40,11 @@ class Network:
     by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
     narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
     statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
-    the last features, or one that sees those of every stage. With `freeze_backbone` only the head
-    learns. `options` go to `timm.create_model` as they are. `mean` and `std` are per channel, for
-    RGB values in 0 to 1; None stands for those that the weights were made with.
+    the last features, one that sees those of every stage, or one that sees the class tokens behind
+    `blocks` of a transformer (numbered from 0; what comes behind the last of them is not computed).
+    With `freeze_backbone` only the head learns. `options` go to `timm.create_model` as they are.
+    `mean` and `std` are per channel, for RGB values in 0 to 1; None stands for those that the
+    weights were made with.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
@@ -60,38 +54,21 @@ class Network:
     mean: Triple | None = None
     std: Triple | None = None
     freeze_bn: bool = False
-    head: Literal["timm", "stages"] = "timm"
+    head: Literal["timm", "stages", "class_tokens"] = "timm"
+    blocks: tuple[int, ...] = ()
     freeze_backbone: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-
-class StageHead(nn.Module):
-    """A linear classifier of the maps of all stages: mean and deviation over the places of each.
-
-    Traces of generation are small and lie early; what an ImageNet network ends in is what the
-    picture shows. After RINE (Koutlis & Papadopoulos, ECCV 2024), which reads all blocks of CLIP.
-
-    `features`: float maps (B, C_i, H_i, W_i), one per stage -> float (B, 2 * sum of C_i).
-    `forward`: those features -> float logits (B, 2).
-    """
-
-    def __init__(self, channels: Sequence[int]):
-        super().__init__()
-        self.fc = nn.Linear(2 * sum(channels), len(CLASSES))
-
-    @staticmethod
-    def features(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Each half of each stage is scaled by itself, so that none drowns the others."""
-        features = []
-        for stage_map in maps:
-            positions = stage_map.flatten(2).float()
-            for of_stage in (positions.mean(2), positions.std(2, correction=0)):
-                features.append(nn.functional.layer_norm(of_stage, of_stage.shape[1:]))
-        return torch.cat(features, 1)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classify."""
-        return self.fc(features.to(self.fc.weight.dtype))
+    def __post_init__(self) -> None:
+        if (self.head == "class_tokens") != bool(self.blocks):
+            raise ValueError(
+                "head class_tokens and blocks belong together: say behind which blocks, such as "
+                f"blocks=[5, 6, 7]; got head {self.head} and blocks {list(self.blocks)}"
+            )
+        if list(self.blocks) != sorted({*self.blocks}) or min(self.blocks, default=0) < 0:
+            raise ValueError(f"blocks rise from 0 on, each once; got {list(self.blocks)}")
+        if self.head == "class_tokens" and not self.freeze_backbone:
+            raise ValueError("head class_tokens is for a frozen backbone: set freeze_backbone=true")
 
 
 class Backbone(nn.Module):
@@ -100,13 +77,17 @@ class Backbone(nn.Module):
     """
 
     feature_info: list[dict[str, Any]]
+    blocks: nn.ModuleList
+    num_features: int
+    num_prefix_tokens: int
+    cls_token: torch.Tensor | None
     group_matcher: Callable[..., dict[str, Any]]
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     forward_features: Callable[[torch.Tensor], torch.Tensor]
     forward_head: Callable[..., torch.Tensor]
-    forward_intermediates: Callable[..., list[torch.Tensor]]
+    forward_intermediates: Callable[..., list[Any]]
     pretrained_cfg: dict[str, Any]
-    stage_head: StageHead
+    stage_head: StageHead | ClassTokenHead
 
 
 class Detector(nn.Module):
@@ -118,7 +99,8 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, network: Network):
         super().__init__()
         self.backbone = backbone
-        self.head, self.freeze_backbone = network.head, network.freeze_backbone
+        self.head, self.blocks = network.head, network.blocks
+        self.freeze_backbone = network.freeze_backbone
         self.freeze_bn = network.freeze_bn
         shape = (1, 3, 1, 1)
         mean, std = normalization(network)
@@ -140,7 +122,7 @@ class Detector(nn.Module):
         """Normalize and classify; features (B, D) in place of images are classified as they are."""
         if images.ndim == 2:
             return self.classify(images)
-        if self.head == "timm" and not self.freeze_backbone:
+        if self.head == "timm":
             return self.backbone(self._normalized(images))
         return self.classify(self.features(images))
 
@@ -150,12 +132,18 @@ class Detector(nn.Module):
         if self.head == "timm":
             last = self.backbone.forward_features(images)
             return self.backbone.forward_head(last, pre_logits=True)
-        maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        return self.backbone.stage_head.features(maps)
+        if self.head == "stages":
+            maps = self.backbone.forward_intermediates(images, intermediates_only=True)
+            return self.backbone.stage_head.features(maps)
+        behind = self.backbone.forward_intermediates(
+            images, indices=list(self.blocks), return_prefix_tokens=True, stop_early=True,
+            output_fmt="NLC", intermediates_only=True,
+        )  # fmt: skip
+        return self.backbone.stage_head.features([prefix[:, 0] for _, prefix in behind])
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Float features (B, D) -> float logits (B, 2)."""
-        if self.head == "stages":
+        if self.head != "timm":
             return self.backbone.stage_head(features)
         classifier = self.backbone.get_classifier()
         if not isinstance(classifier, nn.Module):
@@ -167,75 +155,6 @@ class Detector(nn.Module):
 
     def _normalized(self, images: torch.Tensor) -> torch.Tensor:
         return (images.to(self.mean.dtype) - self.mean) / self.std
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeWith:
-    """How the images were seen that the weights of a network were made with, as timm says it.
-
-    `height` and `width` are those of the input in pixels, `fixed` where the network takes no other
-    unless it is built for it (`img_size`); `crop_pct` is the crop's share of the resized side.
-    `interpolation` is Pillow's name of the filter, `squashed` says that the aspect ratio was lost.
-    """
-
-    mean: Triple
-    std: Triple
-    height: int
-    width: int
-    fixed: bool
-    crop_pct: float
-    interpolation: str
-    squashed: bool
-
-
-def made_with(name: str) -> MadeWith:
-    """How the weights of a network see images: timm's own list, or the `config.json` of a network
-    that is called `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
-
-    Raises:
-        NetworkError: timm does not know the network, or its configuration cannot be read.
-    """
-    config = _pretrained_config(name)
-    (_, height, width), mean, std = config.input_size, config.mean, config.std
-    if len(mean) != 3 or len(std) != 3:
-        raise NetworkError(
-            f"{name} was made for images of {len(mean)} channels, expected 3 (RGB); name another "
-            "network"
-        )
-    return MadeWith(
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        height=height,
-        width=width,
-        fixed=config.fixed_input_size,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-        squashed=config.crop_mode == "squash",
-    )
-
-
-def _pretrained_config(name: str) -> PretrainedCfg:
-    """timm's configuration of a network's weights.
-
-    Raises:
-        NetworkError: as `made_with`.
-    """
-    source, _, where = name.partition(":")
-    config: PretrainedCfg | None = None
-    try:
-        if source == "hf-hub":
-            config = PretrainedCfg(**load_model_config_from_hf(where)[0])
-        elif source == "local-dir":
-            config = PretrainedCfg(**load_model_config_from_path(where)[0])
-        else:
-            config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise NetworkError(f"timm cannot build {name!r}: {_first_line(error)}") from error
-    if config is None:
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        more = f"; the nearest it knows: {', '.join(near)}" if near else ""
-        raise NetworkError(f"timm cannot build {name!r}: it knows no such network{more}")
-    return config
 
 
 def normalization(network: Network) -> tuple[Triple, Triple]:
@@ -266,7 +185,7 @@ def check_size(net: Detector, name: str, crop_size: int) -> None:
             return  # it looks at values, which says nothing of the size
         made = made_with(name)
         raise NetworkError(
-            f"{name} takes no images of {crop_size} x {crop_size} ({_first_line(error)}); set "
+            f"{name} takes no images of {crop_size} x {crop_size} ({first_line(error)}); set "
             f"preprocess.crop_size={made.height}, the size that its weights were made with, or a "
             "multiple of its patches"
         ) from error
@@ -303,10 +222,12 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         log.info("%s: pretrained weights from timm, license %s", network.name, license)
     if network.head == "stages":
         _put_stage_head(backbone)
+    if network.head == "class_tokens":
+        _put_class_token_head(backbone, network)
     if network.freeze_backbone:
         head = (
             STAGE_HEAD
-            if network.head == "stages"
+            if network.head != "timm"
             else tuple(f"{name}." for name in classifier_names(backbone))
         )
         for name, parameter in backbone.named_parameters():
@@ -328,6 +249,27 @@ def _put_stage_head(backbone: Backbone) -> None:
     # What comes after the last stage is not read, and gradients that never come stop many ranks.
     for name in [*children][[*children].index(last) + 1 :]:
         children[name].requires_grad_(name == "stage_head")
+
+
+def _put_class_token_head(backbone: Backbone, network: Network) -> None:
+    """Put a head in that starts at 0, as `_put_stage_head` does.
+
+    Raises:
+        NetworkError: the network has no class token, or not so many blocks.
+    """
+    if getattr(backbone, "cls_token", None) is None or not hasattr(backbone, "blocks"):
+        raise NetworkError(
+            f"{network.name} has no class token; set network.head to stages or timm, and leave "
+            "network.blocks out"
+        )
+    if network.blocks[-1] >= len(backbone.blocks):
+        raise NetworkError(
+            f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, network.blocks names "
+            f"{network.blocks[-1]}"
+        )
+    backbone.stage_head = ClassTokenHead(len(network.blocks) * backbone.num_features)
+    nn.init.zeros_(backbone.stage_head.fc.weight)
+    nn.init.zeros_(backbone.stage_head.fc.bias)
 
 
 def classifier_names(backbone: Backbone) -> list[str]:
@@ -401,13 +343,9 @@ def check_pretrained(network: Network) -> None:
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:
     return (
-        f"the weights of {network.name} could not be fetched ({_first_line(error)}); give a file "
+        f"the weights of {network.name} could not be fetched ({first_line(error)}); give a file "
         "with --init-from weights.safetensors, or train from random ones with --no-pretrained"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_weights(

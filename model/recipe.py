@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from model.backbones.made_with import made_with
 from model.checkpoint import STEP_FOLDER
 from model.features.store import Features
-from model.network import Network, made_with
+from model.network import Network
 from model.training.forgetting import Gate
 from model.training.optim import Optim
 from pipeline.augment import FILTERS, AugmentPolicy, Filter, Preprocess, PreprocessSettings

@@ -72,6 +72,7 @@ class BackboneId:
     network: str
     options: Mapping[str, Any]
     head: str
+    blocks: tuple[int, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     sha256: str
@@ -93,6 +94,7 @@ def backbone_id(
         network=network.name,
         options=dict(network.options),
         head=network.head,
+        blocks=network.blocks,
         mean=_triple(net.mean),
         std=_triple(net.std),
         sha256=frozen_sha256(net),

@@ -89,23 +89,23 @@ def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch
         if isinstance(output, torch.Tensor):
             seen.append((module, output))
 
-    by_stage = net.head == "stages"
-    noted = (
-        [backbone.get_submodule(backbone.feature_info[-1]["module"])]
-        if by_stage
-        else list(backbone.modules())
-    )
+    inside = net.head != "timm"
+    noted = list(backbone.modules())
+    if net.head == "stages":
+        noted = [backbone.get_submodule(backbone.feature_info[-1]["module"])]
+    elif inside:
+        noted = [backbone.blocks[net.blocks[-1]]]
     hooks = [module.register_forward_hook(note) for module in noted]
     try:
         with torch.inference_mode():
-            if by_stage:
+            if inside:
                 net.features(pixels)
             else:
                 features = backbone.forward_features((pixels - net.mean) / net.std)
     finally:
         for hook in hooks:
             hook.remove()
-    if not by_stage:
+    if not inside:
         seen = [
             (module, output) for module, output in seen
             if (output.data_ptr(), output.shape) == (features.data_ptr(), features.shape)
@@ -166,6 +166,8 @@ def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
         for name, module in net.backbone.named_modules()
         if name.endswith(".attn") and not name.startswith("attn_pool.")
     ]
+    if net.head == "class_tokens":
+        attentions = attentions[: net.blocks[-1] + 1]
     if features.ndim != 3 or not attentions:
         raise ExplainError(
             f"{type(net.backbone).__name__} has no attention whose patches could be shown, so "

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from model import checkpoint, load_detector
+from model.backbones.heads import StageHead
+from model.backbones.made_with import NetworkError
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
-from model.network import Network, StageHead, build, load_backbone_file
+from model.network import Network, build, load_backbone_file
 from model.training.optim import Optim, make_optimizer
 from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
 
@@ -60,6 +62,86 @@ def test_features_and_their_classification_are_the_forward_pass(name: str, head:
         torch.testing.assert_close(frozen.classify(features), expected)
         torch.testing.assert_close(frozen(images), expected)
         torch.testing.assert_close(frozen(features), expected)
+
+
+VIT = Network(
+    name="vit_tiny_patch16_224", pretrained=False, head="class_tokens", blocks=(0, 2),
+    freeze_backbone=True,
+    options={"img_size": 32, "depth": 4, "embed_dim": 24, "num_heads": 2, "patch_size": 8},
+)  # fmt: skip
+
+
+def test_the_class_token_head_sees_the_tokens_behind_its_blocks() -> None:
+    torch.manual_seed(5)
+    net = build(VIT, pretrained=False).eval()
+    images = noise(3, 32)
+    with torch.inference_mode():
+        features = net.features(images)
+        x = net.backbone._pos_embed(net.backbone.patch_embed((images - net.mean) / net.std))
+        tokens = []
+        for block in net.backbone.blocks[:3]:
+            x = block(net.backbone.norm_pre(x) if not tokens else x)
+            tokens.append(x[:, 0])
+    scaled = [torch.nn.functional.layer_norm(token, (24,)) for token in (tokens[0], tokens[2])]
+    torch.testing.assert_close(features, torch.cat(scaled, 1))
+    assert not net(images).any()  # it starts at 0
+    torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(images), net.classify(features))
+        torch.nn.init.zeros_(net.backbone.blocks[3].attn.qkv.weight)  # is not read
+        torch.testing.assert_close(net(images), net.classify(features))
+    learning = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert learning == ["backbone.stage_head.fc.weight", "backbone.stage_head.fc.bias"]
+
+
+def test_a_class_token_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    net = build(VIT, pretrained=False)
+    torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
+    checkpoint.save(
+        tmp_path / "step_0000001",
+        net,
+        recipe=small_recipe(network=VIT),
+        state=None,
+        record=checkpoint.Record(
+            step=1, epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}
+        ),
+    )
+    detector = load_detector(tmp_path)
+    image = encode(photo(3, 32, 32), "PNG")
+    _, cells = attribution(detector, image)
+    assert cells.shape == (4, 4)
+    assert np.abs(cells).max() > 0
+    report = export_onnx(tmp_path / "step_0000001", tmp_path / "onnx")
+    assert report["files"][0]["same_pixels"]["max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks": ()}, "say behind which blocks"),
+        ({"head": "timm"}, "belong together"),
+        ({"blocks": (2, 1)}, "rise from 0 on"),
+        ({"blocks": (1, 1)}, "rise from 0 on"),
+        ({"blocks": (-1,)}, "rise from 0 on"),
+        ({"freeze_backbone": False}, "is for a frozen backbone"),
+    ],
+)
+def test_blocks_that_make_no_sense(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(VIT, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks": (4,)}, "has blocks 0 to 3, network.blocks names 4"),
+        ({"name": "convnextv2_atto", "options": {}}, "has no class token; set network.head"),
+    ],
+)
+def test_a_network_without_such_tokens(changes: dict, said: str) -> None:
+    with pytest.raises(NetworkError, match=said):
+        build(replace(VIT, **changes), pretrained=False)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "resnet10t"])

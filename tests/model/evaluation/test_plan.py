@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.backbones.made_with import NetworkError
 from model.checkpoint import CheckpointError
 from model.evaluation import run
 from model.evaluation.plan import Options, plan
-from model.network import NetworkError
 from pipeline.loader import LoadError, Loading
 from pipeline.subset import Subset
 from sharding.format import ShardError, open_shards

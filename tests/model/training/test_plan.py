@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 import recipes
 from model import checkpoint
+from model.backbones.made_with import NetworkError
 from model.checkpoint import DamagedError
 from model.distributed import DistEnv
-from model.network import NetworkError, build
+from model.network import build
 from model.recipe import Recipe
 from model.training import assemble as assembling
 from model.training.optim import OptimError
