@@ -289,7 +289,8 @@ class _Undrawn(TorchFunctionMode):
     """
 
     _DRAWING = frozenset(
-        "uniform_ normal_ trunc_normal_ erfinv_ mul_ add_ clamp_ zero_ fill_".split()
+        "kaiming_uniform_ uniform_ normal_ trunc_normal_ erfinv_ mul_ add_ clamp_ zero_ "
+        "fill_".split()
     )
 
     def __torch_function__(

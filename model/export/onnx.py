@@ -208,6 +208,8 @@ def _quantized(graph: Any) -> Any:
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
         copy.graph.ClearField("value_info")  # the quantizer infers the shapes itself
+        # Else it advises on the root logger to optimize first; what is folded there is not in here.
+        onnx.helper.set_model_props(copy, {"onnx.quant.pre_process": "onnxruntime.quant"})
         quantize_dynamic(
             copy, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
             weight_type=QuantType.QInt8,

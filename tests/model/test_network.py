@@ -222,3 +222,13 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     _, cells = attribution(detector, image)
     assert np.isfinite(cells).all()
     assert np.abs(cells).max() > 0
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnextv2_atto"])
+def test_an_empty_network_draws_no_number(name: str) -> None:
+    """Drawing them takes longer than all else that loading does."""
+    before = torch.get_rng_state()
+    build(Network(name=name, pretrained=False), pretrained=False, empty=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    build(Network(name=name, pretrained=False), pretrained=False)
+    assert not torch.equal(torch.get_rng_state(), before)

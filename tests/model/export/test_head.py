@@ -288,7 +288,7 @@ def test_everything_that_takes_a_checkpoint_takes_it(
     assert json.loads(report.read_text())["step"] == 7  # nothing is written beside the detector
     assert sorted(p.name for p in shipped.parent.iterdir()) == [NAME]
     carded = head.save_head(trained, tmp_path / "carded", head.backbone_of(shipped), report=report)
-    assert "| val: gamma |" in (carded / "README.md").read_text()
+    assert r"| val\: gamma |" in (carded / "README.md").read_text()
     logging.getLogger("ai_images_detector").handlers.clear()
 
 
