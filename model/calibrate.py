@@ -5,8 +5,8 @@ Never on a test set: a threshold that has seen the test set reports what it was 
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,37 @@ ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
 """Where the trade-off is kept, beside the thresholds that were fitted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibrating:
+    """How the scores of a trained detector become verdicts.
+
+    `on` says which scores are fitted to: those of the validation sets, or those of every source by
+    a head that has not learned from it (`model/features/leave_out.py`), which is what the images
+    of a new source will look like. `threshold` says over which real images the false positives are
+    counted then: all of them together, those of the worst source, or those of the source that is
+    worse than three of four. `max_fpr` is the share of real images that may be called likely AI,
+    `max_miss` the share of fakes that may be called the contrary. `together` names groups of
+    sources that are left out at once, such as several galleries of one generator.
+    """
+
+    on: Literal["validation", "left_out"] = "validation"
+    threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
+    max_fpr: float = 0.05
+    max_miss: float = 0.05
+    together: dict[str, list[str]] = field(default_factory=dict)
+
+    def group_of(self, source: str) -> str:
+        """The group that a source is left out with; most are alone in their own."""
+        return next((name for name, of in self.together.items() if source in of), source)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.max_fpr < 0.5 and 0 < self.max_miss < 0.5):
+            raise ValueError(
+                "max_fpr and max_miss are shares between 0 and 0.5, got "
+                f"{self.max_fpr} and {self.max_miss}"
+            )
+
+
 class CalibrationError(ValueError):
     """Scores that nothing can be fitted to; the message says what is missing."""
 
@@ -42,6 +73,8 @@ class Calibration:
     `roc` is (threshold, share of reals called fake from it on, share of fakes found) on the same
     images, by rising threshold: what another threshold costs.
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
+    `method` is what was fitted to, and `sources` what each source would see at the threshold and
+    the band, where it was left out of training (`calibrate_sources`).
     """
 
     temperature: float
@@ -55,6 +88,8 @@ class Calibration:
     roc: list[tuple[float, float, float]]
     before: dict[str, float]
     after: dict[str, float]
+    method: str = "validation"
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entries(self, fitted_on: Mapping[str, str]) -> dict[str, Any]:
         """The entries of `meta.json`, for `checkpoint.annotate`; `fitted_on` is the hash of the
@@ -116,6 +151,76 @@ def calibrate(
         before=_fit_of(labels, probability(logits)),
         after=_fit_of(labels, probabilities),
     )
+
+
+def calibrate_sources(
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]], calibrating: Calibrating
+) -> Calibration:
+    """Fit to the scores of sources that were left out of training, one after the other: source ->
+    (labels 0 real, 1 fake; logits of fake minus real).
+
+    The band ends at the threshold, from which on at most `max_fpr` of the real images are called
+    likely AI, and begins where at most `max_miss` of all fakes lie below it.
+
+    Raises:
+        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+    """
+    labels, logits = (np.concatenate([pair[part] for pair in scores.values()]) for part in (0, 1))
+    fitted = calibrate(labels, logits, "0.5")
+    by_source = {
+        name: (of_source, probability(of_logits, fitted.temperature))
+        for name, (of_source, of_logits) in scores.items()
+    }
+    reals = [p[own == 0] for own, p in by_source.values() if (own == 0).sum() >= FEWEST]
+    high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
+    fakes = np.sort(probability(logits[labels == 1], fitted.temperature))
+    low = min(high, float(fakes[math.floor(calibrating.max_miss * (len(fakes) + 1) + 1e-9) - 1]))
+    sources = {
+        name: {
+            "reals": int((own == 0).sum()),
+            "fakes": int((own == 1).sum()),
+            "false_positive_rate": _share(p[own == 0] >= high),
+            "recall": _share(p[own == 1] >= high),
+            "uncertain": _share((p >= low) & (p < high)),
+        }
+        for name, (own, p) in by_source.items()
+    }
+    return replace(
+        fitted,
+        threshold=high,
+        band=(low, high),
+        method=f"sources left out, {calibrating.threshold}",
+        sources=sources,
+        roc=roc_at(labels, probability(logits, fitted.temperature), {*ROC_THRESHOLDS, low, high}),
+    )
+
+
+def threshold_over_sources(
+    reals: Sequence[np.ndarray],
+    rate: float,
+    over: Literal["pooled", "most_sources", "worst_source"],
+) -> float:
+    """The threshold from which on at most `rate` of real images are called fake: of all together,
+    of the worst source, or of the source that is worse than three of four (its threshold is the
+    third quartile of all sources' own ones). `reals` are probabilities of fake, by source.
+
+    Raises:
+        CalibrationError: too few real images for such a rate.
+    """
+    groups = [np.concatenate(list(reals))] if over == "pooled" else reals
+    own = [threshold_at_fpr(group, rate) for group in groups]
+    known = [threshold for threshold in own if threshold is not None]
+    if not known:
+        raise CalibrationError(
+            f"no source has real images enough for a threshold at {rate:.0%} false positives"
+        )
+    return float(
+        np.quantile(known, 0.75, method="higher") if over == "most_sources" else max(known)
+    )
+
+
+def _share(marks: np.ndarray) -> float | None:
+    return float(marks.mean()) if len(marks) else None
 
 
 def _fit_of(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from model.backbones.made_with import made_with
+from model.calibrate import Calibrating
 from model.checkpoint import STEP_FOLDER
 from model.features.store import Features
 from model.network import Network
@@ -85,6 +86,7 @@ class Recipe:
     gate: Gate = field(default_factory=Gate)
     preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
     features: Features | None = None
+    calibration: Calibrating = field(default_factory=Calibrating)
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
@@ -93,6 +95,17 @@ class Recipe:
                 "features are computed once for a frozen backbone only: set "
                 "network.freeze_backbone=true, or leave [features] out"
             )
+        if self.calibration.on == "left_out":
+            if not (self.features and self.features.stored):
+                raise ValueError(
+                    "calibration.on=left_out trains the head again for each source, from stored "
+                    "features: add [features], or set calibration.on=validation"
+                )
+            if self.run.init_from:
+                raise ValueError(
+                    "calibration.on=left_out needs a head that has learned nothing before, and "
+                    f"this one starts from {self.run.init_from}: set calibration.on=validation"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,29 +1,24 @@
 """Train the head again without a source, and score the source with it: how a new one will look."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import console
+from model.calibrate import Calibration, CalibrationError, calibrate_sources
+from model.checkpoint import load_network
+from model.distributed import DistEnv, all_gather_object
 from model.features.loader import FeatureLoader, FeatureSource
+from model.features.prepare import embed_run, source_of
 from model.score import score_set
 from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan
 from model.training.step import TrainState, train_step
+from model.training.validation import calibrate_checkpoint
 from pipeline.stream import Stream
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SourceScores:
-    """The images of one source, scored by a head that has not learned from it: `labels` int64 (N,)
-    and `logits` float32 (N,) of fake minus real, before any temperature.
-    """
-
-    labels: np.ndarray
-    logits: np.ndarray
-
 
 HeadWeights = Mapping[str, torch.Tensor]
 
@@ -42,16 +37,22 @@ def set_head(train_state: TrainState, weights: HeadWeights) -> None:
                 parameter.copy_(weights[name])
 
 
-def refit(
-    planned: RunPlan, train_state: TrainState, first: HeadWeights, without: Collection[str]
-) -> None:
-    """Train the head in `train_state` from `first`, by the recipe of the run and its stored
-    features, without some sources of its new and replayed sets.
+def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> None:
+    """Train the head in `train_state` from zeros, by the recipe of the run and its stored features,
+    on this rank alone and without some sources.
+
+    Raises:
+        CalibrationError: too few images are left for a batch.
     """
     recipe, stream = planned.recipe, _without(planned.stream, without)
-    set_head(train_state, first)
+    if not stream.steps_per_epoch:
+        raise CalibrationError(
+            f"without {', '.join(without)} the training images fill no batch of "
+            f"{stream.loader.global_batch}; use a smaller loading.batch_size"
+        )
+    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
     optimizer = make_optimizer(train_state.net.backbone, recipe.optim, fused=False)
-    state = replace(train_state, optimizer=optimizer, ema=None, teacher=None)
+    state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs
     for step, batch in enumerate(stream.batches(0, recipe.run.epochs)):
         set_learning_rate(optimizer, schedule(recipe.optim, step, steps))
@@ -72,32 +73,63 @@ def _without(stream: Stream, sources: Collection[str]) -> Stream:
 
 
 def leave_one_out(
-    planned: RunPlan,
-    train_state: TrainState,
-    first: HeadWeights,
-    source: FeatureSource,
-    together: Mapping[str, str] | None = None,
-) -> dict[str, SourceScores]:
-    """Score each source of the new sets with a head that has not learned from it. Sources that
-    `together` gives one name are left out together, such as two galleries of one generator. The
-    network has its own head again afterward.
+    planned: RunPlan, train_state: TrainState, source: FeatureSource
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Score each source of the new sets with a head that has not learned from it: source -> (labels
+    int64, logits float32 of fake minus real, before any temperature). Sources of one `together`
+    group of the recipe are left out together. The network has its own head again afterward.
     """
-    kept, shards = head_weights(train_state), planned.stream.pool.shards
-    codes, names = shards.codes("source")
+    kept, pool = head_weights(train_state), planned.stream.pool
+    loading, device = planned.recipe.loading, planned.device
+    loader = FeatureLoader(pool.shards, source, loading, device)
+    planned = replace(planned, stream=replace(planned.stream, loader=loader))
+    codes, names = pool.shards.codes("source")
     groups: dict[str, list[str]] = {}
-    for name in sorted({names[code] for code in codes[planned.stream.pool.new]}):
-        groups.setdefault((together or {}).get(name, name), []).append(name)
+    for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
+        groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
     scored = {}
-    with console.progress("leaving out", len(groups), shown=planned.dist.is_main) as advance:
+    with console.progress("leaving out one source", len(groups)) as advance:
         for members in groups.values():
-            refit(planned, train_state, first, members)
+            refit(planned, train_state, members)
             for name in members:
-                rows = planned.stream.pool.new[codes[planned.stream.pool.new] == names.index(name)]
-                loader = FeatureLoader(
-                    shards.take(rows), source, planned.recipe.loading, planned.device
-                )
-                scores = score_set(train_state.net, loader, planned.dtype)
-                scored[name] = SourceScores(labels=scores.labels, logits=scores.logits)
+                rows = pool.new[codes[pool.new] == names.index(name)]
+                of_source = FeatureLoader(pool.shards.take(rows), source, loading, device)
+                scores = score_set(train_state.net, of_source, planned.dtype)
+                scored[name] = scores.labels, scores.logits
             advance(1)
     set_head(train_state, kept)
     return scored
+
+
+def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
+    """Calibrate a checkpoint of a run by the scores of sources that were left out. The features of
+    the center crops of all training images are computed first, as far as they are missing. On many
+    ranks each calls this; the first one trains the heads.
+
+    Raises:
+        CalibrationError: too few images, or scores that say nothing.
+    """
+    recipe, dist = planned.recipe, planned.dist
+    net, _, _ = load_network(best)
+    net.to(planned.device)
+    optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
+    scaler = torch.amp.GradScaler(planned.device.type, enabled=planned.dtype == torch.float16)
+    state = TrainState(net, optimizer, scaler, planned.device, planned.dtype)
+    source = source_of(recipe, net, planned.dtype)
+    embed_run(planned, state, source, [planned.stream.pool.shards])
+    all_gather_object(dist, None)  # no rank reads before all have written
+    fitted: list[Calibration | CalibrationError | None] = [None]
+    if dist.is_main:
+        try:
+            fitted = [calibrate_sources(leave_one_out(planned, state, source), recipe.calibration)]
+        except CalibrationError as error:
+            fitted = [error]
+    calibration = all_gather_object(dist, fitted[0])[0]
+    if isinstance(calibration, CalibrationError):
+        raise calibration
+    assert calibration is not None
+    folders = [planned.data / name for name in recipe.data.validate]
+    return calibrate_checkpoint(
+        best, folders, recipe.loading, planned.device,
+        dist=dist, features=source, fitted=(calibration, planned.stream.pool.hashes),
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import console
 from model import checkpoint
 from model.calibrate import CalibrationError
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
+from model.features.leave_out import calibrate_left_out
 from model.features.prepare import with_features
 from model.recipe import Recipe
 from model.training.assemble import assemble, compile_network
@@ -207,8 +208,9 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
         return
     recipe = planned.recipe
     folders = [planned.data / name for name in recipe.data.validate]
+    left_out = recipe.calibration.on == "left_out"
     try:
-        calibration = calibrate_checkpoint(
+        calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
             best, folders, recipe.loading, planned.device,
             dist=planned.dist, features=planned.features,
         )  # fmt: skip
@@ -217,7 +219,10 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
         return
     console.log.info(
         "calibrated on %s: temperature %.2f, likely AI from %.3f, likely real below %.3f",
-        *(", ".join(recipe.data.validate), calibration.temperature),
+        *(
+            "sources left out" if left_out else ", ".join(recipe.data.validate),
+            calibration.temperature,
+        ),
         *(calibration.threshold, calibration.band[0]),
     )
 

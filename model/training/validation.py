@@ -106,11 +106,13 @@ def calibrate_checkpoint(
     threshold_at: ThresholdAt = "auto",
     dist: DistEnv | None = None,
     features: FeatureSource | None = None,
+    fitted: tuple[Calibration, Mapping[str, str]] | None = None,
 ) -> Calibration:
     """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
     in its `meta.json`, with the metrics of the sets at the threshold that was found
     (`calibrated_metrics`). With `features`, those of its backbone, stored ones are scored, not
-    images. On many ranks each calls this; the first one writes.
+    images. With `fitted`, a calibration and the hash of each set that it was fitted on, nothing is
+    fitted, and the sets are measured only. On many ranks each calls this; the first one writes.
 
     Raises:
         CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
@@ -138,9 +140,9 @@ def calibrate_checkpoint(
         np.concatenate([getattr(scores, name) for _, _, scores in scored])
         for name in ("labels", "logits")
     )
-    calibration = calibrate(labels, logits, threshold_at)
+    calibration, fitted_on = fitted or (calibrate(labels, logits, threshold_at), hashes)
     if dist.is_main:
         calibrated = _measured(scored, calibration.temperature, calibration.threshold)
-        entries = calibration.entries(hashes) | {"calibrated_metrics": asdict(calibrated)}
+        entries = calibration.entries(fitted_on) | {"calibrated_metrics": asdict(calibrated)}
         annotate(checkpoint, entries)
     return calibration

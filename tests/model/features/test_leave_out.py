@@ -1,0 +1,182 @@
+"""Calibration on sources that were left out: the heads, the thresholds, what is kept, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import recipes
+from model import checkpoint
+from model.calibrate import Calibrating, CalibrationError, calibrate_sources, threshold_over_sources
+from model.features.leave_out import leave_one_out
+from model.features.prepare import source_of, with_features
+from model.network import build
+from model.recipe import Recipe
+from model.score import probability
+from model.training.assemble import assemble
+from model.training.plan import plan
+from model.training.run import train
+
+SETTINGS = [
+    "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
+    "optim.lr=0.02", "run.epochs=2", "features.views=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
+    store = f'features.store="{tmp_path / "store"}"'
+    return recipes.load(Recipe, tiny_recipe, [*SETTINGS, store])
+
+
+@pytest.fixture
+def weights(recipe: Recipe, tmp_path: Path) -> Path:
+    torch.manual_seed(11)
+    state = build(recipe.network, pretrained=False).backbone.state_dict()
+    path = tmp_path / "w.safetensors"
+    save_file({n: w.contiguous() for n, w in state.items() if "stage_head" not in n}, path)
+    return path
+
+
+def test_each_source_is_scored_by_a_head_that_never_saw_it(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    """By the very head that a run gives from which the source is left out."""
+    planned = plan(recipe, data, tmp_path / "runs", init_from=weights)
+    state = assemble(planned)
+    planned = with_features(planned, state)
+    own = {name: p.clone() for name, p in state.net.named_parameters()}
+    scored = leave_one_out(planned, state, source_of(planned.recipe, state.net, torch.float32))
+    assert all(torch.equal(p, own[name]) for name, p in state.net.named_parameters())
+    shards = planned.stream.pool.shards
+    codes, names = shards.codes("source")
+    assert sorted(scored) == sorted({names[code] for code in codes})
+    for name in ("alpha", "beta"):
+        without = replace(recipe, name=name, data=replace(recipe.data, repeats={name: 0.0}))
+        train(without, data, tmp_path / "runs", init_from=weights)
+        folder = checkpoint.last_of(tmp_path / "runs" / name)
+        head = load_file(folder / "weights.safetensors")
+        rows = np.flatnonzero(codes == names.index(name))
+        features = torch.from_numpy(planned.stream.loader.table(0).rows(rows)).float()
+        logits = features @ head["stage_head.fc.weight"].T + head["stage_head.fc.bias"]
+        labels, scores = scored[name]
+        np.testing.assert_array_equal(labels, shards.column("label")[rows])
+        np.testing.assert_allclose(scores, (logits[:, 1] - logits[:, 0]).numpy(), atol=1e-4)
+
+
+def test_sources_that_belong_together_are_left_out_together(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="fill no batch of 64; use a smaller"):
+        large = replace(recipe, loading=replace(recipe.loading, batch_size=64))
+        planned = plan(large, data, tmp_path / "large", init_from=weights)
+        state = assemble(planned)
+        planned = with_features(planned, state)
+        leave_one_out(planned, state, source_of(planned.recipe, state.net, torch.float32))
+    recipe = replace(recipe, loading=replace(recipe.loading, batch_size=4))
+    planned = plan(recipe, data, tmp_path / "runs", init_from=weights)
+    state = assemble(planned)
+    planned = with_features(planned, state)
+    source = source_of(planned.recipe, state.net, torch.float32)
+    alone = leave_one_out(planned, state, source)
+    together = Calibrating(together={"both": ["alpha", "beta"]})
+    grouped = replace(planned, recipe=replace(planned.recipe, calibration=together))
+    scored = leave_one_out(grouped, state, source)
+    assert scored.keys() == alone.keys()
+    assert not np.allclose(scored["alpha"][1], alone["alpha"][1])
+    rest = sorted(alone.keys() - {"alpha", "beta"})
+    assert all(np.array_equal(scored[name][1], alone[name][1]) for name in rest)
+
+
+def test_a_run_calibrates_by_it_and_keeps_the_rates(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = replace(recipe, calibration=Calibrating(on="left_out", max_fpr=0.2))
+    best = train(recipe, data, tmp_path / "runs", init_from=weights)
+    meta = checkpoint.read_meta(best)
+    calibration = meta["calibration"]
+    assert calibration["method"] == "sources left out, most_sources"
+    assert calibration["fitted_on"] == ["old"]
+    assert set(calibration["sources"]) == {"alpha", "beta", "dummy"}
+    assert calibration["band"][1] == meta["threshold"]
+    rates = [of["false_positive_rate"] for of in calibration["sources"].values() if of["reals"]]
+    assert min(rates) <= 0.2
+    assert meta["calibrated_metrics"]["sets"]["val"]["count"] == 22
+
+
+def scores_of(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Four real sources, the last of which looks more like a fake, and two of fakes."""
+    rng = np.random.default_rng(seed)
+    shifts = {"a": -3.0, "b": -2.5, "c": -2.0, "odd": 0.0}
+    scores = {n: (np.zeros(400, int), rng.normal(s, 1, 400)) for n, s in shifts.items()}
+    return scores | {n: (np.ones(300, int), rng.normal(s, 1, 300)) for n, s in (("x", 3), ("y", 1))}
+
+
+def test_thresholds_over_sources() -> None:
+    """The rate holds over what it was asked for, and not elsewhere."""
+    reals = [pair[1] for name, pair in scores_of().items() if name in ("a", "b", "c", "odd")]
+    probabilities = [probability(logits) for logits in reals]
+    pooled, most, worst = (
+        threshold_over_sources(probabilities, 0.05, over)
+        for over in ("pooled", "most_sources", "worst_source")
+    )
+    assert np.mean(np.concatenate(probabilities) >= pooled) == pytest.approx(0.05, abs=0.005)
+    assert np.mean(probabilities[3] >= pooled) > 0.15
+    assert np.mean(probabilities[3] >= worst) <= 0.05
+    shares = [np.mean(own >= most) for own in probabilities]
+    assert sum(share <= 0.05 for share in shares) == 4 or sum(s <= 0.05 for s in shares) == 3
+    assert pooled < worst
+    assert most <= worst
+
+
+def test_the_band_holds_the_two_rates() -> None:
+    scores = scores_of()
+    by_rate = {}
+    for rate in (0.01, 0.05, 0.2):
+        asked = Calibrating(on="left_out", threshold="pooled", max_fpr=rate, max_miss=rate)
+        fitted = calibrate_sources(scores, asked)
+        reals, fakes = (
+            probability(
+                np.concatenate([z for y, z in scores.values() if y[0] == label]), fitted.temperature
+            )
+            for label in (0, 1)
+        )
+        assert np.mean(reals >= fitted.band[1]) <= rate
+        assert np.mean(fakes < fitted.band[0]) <= rate
+        assert fitted.threshold == fitted.band[1]
+        assert fitted.sources["odd"]["false_positive_rate"] == pytest.approx(
+            np.mean(probability(scores["odd"][1], fitted.temperature) >= fitted.threshold)
+        )
+        assert fitted.sources["odd"]["recall"] is None
+        by_rate[rate] = fitted.band[1]
+    assert by_rate[0.01] > by_rate[0.05] > by_rate[0.2]
+
+
+def test_too_few_images_are_refused() -> None:
+    few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
+    with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):
+        calibrate_sources(few, Calibrating(on="left_out"))
+    with pytest.raises(CalibrationError, match=r"no source has real images enough .* at 0%"):
+        threshold_over_sources([np.linspace(0, 1, 50)], 0.001, "worst_source")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (['calibration.on="left_out"'], r"from stored features: add \[features\]"),
+        (
+            ['calibration.on="left_out"', *SETTINGS, 'run.init_from="other"'],
+            "a head that has learned nothing before",
+        ),
+        (["calibration.max_fpr=0"], "shares between 0 and 0.5"),
+        (["calibration.max_miss=0.5"], "shares between 0 and 0.5"),
+    ],
+)
+def test_recipes_that_ask_for_the_impossible(
+    overrides: list[str], said: str, tiny_recipe: Path
+) -> None:
+    with pytest.raises(recipes.RecipeError, match=said):
+        recipes.load(Recipe, tiny_recipe, overrides)
