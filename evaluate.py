@@ -61,6 +61,11 @@ from storage import any_path, write_text
     type=console.LocalPath(file_okay=False),
     help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
 )
+@click.option(
+    "--features",
+    type=console.LocalPath(file_okay=False),
+    help="Score features of this store instead of images (a frozen backbone only).",
+)
 @console.options("checkpoint", "data", "runs", "device", "backend")
 @click.pass_context
 def main(
@@ -71,6 +76,7 @@ def main(
     scores: Path | None,
     robustness: int | None,
     out: Path | None,
+    features: Path | None,
     checkpoint: Path | None,
     data: str,
     runs: Path,
@@ -105,7 +111,7 @@ def main(
         _speak_for(dist)
         options = Options(
             loading=Loading(backend=backend), device=device, subset=listed,
-            reference_reals=reference_reals, robustness=robustness or 0,
+            reference_reals=reference_reals, robustness=robustness or 0, features=features,
         )  # fmt: skip
         report = evaluate(chosen, any_path(data), names, out, options=options, dist=dist)
     if dist.is_main:

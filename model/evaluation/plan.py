@@ -27,7 +27,8 @@ REAL = CLASSES.index("real")
 class Options:
     """How sets are scored, and what else is. `reference_reals` names the set whose real images give
     the others their false-positive rate, `robustness` is how many images of each class are scored
-    once more through every robustness.
+    once more through every robustness. `features` is a store whose features are scored in place of
+    images, and computed where they are missing; for checkpoints with a frozen backbone.
     """
 
     loading: Loading = field(default_factory=Loading)
@@ -35,6 +36,7 @@ class Options:
     subset: Subset | None = None
     reference_reals: str | None = None
     robustness: int = 0
+    features: Path | None = None
 
 
 class Reals(TypedDict):

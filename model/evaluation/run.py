@@ -11,18 +11,21 @@ from torch import nn
 import console
 from model.checkpoint import git_commit, load_network
 from model.device import describe, keep_freed_memory
-from model.distributed import DistEnv
+from model.distributed import DistEnv, all_gather_object
 from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
 from model.evaluation.robustness import Scorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
+from model.features.embed import Embedder
+from model.features.loader import FeatureSource, open_scored
+from model.features.prepare import embed_sets, source_of_checkpoint
+from model.network import Detector
 from model.score import score_set
 from pipeline.augment import Preprocess
-from pipeline.loader import open_loader
 from pipeline.perturb import PERTURBATIONS
-from sharding.format import ShardSet, join_sets
+from sharding.format import ShardSet, join_sets, open_shards
 from storage import AnyPath
 
 
@@ -59,18 +62,20 @@ def evaluate(
     return report_on(out / SCORES_FILE)
 
 
-def score_sets(planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess) -> list[pa.Table]:
+def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -> list[pa.Table]:
     """The rows of `scores.parquet` of each set, on every rank."""
-    dist, tables = planned.dist, []
+    dist, tables, source = planned.dist, [], None
+    if planned.options.features:
+        source = source_of_checkpoint(net, planned.meta, planned.dtype, planned.options.features)
+        _embed(planned, net, source)
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
         if not planned_set.measured and planned.reference:
             why = planned.reference["why"]
             console.log.info("%s: its %s real images (%s)", name, len(shards), why)
-        loader = open_loader(
-            shards, preprocess=preprocess, loading=planned.options.loading, device=planned.device,
-            rank=dist.rank, world_size=dist.world_size,
-        )  # fmt: skip
+        loader = open_scored(
+            shards, preprocess, planned.options.loading, planned.device, dist=dist, features=source
+        )
         console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
         with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
             scores = score_set(
@@ -78,6 +83,21 @@ def score_sets(planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess) 
             )  # fmt: skip
         tables.append(rows_of(name, shards, scores, planned.meta["temperature"]))
     return tables
+
+
+def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> None:
+    """Compute the features that the sets lack; of whole sets, whatever is measured of them."""
+    folders = dict.fromkeys(f for s in planned.sets.values() for f in s.shards.folders)
+    embedder = Embedder(
+        net=net,
+        device=planned.device,
+        dtype=planned.dtype,
+        loading=planned.options.loading,
+        rank=planned.dist.rank,
+        world_size=planned.dist.world_size,
+    )
+    embed_sets(embedder, [open_shards([folder]) for folder in folders], source, 0)
+    all_gather_object(planned.dist, None)  # no rank reads before all have written
 
 
 def deliver_sets(

@@ -1,21 +1,24 @@
 """Put stored features in the place of images: compute what a run lacks, then read the store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import console
+import recipes
 from model.distributed import all_gather_object
 from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
-from model.network import Detector
+from model.network import Detector, Network
 from model.recipe import Recipe, ResolvedRecipe
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
+from pipeline.augment import Preprocess
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath
 
@@ -32,6 +35,21 @@ def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> Feat
         backbone=backbone_id(net, recipe.network, recipe.preprocess, dtype),
         view=View(augment=recipe.augment, policy=recipe.data.policy, seed=recipe.run.seed),
     )
+
+
+def source_of_checkpoint(
+    net: Detector, meta: Mapping[str, Any], dtype: torch.dtype, store: Path
+) -> FeatureSource:
+    """Where the center crops' features lie that the network of a checkpoint computes; `meta` is the
+    checkpoint's.
+
+    Raises:
+        FeatureError: its backbone learned.
+    """
+    network = recipes.build(Network, meta["recipe"]["network"], "the checkpoint")
+    preprocess = Preprocess(**meta["preprocess"])
+    backbone = backbone_id(net, network, preprocess, dtype)
+    return FeatureSource(store=store, backbone=backbone, view=View())
 
 
 def views_of(recipe: Recipe) -> range:

@@ -11,14 +11,20 @@ from safetensors.torch import load_file, save_file
 import recipes
 from model import checkpoint
 from model.calibrate import Calibrating, CalibrationError, calibrate_sources, threshold_over_sources
+from model.evaluation.plan import Options
+from model.evaluation.run import evaluate
+from model.evaluation.scores import read_scores
 from model.features.leave_out import leave_one_out
 from model.features.prepare import source_of, with_features
+from model.features.store import FeatureError
 from model.network import build
 from model.recipe import Recipe
 from model.score import probability
 from model.training.assemble import assemble
 from model.training.plan import plan
 from model.training.run import train
+from pipeline.loader import Loading
+from tests.builders import train_tiny
 
 SETTINGS = [
     "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
@@ -180,3 +186,20 @@ def test_recipes_that_ask_for_the_impossible(
 ) -> None:
     with pytest.raises(recipes.RecipeError, match=said):
         recipes.load(Recipe, tiny_recipe, overrides)
+
+
+def test_evaluation_reads_the_store(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    best = train(recipe, data, tmp_path / "runs", init_from=weights)
+    figures = {}
+    for name, features in (("pixels", None), ("stored", tmp_path / "store")):
+        options = Options(loading=Loading(num_workers=0), features=features)
+        report = evaluate(best, data, ["val", "new"], tmp_path / name, options=options)
+        assert set(report["sets"]) == {"val", "new"}
+        figures[name] = read_scores(tmp_path / name / "scores.parquet").numbers("probability")
+    np.testing.assert_allclose(figures["stored"], figures["pixels"], atol=2e-3)
+    assert len(list((tmp_path / "store").glob("*/new/view0/*.arrow"))) > 0
+    learned = train_tiny(data, tmp_path / "learned", "run.epochs=1")
+    with pytest.raises(FeatureError, match="frozen backbone only"):
+        evaluate(checkpoint.last_of(learned / "tiny"), data, ["val"], tmp_path, options=options)
