@@ -1,6 +1,6 @@
 """Measure a head on sources that it has not learned from, by stored features.
 
-    python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from W [--pairs] [--json FILE]
+    python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from FILE [--pairs]
 
 Each source is scored by a head that was trained without it. From these scores come the AUROC of
 each pair of a real and a fake source, the share of each real source that is called fake at the

@@ -7,15 +7,9 @@ other entries: a file that has changed is refused when it is loaded. A run's own
 called `step_` and at least seven digits; what has another name in its folder is left alone.
 
 Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
-on an image is called fake, and `calibration` is null, or what `model/calibrate.py` fitted:
-
-    {"fitted_on": [set, ...], "index_sha256": {set: hash}, "reals": n, "fakes": n,
-     "threshold_at": "auto" | "fpr5" | "fpr1" | "0.5",
-     "threshold_fpr_1": p or null, "threshold_fpr_5": p, "band": [low, high],
-     "roc": [[threshold, false-positive rate, recall], ...],
-     "before": {"nll": x, "ece": x}, "after": {"nll": x, "ece": x}}
-
-Verdicts: below low likely real, from high on likely AI, between them uncertain.
+on an image is called fake, and `calibration` is null, or a `model.calibrate.Calibration` with the
+hash of the index of each set that it was fitted on (`fitted_on`, `index_sha256`). Verdicts: below
+the band likely real, from its end on likely AI, in it uncertain.
 
 A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
 `backbone` where the others are (`model/shipped/backbone.py`).

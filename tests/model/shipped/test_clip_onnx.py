@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from model.shipped import clip_onnx
 from model.shipped.fetch import write_safetensors
-from tests.builders import CLIP_WIDTH, clip_onnx_file
+from tests.wheels import CLIP_WIDTH, clip_onnx_file
 
 
 def test_timm_takes_the_names_and_nothing_is_missing(tmp_path) -> None:

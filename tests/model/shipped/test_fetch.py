@@ -22,8 +22,8 @@ from model.shipped.backbone import (
     WheelPlace,
     cached_path,
 )
-from tests.builders import clip_onnx_file, wheel_file
 from tests.servers import Server
+from tests.wheels import clip_onnx_file, wheel_file
 
 MEMBER = "tinyclip/models/encoder.onnx"
 HUB = HubPlace(repository="someone/clip", revision="1" * 40, file="model.safetensors")
