@@ -30,6 +30,7 @@ COPY imaging/ imaging/
 COPY sharding/ sharding/
 COPY pipeline/ pipeline/
 COPY model/ model/
+COPY detectors/ detectors/
 COPY .streamlit/ .streamlit/
 # A checkout keeps the modes that its umask gave, and COPY keeps them for root.
 RUN chmod -R a+rX .

@@ -33,9 +33,9 @@ class Calibrating:
 
     `on` says which scores are fitted to: those of the validation sets, or those of every source by
     a head that has not learned from it (`model/features/leave_out.py`), which is what the images
-    of a new source will look like. `threshold` says over which real images the false positives are
-    counted then: all of them together, those of the worst source, or those of the source that is
-    worse than three of four. `max_fpr` is the share of real images that may be called likely AI,
+    of a new source will look like. `threshold` says over which images the errors are counted then:
+    all of them together, those of the worst source, or so that three sources of four keep to the
+    rate. `max_fpr` is the share of real images that may be called likely AI,
     `max_miss` the share of fakes that may be called the contrary. `together` names groups of
     sources that are left out at once, such as several galleries of one generator.
     """
@@ -160,7 +160,8 @@ def calibrate_sources(
     (labels 0 real, 1 fake; logits of fake minus real).
 
     The band ends at the threshold, from which on at most `max_fpr` of the real images are called
-    likely AI, and begins where at most `max_miss` of all fakes lie below it.
+    likely AI, and begins where at most `max_miss` of the fakes lie below it; `threshold` says over
+    which images, for both.
 
     Raises:
         CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
@@ -171,10 +172,14 @@ def calibrate_sources(
         name: (of_source, probability(of_logits, fitted.temperature))
         for name, (of_source, of_logits) in scores.items()
     }
-    reals = [p[own == 0] for own, p in by_source.values() if (own == 0).sum() >= FEWEST]
+    reals, fakes = (
+        [p[own == label] for own, p in by_source.values() if (own == label).sum() >= FEWEST]
+        for label in (0, 1)
+    )
     high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
-    fakes = np.sort(probability(logits[labels == 1], fitted.temperature))
-    low = min(high, float(fakes[math.floor(calibrating.max_miss * (len(fakes) + 1) + 1e-9) - 1]))
+    missed = [1 - own for own in fakes]  # the same question from the other side
+    low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold)
+    low = min(low, high)
     sources = {
         name: {
             "reals": int((own == 0).sum()),
@@ -200,9 +205,8 @@ def threshold_over_sources(
     rate: float,
     over: Literal["pooled", "most_sources", "worst_source"],
 ) -> float:
-    """The threshold from which on at most `rate` of real images are called fake: of all together,
-    of the worst source, or of the source that is worse than three of four (its threshold is the
-    third quartile of all sources' own ones). `reals` are probabilities of fake, by source.
+    """The threshold from which on at most `rate` of some images lie: of all together, of each
+    source, or of three sources of four. `reals` are probabilities of fake, by source.
 
     Raises:
         CalibrationError: too few real images for such a rate.
@@ -214,9 +218,9 @@ def threshold_over_sources(
         raise CalibrationError(
             f"no source has real images enough for a threshold at {rate:.0%} false positives"
         )
-    return float(
-        np.quantile(known, 0.75, method="higher") if over == "most_sources" else max(known)
-    )
+    if over == "most_sources":
+        return sorted(known)[math.ceil(0.75 * len(known)) - 1]
+    return max(known)
 
 
 def _share(marks: np.ndarray) -> float | None:

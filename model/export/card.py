@@ -99,6 +99,7 @@ def card_of(
         "## Use",
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
+        *(["## Sources that it had not learned from", _left_out(meta)] if _sources(meta) else []),
         "## Evaluation",
         _evaluation(report),
         "## Training data",
@@ -202,6 +203,31 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     return (
         f"Temperature and thresholds were fitted on {_names(calibration['fitted_on'])} "
         f"({calibration['reals']:,} real, {calibration['fakes']:,} fake images)."
+    )
+
+
+def _sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rates of sources that were left out of training, where the calibration has them."""
+    return (meta["calibration"] or {}).get("sources") or {}
+
+
+def _left_out(meta: Mapping[str, Any]) -> str:
+    """What a new source may look like: each one scored by a head that was trained without it."""
+    rows = [
+        "| source | images | called likely AI | uncertain |",
+        "|---|---|---|---|",
+    ]
+    for name, rates in _sources(meta).items():
+        is_real = rates["recall"] is None
+        share = rates["false_positive_rate"] if is_real else rates["recall"]
+        label, count = ("real", rates["reals"]) if is_real else ("fake", rates["fakes"])
+        rows.append(
+            f"| {markdown(name)} ({label}) | {count:,} | {share:.3f} | {rates['uncertain']:.3f} |"
+        )
+    return (
+        "Each source was scored by a head that had not learned from it. This is what to expect of "
+        "images of another kind, and it is much worse than the figures below, which are of images "
+        "of the kinds that were trained on.\n\n" + "\n".join(rows)
     )
 
 

@@ -116,6 +116,24 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "onnx/detector.onnx" in card
 
 
+def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
+    tiny_checkpoint: Path,
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    assert "had not learned from" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
+    rates = {
+        "faces": {"reals": 376, "fakes": 0, "false_positive_rate": 0.26, "recall": None,
+                  "uncertain": 0.7},
+        "x|y": {"reals": 0, "fakes": 1700, "false_positive_rate": None, "recall": 0.05,
+                "uncertain": 0.9},
+    }  # fmt: skip
+    meta["calibration"] = meta["calibration"] | {"sources": rates}
+    card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
+    assert "| faces (real) | 376 | 0.260 | 0.700 |" in card
+    assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
+    assert card.index("had not learned from") < card.index("## Evaluation")
+
+
 def test_no_path_of_this_machine_reaches_the_folder(
     tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

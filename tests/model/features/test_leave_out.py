@@ -161,6 +161,19 @@ def test_the_band_holds_the_two_rates() -> None:
     assert by_rate[0.01] > by_rate[0.05] > by_rate[0.2]
 
 
+def test_the_band_begins_over_the_same_sources() -> None:
+    """One source of fakes that looks real does not make everything uncertain."""
+    rng = np.random.default_rng(2)
+    scores = scores_of() | {
+        n: (np.ones(300, int), rng.normal(s, 1, 300)) for n, s in (("z", 2), ("hidden", -4))
+    }
+    lows = {
+        over: calibrate_sources(scores, Calibrating(on="left_out", threshold=over)).band[0]
+        for over in ("pooled", "most_sources", "worst_source")
+    }
+    assert lows["worst_source"] < lows["pooled"] < lows["most_sources"]
+
+
 def test_too_few_images_are_refused() -> None:
     few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
     with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):

@@ -1,0 +1,59 @@
+"""The detectors that ship: what lies in `detectors/`, and the first minute with one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from model import checkpoint
+from model.shipped.backbone import DEFAULT_DETECTOR, spec_of
+from tests.builders import ROOT, encode, photo
+
+FOLDERS = sorted((ROOT / "detectors").iterdir())
+
+
+def test_the_default_one_is_there() -> None:
+    assert DEFAULT_DETECTOR in [folder.name for folder in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_detector_that_ships_is_whole_and_tells_no_secret(folder: Path) -> None:
+    meta = checkpoint.verify(folder)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000
+    assert list(load_file(folder / "weights.safetensors"))
+    spec = spec_of(meta, str(folder))
+    assert spec is not None and spec.files
+    assert meta["calibration"]["sources"]
+    for name in ("meta.json", "README.md"):
+        text = (folder / name).read_text()
+        assert not re.search(r"(?<![\w:/])/(home|root|tmp|work|data)/", text), name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_card_states_the_figures_of_the_record(folder: Path) -> None:
+    meta, card = checkpoint.read_meta(folder), (folder / "README.md").read_text()
+    assert f"from {meta['calibration']['band'][1]:.3g} on likely AI-generated" in card
+    for name, rates in meta["calibration"]["sources"].items():
+        share = rates["false_positive_rate" if rates["recall"] is None else "recall"]
+        escaped = name.replace("_", r"\_")
+        assert re.search(rf"\| {re.escape(escaped)} \(\w+\) \| [\d,]+ \| {share:.3f} ", card)
+
+
+@pytest.mark.slow
+def test_a_photo_to_a_verdict(tmp_path: Path) -> None:
+    """The backbone comes from where it can be had; without a network there is nothing to test."""
+    command = [sys.executable, "-m", "model", "fetch"]
+    fetched = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if fetched.returncode:
+        pytest.skip(f"the backbone cannot be had: {fetched.stderr.strip().splitlines()[-1]}")
+    (tmp_path / "photo.jpg").write_bytes(encode(photo(3, 640, 480)))
+    done = subprocess.run(
+        [sys.executable, "predict.py", str(tmp_path / "photo.jpg"), "--runs", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"0\.\d{3}  (likely real|uncertain|likely AI)", done.stdout), done.stdout
+    assert f"{DEFAULT_DETECTOR}" in done.stderr + done.stdout
