@@ -1,4 +1,4 @@
-"""Where the network looked: Grad-CAM, or for transformers gradient-weighted patches, as an overlay
+"""Where the network looked: Grad-CAM of its last map, or of a transformer's patches, as an overlay
 on what it saw.
 
 It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a transformer of
@@ -8,7 +8,9 @@ of them holds need not come from its place.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,18 +43,17 @@ def attribution(
     features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
     first order.
 
-    Maps (B, C, rows, columns): Grad-CAM (Selvaraju et al. 2017) without its last step, which hides
-    what speaks for real. Else gradient times feature of each place (HiResCAM, Draelos and Carin
-    2020), which is the same where the mean over the places is classified: of the last tokens, or,
-    where the class token alone is classified, of what the last block's attention reads. The input
-    of that block will not do: a norm makes the sum of gradient times feature vanish.
+    Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks for real: of the
+    last map, of the last patches, or, where the class token alone is classified and they have no
+    gradient, of the patches that the last block's attention reads. It is exact where the mean over
+    the places is classified.
 
     Raises:
         DecodeError, OSError: the image cannot be read.
         ExplainError: the network has no map nor patches, or the library `captum` is not installed.
     """
     try:
-        from captum.attr import LayerGradCam, LayerGradientXActivation
+        from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
             "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
@@ -69,11 +70,33 @@ def attribution(
     if _is_map(net, features):
         cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)[0, 0]
         return preprocessed, cells.detach().float().cpu().numpy()
-    cells = _on_grid(net, LayerGradientXActivation(margin, layer).attribute(pixels))
+    cells = _by_tokens(net, margin, layer, pixels)
     if not cells.any():  # only the class token goes on to the classifier
-        by_attention = LayerGradientXActivation(margin, _last_attention(net, features))
-        cells = _on_grid(net, by_attention.attribute(pixels, attribute_to_layer_input=True))
+        attention = _last_attention(net, features)
+        cells = _by_tokens(net, margin, attention, pixels, of_input=True)
     return preprocessed, cells.detach().float().cpu().numpy()
+
+
+def _by_tokens(
+    net: Detector,
+    margin: Callable[[torch.Tensor], torch.Tensor],
+    layer: nn.Module,
+    pixels: torch.Tensor,
+    *,
+    of_input: bool = False,
+) -> torch.Tensor:
+    """Grad-CAM of what a layer puts out, or takes in (`of_input`), where the channels come last:
+    each patch in the direction of the mean gradient, (rows, columns).
+    """
+    from captum.attr import LayerActivation, LayerGradientXActivation
+
+    gradients = LayerGradientXActivation(margin, layer, multiply_by_inputs=False)
+    tokens = LayerActivation(margin, layer)
+    slope, patches = (
+        _on_grid(net, method.attribute(pixels, attribute_to_layer_input=of_input))
+        for method in (gradients, tokens)
+    )
+    return patches @ slope.mean((0, 1))
 
 
 def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -135,24 +158,24 @@ def _is_map(net: Detector, features: torch.Tensor) -> bool:
     return 1 in _channel_axes(net, features)
 
 
-def _on_grid(net: Detector, products: torch.Tensor) -> torch.Tensor:
-    """Products of the one image's features, (1, rows, columns, C) or (1, N, C), summed over the
-    channels, on the grid of patches, (rows, columns); class and register tokens are left out.
+def _on_grid(net: Detector, values: Any) -> torch.Tensor:
+    """Values of the one image's features, (1, rows, columns, C) or (1, N, C), on the grid of
+    patches, (rows, columns, C); class and register tokens are left out.
 
     Raises:
         ExplainError: the tokens are no square of patches.
     """
-    sums = products[0].sum(-1)
-    if sums.ndim == 2:
-        return sums
-    patches = sums[getattr(net.backbone, "num_prefix_tokens", 0) :]
+    values = values[0] if isinstance(values, tuple) else values
+    if values.ndim == 4:
+        return values[0]
+    patches = values[0, getattr(net.backbone, "num_prefix_tokens", 0) :]
     side = math.isqrt(len(patches))
     if side * side != len(patches):
         raise ExplainError(
             f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which are no square of "
             "patches, so there is no heatmap"
         )
-    return patches.reshape(side, side)
+    return patches.reshape(side, side, -1)
 
 
 def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:

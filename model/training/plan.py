@@ -77,9 +77,9 @@ class RunPlan:
     for a new run; `best` is its best one. `damaged` says of each other checkpoint of the run why it
     is not used; `warnings` are what the user should look at. `weights` are the first ones that are
     loaded, `first_weights` is where those of the run's first step came from (see `_first_weights`),
-    `teacher` those that replayed samples are held to. `baseline` is the file of what the detector knew before the run, None where the run
-    starts from no trained detector. `validation` holds the sets that choose the best checkpoint, by
-    name, and `stream` the batches.
+    `teacher` those that replayed samples are held to. `baseline` is the file of what the detector
+    knew before the run, None where the run starts from no trained detector. `validation` holds the
+    sets that choose the best checkpoint, by name, and `stream` the batches.
     """
 
     recipe: ResolvedRecipe = field(repr=False)
