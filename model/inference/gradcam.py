@@ -1,5 +1,5 @@
-"""Where the network looked: Grad-CAM of its last map, or of a transformer's patches, as an overlay
-on what it saw.
+"""Where the network looked: Grad-CAM of its last map, or a transformer's patches weighted by their
+gradients, as an overlay on what it saw.
 
 It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a transformer of
 patches of 16 at 224), shows what moved the score and not what is fake, and proves nothing. The
@@ -22,8 +22,8 @@ from model.network import Detector
 
 MEANING = (
     "Red raised the score for AI; the strongest place has the full color, however weak it is. It "
-    "shows what moved the score, coarsely, not which part is fake; in a transformer a place holds "
-    "something of the whole picture."
+    "shows what moved the score, coarsely, not which part is fake. In a transformer, red is more "
+    "than the mean patch, and a patch holds something of the whole picture."
 )
 """What must stand beside every heatmap."""
 
@@ -43,10 +43,10 @@ def attribution(
     features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
     first order.
 
-    Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks for real: of the
-    last map, of the last patches, or, where the class token alone is classified and they have no
-    gradient, of the patches that the last block's attention reads. It is exact where the mean over
-    the places is classified.
+    Of a map it is Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks
+    for real; exact where the mean over the places is classified. Of patches it is the gradient
+    times what a patch has beyond the mean patch: of the last ones, or, where the class token alone
+    is classified and they have no gradient, of those that the last block's attention reads.
 
     Raises:
         DecodeError, OSError: the image cannot be read.
@@ -85,18 +85,27 @@ def _by_tokens(
     *,
     of_input: bool = False,
 ) -> torch.Tensor:
-    """Grad-CAM of what a layer puts out, or takes in (`of_input`), where the channels come last:
-    each patch in the direction of the mean gradient, (rows, columns).
+    """What each place of a layer's output, or of its input (`of_input`), adds where the channels
+    come last, (rows, columns): the gradient times the features of a map, and times that by which a
+    patch differs from the mean patch, which says nothing of a place.
     """
     from captum.attr import LayerActivation, LayerGradientXActivation
 
     gradients = LayerGradientXActivation(margin, layer, multiply_by_inputs=False)
     tokens = LayerActivation(margin, layer)
-    slope, patches = (
-        _on_grid(net, method.attribute(pixels, attribute_to_layer_input=of_input))
+    slope, places = (
+        _tensor_of(method.attribute(pixels, attribute_to_layer_input=of_input))
         for method in (gradients, tokens)
     )
-    return patches @ slope.mean((0, 1))
+    slope, patches = _on_grid(net, slope), _on_grid(net, places)
+    if places.ndim == 3:
+        patches = patches - patches.mean((0, 1))
+    return (patches * slope).sum(-1)
+
+
+def _tensor_of(attribution: Any) -> torch.Tensor:
+    """What captum gives for a layer of one input or output."""
+    return attribution[0] if isinstance(attribution, tuple) else attribution
 
 
 def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -158,14 +167,13 @@ def _is_map(net: Detector, features: torch.Tensor) -> bool:
     return 1 in _channel_axes(net, features)
 
 
-def _on_grid(net: Detector, values: Any) -> torch.Tensor:
+def _on_grid(net: Detector, values: torch.Tensor) -> torch.Tensor:
     """Values of the one image's features, (1, rows, columns, C) or (1, N, C), on the grid of
     patches, (rows, columns, C); class and register tokens are left out.
 
     Raises:
         ExplainError: the tokens are no square of patches.
     """
-    values = values[0] if isinstance(values, tuple) else values
     if values.ndim == 4:
         return values[0]
     patches = values[0, getattr(net.backbone, "num_prefix_tokens", 0) :]
