@@ -1,5 +1,5 @@
-"""Where the network looked: Grad-CAM, or for transformers gradient-weighted patches, as an overlay
-on what it saw.
+"""Where the network looked: Grad-CAM of its last map, or a transformer's patches weighted by their
+gradients, as an overlay on what it saw.
 
 It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a transformer of
 patches of 16 at 224), shows what moved the score and not what is fake, and proves nothing. The
@@ -8,7 +8,9 @@ of them holds need not come from its place.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from model.network import Detector
 
 MEANING = (
     "Red raised the score for AI; the strongest place has the full color, however weak it is. It "
-    "shows what moved the score, coarsely, not which part is fake; in a transformer a place holds "
-    "something of the whole picture."
+    "shows what moved the score, coarsely, not which part is fake. In a transformer, red is more "
+    "than the mean patch, and a patch holds something of the whole picture."
 )
 """What must stand beside every heatmap."""
 
@@ -41,18 +43,17 @@ def attribution(
     features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
     first order.
 
-    Maps (B, C, rows, columns): Grad-CAM (Selvaraju et al. 2017) without its last step, which hides
-    what speaks for real. Else gradient times feature of each place (HiResCAM, Draelos and Carin
-    2020), which is the same where the mean over the places is classified: of the last tokens, or,
-    where the class token alone is classified, of what the last block's attention reads. The input
-    of that block will not do: a norm makes the sum of gradient times feature vanish.
+    Of a map it is Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks
+    for real; exact where the mean over the places is classified. Of patches it is the gradient
+    times what a patch has beyond the mean patch: of the last ones, or, where the class token alone
+    is classified and they have no gradient, of those that the last block's attention reads.
 
     Raises:
         DecodeError, OSError: the image cannot be read.
         ExplainError: the network has no map nor patches, or the library `captum` is not installed.
     """
     try:
-        from captum.attr import LayerGradCam, LayerGradientXActivation
+        from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
             "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
@@ -69,11 +70,42 @@ def attribution(
     if _is_map(net, features):
         cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)[0, 0]
         return preprocessed, cells.detach().float().cpu().numpy()
-    cells = _on_grid(net, LayerGradientXActivation(margin, layer).attribute(pixels))
+    cells = _by_tokens(net, margin, layer, pixels)
     if not cells.any():  # only the class token goes on to the classifier
-        by_attention = LayerGradientXActivation(margin, _last_attention(net, features))
-        cells = _on_grid(net, by_attention.attribute(pixels, attribute_to_layer_input=True))
+        attention = _last_attention(net, features)
+        cells = _by_tokens(net, margin, attention, pixels, of_input=True)
     return preprocessed, cells.detach().float().cpu().numpy()
+
+
+def _by_tokens(
+    net: Detector,
+    margin: Callable[[torch.Tensor], torch.Tensor],
+    layer: nn.Module,
+    pixels: torch.Tensor,
+    *,
+    of_input: bool = False,
+) -> torch.Tensor:
+    """What each place of a layer's output, or of its input (`of_input`), adds where the channels
+    come last, (rows, columns): the gradient times the features of a map, and times that by which a
+    patch differs from the mean patch, which says nothing of a place.
+    """
+    from captum.attr import LayerActivation, LayerGradientXActivation
+
+    gradients = LayerGradientXActivation(margin, layer, multiply_by_inputs=False)
+    tokens = LayerActivation(margin, layer)
+    slope, places = (
+        _tensor_of(method.attribute(pixels, attribute_to_layer_input=of_input))
+        for method in (gradients, tokens)
+    )
+    slope, patches = _on_grid(net, slope), _on_grid(net, places)
+    if places.ndim == 3:
+        patches = patches - patches.mean((0, 1))
+    return (patches * slope).sum(-1)
+
+
+def _tensor_of(attribution: Any) -> torch.Tensor:
+    """What captum gives for a layer of one input or output."""
+    return attribution[0] if isinstance(attribution, tuple) else attribution
 
 
 def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -135,24 +167,23 @@ def _is_map(net: Detector, features: torch.Tensor) -> bool:
     return 1 in _channel_axes(net, features)
 
 
-def _on_grid(net: Detector, products: torch.Tensor) -> torch.Tensor:
-    """Products of the one image's features, (1, rows, columns, C) or (1, N, C), summed over the
-    channels, on the grid of patches, (rows, columns); class and register tokens are left out.
+def _on_grid(net: Detector, values: torch.Tensor) -> torch.Tensor:
+    """Values of the one image's features, (1, rows, columns, C) or (1, N, C), on the grid of
+    patches, (rows, columns, C); class and register tokens are left out.
 
     Raises:
         ExplainError: the tokens are no square of patches.
     """
-    sums = products[0].sum(-1)
-    if sums.ndim == 2:
-        return sums
-    patches = sums[getattr(net.backbone, "num_prefix_tokens", 0) :]
+    if values.ndim == 4:
+        return values[0]
+    patches = values[0, getattr(net.backbone, "num_prefix_tokens", 0) :]
     side = math.isqrt(len(patches))
     if side * side != len(patches):
         raise ExplainError(
             f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which are no square of "
             "patches, so there is no heatmap"
         )
-    return patches.reshape(side, side)
+    return patches.reshape(side, side, -1)
 
 
 def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:

@@ -8,12 +8,13 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from model import checkpoint
 from model.__main__ import main
 from model.export import import_original
-from model.network import Network
+from model.network import Network, normalization
 from tests.builders import TINY
 from tests.servers import Server
 
@@ -46,7 +47,7 @@ def test_it_computes_what_it_computed(small: nn.Module, tmp_path: Path, prefix: 
     assert (preprocess.crop_size, preprocess.resize_size) == (256, 288)
     assert meta["classes"] == ["real", "fake"]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (TINY.mean, TINY.std))
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in normalization(TINY))
     with torch.inference_mode():
         expected = small((images / 255 - mean) / std)
         torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
@@ -54,7 +55,12 @@ def test_it_computes_what_it_computed(small: nn.Module, tmp_path: Path, prefix: 
 
 def test_the_network_is_the_originals() -> None:
     network = import_original.recipe_of("x").network
-    assert network == Network(name="convnextv2_base", pretrained=False)
+    assert network == Network(
+        name="convnextv2_base",
+        pretrained=False,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    )
     with torch.device("meta"):
         net = timm.create_model(network.name, num_classes=2)
     assert len(net.state_dict()) == 380

@@ -61,13 +61,17 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
         overlay = heatmap(detector, encode(photo(1), "PNG"))
         size = detector.preprocess.crop_size
         assert (overlay.shape, overlay.dtype) == ((size, size, 3), np.uint8)
-    bag = Network(
-        name="mixer_s32_224", pretrained=False,
-        options={"img_size": 32, "num_blocks": 1, "embed_dim": 24, "patch_size": 32},
+    transformer = Network(
+        name="vit_tiny_patch16_224", pretrained=False,
+        options={"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 16},
     )  # fmt: skip
-    net = detector_of(bag, tmp_path, 32)
+    net = detector_of(transformer, tmp_path, 32)
+    assert heatmap(net, encode(photo(1), "PNG")).shape == (32, 32, 3)
+    net.net.backbone.num_prefix_tokens = 2
+    with pytest.raises(ExplainError, match="keeps 3 tokens, which are no square of patches"):
+        heatmap(net, encode(photo(1), "PNG"))
     for name in ("num_features", "head_hidden_size"):
-        setattr(net.net.backbone, name, 7)  # as of a network whose last features are something else
+        setattr(net.net.backbone, name, 7)  # of a network whose last features are something else
     with pytest.raises(ExplainError, match="keeps neither a map of features nor patches"):
         heatmap(net, encode(photo(1), "PNG"))
 
