@@ -91,7 +91,10 @@ def fetch_command(what: str, file: Path | None, name: str, runs: Path) -> None:
     "--init-from", type=console.LocalPath(exists=True),
     help="Weights of the backbone: a checkpoint folder or a .safetensors file.",
 )  # fmt: skip
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="This process, or the Ray cluster of RAY_ADDRESS.",
+)  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1, 100_000), default=1, show_default=True,
     help="Parts that the shards are shared out in, with --engine ray.",

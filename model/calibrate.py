@@ -161,7 +161,8 @@ def calibrate_sources(
 
     The band ends at the threshold, from which on at most `max_fpr` of the real images are called
     likely AI, and begins where at most `max_miss` of the fakes lie below it; `threshold` says over
-    which images, for both.
+    which images, for both. A source of fewer than `FEWEST` images of a class is not counted in it,
+    unless all are so small.
 
     Raises:
         CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
@@ -174,6 +175,7 @@ def calibrate_sources(
     }
     reals, fakes = (
         [p[own == label] for own, p in by_source.values() if (own == label).sum() >= FEWEST]
+        or [np.concatenate([p[own == label] for own, p in by_source.values()])]
         for label in (0, 1)
     )
     high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
@@ -216,7 +218,7 @@ def threshold_over_sources(
     known = [threshold for threshold in own if threshold is not None]
     if not known:
         raise CalibrationError(
-            f"no source has real images enough for a threshold at {rate:.0%} false positives"
+            f"no source has images enough for a threshold that {rate:.0%} of them exceed"
         )
     if over == "most_sources":
         return sorted(known)[math.ceil(0.75 * len(known)) - 1]

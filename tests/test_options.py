@@ -102,6 +102,7 @@ def base(
         "pipeline order": [val],
         "model import": ["text.txt", "--runs", "imported"],
         "model fetch": ["original", "--runs", "imported"],
+        "model embed": ["--recipe", str(tiny_recipe), *sets, "--runs", "embedded"],
         "model curves": [str(small_runs / "small"), "--out", "curves.png"],
         "model average": [checkpoint, checkpoint, "--run", "mean", "--runs", "averaged"],
         "model export": ["--hub", "hub", *runs, *sets],

@@ -116,7 +116,7 @@ def test_parity_is_written(exported: Path) -> None:
 def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
     loaded = load_onnx(exported / "detector.onnx", device="cpu")
-    assert set(loaded.meta) == set(META_KEYS)
+    assert set(loaded.meta) == {*META_KEYS, "sha256"}
     for key in ("classes", "preprocess", "temperature", "threshold", "calibration", "step"):
         assert loaded.meta[key] == meta[key]
     assert (loaded.preprocess, loaded.band, loaded.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
