@@ -298,7 +298,7 @@ def test_the_heatmap_follows_a_patch(key: str, tmp_path: Path) -> None:
     if "depth" in network.options:
         network = replace(network, options={**network.options, "depth": 1})
     net = build(network, pretrained=False).eval()
-    images, places = planted(8)
+    images, places = planted(5)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     with torch.inference_mode():
         features = net.features(pixels)
