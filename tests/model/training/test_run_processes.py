@@ -64,7 +64,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
