@@ -191,8 +191,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kills", "epochs", "real"),
-    [(2, 2, False), pytest.param(10, 20, True, marks=pytest.mark.slow)],
+    [(2, 2, False), (10, 20, True)],
 )
+@pytest.mark.slow  # the quick kills of a run are in test_run_phases.py
 def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     tiny_recipe: Path, data: Path, tmp_path: Path, kills: int, epochs: int, real: bool
 ) -> None:
@@ -292,6 +293,7 @@ def agree(one: Path, two: Path) -> None:
     assert abs(aurocs[0] - aurocs[1]) < 0.02
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
     settings = ["network.drop_path_rate=0", "run.log_every=1", "run.epochs=3"]
     recipe = recipes.load(Recipe, tiny_recipe, settings)
