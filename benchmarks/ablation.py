@@ -234,9 +234,9 @@ class Bench:
             recipe = recipes.load(Recipe, path, settings)
             began = time.monotonic()
             best = train(recipe, self.shards, self.runs, init_from=init_from)
-            found = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
+            trained = {"best": best.name, "seconds": round(time.monotonic() - began, 1)}
             self.score(best)
-            _write(done, found)
+            _write(done, trained)
         return self.runs / name / json.loads(done.read_text())["best"]
 
     def score(self, folder: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -271,8 +271,8 @@ class Bench:
             }
 
 
-def _write(path: Path, found: Any) -> None:
-    write_text(path, json.dumps(found) + "\n")
+def _write(path: Path, figures: Any) -> None:
+    write_text(path, json.dumps(figures) + "\n")
 
 
 def _save(path: Path, columns: dict[str, np.ndarray]) -> None:
@@ -293,14 +293,14 @@ def figures(scores: Mapping[str, Mapping[str, np.ndarray]], calibration: Sequenc
     result: dict[str, Any] = {"threshold": threshold}
     unseen = scores["unseen"]
     hard = {key: values[unseen["source"] != EASY] for key, values in unseen.items()}
-    for group, found in {**scores, "hard": hard}.items():
-        labels, sources = found["labels"], found["source"]
-        fake = probability(found["logits"])
+    for group, group_scores in {**scores, "hard": hard}.items():
+        labels, sources = group_scores["labels"], group_scores["source"]
+        fake = probability(group_scores["logits"])
         for key, at in (("", 0.5), (" calibrated", threshold)):
             result[group + key] = asdict(measure(labels, fake, at)) | {
                 "sources": {
-                    source: accuracy_of(found)
-                    for source, found in measure_sources(labels, fake, sources, at).items()
+                    source: accuracy_of(metrics)
+                    for source, metrics in measure_sources(labels, fake, sources, at).items()
                 }
             }
     return result
@@ -382,8 +382,8 @@ def table(
         groups.setdefault(cells[name].first if phase == "first" else name, {})[seed] = row
     lines = []
     for name, of in groups.items():
-        found = [row[phase] for row in of.values()]
-        values = [[f[group][figure] for f in found] for group, figure in FIGURES]
+        of_phase = [row[phase] for row in of.values()]
+        values = [[f[group][figure] for f in of_phase] for group, figure in FIGURES]
         if phase == "second":
             values += [[lost(row, key) for row in of.values()] for key in ("val", "val calibrated")]
         lines.append([name, str(len(of)), *map(mean_and_std, values)])
@@ -464,8 +464,8 @@ def main(
             except BlockingIOError:
                 later.append((name, cell, seed))
                 continue
-            found = [row[phase]["unseen"]["auroc"] for phase in ("first", "second")]
-            console.say(f"{name}, seed {seed}: unseen AUROC {found[0]:.3f} -> {found[1]:.3f}")
+            aurocs = [row[phase]["unseen"]["auroc"] for phase in ("first", "second")]
+            console.say(f"{name}, seed {seed}: unseen AUROC {aurocs[0]:.3f} -> {aurocs[1]:.3f}")
         waiting = later
         if waiting:
             time.sleep(5)
@@ -474,10 +474,10 @@ def main(
     (work / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     texts = []
     for phase in ("first", "second"):
-        found = table(rows, cells, phase)
-        columns = COLUMNS[: len(found[0])] if found else COLUMNS
-        console.table(f"{phase} phase, held-out sources, percent", columns, found)
-        marks = [columns, ["---"] * len(columns), *found]
+        shares = table(rows, cells, phase)
+        columns = COLUMNS[: len(shares[0])] if shares else COLUMNS
+        console.table(f"{phase} phase, held-out sources, percent", columns, shares)
+        marks = [columns, ["---"] * len(columns), *shares]
         texts.append("\n".join(f"| {' | '.join(line)} |" for line in marks))
     (work / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 

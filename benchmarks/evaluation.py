@@ -157,10 +157,10 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
         write_report(report, out / "scores.parquet", shards, out)
 
     logits_of(net, images, cpu, torch.float32)
-    first, found, second = spent(network_alone), spent(whole), spent(network_alone)
+    first, evaluated, second = spent(network_alone), spent(whole), spent(network_alone)
     alone = {name: (first[name] + second[name]) / 2 for name in first}
-    ratio = {f"ratio_{name}": found[name] / alone[name] for name in found}
-    return {"network": [first, second], "evaluation": found} | ratio
+    ratio = {f"ratio_{name}": evaluated[name] / alone[name] for name in evaluated}
+    return {"network": [first, second], "evaluation": evaluated} | ratio
 
 
 @click.command(cls=console.Command)
@@ -192,8 +192,8 @@ def main(images: int, scores: int, network: str, json_file: Path | None) -> None
         title = f"scoring {images:,} small images with {network}"
         console.table(title, ["", "seconds", "processor seconds"], rows)
     if json_file:
-        found = {"report": report, "scoring": scoring}
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figures = {"report": report, "scoring": scoring}
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

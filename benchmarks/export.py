@@ -119,19 +119,19 @@ def main(network: str, batch: int, rounds: int, json_file: Path | None) -> None:
         ways = ways_of(network, Path(name))
         expected = ways["PyTorch"](images)
         apart = {way: float(np.abs(score(images) - expected).max()) for way, score in ways.items()}
-        found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        seconds_of: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, score in ways.items():
-                found[way].append(measured(score, images))
+                seconds_of[way].append(measured(score, images))
     rows = []
-    for way, seconds in found.items():
+    for way, seconds in seconds_of.items():
         best = batch / min(wall for wall, _ in seconds)
         used = statistics.median(used for _, used in seconds) / batch
         rows.append([way, best, f"{used:.3f}", f"{apart[way]:.1e}"])
     title = f"{network}, batch {batch}, {threads()} threads, load {os.getloadavg()[0]:.1f}"
     console.table(title, COLUMNS, rows)
     if json_file:
-        json_file.write_text(json.dumps({"apart": apart, "seconds": found}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"apart": apart, "seconds": seconds_of}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def main(
     columns = [
         "mode", "images/s", "min-max", "ms per step", "stall p50 ms", "p99", "max",
     ]  # fmt: skip
-    console.table(title, columns, [row_of(mode, found) for mode, found in runs.items()])
+    console.table(title, columns, [row_of(mode, figures) for mode, figures in runs.items()])
     memory = "-" if loader_bytes is None else f"{loader_bytes / 2**20:,.0f} MiB"
     console.say(f"AU {share:.1%} ({min(au):.1%}-{max(au):.1%}): {bound}")
     console.say(f"GPU memory of the loader alone: {memory}")

@@ -30,12 +30,12 @@ def write_copies(folder: Path, originals: Path, count: int) -> list[Path]:
     The sizes are real and no two files are equal.
     """
     files = sorted(path for path in originals.rglob("*") if path.is_file())
-    found = [path for path in files if path.read_bytes()[:2] == b"\xff\xd8"]
-    if not found:
+    jpegs = [path for path in files if path.read_bytes()[:2] == b"\xff\xd8"]
+    if not jpegs:
         raise ValueError(f"no JPEG below {originals}")
     paths, seen = [], set()
     for number in range(100 * count):
-        original, turn = found[number % len(found)], number // len(found)
+        original, turn = jpegs[number % len(jpegs)], number // len(jpegs)
         path = folder / ("real", "fake")[number % 2] / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         if turn == 0:

@@ -403,12 +403,12 @@ def kill_often(name: str, command: Command, work: Path, times: int, rng: random.
         except click.ClickException as error:
             row.differing.append(f"{folder.name}: {error.message}")
         else:
-            found = differences(contents[0], content(folder))
+            changes = differences(contents[0], content(folder))
             far = apart(work / f"{name}-undisturbed-0" / RESULTS, folder / RESULTS)
             row.apart = max(row.apart, far)
-            found += [f"{RESULTS} is {far:.2g} apart"] if far > ROUNDING else []
-            row.differing += [f"{folder.name}: {what}" for what in found]
-            if not found:
+            changes += [f"{RESULTS} is {far:.2g} apart"] if far > ROUNDING else []
+            row.differing += [f"{folder.name}: {what}" for what in changes]
+            if not changes:
                 shutil.rmtree(folder)
         if row.late > 10 * times:
             raise click.ClickException(f"{name} is over before it is killed; give it more to do")

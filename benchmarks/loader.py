@@ -126,14 +126,14 @@ def run(
     passed = time.monotonic() - started
     (all_before, own_before), (all_after, own_after) = before, cpu_seconds()
     others_s = (all_after - all_before) - (own_after - own_before)
-    found = json.loads(out.read_text())
-    if "first" not in found:
-        return found
+    marks = json.loads(out.read_text())
+    if "first" not in marks:
+        return marks
     return {
-        "images_per_s": found["images"] / (found["last"] - found["first"]),
-        "start_s": found["first"] - started,
+        "images_per_s": marks["images"] / (marks["last"] - marks["first"]),
+        "start_s": marks["first"] - started,
         "bytes": largest,
-        "version": found["version"],
+        "version": marks["version"],
         "others": max(0.0, others_s) / passed / (os.cpu_count() or 1),
     }
 
@@ -162,10 +162,10 @@ def memory_of(process: int) -> int:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
         own = 1024 * int(text.partition("\nPss:")[2].split()[0])
         children = Path(f"/proc/{process}/task").glob("*/children")
-        found = [int(child) for path in children for child in path.read_text().split()]
+        pids = [int(child) for path in children for child in path.read_text().split()]
     except (OSError, IndexError):  # it has just ended
         return 0
-    return own + sum(map(memory_of, found))
+    return own + sum(map(memory_of, pids))
 
 
 def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[object]:
@@ -216,9 +216,9 @@ def measure(
                 continue
             runs[name].append(run(name, place, workers, pythons[name], size))
             keep(runs)
-            found = runs[name][-1]
-            rate = found.get("failed") or (
-                f"{found['images_per_s']:,.0f} images/s, others {found['others']:.0%}"
+            last = runs[name][-1]
+            rate = last.get("failed") or (
+                f"{last['images_per_s']:,.0f} images/s, others {last['others']:.0%}"
             )
             console.log.info("run %d, %s: %s", number + 1, name, rate)
     return runs

@@ -79,20 +79,20 @@ def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, lis
     files = sorted(raw.rglob("*.jpg"))
     (out / "list.txt").write_text("\n".join(f"file://{path}" for path in files))
     build = ["-m", "sharding", "build", "--raw", raw, "--catalog", out / "catalog.toml"]
-    found = {
+    lines = {
         "sharding build": [*build, "--out", out / "shards", "--jobs", jobs],
         "ShardWriter loop, Pillow check": [out / "loop.py", raw, out],
         "bare simplejpeg decode (limit)": [out / "limit.py", raw, out, jobs],
     }
-    found = {name: [sys.executable, *map(str, command)] for name, command in found.items()}
+    lines = {name: [sys.executable, *map(str, command)] for name, command in lines.items()}
     if img2dataset:
-        found["img2dataset, webdataset output"] = [
+        lines["img2dataset, webdataset output"] = [
             img2dataset, "--url_list", str(out / "list.txt"), "--output_folder", str(out / "i2d"),
             "--output_format", "webdataset", "--resize_mode", "no", "--enable_wandb", "False",
             "--processes_count", str(jobs), "--thread_count", "4",
             "--number_sample_per_shard", "2048",
         ]  # fmt: skip
-    return found
+    return lines
 
 
 def seconds_and_memory(command: list[str]) -> tuple[float, int]:
@@ -159,14 +159,14 @@ def main(
                     times[contender][kind].append(took)
                     memory[contender] = max(memory[contender], largest)
     rates = {
-        name: [(images - few) / (a - b) for a, b in zip(found["all"], found["few"], strict=True)]
-        for name, found in times.items()
+        name: [(images - few) / (a - b) for a, b in zip(spent["all"], spent["few"], strict=True)]
+        for name, spent in times.items()
     }
-    middle = {name: statistics.median(found) for name, found in rates.items()}
+    middle = {name: statistics.median(rates_of) for name, rates_of in rates.items()}
     loop, limit = middle["ShardWriter loop, Pillow check"], middle["bare simplejpeg decode (limit)"]
     rows = []
-    for name, found in times.items():
-        start = statistics.median(found["few"]) - few / middle[name]
+    for name, spent in times.items():
+        start = statistics.median(spent["few"]) - few / middle[name]
         rows.append(
             [
                 name, round(middle[name]), f"{min(rates[name]):,.0f}-{max(rates[name]):,.0f}",

@@ -136,7 +136,7 @@ def main(
     batch_size: int,
 ) -> None:
     """Measure both ways in turn, and print one table."""
-    found = {}
+    figures_of = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         if originals:
@@ -147,8 +147,8 @@ def main(
         for name in names or NETWORKS:
             run = write_checkpoint(Path(place), name)
             detector = load_detector(run, device=device, backend=backend)
-            found[name] = measure(detector, folder, images, batch_size, rounds)
-            console.log.info("%s: %s", name, row_of(name, found[name]))
+            figures_of[name] = measure(detector, folder, images, batch_size, rounds)
+            console.log.info("%s: %s", name, row_of(name, figures_of[name]))
     title = (
         f"{images:,} JPEGs of {size:.0f} kB, batch {batch_size}, {rounds} rounds, "
         f"{os.cpu_count()} cores, torch {torch.__version__}"
@@ -157,9 +157,9 @@ def main(
         "network", "bare images/s", "predict images/s", "ratio", "bare CPU ms", "predict CPU ms",
         "CPU ratio",
     ]  # fmt: skip
-    console.table(title, columns, [row_of(name, runs) for name, runs in found.items()])
+    console.table(title, columns, [row_of(name, runs) for name, runs in figures_of.items()])
     if out:
-        figures = {"title": title, "python": platform.python_version(), "runs": found}
+        figures = {"title": title, "python": platform.python_version(), "runs": figures_of}
         out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

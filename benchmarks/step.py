@@ -87,13 +87,13 @@ def seconds_of(work: Callable[[], object], device: torch.device, seconds: float)
     for _ in range(WARM_UP):
         work()
     synchronize(device)
-    found = []
-    while len(found) < LEAST or sum(found) < seconds:
+    durations = []
+    while len(durations) < LEAST or sum(durations) < seconds:
         began = time.perf_counter()
         work()
         synchronize(device)
-        found.append(time.perf_counter() - began)
-    return found
+        durations.append(time.perf_counter() - began)
+    return durations
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
@@ -235,33 +235,34 @@ def main(
     about = {
         "title": title, "peaks": peaks, "threads": torch.get_num_threads(), "versions": versions(),
     }  # fmt: skip
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    rows_of: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for number, (name, way) in itertools.product(range(rounds), ways.items()):
-        if found[name] and "failed" in found[name][-1]:
+        if rows_of[name] and "failed" in rows_of[name][-1]:
             continue
-        found[name].append(measure(way, recipe, place, seconds, peaks))
-        rate = found[name][-1].get("images_per_s")
-        said = f"{rate:.1f} images/s" if rate else found[name][-1]["failed"]
+        rows_of[name].append(measure(way, recipe, place, seconds, peaks))
+        rate = rows_of[name][-1].get("images_per_s")
+        said = f"{rate:.1f} images/s" if rate else rows_of[name][-1]["failed"]
         console.log.info("round %d, %s: %s", number + 1, name, said)
         if out:  # after each row, so that a crash loses one
-            text = json.dumps({**about, "rows": found}, indent=1)
+            text = json.dumps({**about, "rows": rows_of}, indent=1)
             out.write_text(text + "\n", encoding="utf-8")
-    show(title, found)
+    show(title, rows_of)
     reached = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in peaks.items())
     console.say(f"matrix peak in this run, 10^12 operations a second: {reached}")
-    if "failed" in found["as train.py"][-1]:
-        raise click.ClickException(f"the step itself failed: {found['as train.py'][-1]['failed']}")
+    if "failed" in rows_of["as train.py"][-1]:
+        reason = rows_of["as train.py"][-1]["failed"]
+        raise click.ClickException(f"the step itself failed: {reason}")
 
 
-def show(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
+def show(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> None:
     """The table: medians over the rounds, and the speed against the first row."""
 
     def middle(runs: list[dict[str, Any]], name: str) -> float:
         return statistics.median(run[name] for run in runs)
 
     rows: list[list[object]] = []
-    first = found["as train.py"]
-    for name, runs in found.items():
+    first = rows_of["as train.py"]
+    for name, runs in rows_of.items():
         if "failed" in runs[-1]:
             rows.append([name, None, None, None, None, None, runs[-1]["failed"]])
             continue

@@ -328,12 +328,12 @@ class FeatureTable:
 
     def failures(self, samples: np.ndarray) -> dict[int, str]:
         """Which of some samples could not be decoded: position -> reason."""
-        found = {}
+        reasons = {}
         for position, sample in enumerate(samples.tolist()):
             part, row = self.parts[self.part_of[sample]], int(self.row_of[sample])
             if not part.valid[row]:
-                found[position] = part.failures.get(row, "could not be decoded")
-        return found
+                reasons[position] = part.failures.get(row, "could not be decoded")
+        return reasons
 
 
 def open_table(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> FeatureTable:
