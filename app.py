@@ -60,7 +60,7 @@ MultiPartParser.spool_max_size = MAX_BYTES
 LOOKS = {
     "likely AI": ("orange", ":material/auto_awesome:"),
     "uncertain": ("gray", ":material/help:"),
-    "likely real": ("blue", ":material/photo_camera:"),
+    "no sign of AI": ("blue", ":material/photo_camera:"),
     UNREADABLE: ("red", ":material/broken_image:"),
 }
 

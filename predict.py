@@ -157,7 +157,7 @@ def _describe(detector: "ImageDetector | OnnxDetector") -> str:
     band = (
         f"likely AI from {high:g}"
         if low == high
-        else f"likely real below {low:g}, likely AI from {high:g}, uncertain between"
+        else f"no sign of AI below {low:g}, likely AI from {high:g}, uncertain between"
     )
     return f"{band}; images through {detector.backend} ({detector.reason})"
 

@@ -69,7 +69,7 @@ class Calibration:
 
     `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are those from
     which on at most 1 % and 5 % of real images are called fake (None: too few reals to promise
-    it). `band` is (low, high): below low likely real, from high on likely AI, uncertain between.
+    it). `band` is (low, high): below low no sign of AI, from high on likely AI, uncertain between.
     `roc` is (threshold, share of reals called fake from it on, share of fakes found) on the same
     images, by rising threshold: what another threshold costs.
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.

@@ -9,7 +9,7 @@ called `step_` and at least seven digits; what has another name in its folder is
 Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
 on an image is called fake, and `calibration` is null, or a `model.calibrate.Calibration` with the
 hash of the index of each set that it was fitted on (`fitted_on`, `index_sha256`). Verdicts: below
-the band likely real, from its end on likely AI, in it uncertain.
+the band no sign of AI, from its end on likely AI, in it uncertain.
 
 A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
 `backbone` where the others are (`model/shipped/backbone.py`).

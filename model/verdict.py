@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-VERDICTS = ("likely real", "uncertain", "likely AI")
+VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 """By where the probability of fake lies: below the band, in it, at its upper end or above."""
 
 NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"

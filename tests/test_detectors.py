@@ -55,5 +55,5 @@ def test_a_photo_to_a_verdict(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(r"0\.\d{3}  (likely real|uncertain|likely AI)", done.stdout), done.stdout
+    assert re.search(r"0\.\d{3}  (no sign of AI|uncertain|likely AI)", done.stdout), done.stdout
     assert f"{DEFAULT_DETECTOR}" in done.stderr + done.stdout

@@ -292,10 +292,10 @@ def test_verdicts_follow_the_band_of_the_checkpoint(
     try:
         rows = rows_of(ask(photos, "--format", "jsonl"))
         verdicts = [row["verdict"] for row in sorted(rows.values(), key=lambda r: r["probability"])]
-        assert verdicts == ["likely real", "uncertain", "likely AI"]
+        assert verdicts == ["no sign of AI", "uncertain", "likely AI"]
         rows = rows_of(ask(photos, "--format", "jsonl", "--threshold", first[1]))
         verdicts = [row["verdict"] for row in sorted(rows.values(), key=lambda r: r["probability"])]
-        assert verdicts == ["likely real", "likely AI", "likely AI"]
+        assert verdicts == ["no sign of AI", "likely AI", "likely AI"]
     finally:
         annotate(folder, {"calibration": None})
 

@@ -161,9 +161,9 @@ they are from PyTorch.
     heated = temperature != 1 and _is_plain(meta)
     heat = " (transformers' pipeline gives it without the temperature)" if heated else ""
     verdict = (
-        f"From {high:.3g} on call it likely AI-generated, below likely real"
+        f"From {high:.3g} on call it likely AI-generated, below no sign of AI"
         if low == high
-        else f"Below {low:.3g} call it likely real, from {high:.3g} on likely AI-generated, "
+        else f"Below {low:.3g} say no sign of AI, from {high:.3g} on likely AI-generated, "
         "between them uncertain"
     )
     return f"{text}\nThe probability is that of fake{heat}. {verdict}. {_calibrated(meta)}"

@@ -68,7 +68,7 @@ class DecisionRule:
 
     @property
     def band(self) -> tuple[float, float]:
-        """`(low, high)`: below low an image is likely real, from high on likely AI, and between
+        """`(low, high)`: below low an image is no sign of AI, from high on likely AI, and between
         them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
         """
         return band_of(self.meta) if self.asked is None else (self.asked, self.asked)

@@ -218,7 +218,7 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
         console.log.warning("not calibrated: %s", error)
         return
     console.log.info(
-        "calibrated on %s: temperature %.2f, likely AI from %.3f, likely real below %.3f",
+        "calibrated on %s: temperature %.2f, likely AI from %.3f, no sign of AI below %.3f",
         *(
             "sources left out" if left_out else ", ".join(recipe.data.validate),
             calibration.temperature,

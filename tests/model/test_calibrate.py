@@ -94,10 +94,10 @@ def test_entries_of_the_meta_file() -> None:
 
 def test_verdicts() -> None:
     assert [verdict(p, (0.2, 0.7)) for p in (0.19, 0.2, 0.69, 0.7)] == [
-        "likely real", "uncertain", "uncertain", "likely AI",
+        "no sign of AI", "uncertain", "uncertain", "likely AI",
     ]  # fmt: skip
     assert band_of({"threshold": 0.5, "calibration": None}) == (0.5, 0.5)
-    assert [verdict(p, (0.5, 0.5)) for p in (0.49, 0.5)] == ["likely real", "likely AI"]
+    assert [verdict(p, (0.5, 0.5)) for p in (0.49, 0.5)] == ["no sign of AI", "likely AI"]
 
 
 def test_classes_that_are_separated_do_not_become_certain() -> None:

@@ -27,7 +27,7 @@ def test_there_is_no_verdict_for_what_is_no_number() -> None:
         with pytest.raises(ValueError, match="no verdict: its score is not a finite number"):
             verdict(value, (0.3, 0.6))
         good, bad = predictions(["a", "b"], [0.2, value], {}, (0.3, 0.6))
-        assert good.verdict == "likely real"
+        assert good.verdict == "no sign of AI"
         assert (bad.verdict, bad.probability) == (UNREADABLE, None)
         assert bad.error.startswith("its score is not a finite number")
 

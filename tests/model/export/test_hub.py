@@ -107,7 +107,7 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
     assert "**No evaluation is attached.**" in text
     assert "| old | alpha | test |" in text  # set, source, license
-    assert "likely real below" not in text and "Below 0.3 call it likely real" in text
+    assert "no sign of AI below" not in text and "Below 0.3 say no sign of AI" in text
     assert f"fitted on val ({CALIBRATION['reals']} real" in text
     meta = checkpoint.read_meta(tiny_checkpoint)
     card = card_of(meta, report_of(meta), {"old": None}, onnx=True)

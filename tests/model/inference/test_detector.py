@@ -106,7 +106,7 @@ def test_no_thread_stays_behind(detector) -> None:
 def test_a_threshold_that_is_asked_for_leaves_nothing_uncertain(small_runs: Path) -> None:
     strict = load_detector(runs=small_runs, threshold=0.7)
     assert (strict.threshold, strict.band) == (0.7, (0.7, 0.7))
-    assert [strict.verdict(p) for p in (0.69, 0.7)] == ["likely real", "likely AI"]
+    assert [strict.verdict(p) for p in (0.69, 0.7)] == ["no sign of AI", "likely AI"]
     with pytest.raises(ValueError, match="a threshold is a probability"):
         load_detector(runs=small_runs, threshold=1.5)
     with pytest.raises(CheckpointError, match="no checkpoint below"):
