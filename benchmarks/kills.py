@@ -6,8 +6,8 @@ Each command runs twice undisturbed on small inputs. Then it is started in fresh
 SIGKILL with all its processes after a time drawn evenly from what an undisturbed run takes, is
 started again, one to four times for a folder, and at last runs to its end. `build`, `train`,
 `predict --resume` and `fetch` go on from what they find; `evaluate` and `export` start anew. Every
-file below the folder is compared, names and bytes, with the undisturbed run. `LEFT_OUT`,
-`MEANT_TO_DIFFER` and `RESULTS` name what is not.
+file below the folder is compared, names and bytes, with the undisturbed run. `LEFT_OUT` and
+`MEANT_TO_DIFFER` name what is not.
 
 Processes are forked from this one, which has imported everything, so that the kills fall into work
 and not into imports. The builder has no workers here (`--jobs 1`): theirs is
@@ -15,9 +15,7 @@ and not into imports. The builder has no workers here (`--jobs 1`): theirs is
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -61,11 +59,6 @@ MEANT_TO_DIFFER = {
     },
 }  # fmt: skip
 """Entries, by the name of their file, that hold a time, a speed or a hash of one."""
-
-RESULTS, ROUNDING = "results.csv", 1e-6
-"""What `predict` writes: of its rows all is compared but the digits of a probability, which depend
-on how many images were scored with it (docs/using.md); it may be so far off.
-"""
 
 MOST_PER_FOLDER = 4
 """Kills of a command in one folder, before it may run to its end."""
@@ -137,7 +130,7 @@ class Command:
 @dataclass
 class Row:
     """What came of one command. `landed` kills hit a process that ran, `late` ones came after its
-    end; `apart` is how far probabilities differ at most, `differing` what is not as undisturbed.
+    end; `differing` what is not as undisturbed.
     """
 
     command: str
@@ -147,7 +140,6 @@ class Row:
     restarts: int = 0
     folders: int = 0
     files: int = 0
-    apart: float = 0.0
     differing: list[str] = field(default_factory=list)
 
 
@@ -183,7 +175,7 @@ def write_inputs(work: Path, address: str) -> dict[str, Command]:
         "train": Command(train.main, [*fit, "--runs", "runs"]),
         "predict": Command(
             predict.main,
-            [f"{raw}/alpha/real", "--out", RESULTS, "--resume", "--runs", runs,
+            [f"{raw}/alpha/real", "--out", "results.csv", "--resume", "--runs", runs,
              "--batch-size", "4", "--device", "cpu"],
         ),
         "fetch": Command(
@@ -343,9 +335,6 @@ def content(folder: Path) -> dict[str, str]:
 def lasting(path: Path) -> bytes:
     """The bytes of a file; those of `MEANT_TO_DIFFER` without such entries."""
     data = path.read_bytes()
-    if path.name == RESULTS:
-        rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
-        return json.dumps([row | {"probability": ""} for row in rows]).encode()
     if path.name not in MEANT_TO_DIFFER:
         return data
     lines = data.splitlines() if path.suffix == ".jsonl" else [data]
@@ -360,17 +349,6 @@ def lasting(path: Path) -> bytes:
             place.pop(last, None)
         kept.append(json.dumps(entries))
     return "\n".join(kept).encode()
-
-
-def apart(one: Path, other: Path) -> float:
-    """How far two files of results are apart, row by row; 0 where there are none."""
-    if not one.exists() or not other.exists():
-        return 0.0
-    probabilities = []
-    for path in (one, other):
-        with path.open(newline="", encoding="utf-8") as stream:
-            probabilities.append([float(row["probability"]) for row in csv.DictReader(stream)])
-    return max((abs(a - b) for a, b in zip(*probabilities, strict=False)), default=0.0)
 
 
 def differences(expected: dict[str, str], got: dict[str, str]) -> list[str]:
@@ -404,9 +382,6 @@ def kill_often(name: str, command: Command, work: Path, times: int, rng: random.
             row.differing.append(f"{folder.name}: {error.message}")
         else:
             changes = differences(contents[0], content(folder))
-            far = apart(work / f"{name}-undisturbed-0" / RESULTS, folder / RESULTS)
-            row.apart = max(row.apart, far)
-            changes += [f"{RESULTS} is {far:.2g} apart"] if far > ROUNDING else []
             row.differing += [f"{folder.name}: {what}" for what in changes]
             if not changes:
                 shutil.rmtree(folder)
@@ -475,14 +450,14 @@ def main(
             rows.append(kill_often(name, known[name], work, times, rng))
     columns = [
         "command", "seconds", "kills that landed", "came too late", "restarts", "folders",
-        "files each", "probabilities apart", "same bytes",
+        "files each", "same bytes",
     ]  # fmt: skip
     console.table(
         f"SIGKILL at random moments, seed {seed}",
         columns,
         [
             [row.command, f"{row.seconds:.1f}", row.landed, row.late, row.restarts, row.folders,
-             row.files, f"{row.apart:.1e}" if row.apart else "-", "no" if row.differing else "yes"]
+             row.files, "no" if row.differing else "yes"]
             for row in rows
         ],
     )  # fmt: skip

@@ -61,17 +61,22 @@ class ImageDetector(DecisionRule):
     asked: float | None = None
 
     def predict(
-        self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
+        self,
+        images: Iterable[Path | str | bytes | ImageFile],
+        batch_size: int = 32,
+        start: int = 0,
     ) -> Generator[Prediction, None, None]:
         """One prediction per image, in order; an unreadable one carries its reason.
 
         `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by
         threads beside the network, at most two batches ahead, so `images` may be endless. The first
         batches are small (1, 4, 16, ...): the first verdict does not wait for `batch_size` images.
+        `start` is how many images of a list were left out before, a sum of whole batches: the rest
+        is then scored in the batches, and to the last bit, of a run over the whole list.
         """
         files = map(as_file, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" else self._by_pil
-        for names, pixels, failures in decoded(files, batch_size):
+        for names, pixels, failures in decoded(files, batch_size, start):
             yield from self._score(names, pixels, failures)
 
     def preprocess_file(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
@@ -83,21 +88,25 @@ class ImageDetector(DecisionRule):
         with decoded(as_file(image).read()) as pixels:
             return pil.preprocess(pixels, self.preprocess)
 
-    def _by_pil(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+    def _by_pil(
+        self, files: Iterable[ImageFile], batch_size: int, start: int
+    ) -> Iterator["_Group"]:
         """Groups of images as the network sees them."""
         for names, pixels, failures in preprocess_ahead(
-            files, self.preprocess_file, self.preprocess.crop_size, batch_size
+            files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
         ):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
-    def _by_dali(self, files: Iterable[ImageFile], batch_size: int) -> Iterator["_Group"]:
+    def _by_dali(
+        self, files: Iterable[ImageFile], batch_size: int, start: int
+    ) -> Iterator["_Group"]:
         """The same by the fast backend, which decodes whole batches."""
         from pipeline.dali import DaliBackend
 
         names: deque[Sequence[str]] = deque()
 
         def requests() -> Iterator[Request]:
-            for of_group, encoded_files in ahead(files, self._for_dali, batch_size):
+            for of_group, encoded_files in ahead(files, self._for_dali, batch_size, start):
                 names.append(of_group)
                 yield self._request(encoded_files)
 

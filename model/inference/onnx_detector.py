@@ -72,12 +72,17 @@ class OnnxDetector(DecisionRule):
         return f"ONNX Runtime, {self.session.get_providers()[0]}"
 
     def predict(
-        self, images: Iterable[Path | str | bytes | ImageFile], batch_size: int = 32
+        self,
+        images: Iterable[Path | str | bytes | ImageFile],
+        batch_size: int = 32,
+        start: int = 0,
     ) -> Generator[Prediction, None, None]:
-        """One prediction per image, in order; an unreadable one carries its reason."""
+        """One prediction per image, in order; an unreadable one carries its reason. `start` as
+        `ImageDetector.predict` has it.
+        """
         files = map(as_file, images, range(sys.maxsize))
         for names, pixels, failures in preprocess_ahead(
-            files, self.preprocess_file, self.preprocess.crop_size, batch_size
+            files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
         ):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 

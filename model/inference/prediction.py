@@ -107,17 +107,36 @@ def threads() -> int:
     return min(16, cores())
 
 
+def group_sizes(batch_size: int, start: int = 0) -> Iterator[int]:
+    """How many images are scored together: 1, 4, 16, ... and then always `batch_size`, so that the
+    first verdict comes early. `start` is the position in the list at which to begin, the first one
+    of a group.
+
+    Raises:
+        ValueError: no group begins at `start`.
+    """
+    position, size = 0, 1
+    while True:
+        if position >= start:
+            if position > start:
+                raise ValueError(f"no group of {batch_size} begins at image {start}")
+            yield size
+            start += size
+        position += size
+        size = min(4 * size, batch_size)
+
+
 def ahead(
-    files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int
+    files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int, start: int = 0
 ) -> Iterator[tuple[list[str], list[Any]]]:
-    """Names and what `work` made of each file, in groups of 1, 4, 16, ... `batch_size`; an error is
-    its reason, a string. Threads work ahead, on at most two groups.
+    """Names and what `work` made of each file, in groups of `group_sizes`; an error is its reason,
+    a string. Threads work ahead, on at most two groups.
     """
     files, waiting = iter(files), deque[tuple[str, Future]]()
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
-    size, more = 1, True
+    more = True
     try:
-        while True:
+        for size in group_sizes(batch_size, start):
             while more and len(waiting) < 2 * size:
                 if (file := next(files, None)) is None:
                     more = False
@@ -127,7 +146,6 @@ def ahead(
             if not group:
                 return
             yield [name for name, _ in group], [future.result() for _, future in group]
-            size = min(4 * size, batch_size)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -137,11 +155,12 @@ def preprocess_ahead(
     preprocess_file: Callable[[ImageFile], np.ndarray],
     size: int,
     batch_size: int,
+    start: int = 0,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
     """Groups of images as a network sees them, ahead of time: names, uint8 (B, size, size, 3), and
     the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one.
     """
-    for names, images in ahead(files, preprocess_file, batch_size):
+    for names, images in ahead(files, preprocess_file, batch_size, start):
         failures = {row: image for row, image in enumerate(images) if isinstance(image, str)}
         pixels = np.zeros((len(images), size, size, 3), np.uint8)
         for row, image in enumerate(images):

@@ -13,12 +13,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import console
 from imaging.decode import ImageFile
 from model.inference import inputs, results
+from model.inference.prediction import group_sizes
 from model.inference.provenance import Evidence, read_evidence
 from storage import write_atomically
 
@@ -34,6 +36,7 @@ class Note:
 
     provenance: list[Evidence] = field(default_factory=list)
     data: bytes = b""  # kept only where a heatmap is wanted
+    is_written: bool = False  # it has a line already, and is scored for its neighbors' sake only
 
 
 @dataclass(eq=False)
@@ -61,21 +64,51 @@ class Run:
         return f"{self.done / max(time.monotonic() - self.started, 1e-9):,.1f} images/s"
 
     def over(self, files: Iterable[ImageFile], batch_size: int) -> Iterator[int]:
-        """Score `files` and write a line for each; yields how many images are behind us."""
+        """Score `files` and write a line for each; yields how many images are behind us.
+
+        What a results file holds already is passed over in whole batches, so that an interrupted
+        run goes on with the batches, and to the last bit with the probabilities, of one that was
+        not.
+        """
+        files, start = self._remaining(files, batch_size)
+        first = next(group_sizes(batch_size, start))
         notes: deque[Note] = deque()
 
         def reading() -> Iterator[ImageFile]:
-            for file in files:
-                if self.out and file.name in self.out:
-                    self.skipped += 1
-                else:
-                    notes.append(Note())
+            for index, file in enumerate(files):
+                is_written = self._is_written(file)
+                # The first batch is scored as a whole: rounding depends on the size of a batch.
+                if not is_written or index < first:
+                    notes.append(Note(is_written=is_written))
                     yield self._noted(file, notes[-1])
+                self.skipped += is_written
 
-        with contextlib.closing(self.detector.predict(reading(), batch_size)) as predictions:
+        with contextlib.closing(self.detector.predict(reading(), batch_size, start)) as predictions:
             for result in predictions:
-                self._write(result, notes.popleft())
+                note = notes.popleft()
+                if not note.is_written:
+                    self._write(result, note)
                 yield self.done + self.skipped
+
+    def _is_written(self, file: ImageFile) -> bool:
+        """Whether the results file held a line of this image when the run began."""
+        return bool(self.out and file.name in self.out)
+
+    def _remaining(
+        self, files: Iterable[ImageFile], batch_size: int
+    ) -> tuple[Iterator[ImageFile], int]:
+        """The files from the first batch on that lacks a line, and how many come before it."""
+        files = iter(files)
+        start = 0
+        if not self.out or not len(self.out.names):
+            return files, start
+        for size in group_sizes(batch_size):
+            group = list(islice(files, size))
+            if not group or not all(map(self._is_written, group)):
+                return chain(group, files), start
+            start += size
+            self.skipped += len(group)
+        raise AssertionError("group_sizes has no end")
 
     def _noted(self, file: ImageFile, note: Note) -> ImageFile:
         """The same image; when it is read, what it says of itself is noted beside it."""
