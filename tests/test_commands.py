@@ -17,6 +17,7 @@ import train
 from model import load_detector
 from model.__main__ import main as model
 from model.evaluation.robustness import PER_CLASS
+from model.verdict import VERDICTS
 from pipeline.__main__ import main as pipeline
 from pipeline.loader import Loading
 from pipeline.perturb import PERTURBATIONS
@@ -206,7 +207,7 @@ def photos(tmp_path: Path) -> Path:
 def test_predict_prints_a_line_per_image(runs: Path, photos: Path) -> None:
     result = run(predict.main, photos, "--runs", runs)
     assert result.exit_code == 1
-    lines = [line for line in result.stdout.splitlines() if "likely" in line]
+    lines = [line for line in result.stdout.splitlines() if any(v in line for v in VERDICTS)]
     assert len(lines) == 3
     assert sum("unreadable" in line for line in result.stdout.splitlines()) == 1
     assert "1 of 4 images could not be read" in result.output
