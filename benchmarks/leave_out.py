@@ -1,6 +1,7 @@
 """Measure a head on sources that it has not learned from, by stored features.
 
-    python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from FILE [--pairs]
+    python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from FILE \
+        [--pairs] [--robustness N]
 
 Each source is scored by a head that was trained without it. From these scores come the AUROC of
 each pair of a real and a fake source, the share of each real source that is called fake at the
@@ -8,12 +9,16 @@ threshold for 5 % false positives over all of them, and what is found of each fa
 and the AUROC within subjects: images are put into clusters by their features, and only images of
 one cluster are compared, so that a head that knows nothing but the subject gets 0.5. With
 `--pairs` the head is trained without both sources of each pair, which is harsher and takes minutes.
+With `--robustness` N images of each source are scored once more after each perturbation of
+`pipeline/perturb.py`, by the head that has not learned from the source; they cost as many features
+as N times sources times perturbations images.
 Intervals are those of 200 resamplings of sources.
 """
 
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +30,17 @@ import torch
 import console
 import recipes
 from model.calibrate import calibrate_sources, threshold_over_sources
+from model.evaluation.robustness import perturbed_variants
 from model.features.leave_out import leave_one_out, refit
 from model.features.loader import FeatureLoader
 from model.features.prepare import embed_run, source_of, with_features
 from model.metrics import measure
 from model.recipe import Recipe
-from model.score import probability, score_set
+from model.score import evaluating, logits_of, probability, score_set
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
+from pipeline.perturb import PERTURBATIONS
 from storage import any_path
 
 Scored = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -115,11 +122,73 @@ def left_out_pairs(planned: RunPlan, state: TrainState, scored: Scored) -> dict[
     return values
 
 
+def perturbed_features(
+    planned: RunPlan, state: TrainState, rows: np.ndarray
+) -> dict[int, np.ndarray]:
+    """Features of some samples after each perturbation, float32 (perturbations, D) each; NaN where
+    an image cannot be perturbed so. Samples that do not decode are not there.
+    """
+    features = {}
+    variants = perturbed_variants(
+        planned.stream.pool.shards, rows, PERTURBATIONS, planned.recipe.preprocess
+    )
+    with console.progress("perturbing", len(rows)) as advance, evaluating(state.net):
+        for sample, images in variants:
+            advance(1)
+            if isinstance(images, str):
+                continue
+            there = [not isinstance(image, str) for image in images]
+            pixels = np.stack([image for image in images if not isinstance(image, str)])
+            with torch.inference_mode():
+                own = state.net.features(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            features[sample] = np.full((len(images), own.shape[1]), np.nan, np.float32)
+            features[sample][there] = own.numpy()
+    return features
+
+
+def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
+    """At most `per_source` rows of each source: those whose files have the smallest hashes."""
+    pool = planned.stream.pool
+    codes, names = pool.shards.codes("source")
+    hashes = np.array(pool.shards.table.column("sha256").to_pylist(), "S32")
+    return {
+        names[code]: (own := pool.new[codes[pool.new] == code])[np.argsort(hashes[own])][
+            :per_source
+        ]
+        for code in np.unique(codes[pool.new])
+    }
+
+
+def robustness(
+    logits: Mapping[str, np.ndarray], kinds: Mapping[str, int], threshold: float
+) -> dict[str, dict[str, float]]:
+    """For each perturbation the mean AUROC over pairs of sources, and the mean shares over sources
+    of reals and of fakes at or above `threshold`, a logit. `logits` are (perturbations, N) a
+    source.
+    """
+    figures = {}
+    for index, perturbation in enumerate(PERTURBATIONS):
+        own = {name: table[index][np.isfinite(table[index])] for name, table in logits.items()}
+        real, fake = ({n: z for n, z in own.items() if kinds[n] == k and len(z)} for k in (0, 1))
+        figures[perturbation.name] = {
+            "auroc": float(np.mean([*of_pairs(real, fake).values()])),
+            "false_positive_rate": float(np.mean([(z >= threshold).mean() for z in real.values()])),
+            "recall": float(np.mean([(z >= threshold).mean() for z in fake.values()])),
+        }
+    return figures
+
+
 @click.command(cls=console.Command)
 @click.option("--recipe", "recipe_path", type=console.LocalPath(exists=True), required=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--init-from", type=console.LocalPath(exists=True), help="Weights of the backbone.")
 @click.option("--pairs", is_flag=True, help="Train without both sources of each pair as well.")
+@click.option(
+    "--robustness",
+    "per_source",
+    type=click.IntRange(min=1),
+    help="Score so many images of each source after each perturbation as well.",
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options("data", "runs")
 def main(
@@ -127,6 +196,7 @@ def main(
     overrides: tuple[str, ...],
     init_from: Path | None,
     pairs: bool,
+    per_source: int | None,
     out: Path | None,
     data: str,
     runs: Path,
@@ -141,7 +211,20 @@ def main(
     source = source_of(planned.recipe, state.net, torch.float32)
     pool = planned.stream.pool
     embed_run(planned, state, source, [pool.shards])
-    scored = leave_one_out(planned, state, source)
+    subset = subset_of(planned, per_source) if per_source else {}
+    perturbed = perturbed_features(
+        planned, state, np.concatenate([*subset.values(), np.empty(0, np.int64)])
+    )
+    perturbed_logits: dict[str, np.ndarray] = {}
+
+    def score_perturbed(members: Sequence[str]) -> None:
+        for name in set(members) & subset.keys():
+            own = np.stack([perturbed[row] for row in subset[name].tolist() if row in perturbed], 1)
+            flat = torch.from_numpy(own.reshape(-1, own.shape[-1]))
+            logits = logits_of(state.net, flat, planned.device, torch.float32).numpy()
+            perturbed_logits[name] = logits.reshape(own.shape[:2])
+
+    scored = leave_one_out(planned, state, source, score_perturbed)
     real = {n: z for n, (y, z) in scored.items() if not y.any()}
     fake = {n: z for n, (y, z) in scored.items() if y.all()}
     one = of_pairs(real, fake)
@@ -164,6 +247,11 @@ def main(
             "threshold": fitted.threshold, "band": fitted.band, "sources": fitted.sources,
             "temperature": fitted.temperature,
         }  # fmt: skip
+    if per_source:
+        shipped = calibrate_sources(scored, recipe.calibration)
+        at = math.log(shipped.threshold / (1 - shipped.threshold)) * shipped.temperature
+        kinds = {name: int(labels[0]) for name, (labels, _) in scored.items()}
+        figures["perturbed"] = robustness(perturbed_logits, kinds, at)
     if pairs:
         figures["pairs left out"] = summary(left_out_pairs(planned, state, scored))
     console.say(json.dumps(figures, indent=1))

@@ -106,7 +106,7 @@ def score_perturbations(
     kept, logits = [], []
 
     def batches() -> Iterator[Batch]:
-        for sample, variants in _variants(
+        for sample, variants in perturbed_variants(
             shards, samples[dist.rank :: dist.world_size], perturbations, scorer.preprocess
         ):
             if isinstance(variants, str):
@@ -142,7 +142,7 @@ def score_perturbations(
     )
 
 
-def _variants(
+def perturbed_variants(
     shards: ShardSet,
     samples: np.ndarray,
     perturbations: Sequence[Perturbation],

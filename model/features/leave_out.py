@@ -1,8 +1,9 @@
 """Train the head again without a source, and score the source with it: how a new one will look."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +74,15 @@ def _without(stream: Stream, sources: Collection[str]) -> Stream:
 
 
 def leave_one_out(
-    planned: RunPlan, train_state: TrainState, source: FeatureSource
+    planned: RunPlan,
+    train_state: TrainState,
+    source: FeatureSource,
+    on_head: Callable[[Sequence[str]], Any] = lambda _members: None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Score each source of the new sets with a head that has not learned from it: source -> (labels
     int64, logits float32 of fake minus real, before any temperature). Sources of one `together`
-    group of the recipe are left out together. The network has its own head again afterward.
+    group of the recipe are left out together. `on_head(sources)` is called while the network has
+    the head that was trained without these. It has its own head again afterward.
     """
     kept, pool = head_weights(train_state), planned.stream.pool
     loading, device = planned.recipe.loading, planned.device
@@ -96,6 +101,7 @@ def leave_one_out(
                 of_source = FeatureLoader(pool.shards.take(rows), source, loading, device)
                 scores = score_set(train_state.net, of_source, planned.dtype)
                 scored[name] = scores.labels, scores.logits
+            on_head(members)
             advance(1)
     set_head(train_state, kept)
     return scored
