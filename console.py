@@ -8,6 +8,7 @@ import errno
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -195,6 +196,20 @@ class FiniteRange(click.FloatRange):
         return converted
 
 
+class Device(click.ParamType):
+    """The name of a device, as text; whether it is here is known to torch alone."""
+
+    name = "device"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        """Check one name."""
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+            self.fail(f"no such device: {value}; use auto, cpu, cuda or cuda:N", param, context)
+        return value
+
+
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
@@ -217,7 +232,11 @@ OPTIONS: dict[str, Callable] = {
         "Default: the newest run.",
     ),
     "device": click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:N.",
     ),
     "backend": click.option(
         "--backend",

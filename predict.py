@@ -17,7 +17,7 @@ from model.inference.run import Run, predict_all, predict_as_they_come
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
     from model.inference.onnx_detector import OnnxDetector
-    from pipeline.loader import Backend
+    from pipeline.loading import Backend
 
 
 class NotStarted(click.ClickException):

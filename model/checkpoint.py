@@ -21,7 +21,6 @@ import hashlib
 import json
 import pickle
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
-from model.network import Detector, Network, build, check_weights_file, load_weights
+from model.network import Detector, build, check_weights_file, load_weights
+from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from pipeline.augment import Preprocess
@@ -56,9 +56,6 @@ STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
 _HASHED = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, STATE_FILE, REPLAYED_FILE)
-
-STEP_FOLDER = re.compile(r"step_(\d{7,})")
-"""The names that a run gives its checkpoints, and no other folder of it is one."""
 
 
 class CheckpointError(ValueError):

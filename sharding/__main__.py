@@ -1,23 +1,24 @@
-"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints."""
+"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints.
+
+What a command works with is imported inside it, after the command line has been checked.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import console
-from sharding.audit import audit, match
-from sharding.audit.histograms import draw
-from sharding.build import BuiltSet, SourceScan, Tolerance, build
-from sharding.catalog import BUILT_IN, Catalog, read_catalog
-from sharding.compare import compare_sets
-from sharding.demo.render import make_demo
-from sharding.describe import describe
-from sharding.executor import Engine
-from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
-from sharding.verify import sets_in, verify
 from storage import AnyPath, check_reachable, cores, write_text
+
+if TYPE_CHECKING:
+    from sharding.audit.audit import Audit
+    from sharding.audit.match import Match
+    from sharding.build import BuiltSet, SourceScan
+    from sharding.catalog import Catalog
+    from sharding.executor import Engine
 
 RAW = click.option(
     "--raw",
@@ -60,7 +61,8 @@ def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
     """Download SOURCES, or every source with a known download; run again to resume."""
-    from sharding.fetch import fetch_all  # its libraries take most of a second
+    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.fetch import fetch_all
 
     results = []
     catalog = read_catalog([BUILT_IN, *catalogs])
@@ -115,11 +117,14 @@ def build_command(
     catalogs: tuple[Path, ...],
     only: tuple[str, ...],
     jobs: int | None,
-    engine: Engine,
+    engine: "Engine",
     max_bad: float,
     allow_incomplete: bool,
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
+    from sharding.build import Tolerance, build
+    from sharding.catalog import BUILT_IN, read_catalog
+
     catalog = read_catalog([BUILT_IN, *catalogs])
 
     @contextlib.contextmanager
@@ -139,7 +144,7 @@ def build_command(
     _say_what_was_built(built, scan, out)
 
 
-def _say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
+def _say_what_is_missing(catalog: "Catalog", scan: "SourceScan", raw: AnyPath) -> None:
     """With nothing to build: what is known, where it was looked for, what to do."""
     rows = [
         [
@@ -163,7 +168,9 @@ def _say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> No
     )
 
 
-def _say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -> None:
+def _say_what_was_built(built: "list[BuiltSet]", scan: "SourceScan", out: AnyPath) -> None:
+    from sharding.format import CLASSES, INDEX_FILE
+
     rows = []
     for built_set in built:
         totals = built_set.index["totals"]
@@ -200,7 +207,7 @@ def _say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -
         console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
 
 
-def _say_what_was_excluded(scan: SourceScan) -> None:
+def _say_what_was_excluded(scan: "SourceScan") -> None:
     """Files that belong to no set, and why, by source."""
     for source, listing in (scan.listings | scan.empty).items():
         if source in scan.empty:
@@ -217,6 +224,8 @@ def _say_what_was_excluded(scan: SourceScan) -> None:
 @console.options()
 def show(folder: AnyPath) -> None:
     """Print what the shard set in FOLDER holds."""
+    from sharding.format import CLASSES, open_shards, read_index
+
     index = read_index(folder)
     shards = open_shards([folder])
     sources, source_names = shards.codes("source")
@@ -257,6 +266,10 @@ def show(folder: AnyPath) -> None:
 @console.options()
 def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
     """List the known sources: what is on disk, what is packed, and their licenses."""
+    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.format import INDEX_FILE, read_index
+    from sharding.verify import sets_in
+
     catalog = read_catalog([BUILT_IN, *catalogs])
     check_reachable(raw)
     check_reachable(out)
@@ -295,6 +308,9 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the set in FOLDER, or all sets below it: bytes, images, counts, and splits."""
+    from sharding.format import read_index
+    from sharding.verify import sets_in, verify
+
     check_reachable(folder)
     folders = sets_in(folder)
     total = sum(read_index(each)["samples"] for each in folders)
@@ -317,6 +333,9 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """Say what differs between two shard sets; exit 1 if anything does."""
+    from sharding.compare import compare_sets
+    from sharding.format import open_shards
+
     difference = compare_sets(open_shards([before]), open_shards([after]))
     if not difference:
         console.say(f"{before} and {after} hold the same samples")
@@ -353,6 +372,8 @@ def describe_command(folder: Path, out: Path) -> None:
     """Propose a catalog for the images in FOLDER, by the names of its folders."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
+    from sharding.describe import describe
+
     description = describe(folder)
     rows = [[path, kind, count] for path, (kind, count) in description.folders.items()]
     rows += [[path, "?", count] for path, count in description.undecided.items()]
@@ -393,6 +414,9 @@ def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
     """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
+    from sharding.audit import audit, match
+    from sharding.audit.histograms import draw
+
     for folder in folders:
         check_reachable(folder)
     sets = audit.open_sets(folders)
@@ -424,10 +448,12 @@ def audit_command(
         console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
 
 
-def _say_what_was_audited(
-    name: str, result: audit.Audit, matched: match.Match | str | None
-) -> None:
+def _say_what_was_audited(name: str, result: "Audit", matched: "Match | str | None") -> None:
     """The figures, the values behind them, and what to do."""
+    from sharding.audit.audit import advice_of
+    from sharding.audit.match import Match
+    from sharding.format import CLASSES
+
     rows = [
         [name, source.reals, source.fakes, source.within, source.from_others, source.note]
         for name, source in result.sources.items()
@@ -450,9 +476,9 @@ def _say_what_was_audited(
         console.say(str(value))
     console.say()
     console.say(f"{name}: shortcut by metadata: {result.verdict}")
-    for line in [*result.notes, *audit.advice_of(result)]:
+    for line in [*result.notes, *advice_of(result)]:
         console.say(line)
-    if isinstance(matched, match.Match):
+    if isinstance(matched, Match):
         console.say(
             f"matched: {matched.per_class:,} real and {matched.per_class:,} fake images, AUROC of "
             f"metadata {matched.before} before and {matched.after} after"
@@ -471,6 +497,8 @@ def _say_what_was_audited(
 @console.options()
 def demo(folder: Path, seed: int) -> None:
     """Make seeded, synthetic raw datasets and their catalog in FOLDER."""
+    from sharding.demo.render import make_demo
+
     with console.progress("drawing", None) as advance:
         counts = make_demo(
             folder,

@@ -29,7 +29,8 @@ from model.checkpoint import annotate
 from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from sharding.format import open_shards
 from tests.browser import (
     CHROMIUM,

@@ -16,9 +16,8 @@ import predict
 import train
 from model import load_detector
 from model.__main__ import main as model
-from model.evaluation.robustness import PER_CLASS
 from pipeline.__main__ import main as pipeline
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
@@ -152,7 +151,8 @@ def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: 
 def test_robustness_takes_a_number_or_none(data: Path, runs: Path) -> None:
     """`--robustness` alone takes its default, also before another option."""
     for arguments, expected in (
-        (["--robustness", "--shards", "val"], PER_CLASS), (["--robustness", "7"], 7), ([], None),
+        (["--robustness", "--shards", "val"], evaluate.PER_CLASS), (["--robustness", "7"], 7),
+        ([], None),
     ):  # fmt: skip
         context = evaluate.main.make_context("evaluate", arguments, resilient_parsing=True)
         assert context.params["robustness"] == expected

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
-from sharding.format import INDEX_FILE
 
 RUN = 10_000
 """Entries of a folder that are sorted at a time; a larger folder comes in sorted runs."""
@@ -81,6 +80,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     """All images below a folder, those in the tars of a shard set too. What is hidden is left out,
     and so are links to folders, which may lead in circles.
     """
+    from sharding.format import INDEX_FILE  # with pyarrow, which the command line does not need
+
     folders = [_entries(str(Path(top)))]
     while folders:
         entry = next(folders[-1], None)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
-from pipeline.loader import LoadError, Loading, _Requests, choose_backend, open_loader
+from pipeline.loader import LoadError, _Requests, choose_backend, open_loader
+from pipeline.loading import Loading
 from pipeline.order import OrderError
 from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader

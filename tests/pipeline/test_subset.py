@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 import evaluate
 from model.checkpoint import find, load_network
 from model.score import score_set
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.subset import choose_samples, read_subset
 from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
