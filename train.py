@@ -31,8 +31,8 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
         for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
-    console.table(title, columns, rows)
+    title = f"{meta['recipe']['name']}, step {meta['step']}, fake from {meta['threshold']:.3f}"
+    console.table(title, columns, rows, drop=["images", "accuracy", "AUROC"])
 
 
 @click.command(cls=console.Command)

@@ -284,7 +284,7 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
                      change["verdicts"]]
                 )  # fmt: skip
     title = f"probability of fake, ONNX - PyTorch, {report['compared']} images"
-    console.table(title, ["file", "compared", "max", "mean", "other verdicts"], rows)
+    console.table(title, ["file", "compared", "max", "mean", "other verdicts"], rows, drop=["mean"])
     if report["unreadable"]:
         count, first = len(report["unreadable"]), report["unreadable"][0]
         console.say(f"{count} unreadable, not compared; first: {first}")

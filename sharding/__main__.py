@@ -14,10 +14,6 @@ import console
 from storage import AnyPath, check_reachable, cores, write_text
 
 if TYPE_CHECKING:
-    from sharding.audit.audit import Audit
-    from sharding.audit.match import Match
-    from sharding.build import BuiltSet, SourceScan
-    from sharding.catalog import Catalog
     from sharding.executor import Engine
 
 RAW = click.option(
@@ -124,6 +120,7 @@ def build_command(
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
     from sharding.build import Tolerance, build
     from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.summary import say_what_is_missing, say_what_was_built
 
     catalog = read_catalog([BUILT_IN, *catalogs])
 
@@ -139,84 +136,9 @@ def build_command(
         tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
     )  # fmt: skip
     if not built:
-        _say_what_is_missing(catalog, scan, raw)
+        say_what_is_missing(catalog, scan, raw)
         raise SystemExit(1)
-    _say_what_was_built(built, scan, out)
-
-
-def _say_what_is_missing(catalog: "Catalog", scan: "SourceScan", raw: AnyPath) -> None:
-    """With nothing to build: what is known, where it was looked for, what to do."""
-    rows = [
-        [
-            name,
-            (source.root or name) + "/",
-            "no image" if name in scan.empty else "not there",
-            source.homepage or "-",
-        ]
-        for name, source in catalog.sources.items()
-        if name in scan.missing
-    ]
-    console.table(
-        f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
-    )
-    _say_what_was_excluded(scan)
-    console.say(
-        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
-        "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
-        "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
-        "To see everything work without a download: make demo"
-    )
-
-
-def _say_what_was_built(built: "list[BuiltSet]", scan: "SourceScan", out: AnyPath) -> None:
-    from sharding.format import CLASSES, INDEX_FILE
-
-    rows = []
-    for built_set in built:
-        totals = built_set.index["totals"]
-        rows.append(
-            [
-                built_set.name,
-                built_set.index["samples"],
-                *[totals["label"].get(name, 0) for name in CLASSES],
-                len(totals["source"]),
-                len(built_set.index["shards"]),
-                f"{sum(shard['bytes'] for shard in built_set.index['shards']) / 2**20:.1f}",
-                sum(built_set.index["excluded"].values()),
-                len(built_set.index["quarantined"]),
-                "packed" if built_set.shards_written else "was up to date",
-            ]
-        )
-    columns = [
-        "set", "images", *CLASSES, "sources", "shards", "MiB", "excluded", "quarantined",
-        "this run",
-    ]  # fmt: skip
-    console.table(f"Shard sets in {out}", columns, rows)
-    for built_set in built:
-        for entry in built_set.index["quarantined"][:5]:
-            console.say(f"quarantined: {entry['path']}: {entry['reason']}")
-        if len(built_set.index["quarantined"]) > 5:
-            console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
-        for reason, count in built_set.index["excluded"].items():
-            console.say(f"excluded from {built_set.name}: {count:,} images: {reason}")
-    _say_what_was_excluded(scan)
-    for source, listing in scan.listings.items():
-        for rule, count in listing.read_as.items():
-            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
-    if scan.packed_only:
-        console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
-
-
-def _say_what_was_excluded(scan: "SourceScan") -> None:
-    """Files that belong to no set, and why, by source."""
-    for source, listing in (scan.listings | scan.empty).items():
-        if source in scan.empty:
-            console.say(f"no image: {source}")
-        for reason, entry in listing.excluded.items():
-            console.say(
-                f"excluded: {source}: {entry['files']:,} files: {reason} "
-                f"(first: {entry['first'][0]})"
-            )
+    say_what_was_built(built, scan, out)
 
 
 @main.command()
@@ -249,7 +171,8 @@ def show(folder: AnyPath) -> None:
                     ]
                 )  # fmt: skip
     columns = ["source", "class", "generator", "images", "pixels", "formats", "license"]
-    console.table(f"{folder} ({index['split']}, {len(index['shards'])} shards)", columns, rows)
+    title = f"{folder} ({index['split']}, {len(index['shards'])} shards)"
+    console.table(title, columns, rows, drop=["license", "formats", "pixels"])
     console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantined'])} quarantined")
 
 
@@ -293,8 +216,9 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
                 source.license,
             ]
         )
-    columns = ["source", "goes to", f"in {raw}", "packed", "license"]
-    console.table("Known sources", columns, rows)
+    columns = ["source", "goes to", "on disk", "packed", "license"]
+    title = f"Known sources; on disk is what lies in {raw}"
+    console.table(title, columns, rows, drop=["license", "goes to"])
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
     console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
@@ -416,6 +340,7 @@ def audit_command(
     """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
     from sharding.audit import audit, match
     from sharding.audit.histograms import draw
+    from sharding.summary import say_what_was_audited
 
     for folder in folders:
         check_reachable(folder)
@@ -437,7 +362,7 @@ def audit_command(
         results.append((name, result, matched))
     audit.write_report(out / "report.json", seed, entries)
     for said in results:
-        _say_what_was_audited(*said)
+        say_what_was_audited(*said)
     console.say(f"report: {out / 'report.json'}, histograms: {out / '<set>.png'}")
     if sample_file:
         missing = [matched for _name, _result, matched in results if isinstance(matched, str)]
@@ -446,43 +371,6 @@ def audit_command(
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
         console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
-
-
-def _say_what_was_audited(name: str, result: "Audit", matched: "Match | str | None") -> None:
-    """The figures, the values behind them, and what to do."""
-    from sharding.audit.audit import advice_of
-    from sharding.audit.match import Match
-    from sharding.format import CLASSES
-
-    rows = [
-        [name, source.reals, source.fakes, source.within, source.from_others, source.note]
-        for name, source in result.sources.items()
-    ]
-    rows.append(["all", result.reals, result.fakes, result.pooled, result.across, ""])
-    if result.source_name:
-        rows.append(["name of the source alone", "", "", result.source_name, None, ""])
-    console.table(
-        f"{name}: AUROC of metadata alone (95 % interval)",
-        ["source", *CLASSES, "cross-validated", "fitted on other sources", ""],
-        rows,
-    )
-    if result.features:
-        console.table(
-            f"{name}: what carries it (AUROC)",
-            ["feature", "alone", "lost without it"],
-            [[name, feature.alone, feature.drop] for name, feature in result.features.items()],
-        )
-    for value in result.shortcuts:
-        console.say(str(value))
-    console.say()
-    console.say(f"{name}: shortcut by metadata: {result.verdict}")
-    for line in [*result.notes, *advice_of(result)]:
-        console.say(line)
-    if isinstance(matched, Match):
-        console.say(
-            f"matched: {matched.per_class:,} real and {matched.per_class:,} fake images, AUROC of "
-            f"metadata {matched.before} before and {matched.after} after"
-        )
 
 
 @main.command()
