@@ -8,14 +8,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import evaluate
 import predict
 import train
-from model import load_detector
+from model import checkpoint, load_detector
 from model.__main__ import main as model
+from model.calibrate import Calibration
+from model.export.card import card_of
+from model.training.validation import calibrate_checkpoint
 from pipeline.__main__ import main as pipeline
 from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
@@ -97,6 +101,44 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert compared.exit_code == 0, compared.output
     assert "(+0.00 to +0.00)" in compared.output
     assert "furthest" not in compared.output
+
+
+def cells_of(output: str, first: str, edge: str = "│") -> list[str]:
+    """The cells behind the first one of a row of a table, without the intervals in brackets."""
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{edge} {first} ")]
+    return [cell.split()[0] for cell in line.strip(edge).split(edge)[1:]]
+
+
+def test_training_evaluation_and_card_agree(
+    data: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last table of training, the one of evaluation, and the model card: the same figures."""
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    best = checkpoint.find(copy, None)
+    calibration = Calibration(
+        temperature=0.2, threshold=0.61, threshold_at="auto", reals=40, fakes=30,
+        threshold_fpr_1=None, threshold_fpr_5=0.6, band=(0.3, 0.6), roc=[], before={}, after={},
+    )  # fmt: skip
+    calibrate_checkpoint(
+        best, [data / "val"], Loading(num_workers=0), torch.device("cpu"), fitted=(calibration, {})
+    )
+    meta = checkpoint.read_meta(best)
+    train._print_validation(meta)
+    trained = capsys.readouterr().out
+    arguments = "--shards", "val", "--data", data, "--runs", copy, "--out", tmp_path
+    evaluated = run(evaluate.main, *arguments).stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    card = card_of(meta, report, {}, onnx=False)
+    assert "fake from 0.610\n" in trained and "fake from 0.610\n" in evaluated
+    assert "called fake from a probability of 0.610 on" in card
+    for name, row, on_card in (
+        ("val", "overall", "val"), ("val/gamma", "source gamma", r"val\: gamma"),
+    ):  # fmt: skip
+        images, *figures = cells_of(trained, name)
+        reals, fakes, *others = cells_of(evaluated, row)
+        assert int(images) == int(reals) + int(fakes)
+        assert others[:4] == figures  # accuracy, recall, false positives, AUROC
+        assert cells_of(card, f"{on_card} |", "|")[2:] == figures[1:]
 
 
 def test_measuring_on_training_data_is_said_first(data: Path, runs: Path, tmp_path: Path) -> None:
