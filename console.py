@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,7 +90,13 @@ def one_line(error: Exception) -> str:
             return f"{error.strerror}; check the address and the network"
         if error.filename is None:
             return error.strerror
-        return f"{_name_of(error.filename)}: {error.strerror}"
+        name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            return f"there is no folder {_name_of(path.parent)}; make it, or name another"
+        if isinstance(error, PermissionError) and path.exists() and not os.access(path, os.R_OK):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            return f"{name}: not readable by this user (mode {mode:o})"
+        return f"{name}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
@@ -348,6 +355,16 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 @contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Say of Ctrl-C that the same command goes on; for what keeps the work that is done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("stopped by Ctrl-C; the same command goes on from there", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a job alike."""
     if threading.current_thread() is not threading.main_thread():
@@ -358,6 +375,11 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def counted(number: int, noun: str) -> str:
+    """A count with its noun: `1 image`, `1,234 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def cell(value: object) -> str:

@@ -42,7 +42,7 @@ from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES
-from storage import atomic_folder, is_partial, sha256_of, write_text
+from storage import atomic_folder, is_partial, sha256_of, text_fault, write_text
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
@@ -187,7 +187,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedError(f"{path} is damaged: it is no JSON ({_one_line(error)})") from error
+        raise DamagedError(f"{path} is damaged: it is no JSON ({text_fault(error)})") from error
     if not isinstance(meta, dict):
         raise DamagedError(f"{path} is damaged: it holds {type(meta).__name__}, expected an object")
     hashes, version = meta.get("sha256"), meta.get("format_version")

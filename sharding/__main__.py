@@ -62,9 +62,10 @@ def fetch_command(
 
     results = []
     catalog = read_catalog([BUILT_IN, *catalogs])
-    for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
-        console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
-        results.append(fetched)
+    with console.resumable():
+        for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
+            console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
+            results.append(fetched)
     failed = [fetched.source for fetched in results if fetched.status == "failed"]
     if failed:
         raise click.ClickException(
@@ -126,15 +127,16 @@ def build_command(
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        console.log.info("%s %s images", what, f"{total:,}")
+        console.log.info("%s %s", what, console.counted(total, "image"))
         with console.progress(what, total) as advance:
             yield advance
 
-    scan, built = build(
-        catalog, raw, out,
-        only=only, jobs=jobs or 0, engine=engine,
-        tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
-    )  # fmt: skip
+    with console.resumable():
+        scan, built = build(
+            catalog, raw, out,
+            only=only, jobs=jobs or 0, engine=engine,
+            tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
+        )  # fmt: skip
     if not built:
         say_what_is_missing(catalog, scan, raw)
         raise SystemExit(1)
@@ -171,7 +173,7 @@ def show(folder: AnyPath) -> None:
                     ]
                 )  # fmt: skip
     columns = ["source", "class", "generator", "images", "pixels", "formats", "license"]
-    title = f"{folder} ({index['split']}, {len(index['shards'])} shards)"
+    title = f"{folder} ({index['split']}, {console.counted(len(index['shards']), 'shard')})"
     console.table(title, columns, rows, drop=["license", "formats", "pixels"])
     console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantined'])} quarantined")
 
@@ -248,7 +250,8 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
             f"{len(faults):,} faults in {names}, {min(20, len(faults))} of them above. Delete a "
             "damaged shard and run the build again: it is packed anew"
         )
-    console.say(f"{names}: {total:,} images as the index says, no image in two splits")
+    images = console.counted(total, "image")
+    console.say(f"{names}: {images} as the index says, no image in two splits")
 
 
 @main.command("diff")
@@ -304,9 +307,10 @@ def describe_command(folder: Path, out: Path) -> None:
     console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
     write_text(out, description.text)
     for reason, count in description.unread.items():
-        console.say(f"excluded: {count:,} images: {reason}")
+        console.say(f"excluded: {console.counted(count, 'image')}: {reason}")
     if description.undecided:
-        console.say(f"{len(description.undecided)} folders have no class: say it in {out}, then")
+        folders = console.counted(len(description.undecided), "folder")
+        console.say(f"{folders} without a class: say it in {out}, then")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
     console.say(f"check {out}, then: {command}")
 

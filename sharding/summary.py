@@ -26,6 +26,9 @@ def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> Non
         drop=["folder"],
     )  # fmt: skip
     _say_what_was_excluded(scan)
+    parent = raw.parent
+    if any((parent / (source.root or name)).is_dir() for name, source in catalog.sources.items()):
+        console.say(f"{parent} holds what the catalog knows: did you mean --raw {parent}?")
     console.say(
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
@@ -58,13 +61,16 @@ def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) ->
     ]  # fmt: skip
     least_first = ["MiB", "shards", "sources", "quarantined", "excluded", "this run"]
     console.table(f"Shard sets in {out}", columns, rows, drop=least_first)
+    if not any(built_set.shards_written for built_set in built):
+        console.say(f"nothing to pack: {console.counted(len(built), 'set')} up to date")
     for built_set in built:
         for entry in built_set.index["quarantined"][:5]:
             console.say(f"quarantined: {entry['path']}: {entry['reason']}")
         if len(built_set.index["quarantined"]) > 5:
             console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
         for reason, count in built_set.index["excluded"].items():
-            console.say(f"excluded from {built_set.name}: {count:,} images: {reason}")
+            images = console.counted(count, "image")
+            console.say(f"excluded from {built_set.name}: {images}: {reason}")
     _say_what_was_excluded(scan)
     for source, listing in scan.listings.items():
         for rule, count in listing.read_as.items():
@@ -80,7 +86,7 @@ def _say_what_was_excluded(scan: SourceScan) -> None:
             console.say(f"no image: {source}")
         for reason, entry in listing.excluded.items():
             console.say(
-                f"excluded: {source}: {entry['files']:,} files: {reason} "
+                f"excluded: {source}: {console.counted(entry['files'], 'file')}: {reason} "
                 f"(first: {entry['first'][0]})"
             )
 

@@ -53,7 +53,7 @@ def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Pa
     folder = tmp_path / "raw"
     (folder / "dummy").mkdir(parents=True)
     (folder / "dummy" / "fake").symlink_to(raw / "dummy" / "fake", target_is_directory=True)
-    said = "excluded: dummy: 1 files: a symbolic link, which is not followed"
+    said = "excluded: dummy: 1 file: a symbolic link, which is not followed"
     arguments = "--catalog", raw / "catalog.toml", "--out", tmp_path / "out", "--jobs", 1
     alone = run(sharding, "build", "--raw", folder, *arguments)
     assert alone.exit_code == 1
@@ -75,6 +75,13 @@ def test_build_and_show(raw: Path, tmp_path: Path) -> None:
         sharding, "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path
     )
     assert "was up to date" in again.output
+    assert "nothing to pack: 3 sets up to date" in again.output
+    deeper = run(
+        sharding, "build", "--raw", raw / "alpha", "--catalog", raw / "catalog.toml", "--out",
+        tmp_path / "other",
+    )  # fmt: skip
+    assert deeper.exit_code == 1
+    assert f"did you mean --raw {raw}?" in deeper.output
     shown = run(sharding, "show", tmp_path / "old")
     assert shown.exit_code == 0
     assert "dummy" in shown.output

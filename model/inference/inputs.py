@@ -22,7 +22,7 @@ RUN = 10_000
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
 
-NO_IMAGE = "no images by their names"
+NO_IMAGE = "not an image by its name"
 
 
 def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -99,9 +99,9 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             if entry.name.endswith(".tar"):
                 yield from _in_tar(entry.path, Counter())
         elif entry.is_dir():
-            excluded["links to folders"] += 1
+            excluded["a link to a folder"] += 1
         elif entry.name.lower().endswith(ARCHIVES):
-            excluded["archives (name them to look inside)"] += 1
+            excluded["an archive (name it to look inside)"] += 1
         else:
             excluded[NO_IMAGE] += 1
 

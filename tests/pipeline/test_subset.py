@@ -142,6 +142,20 @@ def test_a_list_that_does_not_fit_is_one_clear_error(
     assert len([line for line in result.output.splitlines() if "Error" in line]) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty, expected the header set,key"),
+        (b"\xff\xfe", "byte 0 is 0xff, which is not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_list_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"list.csv:? {said}"):
+        read_subset(path)
+
+
 @pytest.mark.slow
 def test_a_matched_list_goes_straight_into_evaluate(runs: Path, tmp_path: Path) -> None:
     sets = write_shards(tmp_path, {"half": {"half": (partly, 150, 150)}})
