@@ -8,7 +8,9 @@ import errno
 import logging
 import math
 import os
+import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +19,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,8 +30,8 @@ from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
-# Where no terminal gives a width (a pipe, a file), tables are not squeezed into 80 columns.
-_WIDE = 160
+# Where no terminal gives a width (a pipe, a file), tables are as wide as they are.
+_WIDE = 100_000
 
 
 def _console(stderr: bool) -> Console:
@@ -87,7 +90,13 @@ def one_line(error: Exception) -> str:
             return f"{error.strerror}; check the address and the network"
         if error.filename is None:
             return error.strerror
-        return f"{_name_of(error.filename)}: {error.strerror}"
+        name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            return f"there is no folder {_name_of(path.parent)}; make it, or name another"
+        if isinstance(error, PermissionError) and path.exists() and not os.access(path, os.R_OK):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            return f"{name}: not readable by this user (mode {mode:o})"
+        return f"{name}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
@@ -195,6 +204,20 @@ class FiniteRange(click.FloatRange):
         return converted
 
 
+class Device(click.ParamType):
+    """The name of a device, as text; whether it is here is known to torch alone."""
+
+    name = "device"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        """Check one name."""
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+            self.fail(f"no such device: {value}; use auto, cpu, cuda or cuda:N", param, context)
+        return value
+
+
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
@@ -217,7 +240,11 @@ OPTIONS: dict[str, Callable] = {
         "Default: the newest run.",
     ),
     "device": click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:N.",
     ),
     "backend": click.option(
         "--backend",
@@ -328,6 +355,16 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 @contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Say of Ctrl-C that the same command goes on; for what keeps the work that is done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("stopped by Ctrl-C; the same command goes on from there", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a job alike."""
     if threading.current_thread() is not threading.main_thread():
@@ -338,6 +375,11 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def counted(number: int, noun: str) -> str:
+    """A count with its noun: `1 image`, `1,234 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def cell(value: object) -> str:
@@ -356,29 +398,72 @@ def _is_figure(value: object) -> bool:
     return isinstance(value, int | float) or (isinstance(value, str) and value[:1].isdigit())
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    drop: Sequence[str] = (),
+) -> None:
     """Print a table: the first column is text, numbers stand to the right. Texts are shown as they
-    are, and whole: where the terminal is too narrow for a table, each row is a paragraph.
+    are, each whole and on one line. Where the terminal is too narrow, columns of `drop` are left
+    out, the first of them first, and said to be; where that does not do, each row is a paragraph
+    of all its values.
     """
     console = _console(stderr=False)
     rows = [list(row) for row in rows]
     cells = [[_encodable(printable(cell(value))) for value in row] for row in rows]
-    title, columns = (_encodable(printable(title)), [*map(_encodable, map(printable, columns))])
-    grid = Table(
-        title=Text(title) if title else None,
-        title_justify="left", title_style="bold", header_style="bold",
-    )  # fmt: skip
-    for index, name in enumerate(columns):
-        numeric = any(_is_figure(row[index]) for row in rows)
-        grid.add_column(Text(name), justify="right" if numeric else "left", no_wrap=index == 0)
-    for row in cells:
-        grid.add_row(*map(Text, row))
-    options = console.options.update(max_width=sys.maxsize)  # else the answer is cut to the width
-    if console.measure(grid, options=options).minimum <= console.width:
-        console.print(grid)
+    title, names = _encodable(printable(title)), [_encodable(printable(name)) for name in columns]
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    shown = _fitting(console.width, columns, [names, *cells], drop)
+    if shown is None:
+        _print_paragraphs(console, names, cells)
         return
-    console.print(title, soft_wrap=True)
+    grid = Table(header_style="bold")
+    for index in shown:
+        numeric = any(_is_figure(row[index]) for row in rows)
+        grid.add_column(Text(names[index]), justify="right" if numeric else "left", no_wrap=True)
+    for row in cells:
+        grid.add_row(*(Text(row[index]) for index in shown))
+    console.print(grid)
+    if len(shown) < len(names):
+        left_out = ", ".join(names[index] for index in range(len(names)) if index not in shown)
+        console.print(
+            f"left out at {console.width} columns: {left_out}; a wider terminal or a pipe has all",
+            soft_wrap=True,
+        )
+
+
+def _fitting(
+    width: int, columns: Sequence[str], lines: Sequence[Sequence[str]], drop: Sequence[str]
+) -> list[int] | None:
+    """The indices of the columns that fit a terminal of this width when as few of `drop` as will do
+    are left out; None where leaving out all of them is not enough. `lines` are all rows, names
+    included.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    shown = list(range(len(columns)))
+    for name in [None, *drop]:
+        if name is not None:
+            shown.remove(columns.index(name))
+        if sum(widths[index] + len("|  ") for index in shown) + len("|") <= width:
+            return shown
+    return None
+
+
+def _print_paragraphs(console: Console, names: Sequence[str], cells: Sequence[list[str]]) -> None:
+    """The first value of each row, and below it the others that are not empty, with their names, as
+    many on a line as have room; none is broken.
+    """
     for first, *others in cells:
         console.print(first, soft_wrap=True)
-        for name, value in zip(columns[1:], others, strict=True):
-            console.print(f"    {name}: {value}", soft_wrap=True)
+        line = ""
+        for name, value in zip(names[1:], others, strict=True):
+            if not value:
+                continue
+            pair = f"{name}: {value}" if name else value
+            if line and len(line) + 2 + cell_len(pair) > console.width:
+                console.print(line, soft_wrap=True)
+                line = ""
+            line = f"{line}  {pair}" if line else f"    {pair}"
+        console.print(line, soft_wrap=True)

@@ -3,34 +3,31 @@
 Every sample is scored exactly once, on any number of ranks, and its score saved, so that every
 figure can be found again without the network. Fakes found (recall) never stand without the
 false-positive rate on real images; where there are none, the report says so first.
+
+What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
+command line has been checked.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import console
-from model.calibrate import ThresholdAt
-from model.checkpoint import find
-from model.device import choose_device
-from model.distributed import DistEnv, init_distributed
-from model.evaluation.compare import Flip, shared_samples
-from model.evaluation.compare import flips as find_flips
-from model.evaluation.plan import Options
-from model.evaluation.robustness import PER_CLASS
-from model.evaluation.run import evaluate, report_on, scores_beside
-from model.evaluation.scores import SCORES_FILE, read_scores
-from model.shipped.backbone import output_folder
-from model.training.validation import calibrate_checkpoint
-from pipeline.loader import Backend, Loading
-from pipeline.subset import read_subset
-from report.files import write_report
-from report.tables import table_csv
-from report.terminal import print_calibration, print_comparison, print_report
 from storage import any_path, write_text
+
+if TYPE_CHECKING:
+    from model.calibrate import ThresholdAt
+    from model.distributed import DistEnv
+    from pipeline.loading import Backend
+
+PER_CLASS = 1000
+"""Images of each class that --robustness takes unless more are asked for: a rate of 5 % is then
+known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54,000 plain images.
+"""
 
 
 @click.group(cls=console.Group, invoke_without_command=True)
@@ -81,7 +78,7 @@ def main(
     data: str,
     runs: Path,
     device: str,
-    backend: Backend,
+    backend: "Backend",
 ) -> None:
     """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
 
@@ -95,15 +92,23 @@ def main(
                 "--scores cannot be combined with --shards, --subset, --reference-reals or "
                 "--robustness: the scores file already fixes them"
             )
-        report = report_on(scores)
-        written = write_report(report, scores, any_path(data), out or scores.parent)
-        print_report(report)
-        say_files(written)
+        _report_on_scores(scores, data, out)
         return
+    if not (names or subset):
+        raise click.UsageError("say which set to measure on, such as --shards evalgen")
+    from model.checkpoint import find
+    from model.distributed import init_distributed
+    from model.evaluation.plan import Options
+    from model.evaluation.run import evaluate
+    from model.evaluation.scores import SCORES_FILE
+    from model.shipped.backbone import output_folder
+    from pipeline.loading import Loading
+    from pipeline.subset import read_subset
+    from report.files import write_report
+    from report.terminal import print_report
+
     listed = read_subset(subset) if subset else None
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    if not names:
-        raise click.UsageError("say which set to measure on, such as --shards evalgen")
     chosen = find(runs, checkpoint)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
     out = out or output_folder(chosen, runs) / "evaluation" / folder
@@ -122,6 +127,18 @@ def main(
         say_files(written)
 
 
+def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
+    """The report again, from the scores that an evaluation has kept."""
+    from model.evaluation.run import report_on
+    from report.files import write_report
+    from report.terminal import print_report
+
+    report = report_on(scores)
+    written = write_report(report, scores, any_path(data), out or scores.parent)
+    print_report(report)
+    say_files(written)
+
+
 def say_files(written: Sequence[Path]) -> None:
     """Where the report is; the page last, because it is what a person opens."""
     report, *tables, page = written
@@ -130,7 +147,7 @@ def say_files(written: Sequence[Path]) -> None:
     console.say(f"page: {page}")
 
 
-def _speak_for(dist: DistEnv) -> None:
+def _speak_for(dist: "DistEnv") -> None:
     """The first rank speaks for all."""
     if not dist.is_main:
         console.log.setLevel(logging.WARNING)
@@ -151,17 +168,24 @@ def _speak_for(dist: DistEnv) -> None:
 @console.options("checkpoint", "data", "runs", "device", "backend")
 def calibrate(
     names: tuple[str, ...],
-    threshold_at: ThresholdAt,
+    threshold_at: "ThresholdAt",
     checkpoint: Path | None,
     data: str,
     runs: Path,
     device: str,
-    backend: Backend,
+    backend: "Backend",
 ) -> None:
     """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
 
     Only sets of the split val are taken: what is fitted to a test set says nothing about it.
     """
+    from model.checkpoint import find
+    from model.device import choose_device
+    from model.distributed import init_distributed
+    from model.training.validation import calibrate_checkpoint
+    from pipeline.loading import Loading
+    from report.terminal import print_calibration
+
     chosen = find(runs, checkpoint)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
@@ -187,6 +211,13 @@ def calibrate(
 @console.options()
 def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
     """Put two runs side by side: folders of reports, or their files."""
+    from model.evaluation.compare import Flip, shared_samples
+    from model.evaluation.compare import flips as find_flips
+    from model.evaluation.run import scores_beside
+    from model.evaluation.scores import read_scores
+    from report.tables import table_csv
+    from report.terminal import print_comparison
+
     tables = [read_scores(scores_beside(path)) for path in (before, after)]
     table_before, table_after = shared_samples(*tables, intersect=intersection)
     excluded = [len(table) - len(table_before) for table in tables]

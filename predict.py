@@ -17,7 +17,7 @@ from model.inference.run import Run, predict_all, predict_as_they_come
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
     from model.inference.onnx_detector import OnnxDetector
-    from pipeline.loader import Backend
+    from pipeline.loading import Backend
 
 
 class NotStarted(click.ClickException):
@@ -106,7 +106,7 @@ def main(
         file = results.open_results(out, output, detector.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
-        raise NotStarted(str(error)) from error
+        raise NotStarted(console.one_line(error)) from error
     run = Run(detector, output, file, heatmap)
     console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
     if not out and results.header(output):
@@ -165,7 +165,7 @@ def _describe(detector: "ImageDetector | OnnxDetector") -> str:
 def _stopped(run: Run, out: Path | None) -> None:
     """Ctrl-C, or SIGTERM: what is done is kept."""
     hint = f"; {results.partial_of(out)} is kept, and --resume goes on with it" if out else ""
-    click.echo(f"stopped after {run.done:,} images{hint}", err=True)
+    click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
     raise SystemExit(128 + signal.SIGINT)
 
 
@@ -174,17 +174,23 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     from model.inference.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
-    if run.excluded:
-        reasons = ", ".join(f"{count:,} {what}" for what, count in run.excluded.items())
-        console.log.info("excluded: %s", reasons)
+    for reason, count in run.excluded.items():
+        console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
     if not run.done and not run.skipped and not watch:
-        raise NotStarted(f"no image in {', '.join(paths)}")
+        if paths == ("-",):
+            raise NotStarted("standard input named no image; it takes names of files, one a line")
+        raise NotStarted(f"no image in {', '.join(paths)}; name a photo, or a folder of some")
     if run.out:
         run.out.finish()
     counts = [(run.verdicts[verdict], verdict) for verdict in (*VERDICTS, UNREADABLE)]
     verdicts = ", ".join(f"{count:,} {verdict}" for count, verdict in counts if count)
-    before = f", {run.skipped:,} were there already" if run.skipped else ""
-    console.log.info("%s images%s at %s: %s", f"{run.done:,}", before, run.rate, verdicts or "-")
+    if run.out and run.skipped and not run.done:
+        images = "the image is" if run.skipped == 1 else f"all {run.skipped:,} images are"
+        console.log.info("nothing new: %s in %s", images, run.out.path)
+    else:
+        before = f", {run.skipped:,} were there already" if run.skipped else ""
+        done = console.counted(run.done, "image")
+        console.log.info("%s%s at %s: %s", done, before, run.rate, verdicts or "-")
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)

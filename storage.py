@@ -7,6 +7,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -266,6 +267,16 @@ def sha256_of(path: AnyPath) -> str:
     with path.open("rb") as stream:
         # What fsspec opens has `readinto`, which BinaryIO does not promise.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def text_fault(error: ValueError) -> str:
+    """What is wrong with a text or JSON file, by the error of reading it: a byte, or a place."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{error.msg} in line {error.lineno}, column {error.colno}"
+        return place if error.doc.strip() else "it is empty"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def cores() -> int:

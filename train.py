@@ -2,6 +2,9 @@
 
 Phase 1 learns from the old sets; phase 2 starts from phase 1's best checkpoint and learns the new
 sets with a little of the old ones replayed. Interrupted runs go on where they stopped.
+
+What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
+command line has been checked.
 """
 
 import json
@@ -13,12 +16,6 @@ from typing import Any
 import click
 
 import console
-import recipes
-from model import checkpoint
-from model.distributed import init_distributed
-from model.recipe import Recipe
-from model.training.run import Interrupted, train
-from model.training.validation import Validation
 from storage import any_path
 
 
@@ -26,14 +23,16 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     """Print the validation of a checkpoint, per set and source, at the threshold that it decides
     by: that of its calibration, as `evaluate.py` does, or 0.5 where there is none.
     """
+    from model.training.validation import Validation
+
     validation = Validation.from_json(meta.get("calibrated_metrics") or meta["metrics"])
     rows = [
         [name, m.count, m.accuracy, m.recall, m.false_positive_rate, m.auroc]
         for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
-    console.table(title, columns, rows)
+    title = f"{meta['recipe']['name']}, step {meta['step']}, fake from {meta['threshold']:.3f}"
+    console.table(title, columns, rows, drop=["images", "accuracy", "AUROC"])
 
 
 @click.command(cls=console.Command)
@@ -69,10 +68,17 @@ def main(
     """
     if (phase is None) == (recipe_path is None):
         raise click.UsageError("say --phase 1, --phase 2 or --recipe FILE")
+    import recipes
+    from model.recipe import Recipe
+
     path = recipe_path or recipes.FOLDER / f"phase{phase}.toml"
     extra = [f"name={json.dumps(name)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
     recipe = recipes.load(Recipe, path, [*overrides, *extra])
+    from model import checkpoint
+    from model.distributed import init_distributed
+    from model.training.run import Interrupted, train
+
     with init_distributed() as dist:
         if not dist.is_main:
             console.log.setLevel(logging.WARNING)

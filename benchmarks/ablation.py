@@ -35,7 +35,8 @@ from model.recipe import Recipe
 from model.score import probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.run import train
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from sharding.format import open_shards
 from storage import atomic_folder, write_atomically, write_text
 

@@ -39,7 +39,8 @@ def our_stream(place: Path, backend: str, workers: int):
     import recipes
     from model.device import choose_device
     from pipeline.augment import AugmentPolicy, Preprocess
-    from pipeline.loader import Loading, open_loader
+    from pipeline.loader import open_loader
+    from pipeline.loading import Loading
     from pipeline.replay import Replay
     from pipeline.stream import Stream, open_pool
 

@@ -25,7 +25,8 @@ from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from pipeline.augment import Preprocess
 from pipeline.batch import Batch
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.stream import evaluation_batches
 from sharding.format import open_shards
 

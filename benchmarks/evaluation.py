@@ -28,13 +28,14 @@ from PIL import Image
 import console
 import recipes
 from model import checkpoint
+from model.backbones.resolve import resolved
 from model.device import keep_freed_memory
 from model.evaluation import report
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import SCORES_SCHEMA, read_scores, write_scores
 from model.network import build as build_network
-from model.recipe import Recipe, resolved
+from model.recipe import Recipe
 from model.score import AT_A_TIME, logits_of, probability
 from report.files import write_report
 from sharding.build import build

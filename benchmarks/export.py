@@ -31,7 +31,8 @@ from model.export import onnx as export
 from model.export.import_original import recipe_of
 from model.inference.onnx_detector import load_onnx
 from model.inference.prediction import threads
-from model.network import Network, build, load_weights
+from model.network import build, load_weights
+from model.recipe import Network
 
 Score = Callable[[np.ndarray], np.ndarray]
 

@@ -23,11 +23,12 @@ import console
 from model.checkpoint import versions
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import BackboneId, View, files_of, open_table, write_file
-from model.network import Network, build
-from model.training.optim import Optim, make_optimizer
+from model.network import build
+from model.recipe import Network, Optim
+from model.training.optim import make_optimizer
 from model.training.step import TrainState, train_step
 from pipeline.augment import Preprocess
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream
 from sharding.format import SAMPLES_SCHEMA, ShardSet

@@ -31,7 +31,8 @@ from benchmarks import peers
 from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
-from pipeline.loader import Loading, _Requests, open_loader
+from pipeline.loader import _Requests, open_loader
+from pipeline.loading import Loading
 from pipeline.params import train_params
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool

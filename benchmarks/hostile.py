@@ -185,7 +185,8 @@ def load_all(_folder: Path, backend: str, work: Path) -> None:
     import torch
 
     from pipeline.augment import Preprocess
-    from pipeline.loader import Loading, open_loader
+    from pipeline.loader import open_loader
+    from pipeline.loading import Loading
     from pipeline.order import evaluation_epoch
     from pipeline.params import eval_params
     from sharding.format import open_shards

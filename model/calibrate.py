@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from model.metrics import expected_calibration_error, negative_log_likelihood
+from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, probability
 
 ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
@@ -25,37 +26,6 @@ TEMPERATURES = 0.02, 50.0
 
 ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
 """Where the trade-off is kept, beside the thresholds that were fitted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrating:
-    """How the scores of a trained detector become verdicts.
-
-    `on` says which scores are fitted to: those of the validation sets, or those of every source by
-    a head that has not learned from it (`model/features/leave_out.py`), which is what the images
-    of a new source will look like. `threshold` says over which images the errors are counted then:
-    all of them together, those of the worst source, or so that three sources of four keep to the
-    rate. `max_fpr` is the share of real images that may be called likely AI,
-    `max_miss` the share of fakes that may be called the contrary. `together` names groups of
-    sources that are left out at once, such as several galleries of one generator.
-    """
-
-    on: Literal["validation", "left_out"] = "validation"
-    threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
-    max_fpr: float = 0.05
-    max_miss: float = 0.05
-    together: dict[str, list[str]] = field(default_factory=dict)
-
-    def group_of(self, source: str) -> str:
-        """The group that a source is left out with; most are alone in their own."""
-        return next((name for name, of in self.together.items() if source in of), source)
-
-    def __post_init__(self) -> None:
-        if not (0 < self.max_fpr < 0.5 and 0 < self.max_miss < 0.5):
-            raise ValueError(
-                "max_fpr and max_miss are shares between 0 and 0.5, got "
-                f"{self.max_fpr} and {self.max_miss}"
-            )
 
 
 class CalibrationError(ValueError):

@@ -21,7 +21,6 @@ import hashlib
 import json
 import pickle
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -37,12 +36,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
-from model.network import Detector, Network, build, check_weights_file, load_weights
+from model.network import Detector, build, check_weights_file, load_weights
+from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from pipeline.augment import Preprocess
 from sharding.format import CLASSES
-from storage import atomic_folder, is_partial, sha256_of, write_text
+from storage import atomic_folder, is_partial, sha256_of, text_fault, write_text
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
@@ -56,9 +56,6 @@ STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
 _HASHED = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, STATE_FILE, REPLAYED_FILE)
-
-STEP_FOLDER = re.compile(r"step_(\d{7,})")
-"""The names that a run gives its checkpoints, and no other folder of it is one."""
 
 
 class CheckpointError(ValueError):
@@ -190,7 +187,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedError(f"{path} is damaged: it is no JSON ({_one_line(error)})") from error
+        raise DamagedError(f"{path} is damaged: it is no JSON ({text_fault(error)})") from error
     if not isinstance(meta, dict):
         raise DamagedError(f"{path} is damaged: it holds {type(meta).__name__}, expected an object")
     hashes, version = meta.get("sha256"), meta.get("format_version")

@@ -7,9 +7,8 @@ device, in training and serving alike.
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.backbones.heads import ClassTokenHead, StageHead
-from model.backbones.made_with import NetworkError, Triple, first_line, made_with
+from model.backbones.made_with import NetworkError, first_line, made_with
+from model.recipe import Network, Triple
 from model.without_compiler import without_compiler
 from sharding.format import CLASSES
 
@@ -29,46 +29,6 @@ log = logging.getLogger("ai_images_detector")
 
 STAGE_HEAD = "stage_head."
 """How the names of its parameters begin, beside those of timm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """Which network, and where its first weights come from.
-
-    `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `init` is how weights are initialized otherwise:
-    by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
-    narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
-    statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
-    the last features, one that sees those of every stage, or one that sees the class tokens behind
-    `blocks` of a transformer (numbered from 0; what comes behind the last of them is not computed).
-    With `freeze_backbone` only the head learns. `options` go to `timm.create_model` as they are.
-    `mean` and `std` are per channel, for RGB values in 0 to 1; None stands for those that the
-    weights were made with.
-    """
-
-    name: str = "convnextv2_base.fcmae_ft_in1k"
-    pretrained: bool = True
-    init: Literal["timm", "fan_in"] = "timm"
-    drop_path_rate: float = 0.0
-    mean: Triple | None = None
-    std: Triple | None = None
-    freeze_bn: bool = False
-    head: Literal["timm", "stages", "class_tokens"] = "timm"
-    blocks: tuple[int, ...] = ()
-    freeze_backbone: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if (self.head == "class_tokens") != bool(self.blocks):
-            raise ValueError(
-                "head class_tokens and blocks belong together: say behind which blocks, such as "
-                f"blocks=[5, 6, 7]; got head {self.head} and blocks {list(self.blocks)}"
-            )
-        if list(self.blocks) != sorted({*self.blocks}) or min(self.blocks, default=0) < 0:
-            raise ValueError(f"blocks rise from 0 on, each once; got {list(self.blocks)}")
-        if self.head == "class_tokens" and not self.freeze_backbone:
-            raise ValueError("head class_tokens is for a frozen backbone: set freeze_backbone=true")
 
 
 class Backbone(nn.Module):

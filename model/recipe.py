@@ -1,19 +1,20 @@
-"""The recipe: everything that decides what a run computes."""
+"""The recipe: everything that decides what a run computes.
 
-import math
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+A recipe is read and refused in a moment: nothing here, and nothing that it imports, loads torch.
+"""
 
-from model.backbones.made_with import made_with
-from model.calibrate import Calibrating
-from model.checkpoint import STEP_FOLDER
-from model.features.store import Features
-from model.network import Network
-from model.training.forgetting import Gate
-from model.training.optim import Optim
-from pipeline.augment import FILTERS, AugmentPolicy, Filter, Preprocess, PreprocessSettings
-from pipeline.loader import Loading
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.augment import AugmentPolicy, Preprocess, PreprocessSettings
+from pipeline.loading import Loading
 from pipeline.replay import Replay
+
+STEP_FOLDER = re.compile(r"step_(\d{7,})")
+"""The names that a run gives its checkpoints, and no other folder of it is one."""
+
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,165 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which network, and where its first weights come from.
+
+    `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
+    starts from a checkpoint or a file needs none. `init` is how weights are initialized otherwise:
+    by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
+    narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
+    statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
+    the last features, one that sees those of every stage, or one that sees the class tokens behind
+    `blocks` of a transformer (numbered from 0; what comes behind the last of them is not computed).
+    With `freeze_backbone` only the head learns. `options` go to `timm.create_model` as they are.
+    `mean` and `std` are per channel, for RGB values in 0 to 1; None stands for those that the
+    weights were made with.
+    """
+
+    name: str = "convnextv2_base.fcmae_ft_in1k"
+    pretrained: bool = True
+    init: Literal["timm", "fan_in"] = "timm"
+    drop_path_rate: float = 0.0
+    mean: Triple | None = None
+    std: Triple | None = None
+    freeze_bn: bool = False
+    head: Literal["timm", "stages", "class_tokens"] = "timm"
+    blocks: tuple[int, ...] = ()
+    freeze_backbone: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.head == "class_tokens") != bool(self.blocks):
+            raise ValueError(
+                "head class_tokens and blocks belong together: say behind which blocks, such as "
+                f"blocks=[5, 6, 7]; got head {self.head} and blocks {list(self.blocks)}"
+            )
+        if list(self.blocks) != sorted({*self.blocks}) or min(self.blocks, default=0) < 0:
+            raise ValueError(f"blocks rise from 0 on, each once; got {list(self.blocks)}")
+        if self.head == "class_tokens" and not self.freeze_backbone:
+            raise ValueError("head class_tokens is for a frozen backbone: set freeze_backbone=true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with warm-up and cosine.
+
+    `lr` is the head's. `layer_decay` multiplies it once per group on the way down;
+    `layer_decay_groups` says what a group is: `none`, `block` (stem, each block, head: 38 for
+    ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12 groups, head) or `stage`
+    (stem, each stage, head, for networks that are no ConvNeXt: 9 for MobileNetV2). `warmup_ratio`
+    is the share of all steps, starting from `warmup_start_factor` * lr; the cosine ends at `min_lr`
+    for the head. `ema_decay` is the decay per step of the averaged weights that are validated and
+    saved, 0 for none.
+    """
+
+    lr: float
+    weight_decay: float = 0.02
+    layer_decay: float = 1.0
+    layer_decay_groups: Literal["none", "block", "stage", "stage12"] = "none"
+    warmup_ratio: float = 0.05
+    warmup_start_factor: float = 0.01
+    min_lr: float = 0.0
+    label_smoothing: float = 0.05
+    clip_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                "needs clip_grad_norm above 0 and weight_decay of at least 0, got "
+                f"{self.clip_grad_norm} and {self.weight_decay}"
+            )
+        if not (0 <= self.warmup_start_factor <= 1 and 0 <= self.label_smoothing <= 1):
+            raise ValueError(
+                "warmup_start_factor and label_smoothing are shares, from 0 to 1, got "
+                f"{self.warmup_start_factor} and {self.label_smoothing}"
+            )
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.layer_decay < 1 and self.layer_decay_groups == "none":
+            raise ValueError("layer_decay below 1 needs layer_decay_groups block, stage or stage12")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is a decay below 1, got {self.ema_decay}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is a share of the steps, got {self.warmup_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """When a trained checkpoint is refused. `max_forgetting` is the most that an old source may
+    lose of its accuracy (balanced where it has both classes), `max_fpr` the most reals of any
+    validation set that may be called fake; both are shares, and 1 refuses nothing.
+    """
+
+    max_forgetting: float = 1.0
+    max_fpr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
+            raise ValueError("max_forgetting and max_fpr are shares, from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """How a head is trained from features that are computed once.
+
+    `views` is how many augmented views of each image are kept: epoch e takes view 1 + e modulo
+    `views`. With 0 every epoch takes the center crop of evaluation. `store` is the folder. With
+    `stored = false` the same views are computed from pixels in each epoch, which is slow and
+    gives the same head to rounding.
+    """
+
+    views: int = 0
+    store: str = "data/features"
+    stored: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.views <= 1000:
+            raise ValueError(f"views must be 0 to 1000, got {self.views}")
+        if not self.store:
+            raise ValueError("store names no folder; give one, such as data/features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrating:
+    """How the scores of a trained detector become verdicts.
+
+    `on` says which scores are fitted to: those of the validation sets, or those of every source by
+    a head that has not learned from it (`model/features/leave_out.py`), which is what the images
+    of a new source will look like. `threshold` says over which images the errors are counted then:
+    all of them together, those of the worst source, or so that three sources of four keep to the
+    rate. `max_fpr` is the share of real images that may be called likely AI,
+    `max_miss` the share of fakes that may be called the contrary. `together` names groups of
+    sources that are left out at once, such as several galleries of one generator.
+    """
+
+    on: Literal["validation", "left_out"] = "validation"
+    threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
+    max_fpr: float = 0.05
+    max_miss: float = 0.05
+    together: dict[str, list[str]] = field(default_factory=dict)
+
+    def group_of(self, source: str) -> str:
+        """The group that a source is left out with; most are alone in their own."""
+        return next((name for name, of in self.together.items() if source in of), source)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.max_fpr < 0.5 and 0 < self.max_miss < 0.5):
+            raise ValueError(
+                "max_fpr and max_miss are shares between 0 and 0.5, got "
+                f"{self.max_fpr} and {self.max_miss}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what a run computes; `recipes/` holds them as TOML. `name` is the
     run's folder below that of all runs; with slashes in it, one further below. With `features` the
     head of a frozen backbone is trained from features that are computed once. What `preprocess` and
-    `network` leave to the weights is filled by `resolved`.
+    `network` leave to the weights is filled by `model.backbones.resolve.resolved`.
     """
 
     name: str
@@ -110,87 +265,9 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(Recipe):
-    """A recipe that states all of its preprocessing, made by `resolved`."""
+    """A recipe that states all of its preprocessing, made by `model.backbones.resolve.resolved`."""
 
     preprocess: Preprocess
-
-
-def resolved(recipe: Recipe) -> ResolvedRecipe:
-    """The recipe with what it leaves to the network's weights filled from timm's record of them:
-    mean, std, crop, resize and filter, and `img_size` of a network that is built for one size. What
-    the recipe states is kept.
-
-    Raises:
-        NetworkError: timm does not know the network.
-        ValueError: sizes that do not fit each other.
-    """
-    network, stated = recipe.network, recipe.preprocess
-    made = made_with(network.name)
-    options = dict(network.options)
-    built_for = options.get("img_size")
-    crop_size = stated.crop_size or (built_for if isinstance(built_for, int) else made.height)
-    if made.fixed and not options.keys() & {"img_size", "dynamic_img_size"}:
-        options |= {} if (made.height, made.width) == (crop_size,) * 2 else {"img_size": crop_size}
-    preprocess = Preprocess(
-        crop_size=crop_size,
-        resize_size=stated.resize_size or math.floor(crop_size / min(1, made.crop_pct)),
-        interpolation=stated.interpolation or nearest_filter(made.interpolation),
-    )
-    network = replace(
-        network, mean=network.mean or made.mean, std=network.std or made.std, options=options
-    )
-    values = {own.name: getattr(recipe, own.name) for own in fields(recipe)}
-    return ResolvedRecipe(**values | {"network": network, "preprocess": preprocess})
-
-
-def nearest_filter(name: str) -> Filter:
-    """Of the filters that both backends have, that of Pillow's name, else bilinear."""
-    return next((known for known in FILTERS if known == name), "bilinear")
-
-
-def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
-    """How images are seen, and a line for each difference from how the network's weights saw them
-    that `preprocess` makes.
-    """
-    seen, made = recipe.preprocess, made_with(recipe.network.name)
-    lines = [
-        f"sees {seen.crop_size} x {seen.crop_size} pixels from the center of a shorter side of "
-        f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
-        f"{_list(recipe.network.std)}"
-    ]
-    resize = math.floor(made.height / min(1, made.crop_pct))
-    if (seen.crop_size, seen.resize_size, seen.interpolation) != (
-        made.height, resize, made.interpolation,
-    ) or made.squashed:  # fmt: skip
-        squashed = ", squashed to a square" if made.squashed else ""
-        lines.append(
-            f"its weights were made with {made.width} x {made.height} of {resize} "
-            f"({made.interpolation}{squashed})"
-        )
-    if made.interpolation not in FILTERS and seen.interpolation == "bilinear":
-        lines.append(
-            f"the filter {made.interpolation} of its weights is in neither backend (they have "
-            f"{', '.join(FILTERS)}): bilinear takes its place"
-        )
-    return lines
-
-
-def normalization_warnings(recipe: ResolvedRecipe) -> list[str]:
-    """A line for a stated mean and one for a std that timm's weights were not made with."""
-    network, made = recipe.network, made_with(recipe.network.name)
-    return [
-        f"network.{name} is {_list(ours)}, but timm's weights of {network.name} were made with "
-        f"{_list(theirs)}: leave it out, unless yours are others"
-        for name, ours, theirs in (
-            ("mean", network.mean, made.mean),
-            ("std", network.std, made.std),
-        )
-        if ours != theirs
-    ]
-
-
-def _list(numbers: tuple[float, ...] | None) -> str:
-    return str([round(number, 4) for number in numbers or ()])
 
 
 def check_run_name(name: str) -> None:

@@ -51,7 +51,7 @@ GRID = 8
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
     """`[preprocess]` as a recipe states it, see `Preprocess`. None stands for what the network's
-    weights were made with (`model.recipe.resolved`).
+    weights were made with (`model.backbones.resolve.resolved`).
     """
 
     crop_size: int | None = None

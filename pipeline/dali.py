@@ -30,7 +30,8 @@ from imaging.orientation import UPRIGHT, is_transposed, mirrored
 from imaging.quiet import without_chatter
 from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
-from pipeline.monitor import STALL_ERROR_S, WorkerStatus
+from pipeline.loading import STALL_ERROR_S
+from pipeline.monitor import WorkerStatus
 from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
 

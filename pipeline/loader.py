@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,14 @@ from pipeline.augment import (
     blank,
 )
 from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request
+from pipeline.loading import Backend, Loading
 from pipeline.monitor import (
-    STALL_ERROR_S,
-    STALL_WARNING_S,
     StallError,
     Watchdog,
     WorkerStatus,
     stalled,
 )
-from pipeline.order import Epoch, Shuffle
+from pipeline.order import Epoch
 from pipeline.params import ParamsFor
 from pipeline.pil import decode_request
 from pipeline.read import ReadError, ShardReader, damaged_shards
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ai_images_detector")
 
-Backend = Literal["auto", "dali", "pil"]
-
 READ_THREADS = 8
 """Reads from an address in flight at a time, in each process."""
 
@@ -59,38 +56,6 @@ MIN_SEEN = 200
 """A run stops when more than this share of at least `MIN_SEEN` samples cannot be decoded, or of a
 whole epoch, however short; one bad sample alone stops none.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How batches are made.
-
-    `batch_size` is per rank. `num_workers` are processes (pil) or threads (dali): 0 decodes in the
-    calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
-    GPU decodes most of the images). Processes hand their batches over through shared memory, and
-    there are no more of them than it holds. A batch that does not come is warned of after
-    `stall_warning_s`; after `stall_error_s` it ends the run, unless the calling process decodes.
-    `cache` and `cache_gb` are for shards at an address.
-    """
-
-    batch_size: int = 32
-    num_workers: int = -1
-    backend: Backend = "auto"
-    shuffle: Shuffle = "global"
-    verify_checksums: bool = False
-    cache: str = "data/cache"
-    cache_gb: float = 20.0
-    stall_warning_s: float = STALL_WARNING_S
-    stall_error_s: float = STALL_ERROR_S
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.num_workers < -1:
-            raise ValueError(f"num_workers must be at least -1, got {self.num_workers}")
-        for name in ("cache_gb", "stall_warning_s", "stall_error_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
 
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:

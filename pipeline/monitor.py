@@ -20,16 +20,11 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch
+from pipeline.loading import STALL_WARNING_S
 
 log = logging.getLogger("ai_images_detector")
 
 STAGES = ("idle", "reading", "decoding")
-
-STALL_WARNING_S = 60.0
-"""How long the consumer waits for one batch before the watchdog says who is at what."""
-
-STALL_ERROR_S = 900.0
-"""How long the consumer waits for one batch before the run ends."""
 
 
 class StallError(ValueError):

@@ -202,6 +202,14 @@ def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:
     }
 
 
+_CHANGED = {
+    "order_version": "this version of the program has another order of samples",
+    "seed": "the seed is not the one that this run began with",
+    "global_batch": "the batch over all processes is not the one that this run began with",
+    "index_sha256": "the shard set has been built again since this run began",
+}
+
+
 def check_state(
     state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str
 ) -> tuple[int, int]:
@@ -219,7 +227,8 @@ def check_state(
     for name, value in expected.items():
         if state[name] != value:
             raise OrderError(
-                f"cannot resume: {name} was {state[name]} when this was saved and is {value} now, "
-                "so the samples would come in another order; start a new run"
+                f"cannot resume: {_CHANGED[name]} ({name} was {str(state[name])[:16]} and is "
+                f"{str(value)[:16]}), so the samples would come in another order; put it back, or "
+                "start a new run with --run NAME"
             )
     return int(state["epoch"]), int(state["step"])

@@ -1,13 +1,25 @@
 """A picture of what the network is fed: the same samples through both backends, side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import console
+import recipes
+from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import FILTERS, IDENTITY, AugmentParams
+from pipeline.augment import FILTERS, IDENTITY, AugmentParams, AugmentPolicy, Preprocess
+from pipeline.batch import Request
+from pipeline.loader import LoadError, choose_backend
+from pipeline.params import train_params
+from pipeline.pil import decode_request
+from pipeline.read import ReadError, ShardReader
+from sharding.format import CLASSES, ShardSet, open_shards
+from storage import AnyPath
 
 GAIN = 16
 """How much differences between the backends are multiplied by, around mid-gray."""
@@ -15,6 +27,14 @@ GAIN = 16
 CELL = 256
 _TEXT, _GAP, _HEAD = 300, 8, 28
 _COLUMNS = ("as packed, and the crop", "pil", "dali", f"dali - pil, x {GAIN}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies:
+    """The part of a recipe that says what is done to images."""
+
+    augment: dict[str, AugmentPolicy]
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +49,105 @@ class Row:
     pil: np.ndarray
     dali: np.ndarray | None
     lines: Sequence[str]
+
+
+def write_preview(
+    folder: AnyPath, out: Path, recipe: Path, policy: str | None, count: int, seed: int
+) -> tuple[int, np.ndarray | None]:
+    """Draw samples of a shard set as both backends see them, by the policies of a recipe, to a PNG.
+    `policy` is that of sources that keep none of their own, None for the recipe's.
+
+    Returns:
+        How many samples were drawn, and by how many gray levels the backends differ in each value
+        (int16, the shape of the batch); None where DALI is missing.
+
+    Raises:
+        LoadError: a sample that cannot be read or decoded.
+        RecipeError: a recipe that cannot be used.
+    """
+    opened = open_shards([folder])
+    values = recipes.read(recipe)
+    policies = recipes.build(
+        Policies,
+        {key: values[key] for key in ("augment", "preprocess") if key in values},
+        str(recipe),
+    )
+    policy = policy or values["data"]["policy"]
+    samples = _spread(opened, count, seed)
+    request = _request(opened, samples, policies, policy, seed)
+    size = policies.preprocess.crop_size
+    pil = decode_request(request, size)
+    if pil.failures:
+        row, reason = next(iter(pil.failures.items()))
+        raise LoadError(f"{opened.name(samples[row])}: {reason}")
+    dali = _by_dali(request, size)
+    rows = [
+        Row(
+            whole=decode_image(data, request.formats[row], request.orientations[row]),
+            params=params,
+            pil=pil.images[row].numpy(),
+            dali=None if dali is None else dali[row],
+            lines=_lines(opened, sample, policy),
+        )
+        for row, (sample, data, params) in enumerate(
+            zip(samples.tolist(), request.data, request.params.rows(), strict=True)
+        )
+    ]
+    picture_of(rows).save(out, "PNG")
+    change = None if dali is None else np.abs(dali.astype(np.int16) - pil.images.numpy())
+    return len(rows), change
+
+
+def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:
+    """`count` samples, the sources and classes in turn."""
+    kinds = 2 * shards.codes("source")[0] + shards.column("label")
+    shuffled = np.random.default_rng(seed).permutation(len(shards))
+    kind = kinds[shuffled]
+    turn = np.zeros(len(shards), np.int64)
+    for code in np.unique(kind):
+        here = kind == code
+        turn[here] = np.arange(here.sum())
+    return shuffled[np.lexsort((kind, turn))][:count]
+
+
+def _request(
+    shards: ShardSet, samples: np.ndarray, policies: Policies, policy: str, seed: int
+) -> Request:
+    params_for = train_params(shards, policies.augment, policy, policies.preprocess, seed, 0)
+    data = []
+    for sample, image in zip(samples.tolist(), ShardReader(shards).read(samples), strict=True):
+        if isinstance(image, ReadError):
+            raise LoadError(f"{shards.name(sample)}: {image}")
+        data.append(image)
+    return Request(
+        data,
+        shards.names("format", samples),
+        shards.column("orientation")[samples].tolist(),
+        params_for(samples, np.zeros(len(samples), np.int64)),
+    )
+
+
+def _by_dali(request: Request, size: int) -> np.ndarray | None:
+    """The same by DALI, on the GPU where there is one; None, said in words, where it is missing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose_backend("dali", device)
+    except LoadError as error:
+        console.log.warning("%s: shown by pil alone", error)
+        return None
+    from pipeline.dali import DaliBackend
+
+    (pixels,) = DaliBackend(size, len(request.data), device, threads=2).run([request])
+    return pixels.images.cpu().numpy()
+
+
+def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
+    (source,), (generator,) = (
+        shards.names(name, np.array([sample])) for name in ("source", "generator")
+    )
+    label = CLASSES[int(shards.column("label")[sample])]
+    kept = shards.sources[source]["policy"]
+    return [shards.text("key", sample), f"{label}, {generator}", f"policy {kept or policy}"]
 
 
 def picture_of(rows: Sequence[Row]) -> Image.Image:

@@ -16,7 +16,8 @@ import torch
 
 from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.batch import Batch
-from pipeline.loader import LoadError, Loading
+from pipeline.loader import LoadError
+from pipeline.loading import Loading
 from pipeline.order import (
     Epoch,
     check_state,

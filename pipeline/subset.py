@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sharding.format import ShardSet
+from storage import text_fault
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ def read_subset(path: Path) -> Subset:
     data = path.read_bytes()
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {text_fault(error)}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}; write the list again") from error
     if not rows or rows[0] != ["set", "key"]:
+        begins = f"begins with {','.join(rows[0])!r}" if rows else "is empty"
         raise ValueError(
-            f"{path} begins with {','.join(rows[0]) if rows else 'nothing'!r}, expected the header "
+            f"{path} {begins}, expected the header "
             "set,key; `python -m sharding audit DIR --match FILE` writes such a list"
         )
     keys: dict[str, list[str]] = {}

@@ -4,8 +4,10 @@ A recipe may start from others: `extends = ["phase1.toml", "demo.toml"]` takes e
 files (in the same folder, a later one over an earlier one) and changes only what stands below it.
 """
 
+import codecs
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import types
@@ -34,21 +36,47 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     values = read(path)
     for override in overrides:
         _apply(values, override)
-    return build(kind, values, str(path))
+    changed = {override.partition("=")[0].strip() for override in overrides}
+    return build(kind, values, str(path), changed)
 
 
-def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`."""
+def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collection[str] = ()) -> T:
+    """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`.
+    `changed` names the keys that --set has given.
+    """
     _refuse_unknown(kind, values, where, prefix="")
     try:
         built = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {name or 'recipe'}: {reason}") from error
+        raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed)}") from error
     _refuse_not_finite(built, where, prefix="")
     return built
+
+
+_TAKES = {
+    "list": "a list", "tuple": "a list", "dict": "a table", "dataclass": "a table",
+    "mapping": "a table", "int": "a whole number", "float": "a number", "bool": "true or false",
+    "string": "a text",
+}  # fmt: skip
+"""What a key takes, by the beginning of pydantic's name for the mistake."""
+
+
+def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
+    """What is wrong with one value: the key, what it takes, what it got, how it is written."""
+    *tables, last = mistake["loc"] or ("recipe",)
+    name = ".".join(map(str, mistake["loc"])) or "recipe"
+    value, takes = mistake["input"], _TAKES.get(mistake["type"].partition("_")[0])
+    if mistake["type"] == "missing":
+        if isinstance(last, int):
+            return f"{'.'.join(map(str, tables))} has {last} values, which is too few"
+        return f"{name} is missing; add it"
+    if takes is None or not isinstance(value, str | int | float | bool | list | dict):
+        return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
+    said = f"{name} takes {takes}, got {json.dumps(value)}"
+    if takes == "a list" and isinstance(value, str):
+        written = f"{name}={json.dumps([value])}"
+        said += f": --set '{written}'" if name in changed else f": {written}"
+    return said
 
 
 def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
@@ -72,16 +100,32 @@ def read(path: Path) -> dict[str, Any]:
         RecipeError: no such file, or broken TOML.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise RecipeError(f"no recipe at {path}; built in are {known}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
     merged: dict[str, Any] = {}
     for base in values.pop("extends", []):
         _merge(merged, read(path.parent / base))
     return _merge(merged, values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; a byte order mark is passed over.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        RecipeError: it is not UTF-8, or broken TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save "
+            "it as UTF-8"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

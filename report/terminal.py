@@ -14,6 +14,9 @@ COLUMNS = (
     "TPR at 5 %",
 )  # fmt: skip
 
+LEAST_FIRST = ("TPR at 5 %", "TPR at 1 % FPR", "fakes", "reals", "accuracy", "AUROC")
+"""What a narrow terminal leaves out, in this order; never recall without its false positives."""
+
 SHOWN_FLIPS = 3
 
 
@@ -56,8 +59,10 @@ def print_report(report: Mapping[str, Any]) -> None:
             )
         rows += [_row(f"source {source}", m) for source, m in set_report["sources"].items()]
         rows += [_row(f"generator {gen}", m) for gen, m in set_report["generators"].items()]
-        title = f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:g}"
-        console.table(title, COLUMNS, rows)
+        title = (
+            f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:.3f}"
+        )
+        console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         overall = set_report["overall"]
         quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
         console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
@@ -90,7 +95,8 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
         f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
         f"prompt, {first['images']:,}"
     )
-    console.table(title, ["generator", "all", "all, at 0.5", "first", "first, at 0.5"], rows)
+    columns = ["generator", "all", "all, at 0.5", "first", "first, at 0.5"]
+    console.table(title, columns, rows, drop=["first, at 0.5", "all, at 0.5"])
 
 
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
@@ -101,7 +107,8 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
         for row in robustness["perturbations"]
     ]  # fmt: skip
     columns = ["perturbation", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
-    console.table(f"{name}, perturbed", columns, rows)
+    least_first = ["images", "AUROC", "verdicts flipped"]
+    console.table(f"{name}, perturbed", columns, rows, drop=least_first)
     failed = [row for row in robustness["perturbations"] if row["failed"]]
     for row in failed:
         console.say(f"{row['name']}: {row['failed']:,} images could not: {row['failed_first']}")
@@ -115,7 +122,8 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
         ]
         rows.append([row["what"], *(_shift(row["shift"][label]) for label in CLASSES), *changes])
     columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
-    console.table(f"{name}: the pictures, or their containers?", columns, rows)
+    title = f"{name}: the pictures, or their containers?"
+    console.table(title, columns, rows, drop=["AUROC", "recall", "false positives"])
     for label, container in robustness["containers"].items():
         said = "none, so nothing can be put into one"
         if container:
@@ -151,7 +159,8 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
         "{run} step {step}".format(**table.evaluation) for table in (before, after)
     )
     columns = ["set", "images", "AUROC", "recall", "false positives"]
-    console.table(f"{name_before} -> {name_after}", columns, rows)
+    title = f"{name_before} -> {name_after}"
+    console.table(title, columns, rows, drop=["images", "AUROC"])
     console.say(
         "In brackets: 95 % interval of the difference, on the same resamples of the images."
     )

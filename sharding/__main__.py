@@ -1,23 +1,20 @@
-"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints."""
+"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints.
+
+What a command works with is imported inside it, after the command line has been checked.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import console
-from sharding.audit import audit, match
-from sharding.audit.histograms import draw
-from sharding.build import BuiltSet, SourceScan, Tolerance, build
-from sharding.catalog import BUILT_IN, Catalog, read_catalog
-from sharding.compare import compare_sets
-from sharding.demo.render import make_demo
-from sharding.describe import describe
-from sharding.executor import Engine
-from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
-from sharding.verify import sets_in, verify
 from storage import AnyPath, check_reachable, cores, write_text
+
+if TYPE_CHECKING:
+    from sharding.executor import Engine
 
 RAW = click.option(
     "--raw",
@@ -60,13 +57,15 @@ def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
     """Download SOURCES, or every source with a known download; run again to resume."""
-    from sharding.fetch import fetch_all  # its libraries take most of a second
+    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.fetch import fetch_all
 
     results = []
     catalog = read_catalog([BUILT_IN, *catalogs])
-    for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
-        console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
-        results.append(fetched)
+    with console.resumable():
+        for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
+            console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
+            results.append(fetched)
     failed = [fetched.source for fetched in results if fetched.status == "failed"]
     if failed:
         raise click.ClickException(
@@ -115,101 +114,33 @@ def build_command(
     catalogs: tuple[Path, ...],
     only: tuple[str, ...],
     jobs: int | None,
-    engine: Engine,
+    engine: "Engine",
     max_bad: float,
     allow_incomplete: bool,
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
+    from sharding.build import Tolerance, build
+    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.summary import say_what_is_missing, say_what_was_built
+
     catalog = read_catalog([BUILT_IN, *catalogs])
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        console.log.info("%s %s images", what, f"{total:,}")
+        console.log.info("%s %s", what, console.counted(total, "image"))
         with console.progress(what, total) as advance:
             yield advance
 
-    scan, built = build(
-        catalog, raw, out,
-        only=only, jobs=jobs or 0, engine=engine,
-        tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
-    )  # fmt: skip
+    with console.resumable():
+        scan, built = build(
+            catalog, raw, out,
+            only=only, jobs=jobs or 0, engine=engine,
+            tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
+        )  # fmt: skip
     if not built:
-        _say_what_is_missing(catalog, scan, raw)
+        say_what_is_missing(catalog, scan, raw)
         raise SystemExit(1)
-    _say_what_was_built(built, scan, out)
-
-
-def _say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
-    """With nothing to build: what is known, where it was looked for, what to do."""
-    rows = [
-        [
-            name,
-            (source.root or name) + "/",
-            "no image" if name in scan.empty else "not there",
-            source.homepage or "-",
-        ]
-        for name, source in catalog.sources.items()
-        if name in scan.missing
-    ]
-    console.table(
-        f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows
-    )
-    _say_what_was_excluded(scan)
-    console.say(
-        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
-        "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
-        "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
-        "To see everything work without a download: make demo"
-    )
-
-
-def _say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -> None:
-    rows = []
-    for built_set in built:
-        totals = built_set.index["totals"]
-        rows.append(
-            [
-                built_set.name,
-                built_set.index["samples"],
-                *[totals["label"].get(name, 0) for name in CLASSES],
-                len(totals["source"]),
-                len(built_set.index["shards"]),
-                f"{sum(shard['bytes'] for shard in built_set.index['shards']) / 2**20:.1f}",
-                sum(built_set.index["excluded"].values()),
-                len(built_set.index["quarantined"]),
-                "packed" if built_set.shards_written else "was up to date",
-            ]
-        )
-    columns = [
-        "set", "images", *CLASSES, "sources", "shards", "MiB", "excluded", "quarantined",
-        "this run",
-    ]  # fmt: skip
-    console.table(f"Shard sets in {out}", columns, rows)
-    for built_set in built:
-        for entry in built_set.index["quarantined"][:5]:
-            console.say(f"quarantined: {entry['path']}: {entry['reason']}")
-        if len(built_set.index["quarantined"]) > 5:
-            console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
-        for reason, count in built_set.index["excluded"].items():
-            console.say(f"excluded from {built_set.name}: {count:,} images: {reason}")
-    _say_what_was_excluded(scan)
-    for source, listing in scan.listings.items():
-        for rule, count in listing.read_as.items():
-            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
-    if scan.packed_only:
-        console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
-
-
-def _say_what_was_excluded(scan: SourceScan) -> None:
-    """Files that belong to no set, and why, by source."""
-    for source, listing in (scan.listings | scan.empty).items():
-        if source in scan.empty:
-            console.say(f"no image: {source}")
-        for reason, entry in listing.excluded.items():
-            console.say(
-                f"excluded: {source}: {entry['files']:,} files: {reason} "
-                f"(first: {entry['first'][0]})"
-            )
+    say_what_was_built(built, scan, out)
 
 
 @main.command()
@@ -217,6 +148,8 @@ def _say_what_was_excluded(scan: SourceScan) -> None:
 @console.options()
 def show(folder: AnyPath) -> None:
     """Print what the shard set in FOLDER holds."""
+    from sharding.format import CLASSES, open_shards, read_index
+
     index = read_index(folder)
     shards = open_shards([folder])
     sources, source_names = shards.codes("source")
@@ -240,7 +173,8 @@ def show(folder: AnyPath) -> None:
                     ]
                 )  # fmt: skip
     columns = ["source", "class", "generator", "images", "pixels", "formats", "license"]
-    console.table(f"{folder} ({index['split']}, {len(index['shards'])} shards)", columns, rows)
+    title = f"{folder} ({index['split']}, {console.counted(len(index['shards']), 'shard')})"
+    console.table(title, columns, rows, drop=["license", "formats", "pixels"])
     console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantined'])} quarantined")
 
 
@@ -257,6 +191,10 @@ def show(folder: AnyPath) -> None:
 @console.options()
 def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
     """List the known sources: what is on disk, what is packed, and their licenses."""
+    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.format import INDEX_FILE, read_index
+    from sharding.verify import sets_in
+
     catalog = read_catalog([BUILT_IN, *catalogs])
     check_reachable(raw)
     check_reachable(out)
@@ -280,8 +218,9 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
                 source.license,
             ]
         )
-    columns = ["source", "goes to", f"in {raw}", "packed", "license"]
-    console.table("Known sources", columns, rows)
+    columns = ["source", "goes to", "on disk", "packed", "license"]
+    title = f"Known sources; on disk is what lies in {raw}"
+    console.table(title, columns, rows, drop=["license", "goes to"])
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
     console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
@@ -295,6 +234,9 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the set in FOLDER, or all sets below it: bytes, images, counts, and splits."""
+    from sharding.format import read_index
+    from sharding.verify import sets_in, verify
+
     check_reachable(folder)
     folders = sets_in(folder)
     total = sum(read_index(each)["samples"] for each in folders)
@@ -308,7 +250,8 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
             f"{len(faults):,} faults in {names}, {min(20, len(faults))} of them above. Delete a "
             "damaged shard and run the build again: it is packed anew"
         )
-    console.say(f"{names}: {total:,} images as the index says, no image in two splits")
+    images = console.counted(total, "image")
+    console.say(f"{names}: {images} as the index says, no image in two splits")
 
 
 @main.command("diff")
@@ -317,6 +260,9 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """Say what differs between two shard sets; exit 1 if anything does."""
+    from sharding.compare import compare_sets
+    from sharding.format import open_shards
+
     difference = compare_sets(open_shards([before]), open_shards([after]))
     if not difference:
         console.say(f"{before} and {after} hold the same samples")
@@ -353,15 +299,18 @@ def describe_command(folder: Path, out: Path) -> None:
     """Propose a catalog for the images in FOLDER, by the names of its folders."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
+    from sharding.describe import describe
+
     description = describe(folder)
     rows = [[path, kind, count] for path, (kind, count) in description.folders.items()]
     rows += [[path, "?", count] for path, count in description.undecided.items()]
     console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
     write_text(out, description.text)
     for reason, count in description.unread.items():
-        console.say(f"excluded: {count:,} images: {reason}")
+        console.say(f"excluded: {console.counted(count, 'image')}: {reason}")
     if description.undecided:
-        console.say(f"{len(description.undecided)} folders have no class: say it in {out}, then")
+        folders = console.counted(len(description.undecided), "folder")
+        console.say(f"{folders} without a class: say it in {out}, then")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
     console.say(f"check {out}, then: {command}")
 
@@ -393,6 +342,10 @@ def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
     """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
+    from sharding.audit import audit, match
+    from sharding.audit.histograms import draw
+    from sharding.summary import say_what_was_audited
+
     for folder in folders:
         check_reachable(folder)
     sets = audit.open_sets(folders)
@@ -413,7 +366,7 @@ def audit_command(
         results.append((name, result, matched))
     audit.write_report(out / "report.json", seed, entries)
     for said in results:
-        _say_what_was_audited(*said)
+        say_what_was_audited(*said)
     console.say(f"report: {out / 'report.json'}, histograms: {out / '<set>.png'}")
     if sample_file:
         missing = [matched for _name, _result, matched in results if isinstance(matched, str)]
@@ -422,41 +375,6 @@ def audit_command(
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
         console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
-
-
-def _say_what_was_audited(
-    name: str, result: audit.Audit, matched: match.Match | str | None
-) -> None:
-    """The figures, the values behind them, and what to do."""
-    rows = [
-        [name, source.reals, source.fakes, source.within, source.from_others, source.note]
-        for name, source in result.sources.items()
-    ]
-    rows.append(["all", result.reals, result.fakes, result.pooled, result.across, ""])
-    if result.source_name:
-        rows.append(["name of the source alone", "", "", result.source_name, None, ""])
-    console.table(
-        f"{name}: AUROC of metadata alone (95 % interval)",
-        ["source", *CLASSES, "cross-validated", "fitted on other sources", ""],
-        rows,
-    )
-    if result.features:
-        console.table(
-            f"{name}: what carries it (AUROC)",
-            ["feature", "alone", "lost without it"],
-            [[name, feature.alone, feature.drop] for name, feature in result.features.items()],
-        )
-    for value in result.shortcuts:
-        console.say(str(value))
-    console.say()
-    console.say(f"{name}: shortcut by metadata: {result.verdict}")
-    for line in [*result.notes, *audit.advice_of(result)]:
-        console.say(line)
-    if isinstance(matched, match.Match):
-        console.say(
-            f"matched: {matched.per_class:,} real and {matched.per_class:,} fake images, AUROC of "
-            f"metadata {matched.before} before and {matched.after} after"
-        )
 
 
 @main.command()
@@ -471,6 +389,8 @@ def _say_what_was_audited(
 @console.options()
 def demo(folder: Path, seed: int) -> None:
     """Make seeded, synthetic raw datasets and their catalog in FOLDER."""
+    from sharding.demo.render import make_demo
+
     with console.progress("drawing", None) as advance:
         counts = make_demo(
             folder,

@@ -238,13 +238,14 @@ def build(
                 one.refuse_one_class()
         for one in builds.values():
             one.plan(out)
-        with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
-            advance(sum(w.samples for one in builds.values() for w in one.done.values()))
-            # The sets' shards share one pool; a set is finished as soon as its last one is there.
-            tasks = [task for one in builds.values() for task in one.tasks(raw)]
-            for name, written in run_all(_write_one, tasks, engine, jobs):
-                builds[name].done[written.name] = written
-                advance(written.samples)
+        # The sets' shards share one pool; a set is finished as soon as its last one is there.
+        tasks = [task for one in builds.values() for task in one.tasks(raw)]
+        if tasks:
+            with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
+                advance(sum(w.samples for one in builds.values() for w in one.done.values()))
+                for name, written in run_all(_write_one, tasks, engine, jobs):
+                    builds[name].done[written.name] = written
+                    advance(written.samples)
         return scan, [one.finish() for one in builds.values()]
 
 

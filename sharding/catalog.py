@@ -29,9 +29,7 @@ one a line, in files beside the catalog (above the first table of the TOML):
 Later files add to earlier ones key by key: two lines change one setting of a built-in source.
 """
 
-import codecs
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -291,16 +289,11 @@ def _read_excluded(file: Path, lists: Any) -> set[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        return recipes.read_toml(file)
     except FileNotFoundError:
         raise CatalogError(f"no catalog at {file}") from None
-    except UnicodeDecodeError as error:
-        raise CatalogError(
-            f"{file} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save "
-            "it as UTF-8"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise CatalogError(f"{file} is not valid TOML: {error}") from error
+    except recipes.RecipeError as error:
+        raise CatalogError(str(error)) from error
 
 
 def _check_name(kind: str, name: str, file: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import AnyPath, is_local
+from storage import AnyPath, is_local, text_fault
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
@@ -258,7 +258,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ShardError(f"{path} is no JSON ({error}); {_ANEW}") from error
+        raise ShardError(f"{path} is no JSON ({text_fault(error)}); {_ANEW}") from error
     _check_keys(index, {"format_version": int}, str(path))
     if index["format_version"] != FORMAT_VERSION:
         raise ShardError(

@@ -24,15 +24,14 @@ from PIL.PngImagePlugin import PngInfo
 
 import recipes
 from model import checkpoint
+from model.backbones.resolve import resolved
 from model.evaluation.scores import (
     SCORES_SCHEMA,
     ScoreTable,
 )
-from model.network import Network
-from model.recipe import Data, Recipe, ResolvedRecipe, Run, resolved
+from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
 from model.score import probability
 from model.training.history import rows_of
-from model.training.optim import Optim
 from model.training.run import train
 from pipeline.augment import AugmentPolicy, Preprocess, color_matrices
 from sharding.build import Tolerance, build

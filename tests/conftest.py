@@ -16,7 +16,8 @@ import recipes
 from model import checkpoint
 from model.network import build as build_network
 from pipeline.augment import AugmentPolicy
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import INDEX_FILE, ShardSet, open_shards

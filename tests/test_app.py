@@ -29,7 +29,8 @@ from model.checkpoint import annotate
 from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from sharding.format import open_shards
 from tests.browser import (
     CHROMIUM,
@@ -297,7 +298,7 @@ def bomb() -> bytes:
         ("broken.jpg", PHOTO[:2000], "JPEG does not decode"),
         ("page.png", b"<html>", "not an image this program reads"),
         ("empty.png", b"", "empty file"),
-        ("bomb.png", bomb(), "more than 200,000,000 pixels"),
+        ("bomb.png", bomb(), "more than the 200 allowed"),
         ("tiny.png", encode(photo(1, 31, 200), "PNG"), "31 x 200 pixels: too small to judge"),
         (
             "![a](http://x/y) :red[b] $c$.png", b"?",

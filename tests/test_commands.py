@@ -8,18 +8,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import evaluate
 import predict
 import train
-from model import load_detector
+from model import checkpoint, load_detector
 from model.__main__ import main as model
-from model.evaluation.robustness import PER_CLASS
+from model.calibrate import Calibration
+from model.export.card import card_of
+from model.training.validation import calibrate_checkpoint
 from model.verdict import VERDICTS
 from pipeline.__main__ import main as pipeline
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
@@ -51,7 +54,7 @@ def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Pa
     folder = tmp_path / "raw"
     (folder / "dummy").mkdir(parents=True)
     (folder / "dummy" / "fake").symlink_to(raw / "dummy" / "fake", target_is_directory=True)
-    said = "excluded: dummy: 1 files: a symbolic link, which is not followed"
+    said = "excluded: dummy: 1 file: a symbolic link, which is not followed"
     arguments = "--catalog", raw / "catalog.toml", "--out", tmp_path / "out", "--jobs", 1
     alone = run(sharding, "build", "--raw", folder, *arguments)
     assert alone.exit_code == 1
@@ -73,6 +76,13 @@ def test_build_and_show(raw: Path, tmp_path: Path) -> None:
         sharding, "build", "--raw", raw, "--catalog", raw / "catalog.toml", "--out", tmp_path
     )
     assert "was up to date" in again.output
+    assert "nothing to pack: 3 sets up to date" in again.output
+    deeper = run(
+        sharding, "build", "--raw", raw / "alpha", "--catalog", raw / "catalog.toml", "--out",
+        tmp_path / "other",
+    )  # fmt: skip
+    assert deeper.exit_code == 1
+    assert f"did you mean --raw {raw}?" in deeper.output
     shown = run(sharding, "show", tmp_path / "old")
     assert shown.exit_code == 0
     assert "dummy" in shown.output
@@ -99,6 +109,44 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert compared.exit_code == 0, compared.output
     assert "(+0.00 to +0.00)" in compared.output
     assert "furthest" not in compared.output
+
+
+def cells_of(output: str, first: str, edge: str = "│") -> list[str]:
+    """The cells behind the first one of a row of a table, without the intervals in brackets."""
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{edge} {first} ")]
+    return [cell.split()[0] for cell in line.strip(edge).split(edge)[1:]]
+
+
+def test_training_evaluation_and_card_agree(
+    data: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last table of training, the one of evaluation, and the model card: the same figures."""
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    best = checkpoint.find(copy, None)
+    calibration = Calibration(
+        temperature=0.2, threshold=0.61, threshold_at="auto", reals=40, fakes=30,
+        threshold_fpr_1=None, threshold_fpr_5=0.6, band=(0.3, 0.6), roc=[], before={}, after={},
+    )  # fmt: skip
+    calibrate_checkpoint(
+        best, [data / "val"], Loading(num_workers=0), torch.device("cpu"), fitted=(calibration, {})
+    )
+    meta = checkpoint.read_meta(best)
+    train._print_validation(meta)
+    trained = capsys.readouterr().out
+    arguments = "--shards", "val", "--data", data, "--runs", copy, "--out", tmp_path
+    evaluated = run(evaluate.main, *arguments).stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    card = card_of(meta, report, {}, onnx=False)
+    assert "fake from 0.610\n" in trained and "fake from 0.610\n" in evaluated
+    assert "called fake from a probability of 0.610 on" in card
+    for name, row, on_card in (
+        ("val", "overall", "val"), ("val/gamma", "source gamma", r"val\: gamma"),
+    ):  # fmt: skip
+        images, *figures = cells_of(trained, name)
+        reals, fakes, *others = cells_of(evaluated, row)
+        assert int(images) == int(reals) + int(fakes)
+        assert others[:4] == figures  # accuracy, recall, false positives, AUROC
+        assert cells_of(card, f"{on_card} |", "|")[2:] == figures[1:]
 
 
 def test_measuring_on_training_data_is_said_first(data: Path, runs: Path, tmp_path: Path) -> None:
@@ -153,7 +201,8 @@ def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: 
 def test_robustness_takes_a_number_or_none(data: Path, runs: Path) -> None:
     """`--robustness` alone takes its default, also before another option."""
     for arguments, expected in (
-        (["--robustness", "--shards", "val"], PER_CLASS), (["--robustness", "7"], 7), ([], None),
+        (["--robustness", "--shards", "val"], evaluate.PER_CLASS), (["--robustness", "7"], 7),
+        ([], None),
     ):  # fmt: skip
         context = evaluate.main.make_context("evaluate", arguments, resilient_parsing=True)
         assert context.params["robustness"] == expected

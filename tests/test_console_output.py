@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -141,6 +142,37 @@ def test_a_mistake_is_one_harmless_line(error: BaseException, code: int, said: s
     assert said in result.stderr
     assert "Traceback" not in result.stderr and "Aborted" not in result.stderr
     assert "secret" not in result.stderr
+
+
+def test_a_folder_that_is_missing_and_a_file_that_is_closed_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "none" / "x.csv").write_text("")
+    said = console.one_line(caught.value)
+    assert said == f"there is no folder {tmp_path / 'none'}; make it, or name another"
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to the superuser everything is open
+    said = console.one_line(PermissionError(13, "Permission denied", str(path)))
+    assert said == f"{path}: not readable by this user (mode 600)"
+
+
+def test_what_can_go_on_says_so() -> None:
+    def action() -> None:
+        with console.resumable():
+            raise KeyboardInterrupt
+
+    result = run(action)
+    assert result.exit_code == 130
+    assert result.stderr == "stopped by Ctrl-C; the same command goes on from there\n"
+
+
+def test_counts_have_their_nouns() -> None:
+    assert [console.counted(n, "image") for n in (0, 1, 1234)] == [
+        "0 images", "1 image", "1,234 images",
+    ]  # fmt: skip
 
 
 def test_our_own_bug_keeps_its_traceback() -> None:

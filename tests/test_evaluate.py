@@ -20,7 +20,7 @@ from model.distributed import DistEnv
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate as evaluate_sets
 from model.evaluation.scores import read_scores
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from sharding.format import open_shards
 from tests.builders import ROOT, build_all, encode, photo, train_tiny
 

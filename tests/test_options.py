@@ -123,7 +123,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network in this test")
 
     monkeypatch.setattr("model.export.import_original.fetch", refuse)
-    monkeypatch.setattr("sharding.__main__.make_demo", refuse)
+    monkeypatch.setattr("sharding.demo.render.make_demo", refuse)
 
 
 def parameters() -> Iterator[tuple[str, click.Parameter]]:

@@ -108,7 +108,11 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("gate.max_fpr=nan", "max_forgetting and max_fpr are shares"),
         ("augment.train.jpeg=1.5", "jpeg is a probability, got 1.5"),
         ("replay.ratio=much", "ratio must look like 1:8"),
-        ("run.epochs=many", "run.epochs: Input should be a valid integer"),
+        ("run.epochs=many", 'run.epochs takes a whole number, got "many"'),
+        ("data.train=phase1", """got "phase1": --set 'data.train=["phase1"]'"""),
+        ("data.repeats=3", "data.repeats takes a table, got 3"),
+        ("network.pretrained=7", "network.pretrained takes true or false, got 7"),
+        ("network.mean=[1, 2]", "network.mean has 2 values, which is too few"),
         ("run.epochs", "--set takes KEY=VALUE"),
         ("name.x=1", "name is a value, not a table"),
     ],
@@ -129,3 +133,16 @@ def test_broken_toml_says_where(tmp_path: Path) -> None:
     path.write_text("name = ")
     with pytest.raises(recipes.RecipeError, match=r"broken\.toml is not valid TOML"):
         recipes.load(Recipe, path)
+    path.write_bytes(b"\xff\xfename")
+    with pytest.raises(recipes.RecipeError, match=r"broken\.toml is not UTF-8 \(byte 0 is 0xff"):
+        recipes.load(Recipe, path)
+    path.write_bytes(b"")
+    with pytest.raises(recipes.RecipeError, match=r"broken\.toml: name is missing; add it"):
+        recipes.load(Recipe, path)
+
+
+def test_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b'extends = ["other.toml"]')
+    (tmp_path / "other.toml").write_text('name = "a"')
+    assert recipes.read(path) == {"name": "a"}

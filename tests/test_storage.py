@@ -229,3 +229,17 @@ def test_an_address_is_no_path_of_this_machine(text: str) -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= storage.cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it is empty"),
+        (b"{\n oops", "Expecting property name enclosed in double quotes in line 2, column 2"),
+        (b"\xff{}", "byte 0 is 0xff, which is not UTF-8"),
+    ],
+)
+def test_the_fault_of_a_text_is_a_byte_or_a_place(data: bytes, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        json.loads(data.decode("utf-8"))
+    assert storage.text_fault(caught.value) == said

@@ -3,14 +3,13 @@
 import difflib
 from dataclasses import dataclass
 
+from model.recipe import Triple
 from model.without_compiler import without_compiler
 
 with without_compiler():
     import timm
     from timm.models import PretrainedCfg, load_model_config_from_hf
     from timm.models._hub import load_model_config_from_path
-
-Triple = tuple[float, float, float]
 
 
 class NetworkError(ValueError):

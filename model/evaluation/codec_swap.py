@@ -14,7 +14,6 @@ import numpy as np
 from imaging.jpeg import CHROMAS
 from model.evaluation.robustness import (
     FIGURES,
-    PER_CLASS,
     PerturbedScores,
     Scorer,
     group_codes,
@@ -186,7 +185,7 @@ def report_robustness(
     *,
     temperature: float,
     threshold: float,
-    per_class: int = PER_CLASS,
+    per_class: int,
     on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """The entry `robustness` of one set in `report.json`: perturbations and codec swap on

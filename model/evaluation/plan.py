@@ -14,7 +14,8 @@ import torch
 from model import checkpoint as checkpoints
 from model.device import choose_device, choose_precision
 from model.distributed import DistEnv
-from pipeline.loader import Loading, choose_backend
+from pipeline.loader import choose_backend
+from pipeline.loading import Loading
 from pipeline.subset import Subset, choose_samples
 from sharding.catalog import BUILT_IN, read_catalog
 from sharding.format import CLASSES, ShardSet, open_shards, read_index

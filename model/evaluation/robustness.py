@@ -27,11 +27,6 @@ from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet
 from storage import cores
 
-PER_CLASS = 1000
-"""Images of each class that a set is measured on, unless more are asked for: a rate of 5 % is then
-known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54,000 plain images.
-"""
-
 
 @dataclass(frozen=True, eq=False)
 class PerturbedScores:

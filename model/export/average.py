@@ -10,14 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import (
-    STEP_FOLDER,
-    WEIGHTS_FILE,
-    CheckpointError,
-    read_meta,
-    read_weights,
-    seal,
-)
+from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
+from model.recipe import STEP_FOLDER
 from model.score import DEFAULT_THRESHOLD
 from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder

@@ -251,7 +251,7 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
         if set_report["note"]:
             notes.append(f"{markdown(name)}: {markdown(set_report['note'])}")
     text = (
-        f"An image is called fake from a probability of {report['threshold']:.3g} on. Never read "
+        f"An image is called fake from a probability of {report['threshold']:.3f} on. Never read "
         "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
     )
     return "\n\n".join([text, *notes, *_by_source(report)])

@@ -17,7 +17,8 @@ from model.checkpoint import META_FILE, WEIGHTS_FILE, read_meta, read_weights, s
 from model.export.card import card_of
 from model.export.hub import CARD_FILE, read_report, refuse_if_there, sources_of, without_paths
 from model.export.license import first_of
-from model.network import Network, build, head_prefixes, timm_license
+from model.network import build, head_prefixes, timm_license
+from model.recipe import Network
 from model.shipped.backbone import (
     KEY,
     KNOWN,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.network import Network, build, load_weights
-from model.recipe import Data, Recipe, ResolvedRecipe, Run, resolved
-from model.training.optim import Optim
+from model.backbones.resolve import resolved
+from model.network import build, load_weights
+from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
 from pipeline.augment import Preprocess
 
 REPOSITORY = "xRayon/convnext-ai-images-detector"

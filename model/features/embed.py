@@ -18,7 +18,8 @@ from model.features.store import (
 from model.network import Detector
 from model.score import AT_A_TIME, autocast, evaluating, in_parts
 from pipeline.batch import Batch
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.order import Epoch
 from pipeline.params import view_params
 from sharding.format import ShardSet

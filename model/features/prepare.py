@@ -13,8 +13,8 @@ from model.distributed import all_gather_object
 from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
-from model.network import Detector, Network
-from model.recipe import Recipe, ResolvedRecipe
+from model.network import Detector
+from model.recipe import Network, Recipe, ResolvedRecipe
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from model.network import Detector, Network
+from model.network import Detector
+from model.recipe import Network
 from pipeline.augment import AugmentPolicy, Preprocess
 from pipeline.params import policies_of
 from sharding.format import ShardSet
@@ -38,27 +39,6 @@ _FAILURES_KEY = b"ai_images_detector.failures"
 
 class FeatureError(ValueError):
     """Features that cannot be had; the message says why and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """How a head is trained from features that are computed once.
-
-    `views` is how many augmented views of each image are kept: epoch e takes view 1 + e modulo
-    `views`. With 0 every epoch takes the center crop of evaluation. `store` is the folder. With
-    `stored = false` the same views are computed from pixels in each epoch, which is slow and
-    gives the same head to rounding.
-    """
-
-    views: int = 0
-    store: str = "data/features"
-    stored: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.views <= 1000:
-            raise ValueError(f"views must be 0 to 1000, got {self.views}")
-        if not self.store:
-            raise ValueError("store names no folder; give one, such as data/features")
 
 
 @dataclass(frozen=True, kw_only=True)

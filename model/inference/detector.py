@@ -38,7 +38,8 @@ from model.shipped.backbone import is_shipped
 from pipeline import pil
 from pipeline.augment import Preprocess, center_crop_params
 from pipeline.batch import PLACEHOLDER, Batch, Request
-from pipeline.loader import Backend, choose_backend
+from pipeline.loader import choose_backend
+from pipeline.loading import Backend
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
-from sharding.format import INDEX_FILE
 
 RUN = 10_000
 """Entries of a folder that are sorted at a time; a larger folder comes in sorted runs."""
@@ -23,7 +22,7 @@ RUN = 10_000
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
 
-NO_IMAGE = "no images by their names"
+NO_IMAGE = "not an image by its name"
 
 
 def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -81,6 +80,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     """All images below a folder, those in the tars of a shard set too. What is hidden is left out,
     and so are links to folders, which may lead in circles.
     """
+    from sharding.format import INDEX_FILE  # with pyarrow, which the command line does not need
+
     folders = [_entries(str(Path(top)))]
     while folders:
         entry = next(folders[-1], None)
@@ -98,9 +99,9 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             if entry.name.endswith(".tar"):
                 yield from _in_tar(entry.path, Counter())
         elif entry.is_dir():
-            excluded["links to folders"] += 1
+            excluded["a link to a folder"] += 1
         elif entry.name.lower().endswith(ARCHIVES):
-            excluded["archives (name them to look inside)"] += 1
+            excluded["an archive (name it to look inside)"] += 1
         else:
             excluded[NO_IMAGE] += 1
 

@@ -153,8 +153,10 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         return onnxruntime.InferenceSession(file, options, providers=_providers(device))
     except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NotImplemented,
             errors.InvalidArgument, errors.RuntimeException) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
-        raise OnnxError(f"{file} cannot be opened as ONNX: {reason}") from error
+        reason = " ".join(str(error).rpartition("failed:")[2].split())[:200]
+        raise OnnxError(
+            f"{file} cannot be opened as ONNX: {reason}; `python -m model export --onnx` writes one"
+        ) from error
 
 
 def _providers(device: str) -> list[str]:

@@ -4,21 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.metrics import Metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """When a trained checkpoint is refused. `max_forgetting` is the most that an old source may
-    lose of its accuracy (balanced where it has both classes), `max_fpr` the most reals of any
-    validation set that may be called fake; both are shares, and 1 refuses nothing.
-    """
-
-    max_forgetting: float = 1.0
-    max_fpr: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
-            raise ValueError("max_forgetting and max_fpr are shares, from 0 to 1")
+from model.recipe import Gate
 
 
 @dataclass(frozen=True, kw_only=True)

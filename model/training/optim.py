@@ -8,64 +8,17 @@ a small group is never raised to an absolute floor.
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher
 
 from model.network import STAGE_HEAD, Backbone, classifier_names
+from model.recipe import Optim
 
 
 class OptimError(ValueError):
     """Parameters that cannot be put into layer groups."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """AdamW with warm-up and cosine.
-
-    `lr` is the head's. `layer_decay` multiplies it once per group on the way down;
-    `layer_decay_groups` says what a group is: `none`, `block` (stem, each block, head: 38 for
-    ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12 groups, head) or `stage`
-    (stem, each stage, head, for networks that are no ConvNeXt: 9 for MobileNetV2). `warmup_ratio`
-    is the share of all steps, starting from `warmup_start_factor` * lr; the cosine ends at `min_lr`
-    for the head. `ema_decay` is the decay per step of the averaged weights that are validated and
-    saved, 0 for none.
-    """
-
-    lr: float
-    weight_decay: float = 0.02
-    layer_decay: float = 1.0
-    layer_decay_groups: Literal["none", "block", "stage", "stage12"] = "none"
-    warmup_ratio: float = 0.05
-    warmup_start_factor: float = 0.01
-    min_lr: float = 0.0
-    label_smoothing: float = 0.05
-    clip_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                "needs clip_grad_norm above 0 and weight_decay of at least 0, got "
-                f"{self.clip_grad_norm} and {self.weight_decay}"
-            )
-        if not (0 <= self.warmup_start_factor <= 1 and 0 <= self.label_smoothing <= 1):
-            raise ValueError(
-                "warmup_start_factor and label_smoothing are shares, from 0 to 1, got "
-                f"{self.warmup_start_factor} and {self.label_smoothing}"
-            )
-        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
-        if self.layer_decay < 1 and self.layer_decay_groups == "none":
-            raise ValueError("layer_decay below 1 needs layer_decay_groups block, stage or stage12")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is a decay below 1, got {self.ema_decay}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is a share of the steps, got {self.warmup_ratio}")
 
 
 def schedule(optim: Optim, step: int, steps: int) -> float:

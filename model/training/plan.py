@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from model import checkpoint
+from model.backbones.resolve import describe_preprocess, normalization_warnings, resolved
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
 from model.features.loader import FeatureSource
@@ -22,13 +23,7 @@ from model.network import (
     check_size,
     timm_license,
 )
-from model.recipe import (
-    Recipe,
-    ResolvedRecipe,
-    describe_preprocess,
-    normalization_warnings,
-    resolved,
-)
+from model.recipe import Recipe, ResolvedRecipe
 from model.training.optim import parameter_groups
 from model.training.sets import check_apart, check_sets, open_stream, open_validation
 from model.training.validation import Validation

@@ -237,7 +237,7 @@ def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) 
     rows = changes(before.sources, after.sources, new)
     step = best.name[5:].lstrip("0")
     console.table(
-        f"{planned.recipe.name}: accuracy per source, before and after (step {step})",
+        f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
         ["set/source", "", "images", "before", "after", "change"],
         [
             [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]

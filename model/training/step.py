@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.distributed import DistEnv, all_reduce_sum
 from model.network import Detector
+from model.recipe import Optim
 from model.score import autocast
-from model.training.optim import Optim
 from pipeline.batch import Batch
 
 

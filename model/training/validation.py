@@ -19,7 +19,7 @@ from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from pipeline.augment import Preprocess
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from sharding.format import ShardSet, open_shards, read_index
 from storage import AnyPath, write_text
 

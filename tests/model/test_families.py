@@ -15,26 +15,25 @@ from timm.data import create_transform, resolve_data_config
 
 import recipes
 from model import checkpoint, load_detector
+from model.backbones.resolve import (
+    describe_preprocess,
+    nearest_filter,
+    normalization_warnings,
+    resolved,
+)
 from model.export import onnx as export
 from model.export.hub import write_hub
 from model.inference import onnx_detector
 from model.inference.gradcam import attribution
 from model.network import (
     Detector,
-    Network,
     NetworkError,
     build,
     check_backbone_file,
     check_size,
     load_backbone_file,
 )
-from model.recipe import (
-    Recipe,
-    describe_preprocess,
-    nearest_filter,
-    normalization_warnings,
-    resolved,
-)
+from model.recipe import Network, Recipe
 from model.training.optim import layer_of_parameters
 from model.training.plan import plan
 from model.training.run import train

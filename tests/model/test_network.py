@@ -15,8 +15,9 @@ from model.backbones.made_with import NetworkError
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
-from model.network import Network, build, load_backbone_file
-from model.training.optim import Optim, make_optimizer
+from model.network import build, load_backbone_file
+from model.recipe import Network, Optim
+from model.training.optim import make_optimizer
 from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
 
 STAGES = replace(TINY, head="stages")

@@ -11,7 +11,8 @@ from model.inference.prediction import UNREADABLE, predictions
 from model.network import build
 from model.score import ScoreError, probability, score_set
 from model.verdict import verdict
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from sharding.format import ShardSet
 from tests.builders import CPU, PREPROCESS, TINY, encode, photo, small_recipe
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
-from pipeline.loader import LoadError, Loading, _Requests, choose_backend, open_loader
+from pipeline.loader import LoadError, _Requests, choose_backend, open_loader
+from pipeline.loading import Loading
 from pipeline.order import OrderError
 from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
@@ -132,7 +133,7 @@ def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
 def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path) -> None:
     state = make_stream().state(1)
     other = make_stream(pool=open_pool(data, ["val"], Replay()), ratio="0")
-    with pytest.raises(OrderError, match="cannot resume: index_sha256 was"):
+    with pytest.raises(OrderError, match="cannot resume: the shard set has been built again"):
         other.resume(state)
 
 

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from imaging.orientation import orientation_of
-from pipeline.loader import LoadError, Loading, open_loader
+from pipeline.loader import LoadError, open_loader
+from pipeline.loading import Loading
 from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay

@@ -75,7 +75,7 @@ def test_a_state_of_something_else_is_refused(changed: str) -> None:
     state = state_of(epoch(number=2), 17, "abc")
     now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
     assert check_state(state, **now) == (2, 17)
-    with pytest.raises(OrderError, match=f"cannot resume: {changed} was"):
+    with pytest.raises(OrderError, match=rf"cannot resume: .* \({changed} was"):
         check_state(state | {changed: "other"}, **now)
 
 

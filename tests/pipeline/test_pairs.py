@@ -10,7 +10,8 @@ from PIL import Image
 
 from imaging.jpeg import CHROMAS
 from pipeline.augment import AugmentParams, AugmentPolicy
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.pairs import partners_of
 from pipeline.params import train_params
 from pipeline.pil import apply

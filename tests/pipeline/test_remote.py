@@ -14,7 +14,8 @@ import torch
 from upath import UPath
 
 from pipeline import remote
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.read import ReadError, ShardReader
 from pipeline.remote import Cache
 from pipeline.replay import Replay

@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 import evaluate
 from model.checkpoint import find, load_network
 from model.score import score_set
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.subset import choose_samples, read_subset
 from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
@@ -139,6 +140,20 @@ def test_a_list_that_does_not_fit_is_one_clear_error(
     assert result.exit_code == 1
     assert said in result.output
     assert len([line for line in result.output.splitlines() if "Error" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty, expected the header set,key"),
+        (b"\xff\xfe", "byte 0 is 0xff, which is not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_list_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"list.csv:? {said}"):
+        read_subset(path)
 
 
 @pytest.mark.slow

@@ -57,7 +57,8 @@ SMALL = """
 import sys, torch
 from pathlib import Path
 from pipeline.augment import Preprocess
-from pipeline.loader import Loading, LoadError, open_loader
+from pipeline.loading import Loading
+from pipeline.loader import LoadError, open_loader
 from pipeline.stream import evaluation_batches
 from sharding.format import open_shards
 

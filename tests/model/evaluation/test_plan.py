@@ -10,7 +10,8 @@ from model.backbones.made_with import NetworkError
 from model.checkpoint import CheckpointError
 from model.evaluation import run
 from model.evaluation.plan import Options, plan
-from pipeline.loader import LoadError, Loading
+from pipeline.loader import LoadError
+from pipeline.loading import Loading
 from pipeline.subset import Subset
 from sharding.format import ShardError, open_shards
 

@@ -19,7 +19,8 @@ from model.evaluation.robustness import (
 )
 from model.score import score_set
 from pipeline.augment import Preprocess
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.perturb import ORIGINAL, PERTURBATIONS, Perturbation
 from pipeline.read import ShardReader
 from sharding.format import ShardSet, join_sets, open_shards
@@ -234,7 +235,7 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     for net in (Blocking(), Brightness()):
         verdicts[type(net)] = report_robustness(
             Scorer(net, PREPROCESS, CPU), shards, named("original", "jpeg-50"),
-            temperature=1.0, threshold=0.5,
+            temperature=1.0, threshold=0.5, per_class=1000,
         )  # fmt: skip
     caught, content = (verdicts[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
     assert caught["name"] == content["name"] == "fakes-as-reals"

@@ -14,7 +14,8 @@ from torch import nn
 from model import checkpoint
 from model.__main__ import main
 from model.export import import_original
-from model.network import Network, normalization
+from model.network import normalization
+from model.recipe import Network
 from tests.builders import TINY
 from tests.servers import Server
 

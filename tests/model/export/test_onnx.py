@@ -23,7 +23,8 @@ from model.inference.onnx_detector import (
     load_onnx,
     preprocess,
 )
-from model.network import Network, build
+from model.network import build
+from model.recipe import Network
 from pipeline import pil
 from pipeline.augment import Preprocess
 from tests.builders import PREPROCESS, ROOT, encode, photo

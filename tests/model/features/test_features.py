@@ -22,7 +22,6 @@ from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import (
     FeatureError,
-    Features,
     View,
     backbone_id,
     files_of,
@@ -31,11 +30,12 @@ from model.features.store import (
     open_table,
     read_file,
 )
-from model.network import Detector, Network, build
-from model.recipe import Recipe
+from model.network import Detector, build
+from model.recipe import Features, Network, Recipe
 from model.training.run import train
 from pipeline.augment import AugmentPolicy
-from pipeline.loader import LoadError, Loading
+from pipeline.loader import LoadError
+from pipeline.loading import Loading
 from pipeline.stream import evaluation_batches
 from sharding.format import ShardSet, open_shards
 from tests.builders import HARSH, ROOT, SMALL_PREPROCESS, TINY, broken_copy, losses_of

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import recipes
 from model import checkpoint
-from model.calibrate import Calibrating, CalibrationError, calibrate_sources, threshold_over_sources
+from model.calibrate import CalibrationError, calibrate_sources, threshold_over_sources
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
@@ -18,12 +18,12 @@ from model.features.leave_out import leave_one_out
 from model.features.prepare import source_of, with_features
 from model.features.store import FeatureError
 from model.network import build
-from model.recipe import Recipe
+from model.recipe import Calibrating, Recipe
 from model.score import probability
 from model.training.assemble import assemble
 from model.training.plan import plan
 from model.training.run import train
-from pipeline.loader import Loading
+from pipeline.loading import Loading
 from tests.builders import train_tiny
 
 SETTINGS = [

@@ -11,7 +11,8 @@ from model import load_detector
 from model.checkpoint import CheckpointError
 from model.inference.prediction import UNREADABLE
 from model.score import AT_A_TIME, probability, score_set
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from sharding.format import ShardSet
 from tests.builders import CPU, KINDS, encode, photo
 

@@ -8,7 +8,8 @@ import torch
 
 from model import checkpoint, load_detector
 from model.inference.gradcam import ExplainError, attribution, heatmap, overlay
-from model.network import Network, build
+from model.network import build
+from model.recipe import Network
 from tests.builders import encode, photo, small_recipe
 
 MOBILE = Network(name="mobilenetv2_035", pretrained=False, init="fan_in")

@@ -223,7 +223,7 @@ def test_an_image_with_15000_lines_of_metadata_makes_a_file_that_can_be_read(
     assert row["provenance"].count("generator: ") == MAX_EVIDENCE - 1
     result = ask(tmp_path / "a.png", "--out", out, "--resume")
     assert result.exit_code == 0, result.output
-    assert "1 were there already" in result.stderr
+    assert f"nothing new: the image is in {out}" in result.stderr
 
 
 def test_predict_ends_with_1_when_the_disk_is_full(

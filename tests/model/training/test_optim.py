@@ -7,8 +7,8 @@ import timm
 import torch
 
 from model.network import build
+from model.recipe import Optim
 from model.training.optim import (
-    Optim,
     OptimError,
     layer_of_parameters,
     make_optimizer,

@@ -16,10 +16,10 @@ from model import checkpoint
 from model.calibrate import Calibration
 from model.evaluation.run import evaluate
 from model.metrics import measure
-from model.recipe import Recipe
+from model.recipe import Gate, Recipe
 from model.score import probability
 from model.training import run
-from model.training.forgetting import Change, Gate, forgetting, refusals
+from model.training.forgetting import Change, forgetting, refusals
 from model.training.history import rows_of
 from model.training.run import Refused, train
 from model.training.sets import open_stream

@@ -28,14 +28,15 @@ import torch
 import recipes
 from model import checkpoint
 from model.network import build
-from model.recipe import Recipe
+from model.recipe import Optim, Recipe
 from model.score import score_set
 from model.training.history import rows_of
-from model.training.optim import Optim, make_optimizer, schedule
+from model.training.optim import make_optimizer, schedule
 from model.training.run import train
 from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
-from pipeline.loader import Loading, open_loader
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet

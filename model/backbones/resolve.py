@@ -1,0 +1,86 @@
+"""What a recipe leaves to the weights of its network, filled from timm's record of them."""
+
+import math
+from dataclasses import fields, replace
+
+from model.backbones.made_with import made_with
+from model.recipe import Recipe, ResolvedRecipe
+from pipeline.augment import FILTERS, Filter, Preprocess
+
+
+def resolved(recipe: Recipe) -> ResolvedRecipe:
+    """The recipe with what it leaves to the network's weights filled from timm's record of them:
+    mean, std, crop, resize and filter, and `img_size` of a network that is built for one size. What
+    the recipe states is kept.
+
+    Raises:
+        NetworkError: timm does not know the network.
+        ValueError: sizes that do not fit each other.
+    """
+    network, stated = recipe.network, recipe.preprocess
+    made = made_with(network.name)
+    options = dict(network.options)
+    built_for = options.get("img_size")
+    crop_size = stated.crop_size or (built_for if isinstance(built_for, int) else made.height)
+    if made.fixed and not options.keys() & {"img_size", "dynamic_img_size"}:
+        options |= {} if (made.height, made.width) == (crop_size,) * 2 else {"img_size": crop_size}
+    preprocess = Preprocess(
+        crop_size=crop_size,
+        resize_size=stated.resize_size or math.floor(crop_size / min(1, made.crop_pct)),
+        interpolation=stated.interpolation or nearest_filter(made.interpolation),
+    )
+    network = replace(
+        network, mean=network.mean or made.mean, std=network.std or made.std, options=options
+    )
+    values = {own.name: getattr(recipe, own.name) for own in fields(recipe)}
+    return ResolvedRecipe(**values | {"network": network, "preprocess": preprocess})
+
+
+def nearest_filter(name: str) -> Filter:
+    """Of the filters that both backends have, that of Pillow's name, else bilinear."""
+    return next((known for known in FILTERS if known == name), "bilinear")
+
+
+def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
+    """How images are seen, and a line for each difference from how the network's weights saw them
+    that `preprocess` makes.
+    """
+    seen, made = recipe.preprocess, made_with(recipe.network.name)
+    lines = [
+        f"sees {seen.crop_size} x {seen.crop_size} pixels from the center of a shorter side of "
+        f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
+        f"{_list(recipe.network.std)}"
+    ]
+    resize = math.floor(made.height / min(1, made.crop_pct))
+    if (seen.crop_size, seen.resize_size, seen.interpolation) != (
+        made.height, resize, made.interpolation,
+    ) or made.squashed:  # fmt: skip
+        squashed = ", squashed to a square" if made.squashed else ""
+        lines.append(
+            f"its weights were made with {made.width} x {made.height} of {resize} "
+            f"({made.interpolation}{squashed})"
+        )
+    if made.interpolation not in FILTERS and seen.interpolation == "bilinear":
+        lines.append(
+            f"the filter {made.interpolation} of its weights is in neither backend (they have "
+            f"{', '.join(FILTERS)}): bilinear takes its place"
+        )
+    return lines
+
+
+def normalization_warnings(recipe: ResolvedRecipe) -> list[str]:
+    """A line for a stated mean and one for a std that timm's weights were not made with."""
+    network, made = recipe.network, made_with(recipe.network.name)
+    return [
+        f"network.{name} is {_list(ours)}, but timm's weights of {network.name} were made with "
+        f"{_list(theirs)}: leave it out, unless yours are others"
+        for name, ours, theirs in (
+            ("mean", network.mean, made.mean),
+            ("std", network.std, made.std),
+        )
+        if ours != theirs
+    ]
+
+
+def _list(numbers: tuple[float, ...] | None) -> str:
+    return str([round(number, 4) for number in numbers or ()])

@@ -1,0 +1,125 @@
+"""What a build and an audit have found, as tables and lines in a terminal."""
+
+import console
+from sharding.audit.audit import Audit, advice_of
+from sharding.audit.match import Match
+from sharding.build import BuiltSet, SourceScan
+from sharding.catalog import Catalog
+from sharding.format import CLASSES, INDEX_FILE
+from storage import AnyPath
+
+
+def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
+    """With nothing to build: what is known, where it was looked for, what to do."""
+    rows = [
+        [
+            name,
+            (source.root or name) + "/",
+            "no image" if name in scan.empty else "not there",
+            source.homepage or "-",
+        ]
+        for name, source in catalog.sources.items()
+        if name in scan.missing
+    ]
+    console.table(
+        f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows,
+        drop=["folder"],
+    )  # fmt: skip
+    _say_what_was_excluded(scan)
+    parent = raw.parent
+    if any((parent / (source.root or name)).is_dir() for name, source in catalog.sources.items()):
+        console.say(f"{parent} holds what the catalog knows: did you mean --raw {parent}?")
+    console.say(
+        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
+        "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
+        "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
+        "To see everything work without a download: make demo"
+    )
+
+
+def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -> None:
+    """The sets, and what of their sources is not in them."""
+    rows = []
+    for built_set in built:
+        totals = built_set.index["totals"]
+        rows.append(
+            [
+                built_set.name,
+                built_set.index["samples"],
+                *[totals["label"].get(name, 0) for name in CLASSES],
+                len(totals["source"]),
+                len(built_set.index["shards"]),
+                f"{sum(shard['bytes'] for shard in built_set.index['shards']) / 2**20:.1f}",
+                sum(built_set.index["excluded"].values()),
+                len(built_set.index["quarantined"]),
+                "packed" if built_set.shards_written else "was up to date",
+            ]
+        )
+    columns = [
+        "set", "images", *CLASSES, "sources", "shards", "MiB", "excluded", "quarantined",
+        "this run",
+    ]  # fmt: skip
+    least_first = ["MiB", "shards", "sources", "quarantined", "excluded", "this run"]
+    console.table(f"Shard sets in {out}", columns, rows, drop=least_first)
+    if not any(built_set.shards_written for built_set in built):
+        console.say(f"nothing to pack: {console.counted(len(built), 'set')} up to date")
+    for built_set in built:
+        for entry in built_set.index["quarantined"][:5]:
+            console.say(f"quarantined: {entry['path']}: {entry['reason']}")
+        if len(built_set.index["quarantined"]) > 5:
+            console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
+        for reason, count in built_set.index["excluded"].items():
+            images = console.counted(count, "image")
+            console.say(f"excluded from {built_set.name}: {images}: {reason}")
+    _say_what_was_excluded(scan)
+    for source, listing in scan.listings.items():
+        for rule, count in listing.read_as.items():
+            console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
+    if scan.packed_only:
+        console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
+
+
+def _say_what_was_excluded(scan: SourceScan) -> None:
+    """Files that belong to no set, and why, by source."""
+    for source, listing in (scan.listings | scan.empty).items():
+        if source in scan.empty:
+            console.say(f"no image: {source}")
+        for reason, entry in listing.excluded.items():
+            console.say(
+                f"excluded: {source}: {console.counted(entry['files'], 'file')}: {reason} "
+                f"(first: {entry['first'][0]})"
+            )
+
+
+def say_what_was_audited(name: str, result: Audit, matched: Match | str | None) -> None:
+    """The figures, the values behind them, and what to do."""
+    rows = [
+        [name, source.reals, source.fakes, source.within, source.from_others, source.note]
+        for name, source in result.sources.items()
+    ]
+    rows.append(["all", result.reals, result.fakes, result.pooled, result.across, ""])
+    if result.source_name:
+        rows.append(["name of the source alone", "", "", result.source_name, None, ""])
+    console.table(
+        f"{name}: AUROC of metadata alone (95 % interval)",
+        ["source", *CLASSES, "cross-validated", "fitted on other sources", ""],
+        rows,
+        drop=[*CLASSES, "fitted on other sources"],
+    )
+    if result.features:
+        console.table(
+            f"{name}: what carries it (AUROC)",
+            ["feature", "alone", "lost without it"],
+            [[name, feature.alone, feature.drop] for name, feature in result.features.items()],
+        )
+    for value in result.shortcuts:
+        console.say(str(value))
+    console.say()
+    console.say(f"{name}: shortcut by metadata: {result.verdict}")
+    for line in [*result.notes, *advice_of(result)]:
+        console.say(line)
+    if isinstance(matched, Match):
+        console.say(
+            f"matched: {matched.per_class:,} real and {matched.per_class:,} fake images, AUROC of "
+            f"metadata {matched.before} before and {matched.after} after"
+        )

@@ -1,0 +1,108 @@
+"""What a command line asks for that nothing can be done with is refused before torch is loaded."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parent.parent  # tests.builders loads torch
+
+HEAVY = (
+    "torch", "torchvision", "timm", "pyarrow", "nvidia", "transformers", "matplotlib", "onnx",
+    "onnxruntime", "streamlit", "pandas", "sklearn", "scipy",
+)  # fmt: skip
+"""Libraries that take a good part of a second, or several, to load."""
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by what a person types."""
+    import evaluate
+    import predict
+    import train
+    from model.__main__ import main as model
+    from pipeline.__main__ import main as pipeline
+    from sharding.__main__ import main as sharding
+
+    tops = {
+        "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
+        "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model,
+    }  # fmt: skip
+    below = {
+        f"{name} {child}": command
+        for name, group in tops.items()
+        for child, command in getattr(group, "commands", {}).items()
+    }
+    return tops | below
+
+
+def lines_of(command: click.Command) -> Iterator[list[str]]:
+    """`--help`, and a command line for each kind of mistake that click can know."""
+    yield ["--help"]
+    yield ["--no-such-option"]
+    if isinstance(command, click.Group):
+        yield ["no-such-command"]
+        return
+    for parameter in command.params:
+        kind = parameter.type
+        refused = isinstance(kind, click.Choice | click.IntRange | click.FloatRange) or getattr(
+            kind, "exists", False
+        )
+        if refused and isinstance(parameter, click.Option):
+            yield [parameter.opts[0], "nowhere"]
+        if refused and isinstance(parameter, click.Argument):
+            yield ["nowhere"]
+
+
+EXTRA = {
+    "train.py": [
+        [], ["--phase", "1", "--set", "optim.rate=1"], ["--phase", "1", "--set", "optim.lr=-1"],
+        ["--phase", "1", "--set", "run"], ["--recipe", "nowhere.toml"], ["--phase", "3"],
+        ["--phase", "1", "--run", "../elsewhere"],
+    ],
+    "evaluate.py": [
+        [], ["--shards", "val", "--device", "gpu"], ["--scores", "README.md", "--shards", "val"],
+        ["--robustness", "0"], ["--shards"],
+    ],
+    "predict.py": [
+        [], ["nowhere.jpg"], ["README.md", "--watch", "docs"], ["README.md", "--resume"],
+        ["README.md", "--device", "tpu"], ["README.md", "--onnx", "x.onnx", "--heatmap", "x"],
+    ],
+    "-m model export": [[], ["--hub", "x", "--hub-place", "nowhere"]],
+    "-m model embed": [
+        ["--recipe", "recipes/clip.toml", "--set", "a.b=1"], ["--recipe", "nowhere.toml"],
+    ],
+    "-m model average": [["recipes", "recipes", "--run", "../x"]],
+    "-m sharding describe": [["docs", "--out", "README.md"]],
+}  # fmt: skip
+"""Mistakes beyond click's own: what belongs together, recipes, paths."""
+
+
+def walk() -> Iterator[tuple[str, list[str], int, list[str]]]:
+    """Invoke each line; yields it with its exit code and which heavy library is loaded."""
+    from click.testing import CliRunner
+
+    for name, command in commands().items():
+        for line in [*lines_of(command), *EXTRA.get(name, [])]:
+            code = CliRunner().invoke(command, line).exit_code
+            yield name, line, code, [module for module in HEAVY if module in sys.modules]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[tuple[str, list[str], int, list[str]]]:
+    """All lines in one process of its own, for this one has torch loaded."""
+    code = "import json; from tests.test_startup import walk; print(json.dumps([*walk()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_help_and_refusals_load_nothing_heavy(outcomes: list) -> None:
+    assert len({name for name, *_ in outcomes}) == len(commands())
+    for name, line, code, loaded in outcomes:
+        assert not loaded, f"{name} {' '.join(line)} loads {', '.join(loaded)}"
+        assert (code == 0) == (line == ["--help"]), f"{name} {' '.join(line)} exits with {code}"

@@ -1,0 +1,163 @@
+"""Tables at any width and in a pipe: each figure stands whole, or is said to be left out."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+import console
+import train
+from model.calibrate import Calibration
+from model.evaluation.compare import flips
+from report.terminal import print_calibration, print_comparison, print_report
+from sharding.__main__ import main as sharding
+from sharding.audit.audit import Audit, Estimate, FeatureAudit, SourceAudit
+from sharding.build import BuiltSet, SourceScan
+from sharding.format import read_index
+from sharding.summary import say_what_was_audited, say_what_was_built
+from tests.builders import CALIBRATION
+from tests.report.test_page import made, robustness, rows
+
+LONG = "stable-diffusion-xl-base-1.0-refiner_of_a_gallery"
+WIDTHS = (60, 80, 100, 140)
+
+Call = tuple[str, list[str], list[list[Any]], list[str]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+    """The tables that commands print: title, columns, rows and what may be left out."""
+    made: list[Call] = []
+
+    def note(title: str, columns: Any, rows: Any, drop: Any = ()) -> None:
+        made.append((title, list(columns), [list(row) for row in rows], list(drop)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "table", note)
+        yield made
+
+
+def printed(call: Call, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of a table at a width."""
+    stream = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            console, "_console",
+            lambda **_stream: Console(file=stream, width=width, highlight=False, markup=False),
+        )  # fmt: skip
+        TABLE(*call)
+    return stream.getvalue().splitlines()
+
+
+TABLE: Callable = console.table
+
+
+def check(call: Call, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value stands whole in its row, unless its column is said to be left out."""
+    _, columns, table, drop = call
+    lines = printed(call, width, monkeypatch)
+    text = "\n".join(lines)
+    assert "…" not in text
+    said = re.search(rf"^left out at {width} columns: (.*); a wider", text, re.MULTILINE)
+    left_out = said[1].split(", ") if said else []
+    assert left_out == [name for name in columns if name in set(drop) & set(left_out)]
+    is_grid = "━" in text
+    for line in lines:
+        assert not set(line) & set("┃│┏└") or len(line) <= width, line
+    at = 0
+    for row in table:
+        first = console.cell(row[0])
+        values = [
+            (name, console.cell(value))
+            for name, value in zip(columns[1:], row[1:], strict=True)
+            if name not in left_out
+        ]
+        if is_grid:
+            cells = [first, *(value for _, value in values)]
+            pattern = r"│\s+" + r"\s+│\s+".join(map(re.escape, cells)) + r"\s+│"
+            assert re.search(pattern.replace(r"\s+\s+", r"\s+"), text), (width, cells, text)
+        else:
+            at = lines.index(first, at) + 1
+            paragraph = []
+            while at < len(lines) and lines[at].startswith("    "):
+                paragraph += lines[at][4:].split("  ")
+                at += 1
+            assert paragraph == [
+                f"{name}: {value}" if name else value for name, value in values if value
+            ]
+
+
+def lengthened(call: Call) -> Call:
+    """The same table with long names."""
+    title, columns, table, drop = call
+    return title, columns, [[f"{row[0]} {LONG}", *row[1:]] for row in table], drop
+
+
+def check_all(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in calls:
+        for version in (call, lengthened(call)):
+            for width in WIDTHS:
+                check(version, width, monkeypatch)
+            lines = printed(version, console._WIDE, monkeypatch)  # a pipe has everything
+            assert "━" in "\n".join(lines) and not lines[-1].startswith("left out")
+
+
+def test_tables_of_a_report(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    report, scores = made(
+        [*rows("val", 60, 80), *rows("evalgen", 0, 60, seed=1)], "val", "evalgen",
+        reference_reals={"set": "val", "why": "named", "for_all": False},
+    )  # fmt: skip
+    report["sets"]["val"]["robustness"] = robustness()
+    print_report(report)
+    print_comparison(scores, scores, flips(scores, scores))
+    fitted = CALIBRATION | {"fitted_on": None, "index_sha256": None}
+    settings = {name: value for name, value in fitted.items() if value is not None}
+    more = {"temperature": 1.5, "threshold": 0.6, "roc": [], "threshold_fpr_1": None}
+    print_calibration(Calibration(**settings | more))
+    assert len(calls) >= 7
+    check_all(calls, monkeypatch)
+
+
+def test_tables_of_shard_sets(
+    data: Path, raw: Path, tmp_path: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (
+        ["list", "--raw", raw, "--out", data, "--catalog", raw / "catalog.toml"],
+        ["show", data / "val"],
+        ["describe", raw, "--out", tmp_path / "mine.toml"],
+        ["diff", data / "old", data / "new"],
+        ["build", "--raw", tmp_path / "none", "--out", tmp_path],
+    ):
+        result = CliRunner().invoke(sharding, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    index = read_index(data / "val")
+    say_what_was_built([BuiltSet("val", index, 1)], SourceScan(), data)
+    estimate = Estimate(0.81234, 0.7, 0.9)
+    source = SourceAudit(reals=1234, fakes=5, within=estimate, from_others=None, note="few fakes")
+    audit = Audit(
+        samples=9, reals=4, fakes=5, pooled=estimate, across=estimate, source_name=estimate,
+        sources={"gamma": source}, features={"width": FeatureAudit(alone=estimate, drop=0.12345)},
+        shortcuts=[], verdict="strong", notes=[],
+    )  # fmt: skip
+    say_what_was_audited("val", audit, None)
+    assert len(calls) >= 9, [title for title, *_ in calls]
+    check_all(calls, monkeypatch)
+
+
+def test_the_last_table_of_training(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {
+        "count": 12345, "reals": 1, "fakes": 2, "accuracy": 0.9444, "balanced_accuracy": 0.9,
+        "recall": 0.85, "false_positive_rate": None, "f1": None, "auroc": 0.999,
+    }  # fmt: skip
+    metrics = {"sets": {"val": figures}, "sources": {"val/gamma": figures}, "selection": 0.9}
+    meta = {"recipe": {"name": "phase1"}, "step": 7, "threshold": 0.6824, "metrics": metrics}
+    train._print_validation(meta)
+    (call,) = calls
+    assert call[0] == "phase1, step 7, fake from 0.682"
+    check_all(calls, monkeypatch)
+    assert "left out at 60 columns: images" in "\n".join(printed(call, 60, monkeypatch))
