@@ -24,7 +24,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && rm left-out.txt \
     && useradd --create-home --uid 10001 page
 
-COPY console.py escape.py storage.py app.py serve.py app.js ./
+COPY console.py escape.py storage.py app.py app_server.py app.js ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/
@@ -40,4 +40,4 @@ ENV DETECTOR_RUNS=/runs DETECTOR_CACHE=/cache PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8501
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]
-CMD ["streamlit", "run", "serve.py", "--server.address", "0.0.0.0"]
+CMD ["streamlit", "run", "app_server.py", "--server.address", "0.0.0.0"]

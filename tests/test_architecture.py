@@ -6,7 +6,7 @@ import pytest
 
 from tests.builders import ROOT, imports_of
 
-SCRIPTS = ("train", "evaluate", "predict", "app", "serve")
+SCRIPTS = ("train", "evaluate", "predict", "app", "app_server")
 
 COMMON = {"escape", "console", "recipes", "storage", "imaging"}
 
@@ -58,7 +58,7 @@ def test_the_rule_can_refuse() -> None:
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "serve.py"}),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/provenance.py"})],
 )  # fmt: skip

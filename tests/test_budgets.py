@@ -20,7 +20,7 @@ FLAGS = 14
 """Options of one command; `--help` and `--verbose` of every command count too."""
 
 PRODUCT = (
-    "app.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
+    "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
     "escape.py", "imaging/**/*.py", "model/**/*.py", "pipeline/**/*.py", "recipes/**/*.py",
     "report/**/*.py",
     "sharding/**/*.py",

@@ -34,7 +34,7 @@ def test_the_container_gets_what_the_page_imports() -> None:
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     needed, open_ends = (
         {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
-        ["app", "serve"],
+        ["app", "app_server"],
     )
     while open_ends:
         name = open_ends.pop()

@@ -1,4 +1,4 @@
-"""The server of the web page: `streamlit run serve.py`. What Streamlit has no setting for stands
+"""The server of the web page: `streamlit run app_server.py`. What Streamlit has no setting for stands
 between it and the browser: a bound on all uploads together, and headers.
 """
 
