@@ -57,26 +57,27 @@ def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes
     for _ in range(MAX_REDIRECTS + 1):
         parts, port = _checked(url)
         addresses = _resolved(parts, port, limits.allow_private_urls)
-        connection = _connected(parts, port, addresses, until)
-        # The time limit of a socket is for each read; this one is for all of them.
-        alarm = threading.Timer(max(0.0, until - time.monotonic()), _cut, [connection])
-        alarm.daemon = True
-        alarm.start()
-        try:
-            answer = _ask(connection, parts)
-            where = answer.headers.get("Location")
-            if answer.status not in REDIRECTS or not where:
-                return _body(answer, allowance)
-            url = urljoin(url, where)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() >= until:
-                raise FetchError("the address took too long to answer") from error
-            if isinstance(error, FetchError):
-                raise
-            raise FetchError(f"the address cannot be fetched ({type(error).__name__})") from error
-        finally:
-            alarm.cancel()
-            connection.close()
+        with contextlib.ExitStack() as ended:
+            sock = ended.enter_context(_connected(addresses, port, until))
+            # The time limit of a socket is for each read; this one is for all of them. It has the
+            # connection under another number, since TLS takes the socket over.
+            twin = ended.enter_context(sock.dup())
+            alarm = threading.Timer(max(0.0, until - time.monotonic()), _cut, [twin])
+            ended.callback(alarm.cancel)
+            alarm.start()
+            try:
+                answer = ended.enter_context(_ask(sock, parts, port, ended))
+                where = answer.headers.get("Location")
+                if answer.status not in REDIRECTS or not where:
+                    return _body(answer, allowance)
+                url = urljoin(url, where)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if time.monotonic() >= until:
+                    raise FetchError("the address took too long to answer") from error
+                if isinstance(error, FetchError):
+                    raise
+                reason = type(error).__name__
+                raise FetchError(f"the address cannot be fetched ({reason})") from error
     raise FetchError(f"the address redirects more than {MAX_REDIRECTS} times")
 
 
@@ -119,29 +120,31 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def _connected(
-    parts: SplitResult, port: int, addresses: list[str], until: float
-) -> http.client.HTTPConnection:
-    """A connection to the first of `addresses` that answers, under the name of the host."""
-    connection = http.client.HTTPConnection(parts.hostname or "", port)
-    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # what Host: leaves out
+def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
+    """A connection to the first of `addresses` that answers."""
     for address in addresses:
         left = until - time.monotonic()
         if left <= 0:
             break
         with contextlib.suppress(OSError):
-            connection.sock = socket.create_connection((address, port), timeout=left)
-            return connection
+            return socket.create_connection((address, port), timeout=left)
     raise FetchError("the host does not answer")
 
 
-def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse:
-    """The head of the answer."""
+def _ask(
+    sock: socket.socket, parts: SplitResult, port: int, ended: contextlib.ExitStack
+) -> http.client.HTTPResponse:
+    """The head of the answer; what else is opened for it is closed by `ended`."""
     if parts.scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(
-            connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+        context = ssl.create_default_context()
+        secure = context.wrap_socket(
+            sock, server_hostname=parts.hostname, do_handshake_on_connect=False
         )
-        connection.sock.do_handshake()
+        sock = ended.enter_context(secure)
+        secure.do_handshake()
+    connection = http.client.HTTPConnection(parts.hostname or "", port)
+    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # what Host: leaves out
+    connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Accept": "image/*, */*;q=0.1", "User-Agent": "ai-images-detector"}
     connection.request("GET", target, headers=headers)
@@ -162,7 +165,7 @@ def _body(answer: http.client.HTTPResponse, allowance: Allowance) -> bytes:
     return b"".join(parts)
 
 
-def _cut(connection: http.client.HTTPConnection) -> None:
+def _cut(sock: socket.socket) -> None:
     """End whatever a connection waits for."""
-    with contextlib.suppress(OSError, AttributeError):  # it has ended meanwhile
-        connection.sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        sock.shutdown(socket.SHUT_RDWR)

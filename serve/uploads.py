@@ -8,21 +8,15 @@ from collections.abc import AsyncGenerator
 from functools import partial
 
 from fastapi import Request
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from imaging.decode import ImageFile
+from serve.form import Form, too_many
 from serve.limits import MB, Limits, Refused
 
 MAX_JSON_BYTES = MB // 4
 RAW = ("image/", "application/octet-stream")
 FORM, LIST = "multipart/form-data", "application/json"
 TAKEN = f"{FORM} with files, one image as image/*, or {LIST}"
-
-
-class _Form(MultiPartParser):
-    """Starlette's parser with files that never leave the memory."""
-
-    spool_max_size = 2**62
 
 
 def kind_of(request: Request) -> str:
@@ -64,30 +58,10 @@ async def read_images(request: Request, kind: str, limits: Limits) -> list[Image
     if kind != FORM:
         body = b"".join([part async for part in _bounded(request, limits.max_bytes)])
         return [_image(request.query_params.get("name") or "image 0", body)]
-    form = _Form(
-        request.headers, _bounded(request, limits.max_bytes), max_files=limits.max_files,
-        max_fields=limits.max_files, max_part_size=limits.max_bytes,
-    )  # fmt: skip
-    try:
-        fields = (await form.parse()).multi_items()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
-            raise _too_many(limits) from None
-        reason = error.message.rstrip(".")
-        raise Refused(400, f"the form cannot be read: {reason[:200]}") from None
-    images: list[ImageFile] = []
-    for name, field in fields:
-        if isinstance(field, str):
-            raise Refused(
-                400,
-                f"the field {name[:100]!r} of the form is a text, not a file; with curl: "
-                "-F image=@photo.jpg",
-            )
-        with field.file as file:
-            images.append(_image(field.filename or f"image {len(images)}", file.read()))
-    if not images:
-        raise Refused(400, "the form has no file; with curl: -F image=@photo.jpg")
-    return images
+    form = Form(request.headers["content-type"], limits.max_files)
+    async for part in _bounded(request, limits.max_bytes):
+        form.feed(part)
+    return [_image(name, data) for name, data in form.finish()]
 
 
 async def read_addresses(request: Request, limits: Limits) -> list[str]:
@@ -107,7 +81,7 @@ async def read_addresses(request: Request, limits: Limits) -> list[str]:
     if not urls or not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
         raise Refused(400, 'the body is no list of addresses; expected {"urls": ["https://..."]}')
     if len(urls) > limits.max_files:
-        raise _too_many(limits)
+        raise too_many(limits.max_files)
     return urls
 
 
@@ -126,7 +100,3 @@ def _image(name: str, data: bytes) -> ImageFile:
 
 def _too_large(largest: int) -> Refused:
     return Refused(413, f"the body of the request has more than {largest / MB:g} MB")
-
-
-def _too_many(limits: Limits) -> Refused:
-    return Refused(413, f"the request has more than {limits.max_files} images; send them in parts")
