@@ -3,6 +3,7 @@
 import hmac
 import time
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,6 +51,8 @@ class Guard:
                 await Text({"detail": detail}, 401, headers)(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)
+        except h11.LocalProtocolError:
+            status = 400  # what followed the head was no HTTP, and uvicorn has said so
         finally:
             passed = time.monotonic() - began
             self.service.metrics.requests.labels(path, str(status)).inc()

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "pipeline": {*COMMON, "sharding.format"},
     "model": {*COMMON, "sharding", "pipeline"},
     "report": {*COMMON, "sharding", "pipeline", "model"},
+    "serve": {*COMMON, "sharding", "pipeline", "model"},
     **{script: {*COMMON, "sharding", "pipeline", "model", "report"} for script in SCRIPTS},
 }
 
@@ -53,6 +54,8 @@ def test_the_rule_can_refuse() -> None:
     assert refused("evaluate", "train.main")
     assert refused("model", "report.page")
     assert refused("imaging", "sharding.format")
+    assert refused("model", "serve.limits")
+    assert refused("serve", "report.page")
     assert not refused("pipeline", "sharding.format.open_shards")
 
 
@@ -60,7 +63,8 @@ def test_the_rule_can_refuse() -> None:
     ("library", "home"),
     [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
-     ("c2pa", {"model/inference/provenance.py"})],
+     ("c2pa", {"model/inference/provenance.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
+     ("uvicorn", {"serve/server.py"})],
 )  # fmt: skip
 def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {
