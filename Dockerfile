@@ -3,6 +3,7 @@
 #   docker build -t ai-images-detector .
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
 #
+# The HTTP API (docs/api.md) is the same image with another command; docker-compose.yml has both.
 # Mount the backbone of the detector that ships too, for a page without a run: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
 # For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
 # Python 3.11.16, for amd64 and arm64; a newer one is a change of this line.
@@ -20,16 +21,18 @@ RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && echo nvidia-dali-cuda120 > left-out.txt \
     && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
         --constraint constraints.txt --excludes left-out.txt \
-        --requirements pyproject.toml --extra app --extra evidence --extra heatmap \
+        --requirements pyproject.toml --extra app --extra evidence --extra heatmap --extra serve \
     && rm left-out.txt \
-    && useradd --create-home --uid 10001 page
+    && useradd --create-home --uid 10001 page \
+    && install --directory --owner page /cache /runs
 
-COPY console.py escape.py storage.py app.py serve.py app.js ./
+COPY console.py escape.py storage.py app.py app_server.py app.js ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/
 COPY pipeline/ pipeline/
 COPY model/ model/
+COPY serve/ serve/
 COPY detectors/ detectors/
 COPY .streamlit/ .streamlit/
 # A checkout keeps the modes that its umask gave, and COPY keeps them for root.
@@ -37,7 +40,7 @@ RUN chmod -R a+rX .
 
 USER 10001
 ENV DETECTOR_RUNS=/runs DETECTOR_CACHE=/cache PYTHONDONTWRITEBYTECODE=1
-EXPOSE 8501
+EXPOSE 8501 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]
-CMD ["streamlit", "run", "serve.py", "--server.address", "0.0.0.0"]
+CMD ["streamlit", "run", "app_server.py", "--server.address", "0.0.0.0"]

@@ -55,4 +55,4 @@ bench: setup ## loader throughput of both backends against other loaders, one ta
 	$(RUN) -m benchmarks.loader
 
 app: setup ## the web page, on this machine only
-	$(BIN)/streamlit run serve.py
+	$(BIN)/streamlit run app_server.py

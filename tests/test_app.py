@@ -135,7 +135,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "streamlit", "run", "serve.py", "--server.port", str(port),
+        sys.executable, "-m", "streamlit", "run", "app_server.py", "--server.port", str(port),
     ]  # fmt: skip
     server = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -6,7 +6,7 @@ import pytest
 
 from tests.builders import ROOT, imports_of
 
-SCRIPTS = ("train", "evaluate", "predict", "app", "serve")
+SCRIPTS = ("train", "evaluate", "predict", "app", "app_server")
 
 COMMON = {"escape", "console", "recipes", "storage", "imaging"}
 
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "pipeline": {*COMMON, "sharding.format"},
     "model": {*COMMON, "sharding", "pipeline"},
     "report": {*COMMON, "sharding", "pipeline", "model"},
+    "serve": {*COMMON, "sharding", "pipeline", "model"},
     **{script: {*COMMON, "sharding", "pipeline", "model", "report"} for script in SCRIPTS},
 }
 
@@ -53,14 +54,17 @@ def test_the_rule_can_refuse() -> None:
     assert refused("evaluate", "train.main")
     assert refused("model", "report.page")
     assert refused("imaging", "sharding.format")
+    assert refused("model", "serve.limits")
+    assert refused("serve", "report.page")
     assert not refused("pipeline", "sharding.format.open_shards")
 
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "serve.py"}),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
-     ("c2pa", {"model/inference/provenance.py"})],
+     ("c2pa", {"model/inference/provenance.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
+     ("uvicorn", {"serve/server.py"})],
 )  # fmt: skip
 def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {

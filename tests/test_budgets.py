@@ -20,10 +20,10 @@ FLAGS = 14
 """Options of one command; `--help` and `--verbose` of every command count too."""
 
 PRODUCT = (
-    "app.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
+    "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
     "escape.py", "imaging/**/*.py", "model/**/*.py", "pipeline/**/*.py", "recipes/**/*.py",
     "report/**/*.py",
-    "sharding/**/*.py",
+    "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
 
 MOST_FUNCTIONS = {"found": 10}
@@ -142,6 +142,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
     import train
     from model.__main__ import main as model
     from pipeline.__main__ import main as pipeline
+    from serve.__main__ import main as serve
     from sharding.__main__ import main as sharding
 
     groups = {"sharding": sharding, "pipeline": pipeline, "model": model, "evaluate": evaluate.main}
@@ -151,6 +152,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
     yield "train", train.main
     yield "evaluate", evaluate.main
     yield "predict", predict.main
+    yield "serve", serve
 
 
 def test_no_command_grows_too_many_flags() -> None:

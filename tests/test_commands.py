@@ -24,6 +24,7 @@ from model.verdict import VERDICTS
 from pipeline.__main__ import main as pipeline
 from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
+from serve.__main__ import main as serve
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
 from tests.builders import ROOT, encode, photo, train_tiny
@@ -381,7 +382,7 @@ def test_the_page_says_why_a_checkpoint_cannot_be_loaded(
 
 @pytest.mark.parametrize(
     "command",
-    [train.main, evaluate.main, predict.main,
+    [train.main, evaluate.main, predict.main, serve,
      *sharding.commands.values(), *pipeline.commands.values(), *model.commands.values()],
     ids=lambda command: command.name,
 )  # fmt: skip
@@ -394,7 +395,7 @@ def test_every_command_has_help_and_few_flags(command) -> None:
             assert option.help, option.name
     flags = [p for p in command.params if p.param_type_name == "option" and p.name != "verbose"]
     assert len(flags) <= (
-        12 if command in (predict.main, evaluate.main, model.commands["export"]) else 8
+        12 if command in (predict.main, evaluate.main, serve, model.commands["export"]) else 8
     )
 
 

@@ -6,6 +6,9 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
+
+from serve.__main__ import main as serve
 from tests.builders import ROOT, imports_of
 
 
@@ -34,7 +37,7 @@ def test_the_container_gets_what_the_page_imports() -> None:
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     needed, open_ends = (
         {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
-        ["app", "serve"],
+        ["app", "app_server", "serve"],
     )
     while open_ends:
         name = open_ends.pop()
@@ -45,3 +48,26 @@ def test_the_container_gets_what_the_page_imports() -> None:
         open_ends += [one for one in ours if not {one, f"{one}.py"} & needed]
     assert needed <= copied
     assert all(any(fnmatch(path, pattern) for pattern in let_in) for path in copied)
+
+
+def test_the_services_are_the_image_with_the_right_command_port_and_rights() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert services.keys() == {"page", "api"}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    folders = re.search(r"install --directory --owner page (.*)", dockerfile)[1].split()
+    exposed = re.search(r"^EXPOSE (.*)", dockerfile, re.M)[1].split()
+    for service in services.values():
+        assert service["user"] == "10001" and service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        for volume in service["volumes"]:
+            assert volume.split(":")[1] in folders  # a new volume has the owner of the folder
+        (port,) = service["ports"]
+        host, outside, inside = port.split(":")
+        assert host == "127.0.0.1" and outside == inside and inside in exposed
+    api = services["api"]
+    assert api["command"][:3] == ["python", "-m", "serve"]
+    context = serve.make_context("serve", api["command"][3:])
+    assert context.params["host"] == "0.0.0.0"
+    assert api["ports"] == [f"127.0.0.1:{context.params['port']}:{context.params['port']}"]
+    assert f"127.0.0.1:{context.params['port']}/readyz" in api["healthcheck"]["test"][-1]
+    assert int(api["stop_grace_period"].removesuffix("s")) > context.params["timeout"]

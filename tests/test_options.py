@@ -15,6 +15,7 @@ import predict
 import train
 from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
+from serve.__main__ import main as serve
 from sharding.__main__ import main as sharding
 from tests.builders import encode, photo
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 COMMANDS: dict[str, click.Command] = {
     "train": train.main,
     "predict": predict.main,
+    "serve": serve,
     "evaluate": evaluate.main,
     **{f"evaluate {name}": one for name, one in evaluate.main.commands.items()},
     **{f"sharding {name}": one for name, one in sharding.commands.items()},
@@ -86,6 +88,7 @@ def base(
     return {
         "train": ["--recipe", str(tiny_recipe), *sets, "--runs", "trained"],
         "predict": ["photo.jpg", *runs],
+        "serve": ["--checkpoint", "folder", "--port", "0", *runs],  # else it would not end
         "evaluate": ["--shards", "val", "--out", "report", *sets, *runs],
         "evaluate calibrate": ["--shards", "none", *sets, *runs],
         "evaluate compare": ["folder", "folder"],

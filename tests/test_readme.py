@@ -14,6 +14,7 @@ import predict
 import train
 from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
+from serve.__main__ import main as serve
 from sharding.__main__ import main as sharding
 from sharding.format import FORMAT_VERSION
 from tests.builders import ROOT
@@ -24,7 +25,7 @@ PAGES = [
 ]  # fmt: skip
 COMMANDS = {
     "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
-    "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model,
+    "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model, "-m serve": serve,
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from model.inference.prediction import (
     threads,
 )
 from model.network import Detector
-from model.score import probability, score_batches
+from model.score import evaluating, logits_of, probability, score_batches
 from model.shipped.backbone import is_shipped
 from pipeline import pil
 from pipeline.augment import Preprocess, center_crop_params
@@ -88,6 +88,15 @@ class ImageDetector(DecisionRule):
         """
         with decoded(as_file(image).read()) as pixels:
             return pil.preprocess(pixels, self.preprocess)
+
+    def score(self, pixels: np.ndarray) -> np.ndarray:
+        """The probability of fake of uint8 (B, size, size, 3) images, float64 (B,); NaN where the
+        network's answer is not finite. `predict` gives the same bits for a group of the same size.
+        """
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        with evaluating(self.net):
+            logits = logits_of(self.net, images, self.device, self.dtype)
+        return probability(logits.cpu().numpy(), self.meta["temperature"])
 
     def _by_pil(
         self, files: Iterable[ImageFile], batch_size: int, start: int

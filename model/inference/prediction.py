@@ -141,7 +141,7 @@ def ahead(
                 if (file := next(files, None)) is None:
                     more = False
                 else:
-                    waiting.append((file.name, pool.submit(_or_reason, work, file)))
+                    waiting.append((file.name, pool.submit(done_or_reason, work, file)))
             group = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             if not group:
                 return
@@ -169,7 +169,8 @@ def preprocess_ahead(
         yield names, pixels, failures
 
 
-def _or_reason(work: Callable[[ImageFile], Any], file: ImageFile) -> Any:
+def done_or_reason(work: Callable[[ImageFile], Any], file: ImageFile) -> Any:
+    """What `work` makes of a file; where it cannot be read, the reason, a string of one line."""
     try:
         return work(file)
     except (DecodeError, OSError) as error:

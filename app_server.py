@@ -1,5 +1,5 @@
-"""The server of the web page: `streamlit run serve.py`. What Streamlit has no setting for stands
-between it and the browser: a bound on all uploads together, and headers.
+"""The server of the web page: `streamlit run app_server.py`. What Streamlit has no setting for
+stands between it and the browser: a bound on all uploads together, and headers.
 """
 
 import os

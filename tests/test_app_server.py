@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-import serve
+import app_server
 
 UPLOAD = "/_stcore/upload_file/session/file"
 MB = 2**20
@@ -39,27 +39,27 @@ class Streamlit:
 @pytest.fixture
 def streamlit(monkeypatch: pytest.MonkeyPatch) -> Streamlit:
     inner = Streamlit()
-    monkeypatch.setattr(serve, "get_instance", lambda: inner)
-    monkeypatch.setattr(serve, "MAX_HELD_BYTES", 4 * MB)
+    monkeypatch.setattr(app_server, "get_instance", lambda: inner)
+    monkeypatch.setattr(app_server, "MAX_HELD_BYTES", 4 * MB)
     return inner
 
 
 @pytest.fixture
-def guard(streamlit: Streamlit) -> serve.Guard:
+def guard(streamlit: Streamlit) -> app_server.Guard:
     routes = [Route("/", streamlit.page), Route(UPLOAD, streamlit.upload, methods=["PUT"])]
-    return serve.Guard(Starlette(routes=routes))
+    return app_server.Guard(Starlette(routes=routes))
 
 
-def test_every_answer_has_the_headers(guard: serve.Guard) -> None:
+def test_every_answer_has_the_headers(guard: app_server.Guard) -> None:
     client = TestClient(guard)
     for answer in (client.get("/"), client.get("/none"), client.put(UPLOAD, content=bytes(9 * MB))):
-        for name, value in serve.HEADERS.items():
+        for name, value in app_server.HEADERS.items():
             assert answer.headers[name] == value
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
 
 
 def test_all_uploads_together_are_bounded_and_room_comes_back(
-    streamlit: Streamlit, guard: serve.Guard
+    streamlit: Streamlit, guard: app_server.Guard
 ) -> None:
     client = TestClient(guard)
     sizes = [MB, 2 * MB, 10, 10]  # the small ones count as a megabyte
@@ -72,7 +72,7 @@ def test_all_uploads_together_are_bounded_and_room_comes_back(
     assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
 
 
-def test_what_breaks_off_gives_its_room_back(streamlit: Streamlit, guard: serve.Guard) -> None:
+def test_what_breaks_off_gives_its_room_back(streamlit: Streamlit, guard: app_server.Guard) -> None:
     streamlit.fails = True
     client = TestClient(guard)
     for _ in range(10):
@@ -94,7 +94,7 @@ def test_uploads_that_arrive_together_count_together(streamlit: Streamlit) -> No
         await send({"type": "http.response.body", "body": b""})
 
     async def together(headers: list[tuple[bytes, bytes]]) -> list[int]:
-        guard, statuses = serve.Guard(slow), []
+        guard, statuses = app_server.Guard(slow), []
 
         async def send(message: dict) -> None:
             if message["type"] == "http.response.start":

@@ -1,0 +1,260 @@
+"""The HTTP API under load on loopback, beside `predict.py` on the same files in the same run.
+
+    python -m benchmarks.serve FOLDER [--hostile FOLDER] [--checkpoint NAME] [--images N]
+
+Starts `python -m serve` and sends it photographs of FOLDER, one a request, from 1, 8 and 32 clients
+with a connection each, in turn with `predict.py`'s own loop over the same files (without its
+start). Every answer is held against what `predict.py` said of the file. Then each file below
+--hostile is sent alone: its status must be 200 or 4xx, with the error that `predict.py` has.
+At last the server gets SIGTERM while requests are on their way, and must answer those it took.
+
+Clients, server and predict.py share the cores; the ratio is of images per second in this run.
+"""
+
+import http.client
+import json
+import os
+import platform
+import queue
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+import console
+from imaging.decode import IMAGE_SUFFIXES, ImageFile, read_file
+from model import load_detector
+from model.inference import results
+from model.inference.detector import ImageDetector
+from model.inference.run import Run
+from storage import cores
+
+ROOT = Path(__file__).parents[1]
+CLIENTS = (1, 8, 32)
+
+
+def started(arguments: list[str], log: Path) -> tuple[subprocess.Popen, int]:
+    """A server that listens, and its port."""
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve", "--port", "0", *arguments], cwd=ROOT, stderr=errors
+        )
+    while not (port := re.search(r"listening on http://127.0.0.1:(\d+)", log.read_text())):
+        if process.poll() is not None:
+            raise RuntimeError(log.read_text())
+        time.sleep(0.1)
+    return process, int(port[1])
+
+
+def post(connection: http.client.HTTPConnection, path: Path, data: bytes) -> tuple[int, bytes]:
+    name = quote(os.fsencode(path.name))
+    headers = {"Content-Type": "application/octet-stream"}
+    connection.request("POST", f"/predict?name={name}", data, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def load(port: int, files: dict[Path, bytes], clients: int) -> dict[str, Any]:
+    """Every file once, from so many clients: seconds in all and of each, statuses, rows by path."""
+    waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for path in files:
+        waiting.put(path)
+    seconds: list[float] = []
+    answers: list[tuple[Path, int, bytes]] = []
+
+    def work() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        while True:
+            try:
+                path = waiting.get_nowait()
+            except queue.Empty:
+                connection.close()
+                return
+            began = time.perf_counter()
+            status, body = post(connection, path, files[path])
+            seconds.append(time.perf_counter() - began)
+            answers.append((path, status, body))
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    passed = time.perf_counter() - began
+    return {
+        "passed": passed,
+        "seconds": sorted(seconds),
+        "statuses": Counter(str(status) for _, status, _ in answers),
+        "rows": {
+            path: json.loads(body)["images"][0] for path, status, body in answers if status == 200
+        },
+    }
+
+
+def predict(detector: ImageDetector, files: dict[Path, bytes], batch_size: int, out: Path) -> float:
+    """Seconds that `predict.py --out OUT` takes for the same files, without its start."""
+    out.unlink(missing_ok=True)
+    file = results.open_results(out, "jsonl", detector.identity, resume=False)
+    run = Run(detector, "jsonl", file)
+    images = (ImageFile(str(path), lambda path=path: read_file(path)) for path in files)
+    began = time.perf_counter()
+    for _ in run.over(images, batch_size):
+        pass
+    passed = time.perf_counter() - began
+    file.finish()
+    file.close()
+    return passed
+
+
+def mean_batch(port: int, before: tuple[float, float] = (0, 0)) -> tuple[float, float]:
+    """Images and batches that the server has scored, less those of before."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    images, batches = (
+        float(re.search(rf"^detector_batch_images_{what} (.*)$", text, re.M)[1])
+        for what in ("sum", "count")
+    )
+    return images - before[0], batches - before[1]
+
+
+def hostile(port: int, folder: Path, detector: ImageDetector) -> dict[str, Any]:
+    """The statuses of every file below a folder, sent alone, and what is wrong with them."""
+    statuses: Counter[str] = Counter()
+    wrong, slowest = [], 0.0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        began = time.perf_counter()
+        try:
+            status, body = post(connection, path, data)
+        finally:
+            connection.close()
+        slowest = max(slowest, time.perf_counter() - began)
+        statuses[str(status)] += 1
+        (said,) = detector.predict([data])
+        expected = 422 if said.error else 413 if len(data) > 50 * 2**20 else 200
+        row = json.loads(body).get("images", [{}])[0] if body[:1] == b"{" else {}
+        if status != expected or (status != 413 and row.get("error") != said.error):
+            wrong.append(f"{path.name}: {status}, {row.get('error')!r} for {said.error!r}")
+    return {"statuses": statuses, "wrong": wrong, "slowest": slowest}
+
+
+def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict[str, Any]:
+    """SIGTERM with 16 requests on their way: their statuses, and the exit code."""
+    answers: list[str] = []
+
+    def work(path: Path) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        try:
+            answers.append(str(post(connection, path, files[path])[0]))
+        except OSError as error:
+            answers.append(type(error).__name__)
+        connection.close()
+
+    threads = [threading.Thread(target=work, args=(path,)) for path in list(files)[:16]]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)  # all are taken
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    return {"statuses": Counter(answers), "code": process.wait(120)}
+
+
+def row_of(way: str, rounds: list[dict[str, Any]], images: int, predict_s: float) -> list[object]:
+    passed = statistics.median(one["passed"] for one in rounds)
+    seconds = sorted(second for one in rounds for second in one["seconds"])
+    at = [1000 * seconds[min(len(seconds) - 1, int(q * len(seconds)))] for q in (0.5, 0.99)]
+    batches = sum(one["batches"] for one in rounds)
+    return [
+        way, f"{images / passed:.1f}", f"{predict_s / passed:.2f}", *(f"{ms:,.0f}" for ms in at),
+        f"{sum(one['batch_images'] for one in rounds) / batches:.1f}",
+        sum(images - len(one["rows"]) for one in rounds),
+    ]  # fmt: skip
+
+
+@click.command(cls=console.Command)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--hostile", "bad", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--images", default=128, show_default=True, help="Images a round.")
+@click.option("--rounds", default=2, show_default=True, help="Rounds of each way.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@console.options("checkpoint", "runs", "device", "batch_size")
+def main(
+    folder: Path, bad: Path | None, images: int, rounds: int, out: Path | None,
+    checkpoint: Path | None, runs: Path, device: str, batch_size: int,
+) -> None:  # fmt: skip
+    """Load the API and `predict.py` in turn, and print one table."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = {path: path.read_bytes() for path in paths[:: max(1, len(paths) // images)][:images]}
+    detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
+    expected = dict(zip(files, detector.predict(files, batch_size), strict=True))
+    arguments = ["--runs", str(runs), "--device", device, "--batch-size", str(batch_size)]
+    arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    figures: dict[str, Any] = {"predict": [], **{str(count): [] for count in CLIENTS}}
+    with tempfile.TemporaryDirectory() as place:
+        process, port = started(arguments, Path(place) / "log")
+        try:
+            load(port, dict(list(files.items())[:8]), 4)  # warm
+            for _ in range(rounds):
+                figures["predict"].append(
+                    predict(detector, files, batch_size, Path(place) / "out.jsonl")
+                )
+                for count in CLIENTS:
+                    before = mean_batch(port)
+                    one = load(port, files, count)
+                    one["batch_images"], one["batches"] = mean_batch(port, before)
+                    figures[str(count)].append(one)
+                    console.log.info("%d clients: %s", count, dict(one["statuses"]))
+            wrongs = hostile(port, bad, detector) if bad else None
+            ended = stop(process, port, files)
+        finally:
+            process.kill()
+            process.wait()
+    predict_s = statistics.median(figures["predict"])
+    rows: list[list[object]] = [["predict.py", f"{len(files) / predict_s:.1f}", *"1----"]]
+    rows += [
+        row_of(f"{n} clients", figures[str(n)], len(files), predict_s) for n in CLIENTS
+    ]  # fmt: skip
+    title = (
+        f"{len(files)} images of {sum(map(len, files.values())) / len(files) / 1000:.0f} kB, "
+        f"{rounds} rounds, batch {batch_size}, {detector.identity}, {cores()} cores"
+    )
+    columns = ["way", "images/s", "ratio", "p50 ms", "p99 ms", "mean batch", "lost"]
+    console.table(title, columns, rows)
+    difference = max(
+        abs(row["probability"] - expected[path].probability)
+        for count in CLIENTS
+        for one in figures[str(count)]
+        for path, row in one["rows"].items()
+        if row["probability"] is not None
+    )
+    console.say(f"largest difference of a probability from predict.py's: {difference:.1e}")
+    if wrongs:
+        console.say(f"hostile: {dict(wrongs['statuses'])}, slowest {wrongs['slowest']:.1f} s")
+        for line in wrongs["wrong"]:
+            console.say(f"  not as predict.py: {line}")
+    console.say(f"SIGTERM with 16 requests: {dict(ended['statuses'])}, exit code {ended['code']}")
+    if out:
+        plain = {"title": title, "python": platform.python_version(), "rows": rows,
+                 "difference": difference, "hostile": wrongs, "stopped": ended}  # fmt: skip
+        out.write_text(json.dumps(plain, indent=1) + "\n")
+    lost = sum(int(row[-1]) for row in rows[1:])
+    raise SystemExit(bool(lost or ended["code"] or (wrongs and wrongs["wrong"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The page that describes the API: `/docs`, made from the OpenAPI document, with no script and
+nothing from another host.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from serve.limits import MB, Limits
+
+TEMPLATE = Path(__file__).with_name("docs.html")
+
+
+def docs_page(document: dict[str, Any], limits: Limits) -> str:
+    """The HTML page of an OpenAPI document, and of the limits that this server has."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    routes = [
+        {"method": method.upper(), "path": path, **operation}
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    schemas = [
+        (
+            name,
+            document["components"]["schemas"][name]["description"],
+            {
+                field: _type_of(schema)
+                for field, schema in document["components"]["schemas"][name]["properties"].items()
+            },
+        )
+        for name in ("Answer", "Row", "Statement")
+    ]
+    return template.render(
+        info=document["info"], routes=routes, schemas=schemas, limits=limits,
+        megabytes=f"{limits.max_bytes / MB:g}",
+    )  # fmt: skip
+
+
+def _type_of(schema: dict[str, Any]) -> str:
+    """A JSON schema in a few words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(map(_type_of, schema["anyOf"]))
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    if "prefixItems" in schema:
+        return f"[{', '.join(map(_type_of, schema['prefixItems']))}]"
+    if schema["type"] == "array":
+        return f"list of {_type_of(schema['items'])}"
+    return str(schema["type"])

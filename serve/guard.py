@@ -1,0 +1,69 @@
+"""What stands before the routes: the API key, headers of every answer, the count of requests."""
+
+import hmac
+import time
+
+import h11
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import console
+from serve.api import CLIENT_IS_GONE, Service, Text
+
+PATHS = ("/predict", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+WITH_KEY = ("/predict", "/metrics")
+"""What is answered with the key only, where there is one."""
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Guard:
+    """Passes requests on to the routes. `key` is the API key; empty for none."""
+
+    def __init__(self, app: ASGIApp, service: Service, key: str):
+        self.app, self.service, self.key = app, service, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        began, status = time.monotonic(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            if path in WITH_KEY and not self._knows(Headers(scope=scope)):
+                detail = "the API key is missing or another one; send Authorization: Bearer KEY"
+                headers = {"WWW-Authenticate": "Bearer"}
+                await Text({"detail": detail}, 401, headers)(scope, receive, send_with_headers)
+            else:
+                await self.app(scope, receive, send_with_headers)
+        except h11.LocalProtocolError:
+            status = 400  # what followed the head was no HTTP, and uvicorn has said so
+        finally:
+            passed = time.monotonic() - began
+            self.service.metrics.requests.labels(path, str(status)).inc()
+            if status != CLIENT_IS_GONE:
+                self.service.metrics.seconds.labels(path).observe(passed)
+            console.log.debug("%s %s %d, %.0f ms", scope["method"], path, status, 1000 * passed)
+
+    def _knows(self, headers: Headers) -> bool:
+        """Whether a request has the key, compared in a time that tells nothing of it."""
+        if not self.key:
+            return True
+        scheme, _, said = headers.get("authorization", "").partition(" ")
+        said = said if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        return hmac.compare_digest(said.strip().encode(), self.key)

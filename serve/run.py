@@ -1,0 +1,36 @@
+"""One server from its start to its end."""
+
+from pathlib import Path
+
+import console
+from model import load_detector
+from serve.api import Service, make_app
+from serve.guard import Guard
+from serve.limits import Limits
+from serve.server import Server, bound_socket
+
+
+def run(
+    host: str, port: int, limits: Limits, key: str, *, checkpoint: Path | None, runs: Path,
+    device: str,
+) -> None:  # fmt: skip
+    """Load the detector, then answer requests until a signal ends it.
+
+    Raises:
+        OSError: the port is taken.
+        ValueError: the detector cannot be loaded.
+    """
+    with bound_socket(host, port) as sock:
+        console.log.info("loading the detector")
+        # Pillow decodes, on a GPU too: images come one at a time.
+        detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
+        service = Service(detector, limits)
+        console.log.info("checkpoint: %s", detector.identity)
+        server = Server(Guard(make_app(service), service, key), service)
+        try:
+            server.run(sockets=[sock])
+        finally:
+            service.close()
+    if server.force_exit:
+        raise SystemExit("stopped at once; requests may have had no answer")
+    console.log.info("stopped; every request has its answer")

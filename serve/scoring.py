@@ -1,0 +1,213 @@
+"""The images of all requests on their way to a verdict: decoded by a few threads, scored by one,
+which takes what has come together.
+"""
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import console
+from imaging.budget import LARGE_PIXELS
+from imaging.decode import ImageFile
+from model.inference.detector import ImageDetector
+from model.inference.prediction import done_or_reason, predictions, threads
+from model.inference.provenance import Evidence, read_evidence
+from model.inference.results import COLUMNS
+from model.inference.turns import pixels_of
+from serve.limits import Limits, Refused
+from serve.metrics import Metrics
+
+BATCH_WAIT_S = 0.01
+"""How long a batch that is not full waits for images that are being decoded."""
+
+MAX_RETRY_S = 60
+
+
+@dataclass(eq=False)
+class Job:
+    """One image of a request. `done` gets its row; where it is cancelled, the request has ended and
+    the image is not looked at any more. `left` is whether it is out of the queue.
+    """
+
+    file: ImageFile
+    done: "Future[dict[str, Any]]" = field(default_factory=Future)
+    provenance: list[Evidence] = field(default_factory=list)
+    pixels: np.ndarray | None = None
+    left: bool = False
+
+
+class Scorer:
+    """Takes images, at most `limits.queue` at a time, and gives each a row of `COLUMNS`."""
+
+    def __init__(self, detector: ImageDetector, limits: Limits, metrics: Metrics):
+        self.detector, self.limits, self.metrics = detector, limits, metrics
+        self.waiting = 0  # images that were taken and have no row yet
+        self.unread = 0  # those of them that are not decoded
+        self._seconds = 0.1  # of an image, lately
+        self._lock = threading.Lock()
+        self._decoded: queue.Queue[Job | None] = queue.Queue()
+        self._readers = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
+        # The largest pictures take gigabytes and seconds: one at a time, and no small one waits.
+        self._large_reader = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
+        self._thread = threading.Thread(target=self._score_all, name="score", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no image would be taken now."""
+        return self.waiting >= self.limits.queue
+
+    @property
+    def works(self) -> bool:
+        """Whether images are being scored at all."""
+        return self._thread.is_alive()
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until what waits now will have been scored, by the speed of late; 1 to 60."""
+        return min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds)))
+
+    def submit(self, files: Iterable[ImageFile]) -> list[Job]:
+        """Take the images of a request, all or none.
+
+        Raises:
+            Refused: the queue has no room for them.
+        """
+        jobs = [Job(file) for file in files]
+        with self._lock:
+            if self.waiting + len(jobs) > self.limits.queue:
+                raise Refused(
+                    429,
+                    f"{self.waiting} images are waiting and at most {self.limits.queue} may; "
+                    "try again later",
+                    self.retry_after,
+                )
+            self.waiting += len(jobs)
+            self.unread += len(jobs)
+        self.metrics.waiting.set(self.waiting)
+        for job in jobs:
+            self._readers.submit(self._read, job)
+        return jobs
+
+    def close(self) -> None:
+        """Score what is decoded, and end."""
+        self._readers.shutdown(cancel_futures=True)
+        self._large_reader.shutdown(cancel_futures=True)
+        self._decoded.put(None)
+        self._thread.join()
+
+    # --- threads that decode --------------------------------------------------------------------
+
+    def _read(self, job: Job) -> None:
+        """Read an image, and decode it or hand it to the thread for large ones."""
+        with self._failing([job]):
+            data = done_or_reason(lambda file: file.read(), job.file)
+            if job.done.cancelled() or isinstance(data, str):
+                self._finish(job, math.nan, str(data))
+                return
+            job.provenance = read_evidence(data)
+            if pixels_of(data) >= LARGE_PIXELS:
+                self._large_reader.submit(self._decode, job, data)
+            else:
+                self._decode(job, data)
+
+    def _decode(self, job: Job, data: bytes) -> None:
+        with self._failing([job]):
+            image = ImageFile(job.file.name, lambda: data)
+            pixels = done_or_reason(self.detector.preprocess_file, image)
+            if job.done.cancelled() or isinstance(pixels, str):
+                self._finish(job, math.nan, str(pixels))
+                return
+            job.pixels = pixels
+            with self._lock:
+                self.unread -= 1
+            self._decoded.put(job)
+
+    # --- the thread that scores -----------------------------------------------------------------
+
+    def _score_all(self) -> None:
+        while group := self._group():
+            with self._failing(group):
+                self._score(group)
+
+    def _group(self) -> list[Job]:
+        """What has been decoded, at most a batch; empty at the end. It waits for images that are
+        being decoded only: one that is alone is scored at once.
+        """
+        if (first := self._decoded.get()) is None:
+            return []
+        group, until = [first], time.monotonic() + BATCH_WAIT_S
+        while len(group) < self.limits.batch_size:
+            left = until - time.monotonic() if self.unread else 0.0
+            try:
+                job = self._decoded.get(timeout=left) if left > 0 else self._decoded.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                self._decoded.put(None)  # for the next call
+                break
+            group.append(job)
+        return group
+
+    def _score(self, group: Sequence[Job]) -> None:
+        wanted = [job for job in group if not job.done.cancelled()]
+        probabilities = [math.nan] * len(wanted)
+        if wanted:
+            began = time.monotonic()
+            pixels = np.stack([job.pixels for job in wanted if job.pixels is not None])
+            probabilities = self.detector.score(pixels).tolist()
+            passed = time.monotonic() - began
+            self._seconds += 0.2 * (passed / len(wanted) - self._seconds)
+            self.metrics.batch_images.observe(len(wanted))
+            self.metrics.batch_seconds.observe(passed)
+        scored = dict(zip(wanted, probabilities, strict=True))
+        for job in group:
+            self._finish(job, scored.get(job, math.nan))
+
+    # --- both -----------------------------------------------------------------------------------
+
+    def _finish(self, job: Job, probability: float, reason: str = "") -> None:
+        """Give a job its row, and its place in the queue to others."""
+        failures = {0: reason} if reason else {}
+        (said,) = predictions([job.file.name], [probability], failures, self.detector.band)
+        provenance = [asdict(evidence) for evidence in job.provenance]
+        values = (
+            said.name, said.probability, said.verdict, said.error, provenance,
+            self.detector.identity,
+        )  # fmt: skip
+        if self._leave(job) and job.done.set_running_or_notify_cancel():
+            self.metrics.images.labels(said.verdict).inc()
+            job.done.set_result(dict(zip(COLUMNS, values, strict=True)))
+
+    @contextlib.contextmanager
+    def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """What nobody expects (our bug, or no memory on the device) ends these images, whose
+        requests are answered with 500, and not the thread.
+        """
+        try:
+            yield
+        except Exception as error:
+            console.log.exception("images could not be scored")
+            for job in jobs:
+                if self._leave(job) and job.done.set_running_or_notify_cancel():
+                    job.done.set_exception(error)
+
+    def _leave(self, job: Job) -> bool:
+        """Count a job out of the queue; whether it was still in it."""
+        with self._lock:
+            if job.left:
+                return False
+            job.left = True
+            self.waiting -= 1
+            self.unread -= job.pixels is None
+        job.file, job.pixels = ImageFile(job.file.name, bytes), None  # the bytes are not needed
+        self.metrics.waiting.set(self.waiting)
+        return True

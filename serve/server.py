@@ -1,0 +1,67 @@
+"""uvicorn with an end that loses nothing."""
+
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+import console
+from serve.api import Service
+
+
+class Server(uvicorn.Server):
+    """Stops at SIGTERM or Ctrl-C once every request that was taken has its answer. Until then it
+    still listens: `/readyz` says that it is stopping. A second signal ends it at once.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service):
+        config = uvicorn.Config(
+            app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None,
+            log_level="error", access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        super().__init__(config)
+        self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        for sock in sockets or []:
+            host, port = sock.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            console.log.info("listening on http://%s:%d", host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Note a signal."""
+        if self.service.stopping:
+            self.should_exit = self.force_exit = True
+            return
+        self.service.stopping = True
+        console.log.info("%s: answering what was taken, then stopping", signal.Signals(sig).name)
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn does each tenth of a second; whether the server ends."""
+        if self.service.stopping and not self.service.in_flight:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that nobody can connect to yet.
+
+    Raises:
+        OSError: the address is not of this machine, or taken.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,87 @@
+"""A service around a small detector, and requests to it within this process."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from model import checkpoint, load_detector
+from model.inference.detector import ImageDetector
+from model.network import build as build_network
+from serve.api import Service, make_app
+from serve.guard import Guard
+from serve.limits import Limits
+from tests.builders import CALIBRATION, TINY, small_recipe
+
+Serve = Callable[..., tuple[TestClient, Service]]
+
+
+@pytest.fixture(scope="session")
+def served_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with one calibrated checkpoint of random weights that tell images apart."""
+    runs = tmp_path_factory.mktemp("served_runs")
+    torch.manual_seed(5)
+    net = build_network(TINY, pretrained=False)
+    for name, weight in net.named_parameters():
+        if "grn" in name:  # zero at first, and then without effect
+            torch.nn.init.normal_(weight)
+    folder = runs / "served" / "step_0000001"
+    checkpoint.save(
+        folder,
+        net,
+        recipe=small_recipe("served"),
+        state=None,
+        record=checkpoint.Record(
+            step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"], "replay": []}
+        ),
+    )
+    checkpoint.annotate(folder, {"temperature": 1.7, "threshold": 0.6, "calibration": CALIBRATION})
+    return runs
+
+
+@pytest.fixture(scope="session")
+def detector(served_runs: Path) -> ImageDetector:
+    return load_detector(runs=served_runs, device="cpu")
+
+
+@pytest.fixture
+def serve(detector: ImageDetector) -> Iterator[Serve]:
+    """`serve(key="", max_files=4, ...)`: a client, and the service that it asks."""
+    services = []
+
+    def start(key: str = "", **limits: object) -> tuple[TestClient, Service]:
+        service = Service(detector, Limits(**limits))
+        services.append(service)
+        guard = Guard(make_app(service), service, key)
+        return TestClient(guard, raise_server_exceptions=False), service
+
+    yield start
+    for service in services:
+        service.close()
+
+
+class Gate:
+    """Holds the network back: `entered` is set once it was asked, `sizes` are those of its batches,
+    `open` lets it answer.
+    """
+
+    def __init__(self) -> None:
+        self.entered, self.open, self.sizes = threading.Event(), threading.Event(), []
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    held, score = Gate(), ImageDetector.score
+
+    def gated(self: ImageDetector, pixels):
+        held.sizes.append(len(pixels))
+        held.entered.set()
+        held.open.wait(20)
+        return score(self, pixels)
+
+    monkeypatch.setattr(ImageDetector, "score", gated)
+    yield held
+    held.open.set()

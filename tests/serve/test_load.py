@@ -1,0 +1,227 @@
+"""Many requests at once: batches across them, bounds, time limits, an end that loses nothing."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from model.inference.detector import ImageDetector
+from serve.api import Service, make_app
+from serve.limits import MB, Limits
+from tests.builders import encode, photo
+from tests.serve.conftest import Gate, Serve
+
+PHOTO = encode(photo(1))
+JPEG = {"content-type": "image/jpeg"}
+
+
+def send(client: TestClient, count: int = 1) -> Any:
+    return client.post("/predict", files=[("image", (str(n), PHOTO)) for n in range(count)])
+
+
+def wait_for(state: Callable[[], bool], seconds: float = 10) -> None:
+    """Until something holds, which it must within `seconds`."""
+    until = time.monotonic() + seconds
+    while not state():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_images_of_many_requests_are_scored_together(
+    serve: Serve, gate: Gate, detector: ImageDetector
+) -> None:
+    client, service = serve(batch_size=8)
+    files = [encode(photo(number)) for number in range(13)]
+    with ThreadPoolExecutor(13) as pool:
+        first = pool.submit(client.post, "/predict", content=files[0], headers=JPEG)
+        assert gate.entered.wait(10)
+        others = [
+            pool.submit(client.post, "/predict", content=data, headers=JPEG) for data in files[1:]
+        ]
+        wait_for(lambda: service.scorer.waiting == 13 and service.scorer.unread == 0)
+        gate.open.set()
+        answers = [future.result() for future in (first, *others)]
+    assert gate.sizes == [1, 8, 4]
+    for data, answer in zip(files, answers, strict=True):
+        (expected,) = detector.predict([data])
+        assert answer.json()["images"][0]["probability"] == pytest.approx(
+            expected.probability, abs=1e-6
+        )
+
+
+def test_a_full_queue_is_429_and_its_places_come_back(serve: Serve, gate: Gate) -> None:
+    client, service = serve(queue=4, max_files=4)
+    with ThreadPoolExecutor(2) as pool:
+        taken = [pool.submit(send, client, 3)]
+        assert gate.entered.wait(10)
+        refused = send(client, 2)  # all or none
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert "3 images are waiting and at most 4" in refused.json()["detail"]
+        assert client.get("/readyz").status_code == 200
+        taken.append(pool.submit(send, client, 1))
+        wait_for(lambda: service.scorer.waiting == 4)
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.text) == (503, "the queue is full\n")
+        assert client.get("/healthz").text == "ok\n"
+        gate.open.set()
+        assert [future.result().status_code for future in taken] == [200, 200]
+    assert service.scorer.waiting == service.scorer.unread == 0
+    assert send(client, 4).status_code == 200
+
+
+def test_bodies_in_memory_are_bounded(serve: Serve, gate: Gate) -> None:
+    client, service = serve(max_bytes=MB, held_bytes=MB)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(send, client)
+        assert gate.entered.wait(10)
+        assert 0 < service.held < MB
+        big = client.post("/predict", content=bytes(MB - 10), headers=JPEG)
+        assert big.status_code == 429 and int(big.headers["retry-after"])
+        gate.open.set()
+        assert taken.result().status_code == 200
+    assert service.held == 0
+    assert client.post("/predict", content=bytes(MB - 10), headers=JPEG).status_code == 422
+
+
+def test_what_takes_too_long_is_504_and_is_not_scored(serve: Serve, gate: Gate) -> None:
+    client, service = serve(timeout_s=0.3, batch_size=1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(send, client, 1)
+        assert gate.entered.wait(10)
+        late = send(client, 5)
+        assert late.status_code == 504 and "within 0.3 s" in late.json()["detail"]
+        assert first.result().status_code == 504
+    gate.open.set()
+    wait_for(lambda: service.scorer.waiting == 0)
+    assert gate.sizes == [1]  # of the five none
+    assert service.held == service.in_flight == 0
+
+
+def test_a_failure_of_the_network_is_500_and_ends_nothing(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, service = serve()
+
+    def fails(*_arguments: object) -> None:
+        raise RuntimeError("no memory on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDetector, "score", fails)
+        assert send(client, 3).status_code == 500
+        patch.setattr(ImageDetector, "preprocess_file", fails)
+        assert send(client, 3).status_code == 500
+    assert service.scorer.waiting == service.scorer.unread == 0
+    assert send(client, 3).status_code == 200
+
+
+def test_no_small_image_waits_for_a_large_one(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many large ones as there are threads, all held back."""
+    monkeypatch.setattr("serve.scoring.LARGE_PIXELS", 100 * 100)
+    preprocess, go_on = ImageDetector.preprocess_file, threading.Event()
+    at_once: list[int] = []
+
+    def held_back(self: ImageDetector, file: Any) -> Any:
+        if len(file.read()) == len(large):
+            at_once.append(1)
+            go_on.wait(20)
+        return preprocess(self, file)
+
+    large = encode(photo(1, 200, 200))
+    monkeypatch.setattr(ImageDetector, "preprocess_file", held_back)
+    client, _ = serve()
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [
+            pool.submit(client.post, "/predict", content=large, headers=JPEG) for _ in range(20)
+        ]
+        wait_for(lambda: bool(at_once))
+        assert send(client).status_code == 200
+        assert at_once == [1]  # one at a time
+        go_on.set()
+        assert {future.result().status_code for future in waiting} == {200}
+
+
+def test_while_it_stops_nothing_new_is_taken_and_what_was_is_answered(
+    serve: Serve, gate: Gate
+) -> None:
+    client, service = serve()
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(send, client, 3)
+        assert gate.entered.wait(10)
+        service.stopping = True
+        assert service.in_flight == 1
+        ready, refused = client.get("/readyz"), send(client)
+        assert (ready.status_code, ready.text) == (503, "stopping\n")
+        assert refused.status_code == 503 and int(refused.headers["retry-after"])
+        gate.open.set()
+        assert taken.result().status_code == 200
+    assert service.in_flight == 0
+
+
+# --- what no client library does ------------------------------------------------------------------
+
+
+def ask(
+    service: Service, *messages: dict[str, Any], after: Callable[[], None] | None = None
+) -> int:
+    """The status of a request whose body comes in `messages`; then nothing comes, until after
+    `after` the client is gone.
+    """
+    statuses: list[int] = []
+
+    async def run() -> None:
+        waiting = list(messages)
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return waiting.pop(0)
+            if after is None:
+                await asyncio.sleep(60)
+            else:
+                await asyncio.to_thread(after)
+            return {"type": "http.disconnect"}
+
+        async def answer(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+            "headers": [(b"content-type", b"image/jpeg")], "http_version": "1.1",
+        }  # fmt: skip
+        await make_app(service)(scope, receive, answer)
+
+    asyncio.run(run())
+    (status,) = statuses
+    return status
+
+
+def test_a_body_that_never_arrives_is_408(detector: ImageDetector) -> None:
+    service = Service(detector, Limits(timeout_s=0.2))
+    part = {"type": "http.request", "body": PHOTO[:10], "more_body": True}
+    assert ask(service, part) == 408
+    assert service.held == service.in_flight == 0
+    service.close()
+
+
+def test_a_client_that_goes_away_frees_its_places(detector: ImageDetector, gate: Gate) -> None:
+    service = Service(detector, Limits(batch_size=1))
+    whole = {"type": "http.request", "body": PHOTO, "more_body": False}
+    assert ask(service, whole, after=lambda: gate.entered.wait(10)) == 499
+    gone = ask(
+        service, {"type": "http.request", "body": PHOTO, "more_body": True}, after=lambda: None
+    )
+    assert gone == 499
+    assert ask(service, whole, after=lambda: time.sleep(0.1)) == 499  # it waits behind the first
+    gate.open.set()
+    wait_for(lambda: service.scorer.waiting == 0)
+    assert gate.sizes == [1]
+    assert service.held == service.in_flight == 0
+    service.close()
