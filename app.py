@@ -29,7 +29,7 @@ import console
 from escape import markdown
 from imaging.decode import MAX_BYTES, decode
 from model import load_detector
-from model.inference import gradcam, provenance, results
+from model.inference import gradcam, provenance, results, signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
@@ -109,8 +109,8 @@ class Scored:
 @st.cache_resource(show_spinner="Loading the detector")
 def loaded_detector() -> ImageDetector:
     """The checkpoint, loaded once."""
-    runs = folder_in(RUNS) or Path("runs")
-    return load_detector(folder_in(CHECKPOINT), runs=runs)
+    signatures.usual_trust_list()  # one that cannot be used is said at once
+    return load_detector(folder_in(CHECKPOINT), runs=folder_in(RUNS) or Path("runs"))
 
 
 def folder_in(variable: str) -> Path | None:
@@ -215,12 +215,12 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     if min(picture.size) < MIN_SIDE_PX:
         size = f"{picture.width} x {picture.height} pixels"
         reason = f"{size}: too small to judge; at least {MIN_SIDE_PX} are needed each way"
-        refused = replace(prediction, probability=None, verdict=UNREADABLE, error=reason)
-        return Scored(name, refused)
+        return Scored(name, replace(prediction, probability=None, verdict=UNREADABLE, error=reason))
     picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
     preview = as_jpeg(picture)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return Scored(name, prediction, read_evidence(data), preview, as_jpeg(picture))
+    evidence = read_evidence(data, signatures.usual_trust_list())
+    return Scored(name, prediction, evidence, preview, as_jpeg(picture))
 
 
 def as_jpeg(picture: Image.Image) -> bytes:

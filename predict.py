@@ -13,6 +13,7 @@ import click
 import console
 from model.inference import inputs, results
 from model.inference.run import Run, predict_all, predict_as_they_come
+from model.inference.signatures import read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
@@ -60,6 +61,12 @@ class NotStarted(click.ClickException):
     type=console.LocalPath(dir_okay=False),
     help="Exported detector (`python -m model export --onnx`) to use; torch is then not needed.",
 )
+@click.option(
+    "--trust-list",
+    type=console.LocalPath(dir_okay=False),
+    help="PEM file of anchors that C2PA signers are trusted by. Default: DETECTOR_TRUST_LIST, or "
+    "the public list where it was fetched.",
+)
 @console.options("checkpoint", "runs", "device", "backend", "batch_size")
 def main(
     paths: tuple[str, ...],
@@ -70,6 +77,7 @@ def main(
     heatmap: Path | None,
     watch: str | None,
     onnx: Path | None,
+    trust_list: Path | None,
     checkpoint: Path | None,
     runs: Path,
     device: str,
@@ -89,6 +97,10 @@ def main(
     _check(paths, watch, output, out, resume)
     if onnx and (checkpoint or heatmap or backend == "dali"):
         raise click.UsageError("--onnx takes no --checkpoint, no --heatmap and no --backend dali")
+    try:
+        trust = read_trust_list(trust_list) if trust_list else usual_trust_list()
+    except ValueError as error:
+        raise NotStarted(str(error)) from error
     console.log.info("loading the detector")
     try:
         if onnx:
@@ -107,8 +119,10 @@ def main(
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
         raise NotStarted(console.one_line(error)) from error
-    run = Run(detector, output, file, heatmap)
+    run = Run(detector, output, file, heatmap, trust)
     console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
+    if trust:
+        console.log.info("C2PA trust list: %s", trust.describe())
     if not out and results.header(output):
         console.say(results.header(output))
     try:

@@ -279,6 +279,19 @@ def text_fault(error: ValueError) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+CACHE_VARIABLE = "DETECTOR_CACHE"
+
+
+def cache_folder() -> Path:
+    """The folder of what was fetched for detectors on this machine: `DETECTOR_CACHE`, or
+    `ai-images-detector/backbones` in the user's folder of caches.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "ai-images-detector" / "backbones"
+
+
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

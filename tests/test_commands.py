@@ -395,7 +395,7 @@ def test_every_command_has_help_and_few_flags(command) -> None:
             assert option.help, option.name
     flags = [p for p in command.params if p.param_type_name == "option" and p.name != "verbose"]
     assert len(flags) <= (
-        12 if command in (predict.main, evaluate.main, serve, model.commands["export"]) else 8
+        13 if command in (predict.main, evaluate.main, serve, model.commands["export"]) else 8
     )
 
 

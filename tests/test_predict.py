@@ -510,7 +510,7 @@ def test_evidence_never_changes_the_score(
     assert {one["suggests"] for one in speaks["provenance"]} == {"AI", "camera"}
     assert silent["probability"] == speaks["probability"]
     assert silent["verdict"] == speaks["verdict"]
-    monkeypatch.setattr("model.inference.run.read_evidence", lambda _data: [])
+    monkeypatch.setattr("model.inference.run.read_evidence", lambda *_: [])
     again = rows_of(ask(tmp_path, "--format", "jsonl", "--batch-size", 1))
     assert again[str(tmp_path / "speaks.jpg")]["probability"] == speaks["probability"]
 

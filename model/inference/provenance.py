@@ -1,14 +1,14 @@
 """What an image file itself says of where it comes from: shown beside the score, never part of it.
 
 Everything here is easily stripped or forged: anybody can write it, and most platforms delete it.
-Only a C2PA signature says that somebody stood up for it, and then only that they did.
+Only a C2PA signature (`signatures.py`) says that somebody stood up for it, and then only that they
+did.
 """
 
 import functools
 import html
 import io
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,9 @@ from PIL import ExifTags, Image
 
 from imaging.decode import READABLE, without_warnings
 from imaging.jpeg import before_scan, segments
+from model.inference import signatures
 from model.inference.generators import is_named, is_signature, settings_across, settings_in
+from model.inference.signatures import State, TrustList
 
 log = logging.getLogger("ai_images_detector")
 
@@ -43,30 +45,35 @@ class Evidence:
     "generator" (settings or the name that an image generator leaves), "camera", and "more" where
     `MAX_EVIDENCE` left some out. `value` is one printable line of at most `MAX_TEXT` characters,
     `where` says where in the file it stands. `suggests` is what it would mean if it were true:
-    "AI", "camera", or "" where it says neither.
+    "AI", "camera", or "" where it says neither. `state` is what checking a C2PA signature gave, and
+    "" for everything that is not signed.
     """
 
     kind: str
     value: str
     where: str
     suggests: Literal["AI", "camera", ""] = ""
+    state: State | Literal[""] = ""
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.value} ({self.where})"
 
 
-def read_evidence(data: bytes) -> list[Evidence]:
+def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]:
     """Read what the bytes of an image file say; empty if nothing. At most `MAX_EVIDENCE`
     statements, those that suggest something first where there are more. It never raises, whatever
     the bytes are, and never asks the network.
+
+    Signers are looked up in `trust`, which `signatures.usual_trust_list()` gives; without a list
+    every signer is unknown.
     """
     found: list[Evidence] = []
     head = _without_pixels(data)
-    for look in (_c2pa, _metadata):
+    for look in (functools.partial(_c2pa, trust=trust), _metadata):
         try:
             found += look(data, head)
         except Exception as error:  # hostile files make parsers raise almost anything
-            log.debug("evidence, %s: %s: %s", look.__name__, type(error).__name__, error)
+            log.debug("evidence: %s: %s", type(error).__name__, error, exc_info=True)
     found = list(dict.fromkeys(found))
     if len(found) <= MAX_EVIDENCE:
         return found
@@ -78,75 +85,35 @@ def read_evidence(data: bytes) -> list[Evidence]:
 # --- C2PA: signed manifests (https://c2pa.org/specifications) -------------------------------------
 
 
-def _c2pa(data: bytes, head: bytes) -> Iterator[Evidence]:
-    """The manifest that is embedded in a file; the library is loaded only for a file with one."""
-    if b"jumb" not in head or b"c2pa" not in head:
+def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidence]:
+    """The manifest that is embedded in a file; the library is loaded only for a file with one.
+
+    The state comes first: no name that a file gives can push it out of the line, or precede it.
+    """
+    if not signatures.has_manifest(head):
         return
-    reader = _c2pa_reader()
-    if reader is None:
+    if not signatures.is_readable():
         yield Evidence(
             "C2PA", "a manifest, which the library c2pa-python would read; install the extra "
             "`evidence`, as `make setup` does", "C2PA",
         )  # fmt: skip
         return
     try:
-        store = json.loads(reader(data))
+        manifest = signatures.read_manifest(data, trust)
     except Exception as error:  # the library's own errors, of many kinds
         yield Evidence("C2PA", _line(f"a manifest that cannot be read: {error}"), "C2PA")
         return
-    active = store["manifests"][store["active_manifest"]]
-    sources = _source_types(store["manifests"])
-    signature = active.get("signature_info") or {}
-    said = [f"signed by {signature.get('issuer') or signature.get('common_name') or 'nobody'}"]
-    made = [info.get("name") for info in active.get("claim_generator_info") or []]
-    made = [name for name in [*made, active.get("claim_generator")] if name]
-    said += [f"made with {made[0]}"] if made else []
+    sources = list(dict.fromkeys(map(_source_type, manifest.source_types)))
+    by = "signed by" if manifest.state == "trusted" else "signed in the name of"
+    said = [f"{by} {manifest.signer}"]
+    said += [f"made with {manifest.makers[0]}"] if manifest.makers else []
     said += map(_in_words, sources)
-    said.append(_validity(store))
     # OpenAI signs "made with ChatGPT"; some signers leave the source type out.
     suggested = _suggested(sources) or (
-        "AI" if any(is_named("claim_generator", name) for name in made) else ""
+        "AI" if any(is_named("claim_generator", name) for name in manifest.makers) else ""
     )
-    yield Evidence("C2PA", _line(", ".join(said)), "C2PA manifest", suggested)
-
-
-@functools.cache
-def _c2pa_reader() -> Any:
-    """Bytes -> the manifest store as JSON; None where the library is not installed."""
-    try:
-        import c2pa
-    except ImportError:
-        return None
-    # A manifest may name addresses to fetch it or its certificate's state from: never asked.
-    offline = {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_trust": False}
-    context = c2pa.Context.from_dict({"verify": offline})
-
-    def read(data: bytes) -> str:
-        with c2pa.Reader(None, io.BytesIO(data), context=context) as reader:
-            return reader.json()
-
-    return read
-
-
-def _validity(store: Mapping[str, Any]) -> str:
-    """Whether the signature fits the file. Whose it is, is not checked: that takes a trust list."""
-    state = store.get("validation_state")
-    if state in ("Valid", "Trusted"):
-        return "the signature fits the file (whether the signer is who it says was not checked)"
-    codes = [status.get("code", "") for status in store.get("validation_status") or []]
-    return f"NOT VALID: {codes[0] if codes else state}"
-
-
-def _source_types(value: Any) -> list[str]:
-    """Every `digitalSourceType` in a manifest store, by its last part."""
-    if isinstance(value, Mapping):
-        own = value.get("digitalSourceType")
-        own = [_source_type(own)] if isinstance(own, str) and own else []
-        inner = [name for child in value.values() for name in _source_types(child)]
-        return list(dict.fromkeys(own + inner))
-    if isinstance(value, list):
-        return list(dict.fromkeys(name for child in value for name in _source_types(child)))
-    return []
+    value = f"{manifest.state} ({manifest.why}): {', '.join(said)}"
+    yield Evidence("C2PA", _line(value), "C2PA manifest", suggested, manifest.state)
 
 
 # As IPTC defines them (https://cv.iptc.org/newscodes/digitalsourcetype/): compositeSynthetic is a

@@ -22,6 +22,7 @@ from imaging.decode import ImageFile
 from model.inference import inputs, results
 from model.inference.prediction import group_sizes
 from model.inference.provenance import Evidence, read_evidence
+from model.inference.signatures import TrustList
 from storage import write_atomically
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Run:
     output: str
     out: results.ResultsFile | None = None
     heatmaps: Path | None = None
+    trust: TrustList | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
     skipped: int = 0  # they are in the results file already
@@ -115,7 +117,7 @@ class Run:
 
         def read() -> bytes:
             data = file.read()
-            note.provenance = read_evidence(data)
+            note.provenance = read_evidence(data, self.trust)
             note.data = data if self.heatmaps else b""
             return data
 

@@ -14,7 +14,6 @@ A file is kept under its hash in `cache_folder()`, where `model/shipped/fetch.py
 files that the head was tested on are taken.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recipes
-from storage import sha256_of
+from storage import cache_folder, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
 """The folder of the detectors that ship with the program."""
@@ -40,7 +39,6 @@ KEY = "backbone"
 KEY_INSIDE = "backbone_inside"
 """The key of the same entry where the weights hold the backbone after all: its license is kept."""
 
-CACHE_VARIABLE = "DETECTOR_CACHE"
 CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
 
 
@@ -126,16 +124,6 @@ in timm's names, fp32, without the projection. The upstream weights are under th
 
 KNOWN = (CLIP_8_BIT,)
 """Backbones that can be fetched before a head for them ships."""
-
-
-def cache_folder() -> Path:
-    """The folder of backbones on this machine: `DETECTOR_CACHE`, or `ai-images-detector/backbones`
-    in the user's folder of caches.
-    """
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "ai-images-detector" / "backbones"
 
 
 def cached_path(sha256: str) -> Path:

@@ -1,0 +1,305 @@
+"""C2PA manifests (https://c2pa.org/specifications): what a signed one says, and who signed it.
+
+Anybody can make a certificate in any name. Only a list of trust anchors, the certificates of
+authorities that issue certificates to signers they know, tells one Adobe from another.
+"""
+
+import base64
+import datetime
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import ssl
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from storage import cache_folder
+
+State = Literal["trusted", "valid, signer unknown", "invalid"]
+"""What checking a signature gives. *trusted*: it fits the file, and its certificate was issued
+under an anchor of the trust list. *valid, signer unknown*: it fits the file, and anybody may have
+made it. *invalid*: the file or the manifest was changed after signing, or the certificate is not
+one to sign with.
+"""
+
+# --- the list of trust anchors --------------------------------------------------------------------
+
+MAX_BYTES = 2**20
+"""Of a trust list: the public one has 40 kB."""
+
+MAX_ANCHORS = 1000
+
+STALE_DAYS = 90
+"""From this age on, a fetched list is said to be old."""
+
+VARIABLE = "DETECTOR_TRUST_LIST"
+"""Variable of the environment that names a trust list, as `predict.py --trust-list` does."""
+
+CACHED = "c2pa-trust-list.json"
+"""The public list in `cache_folder()`, as `model/shipped/trust_list.py` writes it."""
+
+FETCH = "python -m model fetch --trust-list"
+
+_BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END CERTIFICATE-----")
+_BEGIN = "-----BEGIN CERTIFICATE-----"
+
+
+class TrustListError(ValueError):
+    """A trust list that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TrustList:
+    """Certificates that signers are trusted by. `name` stands in the evidence, `pem` holds the
+    certificates and nothing else, `sha256` is that of the file, `fetched` the day (UTC) on which
+    the public list was brought, None for a file that a person named.
+    """
+
+    name: str
+    pem: str
+    anchors: int
+    sha256: str
+    fetched: datetime.date | None = None
+
+    def describe(self, today: datetime.date | None = None) -> str:
+        """One line: which list, how many anchors, how old."""
+        line = f"{self.name}, {self.anchors:,} anchors, SHA-256 {self.sha256[:16]}..."
+        if self.fetched is None:
+            return line
+        days = ((today or datetime.datetime.now(datetime.UTC).date()) - self.fetched).days
+        line += f", {days:,} day{'' if days == 1 else 's'} old"
+        return f"{line}; `{FETCH}` brings the newest" if days >= STALE_DAYS else line
+
+
+def usual_trust_list() -> TrustList | None:
+    """The list that `DETECTOR_TRUST_LIST` names, else the public one where it was fetched, else
+    None. It is read once in a process.
+
+    Raises:
+        TrustListError: it cannot be used.
+    """
+    return _usual_trust_list(os.environ.get(VARIABLE), cache_folder() / CACHED)
+
+
+@functools.lru_cache(maxsize=2)
+def _usual_trust_list(named: str | None, cached: Path) -> TrustList | None:
+    if named:
+        return read_trust_list(Path(named), VARIABLE)
+    return read_cached(cached) if cached.is_file() else None
+
+
+def read_trust_list(path: Path, origin: str = "--trust-list") -> TrustList:
+    """A PEM file of anchors, such as the public list of C2PA: text between the certificates is
+    passed over. `origin` is the option or variable that named it.
+
+    Raises:
+        TrustListError: it is missing, too large, or holds no certificate or a damaged one.
+    """
+    return parse_trust_list(read_bounded(path, origin), path.name[:60], f"{origin}: {path}")
+
+
+def read_bounded(path: Path, origin: str) -> bytes:
+    """The bytes of a plain file of at most `MAX_BYTES`.
+
+    Raises:
+        TrustListError: it is another file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
+            raise TrustListError(f"{origin}: {path} is no plain file; name a PEM file")
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        if isinstance(error, TrustListError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise TrustListError(f"{origin}: {path} cannot be read ({reason}); name a PEM file") from (
+            error
+        )
+    if len(data) > MAX_BYTES:
+        raise TrustListError(
+            f"{origin}: {path} has more than {MAX_BYTES:,} bytes, which no trust list has; name a "
+            "PEM file of trust anchors"
+        )
+    return data
+
+
+def parse_trust_list(
+    data: bytes, name: str, origin: str, fetched: datetime.date | None = None
+) -> TrustList:
+    """The certificates in the bytes of a PEM file, each of them checked to be one.
+
+    Raises:
+        TrustListError: none, one that is damaged, or more than `MAX_ANCHORS`.
+    """
+    text = data.decode("utf-8", "replace")
+    blocks = _BLOCK.findall(text)
+    if not text.count(_BEGIN):
+        raise TrustListError(
+            f"{origin} holds no certificate; expected a PEM file with `{_BEGIN}`, such as the "
+            f"public C2PA list, which `{FETCH}` brings"
+        )
+    if len(blocks) > MAX_ANCHORS:
+        raise TrustListError(
+            f"{origin} holds {len(blocks):,} certificates, at most {MAX_ANCHORS:,} are taken"
+        )
+    store = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # here only to read certificates
+    pems = []
+    for index, block in enumerate(blocks):
+        try:
+            der = base64.b64decode("".join(block.split()), validate=True)
+            store.load_verify_locations(cadata=der)
+        except (ValueError, ssl.SSLError) as error:
+            raise _damaged(origin, index) from error
+        pems.append(ssl.DER_cert_to_PEM_cert(der))
+    if len(blocks) != text.count(_BEGIN):
+        raise _damaged(origin, len(blocks))
+    return TrustList(name, "".join(pems), len(pems), hashlib.sha256(data).hexdigest(), fetched)
+
+
+def _damaged(origin: str, index: int) -> TrustListError:
+    return TrustListError(
+        f"{origin} is damaged: certificate {index + 1} of it cannot be read; bring the file anew"
+    )
+
+
+def read_cached(path: Path) -> TrustList:
+    """The public list as it was fetched.
+
+    Raises:
+        TrustListError: the file is damaged.
+    """
+    try:
+        kept = json.loads(read_bounded(path, "the fetched C2PA trust list"))
+        data = kept["pem"].encode("utf-8", "surrogateescape")
+        day = datetime.date.fromisoformat(kept["fetched"][:10])
+        if hashlib.sha256(data).hexdigest() != kept["sha256"]:
+            raise ValueError("SHA-256 differs")
+        return parse_trust_list(data, f"C2PA list of {day}", str(path), day)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TrustListError(
+            f"{path}, the fetched C2PA trust list, is damaged; delete it, or type `{FETCH}`"
+        ) from error
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The active manifest of a file. `why` is the reason of its state in words, `signer` the name
+    in its certificate, `makers` are the programs that it names, `source_types` every
+    `digitalSourceType` of it and of what it was made from.
+    """
+
+    state: State
+    why: str
+    signer: str
+    makers: list[str]
+    source_types: list[str]
+
+
+def has_manifest(head: bytes) -> bool:
+    """Whether what stands around the pixels of a file looks as if a manifest were in it."""
+    return b"jumb" in head and b"c2pa" in head
+
+
+def is_readable() -> bool:
+    """Whether the library that reads manifests is installed."""
+    try:
+        import c2pa  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def read_manifest(data: bytes, trust: TrustList | None) -> Manifest:
+    """The manifest that is embedded in the bytes of a file, checked against `trust`.
+
+    Raises:
+        Exception: it cannot be read; the library's own errors, of many kinds.
+    """
+    import c2pa
+
+    with c2pa.Reader(None, io.BytesIO(data), context=_context(trust)) as reader:
+        store = json.loads(reader.json())
+    active = store["manifests"][store["active_manifest"]]
+    signature = active.get("signature_info") or {}
+    makers = [info.get("name") for info in active.get("claim_generator_info") or []]
+    state, why = _state(store, trust)
+    return Manifest(
+        state=state,
+        why=why,
+        signer=str(signature.get("issuer") or signature.get("common_name") or "nobody"),
+        makers=[str(name) for name in [*makers, active.get("claim_generator")] if name],
+        source_types=list(dict.fromkeys(_source_types(store["manifests"]))),
+    )
+
+
+# A manifest may name addresses: of itself, of the state of a certificate, and of a person's
+# identity (CAWG), which the library asks for as well. None is ever asked.
+OFFLINE: dict[str, dict[str, Any]] = {
+    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+    "core": {"decode_identity_assertions": False, "allowed_network_hosts": []},
+}
+
+
+@functools.lru_cache(maxsize=4)
+def _context(trust: TrustList | None) -> Any:
+    """The library's settings with a trust list. They belong to this object, not to the process as
+    those of `c2pa.load_settings` do, so threads with other lists do not disturb each other.
+    """
+    import c2pa
+
+    settings: dict[str, Any] = {**OFFLINE, "verify": {**OFFLINE["verify"], "verify_trust": False}}
+    if trust:
+        settings["verify"]["verify_trust"] = True
+        settings["trust"] = {"trust_anchors": trust.pem}
+    return c2pa.Context.from_dict(settings)
+
+
+_IN_WORDS = {
+    "assertion.dataHash.mismatch": "the file was changed after it was signed",
+    "assertion.boxesHash.mismatch": "the file was changed after it was signed",
+    "assertion.bmffHash.mismatch": "the file was changed after it was signed",
+    "assertion.hashedURI.mismatch": "the manifest was changed after it was signed",
+    "claimSignature.mismatch": "the signature is not that of the manifest",
+    "signingCredential.expired": "the certificate has expired, and no time stamp shows that it was "
+    "valid when the file was signed",
+    "signingCredential.revoked": "the certificate was revoked",
+    "signingCredential.invalid": "the certificate is not one to sign with",
+}
+
+
+def _state(store: Mapping[str, Any], trust: TrustList | None) -> tuple[State, str]:
+    """The state of a manifest store as the library found it, and why."""
+    state = store.get("validation_state")
+    if state == "Trusted" and trust:
+        return "trusted", trust.name
+    if state in ("Valid", "Trusted"):
+        why = f"not in {trust.name}" if trust else "no trust list"
+        return "valid, signer unknown", why
+    codes = [status.get("code", "") for status in store.get("validation_status") or []]
+    # A signer who is unknown does not make a file invalid.
+    codes = [code for code in codes if code != "signingCredential.untrusted"] or [str(state)]
+    words = _IN_WORDS.get(codes[0])
+    return "invalid", f"{codes[0]}: {words}" if words else codes[0]
+
+
+def _source_types(value: Any) -> Iterator[str]:
+    """Every `digitalSourceType` in a manifest store, as it stands there."""
+    if isinstance(value, Mapping):
+        own = value.get("digitalSourceType")
+        if isinstance(own, str) and own:
+            yield own
+        value = value.values()
+    elif not isinstance(value, list):
+        return
+    for child in value:
+        yield from _source_types(child)

@@ -1,0 +1,262 @@
+"""Who signed: trusted, unknown or invalid, by a list of trust anchors and by nothing else."""
+
+import datetime
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from model.inference import signatures
+from model.inference.provenance import MAX_TEXT, Evidence, read_evidence
+from model.inference.signatures import (
+    TrustList,
+    TrustListError,
+    parse_trust_list,
+    read_trust_list,
+    usual_trust_list,
+)
+from storage import cache_folder
+from tests.builders import encode
+from tests.provenance_files import (
+    PICTURE,
+    Authority,
+    certificate,
+    make_authority,
+    new_key,
+    pem,
+    self_signed,
+    sign,
+    signer_of,
+)
+
+UNKNOWN = "valid, signer unknown"
+MADE_BY = "trainedAlgorithmicMedia"
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return make_authority()
+
+
+@pytest.fixture(scope="module")
+def other() -> Authority:
+    return make_authority()
+
+
+def trust_in(*certificates: x509.Certificate, name: str = "anchors.pem") -> TrustList:
+    return parse_trust_list(pem(*certificates), name, name)
+
+
+def checked(data: bytes, trust: TrustList | None) -> Evidence:
+    """The one statement of a signed file, whose state stands at the beginning of its text."""
+    (evidence,) = read_evidence(data, trust)
+    assert evidence.state and evidence.value.startswith(f"{evidence.state} (")
+    return evidence
+
+
+@pytest.fixture(scope="module", params=["JPEG", "PNG"])
+def signed(request: pytest.FixtureRequest, authority: Authority) -> bytes:
+    return sign(authority.signer(), encode(PICTURE, request.param), request.param, MADE_BY)
+
+
+def test_a_chain_to_an_anchor_is_trusted(signed: bytes, authority: Authority) -> None:
+    for anchor in (authority.root, authority.intermediate):
+        evidence = checked(signed, trust_in(anchor))
+        assert evidence.state == "trusted"
+        assert evidence.value.startswith("trusted (anchors.pem): signed by Example Images Ltd, ")
+        assert evidence.suggests == "AI"
+
+
+def test_a_chain_to_no_anchor_is_unknown(signed: bytes, other: Authority) -> None:
+    evidence = checked(signed, trust_in(other.root))
+    start = f"{UNKNOWN} (not in anchors.pem): signed in the name of Example Images Ltd, "
+    assert evidence.value.startswith(start)
+    assert checked(signed, None).value.startswith(f"{UNKNOWN} (no trust list): signed in the")
+
+
+def test_a_changed_pixel_is_invalid(signed: bytes, authority: Authority, other: Authority) -> None:
+    """Whoever signed, and whatever list there is."""
+    changed = bytearray(signed)
+    changed[-30] ^= 1
+    for trust in (trust_in(authority.root), trust_in(other.root), None):
+        value = checked(bytes(changed), trust).value
+        why = "assertion.dataHash.mismatch: the file was changed after it was signed"
+        assert value.startswith(f"invalid ({why}): signed in the name of Example Images Ltd")
+
+
+def test_anybody_can_sign_as_adobe(authority: Authority) -> None:
+    signer, own = self_signed("Adobe Inc.")
+    data = sign(signer, encode(PICTURE), "JPEG", "digitalCapture")
+    evidence = checked(data, trust_in(authority.root))
+    assert evidence.state == UNKNOWN
+    assert "signed in the name of Adobe Inc., " in evidence.value
+    assert checked(data, None).state == UNKNOWN
+    assert checked(data, trust_in(own)).state == "trusted"  # who puts it on the list trusts it
+
+
+def test_a_forged_chain_is_unknown(authority: Authority) -> None:
+    """Authorities of the same names; and the true intermediate beside a certificate of one's own.
+
+    A name and a certificate are public: only the key of the authority is not.
+    """
+    trust = trust_in(authority.root)
+    forged = sign(make_authority().signer(), encode(PICTURE), "JPEG", MADE_BY)
+    assert checked(forged, trust).state == UNKNOWN
+    key = new_key()
+    leaf = certificate("Signer", key, "Intermediate", key, is_ca=False)
+    borrowed = signer_of(pem(leaf, authority.intermediate), key)
+    assert checked(sign(borrowed, encode(PICTURE), "JPEG", MADE_BY), trust).state == UNKNOWN
+
+
+def test_a_name_cannot_pose_as_a_state(authority: Authority) -> None:
+    signer, _ = self_signed("x), trusted (anchors.pem): signed by Adobe Inc.")
+    maker = "trusted " * 200
+    evidence = checked(
+        sign(signer, encode(PICTURE), "JPEG", MADE_BY, maker=maker), trust_in(authority.root)
+    )
+    assert evidence.state == UNKNOWN
+    assert evidence.value.startswith(f"{UNKNOWN} (not in anchors.pem): signed in the name of x),")
+    assert len(evidence.value) == MAX_TEXT
+
+
+def test_threads_with_other_lists_do_not_disturb_each_other(
+    signed: bytes, authority: Authority, other: Authority
+) -> None:
+    lists = [trust_in(authority.root), trust_in(other.root), None]
+    expected = ["trusted", UNKNOWN, UNKNOWN]
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(lambda n: checked(signed, lists[n % 3]).state, range(90)))
+    assert states == expected * 30
+
+
+@pytest.mark.slow
+def test_an_expired_certificate_without_a_time_stamp(authority: Authority) -> None:
+    """The library does not sign with one that has expired, so this one expires here."""
+    signer = authority.signer(valid=datetime.timedelta(seconds=2))
+    data = sign(signer, encode(PICTURE), "JPEG", MADE_BY)
+    trust = trust_in(authority.root)
+    assert checked(data, trust).state == "trusted"
+    time.sleep(3.2)
+    value = checked(data, trust).value
+    assert value.startswith("invalid (signingCredential.expired: the certificate has expired")
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def test_a_list_is_read_as_the_public_one_is_written(
+    authority: Authority, other: Authority, tmp_path: Path
+) -> None:
+    """With a line of text before each certificate, and any line ends."""
+    parts = [f"Subject\tCN=Root {n}\n".encode() + pem(one.root) for n, one in
+             enumerate((authority, other))]  # fmt: skip
+    for data in (b"\n".join(parts), b"\n".join(parts).replace(b"\n", b"\r\n")):
+        (tmp_path / "list.pem").write_bytes(data)
+        trust = read_trust_list(tmp_path / "list.pem")
+        assert (trust.name, trust.anchors, trust.fetched) == ("list.pem", 2, None)
+        assert trust.pem.encode() == pem(authority.root, other.root)
+        assert trust.sha256 == hashlib.sha256(data).hexdigest()
+        assert trust.describe() == f"list.pem, 2 anchors, SHA-256 {trust.sha256[:16]}..."
+
+
+BLOCK = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "holds no certificate; expected a PEM file"),
+     ("<html>Not found</html>", "holds no certificate"),
+     ("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "holds no certificate"),
+     (BLOCK.format("AAAA"), "is damaged: certificate 1 of it cannot be read"),
+     (BLOCK.format("AAA"), "is damaged: certificate 1"),
+     (BLOCK.format(""), "is damaged: certificate 1"),
+     ("-----BEGIN CERTIFICATE-----\nAAAA", "is damaged: certificate 1"),
+     ("x" * 2**20 + "x", "has more than 1,048,576 bytes"),
+     (BLOCK.format("AAAA") * 1001, "holds 1,001 certificates, at most 1,000 are taken")],
+    ids=["empty", "html", "key", "no der", "no base64", "nothing", "cut", "large", "many"],
+)  # fmt: skip
+def test_what_is_no_list_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pem").write_text(text)
+    with pytest.raises(TrustListError) as refused:
+        read_trust_list(tmp_path / "x.pem")
+    message = str(refused.value)
+    assert message.startswith(f"--trust-list: {tmp_path}/x.pem ") and reason in message
+    assert "\n" not in message
+
+
+def test_a_damaged_certificate_among_whole_ones_is_named(
+    authority: Authority, tmp_path: Path
+) -> None:
+    """Left out, its signers would be unknown without a word."""
+    whole = pem(authority.root).decode()
+    lines = whole.splitlines(keepends=True)
+    for damaged in ("".join(lines[:3] + lines[4:]), whole.replace("MII", "M!I", 1)):
+        (tmp_path / "x.pem").write_text(whole + damaged + whole)
+        with pytest.raises(TrustListError, match=r"certificate \d of it cannot be read"):
+            read_trust_list(tmp_path / "x.pem")
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, reason in {
+        tmp_path / "none.pem": "cannot be read (No such file", tmp_path: "is no plain file",
+        tmp_path / "fifo": "is no plain file", Path("a\0b"): "cannot be read",
+    }.items():  # fmt: skip
+        with pytest.raises(TrustListError) as refused:
+            read_trust_list(path)
+        assert reason in str(refused.value)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the public list is kept, which is not there."""
+    monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(signatures, "CACHED", "list.json")
+    cache_folder().mkdir()
+    return cache_folder() / "list.json"
+
+
+def keep(path: Path, data: bytes, **others: object) -> None:
+    kept = {"fetched": "2026-08-21T10:00:00+00:00", "sha256": hashlib.sha256(data).hexdigest(),
+            "pem": data.decode(), **others}  # fmt: skip
+    path.write_text(json.dumps(kept))
+
+
+def test_which_list_is_used(
+    cached: Path, tmp_path: Path, authority: Authority, other: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The one that the environment names, else the fetched one, else none."""
+    assert usual_trust_list() is None
+    keep(cached, pem(authority.root))
+    assert usual_trust_list() is None  # a process looks once
+    signatures._usual_trust_list.cache_clear()
+    trust = usual_trust_list()
+    assert trust and trust.name == "C2PA list of 2026-08-21"
+    assert trust.pem.encode() == pem(authority.root)
+    day = datetime.date(2026, 8, 22)
+    assert trust.describe(day).endswith("..., 1 day old")
+    assert trust.describe(day.replace(month=12)).endswith(
+        "..., 123 days old; `python -m model fetch --trust-list` brings the newest"
+    )
+    (tmp_path / "mine.pem").write_bytes(pem(other.root))
+    monkeypatch.setenv("DETECTOR_TRUST_LIST", str(tmp_path / "mine.pem"))
+    trust = usual_trust_list()
+    assert trust and trust.name == "mine.pem"
+    monkeypatch.setenv("DETECTOR_TRUST_LIST", str(tmp_path / "none.pem"))
+    with pytest.raises(TrustListError, match=r"^DETECTOR_TRUST_LIST: .*none.pem cannot be read"):
+        usual_trust_list()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "sha256", "pem", "fetched"])
+def test_a_damaged_list_in_the_cache_is_said(damage: str, cached: Path) -> None:
+    keep(cached, pem(make_authority().root), **({damage: "20"} if damage.isalnum() else {}))
+    if not damage.isalnum() or damage == "null":
+        cached.write_text(damage)
+    with pytest.raises(TrustListError, match=r"list.json, the fetched C2PA trust list, is damaged"):
+        usual_trust_list()
