@@ -1,14 +1,16 @@
 """The recipe: everything that decides what a run computes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from model.backbones.made_with import made_with
 from model.calibrate import Calibrating
 from model.checkpoint import STEP_FOLDER
 from model.features.store import Features
 from model.network import Network
+from model.tracking.tracker import TrackerName
 from model.training.forgetting import Gate
 from model.training.optim import Optim
 from pipeline.augment import FILTERS, AugmentPolicy, Filter, Preprocess, PreprocessSettings
@@ -44,8 +46,10 @@ class Run:
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
     `validate_every` is in epochs; the last is always validated, and only what was validated can be
-    the best. `grad_accum_steps` takes each batch in so many pieces, which saves memory and changes
-    nothing else.
+    the best. `stop_after_no_gain` ends the run after so many validations in a row without a gain of
+    the figure that chooses the best checkpoint; 0 never does. `grad_accum_steps` takes each batch
+    in so many pieces, which saves memory and changes nothing else. `tracker` names a program that
+    gets the run's figures beside TensorBoard.
     """
 
     epochs: int
@@ -56,11 +60,13 @@ class Run:
     log_every: int = 50
     save_every: int = 0
     validate_every: int = 1
+    stop_after_no_gain: int = 0
     grad_accum_steps: int = 1
+    tracker: TrackerName = ""
 
     def __post_init__(self) -> None:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
-        if least < 1 or self.save_every < 0 or self.seed < 0:
+        if least < 1 or min(self.save_every, self.seed, self.stop_after_no_gain) < 0:
             raise ValueError(
                 "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no "
                 "negative number"
@@ -141,6 +147,15 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
     )
     values = {own.name: getattr(recipe, own.name) for own in fields(recipe)}
     return ResolvedRecipe(**values | {"network": network, "preprocess": preprocess})
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested tables of a recipe as one level: {"optim.lr": ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= flat_settings(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
 
 
 def nearest_filter(name: str) -> Filter:
