@@ -55,8 +55,11 @@ class PackedFolder:
     shards_written: int
 
 
-def pack_folder(folder: Path, data: AnyPath, progress: Progress = no_progress) -> PackedFolder:
-    """Pack the images of `folder` into two sets below `data`, or bring them up to date.
+def pack_folder(
+    folder: Path, data: AnyPath, *, jobs: int = 0, progress: Progress = no_progress
+) -> PackedFolder:
+    """Pack the images of `folder` into two sets below `data`, or bring them up to date. `jobs` is
+    the number of processes, 0 for one per core.
 
     Raises:
         CatalogError: a folder of a class is missing, or holds too few images.
@@ -75,8 +78,9 @@ def pack_folder(folder: Path, data: AnyPath, progress: Progress = no_progress) -
     make_folder(place)
     write_text(place / CATALOG_FILE, text)
     _, built = build(
-        catalog, folder.parent, place, tolerance=Tolerance(max_bad=MAX_BAD), progress=progress
-    )
+        catalog, folder.parent, place,
+        jobs=jobs, tolerance=Tolerance(MAX_BAD, allow_incomplete=True), progress=progress,
+    )  # fmt: skip
     labels = {one.name: one.index["totals"]["label"] for one in built}
     train, validate = (
         [labels.get(set_name, {}).get(kind, 0) for kind in CLASSES]

@@ -72,7 +72,7 @@ def _packed(folder: Path, data: AnyPath, dist: DistEnv) -> PackedFolder:
     packed, reason = None, ""
     if dist.is_main:
         try:
-            packed = pack_folder(folder, data, _progress)
+            packed = pack_folder(folder, data, progress=_progress)
         except (ValueError, OSError) as error:
             if dist.world_size == 1:
                 raise

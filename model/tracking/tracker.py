@@ -208,6 +208,8 @@ class Tracker:
         with self._warning():
             run = self._known_run()
             connection = CONNECT[self.name](run)
+            if self._given_up.is_set():
+                return
             if not run.begun:
                 self._keep(connection.identity)
             console.log.info("run.tracker %s: %s", self.name, connection.address)
