@@ -43,6 +43,11 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     type=console.LocalPath(dir_okay=False),
     help="Another recipe file, instead of --phase.",
 )
+@click.option(
+    "--folder",
+    type=console.LocalPath(exists=True, file_okay=False),
+    help="Train on the images in its folders real/ and fake/, which are packed first.",
+)
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set optim.lr=1e-4.")
 @click.option("--run", "name", help="Name of the run. Default: the recipe's.")
 @click.option(
@@ -51,14 +56,17 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     help="Start from this checkpoint folder or ImageNet .safetensors file.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")
+@click.option("--dry-run", is_flag=True, help="Try a few steps, say what would run, then stop.")
 @console.options("data", "runs")
 def main(
     phase: str | None,
     recipe_path: Path | None,
+    folder: Path | None,
     overrides: tuple[str, ...],
     name: str | None,
     init_from: Path | None,
     no_pretrained: bool,
+    dry_run: bool,
     data: str,
     runs: Path,
 ) -> None:
@@ -66,22 +74,39 @@ def main(
 
     On several GPUs: torchrun --nproc-per-node 4 train.py --phase 1
     """
-    if (phase is None) == (recipe_path is None):
-        raise click.UsageError("say --phase 1, --phase 2 or --recipe FILE")
+    named = (phase is not None) + (recipe_path is not None)
+    if named != 1 and not (folder and not named):
+        raise click.UsageError(
+            "say --phase 1, --phase 2 or --recipe FILE (or --folder DIR, for your own images)"
+        )
     import recipes
     from model.recipe import Recipe
 
-    path = recipe_path or recipes.FOLDER / f"phase{phase}.toml"
+    if recipe_path or phase:
+        path = recipe_path or recipes.FOLDER / f"phase{phase}.toml"
+    else:
+        from model.launch.folder import RECIPE as FOLDER_RECIPE
+
+        path = recipes.FOLDER / FOLDER_RECIPE
     extra = [f"name={json.dumps(name)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
     recipe = recipes.load(Recipe, path, [*overrides, *extra])
     from model import checkpoint
     from model.distributed import init_distributed
+    from model.launch.dry_run import dry_run as try_out
+    from model.launch.folder import default_weights, with_folder
     from model.training.run import Interrupted, train
 
+    if folder and not named and not init_from:
+        init_from = default_weights()
     with init_distributed() as dist:
         if not dist.is_main:
             console.log.setLevel(logging.WARNING)
+        if folder:
+            recipe = with_folder(recipe, folder, any_path(data), keep_name=bool(name), dist=dist)
+        if dry_run:
+            try_out(recipe, any_path(data), runs, init_from=init_from, dist=dist)
+            return
         try:
             best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:

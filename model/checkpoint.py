@@ -69,8 +69,8 @@ class DamagedError(CheckpointError):
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What a checkpoint keeps of its training: the step and epoch, what validation measured, the
-    figure that the best checkpoint has most of, the sets with their hashes, and where the run's
-    first weights came from.
+    figure that the best checkpoint has most of, the sets with their hashes, where the run's first
+    weights came from, and why the run ended with it, empty where it went on.
     """
 
     step: int
@@ -79,6 +79,7 @@ class Record:
     selection: float | None
     data: Mapping[str, Any]
     first_weights: Mapping[str, Any] | None = None
+    ended: str = ""
 
 
 def save(
@@ -123,6 +124,7 @@ def save(
                 "calibrated_metrics": None,
                 "metrics": record.metrics,
                 "selection": record.selection,
+                "ended": record.ended or None,
                 "compared": None,
                 "refused": [],
                 "data": record.data,

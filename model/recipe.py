@@ -4,9 +4,11 @@ A recipe is read and refused in a moment: nothing here, and nothing that it impo
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.tracking.tracker import TrackerName
 from pipeline.augment import AugmentPolicy, Preprocess, PreprocessSettings
 from pipeline.loading import Loading
 from pipeline.replay import Replay
@@ -45,8 +47,10 @@ class Run:
 
     `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
     `validate_every` is in epochs; the last is always validated, and only what was validated can be
-    the best. `grad_accum_steps` takes each batch in so many pieces, which saves memory and changes
-    nothing else.
+    the best. `stop_after_no_gain` ends the run after so many validations in a row without a gain of
+    the figure that chooses the best checkpoint; 0 never does. `grad_accum_steps` takes each batch
+    in so many pieces, which saves memory and changes nothing else. `tracker` names a program that
+    gets the run's figures beside TensorBoard.
     """
 
     epochs: int
@@ -57,11 +61,13 @@ class Run:
     log_every: int = 50
     save_every: int = 0
     validate_every: int = 1
+    stop_after_no_gain: int = 0
     grad_accum_steps: int = 1
+    tracker: TrackerName = ""
 
     def __post_init__(self) -> None:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
-        if least < 1 or self.save_every < 0 or self.seed < 0:
+        if least < 1 or min(self.save_every, self.seed, self.stop_after_no_gain) < 0:
             raise ValueError(
                 "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no "
                 "negative number"
@@ -268,6 +274,15 @@ class ResolvedRecipe(Recipe):
     """A recipe that states all of its preprocessing, made by `model.backbones.resolve.resolved`."""
 
     preprocess: Preprocess
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested tables of a recipe as one level: {"optim.lr": ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= flat_settings(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
 
 
 def check_run_name(name: str) -> None:

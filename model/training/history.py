@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: `metrics.jsonl` and TensorBoard, one row at a time."""
+"""What a run writes down while it goes: `metrics.jsonl`, TensorBoard and a tracker, row by row."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from model.tracking.tracker import Tracker
 from storage import write_text
 
 HISTORY_FILE = "metrics.jsonl"
@@ -38,17 +39,27 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class History:
-    """The history of a run in `folder`, from step `done` on; a context manager.
+def scalars_of(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """What TensorBoard and a tracker get of a row: `kind/name` -> value."""
+    return {f"{kind}/{name}": value for name, value in row.items() if value is not None}
 
-    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again.
+
+class History:
+    """The history of a run in `folder`, from step `done` on; a context manager. A `tracker` that is
+    open gets what TensorBoard gets.
+
+    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again. The
+    tracker, which keeps them, does not get those a second time.
     """
 
-    def __init__(self, folder: Path, done: int):
+    def __init__(self, folder: Path, done: int, tracker: Tracker | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / HISTORY_FILE
+        self.path, self.tracker = folder / HISTORY_FILE, tracker
+        self.sent: set[tuple[int, str]] = set()
         if self.path.exists():
-            kept = [f"{json.dumps(row)}\n" for row in rows_of(folder) if row["step"] <= done]
+            rows = rows_of(folder)
+            kept = [f"{json.dumps(row)}\n" for row in rows if row["step"] <= done]
+            self.sent = {(row["step"], row["kind"]) for row in rows}
             write_text(self.path, "".join(kept))
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
@@ -59,12 +70,14 @@ class History:
         self.writer.close()
 
     def write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
-        """One row; TensorBoard shows it as `kind/name`."""
+        """One row."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
-        for name, value in row.items():
-            if value is not None:
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        scalars = scalars_of(kind, row)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        if self.tracker and (step, kind) not in self.sent:
+            self.tracker.log(step, scalars)
 
     def sync(self) -> None:
         """Have the disk keep the rows so far, before a checkpoint says that they were written."""

@@ -23,10 +23,11 @@ from model.network import (
     check_size,
     timm_license,
 )
-from model.recipe import Recipe, ResolvedRecipe
+from model.recipe import Recipe, ResolvedRecipe, flat_settings
+from model.tracking.tracker import check_tracker
 from model.training.optim import parameter_groups
 from model.training.sets import check_apart, check_sets, open_stream, open_validation
-from model.training.validation import Validation
+from model.training.validation import Gain, Validation
 from pipeline.stream import Stream
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, sha256_of
@@ -70,9 +71,10 @@ class RunPlan:
     """What a run will do, on this rank. Made by `plan`; nothing is looked up afterward.
 
     `resumed` is the checkpoint of this run from which it goes on after `done` of its `steps`, None
-    for a new run; `best` is its best one. `damaged` says of each other checkpoint of the run why it
-    is not used; `warnings` are what the user should look at. `weights` are the first ones that are
-    loaded, `first_weights` is where those of the run's first step came from (see `_first_weights`),
+    for a new run; `best` is its best one, `gain` how its validations went, and `ended` why it is
+    over, empty where it is not. `damaged` says of each other checkpoint of the run why it is not
+    used; `warnings` are what the user should look at. `weights` are the first ones that are loaded,
+    `first_weights` is where those of the run's first step came from (see `_first_weights`),
     `teacher` those that replayed samples are held to. `baseline` is the file of what the detector
     knew before the run, None where the run starts from no trained detector. `validation` holds the
     sets that choose the best checkpoint, by name, and `stream` the batches. `features` is where
@@ -90,6 +92,8 @@ class RunPlan:
     steps: int
     steps_per_epoch: int
     best: Best | None = field(repr=False)
+    gain: Gain
+    ended: str
     weights: Weights
     first_weights: Mapping[str, Any] | None
     teacher: Weights | None
@@ -108,8 +112,8 @@ class RunPlan:
 
     @property
     def finished(self) -> bool:
-        """Whether every step is done."""
-        return self.done == self.steps
+        """Whether every step is done, or no more will be."""
+        return self.done == self.steps or bool(self.ended)
 
     def describe(self) -> list[str]:
         """What will run, and every choice that was made for the user, a line each."""
@@ -157,6 +161,7 @@ def plan(
         ValueError: what stops the run before it begins: recipe, data, checkpoint, network, weights,
             device; the message says what to do.
     """
+    check_tracker(recipe.run.tracker)
     dist, recipe = dist or DistEnv(), resolved(recipe)
     folder = runs / recipe.name
     whole, damaged = _checkpoints_of(folder)
@@ -172,7 +177,8 @@ def plan(
     check_apart(recipe, stream, validation)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
     parameters, learning_rates = _check_network(recipe, weights, teacher)
-    done = stream.resume(checkpoint.load_state(resumed, lazy=True)["order"]) if resumed else 0
+    state = checkpoint.load_state(resumed, lazy=True) if resumed else {}
+    done = stream.resume(state["order"]) if resumed else 0
     compiled, compiled_reason = _choose_compile(recipe.run.compile, where)
     return RunPlan(
         recipe=recipe,
@@ -185,6 +191,8 @@ def plan(
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
         best=_best(whole),
+        gain=Gain(**state.get("gain", {})),
+        ended=(checkpoint.read_meta(resumed).get("ended") or "") if resumed else "",
         weights=weights,
         first_weights=_first_weights(recipe, weights, resumed),
         teacher=teacher,
@@ -213,6 +221,7 @@ _DECIDE_NOTHING = {
     "features.store",
     "run.log_every",
     "run.save_every",
+    "run.tracker",
 }
 """What another machine, or another number of them, may set anew when it goes on with a run."""
 
@@ -255,8 +264,8 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: with the first setting that differs.
     """
-    before = _flat(checkpoint.read_meta(resumed)["recipe"])
-    now = _flat(_as_saved(recipe))
+    before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
+    now = flat_settings(_as_saved(recipe))
     changed = sorted(
         key
         for key in (before.keys() | now.keys()) - _DECIDE_NOTHING
@@ -273,15 +282,6 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
 def _as_saved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON gives it back."""
     return json.loads(json.dumps(asdict(recipe)))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one level: {"optim.lr": ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
 
 
 def _weights(

@@ -10,7 +10,7 @@ from model import checkpoint
 from model.distributed import all_gather_object
 from model.training.plan import Best, RunPlan, better
 from model.training.step import TrainState
-from model.training.validation import Validation
+from model.training.validation import Gain, Validation
 
 log = logging.getLogger("ai_images_detector")
 
@@ -41,10 +41,14 @@ def save(
     done: int,
     validation: Validation | None,
     best: Best | None,
+    *,
+    gain: Gain,
+    ended: str = "",
 ) -> Best:
     """Write a checkpoint of the run with all that resuming needs, after `done` steps, then prune
     all but it and the best one, which is returned. `validation` is that of this step, if it was
-    its turn; `best` the best checkpoint so far. Every rank calls this; the first one writes.
+    its turn; `best` the best checkpoint so far; `ended` why the run is over, if it is. Every rank
+    calls this; the first one writes.
     """
     on_gpu = train_state.device.type == "cuda"
     dist = train_state.dist
@@ -61,6 +65,7 @@ def save(
         "optimizer": train_state.optimizer.state_dict(),
         "scaler": train_state.scaler.state_dict(),
         "order": stream.state(done),
+        "gain": asdict(gain),
         "rng": rng,
         "cuda_rng": cuda_rng if on_gpu else [],
     }
@@ -85,6 +90,7 @@ def save(
                 "set_sha256": stream.pool.hashes,
             },
             first_weights=plan.first_weights,
+            ended=ended,
         ),
     )
     # The new one is on the disk: a power cut from here on loses none that a run goes on from.

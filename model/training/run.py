@@ -15,7 +15,8 @@ from model.calibrate import CalibrationError
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
 from model.features.leave_out import calibrate_left_out
 from model.features.prepare import with_features
-from model.recipe import Recipe
+from model.recipe import Recipe, flat_settings
+from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network
 from model.training.forgetting import changes, forgetting, refusals
 from model.training.history import History
@@ -23,7 +24,7 @@ from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
 from model.training.step import TrainState, not_finite_in, train_step
-from model.training.validation import Validation, calibrate_checkpoint, remembered, validate
+from model.training.validation import Gain, Validation, calibrate_checkpoint, remembered, validate
 from pipeline.monitor import LoaderStats
 from storage import AnyPath
 
@@ -72,7 +73,9 @@ def train(
         for line in planned.warnings:
             console.log.warning("%s", line)
         if planned.finished and planned.best:
-            console.log.info("%s is finished; nothing to do", planned.folder)
+            early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
+            why = early if planned.done < planned.steps else ""
+            console.log.info("%s is finished%s; nothing to do", planned.folder, why)
             _calibrate(planned, planned.best.path)
             return planned.best.path
         for line in planned.describe():
@@ -112,10 +115,10 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
     train_state = assemble(planned)
     planned = with_features(planned, train_state)
     baseline = _baseline(planned, train_state)
-    done, best = run_steps(planned, train_state, stop_at)
+    ended, best = run_steps(planned, train_state, stop_at)
     # No rank reads the checkpoint before the first one, which writes it, is here.
     path = all_gather_object(planned.dist, best.path)[0]
-    if done < planned.steps:
+    if not ended:
         return path
     reasons: list[str] = []
     if baseline and best.validation and planned.dist.is_main:
@@ -126,9 +129,9 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
     return path
 
 
-def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[int, Best]:
-    """Take the steps of the plan that are not done, up to step `stop_at`; returns how many are done
-    then, and the best checkpoint.
+def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
+    """Take the steps of the plan that are not done, up to step `stop_at`; returns why the run is
+    over, empty if it is not, and the best checkpoint.
 
     Raises:
         ValueError: a loss that is not finite.
@@ -136,10 +139,14 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     """
     recipe, stream, dist = planned.recipe, planned.stream, planned.dist
     settings, steps, done, best = recipe.run, planned.steps, planned.done, planned.best
+    gain, over = planned.gain, ""
     forward = compile_network(planned, train_state)
     with (
         console.stop_signals() as received,
-        History(planned.folder, done) if dist.is_main else contextlib.nullcontext() as history,
+        _tracker(planned) as tracker,
+        History(planned.folder, done, tracker)
+        if dist.is_main
+        else contextlib.nullcontext() as history,
         console.progress("training", steps, shown=dist.is_main) as advance,
     ):
         advance(done)
@@ -168,18 +175,44 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             if ended and (epoch % settings.validate_every == 0 or done == steps):
                 validation = _validate(planned, train_state)
                 _log_validation(history, done, validation)
+                gain = gain.after(done, validation.selection)
                 stats.reset()
+            over = _why_over(planned, done, gain)
             if saving:
                 if history is not None:
                     history.sync()
-                best = save(planned, train_state, done, validation, best)
-            if stopping and done < steps:
+                best = save(planned, train_state, done, validation, best, gain=gain, ended=over)
+            if stopping and not over:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
-            if done == stop_at:
+            if over or done == stop_at:
                 break
     assert best is not None  # the last step of a loop is always saved
-    return done, best
+    return over, best
+
+
+def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | None]:
+    """The tracker that the recipe names, on the first rank; it begins when it is entered."""
+    recipe = planned.recipe
+    if not (recipe.run.tracker and planned.dist.is_main):
+        return contextlib.nullcontext()
+    settings = flat_settings(asdict(recipe))
+    return Tracker(recipe.run.tracker, planned.folder, recipe.name, settings)
+
+
+def _why_over(planned: RunPlan, done: int, gain: Gain) -> str:
+    """Why the run is over after `done` steps, as `meta.json` keeps it; empty while it is not."""
+    if done == planned.steps:
+        return "every step is done"
+    most = planned.recipe.run.stop_after_no_gain
+    if not most or gain.validations_since < most:
+        return ""
+    reason = (
+        f"no gain in {gain.validations_since} validations over {gain.highest:.4f} of step "
+        f"{gain.step} (run.stop_after_no_gain)"
+    )
+    console.log.info("stopped at step %d of %d: %s", done, planned.steps, reason)
+    return reason
 
 
 def _validate(planned: RunPlan, train_state: TrainState) -> Validation:

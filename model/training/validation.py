@@ -42,6 +42,23 @@ class Validation:
         return cls(sets, sources, saved["selection"])
 
 
+@dataclass(frozen=True)
+class Gain:
+    """The highest selection figure of a run so far, the step that had it first, and how many
+    validations there were since. A figure that is equal is no gain.
+    """
+
+    highest: float | None = None
+    step: int = 0
+    validations_since: int = 0
+
+    def after(self, step: int, selection: float) -> "Gain":
+        """What it is after the validation of `step`."""
+        if self.highest is None or selection > self.highest:
+            return Gain(selection, step)
+        return Gain(self.highest, self.step, self.validations_since + 1)
+
+
 def validate(
     train_state: TrainState,
     sets: Mapping[str, ShardSet],

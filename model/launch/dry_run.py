@@ -1,0 +1,321 @@
+"""Try a run without running it: plan, load, take a few steps in memory, say what they took."""
+
+import itertools
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import console
+from model.distributed import DistEnv, all_gather_object, all_reduce_any
+from model.features.loader import FeatureLoader, FeatureSource, open_scored
+from model.features.prepare import source_of, views_of
+from model.features.store import missing_of
+from model.recipe import Recipe
+from model.score import autocast, evaluating, logits_of
+from model.training.assemble import assemble, compile_network
+from model.training.optim import schedule, set_learning_rate
+from model.training.plan import RunPlan, plan
+from model.training.step import TrainState, train_step
+from pipeline.batch import Batch
+from pipeline.stream import evaluation_batches
+from sharding.format import CLASSES
+from storage import AnyPath
+
+BATCHES = 4
+"""Batches that are tried; the first one, which starts the loader and compiles, is timed apart."""
+
+ENOUGH_S = 30.0
+"""After so many seconds no more than two batches are tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What the first batches of a run took on this rank. `loss` is that of the first one. Times are
+    in seconds: `first_s` of the first step, `step_s` of each later one (of the first where there is
+    no other), `image_s` of computing the features of one image, and `validation_s` of scoring all
+    validation sets. `missing` images have no stored features yet.
+    """
+
+    loss: float
+    first_s: float
+    step_s: float
+    timed: int
+    missing: int = 0
+    image_s: float = 0.0
+    validation_s: float = 0.0
+
+
+def dry_run(
+    recipe: Recipe,
+    data: AnyPath,
+    runs: Path,
+    *,
+    init_from: Path | None = None,
+    dist: DistEnv | None = None,
+) -> None:
+    """Print what training `recipe` would do, after a few of its steps in memory. Nothing is written
+    into `runs` or the feature store. On many ranks each calls this; the first one prints.
+
+    Raises:
+        ValueError: whatever would stop the run before or in its first steps.
+    """
+    planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
+    say = console.say if planned.dist.is_main else _say_nothing
+    for line in (*(f"{line}; it is not used" for line in planned.damaged), *planned.warnings):
+        console.log.warning("%s", line)
+    if planned.finished:
+        say(f"{planned.folder} is finished: training would change nothing")
+        return
+    train_state = assemble(planned)
+    trial = _try(planned, train_state)
+    memory = _memory(planned)
+    if not planned.dist.is_main:
+        return
+    for line in planned.describe():
+        say(line)
+    console.table("Images", ["for", "source", *CLASSES], _counts(planned))
+    for line in _report(planned, train_state, trial, memory):
+        say(line)
+    say(f"dry run: nothing was written to {runs}, and no step is kept")
+
+
+def _say_nothing(_text: str) -> None:
+    """What other ranks print."""
+
+
+def _counts(planned: RunPlan) -> list[list[object]]:
+    """Rows of a table: what images are for, their source, and how many there are of each class."""
+    pool = planned.stream.pool
+    uses = [("training", pool.shards, planned.stream.new(0))]
+    uses += [("replay, to choose from", pool.shards, pool.old)] if len(pool.old) else []
+    uses += [
+        (f"validation {name}", shards, np.arange(len(shards)))
+        for name, shards in planned.validation.items()
+    ]
+    rows: list[list[object]] = []
+    for use, shards, samples in uses:
+        codes, names = shards.codes("source")
+        labels = shards.column("label")[samples]
+        for code in np.unique(codes[samples]):
+            own = labels[codes[samples] == code]
+            rows.append([use, names[code], *(int((own == c).sum()) for c in range(len(CLASSES)))])
+    return rows
+
+
+def _try(planned: RunPlan, train_state: TrainState) -> Trial:
+    """Take up to `BATCHES` steps from where the run stands, on images or stored features."""
+    recipe = planned.recipe
+    if recipe.features is None or not recipe.features.stored:
+        trial = _try_steps(planned, train_state)
+        return replace(trial, validation_s=_validation_s(planned, train_state))
+    source = source_of(recipe, train_state.net, planned.dtype)
+    missing = _missing(planned, source)
+    if missing:
+        return replace(_try_features(planned, train_state), missing=missing)
+    stream, dist = planned.stream, planned.dist
+    loader = FeatureLoader(
+        stream.pool.shards, source, recipe.loading, planned.device, dist.rank, dist.world_size
+    )
+    return _try_steps(replace(planned, stream=replace(stream, loader=loader)), train_state)
+
+
+def _try_steps(planned: RunPlan, train_state: TrainState) -> Trial:
+    step = _stepper(planned, train_state)
+    losses: list[float] = []
+    times = _times(planned, _batches(planned), lambda batch: losses.append(step(batch)))
+    return _trial(losses, times)
+
+
+def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
+    """As a run whose features are missing: compute those of a batch, then take a step of the head
+    with them; both are timed.
+    """
+    step, net = _stepper(planned, train_state), train_state.net
+    losses: list[float] = []
+    steps: list[float] = []
+
+    def compute(batch: Batch) -> None:
+        with evaluating(net), torch.no_grad(), autocast(planned.device, planned.dtype):
+            features = net.features(batch.images).to(torch.float16)
+        started = time.perf_counter()
+        losses.append(step(replace(batch, images=features)))
+        steps.append(time.perf_counter() - started)
+
+    times = _times(planned, _batches(planned), compute)
+    computing = [whole - own for whole, own in zip(times, steps, strict=True)]
+    # The ranks of a run share the images out.
+    images = planned.stream.loader.global_batch
+    return replace(_trial(losses, steps), image_s=float(np.mean(_later(computing))) / images)
+
+
+def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], float]:
+    """A function that takes the next step of a run with a batch, and returns its loss.
+
+    Raises:
+        ValueError: (by the function) the loss is not finite.
+    """
+    recipe, numbers = planned.recipe, itertools.count(planned.done)
+    forward = compile_network(planned, train_state)
+
+    def step(batch: Batch) -> float:
+        number = next(numbers)
+        for failure in planned.stream.loader.name_failures(batch):
+            console.log.warning("not decoded: %s", failure)
+        set_learning_rate(train_state.optimizer, schedule(recipe.optim, number, planned.steps))
+        loss = train_step(
+            train_state, forward, batch, recipe.optim,
+            step=number, grad_accum_steps=recipe.run.grad_accum_steps,
+            distill_weight=recipe.replay.distill_weight,
+        ).item()  # fmt: skip
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {number + 1}; lower optim.lr, or use --set "
+                "run.precision=fp32"
+            )
+        return loss
+
+    return step
+
+
+def _batches(planned: RunPlan) -> Iterator[Batch]:
+    """The first batches that the run would take."""
+    batches = planned.stream.batches(planned.done, planned.recipe.run.epochs)
+    return itertools.islice(batches, BATCHES)
+
+
+def _times(
+    planned: RunPlan, batches: Iterator[Batch], use: Callable[[Batch], object]
+) -> list[float]:
+    """Seconds that each batch took, from waiting for it to the end of its use. After two batches
+    `ENOUGH_S` on any rank is enough.
+    """
+    times, started = [], time.perf_counter()
+    for batch in batches:
+        use(batch)
+        times.append(time.perf_counter() - started)
+        if len(times) > 1 and all_reduce_any(planned.dist, sum(times) > ENOUGH_S):
+            break
+        started = time.perf_counter()
+    return times
+
+
+def _later(times: list[float]) -> list[float]:
+    """The times behind the first, which is slower; the first where it is the only one."""
+    return times[1:] or times
+
+
+def _trial(losses: list[float], times: list[float]) -> Trial:
+    later = _later(times)
+    return Trial(
+        loss=losses[0], first_s=times[0], step_s=float(np.mean(later)), timed=len(times[1:])
+    )
+
+
+def _validation_s(planned: RunPlan, train_state: TrainState) -> float:
+    """About how long one validation takes, by a few batches of the largest set."""
+    recipe, dist = planned.recipe, planned.dist
+    largest = max(planned.validation.values(), key=len)
+    loader = open_scored(largest, recipe.preprocess, recipe.loading, planned.device, dist=dist)
+    net = train_state.shown
+    batches = itertools.islice(evaluation_batches(loader), BATCHES)
+    with evaluating(net):
+        times = _times(
+            planned,
+            batches,
+            lambda b: logits_of(net, b.images, planned.device, planned.dtype).cpu(),
+        )
+    count = sum(-(-len(shards) // loader.global_batch) for shards in planned.validation.values())
+    return count * float(np.mean(_later(times)))
+
+
+def _missing(planned: RunPlan, source: FeatureSource) -> int:
+    """Images, counted once for each view, whose features are not in the store."""
+    pool = planned.stream.pool.shards
+    wanted = [(pool, number) for number in views_of(planned.recipe)]
+    wanted += [(shards, 0) for shards in planned.validation.values()]
+    return sum(
+        shards.shard_samples[file.shard_code]
+        for shards, number in wanted
+        for file in missing_of(
+            source.store, source.backbone, shards, source.numbered(number), rank=0, world_size=1
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The most bytes that one process and one GPU took so far; `gpu` is 0 without one."""
+
+    process: int
+    gpu: int
+
+
+def _memory(planned: RunPlan) -> _Memory:
+    """Of all ranks the one with the most."""
+    on_gpu = planned.device.type == "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_reserved(planned.device) if on_gpu else 0
+    of_ranks = all_gather_object(planned.dist, (process, gpu))
+    return _Memory(max(rank[0] for rank in of_ranks), max(rank[1] for rank in of_ranks))
+
+
+def _report(
+    planned: RunPlan, train_state: TrainState, trial: Trial, memory: _Memory
+) -> Iterator[str]:
+    """What was measured, and what the whole run would take by it, a line each."""
+    recipe, stream = planned.recipe, planned.stream
+    learning = sum(p.numel() for p in train_state.net.parameters() if p.requires_grad)
+    yield f"{learning:,} of {planned.parameters:,} parameters learn"
+    yield (
+        f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and back: "
+        f"loss {trial.loss:.3f} at first; the first took {trial.first_s:.2f} s"
+        + (f", each later one {trial.step_s:.3g} s" if trial.timed else "")
+    )
+    gpu = ""
+    if memory.gpu:
+        total = torch.cuda.get_device_properties(planned.device).total_memory
+        gpu = f", on the GPU {memory.gpu / 2**30:.2f} of {total / 2**30:.1f} GiB"
+    workers = "" if recipe.loading.num_workers == 0 else ", loading workers not counted"
+    yield f"peak memory {memory.process / 2**30:.2f} GiB a process{workers}{gpu}"
+    steps = planned.steps - planned.done
+    seconds, parts = steps * trial.step_s, [f"{steps:,} steps"]
+    if trial.missing:
+        seconds += trial.missing * trial.image_s
+        parts.append(f"the features of {trial.missing:,} images ({1 / trial.image_s:.3g} a second)")
+    if trial.validation_s:
+        count = _validations_left(planned)
+        seconds += count * trial.validation_s
+        parts.append(f"{count} validations of {_duration(trial.validation_s)}")
+    yield f"estimate: {_duration(seconds)} for {', '.join(parts)}"
+    yield (
+        f"the estimate rests on {max(1, trial.timed)} batches of this machine as it is now: the "
+        "cache of the disk, other programs and a long run's heat change it, and saving "
+        "checkpoints and calibrating come on top"
+    )
+
+
+def _validations_left(planned: RunPlan) -> int:
+    """Validations that are to come, and the one of what the detector knows before."""
+    settings = planned.recipe.run
+    begun = planned.done // planned.steps_per_epoch
+    epochs = range(begun + 1, settings.epochs + 1)
+    count = sum(
+        epoch % settings.validate_every == 0 or epoch == settings.epochs for epoch in epochs
+    )
+    return count + bool(planned.baseline and not planned.baseline.exists())
+
+
+def _duration(seconds: float) -> str:
+    """A time for people, with two digits that count."""
+    for unit, length in (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,1 @@
+"""Trackers: programs that draw the figures of runs."""

@@ -1,0 +1,68 @@
+"""Early stopping: a run ends after validations without a gain, at one step however often it was
+interrupted.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import recipes
+from model import checkpoint
+from model.recipe import Recipe
+from model.training.history import rows_of
+from model.training.run import train
+from model.training.validation import Gain
+from tests.builders import ends_alike
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NO_GAIN = ["run.epochs=6", "optim.lr=1e-12", "optim.weight_decay=0", "run.stop_after_no_gain=2"]
+"""Validations that are all alike: the first is a gain, the second and third are not."""
+
+
+def test_a_figure_that_is_equal_is_no_gain() -> None:
+    gain = Gain()
+    seen = []
+    for step, selection in enumerate([0.5, 0.5, 0.6, 0.55, 0.6, 0.59], 1):
+        gain = gain.after(step, selection)
+        seen.append((gain.highest, gain.step, gain.validations_since))
+    assert seen == [(0.5, 1, 0), (0.5, 1, 1), (0.6, 3, 0), (0.6, 3, 1), (0.6, 3, 2), (0.6, 3, 3)]
+
+
+def test_a_run_without_a_gain_stops_at_one_step_however_often_it_was_interrupted(
+    tiny_recipe: Path, data: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, [*NO_GAIN, "run.log_every=1"])
+    best = train(recipe, data, tmp_path / "whole")
+    run = tmp_path / "whole/tiny"
+    last = checkpoint.last_of(run)
+    assert last.name == "step_0000015"
+    selections = [row["selection"] for row in rows_of(run) if row["kind"] == "validate"]
+    assert len(selections) == 3 and len(set(selections)) == 1
+    reason = f"no gain in 2 validations over {selections[0]:.4f} of step 5 (run.stop_after_no_gain)"
+    assert checkpoint.read_meta(last)["ended"] == reason
+    assert f"stopped at step 15 of 30: {reason}" in logged
+    logged.clear()
+    assert train(recipe, data, tmp_path / "whole") == best
+    assert logged[0].endswith(f"is finished after 15 of 30 steps: {reason}; nothing to do")
+    assert checkpoint.last_of(run) == last
+    for stop_at in (7, 10, 14):
+        train(recipe, data, tmp_path / "parts", stop_at=stop_at)
+        stopped = checkpoint.last_of(tmp_path / "parts/tiny")
+        assert checkpoint.read_meta(stopped)["ended"] is None
+        torch.manual_seed(99)  # whatever else used the generator in between
+    train(recipe, data, tmp_path / "parts")
+    assert checkpoint.last_of(tmp_path / "parts/tiny").name == "step_0000015"
+    ends_alike(run, tmp_path / "parts/tiny")
+
+
+def test_a_run_to_its_last_step_says_so(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=1"])
+    last = train(recipe, data, tmp_path)
+    assert checkpoint.read_meta(last)["ended"] == "every step is done"
+
+
+def test_a_negative_number_is_refused(tiny_recipe: Path) -> None:
+    with pytest.raises(recipes.RecipeError, match="no negative number"):
+        recipes.load(Recipe, tiny_recipe, ["run.stop_after_no_gain=-1"])

@@ -1,0 +1,134 @@
+"""A folder with `real/` and `fake/`, packed without a catalog: sets, what is reused, refusals."""
+
+import functools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sharding.build import build
+from sharding.catalog import CatalogError, read_catalog
+from sharding.folder import HELD_OUT, pack_folder
+from sharding.format import open_shards, read_index
+from tests.builders import encode, hashes, photo
+
+pack = functools.partial(pack_folder, jobs=1)
+
+
+def write_images(folder: Path, count: int, first: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(first, first + count):
+        (folder / f"{number}.jpg").write_bytes(encode(photo(number, 40, 40)))
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """26 real images, and 26 fake ones of which 20 are of the generator sdxl."""
+    folder = tmp_path / "raw" / "My Photos"
+    write_images(folder / "REAL", 26, 0)
+    write_images(folder / "1_fake" / "sdxl", 20, 100)
+    for number in range(200, 206):
+        (folder / "1_fake" / f"{number}.jpg").write_bytes(encode(photo(number, 40, 40)))
+    return folder
+
+
+def test_a_folder_becomes_two_sets_that_share_nothing(mine: Path, tmp_path: Path) -> None:
+    """What is there is reused, what has changed is noticed, and no other set is touched."""
+    data = tmp_path / "shards"
+    packed = pack(mine, data)
+    train, val = (open_shards([data / name]) for name in (packed.train, packed.validate))
+    assert packed.place.parent == data / "folders"
+    assert len(train) + len(val) == 52
+    assert list(packed.validate_counts) == [int((val.column("label") == c).sum()) for c in (0, 1)]
+    assert 2 <= len(val) <= 2 * HELD_OUT * 52
+    assert read_index(data / packed.validate)["split"] == "val"
+    groups = [set(shards.table.column("group").to_pylist()) for shards in (train, val)]
+    assert not groups[0] & groups[1]
+    assert set(train.codes("generator")[1]) == {"camera", "sdxl", "unknown"}
+    before = hashes(data)
+    assert pack(mine, data).shards_written == 0
+    assert hashes(data) == before
+    write_images(mine / "real", 3, 300)  # beside REAL
+    (mine / "1_fake/200.jpg").unlink()
+    again = pack(mine, data)
+    assert again.shards_written > 0
+    assert sum(again.train_counts) + sum(again.validate_counts) == 52 + 3 - 1
+    # The same catalog, by hand, gives the same sets.
+    catalog = read_catalog([packed.place / "catalog.toml"])
+    _, built = build(catalog, mine.parent, packed.place, jobs=1)
+    assert sum(one.shards_written for one in built) == 0
+
+
+def test_a_folder_of_the_same_name_elsewhere_has_its_own_place(mine: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shards"
+    first = pack(mine, data)
+    before = hashes(data)
+    other = shutil.copytree(mine, tmp_path / "elsewhere/My Photos")
+    second = pack(other, data)
+    assert (second.name, second.place != first.place) == (first.name, True)
+    assert {name: sha for name, sha in hashes(data).items() if name in before} == before
+
+
+def test_a_path_is_one_place_however_it_is_written(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine.parent)
+    places = {pack(Path(name), tmp_path / "s").place for name in (mine.name, str(mine))}
+    assert len(places) == 1
+
+
+def test_a_near_duplicate_of_a_held_out_image_is_left_out(mine: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shards"
+    packed = pack(mine, data)
+    held_out = open_shards([data / packed.validate])
+    origin = held_out.table.column("origin").to_pylist()[0]
+    copies = mine / ("REAL" if "/REAL/" in origin else "1_fake")
+    number = int(Path(origin).stem)
+    for quality in range(50, 56):  # by its name alone some would be trained on
+        copy = encode(photo(number, 40, 40), quality=quality)
+        (copies / f"copy{quality}.jpg").write_bytes(copy)
+    again = pack(mine, data)
+    trained = open_shards([data / again.train]).table.column("origin").to_pylist()
+    assert not [name for name in trained if "copy" in name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda mine: shutil.rmtree(mine / "1_fake"), r"no folder of fake images \(expected fake "),
+        (lambda mine: shutil.rmtree(mine / "REAL"), r"no folder of real images .*there is 1_fake"),
+        (
+            lambda mine: [path.unlink() for path in (mine / "REAL").glob("*.jpg")],
+            r"REAL holds no image; expected at least 20 real ones",
+        ),
+        (
+            lambda mine: [path.unlink() for path in (mine / "REAL").glob("*[05].jpg")],
+            r"My Photos/REAL holds 20 images|holds 1\d images; expected at least 20 real",
+        ),
+        (
+            lambda mine: [os.truncate(path, 0) for path in (mine / "1_fake/sdxl").glob("*")],
+            r"images of set .* are unreadable, more than 5%",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line(
+    mine: Path, tmp_path: Path, spoil: object, said: str
+) -> None:
+    (mine / "REAL" / "25.jpg").unlink()
+    (mine / "REAL" / "24.jpg").unlink()
+    spoil(mine)
+    with pytest.raises((CatalogError, ValueError), match=said) as refused:
+        pack(mine, tmp_path / "shards")
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "shards").rglob("index.json"))
+
+
+def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    write_images(mine / "real", 25, 0)
+    (mine / "fake").mkdir()
+    for number in range(25):
+        (mine / "fake" / f"{number}.jpg").write_bytes(encode(photo(500, 40, 40)))
+    with pytest.raises(CatalogError, match=r"of the fake images in .* add images that differ"):
+        pack(mine, tmp_path / "shards")
