@@ -1,5 +1,6 @@
 """The one writer: absent, old or whole, on the disk before it has its name, readable by others."""
 
+import json
 import os
 import stat
 import subprocess
