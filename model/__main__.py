@@ -6,10 +6,11 @@ import click
 
 import console
 import recipes
-from model.checkpoint import find
+from model.checkpoint import find, read_meta
 from model.export import head, hub, import_original, onnx
 from model.export.average import average
 from model.features.prepare import embed_part
+from model.inference import fitness
 from model.recipe import Recipe, check_run_name
 from model.shipped import fetch
 from model.shipped.backbone import DEFAULT_DETECTOR, HubPlace, output_folder
@@ -159,7 +160,8 @@ def average_command(first: Path, last: Path, weight: float, name: str, runs: Pat
 
 def _say(folder: Path) -> None:
     console.say(f"checkpoint: {folder}")
-    console.say("its score is not calibrated, and outside users report many false alarms on photos")
+    for notice in fitness.notices(read_meta(folder)):
+        console.say(notice.text)
     console.say(f"try it: python predict.py DIR --checkpoint {folder}")
 
 

@@ -72,7 +72,7 @@ class Run:
                     notes.append(Note())
                     yield self._noted(file, notes[-1])
 
-        with contextlib.closing(self.detector.predict(reading(), batch_size)) as predictions:
+        with contextlib.closing(self.detector.stream(reading(), batch_size)) as predictions:
             for result in predictions:
                 self._write(result, notes.popleft())
                 yield self.done + self.skipped
