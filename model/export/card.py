@@ -71,8 +71,7 @@ python predict.py photo.jpg --checkpoint FOLDER
 ```python
 from model import load_detector
 
-for found in load_detector("FOLDER").predict(["photo.jpg"]):
-    print(found.probability)  # of fake
+print(load_detector("FOLDER").predict("photo.jpg"))
 ```
 """
 

@@ -16,6 +16,8 @@ import torch
 from model import checkpoint
 from model.network import Network, build, load_weights
 from model.recipe import Data, Recipe, ResolvedRecipe, Run, resolved
+from model.shipped.backbone import HubPlace
+from model.shipped.fetch import FetchError, ask_hub
 from model.training.optim import Optim
 from pipeline.augment import Preprocess
 from storage import sha256_of
@@ -58,16 +60,25 @@ def fetch() -> Path:
     Raises:
         OriginalError: the hub does not give it, or gives another file.
     """
-    from huggingface_hub import hf_hub_download  # it takes most of a second
+    from huggingface_hub import (  # it takes most of a second
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import HTTPError
 
+    url = hf_hub_url(REPOSITORY, FILE, revision=REVISION)
     try:
+        if not isinstance(try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION), str):
+            # The hub's own client goes on asking for a minute and more.
+            ask_hub(url, HubPlace(repository=REPOSITORY, revision=REVISION, file=FILE))
         path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
-    except (OSError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, HTTPError, FetchError) as error:
+        cause = error.__cause__ if isinstance(error, FetchError) else None
+        reason = " ".join(str(cause or error).split())[:200]
         raise OriginalError(
-            f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand, then "
-            "python -m model import FILE"
+            f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand from "
+            f"{url}, then type `python -m model import FILE`"
         ) from error
     sha256 = sha256_of(path)
     if sha256 != SHA256:

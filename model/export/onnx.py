@@ -224,6 +224,11 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's `data` speaks against relying on it."""
+    return {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
+
+
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
     """What the file says of itself: `META_KEYS`, each as JSON."""
     size = meta["preprocess"]["crop_size"]
@@ -235,7 +240,7 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "temperature": meta["temperature"],
         "threshold": meta["threshold"],
         "calibration": meta["calibration"],
-        "data": {key: meta["data"].get(key, []) for key in FITNESS_KEYS},
+        "data": fitness_of(meta),
         "precision": precision,
         "run": meta["recipe"]["name"],
         "step": meta["step"],

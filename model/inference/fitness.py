@@ -99,14 +99,19 @@ def _of_left_out(calibration: Mapping[str, Any]) -> list[str]:
     texts = []
     if called:
         worst = sorted(called, key=lambda name: (-called[name], name))
-        shares = ", ".join(f"{100 * called[name]:.0f} % of {name}" for name in worst)
+        shares = ", ".join(f"{_percent(called[name])} of {name}" for name in worst)
         texts.append(
             f"of real images of a kind that is new to it this detector called AI: {shares} ({how})"
         )
     if missed:
         worst = sorted(missed, key=lambda name: (missed[name], name))
-        shares = ", ".join(f"{100 * missed[name]:.0f} % of {name}" for name in worst)
+        shares = ", ".join(f"{_percent(missed[name])} of {name}" for name in worst)
         texts.append(
             f"of generated images of a kind that is new to it this detector found: {shares} ({how})"
         )
     return texts
+
+
+def _percent(share: float) -> str:
+    """A share for reading; a measurement on some images is never none of all."""
+    return f"{100 * share:.0f} %" if share >= 0.005 else "under 1 %"
