@@ -189,8 +189,12 @@ def average_command(first: Path, last: Path, weight: float, name: str, runs: Pat
 
 
 def _say(folder: Path) -> None:
+    from model.checkpoint import read_meta
+    from model.inference import fitness
+
     console.say(f"checkpoint: {folder}")
-    console.say("its score is not calibrated, and outside users report many false alarms on photos")
+    for notice in fitness.notices(read_meta(folder)):
+        console.say(notice.text)
     console.say(f"try it: python predict.py DIR --checkpoint {folder}")
 
 

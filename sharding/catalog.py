@@ -159,7 +159,9 @@ class Source:
 
     `cap` is the most images to take per class, whole groups at a time; `expected` is how many a
     complete download has per class, checked before anything is packed (an empty table checks
-    nothing). `group_column` is the parquet column whose equal values make a group.
+    nothing). `group_column` is the parquet column whose equal values make a group. `synthetic`
+    marks images that a program drew to try out the commands: no photographs, and of no published
+    generator. What is trained on them says so.
     """
 
     license: str
@@ -177,6 +179,7 @@ class Source:
     expected: dict[Literal["real", "fake"], int] = field(default_factory=dict)
     policy: str = ""
     replay: bool = True
+    synthetic: bool = False
 
     def __post_init__(self) -> None:
         if not self.real and not self.fake:

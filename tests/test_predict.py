@@ -520,5 +520,5 @@ def test_python_and_predict_give_the_same_bits(
 ) -> None:
     rows = rows_of(ask(photos, "--format", "jsonl"))
     names = sorted(rows)
-    predictions = list(load_detector(runs=small_runs).predict(names))
+    predictions = load_detector(runs=small_runs).predict(names)
     assert [one.probability for one in predictions] == [rows[name]["probability"] for name in names]

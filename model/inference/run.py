@@ -85,7 +85,7 @@ class Run:
                     yield self._noted(file, notes[-1])
                 self.skipped += is_written
 
-        with contextlib.closing(self.detector.predict(reading(), batch_size, start)) as predictions:
+        with contextlib.closing(self.detector.stream(reading(), batch_size, start)) as predictions:
             for result in predictions:
                 note = notes.popleft()
                 if not note.is_written:
