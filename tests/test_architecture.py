@@ -60,7 +60,8 @@ def test_the_rule_can_refuse() -> None:
     ("library", "home"),
     [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "serve.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
-     ("c2pa", {"model/inference/provenance.py"})],
+     ("c2pa", {"model/inference/provenance.py"}),
+     *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
 )  # fmt: skip
 def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {
