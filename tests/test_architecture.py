@@ -64,7 +64,8 @@ def test_the_rule_can_refuse() -> None:
     [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
-     ("uvicorn", {"serve/server.py"})],
+     ("uvicorn", {"serve/server.py"}),
+     *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
 )  # fmt: skip
 def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {
