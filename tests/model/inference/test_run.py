@@ -1,4 +1,4 @@
-"""`predict.py` that is interrupted: it goes on with whole batches, and nothing is twice or missing."""
+"""`predict.py` that is interrupted: it goes on in whole batches, and no row is twice or missing."""
 
 import csv
 import io
