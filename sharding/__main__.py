@@ -17,7 +17,7 @@ from sharding.describe import describe
 from sharding.executor import Engine
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
 from sharding.verify import sets_in, verify
-from storage import AnyPath, check_reachable, cores, write_text
+from storage import AnyPath, check_reachable, cores, file_name, write_text
 
 RAW = click.option(
     "--raw",
@@ -401,13 +401,13 @@ def audit_command(
     for name, shards in sets.items():
         with console.progress(f"auditing {name}", audit.steps_of(shards)) as advance:
             result = audit.audit(shards, seed=seed, on_step=advance)
-        draw(shards, name, result, out / f"{name}.png")
+        draw(shards, name, result, out / file_name(name, ".png"))
         matched: match.Match | str | None = None
         if sample_file:
             try:
                 matched = match.match_classes(shards, seed=seed)
                 chosen[name] = shards, matched.rows
-            except ValueError as error:
+            except match.MatchError as error:
                 matched = str(error)
         entries[name] = audit.as_json(shards, result) | {"match": match.as_json(matched)}
         results.append((name, result, matched))

@@ -43,6 +43,10 @@ from imaging.zip import leaves_archive
 BUILT_IN = Path(__file__).with_name("catalog.toml")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+LONGEST_NAME = 78
+"""Letters of a source's or a set's name. A sample's file in a tar is that of its source with 22
+more (`sharding.plan.sample_key`, `.json`), and a tar has room for 100.
+"""
 _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 
@@ -304,11 +308,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_name(kind: str, name: str, file: Path) -> None:
-    """Check that a name is safe as a name of files and folders: catalogs are passed on."""
+    """Check that a name can be one of files and folders, and is safe there: catalogs are passed
+    on.
+    """
     if not _NAME.fullmatch(name):
         raise CatalogError(
             f"{file}: {kind} {name!r}: use lower-case letters, digits, '-' and '_', and begin with "
             "a letter or digit"
+        )
+    if len(name) > LONGEST_NAME:
+        raise CatalogError(
+            f"{file}: {kind} {name[:40]}... has {len(name)} letters; use {LONGEST_NAME} at most"
         )
 
 
