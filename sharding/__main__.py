@@ -10,12 +10,13 @@ import console
 from sharding.audit import audit, match
 from sharding.audit.histograms import draw
 from sharding.build import BuiltSet, SourceScan, Tolerance, build
-from sharding.catalog import BUILT_IN, Catalog, read_catalog
+from sharding.catalog import BUILT_IN, SHIPPED, Catalog, read_catalog
 from sharding.compare import compare_sets
 from sharding.demo.render import make_demo
 from sharding.describe import describe
 from sharding.executor import Engine
 from sharding.format import CLASSES, INDEX_FILE, open_shards, read_index
+from sharding.known import COLUMNS, facts_of, rows_of
 from sharding.verify import sets_in, verify
 from storage import AnyPath, check_reachable, cores, file_name, write_text
 
@@ -59,11 +60,15 @@ def main() -> None:
 def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
-    """Download SOURCES, or every source with a known download; run again to resume."""
+    """Download SOURCES, or all with a known download but the test sets; run again to resume."""
     from sharding.fetch import fetch_all  # its libraries take most of a second
 
     results = []
-    catalog = read_catalog([BUILT_IN, *catalogs])
+    catalog = read_catalog([*SHIPPED, *catalogs])
+    by_name_only = read_catalog(SHIPPED).sources.keys() - read_catalog([BUILT_IN]).sources.keys()
+    sources = sources or tuple(
+        name for name, s in catalog.sources.items() if s.fetch and name not in by_name_only
+    )
     for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
         console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
         results.append(fetched)
@@ -120,7 +125,7 @@ def build_command(
     allow_incomplete: bool,
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
-    catalog = read_catalog([BUILT_IN, *catalogs])
+    catalog = read_catalog([*SHIPPED, *catalogs])
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -245,6 +250,7 @@ def show(folder: AnyPath) -> None:
 
 
 @main.command("list")
+@click.argument("sources", nargs=-1)
 @RAW
 @click.option(
     "--out",
@@ -255,9 +261,15 @@ def show(folder: AnyPath) -> None:
 )
 @CATALOG
 @console.options()
-def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
-    """List the known sources: what is on disk, what is packed, and their licenses."""
-    catalog = read_catalog([BUILT_IN, *catalogs])
+def list_command(
+    sources: tuple[str, ...], raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]
+) -> None:
+    """List the known sources: what is on disk and packed, and licenses; of SOURCES every fact."""
+    catalog = read_catalog([*SHIPPED, *catalogs])
+    if sources:
+        for line in (line for name in sources for line in facts_of(name, catalog)):
+            console.say(line)
+        return
     check_reachable(raw)
     check_reachable(out)
     packed: dict[str, list[str]] = {}
@@ -267,23 +279,12 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
         sets.append([folder.name, index["split"], index["samples"], len(index["sources"])])
         for source, count in index["totals"]["source"].items():
             packed.setdefault(source, []).append(f"{index['set']} {count:,}")
-    rows = []
-    for name, source in catalog.sources.items():
-        set_names = sorted({set_name for shares in source.destinations() for set_name in shares})
-        there = "yes" if (raw / (source.root or name)).is_dir() else "-"
-        rows.append(
-            [
-                name,
-                " ".join(set_names),
-                there,
-                ", ".join(packed.get(name, [])) or "-",
-                source.license,
-            ]
-        )
-    columns = ["source", "goes to", f"in {raw}", "packed", "license"]
-    console.table("Known sources", columns, rows)
+    console.table(f"Known sources; on disk: {raw}", COLUMNS, rows_of(catalog, raw, packed))
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
+    for name, listed in catalog.suites.items():
+        console.say(f"suite {name}: {', '.join(listed)}")
+    console.say("what is known of one: python -m sharding list SOURCE")
     console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
 
 

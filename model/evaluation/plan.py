@@ -16,7 +16,7 @@ from model.device import choose_device, choose_precision
 from model.distributed import DistEnv
 from pipeline.loader import Loading, choose_backend
 from pipeline.subset import Subset, choose_samples
-from sharding.catalog import BUILT_IN, read_catalog
+from sharding.catalog import SHIPPED, read_catalog
 from sharding.format import CLASSES, ShardSet, open_shards, read_index
 from storage import AnyPath
 
@@ -175,7 +175,7 @@ def choose_reference(
                 f"--reference-reals {asked}: that set has no real images; name one that has"
             )
         return {"set": asked, "why": "--reference-reals", "for_all": True}
-    defaults = read_catalog([BUILT_IN]).reference
+    defaults = read_catalog(SHIPPED).reference
     for name, shards in opened.items():
         other = defaults.get(name)
         if (shards.column("label") == REAL).any() or other is None:
