@@ -23,6 +23,7 @@ from model.evaluation.plan import Options
 from model.evaluation.robustness import PER_CLASS
 from model.evaluation.run import evaluate, report_on, scores_beside
 from model.evaluation.scores import SCORES_FILE, read_scores
+from model.evaluation.suites import open_suite
 from model.shipped.backbone import output_folder
 from model.training.validation import calibrate_checkpoint
 from pipeline.loader import Backend, Loading
@@ -35,6 +36,7 @@ from storage import any_path, write_text
 
 @click.group(cls=console.Group, invoke_without_command=True)
 @click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
+@click.option("--suite", help="Measure on the packed sets of a suite: wild, generators, all, ...")
 @click.option(
     "--reference-reals", help="Set whose real images give the false-positive rate of the others."
 )
@@ -71,6 +73,7 @@ from storage import any_path, write_text
 def main(
     context: click.Context,
     names: tuple[str, ...],
+    suite: str | None,
     reference_reals: str | None,
     subset: Path | None,
     scores: Path | None,
@@ -90,10 +93,10 @@ def main(
     if context.invoked_subcommand:
         return
     if scores:
-        if names or subset or reference_reals or robustness:
+        if names or suite or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores cannot be combined with --shards, --subset, --reference-reals or "
-                "--robustness: the scores file already fixes them"
+                "--scores cannot be combined with --shards, --suite, --subset, --reference-reals "
+                "or --robustness: the scores file already fixes them"
             )
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), out or scores.parent)
@@ -101,11 +104,15 @@ def main(
         say_files(written)
         return
     listed = read_subset(subset) if subset else None
+    if suite and (names or subset):
+        raise click.UsageError("--suite names the sets itself; leave out --shards and --subset")
+    chosen_suite = open_suite(suite, any_path(data)) if suite else None
+    names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
     if not names:
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
     chosen = find(runs, checkpoint)
-    folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
+    folder = (suite or "+".join(names)) + (f"-{subset.stem}" if subset else "")
     out = out or output_folder(chosen, runs) / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
@@ -120,6 +127,8 @@ def main(
         console.say(f"checkpoint: {chosen}")
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
+        if chosen_suite and chosen_suite.missing:
+            raise click.ClickException(chosen_suite.missing_line)
 
 
 def say_files(written: Sequence[Path]) -> None:
