@@ -136,6 +136,21 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(".partial")
 
 
+MAX_NAME_BYTES = 255 - len(".4194304.partial")
+"""The longest name that the usual file systems take, with room for that of a temporary file."""
+
+
+def file_name(stem: str, suffix: str) -> str:
+    """`stem` and `suffix` as the name of a file; where that is too long for one, the beginning of
+    `stem` and a hash.
+    """
+    encoded = os.fsencode(stem + suffix)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return stem + suffix
+    end = f"-{hashlib.sha256(encoded).hexdigest()[:16]}{suffix}"
+    return encoded[: MAX_NAME_BYTES - len(end)].decode("utf-8", "ignore") + end
+
+
 def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Call `write(temporary file)`, then rename or upload it: `path` is absent, old or whole,
     whatever fails and whenever the power does. Its mode follows the umask.
