@@ -27,7 +27,7 @@ COMMANDS = (
     "-m sharding list", "-m sharding verify", "-m sharding diff", "-m sharding describe",
     "-m sharding audit", "-m sharding demo", "-m pipeline", "-m pipeline preview",
     "-m pipeline order", "-m model", "-m model import", "-m model fetch", "-m model embed",
-    "-m model curves", "-m model average", "-m model export", "-m model push",
+    "-m model curves", "-m model average", "-m model export", "-m model push", "-m serve",
 )  # fmt: skip
 
 RECIPE = "train.py --phase 1 --set"
@@ -37,7 +37,8 @@ REFUSALS = (
     "evaluate.py --shards val --device gpu", "predict.py nowhere.jpg",
     "predict.py README.md --threshold 2", "-m sharding build --jobs 0",
     "-m sharding no-such-command", "-m pipeline order --batch 1 DIR",
-    "-m model average nowhere nowhere --run x", "-m model export --hub x --hub-place y",
+    "-m serve --port 65536", "-m model average nowhere nowhere --run x",
+    "-m model export --hub x --hub-place y",
 )  # fmt: skip
 
 

@@ -25,11 +25,12 @@ def commands() -> dict[str, click.Command]:
     import train
     from model.__main__ import main as model
     from pipeline.__main__ import main as pipeline
+    from serve.__main__ import main as serve
     from sharding.__main__ import main as sharding
 
     tops = {
         "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
-        "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model,
+        "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model, "-m serve": serve,
     }  # fmt: skip
     below = {
         f"{name} {child}": command
@@ -71,6 +72,7 @@ EXTRA = {
         [], ["nowhere.jpg"], ["README.md", "--watch", "docs"], ["README.md", "--resume"],
         ["README.md", "--device", "tpu"], ["README.md", "--onnx", "x.onnx", "--heatmap", "x"],
     ],
+    "-m serve": [["--device", "gpu"], ["--port", "65536"]],
     "-m model export": [[], ["--hub", "x", "--hub-place", "nowhere"]],
     "-m model embed": [
         ["--recipe", "recipes/clip.toml", "--set", "a.b=1"], ["--recipe", "nowhere.toml"],
