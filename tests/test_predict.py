@@ -390,7 +390,7 @@ def test_a_file_cannot_write_to_the_terminal(ask: Callable[..., Result], tmp_pat
     result = ask(tmp_path)
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
-    assert len(result.stdout.splitlines()) == 2
+    assert len(result.stdout.splitlines()) == 3
     assert "the file says: camera: Camera red (EXIF)" in result.stdout
 
 
