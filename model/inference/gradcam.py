@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from imaging.decode import ImageFile
+from installed import install_extra
 from model.inference.detector import ImageDetector
 from model.network import Detector
 
@@ -56,7 +57,7 @@ def attribution(
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
-            "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
+            f"a heatmap needs the library captum; {install_extra('heatmap')}"
         ) from error
     preprocessed = detector.preprocess_file(image)
     pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)

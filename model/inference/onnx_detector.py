@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from imaging.decode import ImageFile, decoded
+from installed import install_extra
 from model.inference.prediction import (
     DecisionRule,
     Prediction,
@@ -137,8 +138,7 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         import onnxruntime
     except ImportError as error:
         raise OnnxError(
-            "an ONNX file needs the library onnxruntime; install the extra `export`, as "
-            "`make setup` does"
+            f"an ONNX file needs the library onnxruntime; {install_extra('export')}"
         ) from error
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
