@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from upath import UPath
 
+from installed import install_extra
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
@@ -48,9 +50,7 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         path = UPath(text)
         return Path(path.path) if path.protocol in _OF_THIS_MACHINE else path
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
-        ) from error
+        raise ValueError(f"{text}: {error}; for s3:// addresses {install_extra('s3')}") from error
 
 
 def local_path(text: str | os.PathLike) -> Path:

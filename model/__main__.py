@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
+from installed import command
 from storage import any_path, check_reachable
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def average_command(first: Path, last: Path, weight: float, name: str, runs: Pat
 
     folder = average(find(runs, first), find(runs, last), weight, runs / name)
     console.say(f"checkpoint: {folder}")
-    console.say(f"measure and calibrate it: python evaluate.py --checkpoint {folder} --help")
+    console.say(f"measure and calibrate it: {command('evaluate')} --checkpoint {folder} --help")
 
 
 def _say(folder: Path) -> None:
@@ -195,7 +196,7 @@ def _say(folder: Path) -> None:
     console.say(f"checkpoint: {folder}")
     for notice in fitness.notices(read_meta(folder)):
         console.say(notice.text)
-    console.say(f"try it: python predict.py DIR --checkpoint {folder}")
+    console.say(f"try it: {command('predict')} DIR --checkpoint {folder}")
 
 
 @main.command("export")

@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
+from installed import CHECKOUT, DEMO, command
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
@@ -466,10 +467,10 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
         return default
     if not candidates:
         raise NoCheckpointError(
-            f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
-            "whole flow on synthetic data with `make demo` (then pass --runs demo/runs), name "
-            "one with --checkpoint FOLDER, or take the one that ships: `python -m model fetch`, "
-            "then --checkpoint clip"
+            f"no checkpoint below {runs}; train one with `{command('train')} --phase 1`, see the "
+            f"whole flow on synthetic data with `{DEMO}` (then pass --runs demo/runs), name "
+            "one with --checkpoint FOLDER, or take the one that ships: "
+            "`python -m model fetch`, then --checkpoint clip"
         )
 
     def created(run: Path) -> int:
@@ -481,6 +482,8 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
 @functools.cache
 def git_commit() -> str:
     """The commit this program runs from, with '-dirty' if files differ; '' outside a checkout."""
+    if not CHECKOUT:  # what git found here would be a repository that the environment lies in
+        return ""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
+from installed import command
 from storage import AnyPath, check_reachable, cores, file_name, write_text
 
 if TYPE_CHECKING:
@@ -376,7 +377,7 @@ def audit_command(
             raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
-        console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
+        console.say(f"sample list: {sample_file}; {command('evaluate')} --subset {sample_file}")
 
 
 @main.command()

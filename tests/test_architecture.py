@@ -6,15 +6,16 @@ import pytest
 
 from tests.builders import ROOT, imports_of
 
-SCRIPTS = ("train", "evaluate", "predict", "app", "app_server")
+SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
-COMMON = {"escape", "console", "recipes", "storage", "imaging"}
+COMMON = {"installed", "escape", "console", "recipes", "storage", "imaging"}
 
 MAY_IMPORT = {
+    "installed": set(),
     "escape": set(),
     "console": {"escape", "storage"},
     "recipes": set(),
-    "storage": set(),
+    "storage": {"installed"},
     "imaging": {"storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format"},

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
+from installed import install_extra
 from model.checkpoint import load_network
 from model.export.license import license_of
 from model.inference.fitness import FITNESS_KEYS
@@ -114,9 +115,7 @@ def export_onnx(
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(
-            f"{error.name} is not installed; install the extra `export`, as `make setup` does"
-        ) from error
+        raise ExportError(f"{error.name} is not installed; {install_extra('export')}") from error
     net, preprocess, meta = load_network(checkpoint)
     with temporary_folder(out) as partial:
         graph = _graph_of(net, preprocess, meta["temperature"])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from installed import install_extra
 from model.inference.detector import ImageDetector
 from model.inference.prediction import Picture
 from model.network import Detector
@@ -53,7 +54,7 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
-            "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
+            f"a heatmap needs the library captum; {install_extra('heatmap')}"
         ) from error
     preprocessed = detector.preprocess_file(image)
     pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from installed import install_extra
 from model.inference.prediction import (
     AnyDetector,
     Picture,
@@ -136,8 +137,7 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         import onnxruntime
     except ImportError as error:
         raise OnnxError(
-            "an ONNX file needs the library onnxruntime; install the extra `export`, as "
-            "`make setup` does"
+            f"an ONNX file needs the library onnxruntime; {install_extra('export')}"
         ) from error
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 

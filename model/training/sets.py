@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import torch
 
 from model.distributed import DistEnv
@@ -96,7 +95,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
     pool = stream.pool
     trained = pool.shards.table.column("sha256").take(stream.new(0))
     for name, shards in validation.items():
-        shared = pa.compute.is_in(shards.table.column("sha256"), value_set=trained)
+        shared = pc.is_in(shards.table.column("sha256"), value_set=trained)
         rows = np.flatnonzero(shared.to_numpy())
         if len(rows):
             raise ValueError(

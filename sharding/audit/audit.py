@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from installed import command, install_extra
 from sharding.audit.metadata import (
     FEATURES,
     NAMED,
@@ -230,7 +231,7 @@ def advice_of(result: Audit) -> list[str]:
         "and resample in the recipe), and add images of each class in the formats and sizes of "
         "the other.",
         "Measure on a matched sample: python -m sharding audit DIR --match subset.csv, then "
-        "python evaluate.py --subset subset.csv",
+        f"{command('evaluate')} --subset subset.csv",
     ]
 
 
@@ -284,8 +285,7 @@ def extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"the audit needs scikit-learn and matplotlib ({error}); install the extra `audit`, "
-            "as `make setup` does"
+            f"the audit needs scikit-learn and matplotlib ({error}); {install_extra('audit')}"
         ) from error
 
 
