@@ -468,9 +468,8 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
     if not candidates:
         raise NoCheckpointError(
             f"no checkpoint below {runs}; train one with `{command('train')} --phase 1`, see the "
-            f"whole flow on synthetic data with `{DEMO}` (then pass --runs demo/runs), name "
-            "one with --checkpoint FOLDER, or take the one that ships: "
-            "`python -m model fetch`, then --checkpoint clip"
+            f"whole flow with `{DEMO}` (then --runs demo/runs), name one with --checkpoint "
+            "FOLDER, or take the one that ships: `python -m model fetch`, then --checkpoint clip"
         )
 
     def created(run: Path) -> int:
