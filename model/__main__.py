@@ -109,8 +109,9 @@ def fetch_command(
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set features.views=2.")
 @click.option(
-    "--init-from", type=console.LocalPath(exists=True),
-    help="Weights of the backbone: a checkpoint folder or a .safetensors file.",
+    "--init-from", type=console.LocalPath(),
+    help="Weights of the backbone: a checkpoint folder, a .safetensors file, or the name under "
+    "which it was fetched, such as clip.",
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -140,8 +141,10 @@ def embed_command(
 
     recipe = recipes.load(Recipe, recipe_path, overrides)
     from model.features.prepare import embed_part
+    from model.shipped.fetch import weights_at
     from sharding.executor import run_all
 
+    init_from = weights_at(init_from) if init_from else None
     parts = jobs if engine == "ray" else 1
     tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
     images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))

@@ -85,6 +85,27 @@ def spec_for(name: str) -> BackboneSpec:
     raise FetchError(f"{missing}; what can be fetched: {', '.join(names)}")
 
 
+def weights_at(named: Path) -> Path:
+    """First weights as a person names them: a file or folder that exists, or the name of a detector
+    that ships, or of a network, whose backbone was fetched.
+
+    Raises:
+        FetchError: neither a path nor such a name, or the backbone is not on this machine.
+    """
+    if named.exists():
+        return named
+    try:
+        spec = spec_for(str(named))
+    except FetchError as error:
+        raise FetchError(f"{named} does not exist, and {error}") from None
+    for file in spec.files:
+        if cached_path(file.sha256).is_file():
+            return cached_path(file.sha256)
+    raise FetchError(
+        f"the backbone {spec.name} is not on this machine; type `python -m model fetch {named}`"
+    )
+
+
 def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     """Where the backbone lies in the cache, after a download if it was not there.
 

