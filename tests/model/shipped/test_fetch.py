@@ -313,7 +313,7 @@ def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> 
 def test_first_weights_are_named_by_a_path_or_by_what_was_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "fetched"))
     monkeypatch.chdir(tmp_path)
     (spec,) = fetch.KNOWN
     with pytest.raises(fetch.FetchError, match=f"type `python -m model fetch {spec.name}`"):
