@@ -10,6 +10,7 @@ from model import checkpoint
 from model.launch import folder as launching
 from model.launch.folder import default_weights
 from model.shipped.backbone import CLIP_8_BIT
+from sharding.format import read_index
 from tests.builders import encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -45,6 +46,8 @@ def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
     meta = checkpoint.read_meta(checkpoint.best_of(mine.parent / "runs/mine"))
     assert meta["recipe"]["data"]["train"] == [f"folders/{place.name}/mine"]
     assert list(meta["metrics"]["sets"]) == ["mine-val"]
+    samples = read_index(place / "mine")["samples"]
+    assert meta["recipe"]["loading"]["batch_size"] == samples // 8
     again = run(mine, "--recipe", tiny_recipe, "--set", "run.epochs=1")
     assert again.exit_code == 0, again.output
     assert f"{mine} is up to date, packed in {place}: " in again.stderr
