@@ -28,13 +28,13 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 import console
 from escape import markdown
 from imaging.decode import MAX_BYTES, decode
+from imaging.turns import Busy, turn
 from model import load_detector
 from model.checkpoint import NoCheckpointError
 from model.inference import fitness, gradcam, provenance, results, signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
-from model.inference.turns import Busy, turn
 from model.shipped.backbone import MissingError, is_shipped
 from model.verdict import capital, of_hundred, percent
 
