@@ -23,10 +23,10 @@ import requests
 from PIL import Image
 
 import app
+from imaging import turns
 from model import load_detector
 from model.calibrate import calibrate
 from model.checkpoint import annotate
-from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
 from pipeline.loader import open_loader
