@@ -15,18 +15,15 @@ ARG TORCH=cpu
 WORKDIR /srv
 COPY pyproject.toml constraints.txt ./
 
-# DALI decodes whole batches on a GPU, and is larger than everything else; the page takes one image
-# at a time. `pipeline/loader.py` falls back to Pillow without it.
+# Without the extra `dali`: it decodes whole batches on a GPU, and the page takes one image at a time.
 RUN pip install --no-cache-dir --constraint constraints.txt uv \
-    && echo nvidia-dali-cuda120 > left-out.txt \
     && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
-        --constraint constraints.txt --excludes left-out.txt \
+        --constraint constraints.txt \
         --requirements pyproject.toml --extra app --extra evidence --extra heatmap --extra serve \
-    && rm left-out.txt \
     && useradd --create-home --uid 10001 page \
     && install --directory --owner page /cache /runs
 
-COPY console.py escape.py storage.py app.py app_server.py app.js ./
+COPY installed.py console.py escape.py storage.py app.py app_server.py app.js ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/

@@ -28,13 +28,15 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 import console
 from escape import markdown
 from imaging.decode import MAX_BYTES, decode
+from imaging.turns import Busy, turn
 from model import load_detector
-from model.inference import gradcam, provenance, results, signatures
+from model.checkpoint import NoCheckpointError
+from model.inference import fitness, gradcam, provenance, results, signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
-from model.inference.turns import Busy, turn
-from model.shipped.backbone import is_shipped
+from model.shipped.backbone import MissingError, is_shipped
+from model.verdict import capital, of_hundred, percent
 
 log = logging.getLogger("ai_images_detector")
 
@@ -111,6 +113,22 @@ def loaded_detector() -> ImageDetector:
     """The checkpoint, loaded once."""
     signatures.usual_trust_list()  # one that cannot be used is said at once
     return load_detector(folder_in(CHECKPOINT), runs=folder_in(RUNS) or Path("runs"))
+
+
+def why_not(error: Exception) -> str:
+    """Why there is no detector, and what whoever runs the page has to do."""
+    if isinstance(error, MissingError):
+        there = "in the folder of this program, then reload this page"
+        return f"This page has no detector yet: {error} {there}."
+    if isinstance(error, NoCheckpointError):
+        return (
+            f"This page has no detector: {str(error).partition(';')[0]}. Start it with {RUNS} or "
+            f"{CHECKPOINT} as the folder of one that was trained, or without both to take the one "
+            "that ships (python -m model fetch brings its weights)."
+        )
+    if isinstance(error, ValueError | OSError):
+        return console.one_line(error)
+    return f"the checkpoint cannot be loaded ({type(error).__name__}: {error})"
 
 
 def folder_in(variable: str) -> Path | None:
@@ -205,7 +223,7 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """One image: its probability, or why it is refused."""
     try:
         with turn(data):
-            (prediction,) = detector.predict([data])
+            prediction = detector.predict(data)
             if prediction.error:
                 return Scored(name, prediction)
             picture = Image.fromarray(decode(data))
@@ -266,17 +284,18 @@ def show_table(
             st.session_state["chosen"] = ids[rows[0]]
 
     probabilities = [result.prediction.probability for result in shown]
+    number = f"{capital(fitness.word_for(detector.meta))} of AI"
     st.dataframe(
         {
             "Image": [as_data_url(result.thumbnail) for result in shown],
             "Verdict": [capital(verdicts[key]) for key in ids],
-            "Probability of AI": [None if p is None else 100 * p for p in probabilities],
+            number: [None if p is None else 100 * p for p in probabilities],
             "File": [result.name for result in shown],
         },
         column_config={
             "Image": st.column_config.ImageColumn(width=64),
             "Verdict": st.column_config.TextColumn(width=100),
-            "Probability of AI": st.column_config.ProgressColumn(
+            number: st.column_config.ProgressColumn(
                 min_value=0, max_value=100, format="%.1f%%", width=130
             ),
         },
@@ -286,7 +305,7 @@ def show_table(
         key=table,
         on_select=choose,
         selection_mode="single-row",
-        alt="The images with verdict, probability and file name",
+        alt=f"The images with verdict, {fitness.word_for(detector.meta)} and file name",
     )
     st.download_button(
         "Download as CSV",
@@ -331,8 +350,9 @@ def show_image(detector: ImageDetector, file: UploadedFile, result: Scored, said
         st.subheader(f":{color}[{icon} {capital(said)}]", anchor=False)
         probability = result.prediction.probability
         assert probability is not None  # what was refused is not shown
-        st.markdown(f"Probability that it is AI-generated: **{percent(probability)}**")
+        st.markdown(f"{capital(fitness.number(detector.meta))}: **{percent(probability)}**")
         st.html(scale(probability, detector.band))
+        st.caption(f"{capital(fitness.proof(detector.meta))}.")
         st.markdown("**What the file says**")
         if result.evidence:
             st.markdown("\n".join(f"- {as_markdown(item)}" for item in result.evidence))
@@ -392,7 +412,7 @@ def show_threshold(detector: ImageDetector) -> None:
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     with st.container(border=True):
         threshold = st.select_slider(
-            "Say likely AI from this probability on",
+            f"Say likely AI from this {fitness.word_for(detector.meta)} on",
             sorted({*steps, detector.threshold}),
             value=detector.threshold,
             key="threshold",
@@ -426,7 +446,7 @@ def rule(detector: ImageDetector) -> str:
     low, high, own_threshold = (f"{100 * p:.3g}%" for p in (*ours.band, detector.threshold))
     doubt = f", uncertain from there to {high}" if low != high else ""
     aside = f" The checkpoint's own threshold is {own_threshold}." if ours is not detector else ""
-    return f"Likely real below {low}{doubt}, likely AI from {high} on.{aside}"
+    return f"No sign of AI below {low}{doubt}, likely AI from {high} on.{aside}"
 
 
 def about(detector: ImageDetector) -> None:
@@ -443,25 +463,6 @@ def about(detector: ImageDetector) -> None:
     )
 
 
-def percent(p: float) -> str:
-    """A probability for reading; never a certainty."""
-    if p < 0.001:
-        return "under 0.1%"
-    return "over 99.9%" if p > 0.999 else f"{100 * p:.1f}%"
-
-
-def capital(text: str) -> str:
-    """A sentence's beginning; `str.capitalize` would make `AI` lower case."""
-    return text[:1].upper() + text[1:]
-
-
-def of_hundred(share: float) -> str:
-    """A share for reading; a measurement on some images is never none or all of them."""
-    if share < 0.005:
-        return "**fewer than 1**"
-    return "**more than 99**" if share > 0.995 else f"about **{100 * share:.0f}**"
-
-
 def main() -> None:
     """Draw the page."""
     st.set_page_config(page_title="Real or AI-generated?", page_icon=ICON)
@@ -470,12 +471,10 @@ def main() -> None:
         detector = loaded_detector()
     except Exception as error:  # whatever a damaged or unreadable checkpoint makes a loader raise
         log.warning("no detector", exc_info=True)
-        if isinstance(error, ValueError | OSError):
-            said = console.one_line(error)
-        else:
-            said = f"the checkpoint cannot be loaded ({type(error).__name__}: {error})"
-        st.error(markdown(said))
+        st.error(markdown(why_not(error)))
         return
+    for notice in detector.notices:
+        st.warning(markdown(f"{capital(notice.text)}."), icon=":material/warning:")
     this_page()
     files = {file.file_id: file for file in uploads()}
     scored = score_all(detector, list(files.values()))

@@ -32,6 +32,7 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
 
 @click.group(cls=console.Group, invoke_without_command=True)
 @click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
+@click.option("--suite", help="Measure on the packed sets of a suite: wild, generators, all, ...")
 @click.option(
     "--reference-reals", help="Set whose real images give the false-positive rate of the others."
 )
@@ -68,6 +69,7 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
 def main(
     context: click.Context,
     names: tuple[str, ...],
+    suite: str | None,
     reference_reals: str | None,
     subset: Path | None,
     scores: Path | None,
@@ -87,20 +89,21 @@ def main(
     if context.invoked_subcommand:
         return
     if scores:
-        if names or subset or reference_reals or robustness:
+        if names or suite or subset or reference_reals or robustness:
             raise click.UsageError(
-                "--scores cannot be combined with --shards, --subset, --reference-reals or "
-                "--robustness: the scores file already fixes them"
+                "--scores cannot be combined with --shards, --suite, --subset, --reference-reals "
+                "or --robustness: the scores file already fixes them"
             )
         _report_on_scores(scores, data, out)
         return
-    if not (names or subset):
+    if not (names or subset or suite):
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
     from model.checkpoint import find
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
     from model.evaluation.run import evaluate
     from model.evaluation.scores import SCORES_FILE
+    from model.evaluation.suites import open_suite
     from model.shipped.backbone import output_folder
     from pipeline.loading import Loading
     from pipeline.subset import read_subset
@@ -108,9 +111,13 @@ def main(
     from report.terminal import print_report
 
     listed = read_subset(subset) if subset else None
+    if suite and (names or subset):
+        raise click.UsageError("--suite names the sets itself; leave out --shards and --subset")
+    chosen_suite = open_suite(suite, any_path(data)) if suite else None
+    names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
     chosen = find(runs, checkpoint)
-    folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
+    folder = (suite or "+".join(names)) + (f"-{subset.stem}" if subset else "")
     out = out or output_folder(chosen, runs) / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
@@ -125,6 +132,8 @@ def main(
         console.say(f"checkpoint: {chosen}")
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
+        if chosen_suite and chosen_suite.missing:
+            raise click.ClickException(chosen_suite.missing_line)
 
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:

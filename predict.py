@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
-from model.inference import inputs, results
+from model.inference import fitness, inputs, results
 from model.inference.run import Run, predict_all, predict_as_they_come
 from model.inference.signatures import read_trust_list, usual_trust_list
 
@@ -86,6 +86,9 @@ def main(
 ) -> None:
     """Print, for each image of PATH..., the probability that it is AI-generated, and a verdict.
 
+    Of a checkpoint that is not calibrated it is a score and no probability; CSV and JSON lines
+    call both `probability`.
+
     PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - for a
     list of them on standard input, one a line. What the file says of itself stands beside the
     verdict and never changes it.
@@ -123,8 +126,13 @@ def main(
     console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
     if trust:
         console.log.info("C2PA trust list: %s", trust.describe())
-    if not out and results.header(output):
-        console.say(results.header(output))
+    for notice in detector.notices:
+        console.log.warning("%s", notice.text)
+    heading = results.header(output, fitness.word_for(detector.meta))
+    if file and output == "table":
+        file.write(heading)
+    elif not out and heading:
+        console.say(heading)
     try:
         with console.sigterm_interrupts():
             if watch:
@@ -205,6 +213,8 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         before = f", {run.skipped:,} were there already" if run.skipped else ""
         done = console.counted(run.done, "image")
         console.log.info("%s%s at %s: %s", done, before, run.rate, verdicts or "-")
+    if run.output == "table":
+        console.log.info("%s", fitness.proof(run.detector.meta))
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from upath import UPath
 
+from installed import install_extra
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
@@ -48,9 +50,7 @@ def any_path(text: str | os.PathLike) -> AnyPath:
         path = UPath(text)
         return Path(path.path) if path.protocol in _OF_THIS_MACHINE else path
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{text}: {error}; for s3:// addresses install the extra `s3`, as `make setup` does"
-        ) from error
+        raise ValueError(f"{text}: {error}; for s3:// addresses {install_extra('s3')}") from error
 
 
 def local_path(text: str | os.PathLike) -> Path:
@@ -134,6 +134,21 @@ def partial_of(path: Path) -> Path:
 def is_partial(path: Path) -> bool:
     """Whether this is the temporary name of a file or folder."""
     return path.name.endswith(".partial")
+
+
+MAX_NAME_BYTES = 255 - len(".4194304.partial")
+"""The longest name that the usual file systems take, with room for that of a temporary file."""
+
+
+def file_name(stem: str, suffix: str) -> str:
+    """`stem` and `suffix` as the name of a file; where that is too long for one, the beginning of
+    `stem` and a hash.
+    """
+    encoded = os.fsencode(stem + suffix)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return stem + suffix
+    end = f"-{hashlib.sha256(encoded).hexdigest()[:16]}{suffix}"
+    return encoded[: MAX_NAME_BYTES - len(end)].decode("utf-8", "ignore") + end
 
 
 def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:

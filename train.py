@@ -52,8 +52,9 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option("--run", "name", help="Name of the run. Default: the recipe's.")
 @click.option(
     "--init-from",
-    type=console.LocalPath(exists=True),
-    help="Start from this checkpoint folder or ImageNet .safetensors file.",
+    type=console.LocalPath(),
+    help="Start from this checkpoint folder or .safetensors file of a backbone, or from the "
+    "backbone that was fetched under this name, such as clip.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")
 @click.option("--dry-run", is_flag=True, help="Try a few steps, say what would run, then stop.")
@@ -95,10 +96,13 @@ def main(
     from model.distributed import init_distributed
     from model.launch.dry_run import dry_run as try_out
     from model.launch.folder import default_weights, with_folder
+    from model.shipped.fetch import weights_at
     from model.training.run import Interrupted, train
 
     if folder and not named and not init_from:
         init_from = default_weights()
+    elif init_from:
+        init_from = weights_at(init_from)
     with init_distributed() as dist:
         if not dist.is_main:
             console.log.setLevel(logging.WARNING)

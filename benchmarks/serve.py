@@ -8,7 +8,9 @@ start). Every answer is held against what `predict.py` said of the file. Then ea
 --hostile is sent alone: its status must be 200 or 4xx, with the error that `predict.py` has.
 At last the server gets SIGTERM while requests are on their way, and must answer those it took.
 
-Clients, server and predict.py share the cores; the ratio is of images per second in this run.
+Clients, server and predict.py share the cores; *ratio* is of images per second in this run. Where
+other programs take part of the processor, *CPU ratio*, of processor time for an image (the server's
+alone), tells more.
 """
 
 import http.client
@@ -64,6 +66,12 @@ def post(connection: http.client.HTTPConnection, path: Path, data: bytes) -> tup
     return answer.status, answer.read()
 
 
+def cpu_of(process: int) -> float:
+    """Processor seconds of a process so far (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def load(port: int, files: dict[Path, bytes], clients: int) -> dict[str, Any]:
     """Every file once, from so many clients: seconds in all and of each, statuses, rows by path."""
     waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
@@ -102,19 +110,23 @@ def load(port: int, files: dict[Path, bytes], clients: int) -> dict[str, Any]:
     }
 
 
-def predict(detector: ImageDetector, files: dict[Path, bytes], batch_size: int, out: Path) -> float:
-    """Seconds that `predict.py --out OUT` takes for the same files, without its start."""
+def predict(
+    detector: ImageDetector, files: dict[Path, bytes], batch_size: int, out: Path
+) -> dict[str, float]:
+    """What `predict.py --out OUT` takes for the same files without its start: seconds, and those
+    of the processor.
+    """
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
     run = Run(detector, "jsonl", file)
     images = (ImageFile(str(path), lambda path=path: read_file(path)) for path in files)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for _ in run.over(images, batch_size):
         pass
-    passed = time.perf_counter() - began
+    used = {"passed": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     file.finish()
     file.close()
-    return passed
+    return used
 
 
 def mean_batch(port: int, before: tuple[float, float] = (0, 0)) -> tuple[float, float]:
@@ -174,13 +186,21 @@ def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict
     return {"statuses": Counter(answers), "code": process.wait(120)}
 
 
-def row_of(way: str, rounds: list[dict[str, Any]], images: int, predict_s: float) -> list[object]:
-    passed = statistics.median(one["passed"] for one in rounds)
+def middle(rounds: list[dict[str, Any]], what: str) -> float:
+    return statistics.median(one[what] for one in rounds)
+
+
+def row_of(
+    way: str, rounds: list[dict[str, Any]], images: int, beside: list[dict[str, Any]]
+) -> list[object]:
+    passed, cpu = middle(rounds, "passed"), middle(rounds, "cpu")
     seconds = sorted(second for one in rounds for second in one["seconds"])
     at = [1000 * seconds[min(len(seconds) - 1, int(q * len(seconds)))] for q in (0.5, 0.99)]
     batches = sum(one["batches"] for one in rounds)
     return [
-        way, f"{images / passed:.1f}", f"{predict_s / passed:.2f}", *(f"{ms:,.0f}" for ms in at),
+        way, f"{images / passed:.1f}", f"{middle(beside, 'passed') / passed:.2f}",
+        f"{1000 * cpu / images:.1f}", f"{middle(beside, 'cpu') / cpu:.2f}",
+        *(f"{ms:,.0f}" for ms in at),
         f"{sum(one['batch_images'] for one in rounds) / batches:.1f}",
         sum(images - len(one["rows"]) for one in rounds),
     ]  # fmt: skip
@@ -214,8 +234,9 @@ def main(
                     predict(detector, files, batch_size, Path(place) / "out.jsonl")
                 )
                 for count in CLIENTS:
-                    before = mean_batch(port)
+                    before, cpu = mean_batch(port), cpu_of(process.pid)
                     one = load(port, files, count)
+                    one["cpu"] = cpu_of(process.pid) - cpu
                     one["batch_images"], one["batches"] = mean_batch(port, before)
                     figures[str(count)].append(one)
                     console.log.info("%d clients: %s", count, dict(one["statuses"]))
@@ -224,16 +245,27 @@ def main(
         finally:
             process.kill()
             process.wait()
-    predict_s = statistics.median(figures["predict"])
-    rows: list[list[object]] = [["predict.py", f"{len(files) / predict_s:.1f}", *"1----"]]
-    rows += [
-        row_of(f"{n} clients", figures[str(n)], len(files), predict_s) for n in CLIENTS
+    beside = figures["predict"]
+    rows: list[list[object]] = [
+        ["predict.py", f"{len(files) / middle(beside, 'passed'):.1f}", "1",
+         f"{1000 * middle(beside, 'cpu') / len(files):.1f}", "1", *"----"]
     ]  # fmt: skip
+    rows += [row_of(f"{n} clients", figures[str(n)], len(files), beside) for n in CLIENTS]
     title = (
         f"{len(files)} images of {sum(map(len, files.values())) / len(files) / 1000:.0f} kB, "
         f"{rounds} rounds, batch {batch_size}, {detector.identity}, {cores()} cores"
     )
-    columns = ["way", "images/s", "ratio", "p50 ms", "p99 ms", "mean batch", "lost"]
+    columns = [
+        "way",
+        "images/s",
+        "ratio",
+        "CPU ms",
+        "CPU ratio",
+        "p50 ms",
+        "p99 ms",
+        "batch",
+        "lost",
+    ]
     console.table(title, columns, rows)
     difference = max(
         abs(row["probability"] - expected[path].probability)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
+from installed import command
 from storage import any_path, check_reachable
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ def fetch_command(
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set features.views=2.")
 @click.option(
-    "--init-from", type=console.LocalPath(exists=True),
-    help="Weights of the backbone: a checkpoint folder or a .safetensors file.",
+    "--init-from", type=console.LocalPath(),
+    help="Weights of the backbone: a checkpoint folder, a .safetensors file, or the name under "
+    "which it was fetched, such as clip.",
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -139,8 +141,10 @@ def embed_command(
 
     recipe = recipes.load(Recipe, recipe_path, overrides)
     from model.features.prepare import embed_part
+    from model.shipped.fetch import weights_at
     from sharding.executor import run_all
 
+    init_from = weights_at(init_from) if init_from else None
     parts = jobs if engine == "ray" else 1
     tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
     images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
@@ -185,13 +189,17 @@ def average_command(first: Path, last: Path, weight: float, name: str, runs: Pat
 
     folder = average(find(runs, first), find(runs, last), weight, runs / name)
     console.say(f"checkpoint: {folder}")
-    console.say(f"measure and calibrate it: python evaluate.py --checkpoint {folder} --help")
+    console.say(f"measure and calibrate it: {command('evaluate')} --checkpoint {folder} --help")
 
 
 def _say(folder: Path) -> None:
+    from model.checkpoint import read_meta
+    from model.inference import fitness
+
     console.say(f"checkpoint: {folder}")
-    console.say("its score is not calibrated, and outside users report many false alarms on photos")
-    console.say(f"try it: python predict.py DIR --checkpoint {folder}")
+    for notice in fitness.notices(read_meta(folder)):
+        console.say(notice.text)
+    console.say(f"try it: {command('predict')} DIR --checkpoint {folder}")
 
 
 @main.command("export")

@@ -9,7 +9,8 @@ called `step_` and at least seven digits; what has another name in its folder is
 Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
 on an image is called fake, and `calibration` is null, or a `model.calibrate.Calibration` with the
 hash of the index of each set that it was fitted on (`fitted_on`, `index_sha256`). Verdicts: below
-the band no sign of AI, from its end on likely AI, in it uncertain.
+the band no sign of AI, from its end on likely AI, in it uncertain. `model/inference/fitness.py`
+reads in it what speaks against a detector.
 
 A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
 `backbone` where the others are (`model/shipped/backbone.py`).
@@ -36,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
+from installed import CHECKOUT, DEMO, command
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
@@ -60,6 +62,10 @@ _HASHED = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, STATE_FILE, REPLAYED_FILE)
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or cannot be used; the message says what to do."""
+
+
+class NoCheckpointError(CheckpointError):
+    """No run has a checkpoint, and none was named."""
 
 
 class DamagedError(CheckpointError):
@@ -106,10 +112,8 @@ def save(
             if state is not None:
                 torch.save(dict(state), partial / STATE_FILE)
             if replayed is not None:
-                lines = [f"{epoch},{key}\n" for epoch, key in replayed]
-                (partial / REPLAYED_FILE).write_text(
-                    "epoch,key\n" + "".join(lines), encoding="utf-8"
-                )
+                text = "epoch,key\n" + "".join(f"{epoch},{key}\n" for epoch, key in replayed)
+                (partial / REPLAYED_FILE).write_text(text, encoding="utf-8")
             meta = {
                 "format_version": FORMAT_VERSION,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -201,9 +205,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             "again, as another run, with `--run NAME`"
         )
     if not isinstance(hashes, dict):
-        raise DamagedError(
-            f"{path} is damaged: it has no hashes of the checkpoint's files (sha256)"
-        )
+        raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
     if tuple(meta["classes"]) != CLASSES:
         raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
     return meta
@@ -426,9 +428,8 @@ def runs_below(runs: Path) -> list[Path]:
         if folder.name.startswith(".") or is_partial(folder) or STEP_FOLDER.fullmatch(folder.name):
             continue
         with_checkpoint += [folder] if checkpoints_of(folder) else []
-        with_checkpoint += (
-            [] if folder.is_symlink() else runs_below(folder)
-        )  # links may lead in a circle
+        if not folder.is_symlink():  # links may lead in a circle
+            with_checkpoint += runs_below(folder)
     return with_checkpoint
 
 
@@ -465,10 +466,10 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
     if not candidates and shipped and (default / META_FILE).exists():
         return default
     if not candidates:
-        raise CheckpointError(
-            f"no checkpoint below {runs}; train one with `python train.py --phase 1`, see the "
-            "whole flow on synthetic data with `make demo` (then pass --runs demo/runs), or name "
-            "one with --checkpoint FOLDER"
+        raise NoCheckpointError(
+            f"no checkpoint below {runs}; train one with `{command('train')} --phase 1`, see the "
+            f"whole flow with `{DEMO}` (then --runs demo/runs), name one with --checkpoint "
+            "FOLDER, or take the one that ships: `python -m model fetch`, then --checkpoint clip"
         )
 
     def created(run: Path) -> int:
@@ -480,6 +481,8 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
 @functools.cache
 def git_commit() -> str:
     """The commit this program runs from, with '-dirty' if files differ; '' outside a checkout."""
+    if not CHECKOUT:  # what git found here would be a repository that the environment lies in
+        return ""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

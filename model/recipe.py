@@ -45,12 +45,12 @@ class Data:
 class Run:
     """How long, how seeded, how often. `init_from` names a run whose best checkpoint is the start.
 
-    `log_every` and `save_every` are in steps; a checkpoint is saved at each epoch's end anyway.
-    `validate_every` is in epochs; the last is always validated, and only what was validated can be
-    the best. `stop_after_no_gain` ends the run after so many validations in a row without a gain of
-    the figure that chooses the best checkpoint; 0 never does. `grad_accum_steps` takes each batch
-    in so many pieces, which saves memory and changes nothing else. `tracker` names a program that
-    gets the run's figures beside TensorBoard.
+    `log_every` and `save_every` are in steps. `validate_every` is in epochs; the last is always
+    validated, a checkpoint is saved after each validation, and only these can be the best.
+    `stop_after_no_gain` ends the run after so many validations in a row without a gain of the
+    figure that chooses the best checkpoint; 0 never does. `grad_accum_steps` takes each batch in so
+    many pieces, which saves memory and changes nothing else. `tracker` names a program that gets
+    the run's figures beside TensorBoard.
     """
 
     epochs: int

@@ -2,6 +2,9 @@
 
 A recipe may start from others: `extends = ["phase1.toml", "demo.toml"]` takes every value of those
 files (in the same folder, a later one over an earlier one) and changes only what stands below it.
+
+The recipes that ship lie in `FOLDER`. Where no file is there, their names mean them: `demo-phase1`,
+`demo-phase1.toml`, and `recipes/demo-phase1.toml`, which exists in a checkout alone.
 """
 
 import codecs
@@ -93,20 +96,30 @@ def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
             _refuse_not_finite(entry, where, prefix)
 
 
+def _file_of(path: Path) -> Path:
+    """The recipe file that `path` means: where none is there, the one that ships of that name."""
+    shipped = FOLDER / f"{path.name.removesuffix('.toml')}.toml"
+    is_name = path.parent in (Path(), Path("recipes"))
+    return shipped if is_name and not path.exists() and shipped.is_file() else path
+
+
 def read(path: Path) -> dict[str, Any]:
     """The values of a recipe with those it extends, as TOML has them.
 
     Raises:
         RecipeError: no such file, or broken TOML.
     """
+    file = _file_of(path)
     try:
-        values = read_toml(path)
+        values = read_toml(file)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise RecipeError(f"no recipe at {path}; built in are {known}") from None
     merged: dict[str, Any] = {}
     for base in values.pop("extends", []):
-        _merge(merged, read(path.parent / base))
+        beside = file.parent / base
+        shipped = _file_of(Path(base))
+        _merge(merged, read(shipped if not beside.exists() and shipped.exists() else beside))
     return _merge(merged, values)
 
 

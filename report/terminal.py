@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import console
+from installed import command
 from model.calibrate import Calibration
 from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
 from model.evaluation.scores import ScoreTable
@@ -47,7 +48,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"only the {report['subset']['samples']:,} samples listed in {report['subset']['file']}"
         )
     if report["calibration"] is None:
-        console.say("not calibrated: see `python evaluate.py calibrate --help`")
+        console.say(f"not calibrated: see `{command('evaluate')} calibrate --help`")
     for name, set_report in report["sets"].items():
         rows = [_row("overall", set_report["overall"])]
         if set_report["reference"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 import console
+from installed import install_extra
 from serve.limits import MB, Limits
 
 KEY = "DETECTOR_API_KEY"
@@ -98,7 +99,7 @@ def main(
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
             raise
         raise click.ClickException(
-            f"{error.name} is not installed; install the extra `serve`, as `make setup` does"
+            f"{error.name} is not installed; {install_extra('serve')}"
         ) from error
     if not key and host not in LOOPBACK:
         console.log.warning("no API key: whoever reaches %s may send images (%s)", host, KEY)

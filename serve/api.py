@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from imaging.decode import DecodeError, ImageFile
 from model.inference.detector import ImageDetector
 from model.inference.provenance import MEANING
+from model.inference.signatures import State
 from serve import addresses, uploads
 from serve.docs import docs_page
 from serve.limits import Limits, Refused
@@ -40,6 +41,7 @@ class Statement(BaseModel):
     value: str
     where: str
     suggests: Literal["AI", "camera", ""]
+    state: State | Literal[""]
 
 
 class Row(BaseModel):

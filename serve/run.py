@@ -18,7 +18,7 @@ def run(
 
     Raises:
         OSError: the port is taken.
-        ValueError: the detector cannot be loaded.
+        ValueError: the detector cannot be loaded, or the C2PA trust list not be used.
     """
     with bound_socket(host, port) as sock:
         console.log.info("loading the detector")
@@ -26,6 +26,8 @@ def run(
         detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
         service = Service(detector, limits)
         console.log.info("checkpoint: %s", detector.identity)
+        if service.scorer.trust:
+            console.log.info("C2PA trust list: %s", service.scorer.trust.describe())
         server = Server(Guard(make_app(service), service, key), service)
         try:
             server.run(sockets=[sock])

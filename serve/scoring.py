@@ -17,11 +17,12 @@ import numpy as np
 import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import ImageFile
+from imaging.turns import pixels_of
 from model.inference.detector import ImageDetector
 from model.inference.prediction import done_or_reason, predictions, threads
 from model.inference.provenance import Evidence, read_evidence
 from model.inference.results import COLUMNS
-from model.inference.turns import pixels_of
+from model.inference.signatures import usual_trust_list
 from serve.limits import Limits, Refused
 from serve.metrics import Metrics
 
@@ -45,10 +46,15 @@ class Job:
 
 
 class Scorer:
-    """Takes images, at most `limits.queue` at a time, and gives each a row of `COLUMNS`."""
+    """Takes images, at most `limits.queue` at a time, and gives each a row of `COLUMNS`.
+
+    Raises:
+        TrustListError: the list of C2PA's trust anchors cannot be used.
+    """
 
     def __init__(self, detector: ImageDetector, limits: Limits, metrics: Metrics):
         self.detector, self.limits, self.metrics = detector, limits, metrics
+        self.trust = usual_trust_list()
         self.waiting = 0  # images that were taken and have no row yet
         self.unread = 0  # those of them that are not decoded
         self._seconds = 0.1  # of an image, lately
@@ -113,7 +119,7 @@ class Scorer:
             if job.done.cancelled() or isinstance(data, str):
                 self._finish(job, math.nan, str(data))
                 return
-            job.provenance = read_evidence(data)
+            job.provenance = read_evidence(data, self.trust)
             if pixels_of(data) >= LARGE_PIXELS:
                 self._large_reader.submit(self._decode, job, data)
             else:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 import console
-from storage import AnyPath, check_reachable, cores, write_text
+from installed import command
+from storage import AnyPath, check_reachable, cores, file_name, write_text
 
 if TYPE_CHECKING:
     from sharding.executor import Engine
@@ -56,12 +57,16 @@ def main() -> None:
 def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
-    """Download SOURCES, or every source with a known download; run again to resume."""
-    from sharding.catalog import BUILT_IN, read_catalog
+    """Download SOURCES, or all with a known download but the test sets; run again to resume."""
+    from sharding.catalog import BUILT_IN, SHIPPED, read_catalog
     from sharding.fetch import fetch_all
 
     results = []
-    catalog = read_catalog([BUILT_IN, *catalogs])
+    catalog = read_catalog([*SHIPPED, *catalogs])
+    by_name_only = read_catalog(SHIPPED).sources.keys() - read_catalog([BUILT_IN]).sources.keys()
+    sources = sources or tuple(
+        name for name, s in catalog.sources.items() if s.fetch and name not in by_name_only
+    )
     with console.resumable():
         for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
             console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
@@ -120,10 +125,10 @@ def build_command(
 ) -> None:
     """Pack every dataset of the catalog that lies below RAW; run again to resume."""
     from sharding.build import Tolerance, build
-    from sharding.catalog import BUILT_IN, read_catalog
+    from sharding.catalog import SHIPPED, read_catalog
     from sharding.summary import say_what_is_missing, say_what_was_built
 
-    catalog = read_catalog([BUILT_IN, *catalogs])
+    catalog = read_catalog([*SHIPPED, *catalogs])
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -179,6 +184,7 @@ def show(folder: AnyPath) -> None:
 
 
 @main.command("list")
+@click.argument("sources", nargs=-1)
 @RAW
 @click.option(
     "--out",
@@ -189,13 +195,20 @@ def show(folder: AnyPath) -> None:
 )
 @CATALOG
 @console.options()
-def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None:
-    """List the known sources: what is on disk, what is packed, and their licenses."""
-    from sharding.catalog import BUILT_IN, read_catalog
+def list_command(
+    sources: tuple[str, ...], raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]
+) -> None:
+    """List the known sources: what is on disk and packed, and licenses; of SOURCES every fact."""
+    from sharding.catalog import SHIPPED, read_catalog
     from sharding.format import INDEX_FILE, read_index
+    from sharding.known import COLUMNS, facts_of, rows_of
     from sharding.verify import sets_in
 
-    catalog = read_catalog([BUILT_IN, *catalogs])
+    catalog = read_catalog([*SHIPPED, *catalogs])
+    if sources:
+        for line in (line for name in sources for line in facts_of(name, catalog)):
+            console.say(line)
+        return
     check_reachable(raw)
     check_reachable(out)
     packed: dict[str, list[str]] = {}
@@ -205,24 +218,14 @@ def list_command(raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]) -> None
         sets.append([folder.name, index["split"], index["samples"], len(index["sources"])])
         for source, count in index["totals"]["source"].items():
             packed.setdefault(source, []).append(f"{index['set']} {count:,}")
-    rows = []
-    for name, source in catalog.sources.items():
-        set_names = sorted({set_name for shares in source.destinations() for set_name in shares})
-        there = "yes" if (raw / (source.root or name)).is_dir() else "-"
-        rows.append(
-            [
-                name,
-                " ".join(set_names),
-                there,
-                ", ".join(packed.get(name, [])) or "-",
-                source.license,
-            ]
-        )
-    columns = ["source", "goes to", "on disk", "packed", "license"]
     title = f"Known sources; on disk is what lies in {raw}"
-    console.table(title, columns, rows, drop=["license", "goes to"])
+    drop = ["license", "goes to", "size", "images"]
+    console.table(title, COLUMNS, rows_of(catalog, raw, packed), drop=drop)
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
+    for name, listed in catalog.suites.items():
+        console.say(f"suite {name}: {', '.join(listed)}")
+    console.say("what is known of one: python -m sharding list SOURCE")
     console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
 
 
@@ -354,13 +357,13 @@ def audit_command(
     for name, shards in sets.items():
         with console.progress(f"auditing {name}", audit.steps_of(shards)) as advance:
             result = audit.audit(shards, seed=seed, on_step=advance)
-        draw(shards, name, result, out / f"{name}.png")
+        draw(shards, name, result, out / file_name(name, ".png"))
         matched: match.Match | str | None = None
         if sample_file:
             try:
                 matched = match.match_classes(shards, seed=seed)
                 chosen[name] = shards, matched.rows
-            except ValueError as error:
+            except match.MatchError as error:
                 matched = str(error)
         entries[name] = audit.as_json(shards, result) | {"match": match.as_json(matched)}
         results.append((name, result, matched))
@@ -374,7 +377,7 @@ def audit_command(
             raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
-        console.say(f"sample list: {sample_file}; python evaluate.py --subset {sample_file}")
+        console.say(f"sample list: {sample_file}; {command('evaluate')} --subset {sample_file}")
 
 
 @main.command()

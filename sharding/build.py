@@ -436,6 +436,8 @@ class _SetBuild:
             "replay": source.replay,
             "read_as": listing.read_as,
             "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
+            # Only where it holds, so that the index of every other set stays as it is.
+            **({"synthetic": True} if source.synthetic else {}),
         }
 
     def _write_excluded(self, path: Path) -> None:

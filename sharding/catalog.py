@@ -15,6 +15,10 @@ Labels come from these names and from nothing else. Zip archives are read as the
 hold. Parquet tables are read through rules with a `column`:
 
     fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
+    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]     # by that column
+
+A collection that was made to measure detectors says `test_only = true`: it goes to sets of the
+split test and no others. `[suites]` names lists of sets that `evaluate.py --suite` measures on.
 
 A set that may hold no real images has its false-positive rate from those of another:
 
@@ -39,8 +43,17 @@ import recipes
 from imaging.zip import leaves_archive
 
 BUILT_IN = Path(__file__).with_name("catalog.toml")
+TESTS = Path(__file__).with_name("catalog-tests.toml")
+"""The field's test sets; each is fetched by its name only."""
+
+SHIPPED = (BUILT_IN, TESTS)
+"""What every command knows."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+LONGEST_NAME = 78
+"""Letters of a source's or a set's name. A sample's file in a tar is that of its source with 22
+more (`sharding.plan.sample_key`, `.json`), and a tar has room for 100.
+"""
 _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 
@@ -64,8 +77,9 @@ class Rule:
     part and names the generator. `name` is a pattern for the file's own name. With `column` the
     files are parquet tables and the images lie in that column. `where` are columns and the values
     they must have: of the parquet row, or of the file's row in the source's `table`. A text value
-    for a column of numbers is a class name, looked up in the table's own metadata. A rule that
-    matches no file stops a build, unless it is `optional`.
+    for a column of numbers is a class name, looked up in the table's own metadata. A `generator`
+    in angle brackets is a column of the parquet table that names it. A rule that matches no file
+    stops a build, unless it is `optional`.
     """
 
     folder: str = "**"
@@ -75,6 +89,12 @@ class Rule:
     generator: str = ""
     set: str | dict[str, float] = ""
     optional: bool = False
+
+    @property
+    def generator_column(self) -> str:
+        """The parquet column that names the generator; empty where the rule itself does."""
+        bracketed = self.generator.startswith("<") and self.generator.endswith(">")
+        return self.generator[1:-1] if bracketed else ""
 
     def __str__(self) -> str:
         """The rule as messages name it."""
@@ -159,7 +179,11 @@ class Source:
 
     `cap` is the most images to take per class, whole groups at a time; `expected` is how many a
     complete download has per class, checked before anything is packed (an empty table checks
-    nothing). `group_column` is the parquet column whose equal values make a group.
+    nothing). `group_column` is the parquet column whose equal values make a group. `synthetic`
+    marks images that a program drew to try out the commands: no photographs, and of no published
+    generator. What is trained on them says so. A `test_only` source goes to sets of the split test
+    alone. `size` is that of the download, and `facts` are what is known of it, each with its source
+    in brackets, for people.
     """
 
     license: str
@@ -177,10 +201,20 @@ class Source:
     expected: dict[Literal["real", "fake"], int] = field(default_factory=dict)
     policy: str = ""
     replay: bool = True
+    synthetic: bool = False
+    test_only: bool = False
+    size: str = ""
+    facts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.real and not self.fake:
             raise ValueError("names neither real nor fake images")
+        for rule in (*self.rules(0), *self.rules(1)):
+            if rule.generator_column and not rule.column:
+                raise ValueError(
+                    f"rule '{rule}' has generator {rule.generator}, a column of a parquet table, "
+                    "and reads none; give its column of images, or leave out < and >"
+                )
         for pattern in self.groups():
             if re.compile(pattern).groups != 1:
                 raise ValueError(f"group {pattern!r} must have exactly one capture group")
@@ -209,13 +243,15 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
     """Sets with their split, sources by name, and for a set that may have no real images the one
-    whose real images its false-positive rate is then measured on. `exclude` are the beginnings of
+    whose real images its false-positive rate is then measured on. `suites` are lists of sets that
+    are measured on together. `exclude` are the beginnings of
     the SHA-256 of images that no set may hold; a TOML file names the files that list them.
     """
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
     reference: dict[str, str] = field(default_factory=dict)
+    suites: dict[str, list[str]] = field(default_factory=dict)
     exclude: frozenset[str] = frozenset()
 
 
@@ -237,6 +273,7 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
     reference: dict[str, Any] = {}
+    suites: dict[str, Any] = {}
     exclude: set[str] = set()
     catalog = Catalog()
     for file in files:
@@ -244,12 +281,19 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
         exclude |= _read_excluded(file, values.pop("exclude", []))
         sets |= values.pop("sets", {})
         reference |= values.pop("reference", {})
+        suites |= values.pop("suites", {})
         for name, entry in values.pop("sources", {}).items():
             sources[name] = {**sources.get(name, {}), **entry}
         try:
             catalog = recipes.build(
                 Catalog,
-                {"sets": sets, "sources": sources, "reference": reference, **values},
+                {
+                    "sets": sets,
+                    "sources": sources,
+                    "reference": reference,
+                    "suites": suites,
+                    **values,
+                },
                 str(file),
             )
         except recipes.RecipeError as error:
@@ -258,10 +302,13 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
             _check_name("set", name, file)
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
-        for name in (name for pair in reference.items() for name in pair if name not in sets):
-            raise CatalogError(
-                f"{file}: [reference] names set {name!r}, which [sets] does not have"
-            )
+        named = [("reference", name) for pair in reference.items() for name in pair]
+        named += [("suites", name) for listed in catalog.suites.values() for name in listed]
+        for table, name in named:
+            if name not in sets:
+                raise CatalogError(
+                    f"{file}: [{table}] names set {name!r}, which [sets] does not have"
+                )
     return replace(catalog, exclude=frozenset(exclude))
 
 
@@ -297,11 +344,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_name(kind: str, name: str, file: Path) -> None:
-    """Check that a name is safe as a name of files and folders: catalogs are passed on."""
+    """Check that a name can be one of files and folders, and is safe there: catalogs are passed
+    on.
+    """
     if not _NAME.fullmatch(name):
         raise CatalogError(
             f"{file}: {kind} {name!r}: use lower-case letters, digits, '-' and '_', and begin with "
             "a letter or digit"
+        )
+    if len(name) > LONGEST_NAME:
+        raise CatalogError(
+            f"{file}: {kind} {name[:40]}... has {len(name)} letters; use {LONGEST_NAME} at most"
         )
 
 
@@ -335,4 +388,10 @@ def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> No
                 raise CatalogError(
                     f"{file}: source {name} goes to set {set_name!r}, but [sets] has only "
                     f'{", ".join(sets) or "nothing"}; add {set_name} = "train", "val" or "test"'
+                )
+            if source.test_only and sets[set_name] != "test":
+                raise CatalogError(
+                    f"{file}: source {name} is a test collection and may not go to set {set_name} "
+                    f"of the split {sets[set_name]}: what is measured on it would be memory. Give "
+                    "it a set of the split test; if it is meant, say test_only = false"
                 )

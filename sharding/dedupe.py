@@ -12,6 +12,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sharding.listing import choose_set
 
@@ -50,7 +51,7 @@ def decide(
     `exclude` holds the beginnings of the SHA-256 of images that go nowhere.
     """
     n = inventory.num_rows
-    good = np.asarray(pa.compute.equal(inventory.column("error"), "").to_numpy(), bool)
+    good = np.asarray(pc.equal(inventory.column("error"), "").to_numpy(), bool)
     named = good & _begins_with(inventory.column("sha256"), exclude)
     good &= ~named
     rows = np.flatnonzero(good)

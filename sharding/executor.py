@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imaging.budget import share_large
+from installed import install_extra
 from storage import cores
 
 Engine = Literal["local", "ray"]
@@ -136,7 +137,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 _SHIPPED = (
     "sharding", "imaging", "recipes", "pipeline", "model", "report",
-    "storage.py", "console.py", "escape.py",
+    "storage.py", "console.py", "escape.py", "installed.py",
 )  # fmt: skip
 """What a cluster's workers are sent of this program."""
 
@@ -146,7 +147,7 @@ def _run_ray(
 ) -> Iterator[Any]:
     """Tasks of one core each on the cluster that RAY_ADDRESS names, or on a local one."""
     if importlib.util.find_spec("ray") is None:
-        raise ValueError("--engine ray needs Ray; install the extra `ray`, as `make setup` does")
+        raise ValueError(f"--engine ray needs Ray; {install_extra('ray')}")
     import ray
 
     if not ray.is_initialized():

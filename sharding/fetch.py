@@ -24,6 +24,7 @@ import filelock
 import requests
 
 from escape import without_secrets
+from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.git import counted, extract
@@ -304,9 +305,7 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         import kagglehub
         from kagglehub import exceptions
     except ImportError:
-        raise FetchError(
-            "Kaggle downloads need kagglehub; install the extra `fetch`, as `make setup` does"
-        ) from None
+        raise FetchError(f"Kaggle downloads need kagglehub; {install_extra('fetch')}") from None
     if target.exists() and any(target.iterdir()):
         raise FetchError(
             f"{target} holds files already, and not what this fetch left; build them as they are, "

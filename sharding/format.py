@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from installed import DEMO
 from storage import AnyPath, is_local, text_fault
 
 FORMAT_VERSION = 5
@@ -195,7 +197,7 @@ class ShardSet:
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
     """A column without nulls; not by pyarrow's `to_numpy`, which imports pandas."""
     if pa.types.is_boolean(column.type):  # packed bits, which dlpack cannot say
-        column = pa.compute.cast(column, pa.uint8())
+        column = pc.cast(column, pa.uint8())
         return numbers_of(column).astype(np.bool_)
     chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
@@ -252,7 +254,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
             + (
                 f"{folder.parent} holds {', '.join(beside)}"
                 if beside
-                else "make one with `python -m sharding build`, or try `make demo`"
+                else f"make one with `python -m sharding build`, or try `{DEMO}`"
             )
         )
     try:
@@ -330,7 +332,7 @@ def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
     """Sets, or parts of sets, as one: their rows behind each other."""
     tables, first = [], 0
     for part in parts:
-        code = pa.compute.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))
+        code = pc.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))
         index = part.table.schema.get_field_index("shard_code")
         tables.append(part.table.set_column(index, "shard_code", code))
         first += len(part.shards)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
@@ -139,7 +140,7 @@ def missing_chunks(
 ) -> Iterator[tuple[str, pa.Table]]:
     """The items without facts, as (file name, items) for `take_inventory`."""
     where = _match(items, facts)
-    missing = items.filter(pa.compute.is_null(where))
+    missing = items.filter(pc.is_null(where))
     for start in range(0, missing.num_rows, CHUNK):
         chunk = missing.slice(start, CHUNK).combine_chunks()
         content = "\n".join(chunk.column("origin").to_pylist())

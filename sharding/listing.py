@@ -191,7 +191,9 @@ def _fitting(rules: Sequence[_Compiled], inside: str, base: str) -> list[_Claim]
     for compiled in rules:
         match = compiled.folder.match(inside)
         if match and compiled.name.match(base):
-            named = match.groupdict().get("generator") or compiled.rule.generator
+            # An archive is the folder of its name.
+            named = (match.groupdict().get("generator") or "").removesuffix(".zip")
+            named = named or compiled.rule.generator
             # "**" alone reaches nowhere: any folder that is named goes before it.
             depth = 0 if compiled.rule.folder == "**" else match.end()
             claims.append(_Claim(depth, compiled, named))
@@ -341,7 +343,8 @@ def _list_cells(
     with _naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)
         conditions = {column for claim in claims for column in claim.compiled.rule.where}
-        names = conditions | ({source.group_column} - {""})
+        naming = {claim.compiled.rule.generator_column for claim in claims} - {""}
+        names = conditions | naming | ({source.group_column} - {""})
         images = {claim.compiled.rule.column for claim in claims}
         if missing := (names | images) - set(table.schema_arrow.names):
             raise CatalogError(
@@ -355,12 +358,15 @@ def _list_cells(
     row_of = np.arange(total) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     chosen = _choose_rows(claims, values, total, raw / file.path)
     captions = values.column(source.group_column).to_pylist() if source.group_column else None
+    generators = {column: _texts(values, column) for column in naming}
     taken = np.zeros(total, bool)
     root = source.root or name
     cells = [(int(row), i) for i, mask in enumerate(chosen) for row in np.flatnonzero(mask)]
     for row, claim_index in sorted(cells):
         claim = claims[claim_index]
         column = claim.compiled.rule.column
+        if named_by := claim.compiled.rule.generator_column:
+            claim = claim._replace(generator=generators[named_by][row])
         taken[row] = True
         origin = nfc(f"{root}/{file.inside}:{row}:{column}")
         group = nfc(f"{root}/{file.inside}:{row}")
@@ -405,6 +411,16 @@ def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np
             )
         value = names.index(value)
     return np.array([entry == value for entry in cells.to_pylist()], bool)
+
+
+def _texts(values: pa.Table, column: str) -> list[str]:
+    """A column as lower-case text, numbers of classes by their names; empty where it has none."""
+    names = class_names(values.schema, column)
+    cells = values.column(column).to_pylist()
+    return [
+        "" if cell is None else str(names[cell] if names else cell).strip().lower()
+        for cell in cells
+    ]
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:

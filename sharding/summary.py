@@ -1,6 +1,7 @@
 """What a build and an audit have found, as tables and lines in a terminal."""
 
 import console
+from installed import DEMO
 from sharding.audit.audit import Audit, advice_of
 from sharding.audit.match import Match
 from sharding.build import BuiltSet, SourceScan
@@ -33,7 +34,7 @@ def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> Non
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
         "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
         "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
-        "To see everything work without a download: make demo"
+        f"To see everything work without a download: {DEMO}"
     )
 
 

@@ -23,10 +23,10 @@ import requests
 from PIL import Image
 
 import app
+from imaging import turns
 from model import load_detector
 from model.calibrate import calibrate
 from model.checkpoint import annotate
-from model.inference import turns
 from model.inference.detector import ImageDetector
 from model.score import score_set
 from pipeline.loader import open_loader
@@ -259,7 +259,7 @@ def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
-    predictions = list(detector.predict(images))
+    predictions = detector.predict(images)
     assert [row["path"] for row in rows] == [*(f"{i}.img" for i in range(12)), "notes.jpg"]
     for row, prediction in zip(rows, predictions, strict=False):
         assert float(row["probability"]) == pytest.approx(prediction.probability, abs=1e-6)
@@ -373,7 +373,7 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) ->
             slider.press("ArrowRight")
         (prediction,) = replace(detector, asked=threshold).predict([PHOTO])
         if threshold != detector.threshold:
-            wait_for(page, f"Likely real below {100 * threshold:.3g}%, likely AI from")
+            wait_for(page, f"No sign of AI below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
         wait_for(
             page,

@@ -6,15 +6,16 @@ import pytest
 
 from tests.builders import ROOT, imports_of
 
-SCRIPTS = ("train", "evaluate", "predict", "app", "app_server")
+SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
-COMMON = {"escape", "console", "recipes", "storage", "imaging"}
+COMMON = {"installed", "escape", "console", "recipes", "storage", "imaging"}
 
 MAY_IMPORT = {
+    "installed": set(),
     "escape": set(),
     "console": {"escape", "storage"},
     "recipes": set(),
-    "storage": set(),
+    "storage": {"installed"},
     "imaging": {"storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format"},
@@ -61,10 +62,12 @@ def test_the_rule_can_refuse() -> None:
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
+    [("nvidia", {"pipeline/dali.py"}),
+     ("streamlit", {"app.py", "app_server.py", "ai_images_detector.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
-     ("uvicorn", {"serve/server.py"})],
+     ("uvicorn", {"serve/server.py"}),
+     *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
 )  # fmt: skip
 def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     users = {

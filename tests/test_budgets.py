@@ -16,7 +16,7 @@ FUNCTION_LINES = 80
 PARAMETERS = 8
 MODEL_FILES = 12
 RECIPE_KEYS = 100
-FLAGS = 14
+FLAGS = 15
 """Options of one command; `--help` and `--verbose` of every command count too."""
 
 PRODUCT = (

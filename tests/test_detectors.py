@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from model import checkpoint
+from model.export.card import card_of
 from model.shipped.backbone import DEFAULT_DETECTOR, spec_of
 from tests.builders import ROOT, encode, photo
 
@@ -30,6 +31,16 @@ def test_a_detector_that_ships_is_whole_and_tells_no_secret(folder: Path) -> Non
     for name in ("meta.json", "README.md"):
         text = (folder / name).read_text()
         assert not re.search(r"(?<![\w:/])/(home|root|tmp|work|data)/", text), name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_card_says_what_speaks_against_it(folder: Path) -> None:
+    """As the command that writes a head says it, without the rest of the card and its sources."""
+    meta, written = checkpoint.read_meta(folder), (folder / "README.md").read_text()
+    card = card_of(meta, None, {}, onnx=False)
+    sections = re.compile(r"\n## (?:Known against it|Use)\n.*?(?=\n## )", re.S)
+    assert sections.findall(written) == sections.findall(card)
+    assert len(sections.findall(card)) == 2
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -329,3 +329,41 @@ def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Pat
     result = run(tmp_path / "shards", own_runs, "calibrate", "--shards", "val")
     assert result.exit_code == 1
     assert "0 real and 35 fake images: calibration needs at least 20 of each" in result.output
+
+
+def test_a_suite_is_one_report_and_says_what_is_missing(
+    data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(data, runs, "--suite", "generators", "--device", "cpu", "--out", tmp_path / "a")
+    assert result.exit_code == 1
+    assert list(json.loads((tmp_path / "a" / "report.json").read_text())["sets"]) == ["evalgen"]
+    assert result.output.splitlines()[-1].startswith(
+        f"Error: suite generators: 7 of 8 sets are not packed in {data}: genimage, tiny-genimage, "
+    )
+    assert "python -m sharding fetch genimage tiny_genimage_val" in result.output
+    none = run(data, runs, "--suite", "camera", "--out", tmp_path / "none")
+    assert none.exit_code == 1
+    assert "2 of 2 sets are not packed" in none.output
+    assert not (tmp_path / "none").exists()
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(
+        '[sets]\nevalgen = "test"\ntest = "test"\n[suites]\nboth = ["evalgen", "test"]\n'
+    )
+    monkeypatch.setattr("model.evaluation.suites.SHIPPED", (catalog,))
+    whole = run(data, runs, "--suite", "both", "--device", "cpu", "--out", tmp_path / "b")
+    assert whole.exit_code == 0, whole.output
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert list(report["sets"]) == ["evalgen", "test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--suite", "wlid"], "no suite wlid; there are wild, generators"),
+        (["--suite", "wild", "--shards", "val"], "--suite names the sets itself"),
+    ],
+)
+def test_a_suite_that_cannot_be(data: Path, runs: Path, arguments: list[str], said: str) -> None:
+    result = run(data, runs, *arguments)
+    assert result.exit_code != 0
+    assert said in result.output

@@ -17,7 +17,7 @@ from model.distributed import DistEnv
 from pipeline.loader import choose_backend
 from pipeline.loading import Loading
 from pipeline.subset import Subset, choose_samples
-from sharding.catalog import BUILT_IN, read_catalog
+from sharding.catalog import SHIPPED, read_catalog
 from sharding.format import CLASSES, ShardSet, open_shards, read_index
 from storage import AnyPath
 
@@ -176,7 +176,7 @@ def choose_reference(
                 f"--reference-reals {asked}: that set has no real images; name one that has"
             )
         return {"set": asked, "why": "--reference-reals", "for_all": True}
-    defaults = read_catalog([BUILT_IN]).reference
+    defaults = read_catalog(SHIPPED).reference
     for name, shards in opened.items():
         other = defaults.get(name)
         if (shards.column("label") == REAL).any() or other is None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from torch import nn
 
 import console
+from installed import command
 from model.checkpoint import git_commit, load_network
 from model.device import describe, keep_freed_memory
 from model.distributed import DistEnv, all_gather_object
@@ -182,5 +183,5 @@ def scores_beside(path: Path) -> Path:
     file = path / SCORES_FILE if path.is_dir() else path
     file = file if file.suffix == ".parquet" else file.with_name(SCORES_FILE)
     if not file.exists():
-        raise ValueError(f"there is no {SCORES_FILE} at {path}; run `python evaluate.py` again")
+        raise ValueError(f"there is no {SCORES_FILE} at {path}; run `{command('evaluate')}` again")
     return file

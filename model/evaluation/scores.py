@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model.score import Scores, probability
@@ -96,7 +97,7 @@ def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> 
         "set": _constant(name, len(shards)),
         "logit": _floats(logits, valid),
         "probability": _floats(probability(logits, temperature), valid),
-        "valid": pa.compute.cast(_array(valid.view(np.uint8)), pa.bool_()),
+        "valid": pc.cast(_array(valid.view(np.uint8)), pa.bool_()),
         "error": pa.DictionaryArray.from_arrays(_array(errors), reasons),
     }
     return pa.table(
@@ -119,9 +120,7 @@ def _array(values: np.ndarray) -> pa.Array:
 def _floats(values: np.ndarray, valid: np.ndarray) -> pa.Array:
     """Null where not valid."""
     column = _array(np.ascontiguousarray(values))
-    return pa.compute.if_else(
-        pa.compute.cast(_array(valid.view(np.uint8)), pa.bool_()), column, None
-    )
+    return pc.if_else(pc.cast(_array(valid.view(np.uint8)), pa.bool_()), column, None)
 
 
 def _constant(name: str, count: int) -> pa.DictionaryArray:

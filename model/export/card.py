@@ -8,8 +8,9 @@ from huggingface_hub import ModelCardData
 
 from escape import markdown
 from model.export.license import License, license_of
+from model.inference.fitness import notices
 from model.shipped.backbone import KEY
-from model.verdict import band_of
+from model.verdict import band_of, capital
 from sharding.format import CLASSES
 
 TAGS = ["ai-generated-image-detection", "deepfake-detection"]
@@ -70,8 +71,7 @@ python predict.py photo.jpg --checkpoint FOLDER
 ```python
 from model import load_detector
 
-for found in load_detector("FOLDER").predict(["photo.jpg"]):
-    print(found.probability)  # of fake
+print(load_detector("FOLDER").predict("photo.jpg"))
 ```
 """
 
@@ -96,6 +96,7 @@ def card_of(
     sections = [
         f"# {markdown(meta['recipe']['name'])}: real photograph or AI-generated?",
         _summary(meta),
+        *(["## Known against it", _against(meta)] if notices(meta) else []),
         "## Use",
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
@@ -141,6 +142,11 @@ def _summary(meta: Mapping[str, Any]) -> str:
         f"{markdown(meta['recipe']['network']['name'])} at {size} x {size}, two outputs "
         f"({classes}: AI-generated or deepfake); {trained}."
     )
+
+
+def _against(meta: Mapping[str, Any]) -> str:
+    """A line for each reason not to rely on it."""
+    return "\n".join(f"- {markdown(capital(notice.text))}." for notice in notices(meta))
 
 
 def _use(meta: Mapping[str, Any], onnx: bool) -> str:

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
+from installed import install_extra
 from model.checkpoint import load_network
 from model.export.license import license_of
+from model.inference.fitness import FITNESS_KEYS
 from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, preprocess
 from model.inference.prediction import ahead, as_file
 from model.network import Detector
@@ -113,9 +115,7 @@ def export_onnx(
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(
-            f"{error.name} is not installed; install the extra `export`, as `make setup` does"
-        ) from error
+        raise ExportError(f"{error.name} is not installed; {install_extra('export')}") from error
     net, preprocess, meta = load_network(checkpoint)
     with temporary_folder(out) as partial:
         graph = _graph_of(net, preprocess, meta["temperature"])
@@ -223,6 +223,11 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's `data` speaks against relying on it."""
+    return {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
+
+
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
     """What the file says of itself: `META_KEYS`, each as JSON."""
     size = meta["preprocess"]["crop_size"]
@@ -234,6 +239,7 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "temperature": meta["temperature"],
         "threshold": meta["threshold"],
         "calibration": meta["calibration"],
+        "data": fitness_of(meta),
         "precision": precision,
         "run": meta["recipe"]["name"],
         "step": meta["step"],

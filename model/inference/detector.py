@@ -1,9 +1,8 @@
-"""Image files in, verdicts out: what `predict.py`, the web page and a person's Python go through.
+"""Images in, verdicts out: what `predict.py`, the web page and a person's Python go through.
 
 from model import load_detector
 
-for result in load_detector().predict(["photo.jpg"]):
-    print(result.name, result.probability, result.verdict)
+print(load_detector().predict("photo.jpg").verdict)
 """
 
 import sys
@@ -18,16 +17,20 @@ import torch
 
 import console
 from imaging.budget import LARGE_PIXELS
-from imaging.decode import Encoded, ImageFile, as_is, decoded, png_of
+from imaging.decode import Encoded, as_is, decoded, png_of
 from imaging.orientation import UPRIGHT
 from model.checkpoint import find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
-    DecisionRule,
+    AnyDetector,
+    Picture,
+    Pixels,
     Prediction,
+    Source,
     ahead,
-    as_file,
+    as_source,
     check_threshold,
+    pixels_of,
     predictions,
     preprocess_ahead,
     threads,
@@ -42,8 +45,8 @@ from pipeline.loader import choose_backend
 from pipeline.loading import Backend
 
 
-@dataclass(frozen=True, eq=False)
-class ImageDetector(DecisionRule):
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageDetector(AnyDetector):
     """A loaded checkpoint. `predict` is what it is for; `preprocess_file` shows what the network
     sees.
 
@@ -61,32 +64,29 @@ class ImageDetector(DecisionRule):
     reason: str = ""
     asked: float | None = None
 
-    def predict(
-        self,
-        images: Iterable[Path | str | bytes | ImageFile],
-        batch_size: int = 32,
-        start: int = 0,
+    def stream(
+        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
         """One prediction per image, in order; an unreadable one carries its reason.
 
-        `images` are paths, the bytes of files, or `ImageFile`s. They are read and decoded by
-        threads beside the network, at most two batches ahead, so `images` may be endless. The first
-        batches are small (1, 4, 16, ...): the first verdict does not wait for `batch_size` images.
+        They are read and decoded by threads beside the network, at most two batches ahead, so
+        `images` may be endless. The first batches are small (1, 4, 16, ...): the first verdict does
+        not wait for `batch_size` images.
         `start` is how many images of a list were left out before, a sum of whole batches: the rest
         is then scored in the batches, and to the last bit, of a run over the whole list.
         """
-        files = map(as_file, images, range(sys.maxsize))
+        files = map(as_source, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" else self._by_pil
         for names, pixels, failures in decoded(files, batch_size, start):
             yield from self._score(names, pixels, failures)
 
-    def preprocess_file(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+    def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
         """What the network sees of an image: uint8 (size, size, 3) RGB.
 
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        with decoded(as_file(image).read()) as pixels:
+        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
             return pil.preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
@@ -98,18 +98,14 @@ class ImageDetector(DecisionRule):
             logits = logits_of(self.net, images, self.device, self.dtype)
         return probability(logits.cpu().numpy(), self.meta["temperature"])
 
-    def _by_pil(
-        self, files: Iterable[ImageFile], batch_size: int, start: int
-    ) -> Iterator["_Group"]:
+    def _by_pil(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
         """Groups of images as the network sees them."""
         for names, pixels, failures in preprocess_ahead(
             files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
         ):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
-    def _by_dali(
-        self, files: Iterable[ImageFile], batch_size: int, start: int
-    ) -> Iterator["_Group"]:
+    def _by_dali(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
         """The same by the fast backend, which decodes whole batches."""
         from pipeline.dali import DaliBackend
 
@@ -124,11 +120,13 @@ class ImageDetector(DecisionRule):
         for pixels in dali.run(requests()):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
-    def _for_dali(self, file: ImageFile) -> Encoded | bytes:
+    def _for_dali(self, file: Source) -> Encoded | bytes:
         """A JPEG for the backend to decode; else a PNG of what the network sees: DALI would read
         something else than the reference, or decode it on the host as well (PNG, WebP) and with
         less of a look for damage, or a batch of such images would take all memory.
         """
+        if isinstance(file, Pixels):
+            return png_of(self.preprocess_file(file))
         data = file.read()
         kept = as_is(data)
         if kept and kept.format == "JPEG" and kept.width * kept.height < LARGE_PIXELS:

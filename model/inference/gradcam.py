@@ -9,15 +9,15 @@ of them holds need not come from its place.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from imaging.decode import ImageFile
+from installed import install_extra
 from model.inference.detector import ImageDetector
+from model.inference.prediction import Picture
 from model.network import Detector
 
 MEANING = (
@@ -36,9 +36,7 @@ class ExplainError(ValueError):
     """A network that no heatmap can be made for; the message says why."""
 
 
-def attribution(
-    detector: ImageDetector, image: Path | str | bytes | ImageFile
-) -> tuple[np.ndarray, np.ndarray]:
+def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np.ndarray]:
     """What the network sees, uint8 (size, size, 3) RGB, and for each of the cells of its last
     features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
     first order.
@@ -56,7 +54,7 @@ def attribution(
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
-            "a heatmap needs the library captum; install the extra `heatmap`, as `make setup` does"
+            f"a heatmap needs the library captum; {install_extra('heatmap')}"
         ) from error
     preprocessed = detector.preprocess_file(image)
     pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)
@@ -207,7 +205,7 @@ def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
     return attentions[-1]
 
 
-def heatmap(detector: ImageDetector, image: Path | str | bytes | ImageFile) -> np.ndarray:
+def heatmap(detector: ImageDetector, image: Picture) -> np.ndarray:
     """The overlay: uint8 (size, size, 3) RGB, what the network sees with red where it raised the
     score for AI (`MEANING` says it to people).
 

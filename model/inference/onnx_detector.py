@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from imaging.decode import ImageFile, decoded
+from installed import install_extra
 from model.inference.prediction import (
-    DecisionRule,
+    AnyDetector,
+    Picture,
+    Pixels,
     Prediction,
-    as_file,
+    as_source,
     check_threshold,
+    pixels_of,
     predictions,
     preprocess_ahead,
     threads,
@@ -33,11 +36,11 @@ from storage import sha256_of
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 META_KEYS = (
     "format_version", "classes", "preprocess", "temperature", "threshold", "calibration",
-    "precision", "run", "step", "network", "license", "input", "outputs",
+    "data", "precision", "run", "step", "network", "license", "input", "outputs",
 )  # fmt: skip
 """Entries of the file's metadata, each the JSON text of a value. Those that a checkpoint's
 `meta.json` has too are named and mean as there."""
@@ -47,8 +50,8 @@ class OnnxError(ValueError):
     """An ONNX file that cannot be used; the message says what to do."""
 
 
-@dataclass(frozen=True, eq=False)
-class OnnxDetector(DecisionRule):
+@dataclass(frozen=True, eq=False, repr=False)
+class OnnxDetector(AnyDetector):
     """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
 
     `meta` is the file's metadata with the hash of the file (`sha256`), which holds the weights;
@@ -71,28 +74,25 @@ class OnnxDetector(DecisionRule):
         """What computes, as ONNX Runtime calls it."""
         return f"ONNX Runtime, {self.session.get_providers()[0]}"
 
-    def predict(
-        self,
-        images: Iterable[Path | str | bytes | ImageFile],
-        batch_size: int = 32,
-        start: int = 0,
+    def stream(
+        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
         """One prediction per image, in order; an unreadable one carries its reason. `start` as
-        `ImageDetector.predict` has it.
+        `ImageDetector.stream` has it.
         """
-        files = map(as_file, images, range(sys.maxsize))
+        files = map(as_source, images, range(sys.maxsize))
         for names, pixels, failures in preprocess_ahead(
             files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
         ):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
-    def preprocess_file(self, image: Path | str | bytes | ImageFile) -> np.ndarray:
+    def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
         """What the network sees of an image: uint8 (size, size, 3) RGB.
 
         Raises:
             DecodeError, OSError: it cannot be read.
         """
-        with decoded(as_file(image).read()) as pixels:
+        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
             return preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
@@ -137,8 +137,7 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         import onnxruntime
     except ImportError as error:
         raise OnnxError(
-            "an ONNX file needs the library onnxruntime; install the extra `export`, as "
-            "`make setup` does"
+            f"an ONNX file needs the library onnxruntime; {install_extra('export')}"
         ) from error
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 

@@ -1,19 +1,28 @@
-"""What every detector shares, with torch or without: images to read, verdicts to give."""
+"""What every detector shares, with torch or without: images to read, verdicts to give.
+
+`docs/python.md` is the page about it.
+"""
 
 import functools
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
+from PIL import Image
 
-from imaging.decode import DecodeError, ImageFile, read_file
+from imaging.decode import DecodeError, ImageFile, decoded, read_file
+from imaging.orientation import orientation_left, upright
+from imaging.rgb import PixelError, to_rgb
+from model.inference.fitness import Notice, notices, word_for
 from model.verdict import NOT_FINITE, band_of, verdict
 from storage import cores
 
@@ -32,6 +41,58 @@ class Prediction:
     verdict: str
     error: str = ""
 
+    def __repr__(self) -> str:
+        what = f"error={self.error!r}" if self.error else f"probability={self.probability:.3f}"
+        return f"Prediction({self.name!r}, {self.verdict!r}, {what})"
+
+
+class Pixels(NamedTuple):
+    """An image that is decoded already: uint8 (height, width, 3) RGB, upright."""
+
+    name: str
+    pixels: np.ndarray
+
+
+Picture: TypeAlias = Path | str | bytes | Image.Image | np.ndarray | ImageFile
+"""What a detector takes as one image: a path, the bytes of a file, an image of Pillow, a uint8
+array (height, width, 3) of RGB or (height, width) of gray, or what is read when its turn comes."""
+
+Source: TypeAlias = ImageFile | Pixels
+"""One image on its way to the network: to be read, or decoded already."""
+
+
+def as_source(image: Picture, index: int = 0) -> Source:
+    """An image as a `Source`; what has no name is called by its `index`.
+
+    An array is taken as it is, upright. An image of Pillow is turned upright by the EXIF that it
+    carries, if any.
+
+    Raises:
+        TypeError: it is no image of a known kind.
+        ValueError: an array of another shape or dtype.
+    """
+    if isinstance(image, np.ndarray):
+        return Pixels(f"image {index}", _rgb_of(image))
+    if isinstance(image, Image.Image):
+        name = str(getattr(image, "filename", "") or f"image {index}")
+        try:
+            image.load()
+            return Pixels(
+                name, np.ascontiguousarray(upright(to_rgb(image), orientation_left(image)))
+            )
+        except (PixelError, OSError) as error:
+            return ImageFile(name, functools.partial(_refuse, _one_line(error)))
+    if isinstance(image, Path | str | bytes | ImageFile):
+        return as_file(image, index)
+    raise _unknown(image)
+
+
+def _unknown(image: object) -> TypeError:
+    return TypeError(
+        "an image is a path, the bytes of a file, a PIL image or a NumPy array; got "
+        f"{type(image).__name__}"
+    )
+
 
 def as_file(image: Path | str | bytes | ImageFile, index: int = 0) -> ImageFile:
     """A path or the bytes of a file as an `ImageFile`; bytes are called by their `index`."""
@@ -40,6 +101,39 @@ def as_file(image: Path | str | bytes | ImageFile, index: int = 0) -> ImageFile:
     if isinstance(image, bytes):
         return ImageFile(f"image {index}", lambda: image)
     return ImageFile(str(image), lambda: read_file(image))
+
+
+def _refuse(reason: str) -> bytes:
+    raise DecodeError(reason)
+
+
+def _rgb_of(array: np.ndarray) -> np.ndarray:
+    """The pixels of an array that a person gave.
+
+    Raises:
+        ValueError: another shape or dtype than `Picture` says.
+    """
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not is_image or not array.size:
+        raise ValueError(
+            f"an array of shape {array.shape} and dtype {array.dtype}, expected uint8 of (height, "
+            "width, 3) in RGB or (height, width) in gray; convert it first, many as a list of them"
+        )
+    return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+
+
+@contextmanager
+def pixels_of(source: Source) -> Iterator[np.ndarray]:
+    """The pixels of an image, uint8 (height, width, 3) RGB, upright, as long as the block lasts.
+
+    Raises:
+        DecodeError, OSError: it cannot be read.
+    """
+    if isinstance(source, Pixels):
+        yield source.pixels
+        return
+    with decoded(source.read()) as pixels:
+        yield pixels
 
 
 def check_threshold(asked: float | None) -> None:
@@ -85,6 +179,56 @@ class DecisionRule:
         return verdict(probability, self.band)
 
 
+class AnyDetector(DecisionRule, ABC):
+    """A detector, with torch or without: images in, predictions out."""
+
+    @abstractmethod
+    def stream(
+        self, images: Iterable[Picture], batch_size: int = 32
+    ) -> Generator[Prediction, None, None]:
+        """One prediction per image, in order; an unreadable one carries its reason."""
+
+    # A text is an iterable of texts too, an array one of arrays: the first one that fits counts.
+    @overload
+    def predict(self, images: Picture, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, images: Iterable[Picture], batch_size: int = 32) -> list[Prediction]: ...
+
+    def predict(
+        self, images: Picture | Iterable[Picture], batch_size: int = 32
+    ) -> Prediction | list[Prediction]:
+        """The prediction of one image, or of many a list in their order.
+
+        A file that cannot be read is a prediction with an `error` and no probability. `stream` is
+        for more images than a list should hold.
+
+        Raises:
+            TypeError: no image of a known kind (see `Picture`).
+            ValueError: an array of another shape or dtype.
+        """
+        if isinstance(images, Path | str | bytes | Image.Image | np.ndarray | ImageFile):
+            (prediction,) = self.stream([images], 1)
+            return prediction
+        if not hasattr(images, "__iter__"):
+            raise _unknown(images)
+        return list(self.stream(images, batch_size))
+
+    def __repr__(self) -> str:
+        """One line: which checkpoint, where likely AI begins, and what its number is."""
+        low, high = self.band
+        doubt = f", uncertain from {low:.3g}" if low != high else ""
+        return (
+            f"{type(self).__name__}({self.identity!r}, likely AI from a {word_for(self.meta)} of "
+            f"{high:.3g}{doubt})"
+        )
+
+    @property
+    def notices(self) -> list[Notice]:
+        """What speaks against relying on it; often nothing."""
+        return notices(self.meta)
+
+
 def predictions(
     names: Sequence[str],
     probabilities: Sequence[float],
@@ -127,7 +271,7 @@ def group_sizes(batch_size: int, start: int = 0) -> Iterator[int]:
 
 
 def ahead(
-    files: Iterable[ImageFile], work: Callable[[ImageFile], Any], batch_size: int, start: int = 0
+    files: Iterable[Source], work: Callable[[Any], Any], batch_size: int, start: int = 0
 ) -> Iterator[tuple[list[str], list[Any]]]:
     """Names and what `work` made of each file, in groups of `group_sizes`; an error is its reason,
     a string. Threads work ahead, on at most two groups.
@@ -151,8 +295,8 @@ def ahead(
 
 
 def preprocess_ahead(
-    files: Iterable[ImageFile],
-    preprocess_file: Callable[[ImageFile], np.ndarray],
+    files: Iterable[Source],
+    preprocess_file: Callable[[Any], np.ndarray],
     size: int,
     batch_size: int,
     start: int = 0,
@@ -169,7 +313,7 @@ def preprocess_ahead(
         yield names, pixels, failures
 
 
-def done_or_reason(work: Callable[[ImageFile], Any], file: ImageFile) -> Any:
+def done_or_reason(work: Callable[[Any], Any], file: Source) -> Any:
     """What `work` makes of a file; where it cannot be read, the reason, a string of one line."""
     try:
         return work(file)

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 
 from imaging.decode import READABLE, without_warnings
 from imaging.jpeg import before_scan, segments
+from installed import install_extra
 from model.inference import signatures
 from model.inference.generators import is_named, is_signature, settings_across, settings_in
 from model.inference.signatures import State, TrustList
@@ -94,8 +95,8 @@ def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidenc
         return
     if not signatures.is_readable():
         yield Evidence(
-            "C2PA", "a manifest, which the library c2pa-python would read; install the extra "
-            "`evidence`, as `make setup` does", "C2PA",
+            "C2PA", "a manifest, which the library c2pa-python would read; "
+            f"{install_extra('evidence')}", "C2PA",
         )  # fmt: skip
         return
     try:

@@ -20,15 +20,18 @@ from escape import from_spreadsheet_cell, printable, spreadsheet_cell
 from storage import publish
 
 COLUMNS = ("path", "probability", "verdict", "error", "provenance", "checkpoint")
-"""What is said of an image, in this order: `probability` is that of AI-generated, `error` why there
-is none, `provenance` the evidence, `checkpoint` which model said it with which band.
+"""What is said of an image, in this order: `probability` is that of AI-generated (of a checkpoint
+that is not calibrated a score, under the same name), `error` why there is none, `provenance` the
+evidence, `checkpoint` which model said it with which band.
 """
 
 FORMATS = ("table", "csv", "jsonl")
 
 
-def header(output: str) -> str:
-    """What stands above the lines; empty for two of the formats."""
+def header(output: str, word: str = "probability") -> str:
+    """What stands above the lines; empty for JSON lines. `word` says what a table's numbers are."""
+    if output == "table":
+        return f"{word:>11}  {'verdict':<13}  file"
     return ",".join(COLUMNS) if output == "csv" else ""
 
 
@@ -62,9 +65,9 @@ def _is_utf8(text: str) -> bool:
 def _table_line(row: Mapping[str, Any]) -> str:
     name = printable(row["path"]).replace("\n", "\\n")
     if row["error"]:
-        return f"    -  {row['verdict']:<11}  {name}: {row['error']}"
-    lines = [f"{row['probability']:5.3f}  {row['verdict']:<11}  {name}"]
-    lines += [f"{'':20}the file says: {evidence}" for evidence in row["provenance"]]
+        return f"{'-':>11}  {row['verdict']:<13}  {name}: {row['error']}"
+    lines = [f"{row['probability']:11.3f}  {row['verdict']:<13}  {name}"]
+    lines += [f"{'':28}the file says: {evidence}" for evidence in row["provenance"]]
     return "\n".join(lines)
 
 
@@ -190,7 +193,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
     stream.truncate(rows.end)
     stream.seek(rows.end)
     file = ResultsFile(path, stream, rows.names, rows.unreadable)
-    if not rows.end and header(output):
+    if not rows.end and output == "csv":
         file.write(header(output))
     return file
 

@@ -5,7 +5,6 @@ What takes seconds to load (torch, timm) is imported inside the functions that u
 
 import contextlib
 import errno
-import hashlib
 import os
 import sys
 import threading
@@ -23,7 +22,7 @@ from model.inference import inputs, results
 from model.inference.prediction import group_sizes
 from model.inference.provenance import Evidence, read_evidence
 from model.inference.signatures import TrustList
-from storage import write_atomically
+from storage import file_name, write_atomically
 
 if TYPE_CHECKING:
     from model.inference.detector import ImageDetector
@@ -85,7 +84,7 @@ class Run:
                     yield self._noted(file, notes[-1])
                 self.skipped += is_written
 
-        with contextlib.closing(self.detector.predict(reading(), batch_size, start)) as predictions:
+        with contextlib.closing(self.detector.stream(reading(), batch_size, start)) as predictions:
             for result in predictions:
                 note = notes.popleft()
                 if not note.is_written:
@@ -170,22 +169,13 @@ def draw_heatmap(
     write_atomically(path, lambda partial: picture.save(partial, "PNG"))
 
 
-MAX_NAME_BYTES = 255 - len(".4194304.partial")
-"""The longest name that the usual file systems take, with room for that of a temporary file."""
-
-
 def heatmap_path(name: str, folder: Path) -> Path:
     """`<folder>/<path of the image>.png`; where that name is too long for a file, its beginning and
     a hash of it.
     """
     parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
     path = folder.joinpath(*parts)
-    encoded = os.fsencode(f"{path.name}.png")
-    if len(encoded) <= MAX_NAME_BYTES:
-        return path.with_name(f"{path.name}.png")
-    short = hashlib.sha256(encoded).hexdigest()[:16]
-    beginning = encoded[: MAX_NAME_BYTES - 21].decode("utf-8", "ignore")
-    return path.with_name(f"{beginning}-{short}.png")
+    return path.with_name(file_name(path.name, ".png"))
 
 
 def named(paths: Iterable[str]) -> Iterator[str]:

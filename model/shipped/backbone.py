@@ -46,6 +46,14 @@ class BackboneError(ValueError):
     """A backbone that is missing, damaged or another one; the message says what to do."""
 
 
+class MissingError(BackboneError):
+    """A backbone that has not been fetched; `command` is what a person types to get it."""
+
+    def __init__(self, message: str, command: str):
+        super().__init__(message)
+        self.command = command
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubPlace:
     """A file of a model repository of the Hugging Face Hub; `revision` is best a commit."""
@@ -161,9 +169,10 @@ def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
             f"{cached_path(cached[0])} is a backbone that {folder.name} was not tested on, so it "
             f"is refused; `{fetch_command(folder)}` brings one that it was"
         )
-    raise BackboneError(
-        f"the backbone of {folder.name} ({spec.name}) is not on this machine; type "
-        f"`{fetch_command(folder)}`"
+    command = fetch_command(folder)
+    raise MissingError(
+        f"the backbone of {folder.name} ({spec.name}) is not on this machine; type `{command}`",
+        command,
     )
 
 

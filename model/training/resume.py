@@ -61,6 +61,7 @@ def save(
     if not dist.is_main:
         return best
     recipe, stream = plan.recipe, plan.stream
+    sources = stream.pool.shards.sources
     state = {
         "optimizer": train_state.optimizer.state_dict(),
         "scaler": train_state.scaler.state_dict(),
@@ -88,6 +89,8 @@ def save(
                 "replayed_per_epoch": stream.replayed_per_epoch,
                 "index_sha256": stream.pool.shards.sha256,
                 "set_sha256": stream.pool.hashes,
+                "sources": sorted(sources),
+                "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
             },
             first_weights=plan.first_weights,
             ended=ended,

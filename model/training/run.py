@@ -161,18 +161,18 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             done += 1
             for failure in stream.loader.name_failures(batch):
                 console.log.warning("not decoded: %s", failure)
-            ended = done % planned.steps_per_epoch == 0
+            epoch, ended = -(-done // planned.steps_per_epoch), done % planned.steps_per_epoch == 0
+            validating = ended and (epoch % settings.validate_every == 0 or done == steps)
             stopping = all_reduce_any(dist, bool(received))
             due = settings.save_every and done % settings.save_every == 0
-            saving = ended or due or stopping or done == stop_at
+            saving = validating or due or stopping or done == stop_at
             if saving or done % settings.log_every == 0:
                 _refuse_bad_loss(planned, train_state)
                 _refuse_bad_weights(train_state, done)
                 _log_step(history, stats, train_state, done, loss)
-            epoch = -(-done // planned.steps_per_epoch)
             advance(1, f"epoch {epoch} of {settings.epochs}, {stats.note()}")
             validation = None
-            if ended and (epoch % settings.validate_every == 0 or done == steps):
+            if validating:
                 validation = _validate(planned, train_state)
                 _log_validation(history, done, validation)
                 gain = gain.after(done, validation.selection)

@@ -1,10 +1,9 @@
 """The sets of a training run: opened, and refused where they do not fit the recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import torch
 
 from model.distributed import DistEnv
@@ -12,7 +11,7 @@ from model.recipe import Recipe, ResolvedRecipe
 from pipeline.loader import check_shards, open_loader
 from pipeline.params import train_params
 from pipeline.stream import Stream, open_pool
-from sharding.format import CLASSES, ShardSet, open_shards
+from sharding.format import CLASSES, ShardSet, open_shards, read_index
 from storage import AnyPath
 
 
@@ -22,6 +21,7 @@ def open_stream(
     """The run's batches on this rank, from the sets below `data`.
 
     Raises:
+        ValueError: no set, or one of the split test.
         ShardError: a set that is not there or cannot be used.
         LoadError: the backend that was asked for is not there.
     """
@@ -29,6 +29,9 @@ def open_stream(
     if not recipe.data.train:
         raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
     pool = open_pool(data, recipe.data.train, recipe.replay)
+    _refuse_test_sets("data.train", recipe.data.train, data)
+    if recipe.replay.fraction:
+        _refuse_test_sets("replay.sets", recipe.replay.sets, data)
     loader = open_loader(
         pool.shards, preprocess=recipe.preprocess, loading=recipe.loading, device=device,
         rank=dist.rank, world_size=dist.world_size,
@@ -43,6 +46,17 @@ def open_stream(
         recipe.data.repeats,
         recipe.features.views if recipe.features else None,
     )
+
+
+def _refuse_test_sets(key: str, names: Sequence[str], data: AnyPath) -> None:
+    """Refuse sets of the split test: what was trained on cannot be measured on."""
+    tests = [name for name in names if read_index(data / name)["split"] == "test"]
+    if tests:
+        raise ValueError(
+            f"{key} names {', '.join(tests)}, of the split test: a detector that was trained on it "
+            'cannot be measured on it. Name a set of the split train, or give it split = "train" '
+            "in a catalog of your own and build it again"
+        )
 
 
 def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
@@ -81,7 +95,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
     pool = stream.pool
     trained = pool.shards.table.column("sha256").take(stream.new(0))
     for name, shards in validation.items():
-        shared = pa.compute.is_in(shards.table.column("sha256"), value_set=trained)
+        shared = pc.is_in(shards.table.column("sha256"), value_set=trained)
         rows = np.flatnonzero(shared.to_numpy())
         if len(rows):
             raise ValueError(

@@ -7,6 +7,7 @@ Groups never cross folds. `docs/audit.md` says how to read the figures.
 scikit-learn and matplotlib are the optional extra `audit`, imported where they are used.
 """
 
+import functools
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from installed import command, install_extra
 from sharding.audit.metadata import (
     FEATURES,
     NAMED,
@@ -30,12 +32,17 @@ from sharding.format import CLASSES, ShardSet, open_shards
 from sharding.verify import sets_in
 from storage import AnyPath, write_text
 
-AUDIT_VERSION = 2
+AUDIT_VERSION = 3
 """Of `report.json`; grows when a name or a meaning in it changes."""
 
 
 MIN_GROUPS = 30
-"""Groups of each class below which nothing is estimated: the interval would span half the scale."""
+"""Groups of each class below which guessing cannot be told from a shortcut. An AUROC is then given
+only where it is above guessing, and as certain as guessing on that many groups would be.
+"""
+
+NAMED_SOURCES = 6
+"""How many sources of one class a note names; more are counted."""
 
 FIT_LIMIT = 20_000
 """Samples that one classifier is fitted on at most; every sample is scored all the same."""
@@ -186,7 +193,7 @@ def audit(
         features=dict(sorted(features.items(), key=lambda item: -item[1].alone.auroc)),
         shortcuts=_shortcuts(metadata) if pooled else [],
         verdict=verdict_of(pooled),
-        notes=_notes(metadata, sources, source_name),
+        notes=_notes(metadata, sources, pooled, source_name),
     )
 
 
@@ -224,22 +231,33 @@ def advice_of(result: Audit) -> list[str]:
         "and resample in the recipe), and add images of each class in the formats and sizes of "
         "the other.",
         "Measure on a matched sample: python -m sharding audit DIR --match subset.csv, then "
-        "python evaluate.py --subset subset.csv",
+        f"{command('evaluate')} --subset subset.csv",
     ]
 
 
 def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Estimate | None:
-    """The AUROC of `scores` for `labels` with its interval; None with too few groups of a class.
+    """The AUROC of `scores` for `labels` with its interval; None where too few groups of a class
+    (`MIN_GROUPS`) leave open what it is.
 
     The interval counts groups, not images: images of one group are no independent evidence.
     """
     known = np.isfinite(scores)
     labels, scores, groups = labels[known], scores[known], groups[known]
     reals, fakes = (len(np.unique(groups[labels == label])) for label in (0, 1))
-    if min(reals, fakes) < MIN_GROUPS:
+    if not min(reals, fakes):
         return None
     area = float(extra("sklearn.metrics").roc_auc_score(labels, scores))
-    return Estimate(area, *auroc_interval(area, reals, fakes))
+    low, high = auroc_interval(area, reals, fakes)
+    if min(reals, fakes) < MIN_GROUPS and (low <= 0.5 or high - low > _widest()):
+        return None
+    return Estimate(area, low, high)
+
+
+@functools.cache
+def _widest() -> float:
+    """The width of the interval of guessing on `MIN_GROUPS` groups of each class, 0.28."""
+    low, high = auroc_interval(0.5, MIN_GROUPS, MIN_GROUPS)
+    return high - low
 
 
 def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tuple[float, float]:
@@ -267,8 +285,7 @@ def extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"the audit needs scikit-learn and matplotlib ({error}); install the extra `audit`, "
-            "as `make setup` does"
+            f"the audit needs scikit-learn and matplotlib ({error}); {install_extra('audit')}"
         ) from error
 
 
@@ -279,12 +296,18 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     if len(rows) > FIT_LIMIT:
         rows = np.random.default_rng(seed).choice(rows, FIT_LIMIT, replace=False)
     labels = metadata.labels[rows]
-    if len(np.unique(labels)) < len(CLASSES):
+    smaller = int(np.bincount(labels, minlength=len(CLASSES)).min())
+    if not smaller:
         return None
+    values = metadata.values[rows[:, None], columns]
+    # The library cannot bin a column without a value: the JPEG quality, where nothing is a JPEG.
+    values[:, np.isnan(values).all(axis=0)] = 0
     trees = extra("sklearn.ensemble").HistGradientBoostingClassifier(
         max_iter=30 if len(columns) == 1 else 60,
         learning_rate=0.15,
         max_leaf_nodes=8,
+        # The library's 20 allow no split at all where a class has fewer.
+        min_samples_leaf=20 if smaller >= 20 else max(1, smaller // 2),
         early_stopping=False,
         categorical_features=[index for index, c in enumerate(columns) if c in NAMED],
         class_weight="balanced",
@@ -292,7 +315,7 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     )
     # One thread is as fast at this size, and gives the same trees on any number of cores.
     with extra("threadpoolctl").threadpool_limits(1):
-        return trees.fit(metadata.values[rows[:, None], columns], labels)
+        return trees.fit(values, labels)
 
 
 Models = list[tuple[np.ndarray, Any]]  # held-out rows, and what was fitted on the others
@@ -340,26 +363,26 @@ def _audit_sources(
         others = _fit(metadata, np.flatnonzero(~here), columns, seed)
         if others is not None:
             held_out[here] = others.decision_function(source_metadata.values[:, columns])
-        within = note = None
+        within, note = None, ""
         counts = [
             len(np.unique(source_metadata.groups[source_metadata.labels == label]))
             for label in (0, 1)
         ]
         if not reals or not fakes:
             note = f"only {CLASSES[bool(fakes)]} images"
-        elif min(counts) < MIN_GROUPS:
+        else:
+            within = _cross_validate(source_metadata, folds[here], columns, seed)
+        if within is None and not note:
             note = (
                 f"too few: {counts[0]} groups of real and {counts[1]} of fake images, "
                 f"{MIN_GROUPS} of each are needed"
             )
-        else:
-            within = _cross_validate(source_metadata, folds[here], columns, seed)
         audits[metadata.names[SOURCE[0]][code]] = SourceAudit(
             reals=reals,
             fakes=fakes,
             within=within,
             from_others=estimate(source_metadata.labels, held_out[here], source_metadata.groups),
-            note=note or "",
+            note=note,
         )
         on_step(1)
     return audits, estimate(metadata.labels, held_out, metadata.groups)
@@ -390,6 +413,8 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
 def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Shortcut]:
     """The values that say most: rare ones far from the set's share of fakes, or common ones."""
     base = metadata.labels.mean()
+    # A value that holds a whole class is common, however small the class.
+    common = min(MIN_GROUPS, int(np.bincount(metadata.labels, minlength=len(CLASSES)).min()))
     weighted = []
     for feature in FEATURES:
         codes, words = spelled(metadata, feature)
@@ -397,7 +422,7 @@ def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list
         images = np.bincount(index)
         share = np.bincount(index, weights=metadata.labels) / images
         weight = np.sqrt(images) * np.abs(share - base)
-        weight[(value < 0) | (images < MIN_GROUPS) | (np.abs(share - base) < 0.1)] = 0
+        weight[(value < 0) | (images < common) | (np.abs(share - base) < 0.1)] = 0
         for best in np.argsort(-weight, kind="stable")[:per_feature]:
             said = words(int(value[best]))
             if weight[best] > 0 and said != NO_JPEG:  # the format says that already
@@ -413,7 +438,10 @@ def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list
 
 
 def _notes(
-    metadata: Metadata, sources: dict[str, SourceAudit], source_name: Estimate | None
+    metadata: Metadata,
+    sources: dict[str, SourceAudit],
+    pooled: Estimate | None,
+    source_name: Estimate | None,
 ) -> list[str]:
     """What a reader must know to read the figures."""
     notes = []
@@ -423,9 +451,11 @@ def _notes(
             f"There are only {CLASSES[bool(groups[1])]} images here: no shortcut can be measured."
         )
     elif min(groups) < MIN_GROUPS:
+        counted = f"{groups[0]:,} groups of real and {groups[1]:,} of fake images"
         notes.append(
-            f"Too few images to measure: {groups[0]:,} groups of real and {groups[1]:,} of fake "
-            f"images, {MIN_GROUPS} of each are needed."
+            f"Few images: {counted}. That is enough only because metadata tells them apart so well."
+            if pooled
+            else f"Too few images to measure: {counted}, {MIN_GROUPS} of each are needed."
         )
     single = [
         name
@@ -434,8 +464,10 @@ def _notes(
     ]
     if min(groups) and single:
         known = f" (AUROC {source_name} by the name alone)" if source_name else ""
+        named = ", ".join(single[:NAMED_SOURCES])
+        named += f" and {len(single) - NAMED_SOURCES} more" if len(single) > NAMED_SOURCES else ""
         notes.append(
-            f"{len(single)} of {len(sources)} sources have one class only ({', '.join(single)}), "
+            f"{len(single)} of {len(sources)} sources have one class only ({named}), "
             f"so whatever tells sources apart tells the classes apart{known}."
         )
     if len(metadata) > FIT_LIMIT:

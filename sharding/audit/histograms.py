@@ -9,6 +9,9 @@ from sharding.audit.metadata import FEATURES, Metadata, metadata_of, spelled
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, write_atomically
 
+TITLE_NAME = 60
+"""Letters of a set's name that the title has room for."""
+
 _COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
 
 
@@ -17,7 +20,8 @@ def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
     figure = extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
     metadata = metadata_of(shards)
     pooled = f", AUROC of metadata {result.pooled}" if result.pooled else ""
-    figure.suptitle(f"{name}: {result.reals:,} real and {result.fakes:,} fake images{pooled}")
+    shown = name if len(name) <= TITLE_NAME else f"{name[: TITLE_NAME - 3]}..."
+    figure.suptitle(f"{shown}: {result.reals:,} real and {result.fakes:,} fake images{pooled}")
     for axes, feature in zip(figure.subplots(2, 4).flat, FEATURES, strict=True):
         if feature in ("size", "aspect", "bits per pixel", "JPEG quality"):
             _draw_quantity(axes, metadata, feature)

@@ -21,6 +21,10 @@ _STRATA = (0, 7, 8)  # what a match must agree on exactly: format, chroma, EXIF
 _ROUNDS = 8
 
 
+class MatchError(ValueError):
+    """A set whose classes cannot be matched on metadata; the message says what to do."""
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """Rows of the set in which the classes agree on metadata, and the AUROC before and after."""
@@ -43,7 +47,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     out together is balanced, so the last figure is not below 0.5 for having been matched.
 
     Raises:
-        ValueError: too few images can be matched, or they still differ after all rounds.
+        MatchError: too few images can be matched, or they still differ after all rounds.
     """
     where = shards.describe()
     metadata = metadata_of(shards)
@@ -55,9 +59,11 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
     for round_index in range(_ROUNDS + 1):
         left = metadata.take(rows)
-        counts = [len(np.unique(left.groups[left.labels == label])) for label in (0, 1)]
+        counts = _count_groups(left)
         if min(counts) < MIN_GROUPS:
-            raise ValueError(
+            if not round_index and min(counts):  # few from the start: how many have a counterpart
+                counts = _count_groups(left.take(_balanced(strata, left.labels, rng)))
+            raise MatchError(
                 f"{where}: only {counts[0]:,} real and {counts[1]:,} fake images (groups of them) "
                 f"can be matched on metadata, {MIN_GROUPS} of each are needed; add sources whose "
                 "real and fake images have the same formats and sizes, or re-encode both classes "
@@ -72,10 +78,15 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         width = max(0.2 * scores.std(), 1e-9)
         cells = np.column_stack([strata[rows], np.floor(scores / width)])
         rows = rows[_balanced(cells, left.labels, rng)]
-    raise ValueError(
+    raise MatchError(
         f"{where}: after {_ROUNDS} rounds of matching metadata still reaches an AUROC of {now}, "
         f"expected {MATCHED} at most; the classes differ too much to be matched"
     )
+
+
+def _count_groups(metadata: Metadata) -> list[int]:
+    """The groups of real and of fake images."""
+    return [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
 
 
 def _home(metadata: Metadata) -> np.ndarray:

@@ -162,7 +162,7 @@ def catalog_entry(name: str) -> str:
     paired = "policy = \"dda\"\ngroup = '([0-9]+)\\.[a-z]+$'\n" if name == PAIRED else ""
     return (
         f'[sources.{name}]\nroot = "{name}"\nlicense = "synthetic, no rights reserved"\n'
-        f"set = {source.split}\nreal = [{real}]\nfake = [{fake}]\n{paired}"
+        f"synthetic = true\nset = {source.split}\nreal = [{real}]\nfake = [{fake}]\n{paired}"
     )
 
 

@@ -136,7 +136,9 @@ def test_packed_sources_outlive_their_raw_files(tmp_path: Path) -> None:
 def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
+    assert "synthetic" not in read_index(tmp_path / "out/old")["sources"]["beta"]
     text = (raw / "catalog.toml").read_text()
+    text = text.replace("[sources.beta]\n", "[sources.beta]\nsynthetic = true\n")
     start, end = text.index("[sources.dummy]"), text.index("[sources.gamma]")
     (raw / "catalog.toml").write_text(text[:start] + text[end:])
     with pytest.raises(ShardError, match="set old holds source dummy, which this catalog does"):
@@ -144,7 +146,9 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
     build_all(raw, tmp_path / "out")
     assert not list((tmp_path / "out/old").glob("dummy*"))
-    assert "dummy" not in read_index(tmp_path / "out/old")["sources"]
+    sources = read_index(tmp_path / "out/old")["sources"]
+    assert "dummy" not in sources
+    assert sources["beta"]["synthetic"] is True and "synthetic" not in sources["alpha"]
 
 
 @pytest.mark.slow  # the quick kill of a build is in test_build_robust.py

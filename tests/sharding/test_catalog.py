@@ -6,7 +6,7 @@ import pytest
 
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.listing import choose_set, folder_pattern, list_source
-from tests.builders import ROOT, encode, photo
+from tests.builders import ROOT, build_all, encode, photo
 
 
 def catalog_of(tmp_path: Path, text: str):
@@ -163,6 +163,24 @@ def test_a_set_is_named_like_a_folder(tmp_path: Path, name: str) -> None:
     )
     with pytest.raises(CatalogError, match=r"set '.*': use lower-case letters"):
         read_catalog([path])
+
+
+@pytest.mark.parametrize("kind", ["source", "set"])
+def test_a_name_has_room_in_a_tar(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "catalog.toml"
+    for letters in (78, 79):
+        source, set_name = ("s" * letters, "t") if kind == "source" else ("s", "t" * letters)
+        path.write_text(
+            f'[sets]\n{set_name} = "test"\n'
+            f'[sources.{source}]\nlicense = "x"\nset = "{set_name}"\nreal = ["real"]\n'
+        )
+        if letters == 78:
+            catalog = read_catalog([path])
+    with pytest.raises(CatalogError, match=rf"{kind} \w+\.\.\. has 79 letters; use 78 at most"):
+        read_catalog([path])
+    if kind == "source":  # and the longest packs
+        touch(tmp_path / "raw" / ("s" * 78) / "real" / "a.png")
+        build_all(tmp_path / "raw", tmp_path / "shards", catalog=catalog)
 
 
 @pytest.mark.parametrize(

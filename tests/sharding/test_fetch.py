@@ -15,8 +15,18 @@ import filelock
 import huggingface_hub.constants
 import kagglesdk.kaggle_env
 import pytest
+from click.testing import CliRunner
 
-from sharding.catalog import BUILT_IN, Catalog, CatalogError, Fetch, Source, read_catalog
+from sharding.__main__ import main
+from sharding.catalog import (
+    BUILT_IN,
+    SHIPPED,
+    Catalog,
+    CatalogError,
+    Fetch,
+    Source,
+    read_catalog,
+)
 from sharding.fetch import BEGUN, MARK, Fetched, fetch_all, fetch_source
 from tests.servers import (
     BODY,
@@ -383,7 +393,34 @@ def test_marks_keep_no_secrets(server: Server, photos: str, tmp_path: Path) -> N
 
 
 def test_the_built_in_catalog_downloads_by_https_only() -> None:
-    sources = read_catalog([BUILT_IN]).sources.values()
+    sources = read_catalog(SHIPPED).sources.values()
     urls = [url for source in sources if source.fetch for url in source.fetch.urls]
     assert urls
     assert all(url.startswith("https://") for url in urls)
+
+
+def test_without_a_name_the_test_sets_stay_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are 500 GB, and nobody trains on them."""
+    asked: list[str] = []
+
+    def fetch_all(_catalog: Catalog, _raw: Path, names: list[str], *_: object) -> list[Fetched]:
+        asked.extend(names)
+        return [Fetched(name, "complete", "") for name in names]
+
+    monkeypatch.setattr("sharding.fetch.fetch_all", fetch_all)
+    tests = read_catalog(SHIPPED).sources.keys() - read_catalog([BUILT_IN]).sources.keys()
+    assert CliRunner().invoke(main, ["fetch", "--raw", str(tmp_path)]).exit_code == 0
+    assert {"evalgen", "tiny_genimage"} <= set(asked)
+    assert not tests & set(asked)
+    asked.clear()
+    CliRunner().invoke(main, ["fetch", "wildrf", "raid", "--raw", str(tmp_path)])
+    assert asked == ["wildrf", "raid"]
+
+
+def test_a_test_set_behind_a_form_says_where_to_ask(tmp_path: Path) -> None:
+    (fetched,) = fetch_all(read_catalog(SHIPPED), tmp_path, ["chameleon"])
+    assert fetched.status == "by hand"
+    assert fetched.note.startswith("Chameleon is sent on request: write to the address")
+    assert fetched.note.endswith(f"Put it in {tmp_path / 'chameleon'}")

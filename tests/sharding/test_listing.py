@@ -9,7 +9,6 @@ import json
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,29 +17,8 @@ import pytest
 from sharding.build import Tolerance, build, find_sources
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.format import CLASSES, open_shards, read_index
-from tests.builders import encode, photo, write_split_zip
-
-
-class Row(NamedTuple):
-    set: str
-    label: str
-    generator: str
-    group: str
-
-
-SEEDS = iter(range(10_000))
-
-
-def image(kind: str = "JPEG", size: tuple[int, int] = (48, 40)) -> bytes:
-    """A new picture, unlike all others."""
-    return encode(photo(next(SEEDS), *size), kind)
-
-
-def put(folder: Path, *names: str, kind: str = "JPEG") -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image(kind))
+from tests.builders import write_split_zip
+from tests.raw_copies import Row, image, parquet, put
 
 
 def pack(tmp_path: Path, *, expected: bool = False, changes: str = "", max_bad: float = 0.01):
@@ -64,23 +42,6 @@ def pack(tmp_path: Path, *, expected: bool = False, changes: str = "", max_bad: 
                 one.name, CLASSES[row["label"]], row["generator"], row["group"]
             )
     return rows
-
-
-def parquet(path: Path, columns: dict[str, list], classes: dict[str, list[str]] | None = None):
-    """A table as Hugging Face writes it: images as {bytes, path}, class names in the metadata."""
-    arrays = {
-        name: pa.array([{"bytes": v, "path": None} for v in values])
-        if isinstance(values[0], bytes)
-        else pa.array(values)
-        for name, values in columns.items()
-    }
-    features = {
-        name: {"names": names, "_type": "ClassLabel"} for name, names in (classes or {}).items()
-    }
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(arrays).replace_schema_metadata(metadata)
-    pq.write_table(table, path, row_group_size=3)
 
 
 @pytest.mark.parametrize(

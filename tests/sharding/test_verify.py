@@ -145,6 +145,23 @@ def test_list_shows_what_is_known_and_packed(raw: Path, data: Path) -> None:
     assert "CC BY-NC-SA 4.0 (GenImage)" in output
 
 
+def test_list_prints_every_fact_of_a_source() -> None:
+    status, output = run("list", "openfake", "chameleon")
+    assert status == 0
+    assert output.startswith(
+        "openfake\n    page: huggingface.co/datasets/ComplexDataLab/OpenFake\n"
+    )
+    assert "    goes to: openfake (test)\n" in output
+    assert "    get it: python -m sharding fetch openfake\n" in output
+    assert "    images: 14,863 real, 11,170 fake\n" in output
+    assert "    suites: wild, all\n" in output
+    assert "    get it: Chameleon is sent on request" in output
+    assert "    - not verified: the size\n" in output
+    status, output = run("list", "opnfake")
+    assert status == 1
+    assert "no source opnfake; the catalog knows dda," in output
+
+
 def test_describe_then_build(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     for n, name in enumerate(

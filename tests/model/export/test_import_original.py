@@ -14,6 +14,7 @@ from torch import nn
 from model import checkpoint
 from model.__main__ import main
 from model.export import import_original
+from model.inference.fitness import notices
 from model.network import normalization
 from model.recipe import Network
 from tests.builders import TINY
@@ -47,6 +48,7 @@ def test_it_computes_what_it_computed(small: nn.Module, tmp_path: Path, prefix: 
     net, preprocess, meta = checkpoint.load_network(checkpoint.find(tmp_path / "runs"))
     assert (preprocess.crop_size, preprocess.resize_size) == (256, 288)
     assert meta["classes"] == ["real", "fake"]
+    assert [notice.kind for notice in notices(meta)] == ["uncalibrated"]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in normalization(TINY))
     with torch.inference_mode():
@@ -114,9 +116,16 @@ def test_it_is_fetched_from_the_hub_and_checked(
     monkeypatch.setattr(import_original, "SHA256", digest)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert checkpoint.find(tmp_path / "runs").parent.name == "original"
+    folder = checkpoint.find(tmp_path / "runs")
+    assert folder.parent.name == "original"
+    # Of the published file, and of no other, an audit is known.
+    texts = [notice.text for notice in notices(checkpoint.read_meta(folder))]
+    assert len(texts) == 2 and "15 of 32 real web photographs AI (47 %" in texts[0]
+    assert "this detector is not calibrated" in result.output
     server.bodies.clear()
     monkeypatch.setattr(import_original, "REVISION", "0" * 40)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "could not be downloaded" in result.output and "python -m model import" in result.output
+    said = result.output.replace("\n", "")
+    assert f"by hand from {server.url}/{import_original.REPOSITORY}/resolve/{'0' * 40}/" in said

@@ -120,9 +120,25 @@ def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path)
     assert set(loaded.meta) == {*META_KEYS, "sha256"}
     for key in ("classes", "preprocess", "temperature", "threshold", "calibration", "step"):
         assert loaded.meta[key] == meta[key]
+    assert loaded.meta["data"] == {"sources": [], "synthetic_sources": [], "known_against": []}
     assert (loaded.preprocess, loaded.band, loaded.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
+    assert repr(loaded).startswith("OnnxDetector('onnx/detector.onnx ")
     assert loaded.meta["license"].startswith("CC-BY-NC-4.0")
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
+
+
+def test_what_speaks_against_it_goes_along(exported: Path, tmp_path: Path) -> None:
+    model = onnx.load(exported / "detector.onnx")
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    data = {"sources": ["a"], "synthetic_sources": ["a"], "train": ["no part of it"]}
+    meta = {key: json.loads(properties.get(key, "null")) for key in META_KEYS} | {"data": data}
+    known = export.fitness_of(meta)
+    assert known == {"sources": ["a"], "synthetic_sources": ["a"], "known_against": []}
+    properties["data"] = json.dumps(known)
+    onnx.helper.set_model_props(model, properties)
+    onnx.save(model, tmp_path / "x.onnx")
+    loaded = load_onnx(tmp_path / "x.onnx", device="cpu")
+    assert [notice.kind for notice in loaded.notices] == ["synthetic"]
 
 
 def test_its_identity_covers_the_weights(exported: Path, tmp_path: Path) -> None:
@@ -152,7 +168,7 @@ def test_it_predicts_what_the_checkpoint_predicts(
     exported: Path, tiny_checkpoint: Path, images: Path
 ) -> None:
     files = sorted(images.iterdir())
-    expected = list(load_detector(tiny_checkpoint, device="cpu", backend="pil").predict(files))
+    expected = load_detector(tiny_checkpoint, device="cpu", backend="pil").predict(files)
     predictions = list(
         load_onnx(exported / "detector.onnx", device="cpu").predict(files, batch_size=4)
     )

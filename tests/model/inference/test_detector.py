@@ -1,15 +1,19 @@
 """The one way from a file to a verdict: both backends, any order, and nothing read too early."""
 
+import io
+import re
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageOps
 
-from imaging.decode import DecodeError, ImageFile
+from imaging.decode import DecodeError, ImageFile, decode
 from model import load_detector
 from model.checkpoint import CheckpointError
-from model.inference.prediction import UNREADABLE
+from model.inference.prediction import UNREADABLE, Prediction
 from model.score import AT_A_TIME, probability, score_set
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
@@ -37,8 +41,8 @@ def test_both_backends_agree_and_name_the_same_files(small_runs: Path, detector)
     files = [*FILES, encode(photo(9, 64, 96), exif=exif), *broken, *FILES]
     dali = load_detector(runs=small_runs, backend="dali")
     assert dali.reason == "asked for"
-    predictions = list(dali.predict(files, batch_size=8))
-    expected = list(detector.predict(files, batch_size=8))
+    predictions = dali.predict(files, batch_size=8)
+    expected = detector.predict(files, batch_size=8)
     assert [one.name for one in predictions] == [one.name for one in expected]
     names = [*range(len(FILES) + 1), *range(len(files) - len(FILES), len(files))]
     for row in names:
@@ -85,23 +89,24 @@ def test_any_error_of_reading_is_a_line(detector) -> None:
         return read
 
     errors = (DecodeError("a\nb"), PermissionError(13, "Permission denied"), MemoryError())
-    predictions = list(detector.predict(ImageFile(str(n), fail(e)) for n, e in enumerate(errors)))
+    predictions = detector.predict(ImageFile(str(n), fail(e)) for n, e in enumerate(errors))
     assert [one.error for one in predictions] == [
         "a b", "Permission denied", "more memory would be needed than there is",
     ]  # fmt: skip
     with pytest.raises(ZeroDivisionError):  # our own mistakes are not taken for bad files
-        list(detector.predict([ImageFile("x", fail(ZeroDivisionError()))]))
+        detector.predict(ImageFile("x", fail(ZeroDivisionError())))
 
 
 def test_no_thread_stays_behind(detector) -> None:
     before = threading.active_count()
-    predictions = detector.predict(FILES * 20)
+    predictions = detector.stream(FILES * 20)
     next(predictions)
     predictions.close()
     assert threading.active_count() == before
-    assert len(list(detector.predict(FILES))) == len(FILES)
+    assert len(detector.predict(FILES)) == len(FILES)
+    detector.predict(FILES[0])
     assert threading.active_count() == before
-    assert list(detector.predict([])) == []
+    assert detector.predict([]) == []
 
 
 def test_a_threshold_that_is_asked_for_leaves_nothing_uncertain(small_runs: Path) -> None:
@@ -112,3 +117,75 @@ def test_a_threshold_that_is_asked_for_leaves_nothing_uncertain(small_runs: Path
         load_detector(runs=small_runs, threshold=1.5)
     with pytest.raises(CheckpointError, match="no checkpoint below"):
         load_detector(runs=small_runs / "none")
+
+
+def test_one_image_has_one_prediction_however_it_is_given(detector, tmp_path: Path) -> None:
+    """A PNG, which every decoder reads alike; gray, deep, turned and named ones too."""
+    data = encode(photo(3, 70, 50), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    picture, array = Image.open(path), decode(data)
+    given = {
+        str(path): str(path), path: str(path), data: "image 0", ImageFile("b", lambda: data): "b",
+    }  # fmt: skip
+    results = [detector.predict(image) for image in given]
+    results += [detector.predict(image) for image in (picture, Image.fromarray(array), array)]
+    names = [*given.values(), str(path), "image 0", "image 0"]
+    assert [result.name for result in results] == names
+    assert len({result.probability for result in results}) == 1
+    many = detector.predict([path, data, picture, array, array[:, :, 0]])
+    assert [one.name for one in many] == [str(path), "image 1", str(path), "image 3", "image 4"]
+    assert many[0].probability == pytest.approx(results[0].probability, abs=1e-6)
+    gray = Image.fromarray(array[:, :, 0])
+    deep = Image.fromarray(array[:, :, 0].astype(np.uint16) * 257)
+    shades = [detector.predict(image).probability for image in (array[:, :, 0], gray, deep)]
+    assert shades[0] == shades[1] == shades[2] != results[0].probability
+    assert detector.predict(iter([array]))[0].name == "image 0"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_of_pillow_is_turned_by_its_exif_alone(detector, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(9, 64, 96), kind, exif=exif)
+    expected = detector.preprocess_file(data)
+    picture = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(detector.preprocess_file(picture), expected)
+    turned = ImageOps.exif_transpose(picture)
+    np.testing.assert_array_equal(detector.preprocess_file(turned), expected)
+
+
+def test_what_is_no_image_is_said_at_once(detector, tmp_path: Path) -> None:
+    for array, said in (
+        (np.zeros((4, 4, 3)), "dtype float64, expected uint8 of (height, width, 3)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "shape (2, 4, 4, 3)"),
+        (np.zeros((4, 4, 4), np.uint8), "shape (4, 4, 4)"),
+        (np.zeros((0, 4), np.uint8), "shape (0, 4)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            detector.predict(array)
+    for nothing in (3, None, [3], torch.zeros(4, 4)):
+        with pytest.raises(TypeError, match="an image is a path, the bytes of a file, a PIL image"):
+            detector.predict(nothing)
+    (tmp_path / "cut.png").write_bytes(encode(photo(1), "PNG")[:-400])
+    with Image.open(tmp_path / "cut.png") as picture:
+        cut = detector.predict(picture)
+    assert (cut.verdict, cut.probability) == (UNREADABLE, None) and cut.error
+    assert detector.predict(tmp_path / "none.png").error == "No such file or directory"
+
+
+def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
+    dali = load_detector(runs=small_runs, backend="dali")
+    array = decode(FILES[1])
+    (one, other) = (each.predict(array).probability for each in (dali, detector))
+    assert one == pytest.approx(other, abs=1e-6)  # the network sees the same pixels
+
+
+def test_what_a_detector_and_a_prediction_are_called_is_short(detector) -> None:
+    assert repr(detector) == (
+        f"ImageDetector({detector.identity!r}, likely AI from a score of 0.5)"
+    )
+    prediction = Prediction(name="a", probability=0.12345, verdict="uncertain")
+    assert repr(prediction) == "Prediction('a', 'uncertain', probability=0.123)"
+    refused = Prediction(name="a", probability=None, verdict=UNREADABLE, error="cut")
+    assert repr(refused) == "Prediction('a', 'unreadable', error='cut')"

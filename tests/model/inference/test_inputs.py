@@ -56,7 +56,7 @@ def test_standard_input_is_read_as_it_comes(small_runs: Path, tmp_path: Path) ->
             yield str(tmp_path / "a.jpg")
 
     files = inputs.find_images(endless(), Counter())
-    predictions = load_detector(runs=small_runs).predict(files)
+    predictions = load_detector(runs=small_runs).stream(files)
     next(predictions)
     assert len(taken) == 2
     for _ in range(200):

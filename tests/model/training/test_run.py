@@ -1,5 +1,7 @@
 """Training: both phases on tiny shards, interrupted or not."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from model.training.run import train
 from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
 from pipeline.order import OrderError
+from sharding.format import INDEX_FILE
 from tests.builders import ends_alike, losses_of, weights_of
 from tests.goldens import Golden
 
@@ -120,9 +123,20 @@ def test_a_run_of_other_settings_is_refused(tiny_recipe: Path, data: Path, tmp_p
         train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
 
 
+def with_synthetic(data: Path, folder: Path, source: str) -> Path:
+    """The sets with a source marked as drawn by a program."""
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns(".build"))
+    path = folder / "old" / INDEX_FILE
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["sources"][source]["synthetic"] = True
+    path.write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
 def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
+    data = with_synthetic(data, tmp_path / "data", "dummy")
     best = train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
     second = [
         'name="second"', 'run.init_from="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
@@ -135,7 +149,11 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     rows = rows_of(tmp_path / "second")
     shares = [row["replay_share"] for row in rows if row["kind"] == "train"]
     assert max(shares) > 0
-    assert checkpoint.read_meta(best_of_second)["data"]["replay"] == ["old"]
+    known = checkpoint.read_meta(best_of_second)["data"]
+    assert known["replay"] == ["old"]
+    # Which sources a program drew goes with the weights.
+    assert known["sources"] == ["alpha", "beta", "dummy", "gamma"]
+    assert known["synthetic_sources"] == ["dummy"]
 
 
 def test_phase_2_without_phase_1_says_what_to_run(

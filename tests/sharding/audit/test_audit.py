@@ -46,6 +46,9 @@ PLAN: dict[str, dict[str, tuple[MakeImage, int, int]]] = {
     "single": {"cameras": (planted, 60, 0), "generator": (planted, 0, 60)},
     "videos": {"clips": (grouped, 240, 240)},
     "lonely": {"fakes": (planted, 0, 10)},
+    "apart": {"sorted": (planted, 24, 36)},
+    "alike": {"shuffled": (clean, 24, 36)},
+    "handful": {"sorted_few": (planted, 4, 4)},
 }
 
 
@@ -75,10 +78,71 @@ def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
     mixed, few = report.sources["mixed"], report.sources["few"]
     assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
     assert mixed.within.auroc > 0.99
-    assert few.within is None
-    assert "too few: 20 groups of real and 12 of fake images" in few.note
+    # A split without an exception is no matter of how many images there are.
+    assert few.within.auroc > 0.99
+    assert 0.8 < few.within.low
+    assert few.note == ""
     assert mixed.from_others is None or mixed.from_others.auroc > 0.4
     assert any("re-encoded" in line for line in audit.advice_of(report))
+
+
+def test_few_images_do_not_hide_a_perfect_split(sets: Path) -> None:
+    report = audit.audit(shards_of(sets, "apart"))
+    assert report.verdict == "strong"
+    assert report.pooled.auroc > 0.99
+    assert report.sources["sorted"].within == report.pooled
+    assert report.features["format"].alone.auroc > 0.99
+    assert "size" not in report.features  # guessing, on too few images to say so
+    said = list(map(str, report.shortcuts))
+    assert "format JPEG: 100 % real (24 images)" in said
+    assert "format PNG: 100 % fake (36 images)" in said
+    assert report.notes == [
+        "Few images: 24 groups of real and 36 of fake images. That is enough only because metadata "
+        "tells them apart so well."
+    ]
+    with pytest.raises(match.MatchError, match="only 0 real and 0 fake images"):
+        match.match_classes(shards_of(sets, "apart"))
+
+
+@pytest.mark.parametrize("name", ["alike", "handful"])
+def test_few_images_without_one_or_very_few_stay_unmeasured(sets: Path, name: str) -> None:
+    report = audit.audit(shards_of(sets, name))
+    assert (report.verdict, report.pooled, report.features) == ("unknown", None, {})
+    assert report.notes[0].startswith("Too few images to measure: ")
+    (source,) = report.sources.values()
+    assert source.note.startswith("too few: ")
+
+
+def test_a_set_without_a_jpeg_is_measured_and_palettes_are_told(tmp_path: Path) -> None:
+    """No image has a JPEG quality, which the trees cannot bin."""
+    for label, name in enumerate(("real", "fake")):
+        folder = tmp_path / "raw" / "drawings" / name
+        folder.mkdir(parents=True)
+        for number in range(16):
+            image = Image.fromarray(photo(100 * label + number, 40, 44))
+            (image.quantize(64) if label else image).save(folder / f"{number}.png")
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(
+        '[sets]\ndrawings = "test"\n[sources.drawings]\nlicense = "x"\nset = "drawings"\n'
+        'real = ["real"]\nfake = ["fake"]\n'
+    )
+    build_all(tmp_path / "raw", tmp_path / "shards", catalog=read_catalog([catalog]))
+    result = run(tmp_path / "shards" / "drawings", "--out", tmp_path, "--match", tmp_path / "m.csv")
+    assert result.exit_code == 1
+    assert "drawings: shortcut by metadata: strong" in result.output
+    assert "bits per pixel 4 to 6: 100 % fake (16 images)" in result.output
+    assert "30 of each are needed" in result.output
+
+
+def test_an_error_of_a_library_is_no_reason(
+    sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("window shape cannot be larger than input array shape")
+
+    monkeypatch.setattr(match, "match_classes", broken)
+    run(sets / "lonely", "--out", tmp_path, "--match", tmp_path / "list.csv")
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_what_the_classifier_leans_on_costs_when_it_is_shuffled(sets: Path) -> None:
@@ -264,6 +328,28 @@ def test_the_command_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> No
     result = run(sets / "lonely", twin, "--out", out)
     assert result.exit_code == 1
     assert "both named lonely" in result.output
+
+
+def test_names_that_are_too_long_for_a_file_or_a_title(sets: Path, tmp_path: Path) -> None:
+    name = "n" * 250
+    (tmp_path / name).symlink_to(sets / "lonely")
+    result = run(tmp_path / name, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    (picture,) = (tmp_path / "out").glob("*.png")
+    assert len(picture.name) < 250
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["sets"]) == [name]
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert (pixels[:40, :20] == 255).all()  # the title ends inside the picture
+
+
+def test_of_many_sources_of_one_class_some_are_named(sets: Path) -> None:
+    metadata = facts.metadata_of(shards_of(sets, "planted"))
+    one = audit.SourceAudit(reals=3, fakes=0, within=None, from_others=None, note="")
+    notes = audit._notes(metadata, {f"source{n}": one for n in range(30)}, None, None)
+    assert any(
+        "(source0, source1, source2, source3, source4, source5 and 24 more)" in n for n in notes
+    )
 
 
 def test_without_the_extra_the_error_names_it(

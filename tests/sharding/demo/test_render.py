@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from model.checkpoint import read_meta
+from model.inference.fitness import notices
+from sharding.catalog import BUILT_IN, read_catalog
+from sharding.demo import render
 from tests.builders import ROOT
+
+
+def test_every_source_of_the_demo_says_that_a_program_drew_it(tmp_path: Path) -> None:
+    """What is trained on them says so in its meta."""
+    entries = [render.SETS, *map(render.catalog_entry, render.SOURCES)]
+    (tmp_path / "catalog.toml").write_text("\n".join(entries), encoding="utf-8")
+    sources = read_catalog([tmp_path / "catalog.toml"]).sources
+    assert sources.keys() == render.SOURCES.keys()
+    assert all(source.synthetic for source in sources.values())
+    assert not any(source.synthetic for source in read_catalog([BUILT_IN]).sources.values())
 
 
 @pytest.mark.slow
@@ -27,4 +41,6 @@ def test_the_demo_learns_and_phase_2_gains(tmp_path: Path) -> None:
     assert "quarantined: street/real/camera-a/00000.jpg" in done.stdout
     end = "\n".join(done.stdout.strip().splitlines()[-40:])
     assert "demo-phase1" in end
+    runs = sorted((tmp_path / "runs").glob("*/step_*"))
+    assert {notices(read_meta(folder))[0].kind for folder in runs} == {"synthetic"}
     assert f"checkpoints and curves: {tmp_path / 'runs'}" in end

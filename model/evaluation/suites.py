@@ -1,0 +1,44 @@
+"""Named lists of sets that are measured on together: `[suites]` of the catalog."""
+
+from dataclasses import dataclass
+
+from sharding.catalog import SHIPPED, read_catalog
+from sharding.format import INDEX_FILE
+from storage import AnyPath
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite's sets that are packed, and those that are not; `missing_line` says what to do."""
+
+    name: str
+    packed: list[str]
+    missing: list[str]
+    missing_line: str
+
+
+def open_suite(name: str, data: AnyPath) -> Suite:
+    """The suite `name` by what lies below `data`.
+
+    Raises:
+        ValueError: no such suite, or none of its sets is packed.
+    """
+    catalog = read_catalog(SHIPPED)
+    if name not in catalog.suites:
+        raise ValueError(f"no suite {name}; there are {', '.join(catalog.suites)}")
+    sets = catalog.suites[name]
+    packed = [each for each in sets if (data / each / INDEX_FILE).exists()]
+    missing = [each for each in sets if each not in packed]
+    sources = [
+        source_name
+        for source_name, source in catalog.sources.items()
+        if source.test_only and any(each in missing for d in source.destinations() for each in d)
+    ]
+    line = (
+        f"suite {name}: {len(missing)} of {len(sets)} sets are not packed in {data}: "
+        f"{', '.join(missing)}. Get them: python -m sharding fetch {' '.join(sources)}; then: "
+        "python -m sharding build"
+    )
+    if not packed:
+        raise ValueError(line)
+    return Suite(name, packed, missing, line if missing else "")

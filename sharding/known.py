@@ -1,0 +1,65 @@
+"""What is known of the sources of a catalog: what is on disk, what is packed, and every fact."""
+
+from collections.abc import Mapping
+
+from sharding.catalog import Catalog, CatalogError, Source
+from sharding.format import CLASSES
+from storage import AnyPath
+
+COLUMNS = ("source", "goes to", "on disk", "packed", "images", "size", "license")
+"""Of `rows_of`."""
+
+
+def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> list[list[str]]:
+    """A row of `COLUMNS` per source; `packed` says of a source which sets hold how much of it."""
+    return [
+        [
+            name,
+            " ".join(sets_of(source)),
+            "yes" if (raw / (source.root or name)).is_dir() else "-",
+            ", ".join(packed.get(name, [])) or "-",
+            _images(source) or "-",
+            source.size or "-",
+            source.license,
+        ]
+        for name, source in catalog.sources.items()
+    ]
+
+
+def sets_of(source: Source) -> list[str]:
+    """Every set that images of a source may go to."""
+    return sorted({name for shares in source.destinations() for name in shares})
+
+
+def _images(source: Source) -> str:
+    """How many images of each class are expected; empty where nobody counted."""
+    return ", ".join(
+        f"{source.expected[kind]:,} {kind}" for kind in CLASSES if kind in source.expected
+    )
+
+
+def facts_of(name: str, catalog: Catalog) -> list[str]:
+    """All that the catalog says of a source, a line each.
+
+    Raises:
+        CatalogError: it knows no such source.
+    """
+    if name not in catalog.sources:
+        raise CatalogError(f"no source {name}; the catalog knows {', '.join(catalog.sources)}")
+    source = catalog.sources[name]
+    fetch = source.fetch
+    brings = "" if fetch is None or fetch.by_hand else f"python -m sharding fetch {name}"
+    suites = [suite for suite, sets in catalog.suites.items() if {*sets} & {*sets_of(source)}]
+    lines = {
+        "page": source.homepage,
+        "license": source.license,
+        "size": source.size,
+        "images": _images(source),
+        "goes to": ", ".join(
+            f"{set_name} ({catalog.sets[set_name]})" for set_name in sets_of(source)
+        ),
+        "suites": ", ".join(suites),
+        "get it": brings or (" ".join(fetch.by_hand.split()) if fetch else "from its page"),
+    }
+    shown = [f"    {key}: {value}" for key, value in lines.items() if value]
+    return [name, *shown, *(f"    - {fact}" for fact in source.facts)]

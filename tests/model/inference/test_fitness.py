@@ -1,0 +1,115 @@
+"""No unfit detector looks fit: what its meta knows against it is said wherever it speaks."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import predict
+from model import checkpoint, load_detector
+from model.inference import fitness
+from model.inference.fitness import notices, word_for
+from tests.builders import CALIBRATION, ROOT, encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def meta_of(calibration: dict[str, Any] | None = CALIBRATION, **data: object) -> dict[str, Any]:
+    return {"calibration": calibration, "data": {"train": ["x"], "replay": [], **data}}
+
+
+def rates(fpr: float | None, recall: float | None) -> dict[str, Any]:
+    return {"false_positive_rate": fpr, "recall": recall, "reals": 9, "fakes": 9, "uncertain": 0.0}
+
+
+def test_a_fit_detector_has_no_notice() -> None:
+    assert notices(meta_of()) == []
+    assert notices({"calibration": CALIBRATION}) == []  # of an older record nothing is known
+    assert word_for(meta_of()) == "probability"
+    assert fitness.proof(meta_of()) == "a probability is not a proof"
+
+
+def test_synthetic_images_are_said_all_or_in_part() -> None:
+    (notice,) = notices(meta_of(sources=["a", "b"], synthetic_sources=["a", "b"]))
+    assert notice.kind == "synthetic" and "on synthetic images alone" in notice.text
+    (notice,) = notices(meta_of(sources=["a", "b"], synthetic_sources=["b"]))
+    assert notice.kind == "synthetic" and "in part on synthetic images" in notice.text
+    assert "(b)" in notice.text
+    assert notices(meta_of(sources=["a", "b"], synthetic_sources=[])) == []
+
+
+def test_without_a_calibration_it_is_a_score() -> None:
+    (notice,) = notices(meta_of(None))
+    assert notice.kind == "uncalibrated" and "scores and no probabilities" in notice.text
+    assert word_for(meta_of(None)) == "score"
+    assert fitness.number(meta_of(None)) == "score for AI-generated"
+    assert fitness.proof(meta_of(None)) == "a score is not a proof"
+
+
+def test_sources_that_went_badly_are_named_the_worst_first() -> None:
+    sources = {
+        "good": rates(0.10, None), "bad": rates(0.2, None), "worse": rates(0.31, None),
+        "seen": rates(None, 0.10), "half": rates(None, 0.081), "unseen": rates(None, 0.0),
+    }  # fmt: skip
+    called, missed = notices(meta_of(CALIBRATION | {"sources": sources}))
+    assert called.kind == missed.kind == "known"
+    assert "called AI: 31 % of worse, 20 % of bad (" in called.text
+    assert "found: under 1 % of unseen, 8 % of half (" in missed.text
+
+
+def test_what_others_measured_comes_as_it_is_and_the_gravest_comes_first() -> None:
+    meta = meta_of(None, known_against=["an audit said so"], sources=["a"], synthetic_sources=["a"])
+    assert [notice.kind for notice in notices(meta)] == ["synthetic", "known", "uncalibrated"]
+    assert notices(meta)[1].text == "an audit said so"
+
+
+def test_the_detector_that_ships_tells_its_false_alarms() -> None:
+    meta = json.loads((ROOT / "detectors/clip/meta.json").read_text(encoding="utf-8"))
+    called, missed = notices(meta)
+    assert "39 % of ffhq, 26 % of paintings_masters" in called.text
+    assert "under 1 % of stylegan2_faces, 8 % of generators_2022" in missed.text
+
+
+def ask(folder: Path, *arguments: object) -> Result:
+    """`predict.py` with a checkpoint on one photograph."""
+    image = folder.parent / "photo.png"
+    image.write_bytes(encode(photo(1), "PNG"))
+    command = [str(image), "--checkpoint", str(folder), *map(str, arguments)]
+    return CliRunner().invoke(predict.main, command)
+
+
+@pytest.fixture
+def uncalibrated(small_runs: Path, tmp_path: Path) -> Path:
+    (folder,) = small_runs.glob("small/step_*")
+    return shutil.copytree(folder, tmp_path / "small" / folder.name)
+
+
+def test_predict_says_it_before_the_first_verdict(uncalibrated: Path, tmp_path: Path) -> None:
+    data = checkpoint.read_meta(uncalibrated)["data"]
+    known = {"sources": ["a"], "synthetic_sources": ["a"], "known_against": ["an audit said so"]}
+    checkpoint.annotate(uncalibrated, {"data": data | known})
+    result = ask(uncalibrated)
+    lines = [line for line in result.stderr.splitlines() if line]
+    said = [notice.text for notice in load_detector(uncalibrated).notices]
+    assert len(said) == 3 and [line for line in lines if line in said] == said
+    assert lines[-1] == "a score is not a proof"
+    heading, row = result.stdout.splitlines()
+    assert heading.split() == ["score", "verdict", "file"]
+    assert heading.index("verdict") == row.index(row.split()[1])
+    # The name of the column stays: programs read it.
+    result = ask(uncalibrated, "--format", "csv")
+    assert result.stdout.startswith("path,probability,") and "not a proof" not in result.stderr
+    out = tmp_path / "x.txt"
+    assert ask(uncalibrated, "--out", out).exit_code == 0
+    assert out.read_text().splitlines() == [heading, row]
+
+
+def test_predict_of_a_calibrated_one_says_probability(uncalibrated: Path) -> None:
+    checkpoint.annotate(uncalibrated, {"calibration": CALIBRATION})
+    result = ask(uncalibrated)
+    assert result.stdout.splitlines()[0].split() == ["probability", "verdict", "file"]
+    assert result.stderr.splitlines()[-1] == "a probability is not a proof"
+    assert not load_detector(uncalibrated).notices and "detector is not" not in result.stderr

@@ -1,0 +1,150 @@
+"""`predict.py` that is interrupted: it goes on in whole batches, and no row is twice or missing."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import predict
+from model.inference import detector, results
+from tests.builders import encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def ask(small_runs: Path) -> Callable[..., Result]:
+    """`predict.py` with these arguments."""
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(predict.main, [*map(str, arguments), "--runs", str(small_runs)])
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with three images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(encode(photo(number)))
+    return folder
+
+
+NAMES = (
+    'qu"ote.jpg',
+    "new\nline.jpg",
+    "comma, and space.jpg",
+    "ümlaut.jpg",
+    os.fsdecode(b"\xff.jpg"),
+)
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
+    ask: Callable[..., Result], tmp_path: Path, output: str
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / name).write_bytes(encode(photo(number)))
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    out = tmp_path / f"out.{output}"
+    assert ask(folder, "--out", out).exit_code == 1
+    whole = out.read_bytes()
+    assert ask(folder, "--out", out).exit_code == 2, "an existing file must not be overwritten"
+    rows = read(whole, output)
+    assert rows.keys() == {str(folder / name) for name in (*NAMES, "broken.jpg")}
+    partial = results.partial_of(out)
+    for cut in (0, 3, len(whole) // 3, len(whole) // 2, len(whole) - 3, len(whole)):
+        out.unlink(missing_ok=True)
+        partial.write_bytes(whole[:cut])
+        result = ask(folder, "--out", out, "--resume")
+        assert result.exit_code == 1, result.output  # the broken one, whenever it was met
+        assert not partial.exists()
+        assert out.read_bytes() == whole, f"cut at {cut}"
+    (folder / "later.jpg").write_bytes(encode(photo(9)))
+    result = ask(folder, "--out", out, "--resume")
+    assert "1 image, 6 were there already" in result.stderr
+    result = ask(folder, "--out", out, "--resume", "--threshold", "0.9")
+    assert result.exit_code == 2
+    assert "another checkpoint, calibration or threshold" in result.stderr
+
+
+def test_a_resumed_run_scores_whole_batches_of_the_list_again(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a processor rounds depends on the size of a batch, so a batch is scored as a whole."""
+    folder, out = tmp_path / "images", tmp_path / "out.csv"
+    folder.mkdir()
+    for number in range(24):
+        (folder / f"{number:02}.jpg").write_bytes(encode(photo(number)))
+    sizes: list[int] = []
+    score = detector.score_batches
+
+    def recorded(net: Any, batches: Any, *rest: Any) -> Any:
+        sizes.extend(len(batch.images) for batch in batches)
+        return score(net, batches, *rest)
+
+    monkeypatch.setattr(detector, "score_batches", recorded)
+    arguments = (folder, "--out", out, "--batch-size", "8")
+    assert ask(*arguments).exit_code == 0
+    assert sizes == [1, 4, 8, 8, 3]
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)  # the first is the header
+    for rows, expected in ((0, [1, 4, 8, 8, 3]), (1, [4, 8, 8, 3]), (9, [8, 8, 3]), (24, [])):
+        out.unlink()
+        results.partial_of(out).write_bytes(b"".join(lines[: rows + 1]))
+        sizes.clear()
+        result = ask(*arguments, "--resume")
+        assert result.exit_code == 0, result.output
+        assert sizes == expected, f"{rows} rows were there"
+        assert out.read_bytes() == whole
+    (folder / "00b.jpg").write_bytes(encode(photo(30)))
+    sizes.clear()
+    assert ask(*arguments, "--resume").exit_code == 0
+    assert sizes == [4], "the batch that the new image stands in, and nothing after it"
+    assert len(out.read_bytes().splitlines()) == 26
+
+
+def read(data: bytes, output: str) -> dict[str, dict]:
+    text = data.decode("utf-8", "surrogateescape")
+    written = (
+        list(csv.DictReader(io.StringIO(text, newline="")))
+        if output == "csv"
+        else [json.loads(line) for line in text.splitlines()]
+    )
+    rows = {row["path"]: row for row in written}
+    assert len(rows) == len(written)
+    return rows
+
+
+def test_results_are_there_as_they_come(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption in the middle, what was scored is in the file."""
+    out, seen = tmp_path / "out.jsonl", []
+    write = results.ResultsFile.write
+
+    def interrupted(file: results.ResultsFile, text: str) -> None:
+        write(file, text)
+        seen.append(len(results.partial_of(out).read_bytes().splitlines()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.ResultsFile, "write", interrupted)
+    result = ask(photos, "--out", out)
+    assert result.exit_code == 130
+    assert seen == [1, 2]
+    assert "stopped after 2 images" in result.stderr
+    assert "--resume goes on with it" in result.stderr
+    monkeypatch.setattr(results.ResultsFile, "write", write)
+    assert ask(photos, "--out", out, "--resume").exit_code == 0
+    assert len(out.read_bytes().splitlines()) == 3
