@@ -62,7 +62,7 @@ def test_the_rule_can_refuse() -> None:
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py", "ai_images_detector.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"})],
@@ -75,6 +75,13 @@ def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
         if any(module.partition(".")[0] == library for module in imports_of(path))
     }
     assert users == home
+
+
+def test_the_functions_of_arrow_are_imported_where_they_are_used() -> None:
+    """`pyarrow` has its `compute` only once something has imported it, such as pandas."""
+    for owner in MAY_IMPORT:
+        for path in files_of(owner):
+            assert "pa.compute" not in path.read_text(), path
 
 
 def test_no_randomness_in_the_graph() -> None:
