@@ -79,6 +79,13 @@ def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     assert users == home
 
 
+def test_the_functions_of_arrow_are_imported_where_they_are_used() -> None:
+    """`pyarrow` has its `compute` only once something has imported it, such as pandas."""
+    for owner in MAY_IMPORT:
+        for path in files_of(owner):
+            assert "pa.compute" not in path.read_text(), path
+
+
 def test_no_randomness_in_the_graph() -> None:
     """Randomness comes from outside; DALI's own would not survive a resume or another backend."""
     for path in (ROOT / "pipeline").glob("*.py"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+import ai_images_detector
 import evaluate
 import predict
 import train
@@ -66,6 +67,13 @@ def test_python_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     command: click.Command = COMMANDS.get(name) or import_module(benchmark[2]).main
     if isinstance(command, click.Group) and arguments and arguments[0] in command.commands:
         command = command.commands[arguments.pop(0)]
+    command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("line", typed("detector/bin/ai-images-detector "))
+def test_installed_commands_parse(line: str) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    command = ai_images_detector.main.get_command(click.Context(ai_images_detector.main), name)
     command.make_context(name, arguments)
 
 

@@ -146,3 +146,21 @@ def test_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + b'extends = ["other.toml"]')
     (tmp_path / "other.toml").write_text('name = "a"')
     assert recipes.read(path) == {"name": "a"}
+
+
+def test_a_recipe_that_ships_is_found_by_its_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a wheel needs it: there is no recipes/ in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    expected = recipes.read(recipes.FOLDER / "demo-phase1.toml")
+    for name in ("demo-phase1", "demo-phase1.toml", "recipes/demo-phase1.toml"):
+        assert recipes.read(Path(name)) == expected
+    (tmp_path / "mine.toml").write_text('extends = ["demo-phase1.toml"]\nname = "mine"')
+    assert recipes.read(Path("mine.toml")) == {**expected, "name": "mine"}
+    assert recipes.read(tmp_path / "mine.toml") == {**expected, "name": "mine"}
+    for path in (Path("elsewhere/demo-phase1.toml"), tmp_path / "demo-phase1.toml"):
+        with pytest.raises(recipes.RecipeError, match="no recipe at"):
+            recipes.read(path)
+    (tmp_path / "demo-phase1.toml").write_text('name = "own"')
+    assert recipes.read(Path("demo-phase1.toml")) == {"name": "own"}

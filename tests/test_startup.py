@@ -20,6 +20,7 @@ HEAVY = (
 
 def commands() -> dict[str, click.Command]:
     """Every command by what a person types."""
+    import ai_images_detector
     import evaluate
     import predict
     import train
@@ -31,6 +32,7 @@ def commands() -> dict[str, click.Command]:
     tops = {
         "train.py": train.main, "evaluate.py": evaluate.main, "predict.py": predict.main,
         "-m sharding": sharding, "-m pipeline": pipeline, "-m model": model, "-m serve": serve,
+        "ai-images-detector": ai_images_detector.main,
     }  # fmt: skip
     below = {
         f"{name} {child}": command
@@ -79,6 +81,10 @@ EXTRA = {
     ],
     "-m model average": [["recipes", "recipes", "--run", "../x"]],
     "-m sharding describe": [["docs", "--out", "README.md"]],
+    "ai-images-detector": [
+        ["train"], ["predict", "nowhere.jpg"], ["evaluate"], ["build", "--jobs", "0"],
+        ["serve", "--port", "-1"], ["app", "--port", "0"], ["fetch", "--no-such-option"],
+    ],
 }  # fmt: skip
 """Mistakes beyond click's own: what belongs together, recipes, paths."""
 

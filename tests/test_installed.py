@@ -1,0 +1,81 @@
+"""The installed command, and what messages say to type where the wheel is installed."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import ai_images_detector
+import installed
+from ai_images_detector import COMMANDS, main
+from model import checkpoint
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_one_that_a_checkout_has(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert isinstance(command, click.Command)
+    done = invoke(name, "--help")
+    assert done.exit_code == 0
+    assert f"ai-images-detector {name}" in done.output
+    assert COMMANDS[name][-1] in " ".join(invoke("--help").output.split())
+
+
+def test_an_unknown_command_is_refused() -> None:
+    assert "No such command 'predct'" in invoke("predct").output
+
+
+def test_a_mistake_below_the_command_is_one_line(tmp_path: Path) -> None:
+    done = invoke("train", "--recipe", tmp_path / "none.toml")
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: no recipe at {tmp_path / 'none.toml'}")
+
+
+def test_the_page_gets_what_the_command_line_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr("streamlit.web.cli.main", started.append)
+    for name in ("DETECTOR_RUNS", "DETECTOR_CHECKPOINT"):
+        monkeypatch.setenv(name, "before")
+    assert invoke("app").exit_code == 0
+    assert os.environ["DETECTOR_RUNS"] == os.environ["DETECTOR_CHECKPOINT"] == "before"
+    options = ["--runs", tmp_path, "--checkpoint", "clip", "--host", "0.0.0.0", "--port", 80]
+    assert invoke("app", *options).exit_code == 0
+    assert os.environ["DETECTOR_RUNS"] == str(tmp_path)
+    assert os.environ["DETECTOR_CHECKPOINT"] == "clip"
+    script = str(Path(ai_images_detector.__file__).with_name("app_server.py"))
+    assert started[1] == ["run", script, "--server.address=0.0.0.0", "--server.port=80"]
+
+
+def test_without_streamlit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ai_images_detector, "find_spec", lambda _name: None)
+    done = invoke("app")
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert "streamlit is not installed; install the extra `app`" in done.output
+
+
+def test_what_to_type_in_a_checkout_and_in_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installed.command("train") == "python train.py"
+    assert installed.install_extra("app") == "install the extra `app`, as `make setup` does"
+    monkeypatch.setattr(installed, "CHECKOUT", False)
+    assert installed.command("train") == "ai-images-detector train"
+    assert installed.install_extra("app").endswith('`app`: pip install "ai-images-detector[app]"')
+
+
+def test_no_commit_of_a_repository_that_the_environment_lies_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "CHECKOUT", False)
+    assert checkpoint.git_commit.__wrapped__() == ""
+
+
+def test_the_modules_beside_the_command_are_meant() -> None:
+    assert str(Path(ai_images_detector.__file__).parent) in sys.path
