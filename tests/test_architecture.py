@@ -62,7 +62,8 @@ def test_the_rule_can_refuse() -> None:
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py", "ai_images_detector.py"}),
+    [("nvidia", {"pipeline/dali.py"}),
+     ("streamlit", {"app.py", "app_server.py", "ai_images_detector.py"}),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"})],
