@@ -10,6 +10,15 @@ SCRIPTS = ("train", "evaluate", "predict", "app", "app_server")
 
 COMMON = {"escape", "console", "recipes", "storage", "imaging"}
 
+PAGE = {
+    "app_server.py",
+    *(f"page/{name}.py" for name in (
+        "about", "cost", "detector", "draw", "html", "photo", "scored", "session", "start", "table",
+        "uploads",
+    )),
+}  # fmt: skip
+"""What imports Streamlit: the server, and what draws the page."""
+
 MAY_IMPORT = {
     "escape": set(),
     "console": {"escape", "storage"},
@@ -21,7 +30,9 @@ MAY_IMPORT = {
     "model": {*COMMON, "sharding", "pipeline"},
     "report": {*COMMON, "sharding", "pipeline", "model"},
     "serve": {*COMMON, "sharding", "pipeline", "model"},
+    "page": {*COMMON, "sharding", "pipeline", "model"},
     **{script: {*COMMON, "sharding", "pipeline", "model", "report"} for script in SCRIPTS},
+    "app": {"page"},
 }
 
 
@@ -56,12 +67,15 @@ def test_the_rule_can_refuse() -> None:
     assert refused("imaging", "sharding.format")
     assert refused("model", "serve.limits")
     assert refused("serve", "report.page")
+    assert refused("page", "serve.limits")
+    assert refused("serve", "page.draw")
+    assert refused("app", "model.load_detector")
     assert not refused("pipeline", "sharding.format.open_shards")
 
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}), ("streamlit", {"app.py", "app_server.py"}),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", PAGE),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"})],
