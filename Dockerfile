@@ -23,13 +23,14 @@ RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && useradd --create-home --uid 10001 page \
     && install --directory --owner page /cache /runs
 
-COPY installed.py console.py escape.py storage.py app.py app_server.py app.js ./
+COPY installed.py console.py escape.py storage.py app.py app_server.py ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/
 COPY pipeline/ pipeline/
 COPY model/ model/
 COPY serve/ serve/
+COPY page/ page/
 COPY detectors/ detectors/
 COPY .streamlit/ .streamlit/
 # A checkout keeps the modes that its umask gave, and COPY keeps them for root.

@@ -28,13 +28,6 @@ def percent(p: float) -> str:
     return "over 99.9%" if p > 0.999 else f"{100 * p:.1f}%"
 
 
-def of_hundred(share: float) -> str:
-    """A share for reading; a measurement on some images is never none or all of them."""
-    if share < 0.005:
-        return "**fewer than 1**"
-    return "**more than 99**" if share > 0.995 else f"about **{100 * share:.0f}**"
-
-
 def capital(text: str) -> str:
     """A sentence's beginning; `str.capitalize` would make `AI` lower case."""
     return text[:1].upper() + text[1:]

@@ -4,15 +4,32 @@ import base64
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import requests
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
+    from streamlit.testing.v1 import AppTest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def in_browser(test: Callable) -> Callable:
+    """Marks of a test that opens the page."""
+    test = pytest.mark.filterwarnings("ignore::DeprecationWarning")(test)
+    return pytest.mark.slow(
+        pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")(test)
+    )
+
+
+def html_of(page: "AppTest") -> list[str]:
+    """What the page wrote as HTML, without a browser."""
+    bodies = [element.proto.body for element in page.get("html")]
+    return [body for body in bodies if not body.startswith("<style>")]
 
 
 def file_of(name: str, data: bytes) -> dict[str, object]:
@@ -60,8 +77,7 @@ def wait_for(page: "Page", *texts: str) -> None:
 
 def probability_shown(page: "Page") -> str:
     """Of the one image on the page."""
-    text = page.get_by_text("Probability that it is AI-generated:").inner_text()
-    return text.rpartition(": ")[2]
+    return page.locator(".verdict strong").inner_text()
 
 
 def width_of(page: "Page") -> int:

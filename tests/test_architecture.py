@@ -10,6 +10,16 @@ SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detec
 
 COMMON = {"installed", "escape", "console", "recipes", "storage", "imaging"}
 
+PAGE = {
+    "app_server.py",
+    "ai_images_detector.py",
+    *(f"page/{name}.py" for name in (
+        "about", "cost", "detector", "draw", "html", "photo", "scored", "session", "start", "table",
+        "uploads",
+    )),
+}  # fmt: skip
+"""What imports Streamlit: the server, and what draws the page."""
+
 MAY_IMPORT = {
     "installed": set(),
     "escape": set(),
@@ -22,7 +32,9 @@ MAY_IMPORT = {
     "model": {*COMMON, "sharding", "pipeline"},
     "report": {*COMMON, "sharding", "pipeline", "model"},
     "serve": {*COMMON, "sharding", "pipeline", "model"},
+    "page": {*COMMON, "sharding", "pipeline", "model"},
     **{script: {*COMMON, "sharding", "pipeline", "model", "report"} for script in SCRIPTS},
+    "app": {"page"},
 }
 
 
@@ -57,13 +69,15 @@ def test_the_rule_can_refuse() -> None:
     assert refused("imaging", "sharding.format")
     assert refused("model", "serve.limits")
     assert refused("serve", "report.page")
+    assert refused("page", "serve.limits")
+    assert refused("serve", "page.draw")
+    assert refused("app", "model.load_detector")
     assert not refused("pipeline", "sharding.format.open_shards")
 
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("nvidia", {"pipeline/dali.py"}),
-     ("streamlit", {"app.py", "app_server.py", "ai_images_detector.py"}),
+    [("nvidia", {"pipeline/dali.py"}), ("streamlit", PAGE),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"}),

@@ -21,8 +21,8 @@ FLAGS = 15
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
-    "escape.py", "imaging/**/*.py", "model/**/*.py", "pipeline/**/*.py", "recipes/**/*.py",
-    "report/**/*.py",
+    "escape.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py", "pipeline/**/*.py",
+    "recipes/**/*.py", "report/**/*.py",
     "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ def test_the_container_gets_what_the_page_imports() -> None:
     copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     needed, open_ends = (
-        {"app.js", ".streamlit", "pyproject.toml", "constraints.txt"},
+        {".streamlit", "pyproject.toml", "constraints.txt"},
         ["app", "app_server", "serve"],
     )
     while open_ends:

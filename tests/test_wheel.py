@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_program_and_all_it_reads(wheel: Path) -> None:
     for needed in (
         "recipes/phase1.toml", "sharding/catalog.toml", "sharding/kept-for-testing.txt",
         "detectors/clip/weights.safetensors", "detectors/clip/README.md", "report/page.html",
-        "serve/docs.html", "app.js", ".streamlit/config.toml", "model/py.typed",
+        "serve/docs.html", "page/paste.js", "page/style.css", ".streamlit/config.toml", "model/py.typed",
     ):  # fmt: skip
         assert needed in found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-import app
 from model import load_detector
 from model.checkpoint import NoCheckpointError, annotate, read_meta
 from model.shipped import backbone
 from model.shipped.backbone import MissingError
+from page.about import which
+from page.detector import loaded_detector, why_not
+from tests.browser import html_of
 from tests.builders import JPEG, ROOT
 
 
@@ -26,27 +28,22 @@ def test_variables_take_a_folder_as_options_do(
         for value, reason in refused.items():
             monkeypatch.setenv(variable, value)
             with pytest.raises(ValueError, match=f"{variable}: .*{reason}"):
-                app.loaded_detector.__wrapped__()
+                loaded_detector.__wrapped__()
             monkeypatch.delenv(variable)
     monkeypatch.setenv("DETECTOR_RUNS", f"file://{tmp_path}/none")
     with pytest.raises(ValueError, match=f"no checkpoint below {tmp_path}/none"):
-        app.loaded_detector.__wrapped__()
+        loaded_detector.__wrapped__()
 
 
 def test_the_page_says_that_the_detector_ships(
     small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captions: list[str] = []
-    monkeypatch.setattr(app.st, "caption", captions.append)
     detector = load_detector(runs=small_runs)
-    app.about(detector)
-    assert len(captions) == 1 and captions[0].startswith("Model convnextv2\\_atto")
+    assert which(detector).startswith("Model convnextv2_atto")
     monkeypatch.setattr(backbone, "DETECTORS", detector.checkpoint.parent)
-    app.about(detector)
-    assert captions[1] == "There is no trained run: this is step_0000001, which ships."
+    assert which(detector).startswith("There is no trained run: this is step_0000001, which ships.")
     monkeypatch.setenv("DETECTOR_CHECKPOINT", "small")  # it was named
-    app.about(detector)
-    assert len(captions) == 4
+    assert which(detector).startswith("Model convnextv2_atto")
 
 
 def test_what_speaks_against_the_detector_stays_on_the_page(
@@ -59,33 +56,38 @@ def test_what_speaks_against_the_detector_stays_on_the_page(
     monkeypatch.setenv("DETECTOR_CHECKPOINT", str(folder))
     page = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
     assert not page.exception
-    banners = [banner.value for banner in page.warning]
-    assert [text.partition("\\:")[0] for text in banners] == [
+    (banner,) = (html for html in html_of(page) if 'class="warning"' in html)
+    parts = (
         "This detector was trained on synthetic images alone, which a program drew",
         "This detector is not calibrated",
-    ]
+    )
+    assert 0 < banner.index(parts[0]) < banner.index(parts[1])
+    assert any("Nobody knows: this detector is not calibrated" in html for html in html_of(page))
 
 
 def draw_image(folder: str, jpeg: bytes) -> None:
     """One image, and the slider; it runs as a page of its own."""
-    import app
     from model import load_detector
     from model.inference.prediction import Prediction
+    from page.cost import show_threshold
+    from page.draw import show_image
+    from page.scored import Scored
 
     detector = load_detector(folder)
     prediction = Prediction(name="a", probability=0.4, verdict="uncertain")
-    app.show_image(detector, None, app.Scored("a", prediction, preview=jpeg), "uncertain")
-    app.show_threshold(detector)
+    result = Scored("a", prediction, preview=jpeg, size=(90, 70))
+    show_image(detector, None, result, "uncertain", 2)
+    show_threshold(detector)
 
 
 def test_the_number_is_a_score_where_nothing_is_calibrated(small_runs: Path) -> None:
     (folder,) = small_runs.glob("small/step_*")
     page = AppTest.from_function(draw_image, kwargs={"folder": str(folder), "jpeg": JPEG}).run()
     assert not page.exception
-    assert "Score for AI-generated: **40.0%**" in [text.value for text in page.markdown]
-    captions = [text.value for text in page.caption]
-    assert "A score is not a proof." in captions
-    assert any(text.startswith("No sign of AI below") for text in captions)
+    html = "".join(html_of(page))
+    assert "Score for AI-generated: <strong>40.0%</strong>" in html
+    assert "A score is not a proof." in html and "No sign of AI below" in html
+    assert "read its probabilities as scores" in html and "Of 100 fakes" not in html
     assert page.select_slider[0].label == "Say likely AI from this score on"
 
 
@@ -98,13 +100,13 @@ def test_a_missing_detector_says_what_to_do_on_the_page(
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DETECTOR_RUNS", str(tmp_path / "runs"))
     with pytest.raises(MissingError) as caught:
-        app.loaded_detector.__wrapped__()
-    said = app.why_not(caught.value)
+        loaded_detector.__wrapped__()
+    said = why_not(caught.value)
     assert "type `python -m model fetch` in the folder of this program, then reload" in said
     monkeypatch.setattr(backbone, "DETECTORS", tmp_path)
     with pytest.raises(NoCheckpointError) as none:
-        app.loaded_detector.__wrapped__()
+        loaded_detector.__wrapped__()
     assert "--checkpoint clip" in str(none.value)
-    said = app.why_not(none.value)
+    said = why_not(none.value)
     assert "DETECTOR_RUNS or DETECTOR_CHECKPOINT" in said and "python -m model fetch" in said
     assert "--" not in said

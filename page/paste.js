@@ -1,5 +1,5 @@
-// Pasting anywhere on the page, and dropping beside the drop zone, hand their files to Streamlit's own
-// uploader: one way in, with one set of limits. `app.py` mounts this.
+// Pasting anywhere on the page, dropping beside the drop zone and choosing an example hand their files
+// to Streamlit's own uploader: one way in, with one set of limits. `uploads.py` mounts this.
 
 export default function ({ parentElement }) {
   const button = parentElement.querySelector("button");
@@ -18,6 +18,16 @@ export default function ({ parentElement }) {
     input.dispatchEvent(new Event("change", { bubbles: true }));
     status.textContent = "";
   };
+  const onFiles = (event) => {
+    upload(event.detail);
+    document.querySelector(".st-key-images section button")?.focus(); // the example is gone soon
+  };
+  // Streamlit calls its labelled drop zone a presentation, which readers pass over.
+  const name = () => document.querySelectorAll(".st-key-images section[role=presentation]")
+    .forEach((zone) => zone.setAttribute("role", "group"));
+  const watcher = new MutationObserver(name);
+  watcher.observe(document.body, { childList: true, subtree: true });
+  name();
   const onPaste = (event) => {
     const files = [...event.clipboardData.files];
     if (files.length) { event.preventDefault(); upload(files); }
@@ -43,10 +53,13 @@ export default function ({ parentElement }) {
   };
   button.hidden = !navigator.clipboard?.read;
   button.onclick = onClick;
+  document.addEventListener("page-files", onFiles);
   document.addEventListener("paste", onPaste);
   document.addEventListener("dragover", onOver);
   document.addEventListener("drop", onDrop);
   return () => {
+    watcher.disconnect();
+    document.removeEventListener("page-files", onFiles);
     document.removeEventListener("paste", onPaste);
     document.removeEventListener("dragover", onOver);
     document.removeEventListener("drop", onDrop);

@@ -1,0 +1,94 @@
+"""Where "likely AI" begins, and what moving it costs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import streamlit as st
+from markupsafe import Markup
+
+from model.inference import fitness
+from model.inference.detector import ImageDetector
+from page.figures import Ends, Row, ends, of_hundred
+from page.html import show
+
+
+def moved(detector: ImageDetector) -> ImageDetector:
+    """The detector with the threshold that the slider stands at."""
+    threshold = st.session_state.get("threshold", detector.threshold)
+    return detector if threshold == detector.threshold else replace(detector, asked=threshold)
+
+
+def show_threshold(detector: ImageDetector) -> None:
+    """The slider, and where 100 fakes and 100 real photographs end at it."""
+    calibration = detector.meta["calibration"]
+    curve = calibration["roc"] if calibration else []
+    steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
+    with st.container(key="cost"):
+        show(Markup("<h2>What this threshold costs</h2>"))
+        st.select_slider(
+            f"Say likely AI from this {fitness.word_for(detector.meta)} on",
+            sorted({*steps, detector.threshold}),
+            value=detector.threshold,
+            key="threshold",
+            format_func=lambda step: f"{100 * step:.3g}%",
+        )
+        show(Markup('<p class="quiet">{}</p>').format(rule(detector)))
+        if not curve:
+            show(
+                Markup(
+                    '<p class="warning">This checkpoint is not calibrated: read its probabilities '
+                    "as scores. What a threshold costs was not measured, so there are no figures "
+                    "here.</p>"
+                )
+            )
+            return
+        show(hundred_html(curve, moved(detector).band))
+        sets = ", ".join(calibration["fitted_on"])
+        how = (
+            ", each source while it was left out of training" if calibration.get("sources") else ""
+        )
+        show(
+            Markup(
+                '<p class="quiet">Measured on {}: {} real and {} fake images{}. On images unlike '
+                "those, expect more of both mistakes.</p>"
+            ).format(sets, f"{calibration['reals']:,}", f"{calibration['fakes']:,}", how)
+        )
+
+
+def rule(detector: ImageDetector) -> str:
+    """What the verdicts mean, in words."""
+    ours = moved(detector)
+    low, high, own_threshold = (f"{100 * p:.3g}%" for p in (*ours.band, detector.threshold))
+    doubt = f", uncertain from there to {high}" if low != high else ""
+    aside = f" The checkpoint's own threshold is {own_threshold}." if ours is not detector else ""
+    return f"No sign of AI below {low}{doubt}, likely AI from {high} on.{aside}"
+
+
+def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:
+    """How many of 100 real photographs and of 100 fakes end in each verdict, with a `band`."""
+    reals, fakes = ends(list(roc), band)
+    is_doubt = band[0] < band[1]
+    rows = [_row("Of 100 real photographs", reals, is_doubt), _row("Of 100 fakes", fakes, is_doubt)]
+    return Markup(
+        '<div class="card scroll"><table class="hundred"><caption class="for-readers">Where 100 '
+        "real photographs and 100 fakes end, about</caption><thead><tr><td></td>"
+        '<th scope="col">no sign of AI</th><th scope="col">uncertain</th>'
+        '<th scope="col">likely AI</th></tr></thead><tbody>{}</tbody></table></div>'
+    ).format(Markup().join(rows))
+
+
+def _row(title: str, of: Ends, is_doubt: bool) -> Markup:
+    cells = [
+        _cell("none", of.no_sign),
+        _cell("uncertain", of.uncertain),
+        _cell("likely", of.likely),
+    ]
+    if not is_doubt:
+        cells[1] = Markup("<td>-</td>")
+    return Markup('<tr><th scope="row">{}</th>{}</tr>').format(title, Markup().join(cells))
+
+
+def _cell(kind: str, share: float) -> Markup:
+    return Markup(
+        '<td>{}<span class="bar {}" aria-hidden="true"><i style="width: {}%"></i></span></td>'
+    ).format(of_hundred(share), kind, f"{100 * share:.1f}")

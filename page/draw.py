@@ -1,0 +1,112 @@
+"""The page from top to bottom, drawn anew whenever something on it changes."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import streamlit as st
+from markupsafe import Markup
+from streamlit.runtime.uploaded_file_manager import UploadedFile
+
+from model.inference import fitness
+from model.inference.detector import ImageDetector
+from model.verdict import capital, percent
+from page.about import about
+from page.cost import moved, show_threshold
+from page.detector import loaded_detector, why_not
+from page.html import icon, show
+from page.photo import show_photo
+from page.scored import Scored, score_all
+from page.session import this_session
+from page.start import show_examples, show_figures, show_lead, show_notices
+from page.table import show_table, summary
+from page.uploads import announce, uploads
+from page.verdict import evidence_html, refused_html, verdict_html
+
+log = logging.getLogger("ai_images_detector")
+
+STYLE = Path(__file__).with_name("style.css")
+
+# The browser's tab. Not a named icon: Streamlit lets the browser fetch those from another host.
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">
+<rect x="2" y="5" width="28" height="22" rx="5" fill="#1a5fd0"/>
+<path d="M16 5h9a5 5 0 0 1 5 5v12a5 5 0 0 1-5 5h-9z" fill="#b94707"/>
+<circle cx="16" cy="16" r="6" fill="none" stroke="#fff" stroke-width="3"/></svg>"""
+
+
+def main() -> None:
+    """Draw the page."""
+    st.set_page_config(page_title="Real or AI-generated?", page_icon=ICON)
+    st.html(STYLE)
+    show(Markup("<h1>Real or AI-generated?</h1>"))
+    try:
+        detector = loaded_detector()
+    except Exception as error:  # whatever a damaged or unreadable checkpoint makes a loader raise
+        log.warning("no detector", exc_info=True)
+        show(
+            Markup('<div class="card refused" role="alert">{}<p>{}</p></div>').format(
+                icon("refused"), why_not(error)
+            )
+        )
+        return
+    this_session()
+    lead = st.empty()
+    show_notices(detector.notices)
+    files = {file.file_id: file for file in uploads()}
+    start = st.empty()
+    if files:  # emptied now: what was on the first screen would stay while images are looked at
+        lead.empty()
+        start.empty()
+    else:
+        show_lead(lead)
+        with start.container():
+            show_figures(detector.meta)
+            show_examples()
+    scored = score_all(detector, list(files.values()))
+    announce(show_results(detector, files, scored) if scored else "")
+    about(detector)
+
+
+def show_results(
+    detector: ImageDetector, files: Mapping[str, UploadedFile], scored: Mapping[str, Scored]
+) -> str:
+    """What was found, and the slider; returns it in a sentence for a screen reader."""
+    ours = moved(detector)
+    verdicts = {
+        key: result.prediction.verdict if result.prediction.probability is None
+        else ours.verdict(result.prediction.probability)
+        for key, result in scored.items()
+    }  # fmt: skip
+    many = len(scored) > 1
+    chosen = show_table(ours, scored, verdicts) if many else next(iter(scored))
+    if not scored[chosen].prediction.error:
+        show_image(ours, files[chosen], scored[chosen], verdicts[chosen], 3 if many else 2)
+    elif not many:
+        show(refused_html([scored[chosen]]))
+    if not all(result.prediction.error for result in scored.values()):
+        show_threshold(detector)
+    said = f"{summary(scored, verdicts)}. Shown in full: " if many else ""
+    return said + sentence(ours, scored[chosen], verdicts[chosen])
+
+
+def show_image(
+    detector: ImageDetector, file: UploadedFile, result: Scored, said: str, level: int
+) -> None:
+    """One image in full; its first heading is one of `level`."""
+    left, right = st.columns([1, 1], gap="medium")
+    with left:
+        show(verdict_html(detector, result, said, level))
+        show(evidence_html(result.evidence, level))
+    with right:
+        show_photo(detector, file, result)
+
+
+def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
+    """What was found of an image, to be heard."""
+    probability = result.prediction.probability
+    if probability is None:
+        return f"{result.name} was refused: {result.prediction.error}."
+    return (
+        f"{result.name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
+        f"{percent(probability)}. {capital(fitness.proof(detector.meta))}."
+    )

@@ -1,0 +1,78 @@
+"""The photo: in whole, with the crop that the network sees, and the heatmap in its place."""
+
+import numpy as np
+import streamlit as st
+from markupsafe import Markup
+from PIL import Image
+from streamlit.runtime.uploaded_file_manager import UploadedFile
+
+from imaging.turns import Busy, turn
+from model.inference import gradcam
+from model.inference.detector import ImageDetector
+from page.html import show
+from page.scored import Scored, as_jpeg, data_url
+from pipeline.augment import Preprocess, center_crop_params
+
+
+def crop_of(preprocess: Preprocess, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, width, height) of what the network sees of an image of `size` (width, height), as
+    shares of it.
+    """
+    width, height = size
+    params = center_crop_params(preprocess, np.array([width]), np.array([height]))
+    return (
+        float(params.left[0]) / width,
+        float(params.top[0]) / height,
+        float(params.width[0]) / width,
+        float(params.height[0]) / height,
+    )
+
+
+def photo_html(
+    result: Scored, preprocess: Preprocess, heatmap: bytes = b"", busy: bool = False
+) -> Markup:
+    """The figure. `heatmap` (a JPEG) lies over the crop; `busy` says that it is being made."""
+    crop = crop_of(preprocess, result.size)
+    place = "left: {:.3f}%; top: {:.3f}%; width: {:.3f}%; height: {:.3f}%".format(
+        *(100 * share for share in crop)
+    )
+    inside: Markup | str = ""
+    if heatmap:
+        inside = Markup('<img src="{}" alt="Heatmap of {}">').format(data_url(heatmap), result.name)
+    elif busy:
+        inside = Markup('<span class="busy">Asking the network</span>')
+    size = preprocess.crop_size
+    whole = min(crop[2:]) > 0.999
+    seen = (
+        f"The network sees all of it, at {size} x {size} pixels."
+        if whole
+        else f"The network sees what is in the frame, at {size} x {size} pixels."
+    )
+    return Markup(
+        '<figure class="photo"><div class="picture"><img src="{}" alt="{}">'
+        '<div class="crop{}" style="{}">{}</div></div>'
+        "<figcaption><b>{}</b> {}{}</figcaption></figure>"
+    ).format(
+        data_url(result.preview), result.name, " whole" if whole else "", place, inside,
+        result.name, seen, Markup("<br>{}").format(gradcam.MEANING) if heatmap else "",
+    )  # fmt: skip
+
+
+def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> None:
+    """The photo, with its heatmap at a switch; it stays while that is computed."""
+    picture = st.empty()
+    if not st.toggle("Heatmap: what moved the score", key="heatmap"):
+        show(photo_html(result, detector.preprocess), picture)
+        return
+    maps = st.session_state["heatmaps"]
+    if file.file_id not in maps:
+        show(photo_html(result, detector.preprocess, busy=True), picture)
+        try:
+            data = file.getvalue()
+            with turn(data):
+                maps[file.file_id] = as_jpeg(Image.fromarray(gradcam.heatmap(detector, data)))
+        except (gradcam.ExplainError, Busy) as error:
+            show(photo_html(result, detector.preprocess), picture)
+            show(Markup('<p class="card refused">{}</p>').format(error))
+            return
+    show(photo_html(result, detector.preprocess, maps[file.file_id]), picture)

@@ -1,0 +1,75 @@
+// One row per image: a click anywhere on it, or its button by the keyboard, shows it in full; a
+// heading sorts. The order lives in the browser only. `table.py` mounts this.
+
+const orders = {
+  name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
+  verdict: (a, b) => (b.probability ?? -1) - (a.probability ?? -1),
+  number: (a, b) => (b.probability ?? -1) - (a.probability ?? -1),
+};
+
+const element = (tag, properties = {}, ...children) => {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+};
+
+export default function ({ parentElement, data, setStateValue }) {
+  const table = parentElement.querySelector("table");
+  const headings = { picture: "Image", name: "File", verdict: "Verdict", number: data.number };
+  table.caption.textContent = `Verdicts of ${data.rows.length} images; a heading sorts, a row opens`;
+
+  const draw = () => {
+    const { by = "", way = "" } = table.dataset;
+    const rows = data.rows.map((row, index) => ({ ...row, index }));
+    if (by) rows.sort((a, b) => orders[by](a, b) * (way === "down" ? -1 : 1) || a.index - b.index);
+    table.tBodies[0].replaceChildren(...rows.map(line));
+    table.tHead.rows[0].replaceChildren(...Object.entries(headings).map(heading));
+  };
+
+  const heading = ([key, title]) => {
+    if (!orders[key]) return element("th", { scope: "col" }, title);
+    const current = table.dataset.by === key;
+    const down = table.dataset.way === "down";
+    const button = element("button", { type: "button" }, title);
+    button.onclick = () => {
+      table.dataset.way = current && !down ? "down" : "up";
+      table.dataset.by = current && down ? "" : key; // the third click: as they were added
+      draw();
+      table.tHead.querySelector(`[data-key=${key}] button`).focus();
+    };
+    const cell = element("th", { scope: "col" }, button);
+    cell.dataset.key = key;
+    const falls = (key === "name") === down; // numbers begin with the largest
+    cell.ariaSort = current ? (falls ? "descending" : "ascending") : "none";
+    return cell;
+  };
+
+  const line = (row) => {
+    const image = row.picture
+      ? element("img", { src: row.picture, alt: "" }) : element("span", { className: "blank" });
+    const open = element("button", { type: "button" }, row.name);
+    const verdict = element("span", { className: `mark ${row.kind}` }, row.verdict);
+    const number = element("td", { className: "number" });
+    if (row.probability !== null) {
+      const fill = element("i");
+      fill.style.width = `${100 * row.probability}%`;
+      number.append(element("span", { className: `bar ${row.kind}` }, fill), row.said);
+      number.firstChild.ariaHidden = "true";
+    } else number.append("-");
+    const tr = element("tr", {},
+      element("td", {}, image), element("td", { className: "name" }, open),
+      element("td", {}, verdict), number);
+    if (row.id === data.chosen) { tr.className = "chosen"; open.ariaCurrent = "true"; }
+    tr.onclick = () => {
+      setStateValue("chosen", row.id);
+      const id = row.id;
+      data = { ...data, chosen: id };
+      const within = parentElement.contains(document.activeElement);
+      draw();
+      if (within) table.querySelector("tr.chosen button").focus();
+    };
+    return tr;
+  };
+
+  draw();
+}

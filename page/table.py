@@ -1,0 +1,94 @@
+"""Many images at a glance: a row each, sorted in the browser, and as a CSV file."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import streamlit as st
+from markupsafe import Markup
+
+from model.inference import fitness, results
+from model.inference.detector import ImageDetector
+from model.verdict import capital, percent
+from page.html import KINDS, show
+from page.scored import Scored, data_url
+from page.verdict import refused_html
+
+HERE = Path(__file__).parent
+
+_table = st.components.v2.component(
+    "table",
+    html='<div class="card scroll"><table class="images"><caption class="for-readers"></caption>'
+    "<thead><tr></tr></thead><tbody></tbody></table></div>",
+    js=(HERE / "table.js").read_text(encoding="utf-8"),
+    isolate_styles=False,
+)
+
+
+def summary(scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
+    """How many images, and how many of each verdict."""
+    counts = Counter(verdicts.values())
+    said = ", ".join(f"{counts[name]} {name}" for name in KINDS if name in counts)
+    return f"{len(scored)} images: {said}"
+
+
+def show_table(
+    detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
+) -> str:
+    """The table; returns the id of the image to show in full."""
+    show(Markup("<h2>{}</h2>").format(summary(scored, verdicts)))
+    refused = [result for result in scored.values() if result.prediction.error]
+    if refused:
+        show(refused_html(refused))
+    picked = st.session_state.get("table", {}).get("chosen")
+    chosen = picked if picked in scored else first_of(scored)
+    _table(
+        key="table",
+        data={
+            "rows": [row(key, scored[key], verdicts[key]) for key in scored],
+            "number": f"{capital(fitness.word_for(detector.meta))} of AI",
+            "chosen": chosen,
+        },
+        on_chosen_change=lambda: None,
+    )
+    st.download_button(
+        "Download as CSV",
+        as_csv(detector, scored, verdicts),
+        "verdicts.csv",
+        "text/csv",
+        on_click="ignore",
+    )
+    return chosen
+
+
+def first_of(scored: Mapping[str, Scored]) -> str:
+    """The first image that was not refused, if there is one."""
+    return next((key for key in scored if not scored[key].prediction.error), next(iter(scored)))
+
+
+def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
+    """What `table.js` shows of an image."""
+    probability = result.prediction.probability
+    return {
+        "id": key,
+        "name": result.name,
+        "picture": data_url(result.thumbnail) if result.thumbnail else "",
+        "verdict": capital(verdict),
+        "kind": KINDS[verdict],
+        "probability": probability,
+        "said": "" if probability is None else percent(probability),
+    }
+
+
+def as_csv(
+    detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
+) -> str:
+    """The table as `predict.py --format csv` writes it."""
+    lines = [results.header("csv")]
+    for key, result in scored.items():
+        values = (
+            result.name, result.prediction.probability, verdicts[key], result.prediction.error,
+            result.evidence, detector.identity,
+        )  # fmt: skip
+        lines.append(results.line("csv", dict(zip(results.COLUMNS, values, strict=True))))
+    return "\n".join(lines) + "\n"

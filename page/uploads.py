@@ -1,0 +1,54 @@
+"""The ways in: browse, drop, paste, and what the browser says of them."""
+
+from pathlib import Path
+
+import streamlit as st
+from starlette.formparsers import MultiPartParser
+from streamlit.runtime.uploaded_file_manager import UploadedFile
+
+from imaging.decode import MAX_BYTES
+from page.session import forget
+
+HERE = Path(__file__).parent
+
+# Starlette would pass larger uploads through a temporary file on their way into memory.
+MultiPartParser.spool_max_size = MAX_BYTES
+
+_paste = st.components.v2.component(
+    "paste",
+    html='<button type="button" class="plain" hidden>Paste from the clipboard</button>'
+    '<span role="status"></span>',
+    js=(HERE / "paste.js").read_text(encoding="utf-8"),
+    isolate_styles=False,
+)
+
+_live = st.components.v2.component(
+    "live",
+    html='<div class="for-readers" role="status"></div>',
+    js="""export default function ({ parentElement, data }) {
+  const region = parentElement.querySelector("[role=status]");
+  if (region.textContent !== data.text) region.textContent = data.text;
+}""",
+    isolate_styles=False,
+)
+
+
+def uploads() -> list[UploadedFile]:
+    """The ways in, and what came through them."""
+    number = st.session_state.setdefault("uploader", 0)
+    with st.container(key="images"):  # paste.js finds the uploader by this name
+        files = st.file_uploader(
+            "Drop images anywhere on this page, browse, or paste with Ctrl+V",
+            accept_multiple_files=True,
+            key=f"uploader-{number}",
+        )
+    with st.container(horizontal=True, vertical_alignment="center", key="beside"):
+        _paste(key="paste")
+        if files:
+            st.button("Remove all", on_click=forget, args=(files,))
+    return files
+
+
+def announce(text: str) -> None:
+    """Let a screen reader say `text`, in a live region that stays on the page."""
+    _live(key="live", data={"text": text})

@@ -1,0 +1,126 @@
+"""The page on a real server that may not write a single byte to a file, and a real browser."""
+
+import contextlib
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import requests
+
+from model import load_detector
+from model.calibrate import calibrate
+from model.checkpoint import annotate
+from model.inference.detector import ImageDetector
+from model.score import score_set
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
+from sharding.format import open_shards
+from tests.browser import CHROMIUM
+from tests.builders import ROOT, train_tiny
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Request
+
+
+@pytest.fixture(scope="session")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint that is trained, and calibrated, on the tiny sets."""
+    folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
+    detector = load_detector(runs=folder)
+    shards = open_shards([data / "new"])
+    loading = Loading(backend="pil", num_workers=0)
+    scores = score_set(
+        detector.net,
+        open_loader(
+            shards, preprocess=detector.preprocess, loading=loading, device=detector.device
+        ),
+    )
+    fitted = calibrate(scores.labels, scores.logits)
+    annotate(detector.checkpoint, fitted.entries({"new": "0"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detector(runs: Path) -> ImageDetector:
+    return load_detector(runs=runs)
+
+
+@pytest.fixture(scope="session")
+def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server as `make app` starts it. The system refuses it every byte written to a file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "streamlit", "run", "app_server.py", "--server.port", str(port),
+    ]  # fmt: skip
+    server = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"DETECTOR_RUNS": str(runs), "TMPDIR": str(tmp_path_factory.mktemp("tmp")),
+                          "PYTHONDONTWRITEBYTECODE": "1", "DETECTOR_GRACE_S": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )  # fmt: skip
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(server.stdout), daemon=True)
+    reader.start()
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+            if requests.get(f"{address}/_stcore/health", timeout=5).text == "ok":
+                break
+        assert server.poll() is None, said
+        time.sleep(0.1)
+    yield address
+    server.terminate()
+    server.wait()
+    reader.join()
+    server.stdout.close()
+    assert "Traceback" not in "".join(said), "".join(said)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator["Browser"]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
+    """Opens the page: `visit(color_scheme="dark")`. At the end: nobody but the server was asked for
+    anything, and the browser reported no error.
+    """
+    contexts, strange = [], []
+
+    def ask(request: "Request") -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            strange.append(request.url)
+
+    def visit(**options: object) -> "Page":
+        context = chromium.new_context(
+            permissions=["clipboard-read", "clipboard-write"], accept_downloads=True, **options
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(150_000)
+        page.on("request", ask)
+        page.on("pageerror", lambda error: strange.append(str(error)))
+        page.goto(address)
+        page.get_by_text("What this page can and cannot tell").wait_for()
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not strange

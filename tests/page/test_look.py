@@ -1,0 +1,76 @@
+"""How the page looks, read by axe: every state, by every way that people have to see it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from page.examples import examples
+from tests.browser import browse, file_of, in_browser, wait_for, width_of
+from tests.builders import encode, photo
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+PHOTO = file_of("one.jpg", encode(photo(1, 400, 300)))
+BROKEN = file_of("broken.jpg", b"<html>")
+NAME = "a_name_without_any_place_to_break_it_" * 3
+MANY = [PHOTO, file_of(f"{NAME}.png", encode(photo(2, 300, 400), "PNG")), BROKEN]
+
+WIDE = {"viewport": {"width": 1280, "height": 900}}
+DARK = {**WIDE, "color_scheme": "dark"}
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+ZOOMED = {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2}
+
+
+def violations(page: "Page") -> list[str]:
+    """What axe finds, its best practices too: rule, element, why."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.wait_for_timeout(700)  # colors fade in
+    return [
+        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for rule in Axe().run(page).response["violations"]
+        for node in rule["nodes"]
+    ]
+
+
+@in_browser
+@pytest.mark.parametrize("state", ["start", "one", "many", "refused"])
+@pytest.mark.parametrize(
+    "options", [WIDE, DARK, PHONE, ZOOMED], ids=["wide", "dark", "phone", "zoom"]
+)
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(
+    visit: Callable[..., "Page"], state: str, options: dict[str, object]
+) -> None:
+    page = visit(**options)
+    files = {"start": [], "one": [PHOTO], "many": MANY, "refused": [BROKEN]}[state]
+    if files:
+        browse(page, *files)
+        wait_for(page, "not an image" if state == "refused" else "What the file says")
+    assert violations(page) == []
+    assert width_of(page) == options["viewport"]["width"]
+    ground = page.locator("[data-testid=stApp]").evaluate(
+        "(e) => getComputedStyle(e).backgroundColor"
+    )
+    assert (ground == "rgb(17, 21, 27)") == ("color_scheme" in options)
+
+
+@in_browser
+def test_axe_can_find_something(visit: Callable[..., "Page"]) -> None:
+    page = visit()
+    page.evaluate("document.querySelector('h1').style.color = '#ddd'")
+    assert any(line.startswith("color-contrast") for line in violations(page))
+
+
+@in_browser
+def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> None:
+    page = visit()
+    for example in examples():
+        page.get_by_role("button", name=example.title, exact=True).wait_for()
+    page.get_by_role("button", name="Drawn by a program", exact=True).click()
+    page.get_by_role("img", name="dawn.jpg", exact=True).wait_for()
+    wait_for(page, "algorithmicMedia")
+    assert page.get_by_text("Or try one of these").count() == 0
+    said = page.locator(".for-readers[role=status]").text_content()
+    assert said.startswith("dawn.jpg: ") and said.endswith("A probability is not a proof.")

@@ -1,0 +1,158 @@
+"""The parts of the page, without a browser."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from markupsafe import Markup
+from PIL import Image
+
+from imaging import turns
+from model.inference.prediction import UNREADABLE, Prediction
+from model.inference.provenance import Evidence, read_evidence
+from model.verdict import percent
+from page.cost import hundred_html
+from page.examples import examples
+from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
+from page.photo import crop_of, photo_html
+from page.scored import Scored, score
+from page.start import figures_html
+from page.verdict import evidence_html, refused_html, scale_html
+from pipeline.augment import Preprocess
+from tests.builders import JPEG, encode, photo
+
+ROC = [(0.1, 0.5, 1.0), (0.4, 0.3, 0.9), (0.7, 0.04, 0.6), (0.9, 0.0, 0.2)]
+SOURCES = {
+    "a": {"reals": 300, "fakes": 0, "false_positive_rate": 0.1, "recall": None, "uncertain": 0.5},
+    "b": {"reals": 100, "fakes": 0, "false_positive_rate": 0.0, "recall": None, "uncertain": 0.1},
+    "c": {"reals": 0, "fakes": 100, "false_positive_rate": None, "recall": 0.4, "uncertain": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [(0.0, "under 0.1%"), (0.0009, "under 0.1%"), (0.0012, "0.1%"), (0.4567, "45.7%"),
+     (0.999, "99.9%"), (0.9991, "over 99.9%"), (1.0, "over 99.9%")],
+)  # fmt: skip
+def test_a_probability_is_never_a_certainty(p: float, said: str) -> None:
+    assert percent(p) == said
+
+
+def test_a_share_is_never_none_or_all() -> None:
+    said = [of_hundred(share) for share in (0.0, 0.004, 0.05, 0.996, 1.0)]
+    assert said == ["under 1", "under 1", "5", "over 99", "over 99"]
+
+
+def test_the_first_screen_has_the_figures_of_the_sources_left_out() -> None:
+    calibration = {"fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC}
+    measured = rates({"calibration": calibration, "threshold": 0.7})
+    assert measured.false_positives == Measured(pytest.approx(0.075), 400, 0.0, 0.1)
+    assert measured.recall == Measured(pytest.approx(0.4), 100, 0.4, 0.4)
+    assert measured.uncertain == pytest.approx(0.36)
+    html = figures_html(measured)
+    assert "each source while it was left out of training" in html
+    assert ">8</span>" in html and ">40</span>" in html and ">36</span>" in html
+    assert "400 real images, by source under 1 to 10" in html
+
+
+def test_without_sources_the_figures_are_those_of_the_curve_and_say_so() -> None:
+    calibration = {"fitted_on": ["val"], "sources": {}, "roc": ROC, "reals": 50, "fakes": 40}
+    measured = rates({"calibration": calibration, "threshold": 0.7})
+    assert measured.recall == Measured(0.6, 40) and measured.false_positives == Measured(0.04, 50)
+    html = figures_html(measured)
+    assert "of the kinds that it learned from" in html and "by source" not in html
+    assert rates({"calibration": None, "threshold": 0.5}) is None
+    assert "Nobody knows" in figures_html(None)
+
+
+def test_where_a_hundred_end_by_the_band() -> None:
+    assert [row_at(ROC, at)[0] for at in (0.05, 0.4, 0.69, 0.95)] == [0.1, 0.4, 0.4, 0.9]
+    reals, fakes = ends(ROC, (0.4, 0.7))
+    assert reals == Ends(pytest.approx(0.7), pytest.approx(0.26), pytest.approx(0.04))
+    assert fakes == Ends(pytest.approx(0.1), pytest.approx(0.3), pytest.approx(0.6))
+    cells = Markup(hundred_html(ROC, (0.4, 0.7))).striptags()
+    assert "Of 100 real photographs 70 26 4 Of 100 fakes 10 30 60".replace(
+        " ", ""
+    ) in cells.replace(" ", "")
+    assert hundred_html(ROC, (0.7, 0.7)).count("<td>-</td>") == 2
+
+
+def test_the_crop_that_is_drawn_is_what_the_network_sees() -> None:
+    preprocess = Preprocess(resize_size=64, crop_size=32)
+    assert crop_of(preprocess, (400, 200)) == (0.375, 0.25, 0.25, 0.5)
+    prediction = Prediction(name="a", probability=0.4, verdict="uncertain")
+    result = Scored("a", prediction, preview=JPEG, size=(400, 200))
+    html = photo_html(result, preprocess)
+    assert "left: 37.500%; top: 25.000%; width: 25.000%; height: 50.000%" in html
+    assert "what is in the frame, at 32 x 32 pixels" in html
+    whole = photo_html(replace(result, size=(90, 90)), Preprocess(resize_size=32, crop_size=32))
+    assert "crop whole" in whole and "sees all of it" in whole
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [("trusted", "trusted"), ("valid, signer unknown", "unknown"), ("invalid", "invalid")],
+)
+def test_a_signature_stands_with_its_state(state: str, kind: str) -> None:
+    value = f"{state} (why): signed by <b>x</b>"
+    html = evidence_html([Evidence("C2PA", value, "C2PA manifest", "AI", state)], 3)
+    assert f'<span class="state {kind}">{state}</span> (why): signed by &lt;b&gt;x' in html
+    assert (
+        html.striptags().count(state) == 1
+        and "names AI" in html
+        and html.startswith('<div class="card"><h3>')
+    )
+    plain = evidence_html([Evidence("camera", f"{state} (why)", "EXIF")], 2)
+    assert "state" not in plain.replace("statement", "")  # it is not signed
+    assert "most sites strip it" in evidence_html([], 2)
+
+
+def test_names_and_reasons_from_outside_are_no_markup() -> None:
+    prediction = Prediction(name="x", probability=None, verdict=UNREADABLE, error="<i>bad</i>")
+    html = refused_html([Scored("<img src=x onerror=alert(1)>", prediction)])
+    assert "<img" not in html and "<i>" not in html and "&lt;i&gt;bad" in html
+
+
+def test_the_scale_has_the_band_and_a_name_for_readers() -> None:
+    html = scale_html(0.25, (0.4, 0.7))
+    assert "width: 40.00%" in html and "width: 30.00%" in html and "left: 25.00%" in html
+    assert 'aria-label="25.0% on a scale from 0% to 100%; likely AI begins at 70%"' in html
+    assert "uncertain</span>" not in scale_html(0.25, (0.5, 0.5))
+
+
+def test_the_examples_say_of_themselves_that_a_program_drew_them() -> None:
+    drawn = examples()
+    assert [example.title for example in drawn] == [
+        "Drawn by a program", "Drawn, then a simulated camera", "Drawn, then a simulated generator",
+    ]  # fmt: skip
+    for example in drawn:
+        assert Image.open(io.BytesIO(example.data)).size == (640, 480)
+        (said,) = read_evidence(example.data)
+        assert "algorithmicMedia" in said.value and said.suggests == ""
+
+
+def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(turns, "WAIT_S", 0.1)
+    small, large = encode(photo(1, 50, 50)), encode(photo(1, 200, 100), "PNG")
+    assert [turns.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
+    taken = []
+    with turns.turn(large):
+        with turns.turn(small):
+            taken.append("small")
+        with pytest.raises(turns.Busy, match="busy with other images"), turns.turn(large):
+            taken.append("large")
+    with turns.turn(large):
+        taken.append("large again")
+    assert taken == ["small", "large again"]
+
+    class Found:
+        def predict(self, _images: object) -> None:
+            raise AssertionError("it was not this image's turn")
+
+    with turns.turn(large):
+        scored = score(Found(), "a.png", large)
+    assert scored.prediction.verdict == UNREADABLE
+    assert "try this one again later" in scored.prediction.error
