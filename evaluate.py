@@ -63,7 +63,9 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
     type=console.LocalPath(file_okay=False),
     help="Score features of this store instead of images (a frozen backbone only).",
 )
-@console.options("checkpoint", "data", "runs", "device", "backend")
+@console.options(
+    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+)
 @click.pass_context
 def main(
     context: click.Context,
@@ -75,12 +77,15 @@ def main(
     out: Path | None,
     features: Path | None,
     checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
     data: str,
     runs: Path,
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
+    """Measure a detector on one or more shard sets, calibrate it, or compare runs.
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
@@ -96,12 +101,11 @@ def main(
         return
     if not (names or subset):
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
-    from model.checkpoint import find
+    from model.adapters.open import Opening
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
-    from model.evaluation.run import evaluate
+    from model.evaluation.run import choose_subject, evaluate
     from model.evaluation.scores import SCORES_FILE
-    from model.shipped.backbone import output_folder
     from pipeline.loading import Loading
     from pipeline.subset import read_subset
     from report.files import write_report
@@ -109,11 +113,12 @@ def main(
 
     listed = read_subset(subset) if subset else None
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    chosen = find(runs, checkpoint)
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folder = "+".join(names) + (f"-{subset.stem}" if subset else "")
-    out = out or output_folder(chosen, runs) / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
+        chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
+        out = out or made / "evaluation" / folder
         options = Options(
             loading=Loading(backend=backend), device=device, subset=listed,
             reference_reals=reference_reals, robustness=robustness or 0, features=features,
@@ -122,7 +127,8 @@ def main(
     if dist.is_main:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
-        console.say(f"checkpoint: {chosen}")
+        said = f"checkpoint: {chosen}" if isinstance(chosen, Path) else f"detector: {chosen!r}"
+        console.say(said)
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
 
@@ -165,38 +171,52 @@ def _speak_for(dist: "DistEnv") -> None:
     show_default=True,
     help="Decision threshold; auto: 0.5, or higher where 5 % false positives ask for it.",
 )
-@console.options("checkpoint", "data", "runs", "device", "backend")
+@console.options(
+    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+)
 def calibrate(
     names: tuple[str, ...],
     threshold_at: "ThresholdAt",
     checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
     data: str,
     runs: Path,
     device: str,
     backend: "Backend",
 ) -> None:
-    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
+    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint, or of a
+    detector of others below --runs.
 
     Only sets of the split val are taken: what is fitted to a test set says nothing about it.
     """
-    from model.checkpoint import find
+    from model.adapters.open import Opening
     from model.device import choose_device
     from model.distributed import init_distributed
+    from model.evaluation.others import calibrate_other
+    from model.evaluation.run import choose_subject
     from model.training.validation import calibrate_checkpoint
     from pipeline.loading import Loading
     from report.terminal import print_calibration
 
-    chosen = find(runs, checkpoint)
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
         _speak_for(dist)
-        calibration = calibrate_checkpoint(
-            chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
-            threshold_at=threshold_at, dist=dist,
-        )  # fmt: skip
+        chosen, _ = choose_subject(detector, checkpoint, opening, device, dist)
+        if isinstance(chosen, Path):
+            calibration = calibrate_checkpoint(
+                chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
+                threshold_at=threshold_at, dist=dist,
+            )  # fmt: skip
+            kept = f"checkpoint: {chosen}"
+        else:
+            calibration, path = calibrate_other(chosen, folders, runs, threshold_at, dist)
+            kept = f"calibration: {path}"
     if dist.is_main:
         print_calibration(calibration)
-        console.say(f"checkpoint: {chosen}")
+        console.say(kept)
 
 
 @main.command()
