@@ -9,7 +9,7 @@ command line has been checked.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from storage import any_path, write_text
 if TYPE_CHECKING:
     from model.calibrate import ThresholdAt
     from model.distributed import DistEnv
+    from model.evaluation.scores import ScoreTable
     from pipeline.loading import Backend
 
 PER_CLASS = 1000
@@ -220,38 +221,67 @@ def calibrate(
 
 
 @main.command()
-@click.argument("before", type=console.LocalPath(exists=True))
-@click.argument("after", type=console.LocalPath(exists=True))
-@click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
+@click.argument(
+    "paths", metavar="RUN...", nargs=-1, required=True, type=console.LocalPath(exists=True)
+)
+@click.option("--intersection", is_flag=True, help="Compare the images that all were measured on.")
 @click.option(
     "--flips",
     type=console.LocalPath(dir_okay=False),
-    help="CSV of every image whose verdict is another one.",
+    help="CSV of every image whose verdict is another one; of two runs.",
+)
+@click.option(
+    "--out",
+    type=console.LocalPath(file_okay=False),
+    help="Folder for the page, comparison.json and comparison.csv.",
 )
 @console.options()
-def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
-    """Put two runs side by side: folders of reports, or their files."""
-    from model.evaluation.compare import Flip, shared_samples
-    from model.evaluation.compare import flips as find_flips
-    from model.evaluation.run import scores_beside
-    from model.evaluation.scores import read_scores
-    from report.tables import table_csv
+def compare(
+    paths: tuple[Path, ...], intersection: bool, flips: Path | None, out: Path | None
+) -> None:
+    """Put runs side by side: folders of reports, or their files.
+
+    Of two runs also which verdicts changed, and how surely each figure did.
+    """
+    if len(paths) < 2:
+        raise click.UsageError("name two runs or more")
+    if flips and len(paths) > 2:
+        raise click.UsageError("--flips is for two runs")
+    from model.evaluation.side_by_side import side_by_side
+    from report.comparison import print_side_by_side, read_runs, write_comparison
     from report.terminal import print_comparison
 
-    tables = [read_scores(scores_beside(path)) for path in (before, after)]
-    table_before, table_after = shared_samples(*tables, intersect=intersection)
-    excluded = [len(table) - len(table_before) for table in tables]
+    runs, excluded = read_runs(paths, intersect=intersection)
     if any(excluded):
+        left_out = " and ".join(f"{n:,} of {p}" for n, p in zip(excluded, paths, strict=True))
+        both = "both" if len(paths) == 2 else "all"
         console.say(
-            f"on {len(table_before):,} images that both scored; excluded are {excluded[0]:,} of "
-            f"{before} and {excluded[1]:,} of {after}"
+            f"on {len(runs[0].scores):,} images that {both} scored; excluded are {left_out}"
         )
-    changed = find_flips(table_before, table_after)
-    print_comparison(table_before, table_after, changed)
-    if flips:
-        write_text(flips, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
-        console.say(f"flips: {flips}")
-    console.say(f"reports: {before} and {after}")
+    if len(runs) == 2:
+        before, after = (run.scores for run in runs)
+        _say_flips(before, after, flips, print_comparison)
+    compared = side_by_side(runs)
+    print_side_by_side(compared)
+    if out:
+        for path in write_comparison(compared, paths, out):
+            console.say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")
+    console.say(f"reports: {' and '.join(map(str, paths))}")
+
+
+def _say_flips(
+    before: "ScoreTable", after: "ScoreTable", file: Path | None, say: Callable[..., None]
+) -> None:
+    """The verdicts that changed between two runs, and their file."""
+    from model.evaluation.compare import Flip
+    from model.evaluation.compare import flips as find_flips
+    from report.tables import table_csv
+
+    changed = find_flips(before, after)
+    say(before, after, changed)
+    if file:
+        write_text(file, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
+        console.say(f"flips: {file}")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ class OtherDetector(AnyDetector):
     prediction.
 
     `checkpoint` is its name as it was asked for. `meta` has the keys of a checkpoint's that
-    verdicts and reports need, and `detector`: the `kind` (hf, timm, file), `name`, and `revision`, `sha256`
-    of weights or file and `fake_labels`, where it has them. `asked` is a threshold to take instead
-    of its own; `reason` says what computes.
+    verdicts and reports need, and `detector`: the `kind` (hf, timm, file), `name`, and `revision`,
+    `sha256` of weights or file and `fake_labels`, where it has them. `asked` is a threshold to take
+    instead of its own; `reason` says what computes.
     """
 
     checkpoint: Path

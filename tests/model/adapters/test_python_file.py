@@ -18,6 +18,7 @@ from model.distributed import DistEnv
 from model.evaluation import others
 from model.evaluation.others import score_shards
 from model.evaluation.scores import read_scores
+from model.score import Scores
 from sharding.format import open_shards
 from tests.builders import encode, photo
 
@@ -103,7 +104,8 @@ def test_it_sees_upright_rgb_and_our_reader_says_what_is_broken(file: Path, tmp_
     file.write_text(
         "def predict(images):\n"
         "    assert all(image.mode == 'RGB' for image in images)\n"
-        "    return [float('nan') if image.width == 7 else image.width / 1000 for image in images]\n"
+        "    widths = [image.width for image in images]\n"
+        "    return [float('nan') if width == 7 else width / 1000 for width in widths]\n"
     )
     detector = open_file(file, trust=True)
     turned = Image.fromarray(photo(3, 40, 90))
@@ -212,7 +214,11 @@ def test_a_calibration_is_kept_and_used(
     ask = ("--detector", file, "--trust", "--data", data, "--runs", opening.runs)
     refused = run(evaluate.main, "calibrate", "--shards", "old", *ask)
     assert refused.exit_code == 1 and "split train" in refused.stderr
+    labels = open_shards([data / "old"]).column("label").astype(np.int64)
+    logits = np.random.default_rng(0).normal(4 * labels - 2, 3).astype(np.float32)
+    scores = Scores(np.arange(len(labels)), labels, logits, {})
     monkeypatch.setattr(others, "check_validation_sets", lambda _folders: None)  # val is small
+    monkeypatch.setattr(others, "score_shards", lambda *_: scores)  # nothing here tells them apart
     result = run(evaluate.main, "calibrate", "--shards", "old", *ask)
     assert result.exit_code == 0, result.output
     detector = open_other(str(file), opening)
