@@ -38,7 +38,9 @@ class Judge(Protocol):
     batch.
     """
 
-    fixed_batches: bool
+    @property
+    def fixed_batches(self) -> bool:
+        """See the class."""
 
     def prepare(self, image: Image.Image) -> Any:
         """What `score` takes of an upright RGB image."""
