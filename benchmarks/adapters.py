@@ -1,8 +1,8 @@
 """What `evaluate.py --detector` costs over a detector that is called by hand.
 
 By hand: the library's own calls on the same images in batches of as many, which are files that
-Pillow opens, by one thread. By the adapter: reading from shards, the same preprocessing and the same
-network. Each is timed before and after the other.
+Pillow opens, by one thread. By the adapter: reading from shards, the same preprocessing and the
+same network. By hand is timed before and after the adapter.
 """
 
 import importlib.util

@@ -21,8 +21,8 @@ PAGE_FILE, TABLE_FILE, JSON_FILE = "comparison.html", "comparison.csv", "compari
 
 COLUMNS = (
     "run", "AUROC", "behind the best", "recall at 1 %", "recall at 5 %", "recall",
-    "false positives", "common 1 %", "common 5 %", "worst source", "worst generator", "robustness", "ECE", "ranks",
-    "images/s",
+    "false positives", "common 1 %", "common 5 %", "worst source", "worst generator", "robustness",
+    "ECE", "ranks", "images/s",
 )  # fmt: skip
 
 LEAST_FIRST = (
@@ -77,8 +77,8 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
         console.say(stability_sentence(entry["stability"]))
     console.say(
         "In brackets: 95 % intervals; behind the best: that of the difference of AUROC, on the "
-        "same resamples of the images. Recall at 1 % and 5 %: at each run's own threshold for so many "
-        "false positives here; common: recall / false positives at one threshold for all."
+        "same resamples of the images. Recall at 1 % and 5 %: at each run's own threshold for so "
+        "many false positives here; common: recall / false positives at one threshold for all."
     )
 
 

