@@ -239,6 +239,22 @@ OPTIONS: dict[str, Callable] = {
         help="Checkpoint, a run to take the best one of, or a detector that ships, by its name. "
         "Default: the newest run.",
     ),
+    "detector": click.option(
+        "--detector",
+        help="Any detector: what --checkpoint takes, an exported .onnx, hf:OWNER/NAME, timm:NAME, "
+        "or a file.py with predict(images).",
+    ),
+    "trust": click.option(
+        "--trust", is_flag=True, help="Run the program of --detector file.py, with all your rights."
+    ),
+    "fake_label": click.option(
+        "--fake-label",
+        "fake_labels",
+        multiple=True,
+        metavar="LABEL",
+        help="Label of an hf: or timm: detector that means AI-generated, where it does not say so "
+        "itself. May be repeated.",
+    ),
     "device": click.option(
         "--device",
         type=Device(),

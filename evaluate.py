@@ -9,7 +9,7 @@ command line has been checked.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from storage import any_path, write_text
 if TYPE_CHECKING:
     from model.calibrate import ThresholdAt
     from model.distributed import DistEnv
+    from model.evaluation.scores import ScoreTable
     from pipeline.loading import Backend
 
 PER_CLASS = 1000
@@ -64,7 +65,9 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
     type=console.LocalPath(file_okay=False),
     help="Score features of this store instead of images (a frozen backbone only).",
 )
-@console.options("checkpoint", "data", "runs", "device", "backend")
+@console.options(
+    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+)
 @click.pass_context
 def main(
     context: click.Context,
@@ -77,12 +80,15 @@ def main(
     out: Path | None,
     features: Path | None,
     checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
     data: str,
     runs: Path,
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure a checkpoint on one or more shard sets, calibrate it, or compare two reports.
+    """Measure a detector on one or more shard sets, calibrate it, or compare runs.
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
@@ -98,13 +104,12 @@ def main(
         return
     if not (names or subset or suite):
         raise click.UsageError("say which set to measure on, such as --shards evalgen")
-    from model.checkpoint import find
+    from model.adapters.open import Opening
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
-    from model.evaluation.run import evaluate
+    from model.evaluation.run import choose_subject, evaluate
     from model.evaluation.scores import SCORES_FILE
     from model.evaluation.suites import open_suite
-    from model.shipped.backbone import output_folder
     from pipeline.loading import Loading
     from pipeline.subset import read_subset
     from report.files import write_report
@@ -116,11 +121,12 @@ def main(
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    chosen = find(runs, checkpoint)
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folder = (suite or "+".join(names)) + (f"-{subset.stem}" if subset else "")
-    out = out or output_folder(chosen, runs) / "evaluation" / folder
     with init_distributed() as dist:
         _speak_for(dist)
+        chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
+        out = out or made / "evaluation" / folder
         options = Options(
             loading=Loading(backend=backend), device=device, subset=listed,
             reference_reals=reference_reals, robustness=robustness or 0, features=features,
@@ -129,7 +135,8 @@ def main(
     if dist.is_main:
         written = write_report(report, out / SCORES_FILE, any_path(data), out)
         print_report(report)
-        console.say(f"checkpoint: {chosen}")
+        said = f"checkpoint: {chosen}" if isinstance(chosen, Path) else f"detector: {chosen!r}"
+        console.say(said)
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
         if chosen_suite and chosen_suite.missing:
@@ -174,73 +181,116 @@ def _speak_for(dist: "DistEnv") -> None:
     show_default=True,
     help="Decision threshold; auto: 0.5, or higher where 5 % false positives ask for it.",
 )
-@console.options("checkpoint", "data", "runs", "device", "backend")
+@console.options(
+    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+)
 def calibrate(
     names: tuple[str, ...],
     threshold_at: "ThresholdAt",
     checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
     data: str,
     runs: Path,
     device: str,
     backend: "Backend",
 ) -> None:
-    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint.
+    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint, or of a
+    detector of others below --runs.
 
     Only sets of the split val are taken: what is fitted to a test set says nothing about it.
     """
-    from model.checkpoint import find
+    from model.adapters.open import Opening
     from model.device import choose_device
     from model.distributed import init_distributed
+    from model.evaluation.others import calibrate_other
+    from model.evaluation.run import choose_subject
     from model.training.validation import calibrate_checkpoint
     from pipeline.loading import Loading
     from report.terminal import print_calibration
 
-    chosen = find(runs, checkpoint)
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
         _speak_for(dist)
-        calibration = calibrate_checkpoint(
-            chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
-            threshold_at=threshold_at, dist=dist,
-        )  # fmt: skip
+        chosen, _ = choose_subject(detector, checkpoint, opening, device, dist)
+        if isinstance(chosen, Path):
+            calibration = calibrate_checkpoint(
+                chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
+                threshold_at=threshold_at, dist=dist,
+            )  # fmt: skip
+            kept = f"checkpoint: {chosen}"
+        else:
+            calibration, path = calibrate_other(chosen, folders, runs, threshold_at, dist)
+            kept = f"calibration: {path}"
     if dist.is_main:
         print_calibration(calibration)
-        console.say(f"checkpoint: {chosen}")
+        console.say(kept)
 
 
 @main.command()
-@click.argument("before", type=console.LocalPath(exists=True))
-@click.argument("after", type=console.LocalPath(exists=True))
-@click.option("--intersection", is_flag=True, help="Compare the images that both were measured on.")
+@click.argument(
+    "paths", metavar="RUN...", nargs=-1, required=True, type=console.LocalPath(exists=True)
+)
+@click.option("--intersection", is_flag=True, help="Compare the images that all were measured on.")
 @click.option(
     "--flips",
     type=console.LocalPath(dir_okay=False),
-    help="CSV of every image whose verdict is another one.",
+    help="CSV of every image whose verdict is another one; of two runs.",
+)
+@click.option(
+    "--out",
+    type=console.LocalPath(file_okay=False),
+    help="Folder for the page, comparison.json and comparison.csv.",
 )
 @console.options()
-def compare(before: Path, after: Path, intersection: bool, flips: Path | None) -> None:
-    """Put two runs side by side: folders of reports, or their files."""
-    from model.evaluation.compare import Flip, shared_samples
-    from model.evaluation.compare import flips as find_flips
-    from model.evaluation.run import scores_beside
-    from model.evaluation.scores import read_scores
-    from report.tables import table_csv
+def compare(
+    paths: tuple[Path, ...], intersection: bool, flips: Path | None, out: Path | None
+) -> None:
+    """Put runs side by side: folders of reports, or their files.
+
+    Of two runs also which verdicts changed, and how surely each figure did.
+    """
+    if len(paths) < 2:
+        raise click.UsageError("name two runs or more")
+    if flips and len(paths) > 2:
+        raise click.UsageError("--flips is for two runs")
+    from model.evaluation.side_by_side import side_by_side
+    from report.comparison import print_side_by_side, read_runs, write_comparison
     from report.terminal import print_comparison
 
-    tables = [read_scores(scores_beside(path)) for path in (before, after)]
-    table_before, table_after = shared_samples(*tables, intersect=intersection)
-    excluded = [len(table) - len(table_before) for table in tables]
+    runs, excluded = read_runs(paths, intersect=intersection)
     if any(excluded):
+        left_out = " and ".join(f"{n:,} of {p}" for n, p in zip(excluded, paths, strict=True))
+        both = "both" if len(paths) == 2 else "all"
         console.say(
-            f"on {len(table_before):,} images that both scored; excluded are {excluded[0]:,} of "
-            f"{before} and {excluded[1]:,} of {after}"
+            f"on {len(runs[0].scores):,} images that {both} scored; excluded are {left_out}"
         )
-    changed = find_flips(table_before, table_after)
-    print_comparison(table_before, table_after, changed)
-    if flips:
-        write_text(flips, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
-        console.say(f"flips: {flips}")
-    console.say(f"reports: {before} and {after}")
+    if len(runs) == 2:
+        before, after = (run.scores for run in runs)
+        _say_flips(before, after, flips, print_comparison)
+    compared = side_by_side(runs)
+    print_side_by_side(compared)
+    if out:
+        for path in write_comparison(compared, paths, out):
+            console.say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")
+    console.say(f"reports: {' and '.join(map(str, paths))}")
+
+
+def _say_flips(
+    before: "ScoreTable", after: "ScoreTable", file: Path | None, say: Callable[..., None]
+) -> None:
+    """The verdicts that changed between two runs, and their file."""
+    from model.evaluation.compare import Flip
+    from model.evaluation.compare import flips as find_flips
+    from report.tables import table_csv
+
+    changed = find_flips(before, after)
+    say(before, after, changed)
+    if file:
+        write_text(file, table_csv([field.name for field in fields(Flip)], map(asdict, changed)))
+        console.say(f"flips: {file}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from model.inference.run import Run, predict_all, predict_as_they_come
 from model.inference.signatures import read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
-    from model.inference.detector import ImageDetector
-    from model.inference.onnx_detector import OnnxDetector
+    from model.inference.run import Loaded
     from pipeline.loading import Backend
 
 
@@ -67,7 +66,9 @@ class NotStarted(click.ClickException):
     help="PEM file of anchors that C2PA signers are trusted by. Default: DETECTOR_TRUST_LIST, or "
     "the public list where it was fetched.",
 )
-@console.options("checkpoint", "runs", "device", "backend", "batch_size")
+@console.options(
+    "checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend", "batch_size"
+)
 def main(
     paths: tuple[str, ...],
     output: str | None,
@@ -79,6 +80,9 @@ def main(
     onnx: Path | None,
     trust_list: Path | None,
     checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
     runs: Path,
     device: str,
     backend: "Backend",
@@ -98,37 +102,34 @@ def main(
     """
     output = output or _format_of(out)
     _check(paths, watch, output, out, resume)
-    if onnx and (checkpoint or heatmap or backend == "dali"):
-        raise click.UsageError("--onnx takes no --checkpoint, no --heatmap and no --backend dali")
+    if onnx and (checkpoint or detector or heatmap or backend == "dali"):
+        raise click.UsageError(
+            "--onnx takes no --checkpoint, no --detector, no --heatmap and no --backend dali"
+        )
     try:
-        trust = read_trust_list(trust_list) if trust_list else usual_trust_list()
+        anchors = read_trust_list(trust_list) if trust_list else usual_trust_list()
     except ValueError as error:
         raise NotStarted(str(error)) from error
     console.log.info("loading the detector")
     try:
-        if onnx:
-            from model.inference.onnx_detector import load_onnx
+        from model.adapters.open import Opening, load_any
 
-            detector: ImageDetector | OnnxDetector = load_onnx(
-                onnx, device=device, threshold=threshold
-            )
-        else:
-            from model import load_detector
-
-            detector = load_detector(
-                checkpoint, runs=runs, device=device, backend=backend, threshold=threshold
-            )
-        file = results.open_results(out, output, detector.identity, resume) if out else None
+        opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
+        loaded = load_any(
+            str(onnx) if onnx else detector, checkpoint, opening, device=device, backend=backend,
+            threshold=threshold, heatmap=heatmap is not None,
+        )  # fmt: skip
+        file = results.open_results(out, output, loaded.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
         raise NotStarted(console.one_line(error)) from error
-    run = Run(detector, output, file, heatmap, trust)
-    console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
-    if trust:
-        console.log.info("C2PA trust list: %s", trust.describe())
-    for notice in detector.notices:
+    run = Run(loaded, output, file, heatmap, anchors)
+    console.log.info("checkpoint: %s, %s", loaded.checkpoint, _describe(loaded))
+    if anchors:
+        console.log.info("C2PA trust list: %s", anchors.describe())
+    for notice in loaded.notices:
         console.log.warning("%s", notice.text)
-    heading = results.header(output, fitness.word_for(detector.meta))
+    heading = results.header(output, fitness.word_for(loaded.meta))
     if file and output == "table":
         file.write(heading)
     elif not out and heading:
@@ -173,7 +174,7 @@ def _check(
         raise click.UsageError("--resume reads what is in --out; that takes --format csv or jsonl")
 
 
-def _describe(detector: "ImageDetector | OnnxDetector") -> str:
+def _describe(detector: "Loaded") -> str:
     """The band, and the backend where it is not the usual one."""
     low, high = detector.band
     band = (

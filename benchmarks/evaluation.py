@@ -1,6 +1,7 @@
 """What evaluation costs beside the network, and what the report on many scores costs.
 
     python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
+    python -m benchmarks.evaluation --detector [--images N]     # what `evaluate.py --detector` adds
 
 `report`: intervals and tables from a file of scores with 15 sources, 40 generators and groups of up
 to 20 images, made up at random; the seconds, and the most memory that this process ever had.
@@ -14,8 +15,6 @@ programs run; both are printed. On a CPU the workers and the network share the c
 import json
 import resource
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from PIL import Image
 
 import console
 import recipes
+from benchmarks import adapters
+from benchmarks.adapters import spent
 from model import checkpoint
 from model.backbones.resolve import resolved
 from model.device import keep_freed_memory
@@ -56,18 +57,6 @@ ABOUT = {
     "backend": "pil", "temperature": 1.0, "threshold": 0.5, "calibration": None, "subset": None,
     "sets": {"many": {"index_sha256": "", "split": "test"}}, "reference_reals": None,
 }  # fmt: skip
-
-
-def spent(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and seconds of processors, that some work takes."""
-
-    def processor() -> float:
-        of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in of)
-
-    began, cost = time.perf_counter(), processor()
-    work()
-    return {"seconds": time.perf_counter() - began, "processor_s": processor() - cost}
 
 
 def made_up(count: int) -> pa.Table:
@@ -168,10 +157,18 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 @click.option("--images", default=10_000, show_default=True, help="Small images to score.")
 @click.option("--scores", default=400_000, show_default=True, help="Scores to report on.")
 @click.option("--network", default="mobilenetv2_100", show_default=True, help="timm's name of it.")
+@click.option("--detector", is_flag=True, help="Adapters against bare detectors, and no more.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="All single figures.")
 @console.options()
-def main(images: int, scores: int, network: str, json_file: Path | None) -> None:
+def main(images: int, scores: int, network: str, detector: bool, json_file: Path | None) -> None:
     """Measure what evaluation costs beside the network."""
+    if detector:
+        with tempfile.TemporaryDirectory() as name:
+            figures = adapters.costs(pack(images, Path(name)), Path(name), network)
+        adapters.print_costs(figures, images)
+        if json_file:
+            json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as name:
         report = cost_of_report(scores, Path(name))
         console.say(

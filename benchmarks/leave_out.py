@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from model.score import evaluating, logits_of, probability, score_set
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
+from pipeline import pil
 from pipeline.perturb import PERTURBATIONS
 from storage import any_path
 
@@ -129,9 +131,8 @@ def perturbed_features(
     an image cannot be perturbed so. Samples that do not decode are not there.
     """
     features = {}
-    variants = perturbed_variants(
-        planned.stream.pool.shards, rows, PERTURBATIONS, planned.recipe.preprocess
-    )
+    prepare = partial(pil.preprocess, preprocess=planned.recipe.preprocess)
+    variants = perturbed_variants(planned.stream.pool.shards, rows, PERTURBATIONS, prepare)
     with console.progress("perturbing", len(rows)) as advance, evaluating(state.net):
         for sample, images in variants:
             advance(1)

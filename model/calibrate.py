@@ -14,6 +14,8 @@ import numpy as np
 from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, probability
+from sharding.format import read_index
+from storage import AnyPath
 
 ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
 
@@ -69,6 +71,21 @@ class Calibration:
         decision = {name: rest.pop(name) for name in ("temperature", "threshold")}
         sets = {"fitted_on": list(fitted_on), "index_sha256": dict(fitted_on)}
         return decision | {"calibration": sets | rest | {"band": list(self.band)}}
+
+
+def check_validation_sets(folders: Sequence[AnyPath]) -> None:
+    """What is calibrated on is a validation set.
+
+    Raises:
+        CalibrationError: a set is of another split.
+    """
+    for folder in folders:
+        split = read_index(folder)["split"]
+        if split != "val":
+            raise CalibrationError(
+                f"{folder.name} is of the split {split}; calibration takes validation sets only: "
+                "fitted to what it is tested on or was trained on, it would promise too much"
+            )
 
 
 def calibrate(

@@ -154,7 +154,7 @@ def score_set(
         RuntimeError: scored and failed samples together are not those of the index (our bug).
     """
     rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
-    scores = _joined(all_gather_object(dist or DistEnv(), rank_scores))
+    scores = join_ranks(all_gather_object(dist or DistEnv(), rank_scores))
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(
@@ -171,7 +171,7 @@ def score_set(
     return scores
 
 
-def _joined(parts: list[Scores]) -> Scores:
+def join_ranks(parts: list[Scores]) -> Scores:
     """The scores of all ranks in the order of the index."""
     columns = ("samples", "labels", "logits")
     samples, labels, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in columns)

@@ -118,6 +118,19 @@ def render(
     command: str,
 ) -> str:
     """The page, from `report.json`, the scores it is of, `mistakes_of` and `thumbnails` of them."""
+    columns = _Columns(report, scores)
+    sets = [
+        _set(index, name, set_report, report, columns, mistakes[name])
+        for index, (name, set_report) in enumerate(report["sets"].items())
+    ]
+    return rendered(
+        "page.html", report=report, sets=sets, pictures=pictures, command=command,
+        evaluation=scores.evaluation, classes=CLASSES,
+    )  # fmt: skip
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of this folder, with the style that all of them share."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -128,16 +141,8 @@ def render(
     )
     environment.filters |= {"percent": percent, "figure": figure, "number": "{:,}".format,
                             "signed": signed}  # fmt: skip
-    columns = _Columns(report, scores)
-    sets = [
-        _set(index, name, set_report, report, columns, mistakes[name])
-        for index, (name, set_report) in enumerate(report["sets"].items())
-    ]
-    return environment.get_template("page.html").render(
-        report=report, sets=sets, pictures=pictures, command=command,
-        evaluation=scores.evaluation, classes=CLASSES,
-        style=(folder / "page.css").read_text(encoding="utf-8"),
-    )  # fmt: skip
+    style = (folder / "page.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=style, **values)
 
 
 def percent(value: float | None) -> str:

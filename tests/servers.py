@@ -14,6 +14,7 @@ from sharding.catalog import Fetch, Source
 from sharding.fetch import Fetched, fetch_source
 
 REPO = "owner/set"
+MODEL = "owner/detector"
 SERVICE = "/api/v1/datasets.DatasetApiService"
 
 # More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
@@ -68,6 +69,25 @@ class Server(ThreadingHTTPServer):
         }
         for name, body in files.items():
             path = f"/datasets/{REPO}/resolve/{sha}/{name}"
+            self.bodies[path] = body
+            self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
+
+    def publish_model(self, files: dict[str, bytes], sha: str) -> None:
+        """A model of the hub with `sha` as its newest revision."""
+        api = f"/api/models/{MODEL}"
+        sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
+        info = json.dumps({"id": MODEL, "sha": sha, "siblings": sizes}).encode()
+        tree = [
+            {"type": "file", "path": name, "size": len(body), "oid": _oid(body)}
+            for name, body in files.items()
+        ]
+        self.bodies |= {
+            api: info,
+            f"{api}/revision/main": info,
+            f"{api}/tree/{sha}": json.dumps(tree).encode(),
+        }
+        for name, body in files.items():
+            path = f"/{MODEL}/resolve/{sha}/{name}"
             self.bodies[path] = body
             self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
 

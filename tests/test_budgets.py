@@ -16,8 +16,9 @@ FUNCTION_LINES = 80
 PARAMETERS = 8
 MODEL_FILES = 12
 RECIPE_KEYS = 100
-FLAGS = 15
-"""Options of one command; `--help` and `--verbose` of every command count too."""
+FLAGS = 17
+"""Options of one command; `--help` and `--verbose` of every command count too. Evaluate and predict
+take any detector, which is three: which, whether its program is trusted, what its labels mean."""
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",

@@ -15,7 +15,7 @@ from imaging.jpeg import CHROMAS
 from model.evaluation.robustness import (
     FIGURES,
     PerturbedScores,
-    Scorer,
+    VariantScorer,
     group_codes,
     measure_perturbations,
     sample_by_hash,
@@ -179,7 +179,7 @@ def measure_swaps(
 
 
 def report_robustness(
-    scorer: Scorer,
+    scorer: VariantScorer,
     shards: ShardSet,
     perturbations: Sequence[Perturbation],
     *,

@@ -61,44 +61,43 @@ class Flip:
     fixed: bool
 
 
-def shared_samples(
-    before: ScoreTable, after: ScoreTable, *, intersect: bool = False
-) -> tuple[ScoreTable, ScoreTable]:
-    """Both tables cut to the images that both could read, in the order of `before`.
+def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreTable, ...]:
+    """All tables cut to the images that each of them could read, in the order of the first.
 
     Raises:
         ScoresError: they are not on the same samples and `intersect` is off, they share none, or
-            an image is real in one of them and fake in the other.
+            an image is real in one of them and fake in another.
     """
+    runs = {2: "the two runs"}.get(len(tables), f"the {len(tables)} runs")
     keys = [
         list(zip(*(table.table.column(name).to_pylist() for name in ("set", "key")), strict=True))
-        for table in (before, after)
+        for table in tables
     ]
-    row_of_key = {key: row for row, key in enumerate(keys[1])}
-    common = [(row, row_of_key[key]) for row, key in enumerate(keys[0]) if key in row_of_key]
+    row_of_key = [{key: row for row, key in enumerate(of_run)} for of_run in keys]
+    common = [key for key in keys[0] if all(key in of_run for of_run in row_of_key)]
     if not common:
-        raise ScoresError("the two runs have no image in common; nothing can be compared")
-    if not intersect and not len(common) == len(before) == len(after):
+        raise ScoresError(f"{runs} have no image in common; nothing can be compared")
+    if not intersect and any(len(common) != len(table) for table in tables):
+        counts = [f"{len(table):,}" for table in tables]
+        every = "both" if len(tables) == 2 else "all"
         raise ScoresError(
-            f"the two runs are on different samples: {len(before):,} and {len(after):,} images, "
-            f"{len(common):,} of them in both; measure both on the same sets and the same "
+            f"{runs} are on different samples: {', '.join(counts[:-1])} and {counts[-1]} images, "
+            f"{len(common):,} of them in {every}; measure {every} on the same sets and the same "
             "--subset, or compare what they share with --intersection"
         )
-    rows = np.array(common).T
+    rows = [np.array([of_run[key] for key in common]) for of_run in row_of_key]
     labels, valid = (
-        [
-            table.numbers(name)[table_rows]
-            for table, table_rows in zip((before, after), rows, strict=True)
-        ]
+        np.array([t.numbers(name)[of] for t, of in zip(tables, rows, strict=True)])
         for name in ("label", "valid")
     )
-    if (labels[0] != labels[1]).any():
-        first = keys[0][rows[0][int(np.argmax(labels[0] != labels[1]))]]
-        raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in the other")
-    both = valid[0].astype(bool) & valid[1].astype(bool)
-    return (
-        ScoreTable(before.table.take(rows[0][both]), before.evaluation),
-        ScoreTable(after.table.take(rows[1][both]), after.evaluation),
+    if (labels != labels[0]).any():
+        other = "the other" if len(tables) == 2 else "another"
+        first = common[int(np.argmax((labels != labels[0]).any(axis=0)))]
+        raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in {other}")
+    kept = valid.astype(bool).all(axis=0)
+    return tuple(
+        ScoreTable(table.table.take(of[kept]), table.evaluation)
+        for table, of in zip(tables, rows, strict=True)
     )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from model import checkpoint as checkpoints
+from model.adapters.detector import OtherDetector
 from model.device import choose_device, choose_precision
 from model.distributed import DistEnv
+from model.inference.onnx_detector import OnnxDetector
 from pipeline.loader import choose_backend
 from pipeline.loading import Loading
 from pipeline.subset import Subset, choose_samples
@@ -62,11 +64,12 @@ class PlannedSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationPlan:
-    """What an evaluation will do, on this rank. Made by `plan`; `meta` is that of the checkpoint,
-    `sets` are in the order in which they are scored.
+    """What an evaluation will do, on this rank. Made by `plan`; `meta` is that of the checkpoint or
+    of the `detector` that is none, `sets` are in the order in which they are scored.
     """
 
     checkpoint: Path
+    detector: OtherDetector | OnnxDetector | None
     meta: Mapping[str, Any] = field(repr=False)
     sets: Mapping[str, PlannedSet] = field(repr=False)
     reference: Reals | None
@@ -92,19 +95,26 @@ class EvaluationPlan:
 
 
 def plan(
-    checkpoint: Path,
+    subject: Path | OtherDetector | OnnxDetector,
     data: AnyPath,
     names: Sequence[str],
     options: Options,
     dist: DistEnv | None = None,
 ) -> EvaluationPlan:
-    """Open and check all that scoring `names` (sets below `data`) needs; nothing is written.
+    """Open and check all that scoring `names` (sets below `data`) by a checkpoint or another
+    detector needs; nothing is written.
 
     Raises:
-        ValueError: no such set, sample, real image, checkpoint or device; the message says what to
-            do.
+        ValueError: no such set, sample, real image, checkpoint or device, or stored features for a
+            detector that is no checkpoint; the message says what to do.
     """
     dist = dist or DistEnv()
+    detector = None if isinstance(subject, Path) else subject
+    if detector and options.features:
+        raise ValueError(
+            f"stored features are those of a checkpoint's backbone; {detector.checkpoint} is "
+            "scored on images: leave --features out"
+        )
     sets = {name: _open(data, name, options.subset) for name in names}
     reference = choose_reference(
         data, {name: s.shards for name, s in sets.items()}, options.reference_reals
@@ -114,9 +124,12 @@ def plan(
     device = choose_device(options.device, dist.local_rank)
     dtype, dtype_reason = choose_precision("auto", device)
     backend, backend_reason = choose_backend(options.loading.backend, device)
+    if detector:
+        backend, backend_reason = detector.backend, detector.reason
     return EvaluationPlan(
-        checkpoint=checkpoint,
-        meta=checkpoints.check(checkpoint),
+        checkpoint=subject if isinstance(subject, Path) else subject.checkpoint,
+        detector=detector,
+        meta=checkpoints.check(subject) if isinstance(subject, Path) else subject.meta,
         sets=sets,
         reference=reference,
         options=options,

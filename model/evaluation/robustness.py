@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
 from model.score import probability, score_batches
 from pipeline import pil
-from pipeline.augment import Preprocess, center_crop_params
+from pipeline.augment import Preprocess
 from pipeline.batch import Batch
 from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.read import ReadError, ShardReader
@@ -80,9 +80,38 @@ class Scorer:
     dtype: torch.dtype = torch.float32
     dist: DistEnv = field(default_factory=DistEnv)
 
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """What the network sees of an image: uint8 (size, size, 3) RGB."""
+        return pil.preprocess(pixels, self.preprocess)
+
+    def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
+        """The logits of all variants of one image, which are one batch; NaN of a reason."""
+        batch = _batch_of(variants, self.device)
+        ((_, logits),) = score_batches(self.net, [batch], self.device, self.dtype)
+        return logits
+
+
+class VariantScorer(Protocol):
+    """What robustness asks of a detector: `Scorer` of ours, `DetectorScorer` of others.
+
+    `prepare` makes of pixels, uint8 (height, width, 3), what is scored; threads call it. `column`
+    gives the logits before any temperature of the prepared variants of one image, float32 (D,), NaN
+    where a reason stands in the place of one.
+    """
+
+    @property
+    def dist(self) -> DistEnv:
+        """The ranks."""
+
+    def prepare(self, pixels: np.ndarray) -> Any:
+        """See the class."""
+
+    def column(self, variants: Sequence[Any]) -> np.ndarray:
+        """See the class."""
+
 
 def score_perturbations(
-    scorer: Scorer,
+    scorer: VariantScorer,
     shards: ShardSet,
     samples: np.ndarray,
     perturbations: Sequence[Perturbation],
@@ -100,23 +129,17 @@ def score_perturbations(
     unreadable: dict[int, str] = {}
     kept, logits = [], []
 
-    def batches() -> Iterator[Batch]:
-        for sample, variants in perturbed_variants(
-            shards, samples[dist.rank :: dist.world_size], perturbations, scorer.preprocess
-        ):
-            if isinstance(variants, str):
-                unreadable[int(sample)] = variants
-                if on_images:
-                    on_images(1)
-            else:
-                yield _batch_of(int(sample), variants, scorer.device)
-
-    for batch, batch_logits in score_batches(scorer.net, batches(), scorer.device, scorer.dtype):
-        sample = int(batch.samples[0])
-        for row, reason in batch.failures.items():
-            failures[row][sample] = reason
-        kept.append(sample)
-        logits.append(batch_logits)
+    for sample, variants in perturbed_variants(
+        shards, samples[dist.rank :: dist.world_size], perturbations, scorer.prepare
+    ):
+        if isinstance(variants, str):
+            unreadable[int(sample)] = variants
+        else:
+            for row, variant in enumerate(variants):
+                if isinstance(variant, str):
+                    failures[row][int(sample)] = variant
+            kept.append(int(sample))
+            logits.append(scorer.column(variants))
         if on_images:
             on_images(1)
     parts = all_gather_object(dist, (kept, logits, failures, unreadable))
@@ -141,14 +164,16 @@ def perturbed_variants(
     shards: ShardSet,
     samples: np.ndarray,
     perturbations: Sequence[Perturbation],
-    preprocess: Preprocess,
-) -> Iterator[tuple[int, list[np.ndarray | str] | str]]:
-    """Each sample, preprocessed after each perturbation, or the reason why it cannot be."""
+    prepare: Callable[[np.ndarray], Any],
+) -> Iterator[tuple[int, list[Any] | str]]:
+    """Each sample, as `prepare` makes it of its pixels after each perturbation, or the reason why
+    it cannot be.
+    """
     reader = ShardReader(shards)
     codes, formats = shards.codes("format")
     hashes = shards.table.column("sha256")
 
-    def prepare(sample: int) -> list[np.ndarray | str] | str:
+    def variants_of(sample: int) -> list[Any] | str:
         data = reader.read([sample])[0]
         if isinstance(data, ReadError):
             return str(data)
@@ -159,14 +184,14 @@ def perturbed_variants(
             return str(error)
         sha256 = hashes[int(sample)].as_py()
         return [
-            _variant_of(pixels, perturbation, sha256, preprocess) for perturbation in perturbations
+            _variant_of(pixels, perturbation, sha256, prepare) for perturbation in perturbations
         ]
 
     workers = cores()
     waiting: deque = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="perturb") as pool:
         for sample in samples.tolist():
-            waiting.append((sample, pool.submit(prepare, sample)))
+            waiting.append((sample, pool.submit(variants_of, sample)))
             if len(waiting) > 2 * workers:
                 ready, future = waiting.popleft()
                 yield ready, future.result()
@@ -175,21 +200,19 @@ def perturbed_variants(
 
 
 def _variant_of(
-    pixels: np.ndarray, perturbation: Perturbation, sha256: bytes, preprocess: Preprocess
-) -> np.ndarray | str:
+    pixels: np.ndarray,
+    perturbation: Perturbation,
+    sha256: bytes,
+    prepare: Callable[[np.ndarray], Any],
+) -> Any:
     try:
         arrived = perturbation.apply(pixels, sha256)
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    height, width = arrived.shape[:2]
-    out = torch.empty((preprocess.crop_size, preprocess.crop_size, 3), dtype=torch.uint8)
-    pil.apply(
-        arrived, center_crop_params(preprocess, np.array([width]), np.array([height])).row(0), out
-    )
-    return out.numpy()
+    return prepare(arrived)
 
 
-def _batch_of(sample: int, variants: list[np.ndarray | str], device: torch.device) -> Batch:
+def _batch_of(variants: Sequence[np.ndarray | str], device: torch.device) -> Batch:
     """All variants of one sample as a batch; those that are not there are black and not valid."""
     failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
     size = next((len(variant) for variant in variants if not isinstance(variant, str)), 1)
@@ -201,7 +224,7 @@ def _batch_of(sample: int, variants: list[np.ndarray | str], device: torch.devic
         images=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2),
         labels=torch.zeros(len(variants), dtype=torch.int64, device=device),
         valid=torch.tensor([row not in failures for row in range(len(variants))]).to(device),
-        samples=np.full(len(variants), sample, np.int64),
+        samples=np.zeros(len(variants), np.int64),
         sources=np.zeros(len(variants), np.int32),
         replayed=np.zeros(len(variants), np.bool_),
         failures=failures,

@@ -1,37 +1,46 @@
 """Evaluate a checkpoint: plan, score each sample once, report."""
 
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import nn
 
 import console
 from installed import command
-from model.checkpoint import git_commit, load_network
-from model.device import describe, keep_freed_memory
+from model.adapters.detector import OtherDetector
+from model.adapters.open import Opening, as_checkpoint, open_other
+from model.checkpoint import WEIGHTS_FILE, find, git_commit, load_network
+from model.device import choose_device, describe, keep_freed_memory
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
+from model.evaluation.others import DetectorScorer, score_shards
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
-from model.evaluation.robustness import Scorer
+from model.evaluation.robustness import Scorer, VariantScorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
 from model.features.embed import Embedder
 from model.features.loader import FeatureSource, open_scored
 from model.features.prepare import embed_sets, source_of_checkpoint
+from model.inference.onnx_detector import OnnxDetector
 from model.network import Detector
 from model.score import score_set
+from model.shipped.backbone import output_folder
 from pipeline.augment import Preprocess
 from pipeline.perturb import PERTURBATIONS
 from sharding.format import ShardSet, join_sets, open_shards
-from storage import AnyPath
+from storage import AnyPath, write_text
+
+SPEED_FILE = "speed.json"
+"""How fast the images were scored; not in the scores, which are the same bytes each time."""
 
 
 def evaluate(
-    checkpoint: Path,
+    subject: Path | OtherDetector | OnnxDetector,
     data: AnyPath,
     names: Sequence[str],
     out: Path,
@@ -39,28 +48,88 @@ def evaluate(
     options: Options | None = None,
     dist: DistEnv | None = None,
 ) -> dict[str, Any]:
-    """Score `names` (sets below `data`), or a subset of their samples; write `scores.parquet` to
-    `out` and return the report on it. On many ranks each calls this; the first one writes, and the
-    others return an empty report.
+    """Score `names` (sets below `data`), or a subset of their samples, by a checkpoint or another
+    detector; write `scores.parquet` and `speed.json` to `out` and return the report. On many ranks
+    each calls this; the first one writes, and the others return an empty report.
 
     Raises:
         ValueError: as `plan`.
     """
-    planned = plan(checkpoint, data, names, options or Options(), dist)
+    planned = plan(subject, data, names, options or Options(), dist)
     if planned.trained_on:
         console.log.warning("%s", report.on_training_data(planned.trained_on))
-    net, preprocess, _ = load_network(planned.checkpoint)
-    keep_freed_memory(planned.device)
-    precision = describe(planned.dtype)
-    console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
-    net.to(planned.device)
-    rows = score_sets(planned, net, preprocess)
-    perturbed = deliver_sets(planned, net, preprocess) if planned.options.robustness else {}
+    scorer: VariantScorer
+    if planned.detector:
+        console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)
+        scorer = DetectorScorer(planned.detector, planned.dist)
+        began = time.perf_counter()
+        rows = score_sets_by(planned, planned.detector)
+    else:
+        net, preprocess, _ = load_network(planned.checkpoint)
+        keep_freed_memory(planned.device)
+        precision = describe(planned.dtype)
+        console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
+        net.to(planned.device)
+        scorer = Scorer(net, preprocess, planned.device, planned.dtype, planned.dist)
+        began = time.perf_counter()
+        rows = score_sets(planned, net, preprocess)
+    seconds = time.perf_counter() - began
+    perturbed = deliver_sets(planned, scorer) if planned.options.robustness else {}
     if not planned.dist.is_main:
         return {}
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))
+    images = sum(map(len, rows))
+    speed = {"images": images, "seconds": seconds, "images_per_s": images / seconds,
+             "device": str(planned.device), "ranks": planned.dist.world_size}  # fmt: skip
+    write_text(out / SPEED_FILE, json.dumps(speed) + "\n")
     return report_on(out / SCORES_FILE)
+
+
+def choose_subject(
+    name: str | None, checkpoint: Path | None, opening: Opening, device: str, dist: DistEnv
+) -> tuple[Path | OtherDetector | OnnxDetector, Path]:
+    """What is measured, by `--detector` (`name`) or `--checkpoint`, and the folder for what is made
+    of it.
+
+    Raises:
+        ValueError: there is none; as `model.adapters.open.load_any`.
+    """
+    named = as_checkpoint(name, checkpoint, opening)
+    if named or not name:
+        chosen = find(opening.runs, named)
+        return chosen, output_folder(chosen, opening.runs)
+    if device == "auto":
+        device = str(choose_device(device, dist.local_rank))
+    detector = open_other(name, opening, device=device)
+    if isinstance(detector, OnnxDetector):
+        return detector, opening.runs / f"onnx-{detector.checkpoint.stem}"
+    return detector, opening.runs / detector.folder_name
+
+
+def score_sets_by(
+    planned: EvaluationPlan, detector: OtherDetector | OnnxDetector
+) -> list[pa.Table]:
+    """The rows of `scores.parquet` of each set by a detector that is no checkpoint, on every
+    rank.
+    """
+    dist, tables = planned.dist, []
+    for name, planned_set in planned.sets.items():
+        _say_reference(planned, name)
+        shards = planned_set.shards
+        with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
+            scores = score_shards(
+                detector, shards, dist, lambda done: advance(done * dist.world_size)
+            )  # fmt: skip
+        tables.append(rows_of(name, shards, scores, planned.meta["temperature"]))
+    return tables
+
+
+def _say_reference(planned: EvaluationPlan, name: str) -> None:
+    """Which set is scored for its real images only, and why."""
+    if not planned.sets[name].measured and planned.reference:
+        count, why = len(planned.sets[name].shards), planned.reference["why"]
+        console.log.info("%s: its %s real images (%s)", name, count, why)
 
 
 def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -> list[pa.Table]:
@@ -71,9 +140,7 @@ def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -
         _embed(planned, net, source)
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
-        if not planned_set.measured and planned.reference:
-            why = planned.reference["why"]
-            console.log.info("%s: its %s real images (%s)", name, len(shards), why)
+        _say_reference(planned, name)
         loader = open_scored(
             shards, preprocess, planned.options.loading, planned.device, dist=dist, features=source
         )
@@ -101,12 +168,9 @@ def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> Non
     all_gather_object(planned.dist, None)  # no rank reads before all have written
 
 
-def deliver_sets(
-    planned: EvaluationPlan, net: nn.Module, preprocess: Preprocess
-) -> dict[str, dict[str, Any]]:
+def deliver_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, dict[str, Any]]:
     """The entry `robustness` of each measured set; says how many images it is about."""
     dist, meta, per_class = planned.dist, planned.meta, planned.options.robustness
-    scorer = Scorer(net, preprocess, planned.device, planned.dtype, dist)
     entries = {}
     for name in planned.measured:
         label, shards = f"perturbing {name}", with_reference(planned, name)
@@ -141,10 +205,11 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
     meta, subset, measured = planned.meta, planned.options.subset, planned.measured
     return {
         "checkpoint": str(planned.checkpoint),
-        "run": meta["recipe"]["name"],
+        "run": meta["run"] if planned.detector else meta["recipe"]["name"],
         "step": meta["step"],
+        "detector": _identity_of(planned),
         "commit": git_commit(),
-        "precision": describe(planned.dtype),
+        "precision": planned.backend_reason if planned.detector else describe(planned.dtype),
         "backend": planned.backend,
         **{name: meta[name] for name in ("temperature", "threshold", "calibration")},
         "subset": None
@@ -165,6 +230,18 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
         "reference_reals": planned.reference,
         "trained_on": planned.trained_on,
     }
+
+
+def _identity_of(planned: EvaluationPlan) -> dict[str, Any]:
+    """The entry `detector` of the scores; see `model/evaluation/scores.py`."""
+    meta = planned.meta
+    if isinstance(planned.detector, OnnxDetector):
+        name = planned.checkpoint.name
+        return {"kind": "onnx", "name": name, "sha256": meta["sha256"]}
+    if planned.detector:
+        return meta["detector"]
+    weights = meta["sha256"][WEIGHTS_FILE]
+    return {"kind": "checkpoint", "name": planned.checkpoint.name, "sha256": weights}
 
 
 def report_on(path: Path) -> dict[str, Any]:

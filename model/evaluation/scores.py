@@ -5,6 +5,8 @@ One row per sample of the sets that were measured, in their order; see `SCORES_S
 of the file holds, under `evaluation`, a JSON object with what else a report needs:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
+     "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its
+                  weights or file, "revision": commit, "fake_labels": [label, ...]},   # as it has
      "precision": "fp32", "backend": "pil",
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},

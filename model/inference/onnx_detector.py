@@ -8,7 +8,7 @@ list.
 
 import json
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,18 @@ class OnnxDetector(AnyDetector):
     def score(self, pixels: np.ndarray) -> np.ndarray:
         """The probability of fake of uint8 (B, size, size, 3) images, float32 (B,)."""
         return self.session.run(["probability"], {"images": pixels})[0]
+
+    def logits(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """The logit of fake minus that of real of what `preprocess_file` made, before the
+        temperature: float32 (B,).
+        """
+        real, fake = self.session.run(["logits"], {"images": np.stack(prepared)})[0].T
+        return fake - real
+
+    @property
+    def fixed_batches(self) -> bool:
+        """The last bits of a score depend on how many images are scored together."""
+        return True
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:

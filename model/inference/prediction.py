@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -59,6 +59,14 @@ array (height, width, 3) of RGB or (height, width) of gray, or what is read when
 
 Source: TypeAlias = ImageFile | Pixels
 """One image on its way to the network: to be read, or decoded already."""
+
+
+class Named(Protocol):
+    """What is worked on ahead of time."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a result."""
 
 
 def as_source(image: Picture, index: int = 0) -> Source:
@@ -276,11 +284,18 @@ def ahead(
     """Names and what `work` made of each file, in groups of `group_sizes`; an error is its reason,
     a string. Threads work ahead, on at most two groups.
     """
+    yield from in_groups(files, work, group_sizes(batch_size, start))
+
+
+def in_groups(
+    files: Iterable[Named], work: Callable[[Any], Any], sizes: Iterable[int]
+) -> Iterator[tuple[list[str], list[Any]]]:
+    """As `ahead`, in groups of `sizes`, of anything that has a name."""
     files, waiting = iter(files), deque[tuple[str, Future]]()
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     more = True
     try:
-        for size in group_sizes(batch_size, start):
+        for size in sizes:
             while more and len(waiting) < 2 * size:
                 if (file := next(files, None)) is None:
                     more = False
@@ -313,7 +328,7 @@ def preprocess_ahead(
         yield names, pixels, failures
 
 
-def done_or_reason(work: Callable[[Any], Any], file: Source) -> Any:
+def done_or_reason(work: Callable[[Any], Any], file: Named) -> Any:
     """What `work` makes of a file; where it cannot be read, the reason, a string of one line."""
     try:
         return work(file)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import console
 from imaging.decode import ImageFile
@@ -25,9 +25,12 @@ from model.inference.signatures import TrustList
 from storage import file_name, write_atomically
 
 if TYPE_CHECKING:
+    from model.adapters.detector import OtherDetector
     from model.inference.detector import ImageDetector
     from model.inference.onnx_detector import OnnxDetector
     from model.inference.prediction import Prediction
+
+    Loaded: TypeAlias = ImageDetector | OnnxDetector | OtherDetector
 
 
 @dataclass(eq=False)
@@ -43,7 +46,7 @@ class Note:
 class Run:
     """One run over images: where results go, and what has been counted."""
 
-    detector: "ImageDetector | OnnxDetector"
+    detector: "Loaded"
     output: str
     out: results.ResultsFile | None = None
     heatmaps: Path | None = None
@@ -153,16 +156,14 @@ class Run:
 _OF_ONE_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 
 
-def draw_heatmap(
-    detector: "ImageDetector | OnnxDetector", name: str, data: bytes, folder: Path
-) -> None:
+def draw_heatmap(detector: "Loaded", name: str, data: bytes, folder: Path) -> None:
     """Write the overlay of an image to `heatmap_path`, as a whole or not at all."""
     from PIL import Image
 
     from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
-    assert isinstance(detector, ImageDetector)  # `predict.py` takes no --heatmap with --onnx
+    assert isinstance(detector, ImageDetector)  # `predict.py` draws those of a checkpoint alone
     path = heatmap_path(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(heatmap(detector, data))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.calibrate import Calibration, CalibrationError, ThresholdAt, calibrate
+from model.calibrate import Calibration, ThresholdAt, calibrate, check_validation_sets
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv
@@ -20,7 +20,7 @@ from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from pipeline.augment import Preprocess
 from pipeline.loading import Loading
-from sharding.format import ShardSet, open_shards, read_index
+from sharding.format import ShardSet, open_shards
 from storage import AnyPath, write_text
 
 
@@ -136,13 +136,7 @@ def calibrate_checkpoint(
             checkpoint is as it was.
     """
     dist = dist or DistEnv()
-    for folder in folders:
-        split = read_index(folder)["split"]
-        if split != "val":
-            raise CalibrationError(
-                f"{folder.name} is of the split {split}; calibration takes validation sets only: "
-                "fitted to what it is tested on or was trained on, it would promise too much"
-            )
+    check_validation_sets(folders)
     net, preprocess, _ = load_network(checkpoint)
     keep_freed_memory(device)
     dtype, _ = choose_precision("auto", device)

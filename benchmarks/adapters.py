@@ -1,0 +1,142 @@
+"""What `evaluate.py --detector` costs over a detector that is called by hand.
+
+By hand: the library's own calls on the same images in batches of as many, which are files that
+Pillow opens, by one thread. By the adapter: reading from shards, the same preprocessing and the
+same network. By hand is timed before and after the adapter.
+"""
+
+import importlib.util
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+
+import console
+from model.adapters.detector import OtherDetector
+from model.adapters.networks import open_timm, open_transformers
+from model.adapters.python_file import open_file
+from model.evaluation.others import score_shards
+from model.score import AT_A_TIME
+from sharding.format import open_shards
+
+FILE = """
+import timm, torch
+from timm.data import create_transform, resolve_data_config
+net = timm.create_model("{network}", num_classes=2).eval()
+transform = create_transform(**resolve_data_config(model=net))
+
+def predict(images):
+    with torch.inference_mode():
+        return net(torch.stack([transform(image) for image in images])).softmax(1)[:, 1].tolist()
+"""
+
+Bare = Callable[[Sequence[Image.Image]], Any]
+
+
+def spent(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds, and seconds of processors, that some work takes."""
+
+    def processor() -> float:
+        of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in of)
+
+    began, cost = time.perf_counter(), processor()
+    work()
+    return {"seconds": time.perf_counter() - began, "processor_s": processor() - cost}
+
+
+def of_file(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
+    """A Python file with a network of timm in it."""
+    path = folder / "detector.py"
+    path.write_text(FILE.format(network=network), encoding="utf-8")
+    detector = open_file(path, trust=True)
+    return detector, detector.judge.predict
+
+
+def of_timm(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
+    """A model of timm in a local folder."""
+    model = folder / "timm"
+    model.mkdir()
+    net = timm.create_model(network, num_classes=2).eval()
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, model / "model.safetensors")
+    settings = {**net.pretrained_cfg, "num_classes": 2, "label_names": ["real", "fake"]}
+    config = {"architecture": network, "num_classes": 2, "pretrained_cfg": settings}
+    (model / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    transform = create_transform(**resolve_data_config(model=net))
+
+    def bare(images: Sequence[Image.Image]) -> Any:
+        with torch.inference_mode():
+            return net(torch.stack([transform(image) for image in images])).softmax(1)
+
+    return open_timm(str(model), device="cpu"), bare
+
+
+def of_transformers(folder: Path) -> tuple[OtherDetector, Bare]:
+    """A tiny ViT (192 wide, 12 layers, 224 pixels) of transformers with random weights."""
+    import transformers
+
+    model = folder / "hf"
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
+        id2label={0: "real", 1: "fake"},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(model)
+    transformers.ViTImageProcessor().save_pretrained(model)
+    net = transformers.AutoModelForImageClassification.from_pretrained(model).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(model)
+
+    def bare(images: Sequence[Image.Image]) -> Any:
+        with torch.inference_mode():
+            return net(**processor(images=list(images), return_tensors="pt")).logits.softmax(1)
+
+    return open_transformers(str(model), device="cpu"), bare
+
+
+def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
+    """The cost of each kind by hand and by its adapter, and their ratio; transformers is left out
+    where it is not installed.
+    """
+    made = {"file": of_file(folder, network), "timm": of_timm(folder, network)}
+    if importlib.util.find_spec("transformers"):
+        made["hf"] = of_transformers(folder)
+    shard_set = open_shards([shards / "small"])
+    files = sorted((folder / "raw").rglob("*.jpg"))
+    figures = {}
+    for kind, (detector, bare) in made.items():
+
+        def by_hand(bare: Bare = bare) -> None:
+            for first in range(0, len(files), AT_A_TIME):
+                images = [Image.open(f).convert("RGB") for f in files[first : first + AT_A_TIME]]
+                bare(images)
+
+        def adapted(detector: OtherDetector = detector) -> None:
+            score_shards(detector, shard_set)
+
+        bare([Image.fromarray(np.zeros((150, 200, 3), np.uint8))] * AT_A_TIME)
+        first, between, second = spent(by_hand), spent(adapted), spent(by_hand)
+        by_hand_cost = {name: (first[name] + second[name]) / 2 for name in first}
+        ratio = {name: between[name] / by_hand_cost[name] for name in between}
+        figures[kind] = {"by_hand": [first, second], "adapter": between, "ratio": ratio}
+    return figures
+
+
+def print_costs(figures: dict[str, Any], images: int) -> None:
+    """A row for each kind of detector."""
+    rows = [
+        [kind, *(cost[which] for which in ("seconds", "processor_s")
+                 for cost in (*figure["by_hand"], figure["adapter"])),
+         figure["ratio"]["seconds"], figure["ratio"]["processor_s"]]
+        for kind, figure in figures.items()
+    ]  # fmt: skip
+    columns = ["detector", "by hand, s", "again", "adapter", "by hand, processor s", "again",
+               "adapter", "ratio", "ratio of processor s"]  # fmt: skip
+    console.table(f"adapters on {images:,} small images", columns, rows)

@@ -1,0 +1,223 @@
+"""Image classifiers of the Hugging Face Hub, by transformers and by timm.
+
+Only their `.json` and `.safetensors` files are brought here: nothing is unpickled, and no code of
+a repository is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from model.adapters.detector import DetectorError, OtherDetector, meta_of
+from model.adapters.labels import fake_indices
+from model.device import choose_device, keep_freed_memory
+from model.score import evaluating
+from storage import sha256_of
+
+TAKEN = ("*.json", "*.safetensors")
+"""The files of a repository that are brought."""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkJudge:
+    """A classifier: `transform` makes of an image its input, float32 (3, H, W), `forward` of a
+    batch of them its logits, float (B, labels); `fake` are the labels that mean AI-generated. Of a
+    single output, which says how surely its label is meant, the sigmoid is taken.
+    """
+
+    net: nn.Module
+    transform: Callable[[Image.Image], torch.Tensor]
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    fake: Sequence[int]
+    device: torch.device
+    fixed_batches: bool = True
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """The input of the network."""
+        return self.transform(image)
+
+    def score(self, prepared: Sequence[torch.Tensor]) -> np.ndarray:
+        """The probability of fake of each, float64 (B,)."""
+        with torch.inference_mode(), evaluating(self.net):
+            logits = self.forward(torch.stack(list(prepared)).to(self.device)).double()
+        if logits.shape[1] > 1:
+            return logits.softmax(1)[:, list(self.fake)].sum(1).clamp(0, 1).cpu().numpy()
+        of_label = logits[:, 0].sigmoid()
+        return (of_label if self.fake else 1 - of_label).cpu().numpy()
+
+
+def open_transformers(
+    name: str, *, device: str = "auto", fake_labels: Sequence[str] = (),
+    threshold: float | None = None,
+) -> OtherDetector:  # fmt: skip
+    """An image classifier of transformers: `name` is a local folder, or OWNER/NAME or
+    OWNER/NAME@REVISION of the hub.
+
+    Raises:
+        DetectorError: transformers is missing, the repository is no such classifier, has no
+            safetensors or needs its own code, or its labels do not say which mean AI-generated.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise DetectorError(
+            "hf: needs the library transformers; install the extra `detectors`, as `make setup` "
+            "does"
+        ) from error
+    folder, revision = _files_of(name, name)
+    config = _json_of(folder / "config.json", name)
+    where = choose_device(device)
+    if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise DetectorError(
+            f"{name} needs code of its repository, which is never run; export it to a format that "
+            "needs none, or write a file.py that you trust"
+        )
+    if config.get("problem_type") == "multi_label_classification":
+        raise DetectorError(
+            f"{name} gives each label a probability of its own, so none is that of AI-generated; "
+            "write a file.py that says how they are put together"
+        )
+    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **common)
+        net, loading = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **common
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DetectorError(
+            f"{name} is no image classifier that transformers opens: {_one_line(error)}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise DetectorError(
+            f"{name} has no weights for {missing[0]} and {len(missing) - 1} more: it is no trained "
+            "image classifier; name one that is"
+        )
+    labels = {int(index): str(label) for index, label in net.config.id2label.items()}
+    net.to(where, torch.float32)
+    keep_freed_memory(where)
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    judge = NetworkJudge(
+        net, transform, lambda images: net(pixel_values=images).logits,
+        fake_indices(labels, fake_labels, name), where,
+    )  # fmt: skip
+    return _detector("hf", name, (folder, revision), labels, judge, threshold)
+
+
+def open_timm(
+    name: str, *, device: str = "auto", fake_labels: Sequence[str] = (),
+    threshold: float | None = None,
+) -> OtherDetector:  # fmt: skip
+    """A classifier of timm: `name` is a local folder, OWNER/NAME of the hub, or NAME of timm's own
+    weights there. Its labels are `label_names` of its `config.json`.
+
+    Raises:
+        DetectorError: as `open_transformers`.
+    """
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    repository = name if "/" in name or Path(name).is_dir() else f"timm/{name}"
+    folder, revision = _files_of(repository, name)
+    config = _json_of(folder / "config.json", name)
+    settings = config.get("pretrained_cfg", config)
+    names = settings.get("label_names") or config.get("label_names") or []
+    count = int(settings.get("num_classes", config.get("num_classes", len(names))))
+    labels = dict(enumerate(map(str, names or [f"LABEL_{i}" for i in range(count)])))
+    fake = fake_indices(labels, fake_labels, name)
+    where = choose_device(device)
+    try:
+        net = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=count)
+        net.load_state_dict(load_file(_weights_of(folder, name)[0]))
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DetectorError(f"{name} is no model that timm opens: {_one_line(error)}") from error
+    net.to(where)
+    keep_freed_memory(where)
+    transform = create_transform(
+        **resolve_data_config(pretrained_cfg=net.pretrained_cfg, model=net)
+    )
+    judge = NetworkJudge(net, transform, net, fake, where)
+    return _detector("timm", name, (folder, revision), labels, judge, threshold)
+
+
+def _detector(
+    kind: str, name: str, files: tuple[Path, str], labels: Mapping[int, str], judge: NetworkJudge,
+    threshold: float | None,
+) -> OtherDetector:  # fmt: skip
+    folder, revision = files
+    weights = _weights_of(folder, name)
+    if len(weights) == 1:
+        sha256 = sha256_of(weights[0])
+    else:
+        sha256 = hashlib.sha256("".join(map(sha256_of, weights)).encode()).hexdigest()
+    fake = [labels[index] for index in judge.fake]
+    meta = meta_of(kind, name, revision=revision, sha256=sha256, fake_labels=fake)
+    reason = f"{kind} on {judge.device}, AI-generated: {', '.join(fake) or 'the complement'}"
+    return OtherDetector(Path(f"{kind}:{name}"), judge, meta, threshold, reason)
+
+
+def _files_of(repository: str, name: str) -> tuple[Path, str]:
+    """The folder with the files of a repository, and its commit; a local folder has none.
+
+    Raises:
+        DetectorError: it is not there, or has no weights in safetensors.
+    """
+    if Path(repository).is_dir():
+        _weights_of(Path(repository), name)
+        return Path(repository), ""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, _, revision = repository.partition("@")
+    try:
+        folder = snapshot_download(owner, revision=revision or None, allow_patterns=[*TAKEN])
+    except HFValidationError as error:
+        raise DetectorError(
+            f"{name} is neither a folder nor OWNER/NAME of a repository of the hub"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DetectorError(
+            f"{name} could not be brought from the hub ({_one_line(error)}); check its name and "
+            "the network, or name a local folder"
+        ) from error
+    _weights_of(Path(folder), name)
+    return Path(folder), Path(folder).name
+
+
+def _weights_of(folder: Path, name: str) -> list[Path]:
+    """The files of weights, by name.
+
+    Raises:
+        DetectorError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    whole = [file for file in files if file.name == "model.safetensors"]
+    if not files:
+        raise DetectorError(
+            f"{name} has no weights in safetensors; pickled ones can run programs and are never "
+            "opened: ask its owner for a model.safetensors"
+        )
+    return whole or files
+
+
+def _json_of(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DetectorError(f"{name} has no readable {path.name} ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

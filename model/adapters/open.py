@@ -1,0 +1,118 @@
+"""Any detector by its name; what takes seconds to load is imported when it is opened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from model.adapters.detector import DetectorError, OtherDetector
+from model.adapters.kept import with_calibration
+from model.inference.prediction import check_threshold
+
+if TYPE_CHECKING:
+    from model.inference.onnx_detector import OnnxDetector
+    from model.inference.run import Loaded
+    from pipeline.loading import Backend
+
+Kind: TypeAlias = Literal["hf", "timm", "file", "onnx", "checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a detector of others is opened: whether its program is `trust`ed, which of its labels
+    mean AI-generated, and where what was fitted to it is kept (`runs`).
+    """
+
+    trust: bool = False
+    fake_labels: Sequence[str] = ()
+    runs: Path = Path("runs")
+
+
+def kind_of(name: str) -> Kind:
+    """What a name of `--detector` means; what has no sign of another kind is a checkpoint."""
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in ("hf", "timm"):
+        if not rest:
+            raise DetectorError(f"{name} names no model; write {prefix}:OWNER/NAME, or a folder")
+        return "hf" if prefix == "hf" else "timm"
+    suffix = Path(name).suffix.lower()
+    if suffix == ".py":
+        return "file"
+    return "onnx" if suffix == ".onnx" else "checkpoint"
+
+
+def load_any(
+    name: str | None, checkpoint: Path | None, opening: Opening, *, device: str = "auto",
+    backend: "Backend" = "auto", threshold: float | None = None, heatmap: bool = False,
+) -> "Loaded":  # fmt: skip
+    """The detector of `--detector` (`name`) or of `--checkpoint`; with neither the newest run's, or
+    the one that ships. `heatmap` is whether heatmaps are wanted of it.
+
+    Raises:
+        DetectorError: both are named, or an option has no meaning for this kind.
+        ValueError, OSError: as `open_other` and `model.load_detector`.
+    """
+    checkpoint = as_checkpoint(name, checkpoint, opening)
+    if name and not checkpoint:
+        if heatmap or backend == "dali":
+            option = "--heatmap" if heatmap else "--backend dali"
+            raise DetectorError(f"{option} is for a checkpoint; {name} is none")
+        return open_other(name, opening, device=device, threshold=threshold)
+    from model import load_detector
+
+    return load_detector(
+        checkpoint, runs=opening.runs, device=device, backend=backend, threshold=threshold
+    )
+
+
+def as_checkpoint(name: str | None, checkpoint: Path | None, opening: Opening) -> Path | None:
+    """The checkpoint that `--detector` (`name`) or `--checkpoint` names; None where nothing is
+    named or the detector is none.
+
+    Raises:
+        DetectorError: both are named, or an option is given that a checkpoint has no use for.
+    """
+    if name and checkpoint:
+        raise DetectorError("--detector and --checkpoint both name one; give one of them")
+    if name and kind_of(name) != "checkpoint":
+        return None
+    if opening.trust or opening.fake_labels:
+        option = "--trust" if opening.trust else "--fake-label"
+        raise DetectorError(f"{option} is for a detector of others; name it with --detector")
+    return Path(name) if name else checkpoint
+
+
+def open_other(
+    name: str, opening: Opening, *, device: str = "auto", threshold: float | None = None
+) -> "OtherDetector | OnnxDetector":
+    """Open a detector that is no checkpoint.
+
+    Raises:
+        DetectorError: it cannot be used, or an option that it has no use for was given.
+        ValueError: as `model.inference.onnx_detector.load_onnx`.
+    """
+    check_threshold(threshold)
+    kind = kind_of(name)
+    if opening.trust and kind != "file":
+        raise DetectorError(f"--trust is for a Python file; nothing of {name} is run as a program")
+    if opening.fake_labels and kind not in ("hf", "timm"):
+        raise DetectorError(
+            f"--fake-label is for hf: and timm: detectors, which have labels; {name} has none"
+        )
+    if kind == "onnx":
+        from model.inference.onnx_detector import load_onnx
+
+        return load_onnx(name, device=device, threshold=threshold)
+    if kind == "file":
+        from model.adapters.python_file import open_file
+
+        detector = open_file(Path(name), trust=opening.trust, threshold=threshold)
+    else:
+        from model.adapters.networks import open_timm, open_transformers
+
+        opened = open_transformers if kind == "hf" else open_timm
+        detector = opened(
+            name.partition(":")[2], device=device, fake_labels=opening.fake_labels,
+            threshold=threshold,
+        )  # fmt: skip
+    return with_calibration(detector, opening.runs)

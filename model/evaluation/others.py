@@ -1,0 +1,166 @@
+"""Score shard sets by a detector that is no checkpoint: its preprocessing and its verdict, our
+reading.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+import console
+from imaging.decode import DecodeError, decode_image
+from model.adapters.detector import OtherDetector
+from model.adapters.kept import calibration_path, keep_calibration
+from model.calibrate import (
+    Calibration,
+    CalibrationError,
+    ThresholdAt,
+    calibrate,
+    check_validation_sets,
+)
+from model.distributed import DistEnv, all_gather_object
+from model.inference.onnx_detector import OnnxDetector
+from model.inference.prediction import Pixels, in_groups
+from model.score import AT_A_TIME, Scores, join_ranks
+from model.verdict import NOT_FINITE
+from pipeline.read import ReadError, ShardReader
+from sharding.format import ShardSet, open_shards
+from storage import AnyPath
+
+
+class Scoring(Protocol):
+    """What is asked of a detector of others and of an ONNX file of ours: `logits` of what
+    `preprocess_file` made, before any temperature, float32 (B,).
+    """
+
+    @property
+    def fixed_batches(self) -> bool:
+        """Whether the last bits of a score depend on how many images are scored together."""
+
+    def preprocess_file(self, image: Pixels) -> Any:
+        """What is scored of an image."""
+
+    def logits(self, prepared: Sequence[Any]) -> np.ndarray:
+        """See the class."""
+
+
+class _Sample(NamedTuple):
+    name: str
+    row: int
+
+
+def score_shards(
+    detector: Scoring,
+    shards: ShardSet,
+    dist: DistEnv | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score every sample of a set exactly once, over all ranks, in batches of `AT_A_TIME`; the
+    scores are then known to each of them. What gets no finite number is one of the failures.
+    """
+    dist = dist or DistEnv()
+    reader = ShardReader(shards)
+    codes, formats = shards.codes("format")
+    orientations = shards.column("orientation")
+    rows = np.arange(dist.rank, len(shards), dist.world_size)
+
+    def prepare(sample: _Sample) -> Any:
+        data = reader.read([sample.row])[0]
+        if isinstance(data, ReadError):
+            raise DecodeError(str(data))
+        image_format = formats[codes[sample.row]]
+        pixels = decode_image(data, image_format, int(orientations[sample.row]))
+        return detector.preprocess_file(Pixels(sample.name, pixels))
+
+    samples = (_Sample(str(row), int(row)) for row in rows)
+    logits = np.full(len(shards), np.nan, np.float32)
+    failures: dict[int, str] = {}
+    for names, prepared in in_groups(samples, prepare, itertools.repeat(AT_A_TIME)):
+        of_group = [int(name) for name in names]
+        failed = {row: item for row, item in zip(of_group, prepared, strict=True)
+                  if isinstance(item, str)}  # fmt: skip
+        failures |= failed
+        kept = [row for row in of_group if row not in failed]
+        if kept:
+            logits[kept] = logits_in_batch(
+                detector, [item for item in prepared if not isinstance(item, str)]
+            )
+        failures |= {row: NOT_FINITE for row in kept if not np.isfinite(logits[row])}
+        if on_images:
+            on_images(len(of_group))
+    own = np.array([row for row in rows.tolist() if row not in failures], np.int64)
+    scores = Scores(own, shards.column("label")[own].astype(np.int64), logits[own], failures)
+    return join_ranks(all_gather_object(dist, scores))
+
+
+def logits_in_batch(detector: Scoring, prepared: Sequence[Any]) -> np.ndarray:
+    """The logits of at most `AT_A_TIME` images; where the batch decides over the last bits, it is
+    filled up with its last image, so that ranks change none of them.
+    """
+    if not detector.fixed_batches:
+        return detector.logits(prepared)
+    filling = [prepared[-1]] * (AT_A_TIME - len(prepared))
+    return detector.logits([*prepared, *filling])[: len(prepared)]
+
+
+@dataclass(frozen=True)
+class DetectorScorer:
+    """A detector that is no checkpoint, for `model.evaluation.robustness`."""
+
+    detector: Scoring
+    dist: DistEnv = field(default_factory=DistEnv)
+
+    def prepare(self, pixels: np.ndarray) -> Any:
+        """What the detector itself makes of an image."""
+        return self.detector.preprocess_file(Pixels("", pixels))
+
+    def column(self, variants: Sequence[Any]) -> np.ndarray:
+        """The logits of all variants of one image; NaN of a reason."""
+        rows = [row for row, variant in enumerate(variants) if not isinstance(variant, str)]
+        logits = np.full(len(variants), np.nan, np.float32)
+        for first in range(0, len(rows), AT_A_TIME):
+            part = rows[first : first + AT_A_TIME]
+            logits[part] = self.detector.logits([variants[row] for row in part])
+        return logits
+
+
+def calibrate_other(
+    detector: OtherDetector | OnnxDetector,
+    folders: Sequence[AnyPath],
+    runs: Path,
+    threshold_at: ThresholdAt = "auto",
+    dist: DistEnv | None = None,
+) -> tuple[Calibration, Path]:
+    """Score validation sets, fit to all of them together, and keep what was found below `runs`,
+    where `model.adapters.open` finds it; the calibration, and its file. On many ranks each calls
+    this; the first one writes.
+
+    Raises:
+        CalibrationError: a set that is not of the split `val`, scores that nothing fits to, or an
+            ONNX file, which holds its own.
+    """
+    dist = dist or DistEnv()
+    if not isinstance(detector, OtherDetector):
+        raise CalibrationError(
+            f"{detector.checkpoint} holds its calibration: calibrate the checkpoint that it was "
+            "made of, and export it again"
+        )
+    check_validation_sets(folders)
+    labels, logits, hashes = [], [], {}
+    for folder in folders:
+        shards = open_shards([folder])
+        with console.progress(f"scoring {folder.name}", len(shards), dist.is_main) as advance:
+            scores = score_shards(
+                detector, shards, dist, lambda done: advance(done * dist.world_size)
+            )  # fmt: skip
+        labels.append(scores.labels)
+        logits.append(scores.logits)
+        hashes[folder.name] = shards.sha256
+    calibration = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    path = calibration_path(detector, runs)
+    if dist.is_main:
+        keep_calibration(detector, runs, calibration.entries(hashes))
+    return calibration, path

@@ -1,0 +1,242 @@
+"""A file with `predict` as a detector: in predict.py, evaluate.py and all that follows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import evaluate
+import predict
+from model.adapters.detector import DetectorError, logits_from, probability_at
+from model.adapters.open import Opening, kind_of, load_any, open_other
+from model.adapters.python_file import open_file
+from model.distributed import DistEnv
+from model.evaluation import others
+from model.evaluation.others import score_shards
+from model.evaluation.scores import read_scores
+from model.score import Scores
+from sharding.format import open_shards
+from tests.builders import encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+DETECTOR = """
+import numpy as np
+
+def predict(images):
+    return [float(np.asarray(image).mean() / 255) for image in images]
+"""
+
+LOGIT_ERROR = 1e-6
+"""A probability that comes from a logit of float32 differs by less than this."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "bright.py"
+    path.write_text(DETECTOR)
+    return path
+
+
+def run(command: object, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("hf:a/b", "hf"), ("timm:x", "timm"), ("a/b.py", "file"), ("b.ONNX", "onnx"),
+     ("runs/x", "checkpoint"), ("clip", "checkpoint"), ("s3:x", "checkpoint")],
+)  # fmt: skip
+def test_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+    with pytest.raises(DetectorError, match="names no model"):
+        kind_of("hf:")
+
+
+def test_a_program_runs_only_when_it_is_trusted(file: Path, tmp_path: Path) -> None:
+    file.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(DetectorError, match="--trust"):
+        open_file(file, trust=False)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(DetectorError, match="no function `predict`"):
+        open_file(file, trust=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_options_without_a_meaning_are_refused(file: Path) -> None:
+    for opening, name, said in (
+        (Opening(trust=True), "hf:a/b", "--trust is for a Python file"),
+        (Opening(trust=True, fake_labels=["x"]), str(file), "--fake-label is for"),
+    ):
+        with pytest.raises(DetectorError, match=said):
+            open_other(name, opening)
+    for opening in (Opening(trust=True), Opening(fake_labels=["x"])):
+        with pytest.raises(DetectorError, match="is for a detector of others"):
+            load_any(None, None, opening)
+    with pytest.raises(DetectorError, match="give one of them"):
+        load_any("clip", Path("runs"), Opening())
+    with pytest.raises(DetectorError, match="--heatmap is for a checkpoint"):
+        load_any(str(file), None, Opening(trust=True), heatmap=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [0.5]", r"gave an array of \(1,\)"),
+        ("return [1.5] * len(images)", "gave 1.5 among them"),
+        ("return 'text'", "gave str"),
+        ("return [object()] * len(images)", "expected 2 numbers"),
+        ("raise KeyError('gpu')", "failed on 2 images: KeyError: 'gpu'"),
+    ],
+)
+def test_what_it_gives_is_checked(file: Path, body: str, said: str) -> None:
+    file.write_text(f"def predict(images):\n    {body}\n")
+    detector = open_file(file, trust=True)
+    with pytest.raises(DetectorError, match=said):
+        detector.score([Image.new("RGB", (8, 8))] * 2)
+
+
+def test_it_sees_upright_rgb_and_our_reader_says_what_is_broken(file: Path, tmp_path: Path) -> None:
+    file.write_text(
+        "def predict(images):\n"
+        "    assert all(image.mode == 'RGB' for image in images)\n"
+        "    widths = [image.width for image in images]\n"
+        "    return [float('nan') if width == 7 else width / 1000 for width in widths]\n"
+    )
+    detector = open_file(file, trust=True)
+    turned = Image.fromarray(photo(3, 40, 90))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    broken, narrow = encode(photo(1))[:60], photo(4)[:, :7]
+    first, second, third = detector.predict([tmp_path / "turned.jpg", broken, narrow])
+    assert first.probability == turned.height / 1000 != turned.width / 1000
+    assert second.verdict == "unreadable" and second.error
+    assert third.verdict == "unreadable" and "not a finite number" in third.error
+
+
+def test_what_lies_beside_it_can_be_imported(file: Path) -> None:
+    (file.parent / "its_own_helper.py").write_text("VALUE = 0.25\n")
+    file.write_text("import its_own_helper as h\ndef predict(i): return [h.VALUE] * len(i)\n")
+    assert open_file(file, trust=True).predict(photo(1)).probability == 0.25
+
+
+def test_the_identity_is_that_of_the_file(file: Path) -> None:
+    first = open_file(file, trust=True).identity
+    assert first == open_file(file, trust=True).identity and first.startswith(str(file))
+    file.write_text(DETECTOR + "# changed\n")
+    assert open_file(file, trust=True).identity != first
+    assert open_file(file, trust=True, threshold=0.3).identity != first
+
+
+def test_predict_in_every_format_and_resume(file: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(7):
+        (photos / f"{index}.png").write_bytes(encode(photo(index), "PNG"))
+    ask = ("--detector", file, "--trust", "--batch-size", 4)
+    whole = tmp_path / "whole.jsonl"
+    result = run(predict.main, photos, *ask, "--out", whole)
+    assert result.exit_code == 0, result.output
+    assert "is not calibrated" in result.stderr
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    for row in lines:
+        mean = np.asarray(Image.open(row["path"])).mean() / 255
+        assert row["probability"] == pytest.approx(mean, abs=0)
+        assert row["checkpoint"].startswith(f"{file} ")
+    for output in ("table", "csv"):
+        shown = run(predict.main, photos, *ask, "--format", output)
+        assert shown.exit_code == 0 and "3.png" in shown.output
+    part = tmp_path / "part.jsonl"
+    partial = part.with_name("part.jsonl.partial")
+    partial.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3]))
+    result = run(predict.main, photos, *ask, "--out", part, "--resume")
+    assert result.exit_code == 0, result.output
+    assert part.read_bytes() == whole.read_bytes()
+    file.write_text(DETECTOR + "# another\n")
+    shutil.copy(whole, partial)
+    part.unlink()
+    assert run(predict.main, photos, *ask, "--out", part, "--resume").exit_code == 2
+
+
+def test_evaluate_with_it_and_all_that_follows(file: Path, data: Path, tmp_path: Path) -> None:
+    ask = ("--data", data, "--runs", tmp_path / "runs")
+    detector = ("--detector", file, "--trust", *ask)
+    result = run(evaluate.main, "--shards", "val", "--robustness", 3, *detector)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "runs/file-bright.py/evaluation/val"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figures.csv", "report.html", "report.json", "robustness.csv", "scores.parquet",
+        "speed.json",
+    ]  # fmt: skip
+    scores = read_scores(out / "scores.parquet")
+    assert scores.evaluation["detector"]["kind"] == "file"
+    assert len(scores.evaluation["detector"]["sha256"]) == 64
+    report = json.loads((out / "report.json").read_text())
+    rows = report["sets"]["val"]["robustness"]["perturbations"]
+    assert rows[0]["name"] == "original" and rows[0]["images"] == 6
+    speed = json.loads((out / "speed.json").read_text())
+    assert speed["images"] == len(scores) and speed["images_per_s"] > 0
+    before = (out / "report.json").read_bytes()
+    assert run(evaluate.main, "--scores", out / "scores.parquet", *ask[:2]).exit_code == 0
+    assert (out / "report.json").read_bytes() == before
+    compared = run(evaluate.main, "compare", out, out)
+    assert compared.exit_code == 0, compared.output
+    refused = run(evaluate.main, "--shards", "val", "--features", tmp_path, *detector)
+    assert refused.exit_code == 1 and "leave --features out" in refused.stderr
+
+
+def test_the_scores_are_those_of_the_file_on_any_number_of_ranks(
+    file: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, detector = open_shards([data / "val"]), open_file(file, trust=True)
+    whole = score_shards(detector, shards)
+    parts: list[object] = []
+    for rank in range(3):
+        monkeypatch.setattr(others, "all_gather_object", lambda _dist, value: [value])
+        monkeypatch.setattr(others, "join_ranks", lambda values: parts.append(values[0]))
+        score_shards(detector, shards, DistEnv(rank, 3, 0))
+    monkeypatch.undo()
+    joined = others.join_ranks(parts)
+    assert np.array_equal(joined.samples, whole.samples)
+    assert np.array_equal(joined.logits, whole.logits)
+    assert np.array_equal(joined.labels, whole.labels) and joined.failures == whole.failures
+
+
+def test_a_calibration_is_kept_and_used(
+    file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = Opening(trust=True, runs=tmp_path / "runs")
+    ask = ("--detector", file, "--trust", "--data", data, "--runs", opening.runs)
+    refused = run(evaluate.main, "calibrate", "--shards", "old", *ask)
+    assert refused.exit_code == 1 and "split train" in refused.stderr
+    labels = open_shards([data / "old"]).column("label").astype(np.int64)
+    logits = np.random.default_rng(0).normal(4 * labels - 2, 3).astype(np.float32)
+    scores = Scores(np.arange(len(labels)), labels, logits, {})
+    monkeypatch.setattr(others, "check_validation_sets", lambda _folders: None)  # val is small
+    monkeypatch.setattr(others, "score_shards", lambda *_: scores)  # nothing here tells them apart
+    result = run(evaluate.main, "calibrate", "--shards", "old", *ask)
+    assert result.exit_code == 0, result.output
+    detector = open_other(str(file), opening)
+    assert detector.meta["calibration"] and not detector.notices
+    assert detector.meta["temperature"] != 1
+    raw = open_file(file, trust=True).predict(photo(1)).probability
+    assert detector.predict(photo(1)).probability == pytest.approx(
+        probability_at(np.array([raw]), detector.meta["temperature"])[0]
+    )
+    file.write_text(DETECTOR + "# another\n")
+    assert not open_other(str(file), opening).meta["calibration"]
+
+
+def test_logits_of_certainty_are_finite_and_the_outermost() -> None:
+    logits = logits_from(np.array([0.0, 1e-12, 0.5, 1 - 1e-12, 1.0]))
+    assert np.isfinite(logits).all() and (np.diff(logits) > 0).all() and logits[2] == 0
+    assert np.isnan(logits_from(np.array([np.nan])))[0]
+    given = np.linspace(0, 1, 1001)
+    assert np.abs(probability_at(logits_from(given), 1) - logits_from(given)).max() == 0
+    back = 1 / (1 + np.exp(-logits_from(given).astype(np.float32).astype(float)))
+    assert np.abs(back - given).max() < LOGIT_ERROR

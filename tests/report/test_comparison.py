@@ -1,0 +1,145 @@
+"""Five runs side by side: the table, and the page in a browser, on a phone and in the dark."""
+
+import csv
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import evaluate
+from model.evaluation.run import SPEED_FILE
+from model.evaluation.scores import write_scores
+from report.comparison import print_side_by_side, ranks_text, read_runs, stability_sentence
+from tests.browser import CHROMIUM
+from tests.builders import table_of
+from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
+
+
+def folders(tmp_path: Path, count: int = 5, name: str = "val") -> list[Path]:
+    """Folders of runs, each a bit worse than the one before; the last has a hostile name."""
+    made = []
+    plain = rows(name, 60, 60)
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        noisy = [row | {"logit": row["logit"] + 2 * index * float(rng.normal())} for row in plain]
+        called = f"detector-{index}" if index < 4 else f"owner/{'long' * 20}{HOSTILE}"
+        detector = {"kind": "hf", "name": called, "sha256": "0" * 64}
+        table = table_of(noisy, [name], detector=detector)
+        if index == 0:
+            table.evaluation["sets"][name]["robustness"] = robustness()
+        folder = tmp_path / f"run-{index}"
+        folder.mkdir()
+        write_scores(folder / "scores.parquet", [table.table], table.evaluation)
+        (folder / SPEED_FILE).write_text(json.dumps({"images_per_s": 10.0 * (index + 1)}))
+        made.append(folder)
+    return made
+
+
+def compare(*arguments: object) -> Any:
+    return CliRunner().invoke(evaluate.main, ["compare", *map(str, arguments)])
+
+
+def test_five_runs_are_one_table(tmp_path: Path) -> None:
+    paths = folders(tmp_path)
+    result = compare(*paths, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for word in ("detector-0", "mean of all", "Spearman", "behind the best"):
+        assert word in result.output
+    assert f"page: {tmp_path / 'out/comparison.html'}" in result.output
+    written = json.loads((tmp_path / "out/comparison.json").read_text())["sets"]["val"]
+    table = list(csv.DictReader(io.StringIO((tmp_path / "out/comparison.csv").read_text())))
+    assert [row["name"] for row in table] == [run["name"] for run in written["runs"]]
+    assert len(table) == 6 and written["stability"]["sources"] == 3
+    for row, run in zip(table, written["runs"], strict=True):
+        assert float(row["auroc"]) == run["auroc"]["value"]
+        assert float(row["worst_source"]) == run["worst_source"]["value"]
+        behind = run["auroc"]["behind"]
+        assert row["auroc_behind_low"] == ("" if behind is None else str(behind[0]))
+    first = next(run for run in written["runs"] if run["name"] == "detector-0")
+    assert first["worst_perturbation"]["value"] == 0.95 and first["images_per_s"] == 10
+    mean = next(run for run in written["runs"] if run["name"] == "mean of all")
+    assert mean["images_per_s"] == pytest.approx(1 / sum(1 / (10 * i) for i in range(1, 6)))
+
+
+def test_two_runs_have_their_flips_as_before_and_the_table(tmp_path: Path) -> None:
+    paths = folders(tmp_path, 2)
+    result = compare(*paths, "--flips", tmp_path / "flips.csv")
+    assert result.exit_code == 0, result.output
+    assert "to wrong" in result.output and "mean of all" in result.output
+    assert (tmp_path / "flips.csv").exists()
+    for arguments, said in (
+        ((paths[0],), "two runs or more"),
+        ((*paths, paths[0], "--flips", "x.csv"), "--flips is for two runs"),
+    ):
+        refused = compare(*arguments)
+        assert refused.exit_code == 2 and said in refused.stderr
+
+
+def test_a_run_without_a_speed_has_none(tmp_path: Path) -> None:
+    paths = folders(tmp_path, 2)
+    (paths[0] / SPEED_FILE).unlink()
+    (paths[1] / SPEED_FILE).write_text("[]")
+    assert [run.images_per_s for run in read_runs(paths)[0]] == [None, None]
+
+
+def test_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ranks_text(None) is None
+    assert ranks_text([2.0, 2.0]) == "2" and ranks_text([1.0, 2.5]) == "1 to 2.5"
+    assert "Too few" in stability_sentence(None)
+    print_side_by_side({})
+    assert "95 % intervals" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_in_a_browser(browser: Any, tmp_path: Path, width: int, height: int, scheme: str) -> None:
+    assert compare(*folders(tmp_path), "--out", tmp_path / "out").exit_code == 0
+    address = (tmp_path / "out/comparison.html").as_uri()
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
+    page = context.new_page()
+    said, asked, lock = [], [], threading.Lock()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+
+    def note(route: Any) -> None:
+        with lock:
+            asked.append(route.request.url)
+        route.continue_()
+
+    page.route("**/*", note)
+    page.goto(address)
+    assert [url for url in asked if not url.startswith("data:")] == [address] and not said
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    contrast = page.evaluate(CONTRAST)
+    assert contrast["dark"] == (scheme == "dark") and min(contrast["ratios"].values()) > 4.5
+    lines = page.locator("table.side tbody tr")
+    assert lines.count() == 6 and page.locator("tr.best").count() == 1
+    for line in lines.all():
+        box = line.bounding_box()
+        cells = [cell.bounding_box() for cell in line.locator("td").all()]
+        if width < 760:  # a card for each run: nothing to scroll to
+            assert all(0 <= cell["x"] and cell["x"] + cell["width"] <= width for cell in cells)
+            assert line.locator(".word").first.is_visible()
+        assert box["height"] > 20 and len(cells) == 13
+    context.close()
