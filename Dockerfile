@@ -15,11 +15,14 @@ ARG TORCH=cpu
 WORKDIR /srv
 COPY pyproject.toml constraints.txt ./
 
-# Without the extra `dali`: it decodes whole batches on a GPU, and the page takes one image at a time.
+# DALI decodes whole batches on a GPU, and is larger than everything else; the page takes one image
+# at a time. `pipeline/loader.py` falls back to Pillow without it.
 RUN pip install --no-cache-dir --constraint constraints.txt uv \
+    && echo nvidia-dali-cuda120 > left-out.txt \
     && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
-        --constraint constraints.txt \
+        --constraint constraints.txt --excludes left-out.txt \
         --requirements pyproject.toml --extra app --extra evidence --extra heatmap --extra serve \
+    && rm left-out.txt \
     && useradd --create-home --uid 10001 page \
     && install --directory --owner page /cache /runs
 

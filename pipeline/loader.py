@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from installed import install_extra
 from pipeline.augment import (
     AugmentBatch,
     Preprocess,
@@ -68,15 +67,15 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
     have_dali = _is_installed("nvidia.dali")
     if asked == "dali" and not have_dali:
         raise LoadError(
-            "backend dali: nvidia-dali-cuda120 is not installed (Linux only); "
-            + install_extra("dali")
+            "backend dali: nvidia-dali-cuda120 is not installed (Linux only); pip install it, or "
+            "take --backend pil"
         )
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cuda":
         return "pil", "no CUDA device"
     if not have_dali:
-        return "pil", f"nvidia-dali-cuda120 is not installed; {install_extra('dali')}"
+        return "pil", "nvidia-dali-cuda120 is not installed"
     return "dali", "CUDA device and DALI found"
 
 

@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_program_and_all_it_reads(wheel: Path) -> None:
     for needed in (
         "recipes/phase1.toml", "sharding/catalog.toml", "sharding/kept-for-testing.txt",
         "detectors/clip/weights.safetensors", "detectors/clip/README.md", "report/page.html",
-        "serve/docs.html", "page/paste.js", "page/style.css", ".streamlit/config.toml", "model/py.typed",
+        "serve/docs.html", "page/paste.js", "page/style.css", ".streamlit/config.toml",
+        "model/py.typed",
     ):  # fmt: skip
         assert needed in found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
@@ -85,7 +86,7 @@ def test_the_base_installation_asks_for_no_extra(wheel: Path) -> None:
     required = metadata.get_all("Requires-Dist")
     base = {line for line in required if "extra ==" not in line}
     assert len(base) > 10 and len(base) < len(required)
-    for extra in ("pandas", "streamlit", "scikit-learn", "onnxruntime", "nvidia-dali", "fastapi"):
+    for extra in ("pandas", "streamlit", "scikit-learn", "onnxruntime", "fastapi"):
         assert not [line for line in base if line.startswith(extra)], extra
 
 
