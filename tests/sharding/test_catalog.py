@@ -146,7 +146,7 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
         ('[sources.s]\nlicense = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
         ('[sources.s]\nlicense = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
         ('[sources."S 1"]\nlicense = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
-        ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.license: "),
+        ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.license is missing; add it"),
     ],
 )  # fmt: skip
 def test_a_bad_catalog_is_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
