@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from model.backbones.heads import ClassTokenHead, StageHead
 from model.backbones.made_with import NetworkError, first_line, made_with
+from model.lean_import import lean_import
 from model.recipe import Network, Triple
-from model.without_compiler import without_compiler
 from sharding.format import CLASSES
 
-with without_compiler():
+with lean_import():
     import timm
 
 log = logging.getLogger("ai_images_detector")

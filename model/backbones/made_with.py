@@ -3,10 +3,10 @@
 import difflib
 from dataclasses import dataclass
 
+from model.lean_import import lean_import
 from model.recipe import Triple
-from model.without_compiler import without_compiler
 
-with without_compiler():
+with lean_import():
     import timm
     from timm.models import PretrainedCfg, load_model_config_from_hf
     from timm.models._hub import load_model_config_from_path

@@ -89,6 +89,7 @@ def test_a_network_that_is_filled_without_initialization_computes_the_same(
 def test_timm_is_imported_without_torch_s_compiler_which_still_works() -> None:
     code = (
         "import sys, model.network; assert 'torch._dynamo' not in sys.modules; import torch;"
+        "assert 'wandb' not in sys.modules; import wandb;"
         "f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2;"
         "assert 'torch._dynamo' in sys.modules"
     )

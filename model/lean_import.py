@@ -1,9 +1,13 @@
-"""Import timm without torch's compiler, which takes longer to load than timm and torchvision do.
+"""Import timm without what it asks for and is not used here.
 
-Two places ask for it on import: `torchvision.ops.roi_align`, for a test that it makes when it runs
+That is torch's compiler, which takes longer to load than timm and torchvision do, and wandb, which
+makes a temporary folder when it is imported.
+
+Two places ask for the compiler: `torchvision.ops.roi_align`, for a test that it makes when it runs
 under determinism, and functions of two of timm's models that are marked as not to be compiled. No
 classifier here calls the first; the marks matter only to a `naflexvit` or `gemma4` that is
-compiled. `torch.compile` itself loads the compiler when it is used.
+compiled. `torch.compile` itself loads the compiler when it is used. `timm.utils.summary` asks for
+wandb, and does without.
 """
 
 import contextlib
@@ -18,10 +22,24 @@ _NAMES = ("torch._dynamo", "torch._dynamo.utils")
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Until the block ends, an import of the compiler finds a stand-in; nothing, if it is loaded
-    already.
+def lean_import() -> Iterator[None]:
+    """Until the block ends, an import of the compiler finds a stand-in, and one of wandb nothing;
+    what is loaded already stays.
     """
+    modules: dict[str, Any] = sys.modules
+    hidden = "wandb" not in modules
+    if hidden:
+        modules["wandb"] = None  # an import of it raises ImportError
+    try:
+        with _without_compiler():
+            yield
+    finally:
+        if hidden:
+            del modules["wandb"]
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
     if _NAMES[0] in sys.modules:
         yield
         return
