@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -55,6 +55,13 @@ class Row(BaseModel):
     checkpoint: str
 
 
+class Reason(BaseModel):
+    """What speaks against relying on the detector."""
+
+    kind: Literal["synthetic", "uncalibrated", "known"]
+    text: str
+
+
 class Answer(BaseModel):
     """The images in the order in which they were sent. Below `band[0]` an image shows no sign of
     AI, from `band[1]` on it is likely AI; a probability is not a proof.
@@ -64,6 +71,7 @@ class Answer(BaseModel):
     band: tuple[float, float]
     threshold: float
     calibrated: bool
+    notices: list[Reason]
 
 
 class Problem(BaseModel):
@@ -134,6 +142,7 @@ class Service:
     held: int = 0
 
     def __post_init__(self) -> None:
+        self.notices = [asdict(notice) for notice in self.detector.notices]
         self.scorer = Scorer(self.detector, self.limits, self.metrics)
         self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
@@ -245,7 +254,7 @@ class Service:
     def _answer(self, rows: list[dict[str, Any]]) -> Response:
         answer = {
             "images": rows, "band": self.detector.band, "threshold": self.detector.threshold,
-            "calibrated": bool(self.detector.meta["calibration"]),
+            "calibrated": bool(self.detector.meta["calibration"]), "notices": self.notices,
         }  # fmt: skip
         if len(rows) == 1 and rows[0]["error"]:
             return Text({"detail": f"{rows[0]['path']}: {rows[0]['error']}", **answer}, 422)

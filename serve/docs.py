@@ -30,7 +30,7 @@ def docs_page(document: dict[str, Any], limits: Limits) -> str:
                 for field, schema in document["components"]["schemas"][name]["properties"].items()
             },
         )
-        for name in ("Answer", "Row", "Statement")
+        for name in ("Answer", "Row", "Statement", "Reason")
     ]
     return template.render(
         info=document["info"], routes=routes, schemas=schemas, limits=limits,

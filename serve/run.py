@@ -26,6 +26,8 @@ def run(
         detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
         service = Service(detector, limits)
         console.log.info("checkpoint: %s", detector.identity)
+        for notice in detector.notices:
+            console.log.warning("%s", notice.text)
         if service.scorer.trust:
             console.log.info("C2PA trust list: %s", service.scorer.trust.describe())
         server = Server(Guard(make_app(service), service, key), service)

@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+from starlette.testclient import TestClient
 
 from model.inference import results
 from model.inference.detector import ImageDetector
 from model.inference.provenance import read_evidence
+from serve.api import Service, make_app
 from serve.limits import MB
 from tests.builders import KINDS, encode, photo
 from tests.provenance_files import png
@@ -55,6 +58,20 @@ def test_an_answer_has_the_rows_of_predict(serve: Serve, detector: ImageDetector
         assert json.loads(results.line("jsonl", values)) == row
     assert content["images"][0]["provenance"][0]["kind"] == "generator"
     assert len({row["probability"] for row in content["images"]}) > 9
+
+
+def test_what_speaks_against_a_detector_is_in_the_answer(
+    detector: ImageDetector, serve: Serve
+) -> None:
+    client, service = serve()
+    assert client.post("/predict", files=form(PHOTO)).json()["notices"] == []
+    meta = {**detector.meta, "calibration": None}
+    unfit = Service(replace(detector, meta=meta), service.limits)
+    answer = TestClient(make_app(unfit)).post("/predict", files=form(PHOTO)).json()
+    unfit.close()
+    assert answer["calibrated"] is False and answer["band"] == [0.6, 0.6]
+    (notice,) = answer["notices"]
+    assert notice["kind"] == "uncalibrated" and "not calibrated" in notice["text"]
 
 
 def test_one_image_at_a_time_is_bit_for_bit_that_of_predict(
