@@ -375,7 +375,7 @@ def test_the_page_says_why_a_checkpoint_cannot_be_loaded(
         raise error
 
     streamlit.cache_resource.clear()
-    monkeypatch.setattr("model.load_detector", fails)
+    monkeypatch.setattr("page.detector.load_detector", fails)
     shown = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
     assert not shown.exception
     refused = html_of(shown)[-1]
