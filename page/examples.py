@@ -15,9 +15,11 @@ from sharding.demo.render import CAMERAS, blur, decode, finish, sensor
 
 HEIGHT, WIDTH = 480, 640
 
+NAMES = "dawn.jpg", "noon.jpg", "night.jpg"
+
 ABOUT = (
-    "A program drew them: none is a photograph, and none is of an AI generator. They show how this "
-    "page works; the verdict on them says nothing about the detector."
+    "A program drew the examples: none is a photograph, and none is of an AI generator. They show "
+    "how this page works; a verdict on them says nothing about the detector."
 )
 
 XMP = (
@@ -61,6 +63,11 @@ class Example:
     data: bytes
 
 
+def is_example(name: str, data: bytes) -> bool:
+    """Whether a file is one of the three, so that its verdict can be told from a finding."""
+    return name in NAMES and any(example.data == data for example in examples())
+
+
 @functools.cache
 def examples() -> tuple[Example, ...]:
     """The three, drawn once in a process."""
@@ -68,13 +75,13 @@ def examples() -> tuple[Example, ...]:
     taken = sensor(np.random.default_rng(1), landscape(NOON), CAMERAS["camera-b"])
     made = decode(np.random.default_rng(2), finish(landscape(NIGHT), CAMERAS["camera-a"]), "smooth")
     return (
-        Example("dawn.jpg", "Drawn by a program", as_file(finish(drawn, CAMERAS["camera-a"]))),
+        Example(NAMES[0], "Drawn by a program", as_file(finish(drawn, CAMERAS["camera-a"]))),
         Example(
-            "noon.jpg",
+            NAMES[1],
             "Drawn, then a simulated camera",
             as_file(finish(taken, CAMERAS["camera-b"])),
         ),
-        Example("night.jpg", "Drawn, then a simulated generator", as_file(made)),
+        Example(NAMES[2], "Drawn, then a simulated generator", as_file(made)),
     )
 
 

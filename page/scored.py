@@ -16,6 +16,7 @@ from model.inference import signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
+from page.examples import is_example
 
 MIN_SIDE_PX = 32
 """A shorter side is refused: no known set has smaller images, and a guess looks like a finding."""
@@ -36,6 +37,7 @@ class Scored:
     preview: bytes = b""
     thumbnail: bytes = b""
     size: tuple[int, int] = (0, 0)
+    is_example: bool = False
 
 
 def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:
@@ -76,7 +78,9 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     preview = as_jpeg(picture)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     evidence = read_evidence(data, signatures.usual_trust_list())
-    return Scored(name, prediction, evidence, preview, as_jpeg(picture), size)
+    return Scored(
+        name, prediction, evidence, preview, as_jpeg(picture), size, is_example(name, data)
+    )
 
 
 def as_jpeg(picture: Image.Image) -> bytes:

@@ -8,6 +8,7 @@ from model.inference import fitness, provenance
 from model.inference.detector import ImageDetector
 from model.inference.provenance import Evidence
 from model.verdict import capital, percent
+from page.examples import ABOUT
 from page.html import KINDS, icon
 from page.scored import Scored
 
@@ -21,11 +22,12 @@ def verdict_html(detector: ImageDetector, result: Scored, said: str, level: int)
     kind = KINDS[said]
     return Markup(
         '<div class="card verdict {}"><h{} class="said">{}{}</h{}><p>{}: <strong>{}</strong></p>{}'
-        '<p class="proof">{}.</p></div>'
+        '<p class="proof">{}.</p>{}</div>'
     ).format(
         kind, level, icon(kind), capital(said), level, capital(fitness.number(detector.meta)),
         percent(probability), scale_html(probability, detector.band),
         capital(fitness.proof(detector.meta)),
+        Markup('<p class="quiet">{}</p>').format(ABOUT) if result.is_example else "",
     )  # fmt: skip
 
 

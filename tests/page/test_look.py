@@ -70,7 +70,7 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
         page.get_by_role("button", name=example.title, exact=True).wait_for()
     page.get_by_role("button", name="Drawn by a program", exact=True).click()
     page.get_by_role("img", name="dawn.jpg", exact=True).wait_for()
-    wait_for(page, "algorithmicMedia")
+    wait_for(page, "algorithmicMedia", "a verdict on them says nothing about the detector")
     assert page.get_by_text("Or try one of these").count() == 0
     said = page.locator(".for-readers[role=status]").text_content()
     assert said.startswith("dawn.jpg: ") and said.endswith("A probability is not a proof.")
