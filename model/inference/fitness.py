@@ -21,6 +21,9 @@ as it should be; the goal that this project set itself."""
 LEAST_FOUND = 0.10
 """Of the generated images of such a source, the share called AI below which they are missed."""
 
+NAMED = 4
+"""Sources that a notice names; a longer list is read by nobody, and the card has all of them."""
+
 PROOF = "a {word} is not a proof"
 """What stands beside every verdict; `word` is that of `word_for`."""
 
@@ -99,17 +102,24 @@ def _of_left_out(calibration: Mapping[str, Any]) -> list[str]:
     texts = []
     if called:
         worst = sorted(called, key=lambda name: (-called[name], name))
-        shares = ", ".join(f"{_percent(called[name])} of {name}" for name in worst)
         texts.append(
-            f"of real images of a kind that is new to it this detector called AI: {shares} ({how})"
+            "of real images of a kind that is new to it this detector called AI: "
+            f"{_shares(called, worst, f'over {_percent(MOST_CALLED_AI)}')} ({how})"
         )
     if missed:
         worst = sorted(missed, key=lambda name: (missed[name], name))
-        shares = ", ".join(f"{_percent(missed[name])} of {name}" for name in worst)
+        shares = _shares(missed, worst, f"under {_percent(LEAST_FOUND)}")
         texts.append(
             f"of generated images of a kind that is new to it this detector found: {shares} ({how})"
         )
     return texts
+
+
+def _shares(rates: Mapping[str, float], worst: list[str], limit: str) -> str:
+    """The rates of the `NAMED` worst sources in words, and how many others are beyond the limit."""
+    text = ", ".join(f"{_percent(rates[name])} of {name}" for name in worst[:NAMED])
+    others = len(worst) - NAMED
+    return text if others < 1 else f"{text}, and {limit} of {others} more"
 
 
 def _percent(share: float) -> str:
