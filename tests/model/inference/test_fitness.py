@@ -60,6 +60,15 @@ def test_sources_that_went_badly_are_named_the_worst_first() -> None:
     assert "found: under 1 % of unseen, 8 % of half (" in missed.text
 
 
+def test_of_many_sources_the_worst_are_named_and_the_others_counted() -> None:
+    sources = {f"kind{n}": rates(0.2 + n / 100, None) for n in range(6)}
+    (notice,) = notices(meta_of({**CALIBRATION, "sources": sources}))
+    assert (
+        "25 % of kind5, 24 % of kind4, 23 % of kind3, 22 % of kind2, and over 10 % of 2 more"
+        in (notice.text)
+    )
+
+
 def test_what_others_measured_comes_as_it_is_and_the_gravest_comes_first() -> None:
     meta = meta_of(None, known_against=["an audit said so"], sources=["a"], synthetic_sources=["a"])
     assert [notice.kind for notice in notices(meta)] == ["synthetic", "known", "uncalibrated"]
@@ -69,8 +78,8 @@ def test_what_others_measured_comes_as_it_is_and_the_gravest_comes_first() -> No
 def test_the_detector_that_ships_tells_its_false_alarms() -> None:
     meta = json.loads((ROOT / "detectors/clip/meta.json").read_text(encoding="utf-8"))
     called, missed = notices(meta)
-    assert "39 % of ffhq, 26 % of paintings_masters" in called.text
-    assert "under 1 % of stylegan2_faces, 8 % of generators_2022" in missed.text
+    assert "29 % of illustrations_abby, 24 % of objects_phone" in called.text
+    assert "1 % of stylegan2_faces, 4 % of faces_sd3" in missed.text
 
 
 def ask(folder: Path, *arguments: object) -> Result:
