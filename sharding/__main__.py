@@ -380,6 +380,55 @@ def audit_command(
         console.say(f"sample list: {sample_file}; {command('evaluate')} --subset {sample_file}")
 
 
+@main.command("pairs")
+@click.argument("folder", metavar="SET", type=console.AnyAddress())
+@click.option(
+    "--decoder",
+    "name",
+    required=True,
+    help="VAE of diffusers: a folder, or OWNER/NAME or OWNER/NAME/vae of the hub.",
+)
+@click.option(
+    "--out",
+    type=console.LocalPath(file_okay=False),
+    default=Path("data/pairs"),
+    show_default=True,
+    help="Folder for the pairs and their catalog.",
+)
+@click.option(
+    "--max-megapixels",
+    type=console.FiniteRange(0.001, 200),
+    default=2.0,
+    show_default=True,
+    help="Larger images are excluded: neither scaled nor tiled.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the VAE runs.",
+)
+@console.options()
+def pairs_command(
+    folder: AnyPath, name: str, out: Path, max_megapixels: float, device: str
+) -> None:
+    """Write each real image of SET through a VAE as its fake partner; run again to resume."""
+    from sharding.format import open_shards
+    from sharding.pairs.decoder import load_decoder
+    from sharding.pairs.run import make_pairs, real_samples
+    from sharding.summary import say_what_was_paired
+
+    check_reachable(folder)
+    total = len(real_samples(open_shards([folder])))
+    decoder = load_decoder(name, device)
+    with console.resumable(), console.progress("pairing", total) as advance:
+        pairs = make_pairs(
+            folder, out, decoder, max_megapixels=max_megapixels, on_image=lambda: advance(1)
+        )
+    say_what_was_paired(pairs, out)
+
+
 @main.command()
 @click.argument("folder", type=console.LocalPath())
 @click.option(

@@ -7,6 +7,7 @@ from sharding.audit.match import Match
 from sharding.build import BuiltSet, SourceScan
 from sharding.catalog import Catalog
 from sharding.format import CLASSES, INDEX_FILE
+from sharding.pairs.run import Pairs
 from storage import AnyPath
 
 
@@ -90,6 +91,23 @@ def _say_what_was_excluded(scan: SourceScan) -> None:
                 f"excluded: {source}: {console.counted(entry['files'], 'file')}: {reason} "
                 f"(first: {entry['first'][0]})"
             )
+
+
+def say_what_was_paired(pairs: Pairs, out: AnyPath) -> None:
+    """The pairs of a set, what has none, and how to pack them."""
+    total = sum(pairs.counts.values())
+    already = f", {pairs.already:,} of them there already" if pairs.already else ""
+    console.table(
+        f"Pairs of real and fake images in {out / pairs.name}", ["source", "pairs"],
+        list(pairs.counts.items()),
+    )  # fmt: skip
+    console.say(f"{console.counted(total, 'pair')}{already}")
+    for reason, count in sorted(pairs.excluded.items()):
+        console.say(f"without a partner: {console.counted(count, 'image')}: {reason}")
+    console.say(
+        f"pack them: python -m sharding build --raw {out} --catalog {pairs.catalog} --out "
+        f"{out / 'shards'}"
+    )
 
 
 def say_what_was_audited(name: str, result: Audit, matched: Match | str | None) -> None:

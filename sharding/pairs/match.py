@@ -1,0 +1,191 @@
+"""Write an image as its partner was written: format, quality, chroma, gray, alpha and metadata.
+
+What can be copied from the partner's file is: quantization tables, the kind of JPEG, EXIF and color
+profile. The result is decoded again, and a pair whose facts differ is no pair.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from imaging import jpeg
+from imaging.decode import Facts, prepare
+from imaging.orientation import is_transposed, mirrored
+from imaging.quiet import without_warnings
+
+CHROMA_NAMES = {"420": "4:2:0", "422": "4:2:2", "444": "4:4:4"}
+"""A chroma of the index as Pillow's encoder takes it; Gray has none."""
+
+_DHT, _COM, _PROGRESSIVE = 0xC4, 0xFE, 0xC2
+_METADATA = frozenset((*range(0xE0, 0xF0), _COM))
+
+
+class NoPair(Exception):
+    """An image that gets no partner; the message is the reason, one of a few."""
+
+
+def refuse_partner(data: bytes, facts: Facts) -> None:
+    """Check that a partner of this image can be written, before it is made.
+
+    Raises:
+        NoPair: with the reason.
+    """
+    if facts.format == "JPEG" and facts.chroma not in jpeg.CHROMAS:
+        raise NoPair(f"JPEG of chroma {facts.chroma}, which the encoder does not write")
+    with _readable(), _opened(data, facts.format) as image:
+        mode = image.mode
+    if mode in ("P", "1"):
+        raise NoPair("palette image, whose few colors a decoder does not keep")
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Metadata that Pillow stumbles over makes no pair, and no error."""
+    try:
+        with without_warnings():
+            yield
+    except (OSError, ValueError, SyntaxError) as error:
+        raise NoPair("metadata that Pillow does not read and write") from error
+
+
+def encode_like(upright: np.ndarray, partner: bytes, pixels: np.ndarray, facts: Facts) -> bytes:
+    """The bytes of `upright`, (height, width, 3) uint8 RGB, written as the file `partner` with
+    these upright `pixels` and `facts`.
+
+    Raises:
+        NoPair: the file does not come out alike.
+    """
+    image = Image.fromarray(_stored(upright, facts.orientation))
+    if _is_gray(pixels):  # color where its partner has none would be seen
+        image = image.convert("L")
+        image = image if facts.chroma == "Gray" else image.convert("RGB")
+    with _readable(), _opened(partner, facts.format) as original:
+        if facts.format == "JPEG":
+            data = _jpeg_like(image, partner, original, facts.chroma)
+        else:
+            original.load()
+            data = _png_or_webp_like(image, partner, original, facts.format)
+    _check_alike(data, facts)
+    return data
+
+
+def _check_alike(data: bytes, facts: Facts) -> None:
+    made = prepare(data).facts
+    differing = [name for name, value in vars(facts).items() if getattr(made, name) != value]
+    if differing:
+        raise NoPair(f"{', '.join(differing)} cannot be written as in the partner")
+
+
+def _opened(data: bytes, image_format: str) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=[image_format])
+
+
+def _stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels as they are stored: what `imaging.orientation.upright` undoes."""
+    rows, columns = mirrored(orientation)
+    pixels = upright[:: -1 if rows else 1, :: -1 if columns else 1]
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if is_transposed(orientation) else pixels)
+
+
+def _is_gray(pixels: np.ndarray) -> bool:
+    return bool((pixels == pixels[:, :, :1]).all())
+
+
+def _save(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def _jpeg_like(image: Image.Image, partner: bytes, original: Image.Image, chroma: str) -> bytes:
+    """A JPEG with the partner's quantization tables, chroma, progression and metadata, and with
+    Huffman tables of its own where the partner has such.
+    """
+    tables = original.quantization  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"qtables": tables, "progressive": False}
+    if chroma != "Gray":
+        image = image.convert("RGB")
+        options["subsampling"] = CHROMA_NAMES[chroma]
+    else:
+        image = image.convert("L")
+    markers = [segment.marker for segment in jpeg.segments(jpeg.before_scan(partner))]
+    if _PROGRESSIVE in markers:
+        options["progressive"] = True
+    data = _save(image, "JPEG", **options)
+    if _PROGRESSIVE not in markers and _huffman(data) != _huffman(partner):
+        data = _save(image, "JPEG", **options, optimize=True)
+    own = b"".join(data[start:end] for marker, start, end in _header(data) if marker in _METADATA)
+    return data[:2] + b"".join(_metadata(partner)) + data[2 + len(own) :]
+
+
+def _header(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The segments before the pixels: marker, start, end."""
+    for marker, start, end in jpeg.lenient_segments(data):
+        if marker == jpeg.SOS:
+            return
+        yield marker, start, end
+
+
+def _huffman(data: bytes) -> set[bytes]:
+    """The Huffman tables: one encoder writes them in one segment, another in four."""
+    tables: set[bytes] = set()
+    for marker, start, end in _header(data):
+        at = start + 4
+        while marker == _DHT and at + 17 <= end:
+            length = 17 + sum(data[at + 1 : at + 17])
+            tables.add(data[at : at + length])
+            at += length
+    return tables
+
+
+def _metadata(data: bytes) -> Iterator[bytes]:
+    """The metadata of a JPEG, without the directory of further pictures behind it."""
+    for marker, start, end in _header(data):
+        if marker in _METADATA and data[start + 4 : start + 8] != b"MPF\0":
+            yield data[start:end]
+
+
+def _png_or_webp_like(
+    image: Image.Image, partner: bytes, original: Image.Image, image_format: str
+) -> bytes:
+    """A PNG or WebP in the partner's mode, with its alpha, EXIF and color profile."""
+    alpha = original.getchannel("A") if original.mode in ("LA", "RGBA") else None
+    image = image.convert("L" if original.mode in ("L", "LA") else "RGB")
+    if alpha:
+        image.putalpha(alpha)
+    kept = {key: original.info[key] for key in ("exif", "icc_profile") if original.info.get(key)}
+    if image_format == "PNG":
+        return _save(image, "PNG", compress_level=6, **kept)
+    if _is_lossless(partner):
+        return _save(image, "WEBP", lossless=True, exact=True, **kept)
+    if original.info.get("xmp"):
+        kept["xmp"] = original.info["xmp"]
+    return _save(image, "WEBP", quality=_webp_quality(original, len(partner), kept), **kept)
+
+
+def _is_lossless(data: bytes) -> bool:
+    """Whether a WebP holds a lossless picture, by its chunks."""
+    at = 12  # RIFF, its length, WEBP
+    while at + 8 <= len(data):
+        if data[at : at + 4] == b"VP8L":
+            return True
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+    return False
+
+
+def _webp_quality(original: Image.Image, size: int, kept: dict[str, Any]) -> int:
+    """The quality at which the partner's own pixels come nearest to the size of its file: a WebP
+    does not say it.
+    """
+    low, high, sizes = 1, 100, {}
+    while low < high:
+        middle = (low + high) // 2
+        sizes[middle] = len(_save(original, "WEBP", quality=middle, **kept))
+        low, high = (middle + 1, high) if sizes[middle] < size else (low, middle)
+    sizes[low] = len(_save(original, "WEBP", quality=low, **kept))
+    return min(sizes, key=lambda quality: (abs(sizes[quality] - size), quality))

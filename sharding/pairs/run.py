@@ -1,0 +1,229 @@
+"""Make the pairs of a packed set, as a raw folder that `sharding build` packs. Below the output:
+
+    <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
+    <set>-pairs/<source>/fake/<key>.<suffix>    the same through the decoder, written alike
+    <set>-pairs.json                            what made them, and what was excluded and why
+    <set>-pairs.toml                            the catalog, written last
+    .pairs/<set>-pairs/started.json             what is being made; another decoder is refused
+
+The two images of a pair are one group, and all of them go to one set of the split that they had.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imaging.decode import DecodeError, Facts, prepare
+from sharding.catalog import read_catalog
+from sharding.format import IMAGE_FORMATS, ShardError, ShardSet, open_shards, read_index
+from sharding.lock import locked
+from sharding.pairs.decoder import Decoder
+from sharding.pairs.match import NoPair, encode_like, refuse_partner
+from storage import AnyPath, make_folder, write_bytes, write_text
+
+VERSION = 1
+"""Changes when the same image and decoder would give other bytes."""
+
+MAX_MEGAPIXELS = 2.0
+"""What a decoder is given at most: it needs some 10 GB for this with `AutoencoderKL`."""
+
+_MEGA = 1_000_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a run made: the name of its set, the catalog, pairs by source of the real image, how
+    many of them lay there already, and how many real images have no partner, by reason.
+    """
+
+    name: str
+    catalog: Path
+    counts: dict[str, int]
+    already: int
+    excluded: dict[str, int]
+
+
+def make_pairs(
+    folder: AnyPath,
+    out: Path,
+    decoder: Decoder,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    on_image: Callable[[], None] = lambda: None,
+) -> Pairs:
+    """Write the pairs of the set in `folder` below `out`; what is whole there is kept.
+
+    Raises:
+        ShardError: no set, a damaged one, one without a real image that can be paired, or an `out`
+            with pairs that something else made.
+        DecoderError: as `Decoder.reconstruct`.
+        OSError: a file that cannot be read or written.
+    """
+    shards, index = open_shards([folder]), read_index(folder)
+    name = f"{index['set']}-pairs"
+    work = out / ".pairs" / name
+    make_folder(work)
+    identity = {
+        "version": VERSION, "set": index["set"], "content_sha256": index["content_sha256"],
+        "decoder": decoder.name, "decoder_class": decoder.kind, "decoder_sha256": decoder.sha256,
+        "max_megapixels": max_megapixels,
+    }  # fmt: skip
+    with locked(work, out / name):
+        _refuse_others(out / name, work / "started.json", identity)
+        write_text(work / "started.json", json.dumps(identity, indent=1) + "\n")
+        counts, excluded, already = Counter[str](), Counter[str](), 0
+        for sample in real_samples(shards).tolist():
+            row = shards.table.slice(sample, 1).to_pylist()[0]
+            try:
+                already += _make_pair(shards, sample, row, out / name, decoder, max_megapixels)
+                counts[row["source"]] += 1
+            except NoPair as reason:
+                excluded[str(reason)] += 1
+            on_image()
+        if not counts:
+            why = "; ".join(f"{count:,} {reason}" for reason, count in sorted(excluded.items()))
+            raise ShardError(
+                f"{folder} has no real image to make a pair of ({why or 'it holds none'}); choose "
+                "another set, or another --max-megapixels"
+            )
+        made = {"pairs": dict(sorted(counts.items())), "excluded": dict(sorted(excluded.items()))}
+        write_text(out / f"{name}.json", json.dumps(identity | made, indent=1) + "\n")
+        catalog = out / f"{name}.toml"
+        write_text(catalog, _catalog_text(name, index, decoder, counts))
+        read_catalog([catalog])  # a name that is too long is found here
+    return Pairs(name, catalog, dict(sorted(counts.items())), already, dict(excluded))
+
+
+def real_samples(shards: ShardSet) -> np.ndarray:
+    """The rows of the real images, in the order in which they lie in the tars."""
+    rows = np.flatnonzero(shards.column("label") == 0)
+    order = np.lexsort([shards.column("offset")[rows], shards.column("shard_code")[rows]])
+    return rows[order]
+
+
+def _refuse_others(folder: Path, started: Path, identity: dict[str, Any]) -> None:
+    """Check that a folder of pairs is empty, or was made of the same set by the same decoder.
+
+    Raises:
+        ShardError: it was not; the message says what differs.
+    """
+    if not started.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ShardError(
+                f"{folder} holds files, and {started} does not say what made them; choose another "
+                "--out, or move them away (nothing was changed)"
+            )
+        return
+    try:
+        before = dict(json.loads(started.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ShardError(
+            f"{started} is damaged ({type(error).__name__}); move it and {folder} away"
+        ) from error
+    differing = [key for key in identity if before.get(key) != identity[key]]
+    if differing:
+        key = differing[-1] if "max_megapixels" in differing else differing[0]
+        raise ShardError(
+            f"{folder} was begun with {key} {before.get(key)!r}, this is {identity[key]!r}; choose "
+            "another --out, or move it and its .pairs away (nothing was changed)"
+        )
+
+
+def _make_pair(
+    shards: ShardSet,
+    sample: int,
+    row: dict[str, Any],
+    folder: Path,
+    decoder: Decoder,
+    max_megapixels: float,
+) -> bool:
+    """Write the two images of a pair, unless they are there already, which is the answer.
+
+    Raises:
+        NoPair: this image gets no partner.
+    """
+    if row["width"] * row["height"] > max_megapixels * _MEGA:
+        raise NoPair(f"more than {max_megapixels:g} megapixels")
+    with shards.shard_path(sample).open("rb") as tar:
+        tar.seek(row["offset"])
+        data = tar.read(row["size"])
+    if hashlib.sha256(data).digest() != row["sha256"]:
+        raise ShardError(
+            f"{shards.name(sample)} has other bytes than the index says; run `python -m sharding "
+            "verify` on its set"
+        )
+    prepared = prepare(data)
+    facts, pixels = prepared.facts, prepared.pixels
+    source, file = _folder_of(row["source"]), f"{row['key']}.{IMAGE_FORMATS[row['format']]}"
+    real, fake = (folder / source / kind / file for kind in ("real", "fake"))
+    if _is_whole(real, fake, data, facts):
+        return True
+    refuse_partner(data, facts)
+    made = encode_like(decoder.reconstruct(pixels), data, pixels, facts)
+    for path, content in ((real, data), (fake, made)):
+        make_folder(path.parent)
+        write_bytes(path, content)
+    return False
+
+
+def _is_whole(real: Path, fake: Path, data: bytes, facts: Facts) -> bool:
+    """Whether an earlier run wrote this pair: the real bytes, and a fake described alike."""
+    if not (real.is_file() and fake.is_file()) or real.read_bytes() != data:
+        return False
+    try:
+        made = vars(prepare(fake.read_bytes()).facts)
+    except DecodeError:
+        return False
+    return made == vars(facts)
+
+
+def _folder_of(source: str) -> str:
+    """The folder of a source's pairs; the names of sources are safe in paths unless an index was
+    made by something else.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", source):
+        raise ShardError(f"source {source!r} is no name for a folder; build the set again")
+    return source
+
+
+def _catalog_text(
+    name: str, index: dict[str, Any], decoder: Decoder, counts: dict[str, int]
+) -> str:
+    """The catalog of the pairs: one source for each source of the real images."""
+    lines = [
+        f"# Real images of {index['set']} and the same through {decoder.name}: written by",
+        "# `python -m sharding pairs` when all of them were there.",
+        "",
+        "[sets]",
+        f'{name} = "{index["split"]}"',
+    ]
+    for source, count in sorted(counts.items()):
+        facts = index["sources"][source]
+        lines += [
+            "",
+            f"[sources.{name}-{source}]",
+            f"root = {_quoted(f'{name}/{source}')}",
+            f"license = {_quoted(facts['license'])}",
+            f"homepage = {_quoted(facts['homepage'])}",
+            f'set = "{name}"',
+            'policy = "dda"          # crop and flip only, so that pairs stay alike',
+            "group = '/(?:real|fake)/([^/]+)[.][a-z]+$'",
+            f"expected = {{ real = {count}, fake = {count} }}",
+            f'real = [{{ folder = "real", generator = {_quoted(source)} }}]',
+            f'fake = [{{ folder = "fake", generator = {_quoted(decoder.name)} }}]',
+        ]
+        lines += ["synthetic = true"] if facts.get("synthetic") else []
+        lines += ["test_only = true"] if index["split"] == "test" else []
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A string of TOML; JSON writes it alike, but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
