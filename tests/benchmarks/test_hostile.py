@@ -37,6 +37,7 @@ def test_a_child_that_takes_too_long_or_too_much_is_ended(tmp_path: Path) -> Non
     assert [line["file"] for line in lines if "file" in line] == list(range(len(seeds()) + 1))
 
 
+@pytest.mark.slow
 def test_a_crash_is_told(tmp_path: Path) -> None:
     _, ended, _ = hostile.run_child("load pil", tmp_path, tmp_path, 0, 60.0, 2**40)
     assert ended.startswith("crash, exit code 1: ")

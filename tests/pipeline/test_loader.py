@@ -85,7 +85,11 @@ def test_two_ranks_see_the_batches_of_one(make_stream: Callable, backend: str) -
 
 @pytest.mark.parametrize(
     ("backend", "every"),
-    [("pil", 5), ("dali", 8), *(pytest.param(b, 1, marks=pytest.mark.slow) for b in BACKENDS)],
+    [
+        ("pil", 5),
+        pytest.param("dali", 8, marks=pytest.mark.slow),
+        *(pytest.param(b, 1, marks=pytest.mark.slow) for b in BACKENDS),
+    ],
 )
 def test_resume_at_any_step_equals_the_uninterrupted_run(
     make_stream: Callable, backend: str, every: int
@@ -112,7 +116,7 @@ def test_a_state_of_four_ranks_resumes_on_two(make_stream: Callable) -> None:
         ranks.append(list(stream.batches(stream.resume(saved), 1)))
     for one, *parts in zip(whole, *ranks, strict=True):
         assert torch.equal(one.images, torch.cat([part.images for part in parts]))
-    with pytest.raises(OrderError, match="global_batch was 8 when this was saved and is 6 now"):
+    with pytest.raises(OrderError, match="global_batch was 8 and is 6"):
         make_stream(batch_size=3, world_size=2).resume(saved)
 
 

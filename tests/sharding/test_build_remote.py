@@ -62,6 +62,7 @@ def test_a_bucket_as_input_and_output(
     assert status == 0, output
 
 
+@pytest.mark.slow
 def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], client, small: Path) -> None:
     def hold(age: float) -> None:
         lease = json.dumps({"owner": "elsewhere:1", "renewed": time.time() - age})

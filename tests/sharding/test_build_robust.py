@@ -39,6 +39,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     assert not list(tmp_path.rglob("*.partial")), "a killed write left its file behind"
 
 
+@pytest.mark.slow
 def test_workers_that_outlive_their_builder_do_no_harm(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_build_goes_on_when_there_is_room(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +129,7 @@ def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
     arguments += ["--catalog", tmp_path / "raw/catalog.toml", "--jobs", "1"]
     # Imported as root, because the interpreter may lie where nobody else may read.
     code = (
-        "import sharding.__main__\n"
+        "import sharding.__main__, sharding.build, sharding.summary\n"
         "from sharding.catalog import BUILT_IN, read_catalog\n"
         "read_catalog([BUILT_IN])  # what it imports when it is needed\n" + code
     )

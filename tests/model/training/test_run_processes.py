@@ -88,6 +88,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder_are_refused(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
