@@ -138,7 +138,7 @@ def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1
-    assert "Permission denied" in result.stderr
+    assert "not readable by this user (mode 0)" in result.stderr
     assert "alpha/real" in result.stderr
     assert "Traceback" not in result.stderr
 
