@@ -72,6 +72,8 @@ def as_checkpoint(name: str | None, checkpoint: Path | None, opening: Opening) -
     Raises:
         DetectorError: both are named, or an option is given that a checkpoint has no use for.
     """
+    if name is not None and not name.strip():
+        raise DetectorError("--detector names nothing; leave it out for the newest run")
     if name and checkpoint:
         raise DetectorError("--detector and --checkpoint both name one; give one of them")
     if name and kind_of(name) != "checkpoint":

@@ -79,6 +79,8 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
             load_any(None, None, opening)
     with pytest.raises(DetectorError, match="give one of them"):
         load_any("clip", Path("runs"), Opening())
+    with pytest.raises(DetectorError, match="names nothing"):
+        load_any(" ", None, Opening())
     with pytest.raises(DetectorError, match="--heatmap is for a checkpoint"):
         load_any(str(file), None, Opening(trust=True), heatmap=True)
 
