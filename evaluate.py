@@ -8,6 +8,7 @@ What takes seconds to load (torch, timm) is imported inside the functions that u
 command line has been checked.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -88,7 +89,8 @@ def main(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure a detector on one or more shard sets, calibrate it, or compare runs.
+    """Measure a detector on one or more shard sets, calibrate it, compare runs, or measure kept
+    mistakes again.
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
@@ -276,6 +278,60 @@ def compare(
         for path in write_comparison(compared, paths, out):
             console.say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")
     console.say(f"reports: {' and '.join(map(str, paths))}")
+
+
+@main.command()
+@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
+@click.option(
+    "--images",
+    type=console.LocalPath(exists=True, file_okay=False),
+    help="Folder in which to look for the images, by their bytes, of which no copy was kept.",
+)
+@click.option(
+    "--json", "file", type=console.LocalPath(dir_okay=False), help="JSON file of the result."
+)
+@console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
+def regressions(
+    folder: Path,
+    images: Path | None,
+    file: Path | None,
+    checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
+    runs: Path,
+    device: str,
+    backend: "Backend",
+) -> None:
+    """Measure the mistakes in FOLDER again: which are fixed, and which are new.
+
+    `python -m model mistakes add` keeps them. Each entry remembers the verdict of each detector;
+    the exit code is 0 only if none that another detector had right is wrong now.
+    """
+    from model.mistakes.keep import read_mistakes
+
+    mistakes = read_mistakes(folder)
+    from model.adapters.open import Opening, load_any
+    from model.mistakes.regressions import measure_again, record, report_of
+    from report.mistakes import print_regressions
+
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
+    loaded = load_any(detector, checkpoint, opening, device=device, backend=backend)
+    with console.progress("measuring", len(mistakes)) as advance:
+        rows = measure_again(folder, mistakes, loaded, images, advance)
+    if not any(row.after for row in rows):
+        raise click.ClickException(f"none of {folder} could be measured: {rows[0].reason}")
+    record(folder, rows)
+    result = report_of(rows, loaded)
+    print_regressions(result)
+    console.say(f"checkpoint: {loaded.checkpoint}")
+    if file:
+        write_text(file, json.dumps(result, indent=1) + "\n")
+        console.say(f"report: {file}")
+    if newly := result["counts"]["newly wrong"]:
+        raise click.ClickException(
+            f"{console.counted(newly, 'image')} that another detector had right: wrong now"
+        )
 
 
 def _say_flips(

@@ -1,4 +1,4 @@
-"""`python -m model`: import, fetch, embed, curves, average, export and push; each is one call.
+"""`python -m model`: import, fetch, embed, curves, average, export, push, mistakes; each one call.
 
 What a command works with is imported inside it, after the command line has been checked.
 """
@@ -13,7 +13,9 @@ from installed import command
 from storage import any_path, check_reachable
 
 if TYPE_CHECKING:
+    from model.mistakes.keep import Label
     from model.shipped.backbone import HubPlace
+    from pipeline.loading import Backend
     from sharding.executor import Engine
 
 
@@ -322,6 +324,60 @@ def push_command(folder: Path, repository: str, private: bool) -> None:
     from model.export import hub
 
     console.say(f"uploaded: {hub.push(folder, repository, private=private)}")
+
+
+@main.group("mistakes", cls=console.Group)
+def mistakes() -> None:
+    """Keep wrong verdicts; `python evaluate.py regressions` measures them again."""
+
+
+@mistakes.command("add")
+@click.argument("label", type=click.Choice(["real", "fake"]), metavar="real|fake")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--folder", type=console.LocalPath(file_okay=False), default=Path("mistakes"),
+    show_default=True, help="Folder of this machine that keeps them.",
+)  # fmt: skip
+@click.option("--keep-image", is_flag=True, help="Keep a copy of each image as well.")
+@console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
+def add_command(
+    label: "Label",
+    paths: tuple[str, ...],
+    folder: Path,
+    keep_image: bool,
+    checkpoint: Path | None,
+    detector: str | None,
+    trust: bool,
+    fake_labels: tuple[str, ...],
+    runs: Path,
+    device: str,
+    backend: "Backend",
+) -> None:
+    """Score images that are real, or fake, and keep each wrong verdict: a file of its hash, score
+    and label. Nothing leaves this machine, and no image is copied unless you ask for it.
+
+    The exit code is 1 if an image could not be read or kept.
+    """
+    from model.inference.inputs import is_there
+
+    for path in paths:
+        if not is_there(path):
+            raise click.UsageError(f"{path!r} does not exist")
+    from model.adapters.open import Opening, load_any
+    from model.mistakes.add import keep_wrong
+
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
+    loaded = load_any(detector, checkpoint, opening, device=device, backend=backend)
+    console.log.info("checkpoint: %s", loaded.checkpoint)
+    failed = total = 0
+    for report in keep_wrong(loaded, paths, label, folder, keep_image=keep_image):
+        total += 1
+        failed += report.failed
+        console.say(report.text)
+    if not total:
+        raise click.ClickException(f"no image in {', '.join(paths)}; name a photo, or a folder")
+    if failed:
+        raise click.ClickException(f"{failed:,} of {console.counted(total, 'image')} failed")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,12 @@ def commands() -> dict[str, click.Command]:
         for name, group in tops.items()
         for child, command in getattr(group, "commands", {}).items()
     }
-    return tops | below
+    nested = {
+        f"{name} {child}": command
+        for name, group in below.items()
+        for child, command in getattr(group, "commands", {}).items()
+    }
+    return tops | below | nested
 
 
 def lines_of(command: click.Command) -> Iterator[list[str]]:
@@ -75,6 +80,7 @@ EXTRA = {
         ["README.md", "--device", "tpu"], ["README.md", "--onnx", "x.onnx", "--heatmap", "x"],
     ],
     "-m serve": [["--device", "gpu"], ["--port", "65536"]],
+    "-m model mistakes add": [["real", "nowhere.jpg"], ["real"]],
     "-m model export": [[], ["--hub", "x", "--hub-place", "nowhere"]],
     "-m model embed": [
         ["--recipe", "recipes/clip.toml", "--set", "a.b=1"], ["--recipe", "nowhere.toml"],

@@ -1,0 +1,69 @@
+"""Score images that a person has labeled, and keep each wrong verdict."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imaging.decode import ImageFile
+from model.inference.inputs import find_images
+from model.mistakes.keep import Label, MistakeError, keep_mistake, verdict_of
+from model.verdict import percent
+
+if TYPE_CHECKING:
+    from model.inference.run import Loaded
+
+AT_ONCE = 8
+"""Images scored at a time; the bytes of twice as many are in memory."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What became of one image, in a line, and whether it could not be read or kept."""
+
+    text: str
+    failed: bool
+
+
+def keep_wrong(
+    detector: "Loaded", paths: Sequence[str], label: Label, folder: Path, *, keep_image: bool
+) -> Iterator[Reported]:
+    """Score the images of `paths`, all of which are `label`, and report on each.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    waiting: deque[list[bytes]] = deque()
+
+    def reading() -> Iterator[ImageFile]:
+        for file in find_images(paths, Counter()):
+            waiting.append([])
+            yield _noted(file, waiting[-1])
+
+    with closing(detector.stream(reading(), AT_ONCE)) as predictions:
+        for result in predictions:
+            read = waiting.popleft()
+            if result.probability is None:
+                yield Reported(f"{result.name}: {result.error}", failed=True)
+                continue
+            given = verdict_of(detector, result.probability)
+            said = f"{result.name}: {given.verdict} ({percent(given.score)})"
+            name = result.name if keep_image else None
+            try:
+                kept = keep_mistake(folder, read[0], label, given, copy_named=name)
+            except MistakeError as error:
+                yield Reported(f"{said}; not kept: {error}", failed=True)
+                continue
+            yield Reported(f"{said}; {kept.text}", failed=False)
+
+
+def _noted(file: ImageFile, read: list[bytes]) -> ImageFile:
+    """The same image; its bytes come into `read` when it is read."""
+
+    def read_and_note() -> bytes:
+        read[:] = [file.read()]
+        return read[0]
+
+    return ImageFile(file.name, read_and_note)

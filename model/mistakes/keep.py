@@ -1,0 +1,268 @@
+"""Keep wrong verdicts, one file each, in a folder of this machine; nothing is sent anywhere.
+
+`FOLDER/<SHA-256 of the image's bytes>.json` is
+
+    {"sha256": hash, "label": "real" or "fake",      # what a person says that it is
+     "image": ".jpg",                                # the ending of the copy beside it, or null
+     "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
+                   "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
+
+with one verdict of each detector that measured it, the newest last. The name of the image is not
+kept.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import Any, Literal, TypeAlias, get_args
+
+from imaging.decode import IMAGE_SUFFIXES
+from model.inference.prediction import DecisionRule
+from model.verdict import VERDICTS
+from storage import text_fault, write_bytes, write_text
+
+Label: TypeAlias = Literal["real", "fake"]
+LABELS: tuple[Label, ...] = get_args(Label)
+
+Standing: TypeAlias = Literal["right", "uncertain", "wrong"]
+
+MAX_MISTAKES = 10_000
+"""Entries of one folder."""
+
+MAX_VERDICTS = 200
+"""Verdicts of one entry: the first, and the newest."""
+
+MAX_ENTRY_BYTES = 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Bytes of an entry, and of a kept image."""
+
+UNNAMED = ".img"
+"""How the copy of an image ends whose own name does not say what it is."""
+
+_ENTRY = re.compile(r"[0-9a-f]{64}\.json")
+
+
+class MistakeError(ValueError):
+    """An entry that cannot be kept or read; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one detector said of an image: its identity (checkpoint and band), the probability of
+    fake, the verdict, the band that it was decided by, and when (UTC, ISO 8601).
+    """
+
+    detector: str
+    score: float
+    verdict: str
+    band: tuple[float, float]
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """One entry; see the module. `image` is the ending of the copy's name, None without one."""
+
+    sha256: str
+    label: Label
+    verdicts: tuple[Verdict, ...]
+    image: str | None = None
+
+    def entry_path(self, folder: Path) -> Path:
+        """Where the entry lies."""
+        return folder / f"{self.sha256}.json"
+
+    def image_path(self, folder: Path) -> Path | None:
+        """Where the copy of the image lies, if one was asked for."""
+        return folder / f"{self.sha256}{self.image}" if self.image else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What became of a report: `kept` is whether there is an entry now, `label_was` the label that
+    it had before, where that was another one; `text` says it all in one line.
+    """
+
+    kept: bool
+    label_was: Label | None
+    text: str
+
+
+def standing(label: Label, verdict: str) -> Standing:
+    """Whether a verdict is right about an image; an uncertain one is neither."""
+    if verdict == VERDICTS[1]:
+        return "uncertain"
+    return "right" if (verdict == VERDICTS[2]) == (label == "fake") else "wrong"
+
+
+def verdict_of(detector: DecisionRule, score: float) -> Verdict:
+    """What a detector says at this probability of fake, now.
+
+    Raises:
+        ValueError: the probability is not finite.
+    """
+    return Verdict(
+        detector=detector.identity,
+        score=score,
+        verdict=detector.verdict(score),
+        band=detector.band,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def keep_mistake(
+    folder: Path, data: bytes, label: Label, given: Verdict, *, copy_named: str | None = None
+) -> Kept:
+    """Keep a verdict in `folder` if it is wrong about the image with these bytes.
+
+    An image that has an entry keeps that one: the verdict joins it, and the new label replaces the
+    old one. An entry without a wrong verdict under its new label is removed, its copy too. With
+    `copy_named`, the image's name, a copy of `data` is kept as well; its name gives the ending.
+
+    Raises:
+        MistakeError: the folder is full, the copy is too large, or the entry there is damaged.
+        OSError: the folder cannot be written.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = folder / f"{sha256}.json"
+    stands = standing(label, given.verdict)
+    known = read_mistake(path) if path.exists() else None
+    if known is None:
+        if stands != "wrong":
+            why = "agrees" if stands == "right" else "is uncertain, which claims nothing"
+            return Kept(kept=False, label_was=None, text=f"the verdict {why}; nothing kept")
+        if folder.is_dir() and len(entries_of(folder)) >= MAX_MISTAKES:
+            raise MistakeError(
+                f"{folder} holds {MAX_MISTAKES:,} mistakes, as many as it may; name another folder"
+            )
+        known = Mistake(sha256=sha256, label=label, verdicts=())
+        said = "kept"
+    else:
+        said = "kept already" if stands == "wrong" else f"kept; this verdict is {stands}"
+    label_was = known.label if known.label != label else None
+    mistake = with_verdict(replace(known, label=label), given)
+    changed = f"the label was {label_was} and is {label} now: " if label_was else ""
+    if all(standing(label, each.verdict) != "wrong" for each in mistake.verdicts):
+        remove_mistake(folder, mistake)
+        text = f"{changed}no verdict was wrong; the entry is removed"
+        return Kept(kept=False, label_was=label_was, text=text)
+    if copy_named is not None:
+        mistake = _with_copy(folder, mistake, data, copy_named)
+    write_mistake(folder, mistake)
+    beside = "with its image" if mistake.image else "without its image"
+    return Kept(kept=True, label_was=label_was, text=f"{changed}{said}, {beside}")
+
+
+def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistake:
+    """The entry with a copy of its image in the folder; one that is there stays its only one."""
+    if len(data) > MAX_IMAGE_BYTES:
+        raise MistakeError(
+            f"{len(data):,} bytes are too many for a copy ({MAX_IMAGE_BYTES:,} at most); leave the "
+            "image out, and the entry is kept by its hash"
+        )
+    suffix = PurePath(name).suffix.lower()
+    with_image = replace(mistake, image=suffix if suffix in IMAGE_SUFFIXES else UNNAMED)
+    if mistake.image:
+        with_image = mistake
+    folder.mkdir(parents=True, exist_ok=True)
+    path = with_image.image_path(folder)
+    assert path is not None
+    write_bytes(path, data)
+    return with_image
+
+
+def with_verdict(mistake: Mistake, given: Verdict) -> Mistake:
+    """The entry with one more verdict, which replaces an older one of the same detector."""
+    others = [each for each in mistake.verdicts if each.detector != given.detector]
+    verdicts = (*others, given)
+    if len(verdicts) > MAX_VERDICTS:
+        verdicts = (verdicts[0], *verdicts[1 - MAX_VERDICTS :])
+    return replace(mistake, verdicts=verdicts)
+
+
+def write_mistake(folder: Path, mistake: Mistake) -> None:
+    """Write an entry, as a whole or not at all."""
+    text = json.dumps(asdict(mistake), indent=1) + "\n"
+    if len(text) > MAX_ENTRY_BYTES:
+        raise MistakeError(f"an entry of {len(text):,} bytes; at most {MAX_ENTRY_BYTES:,} are kept")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(mistake.entry_path(folder), text)
+
+
+def remove_mistake(folder: Path, mistake: Mistake) -> None:
+    """Remove an entry and the copy of its image, the entry first."""
+    mistake.entry_path(folder).unlink(missing_ok=True)
+    if path := mistake.image_path(folder):
+        path.unlink(missing_ok=True)
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """The files of all entries, by their names; others in the folder are left alone."""
+    return sorted(path for path in folder.iterdir() if _ENTRY.fullmatch(path.name))
+
+
+def read_mistakes(folder: Path) -> list[Mistake]:
+    """All entries of a folder.
+
+    Raises:
+        MistakeError: there is none, there are too many, or one is damaged.
+        OSError: the folder cannot be read.
+    """
+    paths = entries_of(folder)
+    if not paths:
+        raise MistakeError(
+            f"{folder} holds no mistakes; `python -m model mistakes add real PATH --folder "
+            f"{folder}` keeps one"
+        )
+    if len(paths) > MAX_MISTAKES:
+        raise MistakeError(f"{folder} holds {len(paths):,} mistakes, at most {MAX_MISTAKES:,} may")
+    return [read_mistake(path) for path in paths]
+
+
+def read_mistake(path: Path) -> Mistake:
+    """The entry in a file.
+
+    Raises:
+        MistakeError: it is damaged; the message says where.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_ENTRY_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are an entry")
+        return _mistake_from(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
+        raise MistakeError(f"{path} is no entry of a mistake ({fault}); remove it") from error
+
+
+def _mistake_from(entry: Mapping[str, Any], name: str) -> Mistake:
+    """The entry that a file of this name holds; `entry` may be anything that JSON can say."""
+    verdicts = tuple(_verdict_from(each) for each in entry["verdicts"])
+    image = entry["image"]
+    if entry["sha256"] != name:
+        raise ValueError("its hash is another one than that of its name")
+    if entry["label"] not in LABELS:
+        raise ValueError("its label is not real or fake")
+    if image is not None and image not in {*IMAGE_SUFFIXES, UNNAMED}:
+        raise ValueError("its image has a name that no copy is given")
+    if not verdicts or len(verdicts) > MAX_VERDICTS:
+        raise ValueError(f"it has {len(verdicts)} verdicts; 1 to {MAX_VERDICTS} are expected")
+    return Mistake(sha256=name, label=entry["label"], verdicts=verdicts, image=image)
+
+
+def _verdict_from(entry: Mapping[str, Any]) -> Verdict:
+    low, high = map(float, entry["band"])
+    score = float(entry["score"])
+    if not all(map(math.isfinite, (low, high, score))) or entry["verdict"] not in VERDICTS:
+        raise ValueError(f"a verdict that is not one of {', '.join(VERDICTS)}, or no number")
+    detector, date = entry["detector"], entry["date"]
+    if not (isinstance(detector, str) and isinstance(date, str)):
+        raise TypeError("the detector and the date are texts")
+    return Verdict(
+        detector=detector, score=score, verdict=entry["verdict"], band=(low, high), date=date
+    )

@@ -1,0 +1,153 @@
+"""Measure kept mistakes with another detector: what is fixed, still wrong, or wrong anew."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from imaging.decode import DecodeError, ImageFile, read_file
+from model.inference.inputs import find_images
+from model.mistakes.keep import Mistake, Verdict, standing, verdict_of, with_verdict, write_mistake
+
+if TYPE_CHECKING:
+    from model.inference.run import Loaded
+
+Outcome: TypeAlias = Literal["newly wrong", "still wrong", "uncertain", "fixed", "not measurable"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+"""`newly wrong`: another detector had it right. The gravest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """One mistake measured again: what the detector before said, and what this one says; without
+    a verdict the `reason`.
+    """
+
+    mistake: Mistake
+    outcome: Outcome
+    before: Verdict
+    after: Verdict | None
+    reason: str = ""
+
+
+def measure_again(
+    folder: Path,
+    mistakes: Sequence[Mistake],
+    detector: "Loaded",
+    images: Path | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Regression]:
+    """Score the images of `mistakes`: the copies in `folder`, or files below `images` with the same
+    bytes. `advance` is called after each image. Nothing is written.
+    """
+    files = find_files(folder, mistakes, images)
+    present = [mistake for mistake in mistakes if mistake.sha256 in files]
+    scored = {}
+    ordered = (files[mistake.sha256] for mistake in present)
+    for mistake, prediction in zip(present, detector.stream(ordered), strict=True):
+        scored[mistake.sha256] = prediction
+        advance()
+    lacking = f"no file below {images} has its bytes" if images else (
+        "no copy of its image was kept; name a folder that holds it with --images"
+    )  # fmt: skip
+    rows = []
+    for mistake in mistakes:
+        result = scored.get(mistake.sha256)
+        if result is None or result.probability is None:
+            reason = result.error if result else lacking
+            before = mistake.verdicts[-1]
+            rows.append(
+                Regression(
+                    mistake=mistake, outcome="not measurable", before=before, after=None,
+                    reason=reason,
+                )
+            )  # fmt: skip
+            continue
+        rows.append(_compared(mistake, verdict_of(detector, result.probability)))
+    return sorted(rows, key=lambda row: OUTCOMES.index(row.outcome))
+
+
+def _compared(mistake: Mistake, after: Verdict) -> Regression:
+    """An entry against the verdict of now. Before is what another detector said last, or the same
+    one where no other has measured it.
+    """
+    others = [each for each in mistake.verdicts if each.detector != after.detector]
+    stands = standing(mistake.label, after.verdict)
+    was_right = any(standing(mistake.label, each.verdict) == "right" for each in others)
+    outcome: Outcome = "uncertain"
+    if stands == "right":
+        outcome = "fixed"
+    elif stands == "wrong":
+        outcome = "newly wrong" if was_right else "still wrong"
+    before = (others or mistake.verdicts)[-1]
+    return Regression(mistake=mistake, outcome=outcome, before=before, after=after)
+
+
+def find_files(
+    folder: Path, mistakes: Iterable[Mistake], images: Path | None
+) -> dict[str, ImageFile]:
+    """By hash, the file of each mistake's image: its copy, or one below `images` with its bytes. A
+    file is read again when it is scored, and checked against the hash.
+    """
+    files, missing = {}, set()
+    for mistake in mistakes:
+        path = mistake.image_path(folder)
+        if path and path.is_file():
+            files[mistake.sha256] = _checked(mistake.sha256, partial(read_file, path))
+        else:
+            missing.add(mistake.sha256)
+    candidates = find_images([str(images)], Counter()) if images and missing else ()
+    for file in candidates:
+        try:
+            sha256 = hashlib.sha256(file.read()).hexdigest()
+        except (DecodeError, OSError):
+            continue  # a file that cannot be read is none that was scored
+        if sha256 in missing:
+            files[sha256] = _checked(sha256, file.read)
+            missing.remove(sha256)
+        if not missing:
+            break
+    return files
+
+
+def _checked(sha256: str, read: Callable[[], bytes]) -> ImageFile:
+    def read_and_check() -> bytes:
+        data = read()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DecodeError("its copy holds other bytes than those that were scored")
+        return data
+
+    return ImageFile(sha256, read_and_check)
+
+
+def record(folder: Path, rows: Iterable[Regression]) -> None:
+    """Add to each entry the verdict that was measured, for those that come after."""
+    for row in rows:
+        if row.after:
+            write_mistake(folder, with_verdict(row.mistake, row.after))
+
+
+def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:
+    """How many there are of each outcome, none left out."""
+    counted = Counter(row.outcome for row in rows)
+    return {outcome: counted[outcome] for outcome in OUTCOMES}
+
+
+def report_of(rows: Sequence[Regression], detector: "Loaded") -> Mapping[str, Any]:
+    """What was measured, as JSON."""
+    return {
+        "detector": detector.identity,
+        "band": detector.band,
+        "counts": counts_of(rows),
+        "mistakes": [
+            {
+                "sha256": row.mistake.sha256, "label": row.mistake.label, "outcome": row.outcome,
+                "before": asdict(row.before), "after": asdict(row.after) if row.after else None,
+                "reason": row.reason or None,
+            }
+            for row in rows
+        ],
+    }  # fmt: skip

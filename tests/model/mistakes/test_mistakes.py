@@ -1,0 +1,235 @@
+"""Mistakes that a person has found: kept once, measured again, and said before and after."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import evaluate
+from model.__main__ import main as model
+from model.mistakes import keep
+from model.mistakes.keep import (
+    Label,
+    Mistake,
+    MistakeError,
+    Verdict,
+    keep_mistake,
+    read_mistake,
+    read_mistakes,
+    standing,
+    with_verdict,
+)
+from model.verdict import VERDICTS
+from tests.builders import encode, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NO_SIGN, UNCERTAIN, LIKELY = VERDICTS
+DATA = encode(photo(1))
+HASH = hashlib.sha256(DATA).hexdigest()
+
+
+def said(verdict: str, detector: str = "a") -> Verdict:
+    score = {NO_SIGN: 0.1, UNCERTAIN: 0.5, LIKELY: 0.9}[verdict]
+    return Verdict(detector=detector, score=score, verdict=verdict, band=(0.4, 0.6), date="2026")
+
+
+def run(command: object, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def add(folder: Path, label: str, image: Path, detector: Path, *more: str) -> Result:
+    line = ["mistakes", "add", label, image, "--folder", folder, "--detector", detector, "--trust"]
+    return run(model, *line, *more)
+
+
+def measure(folder: Path, detector: Path, *more: object) -> Result:
+    return run(evaluate.main, "regressions", folder, "--detector", detector, "--trust", *more)
+
+
+@pytest.fixture
+def detectors(tmp_path: Path) -> dict[str, Path]:
+    """Detectors that give every image one score; the copy `wrong2` is another detector."""
+    scores = {"wrong": 0.9, "right": 0.1, "wrong2": 0.8}
+    for name, score in scores.items():
+        (tmp_path / f"{name}.py").write_text(f"def predict(images): return [{score}] * len(images)")
+    return {name: tmp_path / f"{name}.py" for name in scores}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "photos" / "mine.jpg"
+    path.parent.mkdir()
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("label", "verdict", "stands"),
+    [("real", LIKELY, "wrong"), ("real", NO_SIGN, "right"), ("fake", LIKELY, "right"),
+     ("fake", NO_SIGN, "wrong"), ("real", UNCERTAIN, "uncertain"),
+     ("fake", UNCERTAIN, "uncertain")],
+)  # fmt: skip
+def test_what_is_a_mistake(label: Label, verdict: str, stands: str, tmp_path: Path) -> None:
+    assert standing(label, verdict) == stands
+    kept = keep_mistake(tmp_path / "kept", DATA, label, said(verdict))
+    assert kept.kept == (stands == "wrong") == (tmp_path / "kept").exists()
+    if stands == "right":
+        assert kept.text == "the verdict agrees; nothing kept"
+
+
+def test_the_function_for_the_page_keeps_one_entry_of_an_image(tmp_path: Path) -> None:
+    kept = keep_mistake(tmp_path, DATA, "real", said(LIKELY))
+    assert kept.text == "kept, without its image"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{HASH}.json"]
+    entry = json.loads((tmp_path / f"{HASH}.json").read_text())
+    assert entry == {
+        "sha256": HASH, "label": "real", "image": None,
+        "verdicts": [{"detector": "a", "score": 0.9, "verdict": LIKELY, "band": [0.4, 0.6],
+                      "date": "2026"}],
+    }  # fmt: skip
+    again = keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="x/My photo.JPG")
+    assert again.text == "kept already, with its image"
+    (mistake,) = read_mistakes(tmp_path)
+    assert len(mistake.verdicts) == 1
+    assert (tmp_path / f"{HASH}.jpg").read_bytes() == DATA
+    keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="other.../name")
+    assert len(list(tmp_path.iterdir())) == 2  # one copy, by its first name
+
+
+def test_a_name_never_leads_out_of_the_folder(tmp_path: Path) -> None:
+    keep_mistake(tmp_path / "k", DATA, "real", said(LIKELY), copy_named="x./../../evil")
+    assert {path.name for path in (tmp_path / "k").iterdir()} == {f"{HASH}.json", f"{HASH}.img"}
+
+
+def test_a_changed_label_is_said_and_can_take_the_entry_back(tmp_path: Path) -> None:
+    keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="a.png")
+    noted = keep_mistake(tmp_path, DATA, "real", said(NO_SIGN, "b"))
+    assert noted.kept and noted.text == "kept; this verdict is right, with its image"
+    other = keep_mistake(tmp_path, DATA, "fake", said(LIKELY))
+    assert other.kept and other.label_was == "real"  # b was wrong if it is a fake
+    assert other.text.startswith("the label was real and is fake now: kept")
+    assert read_mistakes(tmp_path)[0].label == "fake"
+    keep_mistake(tmp_path, DATA, "fake", said(LIKELY, "b"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "MAX_IMAGE_BYTES", 10)
+    with pytest.raises(MistakeError, match="too many for a copy"):
+        keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="a.jpg")
+    monkeypatch.setattr(keep, "MAX_MISTAKES", 1)
+    keep_mistake(tmp_path, b"first", "real", said(LIKELY))
+    with pytest.raises(MistakeError, match="as many as it may"):
+        keep_mistake(tmp_path, b"second", "real", said(LIKELY))
+    mistake = Mistake(sha256=HASH, label="real", verdicts=(said(LIKELY, "first"),))
+    for index in range(keep.MAX_VERDICTS + 5):
+        mistake = with_verdict(mistake, said(LIKELY, str(index)))
+    assert len(mistake.verdicts) == keep.MAX_VERDICTS
+    assert mistake.verdicts[0].detector == "first"
+    assert mistake.verdicts[-1].detector == str(keep.MAX_VERDICTS + 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["not JSON", "[]", '{"label": "real"}', {"label": "maybe"}, {"image": "/../../x"},
+     {"verdicts": []}, {"verdicts": [1]}, {"sha256": "0" * 64}, {"image": []}],
+)  # fmt: skip
+def test_a_damaged_entry_is_one_line(change: str | dict, tmp_path: Path) -> None:
+    keep_mistake(tmp_path, DATA, "real", said(LIKELY))
+    path = tmp_path / f"{HASH}.json"
+    entry = json.loads(path.read_text())
+    path.write_text(change if isinstance(change, str) else json.dumps({**entry, **change}))
+    with pytest.raises(MistakeError, match=r"is no entry of a mistake .* remove it"):
+        read_mistake(path)
+    result = run(evaluate.main, "regressions", tmp_path)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+
+
+def test_a_kept_mistake_survives_two_detectors_and_shows_before_and_after(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    folder, report = tmp_path / "kept", tmp_path / "out.json"
+    result = add(folder, "real", image, detectors["right"])
+    assert result.exit_code == 0 and "the verdict agrees; nothing kept" in result.output
+    result = add(folder, "real", image.parent, detectors["wrong"], "--keep-image")
+    assert result.exit_code == 0 and "likely AI (90.0%); kept, with its image" in result.output
+    outcomes = []
+    for name in ("wrong", "right", "wrong2", "wrong2"):
+        result = measure(folder, detectors[name], "--json", report)
+        (row,) = json.loads(report.read_text())["mistakes"]
+        outcomes.append(
+            (row["outcome"], row["before"]["score"], row["after"]["score"], result.exit_code)
+        )
+        assert f"1 {row['outcome']}" in result.output
+    assert outcomes == [
+        ("still wrong", 0.9, 0.9, 0), ("fixed", 0.9, 0.1, 0),
+        ("newly wrong", 0.1, 0.8, 1), ("newly wrong", 0.1, 0.8, 1),
+    ]  # fmt: skip
+    assert "1 image that another detector had right: wrong now" in result.stderr
+    assert "no sign of AI 0.100" in result.output and "likely AI 0.800" in result.output
+    verdicts = read_mistakes(folder)[0].verdicts
+    assert [each.score for each in verdicts] == [0.9, 0.1, 0.8]
+    assert [each.detector.split()[0] for each in verdicts] == [
+        str(detectors[name]) for name in ("wrong", "right", "wrong2")
+    ]
+
+
+def test_an_image_that_was_not_kept_is_found_by_its_bytes(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    folder = tmp_path / "kept"
+    assert add(folder, "real", image, detectors["wrong"]).exit_code == 0
+    result = measure(folder, detectors["right"])
+    assert result.exit_code == 1 and "name a folder that holds it with --images" in result.stderr
+    image.rename(image.with_name("renamed.jpg"))
+    image.with_name("another.jpg").write_bytes(encode(photo(2)))
+    result = measure(folder, detectors["right"], "--images", image.parent)
+    assert result.exit_code == 0 and "1 fixed" in result.output
+    result = measure(folder, detectors["right"], "--images", folder)
+    assert result.exit_code == 1 and "no file below" in result.stderr
+
+
+def test_what_cannot_be_measured_is_counted_and_said(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    folder = tmp_path / "kept"
+    add(folder, "real", image, detectors["wrong"], "--keep-image")
+    image.write_bytes(encode(photo(2)))
+    add(folder, "real", image, detectors["wrong"])
+    other = image.with_name("other.jpg")
+    other.write_bytes(encode(photo(3)))
+    add(folder, "real", other, detectors["wrong"], "--keep-image")
+    (folder / f"{HASH}.jpg").write_bytes(encode(photo(4)))
+    result = measure(folder, detectors["right"])
+    assert result.exit_code == 0, result.output
+    assert "1 fixed, 2 not measurable" in result.output
+    assert "its copy holds other bytes than those that were scored" in result.output
+    assert "no copy of its image was kept" in result.output
+    assert len(read_mistake(folder / f"{HASH}.json").verdicts) == 1
+
+
+def test_what_cannot_be_read_is_an_error_and_the_rest_is_kept(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    image.with_name("broken.jpg").write_bytes(b"no image")
+    result = add(tmp_path / "kept", "real", image.parent, detectors["wrong"])
+    assert result.exit_code == 1
+    assert "broken.jpg" in result.output and "1 of 2 images failed" in result.stderr
+    assert [mistake.sha256 for mistake in read_mistakes(tmp_path / "kept")] == [HASH]
+    result = add(tmp_path / "kept", "real", tmp_path / "kept", detectors["wrong"])
+    assert result.exit_code == 1 and "no image in" in result.stderr
+
+
+def test_a_folder_without_mistakes_says_how_one_is_kept(tmp_path: Path) -> None:
+    result = run(evaluate.main, "regressions", tmp_path)
+    assert result.exit_code == 1 and "python -m model mistakes add" in result.stderr
+
+
+def test_entries_are_equal_after_reading(tmp_path: Path) -> None:
+    keep_mistake(tmp_path, DATA, "fake", said(NO_SIGN), copy_named="a.webp")
+    (mistake,) = read_mistakes(tmp_path)
+    expected = Mistake(sha256=HASH, label="fake", verdicts=(said(NO_SIGN),), image=".webp")
+    assert mistake == expected
