@@ -81,7 +81,7 @@ def test_one_image_at_a_time_is_bit_for_bit_that_of_predict(
     files = [encode(photo(number)) for number in range(12)]
     client, _ = serve(batch_size=1)
     rows = client.post("/predict", files=form(*files)).json()["images"]
-    alone = [next(detector.predict([data])).probability for data in files]
+    alone = [detector.predict(data).probability for data in files]
     assert [row["probability"] for row in rows] == alone
 
 
