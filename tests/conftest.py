@@ -69,6 +69,16 @@ def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def main_module() -> Iterator[None]:
+    """Streamlit's tests leave a script of their own as `__main__`, which every process that is
+    started afterward would run.
+    """
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
+
+
+@pytest.fixture(autouse=True)
 def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test reads does not depend on a C2PA trust list of this machine."""
     monkeypatch.setattr("model.inference.signatures.CACHED", "no list")

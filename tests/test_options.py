@@ -102,6 +102,7 @@ def base(
         "sharding diff": [val, val],
         "sharding describe": [str(raw / "alpha"), "--out", "described.toml"],
         "sharding audit": [val, "--out", "audit"],
+        "sharding pairs": [val, "--decoder", "vae", "--out", "pairs"],
         "sharding demo": ["demo"],
         "pipeline preview": [val, "--out", "grid.png"],
         "pipeline order": [val],
