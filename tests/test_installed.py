@@ -1,6 +1,7 @@
 """The installed command, and what messages say to type where the wheel is installed."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import ai_images_detector
 import installed
 from ai_images_detector import COMMANDS, main
 from model import checkpoint
+from tests.builders import ROOT
 
 
 def invoke(*arguments: object):
@@ -57,6 +59,7 @@ def test_the_page_gets_what_the_command_line_says(
 
 def test_without_streamlit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ai_images_detector, "find_spec", lambda _name: None)
+    monkeypatch.setattr("streamlit.web.cli.main", lambda _arguments: None)
     done = invoke("app")
     assert (done.exit_code, done.output.count("\n")) == (1, 1)
     assert "streamlit is not installed; install the extra `app`" in done.output
@@ -77,5 +80,7 @@ def test_no_commit_of_a_repository_that_the_environment_lies_in(
     assert checkpoint.git_commit.__wrapped__() == ""
 
 
-def test_the_modules_beside_the_command_are_meant() -> None:
-    assert str(Path(ai_images_detector.__file__).parent) in sys.path
+def test_the_modules_beside_the_command_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "console.py").write_text("raise SystemExit('the wrong module')")
+    code = "import sys; sys.path.append(sys.argv[1]); import ai_images_detector"
+    subprocess.run([sys.executable, "-c", code, ROOT], cwd=tmp_path, check=True)
