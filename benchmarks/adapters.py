@@ -10,6 +10,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def of_transformers(folder: Path) -> tuple[OtherDetector, Bare]:
     return open_transformers(str(model), device="cpu"), bare
 
 
+class Nothing:
+    """A judge that does nothing: what is left is reading, decoding and the adapter."""
+
+    fixed_batches = False
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        return image
+
+    def score(self, prepared: Sequence[Image.Image]) -> np.ndarray:
+        return np.full(len(prepared), 0.5)
+
+
 def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
     """The cost of each kind by hand and by its adapter, and their ratio; transformers is left out
     where it is not installed.
@@ -122,10 +135,17 @@ def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
             score_shards(detector, shard_set)
 
         bare([Image.fromarray(np.zeros((150, 200, 3), np.uint8))] * AT_A_TIME)
+        score_shards(detector, shard_set.take(np.arange(2)))
         first, between, second = spent(by_hand), spent(adapted), spent(by_hand)
         by_hand_cost = {name: (first[name] + second[name]) / 2 for name in first}
         ratio = {name: between[name] / by_hand_cost[name] for name in between}
-        figures[kind] = {"by_hand": [first, second], "adapter": between, "ratio": ratio}
+        # What the load of the machine does to a network is more than what an adapter costs.
+        empty = replace(detector, judge=Nothing())
+        alone = spent(lambda empty=empty: score_shards(empty, shard_set))
+        figures[kind] = {
+            "by_hand": [first, second], "adapter": between, "ratio": ratio, "alone": alone,
+            "alone_ratio": alone["processor_s"] / by_hand_cost["processor_s"],
+        }  # fmt: skip
     return figures
 
 
@@ -134,9 +154,10 @@ def print_costs(figures: dict[str, Any], images: int) -> None:
     rows = [
         [kind, *(cost[which] for which in ("seconds", "processor_s")
                  for cost in (*figure["by_hand"], figure["adapter"])),
-         figure["ratio"]["seconds"], figure["ratio"]["processor_s"]]
+         figure["ratio"]["seconds"], figure["ratio"]["processor_s"],
+         figure["alone"]["processor_s"], figure["alone_ratio"]]
         for kind, figure in figures.items()
     ]  # fmt: skip
     columns = ["detector", "by hand, s", "again", "adapter", "by hand, processor s", "again",
-               "adapter", "ratio", "ratio of processor s"]  # fmt: skip
+               "adapter", "ratio", "ratio of processor s", "reading and adapter alone", "of by hand"]  # fmt: skip
     console.table(f"adapters on {images:,} small images", columns, rows)

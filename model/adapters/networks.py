@@ -74,6 +74,7 @@ def open_transformers(
             "hf: needs the library transformers; install the extra `detectors`, as `make setup` "
             "does"
         ) from error
+    transformers.utils.logging.disable_progress_bar()  # the terminal is that of console.py
     folder, revision = _files_of(name, name)
     config = _json_of(folder / "config.json", name)
     where = choose_device(device)
@@ -163,7 +164,8 @@ def _detector(
     else:
         sha256 = hashlib.sha256("".join(map(sha256_of, weights)).encode()).hexdigest()
     fake = [labels[index] for index in judge.fake]
-    meta = meta_of(kind, name, revision=revision, sha256=sha256, fake_labels=fake)
+    shown = name if revision else folder.absolute().name
+    meta = meta_of(kind, shown, revision=revision, sha256=sha256, fake_labels=fake)
     reason = f"{kind} on {judge.device}, AI-generated: {', '.join(fake) or 'the complement'}"
     return OtherDetector(Path(f"{kind}:{name}"), judge, meta, threshold, reason)
 

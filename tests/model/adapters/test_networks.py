@@ -163,7 +163,8 @@ def test_timm_from_a_folder(tmp_path: Path) -> None:
         ]
     np.testing.assert_allclose(probabilities(detector, images), expected, atol=SAME)
     assert np.ptp(expected) > 1e-4
-    assert detector.meta["detector"]["fake_labels"] == ["ai"]
+    about = detector.meta["detector"]
+    assert (about["name"], about["revision"], about["fake_labels"]) == ("made", "", ["ai"])
 
 
 def test_timm_without_labels_is_asked_for_them(tmp_path: Path) -> None:
