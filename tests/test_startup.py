@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent  # tests.builders loads torch
 
 HEAVY = (
-    "torch", "torchvision", "timm", "diffusers", "pyarrow", "nvidia", "transformers", "matplotlib", "onnx",
+    "torch", "torchvision", "timm", "pyarrow", "nvidia", "transformers", "matplotlib", "onnx",
     "onnxruntime", "streamlit", "pandas", "sklearn", "scipy",
+    "diffusers",
 )  # fmt: skip
 """Libraries that take a good part of a second, or several, to load."""
 

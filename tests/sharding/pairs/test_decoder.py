@@ -1,4 +1,4 @@
-"""A decoder is a VAE as diffusers saves it, from a folder or the hub, and nothing that runs code."""
+"""A decoder is a VAE as diffusers saves it, from a folder or the hub; no code of theirs runs."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ from sharding.audit.audit import audit
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, ShardSet, open_shards
-from sharding.pairs.decoder import Decoder, load_decoder
+from sharding.pairs.decoder import Decoder
 from sharding.pairs.run import make_pairs
 from sharding.verify import verify
 from tests.builders import build_all, encode, oriented, photo
@@ -73,8 +73,11 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return load_decoder(str(save_plain(tmp_path_factory.mktemp("models") / "plain")), "cpu")
+def decoder() -> Decoder:
+    """Stands for a VAE, which takes seconds to load: every pixel a little darker."""
+    return Decoder(
+        "plain", "AutoencoderTiny", "1" * 64, 1, lambda pixels: (pixels * 0.98).astype(np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,7 @@ def test_the_build_packs_whole_pairs_that_agree(packed: ShardSet, made: Path) ->
     assert not any(partners_of(packed, (name,)).quality.any() for name in sources)
 
 
+@pytest.mark.slow  # loads scikit-learn or diffusers
 def test_metadata_does_not_tell_the_pairs(packed: ShardSet) -> None:
     """Random, so 0.5; the interval is that of 128 images in 64 groups."""
     result = audit(packed)
@@ -179,7 +183,7 @@ def test_another_decoder_or_limit_is_refused_where_pairs_lie(
     shots: Path, decoder: Decoder, made: Path, tmp_path: Path
 ) -> None:
     before = hashes(made)
-    with pytest.raises(ShardError, match="was begun with decoder_sha256 .* choose another --out"):
+    with pytest.raises(ShardError, match=r"was begun with decoder_sha256 .* choose another --out"):
         make_pairs(shots, made, replace(decoder, sha256="0" * 64), max_megapixels=0.01)
     with pytest.raises(ShardError, match=r"with max_megapixels 0.01, this is 0.5"):
         make_pairs(shots, made, decoder, max_megapixels=0.5)
@@ -212,6 +216,7 @@ def test_damaged_shards_are_not_copied(shots: Path, decoder: Decoder, tmp_path: 
         make_pairs(copy, tmp_path / "out", decoder)
 
 
+@pytest.mark.slow  # loads scikit-learn or diffusers
 def test_the_command(shots: Path, tmp_path: Path) -> None:
     decoder, out = save_plain(tmp_path / "plain"), tmp_path / "out"
     line = ["pairs", str(shots), "--decoder", str(decoder), "--out", str(out), "--device", "cpu"]
