@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent  # tests.builders loads torch
 HEAVY = (
     "torch", "torchvision", "timm", "pyarrow", "nvidia", "transformers", "matplotlib", "onnx",
     "onnxruntime", "streamlit", "pandas", "sklearn", "scipy",
+    "diffusers",
 )  # fmt: skip
 """Libraries that take a good part of a second, or several, to load."""
 

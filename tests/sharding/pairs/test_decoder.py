@@ -1,0 +1,99 @@
+"""A decoder is a VAE as diffusers saves it, from a folder or the hub; no code of theirs runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharding.pairs import decoder as module
+from sharding.pairs.decoder import CONFIG_FILE, WEIGHTS_FILE, DecoderError, find_decoder
+from sharding.pairs.decoder import load_decoder as load
+from storage import sha256_of
+from tests.builders import photo
+from tests.sharding.pairs.vae import save_kl, save_plain
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_kl(tmp_path_factory.mktemp("models") / "My KL" / "vae")
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
+def test_any_size_comes_back_at_its_size_and_always_alike(kl: Path) -> None:
+    decoder = load(str(kl), "cpu")
+    assert (decoder.name, decoder.kind, decoder.factor) == ("my_kl", "AutoencoderKL", 4)
+    assert decoder.sha256 == sha256_of(kl / WEIGHTS_FILE)
+    for width, height in ((33, 18), (32, 16), (1, 1)):
+        pixels = photo(1, width, height)
+        made = decoder.reconstruct(pixels)
+        assert made.shape == pixels.shape and made.dtype == np.uint8
+        assert (made == load(str(kl), "cpu").reconstruct(pixels)).all()
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
+def test_a_plain_tiny_autoencoder_gives_the_picture_itself(tmp_path: Path) -> None:
+    decoder = load(str(save_plain(tmp_path / "plain")), "cpu")
+    pixels = photo(2, 41, 30)
+    assert decoder.kind == "AutoencoderTiny"
+    # Its latents pass 3 tanh(x / 3), which takes 9 of the 255 levels of white.
+    assert 0 < np.abs(decoder.reconstruct(pixels).astype(int) - pixels).max() <= 10
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
+def test_pickles_other_classes_and_missing_files_are_refused(kl: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    config = json.loads((kl / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(DecoderError, match=r"has no .*safetensors .*pickles are not read"):
+        load(str(folder))
+    (folder / WEIGHTS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(DecoderError, match="no AutoencoderKL that diffusers loads"):
+        load(str(folder), "cpu")
+    (folder / CONFIG_FILE).write_text(json.dumps({"_class_name": "MyCode", "auto_map": {}}))
+    with pytest.raises(DecoderError, match="_class_name is 'MyCode', expected AutoencoderKL or"):
+        load(str(folder), "cpu")
+    (folder / CONFIG_FILE).write_text("{")
+    with pytest.raises(DecoderError, match="is no JSON"):
+        load(str(folder), "cpu")
+    with pytest.raises(DecoderError, match="is no folder and no name of the hub"):
+        find_decoder("../nowhere")
+
+
+def test_of_the_hub_two_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, kl: Path) -> None:
+    import huggingface_hub
+
+    asked: list[tuple] = []
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repository, *allow_patterns))
+        return str(kl.parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_decoder("owner/name/vae") == kl
+    assert asked == [("owner/name", f"vae/{CONFIG_FILE}", f"vae/{WEIGHTS_FILE}")]
+    with pytest.raises(DecoderError, match="has no folder other"):
+        find_decoder("owner/name/other")
+
+    def offline(*_args: object, **_options: object) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(DecoderError, match=r"did not come from the hub \(no route\)"):
+        find_decoder("owner/name")
+
+
+def test_values_that_are_no_numbers_are_refused() -> None:
+    import torch
+
+    class Broken:
+        def encode(self, image: torch.Tensor) -> dict:
+            return type("Encoded", (dict,), {"latents": image})(latents=image)
+
+        def decode(self, latent: torch.Tensor) -> object:
+            return type("Decoded", (), {"sample": latent / 0})
+
+    with pytest.raises(DecoderError, match="finite ones"):
+        module._reconstruct(Broken(), photo(1, 8, 8), 1, "cpu")

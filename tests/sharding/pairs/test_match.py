@@ -1,0 +1,113 @@
+"""A partner is written as the file that it belongs to, in everything that its facts say."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imaging.decode import prepare
+from sharding.pairs.match import NoPair, encode_like, refuse_partner
+from tests.builders import encode, oriented, photo
+
+PHOTO = Image.fromarray(photo(3, 91, 70))
+EXIF = Image.Exif()
+EXIF[0x010F] = "Maker"
+
+FILES = {
+    "4:4:4": encode(PHOTO, quality=90, subsampling="4:4:4"),
+    "4:2:2": encode(PHOTO, quality=71, subsampling="4:2:2"),
+    "4:2:0": encode(PHOTO, quality=60, subsampling="4:2:0"),
+    "own tables": encode(PHOTO, qtables=[list(range(1, 65)), [9] * 64]),
+    "progressive": encode(PHOTO, quality=80, progressive=True),
+    "optimized": encode(PHOTO, quality=80, optimize=True),
+    "gray JPEG": encode(PHOTO.convert("L"), quality=77),
+    "profile and comment": encode(PHOTO, icc_profile=b"p" * 5000, comment=b"hello", exif=EXIF),
+    "PNG": encode(PHOTO, "PNG"),
+    "gray PNG": encode(PHOTO.convert("L"), "PNG"),
+    "alpha PNG": encode(PHOTO.convert("RGBA"), "PNG", exif=EXIF),
+    "WebP": encode(PHOTO, "WEBP", quality=63),
+    "lossless WebP": encode(PHOTO, "WEBP", lossless=True),
+    **{
+        f"{kind} turned {turn}": oriented(PHOTO, kind, "exif", turn)
+        for kind, turn in (("JPEG", 6), ("JPEG", 3), ("JPEG", 7), ("PNG", 8), ("WEBP", 5))
+    },
+    "JPEG turned by XMP": oriented(PHOTO, "JPEG", "xmp attribute", 6),
+}  # fmt: skip
+
+
+def through(pixels: np.ndarray) -> np.ndarray:
+    """Stands for a decoder: every pixel a little darker."""
+    return (pixels.astype(np.float32) * 0.98).astype(np.uint8)
+
+
+def partner_of(data: bytes) -> bytes:
+    prepared = prepare(data)
+    assert not prepared.facts.transcoded_from
+    refuse_partner(data, prepared.facts)
+    return encode_like(through(prepared.pixels), data, prepared.pixels, prepared.facts)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_partner_has_the_facts_and_the_picture_of_its_image(name: str) -> None:
+    prepared, made = prepare(FILES[name]), prepare(partner_of(FILES[name]))
+    assert made.facts == prepared.facts
+    expected = through(prepared.pixels).astype(int)
+    # Upright alike; the codec's own loss is a few levels on this noise (quality 60: 8).
+    assert np.abs(made.pixels - expected).mean() < 12
+    turned = np.abs(made.pixels - expected[::-1, ::-1]).mean()
+    assert turned > 2 * np.abs(made.pixels - expected).mean()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_partner_takes_about_as_many_bytes(name: str) -> None:
+    """Else the bits per pixel tell it; 1 pixel in 50 is another one after darkening."""
+    assert abs(len(partner_of(FILES[name])) / len(FILES[name]) - 1) < 0.06
+
+
+def test_the_tables_are_the_same_and_in_their_order() -> None:
+    """The index knows them sorted; here every entry counts."""
+    with Image.open(io.BytesIO(partner_of(FILES["own tables"]))) as made:
+        assert made.quantization == {0: list(range(1, 65)), 1: [9] * 64}
+
+
+def test_metadata_is_copied_and_further_pictures_are_not() -> None:
+    data = FILES["profile and comment"]
+    with Image.open(io.BytesIO(partner_of(data))) as made:
+        assert made.info["icc_profile"] == b"p" * 5000 and made.info["comment"] == b"hello"
+        assert made.getexif()[0x010F] == "Maker"
+    stream = io.BytesIO()
+    PHOTO.save(stream, "MPO", save_all=True, append_images=[PHOTO])
+    assert b"MPF\0" in stream.getvalue() and b"MPF\0" not in partner_of(stream.getvalue())
+
+
+def test_a_colorless_picture_gets_no_color() -> None:
+    gray = PHOTO.convert("L").convert("RGB")
+    prepared = prepare(encode(gray, "PNG"))
+    tinted = prepared.pixels.copy()
+    tinted[..., 0] //= 2
+    made = encode_like(tinted, prepared.data, prepared.pixels, prepared.facts)
+    pixels = prepare(made).pixels
+    assert (pixels == pixels[..., :1]).all()
+
+
+def test_alpha_is_that_of_the_partner() -> None:
+    image = PHOTO.copy()
+    image.putalpha(Image.fromarray(photo(5, 91, 70)[..., 0]))
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        data = encode(image, kind, **options)
+        with Image.open(io.BytesIO(partner_of(data))) as made:
+            assert made.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encode(PHOTO.quantize(64), "PNG"), "palette"),
+        (encode(PHOTO.convert("1"), "PNG"), "palette"),
+        (oriented(PHOTO, "PNG", "raw xmp", 6), "orientation cannot be written"),
+    ],
+)
+def test_what_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
+    with pytest.raises(NoPair, match=reason):
+        partner_of(data)
