@@ -159,5 +159,6 @@ def print_costs(figures: dict[str, Any], images: int) -> None:
         for kind, figure in figures.items()
     ]  # fmt: skip
     columns = ["detector", "by hand, s", "again", "adapter", "by hand, processor s", "again",
-               "adapter", "ratio", "ratio of processor s", "reading and adapter alone", "of by hand"]  # fmt: skip
+               "adapter", "ratio", "ratio of processor s", "reading and adapter alone",
+               "of by hand"]  # fmt: skip
     console.table(f"adapters on {images:,} small images", columns, rows)
