@@ -104,9 +104,8 @@ def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     assert number.get_attribute("aria-sort") == "descending"
     assert page.evaluate("document.activeElement.innerText") == "Probability of AI"
     fill = page.locator(".images tbody tr i").first
-    assert (
-        fill.evaluate("(bar) => bar.style.width") == f"{100 * predictions[ranked[0]].probability}%"
-    )
+    width = fill.evaluate("(bar) => parseFloat(bar.style.width)")
+    assert width == pytest.approx(100 * predictions[ranked[0]].probability, abs=1e-3)
     color = "(one) => getComputedStyle(one)[%r]"
     mark = page.locator(".images tbody tr .mark").first
     assert fill.evaluate(color % "backgroundColor") == mark.evaluate(color % "color")
@@ -147,7 +146,7 @@ def bomb() -> bytes:
         ("tiny.png", encode(photo(1, 31, 200), "PNG"), "31 x 200 pixels: too small to judge"),
         (
             "![a](http://x/y) :red[b] $c$.png", b"?",
-            "![a](http:\u2060//x/y) :\u2060red[b] $c$.png: not an",
+            "![a](http://x/y) :red[b] $c$.png: not an",
         ),
     ],
     ids=["broken", "other", "empty", "bomb", "tiny", "markdown"],
@@ -292,7 +291,7 @@ def test_the_keyboard_reaches_everything(visit) -> None:
         "What this page can and cannot tell",
     ]  # fmt: skip
     places = [
-        next((i for i, one in enumerate(reached) if one.strip().startswith(name)), None)
+        next((i for i, one in enumerate(reached) if re.search(f"^ ?{name}", one)), None)
         for name in order
     ]
     assert None not in places, dict(zip(order, places, strict=True))
@@ -311,7 +310,7 @@ def test_nothing_is_kept(visit, address: str) -> None:
     wait_for(page, "2 images", "What the file says")
     holds(address, len(large) + len(PHOTO))
     page.get_by_role("button", name="Remove one.png").click()
-    page.get_by_text("2 images").wait_for(state="detached")
+    page.get_by_role("heading", name="2 images").wait_for(state="detached")
     holds(address, len(PHOTO))
     page.get_by_role("button", name="Remove all").click()
     page.get_by_text("What the file says").wait_for(state="detached")
