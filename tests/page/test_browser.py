@@ -1,6 +1,7 @@
 """What the page does in a real browser, on a real server that may not write a byte to a file."""
 
 import csv
+import re
 import struct
 import zlib
 from dataclasses import replace
