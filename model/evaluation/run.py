@@ -58,6 +58,7 @@ def evaluate(
     planned = plan(subject, data, names, options or Options(), dist)
     if planned.trained_on:
         console.log.warning("%s", report.on_training_data(planned.trained_on))
+    keep_freed_memory(planned.device)
     scorer: VariantScorer
     if planned.detector:
         console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)
@@ -66,7 +67,6 @@ def evaluate(
         rows = score_sets_by(planned, planned.detector)
     else:
         net, preprocess, _ = load_network(planned.checkpoint)
-        keep_freed_memory(planned.device)
         precision = describe(planned.dtype)
         console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
         net.to(planned.device)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import evaluate
 import predict
 from model import checkpoint, load_detector
 from model.__main__ import main
+from model.evaluation.scores import read_scores
 from model.export import import_original
 from model.export import onnx as export
 from model.inference.onnx_detector import (
@@ -199,6 +201,7 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocked())
+import evaluate
 import predict
 predict.main()
 """
@@ -324,3 +327,25 @@ def test_the_original_is_exported_too(images: Path, tmp_path: Path) -> None:
         loaded.preprocess == Preprocess(crop_size=256, resize_size=288)
         and "its card says MIT" in loaded.meta["license"]
     )
+
+
+def test_evaluate_scores_sets_by_the_file(
+    exported: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nearly what the checkpoint itself gives there; resizes by Pillow round apart."""
+    file = exported / export.FILES["fp32"]
+    ask = ["--shards", "val", "--data", str(data), "--device", "cpu", "--runs", str(tmp_path)]
+    tables = []
+    for name, detector in (("onnx", file), ("torch", tiny_checkpoint)):
+        out = ["--out", str(tmp_path / name), "--detector", str(detector)]
+        result = CliRunner().invoke(evaluate.main, [*ask, *out])
+        assert result.exit_code == 0, result.output
+        tables.append(read_scores(tmp_path / name / "scores.parquet"))
+    first, second = (table.numbers("probability") for table in tables)
+    np.testing.assert_allclose(first, second, atol=0.02)
+    assert np.ptp(second) > 0.02 and tables[0].evaluation["threshold"] == 0.6
+    assert [table.evaluation["detector"]["kind"] for table in tables] == ["onnx", "checkpoint"]
+    refused = CliRunner().invoke(
+        evaluate.main, ["calibrate", *ask[:6], "--runs", str(tmp_path), "--detector", str(file)]
+    )
+    assert refused.exit_code == 1 and "holds its calibration" in refused.stderr
