@@ -59,6 +59,7 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
 @in_browser
 def test_axe_can_find_something(visit: Callable[..., "Page"]) -> None:
     page = visit()
+    page.wait_for_selector("h1")
     page.evaluate("document.querySelector('h1').style.color = '#ddd'")
     assert any(line.startswith("color-contrast") for line in violations(page))
 
