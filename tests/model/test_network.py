@@ -95,6 +95,7 @@ def test_the_class_token_head_sees_the_tokens_behind_its_blocks() -> None:
     assert learning == ["backbone.stage_head.fc.weight", "backbone.stage_head.fc.bias"]
 
 
+@pytest.mark.slow
 def test_a_class_token_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     torch.manual_seed(5)
     net = build(VIT, pretrained=False)

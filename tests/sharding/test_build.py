@@ -210,6 +210,7 @@ def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
     assert built.index["samples"] == 79
 
 
+@pytest.mark.slow
 def test_images_that_the_catalog_excludes_by_hash_are_in_no_set(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     names = ["alpha/real/004.jpg", "alpha/fake/003.jpg"]

@@ -33,6 +33,7 @@ def small(raw: Path, tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
+@pytest.mark.slow
 def test_a_bucket_as_input_and_output(
     s3: dict[str, str], client, small: Path, tmp_path: Path
 ) -> None:

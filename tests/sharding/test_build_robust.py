@@ -24,6 +24,7 @@ def finish(raw: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     raw: Path, data: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -224,6 +224,7 @@ def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
     assert one.startswith("val has 12.0% false positives")
 
 
+@pytest.mark.slow
 def test_distillation_holds_the_logits_of_old_samples(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
