@@ -22,12 +22,20 @@ export default function ({ parentElement }) {
     upload(event.detail);
     document.querySelector(".st-key-images section button")?.focus(); // the example is gone soon
   };
-  // Streamlit calls its labelled drop zone a presentation, which readers pass over.
-  const name = () => document.querySelectorAll(".st-key-images section[role=presentation]")
-    .forEach((zone) => zone.setAttribute("role", "group"));
-  const watcher = new MutationObserver(name);
+  // Streamlit calls its labeled drop zone a presentation, which readers pass over, and its icons are
+  // letters of a font, which they would read.
+  const mend = () => {
+    document.querySelectorAll(".st-key-images section[role=presentation]")
+      .forEach((zone) => zone.setAttribute("role", "group"));
+    document.querySelectorAll("[data-testid=stIconMaterial]:not([aria-hidden])").forEach((icon) => {
+      icon.setAttribute("aria-hidden", "true");
+      icon.removeAttribute("role");
+      icon.removeAttribute("aria-label");
+    });
+  };
+  const watcher = new MutationObserver(mend);
   watcher.observe(document.body, { childList: true, subtree: true });
-  name();
+  mend();
   const onPaste = (event) => {
     const files = [...event.clipboardData.files];
     if (files.length) { event.preventDefault(); upload(files); }

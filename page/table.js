@@ -20,10 +20,13 @@ export default function ({ parentElement, data, setStateValue }) {
 
   const draw = () => {
     const { by = "", way = "" } = table.dataset;
+    const focused = table.contains(document.activeElement)
+      && document.activeElement.closest("[data-key]").dataset.key; // what is drawn anew loses it
     const rows = data.rows.map((row, index) => ({ ...row, index }));
     if (by) rows.sort((a, b) => orders[by](a, b) * (way === "down" ? -1 : 1) || a.index - b.index);
     table.tBodies[0].replaceChildren(...rows.map(line));
     table.tHead.rows[0].replaceChildren(...Object.entries(headings).map(heading));
+    if (focused) table.querySelector(`[data-key="${CSS.escape(focused)}"] button`)?.focus();
   };
 
   const heading = ([key, title]) => {
@@ -35,7 +38,6 @@ export default function ({ parentElement, data, setStateValue }) {
       table.dataset.way = current && !down ? "down" : "up";
       table.dataset.by = current && down ? "" : key; // the third click: as they were added
       draw();
-      table.tHead.querySelector(`[data-key=${key}] button`).focus();
     };
     const cell = element("th", { scope: "col" }, button);
     cell.dataset.key = key;
@@ -59,14 +61,12 @@ export default function ({ parentElement, data, setStateValue }) {
     const tr = element("tr", {},
       element("td", {}, image), element("td", { className: "name" }, open),
       element("td", {}, verdict), number);
+    tr.dataset.key = row.id;
     if (row.id === data.chosen) { tr.className = "chosen"; open.ariaCurrent = "true"; }
     tr.onclick = () => {
       setStateValue("chosen", row.id);
-      const id = row.id;
-      data = { ...data, chosen: id };
-      const within = parentElement.contains(document.activeElement);
+      data = { ...data, chosen: row.id };
       draw();
-      if (within) table.querySelector("tr.chosen button").focus();
     };
     return tr;
   };

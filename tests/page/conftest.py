@@ -118,6 +118,8 @@ def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
         page.on("pageerror", lambda error: strange.append(str(error)))
         page.goto(address)
         page.get_by_text("What this page can and cannot tell").wait_for()
+        page.locator("h1").wait_for()  # the browser loads what shows HTML on its own
+        page.get_by_role("button", name="Paste from the clipboard").wait_for()
         return page
 
     yield visit

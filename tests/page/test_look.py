@@ -48,7 +48,13 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
     if files:
         browse(page, *files)
         wait_for(page, "not an image" if state == "refused" else "What the file says")
+    else:
+        page.locator(".rate").first.wait_for()
+        page.locator(".examples img").first.wait_for()
     assert violations(page) == []
+    icons = page.locator("[data-testid=stIconMaterial], .icon")
+    assert icons.count() > 0
+    assert all(icon.get_attribute("aria-hidden") == "true" for icon in icons.all())
     assert width_of(page) == options["viewport"]["width"]
     ground = page.locator("[data-testid=stApp]").evaluate(
         "(e) => getComputedStyle(e).backgroundColor"
@@ -59,7 +65,6 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
 @in_browser
 def test_axe_can_find_something(visit: Callable[..., "Page"]) -> None:
     page = visit()
-    page.wait_for_selector("h1")
     page.evaluate("document.querySelector('h1').style.color = '#ddd'")
     assert any(line.startswith("color-contrast") for line in violations(page))
 
