@@ -233,6 +233,18 @@ OPTIONS: dict[str, Callable] = {
         show_default=True,
         help="Folder that holds the training runs.",
     ),
+    "max_fpr": click.option(
+        "--max-fpr",
+        type=FiniteRange(0, 0.5, min_open=True, max_open=True),
+        help="Error rate: at most this share of real images is called likely AI. It holds for "
+        "images like those of the calibration.",
+    ),
+    "max_miss": click.option(
+        "--max-miss",
+        type=FiniteRange(0, 0.5, min_open=True, max_open=True),
+        help="Error rate: at most this share of AI images is called no sign of AI. It holds for "
+        "images like those of the calibration.",
+    ),
     "checkpoint": click.option(
         "--checkpoint",
         type=LocalPath(file_okay=False),

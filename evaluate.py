@@ -21,7 +21,7 @@ import console
 from storage import any_path, write_text
 
 if TYPE_CHECKING:
-    from model.calibrate import ThresholdAt
+    from model.calibrate import Over, ThresholdAt
     from model.distributed import DistEnv
     from model.evaluation.scores import ScoreTable
     from pipeline.loading import Backend
@@ -183,12 +183,22 @@ def _speak_for(dist: "DistEnv") -> None:
     show_default=True,
     help="Decision threshold; auto: 0.5, or higher where 5 % false positives ask for it.",
 )
-@console.options(
-    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+@click.option(
+    "--over",
+    type=click.Choice(["pooled", "most_sources", "worst_source"]),
+    help="With an error rate: which images keep to it. All together, three sources of four, or "
+    "every source. Default: most_sources.",
 )
+@console.options(
+    "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "data", "runs",
+    "device", "backend",
+)  # fmt: skip
 def calibrate(
     names: tuple[str, ...],
     threshold_at: "ThresholdAt",
+    over: "Over | None",
+    max_fpr: float | None,
+    max_miss: float | None,
     checkpoint: Path | None,
     detector: str | None,
     trust: bool,
@@ -208,10 +218,23 @@ def calibrate(
     from model.distributed import init_distributed
     from model.evaluation.others import calibrate_other
     from model.evaluation.run import choose_subject
+    from model.recipe import Calibrating
     from model.training.validation import calibrate_checkpoint
     from pipeline.loading import Loading
     from report.terminal import print_calibration
 
+    rule: ThresholdAt | Calibrating = threshold_at
+    if max_fpr is not None or max_miss is not None:
+        asked = click.get_current_context().get_parameter_source("threshold_at")
+        if asked is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError("--threshold takes no --max-fpr and no --max-miss")
+        rule = Calibrating(
+            threshold=over or Calibrating.threshold,
+            max_fpr=Calibrating.max_fpr if max_fpr is None else max_fpr,
+            max_miss=Calibrating.max_miss if max_miss is None else max_miss,
+        )
+    elif over:
+        raise click.UsageError("--over is for an error rate: add --max-fpr or --max-miss")
     opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
@@ -220,11 +243,11 @@ def calibrate(
         if isinstance(chosen, Path):
             calibration = calibrate_checkpoint(
                 chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
-                threshold_at=threshold_at, dist=dist,
+                rule=rule, dist=dist,
             )  # fmt: skip
             kept = f"checkpoint: {chosen}"
         else:
-            calibration, path = calibrate_other(chosen, folders, runs, threshold_at, dist)
+            calibration, path = calibrate_other(chosen, folders, runs, rule, dist)
             kept = f"calibration: {path}"
     if dist.is_main:
         print_calibration(calibration)

@@ -67,14 +67,17 @@ class NotStarted(click.ClickException):
     "the public list where it was fetched.",
 )
 @console.options(
-    "checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend", "batch_size"
-)
+    "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "runs", "device",
+    "backend", "batch_size",
+)  # fmt: skip
 def main(
     paths: tuple[str, ...],
     output: str | None,
     out: Path | None,
     resume: bool,
     threshold: float | None,
+    max_fpr: float | None,
+    max_miss: float | None,
     heatmap: Path | None,
     watch: str | None,
     onnx: Path | None,
@@ -106,6 +109,9 @@ def main(
         raise click.UsageError(
             "--onnx takes no --checkpoint, no --detector, no --heatmap and no --backend dali"
         )
+    rates = max_fpr is not None or max_miss is not None
+    if rates and threshold is not None:
+        raise click.UsageError("--threshold takes no --max-fpr and no --max-miss")
     try:
         anchors = read_trust_list(trust_list) if trust_list else usual_trust_list()
     except ValueError as error:
@@ -119,6 +125,8 @@ def main(
             str(onnx) if onnx else detector, checkpoint, opening, device=device, backend=backend,
             threshold=threshold, heatmap=heatmap is not None,
         )  # fmt: skip
+        if rates:
+            loaded = loaded.at_rates(max_fpr, max_miss)
         file = results.open_results(out, output, loaded.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)

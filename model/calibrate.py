@@ -18,6 +18,7 @@ from sharding.format import read_index
 from storage import AnyPath
 
 ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
+Over = Literal["pooled", "most_sources", "worst_source"]
 
 FEWEST = 20
 """Images of each class below which nothing is fitted: 5 % of fewer is less than one image."""
@@ -28,6 +29,9 @@ TEMPERATURES = 0.02, 50.0
 
 ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
 """Where the trade-off is kept, beside the thresholds that were fitted."""
+
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+"""Error rates for which thresholds are kept, so that a person can ask for one of them later."""
 
 
 class CalibrationError(ValueError):
@@ -44,6 +48,9 @@ class Calibration:
     it). `band` is (low, high): below low no sign of AI, from high on likely AI, uncertain between.
     `roc` is (threshold, share of reals called fake from it on, share of fakes found) on the same
     images, by rising threshold: what another threshold costs.
+    `at_fpr` is (rate, the lowest threshold at which at most that share of real images is called
+    fake), `at_miss` (rate, the highest threshold below which at most that share of fakes lies),
+    for those of `RATES` that the number of images allows.
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
     `method` is what was fitted to, and `sources` what each source would see at the threshold and
     the band, where it was left out of training (`calibrate_sources`).
@@ -62,6 +69,8 @@ class Calibration:
     after: dict[str, float]
     method: str = "validation"
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    at_fpr: list[tuple[float, float]] = field(default_factory=list)
+    at_miss: list[tuple[float, float]] = field(default_factory=list)
 
     def entries(self, fitted_on: Mapping[str, str]) -> dict[str, Any]:
         """The entries of `meta.json`, for `checkpoint.annotate`; `fitted_on` is the hash of the
@@ -135,16 +144,37 @@ def calibrate(
         threshold_fpr_5=at_5,
         band=(float(min(DEFAULT_THRESHOLD, below, high)), high),
         roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, at_5, at_1 or at_5}),
+        at_fpr=thresholds_at_rates([probabilities[labels == 0]], "pooled"),
+        at_miss=_from_above([probabilities[labels == 1]], "pooled"),
         before=_fit_of(labels, probability(logits)),
         after=_fit_of(labels, probabilities),
     )
 
 
-def calibrate_sources(
-    scores: Mapping[str, tuple[np.ndarray, np.ndarray]], calibrating: Calibrating
+def calibrate_by(
+    rule: ThresholdAt | Calibrating, labels: np.ndarray, logits: np.ndarray, sources: np.ndarray
 ) -> Calibration:
-    """Fit to the scores of sources that were left out of training, one after the other: source ->
-    (labels 0 real, 1 fake; logits of fake minus real).
+    """Fit to validation scores by a rule: `calibrate` for a name of a threshold,
+    `calibrate_sources` for error rates. `sources` (N,) names the source of each image.
+
+    Raises:
+        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+    """
+    if not isinstance(rule, Calibrating):
+        return calibrate(labels, logits, rule)
+    by_source = {
+        str(name): (labels[sources == name], logits[sources == name]) for name in np.unique(sources)
+    }
+    return calibrate_sources(by_source, rule, "validation sets by source")
+
+
+def calibrate_sources(
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    calibrating: Calibrating,
+    origin: str = "sources left out",
+) -> Calibration:
+    """Fit to scores source by source: source -> (labels 0 real, 1 fake; logits of fake minus real).
+    `origin` says where the scores are from; by default each source was left out of training.
 
     The band ends at the threshold, from which on at most `max_fpr` of the real images are called
     likely AI, and begins where at most `max_miss` of the fakes lie below it; `threshold` says over
@@ -166,7 +196,7 @@ def calibrate_sources(
         for label in (0, 1)
     )
     high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
-    missed = [1 - own for own in fakes]  # the same question from the other side
+    missed = [1 - of_source for of_source in fakes]  # the same question from the other side
     low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold)
     low = min(low, high)
     sources = {
@@ -183,8 +213,10 @@ def calibrate_sources(
         fitted,
         threshold=high,
         band=(low, high),
-        method=f"sources left out, {calibrating.threshold}",
+        method=f"{origin}, {calibrating.threshold}",
         sources=sources,
+        at_fpr=thresholds_at_rates(reals, calibrating.threshold),
+        at_miss=_from_above(fakes, calibrating.threshold),
         roc=roc_at(labels, probability(logits, fitted.temperature), {*ROC_THRESHOLDS, low, high}),
     )
 
@@ -192,7 +224,7 @@ def calibrate_sources(
 def threshold_over_sources(
     reals: Sequence[np.ndarray],
     rate: float,
-    over: Literal["pooled", "most_sources", "worst_source"],
+    over: Over,
 ) -> float:
     """The threshold from which on at most `rate` of some images lie: of all together, of each
     source, or of three sources of four. `reals` are probabilities of fake, by source.
@@ -210,6 +242,26 @@ def threshold_over_sources(
     if over == "most_sources":
         return sorted(known)[math.ceil(0.75 * len(known)) - 1]
     return max(known)
+
+
+def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
+    """(rate, threshold) for each of `RATES` that so many images allow, by `threshold_over_sources`.
+    A source that is too small for a rate would make it a promise over other sources than the rest,
+    so over sources a rate is kept only where half of them are large enough.
+    """
+    groups = [np.concatenate(list(reals))] if over == "pooled" else reals
+    rows = []
+    for rate in RATES:
+        enough = [g for g in groups if threshold_at_fpr(g, rate) is not None]
+        if enough and 2 * len(enough) >= len(groups):
+            rows.append((rate, threshold_over_sources(enough, rate, over)))
+    return rows
+
+
+def _from_above(fakes: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
+    """(rate, threshold below which at most that share of fakes lies), by `thresholds_at_rates`."""
+    mirrored = thresholds_at_rates([1 - of_source for of_source in fakes], over)
+    return [(rate, 1 - threshold) for rate, threshold in mirrored]
 
 
 def _share(marks: np.ndarray) -> float | None:

@@ -21,6 +21,43 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def band_at(
+    meta: Mapping[str, Any], max_fpr: float | None = None, max_miss: float | None = None
+) -> tuple[float, float]:
+    """(low, high) for the error rates that a person asks for: at most the share `max_fpr` of real
+    images is called likely AI, and at most the share `max_miss` of fakes no sign of AI, on images
+    like those of the calibration. A rate that is None keeps the checkpoint's own end. A rate
+    between two of the calibration takes the smaller one.
+
+    Raises:
+        ValueError: a rate is outside 0 to 0.5, or the checkpoint has no threshold for it.
+    """
+    low, high = band_of(meta)
+    if max_fpr is not None:
+        high = _at_rate(meta, "at_fpr", max_fpr)
+    if max_miss is not None:
+        low = _at_rate(meta, "at_miss", max_miss)
+    return min(low, high), high
+
+
+def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
+    if not 0 < asked < 0.5:
+        raise ValueError(f"an error rate is a share above 0 and below 0.5, got {asked:g}")
+    rows = (meta["calibration"] or {}).get(key)
+    if not rows:
+        raise ValueError(
+            "this detector has no thresholds for error rates: calibrate it "
+            "(python evaluate.py calibrate --shards VAL)"
+        )
+    within = [(float(rate), float(threshold)) for rate, threshold in rows if rate <= asked]
+    if not within:
+        raise ValueError(
+            f"this detector was calibrated on too few images for an error rate of {asked:g}; the "
+            f"smallest is {min(rate for rate, _ in rows):g}"
+        )
+    return max(within)[1]
+
+
 def percent(p: float) -> str:
     """A probability for reading; never a certainty."""
     if p < 0.001:

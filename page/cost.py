@@ -15,7 +15,9 @@ from page.html import show
 def moved(detector: ImageDetector) -> ImageDetector:
     """The detector with the threshold that the slider stands at."""
     threshold = st.session_state.get("threshold", detector.threshold)
-    return detector if threshold == detector.threshold else replace(detector, asked=threshold)
+    if threshold == detector.threshold:
+        return detector
+    return replace(detector, asked=(threshold, threshold))
 
 
 def show_threshold(detector: ImageDetector) -> None:

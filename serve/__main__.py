@@ -28,7 +28,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
     show_default=True,
     help="Port to listen on; 0 takes a free one.",
 )
-@console.options("checkpoint", "runs", "device", "batch_size")
+@console.options("max_fpr", "max_miss", "checkpoint", "runs", "device", "batch_size")
 @click.option(
     "--max-mb",
     type=click.IntRange(1, 512),
@@ -66,6 +66,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def main(
     host: str,
     port: int,
+    max_fpr: float | None,
+    max_miss: float | None,
     checkpoint: Path | None,
     runs: Path,
     device: str,
@@ -103,7 +105,10 @@ def main(
         ) from error
     if not key and host not in LOOPBACK:
         console.log.warning("no API key: whoever reaches %s may send images (%s)", host, KEY)
-    run(host, port, limits, (key or "").strip(), checkpoint=checkpoint, runs=runs, device=device)
+    run(
+        host, port, limits, (key or "").strip(), checkpoint=checkpoint, runs=runs, device=device,
+        rates=(max_fpr, max_miss),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

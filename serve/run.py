@@ -12,9 +12,11 @@ from serve.server import Server, bound_socket
 
 def run(
     host: str, port: int, limits: Limits, key: str, *, checkpoint: Path | None, runs: Path,
-    device: str,
+    device: str, rates: tuple[float | None, float | None] = (None, None),
 ) -> None:  # fmt: skip
-    """Load the detector, then answer requests until a signal ends it.
+    """Load the detector, then answer requests until a signal ends it. `rates` are the largest
+    shares of real images called likely AI and of fakes called no sign of AI; None keeps the
+    detector's own.
 
     Raises:
         OSError: the port is taken.
@@ -24,6 +26,8 @@ def run(
         console.log.info("loading the detector")
         # Pillow decodes, on a GPU too: images come one at a time.
         detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
+        if rates != (None, None):
+            detector = detector.at_rates(*rates)
         service = Service(detector, limits)
         console.log.info("checkpoint: %s", detector.identity)
         for notice in detector.notices:

@@ -303,6 +303,43 @@ def test_verdicts_follow_the_band_of_the_checkpoint(
         annotate(folder, {"calibration": None})
 
 
+def test_verdicts_follow_the_error_rates_asked_for(
+    ask: Callable[..., Result], photos: Path, small_runs: Path
+) -> None:
+    folder = small_runs / "small" / "step_0000001"
+    lowest, middle, highest = sorted(
+        row["probability"] for row in rows_of(ask(photos, "--format", "jsonl")).values()
+    )
+    above = highest + 1e-6
+    annotate(
+        folder,
+        {"calibration": {
+            "band": [lowest, middle], "at_fpr": [[0.01, above], [0.05, highest], [0.2, middle]],
+            "at_miss": [[0.05, lowest], [0.1, middle]],
+        }},
+    )  # fmt: skip
+
+    def verdicts(*options: str | float) -> list[str]:
+        rows = rows_of(ask(photos, "--format", "jsonl", *options))
+        return [row["verdict"] for row in sorted(rows.values(), key=lambda row: row["probability"])]
+
+    try:
+        assert verdicts() == ["uncertain", "likely AI", "likely AI"]
+        assert verdicts("--max-fpr", 0.05) == ["uncertain", "uncertain", "likely AI"]
+        assert verdicts("--max-fpr", 0.019) == ["uncertain"] * 3
+        assert verdicts("--max-fpr", 0.05, "--max-miss", 0.1) == [
+            "no sign of AI", "uncertain", "likely AI",
+        ]  # fmt: skip
+        refused = ask(photos, "--max-fpr", 0.001)
+        assert refused.exit_code == 2
+        assert "too few images for an error rate of 0.001; the smallest is 0.01" in refused.stderr
+        both = ask(photos, "--max-fpr", 0.05, "--threshold", 0.5)
+        assert both.exit_code == 2
+        assert "--threshold takes no --max-fpr and no --max-miss" in both.stderr
+    finally:
+        annotate(folder, {"calibration": None})
+
+
 def test_a_file_cannot_write_to_the_terminal(ask: Callable[..., Result], tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0110] = "Camera\x1b[31m\nred"

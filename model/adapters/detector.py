@@ -56,14 +56,14 @@ class OtherDetector(AnyDetector):
 
     `checkpoint` is its name as it was asked for. `meta` has the keys of a checkpoint's that
     verdicts and reports need, and `detector`: the `kind` (hf, timm, file), `name`, and `revision`,
-    `sha256` of weights or file and `fake_labels`, where it has them. `asked` is a threshold to take
-    instead of its own; `reason` says what computes.
+    `sha256` of weights or file and `fake_labels`, where it has them. `asked` is a band (low, high)
+    to decide by instead of its own; `reason` says what computes.
     """
 
     checkpoint: Path
     judge: Judge
     meta: dict[str, Any]
-    asked: float | None
+    asked: tuple[float, float] | None
     reason: str
     backend: str = "pil"
 

@@ -21,6 +21,7 @@ from torch import nn
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
+from model.inference.prediction import band_from
 from model.score import evaluating
 from storage import sha256_of
 
@@ -167,7 +168,7 @@ def _detector(
     shown = name if revision else folder.absolute().name
     meta = meta_of(kind, shown, revision=revision, sha256=sha256, fake_labels=fake)
     reason = f"{kind} on {judge.device}, AI-generated: {', '.join(fake) or 'the complement'}"
-    return OtherDetector(Path(f"{kind}:{name}"), judge, meta, threshold, reason)
+    return OtherDetector(Path(f"{kind}:{name}"), judge, meta, band_from(threshold), reason)
 
 
 def _files_of(repository: str, name: str) -> tuple[Path, str]:

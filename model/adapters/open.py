@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from model.adapters.detector import DetectorError, OtherDetector
 from model.adapters.kept import with_calibration
-from model.inference.prediction import check_threshold
+from model.inference.prediction import band_from
 
 if TYPE_CHECKING:
     from model.inference.onnx_detector import OnnxDetector
@@ -93,7 +93,7 @@ def open_other(
         DetectorError: it cannot be used, or an option that it has no use for was given.
         ValueError: as `model.inference.onnx_detector.load_onnx`.
     """
-    check_threshold(threshold)
+    band_from(threshold)  # a refusal comes before anything is loaded
     kind = kind_of(name)
     if opening.trust and kind != "file":
         raise DetectorError(f"--trust is for a Python file; nothing of {name} is run as a program")

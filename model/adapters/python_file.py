@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
+from model.inference.prediction import band_from
 from storage import sha256_of
 
 FUNCTION = "predict"
@@ -89,7 +90,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
         )
     meta = meta_of("file", path.name, sha256=sha256_of(path))
     reason = f"{path.name}, a program of others that is trusted"
-    return OtherDetector(path, FileJudge(path, function), meta, threshold, reason)
+    return OtherDetector(path, FileJudge(path, function), meta, band_from(threshold), reason)
 
 
 def _said(error: BaseException) -> str:

@@ -18,12 +18,13 @@ from model.calibrate import (
     Calibration,
     CalibrationError,
     ThresholdAt,
-    calibrate,
+    calibrate_by,
     check_validation_sets,
 )
 from model.distributed import DistEnv, all_gather_object
 from model.inference.onnx_detector import OnnxDetector
 from model.inference.prediction import Pixels, in_groups
+from model.recipe import Calibrating
 from model.score import AT_A_TIME, Scores, join_ranks
 from model.verdict import NOT_FINITE
 from pipeline.read import ReadError, ShardReader
@@ -131,10 +132,10 @@ def calibrate_other(
     detector: OtherDetector | OnnxDetector,
     folders: Sequence[AnyPath],
     runs: Path,
-    threshold_at: ThresholdAt = "auto",
+    rule: ThresholdAt | Calibrating = "auto",
     dist: DistEnv | None = None,
 ) -> tuple[Calibration, Path]:
-    """Score validation sets, fit to all of them together, and keep what was found below `runs`,
+    """Score validation sets, fit to them by `rule`, and keep what was found below `runs`,
     where `model.adapters.open` finds it; the calibration, and its file. On many ranks each calls
     this; the first one writes.
 
@@ -149,7 +150,7 @@ def calibrate_other(
             "made of, and export it again"
         )
     check_validation_sets(folders)
-    labels, logits, hashes = [], [], {}
+    labels, logits, sources, hashes = [], [], list[str](), {}
     for folder in folders:
         shards = open_shards([folder])
         with console.progress(f"scoring {folder.name}", len(shards), dist.is_main) as advance:
@@ -158,8 +159,11 @@ def calibrate_other(
             )  # fmt: skip
         labels.append(scores.labels)
         logits.append(scores.logits)
+        sources += shards.names("source", scores.samples)
         hashes[folder.name] = shards.sha256
-    calibration = calibrate(np.concatenate(labels), np.concatenate(logits), threshold_at)
+    calibration = calibrate_by(
+        rule, np.concatenate(labels), np.concatenate(logits), np.array(sources)
+    )
     path = calibration_path(detector, runs)
     if dist.is_main:
         keep_calibration(detector, runs, calibration.entries(hashes))

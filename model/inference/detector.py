@@ -29,7 +29,7 @@ from model.inference.prediction import (
     Source,
     ahead,
     as_source,
-    check_threshold,
+    band_from,
     pixels_of,
     predictions,
     preprocess_ahead,
@@ -51,7 +51,7 @@ class ImageDetector(AnyDetector):
     sees.
 
     `preprocess`, `meta` are the checkpoint's; `backend` decodes the images, for the reason
-    `reason`; `asked` is a threshold to take instead of the checkpoint's own.
+    `reason`; `asked` is a band (low, high) to decide by instead of the checkpoint's own.
     """
 
     checkpoint: Path
@@ -62,7 +62,7 @@ class ImageDetector(AnyDetector):
     dtype: torch.dtype
     backend: str = "pil"
     reason: str = ""
-    asked: float | None = None
+    asked: tuple[float, float] | None = None
 
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
@@ -208,14 +208,15 @@ def load_detector(
     or the best one of the newest run in `runs`, or without any run the detector that ships; a line
     of the log then says so.
 
-    `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*.
+    `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*. For a band by
+    error rates, call `at_rates(max_fpr=0.01)` of the result.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
         BackboneError: the backbone of a detector that ships is not here, or is another one.
         ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
     """
-    check_threshold(threshold)
+    asked = band_from(threshold)
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
     if not checkpoint and is_shipped(folder):
         console.log.info("no trained run below %s: using %s, which ships", runs, folder.name)
@@ -225,5 +226,5 @@ def load_detector(
     chosen, reason = choose_backend(backend, where)
     net, preprocess, meta = load_network(folder)
     return ImageDetector(
-        folder, net.to(where), preprocess, meta, where, dtype, chosen, reason, threshold
+        folder, net.to(where), preprocess, meta, where, dtype, chosen, reason, asked
     )

@@ -23,7 +23,7 @@ from model.inference.prediction import (
     Pixels,
     Prediction,
     as_source,
-    check_threshold,
+    band_from,
     pixels_of,
     predictions,
     preprocess_ahead,
@@ -55,14 +55,14 @@ class OnnxDetector(AnyDetector):
     """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
 
     `meta` is the file's metadata with the hash of the file (`sha256`), which holds the weights;
-    `asked` is a threshold to take instead of its own.
+    `asked` is a band (low, high) to decide by instead of its own.
     """
 
     checkpoint: Path
     session: "onnxruntime.InferenceSession"
     preprocess: Preprocess
     meta: dict[str, Any]
-    asked: float | None = None
+    asked: tuple[float, float] | None = None
 
     @property
     def backend(self) -> str:
@@ -137,11 +137,11 @@ def load_onnx(
         OnnxError: ONNX Runtime is missing, or the file is no ONNX or not one of this program.
         ValueError: a device that is not there, or a threshold outside 0 to 1.
     """
-    check_threshold(threshold)
+    asked = band_from(threshold)
     file = Path(file)
     session = _open(file, device)
     meta = _meta_of(session, file) | {"sha256": sha256_of(file)}
-    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, threshold)
+    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, asked)
 
 
 def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, overload
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,7 @@ from imaging.decode import DecodeError, ImageFile, decoded, read_file
 from imaging.orientation import orientation_left, upright
 from imaging.rgb import PixelError, to_rgb
 from model.inference.fitness import Notice, notices, word_for
-from model.verdict import NOT_FINITE, band_of, verdict
+from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
 
 UNREADABLE = "unreadable"
@@ -144,36 +144,49 @@ def pixels_of(source: Source) -> Iterator[np.ndarray]:
         yield pixels
 
 
-def check_threshold(asked: float | None) -> None:
-    """A threshold that a person asks for is a probability.
+def band_from(threshold: float | None) -> tuple[float, float] | None:
+    """The band without *uncertain* that a threshold means; None for none.
 
     Raises:
-        ValueError: it is outside 0 to 1.
+        ValueError: the threshold is outside 0 to 1.
     """
-    if asked is not None and not 0.0 <= asked <= 1.0:
-        raise ValueError(f"a threshold is a probability, 0 to 1, got {asked}")
+    if threshold is None:
+        return None
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"a threshold is a probability, 0 to 1, got {threshold}")
+    return threshold, threshold
 
 
 class DecisionRule:
-    """What a detector decides by, with torch or without: its `meta`, or a threshold that was asked
-    for instead. `checkpoint` is the folder or file that it came from.
+    """What a detector decides by, with torch or without: its `meta`, or `asked`, a band (low, high)
+    that a person asked for instead. `checkpoint` is the folder or file that it came from.
     """
 
     checkpoint: Path
     meta: dict[str, Any]
-    asked: float | None
+    asked: tuple[float, float] | None
+
+    def at_rates(self, max_fpr: float | None = None, max_miss: float | None = None) -> Self:
+        """The same detector, which decides so that at most the share `max_fpr` of real images is
+        called likely AI and at most the share `max_miss` of fakes no sign of AI, on images like
+        those of its calibration; see `model.verdict.band_at`.
+
+        Raises:
+            ValueError: a rate is outside 0 to 0.5, or the detector has no threshold for it.
+        """
+        return replace(self, asked=band_at(self.meta, max_fpr, max_miss))  # type: ignore[type-var]
 
     @property
     def threshold(self) -> float:
         """From this probability of fake on, an image counts as AI-generated."""
-        return float(self.meta["threshold"] if self.asked is None else self.asked)
+        return float(self.meta["threshold"]) if self.asked is None else self.asked[1]
 
     @property
     def band(self) -> tuple[float, float]:
         """`(low, high)`: below low an image is no sign of AI, from high on likely AI, and between
         them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
         """
-        return band_of(self.meta) if self.asked is None else (self.asked, self.asked)
+        return band_of(self.meta) if self.asked is None else self.asked
 
     @functools.cached_property
     def identity(self) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.calibrate import Calibration, ThresholdAt, calibrate, check_validation_sets
+from model.calibrate import Calibration, ThresholdAt, calibrate_by, check_validation_sets
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv
 from model.features.loader import FeatureSource, open_scored
 from model.metrics import Metrics, measure, measure_sources
+from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
@@ -120,12 +121,12 @@ def calibrate_checkpoint(
     loading: Loading,
     device: torch.device,
     *,
-    threshold_at: ThresholdAt = "auto",
+    rule: ThresholdAt | Calibrating = "auto",
     dist: DistEnv | None = None,
     features: FeatureSource | None = None,
     fitted: tuple[Calibration, Mapping[str, str]] | None = None,
 ) -> Calibration:
-    """Score validation sets with a checkpoint, fit to all of them together, and keep what was found
+    """Score validation sets with a checkpoint, fit to them by `rule`, and keep what was found
     in its `meta.json`, with the metrics of the sets at the threshold that was found
     (`calibrated_metrics`). With `features`, those of its backbone, stored ones are scored, not
     images. With `fitted`, a calibration and the hash of each set that it was fitted on, nothing is
@@ -141,17 +142,23 @@ def calibrate_checkpoint(
     keep_freed_memory(device)
     dtype, _ = choose_precision("auto", device)
     net.to(device)
+    sources: list[str] = []
     scored, hashes = [], {}
     for folder in folders:
         shards = open_shards([folder])
         loader = open_scored(shards, preprocess, loading, device, dist=dist, features=features)
-        scored.append((folder.name, shards, score_set(net, loader, dtype, dist=dist)))
+        scores = score_set(net, loader, dtype, dist=dist)
+        scored.append((folder.name, shards, scores))
+        sources += shards.names("source", scores.samples)
         hashes[folder.name] = shards.sha256
     labels, logits = (
         np.concatenate([getattr(scores, name) for _, _, scores in scored])
         for name in ("labels", "logits")
     )
-    calibration, fitted_on = fitted or (calibrate(labels, logits, threshold_at), hashes)
+    calibration, fitted_on = fitted or (
+        calibrate_by(rule, labels, logits, np.array(sources)),
+        hashes,
+    )
     if dist.is_main:
         calibrated = _measured(scored, calibration.temperature, calibration.threshold)
         entries = calibration.entries(fitted_on) | {"calibrated_metrics": asdict(calibrated)}

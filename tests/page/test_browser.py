@@ -218,11 +218,11 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) ->
         slider.press("Home")
         for _ in range(stops.index(threshold)):
             slider.press("ArrowRight")
-        (prediction,) = replace(detector, asked=threshold).predict([PHOTO])
+        (prediction,) = replace(detector, asked=(threshold, threshold)).predict([PHOTO])
         if threshold != detector.threshold:
             wait_for(page, f"No sign of AI below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
-        asked = replace(detector, asked=threshold)
+        asked = replace(detector, asked=(threshold, threshold))
         kinds = "real photographs", "fakes"
         for name, of in zip(kinds, ends(calibration["roc"], asked.band), strict=True):
             row = page.get_by_role("row", name=f"Of 100 {name}")

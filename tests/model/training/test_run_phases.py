@@ -296,7 +296,9 @@ def test_the_last_table_stands_at_the_threshold_that_ships(
 ) -> None:
     """The figures are those that `evaluate.py` finds for the same set."""
 
-    def in_the_middle(labels: np.ndarray, logits: np.ndarray, *_threshold_at: str) -> Calibration:
+    def in_the_middle(
+        _rule: str, labels: np.ndarray, logits: np.ndarray, _sources: np.ndarray
+    ) -> Calibration:
         """For so few images nothing is fitted: half of them are called fake."""
         threshold = float(np.median(probability(logits, 2.0)))
         return Calibration(
@@ -305,7 +307,7 @@ def test_the_last_table_stands_at_the_threshold_that_ships(
             reals=int((labels == 0).sum()), fakes=int(labels.sum()), before={}, after={},
         )  # fmt: skip
 
-    monkeypatch.setattr("model.training.validation.calibrate", in_the_middle)
+    monkeypatch.setattr("model.training.validation.calibrate_by", in_the_middle)
     arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
     result = CliRunner().invoke(command.main, arguments)
     assert result.exit_code == 0, result.output
