@@ -130,7 +130,7 @@ def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
     twice = [images for images in seen.values() if len(images) == 2]
     assert len(twice) > len(stream.pool.new) - 6  # less what fills no batch
     assert all(first != second for first, second in twice)
-    with pytest.raises(LoadError, match="repeats names source delta; the sets hold gamma"):
+    with pytest.raises(LoadError, match="repeats names source delta; the sources are gamma"):
         replace(stream, repeats={"delta": 2}).epoch(0)
 
 

@@ -151,7 +151,7 @@ def test_a_header_that_lies_is_refused_before_any_decoder_sees_it(
     width, height = (int(old.column(name)[3]) for name in ("width", "height"))
     (item,) = ShardReader(shards).read([3])
     assert isinstance(item, ReadError)
-    assert str(item) == (f"it claims 60000 x 60000 pixels, the index says {width} x {height}")
+    assert str(item) == (f"its header says 60000 x 60000 pixels, the index {width} x {height}")
 
 
 @pytest.mark.slow

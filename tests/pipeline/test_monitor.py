@@ -66,7 +66,7 @@ def test_the_watchdog_says_who_is_at_what(logged: list[str]) -> None:
         assert not logged  # not long enough
         with watchdog.waiting(4), status.at(1, "reading", 6):
             time.sleep(0.6)
-    assert "step 4 is waited for; worker 0 idle, worker 1 reading step 6" in logged[0]
+    assert "at step 4: worker 0 idle, worker 1 reading step 6" in logged[0]
 
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])
@@ -84,7 +84,7 @@ def test_a_reader_that_hangs_is_named(
     stream = make_stream(backend=backend, num_workers=0, stall_warning_s=0.2)
     threading.Timer(0.8, go_on.set).start()
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
-    assert "step 0 is waited for" in logged[0]
+    assert "at step 0: " in logged[0]
     assert ("worker 0" if backend == "pil" else "reader") + " reading step 0" in logged[0]
 
 

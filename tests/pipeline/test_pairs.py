@@ -97,8 +97,8 @@ def test_a_fake_is_compressed_as_its_partner_was(pairs: ShardSet, logged: list[s
         assert (params.pair_jpeg, CHROMAS[params.pair_chroma]) == (wanted or (0, "420")), sample
     train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=1)
     (said,) = [line for line in logged if "match_pair_jpeg" in line]
-    assert "of the 6 fakes of pairs 3 come as JPEGs" in said
-    assert "1 without one real partner, 1 whose partner is no common JPEG, 1 that are" in said
+    assert "of the 6 fakes of pairs, 3 are compressed like their" in said
+    assert "1 without exactly one real partner, 1 whose partner is no common JPEG, 1 that" in said
 
 
 def test_without_the_policy_nothing_changes(pairs: ShardSet) -> None:

@@ -207,7 +207,7 @@ def test_a_remote_that_is_gone_is_named(web: Callable, tmp_path: Path) -> None:
     reader = ShardReader(shards, cache=Cache(folder=tmp_path))
     (item,) = reader.read([0])
     assert isinstance(item, ReadError)
-    assert "old/alpha-train-00000.tar did not answer 4 times in" in str(item)
+    assert "old/alpha-train-00000.tar did not answer in 4 tries over" in str(item)
     assert "503" in str(item)
 
 

@@ -43,7 +43,7 @@ def test_fewer_workers_are_said_and_none_is_an_error(
     batch = 6 * 3 * 48**2
     monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda: MIB + 5 * batch)
     stream = make_stream(backend="pil", num_workers=2)
-    assert "1 loading workers instead of 2; give it more (docker run --shm-size" in logged[0]
+    assert "using 1 of 2 loading workers; give it more (docker run --shm-size" in logged[0]
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
     for free, said in ((MIB, "has 1 MiB free"), (0, "cannot be written")):
         monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda free=free: free)
