@@ -64,7 +64,7 @@ def test_where_white_is_zero_values_are_turned_round() -> None:
 def test_32_bit_integers_are_refused_unless_the_file_says_what_is_white(
     values: np.ndarray,
 ) -> None:
-    with pytest.raises(DecodeError, match="nothing in the file says which is white"):
+    with pytest.raises(DecodeError, match="the file does not say which value is white"):
         decode(tiff(values))
     low, high = int(values.min()), int(values.max())
     declared = tiff(values, tag340=low, tag341=high)
