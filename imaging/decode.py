@@ -280,7 +280,7 @@ class Encoded(NamedTuple):
 
 
 def as_is(data: bytes) -> Encoded | None:
-    """Return `data` if, by its header, every decoder decodes it alike; else None.
+    """Return `data` and its facts if, by its header, every decoder decodes it alike; else None.
 
     Raises:
         DecodeError: as `prepare`, except for damage that only decoding finds.
