@@ -180,7 +180,7 @@ def _tables_of(image: Image.Image) -> Tables:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decode to the pixels of `prepare`: uint8 (height, width, 3) RGB, upright.
+    """Decode to upright pixels, uint8 (height, width, 3) RGB: those that `prepare` returns.
 
     Raises:
         DecodeError: as `prepare`.

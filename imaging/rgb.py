@@ -2,9 +2,9 @@
 
 Main entry: `to_rgb()`.
 
-Values of more than 8 bits are scaled by the white level that the file declares. If the file
-declares none, and the full range would make the picture black, it is refused. RGB and gray profiles
-are not applied. CMYK is converted to sRGB with its own profile (docs/design.md explains why).
+Values of more than 8 bits are scaled by the white level that the file declares. Without a declared
+white level, an image that the full range would make black is refused. RGB and gray profiles are not
+applied. CMYK is converted to sRGB with its own profile (docs/design.md explains why).
 """
 
 import io

@@ -14,8 +14,8 @@ from PIL import Image
 from imaging.decode import READABLE, without_warnings
 
 LARGE_PIXELS = 2**25
-"""Pixels from which an image is large. It waits only for large images, and small ones do not wait
-for it.
+"""Pixels from which an image is large. Large images wait only for large ones, small ones only for
+small ones.
 """
 
 WAIT_S = 60.0
@@ -32,9 +32,8 @@ LANES = threading.Lock(), threading.Lock()
 
 @contextlib.contextmanager
 def turn(data: bytes) -> Iterator[None]:
-    """Wait until no other image of the same size class (small or large) is being decoded, and keep
-    others waiting until the block ends. The largest image takes 2.8 GB and seconds; a small image
-    does not wait for it.
+    """Wait until no other image of the same size class (small or large) is being decoded, and make
+    others wait until the block ends. The largest image takes 2.8 GB and several seconds.
 
     Raises:
         Busy: the wait took longer than `WAIT_S`.

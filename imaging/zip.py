@@ -24,7 +24,7 @@ MAX_RATIO = 1032
 """Highest compression ratio of Deflate. An archive that claims more is damaged or a zip bomb."""
 
 HIDDEN = "hidden"
-"""Reason why a file that file managers hide is not read: in folders, zips and tars alike."""
+"""Reason why hidden files are not read, in folders, zips and tars alike (see `is_hidden`)."""
 
 
 class ZipError(ValueError):

@@ -76,7 +76,7 @@ class Column(NamedTuple):
 
 
 def _of(name: str, dtype: Any) -> Column:
-    """Return the column of a parameter that needs no conversion but of its dtype."""
+    """Return the column of a parameter whose only conversion is its dtype."""
     numpy_dtype = {types.INT32: np.int32, types.FLOAT: np.float32, types.BOOL: np.bool_}[dtype]
     return Column(dtype, 0, lambda fed: getattr(fed.params, name).astype(numpy_dtype, copy=False))
 

@@ -1,5 +1,5 @@
-"""Perturbations for the robustness test: what happens to an image on its way, such as JPEG,
-resizing or a screenshot.
+"""Perturbations for the robustness test: changes of an image between its creation and the detector,
+such as JPEG, resizing or a screenshot.
 
 Main entry: `PERTURBATIONS`, a list of `Perturbation`s; `Perturbation.apply()` takes and returns
 (height, width, 3) uint8 RGB. Perturbations are applied to whole upright images, before the

@@ -125,7 +125,8 @@ def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
 
     Bilinear is Pillow's algorithm with 16-bit weights, which gives the same numbers on every
     processor. The operator is called directly, because `interpolate` returns separate color planes,
-    and joining the planes would cost more than everything else. The other filters are Pillow's.
+    and joining the planes would cost more than everything else. Bicubic and Lanczos are computed by
+    Pillow.
     """
     if kind:
         resized = Image.fromarray(image.numpy()).resize((out.shape[1], out.shape[0]), _PILLOW[kind])

@@ -35,8 +35,8 @@ def max_open() -> int:
 
 
 CACHED_READ_S = 60e-6
-"""Seconds above which a read must have come from the disk: a read from the page cache takes 10 to
-20 us.
+"""Seconds above which a read is assumed to come from the disk. A read from the page cache takes 10
+to 20 us.
 """
 
 
@@ -189,11 +189,11 @@ class _Files:
     def __setstate__(self, state: dict[str, Any]) -> None:
         _Files.__init__(self, state["shards"])
 
-    def expect(self, places: Sequence[tuple[int, int, int]]) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int, int]]) -> None:
         """Prefetch these byte ranges with posix_fadvise, if available."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the read that follows raises the error
-                for code, offset, size in places:
+                for code, offset, size in ranges:
                     self._on(code, os.posix_fadvise, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, code: int, offset: int, size: int) -> bytes:

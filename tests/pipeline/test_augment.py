@@ -261,8 +261,8 @@ def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
 
 def test_a_blur_below_the_least_sigma_changes_nothing() -> None:
     """A checkerboard is the hardest case: each pixel differs most from its neighbors."""
-    board = np.indices((70, 45)).sum(axis=0) % 2 * 255
-    images = [np.repeat(board[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
+    checkerboard = np.indices((70, 45)).sum(axis=0) % 2 * 255
+    images = [np.repeat(checkerboard[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
     for image in images:
         for sigma in (0.1, 0.2, LEAST_SIGMA):
             np.testing.assert_array_equal(gaussian_blur(image, sigma), image)

@@ -130,11 +130,11 @@ def test_a_group_with_several_real_images_has_no_partner(pairs: ShardSet) -> Non
 def test_the_whole_image_is_compressed_before_the_crop() -> None:
     """The JPEG blocks start at the corner of the file, as in a real image."""
     pixels = photo(3)
-    delivered = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
+    compressed = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
     params = AugmentParams(top=5, left=3, height=40, width=50, hflip=True)
     pixels_out, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
     apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), pixels_out)
-    apply(delivered, params, expected)
+    apply(compressed, params, expected)
     assert torch.equal(pixels_out, expected)
 
 
