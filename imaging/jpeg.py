@@ -133,7 +133,9 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def count_scans(data: bytes) -> int:
-    """Count the scans of a JPEG. The number may be too large, but is exact above `MAX_SCANS`."""
+    """Return an upper bound of the number of scans, or the exact number if the bound is more than
+    `MAX_SCANS`.
+    """
     total = data.count(b"\xff\xda")
     if total <= MAX_SCANS:
         return total
@@ -141,8 +143,8 @@ def count_scans(data: bytes) -> int:
 
 
 def has_end(data: bytes) -> bool:
-    """Return whether a JPEG has an end of image marker after its first start of scan. Without one
-    it is cut off.
+    """Return whether a JPEG has an end of image marker after its first start of scan. A JPEG
+    without this marker is cut off.
 
     The two bytes of the marker cannot be among the pixels (T.81, B.1.1.5). A cut file may have the
     end marker of its thumbnail, before the scan.

@@ -1,7 +1,7 @@
-"""Decode the pixels of a JPEG, strictly if possible. Otherwise, tell missing or damaged pixels from
-harmless defects.
+"""Decode the pixels of a JPEG. Missing or damaged pixels are an error, harmless defects are not.
 
-Main entry: `jpeg_pixels()`: bytes in, uint8 (height, width, 3) RGB out.
+Main entry: `jpeg_pixels()`: bytes in, uint8 (height, width, 3) RGB out. A strict decoder is tried
+first; `odd_jpeg_pixels()` decodes what it refuses.
 """
 
 import io

@@ -142,7 +142,7 @@ def _of_exif(content: bytes) -> int | None:
                 at = first + 10 + 12 * entry
                 (stated,) = struct.unpack_from(order + _INTEGERS[kind], tiff, at)
                 return stated if 1 <= stated <= 8 else None
-    except (struct.error, TypeError):  # TypeError: no byte order
+    except (struct.error, TypeError):  # TypeError: the byte order is missing
         return None
     return None
 

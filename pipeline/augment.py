@@ -275,7 +275,7 @@ def concatenate(batches: Sequence[AugmentBatch]) -> AugmentBatch:
 
 
 def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
-    """Replace the parameters of `rows` by a crop of 1 x 1 pixel, which fits every image."""
+    """Replace the parameters of `rows` with a crop of 1 x 1 pixel, which fits every image."""
     smallest = stack([AugmentParams(0, 0, 1, 1)])
     columns = {name: getattr(params, name).copy() for name in AugmentParams._fields}
     for name, column in columns.items():

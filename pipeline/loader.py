@@ -1,6 +1,7 @@
 """Turn a shard set into batches on a device: choose a backend, read, sample parameters, decode.
 
-Main entry: `open_loader()`, which returns a `Loader`; `Loader.batches()` yields `Batch`es.
+Main entry: `open_loader()` returns a `Loader`, and `Loader.batches()` yields objects of type
+`Batch`.
 """
 
 import contextlib
@@ -63,6 +64,8 @@ more than that share of a whole epoch of any length. A single bad sample never s
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
     """Return the backend to use, "dali" or "pil", and the reason.
+
+    `asked` "auto" chooses "dali" with a CUDA device if DALI is installed, else "pil".
 
     Raises:
         LoadError: `asked` is "dali", but DALI is not installed.

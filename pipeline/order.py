@@ -90,7 +90,8 @@ def training_epoch(
     """Shuffle the sample numbers `new` and spread the `old` ones evenly among them
     (`pipeline/replay.py`).
 
-    The last partial global batch is dropped. Each epoch drops other samples.
+    Both are int64. `number` is the number of the epoch; each has another order. The last partial
+    global batch is dropped, so each epoch drops other samples.
 
     Raises:
         OrderError: fewer samples than one global batch.
@@ -135,10 +136,10 @@ def repeat_rng(seed: int, epoch: int) -> np.random.Generator:
 class Mixing(NamedTuple):
     """How well an order is shuffled. Both figures are 1 for a random order.
 
-    `distance` is the mean distance between a sample's position in the order and on disk, divided by
-    its mean in a random order (a third of the length). 0 means not shuffled. `batches` is the
-    chi-squared statistic of the counts of each source per batch, divided by its degrees of freedom.
-    More than 1 means that batches have more of one source than chance gives them.
+    `distance` is the mean distance between a sample's position in the order and its position on
+    disk, divided by that of a random order (a third of the length). 0 means not shuffled. `batches`
+    is the chi-squared statistic of the counts of each source per batch, divided by its degrees of
+    freedom. More than 1 means that batches have more of one source than chance gives them.
     """
 
     distance: float

@@ -235,9 +235,9 @@ def advice_of(result: Audit) -> list[str]:
         )
     return [
         first,
-        "Train with frequent re-encoding and resampling (augment.train.jpeg, jpeg_quality and "
-        "resample in the recipe), and add images of each class in the formats and sizes of the "
-        "other class.",
+        "Train with images that are often re-encoded and resampled (augment.train.jpeg, "
+        "jpeg_quality and resample in the recipe), and add images of each class in the formats "
+        "and sizes of the other class.",
         "Evaluate on a matched sample: python -m sharding audit DIR --match subset.csv, then "
         f"{command('evaluate')} --subset subset.csv",
     ]
@@ -269,8 +269,8 @@ def _widest() -> float:
 
 
 def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tuple[float, float]:
-    """Compute the interval of an AUROC `area`: all values within `z` of their own standard errors
-    of it.
+    """Compute the interval of an AUROC `area`: all values v with |v - area| <= z * standard error
+    of v.
 
     Newcombe, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic",
     Statistics in Medicine 25 (2006), part 2, method 5: Hanley and McNeil's (1982) variance at the

@@ -103,8 +103,8 @@ def _home(metadata: Metadata) -> np.ndarray:
 
 
 def _balanced(cells: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose samples, in order, so that each cell (equal rows of `cells`) has as many of each
-    class.
+    """Choose samples, in order, so that each cell (equal rows of `cells`) has as many real as fake
+    ones.
     """
     cell = np.unique(cells, axis=0, return_inverse=True)[1].ravel()
     kept = np.minimum(np.bincount(cell, weights=labels), np.bincount(cell, weights=1 - labels))
