@@ -1,5 +1,7 @@
-"""How much memory decoding may take in all: images wait for each other rather than for the kernel's
-killer.
+"""Limit the memory of decoding: images wait for each other, so that the process is not killed for
+lack of memory.
+
+Main entry: `decoding()`, a context manager that reserves the memory of one image.
 """
 
 import contextlib
@@ -8,19 +10,24 @@ import threading
 from collections.abc import Iterator
 
 DECODE_BYTES = 4 * 2**30
-"""For all threads of a process. One image more than that, the largest, is decoded alone."""
+"""Bytes for decoding, over all threads of a process. An image that needs more is decoded alone."""
 
 BYTES_PER_PIXEL = 14
-"""At most, while any picture is decoded: Pillow's own copy and one in another mode (4 each), rows
-being joined, and the result (3 each). Measured in `benchmarks/hostile.py`.
+"""Largest number of bytes per pixel while an image is decoded: Pillow's copy and one in another
+mode (4 each), rows that are being joined, and the result (3 each). Measured in
+`benchmarks/hostile.py`.
 """
 
 LARGE_PIXELS = 2**25
-"""From here on an image counts as large: beside builders of several processes, one at a time."""
+"""Pixels from which an image is large. Builders with several processes decode one large image at a
+time.
+"""
 
 
 class ByteBudget:
-    """A number of bytes that threads share; who asks for more than is left waits, in no order."""
+    """A number of bytes that threads share. A thread that asks for more than is free waits; waiting
+    threads are served in no fixed order.
+    """
 
     def __init__(self, total: int):
         self.total, self.used = total, 0
@@ -28,7 +35,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes until the block ends; more than there are count as all of them."""
+        """Reserve `size` bytes until the block ends. A size above the total reserves everything."""
         size = min(size, self.total)
         with self._freed:
             self._freed.wait_for(lambda: self.used + size <= self.total)
@@ -46,14 +53,16 @@ _one_large: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
 def share_large(lock: contextlib.AbstractContextManager) -> None:
-    """Let the processes that have `lock` decode one large image at a time between them."""
+    """Let all processes that share `lock` decode one large image at a time."""
     global _one_large
     _one_large = lock
 
 
 @contextlib.contextmanager
 def decoding(pixels: int) -> Iterator[None]:
-    """Wait until there is memory to decode a picture of so many pixels, and hold it."""
+    """Wait until there is memory to decode an image of this many pixels, and reserve it until the
+    block ends.
+    """
     large = _one_large if pixels >= LARGE_PIXELS else contextlib.nullcontext()
     with _budget.of(pixels * BYTES_PER_PIXEL), large:
         if pixels >= LARGE_PIXELS:
@@ -62,8 +71,10 @@ def decoding(pixels: int) -> Iterator[None]:
 
 
 def give_back_freed() -> None:
-    """Let the system have what is free in this process. glibc keeps it for the thread that freed
-    it, all of it where prediction asks for that (`model/device.py`): of 16 threads, 16 pictures.
+    """Return free memory of this process to the system.
+
+    glibc keeps freed memory for the thread that freed it; where prediction configures it so
+    (`model/device.py`), glibc keeps all of it. 16 threads could then keep the memory of 16 images.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

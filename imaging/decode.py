@@ -1,9 +1,10 @@
-"""Any image file in; bytes that every decoder reads alike, and the facts about them, out.
+"""Decode any image file: bytes in, upright 8-bit RGB pixels and facts about the file out.
 
-8-bit JPEG (gray or YCbCr), PNG and WebP keep their original bytes. Everything else that a person
-may have (GIF, BMP, TIFF, AVIF, HEIC, 16-bit, CMYK, animated, odd) becomes an 8-bit RGB PNG,
-losslessly from the decoded pixels, and the facts say so. Packing and prediction both go through
-here, and no exception but `DecodeError` and `MemoryError` leaves it on a file's account.
+Main entries: `prepare()` for packing, `decode()` for pixels alone, `decode_image()` for packed
+images. Bad files raise only `DecodeError` or `MemoryError`.
+
+8-bit JPEG (gray or YCbCr), PNG and WebP keep their bytes. All other files (GIF, BMP, TIFF, AVIF,
+HEIC, 16-bit, CMYK, animated, unusual) are converted to 8-bit RGB PNGs of their decoded pixels.
 """
 
 import contextlib
@@ -39,32 +40,31 @@ from imaging.rgb import PixelError, to_rgb
 
 register_heif_opener()
 silence_pillow()
-Image.init()  # load every plugin now: `Image.open(formats=...)` looks names up in those loaded
+Image.init()  # load every plugin now: `Image.open(formats=...)` knows only loaded ones
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
     ".qoi .tga .tif .tiff .webp".split()
 )
-"""What the names of images end with; in a folder only these are looked at."""
+"""File name suffixes of images. In a folder, other files are not opened."""
 
 MAX_PIXELS = 200_000_000
-"""The largest picture a phone takes today (Samsung, 16,320 x 12,240). More is refused unread."""
+"""Pixels of the largest phone picture (Samsung, 16,320 x 12,240). More are refused undecoded."""
 
 MAX_BYTES = 512 * 2**20
-"""A larger file is refused before it is read into memory."""
+"""Bytes above which a file is refused before it is read into memory."""
 
-# Pillow looks at every header before it decodes, and raises past twice this.
+# Pillow raises an error at a header of more than twice this many pixels.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
-# Everything Pillow may open, the common ones first. PostScript, PDF and formats that run other
-# programs are left out.
+# Formats that Pillow may open. PostScript, PDF and formats that run other programs are excluded.
 READABLE = (
     "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG2000",
     "PPM", "QOI", "TGA", "TIFF",
 )  # fmt: skip
 
-# Formats whose bytes may be kept.
+# Formats whose bytes can be kept.
 _KEPT = ("JPEG", "PNG", "WEBP")
 
 # 8-bit modes that Pillow and DALI turn into the same RGB values (docs/shards.md has the list).
@@ -72,12 +72,17 @@ _PLAIN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
 class DecodeError(ValueError):
-    """Bytes that are not the image they claim to be."""
+    """Bytes that are not a readable image; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of an image from its own bytes; the columns of the same names in the index."""
+    """Facts about an image from its own bytes; the index has columns of the same names.
+
+    `width` and `height` are of the upright image. `format` is that of the kept bytes,
+    `transcoded_from` the original one if converted. `chroma` (420, ..., Gray), `jpeg_quality` (1 to
+    100) and `jpeg_tables` (a hash) are empty or 0 unless JPEG. `orientation` is EXIF's 1 to 8.
+    """
 
     width: int
     height: int
@@ -92,7 +97,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bytes to keep, their pixels (height, width, 3) uint8 RGB upright, and the facts."""
+    """Bytes to keep, their upright pixels, uint8 (height, width, 3) RGB, and the facts."""
 
     data: bytes
     pixels: np.ndarray
@@ -100,7 +105,7 @@ class Prepared:
 
 
 def prepare(data: bytes) -> Prepared:
-    """Decode `data` fully and describe it; see the module.
+    """Decode `data` fully, describe it, and convert it to PNG if its bytes cannot be kept.
 
     Raises:
         DecodeError: not an image, damaged, or too large; the message is the reason.
@@ -161,7 +166,7 @@ def _facts(
 
 
 def _plain_jpeg(data: bytes) -> Header | None:
-    """The header of a JPEG that may stay as it is and needs no Pillow."""
+    """Read the header of a JPEG that can be kept and needs no Pillow; else return None."""
     header = read_header(data) if len(data) <= MAX_BYTES else None
     if header and header.width * header.height <= MAX_PIXELS:
         refuse_many_scans(data)
@@ -175,7 +180,7 @@ def _tables_of(image: Image.Image) -> Tables:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The pixels of `prepare`, alone: (height, width, 3) uint8 RGB, upright.
+    """Decode to upright pixels, uint8 (height, width, 3) RGB: those that `prepare` returns.
 
     Raises:
         DecodeError: as `prepare`.
@@ -186,8 +191,8 @@ def decode(data: bytes) -> np.ndarray:
 
 @contextlib.contextmanager
 def decoded(data: bytes) -> Iterator[np.ndarray]:
-    """`decode` for threads: what the picture takes of the memory for decoding is held until the
-    block ends, so that no more pictures are whole in memory than there is room for.
+    """Decode in a context, for threads: the image's share of the memory for decoding is reserved
+    until the block ends, so that only as many images are in memory as there is room for.
     """
     with contextlib.ExitStack() as held:
         with _boundary():
@@ -205,11 +210,10 @@ def _pixels_held(data: bytes, held: contextlib.ExitStack) -> np.ndarray:
 
 
 def decode_image(data: bytes, image_format: str, orientation: int = UPRIGHT) -> np.ndarray:
-    """The pixels of a member: (height, width, 3) uint8 RGB, upright by the index's `orientation`.
+    """Decode a packed image: uint8 (height, width, 3) RGB, upright by the index's `orientation`.
 
-    This is the reference that every other decoder is held against: exact inverse DCT and smooth
-    chroma upsampling for JPEG, alpha dropped. Never a scaled decode: it deletes the traces that a
-    detector reads.
+    This is the reference for other decoders: exact inverse DCT and smooth chroma upsampling for
+    JPEG, alpha dropped. Never a reduced scale, which would delete the traces that a detector reads.
 
     Raises:
         DecodeError: truncated or damaged bytes, or not `image_format`.
@@ -219,17 +223,17 @@ def decode_image(data: bytes, image_format: str, orientation: int = UPRIGHT) -> 
 
 
 def _member_pixels(data: bytes, image_format: str) -> np.ndarray:
-    """As they are stored."""
+    """Decode a packed image without applying its orientation."""
     if image_format == "JPEG":
         return jpeg_pixels(data)[0]
     with Image.open(_stream(data), formats=[image_format]) as image:
         image.load()
-        image.info.pop("transparency", None)  # dropped anyway; Pillow would warn of it
+        image.info.pop("transparency", None)  # alpha is dropped anyway; Pillow would warn
         return to_rgb(image)
 
 
 def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndarray, int | None]:
-    """The pixels of an opened image, and its orientation if its bytes may stay; else None."""
+    """Return the upright pixels, and the orientation, or None if the bytes cannot be kept."""
     plain = _is_plain(image, name, data)
     if name in _KEPT:
         orientation = orientation_of(data, name)
@@ -245,7 +249,7 @@ def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndar
             image.load()
             pixels = to_rgb(image)
     else:
-        # Without `seek`: Pillow opens a file at its first picture, or at the primary one.
+        # No `seek`: Pillow opens a file of several pictures at the first or primary one.
         image.load()
         pixels, orientation = to_rgb(image), orientation_left(image)
     pixels = np.ascontiguousarray(upright(pixels, orientation))
@@ -253,20 +257,20 @@ def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndar
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a JPEG or PNG; None where it has none that can be read."""
+    """Read (width, height) from a JPEG or PNG header; None for other formats and bad headers."""
     if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
         return struct.unpack_from(">2I", data, 16)
     if data.startswith(b"\xff\xd8"):
         try:
             height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-        except (ValueError, KeyError):  # simplejpeg knows no color -1
+        except (ValueError, KeyError):  # KeyError: simplejpeg has no name for color space -1
             return None
         return width, height
     return None
 
 
 class Encoded(NamedTuple):
-    """Bytes that every decoder reads alike; `width` and `height` are those of the upright image."""
+    """Bytes that every decoder decodes alike. `width` and `height` are of the upright image."""
 
     data: bytes
     format: str
@@ -276,11 +280,10 @@ class Encoded(NamedTuple):
 
 
 def as_is(data: bytes) -> Encoded | None:
-    """The bytes themselves where every decoder reads them alike, by a look at the header; None
-    where they have to be decoded by `decode`.
+    """Return `data` and its facts if, by its header, every decoder decodes it alike; else None.
 
     Raises:
-        DecodeError: as `prepare`, but for damage that only decoding finds.
+        DecodeError: as `prepare`, except for damage that only decoding finds.
     """
     with _boundary():
         if header := _plain_jpeg(data):
@@ -295,22 +298,20 @@ def as_is(data: bytes) -> Encoded | None:
 
 
 class ImageFile(NamedTuple):
-    """An image somewhere: `read` gives the bytes of the file when they are wanted, in any thread,
-    or raises `DecodeError` or `OSError`.
-    """
+    """Image in a file or archive. `read` returns its bytes or raises `DecodeError` or `OSError`."""
 
     name: str
     read: Callable[[], bytes]
 
 
 def read_file(path: Path | str) -> bytes:
-    """The bytes of a file. What has no end (a pipe, a device) or is too large is not read.
+    """Read the bytes of a file. Pipes, devices and too large files are refused.
 
     Raises:
-        DecodeError: no plain file, or more than `MAX_BYTES`.
-        OSError: it cannot be opened.
+        DecodeError: no regular file, or more than `MAX_BYTES`.
+        OSError: the file cannot be opened.
     """
-    # A pipe without a writer would be waited for; the flag means nothing for files.
+    # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(file, "rb", buffering=0) as stream:
         facts = os.fstat(file)
@@ -322,7 +323,7 @@ def read_file(path: Path | str) -> bytes:
 
 
 def _read_to(stream: io.RawIOBase, size: int) -> bytes:
-    """All of a file of about `size` bytes, however much it has grown, up to the limit."""
+    """Read a file of about `size` bytes to its end, even if it grows, up to `MAX_BYTES`."""
     pieces, left = [], MAX_BYTES + 1
     while left and (piece := stream.read(min(left, max(size, 65536)))):
         pieces.append(piece)
@@ -334,12 +335,11 @@ def _read_to(stream: io.RawIOBase, size: int) -> bytes:
 
 @contextlib.contextmanager
 def _boundary(name: str = "") -> Iterator[None]:
-    """Whatever is raised on the account of a file leaves as one `DecodeError`; no warnings.
+    """Turn every exception that a bad file causes into a `DecodeError`, and suppress warnings.
 
-    Broad on purpose: plugins index, unpack and convert what a file says, and on hostile bytes they
-    raise IndexError, KeyError, TypeError, struct.error, ZeroDivisionError, RecursionError and
-    more, which no list of theirs names. A list of ours would end a run of a million files at the
-    first that is missing from it. `MemoryError` is no verdict on the file and passes.
+    `Exception` is caught on purpose: on hostile bytes, Pillow's plugins raise IndexError, KeyError,
+    TypeError, struct.error, ZeroDivisionError, RecursionError and more, and document no list. One
+    missing exception would end a run over a million files. `MemoryError` is not the file's fault.
     """
     try:
         with without_warnings():
@@ -366,7 +366,7 @@ _PYTHON = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|\bb(?=['\"])")
 
 
 def _in_words(error: Exception) -> str:
-    """The message of a library as one line without Python's way of writing things."""
+    """Format a library's message as one line without Python's object and bytes notation."""
     said = " ".join(_PYTHON.sub("", str(error)).split())[:200]
     if said and isinstance(error, ValueError | OSError | SyntaxError | EOFError):
         return said
@@ -375,14 +375,14 @@ def _in_words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its header read and nothing decoded; the size is checked here."""
+    """Open an image and check its size. Only the header is read."""
     if len(data) > MAX_BYTES:
         raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
     if not data:
         raise DecodeError("empty file")
     with _open(data) as image:
         if image.width < 1 or image.height < 1:
-            raise DecodeError(f"{image.width} x {image.height} pixels")
+            raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
         if image.width * image.height > MAX_PIXELS:
             raise DecodeError(_too_large(image.width * image.height))
         with _boundary(_name_of(image)):
@@ -390,7 +390,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 _MENDED = "mended"
-"""Among what Pillow knows of an image: that it opened the mended bytes only."""
+"""Key in Pillow's `info` of an image that could only be opened after `mended`."""
 
 
 def _open(data: bytes) -> Image.Image:
@@ -412,75 +412,75 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _readable(data: bytes) -> str:
-    """Bytes for a message: as text if they are some, else in hexadecimal."""
+    """Format bytes for a message: as text if printable, else in hexadecimal."""
     text = data.decode("latin-1")
     return f'"{text}"' if text.isascii() and text.isprintable() else data.hex(" ")
 
 
 def _stream(data: bytes) -> io.BytesIO:
-    """What Pillow reads: of a PNG its pixels alone, since Pillow refuses the whole for the sake of
-    a text that is damaged or large.
+    """Return the stream that Pillow reads. Of a PNG, only the chunks of the pixels: Pillow refuses
+    a PNG with a damaged or large text chunk.
     """
     return io.BytesIO(png.essential(data) if data.startswith(png.SIGNATURE) else data)
 
 
 def _name_of(image: Image.Image) -> str:
-    """Its format; the first picture of a multi-picture file is a JPEG."""
+    """Return the format. The first picture of a multi-picture file (MPO) is a JPEG."""
     return "JPEG" if image.format == "MPO" else image.format or ""
 
 
 def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
-    """Whether the original bytes may stay: both decoders read them, and read the same."""
+    """Return whether the bytes can be kept: Pillow and DALI decode them to the same pixels."""
     if name == "JPEG":
         refuse_many_scans(data)
         if _MENDED in image.info:
             return False
         try:
             return simplejpeg.decode_jpeg_header(data)[2] in PLAIN_SPACES
-        except (ValueError, KeyError):  # KeyError: as in `_jpeg_pixels`
+        except (ValueError, KeyError):  # KeyError: as in `jpeg_pixels`
             return False
     if image.mode not in _PLAIN_MODES:
         return False
     if name == "PNG":
         return png.is_plain(data)
-    whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)  # RIFF's length
+    whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)  # length in the RIFF header
     return name == "WEBP" and whole and getattr(image, "n_frames", 1) == 1
 
 
 def png_of(pixels: np.ndarray) -> bytes:
-    """(height, width, 3) uint8 RGB as the bytes of a PNG."""
+    """Encode (height, width, 3) uint8 RGB pixels as a PNG."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", compress_level=6)
     return stream.getvalue()
 
 
 GRID = 160
-"""Pixels along each side of a grid: 5 for one of the thumbnail that is hashed (docs/log.md)."""
+"""Pixels per side of a grid: 5 for each pixel of the thumbnail that is hashed (docs/log.md)."""
 
 
 def green_grid(pixels: np.ndarray) -> np.ndarray:
-    """(160, 160) uint8: green, the larger part of luma, of the pixels at the middles of as many
-    cells of (height, width, 3) uint8 `pixels`. What `fingerprints` are made of.
+    """Sample the green channel of (height, width, 3) uint8 `pixels` at the centers of 160 x 160
+    cells: uint8 (160, 160), the input of `fingerprints`. Green is the largest part of luma.
     """
     rows, columns = (_middles(side) for side in pixels.shape[:2])
-    # Whole rows first: what decoding has just written comes from memory, and in order.
+    # Whole rows first: faster, because memory is then read in order.
     lines = pixels.reshape(len(pixels), -1).take(rows, axis=0, mode="clip")
     return lines.take(3 * columns + 1, axis=1, mode="clip")
 
 
 @lru_cache(maxsize=256)
 def _middles(side: int) -> np.ndarray:
-    """The pixels in the middles of `GRID` equal parts of a side."""
+    """Return the positions of the centers of `GRID` equal parts of a side."""
     return (2 * np.arange(GRID) + 1) * side // (2 * GRID)
 
 
 def fingerprints(grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """pHashes (n,) uint64, and (n, 16, 16) uint8 thumbnails, of (n, 160, 160) uint8 `grids`.
+    """Compute pHashes uint64 (n,) and thumbnails uint8 (n, 16, 16) of `grids` uint8 (n, 160, 160).
 
-    The hash is the 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 thumbnail, each
-    against their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-    Functions", 2010); all whole numbers, so that every machine finds the same bits. Many images at
-    once, because one by one they cost ten times as much.
+    The hash compares the 8 x 8 lowest frequencies of the cosine transform of a 32 x 32 thumbnail
+    with their median (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
+    2010). All numbers are whole, so every machine computes the same bits. A call per image would
+    cost ten times as much.
     """
     if not len(grids):
         return np.empty(0, np.uint64), np.empty((0, 16, 16), np.uint8)

@@ -1,4 +1,7 @@
-"""What the header of a JPEG says, without decoding it (ITU-T T.81 annex B)."""
+"""Read the headers and markers of a JPEG without decoding it (ITU-T T.81 annex B).
+
+Main entries: `read_header()`, `segments()`, `has_end()`, `mended()` and `describe_tables()`.
+"""
 
 import hashlib
 import re
@@ -11,20 +14,21 @@ import numpy as np
 import simplejpeg
 
 Tables = tuple[tuple[int, ...], ...]
-"""Quantization tables by rising number, the 64 values of each sorted: Pillow's order of them
-(zigzag or natural) has changed between versions."""
+"""Quantization tables by rising number. The 64 values of each are sorted, because Pillow's order
+(zigzag or natural) has changed between versions.
+"""
 
 
 CHROMAS = ("420", "422", "444", "Gray")
-"""Chroma subsamplings that are written: as simplejpeg names them."""
+"""Chroma subsamplings that this project writes, with simplejpeg's names."""
 
 PLAIN_SPACES = {"YCbCr", "Gray"}
-"""Color spaces of JPEGs that every decoder turns into the same RGB values."""
+"""Color spaces of JPEGs that every decoder converts to the same RGB values."""
 
 
 class Header(NamedTuple):
-    """The size in pixels as stored, the chroma subsampling (420, 422, 444, ..., Gray), and the
-    quantization tables.
+    """Size in pixels as stored, chroma subsampling (420, 422, 444, ..., Gray) and quantization
+    tables.
     """
 
     width: int
@@ -37,14 +41,15 @@ _SOF, _DHT, SOS, _DQT, _DRI, _COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDA, 0xDB, 0xDD, 
 _APP0, APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _TEM, _SOI, _EOI, _DAC = 0x01, 0xD8, 0xD9, 0xCC
 PIXELS = 0
-"""Stands for a marker where the pixels of a scan are meant; no marker has this code."""
+"""Pseudo-marker for the pixels of a scan. No real marker has this code."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, _DAC}
 
 
 class Segment(NamedTuple):
-    """One segment of a JPEG: `data[start:end]` with its marker and length of four bytes. `filled`
-    says that fill bytes lie before it. In a cut or damaged file `end` may be anything.
+    """Segment of a JPEG: `data[start:end]`, with its marker and length of four bytes.
+
+    `filled` is True if fill bytes precede it. In a cut or damaged file `end` may have any value.
     """
 
     marker: int
@@ -54,13 +59,13 @@ class Segment(NamedTuple):
 
 
 def segments(data: bytes) -> Iterator[Segment]:
-    """The segments of a JPEG from its beginning up to the first that leads nowhere (T.81, B.1.1.4);
-    what follows a start of scan is no segment, so callers stop there.
+    """Yield the segments of a JPEG from its start up to the first invalid one (T.81, B.1.1.4). The
+    data after a start of scan is no segment, so callers must stop there.
     """
     at = 2 if data.startswith(b"\xff\xd8") else len(data)
     while data[at : at + 1] == b"\xff":
         first = at
-        while data[at + 1 : at + 2] == b"\xff":  # any number of them may fill the gap
+        while data[at + 1 : at + 2] == b"\xff":  # any number of fill bytes
             at += 1
         if at + 2 > len(data):
             return
@@ -72,15 +77,14 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 
 def before_scan(data: bytes) -> bytes:
-    """The segments of a JPEG up to the first of its pixels; without any, all of `data`."""
+    """Return the bytes before the first scan of a JPEG, or all of `data` if there is no scan."""
     scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
     return data[: scan.start] if scan else data
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG in which there is nothing to interpret: 8 bits, YCbCr or gray, no
-    metadata but JFIF and comments. None for every other, and for whatever looks odd: Pillow reads
-    all of them, or refuses them, at several times the cost.
+    """Parse a plain JPEG header: 8 bits, YCbCr or gray, no metadata except JFIF and comments.
+    Returns None for every other file. The caller then uses Pillow, at several times the cost.
     """
     size, tables = None, {}
     for marker, start, end, filled in segments(data):
@@ -90,7 +94,7 @@ def read_header(data: bytes) -> Header | None:
         if marker == SOS:
             return _described(data, size, tables) if size else None
         if marker == _DQT:
-            # 8 bits each; longer entries are rare enough for Pillow
+            # Tables of 8 bits only: longer entries are rare, so Pillow may read them.
             if len(segment) % 65 or any(kind > 3 for kind in segment[::65]):
                 return None
             for entry in range(0, len(segment), 65):
@@ -119,17 +123,19 @@ def _described(data: bytes, size: tuple[int, int], tables: dict[int, bytes]) -> 
 
 
 MAX_SCANS = 100
-"""A JPEG of more scans is refused before it is decoded: each goes over the whole picture again, so
-that a small file could take a minute (decoders that limit scans stop at 500). Encoders write about
+"""Scans above which a JPEG is refused before it is decoded. Each scan covers the whole picture
+again, so a small file could take a minute (decoders with a limit stop at 500). Encoders write about
 ten.
 """
 
-# A marker other than the restarts, which stand among the pixels.
+# Any marker but the restart markers, which are inside the pixel data.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of a JPEG, at most; exact where there may be more than `MAX_SCANS`."""
+    """Return an upper bound of the number of scans, or the exact number if the bound is more than
+    `MAX_SCANS`.
+    """
     total = data.count(b"\xff\xda")
     if total <= MAX_SCANS:
         return total
@@ -137,24 +143,25 @@ def count_scans(data: bytes) -> int:
 
 
 def has_end(data: bytes) -> bool:
-    """Whether an end of image stands behind the first start of scan: a JPEG without one is cut off.
+    """Return whether a JPEG has an end of image marker after its first start of scan. A JPEG
+    without this marker is cut off.
 
-    Among the pixels the two bytes cannot stand (T.81, B.1.1.5). A cut file may hold those of its
-    thumbnail, before the scan.
+    The two bytes of the marker cannot be among the pixels (T.81, B.1.1.5). A cut file may have the
+    end marker of its thumbnail, before the scan.
     """
     end = data.rfind(b"\xff\xd9")
     if end < 0:
         return False
     scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
-    if scan is None:  # something stands between the segments
+    if scan is None:  # there are bytes between the segments
         start = next((at for marker, at, _ in lenient_segments(data) if marker == SOS), None)
         return start is not None and end > start
     return end > scan.start
 
 
 def lenient_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of every segment up to the end of image, and with marker `PIXELS` what
-    follows a start of scan. What stands between two segments is passed over, as libjpeg does.
+    """Yield (marker, start, end) of every segment up to the end of image. The data after a start of
+    scan has the marker `PIXELS`. Bytes between two segments are skipped, as in libjpeg.
     """
     at = 2 if data.startswith(b"\xff\xd8") else len(data)
     while following := _MARKER.search(data, at):
@@ -175,10 +182,12 @@ def lenient_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def mended(data: bytes) -> bytes:
-    """A JPEG with nothing but what its pixels need, so that a strict decoder complains of missing
-    or damaged pixels alone: no metadata, nothing between segments, and only a JFIF version, an
-    Adobe transform and scan parameters that the standard knows. What the first two mean for the
-    colors stays (libjpeg's rules).
+    """Return the JPEG with only the parts that its pixels need, so that a strict decoder reports
+    only missing or damaged pixels.
+
+    Metadata and bytes between segments are removed. JFIF version, Adobe transform and scan
+    parameters are set to values of the standard. The meaning of the JFIF and Adobe segments for the
+    colors is kept (libjpeg's rules).
     """
     parts, sequential, components = [b"\xff\xd8"], True, 3
     for marker, start, end in lenient_segments(data):
@@ -189,7 +198,7 @@ def mended(data: bytes) -> bytes:
             segment = _JFIF if segment[4:9] == b"JFIF\0" and len(segment) >= 16 else b""
         elif marker == _APP14:
             adobe = segment[4:9] == b"Adobe" and len(segment) >= 16
-            # libjpeg takes an unknown transform for the usual one.
+            # libjpeg treats an unknown transform as the usual one.
             usual = 1 if components == 3 else 2
             segment = _ADOBE + bytes([segment[15] if segment[15] <= 2 else usual]) if adobe else b""
         elif marker == SOS and sequential:
@@ -200,12 +209,12 @@ def mended(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-# The segments that say how three or four components make a color, without what does not matter.
+# The segments that define how three or four components make a color, without the other fields.
 _JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
 
 
-# T.81 table K.1 (luma), the base that libjpeg scales by quality.
+# T.81 table K.1 (luma), which libjpeg scales by quality.
 _LUMA = np.sort(np.array([
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
     14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
@@ -215,7 +224,9 @@ _LUMA = np.sort(np.array([
 
 
 def _luma_tables() -> np.ndarray:
-    """(100, 64): the sorted luma table at quality 1 to 100, by libjpeg's `jpeg_quality_scaling`."""
+    """Return the sorted luma tables of quality 1 to 100, int (100, 64), by libjpeg's
+    `jpeg_quality_scaling`.
+    """
     quality = np.arange(1, 101)
     scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
     return np.clip((_LUMA[None] * scale[:, None] + 50) // 100, 1, 255)
@@ -226,8 +237,9 @@ _TABLES = _luma_tables()
 
 @lru_cache(maxsize=1024)  # a million files have a few hundred different tables
 def describe_tables(tables: Tables) -> tuple[int, str]:
-    """The libjpeg quality (1 to 100) whose luma table is nearest to the first of `tables`, and all
-    of them as 8 hex digits: equal for files of one encoder and quality. 0 and empty without tables.
+    """Return the libjpeg quality, 1 to 100, whose luma table is nearest to the first of `tables`,
+    and a hash of all tables, 8 hex digits: equal for files of one encoder and quality. Without
+    tables: 0 and "".
     """
     if not tables:
         return 0, ""

@@ -1,5 +1,7 @@
-"""The pixels of a JPEG: strictly where nothing is odd about it, and else with what is missing or
-damaged told from what loses nothing.
+"""Decode the pixels of a JPEG. Missing or damaged pixels are an error, harmless defects are not.
+
+Main entry: `jpeg_pixels()`: bytes in, uint8 (height, width, 3) RGB out. A strict decoder is tried
+first; `odd_jpeg_pixels()` decodes what it refuses.
 """
 
 import io
@@ -12,30 +14,31 @@ from PIL import Image
 from imaging.jpeg import MAX_SCANS, count_scans, has_end, mended
 from imaging.rgb import PixelError, to_rgb
 
-# What libjpeg warns of and loses nothing by. The first warning of a scan hides any that follow, so
-# the end of the file is looked for apart.
+# Warnings of libjpeg about defects that lose no pixel. The first warning of a scan hides the next
+# ones, so the end of the file is checked separately.
 _HARMLESS = re.compile(r"extraneous bytes before marker|Inconsistent progression sequence")
 
 
 def jpeg_pixels(data: bytes) -> tuple[np.ndarray, bool]:
-    """(height, width, 3) uint8 RGB as they are stored, exact and smooth, and whether no decoder has
-    anything to complain of.
+    """Decode to uint8 (height, width, 3) RGB as stored (not turned upright), with exact inverse DCT
+    and smooth chroma upsampling. The second value is True if a strict decoder accepts the file
+    unchanged.
 
     Raises:
-        PixelError: pixels are missing or damaged, or it is no JPEG.
+        PixelError: pixels are missing or damaged, or the file is no JPEG.
     """
     try:
         return _strictly(data), True
-    except (ValueError, KeyError):  # KeyError: sampling or colors that simplejpeg has no name for
+    except (ValueError, KeyError):  # KeyError: simplejpeg has no name for the sampling or colors
         return odd_jpeg_pixels(data), False
 
 
 def odd_jpeg_pixels(data: bytes) -> np.ndarray:
-    """The pixels of a JPEG that a strict decoder refuses: only for missing or damaged pixels is it
-    refused here.
+    """Decode a JPEG that a strict decoder refuses. Only missing or damaged pixels are an error
+    here.
 
     Raises:
-        PixelError: they are.
+        PixelError: pixels are missing or damaged, or there are too many scans.
     """
     refuse_many_scans(data)
     refuse_cut_off(data)
@@ -50,15 +53,17 @@ def odd_jpeg_pixels(data: bytes) -> np.ndarray:
         return _strictly(needed, strict=False)
     if said and "subsampling" not in said:
         raise PixelError(f"JPEG does not decode: {said}")
-    # Unusual sampling, which libjpeg knows and its simple interface does not.
+    # Unusual sampling: libjpeg supports it, the TurboJPEG interface of simplejpeg does not.
     with Image.open(io.BytesIO(needed), formats=["JPEG"]) as image:
         image.load()
         return to_rgb(image)
 
 
 def refuse_damaged_cmyk(data: bytes) -> None:
-    """Raise what `odd_jpeg_pixels` would: Pillow, which converts these colors, does not say when
-    pixels are missing.
+    """Check a CMYK JPEG, which Pillow converts without reporting missing pixels.
+
+    Raises:
+        PixelError: pixels are missing or damaged, or there are too many scans.
     """
     refuse_many_scans(data)
     refuse_cut_off(data)
@@ -78,7 +83,7 @@ def refuse_many_scans(data: bytes) -> None:
 
 
 def refuse_cut_off(data: bytes) -> None:
-    """Raise a `PixelError` for a JPEG without an end."""
+    """Raise a `PixelError` for a JPEG without an end marker."""
     if not has_end(data):
         raise PixelError("JPEG does not decode: premature end of the file")
 

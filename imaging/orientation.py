@@ -1,6 +1,7 @@
-"""Which way up an image is: the one place that decides it, at packing and at prediction.
+"""Find the orientation of an image and make its pixels upright, for packing and prediction alike.
 
-Every decoder is told the number that was found here, and none looks for itself.
+Main entries: `orientation_of()` (bytes in, 1 to 8 out) and `upright()` (pixels in, pixels out).
+Only this module reads the orientation; every decoder is given the number.
 """
 
 import re
@@ -16,14 +17,14 @@ UPRIGHT = 1
 
 _TAG = 0x0112
 
-# As an attribute or an element of any XMP packet, in whatever quotes.
+# An attribute or an element of any XMP packet, in single or double quotes.
 _XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>\s*)([1-8])\b""")
 
 
 def orientation_of(data: bytes, image_format: str) -> int:
-    """The orientation (JEITA CP-3451, tag 0x0112: 1 to 8) that a JPEG, PNG or WEBP states: that of
-    its EXIF (of a PNG also as ImageMagick's raw profile), else of its XMP; what is absent or
-    nonsense counts as 1.
+    """Read the orientation, 1 to 8 (JEITA CP-3451, tag 0x0112), of a JPEG, PNG or WEBP: from EXIF
+    (in a PNG also from ImageMagick's raw profile), else from XMP. A missing or invalid value counts
+    as 1.
     """
     exif: list[bytes] = []
     xmp: list[bytes] = []
@@ -34,21 +35,21 @@ def orientation_of(data: bytes, image_format: str) -> int:
 
 
 def carries_exif(data: bytes, image_format: str) -> bool:
-    """Whether a JPEG, PNG or WEBP holds EXIF, of whatever content."""
+    """Return whether a JPEG, PNG or WEBP has EXIF data, valid or not."""
     return any(kind == "exif" for kind, _ in _METADATA[image_format](data))
 
 
 def orientation_left(image: Image.Image) -> int:
-    """The orientation that an image of any other format still has to be given when Pillow has
-    decoded it: some of its plugins (TIFF, HEIF) have turned it already.
+    """Return the orientation still to be applied, 1 to 8, after Pillow has decoded an image of any
+    other format. Some of Pillow's plugins (TIFF, HEIF) have applied it already.
     """
     stated = image.getexif().get(_TAG)
     return stated if isinstance(stated, int) and 1 <= stated <= 8 else UPRIGHT
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an orientation of (height, width, channels) pixels, as a view: transpose, then mirror
-    the axes.
+    """Undo an orientation of (height, width, channels) pixels: transpose, then mirror the axes.
+    Returns a NumPy view, not a copy.
     """
     if is_transposed(orientation):
         pixels = pixels.swapaxes(0, 1)
@@ -57,16 +58,16 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def is_transposed(orientation: int) -> bool:
-    """Whether rows and columns are exchanged first."""
+    """Return whether rows and columns are exchanged first."""
     return orientation >= 5
 
 
 def mirrored(orientation: int) -> tuple[bool, bool]:
-    """Whether the order of the rows, and of the columns, is reversed after that."""
+    """Return whether the order of the rows, and of the columns, is reversed after the exchange."""
     return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
 
-# --- where it may stand ---------------------------------------------------------------------------
+# --- metadata that may state the orientation ------------------------------------------------------
 
 
 def _in_jpeg(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -100,7 +101,9 @@ def _in_png(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _of_hex(profile: bytes) -> bytes:
-    """ImageMagick writes the profile's name, its length, and its bytes in hexadecimal."""
+    """Decode ImageMagick's profile format: the profile's name, its length, and its bytes in
+    hexadecimal.
+    """
     try:
         return bytes.fromhex(b"".join(profile.split()[2:]).decode("ascii"))
     except ValueError:
@@ -123,8 +126,8 @@ _METADATA = {"JPEG": _in_jpeg, "PNG": _in_png, "WEBP": _in_webp}
 
 
 def _of_exif(content: bytes) -> int | None:
-    """The tag of the first directory (TIFF 6.0, section 2), however the program that wrote it has
-    prefixed it.
+    """Read the tag from the first directory of EXIF data (TIFF 6.0, section 2), with or without the
+    prefix "Exif".
     """
     tiff = content[6:] if content.startswith(b"Exif\0") else content
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
@@ -139,13 +142,13 @@ def _of_exif(content: bytes) -> int | None:
                 at = first + 10 + 12 * entry
                 (stated,) = struct.unpack_from(order + _INTEGERS[kind], tiff, at)
                 return stated if 1 <= stated <= 8 else None
-    except (struct.error, TypeError):  # TypeError: no byte order
+    except (struct.error, TypeError):  # TypeError: the byte order is missing
         return None
     return None
 
 
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
-"""TIFF's types of whole numbers, as struct names them."""
+"""Integer types of TIFF, as struct format characters."""
 
 
 def _of_xmp(content: bytes) -> int | None:

@@ -1,6 +1,7 @@
-"""The chunks of a PNG, without decoding it (W3C, Portable Network Graphics, third edition).
+"""Read the chunks of a PNG without decoding it (W3C, Portable Network Graphics, third edition).
 
-Metadata never decides whether pixels are read: the pixels are decoded from `essential` bytes.
+Main entries: `chunks()`, `essential()` and `is_plain()`. Bad metadata never stops the decoding of
+pixels, because pixels are decoded from the `essential()` bytes.
 """
 
 import zlib
@@ -9,22 +10,24 @@ from collections.abc import Iterator
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 MAX_TEXT_BYTES = 2**24
-"""Of a compressed text no more is read."""
+"""Bytes of a compressed text chunk that are unpacked at most."""
 
 _CRITICAL = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""What the pixels are made of."""
+"""Chunks that the pixels need."""
 
 _HARMLESS = {
     *_CRITICAL,
     b"bKGD", b"cHRM", b"eXIf", b"gAMA", b"hIST", b"iCCP", b"iTXt", b"oFFs", b"pHYs", b"sBIT",
     b"sRGB", b"tEXt", b"tIME", b"vpAg", b"zTXt", b"caBX", b"dSIG", b"sTER",
 }  # fmt: skip
-"""Chunks beside which every decoder shows the same picture; an animation's are not among them."""
+"""Chunks with which every decoder still shows the same picture. Chunks of an animation are not
+included.
+"""
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each chunk, with its length and checksum, up to the end of image, or
-    to the first chunk that is not whole. Its content is `data[start + 8 : end - 4]`.
+    """Yield (kind, start, end) of each chunk, including its length and checksum, up to the end of
+    image or the first incomplete chunk. The content of a chunk is `data[start + 8 : end - 4]`.
     """
     at = len(SIGNATURE) if data.startswith(SIGNATURE) else len(data)
     while at + 12 <= len(data):
@@ -39,11 +42,11 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def essential(data: bytes) -> bytes:
-    """The PNG with nothing but its pixels; of an animation its still picture. The last chunk of a
-    file that is cut off stays as it is.
+    """Return the PNG with only the chunks of its pixels; for an animation, those of its still
+    picture. An incomplete last chunk is kept.
 
     Raises:
-        ValueError: its colors come from a palette, and there is none.
+        ValueError: the colors need a palette, but there is none.
     """
     parts, last = [SIGNATURE], len(SIGNATURE)
     for kind, start, end in chunks(data):
@@ -58,8 +61,8 @@ def essential(data: bytes) -> bytes:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether every decoder reads the same from it: at most 8 bits, no animation, and not a chunk
-    that is unknown, damaged or cut off.
+    """Return whether every decoder reads the same pixels: at most 8 bits, no animation, and no
+    unknown, damaged or incomplete chunk.
     """
     last = b""
     for kind, start, end in chunks(data):
@@ -73,7 +76,7 @@ def is_plain(data: bytes) -> bool:
 
 
 def texts(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Keyword and content of every text chunk; what does not unpack is passed over."""
+    """Yield (keyword, content) of every text chunk. Chunks that cannot be unpacked are skipped."""
     for kind, start, end in chunks(data):
         keyword, _, rest = data[start + 8 : end - 4].partition(b"\0")
         content: bytes | None

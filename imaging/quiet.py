@@ -1,5 +1,7 @@
-"""Decoders speak through exceptions: their warnings, log lines and lines on standard error are
-kept from the terminal, and nobody else's.
+"""Keep the warnings and log lines of image decoders off the terminal. Decoders report errors as
+exceptions; the output of other code is not changed.
+
+Main entries: `silence_pillow()`, `without_warnings()` and `without_chatter()`.
 """
 
 import contextlib
@@ -17,8 +19,9 @@ from PIL import Image
 
 
 def silence_pillow() -> None:
-    """Errors are raised; Pillow also logs them, which Python prints where nothing handles it, and
-    its libtiff prints them. `_imaging` is linked to libtiff, so that its symbols are found there.
+    """Stop Pillow and its libtiff from printing errors, which are also raised as exceptions.
+    Pillow's log lines would be printed by Python where no log handler is set. `_imaging` is linked
+    to libtiff, so its symbols are found there.
     """
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     with contextlib.suppress(AttributeError, OSError):  # without libtiff, or without symbols
@@ -26,13 +29,14 @@ def silence_pillow() -> None:
 
 
 _silence = threading.Lock()
-_silent: list[warnings.catch_warnings] = []  # what was caught first, then one for each block inside
+_silent: list[warnings.catch_warnings] = []  # the saved filters, then once more for each open block
 
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """No warnings until the block ends, in any number of threads: `catch_warnings` alone, entered
-    and left by several in no order, leaves the filters of one of them behind.
+    """Thread-safe `warnings.catch_warnings`: filters are saved once and restored when the last
+    thread leaves its block. `catch_warnings` alone, used by several threads, may restore the wrong
+    filters.
     """
     with _silence:
         if not _silent:
@@ -67,7 +71,7 @@ _CHATTER = re.compile(
 
 
 class _Filter:
-    """Standard error of the process through a pipe, without the lines of decoders."""
+    """Sends standard error of the process through a pipe and drops the lines of decoders."""
 
     def __init__(self) -> None:
         sys.stderr.flush()
@@ -76,7 +80,7 @@ class _Filter:
         os.dup2(writing, 2)
         os.close(writing)
         self.before = sys.stderr
-        if _is_native(sys.stderr):  # Python's own lines need no look, and a bar needs the terminal
+        if _is_native(sys.stderr):  # Python's lines need no filter, progress bars need a terminal
             sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
         self.thread = threading.Thread(target=self._copy, args=(reading,), daemon=True)
         self.thread.start()
@@ -88,7 +92,7 @@ class _Filter:
                     os.write(self.real, line)
 
     def close(self) -> None:
-        """As it was before; returns when the last line is through."""
+        """Restore standard error. Returns after the last line was copied."""
         if sys.stderr is not self.before:
             sys.stderr.close()
             sys.stderr = self.before
@@ -101,7 +105,7 @@ class _Filter:
 def _is_native(stream: Any) -> bool:
     try:
         return stream.fileno() == 2
-    except (AttributeError, OSError, ValueError):  # a test's, or none
+    except (AttributeError, OSError, ValueError):  # a replacement by a test, or None
         return False
 
 
@@ -112,9 +116,11 @@ _users = 0
 
 @contextlib.contextmanager
 def without_chatter() -> Iterator[None]:
-    """Until the block ends, lines that native decoders write to standard error are dropped, in any
-    number of threads. For decoders whose own switches do not reach all of them: nvImageCodec
-    prints every error, and libjpeg inside it every warning.
+    """Drop the lines that native decoders write to standard error until the block ends, in any
+    number of threads.
+
+    This is for decoders that cannot be silenced by their own options: nvImageCodec prints every
+    error, and the libjpeg inside it every warning.
     """
     global _users
     with _filtering:

@@ -1,8 +1,10 @@
-"""The pixels of an image that Pillow has decoded, whatever its mode, as 8-bit RGB.
+"""Convert an image that Pillow has decoded, of any mode, to 8-bit RGB pixels.
 
-Deep values are scaled by what the file declares white to be; where it declares nothing, and the
-full range would make the picture black, it is refused. RGB and gray profiles are not applied, CMYK
-is turned into sRGB by its own profile (docs/design.md says why).
+Main entry: `to_rgb()`.
+
+Values of more than 8 bits are scaled by the white level that the file declares. Without a declared
+white level, an image that the full range would make black is refused. RGB and gray profiles are not
+applied. CMYK is converted to sRGB with its own profile (docs/design.md explains why).
 """
 
 import io
@@ -13,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageCms
 
 BAND_PIXELS = 2**22
-"""Deep pixels that are converted at a time: in 64 bits, 32 MB."""
+"""Pixels of more than 8 bits that are converted at a time: 32 MB as float64."""
 
 LEAST_SHARE = 1 / 16
-"""Of the full range, the least that the brightest value of a deep picture must reach where the file
-does not say what white is: 12 bits stored in 16 reach just that and would be shown as black.
+"""Smallest share of the full range that the brightest value must reach if the file declares no
+white level. 12 bits stored in 16 reach exactly this share and would look black.
 """
 
 _BLACK, _WHITE = (280, 340), (281, 341)  # TIFF: (S)MinSampleValue, (S)MaxSampleValue
@@ -29,10 +31,10 @@ class PixelError(ValueError):
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of a loaded image, alpha dropped.
+    """Convert a loaded image to (height, width, 3) uint8 RGB. Alpha is dropped.
 
     Raises:
-        PixelError: a deep image that does not say what white is.
+        PixelError: an image of more than 8 bits without a white level, or without a finite value.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep(image)
@@ -50,10 +52,10 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
             image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
             outputMode="RGB",
         )  # fmt: skip
-        assert converted is not None  # it does not work in place
+        assert converted is not None  # None only with `inPlace`
         return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image.convert("RGB")  # damaged, or of another kind of color
+        return image.convert("RGB")  # the profile is damaged or not for CMYK
 
 
 def _from_deep(image: Image.Image) -> np.ndarray:
@@ -72,24 +74,24 @@ def _from_deep(image: Image.Image) -> np.ndarray:
 
 
 def _range_of(image: Image.Image, values: np.ndarray, tags: Any) -> tuple[float, float]:
-    """The values that become 0 and 255."""
+    """Return the values that become 0 and 255."""
     smallest, largest = _extremes(values)
     if image.mode == "F":
         return min(0.0, smallest), largest
     black, white = (_declared(tags, names) for names in (_BLACK, _WHITE))
     if white is not None and white > (black or 0.0) and largest <= white:
         return black or 0.0, white
-    # Pillow brings 16-bit PGM and JPEG 2000 to the full range of 16 bits, in either mode.
+    # Pillow scales 16-bit PGM and JPEG 2000 to the full range of 16 bits, in both modes.
     if not image.mode.startswith("I;16") and image.format == "TIFF":
         raise PixelError(
             f"{image.format} does not decode: signed or 32-bit integers from {smallest:,.0f} to "
-            f"{largest:,.0f}, and nothing in the file says which is white; save it with 8 bits"
+            f"{largest:,.0f}, and the file does not say which value is white; save it with 8 bits"
         )
     if largest < 65536 * LEAST_SHARE:
         raise PixelError(
             f"{image.format} does not decode: 16-bit values of at most {largest:,.0f}, nearly "
-            "black if 65,535 is white, and nothing in the file says what else is; save it with 8 "
-            "bits, or over the full range"
+            "black if 65,535 is white, and the file does not say which value is; save it with 8 "
+            "bits, or with values up to 65,535"
         )
     return 0.0, 65535.0
 
@@ -104,10 +106,10 @@ def _declared(tags: Any, names: tuple[int, ...]) -> float | None:
 
 
 def _extremes(values: np.ndarray) -> tuple[float, float]:
-    """The smallest and the largest finite value.
+    """Return the smallest and the largest finite value.
 
     Raises:
-        PixelError: there is none.
+        PixelError: no value is finite.
     """
     smallest, largest = np.inf, -np.inf
     for band in _bands(values):

@@ -1,6 +1,8 @@
-"""Members of tar archives, one after another and without unpacking; only what was asked for is
-kept in memory. Plain tars are read where a member lies, from any thread; compressed ones can only
-be read from front to end, so their members come with their bytes.
+"""Read the members of tar archives one after another, without unpacking the archive to disk.
+
+Main entry: `members()`: a path in, `TarMember`s out. Only requested members are kept in memory.
+Members of a plain tar are read at their offset, from any thread. A compressed tar can only be read
+from front to end, so its members are read at once.
 """
 
 import contextlib
@@ -20,31 +22,31 @@ from imaging.decode import MAX_BYTES, DecodeError
 from imaging.zip import HIDDEN, is_hidden, leaves_archive, printable
 
 MAX_RATIO, MAX_SLACK = 200, 256 * 2**20
-"""A compressed archive may unpack to so many times its size, and so many bytes more."""
+"""A compressed archive may unpack to `MAX_RATIO` times its size plus `MAX_SLACK` bytes."""
 
 MAX_HEADER = 2**20
-"""Bytes that a member's extended header may have; names have 255."""
+"""Largest size of a member's extended header in bytes. File names have at most 255 bytes."""
 
 MAX_NESTED = 16
-"""Extended headers that may stand before one member."""
+"""Largest number of extended headers before one member."""
 
 MAX_XZ_MEMORY = 256 * 2**20
-"""Bytes of memory that an xz archive may ask for, by the dictionary that it names; the largest that
-`xz -9` writes takes 65 MiB.
+"""Bytes of memory that an xz archive may need, by the dictionary size in its header. The largest
+that `xz -9` writes needs 65 MiB.
 """
 
 WAITING_BYTES = 256 * 2**20
-"""Bytes of a compressed archive's members that may wait to be read."""
+"""Bytes of a compressed archive's members that may be in memory before their `read` is called."""
 
 
-# typeshed has not got these two.
+# typeshed lacks these two.
 _InvalidHeader = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
 _EndOfArchive = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 
 
 class TarMember(NamedTuple):
-    """A member that may be read. Either `excluded` says why it is not, or `read` gives its bytes
-    (or raises `DecodeError` or `OSError`).
+    """Member of an archive. Either `excluded` is the reason why it is not read, or `read` returns
+    its bytes (or raises `DecodeError` or `OSError`).
     """
 
     name: str
@@ -53,7 +55,7 @@ class TarMember(NamedTuple):
 
 
 class _Archive(tarfile.TarFile):
-    """An archive that counts extended headers, and remembers what was damaged."""
+    """Tar archive that counts nested extended headers and remembers the first damage."""
 
     nested = 0
     damage = ""
@@ -61,12 +63,14 @@ class _Archive(tarfile.TarFile):
 
 
 class _Info(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end; here the archive remembers that it was none.
-    Extended headers are bounded, since tarfile reads them whole and one inside the other; the maps
-    of sparse members, which are not read, are passed over.
+    """Member header that reports damage and limits extended headers.
+
+    tarfile takes a damaged header for the end of the archive; this class records the damage in the
+    archive. tarfile also reads extended headers whole and nested, so their size and number are
+    limited here. The maps of sparse members are skipped, because sparse members are not read.
     """
 
-    # Of tarfile, whose published types leave them out.
+    # Attributes of tarfile that typeshed lacks.
     _sparse_structs: Any
     _block: Callable[[int], int]
     sparse: Any
@@ -94,7 +98,7 @@ class _Info(tarfile.TarInfo):
         )  # fmt: skip
         if extended and not 0 <= self.size <= MAX_HEADER:
             raise _InvalidHeader(f"an extended header of {self.size:,} bytes")
-        return super()._proc_member(archive)  # type: ignore[misc]  # typeshed has not got it
+        return super()._proc_member(archive)  # type: ignore[misc]  # typeshed lacks it
 
     def _proc_sparse(self, archive: tarfile.TarFile) -> "_Info":
         _structs, extended, size = self._sparse_structs
@@ -119,7 +123,7 @@ class _Info(tarfile.TarInfo):
 
 
 class _Xz:
-    """What an xz file unpacks to, within `MAX_XZ_MEMORY`; tarfile sets it no bound."""
+    """Decompresses an xz file within `MAX_XZ_MEMORY`. tarfile sets no limit."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -131,15 +135,16 @@ class _Xz:
         return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none only at the end; several xz files in a row are one.
+        """Return up to `size` bytes, and b"" only at the end. Several xz streams in a row count as
+        one.
 
         Raises:
-            DecodeError: it asks for more memory.
-            LZMAError, EOFError: it is damaged, or cut off.
+            DecodeError: the archive needs more memory.
+            LZMAError, EOFError: the archive is damaged or cut off.
         """
         while True:
             if self._unpacker.eof:
-                # Zeros may stand behind a file (section 2.2 of the format).
+                # Zeros may follow a stream (section 2.2 of the xz format).
                 rest = self._unpacker.unused_data.lstrip(b"\0")
                 self._packed = rest or self._more().lstrip(b"\0")
                 if not self._packed:
@@ -155,8 +160,8 @@ class _Xz:
                 if "limit" not in str(error):
                     raise
                 raise DecodeError(
-                    f"its xz asks for more memory than {MAX_XZ_MEMORY // 2**20} MiB; unpack it "
-                    "yourself"
+                    f"its xz data needs more than {MAX_XZ_MEMORY // 2**20} MiB of memory; unpack "
+                    "it yourself"
                 ) from error
             self._packed = b""
             if data:
@@ -170,7 +175,9 @@ _XZ = b"\xfd7zXZ\x00"
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a tar can only be read from front to end, by its first bytes."""
+    """Return whether a tar is compressed, and so readable only from front to end, by its first
+    bytes.
+    """
     return _start_of(path).startswith((b"\x1f\x8b", b"BZh", _XZ, b"\x28\xb5\x2f\xfd"))
 
 
@@ -180,7 +187,7 @@ def _start_of(path: Path) -> bytes:
 
 
 def _open(path: Path, packed: bool) -> AbstractContextManager[_Archive]:
-    """A tar, from front to end where it is compressed."""
+    """Open a tar, as a stream if it is compressed."""
     if _start_of(path) != _XZ:
         return _Archive.open(path, "r|*" if packed else "r:", tarinfo=_Info)
     return _open_xz(path)
@@ -189,18 +196,19 @@ def _open(path: Path, packed: bool) -> AbstractContextManager[_Archive]:
 @contextlib.contextmanager
 def _open_xz(path: Path) -> Iterator[_Archive]:
     with path.open("rb") as stream:
-        unpacked: Any = _Xz(stream)  # all that tarfile asks of a stream is `read`
+        unpacked: Any = _Xz(stream)  # tarfile calls only `read`
         with _Archive.open(fileobj=unpacked, mode="r|", tarinfo=_Info) as archive:
             yield archive
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
-    """The files of an archive whose names are `wanted`, in the order of the archive; what it should
-    not hold (links, devices, paths that leave it, too large files) comes refused.
+    """Yield the files of an archive whose names are `wanted`, in the order of the archive.
+
+    Links, devices, paths outside the archive and too large files are returned with `excluded` set.
 
     Raises:
-        DecodeError: the archive is damaged, cut off, or no tar; what came before is good.
-        OSError: it cannot be read.
+        DecodeError: the archive is damaged, cut off, or no tar. Members before the error are good.
+        OSError: the archive cannot be read.
     """
     packed = is_compressed(path)
     waiting = _Waiting()
@@ -217,13 +225,17 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
                 if excluded:
                     yield TarMember(name, excluded, None)
                     if packed and member.size > MAX_BYTES:
-                        raise DecodeError("the members after it are out of reach; unpack it")
+                        raise DecodeError(
+                            "a member is too large to skip in a compressed archive; unpack the "
+                            "archive to read the members after it"
+                        )
                 elif packed:
                     stream = archive.extractfile(member)
-                    assert stream is not None  # a regular member has one
+                    assert stream is not None  # None only for members that are no regular file
                     yield TarMember(name, "", waiting.put(stream.read()))
                 else:
-                    yield TarMember(name, "", _Place(path, member.offset_data, member.size))
+                    read = _MemberReader(path, member.offset_data, member.size)
+                    yield TarMember(name, "", read)
             if archive.damage:
                 raise DecodeError(f"damaged or cut off: {archive.damage}; members may be missing")
     except DecodeError:
@@ -236,16 +248,18 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
 
 
 def _next(archive: _Archive, reached: int, end: int) -> tarfile.TarInfo | None:
-    """The next member, which ends behind `reached` and before `end`."""
+    """Return the next member, which must end after offset `reached` and before `end`; None after
+    the last.
+    """
     member = archive.next()
-    archive.members = []  # it would keep every header it has seen
+    archive.members = []  # otherwise tarfile keeps every header in memory
     if member is None:
         return None
     if member.size < 0 or archive.offset <= reached:
         raise DecodeError("damaged: a member of negative size; members may be missing")
     if archive.offset > end:
         raise DecodeError(
-            f"unpacks to more than {MAX_RATIO} times its size; the members after it are not read"
+            f"unpacks to more than {MAX_RATIO} times its size; the remaining members are not read"
         )
     return member
 
@@ -269,8 +283,8 @@ def _refuse(member: tarfile.TarInfo) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where in a plain tar a member lies; called, it reads it."""
+class _MemberReader:
+    """Position of a member in a plain tar. Calling the object reads the member."""
 
     path: Path
     offset: int
@@ -285,14 +299,16 @@ class _Place:
 
 
 class _Waiting:
-    """Bytes that were read before they are wanted: `put` waits while there are too many."""
+    """Members that are in memory before they are read. `put` blocks while there are too many."""
 
     def __init__(self) -> None:
         self._bytes = 0
         self._changed = threading.Condition()
 
     def put(self, data: bytes) -> Callable[[], bytes]:
-        """Something that gives `data`, once or more; the first time it stops to count."""
+        """Store `data` and return a function that returns `data`. Its first call releases the share
+        of the memory budget; later calls return the same bytes.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._bytes or self._bytes + len(data) < WAITING_BYTES

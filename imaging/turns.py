@@ -1,4 +1,8 @@
-"""Take turns: one small image and one large one at a time, whoever sent them."""
+"""Limit how many images are decoded at once: one small and one large image, over all users of a
+page.
+
+Main entry: `turn()`, a context manager around the decoding of an image.
+"""
 
 import contextlib
 import io
@@ -10,27 +14,29 @@ from PIL import Image
 from imaging.decode import READABLE, without_warnings
 
 LARGE_PIXELS = 2**25
-"""From here on an image waits for other large ones, and no small one waits for it."""
+"""Pixels from which an image is large. Large images wait only for large ones, small ones only for
+small ones.
+"""
 
 WAIT_S = 60.0
-"""How long an image waits for others before the page says that it could not be looked at."""
+"""Seconds that an image waits for others before it is refused."""
 
 
 class Busy(Exception):
-    """Others were looked at for all of `WAIT_S`."""
+    """Other images were being decoded for all of `WAIT_S`; the message says what to do."""
 
 
 LANES = threading.Lock(), threading.Lock()
-"""Locks of the process: for small images and for large ones."""
+"""Locks of the process: one for small images, one for large ones."""
 
 
 @contextlib.contextmanager
 def turn(data: bytes) -> Iterator[None]:
-    """One small image and one large one at a time, whoever sent them: the largest takes 2.8 GB and
-    seconds, which nobody else's small one is to wait for.
+    """Wait until no other image of the same size class (small or large) is being decoded, and make
+    others wait until the block ends. The largest image takes 2.8 GB and several seconds.
 
     Raises:
-        Busy: the turn did not come.
+        Busy: the wait took longer than `WAIT_S`.
     """
     lane = LANES[pixels_of(data) >= LARGE_PIXELS]
     if not lane.acquire(timeout=WAIT_S):
@@ -42,9 +48,9 @@ def turn(data: bytes) -> Iterator[None]:
 
 
 def pixels_of(data: bytes) -> int:
-    """How many pixels the header of an image promises; 0 where it cannot be read."""
+    """Return the number of pixels in an image's header, or 0 if the header cannot be read."""
     try:
         with without_warnings(), Image.open(io.BytesIO(data), formats=READABLE) as image:
             return image.width * image.height
-    except Exception:  # whatever hostile bytes make a parser raise; decoding says what is wrong
+    except Exception:  # hostile bytes make parsers raise anything; decoding reports the error
         return 0

@@ -1,5 +1,8 @@
-"""Members of zip archives, read where they lie and without unpacking; archives of several volumes
-(X.z01, X.z02, ..., X.zip) too. What an archive should not hold is listed with a reason.
+"""List and read the members of zip archives without unpacking them, also of archives in several
+volumes (X.z01, X.z02, ..., X.zip).
+
+Main entries: `members()`, which lists every file with a reason if it is refused, and
+`read_member()`.
 """
 
 import io
@@ -18,10 +21,10 @@ from imaging.decode import MAX_BYTES, DecodeError
 from storage import AnyPath, any_path, is_local
 
 MAX_RATIO = 1032
-"""Deflate holds at most so many bytes in one; an archive that claims more lies or is a bomb."""
+"""Highest compression ratio of Deflate. An archive that claims more is damaged or a zip bomb."""
 
 HIDDEN = "hidden"
-"""Why files are not read that file managers hide, in folders, zips and tars alike."""
+"""Reason why hidden files are not read, in folders, zips and tars alike (see `is_hidden`)."""
 
 
 class ZipError(ValueError):
@@ -29,7 +32,7 @@ class ZipError(ValueError):
 
 
 class ZipMember(NamedTuple):
-    """One file in an archive."""
+    """File in an archive. `excluded` is the reason why it is not read, or empty."""
 
     name: str
     where: str  # position, packed size, size, method and CRC-32, for `read_member`
@@ -40,7 +43,7 @@ class ZipMember(NamedTuple):
 class _Volumes(io.RawIOBase):
     """The volumes of an archive (X.z01, X.z02, ..., X.zip) as one file, for reading.
 
-    `overlay` replaces a few bytes: see `_single`.
+    `overlay` maps an offset to a few bytes that replace those of the file; see `_single`.
     """
 
     def __init__(self, paths: Sequence[AnyPath]) -> None:
@@ -55,7 +58,9 @@ class _Volumes(io.RawIOBase):
         return self.starts[-1]
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; each call stands alone, so workers share nothing."""
+        """Read up to `size` bytes from `offset` on. The call does not use the file position, so
+        threads can share the object.
+        """
         pieces = []
         for path, start, end in zip(self.paths, self.starts, self.starts[1:], strict=False):
             first, last = max(offset, start), min(offset + size, end)
@@ -98,20 +103,20 @@ def _read_range(path: AnyPath, offset: int, size: int) -> bytes:
 
 @lru_cache(maxsize=64)
 def _opened(archive: str, _version: str) -> _Volumes:
-    """`_volumes`, looked up once in a process for as long as the archive does not change."""
+    """Return `_volumes`, cached in each process until the archive changes."""
     return _volumes(any_path(archive))
 
 
 def _volumes(archive: AnyPath) -> _Volumes:
-    """The archive with its other volumes."""
+    """Open an archive with its other volumes."""
     stem = archive.name[:-4]
     number = re.compile(re.escape(stem) + r"\.z(\d+)", re.IGNORECASE)
-    found = {
-        int(match[1]): beside
-        for beside in archive.parent.iterdir()
-        if (match := number.fullmatch(beside.name))
+    volumes = {
+        int(match[1]): sibling
+        for sibling in archive.parent.iterdir()
+        if (match := number.fullmatch(sibling.name))
     }
-    return _Volumes([*(found[i] for i in sorted(found)), archive])
+    return _Volumes([*(volumes[i] for i in sorted(volumes)), archive])
 
 
 _END = struct.Struct("<4s4H2LH")  # end of central directory (APPNOTE.TXT 4.3.16)
@@ -120,11 +125,11 @@ _LOCAL = struct.Struct("<4s5H3L2H")  # local file header (4.3.7)
 
 
 def _single(volumes: _Volumes, name: str) -> int:
-    """Prepare a split archive for `zipfile`, which reads single ones: the number of the volume in
-    which the central directory begins. The zip64 locator then says "one disk".
+    """Prepare a split archive for `zipfile`, which reads only single ones: patch the zip64 locator
+    to say "one disk". Returns the number of the volume in which the central directory starts.
 
     Raises:
-        ZipError: no archive, or volumes are missing.
+        ZipError: not a zip archive, or volumes are missing.
     """
     tail_at = max(0, len(volumes) - _END.size - 0xFFFF)
     tail = volumes.read_at(tail_at, len(volumes) - tail_at)
@@ -152,12 +157,14 @@ def _single(volumes: _Volumes, name: str) -> int:
 
 
 def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
-    """The files in an archive, sorted by name. Messages call the archive `name`. Hidden files have
-    the reason HIDDEN; of members that share bytes with another only the first is read.
+    """Yield the files in an archive, sorted by name. Messages call the archive `name`.
+
+    Hidden files have the reason HIDDEN. Of members that share bytes, only the first is read.
 
     Raises:
-        ZipError: it is broken, volumes are missing, or it claims more than it can hold.
-        OSError: it cannot be opened.
+        ZipError: the archive is damaged, volumes are missing, or it claims more than it can
+        contain.
+        OSError: the archive cannot be opened.
     """
     name = name or str(archive)
     volumes = _volumes(archive)
@@ -174,12 +181,12 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
     if claimed > MAX_RATIO * len(volumes) + 2**20:
         raise ZipError(
             f"{name} claims {claimed:,} bytes in {len(volumes):,}, more than {MAX_RATIO:,} times "
-            "its size: its members overlap or lie; it is not read"
+            "its size: its members overlap or state wrong sizes; it is not read"
         )
-    # zipfile adds the distance between where the directory is and where it says it is.
+    # zipfile adds the difference between the directory's real and its stated offset.
     moved = volumes.starts[directory_disk] if len(volumes.paths) > 1 else 0
     seen: set[str] = set()
-    plain = len(volumes.paths) == 1 and len(volumes) <= 2**32  # offsets are then what they say
+    plain = len(volumes.paths) == 1 and len(volumes) <= 2**32  # the stated offsets are then right
     overlapping = _overlapping(entries) if plain else set()
     for entry in sorted(entries, key=lambda entry: (entry.filename, entry.header_offset)):
         if entry.filename.endswith(("/", "\\")):
@@ -188,12 +195,12 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
         if len(volumes.paths) > 1:
             offset += volumes.starts[min(entry.volume, len(volumes.paths) - 1)]
         elif len(volumes) > 2**32 and start > 2**32:
-            # Archives past 4 GiB without zip64 records (macOS writes such) count modulo 2**32;
-            # `read_member` tries the places this may mean.
+            # Offsets in archives above 4 GiB without zip64 records (macOS writes such) are modulo
+            # 2**32; `read_member` tries all possible ones.
             offset %= 2**32
         excluded = _refuse_member(entry)
         if not excluded or excluded == HIDDEN:
-            entry.filename = entry.filename.replace("\\", "/")  # as old Windows programs write it
+            entry.filename = entry.filename.replace("\\", "/")  # old Windows programs write "\\"
         if not excluded and entry.header_offset in overlapping:
             excluded = "shares bytes with another member"
         if not excluded and entry.filename in seen:
@@ -206,7 +213,9 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
 
 
 def _overlapping(entries: Sequence[zipfile.ZipInfo]) -> set[int]:
-    """The offsets of members that begin inside an earlier one; whole copies of one entry do not."""
+    """Return the header offsets of members that start inside an earlier one. Identical entries do
+    not count.
+    """
     overlapping, end = set(), 0
     spans = sorted(
         {
@@ -224,7 +233,7 @@ def _overlapping(entries: Sequence[zipfile.ZipInfo]) -> set[int]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether file managers hide a file or folder of this path: `.x`, `._x`, `__MACOSX`."""
+    """Return whether file managers hide a file or folder of this path: `.x`, `._x`, `__MACOSX`."""
     return any(
         part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
@@ -232,24 +241,26 @@ def is_hidden(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A name with bytes that are not UTF-8 as escapes, so that it can be printed and stored."""
+    """Replace bytes of a name that are not UTF-8 by escapes, so that the name can be printed and
+    stored.
+    """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def kind_of(mode: int) -> str:
-    """Why what is no plain file is not read, by its mode."""
+    """Return the reason why a file that is not regular is not read, by its mode."""
     link = "a symbolic link, which is not followed"
     return link if stat.S_ISLNK(mode) else "neither a file nor a folder"
 
 
 def leaves_archive(name: str) -> bool:
-    """Whether unpacking a member of this name would write outside the folder."""
+    """Return whether unpacking a member of this name would write outside the target folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:", name))
 
 
 def _refuse_member(entry: zipfile.ZipInfo) -> str:
-    """Why an archive's member is not read; empty if it is."""
+    """Return the reason why a member is not read, or "" if it is."""
     if not entry.filename:
         return "without a name"
     if leaves_archive(entry.filename):
@@ -269,12 +280,12 @@ def _refuse_member(entry: zipfile.ZipInfo) -> str:
 
 
 def read_member(archive: AnyPath, where: str, version: str = "") -> bytes:
-    """The bytes of a member, checked against the archive's CRC-32. `version` changes when the
-    archive does.
+    """Read a member and check it against the archive's CRC-32. `where` is from `ZipMember`.
+    `version` must change when the archive changes.
 
     Raises:
-        DecodeError: damaged in its archive.
-        OSError: it cannot be read.
+        DecodeError: the member is damaged.
+        OSError: the archive cannot be read.
     """
     volumes = _opened(str(archive), version)
     offset, packed, size, method, crc = map(int, where.split(":"))
@@ -286,7 +297,7 @@ def read_member(archive: AnyPath, where: str, version: str = "") -> bytes:
         data = volumes.read_at(start + _LOCAL.size + name_size + extra_size, packed)
         if method == zipfile.ZIP_DEFLATED:
             try:
-                # One byte more than promised is enough to see a bomb.
+                # One byte more than the stated size is enough to detect a bomb.
                 data = zlib.decompressobj(-15).decompress(data, size + 1)
             except zlib.error:
                 continue

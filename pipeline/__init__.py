@@ -1,5 +1,10 @@
-"""Shards in, batches on the device out: uint8 images, labels, and where each sample came from.
+"""Load shard sets as batches on a device: uint8 images, labels, and the source of each sample.
 
-loader = open_loader(open_shards([folder]), preprocess=Preprocess(), loading=Loading(),
-device=device) for batch in evaluation_batches(loader): ...
+Main entries: `pipeline.loader.open_loader()` for the loader, `pipeline.stream` for its batches:
+
+    loader = open_loader(
+        open_shards([folder]), preprocess=Preprocess(), loading=Loading(), device=device
+    )
+    for batch in evaluation_batches(loader):  # a `pipeline.batch.Batch`
+        ...
 """

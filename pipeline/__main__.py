@@ -1,6 +1,6 @@
-"""`python -m pipeline preview | order`: look at what the loader gives, and in which order.
+"""Commands to inspect the loader: `python -m pipeline preview | order`.
 
-What a command works with is imported inside it, after the command line has been checked.
+A command imports its modules inside its function, so that `--help` and errors of options are fast.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from storage import AnyPath
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Look at what the loader gives."""
+    """Inspect the batches that the loader makes."""
 
 
 @main.command()
@@ -29,24 +29,30 @@ def main() -> None:
     "--recipe",
     "path",
     type=console.LocalPath(),
-    help="Recipe whose policies and preprocessing are shown. Default: that of phase 1.",
+    help="Recipe with the policies and preprocessing to show. Default: the recipe of phase 1.",
 )
 @click.option(
-    "--policy", help="Policy of sources that keep none of their own. Default: the recipe's."
+    "--policy", help="Policy of sources for which the index names none. Default: the recipe's."
 )
-@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Samples.")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Number of samples.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Another seed, other samples.",
+    help="Seed that selects the samples.",
 )
 @console.options()
 def preview(
     shards: AnyPath, out: Path, path: Path | None, policy: str | None, count: int, seed: int
 ) -> None:
-    """Draw what the network is fed of the set SHARDS, by both backends."""
+    """Write a PNG of samples of the set SHARDS as the network sees them, with both backends."""
     import recipes
     from pipeline.preview import write_preview
 
@@ -59,17 +65,23 @@ def preview(
 
 @main.command()
 @click.argument("shards", type=console.AnyAddress())
-@click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Images per batch.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Another seed, another order.",
+    help="Seed of the shuffle.",
 )
 @console.options()
 def order(shards: AnyPath, batch: int, seed: int) -> None:
-    """Measure how well each shuffle mixes the set SHARDS; 1 is as well as by chance."""
+    """Measure how well each shuffle mixes the set SHARDS; 1 means as well as a random order."""
     import numpy as np
 
     from pipeline.order import mixing_of, training_epoch

@@ -1,13 +1,17 @@
-"""THE AUGMENTATION: ranges in, one `AugmentParams` per image out. Two backends only apply it.
+"""Sample augmentation parameters: policies (ranges) in, one `AugmentParams` per image out.
 
-Random numbers (`pipeline/philox.py`) are used here and nowhere else, on the host, with the index's
-width and height. So the same (seed, epoch, sample) gives the same picture with any backend, worker
-count, rank or resume. A batch is sampled at once, in columns: 3 to 20 us an image.
+Main entries: `sample_params()` for training, `center_crop_params()` for evaluation. The two
+backends (`pil.py`, `dali.py`) only apply the parameters. Backends use no random numbers.
+
+Random numbers (`pipeline/philox.py`) are used only in this module, on the CPU, with the width and
+height from the index. So the same (seed, epoch, sample) gives the same augmented image with every
+backend, number of workers, rank, and after a resume. The parameters of a whole batch are sampled at
+once, in columns: 3 to 20 us per image.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> color jitter ->
-resample down and back up -> JPEG re-encode -> 3x3 blur -> gray. Harsher policies add up to two more
-JPEGs behind the first, move the picture against the JPEG grid, and end with WebP. A policy for
-aligned pairs begins with the JPEG of a fake's real partner, on the whole image.
+resample down and back up -> JPEG -> 3 x 3 blur -> grayscale. Harsher policies add up to two more
+JPEGs after the first, shift the image relative to the JPEG block grid, and end with WebP. A policy
+for aligned pairs first compresses the whole fake like the JPEG of its real partner.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +25,10 @@ from pipeline.philox import uniform
 Range = tuple[float, float]
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-"""A color matrix that changes nothing: three rows of (red, green, blue, offset)."""
+"""Color matrix that changes nothing: three rows of (red, green, blue, offset)."""
 
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of gray in RGB (ITU-R BT.601), those of JPEG and of Pillow's "L"."""
+"""Weights of red, green and blue in gray (ITU-R BT.601), as in JPEG and in Pillow's mode "L"."""
 
 GRAY = (*LUMA, 0.0, *LUMA, 0.0, *LUMA, 0.0)
 
@@ -33,15 +37,16 @@ FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 BLUR_TAPS = 3
 LEAST_SIGMA = 0.25
-"""A narrower 3 x 3 Gaussian changes no 8-bit value: each pass adds at most 510 times its outer
-weight, exp(-1 / (2 sigma^2)), which makes 0.34 of a gray level in both. So backends skip it.
+"""Sigma in pixels below which backends skip the 3 x 3 Gaussian blur, because no 8-bit value would
+change. Each of the two passes changes a value by at most 510 times the outer weight, exp(-1 / (2
+sigma^2)). Both passes together change a value by at most 0.34 gray levels.
 """
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 
 FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic", "lanczos")
-"""Resampling filters, each antialiased; `AugmentParams.filter` and `crop_filter` are positions in
-this tuple.
+"""Resampling filters, all antialiased. `AugmentParams.filter` and `AugmentParams.crop_filter` are
+positions in this tuple.
 """
 
 GRID = 8
@@ -50,8 +55,8 @@ GRID = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """`[preprocess]` as a recipe states it, see `Preprocess`. None stands for what the network's
-    weights were made with (`model.backbones.resolve.resolved`).
+    """`[preprocess]` as written in a recipe; see `Preprocess`. None means the value that the
+    network's weights were trained with (`model.backbones.resolve.resolved`).
     """
 
     crop_size: int | None = None
@@ -61,10 +66,13 @@ class PreprocessSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess(PreprocessSettings):
-    """How a whole image is seen by the network: shorter side to `resize_size`, center crop of
-    `crop_size`, by the filter `interpolation`.
+    """Evaluation preprocessing: resize the shorter side to `resize_size` pixels with the filter
+    `interpolation`, then take a center crop of `crop_size` x `crop_size` pixels.
 
-    Both in pixels. Training crops end at `crop_size` as well, by the same filter.
+    Training crops are resized to `crop_size` with the same filter.
+
+    Raises:
+        ValueError: not 16 <= crop_size <= resize_size.
     """
 
     crop_size: int = 256
@@ -74,23 +82,31 @@ class Preprocess(PreprocessSettings):
     def __post_init__(self) -> None:
         if not 16 <= self.crop_size <= self.resize_size:
             raise ValueError(
-                f"needs 16 <= crop_size <= resize_size, got {self.crop_size} and {self.resize_size}"
+                "crop_size and resize_size must satisfy 16 <= crop_size <= resize_size, got "
+                f"{self.crop_size} and {self.resize_size}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentPolicy:
-    """One augmentation policy: the ranges that parameters are sampled from. What is not named stays
-    off.
+    """Augmentation policy: the ranges that parameters are sampled from. By default every operation
+    is off.
 
-    Fields without a range of their own are probabilities. `scale` is the share of the image's area
-    that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation` vary by
-    a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative to the
-    crop's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1 to 100,
-    and `num_jpegs` how many follow each other, 1 to 3; `jpeg_grid_shift` is the probability that
-    blocks begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is
-    in pixels. `match_pair_jpeg` turns a fake into a JPEG of its real partner's quality and chroma,
-    where the index knows them (`pipeline/pairs.py`).
+    A field that is not listed here is the probability, 0 to 1, of the operation of the same name.
+    Ranges are (low, high), both included.
+
+    - `scale`: share of the image's area that the crop covers. `ratio`: width / height of the crop.
+    - `brightness`, `contrast`, `saturation`: largest change of the factor, sampled from 1 - value
+      to 1 + value. `hue`: largest rotation, as a share of a full turn.
+    - `resample_scale`: intermediate side / `crop_size`. `resample_filters`: filters to choose from.
+    - `jpeg_quality`: libjpeg's quality, 1 to 100. `num_jpegs`: number of successive JPEGs, 1 to 3.
+    - `jpeg_grid_shift`: probability that the image starts inside a JPEG block, not at its corner.
+    - `webp_quality`: libwebp's quality, 1 to 100. `blur_sigma`: sigma of the Gaussian in pixels.
+    - `match_pair_jpeg`: first compress a fake as a JPEG with the quality and chroma subsampling of
+      its real partner, if the index has both (`pipeline/pairs.py`).
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     scale: Range = (1.0, 1.0)
@@ -132,7 +148,7 @@ class AugmentPolicy:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
         if not self.resample_filters or not set(self.resample_filters) <= set(FILTERS):
             raise ValueError(
-                f"resample_filters takes some of {', '.join(FILTERS)}, got "
+                f"resample_filters takes one or more of {', '.join(FILTERS)}, got "
                 f"{list(self.resample_filters)}"
             )
         for field in _RANGES:
@@ -150,15 +166,16 @@ _RANGES = [field for field in fields(AugmentPolicy) if field.name != "resample_f
 
 
 class AugmentParams(NamedTuple):
-    """What happens to one image: plain numbers, no ranges, nothing random.
+    """Sampled parameters of one image: plain numbers, no ranges, nothing random.
 
-    The crop is in pixels of the upright image; `crop_filter`, a position in `FILTERS`, is what it
-    is resized by. `color` is a 3 x 4 matrix in rows on RGB values of
-    0 to 255; `resample` is the intermediate side in pixels, `jpeg` the quality, `blur` the sigma,
-    each 0 for "not at all". So are the qualities `jpeg2` and `jpeg3` of further JPEGs and that of
-    `webp`. `filter` is a position in `FILTERS`; `grid_top` and `grid_left`, 0 to 7, say how far
-    inside a block the picture begins. `pair_jpeg` is the quality, 0 for none, of a JPEG of the
-    whole image before anything else, `pair_chroma` a position in `CHROMAS`.
+    - `top`, `left`, `height`, `width`: crop in pixels of the upright image.
+    - `crop_filter`, `filter`: positions in `FILTERS`, for resizing the crop and for `resample`.
+    - `color`: 3 x 4 matrix, row by row, applied to RGB values of 0 to 255.
+    - `resample`: intermediate side in pixels, 0 for none. `blur`: sigma in pixels, 0 for none.
+    - `jpeg`, `jpeg2`, `jpeg3`: qualities of successive JPEGs, 0 for none. `webp`: likewise.
+    - `grid_top`, `grid_left`: pixels between the corners of a JPEG block and the image, 0 to 7.
+    - `pair_jpeg`: quality of a JPEG of the whole image before everything else, 0 for none.
+      `pair_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`.
     """
 
     top: int
@@ -184,15 +201,18 @@ class AugmentParams(NamedTuple):
 
 
 _DTYPES = {int: np.int32, bool: np.bool_, float: np.float64, tuple[float, ...]: np.float32}
-"""Element type of a column by the annotation of its field in `AugmentParams`."""
+"""Dtype of a column, by the type annotation of its field in `AugmentParams`."""
 
 
 class AugmentBatch:
-    """The parameters of a batch: one column, (N,) or (N, 12) for `color`, per field of
-    `AugmentParams`, under the field's name.
+    """Parameters of a batch: one column per field of `AugmentParams`, as an attribute with the
+    field's name.
 
-    A field that is not given keeps its default for every image. Columns are int32, bool, float64
-    or float32 by the type of their field.
+    A column has shape (N,), `color` (N, 12). Its dtype is int32, bool, float64 or float32, by the
+    type of the field. A field that is not given has its default for every image.
+
+    Raises:
+        TypeError: an argument that is no field of `AugmentParams`.
     """
 
     def __init__(self, **columns: np.ndarray):
@@ -218,34 +238,34 @@ class AugmentBatch:
 
     @property
     def moved(self) -> np.ndarray:
-        """Which images do not begin at the corner of a block, bool (N,): they are worked on with a
-        margin of one block, and cut out of it at the end.
+        """Images that do not start at the corner of a JPEG block, bool (N,). Backends process these
+        images with a margin of one block and cut the margin off at the end.
         """
         return (self.grid_top > 0) | (self.grid_left > 0)
 
     @property
     def color_jitter(self) -> np.ndarray:
-        """Which images have a color matrix that changes anything, bool (N,)."""
+        """Images whose color matrix is not `IDENTITY`, bool (N,)."""
         return (self.color != np.array(IDENTITY, np.float32)).any(axis=1)
 
     def row(self, index: int) -> AugmentParams:
-        """The parameters of one image."""
+        """Return the parameters of one image."""
         return next(self.take(np.array([index])).rows())
 
     def rows(self) -> Iterator[AugmentParams]:
-        """The parameters of each image."""
+        """Yield the parameters of each image."""
         columns = [column.tolist() for column in self._columns.values()]
         for values in zip(*columns, strict=True):
             row = AugmentParams(*values)
             yield row._replace(color=tuple(row.color))
 
     def take(self, rows: np.ndarray | slice) -> "AugmentBatch":
-        """The parameters of these images only."""
+        """Return the parameters of the images `rows`."""
         return AugmentBatch(**{name: column[rows] for name, column in self._columns.items()})
 
 
 def concatenate(batches: Sequence[AugmentBatch]) -> AugmentBatch:
-    """One batch of the images of several."""
+    """Join batches into one, in order."""
     return AugmentBatch(
         **{
             name: np.concatenate([getattr(batch, name) for batch in batches])
@@ -255,7 +275,7 @@ def concatenate(batches: Sequence[AugmentBatch]) -> AugmentBatch:
 
 
 def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
-    """The batch with the parameters of `rows` replaced by such that fit the smallest image."""
+    """Replace the parameters of `rows` with a crop of 1 x 1 pixel, which fits every image."""
     smallest = stack([AugmentParams(0, 0, 1, 1)])
     columns = {name: getattr(params, name).copy() for name in AugmentParams._fields}
     for name, column in columns.items():
@@ -264,21 +284,22 @@ def blank(params: AugmentBatch, rows: Sequence[int]) -> AugmentBatch:
 
 
 def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
-    """Parameters as columns."""
+    """Convert the parameters of single images to columns."""
     columns = zip(AugmentParams._fields, zip(*params, strict=True), strict=True)
     return AugmentBatch(**{name: np.array(column) for name, column in columns})
 
 
 _TRIES = 10
 _NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10])
-"""Where each kind of number ends among those of one sample, whatever the policy, so that one
-probability does not shift the others: areas and ratios to try, the place, six chances, four color
-factors, three places in a range; and, since policies may be harsher, ten more for what they add.
+"""End of each group of random numbers among those of one sample: areas to try, ratios to try, crop
+position, six for whether an operation happens, four color factors, three positions in a range, ten
+for harsher policies. The groups are the same for every policy, so that a changed probability does
+not shift the other numbers.
 """
 
 
 class PolicyTable:
-    """Augmentation policies as a table: row i holds the ranges of `policies[i]`."""
+    """Augmentation policies as arrays: row i has the ranges of `policies[i]`."""
 
     def __init__(self, policies: Sequence[AugmentPolicy]):
         self._columns = {
@@ -290,18 +311,20 @@ class PolicyTable:
         self._filters = np.array([(row + [0] * len(FILTERS))[: len(FILTERS)] for row in codes])
 
     def filter(self, rows: np.ndarray, share: np.ndarray) -> np.ndarray:
-        """One of each row's filters: the one at `share` of its list."""
+        """Choose a filter for each row, int32 (N,) positions in `FILTERS`. `share`, float (N,) in
+        [0, 1), selects from the row's list of filters.
+        """
         index = np.floor(share * self._filter_counts[rows]).astype(np.int64)
         return self._filters[rows, index].astype(np.int32)
 
     def of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Each setting for these rows: (N,), or (2, N) for a range."""
+        """Return each setting for `rows`, float64: (N,), or (2, N) for a range."""
         return {name: column[rows].T for name, column in self._columns.items()}
 
 
 class SampleKeys(NamedTuple):
-    """What the random numbers of samples depend on: the run's seed, the epoch, the sample numbers,
-    (N,) int, and how often the epoch had each sample before, (N,) int, None for never.
+    """Key of the random numbers of N samples: the run's seed, the epoch, the sample numbers, int
+    (N,), and how many times the epoch had each sample before, int (N,), or None for never.
     """
 
     seed: int
@@ -321,8 +344,9 @@ def sample_params(
 ) -> AugmentBatch:
     """Sample the parameters of N upright images of `widths` x `heights` pixels.
 
-    `policy` is the row of each in `policies`, `partners` the quality and chroma of the JPEG that
-    each becomes first, 0 for none (`pipeline/pairs.py`). All arrays are (N,) int.
+    `policy` is each image's row in `policies`. `partners` are the quality and the chroma
+    subsampling (`CHROMAS`) of the JPEG that each image is first compressed to, quality 0 for none
+    (`pipeline/pairs.py`). All arrays are int (N,).
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
@@ -373,10 +397,11 @@ def sample_params(
 def center_crop_params(
     preprocess: Preprocess, widths: np.ndarray, heights: np.ndarray
 ) -> AugmentBatch:
-    """The parameters of evaluation, nothing random: the center crop of each image.
+    """Compute the parameters of evaluation: the center crop of N upright images of `widths` x
+    `heights` pixels, int (N,). Nothing is random.
 
     Cropping `crop_size / resize_size` of the shorter side and resizing once equals resizing the
-    whole and cropping the center, up to the rounding of the crop to whole pixels.
+    whole image and cropping the center, up to the rounding of the crop to whole pixels.
     """
     shorter = np.minimum(widths, heights)
     side = np.maximum(1, np.rint(shorter * preprocess.crop_size / preprocess.resize_size)).astype(
@@ -392,7 +417,7 @@ def center_crop_params(
 
 
 def _crop_filters(preprocess: Preprocess, count: int) -> np.ndarray:
-    """The filter of every crop, as a column."""
+    """Repeat the filter of `preprocess` for every image, int32 (N,)."""
     return np.full(count, FILTERS.index(preprocess.interpolation), np.int32)
 
 
@@ -404,7 +429,7 @@ def _crop(
     ratios: np.ndarray,
     position: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Inception's random resized crop as torchvision does it: the first of ten tries that fits."""
+    """Sample torchvision's random resized crop (Inception's): the first of ten tries that fits."""
     area = _between(ranges["scale"][..., None], areas) * (widths * heights)[:, None]
     ratio = np.exp(_between(np.log(ranges["ratio"])[..., None], ratios))
     tried_width, tried_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -413,7 +438,7 @@ def _crop(
     first = np.argmax(fits, axis=1)[:, None]
     width = np.take_along_axis(tried_width, first, 1)[:, 0]
     height = np.take_along_axis(tried_height, first, 1)[:, 0]
-    # A very long image: the largest crop of an allowed ratio.
+    # None of the tries fits a very long image: take the largest crop of an allowed ratio.
     low, high = ranges["ratio"]
     none = ~fits.any(axis=1)
     width = np.where(none, np.clip(np.rint(heights * high), 1, widths), width)
@@ -425,7 +450,7 @@ def _crop(
 
 
 def _whole(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """A whole number of a range, both ends included."""
+    """Map `share`, in [0, 1), to a whole number of the range `limits`, both ends included."""
     return limits[0] + np.floor(share * (limits[1] - limits[0] + 1))
 
 
@@ -434,7 +459,7 @@ def _between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 
 def _color_jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:
-    """Color matrices, float32 (N, 12), from factors of -1 to 1."""
+    """Compute color matrices, float32 (N, 12), from `factors` between -1 and 1, float (N, 4)."""
     return color_matrices(
         brightness=1 + ranges["brightness"] * factors[:, 0],
         contrast=1 + ranges["contrast"] * factors[:, 1],
@@ -446,13 +471,13 @@ def _color_jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndar
 def color_matrices(
     brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
 ) -> np.ndarray:
-    """Brightness, contrast, saturation and hue (in turns), (N,) each, as 3 x 4 matrices, row by
-    row: float32 (N, 12).
+    """Combine brightness, contrast, saturation and hue (in turns), each (N,), into 3 x 4 color
+    matrices, row by row: float32 (N, 12).
 
-    All four are linear here, unlike in torchvision, whose contrast needs the image's mean and
-    whose hue goes through HSV: contrast pivots on mid-gray (127.5) and hue turns the chroma plane
-    of YIQ (the NTSC primaries, as DALI's color operators do). So the matrix is known before the
-    pixels are, and both backends apply the very same numbers.
+    All four are linear here. In torchvision, contrast needs the image's mean, and hue converts to
+    HSV. Here, contrast pivots on mid-gray (127.5), and hue rotates the chroma plane of YIQ (the
+    NTSC primaries, as in DALI's color operators). So the matrix is known before the pixels are, and
+    both backends apply the same numbers.
     """
     angle = 2 * np.pi * hue
     turn = np.zeros((len(hue), 3, 3))

@@ -1,4 +1,6 @@
-"""THE MEMORY CONTRACT: what a backend is asked for, what it answers, and what leaves the loader."""
+"""Data classes between the loader and its backends: `Request` in, `Pixels` out, and `Batch`, the
+loader's result. Main entry: `Batch`.
+"""
 
 import io
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from pipeline.augment import AugmentBatch
 
 
 class LoadError(ValueError):
-    """Batches cannot be had; the message says why and what to do."""
+    """Batches cannot be made; the message says why and what to do."""
 
 
 def _black_pixel() -> bytes:
@@ -21,16 +23,16 @@ def _black_pixel() -> bytes:
 
 
 PLACEHOLDER = _black_pixel(), "PNG", 1
-"""Data, format and orientation that stand in for a sample whose bytes cannot be read."""
+"""Data, format and orientation that replace a sample whose bytes cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTiming:
-    """What a batch took, for `LoaderStats`: seconds spent reading and decoding it, and how many
-    batches were waiting, ready, when it was asked for.
+    """Time of one batch, for `LoaderStats`: seconds of reading and of decoding, and `ready`, the
+    number of finished batches in the queue when this one was requested.
 
-    With DALI, reading is the time that its feed waited for bytes, and decoding the rest of the
-    time that it was waited for; with Pillow both are a worker's own time.
+    With Pillow, both times are a worker's own. With DALI, `read_s` is the time that DALI waited for
+    bytes, and `decode_s` the rest of the time until the batch was finished.
     """
 
     read_s: float = 0.0
@@ -40,10 +42,10 @@ class BatchTiming:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Encoded images of one batch with the parameters of each.
+    """Encoded images of one batch and the parameters of each.
 
-    `formats` and `orientations` are what the index says of the bytes. `failures` names samples
-    that could not be read (row -> reason); in their rows stands `PLACEHOLDER`.
+    `formats` and `orientations` are from the index. `failures` maps the row of a sample that could
+    not be read to the reason; the row's data is `PLACEHOLDER`. `read_s` is seconds.
     """
 
     data: list[bytes]
@@ -56,27 +58,34 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """A decoded batch: uint8 (B, size, size, 3) RGB, black where `failures` (row -> reason)."""
+    """Decoded batch: `images` uint8 (B, size, size, 3) RGB, black in the rows of `failures` (row ->
+    reason).
+    """
 
     images: torch.Tensor
     failures: dict[int, str]
     timing: BatchTiming = field(default_factory=BatchTiming)
 
     def pin_memory(self) -> "Pixels":
-        """The same in page-locked memory; torch's DataLoader looks for this method."""
+        """Copy to page-locked memory. torch's DataLoader calls this method."""
         return Pixels(self.images.pin_memory(), self.failures, self.timing)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The images of one step, on one device.
+    """Images of one step, on one device.
 
-    `images` is uint8 (B, 3, size, size) with channels_last strides; normalization happens inside
-    the model. `labels` is int64 (B,), 0 real, 1 fake. `valid` is bool (B,), False for padding and
-    for images that could not be decoded: they are black and must not count. On the host stay
-    `samples` int64 (B,), the row numbers of the shard set, `sources` int32 (B,), the code of each
-    one's source, `replayed` bool (B,), True for old samples, and `failures`, which names what could
-    not be decoded (row -> reason).
+    - `images`: uint8 (B, 3, size, size), channels_last strides. The network normalizes them.
+    - `labels`: int64 (B,), 0 real, 1 fake.
+    - `valid`: bool (B,), False for padding and for images that could not be decoded. Those images
+      are black (padding repeats sample 0) and must not count.
+
+    On the CPU:
+
+    - `samples`: int64 (B,), row numbers in the shard set.
+    - `sources`: int32 (B,), the source code of each sample.
+    - `replayed`: bool (B,), True for old samples.
+    - `failures`: row -> the reason why it could not be decoded.
     """
 
     images: torch.Tensor

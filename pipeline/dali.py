@@ -1,10 +1,12 @@
-"""Apply `AugmentParams` with NVIDIA DALI: the fast backend. The only file that imports nvidia.
+"""Decode images and apply `AugmentParams` with NVIDIA DALI: the fast backend. Only this file
+imports nvidia.
 
-One graph, with CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and the columns of the
-parameters come in from outside, so the graph holds nothing random and no state. `Pipeline.run()` is
-driven
-directly: after a bad sample it loses that one batch, which is then repaired sample by sample;
-DALIGenericIterator would end the epoch early without a word.
+Main entry: `DaliBackend.run()`: `Request`s in, `Pixels` out.
+
+The DALI graph has CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and parameter columns
+are fed from outside, so the graph has no random numbers and no state. `Pipeline.run()` is called
+directly, because `DALIGenericIterator` silently ends the epoch at a bad sample. Here only that
+batch is lost, and then repaired sample by sample.
 """
 
 import gc
@@ -36,8 +38,8 @@ from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
 
 HW_DECODER_LOAD = 0.65
-"""Share of JPEGs that a GPU's JPEG engine takes where it has one, the others go to its cores:
-DALI's own default.
+"""Share of JPEGs decoded by the GPU's JPEG engine, if it has one; its cores decode the rest. This
+is DALI's default.
 """
 
 # DALI's names of `augment.FILTERS`.
@@ -49,12 +51,12 @@ _FILTERS = np.array(
 
 _TURNS = np.array(
     [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
-)  # by orientation: whether transposed, then whether rows and columns are mirrored
+)  # row = orientation: whether transposed, then whether rows and columns are mirrored
 
 
 class Fed(NamedTuple):
-    """What the graph is fed for one batch: encoded images, their parameters, the turns that make
-    them upright, bool (3, N), and the side of the result in pixels.
+    """Input of the graph for one batch: encoded images, their parameters, bool (3, N) flags that
+    make the images upright (see `_TURNS`), and the side of the result in pixels.
     """
 
     data: list[bytes]
@@ -64,7 +66,9 @@ class Fed(NamedTuple):
 
 
 class Column(NamedTuple):
-    """An input of the graph: element type, dimensions per sample, and its values for a batch."""
+    """Input of the graph: dtype, dimensions per sample, and a function that returns its values for
+    a batch.
+    """
 
     dtype: Any
     dimensions: int
@@ -72,7 +76,7 @@ class Column(NamedTuple):
 
 
 def _of(name: str, dtype: Any) -> Column:
-    """A parameter as it is."""
+    """Return the column of a parameter whose only conversion is its dtype."""
     numpy_dtype = {types.INT32: np.int32, types.FLOAT: np.float32, types.BOOL: np.bool_}[dtype]
     return Column(dtype, 0, lambda fed: getattr(fed.params, name).astype(numpy_dtype, copy=False))
 
@@ -119,14 +123,16 @@ COLUMNS = {
         types.INT32, 1, lambda fed: np.stack([fed.params.grid_top, fed.params.grid_left], axis=1)
     ),
 }  # fmt: skip
-"""The graph's inputs by name, in the order in which they are fed."""
+"""Inputs of the graph by name, in the order in which they are fed."""
 
 
 @pipeline_def(enable_conditionals=True)
 def graph(
     feed: Callable[[], tuple], size: int, on_gpu: bool, hw_decoder_load: float = HW_DECODER_LOAD
 ) -> Any:
-    """Encoded images and columns in, (size, size, 3) uint8 out; the order is that of `augment`."""
+    """Define the DALI graph: encoded images and columns in, (size, size, 3) uint8 out. The order of
+    operations is that of `augment`.
+    """
     outputs = fn.external_source(
         source=feed,
         num_outputs=len(COLUMNS),
@@ -140,7 +146,7 @@ def graph(
         fed["data"],
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=False,  # the index says it; DALI knows fewer places where it may stand
+        adjust_orientation=False,  # done by the index: DALI reads it from fewer kinds of metadata
         jpeg_fancy_upsampling=True,
         use_fast_idct=False,
         hw_decoder_load=hw_decoder_load,
@@ -174,7 +180,7 @@ def graph(
 
 
 def _resize(image: Any, side: Any, kind: Any) -> Any:
-    """As Pillow does it: antialiased, and without shifting the grid by part of a pixel."""
+    """Resize as Pillow does: antialiased, and without shifting the grid by part of a pixel."""
     return fn.resize(
         image,
         resize_x=side,
@@ -191,8 +197,8 @@ def _color(image: Any, matrix: Any, offset: Any) -> Any:
 
 
 def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
-    """A real libjpeg round trip. DALI's GPU operator is another algorithm, so a GPU batch comes
-    to the host for it: 200 kB per image that has this step.
+    """Encode and decode with libjpeg on the CPU. DALI's GPU operator is another algorithm, so a GPU
+    batch is copied to the CPU for this step: 200 kB per image that has it.
     """
     if not on_gpu:
         return fn.jpeg_compression_distortion(image, quality=quality)
@@ -202,7 +208,7 @@ def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
 def columns_of(
     data: list[bytes], orientations: list[int], params: AugmentBatch, size: int
 ) -> tuple:
-    """What the graph is fed for one batch, in the order of `COLUMNS`."""
+    """Return the graph's inputs for one batch, in the order of `COLUMNS`."""
     turns = np.ascontiguousarray(_TURNS[orientations].T)
     fed = Fed(data, params, turns, size)
     return tuple(column.values(fed) for column in COLUMNS.values())
@@ -230,15 +236,15 @@ class DaliBackend:
         self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
-        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device; the first is
-        that of step `start`.
+        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device. The first
+        request is that of step `start`.
         """
         try:
             with without_chatter():
                 yield from self._run(requests, start)
         finally:
-            # A DALI pipeline is part of a reference cycle: without this it keeps its memory, on the
-            # GPU too, until Python happens to look for cycles.
+            # A DALI pipeline is part of a reference cycle: without this call it keeps its memory,
+            # on the GPU too, until Python's next garbage collection.
             gc.collect()
 
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
@@ -282,8 +288,9 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """What the graph cannot do, done before it; see `_as_partner` and `_by_host`. Other damage
-        is left to the graph, and then to the reference, which says why.
+        """Do on the CPU what the graph cannot do (see `_as_partner` and `_by_host`), before the
+        graph. Other damaged images are left to the graph, and then to the reference decoder, which
+        gives the reason.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
@@ -311,8 +318,9 @@ class DaliBackend:
 
     @staticmethod
     def _as_partner(request: Request, row: int) -> bytes | None:
-        """The first step of a policy for pairs: DALI's JPEG operator knows one chroma, and this way
-        the graph decodes a fake as it decodes its partner.
+        """Apply the first step of a policy for pairs: compress a fake like its partner. DALI's JPEG
+        operator supports only one chroma subsampling. With this step, the graph decodes a fake
+        exactly as it decodes its partner.
         """
         params = request.params
         try:
@@ -323,15 +331,16 @@ class DaliBackend:
 
     @staticmethod
     def _by_host(request: Request, row: int) -> bytes | DecodeError:
-        """A PNG of what the reference decoder makes of an image, or why there is none."""
+        """Decode an image with the reference decoder. Returns the pixels as a PNG, or the error."""
         try:
             return png_of(decode_image(*_member(request, row)))
         except DecodeError as error:
             return error
 
     def _device_failed(self, error: RuntimeError) -> bool:
-        """Whether the GPU is lost or out of memory, and not a sample bad. A lost one raises at
-        whatever it is asked next; what DALI says names CUDA's error.
+        """Return whether `error` means that the GPU is lost or out of memory, rather than that a
+        sample is bad. A lost GPU raises an error at the next call; the message of DALI contains the
+        name of CUDA's error.
         """
         if self.device.type != "cuda":
             return False
@@ -344,7 +353,7 @@ class DaliBackend:
     def _to_webp(
         self, images: torch.Tensor, params: AugmentBatch, failures: dict[int, str]
     ) -> torch.Tensor:
-        """The last step of a harsh policy, on the host: DALI does not encode WebP."""
+        """Apply WebP, the last step of a harsh policy, on the CPU: DALI cannot encode WebP."""
         rows = [row for row in np.flatnonzero(params.webp).tolist() if row not in failures]
         if not rows:
             return images
@@ -357,8 +366,8 @@ class DaliBackend:
 
     @property
     def _stream(self) -> tuple[torch.cuda.Stream, ...]:
-        """The stream that the batch is used on: DALI hands it over in the order of that stream and
-        takes the memory back in it, so that neither side waits for the other on the host.
+        """CUDA stream on which the batch is used, or () on the CPU. DALI passes the batch and takes
+        its memory back in the order of this stream, so neither side waits for the other on the CPU.
         """
         on_gpu = self.device.type == "cuda"
         return (torch.cuda.current_stream(self.device),) if on_gpu else ()
@@ -379,8 +388,8 @@ class DaliBackend:
         return pipe
 
     def _one_by_one(self, request: Request) -> tuple[torch.Tensor, dict[int, str]]:
-        """Redo a lost batch with the same graph, one image at a time, so that only the bad ones
-        are lost and the good ones keep their exact bits.
+        """Redo a lost batch with the same graph, one image at a time, so that only the bad images
+        are lost and the good ones are bit-identical.
         """
         if self._repair is None:
             self._repair = self._build_repair()
@@ -402,10 +411,11 @@ class DaliBackend:
         return images, failures
 
     def _by_reference(self, request: Request, row: int, params: AugmentBatch) -> torch.Tensor:
-        """What DALI does not decode, decoded as without DALI, and then through the same graph.
+        """Decode with the reference decoder what DALI does not decode, then apply the same graph.
 
         Raises:
-            ValueError: it does not decode, or the graph does not take it; the message says why.
+            ValueError: the image does not decode, or the graph refuses it; the message is the
+            reason.
         """
         pixels = decode_image(*_member(request, row))
         refuse_crop_outside(pixels, params.row(0))
@@ -417,7 +427,8 @@ class DaliBackend:
 
     def _build_repair(self) -> Callable[[bytes, int, AugmentBatch], torch.Tensor]:
         waiting: list[tuple] = []
-        pipe = self._build(lambda: waiting.pop(), 1, depth=1)  # DALI inspects its source's code
+        # Not `waiting.pop` itself: DALI inspects the code object of its source.
+        pipe = self._build(lambda: waiting.pop(), 1, depth=1)
 
         def decode(data: bytes, orientation: int, params: AugmentBatch) -> torch.Tensor:
             waiting.append(columns_of([data], [orientation], params, self.size))
@@ -427,36 +438,39 @@ class DaliBackend:
 
 
 def _tensor_of(outputs: tuple) -> torch.Tensor:
-    """The batch without a copy; DALI keeps the buffer as long as the tensor lives."""
+    """Return the batch as a tensor without a copy. DALI keeps the buffer as long as the tensor
+    exists.
+    """
     return torch.from_dlpack(outputs[0].as_tensor())
 
 
 def _may_reach_graph(data: bytes, image_format: str) -> bool:
-    """Whether DALI's parser takes it: in a batch, what it does not take may end the process (DALI
-    2.4). And whether a JPEG has its end: a GPU's decoder fills what is missing without a word.
+    """Return whether DALI's parser accepts the image and, for a JPEG, whether it has its end
+    marker. In a batch, an image that the parser refuses may end the process (DALI 2.4). For a JPEG
+    without its end, a GPU's decoder silently makes up the missing pixels.
     """
     if image_format == "JPEG" and not has_end(data):
         return False
     try:
-        return nvimgcodec.CodeStream(data).height > 0  # asking parses it, in 4 us
+        return nvimgcodec.CodeStream(data).height > 0  # reading `height` parses the header, in 4 us
     except RuntimeError:
         return False
 
 
 def _member(request: Request, row: int) -> tuple[bytes, str, int]:
-    """What `decode_image` takes."""
+    """Return the arguments of `decode_image` for one row."""
     return request.data[row], request.formats[row], request.orientations[row]
 
 
-# As CUDA's runtime and its driver spell their errors.
+# Names of errors of CUDA's runtime and of its driver.
 _CUDA_ERROR = re.compile(r"\bcudaError[A-Z]\w+|\bCUDA_ERROR_[A-Z_]+")
 
 _SOURCE_LINE = re.compile(r"\[/[^\]]*\] ?|Current pipeline object is no longer valid\.")
 
 
 def _reason(error: RuntimeError) -> str:
-    """The cause in DALI's message, as one line: behind the name of the operator and the traceback
-    of its definition, without the lines of DALI's own source.
+    """Extract the cause from DALI's message, as one line of at most 200 characters: without the
+    operator's name, the traceback of its definition and the lines of DALI's source.
     """
     cause = str(error).rpartition("encountered:")[2]
     cause = " ".join(_SOURCE_LINE.sub(" ", cause.partition("Stacktrace")[0]).split())

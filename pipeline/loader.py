@@ -1,4 +1,8 @@
-"""Open a shard set as batches: choose a backend and say why, read, sample, decode, hand over."""
+"""Turn a shard set into batches on a device: choose a backend, read, sample parameters, decode.
+
+Main entry: `open_loader()` returns a `Loader`, and `Loader.batches()` yields objects of type
+`Batch`.
+"""
 
 import contextlib
 import functools
@@ -49,26 +53,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("ai_images_detector")
 
 READ_THREADS = 8
-"""Reads from an address in flight at a time, in each process."""
+"""Concurrent reads from an address, in each process."""
 
 MAX_BAD_SHARE = 0.05
 MIN_SEEN = 200
-"""A run stops when more than this share of at least `MIN_SEEN` samples cannot be decoded, or of a
-whole epoch, however short; one bad sample alone stops none.
+"""A run stops when more than `MAX_BAD_SHARE` of at least `MIN_SEEN` samples cannot be decoded, or
+more than that share of a whole epoch of any length. A single bad sample never stops a run.
 """
 
 
 def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
-    """The backend to use, and why.
+    """Return the backend to use, "dali" or "pil", and the reason.
+
+    `asked` "auto" chooses "dali" with a CUDA device if DALI is installed, else "pil".
 
     Raises:
-        LoadError: DALI was asked for and is not installed.
+        LoadError: `asked` is "dali", but DALI is not installed.
     """
     have_dali = _is_installed("nvidia.dali")
     if asked == "dali" and not have_dali:
         raise LoadError(
             "backend dali: nvidia-dali-cuda120 is not installed (Linux only); pip install it, or "
-            "take --backend pil"
+            "use the backend pil"
         )
     if asked != "auto":
         return asked, "asked for"
@@ -82,13 +88,16 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package it would be in
+    except ModuleNotFoundError:  # the parent package is missing too
         return False
 
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """Batches of one shard set on one rank; made by `open_loader`."""
+    """Makes batches of one shard set on one rank. Create it with `open_loader`.
+
+    `backend` is "dali" or "pil", `reason` says why that one was chosen.
+    """
 
     shards: ShardSet
     preprocess: Preprocess
@@ -105,13 +114,16 @@ class Loader:
         return self.loading.batch_size * self.world_size
 
     def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from step `start` on, in order.
+        """Yield the batches of `epoch` from step `start` on, in order.
 
         Raises:
-            LoadError: too many samples cannot be decoded, a worker died, or no batch came.
+            LoadError: too many samples cannot be decoded, a worker died, or no batch came in time.
         """
         if epoch.global_batch != self.global_batch:
-            raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
+            raise LoadError(
+                f"the epoch has a global batch of {epoch.global_batch}, the loader of "
+                f"{self.global_batch}; make both with the same batch size and number of ranks"
+            )
         seen, bad = 0, []
         status = self._status
         watching = Watchdog(status.describe, self.loading.stall_warning_s)
@@ -134,7 +146,9 @@ class Loader:
                 yield batch
 
     def name_failures(self, batch: Batch) -> list[str]:
-        """One line per sample of the batch that could not be decoded: where it is, and why."""
+        """Return one line for each sample of the batch that could not be decoded: its name and the
+        reason.
+        """
         return [
             f"{self.shards.name(batch.samples[row])}: {reason}"
             for row, reason in batch.failures.items()
@@ -142,8 +156,11 @@ class Loader:
 
     @contextlib.contextmanager
     def _named_failures(self) -> Iterator[None]:
-        """When a worker dies torch raises a plain RuntimeError, wherever the main thread is, or the
-        pipe to it breaks in the middle of a batch; when none gives a batch, another RuntimeError.
+        """Turn torch's errors about dead or stalled workers into a `LoadError`.
+
+        If a worker dies, torch raises a plain RuntimeError, in whatever line the main thread is, or
+        the worker's pipe breaks in the middle of a batch. If no worker gives a batch in time, torch
+        raises another RuntimeError.
         """
         try:
             yield
@@ -162,7 +179,7 @@ class Loader:
             ) from error
 
     def _decode(self, epoch: Epoch, params_for: ParamsFor, start: int) -> Iterator[Pixels]:
-        """Pixels of each step, by the chosen backend."""
+        """Yield the pixels of each step, decoded by the chosen backend."""
         requests = _Requests(self, epoch, params_for)
         steps = range(start, epoch.steps)
         if self.backend == "dali":
@@ -177,12 +194,12 @@ class Loader:
             collate_fn=_unchanged,
             worker_init_fn=answer_parent_only,
             timeout=self.loading.stall_error_s if self._workers else 0,
-            # Else it takes a number from torch's global generator each time it starts, and a run
-            # that resumes in mid-epoch would take its dropout from another place.
+            # Without a generator, each start of a DataLoader takes a number from torch's global
+            # one, and a run that resumes within an epoch would have another dropout.
             generator=torch.Generator(),
         )
         before = self._status.made()
-        with stop_signals_held():  # also while they start, workers are not reached by any
+        with stop_signals_held():  # so that no stop signal reaches a worker while it starts
             decoded = iter(loader)
         for taken, pixels in enumerate(decoded, start=1):
             ready = self._status.made() - before - taken
@@ -197,10 +214,10 @@ class Loader:
 
     @functools.cached_property
     def _workers(self) -> int:
-        """Processes (pil) or threads (dali) that load.
+        """Number of loading processes (pil) or threads (dali).
 
         Raises:
-            LoadError: shared memory has no room for a single process of those that were asked for.
+            LoadError: workers were requested, but shared memory has no room for even one.
         """
         asked = self.loading.num_workers
         wanted = asked if asked >= 0 else min(16, cores())
@@ -213,24 +230,24 @@ class Loader:
         if fitting == wanted:
             return wanted
         shortage = (
-            f"{SHARED_MEMORY}, through which loading workers hand over batches of "
+            f"{SHARED_MEMORY}, through which loading workers pass batches of "
             f"{batch_bytes / 2**20:.1f} MiB, "
             + (f"has {free / 2**20:.0f} MiB free" if free else "cannot be written")
         )
         advice = "give it more (docker run --shm-size=8g) or use a smaller loading.batch_size"
         if not fitting and asked > 0:
             raise LoadError(
-                f"{shortage}, too little for one of {asked} workers; {advice}, or decode in this "
-                "process with loading.num_workers=0"
+                f"{shortage}, too little for even one of {asked} workers; {advice}, or decode in "
+                "this process with loading.num_workers=0"
             )
-        log.warning("%s: %d loading workers instead of %d; %s", shortage, fitting, wanted, advice)
+        log.warning("%s: using %d of %d loading workers; %s", shortage, fitting, wanted, advice)
         return fitting
 
     @functools.cached_property
     def _dali(self) -> "DaliBackend":
         from pipeline.dali import DaliBackend
 
-        # One thread per core beside a GPU too: the JPEG step, PNG and WebP run on the host. On an
+        # With a GPU too, one thread per core: the JPEG step, PNG and WebP run on the CPU. On an
         # H200 with 16 cores, 4 threads gave 2,338 images/s and 16 gave 3,303 (docs/log.md).
         size, batch = self.preprocess.crop_size, self.loading.batch_size
         return DaliBackend(
@@ -261,11 +278,13 @@ class Loader:
 
 
 SAMPLED_TOGETHER = 1024
-"""Samples whose parameters are sampled at once."""
+"""Samples whose parameters are sampled in one call."""
 
 
 class _Requests(Dataset):
-    """What each step asks of a backend; as a dataset, each item is a step already decoded."""
+    """Reads the samples of a step and samples their parameters. As a torch dataset, item i is step
+    i, decoded.
+    """
 
     def __init__(self, loader: Loader, epoch: Epoch, params_for: ParamsFor):
         self.epoch, self.params_for = epoch, params_for
@@ -318,9 +337,9 @@ class _Requests(Dataset):
         return Request(data, formats, orientations, params, failures, read_s)
 
     def _params(self, step: int) -> AugmentBatch:
-        """The parameters of one step, made with those of the next ones that this process will be
-        asked
-        for: thirty at a time cost ten times as much each as a thousand do.
+        """Return the parameters of one step. Those of this process's next steps are sampled in the
+        same call, because sampling thirty at a time costs ten times as much per sample as a
+        thousand.
         """
         if step not in self._sampled:
             worker = get_worker_info()
@@ -356,28 +375,28 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """A loader over `shards`; `backend` and `reason` say what decodes, and why.
+    """Create a loader of `shards` for one rank and choose its backend.
 
     Raises:
-        LoadError: the backend that was asked for is not there, a tar is gone or not as long as the
-            index says, or shared memory has no room for the workers that were asked for.
+        LoadError: the requested backend is not installed, a tar is missing or has another length
+        than the index says, or shared memory has no room for the requested workers.
     """
     backend, reason = choose_backend(loading.backend, device)
     check_shards(shards)
     loader = Loader(shards, preprocess, loading, device, backend, reason, rank, world_size)
-    _ = loader._workers  # what stops them does so before the first batch
+    _ = loader._workers  # so that too little shared memory is an error here, not at the first batch
     return loader
 
 
 def check_shards(shards: ShardSet) -> None:
-    """Refuse a shard set whose tars are not those that its index lists.
+    """Check that the tars of a shard set on this machine exist and have the lengths in the index.
 
     Raises:
-        LoadError: a tar is gone or not as long as the index says.
+        LoadError: a tar is missing or has another length.
     """
     if damaged := damaged_shards(shards):
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise LoadError(
-            f"{damaged[0]}{more}; build or copy the set again, `python -m sharding verify` checks "
-            "all of it"
+            f"{damaged[0]}{more}; build or copy the set again, then check all of it with "
+            "`python -m sharding verify`"
         )

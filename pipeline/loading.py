@@ -1,4 +1,7 @@
-"""How batches are made: the settings of a recipe, known without loading what decodes images."""
+"""Settings of the loader: the `[loading]` part of a recipe. Main entry: `Loading`.
+
+This module imports no image decoder, so that recipes are read without one.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,22 +11,30 @@ from pipeline.order import Shuffle
 Backend = Literal["auto", "dali", "pil"]
 
 STALL_WARNING_S = 60.0
-"""How long the consumer waits for one batch before the watchdog says who is at what."""
+"""Seconds to wait for a batch before logging each worker's current stage."""
 
 STALL_ERROR_S = 900.0
-"""How long the consumer waits for one batch before the run ends."""
+"""Seconds to wait for a batch before the run ends with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How batches are made.
+    """Settings of the loader.
 
-    `batch_size` is per rank. `num_workers` are processes (pil) or threads (dali): 0 decodes in the
-    calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
-    GPU decodes most of the images). Processes hand their batches over through shared memory, and
-    there are no more of them than it holds. A batch that does not come is warned of after
-    `stall_warning_s`; after `stall_error_s` it ends the run, unless the calling process decodes.
-    `cache` and `cache_gb` are for shards at an address.
+    `batch_size` is images per rank. `num_workers` is the number of processes (pil) or threads
+    (dali): 0 decodes in the calling process, -1 takes one per CPU core, at most 16. Worker
+    processes pass batches through shared memory, so their number is reduced to what shared memory
+    has room for.
+
+    `backend` "auto" is dali with a CUDA device and DALI, else pil. `shuffle` "block" is for shards
+    at an address (`pipeline/order.py`), as are `cache` (folder) and `cache_gb` (10^9 bytes).
+    `verify_checksums` compares the SHA-256 of every image.
+
+    After `stall_warning_s` seconds without a batch, each worker's stage is logged. After
+    `stall_error_s` seconds the run ends, unless the calling process decodes.
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
     batch_size: int = 32

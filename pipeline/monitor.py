@@ -1,9 +1,8 @@
-"""MONITOR: what the loader is doing, in numbers, always on; and the status of workers when it
-stalls.
+"""Measure what the loader does, and report each worker's stage when no batch arrives.
 
-Workers note their stage on a `WorkerStatus` that processes share, each batch carries its
-`BatchTiming`, the `LoaderStats` adds up what the consumer sees, and the `Watchdog` speaks when it
-sees nothing for long.
+Main entries: `LoaderStats`, which adds up images/s and waiting time from the batches that the
+consumer sees, and `Watchdog`, which logs a warning when one batch takes too long. Workers write
+their stage to a `WorkerStatus`, which processes share. Each batch brings its `BatchTiming`.
 """
 
 import contextlib
@@ -28,20 +27,23 @@ STAGES = ("idle", "reading", "decoding")
 
 
 class StallError(ValueError):
-    """A batch that does not come; the message says who is at what."""
+    """No batch came in time; the message gives each worker's stage."""
 
 
 def stalled(seconds: float, status: str) -> str:
-    """What there is to say of a batch that did not come for so long."""
+    """Return the message of a `StallError` after `seconds` without a batch. `status` is the text of
+    `WorkerStatus.describe`.
+    """
     return (
-        f"no batch for {seconds:g} s (loading.stall_error_s): {status}; look whether the disk or "
-        "the address that holds the shards answers, and run the same command again"
+        f"no batch for {seconds:g} s (loading.stall_error_s): {status}; check that the disk or "
+        "address with the shards responds, then run the same command again"
     )
 
 
 class WorkerStatus:
-    """What each worker is at: a stage of `STAGES`, a step, and how many batches it has made.
-    Workers that are processes note it in memory that is `shared` with them.
+    """Status of each worker: a stage of `STAGES`, a step, and how many batches it has finished.
+
+    If workers are processes, `shared` must be True: the status is then in shared memory.
     """
 
     def __init__(self, workers: Sequence[str], *, shared: bool = False):
@@ -52,7 +54,7 @@ class WorkerStatus:
 
     @contextlib.contextmanager
     def at(self, worker: int, stage: str, step: int) -> Iterator[None]:
-        """Note that `worker` is at `stage` of batch `step` for as long as the context lasts."""
+        """Set the stage of `worker` to `stage` of batch `step` until the context ends."""
         cell = self._cells[worker]
         cell[1], cell[0] = step, STAGES.index(stage)
         try:
@@ -61,15 +63,15 @@ class WorkerStatus:
             cell[0] = 0
 
     def finished(self, worker: int) -> None:
-        """One more batch of this worker is ready."""
+        """Count one more finished batch of `worker`."""
         self._cells[worker, 2] += 1
 
     def made(self) -> int:
-        """Batches that are ready or were."""
+        """Return the number of batches finished so far, by all workers."""
         return int(self._cells[:, 2].sum())
 
     def describe(self) -> str:
-        """Each worker in words: `reader 1 reading step 12, reader 2 idle`."""
+        """Describe the stage of each worker: `reader 1 reading step 12, reader 2 idle`."""
         return ", ".join(
             f"{name} {STAGES[stage]}" + (f" step {step}" if stage else "")
             for name, (stage, step, _) in zip(self.workers, self._cells.tolist(), strict=True)
@@ -77,7 +79,9 @@ class WorkerStatus:
 
 
 class Watchdog:
-    """Warns when one batch is waited for longer than `stall_warning_s`: a context manager."""
+    """Context manager that logs a warning when the consumer waits for one batch longer than
+    `stall_warning_s` seconds.
+    """
 
     def __init__(self, describe: Callable[[], str], stall_warning_s: float = STALL_WARNING_S):
         self.describe, self.stall_warning_s = describe, stall_warning_s
@@ -96,7 +100,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, step: int) -> Iterator[None]:
-        """The consumer waits for batch `step` in this context."""
+        """Mark that the consumer waits for batch `step` until the context ends."""
         self._asked = step, time.monotonic()
         try:
             yield
@@ -110,14 +114,14 @@ class Watchdog:
             if asked and now - max(asked[1], said) > self.stall_warning_s:
                 said = now
                 log.warning(
-                    "no batch for %.0f s: step %d is waited for; %s",
+                    "no batch for %.0f s at step %d: %s",
                     *(now - asked[1], asked[0], self.describe()),
                 )
                 log.debug("threads of this process:\n%s", _stacks())
 
 
 def _stacks() -> str:
-    """The stack of every thread of this process."""
+    """Format the stack of every thread of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
@@ -126,9 +130,9 @@ def _stacks() -> str:
 
 
 class LoaderStats:
-    """Adds up what a consumer of batches sees, between two calls of `row`.
+    """Loader statistics between two calls of `row`, from the batches that the consumer sees.
 
-    `sources` are the names behind `Batch.sources`.
+    `sources` are the names of the source codes in `Batch.sources`.
     """
 
     def __init__(self, sources: Sequence[str]):
@@ -136,7 +140,7 @@ class LoaderStats:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting afresh."""
+        """Set all counts to 0."""
         self.stalls: list[float] = []
         self.images = self.replayed = self.unreadable = self.ready = 0
         self.read_s = self.decode_s = 0.0
@@ -144,7 +148,7 @@ class LoaderStats:
         self.since = time.perf_counter()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, counted; notes how long the consumer waited for each."""
+        """Yield the same batches, count them, and measure how long the consumer waits for each."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -162,9 +166,11 @@ class LoaderStats:
             yield batch
 
     def rates(self) -> dict[str, float]:
-        """Images per second, and the share of time spent waiting: for bytes and for pixels.
+        """Compute images per second, and the share of time, 0 to 1, that the consumer waited: in
+        all, for bytes and for pixels.
 
-        A stall is put down to reading and decoding as the batches' costs are to one another.
+        The waiting time is divided between reading and decoding in the ratio of the batches' own
+        times.
         """
         passed = max(time.perf_counter() - self.since, 1e-9)
         waited = sum(self.stalls) / passed
@@ -177,7 +183,9 @@ class LoaderStats:
         }
 
     def row(self) -> dict[str, Any]:
-        """Everything since the last row, as `metrics.jsonl` holds it; then counts afresh."""
+        """Return the statistics since the last row, with the names of `metrics.jsonl`, and reset
+        the counts.
+        """
         count = max(1, len(self.stalls))
         stalls = 1000 * np.array(self.stalls or [0.0])
         row = self.rates() | {
@@ -195,7 +203,7 @@ class LoaderStats:
         return row
 
     def note(self) -> str:
-        """The rates in a few words, for a progress bar."""
+        """Format the rates for a progress bar."""
         rates = self.rates()
         return (
             f"{rates['images_per_s']:,.0f} images/s, waits {rates['wait_share']:.0%} "

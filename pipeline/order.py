@@ -1,8 +1,10 @@
-"""ORDER: (index, seed, epoch, position) -> sample, as a pure function. No iterator state anywhere.
+"""Compute the order of samples as a pure function: (index, seed, epoch, position) -> sample number.
 
-An epoch is an array of sample numbers by global position. Rank r of `world_size` takes, at a step,
-the positions from (step * world + r) * batch on, so 2 ranks x 12 see what 1 rank x 24 sees, and a
-run resumes at any step from a handful of integers.
+Main entries: `training_epoch()` and `evaluation_epoch()`; both return an `Epoch`.
+
+An epoch is an array of sample numbers by global position. At each step, rank r takes the `batch`
+positions from (step * world_size + r) * batch on. So 2 ranks of batch 12 see the samples that 1
+rank of batch 24 sees. There is no iterator state: a run resumes at any step from a few integers.
 """
 
 import functools
@@ -17,14 +19,18 @@ from pipeline.replay import interleave
 Shuffle = Literal["global", "block"]
 
 ORDER_VERSION = 1
-"""Grows whenever the same seed gives another order; a state of another version is refused."""
+"""Version of the order. It increases whenever the same seed gives another order. A saved state of
+another version is refused.
+"""
 
 BLOCK = 256
 WINDOW = 64
-"""A block shuffle permutes runs of `BLOCK` samples and then samples inside `WINDOW` open runs."""
+"""Sizes of the block shuffle, which permutes runs of `BLOCK` samples, then samples within `WINDOW`
+runs.
+"""
 
-# Philox counters are 4 x 64 bits: the last word keeps independent uses of one key apart
-# (0: the parameters of samples).
+# A Philox counter has 4 x 64 bits. The last word separates independent uses of one key; 0 is for
+# augmentation parameters (`philox.uniform`).
 _SHUFFLE, _REPLAY, _REPEAT = 1, 2, 3
 
 
@@ -34,11 +40,10 @@ class OrderError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """One epoch: which sample stands at each global position, and which of them count.
+    """One epoch: the sample at each global position.
 
-    `samples` int64, `replayed` bool (old samples, phase 2) and `valid` bool (False: padding) are
-    all of length `steps * global_batch`. So is `repeat_index`: how often each sample came before in
-    this epoch, so that an image that comes twice is augmented in two ways.
+    All arrays have length `steps * global_batch`: `samples` int64 sample numbers, `replayed` bool
+    (True: an old sample, phase 2), `valid` bool (False: padding, which must not count).
     """
 
     seed: int
@@ -50,7 +55,9 @@ class Epoch:
 
     @functools.cached_property
     def repeat_index(self) -> np.ndarray:
-        """0 where a sample comes for the first time, 1 for the second, and so on."""
+        """How many times each sample appeared before in this epoch, int64: 0 for the first time.
+        With this index, an image that appears twice gets two different augmentations.
+        """
         order = np.argsort(self.samples, kind="stable")
         ordered = self.samples[order]
         begins = np.r_[True, ordered[1:] != ordered[:-1]]
@@ -61,11 +68,11 @@ class Epoch:
 
     @property
     def steps(self) -> int:
-        """Batches in this epoch, the same on every rank."""
+        """Batches per rank in this epoch, the same on every rank."""
         return len(self.samples) // self.global_batch
 
     def positions(self, step: int, rank: int = 0, world_size: int = 1) -> slice:
-        """The global positions of one rank's batch."""
+        """Return the global positions of one rank's batch at `step`."""
         batch = self.global_batch // world_size
         first = (step * world_size + rank) * batch
         return slice(first, first + batch)
@@ -80,9 +87,11 @@ def training_epoch(
     shuffle: Shuffle = "global",
     old: np.ndarray | None = None,
 ) -> Epoch:
-    """Shuffle the sample numbers `new` and spread the old ones (see `replay`) among them.
+    """Shuffle the sample numbers `new` and spread the `old` ones evenly among them
+    (`pipeline/replay.py`).
 
-    Only the last partial global batch is dropped; another epoch drops other samples.
+    Both are int64. `number` is the number of the epoch; each has another order. The last partial
+    global batch is dropped, so each epoch drops other samples.
 
     Raises:
         OrderError: fewer samples than one global batch.
@@ -103,11 +112,12 @@ def training_epoch(
 def repeat(
     samples: np.ndarray, sources: np.ndarray, times: Mapping[int, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """The samples of an epoch in which each source comes a stated number of times.
+    """Repeat the samples of each source a given number of times.
 
-    `sources` is the source code of each sample, `times` code -> how often (1 where it is not
-    named): 2.5 takes every sample twice and half of them, chosen by `rng`, once more. Exact, unlike
-    weights in a sampler: an epoch's length and its shares follow from the index.
+    `sources` is the source code of each sample, `times` maps a source code to the number of times
+    (1 if missing). 2.5 takes every sample twice and a half of them, chosen by `rng`, a third time.
+    The counts are exact, unlike with a weighted sampler, so an epoch's length and its shares follow
+    from the index.
     """
     parts = []
     for code in np.unique(sources):
@@ -119,17 +129,17 @@ def repeat(
 
 
 def repeat_rng(seed: int, epoch: int) -> np.random.Generator:
-    """The generator that chooses which samples of a source come once more in an epoch."""
+    """Return the generator that chooses the samples for the fractional part of `repeat`."""
     return rng_of(seed, epoch, _REPEAT)
 
 
 class Mixing(NamedTuple):
-    """How well an order is shuffled: 1 is as well as by chance, for both figures.
+    """How well an order is shuffled. Both figures are 1 for a random order.
 
-    `distance` is how far samples end from where they lie on disk, against the mean of a random
-    order, a third of its length; 0 is not at all. `batches` is how evenly sources fall into
-    batches: the chi-squared statistic of their counts per batch over its degrees of freedom; more
-    than 1 means that batches hold more of one source than chance gives them.
+    `distance` is the mean distance between a sample's position in the order and its position on
+    disk, divided by that of a random order (a third of the length). 0 means not shuffled. `batches`
+    is the chi-squared statistic of the counts of each source per batch, divided by its degrees of
+    freedom. More than 1 means that batches have more of one source than chance gives them.
     """
 
     distance: float
@@ -137,7 +147,9 @@ class Mixing(NamedTuple):
 
 
 def mixing_of(samples: np.ndarray, sources: np.ndarray, batch: int) -> Mixing:
-    """Measure an order: sample numbers by position, and the source code of each position."""
+    """Measure how well an order is shuffled. `samples` are sample numbers, `sources` source codes,
+    both by position; `batch` is the batch size.
+    """
     count = len(samples)
     position = np.argsort(np.argsort(samples, kind="stable"), kind="stable")
     distance = float(np.abs(position - np.arange(count)).mean() / (count / 3))
@@ -153,12 +165,12 @@ def mixing_of(samples: np.ndarray, sources: np.ndarray, batch: int) -> Mixing:
 
 
 def evaluation_epoch(count: int, global_batch: int) -> Epoch:
-    """Samples 0 .. count-1 in order, each exactly once, padded to whole global batches.
+    """Return samples 0 to count - 1 in order, each exactly once, padded to whole global batches.
 
-    Every rank makes the same number of steps; padding repeats sample 0 with `valid` False.
+    Every rank makes the same number of steps. Padding repeats sample 0 with `valid` False.
 
     Raises:
-        OrderError: nothing to evaluate.
+        OrderError: `count` is 0.
     """
     if count == 0:
         raise OrderError("there is no sample to evaluate")
@@ -170,17 +182,21 @@ def evaluation_epoch(count: int, global_batch: int) -> Epoch:
 
 
 def rng_of(seed: int, epoch: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose in one epoch; `philox.uniform` makes the numbers of a sample."""
+    """Return the generator of one purpose in one epoch. The random numbers of single samples come
+    from `philox.uniform` instead.
+    """
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
 
 
 def replay_rng(seed: int, epoch: int) -> np.random.Generator:
-    """The generator that chooses the old samples of an epoch."""
+    """Return the generator that chooses the old samples of an epoch."""
     return rng_of(seed, epoch, _REPLAY)
 
 
 def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
-    """A shuffle for remote shards: reads stay in runs, samples mix over `WINDOW` runs."""
+    """Shuffle for remote shards: reads stay in runs of `BLOCK`, samples are mixed over `WINDOW`
+    runs.
+    """
     starts = rng.permutation(-(-count // BLOCK)) * BLOCK
     order = (starts[:, None] + np.arange(BLOCK)).ravel()
     order = order[order < count]
@@ -191,7 +207,9 @@ def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:
-    """What must be saved to go on before `step` of `epoch`."""
+    """Return the integers and the index hash that `check_state` needs to resume before `step` of
+    `epoch`.
+    """
     return {
         "order_version": ORDER_VERSION,
         "seed": epoch.seed,
@@ -203,9 +221,9 @@ def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:
 
 
 _CHANGED = {
-    "order_version": "this version of the program has another order of samples",
-    "seed": "the seed is not the one that this run began with",
-    "global_batch": "the batch over all processes is not the one that this run began with",
+    "order_version": "this version of the program orders samples in another way",
+    "seed": "the seed has changed since this run began",
+    "global_batch": "the batch size over all processes has changed since this run began",
     "index_sha256": "the shard set has been built again since this run began",
 }
 
@@ -213,10 +231,10 @@ _CHANGED = {
 def check_state(
     state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str
 ) -> tuple[int, int]:
-    """The (epoch, step) to go on from.
+    """Return the (epoch, step) to resume from.
 
     Raises:
-        OrderError: the state belongs to other shards, another seed, batch or version of the order.
+        OrderError: the state belongs to other shards, another seed, global batch or order version.
     """
     expected = {
         "order_version": ORDER_VERSION,
@@ -228,7 +246,7 @@ def check_state(
         if state[name] != value:
             raise OrderError(
                 f"cannot resume: {_CHANGED[name]} ({name} was {str(state[name])[:16]} and is "
-                f"{str(value)[:16]}), so the samples would come in another order; put it back, or "
+                f"{str(value)[:16]}), so the order of samples would change; undo the change, or "
                 "start a new run with --run NAME"
             )
     return int(state["epoch"]), int(state["step"])

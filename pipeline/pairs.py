@@ -1,8 +1,11 @@
-"""PAIRS: how the real partner of each fake was compressed, from the index.
+"""Find how the real partner of each fake was compressed, from the index alone.
 
-A fake that reconstructs a photograph is a lossless file, the photograph a JPEG: between them a
-detector may learn the JPEG. Compressed as its partner is, the fake differs by its generator alone
-(Chen et al., "Dual Data Alignment Makes AI-Generated Image Detector Easier Generalizable", 2025).
+Main entry: `partners_of()`, which returns a `Partners` table with one entry per sample.
+
+A fake that reconstructs a photograph is a lossless file, the photograph a JPEG. A detector trained
+on such pairs may learn to recognize the JPEG. If the fake is first compressed like its partner,
+only the generator's traces differ (Chen et al., "Dual Data Alignment Makes AI-Generated Image
+Detector Easier Generalizable", 2025).
 """
 
 import functools
@@ -19,8 +22,8 @@ log = logging.getLogger("ai_images_detector")
 
 
 class Partners(NamedTuple):
-    """By sample: the quality of the real partner's JPEG, int32, 0 for "leave it as it is", and its
-    chroma as a position in `CHROMAS`, int32.
+    """JPEG of each sample's real partner, int32 (N,) each: its quality, 0 where the sample is not
+    changed, and its chroma subsampling, a position in `CHROMAS`.
     """
 
     quality: np.ndarray
@@ -29,10 +32,12 @@ class Partners(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
-    """The partners of the fakes of `sources`. A fake's partner is the real image of its group and
-    source, if that is one image. Left as they are: fakes that are JPEGs already, whose first
-    compression nothing undoes, fakes without a partner, and those whose partner is no JPEG or one
-    of an unusual chroma. How many there are of each is logged, once.
+    """Find the real partner of each fake of `sources`: the only real image of the same group and
+    source.
+
+    Fakes of three kinds are not changed: fakes without exactly one real partner, fakes that are
+    JPEGs already (their first compression cannot be undone), and fakes whose partner is no JPEG or
+    has an unusual chroma subsampling. The number of each kind is logged once per set.
     """
     quality = np.zeros(len(shards), np.int32)
     chroma = np.zeros(len(shards), np.int32)
@@ -57,9 +62,9 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
         quality[rows[taken]] = jpeg[partner[taken]]
         chroma[rows[taken]] = theirs[taken]
         log.info(
-            "match_pair_jpeg: of the %s fakes of %s %s come as JPEGs of their real partner's "
-            "quality; left as they are: %s without one real partner, %s whose partner is no common "
-            "JPEG, %s that are JPEGs themselves",
+            "match_pair_jpeg: of the %s fakes of %s, %s are compressed like their real partner's "
+            "JPEG; not changed: %s without exactly one real partner, %s whose partner is no common "
+            "JPEG, %s that are JPEGs already",
             *(f"{is_fake.sum():,}", source),
             *(f"{part.sum():,}" for part in (taken, alone, other, lossy)),
         )

@@ -1,4 +1,10 @@
-"""Which augmentation parameters a sample gets: in training, in evaluation, and in a stored view."""
+"""Choose the augmentation parameters of samples: for training, for evaluation, and for a stored
+view.
+
+Main entries: `train_params()`, `eval_params()` and `view_params()`. Each takes a shard set and
+returns a function of type `ParamsFor`. A view is one fixed augmentation of every image, whose
+features can be stored (`model/features/`).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +25,19 @@ from pipeline.pairs import Partners, partners_of
 from sharding.format import ShardSet
 
 ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]
-"""The parameters of some samples: int64 (B,) row numbers and how often each came before."""
+"""Function from int64 (B,) row numbers, and how many times each appeared before in the epoch, to
+the parameters of these samples.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainParams:
-    """Training parameters of one epoch; made by `train_params`. An object, so that workers can be
-    sent it where they are not forked.
+    """Samples augmentation parameters for one epoch. Create it with `train_params`. A class rather
+    than a closure, so that it can be pickled to spawned workers.
+
+    `policies` has a row for each source code. If `numbers` is given, int64, one per sample, it
+    replaces the row numbers as the key of the random numbers, and an image has the same parameters
+    each time it appears.
     """
 
     policies: PolicyTable  # by source code
@@ -40,12 +52,12 @@ class TrainParams:
 
     @property
     def view(self) -> int:
-        """The number of the view that these parameters make; see `view_params`."""
+        """Number of the view that these parameters make; see `view_params`."""
         return self.epoch + 1
 
     def __call__(self, samples: np.ndarray, repeat_index: np.ndarray) -> AugmentBatch:
-        """Sample the parameters of these samples, each for the stated time in this epoch. With
-        `numbers`, one for each sample, an image has the same ones each time, and in any set.
+        """Sample the parameters of the row numbers `samples`, int64 (B,). `repeat_index`, int64
+        (B,), is how many times each appeared before in this epoch.
         """
         partners = self.partners and tuple(column[samples] for column in self.partners)
         keys = SampleKeys(self.seed, self.epoch, samples, repeat_index)
@@ -59,7 +71,7 @@ class TrainParams:
 
 @dataclass(frozen=True, eq=False)
 class EvalParams:
-    """Evaluation parameters: the same center crop of every image."""
+    """Evaluation parameters: the same center crop of an image in every epoch."""
 
     widths: np.ndarray
     heights: np.ndarray
@@ -67,21 +79,21 @@ class EvalParams:
 
     @property
     def view(self) -> int:
-        """The number of the view that these parameters make."""
+        """Number of the view that these parameters make: 0."""
         return 0
 
     def __call__(self, samples: np.ndarray, _repeat_index: np.ndarray) -> AugmentBatch:
-        """The center crop of these samples."""
+        """Compute the center crops of the row numbers `samples`, int64 (B,)."""
         return center_crop_params(self.preprocess, self.widths[samples], self.heights[samples])
 
 
 def policies_of(
     shards: ShardSet, augment: Mapping[str, AugmentPolicy], policy: str
 ) -> dict[str, AugmentPolicy]:
-    """The policy of each source: by the name that the index has for it, else `policy`.
+    """Return the policy of each source: the one that the index names for it, else `policy`.
 
     Raises:
-        LoadError: a source keeps a policy that `augment` does not describe.
+        LoadError: the index names a policy that `augment` does not have.
     """
     policies = {}
     for name in shards.codes("source")[1]:
@@ -103,10 +115,10 @@ def train_params(
     seed: int,
     epoch: int,
 ) -> TrainParams:
-    """Training parameters: each source by its own policy (`policies_of`).
+    """Return the training parameters of one epoch: each source with its own policy (`policies_of`).
 
     Raises:
-        LoadError: a source keeps a policy that `augment` does not describe.
+        LoadError: the index names a policy that `augment` does not have.
     """
     codes, names = shards.codes("source")
     by_source = policies_of(shards, augment, policy)
@@ -125,22 +137,25 @@ def view_params(
     seed: int,
     view: int,
 ) -> TrainParams | EvalParams:
-    """The parameters of a view: 0 is the center crop, view v has those of epoch v - 1. Other than
-    in training from pixels they depend on a sample's place in its own set, whatever sets are opened
-    with it, and an image that comes twice in an epoch comes alike.
+    """Return the parameters of view number `view`. View 0 is the center crop; view v has the
+    augmentations of epoch v - 1.
+
+    Unlike in training from pixels, the random numbers depend on a sample's position in its own set,
+    not on the other opened sets. An image that appears twice in an epoch has the same parameters
+    both times.
 
     Raises:
-        LoadError: a source keeps a policy that `augment` does not describe.
+        LoadError: the index names a policy that `augment` does not have.
     """
     if not view:
         return eval_params(shards, preprocess)
     params = train_params(shards, augment, policy, preprocess, seed, view - 1)
-    # Hashed, not counted: a subset of a set keeps the numbers of its samples.
+    # From hashes and offsets, not row numbers: a sample has the same number in a subset of its set.
     offsets = shards.column("offset").astype(np.int64)
     tars = np.array([int(sha256[:8], 16) for sha256 in shards.shard_sha256], np.int64)
     return replace(params, numbers=(tars[shards.column("shard_code")] << 31) ^ offsets)
 
 
 def eval_params(shards: ShardSet, preprocess: Preprocess) -> EvalParams:
-    """Evaluation parameters of a shard set."""
+    """Return the evaluation parameters of a shard set."""
     return EvalParams(shards.column("width"), shards.column("height"), preprocess)

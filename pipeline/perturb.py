@@ -1,10 +1,13 @@
-"""What happens to an image between its maker and whoever asks: it is compressed, shrunk, shown on a
-phone. Pure functions on whole upright images, before the network's preprocessing.
+"""Perturbations for the robustness test: changes of an image between its creation and the detector,
+such as JPEG, resizing or a screenshot.
 
-A perturbation is a chain of steps; each takes and gives (height, width, 3) uint8 RGB, so that
-chains can be put together freely. Only noise needs a generator, which comes from the image's own
-hash: the same image always becomes the same pixels. Encoders are Pillow's (libjpeg-turbo,
-libwebp, libaom), decoders those of `imaging.decode`.
+Main entry: `PERTURBATIONS`, a list of `Perturbation`s; `Perturbation.apply()` takes and returns
+(height, width, 3) uint8 RGB. Perturbations are applied to whole upright images, before the
+network's preprocessing.
+
+A perturbation is a chain of steps, which are pure functions. Only noise is random: its generator is
+seeded with the hash of the image's file, so the same image always gives the same pixels. Encoders
+are Pillow's (libjpeg-turbo, libwebp, libaom), decoders those of `imaging.decode`.
 """
 
 import io
@@ -21,13 +24,15 @@ from imaging.decode import MAX_PIXELS, decode_image
 Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 PHONE = (1080, 1920)
-"""Width and height of a screenshot in pixels: full HD, held upright."""
+"""Width and height of a screenshot in pixels: full HD, portrait."""
 
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """One degradation of an image. `family` and `amount` place it on a curve: perturbations of
-    one family differ in one number only. `what` says in words what the name does not.
+    """One degradation of an image, as a chain of steps.
+
+    `family` and `amount` are its curve and its position on that curve: perturbations of one family
+    differ only in one number. `what` is a description, if the name is not enough.
     """
 
     name: str
@@ -37,11 +42,10 @@ class Perturbation:
     what: str = ""
 
     def apply(self, pixels: np.ndarray, sha256: bytes = b"") -> np.ndarray:
-        """The degraded image; `sha256` is that of its file, and decides on the noise.
+        """Return the perturbed image. `sha256`, that of the image's file, is the seed of the noise.
 
         Raises:
-            ValueError: the image cannot be perturbed so: too large for the format, or to be
-            enlarged.
+            ValueError: the image is too large for the format or for enlarging.
         """
         rng = np.random.default_rng([zlib.crc32(self.name.encode()), *sha256])
         for step in self.steps:
@@ -52,7 +56,9 @@ class Perturbation:
 def jpeg(
     pixels: np.ndarray, _rng: np.random.Generator, *, quality: int, chroma: str = "420"
 ) -> np.ndarray:
-    """Baseline JPEG at libjpeg's `quality`, 1 to 100; `chroma` is 420, 422, 444 or Gray."""
+    """Compress as baseline JPEG at libjpeg's `quality`, 1 to 100. `chroma` is 420, 422, 444 or
+    Gray.
+    """
     image = Image.fromarray(pixels)
     if chroma == "Gray":
         return decode_image(_encode(image.convert("L"), "JPEG", quality=quality), "JPEG")
@@ -61,13 +67,13 @@ def jpeg(
 
 
 def webp(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
-    """Lossy WebP at libwebp's `quality`, 1 to 100."""
+    """Compress as lossy WebP at libwebp's `quality`, 1 to 100."""
     return decode_image(_encode(Image.fromarray(pixels), "WEBP", quality=quality), "WEBP")
 
 
 def avif(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
-    """AVIF, 4:2:0, at libavif's `quality`, 1 to 100. One thread and speed 8 of 10, so that a grid
-    over many images ends: the default of 6 takes four times as long.
+    """Compress as 4:2:0 AVIF at libavif's `quality`, 1 to 100. One thread and speed 8 of 10,
+    because the default speed of 6 takes four times as long.
     """
     options = {"codec": "aom", "speed": 8, "max_threads": 1, "subsampling": "4:2:0"}
     stream = io.BytesIO(_encode(Image.fromarray(pixels), "AVIF", quality=quality, **options))
@@ -76,32 +82,36 @@ def avif(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.n
 
 
 def scale(pixels: np.ndarray, _rng: np.random.Generator, *, factor: float) -> np.ndarray:
-    """Width and height times `factor`, by Lanczos."""
+    """Multiply width and height by `factor`, with a Lanczos filter."""
     height, width = pixels.shape[:2]
     return _resized(pixels, width * factor, height * factor, Image.Resampling.LANCZOS)
 
 
 def fit(pixels: np.ndarray, _rng: np.random.Generator, *, longest: int) -> np.ndarray:
-    """The longer side made `longest` pixels by bilinear filtering; a smaller image stays."""
+    """Reduce the longer side to `longest` pixels, with a bilinear filter. Smaller images do not
+    change.
+    """
     height, width = pixels.shape[:2]
     factor = min(1.0, longest / max(height, width))
     return _resized(pixels, width * factor, height * factor, Image.Resampling.BILINEAR)
 
 
 def fit_shorter(pixels: np.ndarray, _rng: np.random.Generator, *, shorter: int) -> np.ndarray:
-    """The shorter side made `shorter` pixels by Lanczos; a smaller image stays."""
+    """Reduce the shorter side to `shorter` pixels, with a Lanczos filter. Smaller images do not
+    change.
+    """
     height, width = pixels.shape[:2]
     factor = min(1.0, shorter / min(height, width))
     return _resized(pixels, width * factor, height * factor, Image.Resampling.LANCZOS)
 
 
 def blur(pixels: np.ndarray, _rng: np.random.Generator, *, sigma: float) -> np.ndarray:
-    """Gaussian blur, `sigma` in pixels (Pillow's: three box blurs of that variance)."""
+    """Blur with a Gaussian of `sigma` pixels (Pillow's: three box blurs of that variance)."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)))
 
 
 def noise(pixels: np.ndarray, rng: np.random.Generator, *, sigma: float) -> np.ndarray:
-    """Gaussian noise, independent in each value, `sigma` in gray levels."""
+    """Add Gaussian noise of `sigma` gray levels, independent in each value."""
     grain = rng.standard_normal(pixels.shape, np.float32)
     grain *= sigma
     grain += pixels
@@ -109,16 +119,16 @@ def noise(pixels: np.ndarray, rng: np.random.Generator, *, sigma: float) -> np.n
 
 
 def cut(pixels: np.ndarray, _rng: np.random.Generator, *, edge: int) -> np.ndarray:
-    """Without `edge` pixels on the left and at the top, so that the blocks of another JPEG begin
-    elsewhere; an image that would lose more than half of a side stays.
+    """Remove `edge` pixels on the left and at the top, so that the blocks of another JPEG start at
+    other pixels. An image with a side shorter than twice `edge` does not change.
     """
     height, width = pixels.shape[:2]
     return pixels if min(height, width) < 2 * edge else pixels[edge:, edge:]
 
 
 def screenshot(pixels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
-    """As a phone shows and keeps it: fitted to the screen by bilinear filtering, enlarged if it is
-    smaller, in the middle of black bars.
+    """Imitate a screenshot of a phone: fit the image to the screen with a bilinear filter, enlarged
+    if smaller, and center it between black bars.
     """
     height, width = pixels.shape[:2]
     factor = min(PHONE[0] / width, PHONE[1] / height)
@@ -175,13 +185,13 @@ def _tier(name: str, longest: int, quality: int) -> Perturbation:
 
 
 ORIGINAL = Perturbation("original", "original", 0, ())
-"""As packed: what the others are held against."""
+"""The image as packed. Other perturbations are compared with this one."""
 
 PERTURBATIONS: Sequence[Perturbation] = (
     ORIGINAL,
-    # From what cameras write down to what chat programs send.
+    # From the quality of cameras down to that of chat programs.
     *map(_jpeg, (90, 80, 70, 60, 50, 40, 30)),
-    # Posted twice.
+    # Two JPEGs: an image that was uploaded twice.
     Perturbation("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
     Perturbation(
         "jpeg-90-cut-60", "two JPEGs", 3,
@@ -192,7 +202,7 @@ PERTURBATIONS: Sequence[Perturbation] = (
     *map(_avif, (75, 50)),  # the defaults of Pillow and of sharp, which many web servers use
     *map(_scale, (0.25, 0.5, 0.75, 1.5, 2.0)),
     *map(_blur, (1.0, 2.0)),  # inside the range that Wang et al. (2020) train and test on, 0 to 3
-    *map(_noise, (4.0, 10.0)),  # hardly seen, and plainly seen
+    *map(_noise, (4.0, 10.0)),  # hardly visible, and clearly visible
     Perturbation(
         "screenshot", "screenshot", 0, (screenshot,),
         f"fitted to a screen of {PHONE[0]} x {PHONE[1]} pixels between black bars",
@@ -201,4 +211,4 @@ PERTURBATIONS: Sequence[Perturbation] = (
     _tier("web", 768, 60),
     _tier("hard", 512, 40),
 )  # fmt: skip
-"""What `evaluate.py --robustness` measures; the first is the image itself."""
+"""Perturbations that `evaluate.py --robustness` measures. The first one is the unchanged image."""

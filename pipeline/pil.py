@@ -1,7 +1,10 @@
-"""Apply `AugmentParams` without DALI: the reference, and what runs where DALI cannot.
+"""Decode images and apply `AugmentParams` without DALI: the reference backend, and the one for
+machines without DALI.
 
-JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow: simplejpeg's encoder takes
-the fast DCT below quality 96 whatever it is told, and libjpeg's default is the exact one. Resizing
+Main entries: `decode_request()` for a batch, `apply()` and `preprocess()` for one image.
+
+JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
+encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Resizing
 is torch's vectorized form of Pillow's algorithm: five times as fast, and within one gray level.
 """
 
@@ -32,7 +35,9 @@ _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling
 
 
 def decode_request(request: Request, size: int) -> Pixels:
-    """Decode and augment one batch; an image that fails stays black and is named."""
+    """Decode and augment one batch: uint8 (B, size, size, 3) on the CPU. An image that fails is
+    black, and its row is in `failures` with the reason.
+    """
     started = time.perf_counter()
     images = torch.zeros((len(request.data), size, size, 3), dtype=torch.uint8)
     failures = dict(request.failures)
@@ -49,11 +54,11 @@ def decode_request(request: Request, size: int) -> Pixels:
 
 
 def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
-    """Write into `out`, uint8 (size, size, 3), what the net sees of an upright (height, width, 3)
-    uint8 RGB image.
+    """Apply `params` to `pixels`, an upright (height, width, 3) uint8 RGB image, and write the
+    result into `out`, uint8 (size, size, 3).
 
     Raises:
-        ValueError: the crop reaches outside the image, so the parameters were made for another one.
+        ValueError: the crop reaches outside the image, so the parameters belong to another image.
     """
     refuse_crop_outside(pixels, params)
     bottom, right = params.top + params.height, params.left + params.width
@@ -63,7 +68,7 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     moved = bool(params.grid_top or params.grid_left)
     whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out
     crop = pixels[params.top : bottom, params.left : right]
-    if not crop.flags.writeable:  # as Pillow gives it, and torch does not like it
+    if not crop.flags.writeable:  # Pillow's arrays are not, and torch warns about them
         crop = crop.copy()
     resize(torch.from_numpy(crop), out, params.crop_filter)
     image = out.numpy()
@@ -91,20 +96,22 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
 
 
 def refuse_crop_outside(pixels: np.ndarray, params: AugmentParams) -> None:
-    """Raise a ValueError if the crop of `params` is not inside the upright (height, width, 3)
-    image: it was made for another one.
+    """Check that the crop of `params` is inside the upright (height, width, 3) image.
+
+    Raises:
+        ValueError: the crop reaches outside the image, so the parameters belong to another image.
     """
     bottom, right = params.top + params.height, params.left + params.width
     if bottom > pixels.shape[0] or right > pixels.shape[1]:
         raise ValueError(
             f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-            f"its crop reaches to {right} x {bottom}"
+            f"but its crop reaches to {right} x {bottom}"
         )
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """What the network sees in evaluation of an upright (height, width, 3) uint8 RGB image:
-    uint8 (crop_size, crop_size, 3).
+    """Resize and center-crop an upright (height, width, 3) uint8 RGB image for evaluation: uint8
+    (crop_size, crop_size, 3).
     """
     out = torch.empty((settings.crop_size, settings.crop_size, 3), dtype=torch.uint8)
     height, width = pixels.shape[:2]
@@ -113,12 +120,13 @@ def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
 
 
 def resize(image: torch.Tensor, out: torch.Tensor, kind: int = 0) -> None:
-    """Antialiased from uint8 (height, width, 3) to `out`, likewise, of any size; `kind` is a
-    position in `FILTERS`.
+    """Resize `image` to the size of `out`, antialiased; both are uint8 (height, width, 3). `kind`
+    is a position in `FILTERS`.
 
-    Bilinear is Pillow's algorithm with 16-bit weights, the same numbers on every processor. The
-    operator itself and not `interpolate`, which gives separate color planes: putting them back
-    together would cost more than all the rest. The other filters are Pillow's.
+    Bilinear is Pillow's algorithm with 16-bit weights, which gives the same numbers on every
+    processor. The operator is called directly, because `interpolate` returns separate color planes,
+    and joining the planes would cost more than everything else. Bicubic and Lanczos are computed by
+    Pillow.
     """
     if kind:
         resized = Image.fromarray(image.numpy()).resize((out.shape[1], out.shape[0]), _PILLOW[kind])
@@ -135,13 +143,15 @@ def _recolor(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
 
 
 def jpeg_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
-    """Baseline JPEG with 4:2:0 chroma, as libjpeg writes it, and back."""
+    """Encode a (height, width, 3) uint8 image as baseline JPEG with 4:2:0 chroma by libjpeg, and
+    decode it.
+    """
     return _decode_jpeg(encode_jpeg(image, quality))
 
 
 def encode_jpeg(image: np.ndarray, quality: int, chroma: str = "420") -> bytes:
-    """Baseline JPEG of a (height, width, 3) uint8 image, as libjpeg writes it; `chroma` is one of
-    `CHROMAS`.
+    """Encode a (height, width, 3) uint8 image as baseline JPEG by libjpeg. `quality` is 1 to 100,
+    `chroma` one of `CHROMAS`.
     """
     stream = io.BytesIO()
     picture = Image.fromarray(image)
@@ -157,14 +167,18 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def webp_round_trip(image: np.ndarray, quality: int) -> np.ndarray:
-    """Lossy WebP as libwebp writes it, and back."""
+    """Encode a (height, width, 3) uint8 image as lossy WebP by libwebp, and decode it. `quality` is
+    1 to 100.
+    """
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "WEBP", quality=quality)
     return np.asarray(Image.open(stream).convert("RGB"))
 
 
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """A 3 x 3 Gaussian on (height, width, 3) uint8, edges mirrored without repeating the edge."""
+    """Blur (height, width, 3) uint8 with a 3 x 3 Gaussian of `sigma` pixels. Borders are mirrored
+    without repeating the edge.
+    """
     reach = np.arange(BLUR_TAPS) - BLUR_TAPS // 2
     taps = np.exp(-0.5 * (reach / sigma) ** 2)
     outer, inner = (taps / taps.sum()).astype(np.float32)[:2]
@@ -190,4 +204,4 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 _BAND = 32
-"""Lines that are blurred at a time, so that they stay in the cache: three times as fast."""
+"""Lines that are blurred at a time, so that they fit into the CPU cache: three times as fast."""

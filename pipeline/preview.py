@@ -1,4 +1,7 @@
-"""A picture of what the network is fed: the same samples through both backends, side by side."""
+"""Write a picture of augmented samples: the same samples through both backends, side by side.
+
+Main entry: `write_preview()`: a shard set and a recipe in, a PNG file out.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +25,7 @@ from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath
 
 GAIN = 16
-"""How much differences between the backends are multiplied by, around mid-gray."""
+"""Factor by which differences between the backends are multiplied, around mid-gray."""
 
 CELL = 256
 _TEXT, _GAP, _HEAD = 300, 8, 28
@@ -31,7 +34,7 @@ _COLUMNS = ("as packed, and the crop", "pil", "dali", f"dali - pil, x {GAIN}")
 
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """The part of a recipe that says what is done to images."""
+    """The part of a recipe that describes preprocessing and augmentation."""
 
     augment: dict[str, AugmentPolicy]
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -39,9 +42,11 @@ class Policies:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sample: its whole image, its parameters, and what each backend made of it, all uint8 RGB.
+    """One sample: its whole image, its parameters, and the result of each backend, all uint8 RGB
+    (height, width, 3).
 
-    `dali` is None where that backend is not there. `lines` say what it is.
+    `dali` is None if that backend is not installed. `lines` describe the sample: key, class,
+    policy.
     """
 
     whole: np.ndarray
@@ -54,12 +59,14 @@ class Row:
 def write_preview(
     folder: AnyPath, out: Path, recipe: Path, policy: str | None, count: int, seed: int
 ) -> tuple[int, np.ndarray | None]:
-    """Draw samples of a shard set as both backends see them, by the policies of a recipe, to a PNG.
-    `policy` is that of sources that keep none of their own, None for the recipe's.
+    """Write a PNG of `count` samples of a shard set as both backends see them, augmented by the
+    policies of a recipe.
+
+    `policy` is for sources for which the index names none; None means the recipe's.
 
     Returns:
-        How many samples were drawn, and by how many gray levels the backends differ in each value
-        (int16, the shape of the batch); None where DALI is missing.
+        The number of samples in the picture, and the absolute difference of the backends in gray
+        levels (int16, the shape of the batch), or None without DALI.
 
     Raises:
         LoadError: a sample that cannot be read or decoded.
@@ -99,7 +106,7 @@ def write_preview(
 
 
 def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:
-    """`count` samples, the sources and classes in turn."""
+    """Choose `count` samples at random, evenly over sources and classes."""
     kinds = 2 * shards.codes("source")[0] + shards.column("label")
     shuffled = np.random.default_rng(seed).permutation(len(shards))
     kind = kinds[shuffled]
@@ -128,12 +135,14 @@ def _request(
 
 
 def _by_dali(request: Request, size: int) -> np.ndarray | None:
-    """The same by DALI, on the GPU where there is one; None, said in words, where it is missing."""
+    """Decode the request with DALI, on the GPU if there is one. Without DALI, logs a warning and
+    returns None.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         choose_backend("dali", device)
     except LoadError as error:
-        console.log.warning("%s: shown by pil alone", error)
+        console.log.warning("%s; the picture shows the backend pil only", error)
         return None
     from pipeline.dali import DaliBackend
 
@@ -151,7 +160,7 @@ def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
 
 
 def picture_of(rows: Sequence[Row]) -> Image.Image:
-    """The rows below each other."""
+    """Arrange the rows in one picture, from top to bottom."""
     width = len(_COLUMNS) * (CELL + _GAP) + _TEXT
     sheet = Image.new("RGB", (width, _HEAD + len(rows) * (CELL + _GAP)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -179,12 +188,12 @@ def _cells(row: Row) -> tuple[Image.Image | None, ...]:
 
 
 def _square(pixels: np.ndarray) -> Image.Image:
-    """Pixels stay pixels: enlarged or reduced without smoothing."""
+    """Resize to a cell without smoothing, so that single pixels stay visible."""
     return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
 
 
 def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
-    """The whole image in a cell, with the crop as a frame."""
+    """Fit the whole image into a cell and draw the crop as a frame."""
     scale = CELL / max(whole.shape[:2])
     size = (max(1, round(whole.shape[1] * scale)), max(1, round(whole.shape[0] * scale)))
     image = Image.fromarray(whole).resize(size, Image.Resampling.BILINEAR)
@@ -197,7 +206,7 @@ def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
 
 
 def words_of(params: AugmentParams) -> list[str]:
-    """What the parameters do, a line each; nothing for what they leave alone."""
+    """Describe the parameters, one line for each operation that is on."""
     words = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
     pair = f"as its real partner: JPEG {params.pair_jpeg}, {CHROMAS[params.pair_chroma]}"
     words += [pair] if params.pair_jpeg else []

@@ -1,4 +1,7 @@
-"""Bytes out of tars: positional reads through the index, safe from any thread or process."""
+"""Read the encoded images of a shard set out of its tars, at the offsets in the index.
+
+Main entry: `ShardReader`, safe in any thread or process. `damaged_shards()` checks the tars' sizes.
+"""
 
 import contextlib
 import errno
@@ -20,49 +23,55 @@ from sharding.format import ShardSet
 from storage import is_local, size_of
 
 MAX_OPEN = 256
-"""Tars kept open at a time; the least recently used one is closed."""
+"""Tars kept open at a time. The least recently used one is closed."""
 
 
 def max_open() -> int:
-    """MAX_OPEN, or a quarter of the descriptors that this process may have (`ulimit -n`)."""
+    """Return `MAX_OPEN`, or a quarter of this process's limit of open files (`ulimit -n`) if that
+    is less.
+    """
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return MAX_OPEN if soft == resource.RLIM_INFINITY else max(2, min(MAX_OPEN, soft // 4))
 
 
 CACHED_READ_S = 60e-6
-"""A read that takes longer came from the disk: what the system holds takes 10 to 20 us."""
+"""Seconds above which a read is assumed to come from the disk. A read from the page cache takes 10
+to 20 us.
+"""
 
 
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class ReadError(ValueError):
-    """A sample whose bytes are not what the index says."""
+    """A sample whose bytes cannot be read or are not those that the index describes."""
 
 
 def damaged_shards(shards: ShardSet) -> list[str]:
-    """A line for each tar on this machine that is gone or not as long as the index says. Tars at an
-    address are not asked for: reading them says what is wrong.
+    """Return one line for each tar on this machine that is missing or has another length than in
+    the index.
+
+    Tars at an address are not checked here; reading them gives the error.
     """
-    found = []
+    lines = []
     for folder, name, size in zip(shards.folders, shards.shards, shards.shard_bytes, strict=True):
         if not is_local(folder):
             continue
         there = size_of(folder / name)
         if there is None:
-            found.append(f"{folder / name} is gone")
+            lines.append(f"{folder / name} is gone")
         elif there != size:
-            found.append(f"{folder / name} has {there:,} bytes, its index says {size:,}")
-    return found
+            lines.append(f"{folder / name} has {there:,} bytes, its index says {size:,}")
+    return lines
 
 
 class ShardReader:
-    """Reads the encoded images of a shard set, here or at an address.
+    """Reads the encoded images of a shard set from local tars or from an address.
 
-    From this machine the calling thread reads; while it has to wait for the disk, it first tells
-    the system of all that a call wants, so that the disk works on it together. From an address
-    `threads` read beside each other. An object that can be sent to another process, or forked with
-    it, at any time.
+    Local tars are read by the calling thread. While reads come from the disk, not the page cache,
+    the reader first announces all byte ranges of a call to the system, so that the disk works on
+    them together. From an address, `threads` read in parallel. A reader can be pickled or forked at
+    any time.
     """
 
     def __init__(
@@ -86,19 +95,20 @@ class ShardReader:
         return self.__dict__ | {"_pool": None}
 
     def read(self, samples: Sequence[int] | np.ndarray) -> list[bytes | ReadError]:
-        """The image of each sample, or why there is none: the tar is missing or shorter than the
-        index says, the address does not answer, the image claims another size than the index (so
-        that no decoder is asked for more memory than the packed image took), or (with
-        `verify_checksums`) the bytes have changed.
+        """Return the encoded image of each sample, or a `ReadError` with the reason.
+
+        The reasons are: the tar is missing or shorter than in the index; the address does not
+        answer; the image's header states another size than the index, so decoding could need more
+        memory than expected; or (with `verify_checksums`) the SHA-256 differs.
 
         Raises:
-            OSError: too many files are open; that is no fault of an image.
+            OSError: too many open files. This is not the fault of an image.
         """
         rows = np.asarray(samples, np.int64)
         locations = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
         wanted = list(zip(*locations, strict=True))
         if isinstance(self._files, _Files):
-            # Threads would cost three times what cached bytes do, and find others no sooner.
+            # Threads cost three times as much as cached reads and make disk reads no faster.
             began = time.perf_counter()
             if self._waited:
                 self._files.expect(wanted)
@@ -125,7 +135,7 @@ class ShardReader:
             claimed = claimed_size(data) if isinstance(data, bytes) else None
             if claimed and claimed != expected:
                 images[row] = ReadError(
-                    "it claims {} x {} pixels, the index says {} x {}".format(*claimed, *expected)
+                    "its header says {} x {} pixels, the index {} x {}".format(*claimed, *expected)
                 )
         return images
 
@@ -159,7 +169,7 @@ def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:
 
 
 class _Files:
-    """The tars of a shard set on this machine, opened as they are needed."""
+    """Tars of a shard set on this machine, opened when needed."""
 
     def __init__(self, shards: ShardSet):
         self.shards = shards
@@ -179,20 +189,20 @@ class _Files:
     def __setstate__(self, state: dict[str, Any]) -> None:
         _Files.__init__(self, state["shards"])
 
-    def expect(self, places: Sequence[tuple[int, int, int]]) -> None:
-        """Have the system begin to read all of these, where it can be asked to."""
+    def expect(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """Prefetch these byte ranges with posix_fadvise, if available."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # reading will say why
-                for code, offset, size in places:
+            with contextlib.suppress(OSError):  # the read that follows raises the error
+                for code, offset, size in ranges:
                     self._on(code, os.posix_fadvise, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, code: int, offset: int, size: int) -> bytes:
-        """`size` bytes, fewer at the end of the tar."""
+        """Return `size` bytes from `offset` on, fewer at the end of the tar."""
         return self._on(code, os.pread, size, offset)
 
     def _on(self, code: int, act: Callable[..., Any], *arguments: int) -> Any:
-        """`act` on the descriptor of a tar, which nobody closes meanwhile."""
-        # As long as few enough are open none is ever closed, and this needs no lock.
+        """Call `act` with the descriptor of a tar. No thread closes the file during the call."""
+        # If all tars fit below the limit, none is ever closed, and no lock is needed.
         if self._few and code in self._open and self._process == os.getpid():
             return act(self._open[code], *arguments)
         file = self._take(code)
@@ -219,13 +229,15 @@ class _Files:
         try:
             return os.open(path, os.O_RDONLY)
         except OSError as error:
-            if error.errno not in _TOO_MANY or self._few:  # few are read without a lock
+            if error.errno not in _TOO_MANY or self._few:  # `_few`: read without a lock, see `_on`
                 raise
-            self._close_oldest(1)  # the rest of the process has taken them
+            self._close_oldest(1)  # the rest of the process has taken the descriptors
             return os.open(path, os.O_RDONLY)
 
     def _close_oldest(self, most: int = 0) -> None:
-        """Close what nobody reads from, the least recently used first, to make room for one."""
+        """Close tars that no thread reads from, least recently used first, until one more may be
+        opened.
+        """
         for code, file in list(self._open.items()):
             if len(self._open) < (most or self._max_open):
                 return

@@ -1,4 +1,8 @@
-"""Read the requests of a backend in a thread of its own, some batches ahead of the decoder."""
+"""Read the requests of a backend in a background thread, some batches ahead of the decoder.
+
+Main entry: `ReadAhead`, a context manager: an iterable of `Request`s in, the same requests out of
+`next()`.
+"""
 
 import queue
 import threading
@@ -9,14 +13,16 @@ from pipeline.batch import Request
 from pipeline.monitor import StallError, WorkerStatus, stalled
 
 QUEUE_BATCHES = 4
-"""Batches of encoded bytes read ahead of the decoder."""
+"""Batches of encoded bytes that are read ahead of the decoder."""
 
 READER, DECODER = 0, 1
 """Rows of the backend's `WorkerStatus`."""
 
 
 class ReadAhead:
-    """Runs an iterable in a thread, `QUEUE_BATCHES` ahead; an error there is raised here."""
+    """Runs an iterable in a background thread, up to `QUEUE_BATCHES` ahead. An error in the thread
+    is raised by `next`.
+    """
 
     def __init__(
         self, requests: Iterable[Request], status: WorkerStatus, start: int, stall_error_s: float
@@ -33,7 +39,7 @@ class ReadAhead:
 
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
-        self._thread.join(5)  # a read that hangs may do so for ever
+        self._thread.join(5)  # seconds; a read may hang forever
 
     @property
     def ready(self) -> int:
@@ -41,17 +47,18 @@ class ReadAhead:
         return self._queue.qsize()
 
     def next(self) -> Request:
-        """The next request; `StopIteration` after the last.
+        """Return the next request.
 
         Raises:
-            StallError: none came for `stall_error_s` seconds.
+            StopIteration: there are no more requests.
+            StallError: no request came for `stall_error_s` seconds.
         """
         try:
             item = self._queue.get(timeout=self._stall_error_s)
         except queue.Empty:
             raise StallError(stalled(self._stall_error_s, self._status.describe())) from None
         if isinstance(item, BaseException):
-            self._put(item)  # the graph may ask again while it drains
+            self._put(item)  # for the graph, which may call `next` again while it drains
             raise item
         return item
 
@@ -65,7 +72,7 @@ class ReadAhead:
                 self._put(request)
                 self._status.finished(READER)
                 step += 1
-        except Exception as error:  # StopIteration too: it ends the run on the other side
+        except Exception as error:  # StopIteration too: `next` raises it to end the run
             self._put(error)
 
     def _put(self, item: Any) -> None:

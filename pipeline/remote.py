@@ -1,8 +1,11 @@
-"""Shards at an address (s3://, hf://, https://): ranges fetched once into a bounded local cache.
+"""Read shards at an address (s3://, hf://, https://) through a local cache of limited size.
 
-A shard is fetched in pieces of `PIECE` bytes, which every process of this machine shares. Under the
-block shuffle an epoch needs each piece for a while and then never again, so a cache much smaller
-than the data is enough. A remote that does not answer is asked again, ever later, and then named.
+Main entry: `RemoteShards`: (shard, offset, size) in, bytes out.
+
+Shards are fetched in pieces of `PIECE` bytes, which all processes of this machine share. With the
+block shuffle, an epoch needs each piece for a while and then never again, so a cache much smaller
+than the data is enough. If a remote does not answer, it is asked again after growing delays; then
+the read fails.
 """
 
 import contextlib
@@ -24,20 +27,25 @@ from storage import write_bytes
 log = logging.getLogger("ai_images_detector")
 
 PIECE = 8 * 2**20
-"""Bytes fetched at a time: large enough for one request to be worth its latency, small enough to be
-dropped soon."""
+"""Bytes fetched at a time: large enough that a request is worth its latency, small enough that a
+piece is soon no longer needed.
+"""
 
 DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Waits between tries; after the last one the remote counts as gone."""
+"""Seconds between tries. After the last try the read fails."""
 
 
 class RemoteError(OSError):
-    """A remote that does not answer; the message says how often it was asked."""
+    """The remote does not answer; the message gives the number of tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Where pieces of remote shards are kept, and how many bytes of them at most."""
+    """Folder of cached pieces of remote shards, and its limit in bytes.
+
+    Raises:
+        ValueError: the limit is less than four pieces.
+    """
 
     folder: Path = Path("data/cache")
     limit: int = 20 * 2**30
@@ -48,7 +56,7 @@ class Cache:
 
 
 class RemoteShards:
-    """The tars of a shard set at an address; safe from any thread, process or fork."""
+    """Tars of a shard set at an address. Safe in any thread or process, and after a fork."""
 
     def __init__(self, shards: ShardSet, cache: Cache):
         self.cache = cache
@@ -56,7 +64,7 @@ class RemoteShards:
             shards.folders, shards.shards, strict=True)]  # fmt: skip
         self._bytes = shards.shard_bytes
         self._options = [dict(getattr(f, "storage_options", {})) for f in shards.folders]
-        # Another build of the same address is another set: its pieces have other names.
+        # A rebuilt set at the same address is another set, so its pieces need other names.
         self._identity = shards.sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
 
@@ -64,11 +72,11 @@ class RemoteShards:
         return self.__dict__ | {"_systems": {}}
 
     def read(self, code: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a shard from `offset` on.
+        """Return `size` bytes of the shard number `code` from `offset` on.
 
         Raises:
             RemoteError: the remote does not answer.
-            OSError: there is no such shard, or no right to read it.
+            OSError: the shard does not exist or may not be read.
         """
         pieces = []
         for index in range(offset // PIECE, (offset + size - 1) // PIECE + 1):
@@ -78,21 +86,23 @@ class RemoteShards:
         return b"".join(pieces)
 
     def _part(self, code: int, index: int, start: int, size: int) -> bytes:
-        """Bytes of one piece, which is fetched first if it is not here."""
+        """Return `size` bytes of one piece from `start` on. The piece is fetched first if it is not
+        cached.
+        """
         text = f"{self._identity} {self._names[code]} {index}"
         path = self.cache.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.piece"
         while True:
             try:
                 with path.open("rb") as stream:
-                    os.utime(stream.fileno())  # the last use, by which pieces are dropped
+                    os.utime(stream.fileno())  # time of the last use, for `_make_room`
                     return os.pread(stream.fileno(), size, start)
-            except FileNotFoundError:  # never here, or dropped by another process
+            except FileNotFoundError:  # not fetched yet, or deleted by another process
                 self._fetch(code, index, path)
 
     def _fetch(self, code: int, index: int, path: Path) -> None:
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if path.exists():  # another worker wanted it too
+            if path.exists():  # another worker fetched it meanwhile
                 return
             data = self._ask(code, index)
             self._make_room(len(data))
@@ -101,7 +111,7 @@ class RemoteShards:
             path.with_suffix(".lock").unlink()
 
     def _ask(self, code: int, index: int) -> bytes:
-        """One piece from the remote, asked again after `DELAYS_S`."""
+        """Fetch one piece from the remote. Failed tries are repeated after `DELAYS_S`."""
         start, end = index * PIECE, min((index + 1) * PIECE, self._bytes[code])
         started = time.monotonic()
         for delay in (*DELAYS_S, None):
@@ -112,12 +122,12 @@ class RemoteShards:
                     raise RemoteError(f"{len(data):,} of {end - start:,} bytes arrived")
                 return data
             except (FileNotFoundError, PermissionError):
-                raise  # asking again does not help
-            except Exception as error:  # each file system and its client raise errors of their own
+                raise  # another try would fail too
+            except Exception as error:  # each file system and its client raise other errors
                 if delay is None:
                     tries, passed = len(DELAYS_S) + 1, time.monotonic() - started
                     raise RemoteError(
-                        f"{self._names[code]} did not answer {tries} times in {passed:.0f} s: "
+                        f"{self._names[code]} did not answer in {tries} tries over {passed:.0f} s: "
                         f"{' '.join(str(error).split()) or type(error).__name__}"
                     ) from error
                 log.warning(
@@ -128,8 +138,8 @@ class RemoteShards:
         raise AssertionError("unreachable")
 
     def _system(self, code: int) -> tuple[Any, str]:
-        """The file system of a shard and its name there, for this process: a client that was made
-        before a fork does not work after it.
+        """Return the file system of a shard, and the shard's name in it, for this process. A client
+        that was created before a fork does not work after it.
         """
         key = os.getpid(), code
         if key not in self._systems:
@@ -137,7 +147,7 @@ class RemoteShards:
         return self._systems[key]
 
     def _make_room(self, needed: int) -> None:
-        """Drop the pieces that were used longest ago until `needed` more bytes are allowed."""
+        """Delete the least recently used pieces until `needed` more bytes fit below the limit."""
         pieces = sorted(_pieces(self.cache.folder))
         total = sum(size for _used, size, _path in pieces) + needed
         for _used, size, path in pieces:
@@ -148,7 +158,7 @@ class RemoteShards:
 
 
 def _pieces(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """(time of last use, bytes, path) of each piece in the cache."""
+    """Yield (time of last use, bytes, path) of each piece in the cache."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith(".piece"):

@@ -1,8 +1,11 @@
-"""Replay: a few old samples among the new ones, so that phase 2 does not forget phase 1.
+"""Replay: choose old samples and spread them among the new ones, so that phase 2 does not forget
+phase 1.
+
+Main entries: `Replay` (settings), `sample_old()` and `interleave()`.
 
 The ratio is old to new: "1:8" is one old sample for eight new ones (2,500 for 20,000 in the
-original). Old samples are chosen afresh each epoch, in equal quotas per source, balanced by class
-inside a source, and spread evenly over the epoch.
+original). Old samples are chosen anew for each epoch, in equal quotas per source, and balanced by
+class within a source.
 """
 
 from collections.abc import Sequence
@@ -14,11 +17,16 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Which sets are old, and how many of their samples come with the new ones.
+    """Settings of replay: which sets are old, and how many of their samples are added to the new
+    ones.
 
-    `ratio` is "1:8", 0.125 or 0 for none. Sources whose index says `replay = false` and those in
-    `exclude_sources` are left out. `distill_weight` weighs how closely the logits of old
-    samples are held to those of the detector that the run starts from, 0 for not at all.
+    `ratio` is old to new: "1:8", 0.125, or 0 for none. Sources with `replay = false` in the index
+    and those in `exclude_sources` are not used. `distill_weight`, 0 or more, is the weight of the
+    loss that keeps the logits of old samples near those of the initial detector; 0 turns the loss
+    off.
+
+    Raises:
+        ValueError: a bad ratio or weight, or a ratio without sets.
     """
 
     sets: list[str] = field(default_factory=list)
@@ -28,13 +36,17 @@ class Replay:
 
     def __post_init__(self) -> None:
         if self.fraction > 0 and not self.sets:
-            raise ValueError(f"ratio is {self.ratio}, but sets names no old set")
+            raise ValueError(f"ratio is {self.ratio}, but `sets` is empty; name the old sets there")
         if self.distill_weight < 0:
             raise ValueError(f"distill_weight must not be negative, got {self.distill_weight}")
 
     @property
     def fraction(self) -> Fraction:
-        """Old samples per new one, exactly."""
+        """Old samples per new one, exact.
+
+        Raises:
+            ValueError: `ratio` is no number or fraction, or negative.
+        """
         try:
             fraction = Fraction(str(self.ratio).replace(":", "/"))
         except (ValueError, ZeroDivisionError):
@@ -51,14 +63,17 @@ def sample_old(
     count: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Choose `count` samples of `pool`, stratified by source and, inside a source, by class.
+    """Choose `count` samples of `pool`, stratified by source and, within a source, by class.
 
-    `pool`, `sources` and `labels` (int, one entry per old sample) belong together. A source that
-    has fewer than its quota gives all it has and the others share the rest, as in the original. A
-    pool smaller than `count` is used again from the start, so that the ratio stays exact.
+    `pool`, `sources` and `labels` are int, one entry per old sample. A source with fewer samples
+    than its quota gives all of them, and the other sources share the rest, as in the original. A
+    pool smaller than `count` is used several times, so that the ratio stays exact.
 
     Returns:
         (count,) int64 sample numbers, shuffled.
+
+    Raises:
+        ValueError: `count` is positive but `pool` is empty.
     """
     if count and not len(pool):
         raise ValueError("replay is on, but there is no old sample to choose")
@@ -73,9 +88,9 @@ def sample_old(
 
 
 def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """Split `count` into quotas as equal as `sizes` allow; odd remainders go to random places.
+    """Split `count` into quotas as equal as `sizes` allow. The remainder goes to random entries.
 
-    The quotas sum to `min(count, sum(sizes))` and none is larger than its size.
+    The quotas sum to `min(count, sum(sizes))`, and no quota is larger than its size.
     """
     room = np.array(sizes, np.int64)
     quotas = np.zeros(len(sizes), np.int64)
@@ -84,7 +99,7 @@ def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> lis
         unfilled = np.flatnonzero(room)
         each, rest = divmod(left, len(unfilled))
         small = unfilled[room[unfilled] <= each]
-        if len(small):  # these give all they have; the others share what that leaves
+        if len(small):  # small sources give all their samples; the others share the rest
             quotas[small] = room[small]
             left -= int(room[small].sum())
             room[small] = 0
@@ -98,7 +113,7 @@ def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> lis
 def _balanced(
     samples: np.ndarray, labels: np.ndarray, quota: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`quota` samples without repetition, half of each class where the source has both."""
+    """Choose `quota` samples without repetition, half of each class if the source has both."""
     by_class = [samples[labels == label] for label in np.unique(labels)]
     quotas = share_out(quota, [len(members) for members in by_class], rng)
     return np.concatenate(
@@ -110,7 +125,8 @@ def interleave(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Spread `old` evenly among `new` by error diffusion over the global position.
 
     Position p is old exactly where floor((p + 1) * share) exceeds floor(p * share), with share =
-    old / (old + new). So every stretch of b positions holds b * share old ones, give or take one.
+    old / (old + new). So every b successive positions have b * share old samples, plus or minus
+    one.
 
     Returns:
         samples (new + old,) int64, and a bool array that is True where a sample is old.

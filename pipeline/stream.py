@@ -1,8 +1,10 @@
-"""All batches of a training run, epoch after epoch: new sets, replayed old ones, parameters by
+"""All batches of a training run, epoch after epoch: new sets, replayed old sets, augmented by
 policy.
 
-A stream is a pure function of its settings: `batches(step)` from any step gives what an
-uninterrupted run would have given.
+Main entries: `open_pool()` and `Stream` for training, `evaluation_batches()` for evaluation.
+
+A stream is a pure function of its settings: `Stream.batches()` started at any step yields the
+batches that an uninterrupted run would have had from that step on.
 """
 
 import functools
@@ -35,49 +37,53 @@ from storage import AnyPath, sha256_of
 
 
 class BatchLoader(Protocol):
-    """What makes the batches of a shard set on one rank: `pipeline.loader.Loader` from images, or
-    a loader of stored features.
+    """Interface of a loader: makes the batches of one shard set on one rank. Implemented by
+    `pipeline.loader.Loader` (from images) and by a loader of stored features.
     """
 
     @property
     def shards(self) -> ShardSet:
-        """The samples, by row number."""
+        """The shard set whose samples are loaded."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """How a whole image is seen by the network."""
+        """Evaluation preprocessing of an image."""
 
     @property
     def loading(self) -> Loading:
-        """How batches are made."""
+        """Settings of the loader."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches lie."""
+        """Device of the batches."""
 
     @property
     def backend(self) -> str:
-        """What makes them."""
+        """Name of the part that makes the batches, such as "pil"."""
 
     @property
     def reason(self) -> str:
-        """Why that does."""
+        """Why this backend was chosen."""
 
     @property
     def global_batch(self) -> int:
         """Samples per step over all ranks."""
 
     def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from step `start` on, in order."""
+        """Yield the batches of `epoch` from step `start` on, in order."""
 
     def name_failures(self, batch: Batch) -> list[str]:
-        """One line per sample of the batch that could not be decoded: where it is, and why."""
+        """Return one line for each sample of the batch that could not be decoded: its name and the
+        reason.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The samples of a run: rows of `shards` that are new, and old ones that may be replayed.
-    `hashes` has the hash of each set's index, by the set's name.
+    """Samples of a run: int64 row numbers of `shards` that are new, and old ones that may be
+    replayed.
+
+    `hashes` maps the name of each set to the SHA-256 of its index file.
     """
 
     shards: ShardSet
@@ -87,7 +93,12 @@ class Pool:
 
 
 def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
-    """Open the new and, with replay, the old sets below `data` as one shard set."""
+    """Open the sets `train` and, if replay is on, the old sets below the folder `data` as one shard
+    set.
+
+    Raises:
+        ShardError: a folder has no shard set that can be read.
+    """
     new = open_shards([data / name for name in train])
     names = [*train, *(replay.sets if replay.fraction else [])]
     hashes = {name: sha256_of(data / name / INDEX_FILE) for name in names}
@@ -105,10 +116,13 @@ def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The batches of a run on one rank. `policy` is that of sources without one of their own;
-    `repeats` says how often sources of the new sets come in an epoch, where that is not once.
-    `views` is None for parameters that are sampled anew in each epoch; with a number, epoch e takes
-    view 1 + e modulo `views` of each image, or with 0 its center crop (`view_params`).
+    """Batches of a training run on one rank.
+
+    `policy` is for sources for which the index names none. `repeats` maps a source of the new sets
+    to how many times it appears in an epoch (1 if missing).
+
+    `views` None samples new parameters in each epoch. With `views` = n > 0, epoch e uses view 1 + e
+    mod n of each image. With 0, every epoch uses the center crop (`view_params`).
     """
 
     loader: BatchLoader
@@ -132,16 +146,20 @@ class Stream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in each epoch; the last partial global batch is dropped."""
+        """Steps in each epoch. The last partial global batch is dropped."""
         total = self.new_per_epoch + self.replayed_per_epoch
         return total // self.loader.global_batch
 
     def new(self, epoch_number: int) -> np.ndarray:
-        """The new samples of epoch `epoch_number`, in the order of the index."""
+        """Return the new samples of epoch `epoch_number`, in the order of the index.
+
+        Raises:
+            LoadError: `repeats` names a source that the sets do not have.
+        """
         codes, names = self.pool.shards.codes("source")
         if unknown := sorted(self.repeats.keys() - set(names)):
             raise LoadError(
-                f"repeats names source {', '.join(unknown)}; the sets hold {', '.join(names)}"
+                f"repeats names source {', '.join(unknown)}; the sources are {', '.join(names)}"
             )
         if not self.repeats:
             return self.pool.new
@@ -150,7 +168,7 @@ class Stream:
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
     def epoch(self, epoch_number: int) -> Epoch:
-        """The order of epoch `epoch_number`, with old samples chosen afresh."""
+        """Return the order of epoch `epoch_number`. Old samples are chosen anew for each epoch."""
         shards, old = self.pool.shards, self.pool.old
         replayed = sample_old(
             old,
@@ -169,16 +187,18 @@ class Stream:
         )
 
     def view(self, epoch_number: int) -> int | None:
-        """The view of each image in epoch `epoch_number`; None where there are no views."""
+        """Return the view number of every image in epoch `epoch_number`, or None if `views` is
+        None.
+        """
         if not self.views:
             return self.views
         return 1 + epoch_number % self.views
 
     def params(self, epoch_number: int) -> ParamsFor:
-        """The augmentation parameters of epoch `epoch_number`.
+        """Return the augmentation parameters of epoch `epoch_number`.
 
         Raises:
-            LoadError: a source keeps a policy that `augment` does not describe.
+            LoadError: the index names a policy that `augment` does not have.
         """
         settings = (
             self.pool.shards, self.augment, self.policy, self.loader.preprocess, self.seed,
@@ -189,7 +209,7 @@ class Stream:
         return view_params(*settings, view)
 
     def batches(self, start: int, epochs: int) -> Iterator[Batch]:
-        """Batches from global step `start` to the end of the last of `epochs`."""
+        """Yield the batches from global step `start` to the end of the last of `epochs`."""
         epoch_number = start // self.steps_per_epoch
         while epoch_number < epochs:
             epoch = self.epoch(epoch_number)
@@ -200,7 +220,7 @@ class Stream:
             epoch_number += 1
 
     def replayed_until(self, done: int) -> list[tuple[int, str]]:
-        """(epoch, key) of every old sample in the first `done` steps, in the order they came."""
+        """Return (epoch, key) of every old sample in the first `done` steps, in their order."""
         replayed = []
         for epoch_number in range(-(-done // self.steps_per_epoch)):
             epoch = self.epoch(epoch_number)
@@ -213,15 +233,18 @@ class Stream:
         return replayed
 
     def state(self, done: int) -> dict[str, Any]:
-        """What must be saved to go on after `done` steps: a few integers and the index hash."""
+        """Return what `resume` needs to continue after `done` steps: a few integers and the index
+        hash.
+        """
         epoch_number, step = divmod(done, self.steps_per_epoch)
         return state_of(self.epoch(epoch_number), step, self.pool.shards.sha256)
 
     def resume(self, state: Mapping[str, Any]) -> int:
-        """The steps that are done, from a saved state.
+        """Return the number of finished steps in a saved state.
 
         Raises:
-            OrderError: the state belongs to other shards, another seed, batch or order.
+            OrderError: the state belongs to other shards, another seed, global batch or order
+            version.
         """
         epoch_number, step = check_state(
             state,
@@ -233,6 +256,6 @@ class Stream:
 
 
 def evaluation_batches(loader: BatchLoader) -> Iterator[Batch]:
-    """Every sample of the loader's shard set exactly once, with the center crop of evaluation."""
+    """Iterate once over the loader's shard set with evaluation preprocessing."""
     epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
     return loader.batches(epoch, eval_params(loader.shards, loader.preprocess))

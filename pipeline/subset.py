@@ -1,4 +1,9 @@
-"""A list of samples to take of shard sets, as `sharding audit --match` writes it."""
+"""Read a list of samples of shard sets and select them; `sharding audit --match` writes such a
+list.
+
+Main entries: `read_subset()` (CSV file in, `Subset` out) and `choose_samples()` (shard set in,
+smaller shard set out).
+"""
 
 import csv
 import hashlib
@@ -15,7 +20,9 @@ from storage import text_fault
 
 @dataclass(frozen=True)
 class Subset:
-    """A list of samples to score: the keys of each set, and the file that they are from."""
+    """List of samples: the keys in each set, the name of the list's file and the SHA-256 of its
+    bytes.
+    """
 
     file: str
     sha256: str
@@ -23,10 +30,11 @@ class Subset:
 
 
 def read_subset(path: Path) -> Subset:
-    """Read a CSV file with the columns `set` and `key`, as `sharding audit --match` writes it.
+    """Read a CSV file with the columns `set` and `key`.
 
     Raises:
-        ValueError: other columns, no sample, or a sample that is listed twice.
+        ValueError: no UTF-8 or CSV, other columns, no sample, or a sample that is listed twice.
+        OSError: the file cannot be read.
     """
     data = path.read_bytes()
     try:
@@ -53,30 +61,30 @@ def read_subset(path: Path) -> Subset:
     different = sum(len(set(of_set)) for of_set in keys.values())
     if different != listed:
         raise ValueError(
-            f"{path} lists {listed:,} samples, {listed - different:,} of them again; each must "
-            "stand there once"
+            f"{path} lists {listed:,} samples, but {listed - different:,} repeated; list each "
+            "sample once"
         )
     return Subset(path.name, hashlib.sha256(data).hexdigest(), keys)
 
 
 def choose_samples(shards: ShardSet, name: str, subset: Subset) -> ShardSet:
-    """The samples of set `name` that `subset` lists, in the order of the set.
+    """Return the samples of set `name` that `subset` lists, in the order of the set.
 
     Raises:
-        ValueError: the list says nothing of this set, or names keys that it does not hold.
+        ValueError: the list has no sample of this set, or a key that the set does not have.
     """
     wanted = set(subset.keys.get(name, ()))
     if not wanted:
         raise ValueError(
-            f"{subset.file} lists no sample of {name}, only of {', '.join(subset.keys)}; leave "
-            f"out --shards {name}, or list samples of it"
+            f"{subset.file} lists no sample of {name}, only of {', '.join(subset.keys)}; remove "
+            f"--shards {name}, or add such samples to the list"
         )
     held = shards.table.column("key").to_pylist()
     rows = np.array([row for row, key in enumerate(held) if key in wanted], np.int64)
     unknown = sorted(wanted.difference(held))
     if unknown:
         raise ValueError(
-            f"{len(unknown):,} of the {len(wanted):,} samples that {subset.file} lists of {name} "
+            f"{subset.file} lists {len(wanted):,} samples of {name}, but {len(unknown):,} of them "
             f"are not in that set of {len(held):,} (first: {unknown[0]}); make the list again "
             "from these shards"
         )

@@ -1,4 +1,7 @@
-"""Loading processes: how many of them shared memory holds, and which signals reach them."""
+"""Loading processes: how many fit into shared memory, and which stop signals reach them.
+
+Main entries: `fitting_workers()`, `stop_signals_held()` and `answer_parent_only()`.
+"""
 
 import contextlib
 import logging
@@ -12,20 +15,20 @@ from pathlib import Path
 log = logging.getLogger("ai_images_detector")
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux keeps the shared memory through which a worker hands over its batches."""
+"""Folder of Linux's shared memory, through which a worker passes its batches."""
 
 QUEUED_BATCHES = 2
-"""Batches that each worker has made or is making, torch's `prefetch_factor`."""
+"""Batches that each worker prepares ahead: torch's `prefetch_factor`."""
 
 HELD_BATCHES = 3
-"""Batches that the consumer holds: the one that it works on, and those that it takes over."""
+"""Batches that the consumer keeps: the current one, and those being received."""
 
 RESERVED_BYTES = 2**20
-"""Shared memory left to what else needs some: queues, locks, the status of the workers."""
+"""Bytes of shared memory reserved for queues, locks and the status of the workers."""
 
 
 def free_shared_memory(folder: Path = SHARED_MEMORY) -> int | None:
-    """Bytes free in shared memory: 0 where it cannot be written, None where nothing bounds it."""
+    """Return the free bytes of shared memory: 0 if it is not writable, None if it has no limit."""
     if sys.platform != "linux":
         return None
     if not os.access(folder, os.W_OK):
@@ -35,7 +38,9 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int | None:
 
 
 def fitting_workers(wanted: int, batch_bytes: int, free: int | None) -> int:
-    """How many of `wanted` workers have room for their batches in `free` bytes (None: no bound)."""
+    """Return how many of `wanted` workers have room for their batches in `free` bytes (None: no
+    limit).
+    """
     if free is None:
         return wanted
     batches = (free - RESERVED_BYTES) // batch_bytes
@@ -44,8 +49,8 @@ def fitting_workers(wanted: int, batch_bytes: int, free: int | None) -> int:
 
 @contextlib.contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the block ends; processes that are forked in it never get them,
-    until `answer_parent_only` takes them.
+    """Delay SIGINT and SIGTERM until the block ends. Processes that are forked in the block never
+    receive these signals, unless they call `answer_parent_only`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
@@ -58,12 +63,13 @@ _STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 def answer_parent_only(_worker: int = 0) -> None:
-    """Make this worker end by SIGTERM only when its parent sends it: a signal to the whole process
-    group (a terminal, `timeout`, systemd, a batch system) is for the parent, which saves with the
-    help of its workers and ends them itself.
+    """Make this worker process end on a SIGTERM only if its parent sent it.
+
+    A signal to the whole process group (from a terminal, `timeout`, systemd or a batch system) is
+    meant for the parent. The parent saves with the help of its workers and then ends them.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell the sender of a signal
         threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
 
 

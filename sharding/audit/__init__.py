@@ -1,1 +1,4 @@
-"""Shortcuts in a shard set: what a model could learn without looking at pixels."""
+"""Shortcut report of a shard set: can a model predict the label from metadata, without pixels?
+
+Main entries: `audit.audit()`, `match.match_classes()` and `histograms.draw()`.
+"""

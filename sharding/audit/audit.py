@@ -1,10 +1,12 @@
-"""What a model could learn without looking at pixels: the shortcut report of a shard set.
+"""Shortcut report of a shard set: how well metadata alone predicts the label (real or fake).
 
-A classifier that sees nothing but metadata is cross-validated on the label. What it reaches, a
-detector may reach too, by the container, the size or the compression, and fail on the next photo.
-Groups never cross folds. `docs/audit.md` says how to read the figures.
+Main entry: `audit()`: a shard set in, an `Audit` out. `write_report()` writes `report.json`.
 
-scikit-learn and matplotlib are the optional extra `audit`, imported where they are used.
+A classifier that sees only metadata is cross-validated on the label. A detector may learn the same
+shortcuts (container, size, compression) instead of the picture, and then fail on other photos. A
+group never has images in two folds. `docs/audit.md` explains the figures.
+
+scikit-learn and matplotlib are the optional extra `audit` and are imported when they are used.
 """
 
 import functools
@@ -33,31 +35,31 @@ from sharding.verify import sets_in
 from storage import AnyPath, write_text
 
 AUDIT_VERSION = 3
-"""Of `report.json`; grows when a name or a meaning in it changes."""
+"""Version of `report.json`. It increases when a name or its meaning changes."""
 
 
 MIN_GROUPS = 30
-"""Groups of each class below which guessing cannot be told from a shortcut. An AUROC is then given
-only where it is above guessing, and as certain as guessing on that many groups would be.
+"""Groups per class below which guessing cannot be distinguished from a shortcut. An AUROC on fewer
+groups is given only if it is above 0.5 and its interval is no wider than that of guessing on this
+many groups.
 """
 
 NAMED_SOURCES = 6
-"""How many sources of one class a note names; more are counted."""
+"""Number of sources of one class that a note names. Further ones are counted."""
 
 FIT_LIMIT = 20_000
-"""Samples that one classifier is fitted on at most; every sample is scored all the same."""
+"""Largest number of samples that a classifier is fitted on. All samples are scored."""
 
 LITTLE, STRONG = 0.60, 0.75
-"""The verdict: below the first AUROC metadata gives little away, above the second a lot."""
+"""Verdict thresholds: an AUROC below the first is "little", above the second "strong"."""
 
-_PERMUTED = 20_000  # held-out samples per fold that importance is measured on
+_PERMUTED = 20_000  # largest number of held-out samples per fold for permutation importance
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An AUROC, 0 to 1 with 0.5 for guessing, and its 95 % interval.
-
-    The interval leaves out how the folds fell, so on a few hundred images it is somewhat narrow.
+    """AUROC, 0 to 1 (0.5 for guessing), and its 95 % interval. The interval ignores the variation
+    between splits into folds, so on a few hundred images it is somewhat too narrow.
     """
 
     auroc: float
@@ -65,13 +67,15 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        """The figure and its interval."""
+        """Format as `0.731 (0.702-0.760)`."""
         return f"{self.auroc:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceAudit:
-    """One source: the AUROC of metadata inside it, and of a classifier fitted on all others."""
+    """One source: the AUROC of metadata within it, and of a classifier fitted on all other sources.
+    `note` is the reason if an AUROC is None, else empty.
+    """
 
     reals: int
     fakes: int
@@ -82,8 +86,9 @@ class SourceAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureAudit:
-    """One feature: the AUROC it reaches alone, and what the full classifier loses (AUROC, held-out
-    folds) when its values are shuffled. What another feature also says costs nothing to lose.
+    """One feature: the AUROC of a classifier of this feature alone, and `drop`, how much AUROC the
+    full classifier loses on held-out folds when the feature's values are shuffled. The drop is
+    small if other features have the same information.
     """
 
     alone: Estimate
@@ -92,9 +97,8 @@ class FeatureAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class Shortcut:
-    """A value of a feature that tells the classes apart, and its share of fakes.
-
-    Only the common values that are farthest from the set's own share are listed.
+    """A metadata value that predicts the label, and its share of fakes, 0 to 1. Only common values
+    are listed, those whose share differs most from that of the set.
     """
 
     feature: str
@@ -103,7 +107,7 @@ class Shortcut:
     fake_share: float
 
     def __str__(self) -> str:
-        """The value as a sentence: `format PNG: 100 % fake (109 images)`."""
+        """Format as a sentence: `format PNG: 100 % fake (109 images)`."""
         is_fake = self.fake_share >= 0.5
         share = self.fake_share if is_fake else 1 - self.fake_share
         return (
@@ -114,9 +118,11 @@ class Shortcut:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The report on one set. `across` is the AUROC on sources that the classifier was not fitted
-    on, `source_name` that of knowing nothing but which source an image is from. Estimates are None
-    where a class is missing or too small, and `notes` say so in words.
+    """Report on one set.
+
+    `pooled` is the AUROC of metadata over all samples, `across` that on sources that the classifier
+    was not fitted on, `source_name` that of the source's name alone. An estimate is None if a class
+    is missing or too small, and `notes` give the reason.
     """
 
     samples: int
@@ -133,18 +139,18 @@ class Audit:
 
 
 def open_sets(folders: Sequence[AnyPath]) -> dict[str, ShardSet]:
-    """The sets at or directly below `folders`, by name.
+    """Open the sets at or directly below `folders`, by name.
 
     Raises:
-        ShardError: a folder holds none.
-        ValueError: two sets have one name, so a sample list could not tell them apart.
+        ShardError: a folder has no shard set.
+        ValueError: two sets have the same name, so a sample list could not distinguish them.
     """
     folder_of: dict[str, AnyPath] = {}
     for folder in dict.fromkeys(set_folder for given in folders for set_folder in sets_in(given)):
         if folder.name in folder_of:
             raise ValueError(
                 f"{folder_of[folder.name]} and {folder} are both named {folder.name}; audit them "
-                "one by one"
+                "separately"
             )
         folder_of[folder.name] = folder
     return {name: open_shards([folder]) for name, folder in folder_of.items()}
@@ -156,7 +162,7 @@ def audit(
     seed: int = 0,
     on_step: Callable[[int], None] = lambda _done: None,
 ) -> Audit:
-    """What metadata alone says of the labels of a set; `on_step(1)` is called `steps_of` times.
+    """Measure how well metadata alone predicts the label. `on_step(1)` is called `steps_of` times.
 
     Raises:
         ValueError: the extra `audit` is not installed.
@@ -198,48 +204,50 @@ def audit(
 
 
 def steps_of(shards: ShardSet) -> int:
-    """How often `audit` reports a step."""
+    """Return how many times `audit` calls `on_step`."""
     return len(shards.codes("source")[1]) + len(FEATURES) + 3
 
 
 def verdict_of(pooled: Estimate | None) -> str:
-    """`strong`, `some` or `little` by the thresholds of this module; `unknown` without a figure."""
+    """Return `strong`, `some` or `little` by the thresholds `LITTLE` and `STRONG`, or `unknown` for
+    None.
+    """
     if pooled is None:
         return "unknown"
     return "little" if pooled.auroc < LITTLE else "some" if pooled.auroc <= STRONG else "strong"
 
 
 def advice_of(result: Audit) -> list[str]:
-    """What to do about the verdict, one sentence each."""
+    """Return what to do about the verdict, one sentence each."""
     if result.pooled is None:
-        return ["Pack it in one set with more images, or those of the other class, and audit that."]
+        return ["Pack these and more images of both classes in one set, and audit that set."]
     inside = {n: s.within for n, s in result.sources.items() if s.within is not None}
     worse = [f"{n} {s.auroc:.2f}" for n, s in inside.items() if s.auroc >= LITTLE]
     if result.verdict == "little" and not worse:
-        return ["Metadata gives little away: nothing has to be done about it."]
+        return ["Metadata says little about the label: there is nothing to do."]
     if result.verdict == "little":
-        first = f"Metadata gives little away over all sources, but not within {', '.join(worse)}."
+        first = f"Metadata says little over all sources, but more within {', '.join(worse)}."
     else:
         amount = {"some": "something", "strong": "much"}[result.verdict]
         first = (
             f"Metadata alone says {amount} about the label: a good score on such images may come "
-            "from the file and not from the picture, and be gone on the next one."
+            "from the files, not the pictures, and may not hold on other images."
         )
     return [
         first,
-        "Train with every image re-encoded and resampled often (augment.train.jpeg, jpeg_quality "
-        "and resample in the recipe), and add images of each class in the formats and sizes of "
-        "the other.",
-        "Measure on a matched sample: python -m sharding audit DIR --match subset.csv, then "
+        "Train with images that are often re-encoded and resampled (augment.train.jpeg, "
+        "jpeg_quality and resample in the recipe), and add images of each class in the formats "
+        "and sizes of the other class.",
+        "Evaluate on a matched sample: python -m sharding audit DIR --match subset.csv, then "
         f"{command('evaluate')} --subset subset.csv",
     ]
 
 
 def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Estimate | None:
-    """The AUROC of `scores` for `labels` with its interval; None where too few groups of a class
-    (`MIN_GROUPS`) leave open what it is.
+    """Compute the AUROC of `scores` for `labels` and its interval. Returns None if a class has too
+    few groups (`MIN_GROUPS`) for a meaningful figure.
 
-    The interval counts groups, not images: images of one group are no independent evidence.
+    The interval counts groups, not images, because images of one group are not independent.
     """
     known = np.isfinite(scores)
     labels, scores, groups = labels[known], scores[known], groups[known]
@@ -255,17 +263,18 @@ def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Esti
 
 @functools.cache
 def _widest() -> float:
-    """The width of the interval of guessing on `MIN_GROUPS` groups of each class, 0.28."""
+    """Width of the interval of guessing on `MIN_GROUPS` groups of each class, 0.28."""
     low, high = auroc_interval(0.5, MIN_GROUPS, MIN_GROUPS)
     return high - low
 
 
 def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of an AUROC: all values whose own standard error reaches `area`.
+    """Compute the interval of an AUROC `area`: all values v with |v - area| <= z * standard error
+    of v.
 
     Newcombe, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic",
-    Statistics in Medicine 25 (2006), part 2, method 5: Hanley and McNeil's (1982) variance taken at
-    the value under test, so that an AUROC of 1 on few samples has an interval too.
+    Statistics in Medicine 25 (2006), part 2, method 5: Hanley and McNeil's (1982) variance at the
+    tested value, so that an AUROC of 1 on few samples has an interval too.
     """
     value = np.linspace(0, 1, 20_001)
     half = (reals + fakes) / 2 - 1
@@ -276,10 +285,10 @@ def auroc_interval(area: float, reals: int, fakes: int, z: float = 1.96) -> tupl
 
 
 def extra(module: str) -> ModuleType:
-    """A module of the extra `audit`.
+    """Import a module of the extra `audit`.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the extra is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -290,8 +299,8 @@ def extra(module: str) -> ModuleType:
 
 
 def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int) -> Any:
-    """Gradient-boosted trees on these columns of at most `FIT_LIMIT` of `rows`; None where they
-    are all of one class.
+    """Fit gradient-boosted trees on `columns` of at most `FIT_LIMIT` of `rows`; None if all rows
+    have one class.
     """
     if len(rows) > FIT_LIMIT:
         rows = np.random.default_rng(seed).choice(rows, FIT_LIMIT, replace=False)
@@ -300,32 +309,32 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     if not smaller:
         return None
     values = metadata.values[rows[:, None], columns]
-    # The library cannot bin a column without a value: the JPEG quality, where nothing is a JPEG.
+    # scikit-learn cannot bin a column without a value: the JPEG quality if there is no JPEG.
     values[:, np.isnan(values).all(axis=0)] = 0
     trees = extra("sklearn.ensemble").HistGradientBoostingClassifier(
         max_iter=30 if len(columns) == 1 else 60,
         learning_rate=0.15,
         max_leaf_nodes=8,
-        # The library's 20 allow no split at all where a class has fewer.
+        # scikit-learn's default of 20 allows no split if a class has fewer samples.
         min_samples_leaf=20 if smaller >= 20 else max(1, smaller // 2),
         early_stopping=False,
         categorical_features=[index for index, c in enumerate(columns) if c in NAMED],
         class_weight="balanced",
         random_state=seed,
     )
-    # One thread is as fast at this size, and gives the same trees on any number of cores.
+    # At this size one thread is as fast, and the trees do not depend on the number of cores.
     with extra("threadpoolctl").threadpool_limits(1):
         return trees.fit(values, labels)
 
 
-Models = list[tuple[np.ndarray, Any]]  # held-out rows, and what was fitted on the others
+Models = list[tuple[np.ndarray, Any]]  # held-out rows, and the model fitted on all other rows
 
 
 def cross_fit(
     metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
 ) -> tuple[Models, np.ndarray]:
-    """A model per fold, and the score of each sample (log-odds of fake) by the model that has not
-    seen its fold; NaN where there is none.
+    """Fit a model per fold. Returns the models, and each sample's score (log-odds of fake) by the
+    model that was not fitted on its fold, NaN if there is none.
     """
     models: Models = []
     scores = np.full(len(metadata), np.nan)
@@ -352,7 +361,9 @@ def _audit_sources(
     seed: int,
     on_step: Callable[[int], None],
 ) -> tuple[dict[str, SourceAudit], Estimate | None]:
-    """Each source by itself and by the others, and the AUROC over all sources left out in turn."""
+    """Measure each source by itself and by a model of the other sources. The last value is the
+    AUROC over all sources, each scored by that model.
+    """
     audits = {}
     held_out = np.full(len(metadata), np.nan)
     for code in np.unique(metadata.sources):
@@ -374,7 +385,7 @@ def _audit_sources(
             within = _cross_validate(source_metadata, folds[here], columns, seed)
         if within is None and not note:
             note = (
-                f"too few: {counts[0]} groups of real and {counts[1]} of fake images, "
+                f"too few: {counts[0]} groups of real and {counts[1]} of fake images; "
                 f"{MIN_GROUPS} of each are needed"
             )
         audits[metadata.names[SOURCE[0]][code]] = SourceAudit(
@@ -389,8 +400,8 @@ def _audit_sources(
 
 
 def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, float]:
-    """Permutation importance (Breiman 2001): the mean drop of the AUROC over the held-out folds
-    when the values of one feature are shuffled among the samples.
+    """Compute the permutation importance (Breiman 2001): the mean drop of the AUROC over the
+    held-out folds when the values of one feature are shuffled among the samples.
     """
     area = extra("sklearn.metrics").roc_auc_score
     everything = [column for columns in FEATURES.values() for column in columns]
@@ -404,16 +415,16 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
         whole = area(labels, model.decision_function(values))
         for name, columns in FEATURES.items():
             shuffled = values.copy()
-            places = [everything.index(column) for column in columns]
-            shuffled[:, places] = values[rng.permutation(len(rows))][:, places]
+            positions = [everything.index(column) for column in columns]
+            shuffled[:, positions] = values[rng.permutation(len(rows))][:, positions]
             drops[name].append(whole - area(labels, model.decision_function(shuffled)))
     return {name: float(np.mean(losses)) if losses else 0.0 for name, losses in drops.items()}
 
 
 def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Shortcut]:
-    """The values that say most: rare ones far from the set's share of fakes, or common ones."""
+    """Find the values that predict the label best: far from the set's share of fakes, or common."""
     base = metadata.labels.mean()
-    # A value that holds a whole class is common, however small the class.
+    # A value of a whole class counts as common, however small the class.
     common = min(MIN_GROUPS, int(np.bincount(metadata.labels, minlength=len(CLASSES)).min()))
     weighted = []
     for feature in FEATURES:
@@ -425,7 +436,7 @@ def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list
         weight[(value < 0) | (images < common) | (np.abs(share - base) < 0.1)] = 0
         for best in np.argsort(-weight, kind="stable")[:per_feature]:
             said = words(int(value[best]))
-            if weight[best] > 0 and said != NO_JPEG:  # the format says that already
+            if weight[best] > 0 and said != NO_JPEG:  # the feature "format" covers that value
                 shortcut = Shortcut(
                     feature=feature,
                     value=said,
@@ -443,19 +454,19 @@ def _notes(
     pooled: Estimate | None,
     source_name: Estimate | None,
 ) -> list[str]:
-    """What a reader must know to read the figures."""
+    """Return what a reader must know to interpret the figures."""
     notes = []
     groups = [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
     if not min(groups):
         notes.append(
-            f"There are only {CLASSES[bool(groups[1])]} images here: no shortcut can be measured."
+            f"There are only {CLASSES[bool(groups[1])]} images: no shortcut can be measured."
         )
     elif min(groups) < MIN_GROUPS:
         counted = f"{groups[0]:,} groups of real and {groups[1]:,} of fake images"
         notes.append(
-            f"Few images: {counted}. That is enough only because metadata tells them apart so well."
+            f"Few images: {counted}. They are enough only because metadata separates them so well."
             if pooled
-            else f"Too few images to measure: {counted}, {MIN_GROUPS} of each are needed."
+            else f"Too few images to measure: {counted}; {MIN_GROUPS} of each are needed."
         )
     single = [
         name
@@ -468,7 +479,7 @@ def _notes(
         named += f" and {len(single) - NAMED_SOURCES} more" if len(single) > NAMED_SOURCES else ""
         notes.append(
             f"{len(single)} of {len(sources)} sources have one class only ({named}), "
-            f"so whatever tells sources apart tells the classes apart{known}."
+            f"so a feature that reveals the source also reveals the class{known}."
         )
     if len(metadata) > FIT_LIMIT:
         notes.append(
@@ -479,11 +490,11 @@ def _notes(
 
 
 def as_json(shards: ShardSet, result: Audit) -> dict[str, Any]:
-    """One set of `report.json`."""
+    """Convert the audit of one set to its entry in `report.json`."""
     return {"index_sha256": shards.sha256, **asdict(result), "advice": advice_of(result)}
 
 
 def write_report(path: AnyPath, seed: int, sets: dict[str, dict[str, Any]]) -> None:
-    """Write `report.json`: the version, the seed and an entry of `as_json` per set."""
+    """Write `report.json`: the version, the seed, and the entry of each set (`as_json`)."""
     report = {"audit_version": AUDIT_VERSION, "seed": seed, "sets": sets}
     write_text(path, json.dumps(report, indent=1, sort_keys=True) + "\n")

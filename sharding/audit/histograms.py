@@ -1,4 +1,4 @@
-"""Histograms of metadata, real against fake, as PNG."""
+"""Draw histograms of metadata, real against fake, as PNG. Main entry: `draw()`."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, write_atomically
 
 TITLE_NAME = 60
-"""Letters of a set's name that the title has room for."""
+"""Characters of a set's name that fit into the title."""
 
-_COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, told apart by everyone
+_COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, safe for color blindness
 
 
 def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
-    """Write the histograms of a set as PNG: a panel per feature, the share of each class."""
+    """Write the histograms of a set as PNG: one panel per feature, with the share of each class."""
     figure = extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
     metadata = metadata_of(shards)
     pooled = f", AUROC of metadata {result.pooled}" if result.pooled else ""
@@ -44,8 +44,8 @@ def _draw_names(axes: Any, metadata: Metadata, feature: str, most: int = 8) -> N
     for label, class_name in enumerate(CLASSES):
         here = codes[metadata.labels == label]
         share = np.bincount(here, minlength=len(labels)) / max(1, len(here))
-        places = np.arange(len(labels)) + (label - 0.5) * 0.4
-        axes.bar(places, share, 0.4, color=_COLORS[label], label=class_name)
+        positions = np.arange(len(labels)) + (label - 0.5) * 0.4
+        axes.bar(positions, share, 0.4, color=_COLORS[label], label=class_name)
     long = max(map(len, labels)) > 6 and len(labels) > 3
     axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0)
 
@@ -65,7 +65,7 @@ def _draw_quantity(axes: Any, metadata: Metadata, feature: str) -> None:
     if not known.any():
         axes.text(0.5, 0.5, "no JPEG", ha="center", transform=axes.transAxes)
         return
-    # The farthest hundredth would squeeze all others into a few bars: it stands in the last one.
+    # The most extreme hundredth would squeeze the rest into a few bars: it is in the outer bars.
     low, high = np.percentile(values[known], [0.5, 99.5])
     edges = np.linspace(low, high if high > low else low + 1, 41)
     if feature == "JPEG quality":

@@ -1,6 +1,7 @@
-"""A sample in which real and fake agree on metadata, for measuring a detector without the shortcut.
+"""Choose a sample of a shard set in which real and fake images agree on metadata, so that a
+detector can be measured without shortcuts.
 
-`docs/audit.md` says how to use it.
+Main entry: `match_classes()`: a shard set in, a `Match` out. `docs/audit.md` explains its use.
 """
 
 import csv
@@ -15,9 +16,9 @@ from sharding.audit.metadata import FEATURES, Metadata, assign_folds, metadata_o
 from sharding.format import ShardSet
 
 MATCHED = 0.55
-"""A match goes on until metadata alone reaches no more than this AUROC, or what chance explains."""
+"""Matching ends when the AUROC of metadata is at most this, or its interval includes 0.5."""
 
-_STRATA = (0, 7, 8)  # what a match must agree on exactly: format, chroma, EXIF
+_STRATA = (0, 7, 8)  # columns that must be equal: format, chroma, EXIF
 _ROUNDS = 8
 
 
@@ -27,7 +28,9 @@ class MatchError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Rows of the set in which the classes agree on metadata, and the AUROC before and after."""
+    """Rows of the set in which the classes agree on metadata, the number of images per class, and
+    the AUROC of metadata before and after matching.
+    """
 
     rows: np.ndarray
     per_class: int
@@ -37,17 +40,19 @@ class Match:
 
 
 def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
-    """A sample in which real and fake agree on metadata, as many of each.
+    """Choose as many real as fake images that agree on metadata.
 
-    Inside a source (sources of one class are taken together) and of equal format, chroma and EXIF,
-    images are put in bins of the cross-validated log-odds of fake, the propensity score of
-    Rosenbaum and Rubin (1983), 0.2 standard deviations wide (Austin 2011), and as many of each
-    class are taken from a bin as the smaller has. A classifier fitted anew on what is left shows
-    what still differs, and the next round matches on that. Bins lie inside the folds: what is held
-    out together is balanced, so the last figure is not below 0.5 for having been matched.
+    Images are matched within a source (sources with one class only are pooled) and with equal
+    format, chroma and EXIF. They are binned by the cross-validated log-odds of fake, the propensity
+    score of Rosenbaum and Rubin (1983), in bins 0.2 standard deviations wide (Austin 2011). Each
+    bin keeps as many images of each class as the smaller class has.
+
+    A classifier fitted on the remaining images finds the remaining differences, and the next round
+    matches on its scores. Bins are within folds: each held-out fold is balanced, so matching does
+    not push the last AUROC below 0.5.
 
     Raises:
-        MatchError: too few images can be matched, or they still differ after all rounds.
+        MatchError: too few images can be matched, or the classes still differ after all rounds.
     """
     where = shards.describe()
     metadata = metadata_of(shards)
@@ -61,17 +66,17 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         left = metadata.take(rows)
         counts = _count_groups(left)
         if min(counts) < MIN_GROUPS:
-            if not round_index and min(counts):  # few from the start: how many have a counterpart
+            if not round_index and min(counts):  # few from the start: count possible matches
                 counts = _count_groups(left.take(_balanced(strata, left.labels, rng)))
             raise MatchError(
-                f"{where}: only {counts[0]:,} real and {counts[1]:,} fake images (groups of them) "
-                f"can be matched on metadata, {MIN_GROUPS} of each are needed; add sources whose "
-                "real and fake images have the same formats and sizes, or re-encode both classes "
-                "alike before packing"
+                f"{where}: only {counts[0]:,} real and {counts[1]:,} fake images (counted in "
+                f"groups) can be matched on metadata, {MIN_GROUPS} of each are needed; add sources "
+                "whose real and fake images have the same formats and sizes, or re-encode both "
+                "classes in the same way before packing"
             )
         scores = cross_fit(left, folds[rows], everything, seed)[1]
         now = estimate(left.labels, scores, left.groups)
-        assert now is not None  # both classes have the groups that it asks for
+        assert now is not None  # both classes have at least MIN_GROUPS groups
         before = before or now
         if round_index and (now.auroc <= MATCHED or now.low <= 0.5):
             return Match(rows, int(left.labels.sum()), before, now, round_index)
@@ -79,18 +84,18 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         cells = np.column_stack([strata[rows], np.floor(scores / width)])
         rows = rows[_balanced(cells, left.labels, rng)]
     raise MatchError(
-        f"{where}: after {_ROUNDS} rounds of matching metadata still reaches an AUROC of {now}, "
+        f"{where}: after {_ROUNDS} rounds of matching, the AUROC of metadata is still {now}, "
         f"expected {MATCHED} at most; the classes differ too much to be matched"
     )
 
 
 def _count_groups(metadata: Metadata) -> list[int]:
-    """The groups of real and of fake images."""
+    """Count the groups of real and of fake images."""
     return [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
 
 
 def _home(metadata: Metadata) -> np.ndarray:
-    """The source of each sample, or -1 where its source has one class only."""
+    """Return the source code of each sample, or -1 if its source has one class only."""
     images = np.bincount(metadata.sources)
     fakes = np.bincount(metadata.sources, weights=metadata.labels)
     both = (fakes > 0) & (fakes < images)
@@ -98,7 +103,9 @@ def _home(metadata: Metadata) -> np.ndarray:
 
 
 def _balanced(cells: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which samples to keep, in order, so that each cell (equal rows) has as many of each class."""
+    """Choose samples, in order, so that each cell (equal rows of `cells`) has as many real as fake
+    ones.
+    """
     cell = np.unique(cells, axis=0, return_inverse=True)[1].ravel()
     kept = np.minimum(np.bincount(cell, weights=labels), np.bincount(cell, weights=1 - labels))
     kind = cell * 2 + labels
@@ -109,7 +116,9 @@ def _balanced(cells: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -
 
 
 def sample_list(chosen: dict[str, tuple[ShardSet, np.ndarray]]) -> str:
-    """CSV with the columns `set` and `key`, for `evaluate.py --subset`: set -> (shards, rows)."""
+    """Format a CSV with the columns `set` and `key` for `evaluate.py --subset`. `chosen` maps the
+    name of a set to (shards, rows).
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["set", "key"])
@@ -120,7 +129,9 @@ def sample_list(chosen: dict[str, tuple[ShardSet, np.ndarray]]) -> str:
 
 
 def as_json(match: Match | str | None) -> dict[str, Any] | None:
-    """The match of one set in `report.json`; it may be the reason why there is none."""
+    """Convert the match of one set to its entry in `report.json`. `match` may be the reason why
+    there is none.
+    """
     if isinstance(match, str):
         return {"error": match}
     if match is None:

@@ -1,4 +1,8 @@
-"""What is known of every image without its pixels, as numbers: what `audit` and `match` go by."""
+"""Collect the metadata of every image in a shard set as numbers, for `audit` and `match`.
+
+Main entries: `metadata_of()`: a shard set in, a `Metadata` table out; `assign_folds()` for
+cross-validation.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,23 +24,24 @@ FEATURES = {
 """Feature -> columns of `Metadata.values`."""
 
 SOURCE = (9,)
-NAMED = (0, 6, 7, 8, 9)  # columns that hold codes of names, not quantities
+NAMED = (0, 6, 7, 8, 9)  # columns of codes of names, not quantities
 
 FOLDS = 5
 
 NO_JPEG = "no JPEG"
-"""What stands for the tables and the chroma of other formats."""
+"""Name of the tables and the chroma of other formats."""
 
-_MAX_NAMES = 250  # scikit-learn's limit for one column is 255; the rarest share one code
+_MAX_NAMES = 250  # scikit-learn's limit for one column is 255; the rarest names share one code
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """What is known of each sample without its pixels.
+    """Metadata of each sample.
 
-    `values` is (samples, 10) float32, columns as in `FEATURES` and then the source: codes into
-    `names[column]`, or quantities (pixels, width / height, bits per pixel, 1 to 100), NaN where an
-    image has none. `labels` int8, `groups` int64: equal for images that belong together.
+    `values` is float32 (samples, 10), with columns as in `FEATURES`, then the source. A column has
+    either codes, positions in `names[column]`, or quantities (pixels, width / height, bits per
+    pixel, quality 1 to 100), NaN if an image has none. `labels` is int8 (samples,), 0 real, 1 fake.
+    `groups` is int64 (samples,), equal for images that belong together.
     """
 
     values: np.ndarray
@@ -49,16 +54,16 @@ class Metadata:
 
     @property
     def sources(self) -> np.ndarray:
-        """The source of each sample: a position in `names[9]`."""
+        """Source code of each sample, int64: a position in `names[9]`."""
         return self.values[:, SOURCE[0]].astype(np.int64)
 
     def take(self, rows: np.ndarray) -> "Metadata":
-        """These samples only."""
+        """Return the metadata of these samples."""
         return Metadata(self.values[rows], self.labels[rows], self.groups[rows], self.names)
 
 
 def metadata_of(shards: ShardSet) -> Metadata:
-    """The metadata of every sample, from the index alone.
+    """Compute the metadata of every sample from the index alone.
 
     The format is that of the published file, before packing.
     """
@@ -89,7 +94,7 @@ def metadata_of(shards: ShardSet) -> Metadata:
 
 
 def _published_format(shards: ShardSet) -> tuple[np.ndarray, list[str]]:
-    """Codes and names of the format before packing."""
+    """Return codes and names of the format before packing."""
     codes, names = shards.codes("format")
     before, names_before = shards.codes("transcoded_from")
     changed = np.array([bool(name) for name in names_before], np.bool_)[before]
@@ -101,7 +106,7 @@ def _published_format(shards: ShardSet) -> tuple[np.ndarray, list[str]]:
 
 
 def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Codes by falling frequency, so that the rarest share one where there are too many."""
+    """Recode by falling frequency; if there are too many names, the rarest share one code."""
     counts = np.bincount(codes, minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     rank = np.empty(len(names), np.int64)
@@ -111,7 +116,7 @@ def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def _groups(shards: ShardSet) -> np.ndarray:
-    """A number per group; an image without a group is one of its own."""
+    """Return a number per group. An image without a group gets its own number."""
     encoded = shards.table.column("group").combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
     empty = np.array([not name for name in encoded.dictionary.to_pylist()], np.bool_)[codes]
@@ -119,10 +124,11 @@ def _groups(shards: ShardSet) -> np.ndarray:
 
 
 def assign_folds(metadata: Metadata, seed: int) -> np.ndarray:
-    """A fold, 0 to 4, per sample: whole groups, dealt out by source, class and size.
+    """Assign each sample a fold, 0 to 4: whole groups, distributed evenly by source, class and
+    size.
 
-    The same idea as scikit-learn's StratifiedGroupKFold, which visits groups one by one in Python
-    and would take minutes for 420,000 of them.
+    The idea is that of scikit-learn's StratifiedGroupKFold, which loops over groups in Python and
+    would take minutes for 420,000 of them.
     """
     _, first, group, size = np.unique(
         metadata.groups, return_index=True, return_inverse=True, return_counts=True
@@ -140,7 +146,9 @@ _BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 24])
 
 
 def spelled(metadata: Metadata, feature: str) -> tuple[np.ndarray, Callable[[int], str]]:
-    """A feature as whole numbers, one per sample, and the words for each; negative: no value."""
+    """Convert a feature to whole numbers, one per sample, and return a function that formats such a
+    number. Negative numbers mean no value.
+    """
     first = metadata.values[:, FEATURES[feature][0]]
     if feature == "size":
         height = metadata.values[:, FEATURES[feature][1]].astype(np.int64)

@@ -1,1 +1,3 @@
-"""Synthetic datasets: scenes, and what a camera model and simple decoders make of them."""
+"""Synthetic datasets for the demo: procedural scenes, imaged by camera models (real) or by simple
+decoders (fake). Main entry: `render.make_demo()`.
+"""

@@ -1,18 +1,20 @@
-"""Synthetic raw data for the demo: a seed goes in, folders of images and a catalog come out.
+"""Write synthetic raw data for the demo: a seed in, folders of images and a catalog out.
+
+Main entry: `make_demo()`. It writes
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp>
     folder/catalog.toml
 
-No photograph and no published generator is involved. A procedural scene is rendered in linear
-light at twice the final resolution and then takes one of two ways:
+The images contain no photograph and nothing of a published generator. A procedural scene is
+rendered in linear light at twice the final resolution and is then processed in one of two ways:
 
     real:  lens -> sensor with Bayer mosaic and noise -> demosaic -> tone curve -> file
-    fake:  lens -> tone curve -> squeezed to a latent, decoded with learned upsampling -> file
+    fake:  lens -> tone curve -> reduced to a latent, decoded with learned upsampling -> file
 
-Scenes, lenses, tone curves, sizes, containers and qualities have the same distribution on both
-ways. What tells them apart is in the pixels: sensor noise, which the mosaic correlates, against
-detail lost in the latent, noise without correlation, and for some decoders the checkerboard of
-uneven upsampling (Odena et al. 2016). A score on this data says that the programs work and
+Scenes, lenses, tone curves, sizes, containers and qualities have the same distribution in both
+classes. Only pixels differ. Real images have sensor noise, which the mosaic correlates. Fake images
+have lost detail in the latent, uncorrelated noise, and with some decoders the checkerboard of
+uneven upsampling (Odena et al. 2016). A score on this data shows that the programs work. It shows
 nothing about real generators.
 """
 
@@ -40,7 +42,7 @@ REAL, FAKE = 0, 1
 
 @dataclass(frozen=True)
 class Camera:
-    """A sensor and the processing in one kind of camera."""
+    """Sensor and processing of one kind of camera."""
 
     shot: float  # variance of the photon noise per unit of light: 1 / full well
     read: float  # sigma of the read noise, full scale is 1
@@ -51,7 +53,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a generator gets from its latent to pixels: one x2 upsampler per stage."""
+    """Decoder of a generator, from latent to pixels: one x2 upsampler per stage."""
 
     stages: tuple[str, ...]
     uneven: float  # deviation of the learned weights around the ideal kernel
@@ -61,7 +63,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Source:
-    """One raw data set; `count` images of each class."""
+    """One raw data set, with `count` images of each class."""
 
     scenes: tuple[str, ...]
     count: int
@@ -72,7 +74,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Shot:
-    """One image to make; together with the seed it fixes every byte of the file."""
+    """One image to make. Together with the seed, it determines every byte of the file."""
 
     source: str
     label: int
@@ -113,10 +115,10 @@ SOURCES = {
     "listings": Source(ANY, 110, ("phone-e",), ("smooth",), NEW),
     "unseen": Source(ANY, 90, ("camera-f",), ("upscaler", "mixed"), '"evalgen"'),
 }
-PAIRED = "pairs"  # its fakes reconstruct its photos
+PAIRED = "pairs"  # source whose fakes reconstruct its photos
 
-# Two oddities make the packing step show its care: an interrupted download, to be quarantined,
-# and bitmaps, to be transcoded.
+# Two special files exercise packing: a truncated download, which is quarantined, and a bitmap,
+# which is transcoded.
 TRUNCATED = Shot("street", REAL, 0, "camera-a")
 FIXED = {("street", 0): "jpg", ("nature", 0): "bmp"}
 
@@ -135,7 +137,9 @@ evalgen = "test"
 def make_demo(
     folder: Path, *, seed: int = 0, jobs: int = 2, on_done: Progress | None = None
 ) -> dict[str, int]:
-    """Write raw images and catalog.toml below `folder`; return the number of files per source."""
+    """Write raw images and catalog.toml below `folder` with `jobs` processes. Returns the number of
+    files per source.
+    """
     shots = [shot for name in SOURCES for shot in shots_of(name)]
     for shot in shots:
         path_of(folder, shot, seed).parent.mkdir(parents=True, exist_ok=True)
@@ -152,13 +156,13 @@ def make_demo(
 
 
 def catalog_entry(name: str) -> str:
-    """The TOML of one source; the grammar is in `sharding/catalog.py`."""
+    """Return the catalog entry of one source as TOML; `sharding/catalog.py` defines the format."""
     source = SOURCES[name]
     real, fake = (
         ", ".join(f'{{ folder = "{side}/{maker}", generator = "{maker}" }}' for maker in makers)
         for side, makers in (("real", source.cameras), ("fake", source.decoders))
     )
-    # A photo and its reconstruction share the stem, and with it the split.
+    # A photo and its reconstruction have the same stem, and so the same group and split.
     paired = "policy = \"dda\"\ngroup = '([0-9]+)\\.[a-z]+$'\n" if name == PAIRED else ""
     return (
         f'[sources.{name}]\nroot = "{name}"\nlicense = "synthetic, no rights reserved"\n'
@@ -167,7 +171,7 @@ def catalog_entry(name: str) -> str:
 
 
 def shots_of(name: str) -> list[Shot]:
-    """All images of one source; makers take turns."""
+    """Return all images of one source. Cameras or decoders alternate."""
     source = SOURCES[name]
     return [
         Shot(name, label, number, makers[number % len(makers)])
@@ -177,19 +181,19 @@ def shots_of(name: str) -> list[Shot]:
 
 
 def rng_for(seed: int, purpose: str, source: str, *rest: int) -> Rng:
-    """The generator of one purpose; no other purpose or image takes part."""
+    """Return the generator of one purpose. Other purposes and images do not change its numbers."""
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {source}".encode()), *rest])
 
 
 def path_of(folder: Path, shot: Shot, seed: int) -> Path:
-    """Where the file of a shot belongs."""
+    """Return the path of a shot's file."""
     side = "fake" if shot.label else "real"
     name = f"{shot.number:05d}.{container(shot, seed)[0]}"
     return folder / "raw" / shot.source / side / shot.maker / name
 
 
 def write_shot(work: tuple[Path, Shot, int]) -> None:
-    """Render one image and write its file; runs in a worker process."""
+    """Render one image and write its file. Runs in a worker process."""
     folder, shot, seed = work
     pixels = np.clip(render(shot, seed) * 255 + 0.5, 0, 255).astype(np.uint8)
     suffix, quality, subsampling = container(shot, seed)
@@ -202,9 +206,9 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
 
 
 def size_of(shot: Shot, seed: int) -> tuple[int, int]:
-    """Height and width; multiples of 8 so that every latent has whole pixels."""
-    # Drawn without the label, like the container: a real and its fake of the same number have the
-    # same size, suffix and quality, so none of these can give the label away.
+    """Return height and width in pixels: multiples of 8, so that every latent has whole pixels."""
+    # Sampled without the label, as in `container`: real and fake of the same number have the same
+    # size, suffix and quality, so none of these reveals the label.
     rng = rng_for(seed, "size", shot.source, shot.number)
     short = 8 * int(rng.integers(16, 19))
     long = 8 * round(short * rng.uniform(1.0, 1.3) / 8)
@@ -212,7 +216,9 @@ def size_of(shot: Shot, seed: int) -> tuple[int, int]:
 
 
 def container(shot: Shot, seed: int) -> tuple[str, int, int]:
-    """File suffix, quality, and chroma subsampling in Pillow's numbering (0: 4:4:4, 2: 4:2:0)."""
+    """Choose file suffix, quality, and chroma subsampling in Pillow's numbering (0: 4:4:4, 2:
+    4:2:0).
+    """
     rng = rng_for(seed, "container", shot.source, shot.number)
     suffix = str(rng.choice(["jpg", "png", "webp"], p=[0.8, 0.1, 0.1]))
     suffix = FIXED.get((shot.source, shot.number), suffix)
@@ -220,10 +226,10 @@ def container(shot: Shot, seed: int) -> tuple[str, int, int]:
 
 
 def render(shot: Shot, seed: int) -> np.ndarray:
-    """The finished image, float32 RGB in 0..1."""
+    """Render the finished image: float32 (height, width, 3) RGB, 0 to 1."""
     source = SOURCES[shot.source]
     height, width = size_of(shot, seed)
-    # A reconstruction starts from the very photo it is paired with, noise and mosaic included.
+    # A reconstruction starts from the photo of its pair, including its noise and mosaic.
     label = REAL if shot.source == PAIRED else shot.label
     rng = rng_for(seed, "image", shot.source, label, shot.number)
     paint = SCENES[str(rng.choice(source.scenes))]
@@ -237,9 +243,9 @@ def render(shot: Shot, seed: int) -> np.ndarray:
 
 
 def lens(rng: Rng, light: np.ndarray) -> np.ndarray:
-    """Blur, vignette and lateral color, then the step down to sensor resolution."""
+    """Apply blur, vignette and lateral color, then reduce to sensor resolution."""
     height, width = light.shape[:2]
-    light = blur(light, rng.uniform(0.4, 1.0) * SUPERSAMPLING)  # focus is never quite the same
+    light = blur(light, rng.uniform(0.4, 1.0) * SUPERSAMPLING)  # focus varies from shot to shot
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
     exposure = rng.uniform(0.75, 1.15) * (1 - 0.12 * (y**2 + x**2))
     light *= exposure.astype(np.float32)[..., None]
@@ -251,8 +257,8 @@ def lens(rng: Rng, light: np.ndarray) -> np.ndarray:
 
 
 def sensor(rng: Rng, light: np.ndarray, camera: Camera) -> np.ndarray:
-    """Expose an RGGB mosaic, add noise, demosaic bilinearly, balance to white."""
-    # Silicon sees green best: the gains that undo it also lift the noise of red and blue.
+    """Expose an RGGB mosaic, add noise, demosaic bilinearly, and apply white balance."""
+    # Silicon is most sensitive to green: the gains for red and blue also amplify their noise.
     balance = np.array([rng.uniform(1.5, 2.2), 1.0, rng.uniform(1.3, 1.8)], np.float32)
     exposed = light / balance
     noise = rng.standard_normal(light.shape, np.float32)
@@ -266,15 +272,15 @@ def sensor(rng: Rng, light: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def finish(light: np.ndarray, camera: Camera) -> np.ndarray:
-    """Tone curve and unsharp mask."""
+    """Apply tone curve and unsharp mask."""
     image = np.clip(light, 0, 1) ** (1 / camera.gamma)
     return np.clip(image + camera.sharpen * (image - blur(image, 1.0)), 0, 1)
 
 
 def decode(rng: Rng, image: np.ndarray, maker: str) -> np.ndarray:
-    """Squeeze the image to the size of the latent and bring it back stage by stage."""
+    """Reduce the image to the size of the latent and enlarge it stage by stage."""
     decoder = DECODERS[maker]
-    weights = np.random.default_rng(zlib.crc32(maker.encode()))  # trained once, same for all images
+    weights = np.random.default_rng(zlib.crc32(maker.encode()))  # the same weights for all images
     factor = 2 ** len(decoder.stages)
     latent = shrink(image, factor)
     lost = image - enlarge(latent, factor, Resampling.BICUBIC)
@@ -286,7 +292,9 @@ def decode(rng: Rng, image: np.ndarray, maker: str) -> np.ndarray:
 
 
 def upsample(latent: np.ndarray, stage: str, uneven: float, weights: Rng) -> np.ndarray:
-    """Double the size; uneven weights after zero insertion or shuffling leave period two."""
+    """Double the size. Uneven weights after zero insertion or shuffling leave a pattern of period
+    two.
+    """
     if stage == "transposed":
         stretched = np.zeros((2 * latent.shape[0], 2 * latent.shape[1], 3), np.float32)
         stretched[::2, ::2] = latent
@@ -299,13 +307,13 @@ def upsample(latent: np.ndarray, stage: str, uneven: float, weights: Rng) -> np.
 
 
 def perturbed(kernel: np.ndarray, uneven: float, weights: Rng) -> np.ndarray:
-    """The kernel for each color with random errors, its sum kept."""
+    """Return the kernel with random errors for each color and an unchanged sum."""
     noisy = kernel[..., None] * (1 + uneven * weights.standard_normal((*kernel.shape, 3)))
     return (noisy * (kernel.sum() / noisy.sum((0, 1)))).astype(np.float32)
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian of `sigma` pixels."""
+    """Blur with a Gaussian of `sigma` pixels."""
     reach = max(1, math.ceil(2.5 * sigma))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     taps = (taps / taps.sum()).astype(np.float32)
@@ -313,7 +321,7 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolve with an odd-sized kernel, one for all colors or one each; borders mirror."""
+    """Convolve with an odd-sized kernel, one for all colors or one each. Borders are mirrored."""
     high, wide = kernel.shape[0] // 2, kernel.shape[1] // 2
     padded = np.pad(image, ((high, high), (wide, wide), (0, 0)), mode="reflect")
     out = np.zeros_like(image)
@@ -323,14 +331,14 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def shrink(image: np.ndarray, factor: int) -> np.ndarray:
-    """The mean of each `factor` x `factor` block."""
+    """Average each `factor` x `factor` block."""
     height, width, channels = image.shape
     blocks = image.reshape(height // factor, factor, width // factor, factor, channels)
     return blocks.mean((1, 3), dtype=np.float32)
 
 
 def enlarge(image: np.ndarray, factor: int, method: Resampling) -> np.ndarray:
-    """`factor` times the size, by one of Pillow's kernels."""
+    """Enlarge `factor` times with one of Pillow's kernels."""
     size = (image.shape[1] * factor, image.shape[0] * factor)
     planes = (Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(3))
     return np.stack([np.asarray(plane.resize(size, method)) for plane in planes], axis=-1)

@@ -1,7 +1,7 @@
 """Procedural scenes for the demo's synthetic images: a random generator in, linear light out.
 
-A scene is (height, width, 3) float32 radiance, about 0 to 1. The same scenes are photographed and
-"generated", so that what is shown says nothing about the label.
+Main entry: `SCENES`, functions by name. A scene is (height, width, 3) float32 radiance, about 0 to
+1. Real and fake images have the same scenes, so the scene reveals nothing about the label.
 """
 
 import functools
@@ -13,7 +13,7 @@ Rng = np.random.Generator
 
 
 def nature(rng: Rng, height: int, width: int) -> np.ndarray:
-    """Sky, two or three ridges, and leaves in front."""
+    """Paint sky, two or three ridges, and leaves in front."""
     canvas = sky(rng, height, width)
     horizon = rng.uniform(0.3, 0.5) * height
     for depth in range(int(rng.integers(2, 4))):
@@ -29,7 +29,7 @@ def nature(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def street(rng: Rng, height: int, width: int) -> np.ndarray:
-    """A row of houses between sky and pavement."""
+    """Paint a row of houses between sky and pavement."""
     canvas = sky(rng, height, width)
     ground, left = int(rng.uniform(0.7, 0.85) * height), 0
     canvas[ground:] = textured(rng, canvas[ground:].shape[:2], color_of(rng) * 0.6, 0.25)
@@ -48,7 +48,7 @@ def street(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def studio(rng: Rng, height: int, width: int) -> np.ndarray:
-    """Balls on striped cloth before a softly lit backdrop."""
+    """Paint balls on striped cloth in front of a softly lit background."""
     canvas = textured(rng, (height, width), color_of(rng), 0.05)
     canvas *= 0.5 + 0.7 * ramp(rng, height, width)[..., None]
     table = int(rng.uniform(0.55, 0.75) * height)
@@ -62,7 +62,7 @@ def studio(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def ball(rng: Rng, canvas: np.ndarray, radius: float, floor: int) -> None:
-    """A shaded sphere that stands on the floor, with its shadow and a highlight."""
+    """Paint a shaded sphere on the floor, with shadow and highlight."""
     r = radius * min(canvas.shape[:2])
     cx, cy = rng.uniform(0.05, 0.95) * canvas.shape[1], floor + rng.uniform(-0.4, 0.8) * r
     left, top = max(0, int(cx - 2 * r)), max(0, int(cy - r))
@@ -78,7 +78,7 @@ def ball(rng: Rng, canvas: np.ndarray, radius: float, floor: int) -> None:
 
 
 def sky(rng: Rng, height: int, width: int) -> np.ndarray:
-    """Blue above, pale at the horizon, with clouds."""
+    """Paint a sky with clouds, blue at the top and pale at the horizon."""
     low, high = np.array([0.75, 0.8, 0.85]), np.array([0.2, 0.38, 0.75]) * rng.uniform(0.5, 1.2)
     fall = np.linspace(0, 1, height)[:, None, None] ** 0.7
     canvas = np.repeat(high + (low - high) * fall, width, axis=1).astype(np.float32)
@@ -88,20 +88,24 @@ def sky(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def textured(rng: Rng, shape: tuple[int, ...], color: np.ndarray, contrast: float) -> np.ndarray:
-    """A surface of this color, lighter and darker in places."""
+    """Paint a surface of this color with random lighter and darker areas."""
     relief = np.exp(contrast * texture(rng, shape, float(rng.choice([0.8, 1.1, 1.4]))))
     return relief[..., None] * color.astype(np.float32)
 
 
 def texture(rng: Rng, shape: tuple[int, ...], slope: float) -> np.ndarray:
-    """A random cut-out of the fractal; cutting is far cheaper than a Fourier transform each."""
+    """Cut a random region out of the fractal. This is far cheaper than a Fourier transform per
+    texture.
+    """
     y, x = rng.integers(0, 1024 - np.array(shape))
     return fractal(slope)[y : y + shape[0], x : x + shape[1]]
 
 
 @functools.cache
 def fractal(slope: float, side: int = 1024) -> np.ndarray:
-    """Noise of unit variance and amplitude 1/f**slope; natural images have about 1 (Field 1987)."""
+    """Make noise of unit variance and amplitude 1/f**slope. Natural images have a slope of about 1
+    (Field 1987).
+    """
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     spectrum = np.fft.rfft2(np.random.default_rng(0).standard_normal((side, side)))
     # Structures larger than an image would leave most cut-outs flat.
@@ -110,7 +114,7 @@ def fractal(slope: float, side: int = 1024) -> np.ndarray:
 
 
 def ramp(rng: Rng, height: int, width: int) -> np.ndarray:
-    """A linear gradient from 0 to 1 in a random direction."""
+    """Make a linear gradient from 0 to 1 in a random direction."""
     angle = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     plane = y * math.sin(angle) + x * math.cos(angle)
@@ -118,12 +122,12 @@ def ramp(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def color_of(rng: Rng) -> np.ndarray:
-    """A muted reflectance: most surfaces are nearer to gray than to a pure hue."""
+    """Choose a muted reflectance: most surfaces are closer to gray than to a pure hue."""
     return rng.uniform(0.08, 0.6) * rng.uniform(0.6, 1.3, 3)
 
 
 def cover(canvas: np.ndarray, mask: np.ndarray, paint: np.ndarray) -> None:
-    """Lay `paint` over `canvas` in place where `mask` (0 to 1) says."""
+    """Blend `paint` over `canvas` in place, with `mask` (0 to 1) as opacity."""
     canvas += mask[..., None].astype(np.float32) * (paint - canvas)
 
 

@@ -1,4 +1,4 @@
-"""Archives that are made to do harm: one line each, in bounded time and memory."""
+"""Hostile archives: each gives one clear error, in limited time and memory."""
 
 import gzip
 import io
@@ -45,13 +45,13 @@ def header(name: str, kind: bytes, size: int = 0) -> bytes:
 
 
 def refusals(path: Path) -> dict[str, str]:
-    """What a tar holds by name, with why it is not read."""
+    """Return name -> reason why it is not read, of each member of a tar."""
     return {member.name: member.excluded for member in tar.members(path, lambda _name: True)}
 
 
 def overlapping_zip(path: Path, count: int) -> Path:
-    """Members that each hold all that follow, as in David Fifield's construction: each is one
-    stored block of DEFLATE around the next local header, and all end in one kernel of zeros.
+    """Write a zip whose members overlap, as in David Fifield's construction: each member is one
+    stored DEFLATE block around the next local header, and all end in the same kernel of zeros.
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     kernel = packer.compress(bytes(2**20)) + packer.flush()
@@ -77,7 +77,7 @@ def overlapping_zip(path: Path, count: int) -> Path:
     return path
 
 
-def test_overlapping_members_that_claim_too_much_are_one_line(tmp_path: Path) -> None:
+def test_overlapping_members_that_claim_too_much_are_one_error(tmp_path: Path) -> None:
     path = overlapping_zip(tmp_path / "x.zip", 400)
     assert path.stat().st_size < 60_000
     with pytest.raises(
@@ -86,7 +86,7 @@ def test_overlapping_members_that_claim_too_much_are_one_line(tmp_path: Path) ->
         list(zip.members(path, "x.zip"))
 
 
-def test_of_overlapping_members_the_first_is_read(tmp_path: Path) -> None:
+def test_only_the_first_of_overlapping_members_is_read(tmp_path: Path) -> None:
     path = overlapping_zip(tmp_path / "x.zip", 2)
     first, second = zip.members(path)
     assert (first.name, first.excluded) == ("0000.png", "")
@@ -96,14 +96,14 @@ def test_of_overlapping_members_the_first_is_read(tmp_path: Path) -> None:
 def test_members_without_a_name_are_refused(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "x.zip", {"a.png": b"1", "n.png": b"2"})
     data = path.read_bytes().replace(b"n.png", b"\0.png")
-    path.write_bytes(data)  # zipfile ends a name at a zero
+    path.write_bytes(data)  # zipfile cuts a name at a zero byte
     assert [member.excluded for member in zip.members(path)] == ["without a name", ""]
     path = tmp_path / "x.tar"
     path.write_bytes(header("", tarfile.REGTYPE) + header("a.png", tarfile.REGTYPE) + bytes(1024))
     assert refusals(path) == {"": "without a name", "a.png": ""}
 
 
-def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_escaped_in_tars_and_refused_in_zips(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "x.zip", {"é.png": b"1"})
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
     with pytest.raises(
@@ -120,7 +120,7 @@ HIDDEN = {"._a.jpg": b"x", ".git/a.jpg": JPEG, "__MACOSX/d/._a.jpg": b"x", "__MA
 SHOWN = {"a.jpg": JPEG, "d/a.jpg": JPEG, "__MACOSX_2/a.jpg": JPEG, "d./a.jpg": JPEG}
 
 
-def test_hidden_files_are_passed_over_in_folders_zips_and_tars_alike(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped_in_folders_zips_and_tars_alike(tmp_path: Path) -> None:
     members = HIDDEN | SHOWN
     zip_of(tmp_path / "x.zip", members)
     tar_of(tmp_path / "x.tar", members | {"./e.jpg": JPEG})
@@ -134,7 +134,7 @@ def test_hidden_files_are_passed_over_in_folders_zips_and_tars_alike(tmp_path: P
             str(Path(file.name).relative_to(top)) for file in find_images([str(top)], excluded)
         ]
         assert sorted(names) == sorted([*SHOWN, *more])
-        assert excluded["hidden"] == hidden  # of folders, the folder counts
+        assert excluded["hidden"] == hidden  # a hidden folder counts once
     assert sorted(file.inside for file in walk(tmp_path / "raw", "s")) == sorted(SHOWN)
     (tmp_path / "raw/z").mkdir()
     (tmp_path / "x.zip").rename(tmp_path / "raw/z/x.zip")
@@ -142,8 +142,8 @@ def test_hidden_files_are_passed_over_in_folders_zips_and_tars_alike(tmp_path: P
     assert inside == sorted(f"x.zip/{name}" for name in SHOWN)
 
 
-def test_a_chain_of_extended_headers_is_damage(tmp_path: Path) -> None:
-    """tarfile reads one inside the other, until Python's stack ends."""
+def test_a_long_chain_of_extended_headers_is_an_error(tmp_path: Path) -> None:
+    """tarfile reads nested headers recursively, up to Python's recursion limit."""
     record = b"12 path=abc\n"
     link = header("p", tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")
     good = tar_of(tmp_path / "good.tar", {"a.png": b"1"}).read_bytes()
@@ -160,8 +160,8 @@ def test_a_chain_of_extended_headers_is_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_header_of_gigabytes_is_damage(tmp_path: Path, kind: bytes) -> None:
-    """Two megabytes that tarfile would hold in memory as two gigabytes."""
+def test_an_extended_header_of_gigabytes_is_an_error(tmp_path: Path, kind: bytes) -> None:
+    """Two megabytes on disk, for which tarfile would allocate two gigabytes."""
     path = tmp_path / "x.tar.gz"
     with gzip.open(path, "wb", compresslevel=1) as stream:
         stream.write(header("p", kind, 2**31))
@@ -171,7 +171,7 @@ def test_a_header_of_gigabytes_is_damage(tmp_path: Path, kind: bytes) -> None:
         refusals(path)
 
 
-def test_sparse_members_are_refused_without_their_maps(tmp_path: Path) -> None:
+def test_sparse_members_are_refused_without_reading_their_maps(tmp_path: Path) -> None:
     def old_gnu(extensions: int) -> bytes:
         block = bytearray(header("s.png", tarfile.GNUTYPE_SPARSE))
         block[482] = 1 if extensions else 0
@@ -197,7 +197,7 @@ def test_sparse_members_are_refused_without_their_maps(tmp_path: Path) -> None:
     assert refusals(path) == {"b.png": sparse, "a.png": ""}
 
 
-def test_a_member_of_negative_size_is_damage(tmp_path: Path) -> None:
+def test_a_member_of_negative_size_is_an_error(tmp_path: Path) -> None:
     record = b"14 size=-1024\n"
     pax = header("p", tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")
     path = tmp_path / "x.tar"
@@ -207,7 +207,7 @@ def test_a_member_of_negative_size_is_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["gz", "xz"])
-def test_a_tar_that_unpacks_to_too_much_ends(
+def test_a_tar_that_unpacks_to_too_much_is_an_error(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tar, "MAX_SLACK", 2**20)
@@ -222,11 +222,11 @@ def test_a_tar_that_unpacks_to_too_much_ends(
             pass
 
 
-def test_an_xz_that_asks_for_much_memory_is_refused(tmp_path: Path) -> None:
-    """A few hundred bytes that name a dictionary of 1.5 GiB."""
+def test_an_xz_that_needs_too_much_memory_is_refused(tmp_path: Path) -> None:
+    """A few hundred bytes whose header asks for a dictionary of 1.5 GiB."""
     plain = tar_of(tmp_path / "x.tar", {"a.jpg": JPEG}).read_bytes()
     path = tmp_path / "x.tar.xz"
-    for dictionary, says in ((64 * 2**20, ""), (3 * 2**29, "more memory than 256 MiB")):
+    for dictionary, says in ((64 * 2**20, ""), (3 * 2**29, "needs more than 256 MiB of memory")):
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**16}]
         path.write_bytes(with_dictionary(lzma.compress(plain, filters=filters), dictionary))
         if says:
@@ -238,8 +238,8 @@ def test_an_xz_that_asks_for_much_memory_is_refused(tmp_path: Path) -> None:
 
 
 def with_dictionary(packed: bytes, size: int) -> bytes:
-    """An xz file of one block with another size of its dictionary in the block's header, which has
-    a checksum.
+    """Change the dictionary size in the block header of an xz file of one block, and the header's
+    checksum.
     """
     begin, length = 12, 4 * (packed[12] + 1)
     header = bytearray(packed[begin : begin + length - 4])
@@ -251,7 +251,7 @@ def with_dictionary(packed: bytes, size: int) -> bytes:
     return packed[:begin] + bytes(header) + check + packed[begin + length :]
 
 
-def test_xz_files_in_a_row_are_one_tar_and_a_cut_one_is_none(tmp_path: Path) -> None:
+def test_several_xz_streams_are_one_tar_and_a_cut_one_is_an_error(tmp_path: Path) -> None:
     plain = tar_of(tmp_path / "x.tar", {"a.jpg": JPEG, "b.jpg": JPEG}).read_bytes()
     path = tmp_path / "x.tar.xz"
     whole = lzma.compress(plain[:700]) + lzma.compress(plain[700:]) + bytes(8)
@@ -262,7 +262,7 @@ def test_xz_files_in_a_row_are_one_tar_and_a_cut_one_is_none(tmp_path: Path) -> 
         refusals(path)
 
 
-def test_folders_may_lie_deeper_than_python_recurses(tmp_path: Path) -> None:
+def test_folders_may_be_nested_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     folder = tmp_path / "raw/s"
     folder.mkdir(parents=True)
     code = (
@@ -272,13 +272,14 @@ def test_folders_may_lie_deeper_than_python_recurses(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
     files = list(walk(tmp_path / "raw", "s"))
-    subprocess.run(["rm", "-rf", tmp_path / "raw"], check=True)  # shutil would recurse, too
+    # Not shutil.rmtree, which would reach the recursion limit.
+    subprocess.run(["rm", "-rf", tmp_path / "raw"], check=True)
     assert [file.inside for file in files] == ["d/" * 1500 + "a.jpg"]
 
 
 @pytest.mark.slow
-def test_memory_stays_small_for_the_worst_of_these(tmp_path: Path) -> None:
-    """In a process that may have 1 GiB."""
+def test_memory_stays_small_for_a_header_of_gigabytes(tmp_path: Path) -> None:
+    """The tar is read in a process with 1 GiB of address space."""
     path = tmp_path / "x.tar.gz"
     with gzip.open(path, "wb", compresslevel=1) as stream:
         stream.write(header("p", tarfile.XHDTYPE, 2**31))
@@ -297,7 +298,7 @@ def test_memory_stays_small_for_the_worst_of_these(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_AS)[0] != 2**30
 
 
-def test_backslashes_are_those_of_old_windows_programs(tmp_path: Path) -> None:
+def test_backslashes_separate_folders_as_in_old_windows_programs(tmp_path: Path) -> None:
     names = ("d\\a.png", "d/b.png", "e\\", "d\\.c.png", "..\\up.png")
     path = zip_of(tmp_path / "x.zip", dict.fromkeys(names, b"1"))
     reasons = {member.name: member.excluded for member in zip.members(path)}

@@ -1,4 +1,4 @@
-"""Nothing but `DecodeError` leaves the decode boundary, whatever a file holds."""
+"""Decoding raises only `DecodeError` (and `MemoryError`), whatever the bytes."""
 
 import io
 import re
@@ -16,7 +16,9 @@ SEEDS = seeds()
 
 
 def fuzz(kind: str, rounds: int) -> set[str]:
-    """The outcomes of so many mutations; any other exception is raised."""
+    """Decode `rounds` mutations of a seed file and return the outcomes. Any other exception is
+    raised.
+    """
     rng = np.random.default_rng(list(SEEDS).index(kind))
     seen = set()
     for _ in range(rounds):
@@ -39,17 +41,17 @@ def fuzz(kind: str, rounds: int) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_a_damaged_file_is_an_image_or_one_reason(kind: str) -> None:
+def test_a_damaged_file_is_decoded_or_refused_with_one_reason(kind: str) -> None:
     assert fuzz(kind, 40) >= {"refused"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SEEDS)
-def test_a_thousand_damaged_files_are_images_or_reasons(kind: str) -> None:
+def test_a_thousand_damaged_files_are_decoded_or_refused_with_one_reason(kind: str) -> None:
     assert fuzz(kind, 1000) == {"good", "refused"}
 
 
-def test_there_is_a_seed_of_every_format() -> None:
+def test_mutations_start_from_every_format() -> None:
     formats = {Image.open(io.BytesIO(data)).format for data in SEEDS.values()}
     assert formats >= set(READABLE)
 
@@ -67,7 +69,7 @@ def test_mutations_are_the_same_every_time() -> None:
 def test_whatever_a_plugin_raises_becomes_one_reason(
     where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it raises: on opening, on decoding, or when it is asked for a property."""
+    """A plugin may raise when it opens, when it decodes, or when a property is read."""
 
     class Hostile(ImageFile.ImageFile):
         def _open(self) -> None:
@@ -94,7 +96,7 @@ def test_whatever_a_plugin_raises_becomes_one_reason(
         assert "0x" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_lack_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_is_not_turned_into_a_decode_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_memory(_image: Image.Image) -> np.ndarray:
         raise MemoryError
 
@@ -103,7 +105,7 @@ def test_a_lack_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None
         decode(SEEDS["bmp"])
 
 
-def test_no_word_of_a_decoder_leaks(capfd: pytest.CaptureFixture) -> None:
+def test_decoders_print_nothing(capfd: pytest.CaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         for _, data in mutations(300, seed=5):

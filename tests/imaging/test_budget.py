@@ -1,4 +1,4 @@
-"""Pictures that are decoded at a time fit the memory that is meant for it."""
+"""Images that are decoded at the same time fit into the memory budget."""
 
 import threading
 import time
@@ -46,7 +46,9 @@ def test_threads_wait_for_each_other(kind: str, two_at_a_time: budget.ByteBudget
 
 @pytest.mark.parametrize("act", [decode, prepare])
 @pytest.mark.parametrize("data", [*DATA.values(), DATA["JPEG"][:-9], DATA["PNG"][:900]])
-def test_what_was_taken_is_given_back(act, data: bytes, two_at_a_time: budget.ByteBudget) -> None:
+def test_reserved_memory_is_released_after_success_and_error(
+    act, data: bytes, two_at_a_time: budget.ByteBudget
+) -> None:
     for _ in range(5):
         try:
             act(data)
@@ -55,7 +57,7 @@ def test_what_was_taken_is_given_back(act, data: bytes, two_at_a_time: budget.By
     assert two_at_a_time.used == 0
 
 
-def test_a_picture_larger_than_all_is_decoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_larger_than_the_budget_is_decoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "_budget", budget.ByteBudget(9))
     np.testing.assert_array_equal(decode(DATA["PNG"]), photo(1, 40, 30))
 

@@ -1,4 +1,4 @@
-"""Any file in: the right pixels and facts, or one clear reason."""
+"""Any file is decoded to the right pixels and facts, or refused with one clear reason."""
 
 import io
 import warnings
@@ -79,7 +79,7 @@ def deep_png(mode: str) -> bytes:
     ],
     ids=["gif", "bmp", "tiff", "avif", "heic", "cmyk", "rgb-jpeg", "webp-anim", "apng", "png16"],
 )
-def test_anything_else_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
+def test_any_other_file_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
     prepared = prepare(data)
     assert (prepared.facts.format, prepared.facts.transcoded_from) == ("PNG", was)
     stored = Image.open(io.BytesIO(prepared.data))
@@ -88,7 +88,7 @@ def test_anything_else_becomes_an_8_bit_rgb_png(data: bytes, was: str) -> None:
 
 
 def test_16_bit_gray_keeps_its_range() -> None:
-    """`convert("RGB")` alone would clip everything above 255 to white."""
+    """`convert("RGB")` alone would clip all values above 255 to white."""
     pixels = prepare(deep_png("PNG")).pixels
     assert pixels.min() == 0
     assert 250 <= pixels.max() <= 255
@@ -124,12 +124,12 @@ JPEG, PNG, WEBP = encode(PIXELS), encode(PIXELS, "PNG"), encode(PIXELS, "WEBP")
     ],
     ids=["empty", "html", "half", "no-end", "header", "png-half", "webp-half", "postscript"],
 )
-def test_what_cannot_be_decoded_has_a_reason(data: bytes, said: str) -> None:
+def test_a_file_that_cannot_be_decoded_has_a_reason(data: bytes, said: str) -> None:
     with pytest.raises(DecodeError, match=said):
         prepare(data)
 
 
-def test_a_decompression_bomb_is_refused_unread() -> None:
+def test_a_decompression_bomb_is_refused_before_decoding() -> None:
     bomb = encode(Image.new("1", (30_000, 30_000)), "PNG")
     assert len(bomb) < 2**20
     with pytest.raises(DecodeError, match="megapixels, more than the 200 allowed"):
@@ -147,8 +147,8 @@ def test_near_duplicates_hash_alike_and_others_do_not() -> None:
     assert other_bits >= 16
 
 
-def test_one_fingerprint_is_what_it_is_among_many() -> None:
-    """Packing makes them by the hundred, `verify` one by one."""
+def test_a_fingerprint_does_not_depend_on_its_batch() -> None:
+    """Packing computes hundreds in one call, `verify` one at a time."""
     flat = np.full((5, 7, 3), 93, np.uint8)
     grids = np.stack([green_grid(photo(n, 40 + n, 300 - n)) for n in range(9)] + [green_grid(flat)])
     hashes, thumbnails = fingerprints(grids)
@@ -161,8 +161,8 @@ def test_one_fingerprint_is_what_it_is_among_many() -> None:
     assert [len(part) for part in fingerprints(grids[:0])] == [0, 0]
 
 
-def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:
-    """Exact DCT and smooth chroma: the fast variants delete the traces a detector reads."""
+def test_the_reference_decoder_equals_pillow_without_fast_variants() -> None:
+    """Exact DCT and smooth chroma: the fast variants delete the traces that a detector reads."""
     for subsampling in (0, 1, 2):
         data = encode(PIXELS, quality=80, subsampling=subsampling)
         expected = np.asarray(Image.open(io.BytesIO(data)))
@@ -170,7 +170,7 @@ def test_the_reference_decoder_is_pillow_without_shortcuts() -> None:
 
 
 def test_threads_leave_the_warning_filters_as_they_were() -> None:
-    """One thread ends while another is still at it."""
+    """One thread leaves its block while another is still inside."""
     before = list(warnings.filters)
     one, two = without_warnings(), without_warnings()
     one.__enter__()
@@ -185,8 +185,8 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_prediction_sees_what_is_packed(kind: str, orientation: int) -> None:
-    """`decode` and `as_is` give what `prepare` gives, without its other work."""
+def test_prediction_decodes_the_pixels_that_are_packed(kind: str, orientation: int) -> None:
+    """`decode` and `as_is` return what `prepare` returns, without its other work."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(IMAGE, kind, **({} if kind == "GIF" else {"exif": exif}))

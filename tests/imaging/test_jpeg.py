@@ -1,4 +1,4 @@
-"""The quick look at a JPEG's header against Pillow's: the same facts, or none."""
+"""Parsing of JPEG headers against Pillow: the same facts, or None."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ OTHER = {
 
 
 def outcome(data: bytes):
-    """What `prepare` and `as_is` make of bytes."""
+    """Return the results of `prepare` and `as_is`, or the error."""
     try:
         prepared = prepare(data)
     except DecodeError as error:
@@ -51,7 +51,7 @@ def outcome(data: bytes):
 
 
 def with_pillow(data: bytes, monkeypatch: pytest.MonkeyPatch):
-    """The same by Pillow alone."""
+    """Return `outcome` with the header parser turned off, so that Pillow reads every file."""
     with monkeypatch.context() as patched:
         patched.setattr(decode, "read_header", lambda _data: None)
         return outcome(data)
@@ -66,9 +66,7 @@ def test_a_plain_jpeg_is_described_as_by_pillow(kind: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_what_needs_interpreting_is_left_to_pillow(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusual_headers_are_left_to_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_header(OTHER[kind]) is None
     assert outcome(OTHER[kind]) == with_pillow(OTHER[kind], monkeypatch)
 
@@ -82,10 +80,10 @@ def test_a_bomb_is_refused_by_its_header() -> None:
 
 
 @pytest.mark.parametrize("kind", ["4:2:2", "gray", "progressive", "restarts"])
-def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes changed, cut off or put in at random, most of them in the header: never a verdict of
-    its own.
-    """
+def test_damaged_files_have_the_same_outcome_as_with_pillow(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are changed, removed, inserted or cut off at random, mostly in the header."""
     rng = np.random.default_rng(7)
     outcomes = set()
     for _ in range(250):
@@ -111,7 +109,7 @@ def test_damage_ends_as_with_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, "exif", "profile", "cmyk", "gap before a marker"])
-def test_what_stands_before_the_pixels_ends_at_the_first_scan(kind: str) -> None:
+def test_before_scan_ends_at_the_first_scan(kind: str) -> None:
     data = (PLAIN | OTHER)[kind]
     head = before_scan(data)
     assert data.startswith(head) and len(head) < len(data)
@@ -119,12 +117,12 @@ def test_what_stands_before_the_pixels_ends_at_the_first_scan(kind: str) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", OTHER["no image data"], OTHER["png"]])
-def test_without_a_scan_all_of_it_stands_before(data: bytes) -> None:
+def test_before_scan_returns_everything_without_a_scan(data: bytes) -> None:
     assert before_scan(data) == data
 
 
 @pytest.mark.parametrize("kind", PLAIN | OTHER)
-def test_a_header_claims_the_size_that_decoding_gives(kind: str) -> None:
+def test_claimed_size_equals_the_decoded_size(kind: str) -> None:
     unsaid = ("one byte", "no image data", "no size", "no width")
     expected = None if kind in unsaid else IMAGE.size
     assert claimed_size((PLAIN | OTHER)[kind]) == expected

@@ -1,4 +1,4 @@
-"""One number says which way up an image is, wherever the file states it."""
+"""The orientation is read from every kind of metadata and applied."""
 
 import io
 
@@ -15,7 +15,7 @@ IMAGE = Image.fromarray(photo(2, 40, 30))
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
-def test_the_orientation_is_found_and_obeyed(
+def test_the_orientation_is_read_and_applied(
     image_format: str, place: str, orientation: int
 ) -> None:
     data = oriented(IMAGE, image_format, place, orientation)
@@ -38,18 +38,20 @@ def prepared_as_stored(data: bytes, image_format: str) -> Image.Image:
 
 @pytest.mark.parametrize("stated", [0, 9, 255])
 @pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
-def test_nonsense_counts_as_upright(image_format: str, place: str, stated: int) -> None:
+def test_an_invalid_orientation_counts_as_upright(
+    image_format: str, place: str, stated: int
+) -> None:
     assert orientation_of(oriented(IMAGE, image_format, place, stated), image_format) == 1
 
 
-def test_exif_goes_before_xmp() -> None:
+def test_exif_has_priority_over_xmp() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     data = encode(IMAGE, "JPEG", exif=exif, xmp=b'<rdf:Description tiff:Orientation="6"/>')
     assert orientation_of(data, "JPEG") == 3
 
 
-def test_what_carries_exif() -> None:
+def test_carries_exif_ignores_xmp() -> None:
     assert carries_exif(oriented(IMAGE, "JPEG", "exif", 1), "JPEG")
     assert not carries_exif(oriented(IMAGE, "JPEG", "xmp element", 6), "JPEG")
     assert not carries_exif(encode(IMAGE, "PNG"), "PNG")
@@ -61,7 +63,7 @@ def test_formats_that_are_transcoded_end_upright(image_format: str, orientation:
     exif = Image.Exif()
     exif[0x0112] = orientation
     flat = Image.new("RGB", (64, 32))
-    flat.paste((250, 250, 250), (0, 0, 16, 8))  # the first corner
+    flat.paste((250, 250, 250), (0, 0, 16, 8))  # marks the top left corner
     options = {} if image_format == "TIFF" else {"quality": 100}
     facts = prepare(encode(flat, image_format, exif=exif, **options))
     expected = upright(np.asarray(flat), orientation)

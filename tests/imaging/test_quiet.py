@@ -1,4 +1,4 @@
-"""What decoders say is dropped, and what anybody else says is not."""
+"""Output of decoders is dropped, other output is not."""
 
 import os
 import subprocess
@@ -25,13 +25,13 @@ def test_only_decoders_are_silent(capfd: pytest.CaptureFixture) -> None:
     with without_chatter(), without_chatter():
         for line in [*CHATTER, *OTHERS]:
             os.write(2, f"{line}\n".encode())
-        sys.stderr.write("from Python\n")  # one write: the filter's thread writes beside it
+        sys.stderr.write("from Python\n")  # one call: the filter's thread writes at the same time
     os.write(2, b"[ERROR] [jpeg_parser] afterward\n")
     said = capfd.readouterr().err.splitlines()
     assert sorted(said) == sorted([*OTHERS, "from Python", "[ERROR] [jpeg_parser] afterward"])
 
 
-def test_threads_share_it(capfd: pytest.CaptureFixture) -> None:
+def test_threads_share_the_filter(capfd: pytest.CaptureFixture) -> None:
     def work() -> None:
         for _ in range(50):
             with without_chatter():
@@ -45,7 +45,7 @@ def test_threads_share_it(capfd: pytest.CaptureFixture) -> None:
     assert capfd.readouterr().err.splitlines() == [OTHERS[0]] * 200
 
 
-def test_a_traceback_still_comes_out() -> None:
+def test_a_traceback_is_still_printed() -> None:
     script = (
         "from imaging.quiet import without_chatter\n"
         "with without_chatter():\n raise RuntimeError('mine')"

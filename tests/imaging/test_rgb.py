@@ -1,4 +1,4 @@
-"""Every mode as 8 bits: scaled by what the file declares, or refused with words."""
+"""Every mode becomes 8-bit RGB, scaled by what the file declares, or is refused with a reason."""
 
 import io
 
@@ -15,7 +15,7 @@ GRAY = np.rint(255 * RAMP).astype(int)
 
 
 def tiff(values: np.ndarray, **tags: object) -> bytes:
-    """`values` as a TIFF, with tags by number."""
+    """Encode `values` as a TIFF with tags, `tag262=0` for tag number 262."""
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for number, value in tags.items():
         info[int(number.removeprefix("tag"))] = value
@@ -53,7 +53,7 @@ def test_12_bits_in_16_are_scaled_where_the_file_says_so() -> None:
             decode(data)
 
 
-def test_where_white_is_zero_values_are_turned_round() -> None:
+def test_values_are_inverted_where_zero_is_white() -> None:
     values = np.rint((1 - RAMP) * 65535).astype(np.uint16)
     assert np.abs(decode(tiff(values, tag262=0))[:, :, 0].astype(int) - GRAY).max() <= 1
 
@@ -64,14 +64,14 @@ def test_where_white_is_zero_values_are_turned_round() -> None:
 def test_32_bit_integers_are_refused_unless_the_file_says_what_is_white(
     values: np.ndarray,
 ) -> None:
-    with pytest.raises(DecodeError, match="nothing in the file says which is white"):
+    with pytest.raises(DecodeError, match="the file does not say which value is white"):
         decode(tiff(values))
     low, high = int(values.min()), int(values.max())
     declared = tiff(values, tag340=low, tag341=high)
     assert np.abs(decode(declared)[:, :, 0].astype(int) - GRAY).max() <= 1
 
 
-def test_deep_pixels_are_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converting_in_bands_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = decode(tiff(RAMP))
     monkeypatch.setattr(rgb, "BAND_PIXELS", 64 * 5)
     np.testing.assert_array_equal(decode(tiff(RAMP)), whole)
@@ -94,14 +94,16 @@ def test_a_profile_of_rgb_changes_no_pixel_and_no_byte(kind: str) -> None:
 
 
 @pytest.mark.parametrize("profile", [b"no profile", LINEAR])
-def test_a_profile_that_is_none_of_cmyk_is_passed_over(profile: bytes) -> None:
+def test_a_profile_that_is_not_for_cmyk_is_ignored(profile: bytes) -> None:
     data = encode(IMAGE.convert("CMYK"), icc_profile=profile)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
 
 
 def test_cmyk_is_converted_by_its_own_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No CMYK profile may be shipped here; that it is asked, and for sRGB, can be seen."""
+    """No CMYK profile may be distributed here. The test checks that the profile is used, and for
+    RGB.
+    """
     asked = []
 
     def convert(image: Image.Image, ours: object, target: object, outputMode: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A picture whose pixels are all there is decoded, whatever is odd beside them; and only then."""
+"""A picture is decoded if and only if all its pixels are there, whatever else is unusual."""
 
 import io
 import struct
@@ -34,7 +34,9 @@ def changed(data: bytes, at: int, content: bytes) -> bytes:
 
 
 def sampled(data: bytes, *factors: int) -> bytes:
-    """A 4:2:0 JPEG read with other factors of as many blocks: another picture, and a whole one."""
+    """Change the sampling factors of a 4:2:0 JPEG to others with as many blocks: another, whole
+    picture.
+    """
     at = data.index(b"\xff\xc0") + 11
     for component, factor in enumerate(factors):
         data = changed(data, at + 3 * component, bytes([factor]))
@@ -70,7 +72,7 @@ def test_a_jpeg_whose_warnings_lose_nothing_is_decoded(kind: str) -> None:
     packed = prepare(data)
     np.testing.assert_array_equal(packed.pixels, pixels)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of metadata
+        warnings.simplefilter("ignore")  # Pillow warns of metadata
         stored = np.asarray(Image.open(io.BytesIO(packed.data)).convert("RGB"))
     np.testing.assert_array_equal(stored, pixels)
 
@@ -127,7 +129,7 @@ def test_missing_or_damaged_pixels_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WARNED)
-def test_an_end_is_found_behind_whatever_is_odd(kind: str) -> None:
+def test_the_end_marker_is_found_in_unusual_files(kind: str) -> None:
     assert jpeg.has_end(WARNED[kind])
 
 
@@ -139,7 +141,7 @@ def test_many_scans_are_refused_before_decoding() -> None:
         for act in (prepare, decode, as_is):
             with pytest.raises(DecodeError, match=r"scans, more than the limit of 100"):
                 act(data)
-    film = PROGRESSIVE + b"\xff\xda\0\4ab" * 3000  # behind the end it is none of the picture's
+    film = PROGRESSIVE + b"\xff\xda\0\4ab" * 3000  # after the end marker, so no scans
     np.testing.assert_array_equal(decode(film), decode(PROGRESSIVE))
 
 
@@ -192,7 +194,7 @@ ODD_PNG = {
 
 
 @pytest.mark.parametrize("kind", ODD_PNG)
-def test_metadata_never_decides_whether_a_png_is_read(kind: str) -> None:
+def test_damaged_metadata_does_not_stop_the_decoding_of_a_png(kind: str) -> None:
     prepared = prepare(ODD_PNG[kind])
     np.testing.assert_array_equal(prepared.pixels, np.asarray(IMAGE))
     np.testing.assert_array_equal(decode(ODD_PNG[kind]), np.asarray(IMAGE))
@@ -211,14 +213,14 @@ def test_a_png_without_all_its_pixels_is_refused(kind: str) -> None:
             act(data)
 
 
-def test_only_a_usual_png_keeps_its_bytes() -> None:
+def test_only_a_plain_png_keeps_its_bytes() -> None:
     assert png.is_plain(PNG)
     for kind in ("text with a wrong checksum", "unknown chunk", "without IEND"):
         assert not png.is_plain(ODD_PNG[kind])
     assert not png.is_plain(encode(IMAGE, "PNG", save_all=True, append_images=[IMAGE.rotate(9)]))
 
 
-def test_of_an_animation_the_still_picture_is_seen() -> None:
+def test_the_still_picture_of_an_animation_is_decoded() -> None:
     frames = [IMAGE.rotate(turn) for turn in (90, 180)]
     for default in (False, True):
         data = encode(IMAGE, "PNG", save_all=True, append_images=frames, default_image=default)

@@ -1,4 +1,4 @@
-"""The parameters: what they depend on, what they never depend on, and that they keep to ranges."""
+"""Augmentation parameters: what they depend on, that they keep their ranges, golden values."""
 
 from dataclasses import replace
 
@@ -76,8 +76,10 @@ def many_params(
 
 
 @pytest.mark.parametrize("count", [1, 4, 35])
-def test_the_numbers_are_numpys_philox(count: int) -> None:
-    """The referee of the vectorized generator, also for samples beyond 32 bits."""
+def test_uniform_gives_the_numbers_of_numpys_philox(count: int) -> None:
+    """NumPy's generator is the reference of the vectorized one, also for sample numbers above 32
+    bits.
+    """
     samples = np.array([0, 1, 7, 1309, 2**33 + 5])
     numbers = uniform(70, 3, samples, count)
     for row, sample in enumerate(samples.tolist()):
@@ -106,7 +108,7 @@ def test_probabilities_and_ranges_are_those_of_the_policy() -> None:
     assert all(0.1 <= d.blur <= 0.5 for d in params if d.blur)
 
 
-def test_a_harsh_policy_samples_all_that_it_adds() -> None:
+def test_a_harsh_policy_samples_all_its_extra_operations() -> None:
     params = many_params(HARSH)
     share = lambda test: sum(map(test, params)) / len(params)  # noqa: E731
     counts = [sum(map(bool, (d.jpeg, d.jpeg2, d.jpeg3))) for d in params if d.jpeg]
@@ -122,7 +124,7 @@ def test_a_harsh_policy_samples_all_that_it_adds() -> None:
     assert {d.grid_top for d in params} == {d.grid_left for d in params} == set(range(8))
 
 
-def test_one_thing_that_happens_says_nothing_of_another() -> None:
+def test_operations_happen_independently_of_each_other() -> None:
     policy = replace(
         PHASE1, hflip=0.5, color_jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grayscale=0.5,
         jpeg_grid_shift=0.5, webp=0.5, webp_quality=(40, 90),
@@ -138,7 +140,7 @@ def test_one_thing_that_happens_says_nothing_of_another() -> None:
     assert np.abs(together - np.eye(len(together))).max() < 0.07  # four sigma of 4,000 samples
 
 
-def test_what_a_harsh_policy_adds_leaves_the_other_numbers_alone() -> None:
+def test_extra_operations_do_not_change_the_other_parameters() -> None:
     mild = AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90), blur=0.5, grayscale=0.5)
     harsh = replace(mild, num_jpegs=(1, 3), jpeg_grid_shift=1.0, webp=1.0, webp_quality=(10, 90))
     for one, other in zip(many_params(mild, 200), many_params(harsh, 200), strict=True):
@@ -146,7 +148,7 @@ def test_what_a_harsh_policy_adds_leaves_the_other_numbers_alone() -> None:
 
 
 def test_crops_stay_inside_and_cover_the_scale() -> None:
-    """The referee is torchvision, which cropped for the original."""
+    """torchvision's crop, which trained the original, is the reference."""
     crops = many_params(PHASE1)
     areas = np.array([d.width * d.height / (500 * 375) for d in crops])
     torch.manual_seed(0)
@@ -164,7 +166,7 @@ def test_crops_stay_inside_and_cover_the_scale() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2, 900), (900, 3), (17, 16)])
-def test_odd_sizes_have_a_crop(width: int, height: int) -> None:
+def test_very_small_and_very_long_images_have_a_crop(width: int, height: int) -> None:
     for d in [center_params(PREPROCESS, width, height), *many_params(HARSH, 50, width, height)]:
         assert 1 <= d.height <= height
         assert 1 <= d.width <= width
@@ -180,7 +182,7 @@ def test_parameters_depend_on_seed_epoch_and_sample_and_nothing_else() -> None:
     assert all(params_of(HARSH, PREPROCESS, 90, 70, *other) != one for other in others)
 
 
-def test_one_probability_does_not_shift_the_other_numbers() -> None:
+def test_one_probability_does_not_change_the_other_parameters() -> None:
     without = params_of(
         AugmentPolicy(hflip=0.5, jpeg=0.5, jpeg_quality=(40, 90)), PREPROCESS, 90, 70, 1, 1, 1
     )
@@ -191,8 +193,8 @@ def test_one_probability_does_not_shift_the_other_numbers() -> None:
     assert params_of(more, PREPROCESS, 90, 70, 1, 1, 1).jpeg == without.jpeg
 
 
-def test_these_parameters_never_change(golden: Golden) -> None:
-    """Golden: another value means another training run for everyone's seed."""
+def test_parameters_equal_the_golden_values(golden: Golden) -> None:
+    """Golden values: if these parameters change, so does every training run of a given seed."""
     params = params_of(PHASE1, Preprocess(), 500, 375, 70, 0, 1309)
     names = ("top", "left", "height", "width", "hflip", "resample", "jpeg", "grayscale", "blur")
     assert params[:5] == tuple(getattr(params, name) for name in names[:5])
@@ -202,10 +204,12 @@ def test_these_parameters_never_change(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("size", [(576, 576), (864, 576), (576, 1000), (1152, 1440)])
-def test_the_evaluation_crop_is_resize_and_center_crop(size: tuple[int, int]) -> None:
-    """Against torchvision's Resize(288) + CenterCrop(256), which trained the original: the same
-    where the crop falls on whole pixels, but for the border, where a resize before the crop still
-    sees a pixel beyond it.
+def test_the_evaluation_crop_equals_torchvisions_resize_and_center_crop(
+    size: tuple[int, int],
+) -> None:
+    """Compare with torchvision's Resize(288) + CenterCrop(256), which trained the original. Pixels
+    are the same if the crop falls on whole pixels, except at the border, where torchvision's resize
+    still sees pixels outside the crop.
     """
     pixels = np.asarray(Image.fromarray(photo(5)).resize(size, Image.Resampling.BICUBIC))
     ours = apply(pixels, center_params(Preprocess(), *size), 256)
@@ -216,7 +220,7 @@ def test_the_evaluation_crop_is_resize_and_center_crop(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 640), (100, 3000)])
-def test_elsewhere_the_crop_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
+def test_the_evaluation_crop_is_rounded_by_less_than_a_pixel(size: tuple[int, int]) -> None:
     side = min(size) * 256 / 288
     params = center_params(Preprocess(), *size)
     assert params.width == params.height
@@ -225,7 +229,7 @@ def test_elsewhere_the_crop_is_rounded_by_less_than_a_pixel(size: tuple[int, int
     assert abs(params.top - (size[1] - side) / 2) <= 0.75
 
 
-def test_color_matrix_does_what_its_names_say() -> None:
+def test_color_matrices_change_brightness_contrast_saturation_and_hue() -> None:
     def turn(rgb: tuple[float, ...], **change: float) -> np.ndarray:
         return np.array(color_matrix(**change)).reshape(3, 4) @ np.array([*rgb, 1.0])
 
@@ -247,7 +251,7 @@ def test_color_matrix_does_what_its_names_say() -> None:
         ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
         ({"jpeg_quality": (50, 101)}, "at most 100"),
         ({"num_jpegs": (1, 4)}, "jpegs is at most 3"),
-        ({"resample_filters": ()}, "resample_filters takes some of bilinear, bicubic, lanczos"),
+        ({"resample_filters": ()}, "resample_filters takes one or more of bilinear, bicubic"),
     ],
 )
 def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
@@ -255,10 +259,10 @@ def test_impossible_ranges_are_refused(values: dict, said: str) -> None:
         AugmentPolicy(**values)
 
 
-def test_a_blur_that_is_skipped_would_change_nothing() -> None:
-    """Hardest on pixels that differ most from their neighbors."""
-    board = np.indices((70, 45)).sum(axis=0) % 2 * 255
-    images = [np.repeat(board[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
+def test_a_blur_below_the_least_sigma_changes_nothing() -> None:
+    """A checkerboard is the hardest case: each pixel differs most from its neighbors."""
+    checkerboard = np.indices((70, 45)).sum(axis=0) % 2 * 255
+    images = [np.repeat(checkerboard[..., None], 3, axis=2).astype(np.uint8), photo(1, 70, 45)]
     for image in images:
         for sigma in (0.1, 0.2, LEAST_SIGMA):
             np.testing.assert_array_equal(gaussian_blur(image, sigma), image)
@@ -268,7 +272,7 @@ def test_a_blur_that_is_skipped_would_change_nothing() -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 9), (9, 1), (2, 2), (32, 5), (33, 7), (64, 3), (97, 40)]
 )
-def test_blur_in_bands_is_a_blur_of_the_whole(shape: tuple[int, int]) -> None:
+def test_blur_in_bands_equals_a_blur_of_the_whole_image(shape: tuple[int, int]) -> None:
     image = photo(2, shape[1], shape[0])
     taps = np.exp(-0.5 * (np.arange(-1, 2) / 0.45) ** 2)
     taps /= taps.sum()

@@ -1,8 +1,7 @@
-"""The referee: the same parameters, two backends. Per stage, on the images that tell backends
-apart.
+"""Parity of the backends: the same parameters give the same pixels with Pillow and with DALI.
 
-A stage is tested on identical pixels, because one gray level of difference before a JPEG
-quantizer may be forty after it.
+Each stage is tested alone, on images that reveal differences. The input of a stage is identical,
+because one gray level of difference before a JPEG quantizer may become forty after it.
 """
 
 import io
@@ -22,13 +21,13 @@ from tests.builders import ORIENTED_PLACES, color_matrix, encode, oriented, phot
 
 SIZE = 64
 
-# Pillow rounds resize coefficients to fixed point and after each direction, DALI works in float:
-# seen here mean 0.2 to 0.4 and at most 3 gray levels.
+# Pillow rounds resize coefficients to fixed point, and values after each direction. DALI computes
+# in float. Measured here: mean 0.2 to 0.4, at most 3 gray levels.
 RESIZE_MEAN, RESIZE_P99 = 0.5, 3
-# Bicubic and Lanczos overshoot at hard edges, and Pillow clips to 0 .. 255 after each direction,
-# DALI once at the end. On pixels that are all 0 or 255 it shows: mean 1.9, p99 13; elsewhere 0.55.
+# Bicubic and Lanczos overshoot at hard edges. Pillow clips to 0 .. 255 after each direction, DALI
+# once at the end. Measured on pixels of only 0 and 255: mean 1.9, p99 13; on others: mean 0.55.
 SHARP_MEAN, HARD_EDGES_MEAN, HARD_EDGES_P99 = 0.6, 2.5, 16
-# Color and blur are the same sums in float32, rounded once: a tie may fall either way.
+# Color and blur are the same sums in float32, rounded once: ties may be rounded differently.
 ROUNDING = 1
 
 CPU = torch.device("cpu")
@@ -39,7 +38,9 @@ NVJPEG_MEAN, NVJPEG_P99 = 1.0, 6
 
 
 def scenes() -> dict[str, np.ndarray]:
-    """SIZE x SIZE pixels: what stays in the middle of the range hides most mistakes."""
+    """Make test images of SIZE x SIZE pixels. Extreme values are included, because images of medium
+    values hide most mistakes.
+    """
     base = photo(3, SIZE, SIZE)
     gray = np.repeat(base.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
     saturated = np.where(base > 128, 255, 0).astype(np.uint8)
@@ -84,14 +85,14 @@ def _not_wanted(_request: Request) -> None:
 def both(
     data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same images and parameters through Pillow and through DALI, uint8 (B, S, S, 3)."""
+    """Decode the same images and parameters with Pillow and with DALI: uint8 (B, S, S, 3) each."""
     facts = [prepare(item).facts for item in data]
     request = Request(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
     )
     pil = decode_request(request, size)
     backend = DaliBackend(size, len(data), device, threads=2)
-    backend._one_by_one = _not_wanted  # else what is compared could be one backend with itself
+    backend._one_by_one = _not_wanted  # its repair may use the reference itself
     (dali,) = backend.run([request])
     assert not pil.failures
     assert not dali.failures
@@ -167,16 +168,17 @@ def test_photographs_of_any_size_resize_alike(size: tuple[int, int], device: tor
     assert np.percentile(np.abs(pil - dali), 99) <= RESIZE_P99
 
 
-# Where an antialiasing filter reaches over the border, DALI repeats the outermost pixel and torch
-# leaves it out. Bilinear, that is an eighth of the weight on the outermost frame, nothing inside:
-# what differs is an eighth of how far the outermost pixel is from the mean of those beside it, at
-# most 32 levels along a side and 60 in a corner; seen on photographs 13.
+# Where an antialiasing filter reaches outside the image, DALI repeats the outermost pixel and torch
+# ignores the outside. With the bilinear filter, this is an eighth of the weight in the outermost
+# pixels and none inside. So the difference is an eighth of the difference between the outermost
+# pixel and the mean of its neighbors: at most 32 gray levels along a side and 60 in a corner.
+# Measured on photographs: 13.
 FRAME_BOUND, CORNER_BOUND = 32 + 1, 60 + 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", [100, 160, 333])
-def test_resizes_differ_on_the_outermost_frame_alone(side: int, device: torch.device) -> None:
+def test_resizes_differ_only_in_the_outermost_pixels(side: int, device: torch.device) -> None:
     worst = np.indices((side, side)).sum(0) // 4 % 2 * 255
     worst[0], worst[-1], worst[:, 0], worst[:, -1] = 255, 0, 255, 0
     scenes = [photo(5, side, side), np.repeat(worst[:, :, None], 3, axis=2).astype(np.uint8)]
@@ -228,9 +230,11 @@ FILES = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FILES)
 def test_both_decode_to_the_same_pixels(name: str, device: torch.device) -> None:
-    """Bit for bit, for every kind of file that a shard may hold; JPEG on a GPU nearly so."""
+    """Every kind of file in a shard decodes to identical pixels, a JPEG on a GPU to nearly
+    identical ones.
+    """
     data = FILES[name]
-    assert prepare(data).data == data, "this kind is transcoded at packing, so it proves nothing"
+    assert prepare(data).data == data, "packing transcodes this kind, so the test proves nothing"
     pil, dali = both([data], [WHOLE], device=device)
     if device.type == "cuda" and name.startswith("jpeg"):
         difference = np.abs(pil - dali)
@@ -249,8 +253,10 @@ TURNS = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
-def test_both_turn_as_the_index_says(image_format: str, place: str, device: torch.device) -> None:
-    """Wherever a file states its orientation, of square pictures and others."""
+def test_both_apply_the_orientation_of_the_index(
+    image_format: str, place: str, device: torch.device
+) -> None:
+    """Every kind of metadata with an orientation, for square and other pictures."""
     data, expected = [], []
     for width, height in ((64, 64), (72, 56)):
         image = Image.fromarray(photo(11, width, height))
@@ -271,7 +277,7 @@ def test_both_turn_as_the_index_says(image_format: str, place: str, device: torc
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("number", [1, 3, 8])
-def test_the_number_in_the_index_counts_and_not_the_file(number: int, device: torch.device) -> None:
+def test_the_orientation_in_the_index_overrides_the_file(number: int, device: torch.device) -> None:
     data = with_orientation(6, "PNG")
     request = Request([data], ["PNG"], [number], stack([WHOLE]))
     expected = IMAGE if number == 1 else IMAGE.transpose(TURNS[number])
@@ -289,7 +295,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_dali_does_not_read_like_the_reference_is_transcoded(name: str) -> None:
+def test_files_that_dali_decodes_differently_are_transcoded(name: str) -> None:
     prepared = prepare(ODD[name])
     assert prepared.facts.transcoded_from
     pil, dali = both([prepared.data], [WHOLE])
@@ -297,8 +303,8 @@ def test_what_dali_does_not_read_like_the_reference_is_transcoded(name: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> None:
-    """One that only the reference reads, and one that neither does, beside good ones."""
+def test_images_that_dali_refuses_are_decoded_by_the_reference(device: torch.device) -> None:
+    """A batch with an image that only the reference decodes, and one that neither decodes."""
     good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
     bad = b"\xff\xd8" + odd[200:]
     request = Request([good, odd, bad, good], ["JPEG"] * 4, [1] * 4, stack([WHOLE] * 4))
@@ -310,8 +316,8 @@ def test_what_dali_refuses_is_decoded_by_the_reference(device: torch.device) -> 
         np.testing.assert_array_equal(dali.images, pil.images)
 
 
-def test_what_its_parser_refuses_never_reaches_dali() -> None:
-    """A batch with such an image ended the process, more often than not."""
+def test_images_that_dalis_parser_refuses_never_reach_the_graph() -> None:
+    """Such an image in a batch ended the process in most runs."""
     turned = oriented(IMAGE, "WEBP", "exif", 6)
     longer = turned.index(b"EXIF") + 4
     webp = turned[:longer] + b"\xff\xff\0\0" + turned[longer + 4 :]
@@ -330,8 +336,8 @@ def test_what_its_parser_refuses_never_reaches_dali() -> None:
     np.testing.assert_array_equal(dali.images, pil.images)
 
 
-def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
-    """As prediction asks: small groups first, the last one not full."""
+def test_a_bad_image_changes_no_pixel_of_batches_of_any_size() -> None:
+    """Batches as in prediction: small ones first, and a last one that is not full."""
     good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
     others = [encode(photo(seed, SIZE, SIZE)) for seed in range(8)]
     groups = [[good], others[:4], [*others[:3], bad, *others[4:]], [bad, *others[1:]], others[2:7]]
@@ -344,7 +350,7 @@ def test_groups_of_any_size_around_a_bad_one_keep_their_pixels() -> None:
         np.testing.assert_array_equal(pixels, decode_request(request, SIZE).images)
 
 
-def test_a_crop_outside_has_the_same_reason_in_both() -> None:
+def test_a_crop_outside_the_image_has_the_same_reason_in_both() -> None:
     outside = WHOLE._replace(top=1)
     request = Request([FILES["png"]] * 2, ["PNG"] * 2, [1] * 2, stack([outside, WHOLE]))
     (dali,) = DaliBackend(SIZE, 2, CPU, threads=1).run([request])
@@ -355,7 +361,9 @@ def test_a_crop_outside_has_the_same_reason_in_both() -> None:
 @pytest.mark.parametrize("kept", [0.5, 0.95, "without its last two bytes"])
 @pytest.mark.parametrize("kind", ["jpeg 420", "jpeg progressive", "jpeg turned 6"])
 def test_a_jpeg_that_is_cut_off_never_reaches_the_gpu(kind: str, kept: float | str) -> None:
-    """Its decoder would fill what is missing without a word; here DALI is not asked at all."""
+    """The GPU's decoder would silently fill in the missing pixels. This test shows that DALI gets a
+    placeholder.
+    """
     whole = FILES[kind]
     cut = whole[: int(len(whole) * kept)] if isinstance(kept, float) else whole[:-2]
     request = Request([whole, cut, whole], ["JPEG"] * 3, [1] * 3, stack([WHOLE] * 3))
@@ -381,13 +389,15 @@ encountered:
 Current pipeline object is no longer valid."""
 
 
-def test_the_reason_is_the_cause() -> None:
+def test_the_reason_is_the_cause_in_dalis_message() -> None:
     error = RuntimeError(MESSAGE.format(cause="no such\ncode stream"))
     assert _reason(error) == "Failed to decode sample #0 : no such code stream"
 
 
-def test_a_lost_gpu_is_told_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By CUDA, or by its name of the error; never by a folder."""
+def test_a_lost_gpu_is_distinguished_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an error of CUDA or by the name of CUDA's error in the message, never by a folder name
+    like "CUDA".
+    """
     sample = RuntimeError(MESSAGE.format(cause="corrupt"))
     memory = RuntimeError(
         MESSAGE.format(cause="CUDA runtime API error cudaErrorMemoryAllocation (2)")
@@ -416,10 +426,10 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("field", AugmentParams._fields)
-def test_both_backends_obey_every_field(field: str, device: torch.device) -> None:
-    """A new field that one backend forgets fails here."""
+def test_both_backends_apply_every_field(field: str, device: torch.device) -> None:
+    """A new field that one backend ignores fails here."""
     before = AugmentParams(top=2, left=3, height=50, width=48)
-    if field == "filter":  # says how, not whether
+    if field == "filter":  # has an effect only with `resample`
         before = before._replace(resample=24)
     if field == "pair_chroma":
         before = before._replace(pair_jpeg=90)
@@ -430,8 +440,8 @@ def test_both_backends_obey_every_field(field: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_mixed_parameters_in_one_batch_keep_their_places(device: torch.device) -> None:
-    """Conditional operators split and merge a batch; the order must come out as it went in."""
+def test_mixed_parameters_in_one_batch_keep_their_order(device: torch.device) -> None:
+    """DALI's conditional operators split and merge a batch."""
     params = [stage for stage, _ in STAGES.values()] * 2
     data = [encode(photo(i, SIZE, SIZE), "PNG") for i in range(len(params))]
     pil, dali = both(data, params, device=device)
@@ -440,7 +450,7 @@ def test_mixed_parameters_in_one_batch_keep_their_places(device: torch.device) -
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_jpeg_stage_is_libjpeg(device: torch.device) -> None:
-    """Guards against a release of DALI whose CPU operator copies its GPU algorithm."""
+    """A DALI release whose CPU operator uses the algorithm of its GPU operator would fail here."""
     params = [WHOLE._replace(jpeg=quality) for quality in (40, 60, 80, 95)]
     _, dali = both([encode(SCENES["plain"], "PNG")] * 4, params, device=device)
     for quality, pixels in zip((40, 60, 80, 95), dali, strict=True):

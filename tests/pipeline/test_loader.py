@@ -1,4 +1,6 @@
-"""Batches: the same for any workers, ranks and resume, and no good image lost to a bad one."""
+"""Batches are the same for any number of workers and ranks and after a resume; bad images change no
+good ones.
+"""
 
 import hashlib
 import pickle
@@ -23,7 +25,7 @@ from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, broken_copy
 
 
 def facts(batch: Batch) -> tuple:
-    """All of a batch in a form that compares."""
+    """Return everything in a batch in a form that can be compared."""
     digest = hashlib.sha256(batch.images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     return (
         digest.hexdigest(), tuple(batch.samples.tolist()), tuple(batch.labels.tolist()),
@@ -36,7 +38,7 @@ def all_facts(stream: Stream, start: int = 0, epochs: int = 2) -> list[tuple]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_is_what_the_contract_says(make_stream: Callable, backend: str) -> None:
+def test_a_batch_has_the_documented_shapes_and_dtypes(make_stream: Callable, backend: str) -> None:
     stream = make_stream(backend=backend, num_workers=0)
     batch = next(stream.batches(0, 1))
     assert batch.images.shape == (6, 3, 48, 48)
@@ -50,15 +52,15 @@ def test_a_batch_is_what_the_contract_says(make_stream: Callable, backend: str) 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_workers_do_not_matter(make_stream: Callable, backend: str) -> None:
+def test_the_number_of_workers_does_not_change_batches(make_stream: Callable, backend: str) -> None:
     expected = all_facts(make_stream(backend=backend, num_workers=0))
     assert len(expected) == 2 * make_stream().steps_per_epoch
     for workers in (1, 4):
         assert all_facts(make_stream(backend=backend, num_workers=workers)) == expected
 
 
-def test_workers_that_are_not_forked_see_the_same(make_stream: Callable) -> None:
-    """Where processes are spawned, all they know is what was pickled."""
+def test_spawned_workers_make_the_same_batches(make_stream: Callable) -> None:
+    """A spawned process has only the pickled data."""
     stream = make_stream(num_workers=0)
     params_for = train_params(stream.pool.shards, stream.augment, "train", PREPROCESS, 3, 0)
     requests = _Requests(stream.loader, stream.epoch(0), params_for)
@@ -67,7 +69,7 @@ def test_workers_that_are_not_forked_see_the_same(make_stream: Callable) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_ranks_see_the_batches_of_one(make_stream: Callable, backend: str) -> None:
+def test_two_ranks_share_the_batches_of_one(make_stream: Callable, backend: str) -> None:
     whole = list(make_stream(backend=backend, num_workers=0, batch_size=8).batches(0, 2))
     ranks = [
         list(
@@ -94,7 +96,9 @@ def test_two_ranks_see_the_batches_of_one(make_stream: Callable, backend: str) -
 def test_resume_at_any_step_equals_the_uninterrupted_run(
     make_stream: Callable, backend: str, every: int
 ) -> None:
-    """Steps of two epochs: step 0, twice in one epoch, the last, and past an epoch's end."""
+    """Resume at steps of two epochs: step 0, two steps of one epoch, the last step, and after the
+    end.
+    """
     stream = make_stream(backend=backend, num_workers=0)
     expected = all_facts(stream)
     for done in sorted({*range(0, len(expected), every), len(expected) - 1}):
@@ -107,7 +111,7 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(
 
 
 def test_a_state_of_four_ranks_resumes_on_two(make_stream: Callable) -> None:
-    """Elastic: what counts is the global batch."""
+    """Only the global batch must be the same."""
     saved = make_stream(batch_size=2, world_size=4).state(3)
     whole = list(make_stream(num_workers=0, batch_size=8).batches(3, 1))
     ranks = []
@@ -120,7 +124,7 @@ def test_a_state_of_four_ranks_resumes_on_two(make_stream: Callable) -> None:
         make_stream(batch_size=3, world_size=2).resume(saved)
 
 
-def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
+def test_a_repeated_image_gets_another_augmentation(make_stream: Callable) -> None:
     stream = replace(make_stream(ratio="0", num_workers=0), repeats={"gamma": 2})
     assert stream.steps_per_epoch == 2 * len(stream.pool.new) // 6
     seen: dict[int, list[bytes]] = {}
@@ -128,9 +132,9 @@ def test_a_repeated_image_is_augmented_anew(make_stream: Callable) -> None:
         for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
             seen.setdefault(sample, []).append(image.contiguous().numpy().tobytes())
     twice = [images for images in seen.values() if len(images) == 2]
-    assert len(twice) > len(stream.pool.new) - 6  # less what fills no batch
+    assert len(twice) > len(stream.pool.new) - 6  # the last partial batch is dropped
     assert all(first != second for first, second in twice)
-    with pytest.raises(LoadError, match="repeats names source delta; the sets hold gamma"):
+    with pytest.raises(LoadError, match="repeats names source delta; the sources are gamma"):
         replace(stream, repeats={"delta": 2}).epoch(0)
 
 
@@ -154,7 +158,7 @@ def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
         assert (batch.samples[batch.replayed] >= len(stream.pool.new)).all()
 
 
-def test_each_epoch_and_each_seed_augment_anew(make_stream: Callable) -> None:
+def test_each_epoch_and_each_seed_has_other_augmentations(make_stream: Callable) -> None:
     seen: dict[int, list[bytes]] = {}
     for seed in (3, 4):
         stream = make_stream(ratio="0", num_workers=0, seed=seed)
@@ -180,7 +184,9 @@ def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
 
 
 def test_each_source_keeps_its_policy(old: ShardSet) -> None:
-    """`beta` is marked dda, which here changes nothing; the others are augmented."""
+    """The index names the policy dda for `beta`, which changes nothing here. Other sources are
+    augmented.
+    """
     from pipeline.augment import AugmentPolicy
 
     params_for = train_params(
@@ -212,13 +218,14 @@ def test_evaluation_sees_every_sample_once(old: ShardSet, backend: str, batch_si
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cut", ["half", "all"])
-def test_every_fiftieth_image_broken_costs_only_itself(
+def test_broken_images_are_named_and_change_no_other(
     data: Path, old: ShardSet, tmp_path: Path, backend: str, cut: str
 ) -> None:
-    """The run ends, the broken are named, all others come bit for bit as without them.
+    """The run ends normally, broken images are named, and all others are bit-identical to a run
+    without broken ones.
 
-    A file that ends early but properly (an early end-of-image marker) is no error to DALI, and
-    half a WebP is none to Pillow: only the hash finds those.
+    DALI accepts a JPEG that ends early with an end marker, and Pillow accepts half a WebP. Only the
+    checksum finds these.
     """
     bad = list(range(0, len(old), 50))
     shards = broken_copy(data, tmp_path, bad, cut)
@@ -275,10 +282,10 @@ def test_too_many_bad_images_stop_the_run(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_short_set_is_judged_at_the_end_of_an_epoch(
+def test_too_many_bad_images_in_a_short_set_stop_the_run_at_its_end(
     data: Path, tmp_path: Path, backend: str
 ) -> None:
-    """It has fewer samples than the run is stopped after. One bad sample alone stops none."""
+    """The set has fewer samples than `MIN_SEEN`. A single bad sample stops no run."""
     loading = Loading(batch_size=16, backend=backend, num_workers=0)
     for bad, name in (([3], "one"), (list(range(5)), "many")):
         shards = broken_copy(data, tmp_path / name, bad, "all")
@@ -294,7 +301,7 @@ def test_a_short_set_is_judged_at_the_end_of_an_epoch(
 def test_a_truncated_tar_and_a_missing_one_are_named(
     data: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When they were opened they were whole."""
+    """The tars are whole when the loader is opened, and damaged afterwards."""
     shards = broken_copy(data, tmp_path, [], "all")
     dummy = tmp_path / "old/dummy-train-00000.tar"
     loading = Loading(batch_size=16, backend=backend, num_workers=0)
@@ -330,7 +337,7 @@ def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loader_may_be_left_in_the_middle(old: ShardSet, backend: str) -> None:
+def test_iteration_may_stop_in_the_middle_of_an_epoch(old: ShardSet, backend: str) -> None:
     loading = Loading(batch_size=4, backend=backend, num_workers=1)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     for _ in range(3):
@@ -341,7 +348,7 @@ def test_a_loader_may_be_left_in_the_middle(old: ShardSet, backend: str) -> None
 
 @pytest.mark.gpu
 def test_the_gpu_graph_agrees_with_the_reference(old: ShardSet) -> None:
-    """nvJPEG's inverse DCT may differ by rounding; everything else as on the CPU."""
+    """nvJPEG's inverse DCT may differ by rounding; everything else is as on the CPU."""
     images = {}
     for backend, device in (("pil", CPU), ("dali", torch.device("cuda"))):
         loading = Loading(batch_size=8, backend=backend, num_workers=2)

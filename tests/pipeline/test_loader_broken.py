@@ -1,4 +1,6 @@
-"""Broken bytes inside a shard, of every kind: the run ends, and only they are lost."""
+"""Broken bytes of every kind inside a shard: the run ends normally, and only the broken images are
+lost.
+"""
 
 import functools
 import hashlib
@@ -31,7 +33,9 @@ BACKENDS = ("pil", "dali", pytest.param("dali on a GPU", marks=pytest.mark.gpu))
 
 
 def claimed_by(data: bytes) -> dict[str, object] | None:
-    """Format, size and orientation by the header, where Pillow can read one of a sane size."""
+    """Read format, size and orientation from the header; None if Pillow cannot, or the size is too
+    large.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
             if image.width * image.height > 2**26:
@@ -46,19 +50,18 @@ def claimed_by(data: bytes) -> dict[str, object] | None:
 
 
 DECODABLE = {"cmyk", "another picture", "16 bit", "animated"}
-"""Whole images; what gives them away is that the index says another size."""
+"""Kinds that are whole images. They are found only because the index states another size."""
 
 BATCH = 8
 BAD = [0 * BATCH, 1 * BATCH + 4, 2 * BATCH + 7, *range(3 * BATCH, 4 * BATCH)]
-"""First, middle and last in a batch, and a whole batch."""
+"""The first, a middle and the last sample of a batch, and a whole batch."""
 
 
 def with_bytes(
     shards: ShardSet, contents: dict[int, bytes], folder: Path, *, as_claimed: bool = True
 ) -> ShardSet:
-    """The set with other bytes for some samples, which stand in a tar of their own. The index
-    agrees with what their headers claim, so that it is the decoders that find out, unless
-    `as_claimed` is off.
+    """Replace the bytes of some samples, stored in a separate file. If `as_claimed`, the index is
+    changed to agree with the headers, so that only the decoders can find the error.
     """
     path = folder / "broken.bin"
     names = ("offset", "size", "shard_code", "width", "height", "orientation")
@@ -84,7 +87,7 @@ def with_bytes(
 
 
 def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
-    """Each sample of one epoch in the order of the index: valid, digest of its pixels, reason."""
+    """Return (valid, digest of the pixels, reason) by sample number, over one epoch."""
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
     loading = Loading(batch_size=BATCH, backend=backend.partition(" ")[0], num_workers=0)
     loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=DEVICES[backend])
@@ -104,7 +107,7 @@ def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
 
 @pytest.fixture(scope="module")
 def whole(old: ShardSet) -> Callable[[str], dict]:
-    """What each backend makes of the set before anything in it is broken."""
+    """Result of `run` for each backend, on the set without broken bytes."""
     return functools.cache(functools.partial(run, old))
 
 
@@ -116,7 +119,7 @@ def many_may_be_bad(monkeypatch: pytest.MonkeyPatch) -> None:
 def only_the_bad_are_lost(
     shards: ShardSet, good: dict, backend: str, bad: list[int]
 ) -> Iterator[str]:
-    """Run, hold everything against a run without the bad ones; yields the reasons given."""
+    """Compare a run with one without bad samples, and yield the reasons for the bad ones."""
     rows = run(shards, backend)
     assert rows.keys() == good.keys()
     for sample, (valid, digest, reason) in rows.items():
@@ -137,27 +140,27 @@ def test_only_the_bad_are_lost(
     contents = dict.fromkeys(BAD, KINDS[kind])
     shards = with_bytes(old, contents, tmp_path, as_claimed=kind not in DECODABLE)
     reasons = list(only_the_bad_are_lost(shards, whole(backend), backend, BAD))
-    # What no decoder notices is found by its hash (docs/log.md), here it is let through.
+    # No decoder notices the kind "noise": only its checksum finds it (docs/log.md), not used here.
     if not kind.startswith("noise"):
         assert reasons, f"{kind} went through unnoticed"
 
 
 @pytest.mark.parametrize("kind", ["lying size", "bomb"])
-def test_a_header_that_lies_is_refused_before_any_decoder_sees_it(
+def test_a_header_with_a_wrong_size_is_refused_before_decoding(
     old: ShardSet, tmp_path: Path, kind: str
 ) -> None:
-    """A decoder would take gigabytes, or a minute."""
+    """A decoder would need gigabytes of memory or a minute."""
     shards = with_bytes(old, {3: KINDS[kind]}, tmp_path, as_claimed=False)
     width, height = (int(old.column(name)[3]) for name in ("width", "height"))
     (item,) = ShardReader(shards).read([3])
     assert isinstance(item, ReadError)
-    assert str(item) == (f"it claims 60000 x 60000 pixels, the index says {width} x {height}")
+    assert str(item) == (f"its header says 60000 x 60000 pixels, the index {width} x {height}")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not awkward_files(), reason="AWKWARD_IMAGES names no folder of hostile files")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_hostile_file_in_a_folder(
+def test_hostile_files_of_a_folder_change_no_other_image(
     old: ShardSet, whole: Callable[[str], dict], tmp_path: Path, backend: str
 ) -> None:
     for path in awkward_files():
@@ -170,14 +173,14 @@ def test_every_hostile_file_in_a_folder(
 def test_memory_stays_flat_over_ten_thousand_batches(
     old: ShardSet, tmp_path: Path, backend: str
 ) -> None:
-    """With one image in eighty broken, so that repairs are part of it."""
+    """One image in eighty is broken, so that DALI's repair is included."""
     shards = with_bytes(old, {17: KINDS["half a jpeg"]}, tmp_path)
     pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
     loading = Loading(batch_size=4, backend=backend.partition(" ")[0], num_workers=0)
     loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=DEVICES[backend])
     stream = Stream(loader, pool, Replay(), {"train": HARSH, "dda": HARSH}, "train", 1)
     early = 0
-    for number, _ in enumerate(stream.batches(0, 500)):  # 500 epochs: starting over is part of it
+    for number, _ in enumerate(stream.batches(0, 500)):  # 500 epochs, to include their starts
         if number == 2000:
             early = resident()
     assert number == 9_999
@@ -185,12 +188,12 @@ def test_memory_stays_flat_over_ten_thousand_batches(
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
-# torch's signal handler may raise while torch opens a file, which then nobody closes.
+# torch's signal handler may raise while torch opens a file, and the file is then never closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_ends_the_run_with_one_error(old: ShardSet) -> None:
     loading = Loading(batch_size=4, backend="pil", num_workers=1)

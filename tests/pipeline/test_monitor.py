@@ -1,4 +1,4 @@
-"""What the statistics add up, and what the watchdog says when a stage hangs."""
+"""Loader statistics, and the watchdog's warning when a stage hangs."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def batch(sources: list[int], *, replayed: int = 0, timing: BatchTiming | None =
     )
 
 
-def test_the_statistics_add_up_what_was_seen() -> None:
+def test_statistics_add_up_the_batches_seen() -> None:
     def slowly():
         for wait in (0.0, 0.02, 0.2):
             time.sleep(wait)
@@ -47,10 +47,10 @@ def test_the_statistics_add_up_what_was_seen() -> None:
     assert 15 < row["stall_p50_ms"] < 190
     assert row["wait_share"] > 0.9
     assert row["wait_read"] == pytest.approx(0.75 * row["wait_share"])
-    assert stats.row()["images_per_s"] == 0  # counted afresh
+    assert stats.row()["images_per_s"] == 0  # the first `row` has reset the counts
 
 
-def test_each_batch_says_what_it_cost(make_stream: Callable) -> None:
+def test_each_batch_has_its_reading_and_decoding_time(make_stream: Callable) -> None:
     for backend in ("pil", "dali"):
         for batch in make_stream(backend=backend, num_workers=2).batches(0, 1):
             assert batch.timing.decode_s > 0
@@ -58,15 +58,15 @@ def test_each_batch_says_what_it_cost(make_stream: Callable) -> None:
             assert 0 <= batch.timing.ready <= 10
 
 
-def test_the_watchdog_says_who_is_at_what(logged: list[str]) -> None:
+def test_the_watchdog_logs_the_stage_of_each_worker(logged: list[str]) -> None:
     status = WorkerStatus(["worker 0", "worker 1"])
     with Watchdog(status.describe, stall_warning_s=0.2) as watchdog:
         with watchdog.waiting(3):
             time.sleep(0.1)
-        assert not logged  # not long enough
+        assert not logged  # the wait was shorter than `stall_warning_s`
         with watchdog.waiting(4), status.at(1, "reading", 6):
             time.sleep(0.6)
-    assert "step 4 is waited for; worker 0 idle, worker 1 reading step 6" in logged[0]
+    assert "at step 4: worker 0 idle, worker 1 reading step 6" in logged[0]
 
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])
@@ -84,7 +84,7 @@ def test_a_reader_that_hangs_is_named(
     stream = make_stream(backend=backend, num_workers=0, stall_warning_s=0.2)
     threading.Timer(0.8, go_on.set).start()
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
-    assert "step 0 is waited for" in logged[0]
+    assert "at step 0: " in logged[0]
     assert ("worker 0" if backend == "pil" else "reader") + " reading step 0" in logged[0]
 
 

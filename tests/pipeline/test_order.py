@@ -1,4 +1,4 @@
-"""Order and replay: exact counts, the same on any number of ranks, from any step."""
+"""Order and replay: exact counts, the same on any number of ranks and from any step."""
 
 from fractions import Fraction
 
@@ -27,7 +27,7 @@ def epoch(count: int = 1000, batch: int = 24, number: int = 0, **options):
 
 @pytest.mark.parametrize("shuffle", ["global", "block"])
 @pytest.mark.parametrize("count", [24, 1000, 40_000])
-def test_every_sample_comes_at_most_once(shuffle: str, count: int) -> None:
+def test_every_sample_appears_at_most_once(shuffle: str, count: int) -> None:
     samples = epoch(count, shuffle=shuffle).samples
     assert len(samples) == count // 24 * 24
     assert len(np.unique(samples)) == len(samples)
@@ -63,7 +63,7 @@ def test_evaluation_covers_every_sample_once_on_any_ranks(count: int, ranks: int
     assert sorted(seen) == list(range(count))
 
 
-def test_nothing_to_do_is_said() -> None:
+def test_too_few_samples_are_an_error() -> None:
     with pytest.raises(OrderError, match="no sample to evaluate"):
         evaluation_epoch(0, 4)
     with pytest.raises(OrderError, match="7 training samples do not fill one batch of 24"):
@@ -71,7 +71,7 @@ def test_nothing_to_do_is_said() -> None:
 
 
 @pytest.mark.parametrize("changed", ["order_version", "seed", "global_batch", "index_sha256"])
-def test_a_state_of_something_else_is_refused(changed: str) -> None:
+def test_a_state_of_another_run_is_refused(changed: str) -> None:
     state = state_of(epoch(number=2), 17, "abc")
     now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
     assert check_state(state, **now) == (2, 17)
@@ -98,7 +98,7 @@ def test_replay_is_exact_over_an_epoch_and_within_one_in_any_batch(
 
 
 def pools(**sizes: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples, sources and labels of sources with (real, fake) images."""
+    """Make samples, sources and labels, for sources given as name=(real, fake) counts."""
     sources = np.concatenate([np.full(sum(n), i) for i, n in enumerate(sizes.values())])
     labels = np.concatenate([np.repeat([0, 1], n) for n in sizes.values()])
     return np.arange(len(sources)) + 500, sources, labels
@@ -122,7 +122,7 @@ def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
     assert drawn_from == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
 
 
-def test_old_samples_are_chosen_afresh_each_epoch_and_never_twice_in_one() -> None:
+def test_old_samples_are_chosen_anew_each_epoch_and_never_twice_in_one() -> None:
     pool = pools(a=(500, 500), b=(500, 500))
     first, second = (sample_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
     assert len(np.unique(first)) == len(np.unique(second)) == 200
@@ -136,7 +136,7 @@ def test_a_pool_that_is_too_small_is_used_again() -> None:
     assert np.bincount(chosen - 500).min() >= 2
 
 
-def test_share_out_sums_and_keeps_to_the_sizes() -> None:
+def test_share_out_gives_quotas_with_the_sum_and_within_the_sizes() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         sizes = rng.integers(0, 50, rng.integers(1, 8)).tolist()
@@ -146,7 +146,7 @@ def test_share_out_sums_and_keeps_to_the_sizes() -> None:
         assert all(q <= size for q, size in zip(quotas, sizes, strict=True))
 
 
-def test_sources_come_as_often_as_they_are_said_to() -> None:
+def test_sources_are_repeated_the_given_number_of_times() -> None:
     samples, sources = np.arange(1000), np.repeat([0, 1, 2], [100, 300, 600])
     repeated = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 0))
     times = np.bincount(repeated, minlength=1000)
@@ -155,18 +155,18 @@ def test_sources_come_as_often_as_they_are_said_to() -> None:
     assert times[400:].sum() == 150 and times[400:].max() == 1
     again = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 1))
     assert len(again) == len(repeated)
-    assert not np.array_equal(np.bincount(again, minlength=1000), times)  # others, each epoch
+    assert not np.array_equal(np.bincount(again, minlength=1000), times)  # other samples each epoch
     assert len(repeat(samples, sources, {1: 0}, repeat_rng(1, 0))) == 700
 
 
-def test_turns_count_how_often_a_sample_came_before() -> None:
+def test_repeat_index_counts_earlier_appearances() -> None:
     made = training_epoch(np.array([4, 4, 4, 9, 7, 7]), seed=1, number=0, global_batch=6)
     for sample in (4, 7, 9):
         here = made.samples == sample
         assert made.repeat_index[here].tolist() == list(range(here.sum()))
 
 
-def test_mixing_is_one_for_a_random_order_and_tells_blocks_from_none() -> None:
+def test_mixing_is_one_for_a_random_order_and_ranks_the_shuffles() -> None:
     count, batch = 100_000, 64
     sources = np.repeat(np.arange(10), count // 10)
 
@@ -185,7 +185,7 @@ def test_mixing_is_one_for_a_random_order_and_tells_blocks_from_none() -> None:
 
 
 def test_a_block_shuffle_reads_in_runs() -> None:
-    """In a window of open blocks each piece of a shard is needed, and then never again."""
+    """Each piece of a shard is needed within one window of blocks, and never again."""
     samples = training_epoch(
         np.arange(100_000), seed=3, number=0, global_batch=50, shuffle="block"
     ).samples

@@ -1,4 +1,4 @@
-"""Aligned pairs: a fake is delivered as a JPEG of its real partner's quality and chroma."""
+"""Aligned pairs: a fake is compressed as a JPEG with the quality and chroma of its real partner."""
 
 import io
 from dataclasses import replace
@@ -21,14 +21,14 @@ from sharding.catalog import read_catalog
 from sharding.format import ShardSet, open_shards
 from tests.builders import PREPROCESS, build_all, encode, photo
 
-# By number: the real file, and what its fake, a PNG, is expected to become.
+# number -> (encoding of the real file, expected JPEG quality and chroma of its fake, a PNG)
 REALS = {
     0: ({"quality": 60, "subsampling": 2}, (60, "420")),
     1: ({"quality": 85, "subsampling": 0}, (85, "444")),
     2: ({"quality": 96, "subsampling": 1}, (96, "422")),
     3: ("PNG", None),
-    4: (None, None),  # no real at all
-    5: ({"quality": 75, "subsampling": 2}, None),  # its fake is a JPEG itself
+    4: (None, None),  # no real image
+    5: ({"quality": 75, "subsampling": 2}, None),  # the fake is a JPEG already
 }
 
 CATALOG = """
@@ -97,12 +97,12 @@ def test_a_fake_is_compressed_as_its_partner_was(pairs: ShardSet, logged: list[s
         assert (params.pair_jpeg, CHROMAS[params.pair_chroma]) == (wanted or (0, "420")), sample
     train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=1)
     (said,) = [line for line in logged if "match_pair_jpeg" in line]
-    assert "of the 6 fakes of pairs 3 come as JPEGs" in said
-    assert "1 without one real partner, 1 whose partner is no common JPEG, 1 that are" in said
+    assert "of the 6 fakes of pairs, 3 are compressed like their" in said
+    assert "1 without exactly one real partner, 1 whose partner is no common JPEG, 1 that" in said
 
 
-def test_without_the_policy_nothing_changes(pairs: ShardSet) -> None:
-    """And with it no random number moves: the columns come from the index alone."""
+def test_matching_changes_no_other_parameter(pairs: ShardSet) -> None:
+    """The two columns come from the index alone, so matching uses no random number."""
     everyone, repeat_index = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)
     with_, without = (
         train_params(pairs, {"train": AugmentPolicy(), "dda": policy}, "train", PREPROCESS, 1, 0)(
@@ -118,8 +118,8 @@ def test_without_the_policy_nothing_changes(pairs: ShardSet) -> None:
         np.testing.assert_array_equal(getattr(with_, field), getattr(without, field))
 
 
-def test_two_real_images_in_a_group_are_no_partner(pairs: ShardSet) -> None:
-    """A prompt or a video, not a pair."""
+def test_a_group_with_several_real_images_has_no_partner(pairs: ShardSet) -> None:
+    """Such a group is a prompt or a video, not a pair."""
     table = pairs.table
     group = ["pairs/all"] * len(table)
     place = table.schema.get_field_index("group")
@@ -127,19 +127,19 @@ def test_two_real_images_in_a_group_are_no_partner(pairs: ShardSet) -> None:
     assert not partners_of(merged, ("pairs",)).quality.any()
 
 
-def test_it_is_a_jpeg_of_the_whole_image() -> None:
-    """On the blocks of the file, before the crop, as a real image comes."""
+def test_the_whole_image_is_compressed_before_the_crop() -> None:
+    """The JPEG blocks start at the corner of the file, as in a real image."""
     pixels = photo(3)
-    delivered = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
+    compressed = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
     params = AugmentParams(top=5, left=3, height=40, width=50, hflip=True)
     pixels_out, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
     apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), pixels_out)
-    apply(delivered, params, expected)
+    apply(compressed, params, expected)
     assert torch.equal(pixels_out, expected)
 
 
-def test_both_backends_deliver_the_same(pairs: ShardSet) -> None:
-    """To within the rounding of a resize, and those fakes that have a partner, nothing else."""
+def test_both_backends_compress_the_same_fakes_alike(pairs: ShardSet) -> None:
+    """Backends differ only by the rounding of a resize, and only fakes with a partner change."""
     seen = {}
     for backend in ("pil", "dali"):
         loading = Loading(batch_size=len(pairs), backend=backend, num_workers=0)
@@ -153,7 +153,7 @@ def test_both_backends_deliver_the_same(pairs: ShardSet) -> None:
         order = np.argsort(batch.samples)
         seen[backend] = batch.images.numpy()[order].astype(int)
     difference = np.abs(seen["pil"] - seen["dali"])
-    assert difference.mean() < 0.5 and difference.max() <= 3  # resizing, as in test_parity.py
+    assert difference.mean() < 0.5 and difference.max() <= 3  # resizing, as in test_dali.py
     plain = Stream(loader, pool, Replay(), {**POLICIES, "dda": AugmentPolicy()}, "train", 1)
     (untouched,) = plain.batches(0, 1)
     before = untouched.images.numpy()[np.argsort(untouched.samples)].astype(int)

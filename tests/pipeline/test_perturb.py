@@ -1,4 +1,4 @@
-"""Each perturbation does what it says, and always the same."""
+"""Each perturbation does what its name says, and the same every time."""
 
 import io
 
@@ -22,13 +22,13 @@ def changed(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def blocking(image: np.ndarray) -> float:
-    """How much stronger steps across the borders of 8 x 8 blocks are than inside them."""
+    """Ratio of the mean step across borders of 8 x 8 blocks to that inside blocks."""
     steps = np.abs(np.diff(image.astype(float).mean(axis=2), axis=1)).mean(axis=0)
     border = np.arange(len(steps)) % 8 == 7
     return float(steps[border].mean() / steps[~border].mean())
 
 
-def test_the_grid_is_the_one_that_is_promised() -> None:
+def test_the_documented_perturbations_exist() -> None:
     assert len(BY_NAME) == len(PERTURBATIONS)
     assert PERTURBATIONS[0] is ORIGINAL
     expected = {f"jpeg-{quality}" for quality in range(30, 100, 10)}
@@ -38,7 +38,7 @@ def test_the_grid_is_the_one_that_is_promised() -> None:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_uint8_rgb_comes_out_the_same_every_time(name: str) -> None:
+def test_a_perturbation_gives_the_same_uint8_rgb_every_time(name: str) -> None:
     before = IMAGE.copy()
     IMAGE.setflags(write=False)
     first, second = (BY_NAME[name].apply(IMAGE, SHA) for _ in range(2))
@@ -62,14 +62,16 @@ def test_uint8_rgb_comes_out_the_same_every_time(name: str) -> None:
         ("blur-2", 1, 1, (1, 1)),
     ],
 )  # fmt: skip
-def test_sizes(name: str, width: int, height: int, expected: tuple[int, int]) -> None:
+def test_output_sizes(name: str, width: int, height: int, expected: tuple[int, int]) -> None:
     arrived = BY_NAME[name].apply(photo(1, width, height), SHA)
     assert arrived.shape[1::-1] == expected
 
 
 @pytest.mark.parametrize("quality", [90, 60, 30])
-def test_jpeg_is_what_a_person_gets_who_saves_one(quality: int) -> None:
-    """The file that Pillow writes, read as any file is; quality and chroma as named."""
+def test_jpeg_equals_a_file_saved_by_pillow(quality: int) -> None:
+    """The perturbed pixels are those of a file that Pillow saves, with the quality and chroma of
+    the name.
+    """
     data = encode(IMAGE, quality=quality)  # Pillow's own default is 4:2:0
     file = prepare(data)
     assert (file.facts.format, file.facts.jpeg_quality, file.facts.chroma) == (
@@ -91,7 +93,9 @@ def test_jpeg_chroma(chroma: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "magic"), [("webp-80", b"WEBP"), ("avif-50", b"avif")])
-def test_other_codecs_are_real(name: str, magic: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webp_and_avif_are_really_encoded(
+    name: str, magic: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
     save = Image.Image.save
 
@@ -103,7 +107,7 @@ def test_other_codecs_are_real(name: str, magic: bytes, monkeypatch: pytest.Monk
     arrived = BY_NAME[name].apply(IMAGE)
     assert magic in written[0][:16]
     assert len(written) == 1
-    # Not by more than a lossy file at this quality, and the colors are where they were.
+    # The image has changed, but not more than a lossy file of this quality changes it.
     assert 0.5 < changed(arrived, IMAGE) < 12
     with Image.open(io.BytesIO(written[0])) as file:
         assert np.array_equal(np.asarray(file.convert("RGB")), arrived)
@@ -116,7 +120,7 @@ def test_worse_quality_loses_more() -> None:
         assert lost == sorted(lost) and lost[0] < lost[-1], family
 
 
-def test_two_jpegs_are_two_and_the_cut_moves_the_blocks() -> None:
+def test_two_jpegs_are_applied_in_order_and_the_cut_moves_the_blocks() -> None:
     once = BY_NAME["jpeg-90"].apply(IMAGE)
     assert np.array_equal(BY_NAME["jpeg-90-60"].apply(IMAGE), BY_NAME["jpeg-60"].apply(once))
     moved = BY_NAME["jpeg-90-cut-60"].apply(IMAGE)
@@ -124,7 +128,7 @@ def test_two_jpegs_are_two_and_the_cut_moves_the_blocks() -> None:
     assert blocking(BY_NAME["jpeg-30"].apply(photo(2, 320, 320))) > 1.05
 
 
-def test_noise_comes_from_the_file_and_has_its_strength() -> None:
+def test_noise_depends_on_the_file_and_has_its_sigma() -> None:
     gray = np.full((200, 300, 3), 128, np.uint8)
     for name, sigma in (("noise-4", 4.0), ("noise-10", 10.0)):
         grain = BY_NAME[name].apply(gray, SHA).astype(float) - 128
@@ -158,12 +162,12 @@ def test_a_screenshot_shows_the_whole_image_between_bars() -> None:
     assert screen[:690].max() == screen[1230:].max() == 0
 
 
-def test_what_cannot_be_is_an_error_with_its_reason() -> None:
+def test_impossible_perturbations_are_errors_with_a_reason() -> None:
     with pytest.raises(ValueError, match=r"40000 x 16000 pixels, more than 200,000,000"):
         perturb.scale(np.zeros((800, 2000, 3), np.uint8), RNG, factor=20)
     with pytest.raises(ValueError, match="encod"):
         BY_NAME["webp-80"].apply(np.zeros((2, 17000, 3), np.uint8))
 
 
-def test_a_perturbation_of_no_steps_is_the_image() -> None:
+def test_a_perturbation_without_steps_returns_the_image() -> None:
     assert np.array_equal(Perturbation("nothing", "", 0, ()).apply(IMAGE[:, ::-1]), IMAGE[:, ::-1])

@@ -1,4 +1,4 @@
-"""The picture of what the network is fed, and the measure of the order."""
+"""The commands `preview` (a picture of augmented samples) and `order` (how well shuffles mix)."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_preview_without_dali_says_so(
         (["order", "nowhere"], "no shard set at nowhere"),
     ],
 )
-def test_mistakes_are_one_clear_line(
+def test_wrong_arguments_are_errors_with_one_clear_line(
     data: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

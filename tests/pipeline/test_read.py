@@ -1,4 +1,4 @@
-"""Reading out of tars: what is open, what is announced to the disk."""
+"""Reading from tars: which files are open, and which byte ranges are prefetched."""
 
 import contextlib
 import os
@@ -22,10 +22,10 @@ def first_of_each_shard(shards: ShardSet) -> list[int]:
     return [int(np.flatnonzero(shards.column("shard_code") == n)[0]) for n in range(3)]
 
 
-def test_a_tar_that_is_read_from_is_not_closed_for_another(
+def test_a_tar_in_use_is_not_closed_to_open_another(
     old: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two may be open. One is in the middle of its second read while two others are opened."""
+    """Two tars may be open. One thread is in its second read while two other tars are opened."""
     monkeypatch.setattr(read, "MAX_OPEN", 2)
     reader = ShardReader(old)
     samples = first_of_each_shard(old)
@@ -53,8 +53,8 @@ def test_a_tar_that_is_read_from_is_not_closed_for_another(
     assert len(reader._files._open) <= 2
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told")
-def test_the_disk_hears_of_a_whole_batch_while_it_is_waited_for(
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise on this system")
+def test_a_whole_batch_is_prefetched_while_reads_are_slow(
     old: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, pause = [], [0.0]
@@ -77,13 +77,13 @@ def test_the_disk_hears_of_a_whole_batch_while_it_is_waited_for(
         reader.read(samples)
         calls.append(told[:])
         told.clear()
-    # The first time it is not known; after that it is as the call before was.
+    # The first call prefetches. Later calls prefetch if the call before was slow.
     assert calls == [expected, ["read"] * 3, expected, expected, ["read"] * 3]
 
 
 @contextlib.contextmanager
 def few_descriptors(count: int) -> Iterator[None]:
-    """A process that may have `count` descriptors."""
+    """Limit this process to `count` open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
     try:
@@ -92,8 +92,8 @@ def few_descriptors(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_more_shards_than_descriptors_are_read(old: ShardSet) -> None:
-    """As under `ulimit -n 256` with 300 shards; good images were counted as broken."""
+def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
+    """Regression: with 300 shards under `ulimit -n 256`, good images were counted as broken."""
     codes = pa.array(range(len(old)), pa.int32())
     place = old.table.schema.get_field_index("shard_code")
     many = replace(
@@ -107,6 +107,6 @@ def test_more_shards_than_descriptors_are_read(old: ShardSet) -> None:
     with few_descriptors(used + 20):
         items = ShardReader(many).read(range(len(old)))
     assert not [data for data in items if isinstance(data, ReadError) and "open" in str(data)]
-    assert [data for data in items if isinstance(data, bytes)]  # of the first shard, these
+    assert [data for data in items if isinstance(data, bytes)]  # samples of the first shard
     with few_descriptors(3), pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096"):
         ShardReader(many).read([0])

@@ -1,4 +1,6 @@
-"""Shards at an address: a real S3-speaking server, and an HTTP server that fails on purpose."""
+"""Shards at an address: on a real S3 server, an imitated Hugging Face hub, and an HTTP server that
+fails on purpose.
+"""
 
 import http.server
 import json
@@ -23,7 +25,7 @@ from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import ShardError, ShardSet, open_shards
 from tests.builders import HARSH, PREPROCESS
 
-# aiobotocore leaves its sessions to the garbage collector when a test ends.
+# aiobotocore does not close its sessions when a test ends; the garbage collector does.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed:ResourceWarning",
     "ignore:Unclosed:ResourceWarning", "ignore:datetime.datetime.utcnow:DeprecationWarning",
@@ -71,7 +73,7 @@ def test_a_bucket_gives_the_batches_of_a_folder(
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
-    """Files of a folder with byte ranges; `wrong` says how the next answers go wrong."""
+    """Serves files of a folder with byte ranges; `wrong` lists how the next answers fail."""
 
     folder: Path
     wrong: list[str]
@@ -122,7 +124,9 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web(data: Path) -> Iterator[Callable[..., ShardSet]]:
-    """`web(*wrong)`: the old set over HTTP, the next range requests going wrong as said."""
+    """`web(*wrong)` serves the old set over HTTP; the next range requests fail as listed in
+    `wrong`.
+    """
     servers = []
 
     def serve(*wrong: str) -> ShardSet:
@@ -143,7 +147,7 @@ def web(data: Path) -> Iterator[Callable[..., ShardSet]]:
 
 
 @pytest.mark.parametrize("wrong", ["busy", "drops", "short"])
-def test_a_remote_that_stumbles_is_asked_again(
+def test_a_remote_that_fails_is_asked_again(
     web: Callable, old: ShardSet, tmp_path: Path, wrong: str, logged: list[str]
 ) -> None:
     shards = web(wrong, wrong)
@@ -153,11 +157,11 @@ def test_a_remote_that_stumbles_is_asked_again(
     assert sum("trying again in" in message for message in logged) == 2
     asked = web.handler.asked
     assert reader.read(range(len(old))) == expected
-    assert web.handler.asked == asked  # everything is here now
+    assert web.handler.asked == asked  # everything is cached now
 
 
 class Hub(Flaky):
-    """As much of the Hugging Face hub as its file system asks for; the dataset is `folder`."""
+    """Imitates the part of the Hugging Face hub that its file system uses. `folder` is the set."""
 
     DATASET = "datasets/owner/set"
 
@@ -196,18 +200,18 @@ def test_the_hub_gives_the_batches_of_a_folder(
         shards = open_pool(place, ["old"], Replay()).shards
         expected = local_facts(old, tmp_path / "unused", 0, "pil")
         assert local_facts(shards, tmp_path / "cache", 0, "pil") == expected
-        assert handler.asked > len(shards.shards)  # pieces, and the busy answer asked again
+        assert handler.asked > len(shards.shards)  # pieces, and a retry after "busy"
     finally:
         server.shutdown()
         server.server_close()
 
 
-def test_a_remote_that_is_gone_is_named(web: Callable, tmp_path: Path) -> None:
+def test_a_remote_that_keeps_failing_is_named(web: Callable, tmp_path: Path) -> None:
     shards = web(*["busy"] * 100)
     reader = ShardReader(shards, cache=Cache(folder=tmp_path))
     (item,) = reader.read([0])
     assert isinstance(item, ReadError)
-    assert "old/alpha-train-00000.tar did not answer 4 times in" in str(item)
+    assert "old/alpha-train-00000.tar did not answer in 4 tries over" in str(item)
     assert "503" in str(item)
 
 
@@ -218,7 +222,7 @@ def test_an_address_that_fails_while_opening_is_one_error(web: Callable) -> None
         open_shards([folder])
 
 
-def test_a_shard_that_is_not_there_is_named_at_once(web: Callable, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named_without_another_try(web: Callable, tmp_path: Path) -> None:
     shards = web()
     web.handler.folder = tmp_path
     started = time.monotonic()
@@ -238,11 +242,11 @@ def test_the_cache_stays_below_its_limit(web: Callable, old: ShardSet, tmp_path:
             rows = order[start : start + 8]
             assert reader.read(rows) == [expected[row] for row in rows]
             held = sum(path.stat().st_size for path in tmp_path.glob("*.piece"))
-            assert held <= limit + 4 * remote.PIECE  # threads may each bring one at a time
+            assert held <= limit + 4 * remote.PIECE  # each thread may add one piece at a time
     pieces = sum(-(-size // remote.PIECE) for size in shards.shard_bytes)
-    assert web.handler.asked > pieces  # the limit really made it drop some
+    assert web.handler.asked > pieces  # some pieces were deleted and fetched again
 
 
-def test_a_cache_that_cannot_work_is_refused() -> None:
+def test_a_cache_of_too_few_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="a cache needs at least"):
         Cache(limit=remote.PIECE)

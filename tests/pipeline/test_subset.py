@@ -1,4 +1,4 @@
-"""`evaluate.py --subset`: the listed samples, each once, and no others."""
+"""`evaluate.py --subset` scores exactly the listed samples, each once."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
 from tests.builders import partly, train_tiny, write_shards
 
-# TensorBoard's own use of protobuf and numpy.
+# TensorBoard's use of protobuf and numpy causes these warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run `tiny` with a checkpoint."""
+    """Folder of runs, with a run `tiny` that has a checkpoint."""
     return train_tiny(data, tmp_path_factory.mktemp("runs"))
 
 
@@ -124,14 +124,14 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
         ([], "set,key", [], "lists no sample; write the list again"),
         ([("val", "a")], "key,set", [], "begins with 'key,set', expected the header set,key"),
         ([("val", "a", "b")], "set,key", [], "list.csv:2 has 3 values, expected set,key"),
-        ([("val", "a")] * 3, "set,key", [], "lists 3 samples, 2 of them again"),
+        ([("val", "a")] * 3, "set,key", [], "lists 3 samples, but 2 repeated"),
         ([("val", "a"), ("val", "b")], "set,key", [],
-         "2 of the 2 samples that list.csv lists of val are not in that set of"),
+         "list.csv lists 2 samples of val, but 2 of them are not in that set of"),
         ([("val", "a")], "set,key", ["--shards", "old"], "lists no sample of old, only of val"),
         ([("nope", "a")], "set,key", [], "no shard set at"),
     ],
 )  # fmt: skip
-def test_a_list_that_does_not_fit_is_one_clear_error(
+def test_a_list_that_does_not_fit_the_sets_is_one_clear_error(
     data: Path, runs: Path, tmp_path: Path, rows: list[tuple[str, str]], header: str,
     arguments: list[str], said: str,
 ) -> None:  # fmt: skip
@@ -149,7 +149,9 @@ def test_a_list_that_does_not_fit_is_one_clear_error(
         (b"\xff\xfe", "byte 0 is 0xff, which is not UTF-8; save it as UTF-8"),
     ],
 )
-def test_a_file_that_is_no_list_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_list_is_an_error_with_the_cause(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     path = tmp_path / "list.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"list.csv:? {said}"):
@@ -157,7 +159,7 @@ def test_a_file_that_is_no_list_says_what_it_is(tmp_path: Path, content: bytes, 
 
 
 @pytest.mark.slow
-def test_a_matched_list_goes_straight_into_evaluate(runs: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_the_list_of_audit_match(runs: Path, tmp_path: Path) -> None:
     sets = write_shards(tmp_path, {"half": {"half": (partly, 150, 150)}})
     listed = tmp_path / "matched.csv"
     out = tmp_path / "audit"

@@ -1,4 +1,4 @@
-"""Loading processes: shared memory, signals, and a batch that never comes."""
+"""Loading processes: shared memory, stop signals, and a batch that never comes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.builders import ROOT, can_mount
 MIB = 2**20
 
 
-def test_workers_follow_the_shared_memory_there_is() -> None:
+def test_the_number_of_workers_fits_into_shared_memory() -> None:
     assert fitting_workers(16, 6 * MIB, None) == 16
     assert fitting_workers(16, 6 * MIB, 64 * MIB) == 3  # 2 x 3 + 3 batches are 54 MiB
     assert fitting_workers(2, 6 * MIB, 64 * MIB) == 2
@@ -28,7 +28,7 @@ def test_workers_follow_the_shared_memory_there_is() -> None:
     assert fitting_workers(16, 6 * MIB, 0) == 0
 
 
-def test_shared_memory_that_cannot_be_written_holds_nothing(
+def test_shared_memory_that_is_not_writable_has_no_free_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert free_shared_memory(tmp_path) > MIB
@@ -37,19 +37,19 @@ def test_shared_memory_that_cannot_be_written_holds_nothing(
     assert free_shared_memory(tmp_path) == 0
 
 
-def test_fewer_workers_are_said_and_none_is_an_error(
+def test_fewer_workers_are_logged_and_none_is_an_error(
     make_stream: Callable, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     batch = 6 * 3 * 48**2
     monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda: MIB + 5 * batch)
     stream = make_stream(backend="pil", num_workers=2)
-    assert "1 loading workers instead of 2; give it more (docker run --shm-size" in logged[0]
+    assert "using 1 of 2 loading workers; give it more (docker run --shm-size" in logged[0]
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
     for free, said in ((MIB, "has 1 MiB free"), (0, "cannot be written")):
         monkeypatch.setattr("pipeline.loader.free_shared_memory", lambda free=free: free)
         with pytest.raises(LoadError, match=rf"/dev/shm.* {said}, too little .*num_workers=0"):
             make_stream(backend="pil", num_workers=2)
-        stream = make_stream(backend="pil", num_workers=-1)  # nobody asked for processes
+        stream = make_stream(backend="pil", num_workers=-1)  # -1: no number was requested
         assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
 
 
@@ -81,10 +81,10 @@ except LoadError as error:
      ("size=64m,ro", 16, "cannot be written, too little"), ("size=64m,ro", -1, "0 80")],
 )  # fmt: skip
 @pytest.mark.slow
-def test_a_container_with_little_shared_memory_loads_or_says_so(
+def test_a_container_with_little_shared_memory_loads_or_gives_the_reason(
     data: Path, options: str, wanted: int, said: str
 ) -> None:
-    """As docker mounts it: 64 MB, too little for the batches of 16 workers, which would hang."""
+    """Docker's default of 64 MB is too little for the batches of 16 workers, which would hang."""
     words = f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"'
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", words, "-", sys.executable, "-c", SMALL, str(data),
@@ -123,7 +123,7 @@ print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True
 """
 
 
-def test_a_worker_ends_by_its_parent_and_by_nobody_else() -> None:
+def test_a_worker_ends_on_signals_of_its_parent_only() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", ANSWERS], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

@@ -204,7 +204,7 @@ def test_a_test_set_is_not_trained_on(
         (['data.validate=["vall"]'], ShardError, "no shard set at .*vall"),
         (["data.validate=[]"], ValueError, "data.validate names no set"),
         (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
-        (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sets hold alpha"),
+        (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sources are alpha"),
         (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe"),
         (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa"),
         (

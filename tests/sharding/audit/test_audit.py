@@ -97,8 +97,8 @@ def test_few_images_do_not_hide_a_perfect_split(sets: Path) -> None:
     assert "format JPEG: 100 % real (24 images)" in said
     assert "format PNG: 100 % fake (36 images)" in said
     assert report.notes == [
-        "Few images: 24 groups of real and 36 of fake images. That is enough only because metadata "
-        "tells them apart so well."
+        "Few images: 24 groups of real and 36 of fake images. They are enough only because "
+        "metadata separates them so well."
     ]
     with pytest.raises(match.MatchError, match="only 0 real and 0 fake images"):
         match.match_classes(shards_of(sets, "apart"))
@@ -159,7 +159,7 @@ def test_without_a_shortcut_the_interval_covers_guessing(sets: Path) -> None:
     assert report.pooled.low <= 0.5 <= report.pooled.high
     assert report.pooled.high - report.pooled.low < 0.2
     assert report.verdict == "little"
-    assert "nothing has to be done" in " ".join(audit.advice_of(report))
+    assert "there is nothing to do" in " ".join(audit.advice_of(report))
 
 
 def test_groups_do_not_leak(sets: Path) -> None:
@@ -200,7 +200,7 @@ def test_one_class_alone_is_said_in_words(sets: Path) -> None:
     report = audit.audit(shards_of(sets, "lonely"))
     assert (report.pooled, report.across, report.features) == (None, None, {})
     assert report.verdict == "unknown"
-    assert report.notes[0].startswith("There are only fake images here")
+    assert report.notes[0].startswith("There are only fake images: ")
 
 
 def test_the_interval_of_an_auroc() -> None:
