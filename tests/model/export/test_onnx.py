@@ -348,4 +348,4 @@ def test_evaluate_scores_sets_by_the_file(
     refused = CliRunner().invoke(
         evaluate.main, ["calibrate", *ask[:6], "--runs", str(tmp_path), "--detector", str(file)]
     )
-    assert refused.exit_code == 1 and "holds its calibration" in refused.stderr
+    assert refused.exit_code == 1 and "contains its calibration" in refused.stderr
