@@ -43,7 +43,7 @@ def test_synthetic_images_are_said_all_or_in_part() -> None:
 
 def test_without_a_calibration_it_is_a_score() -> None:
     (notice,) = notices(meta_of(None))
-    assert notice.kind == "uncalibrated" and "scores and no probabilities" in notice.text
+    assert notice.kind == "uncalibrated" and "scores, not probabilities" in notice.text
     assert word_for(meta_of(None)) == "score"
     assert fitness.number(meta_of(None)) == "score for AI-generated"
     assert fitness.proof(meta_of(None)) == "a score is not a proof"
@@ -56,8 +56,8 @@ def test_sources_that_went_badly_are_named_the_worst_first() -> None:
     }  # fmt: skip
     called, missed = notices(meta_of(CALIBRATION | {"sources": sources}))
     assert called.kind == missed.kind == "known"
-    assert "called AI: 31 % of worse, 20 % of bad (" in called.text
-    assert "found: under 1 % of unseen, 8 % of half (" in missed.text
+    assert "of new kinds AI: 31 % of worse, 20 % of bad (" in called.text
+    assert "of new kinds: under 1 % of unseen, 8 % of half (" in missed.text
 
 
 def test_of_many_sources_the_worst_are_named_and_the_others_counted() -> None:

@@ -69,11 +69,11 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
     net = detector_of(transformer, tmp_path, 32)
     assert heatmap(net, encode(photo(1), "PNG")).shape == (32, 32, 3)
     net.net.backbone.num_prefix_tokens = 2
-    with pytest.raises(ExplainError, match="keeps 3 tokens, which are no square of patches"):
+    with pytest.raises(ExplainError, match="keeps 3 tokens, which form no square of patches"):
         heatmap(net, encode(photo(1), "PNG"))
     for name in ("num_features", "head_hidden_size"):
         setattr(net.net.backbone, name, 7)  # of a network whose last features are something else
-    with pytest.raises(ExplainError, match="keeps neither a map of features nor patches"):
+    with pytest.raises(ExplainError, match="keeps neither a feature map nor patches"):
         heatmap(net, encode(photo(1), "PNG"))
 
 

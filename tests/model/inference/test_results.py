@@ -144,7 +144,7 @@ def test_one_process_writes_a_file(tmp_path: Path) -> None:
 def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.csv"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(ResultsError, match="no plain file"):
+    with pytest.raises(ResultsError, match="not a regular file"):
         open_results(path, "csv", MADE_BY, resume=True)
     with pytest.raises(ResultsError, match="there is no folder"):
         open_results(tmp_path / "none" / "x.csv", "csv", MADE_BY, resume=False)

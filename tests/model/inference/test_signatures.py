@@ -172,12 +172,12 @@ BLOCK = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n"
     [("", "holds no certificate; expected a PEM file"),
      ("<html>Not found</html>", "holds no certificate"),
      ("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "holds no certificate"),
-     (BLOCK.format("AAAA"), "is damaged: certificate 1 of it cannot be read"),
+     (BLOCK.format("AAAA"), "is damaged: certificate 1 cannot be read"),
      (BLOCK.format("AAA"), "is damaged: certificate 1"),
      (BLOCK.format(""), "is damaged: certificate 1"),
      ("-----BEGIN CERTIFICATE-----\nAAAA", "is damaged: certificate 1"),
      ("x" * 2**20 + "x", "has more than 1,048,576 bytes"),
-     (BLOCK.format("AAAA") * 1001, "holds 1,001 certificates, at most 1,000 are taken")],
+     (BLOCK.format("AAAA") * 1001, "holds 1,001 certificates, at most 1,000 are accepted")],
     ids=["empty", "html", "key", "no der", "no base64", "nothing", "cut", "large", "many"],
 )  # fmt: skip
 def test_what_is_no_list_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
@@ -197,15 +197,15 @@ def test_a_damaged_certificate_among_whole_ones_is_named(
     lines = whole.splitlines(keepends=True)
     for damaged in ("".join(lines[:3] + lines[4:]), whole.replace("MII", "M!I", 1)):
         (tmp_path / "x.pem").write_text(whole + damaged + whole)
-        with pytest.raises(TrustListError, match=r"certificate \d of it cannot be read"):
+        with pytest.raises(TrustListError, match=r"certificate \d cannot be read"):
             read_trust_list(tmp_path / "x.pem")
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, reason in {
-        tmp_path / "none.pem": "cannot be read (No such file", tmp_path: "is no plain file",
-        tmp_path / "fifo": "is no plain file", Path("a\0b"): "cannot be read",
+        tmp_path / "none.pem": "cannot be read (No such file", tmp_path: "is not a regular file",
+        tmp_path / "fifo": "is not a regular file", Path("a\0b"): "cannot be read",
     }.items():  # fmt: skip
         with pytest.raises(TrustListError) as refused:
             read_trust_list(path)
@@ -242,7 +242,7 @@ def test_which_list_is_used(
     day = datetime.date(2026, 8, 22)
     assert trust.describe(day).endswith("..., 1 day old")
     assert trust.describe(day.replace(month=12)).endswith(
-        "..., 123 days old; `python -m model fetch --trust-list` brings the newest"
+        "..., 123 days old; `python -m model fetch --trust-list` downloads the newest"
     )
     (tmp_path / "mine.pem").write_bytes(pem(other.root))
     monkeypatch.setenv("DETECTOR_TRUST_LIST", str(tmp_path / "mine.pem"))
