@@ -125,7 +125,7 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there(server: Server) -> None:
     pytest.importorskip("transformers")
-    for name, said in ((MODEL, "could not be brought"), ("no such name", "neither a folder")):
+    for name, said in ((MODEL, "could not be downloaded"), ("no such name", "neither a folder")):
         with pytest.raises(DetectorError, match=said):
             open_transformers(name)
 

@@ -75,7 +75,7 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
         with pytest.raises(DetectorError, match=said):
             open_other(name, opening)
     for opening in (Opening(trust=True), Opening(fake_labels=["x"])):
-        with pytest.raises(DetectorError, match="is for a detector of others"):
+        with pytest.raises(DetectorError, match="is for a third-party detector"):
             load_any(None, None, opening)
     with pytest.raises(DetectorError, match="give one of them"):
         load_any("clip", Path("runs"), Opening())
@@ -88,9 +88,9 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [0.5]", r"gave an array of \(1,\)"),
-        ("return [1.5] * len(images)", "gave 1.5 among them"),
-        ("return 'text'", "gave str"),
+        ("return [0.5]", r"returned an array of shape \(1,\)"),
+        ("return [1.5] * len(images)", "returned the value 1.5"),
+        ("return 'text'", "returned str"),
         ("return [object()] * len(images)", "expected 2 numbers"),
         ("raise KeyError('gpu')", "failed on 2 images: KeyError: 'gpu'"),
     ],

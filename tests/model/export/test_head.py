@@ -189,7 +189,7 @@ def test_only_the_backbone_that_it_was_trained_on_is_taken(
     trained: Path, file: Path, tmp_path: Path
 ) -> None:
     other = backbone_file(tmp_path, 12)
-    with pytest.raises(head.HeadError, match="is not the one that would be fetched"):
+    with pytest.raises(head.HeadError, match="is not the one that would be downloaded"):
         head.save_head(trained, tmp_path / "x", spec_of(other))
     other.unlink()
     with pytest.raises(head.HeadError, match=r"type `python -m model fetch tiny.made_up`"):
@@ -210,7 +210,7 @@ def test_the_command_knows_the_backbone_by_its_hash(
     line = ["export", "--head", str(target), "--runs", str(tmp_path / "runs"), "--data",
             str(tmp_path), "--hub-place", "a/b@main:x/y.safetensors"]  # fmt: skip
     result = CliRunner().invoke(main, line)
-    assert result.exit_code == 1 and "can be fetched from nowhere" in result.output
+    assert result.exit_code == 1 and "which cannot be downloaded" in result.output
     monkeypatch.setattr(head, "KNOWN", (spec_of(backbone_file(tmp_path, 12), file),))
     result = CliRunner().invoke(main, line)
     assert result.exit_code == 0, result.output

@@ -107,14 +107,14 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
     assert "**No evaluation is attached.**" in text
     assert "| old | alpha | test |" in text  # set, source, license
-    assert "no sign of AI below" not in text and "Below 0.3 say no sign of AI" in text
+    assert "no sign of AI below 0.3, likely" in text and "uncertain in between" in text
     assert f"fitted on val ({CALIBRATION['reals']} real" in text
     meta = checkpoint.read_meta(tiny_checkpoint)
     card = card_of(meta, report_of(meta), {"old": None}, onnx=True)
     assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
     assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
     assert "evalgen: There are no real images here." in card
-    assert "| old | not at hand as it was trained on |" in card
+    assert "| old | not listed: set not available |" in card
     assert "onnx/detector.onnx" in card
 
 
@@ -122,7 +122,7 @@ def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
     tiny_checkpoint: Path,
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
-    assert "had not learned from" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
+    assert "## Sources left out" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
     rates = {
         "faces": {"reals": 376, "fakes": 0, "false_positive_rate": 0.26, "recall": None,
                   "uncertain": 0.7},
@@ -133,7 +133,7 @@ def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
     assert "| faces (real) | 376 | 0.260 | 0.700 |" in card
     assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
-    assert card.index("had not learned from") < card.index("## Evaluation")
+    assert card.index("## Sources left out") < card.index("## Evaluation")
 
 
 def test_no_path_of_this_machine_reaches_the_folder(
@@ -187,18 +187,20 @@ def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
 
 
 def test_the_license_is_that_of_the_first_weights() -> None:
-    def found(name: str, pretrained: bool, **data: object):
+    def license_for(name: str, pretrained: bool, **data: object):
         return license_of(
             {"recipe": {"network": {"name": name, "pretrained": pretrained}}, "data": data}
         )
 
-    known = found("convnextv2_base.fcmae_ft_in22k_in1k", True)
+    known = license_for("convnextv2_base.fcmae_ft_in22k_in1k", True)
     assert known.id == "cc-by-nc-4.0" and known.base == "convnextv2_base.fcmae_ft_in22k_in1k"
-    unknown = found("convnextv2_base", False)
-    assert unknown.id == "cc-by-nc-4.0" and not unknown.base and " if it goes back " in unknown.text
-    original = found("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
+    unknown = license_for("convnextv2_base", False)
+    assert (
+        unknown.id == "cc-by-nc-4.0" and not unknown.base and " if training started" in unknown.text
+    )
+    original = license_for("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
     assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
-    assert found("mobilenetv2_100", True).id == "apache-2.0"
+    assert license_for("mobilenetv2_100", True).id == "apache-2.0"
     timm_s = {"kind": "timm", "name": "mobilenetv2_100", "license": "apache-2.0"}
     other = {"kind": "random", "name": "", "license": None}
     for first, id, base in (
@@ -224,7 +226,7 @@ def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path)
     (tmp_path / "mine.txt").write_text("precious")
     arguments = ["export", "--hub", str(tmp_path), "--checkpoint", str(tiny_checkpoint)]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1 and "is there already" in result.output
+    assert result.exit_code == 1 and "exists already" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -78,8 +78,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda p: torch.save({"model": Evil()}, p), "holds more than tensors"),
-        (lambda p: p.write_bytes(pickle.dumps(Evil())), "holds more than tensors"),
+        (lambda p: torch.save({"model": Evil()}, p), "contains more than tensors"),
+        (lambda p: p.write_bytes(pickle.dumps(Evil())), "contains more than tensors"),
         (lambda p: p.write_bytes(b"not a checkpoint"), "checkpoint"),
         (lambda p: torch.save(torch.zeros(3), p), "expected a dictionary of weights"),
         (lambda p: torch.save({"epoch": 3, "model": {"a": 1}}, p), "expected `model` with"),

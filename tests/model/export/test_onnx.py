@@ -246,14 +246,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     cases = {
         tmp_path / "missing.onnx": "there is no file",
         tmp_path / "text.onnx": "cannot be opened as ONNX",
-        foreign(tmp_path / "bare.onnx"): "does not say format_version, classes",
+        foreign(tmp_path / "bare.onnx"): "has no format_version, classes",
         foreign(
             tmp_path / "new.onnx", **(known | {"format_version": "9"})
         ): f"has version 9, expected {FORMAT_VERSION}; export",
         foreign(
             tmp_path / "other.onnx",
             **(known | {"format_version": str(FORMAT_VERSION), "classes": '["cat"]'}),
-        ): r"knows \['cat'\]",
+        ): r"has the classes \['cat'\]",
     }
     for path, said in cases.items():
         with pytest.raises(OnnxError, match=said):
@@ -261,7 +261,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_device_or_threshold_is_said(exported: Path) -> None:
-    with pytest.raises(ValueError, match="asked for auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="ONNX file is auto, cpu or cuda"):
         load_onnx(exported / "detector.onnx", device="tpu")
     with pytest.raises(ValueError, match="a threshold is a probability"):
         load_onnx(exported / "detector.onnx", threshold=1.5)
