@@ -1,4 +1,4 @@
-"""The folder for the hub is what timm loads, a checkpoint, and arrives whole at the other end."""
+"""The folder for the hub: timm loads it, it is a checkpoint, and it is uploaded completely."""
 
 import base64
 import hashlib
@@ -47,7 +47,7 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
         torch.testing.assert_close(loaded(normalized), net(images), rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == ["real", "fake"] and config["num_classes"] == 2
-    # transformers passes the number of classes itself, and fails on a second one
+    # transformers passes the number of classes itself and fails on a second value
     assert "num_classes" not in config["model_args"]
 
 
@@ -63,7 +63,7 @@ def test_timm_preprocesses_images_alike(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
-def test_the_crop_share_leads_back_to_the_sizes(size: int, resize: int, folder: Path) -> None:
+def test_crop_pct_reproduces_the_resize_size(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
     written = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
     assert int(size / written["crop_pct"]) == resize
@@ -101,7 +101,9 @@ def report_of(meta: dict, **changes: object) -> dict:
     } | changes
 
 
-def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -> None:
+def test_the_card_contains_license_thresholds_and_metrics(
+    folder: Path, tiny_checkpoint: Path
+) -> None:
     card = (folder / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
@@ -118,7 +120,7 @@ def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -
     assert "onnx/detector.onnx" in card
 
 
-def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
+def test_the_card_lists_sources_left_out_of_training(
     tiny_checkpoint: Path,
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -139,7 +141,7 @@ def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
 def test_no_path_of_this_machine_reaches_the_folder(
     tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Whatever a person typed for the run: it is known by its name elsewhere."""
+    """Paths in the record are cut to file names, and secrets in URLs are removed."""
     source = tmp_path / "runs" / "tiny" / "step_0000007"
     shutil.copytree(tiny_checkpoint, source)
     meta = checkpoint.read_meta(source)
@@ -159,7 +161,7 @@ def test_no_path_of_this_machine_reaches_the_folder(
     assert prediction.probability is not None
 
 
-def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
+def test_the_card_lists_only_sources_of_the_exact_training_sets(
     tiny_checkpoint: Path, data: Path, logged: list[str]
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -170,7 +172,7 @@ def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
     assert hub.sources_of(meta, None) == {"old": None}
 
 
-def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
+def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
     meta = checkpoint.read_meta(tiny_checkpoint)
     meta["recipe"]["name"], meta["data"] = hostile, {"train": [hostile], "replay": [hostile]}
@@ -222,7 +224,7 @@ def test_the_license_is_that_of_the_first_weights() -> None:
         assert bool(license.base) == bool(base)
 
 
-def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     arguments = ["export", "--hub", str(tmp_path), "--checkpoint", str(tiny_checkpoint)]
     result = CliRunner().invoke(main, arguments)
@@ -243,7 +245,7 @@ def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path)
         (None, "is of tiny step 8, the checkpoint is tiny step 7"),
     ],
 )
-def test_only_its_own_report_is_taken(
+def test_a_report_of_another_checkpoint_is_refused(
     text: str | None, said: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -256,7 +258,9 @@ def test_only_its_own_report_is_taken(
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as an upload needs; large files come by LFS, small ones in the commit."""
+    """Test server with the parts of the hub's API that an upload needs. Large files arrive by LFS,
+    small files in the commit.
+    """
 
     daemon_threads = True
 
@@ -353,7 +357,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", one.url)
-    # Xet, the hub's own protocol for large files, is a library's; LFS is what this server speaks.
+    # This server supports LFS, not Xet, the hub's other protocol for large files.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     yield one
     one.shutdown()
@@ -375,14 +379,14 @@ def test_every_file_arrives(server: Hub, folder: Path) -> None:
     assert server.tokens == {"Bearer hf_s3cret"}
 
 
-def test_a_refusal_is_one_line(server: Hub, folder: Path) -> None:
+def test_a_failed_upload_is_a_one_line_error(server: Hub, folder: Path) -> None:
     server.refuse = True
     result = CliRunner().invoke(main, ["push", str(folder), REPO])
     assert result.exit_code == 1 and not server.files
     assert "could not be uploaded" in result.output and "hf auth login" in result.output
 
 
-def test_half_a_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> None:
     half = tmp_path / "half"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"")
