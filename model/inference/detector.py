@@ -221,7 +221,7 @@ def load_detector(
     check_threshold(threshold)
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
     if not checkpoint and is_shipped(folder):
-        console.log.info("no trained run below %s: using %s, which ships", runs, folder.name)
+        console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)
     where = choose_device(device)
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)

@@ -1,6 +1,6 @@
 """Run an exported detector (`python -m model export --onnx`) in ONNX Runtime, without torch.
 
-Main entry: `load_onnx()`. Predictions have the form of those of `model.load_detector`. The file's
+Main entry: `load_onnx()`. It predicts like a detector of `model.load_detector`. The file's
 metadata contains everything needed: preprocessing, temperature (already applied in its output
 `probability`), threshold and band. The keys are `META_KEYS`.
 """

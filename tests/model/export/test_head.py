@@ -109,7 +109,7 @@ def test_without_a_run_the_shipped_head_is_used(
 ) -> None:
     none = tmp_path / "none"
     assert scores(None, runs=none) == scores(trained)
-    assert logged == [f"no trained run below {none}: using {NAME}, which ships"]
+    assert logged == [f"no trained run below {none}: using shipped detector {NAME}"]
     assert load_detector(NAME, runs=none).checkpoint == shipped  # by its name
     assert load_detector(shipped, runs=none).band == (0.3, 0.6)
     assert load_detector(runs=tmp_path / "runs").checkpoint == trained  # a run comes first
@@ -136,7 +136,7 @@ def test_predict_uses_the_shipped_head_or_names_the_fetch_command(
     line = [str(tmp_path / "photo.png"), "--runs", str(tmp_path / "none")]
     result = CliRunner().invoke(predict.main, line)
     assert result.exit_code == 0, result.output
-    assert f"using {NAME}, which ships" in result.output
+    assert f"using shipped detector {NAME}" in result.output
     file.unlink()
     result = CliRunner().invoke(predict.main, line)
     assert result.exit_code == 2
