@@ -10,7 +10,7 @@ from typing import Any
 import console
 from escape import without_secrets
 from model.evaluation.compare import shared_samples
-from model.evaluation.run import SPEED_FILE, scores_beside
+from model.evaluation.run import SPEED_FILE, find_scores
 from model.evaluation.scores import ScoreTable, read_scores
 from model.evaluation.side_by_side import FIGURES, MEAN, Run, named_runs
 from report.page import rendered
@@ -39,7 +39,7 @@ def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[R
     Raises:
         ValueError: no scores there, or of other images; see `shared_samples`.
     """
-    files = [scores_beside(path) for path in paths]
+    files = [find_scores(path) for path in paths]
     tables = [read_scores(file) for file in files]
     names = named_runs([_name_of(table) for table in tables])
     shared = shared_samples(*tables, intersect=intersect)

@@ -159,7 +159,7 @@ def test_measuring_on_training_data_is_said_first(data: Path, runs: Path, tmp_pa
     result = run(evaluate.main, "--shards", "val", "--shards", "renamed", *arguments)
     assert result.exit_code == 0, result.output
     first = result.stdout.splitlines()[0]
-    assert first.startswith("THE CHECKPOINT WAS TRAINED ON renamed: its figures there say nothing")
+    assert first.startswith("THE CHECKPOINT WAS TRAINED ON renamed: its figures for these sets")
     assert "TRAINED ON" in (tmp_path / "out" / "report.html").read_text()
     result = run(evaluate.main, "--shards", "val", *arguments)
     assert "TRAINED ON" not in result.output

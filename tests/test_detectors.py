@@ -46,7 +46,7 @@ def test_the_card_says_what_speaks_against_it(folder: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_card_states_the_figures_of_the_record(folder: Path) -> None:
     meta, card = checkpoint.read_meta(folder), (folder / "README.md").read_text()
-    assert f"from {meta['calibration']['band'][1]:.3g} on likely AI-generated" in card
+    assert f"likely AI-generated from {meta['calibration']['band'][1]:.3g} on" in card
     for name, rates in meta["calibration"]["sources"].items():
         share = rates["false_positive_rate" if rates["recall"] is None else "recall"]
         escaped = name.replace("_", r"\_")

@@ -359,7 +359,7 @@ def test_a_suite_is_one_report_and_says_what_is_missing(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--suite", "wlid"], "no suite wlid; there are wild, generators"),
+        (["--suite", "wlid"], "no suite wlid; the suites are wild, generators"),
         (["--suite", "wild", "--shards", "val"], "--suite names the sets itself"),
     ],
 )

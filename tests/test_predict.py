@@ -413,7 +413,7 @@ def test_watching_ends_cleanly(
     result = ask("--watch", photos, "--out", out)
     assert result.exit_code == 0, result.output
     assert len(out.read_text().splitlines()) == 1 + len(ALL)
-    assert "Ctrl-C ends" in result.stderr
+    assert "Ctrl-C to stop" in result.stderr
 
 
 # --- the same score -------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_the_fetched_list_is_used_and_said(
     (tmp_path / "list.json").write_text(json.dumps(kept))
     result = ask()
     assert "C2PA trust list: C2PA list of 2026-01-02, 1 anchors" in result.stderr
-    assert "days old; `python -m model fetch --trust-list` brings the newest" in result.stderr
+    assert "days old; `python -m model fetch --trust-list` downloads the newest" in result.stderr
     assert "trusted (C2PA list of 2026-01-02): signed by Example Images Ltd" in result.stdout
     for state in STATES.values():
         assert f"the file says: C2PA: {state} (" in result.stdout

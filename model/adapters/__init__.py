@@ -1,3 +1,3 @@
-"""Detectors of others behind the interface of our own: hub repositories, timm models and Python
-files. `docs/detectors.md` is the page about them.
+"""Third-party detectors with the interface of this project's detectors: Hugging Face Hub
+repositories, timm models and Python files. Main entry: `open.load_any()`. See `docs/detectors.md`.
 """

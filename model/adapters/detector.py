@@ -1,6 +1,7 @@
-"""A detector of others: its own preprocessing and its own verdict, our reading of files.
+"""Third-party detector: this project reads the files, the detector preprocesses and scores them.
 
-No torch here: what computes is a `Judge`, which `model/adapters/open.py` chooses by a name.
+Main entry: `OtherDetector`. This module does not import torch. The computation is in a `Judge`,
+which `model/adapters/open.py` chooses by the name of the detector.
 """
 
 import functools
@@ -27,37 +28,36 @@ from model.inference.prediction import (
 
 
 class DetectorError(ValueError):
-    """A detector of others that cannot be used; the message says what to do."""
+    """Raised for a third-party detector that cannot be used; the message says what to do."""
 
 
 class Judge(Protocol):
-    """What makes of images the probability that they are AI-generated.
-
-    `prepare` is called by many threads at once, `score` by one. With `fixed_batches` the last bits
-    of a score depend on how many images are scored together, and an evaluation fills up its last
-    batch.
-    """
+    """Interface of the computation: images in, probabilities of AI-generated out."""
 
     @property
     def fixed_batches(self) -> bool:
-        """See the class."""
+        """Whether the last bits of a score depend on the batch size. If so, an evaluation pads its
+        last batch.
+        """
 
     def prepare(self, image: Image.Image) -> Any:
-        """What `score` takes of an upright RGB image."""
+        """Return the input of `score` for an upright RGB image. Must be thread-safe."""
 
     def score(self, prepared: Sequence[Any]) -> np.ndarray:
-        """The probability of fake of each, float64 (B,), 0 to 1 or NaN."""
+        """Return the probability of fake of each image: float64 (B,), 0 to 1 or NaN. Called by one
+        thread.
+        """
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OtherDetector(AnyDetector):
-    """A loaded detector of others, with what `model.inference.detector.ImageDetector` offers for
-    prediction.
+    """A loaded third-party detector, with the prediction methods of
+    `model.inference.detector.ImageDetector`.
 
-    `checkpoint` is its name as it was asked for. `meta` has the keys of a checkpoint's that
-    verdicts and reports need, and `detector`: the `kind` (hf, timm, file), `name`, and `revision`,
-    `sha256` of weights or file and `fake_labels`, where it has them. `asked` is a band (low, high)
-    to decide by instead of its own; `reason` says what computes.
+    `checkpoint` is the requested name. `meta` has those keys of a checkpoint's meta that verdicts
+    and reports need, and the key `detector`: `kind` (hf, timm, file), `name`, and where they exist
+    `revision`, `sha256` (of weights or file) and `fake_labels`. `asked` is a band (low,
+    high) that replaces the one of the detector. `reason` describes the computation, for the log.
     """
 
     checkpoint: Path
@@ -70,8 +70,8 @@ class OtherDetector(AnyDetector):
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
-        """One prediction per image, in order; an unreadable one carries its reason. `start` as
-        `ImageDetector.stream` has it.
+        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
+        as in `ImageDetector.stream`.
         """
         files = map(as_source, images, range(sys.maxsize))
         for names, prepared in ahead(files, self.preprocess_file, batch_size, start):
@@ -83,23 +83,23 @@ class OtherDetector(AnyDetector):
             yield from predictions(names, probabilities.tolist(), failures, self.band)
 
     def preprocess_file(self, image: Picture | Pixels) -> Any:
-        """What the detector itself makes of an image, upright and RGB, before it is scored.
+        """Read an image, upright and RGB, and preprocess it as the detector does.
 
         Raises:
-            DecodeError, OSError: it cannot be read.
+            DecodeError, OSError: the image cannot be read.
         """
         with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
-            # A copy: the pixels may be memory that is given back, and the detector may keep it.
+            # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
             return self.judge.prepare(Image.fromarray(np.array(pixels)))
 
     def score(self, prepared: Sequence[Any]) -> np.ndarray:
-        """The probability of fake of what `preprocess_file` made, after the temperature; float64
-        (B,), NaN where the detector gives no finite number.
+        """Return the probability of fake of preprocessed images, after the temperature: float64
+        (B,), NaN where the detector returns no finite number.
         """
         return probability_at(self.judge.score(prepared), self.meta["temperature"])
 
     def logits(self, prepared: Sequence[Any]) -> np.ndarray:
-        """The same before the temperature, as the logit of fake minus that of real, float32."""
+        """Return the logit of fake minus the logit of real, before temperature: float32 (B,)."""
         return logits_from(self.judge.score(prepared)).astype(np.float32)
 
     @property
@@ -109,35 +109,37 @@ class OtherDetector(AnyDetector):
 
     @functools.cached_property
     def identity(self) -> str:
-        """Which detector with which weights or file, and which band: its name and a hash."""
+        """Identifier of the detector, its weights or file, and its band: name and hash."""
         return f"{self.checkpoint} {super().identity.rpartition(' ')[2]}"
 
     @property
     def folder_name(self) -> str:
-        """What the folder below the runs is called that holds what is made of it."""
+        """Name of the folder, below the runs folder, for this detector's output."""
         detector = self.meta["detector"]
         return re.sub(r"[^A-Za-z0-9._]+", "-", f"{detector['kind']}-{detector['name']}").strip("-.")
 
 
 def logits_from(probabilities: np.ndarray) -> np.ndarray:
-    """The logits of probabilities, float64; those of 0 and 1 are finite, and the outermost."""
+    """Convert probabilities to logits, float64. 0 and 1 give finite logits, the smallest and the
+    largest possible.
+    """
     inside = np.clip(probabilities, _LEAST, 1 - _LEAST)
     return np.log(inside) - np.log1p(-inside)
 
 
 _LEAST = 2.0**-53
-"""The distance of 1 from the float64 number below it."""
+"""Difference between 1 and the next smaller float64 number."""
 
 
 def probability_at(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities at a temperature; at 1 they are the detector's own to the last bit."""
+    """Apply a temperature to probabilities. At 1 the probabilities are returned unchanged."""
     if temperature == 1:
         return probabilities
     return 1 / (1 + np.exp(-logits_from(probabilities) / temperature))
 
 
 def meta_of(kind: str, name: str, **identity: Any) -> dict[str, Any]:
-    """The `meta` of a detector of others that nothing was fitted to."""
+    """Return the `meta` of a third-party detector without calibration."""
     return {
         "detector": {"kind": kind, "name": name, **identity},
         "run": name,

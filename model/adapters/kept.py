@@ -1,5 +1,7 @@
-"""The calibration of a detector of others, kept in `<runs>/<its name>/calibration.json`, for its
-own files stay as they are.
+"""Store and load the calibration of a third-party detector: `<runs>/<its name>/calibration.json`.
+
+Main entries: `keep_calibration()`, `with_calibration()`. The files of the detector itself are not
+changed.
 """
 
 import json
@@ -17,12 +19,14 @@ KEYS = ("temperature", "threshold", "calibration")
 
 
 def calibration_path(detector: OtherDetector, runs: Path) -> Path:
-    """Where the calibration of a detector is kept."""
+    """Return the path of a detector's calibration file."""
     return runs / detector.folder_name / CALIBRATION_FILE
 
 
 def keep_calibration(detector: OtherDetector, runs: Path, entries: Mapping[str, Any]) -> Path:
-    """Write what was fitted (`Calibration.entries`), and the identity of what it was fitted to."""
+    """Write a calibration (`Calibration.entries`) with the identity of its detector; return the
+    path.
+    """
     path = calibration_path(detector, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"detector": detector.meta["detector"], **{key: entries[key] for key in KEYS}}
@@ -31,11 +35,11 @@ def keep_calibration(detector: OtherDetector, runs: Path, entries: Mapping[str, 
 
 
 def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
-    """The detector with the calibration that was kept of it, if it is of the same files; where they
-    have changed since, a warning says that it is left out.
+    """Return the detector with its stored calibration, if there is one. A calibration of other
+    weights or of another file is ignored with a warning.
 
     Raises:
-        DetectorError: the file is damaged.
+        DetectorError: the calibration file is damaged.
     """
     path = calibration_path(detector, runs)
     if not path.exists():
@@ -50,7 +54,7 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
         ) from error
     if fitted_to != detector.meta["detector"]:
         console.log.warning(
-            "%s was fitted to another version of %s and is left out; calibrate again",
+            "%s was fitted to another version of %s and is ignored; calibrate again",
             path, detector.checkpoint,
         )  # fmt: skip
         return detector

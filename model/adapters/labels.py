@@ -1,5 +1,7 @@
-"""Which labels of a classifier mean AI-generated: by clear words, or because a person said so; an
-index says nothing, for half of the published detectors have them the other way round.
+"""Find out which labels of a classifier mean AI-generated: from their words, or from the user.
+
+Main entry: `fake_indices()`. The index of a label is not used: half of the published detectors have
+fake first, half have real first.
 """
 
 import re
@@ -12,14 +14,14 @@ FAKE_WORDS = frozenset(
 )
 REAL_WORDS = frozenset(["real", "reals", "human", "humans", "authentic", "natural"])
 NEGATIONS = frozenset(["not", "non", "no", "or", "vs", "versus", "un"])
-"""Words beside which neither of the others is clear: `not ai`, `real or fake`."""
+"""Words that make a label unclear: `not ai`, `real or fake`."""
 
 SHOWN = 6
-"""Labels that an error names; ImageNet has a thousand."""
+"""Maximum number of labels in an error message; ImageNet has a thousand."""
 
 
 def meaning_of(label: str) -> str:
-    """`fake`, `real`, or nothing where the words of a label do not say it."""
+    """Return `fake` or `real` according to the words of a label, or "" if they are not clear."""
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", label)}
     is_fake, is_real = bool(words & FAKE_WORDS), bool(words & REAL_WORDS)
     if words & NEGATIONS or is_fake == is_real:
@@ -28,12 +30,15 @@ def meaning_of(label: str) -> str:
 
 
 def fake_indices(labels: Mapping[int, str], asked: Sequence[str], where: str) -> list[int]:
-    """The outputs of a classifier whose probabilities add up to that of AI-generated. `asked` are
-    labels that a person named (`--fake-label`); all others are then real.
+    """Return the indices of the labels that mean AI-generated. The probability of AI-generated is
+    the sum over these outputs.
+
+    `asked` are the labels that the user named (`--fake-label`); all other labels then mean real.
+    `where` is the name of the classifier, for messages.
 
     Raises:
-        DetectorError: a label that was asked for is not there, all of them are one class, or the
-            words of a label do not say what it means.
+        DetectorError: a label in `asked` does not exist, all labels are of one class, or the words
+            of a label are not clear.
     """
     known = ", ".join(f"{i}: {label!r}" for i, label in list(labels.items())[:SHOWN])
     known += f" and {len(labels) - SHOWN:,} more" if len(labels) > SHOWN else ""
@@ -41,7 +46,7 @@ def fake_indices(labels: Mapping[int, str], asked: Sequence[str], where: str) ->
         by_name = {label.lower(): index for index, label in labels.items()}
         if unknown := [name for name in asked if name.lower() not in by_name]:
             raise DetectorError(
-                f"{where} has no label {unknown[0]!r}; --fake-label takes one of its own: {known}"
+                f"{where} has no label {unknown[0]!r}; --fake-label takes one of these: {known}"
             )
         chosen = sorted({by_name[name.lower()] for name in asked})
     else:
@@ -55,7 +60,7 @@ def fake_indices(labels: Mapping[int, str], asked: Sequence[str], where: str) ->
     if len(labels) > 1 and not 0 < len(chosen) < len(labels):
         said = "all" if chosen else "none"
         raise DetectorError(
-            f"{said} of the labels of {where} ({known}) mean AI-generated; a detector has both "
-            "kinds; say with --fake-label LABEL which are"
+            f"{said} of the labels of {where} ({known}) mean AI-generated, but a detector needs "
+            "both kinds; name the labels that mean AI-generated with --fake-label LABEL"
         )
     return chosen

@@ -1,7 +1,7 @@
-"""Image classifiers of the Hugging Face Hub, by transformers and by timm.
+"""Open image classifiers of the Hugging Face Hub with transformers or timm.
 
-Only their `.json` and `.safetensors` files are brought here: nothing is unpickled, and no code of
-a repository is run.
+Main entries: `open_transformers()`, `open_timm()`. Only `.json` and `.safetensors` files are
+downloaded: nothing is unpickled, and no code of a repository is run.
 """
 
 import hashlib
@@ -26,14 +26,16 @@ from model.score import evaluating
 from storage import sha256_of
 
 TAKEN = ("*.json", "*.safetensors")
-"""The files of a repository that are brought."""
+"""Patterns of the files that are downloaded from a repository."""
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkJudge:
-    """A classifier: `transform` makes of an image its input, float32 (3, H, W), `forward` of a
-    batch of them its logits, float (B, labels); `fake` are the labels that mean AI-generated. Of a
-    single output, which says how surely its label is meant, the sigmoid is taken.
+    """A classifier as a `Judge`.
+
+    `transform` converts an image to the network's input, float32 (3, H, W). `forward` converts a
+    batch of inputs to logits, float (B, labels). `fake` are the indices of the labels that mean
+    AI-generated. A single output is the logit of its label: its sigmoid is used.
     """
 
     net: nn.Module
@@ -44,11 +46,11 @@ class NetworkJudge:
     fixed_batches: bool = True
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """The input of the network."""
+        """Return the network's input for an image, float32 (3, H, W)."""
         return self.transform(image)
 
     def score(self, prepared: Sequence[torch.Tensor]) -> np.ndarray:
-        """The probability of fake of each, float64 (B,)."""
+        """Return the probability of fake of each image, float64 (B,)."""
         with torch.inference_mode(), evaluating(self.net):
             logits = self.forward(torch.stack(list(prepared)).to(self.device)).double()
         if logits.shape[1] > 1:
@@ -61,12 +63,12 @@ def open_transformers(
     name: str, *, device: str = "auto", fake_labels: Sequence[str] = (),
     threshold: float | None = None,
 ) -> OtherDetector:  # fmt: skip
-    """An image classifier of transformers: `name` is a local folder, or OWNER/NAME or
-    OWNER/NAME@REVISION of the hub.
+    """Open an image classifier with transformers. `name` is a local folder, or OWNER/NAME or
+    OWNER/NAME@REVISION on the hub.
 
     Raises:
-        DetectorError: transformers is missing, the repository is no such classifier, has no
-            safetensors or needs its own code, or its labels do not say which mean AI-generated.
+        DetectorError: transformers is not installed, the repository is not such a classifier, has
+            no safetensors file or needs its own code, or its labels are not clear.
     """
     try:
         import transformers
@@ -75,19 +77,19 @@ def open_transformers(
             "hf: needs the library transformers; install the extra `detectors`, as `make setup` "
             "does"
         ) from error
-    transformers.utils.logging.disable_progress_bar()  # the terminal is that of console.py
+    transformers.utils.logging.disable_progress_bar()  # console.py shows the progress
     folder, revision = _files_of(name, name)
     config = _json_of(folder / "config.json", name)
     where = choose_device(device)
     if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise DetectorError(
             f"{name} needs code of its repository, which is never run; export it to a format that "
-            "needs none, or write a file.py that you trust"
+            "needs no code, or write a Python file with `predict` for it"
         )
     if config.get("problem_type") == "multi_label_classification":
         raise DetectorError(
-            f"{name} gives each label a probability of its own, so none is that of AI-generated; "
-            "write a file.py that says how they are put together"
+            f"{name} gives each label a probability of its own, so there is no single probability "
+            "of AI-generated; write a Python file with `predict` that combines them"
         )
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -97,12 +99,12 @@ def open_transformers(
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise DetectorError(
-            f"{name} is no image classifier that transformers opens: {_one_line(error)}"
+            f"{name} is not an image classifier that transformers opens: {_one_line(error)}"
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise DetectorError(
-            f"{name} has no weights for {missing[0]} and {len(missing) - 1} more: it is no trained "
-            "image classifier; name one that is"
+            f"{name} has no weights for {missing[0]} and {len(missing) - 1} more, so it is not a "
+            "trained image classifier; name a trained one"
         )
     labels = {int(index): str(label) for index, label in net.config.id2label.items()}
     net.to(where, torch.float32)
@@ -122,8 +124,8 @@ def open_timm(
     name: str, *, device: str = "auto", fake_labels: Sequence[str] = (),
     threshold: float | None = None,
 ) -> OtherDetector:  # fmt: skip
-    """A classifier of timm: `name` is a local folder, OWNER/NAME of the hub, or NAME of timm's own
-    weights there. Its labels are `label_names` of its `config.json`.
+    """Open an image classifier with timm. `name` is a local folder, OWNER/NAME on the hub, or NAME
+    of timm's own weights there. The labels are `label_names` in `config.json`.
 
     Raises:
         DetectorError: as `open_transformers`.
@@ -144,7 +146,7 @@ def open_timm(
         net = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=count)
         net.load_state_dict(load_file(_weights_of(folder, name)[0]))
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DetectorError(f"{name} is no model that timm opens: {_one_line(error)}") from error
+        raise DetectorError(f"{name} is not a model that timm opens: {_one_line(error)}") from error
     net.to(where)
     keep_freed_memory(where)
     transform = create_transform(
@@ -172,10 +174,12 @@ def _detector(
 
 
 def _files_of(repository: str, name: str) -> tuple[Path, str]:
-    """The folder with the files of a repository, and its commit; a local folder has none.
+    """Download a repository if needed. Return the folder with its files, and the commit ("" for a
+    local folder).
 
     Raises:
-        DetectorError: it is not there, or has no weights in safetensors.
+        DetectorError: the repository does not exist, cannot be downloaded, or has no safetensors
+            file.
     """
     if Path(repository).is_dir():
         _weights_of(Path(repository), name)
@@ -188,11 +192,11 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
         folder = snapshot_download(owner, revision=revision or None, allow_patterns=[*TAKEN])
     except HFValidationError as error:
         raise DetectorError(
-            f"{name} is neither a folder nor OWNER/NAME of a repository of the hub"
+            f"{name} is neither a folder nor OWNER/NAME of a repository on the hub"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DetectorError(
-            f"{name} could not be brought from the hub ({_one_line(error)}); check its name and "
+            f"{name} could not be downloaded from the hub ({_one_line(error)}); check its name and "
             "the network, or name a local folder"
         ) from error
     _weights_of(Path(folder), name)
@@ -200,17 +204,17 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
 
 
 def _weights_of(folder: Path, name: str) -> list[Path]:
-    """The files of weights, by name.
+    """Return the files with weights: `model.safetensors`, or else all shards, sorted by name.
 
     Raises:
-        DetectorError: there are none.
+        DetectorError: there are no safetensors files.
     """
     files = sorted(folder.glob("*.safetensors"))
     whole = [file for file in files if file.name == "model.safetensors"]
     if not files:
         raise DetectorError(
-            f"{name} has no weights in safetensors; pickled ones can run programs and are never "
-            "opened: ask its owner for a model.safetensors"
+            f"{name} has no weights in safetensors; pickled weights can run code and are never "
+            "opened; ask its owner for a model.safetensors"
         )
     return whole or files
 

@@ -1,4 +1,7 @@
-"""Any detector by its name; what takes seconds to load is imported when it is opened."""
+"""Open any detector by name: a checkpoint, an ONNX file or a third-party detector.
+
+Main entry: `load_any()`. Slow imports (torch, timm, transformers) happen only when needed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +22,10 @@ Kind: TypeAlias = Literal["hf", "timm", "file", "onnx", "checkpoint"]
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How a detector of others is opened: whether its program is `trust`ed, which of its labels
-    mean AI-generated, and where what was fitted to it is kept (`runs`).
+    """Options for opening a third-party detector.
+
+    `trust` allows running a Python file. `fake_labels` are the labels that mean AI-generated.
+    `runs` is the folder with stored calibrations.
     """
 
     trust: bool = False
@@ -29,7 +34,7 @@ class Opening:
 
 
 def kind_of(name: str) -> Kind:
-    """What a name of `--detector` means; what has no sign of another kind is a checkpoint."""
+    """Return the kind of detector that a `--detector` name means; checkpoint is the default."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("hf", "timm"):
         if not rest:
@@ -45,18 +50,18 @@ def load_any(
     name: str | None, checkpoint: Path | None, opening: Opening, *, device: str = "auto",
     backend: "Backend" = "auto", threshold: float | None = None, heatmap: bool = False,
 ) -> "Loaded":  # fmt: skip
-    """The detector of `--detector` (`name`) or of `--checkpoint`; with neither the newest run's, or
-    the one that ships. `heatmap` is whether heatmaps are wanted of it.
+    """Load the detector of `--detector` (`name`) or of `--checkpoint`. Without both, load the
+    newest run, or the shipped detector if there is no run. `heatmap`: heatmaps are requested.
 
     Raises:
-        DetectorError: both are named, or an option has no meaning for this kind.
+        DetectorError: both are given, or an option is not possible for this kind of detector.
         ValueError, OSError: as `open_other` and `model.load_detector`.
     """
     checkpoint = as_checkpoint(name, checkpoint, opening)
     if name and not checkpoint:
         if heatmap or backend == "dali":
             option = "--heatmap" if heatmap else "--backend dali"
-            raise DetectorError(f"{option} is for a checkpoint; {name} is none")
+            raise DetectorError(f"{option} is for a checkpoint; {name} is not a checkpoint")
         return open_other(name, opening, device=device, threshold=threshold)
     from model import load_detector
 
@@ -66,37 +71,37 @@ def load_any(
 
 
 def as_checkpoint(name: str | None, checkpoint: Path | None, opening: Opening) -> Path | None:
-    """The checkpoint that `--detector` (`name`) or `--checkpoint` names; None where nothing is
-    named or the detector is none.
+    """Return the checkpoint that `--detector` (`name`) or `--checkpoint` names. Return None if
+    neither is given, or if `name` is another kind of detector.
 
     Raises:
-        DetectorError: both are named, or an option is given that a checkpoint has no use for.
+        DetectorError: both are given, or an option is not possible for a checkpoint.
     """
     if name is not None and not name.strip():
-        raise DetectorError("--detector names nothing; leave it out for the newest run")
+        raise DetectorError("--detector names nothing; leave it out to use the newest run")
     if name and checkpoint:
-        raise DetectorError("--detector and --checkpoint both name one; give one of them")
+        raise DetectorError("--detector and --checkpoint exclude each other; give one of them")
     if name and kind_of(name) != "checkpoint":
         return None
     if opening.trust or opening.fake_labels:
         option = "--trust" if opening.trust else "--fake-label"
-        raise DetectorError(f"{option} is for a detector of others; name it with --detector")
+        raise DetectorError(f"{option} is for a third-party detector; name one with --detector")
     return Path(name) if name else checkpoint
 
 
 def open_other(
     name: str, opening: Opening, *, device: str = "auto", threshold: float | None = None
 ) -> "OtherDetector | OnnxDetector":
-    """Open a detector that is no checkpoint.
+    """Open a detector that is not a checkpoint.
 
     Raises:
-        DetectorError: it cannot be used, or an option that it has no use for was given.
+        DetectorError: the detector cannot be used, or an option is not possible for its kind.
         ValueError: as `model.inference.onnx_detector.load_onnx`.
     """
     band_from(threshold)  # a refusal comes before anything is loaded
     kind = kind_of(name)
     if opening.trust and kind != "file":
-        raise DetectorError(f"--trust is for a Python file; nothing of {name} is run as a program")
+        raise DetectorError(f"--trust is for a Python file; {name} is not a Python file")
     if opening.fake_labels and kind not in ("hf", "timm"):
         raise DetectorError(
             f"--fake-label is for hf: and timm: detectors, which have labels; {name} has none"

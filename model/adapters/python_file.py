@@ -1,4 +1,7 @@
-"""A Python file with `predict(images: list[PIL.Image.Image]) -> list[float]` as a detector."""
+"""Use a Python file as a detector: its `predict(images: list[PIL.Image.Image]) -> list[float]`.
+
+Main entry: `open_file()`.
+"""
 
 import importlib.util
 import sys
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import console
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.inference.prediction import band_from
 from storage import sha256_of
@@ -19,63 +23,65 @@ FUNCTION = "predict"
 
 @dataclass(frozen=True, eq=False)
 class FileJudge:
-    """The function `predict` of a file, and what it gives held against what it promises."""
+    """The function `predict` of a file, as a `Judge` that checks the returned values."""
 
     file: Path
     predict: Callable[[list[Image.Image]], Any]
     fixed_batches: bool = False
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """The image itself: the file has its own preprocessing."""
+        """Return the image unchanged: preprocessing is part of the file's `predict`."""
         return image
 
     def score(self, prepared: Sequence[Image.Image]) -> np.ndarray:
-        """The probability of fake of each image.
+        """Return the probability of fake of each image: float64 (B,), 0 to 1 or NaN.
 
         Raises:
-            DetectorError: the function failed, or gave something else than a number from 0 to 1 for
-                each.
+            DetectorError: `predict` failed, or did not return one number from 0 to 1 (or NaN) per
+                image.
         """
         try:
             given = self.predict(list(prepared))
         except Exception as error:
             raise DetectorError(
-                f"{self.file}: {FUNCTION} failed on {len(prepared)} images: {_said(error)}"
+                f"{self.file}: {FUNCTION} failed on {console.counted(len(prepared), 'image')}: "
+                f"{_said(error)}"
             ) from error
         try:
             values = np.asarray(given, np.float64)
         except (TypeError, ValueError) as error:
             raise DetectorError(self._expected(len(prepared), type(given).__name__)) from error
         if values.shape != (len(prepared),):
-            raise DetectorError(self._expected(len(prepared), f"an array of {values.shape}"))
-        outside = values[(values < 0) | (values > 1)]  # NaN is neither
+            raise DetectorError(self._expected(len(prepared), f"an array of shape {values.shape}"))
+        outside = values[(values < 0) | (values > 1)]  # False for NaN
         if len(outside):
-            raise DetectorError(self._expected(len(prepared), f"{outside[0]:g} among them"))
+            raise DetectorError(self._expected(len(prepared), f"the value {outside[0]:g}"))
         return values
 
-    def _expected(self, count: int, found: str) -> str:
+    def _expected(self, count: int, returned: str) -> str:
+        images, numbers = console.counted(count, "image"), console.counted(count, "number")
         return (
-            f"{self.file}: {FUNCTION} of {count} images gave {found}; expected {count} numbers "
-            "from 0 to 1, the probability that each is AI-generated"
+            f"{self.file}: {FUNCTION} returned {returned} for {images}; expected {numbers} from 0 "
+            "to 1, the probability that each image is AI-generated"
         )
 
 
 def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> OtherDetector:
-    """Run a Python file and take its function `predict`.
+    """Run a Python file and return its function `predict` as a detector.
 
     Raises:
-        DetectorError: it is not trusted, not there, fails, or has no such function.
+        DetectorError: the file is missing, is not trusted, fails, or has no function `predict`.
     """
     if not path.is_file():
-        raise DetectorError(f"there is no file {path}; name a Python file with `{FUNCTION}`")
+        raise DetectorError(f"there is no file {path}; name a Python file that has `{FUNCTION}`")
     if not trust:
         raise DetectorError(
-            f"{path} is a program, which would run with all your rights; read it, then say --trust"
+            f"{path} is a program, which would run with all your rights; read it, then add --trust"
         )
     spec = importlib.util.spec_from_file_location(f"detector_{path.stem}", path)
-    assert spec and spec.loader  # by its ending it is Python
+    assert spec and spec.loader  # always set for the suffix .py
     module = importlib.util.module_from_spec(spec)
-    # As with `python FILE`: what lies beside it can be imported.
+    # As with `python FILE`, modules in the same folder can be imported.
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -89,7 +95,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
             "list[float]"
         )
     meta = meta_of("file", path.name, sha256=sha256_of(path))
-    reason = f"{path.name}, a program of others that is trusted"
+    reason = f"{path.name}, a trusted third-party program"
     return OtherDetector(path, FileJudge(path, function), meta, band_from(threshold), reason)
 
 

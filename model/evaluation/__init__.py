@@ -1,1 +1,1 @@
-"""Evaluation: scores of shard sets in, a report with intervals out."""
+"""Evaluate a detector: score shard sets and report metrics with 95 % intervals."""

@@ -1,15 +1,18 @@
-"""Intervals by the bootstrap: what the metrics would be on other images of the same kind.
+"""Compute 95 % bootstrap intervals of metrics, over resampled groups of images.
 
-Images are not independent: twenty of one prompt, the frames of a video, a photo and its
+Main entries: `resample()` computes each metric in every resample, `intervals()` reduces these
+values to [low, high], the middle 95 %.
+
+Images are not independent: twenty images of one prompt, the frames of a video, a photo and its
 reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images
-(Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). They are
-resampled within strata, by source and by the classes that a group holds, because how many of each
-there are was decided by who made the set and is not chance. The interval holds the middle 95 % of
-the resamples.
+(Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). Groups are
+resampled within strata: by source and by the classes in a group. The number of groups in a stratum
+was a choice of the set's makers, not chance.
 
-Where every resample gives 0 or 1 (no false positive among 45 photographs), they say nothing: the
-other end is then the exact one for as many groups, 1 - (0.05 / 2) ** (1 / groups) away (Clopper and
-Pearson, 1934). `ece` has no interval: resampling biases it upwards.
+If every resample gives 0 or every resample gives 1 (no false positive among 45 photographs), the
+bootstrap interval would be a single point. The other end is then the exact bound for that number of
+groups, at a distance of 1 - (0.05 / 2) ** (1 / groups) (Clopper and Pearson, 1934). `ece` has no
+interval: resampling biases it upwards.
 """
 
 import math
@@ -26,20 +29,21 @@ LEVEL = 0.95
 SEED = 0
 
 _AT_A_TIME = 2_000_000
-"""Weights, resamples times images, that are held at a time. (More leave the processor's cache.
-Threads would wait for each other between NumPy's calls: two took as long as one.)
+"""Weights (resamples x images) in memory at a time. More would not fit in the processor's cache.
+(Threads do not help: two took as long as one, because they wait between NumPy's calls.)
 """
 
 Line = TypeVar("Line", bound=Hashable)
 
 Resamples = dict[str, np.ndarray]
-"""A metric's value in every resample: float64 (resamples,), NaN where it is undefined."""
+"""Values of each metric in all resamples: name -> float64 (resamples,), NaN where undefined."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What one line of a table is about: row numbers of its reals and of its fakes, int64. Lines
-    that share their reals share the array, and with it most of the work.
+    """Images of one line of a table: row indices of its reals and of its fakes, int64.
+
+    Lines with the same reals should share one array object: its part of the work is done once.
     """
 
     reals: np.ndarray
@@ -48,8 +52,9 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Which rows belong together: `of_row` int64 (N,), the number of each one's group. Groups of
-    one stratum have consecutive numbers; `strata` are how many each has.
+    """Assignment of rows to groups. `of_row`, int64 (N,), is the group index of each row.
+
+    Groups of one stratum have consecutive indices. `strata` is the number of groups per stratum.
     """
 
     of_row: np.ndarray
@@ -59,15 +64,17 @@ class Groups:
         return sum(self.strata)
 
     def count(self, rows: np.ndarray) -> int:
-        """How many groups these rows are of."""
+        """Count the groups that contain at least one of `rows`."""
         there = np.zeros(len(self), np.bool_)
         there[self.of_row[rows]] = True
         return int(np.count_nonzero(there))
 
 
 def group_rows(groups: np.ndarray, sources: np.ndarray, labels: np.ndarray) -> Groups:
-    """Rows by their group's number, int64 (N,), with strata by source and by the classes in a
-    group. Strata of a single group, which could not vary, are put together.
+    """Build `Groups` from the group, source and label of each row, int64 (N,).
+
+    A stratum is a source and the classes in a group. All strata of a single group are merged into
+    one, because a stratum of one group cannot vary.
     """
     names, of_row = np.unique(groups, return_inverse=True)
     classes, source = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
@@ -92,12 +99,12 @@ def resample(
     seed: int = SEED,
     on_resamples: Callable[[int], None] | None = None,
 ) -> dict[Line, Resamples]:
-    """The metrics of each of `images` in `resamples` resamples of the groups, the same ones for
-    all.
+    """Compute the metrics of each line of `images` in `resamples` resamples of the groups. All
+    lines use the same resamples.
 
-    `probabilities` are those of fake, float64 (N,). A line of one class has the metrics of
-    `model.metrics.measure` that exist for it. Fully determined by the arguments; `on_resamples(n)`
-    is called as resamples are done.
+    `probabilities` of fake are float64 (N,). A line with one class gets only the metrics of
+    `model.metrics.measure` that one class has. Deterministic for equal arguments. `on_resamples(n)`
+    is called after every n resamples.
     """
     order = np.argsort(probabilities, kind="stable")
     scores, group_of_rank = probabilities[order], groups.of_row[order]
@@ -125,8 +132,9 @@ def resample(
 
 
 def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each group is in each resample, float32 (B, groups), block after block. Sums of
-    them are exact up to 2 ** 24 images; beyond, float64.
+    """Yield how often each group is in each resample, in blocks: float32 (B, groups).
+
+    float64 from 2 ** 24 rows on, where float32 sums would not be exact.
     """
     dtype = np.float32 if rows < 2**24 else np.float64
     rng = np.random.default_rng(seed)
@@ -146,9 +154,9 @@ def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[n
 
 @dataclass(frozen=True, eq=False)
 class _Weighed:
-    """The reals of a block of resamples: `below` (B, n + 1) is the weight of those before a
-    position in the order of their scores, `total` and `called` (B,) are sums, `errors` (2, B) those
-    of NLL and of squared error.
+    """Weighted reals in a block of B resamples. `below` (B, n + 1) is the total weight before each
+    position, in order of score. `total` (B,) is the weight of all reals, `called` (B,) of the reals
+    called fake. `errors` (2, B) are the weighted sums of NLL and of squared error.
     """
 
     below: np.ndarray
@@ -158,8 +166,8 @@ class _Weighed:
 
 
 class _Reals:
-    """Real images in the order of their scores; `scores` are those of all images in that order, and
-    `places` tells which of them these are.
+    """Real images in order of score. `scores` are the sorted scores of all images, and `places` are
+    the positions of the reals in that order.
     """
 
     def __init__(self, scores: np.ndarray, places: np.ndarray, threshold: float):
@@ -177,14 +185,15 @@ class _Reals:
 
 
 class _Fakes:
-    """Fake images in the order of their scores, and where these fall among those of the reals."""
+    """Fake images in order of score, with the position of each fake's score among the reals."""
 
     def __init__(self, scores: np.ndarray, places: np.ndarray, reals: _Reals, threshold: float):
         self.places = np.sort(places)
         scores = scores[self.places]
         self.first_called = int(np.searchsorted(scores, threshold, "left"))
         self.errors = _errors(scores, 1)
-        # Of each fake: where the run of fakes with its score begins and ends, and that of reals.
+        # For each fake: start and end of the run of equal scores, among the fakes (first, end) and
+        # among the reals (left, right).
         self.first, self.end = (np.searchsorted(scores, scores, side) for side in ("left", "right"))
         self.left, self.right = (
             np.searchsorted(reals.scores, scores, side) for side in ("left", "right")
@@ -194,8 +203,8 @@ class _Fakes:
         self.have_reals = len(reals.scores) > 0
 
     def measure(self, reals: _Weighed, weights: np.ndarray) -> Resamples:
-        """Every metric in every resample of a block. A metric of a class that a resample lacks is
-        NaN.
+        """Compute every metric in every resample of a block. A metric is NaN where a resample lacks
+        a class that the metric needs.
         """
         own_weights = np.take(weights, self.places, axis=1)
         fakes = own_weights.sum(axis=1).astype(np.float64)
@@ -215,8 +224,8 @@ class _Fakes:
         return metrics | self._over_thresholds(reals, own_weights)
 
     def _over_thresholds(self, reals: _Weighed, own_weights: np.ndarray) -> Resamples:
-        """The metrics that have no threshold, from the weights of reals and of fakes below each
-        fake's score: as `model.metrics`; `test_bootstrap.py` holds them together.
+        """Compute the metrics without a threshold, from the weights of reals and of fakes below
+        each fake's score. `test_bootstrap.py` checks that `model.metrics` gives the same values.
         """
         below = _running(own_weights)
         fakes = below[:, -1].astype(np.float64)
@@ -228,16 +237,16 @@ class _Fakes:
         metrics = {"auroc": ordered / (fakes * reals.total)}
         row = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):
-            # The lowest score that leaves no more reals than that as high or higher.
+            # The lowest fake's score at which the weight of reals at or above is within the rate.
             least = (reals.total - np.floor(rate * reals.total + 1e-9)).astype(lower.dtype)
             at = _count(lambda *of, least=least: lower[of] < least[:, None], lower.shape)
             metrics[name] = 1 - below[row, at] / fakes
         before = np.take(below, self.first, axis=1) if self.own_ties else below[:, :-1]
         metrics["eer"] = self._equal_error_rate(reals, below, lower, before)
-        true = below[:, -1:] - before  # fakes as high or higher
-        either = np.subtract(reals.below[:, -1:], lower, out=lower)  # reals as high or higher
+        true = below[:, -1:] - before  # weight of fakes with this score or higher
+        either = np.subtract(reals.below[:, -1:], lower, out=lower)  # weight of reals, likewise
         either += true
-        either += 1e-30  # where there are none
+        either += 1e-30  # avoids 0 / 0 where the weight is 0
         metrics["average_precision"] = (
             np.vecdot(own_weights, np.divide(true, either, out=true)) / fakes
         )
@@ -246,8 +255,8 @@ class _Fakes:
     def _equal_error_rate(
         self, reals: _Weighed, below: np.ndarray, lower: np.ndarray, before: np.ndarray
     ) -> np.ndarray:
-        """The ROC curve bends only where there are fakes, so it is known from its two corners at
-        each of their scores.
+        """Compute the equal error rate in every resample, (B,). Only the two corners of the ROC
+        curve at the score of each fake are needed: between two such scores the curve is flat.
         """
         row = np.arange(len(below))
         fakes = below[:, -1].astype(np.float64)
@@ -256,13 +265,13 @@ class _Fakes:
             missed, passed = before[at] * reals.total[:, None], lower[at] * fakes[:, None]
             return missed + passed <= (reals.total * fakes)[:, None]
 
-        # The highest score from which on that holds.
+        # The highest score at which FNR <= FPR.
         at = np.maximum(_count(misses_less, lower.shape) - 1, 0)
         corners = (
             (reals.below[row, self.right[at]], below[row, self.end[at]]),
             (lower[row, at], before[row, at]),
         )
-        # Of the corners before and after: FPR, and FPR less FNR.
+        # FPR and FPR - FNR, at the corner before and at the corner after.
         (false, gap), (false_after, gap_after) = (
             (1 - real / reals.total, 1 - real / reals.total - fake / fakes)
             for real, fake in corners
@@ -275,8 +284,9 @@ class _Fakes:
 def _count(
     holds: Callable[[np.ndarray, np.ndarray], np.ndarray], shape: tuple[int, int]
 ) -> np.ndarray:
-    """At how many places of each row, (B,), something holds that holds up to some place and not
-    beyond: `holds(rows (B, 1), places)` is bool (B, k). It is asked about 2 B sqrt(n) places.
+    """Return, per row, the length of the prefix on which the monotone predicate `holds` is True:
+    int64 (B,). `shape` is (B, n); `holds(rows (B, 1), places)` returns bool (B, k). The block
+    search evaluates about 2 B sqrt(n) places.
     """
     resamples, count = shape
     row, step = np.arange(resamples)[:, None], math.isqrt(count) + 1
@@ -288,8 +298,8 @@ def _count(
 
 
 def _running(weights: np.ndarray) -> np.ndarray:
-    """Running sums with a 0 in front: (B, n) -> (B, n + 1). Weights are whole numbers, and adding
-    those up as such takes a fifth of the time.
+    """Compute running sums with a leading 0: (B, n) -> (B, n + 1). Weights are whole numbers, and
+    integer sums take a fifth of the time of float sums.
     """
     whole = np.int32 if weights.dtype == np.float32 else np.int64
     sums = np.zeros((len(weights), weights.shape[1] + 1), whole)
@@ -298,17 +308,17 @@ def _running(weights: np.ndarray) -> np.ndarray:
 
 
 def _weighed(weights: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """The sums of both errors over a block of resamples: (B, n), (2, n) -> (2, B)."""
+    """Sum both errors in each resample of a block: (B, n), (2, n) -> (2, B)."""
     return np.stack([np.vecdot(weights, row) for row in errors.astype(weights.dtype, copy=False)])
 
 
 def _errors(probabilities: np.ndarray, label: int) -> np.ndarray:
-    """NLL and squared error of each image: (2, n)."""
+    """Compute NLL and squared error of each image: (2, n)."""
     given = given_to_truth(np.full(len(probabilities), label), probabilities)
     return np.stack([-np.log(given), np.square(probabilities - label)])
 
 
-# Metrics by the classes whose groups they rest on.
+# Metrics by the classes from which they are computed.
 _OF_FAKES = ("recall",)
 _OF_REALS = ("false_positive_rate",)
 _OF_ALL = ("accuracy", "nll", "brier")
@@ -316,10 +326,10 @@ _UNBOUNDED = ("nll",)
 
 
 def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str, list[float]]:
-    """[low, high] for every metric that `resamples` allow to say something about.
+    """Return the interval [low, high] of each metric in `resamples`.
 
-    A metric is left out where it rests on fewer than two groups, or where half of the resamples
-    left it undefined.
+    A metric is omitted if it is computed from fewer than two groups, or if it is undefined in more
+    than half of the resamples.
     """
     reals, fakes = groups.count(images.reals), groups.count(images.fakes)
     both = groups.count(np.concatenate([images.reals, images.fakes]))
@@ -339,8 +349,11 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
 def interval(
     values: np.ndarray, independent: int, ends: tuple[float, ...] = (0.0, 1.0)
 ) -> list[float] | None:
-    """[low, high] from a metric's values in all resamples, resting on `independent` groups; `ends`
-    are values at which resamples that all agree do not mean certainty. None where there is none.
+    """Return the interval [low, high] of one metric from its values in all resamples, or None.
+
+    `independent` is the number of groups from which the metric is computed. `ends` are the bounds
+    of the metric's range: there equal values in all resamples get the exact interval (see the
+    module docstring). None: fewer than two groups, or more than half of the values are NaN.
     """
     known = values[~np.isnan(values)]
     if independent < 2 or 2 * len(known) < len(values):

@@ -1,7 +1,8 @@
-"""The codec-swap test: did the detector learn the pictures, or the containers that they came in?
+"""Codec-swap test: measure whether a detector reacts to image content or to file compression.
 
-Each class is re-encoded as the other one commonly is, and both alike. A detector of pictures moves
-as little as both classes do under any such compression; one of containers follows the container.
+Each class is re-encoded with the usual compression of the other class, and both classes with the
+same compression. Scores that follow the compression show that the detector learned the compression.
+Main entry: `report_robustness()`, which runs these tests together with all perturbations.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,17 +29,17 @@ from pipeline.perturb import ORIGINAL, Perturbation, fit_shorter, jpeg, webp
 from sharding.format import CLASSES, ShardSet
 
 LOW_QUALITY = 75
-"""The last JPEG of the leveled test, or what the worse of both classes has, where that is lower:
-libjpeg's default.
+"""Highest JPEG quality of the tests that re-encode both classes; libjpeg's default. A class with a
+lower median quality lowers the quality of these tests.
 """
 
 
 @dataclass(frozen=True)
 class Container:
-    """How the images of one class are commonly compressed; `share` of them are.
+    """The most common lossy compression of one class; `share` (0 to 1) is its share of the images.
 
-    `format` is JPEG or WEBP, `chroma` that of a JPEG, `quality` libjpeg's median estimate (80,
-    Pillow's default, for WebP, whose files do not say).
+    `format` is JPEG or WEBP, `chroma` the subsampling of a JPEG. `quality` is the median of
+    libjpeg's estimate for a JPEG, and 80 (Pillow's default) for WebP, whose files do not record it.
     """
 
     format: str
@@ -47,13 +48,13 @@ class Container:
     share: float
 
     def describe(self) -> str:
-        """As a person reads it."""
+        """Return the compression as text: `JPEG 90 420` or `WebP 80`."""
         if self.format == "WEBP":
             return f"WebP {self.quality}"
         return f"JPEG {self.quality} {self.chroma if self.chroma else '420'}"
 
     def perturbation(self, name: str) -> Perturbation:
-        """Putting an image into this container."""
+        """Return the perturbation `name` that re-encodes an image with this compression."""
         step = (
             partial(webp, quality=self.quality)
             if self.format == "WEBP"
@@ -63,8 +64,8 @@ class Container:
 
 
 def container_of(shards: ShardSet, samples: np.ndarray) -> Container | None:
-    """The commonest lossy container of `samples`: of JPEG with each chroma, and WebP. None where no
-    image has one: PNG and the like put no trace on pixels, so nothing can be put into them.
+    """Return the most common lossy compression of `samples`: WebP, or JPEG with one chroma. None if
+    no image is lossy: lossless formats such as PNG leave no trace in the pixels.
     """
     formats, chromas = shards.names("format", samples), shards.names("chroma", samples)
     published = shards.names("transcoded_from", samples)
@@ -90,8 +91,8 @@ def container_of(shards: ShardSet, samples: np.ndarray) -> Container | None:
 
 @dataclass(frozen=True, eq=False)
 class Swap:
-    """One codec-swap test: who is re-encoded, and how. `reals` and `fakes` say which class takes
-    the perturbation; the other one stays as packed.
+    """One codec-swap test. `reals` and `fakes` select the classes to re-encode with `perturbation`;
+    the other class stays as packed. `what` describes the test for the report.
     """
 
     name: str
@@ -104,7 +105,10 @@ class Swap:
 def plan_swaps(
     shards: ShardSet, samples: np.ndarray
 ) -> tuple[dict[str, Container | None], list[Swap]]:
-    """The container of each class, by its name, and the tests that they allow (`Swap`)."""
+    """Return the container of each class (class name -> `Container` or None) and the tests to run.
+
+    A class without a lossy container cannot give its compression to the other class.
+    """
     labels = shards.column("label")[samples]
     of = {name: samples[labels == label] for label, name in enumerate(CLASSES)}
     containers = {
@@ -145,8 +149,8 @@ def measure_swaps(
     temperature: float,
     threshold: float,
 ) -> list[dict[str, Any]]:
-    """The figures of each test, as `report.json` holds them: how far the class that was re-encoded
-    moves (`shift`, as in `measure_perturbations`), and the rates before and after.
+    """Return the entry of each test in `report.json`: the shift of each re-encoded class (`shift`,
+    as in `measure_perturbations`), and the metrics of `FIGURES` before and after.
     """
     names = [perturbation.name for perturbation in perturbed.perturbations]
     before = perturbed.logits[names.index(ORIGINAL.name)]
@@ -188,8 +192,8 @@ def report_robustness(
     per_class: int,
     on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The entry `robustness` of one set in `report.json`: perturbations and codec swap on
-    `sample_by_hash`:
+    """Score `per_class` images of each class (`sample_by_hash`) under all perturbations and codec
+    swaps. Return the entry `robustness` of one set in `report.json`:
 
     {"images": n, "of": n, "unreadable": n,
      "perturbations": rows of `measure_perturbations`,

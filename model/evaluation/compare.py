@@ -1,7 +1,8 @@
-"""Two evaluations of the same images side by side: what changed, how surely, and which verdicts.
+"""Compare two evaluations of the same images: metric differences with 95 % intervals, and images
+whose verdict changed.
 
-Differences are paired: both runs have the same resamples of the same groups, so that what
-the two have in common, the images, does not widen the interval.
+Main entries: `shared_samples()`, then `compare()` and `flips()`. Differences are paired: both runs
+use the same bootstrap resamples, so the variation between images does not widen the interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ COMPARED = ("auroc", "recall", "false_positive_rate")
 
 @dataclass(frozen=True)
 class Change:
-    """A metric in both runs, and the 95 % interval of the difference where there is one."""
+    """A metric in both runs, and the 95 % interval of the difference `after - before` (`low` and
+    `high` are None if there is no interval).
+    """
 
     before: float
     after: float
@@ -31,10 +34,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the comparison: the whole of a set, one of its sources or of its generators.
+    """One line of the comparison: a whole set, one source or one generator.
 
-    `kind` is overall, reference, sources or generators; `changes` has a `Change` or None for each
-    of `COMPARED`.
+    `kind` is overall, reference, sources or generators. `changes` maps each metric of `COMPARED` to
+    a `Change`, or to None if one run lacks the metric.
     """
 
     set: str
@@ -46,9 +49,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Flip:
-    """An image whose verdict is another one after: `fixed` from wrong to right, else broken.
-
-    `before` and `after` are probabilities of fake.
+    """An image whose verdict changed. `fixed` is True if wrong became right, False if right became
+    wrong. `before` and `after` are probabilities of fake.
     """
 
     set: str
@@ -62,11 +64,11 @@ class Flip:
 
 
 def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreTable, ...]:
-    """All tables cut to the images that each of them could read, in the order of the first.
+    """Restrict all tables to the images that every run could read, in the order of the first table.
 
     Raises:
-        ScoresError: they are not on the same samples and `intersect` is off, they share none, or
-            an image is real in one of them and fake in another.
+        ScoresError: the tables have different samples and `intersect` is off, the tables share no
+            sample, or an image is real in one table and fake in another.
     """
     runs = {2: "the two runs"}.get(len(tables), f"the {len(tables)} runs")
     keys = [
@@ -83,7 +85,7 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
         raise ScoresError(
             f"{runs} are on different samples: {', '.join(counts[:-1])} and {counts[-1]} images, "
             f"{len(common):,} of them in {every}; measure {every} on the same sets and the same "
-            "--subset, or compare what they share with --intersection"
+            "--subset, or compare only the shared images with --intersection"
         )
     rows = [np.array([of_run[key] for key in common]) for of_run in row_of_key]
     labels, valid = (
@@ -102,9 +104,9 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
 
 
 def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
-    """The lines of every set that both measured; the tables are `shared_samples`.
+    """Compare all sets that both runs measured. The tables must come from `shared_samples`.
 
-    Sources are left out where a set has only one.
+    A set with a single source gets no source lines.
     """
     lines = []
     for name in before.evaluation["sets"]:
@@ -113,8 +115,8 @@ def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
         rows = rows_of_set(before, name), rows_of_set(after, name)
         if not np.array_equal(rows[0].own, rows[1].own):
             raise ScoresError(
-                f"{name} has other reference reals in the second run; measure both with the "
-                "same --reference-reals"
+                f"{name} has different reference reals in the second run; measure both runs with "
+                "the same --reference-reals"
             )
         if len(rows[0].labels):
             lines += _compare_set(name, rows, before.evaluation, after.evaluation)
@@ -128,7 +130,7 @@ def _compare_set(
     if sum(key[0] == "sources" for key in images) < 2:
         images = {key: line_images for key, line_images in images.items() if key[0] != "sources"}
     images = {key: line_images for key, line_images in images.items() if key[0] != "classes"}
-    if "reference" in images:  # the set by itself has no false positives to speak of
+    if "reference" in images:  # "reference" replaces "overall", which may lack real images
         del images["overall"]
     thresholds = before["threshold"], after["threshold"]
     resamples = [
@@ -154,7 +156,7 @@ def _compare_set(
 
 
 def _order(key: LineKey) -> tuple[int, str]:
-    """The set itself, its sources, its generators; each by name."""
+    """Return the sort key of a line: the whole set, then sources, then generators, by name."""
     return (0, "") if isinstance(key, str) else (1 + (key[0] == "generators"), key[1])
 
 
@@ -175,8 +177,9 @@ def _change(
 
 
 def flips(before: ScoreTable, after: ScoreTable) -> list[Flip]:
-    """Every image whose verdict changed, by how far its probability moved, the furthest first; each
-    run decides by its own threshold. The tables are `shared_samples`.
+    """Return all images whose verdict changed, the largest change of probability first.
+
+    Each run uses its own decision threshold. The tables must come from `shared_samples`.
     """
     run_probabilities = [table.numbers("probability") for table in (before, after)]
     called = [
@@ -205,7 +208,7 @@ def flips(before: ScoreTable, after: ScoreTable) -> list[Flip]:
 def count_flips(
     before: ScoreTable, changed: Sequence[Flip]
 ) -> list[tuple[str, str, int, int, int]]:
-    """(set, class, images, broken, fixed) for each class of each set that was measured."""
+    """Return (set, class, images, broken, fixed) for each class of each measured set."""
     sets, names = before.codes("set")
     labels = before.numbers("label")
     counts = []

@@ -1,5 +1,7 @@
-"""Score shard sets by a detector that is no checkpoint: its preprocessing and its verdict, our
-reading.
+"""Score and calibrate a detector that is not a checkpoint: a third-party detector or an ONNX file.
+
+This project reads and decodes the images; the detector preprocesses and scores them. Main entries:
+`score_shards()`, `calibrate_other()`.
 """
 
 import itertools
@@ -33,19 +35,17 @@ from storage import AnyPath
 
 
 class Scoring(Protocol):
-    """What is asked of a detector of others and of an ONNX file of ours: `logits` of what
-    `preprocess_file` made, before any temperature, float32 (B,).
-    """
+    """Interface of `OtherDetector` and `OnnxDetector` for scoring."""
 
     @property
     def fixed_batches(self) -> bool:
-        """Whether the last bits of a score depend on how many images are scored together."""
+        """Whether the last bits of a score depend on the batch size."""
 
     def preprocess_file(self, image: Pixels) -> Any:
-        """What is scored of an image."""
+        """Return the input of `logits` for one image."""
 
     def logits(self, prepared: Sequence[Any]) -> np.ndarray:
-        """See the class."""
+        """Return the logits of preprocessed images, before the temperature: float32 (B,)."""
 
 
 class _Sample(NamedTuple):
@@ -59,8 +59,8 @@ def score_shards(
     dist: DistEnv | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every sample of a set exactly once, over all ranks, in batches of `AT_A_TIME`; the
-    scores are then known to each of them. What gets no finite number is one of the failures.
+    """Score every sample of a set exactly once, in batches of `AT_A_TIME`, divided over the ranks.
+    Every rank returns the scores of all samples. A sample without a finite score is a failure.
     """
     dist = dist or DistEnv()
     reader = ShardReader(shards)
@@ -98,8 +98,10 @@ def score_shards(
 
 
 def logits_in_batch(detector: Scoring, prepared: Sequence[Any]) -> np.ndarray:
-    """The logits of at most `AT_A_TIME` images; where the batch decides over the last bits, it is
-    filled up with its last image, so that ranks change none of them.
+    """Return the logits of at most `AT_A_TIME` images, float32 (B,).
+
+    If the last bits depend on the batch size, a smaller batch is padded with its last image. So the
+    scores do not depend on the number of ranks.
     """
     if not detector.fixed_batches:
         return detector.logits(prepared)
@@ -109,17 +111,19 @@ def logits_in_batch(detector: Scoring, prepared: Sequence[Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DetectorScorer:
-    """A detector that is no checkpoint, for `model.evaluation.robustness`."""
+    """A detector that is not a checkpoint, as a `VariantScorer` of `robustness.py`."""
 
     detector: Scoring
     dist: DistEnv = field(default_factory=DistEnv)
 
     def prepare(self, pixels: np.ndarray) -> Any:
-        """What the detector itself makes of an image."""
+        """Preprocess an image, uint8 (height, width, 3), as the detector does."""
         return self.detector.preprocess_file(Pixels("", pixels))
 
     def column(self, variants: Sequence[Any]) -> np.ndarray:
-        """The logits of all variants of one image; NaN of a reason."""
+        """Return the logits of all variants of one image, float32 (D,). A variant that is a reason
+        (a string) gets NaN.
+        """
         rows = [row for row, variant in enumerate(variants) if not isinstance(variant, str)]
         logits = np.full(len(variants), np.nan, np.float32)
         for first in range(0, len(rows), AT_A_TIME):
@@ -135,19 +139,21 @@ def calibrate_other(
     rule: ThresholdAt | Calibrating = "auto",
     dist: DistEnv | None = None,
 ) -> tuple[Calibration, Path]:
-    """Score validation sets, fit to them by `rule`, and keep what was found below `runs`,
-    where `model.adapters.open` finds it; the calibration, and its file. On many ranks each calls
-    this; the first one writes.
+    """Calibrate a third-party detector on validation sets. Return the calibration and its file.
+
+    One calibration is fitted to all sets by `rule` (`calibrate_by`) and is written below
+    `runs`, where `model.adapters.open` reads it. With several ranks, every rank calls this and
+    rank 0 writes.
 
     Raises:
-        CalibrationError: a set that is not of the split `val`, scores that nothing fits to, or an
-            ONNX file, which holds its own.
+        CalibrationError: a set is not of the split `val`, nothing can be fitted to the scores, or
+            the detector is an ONNX file, which contains its calibration.
     """
     dist = dist or DistEnv()
     if not isinstance(detector, OtherDetector):
         raise CalibrationError(
-            f"{detector.checkpoint} holds its calibration: calibrate the checkpoint that it was "
-            "made of, and export it again"
+            f"{detector.checkpoint} is an ONNX file, which contains its calibration; calibrate its "
+            "checkpoint and export the file again"
         )
     check_validation_sets(folders)
     labels, logits, sources, hashes = [], [], list[str](), {}

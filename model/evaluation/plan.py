@@ -1,6 +1,6 @@
-"""Plan an evaluation: what is scored, and whatever can be refused is, before a network is loaded.
+"""Plan an evaluation: open its sets and check all input before any network is loaded.
 
-`model/evaluation/run.py` scores what an `EvaluationPlan` says and reports on it.
+Main entry: `plan()`, which returns an `EvaluationPlan`. `model/evaluation/run.py` executes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,12 @@ REAL = CLASSES.index("real")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How sets are scored, and what else is. `reference_reals` names the set whose real images give
-    the others their false-positive rate, `robustness` is how many images of each class are scored
-    once more through every robustness. `features` is a store whose features are scored in place of
-    images, and computed where they are missing; for checkpoints with a frozen backbone.
+    """Options of an evaluation.
+
+    `reference_reals` names the set whose real images give all sets their false-positive rate.
+    `robustness` is the number of images per class that are re-scored under each perturbation.
+    `features` is the folder of a feature store: stored features are scored in place of images, and
+    missing features are computed. Only for checkpoints with a frozen backbone.
     """
 
     loading: Loading = field(default_factory=Loading)
@@ -43,7 +45,9 @@ class Options:
 
 
 class Reals(TypedDict):
-    """The set whose real images are the reference, why, and whether for sets with reals as well."""
+    """The set whose real images are the reference, and why that set was chosen. `for_all`: used for
+    every set, also for sets with real images.
+    """
 
     set: str
     why: str
@@ -52,8 +56,8 @@ class Reals(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedSet:
-    """The samples of a set that are scored, and the hash and split of the whole set. One that is
-    not `measured` is there for its real images only.
+    """Samples to score, with the hash and the split of their whole set. A set with `measured=False`
+    is included only for its real images.
     """
 
     shards: ShardSet
@@ -64,8 +68,10 @@ class PlannedSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationPlan:
-    """What an evaluation will do, on this rank. Made by `plan`; `meta` is that of the checkpoint or
-    of the `detector` that is none, `sets` are in the order in which they are scored.
+    """Checked input of an evaluation on this rank, made by `plan`.
+
+    `detector` is None for a checkpoint. `meta` belongs to the checkpoint or to `detector`. `sets`
+    are in scoring order.
     """
 
     checkpoint: Path
@@ -83,14 +89,14 @@ class EvaluationPlan:
 
     @property
     def trained_on(self) -> list[str]:
-        """The sets, of those that are measured or give their reals, that the checkpoint was trained
-        on, by the hash of their index, whatever they are called.
+        """Names of the planned sets, reference included, that the checkpoint was trained on. Sets
+        are matched by the hash of their index, because names can change.
         """
         return trained_on(self.meta, {name: s.index_sha256 for name, s in self.sets.items()})
 
     @property
     def measured(self) -> dict[str, PlannedSet]:
-        """The sets that the report is about."""
+        """Sets that the report covers: all but a set included only for its real images."""
         return {name: planned for name, planned in self.sets.items() if planned.measured}
 
 
@@ -101,19 +107,19 @@ def plan(
     options: Options,
     dist: DistEnv | None = None,
 ) -> EvaluationPlan:
-    """Open and check all that scoring `names` (sets below `data`) by a checkpoint or another
-    detector needs; nothing is written.
+    """Open and check everything needed to score the sets `names` below `data` with a checkpoint or
+    another detector. Writes nothing.
 
     Raises:
-        ValueError: no such set, sample, real image, checkpoint or device, or stored features for a
-            detector that is no checkpoint; the message says what to do.
+        ValueError: a set, sample, checkpoint or device does not exist, the reference set has no
+            real images, or stored features are requested for a detector that is not a checkpoint.
     """
     dist = dist or DistEnv()
     detector = None if isinstance(subject, Path) else subject
     if detector and options.features:
         raise ValueError(
-            f"stored features are those of a checkpoint's backbone; {detector.checkpoint} is "
-            "scored on images: leave --features out"
+            f"--features needs a checkpoint, but {detector.checkpoint} is not one and can only "
+            "score images; leave --features out"
         )
     sets = {name: _open(data, name, options.subset) for name in names}
     reference = choose_reference(
@@ -143,8 +149,8 @@ def plan(
 
 
 def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
-    """Which of some sets (name -> hash of the index) a checkpoint with this `meta` was trained on,
-    replayed ones too.
+    """Return the names of the sets in `hashes` (name -> hash of the index) that a checkpoint with
+    this `meta` was trained on. Replayed sets count.
     """
     data = meta["data"]
     known = {*data.get("set_sha256", {}).values(), data.get("index_sha256")}
@@ -152,7 +158,7 @@ def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
 
 
 def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:
-    """A set that is measured, or those of its samples that the subset lists."""
+    """Open a set to measure. With `subset`, keep only the samples that it lists."""
     whole = open_shards([data / name])
     return PlannedSet(
         shards=choose_samples(whole, name, subset) if subset else whole,
@@ -162,7 +168,7 @@ def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:
 
 
 def _open_reals(data: AnyPath, name: str) -> PlannedSet:
-    """The real images of a set that is not measured itself."""
+    """Open the real images of a set that is not measured itself."""
     whole = open_shards([data / name])
     return PlannedSet(
         shards=whole.take(np.flatnonzero(whole.column("label") == REAL)),
@@ -175,18 +181,19 @@ def _open_reals(data: AnyPath, name: str) -> PlannedSet:
 def choose_reference(
     data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
 ) -> Reals | None:
-    """The set whose real images are the reference, and why; see `model/evaluation/report.py`.
+    """Choose the set whose real images are the reference; see `model/evaluation/report.py`.
 
-    Recall without a false-positive rate says nothing, so a set without real images gets those of
-    the set that the catalog names for it (`[reference]`), if it is at hand.
+    The set `asked` is used for all sets. Without `asked`, a set without real images gets the reals
+    of the set that the catalog names for it (`[reference]`), if that set is packed below `data`.
+    Reason: recall without a false-positive rate is meaningless.
 
     Raises:
-        ValueError: the set that was asked for has no real images.
+        ValueError: the set `asked` has no real images.
     """
     if asked:
         if not _count_reals(data, asked):
             raise ValueError(
-                f"--reference-reals {asked}: that set has no real images; name one that has"
+                f"--reference-reals {asked}: this set has no real images; name a set that has some"
             )
         return {"set": asked, "why": "--reference-reals", "for_all": True}
     defaults = read_catalog(SHIPPED).reference

@@ -1,38 +1,40 @@
-"""From scores to `report.json`: protocols, figures with their intervals, and the sentence on top.
+"""Compute the content of `report.json` from a table of scores: metrics with 95 % intervals,
+protocols and headline sentences.
 
-`report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
-`evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
+Main entry: `report()`. It needs neither a network nor images: `evaluate.py` calls it after scoring,
+and `evaluate.py --scores FILE` calls it on a file of scores, with the same result. The layout:
 
     {"report_version": 3,
-     "headline": [sentence, ...],            # that of `on_training_data`, if any; then one per set,
-                                             # those without any reals first
-     "trained_on": [set, ...],               # of the sets those that the checkpoint learned from
+     "headline": [sentence, ...],            # first the warning of `on_training_data`, if any; then
+                                             # one per set, sets without any reals first
+     "trained_on": [set, ...],               # the sets that the checkpoint was trained on
      "checkpoint": path, "run": name, "step": n, "commit": commit,
      "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images
-                                             # sets without any are measured with, or all sets
+     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # the set whose reals
+                                             # are the reference for all sets, or for sets without
+                                             # real images
      "intervals": {"level": 0.95, "resamples": n, "seed": n},
      "sets": {set: {
          "index_sha256": hash, "split": split,
-         "robustness": null or as model.codec_swap.report_robustness says,
+         "robustness": null or the result of `codec_swap.report_robustness`,
          "overall": FIGURES,                 # of the set's own images
          "reference": FIGURES or null,       # its fakes with the reals of "reference_reals"
-         "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
+         "classes": {"real": FIGURES, "fake": FIGURES},     # each class that has images, by itself
          "sources": {source: FIGURES},       # of the source's own images
-         "generators": {generator: FIGURES}, # its fakes with all reals of reference, or of overall
+         "generators": {generator: FIGURES}, # its fakes with all reals of reference or overall
          "verdicts": {"real" or "fake": {verdict: n}},
          "protocols": null without fakes, or
                       {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
          "unreadable": [text, ...], "note": text or null}}}
 
-FIGURES are the fields of `model.metrics.Metrics`, `groups` (how many independent groups of images
-they rest on) and `intervals`: {metric: [low, high]} for those that have one.
+FIGURES contains the fields of `model.metrics.Metrics`, `groups` (the number of independent groups
+of images) and `intervals`: {metric: [low, high]} for each metric that has an interval.
 
-PROTOCOL, of the fakes by generator, each generator counting alike. `all_images` is of all images,
-`first_per_prompt` of the first image of each prompt (null where a prompt has one image of a
-generator anyway). `std` is the standard deviation over generators, n - 1, as in the table of
-EvalGEN's authors:
+PROTOCOL is the recall per generator and its mean, in which each generator has the same weight.
+`all_images` uses all fakes, `first_per_prompt` only the first image of each prompt and generator
+(null if no prompt has more than one image of a generator). `std` is the standard deviation over
+generators (n - 1), as in the table of EvalGEN's authors:
 
     {"images": n, "prompts": n, "generators": {generator: RECALL},
      "mean": r, "std": r or null, "interval": [low, high],        # at the threshold
@@ -61,7 +63,7 @@ REPORT_VERSION = 3
 REAL, FAKE = range(len(CLASSES))
 
 LineKey = str | tuple[str, str]
-"""A line of a set's report: its name, or its kind and name; see `lines_of`."""
+"""Key of one line of a set's report: a name, or (kind, name); see `lines_of`."""
 
 _NONE = np.empty(0, np.int64)
 _COPIED = (
@@ -71,8 +73,10 @@ _COPIED = (
 
 
 def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """The report on a table of scores; the same table gives the same report. `on_resamples(n)` is
-    called as resamples for intervals are done, `bootstrap.RESAMPLES` for each set.
+    """Return the report on a table of scores, as a dict (layout above). Deterministic.
+
+    `on_resamples(n)` is called after every n bootstrap resamples; each set takes
+    `bootstrap.RESAMPLES`.
     """
     about = scores.evaluation
     reports = {
@@ -105,8 +109,9 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The readable rows of one set and, behind them, the reference reals of another where they are
-    wanted; a value per row in each array. `own` is True for the set's own.
+    """Readable rows of one set, followed by the reference reals of another set where needed.
+
+    Each array has one value per row. `own` (bool) is True for rows of the set itself.
     """
 
     own: np.ndarray
@@ -118,7 +123,7 @@ class Rows:
     groups: Groups
 
     def where(self, chosen: np.ndarray) -> Images:
-        """These rows, by class."""
+        """Return the rows where the mask `chosen` is True, by class."""
         return Images(
             np.flatnonzero(chosen & (self.labels == REAL)),
             np.flatnonzero(chosen & (self.labels == FAKE)),
@@ -126,7 +131,7 @@ class Rows:
 
 
 def rows_of_set(scores: ScoreTable, name: str) -> Rows:
-    """The rows that set `name` is reported on."""
+    """Return the rows for the report of set `name`, with reference reals where it needs them."""
     sets, names = scores.codes("set")
     labels, valid = scores.numbers("label"), scores.numbers("valid")
     rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
@@ -137,7 +142,7 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
         reference = (sets == names.index(chosen["set"])) & valid & (labels == REAL)
         rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
-    # Sources and groups of two sets are not the same where their names are.
+    # Two sets may use the same name for different sources or groups; codes keep these apart.
     apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
     return Rows(
         own=np.arange(len(rows)) < count,
@@ -151,8 +156,10 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
 
 
 def lines_of(rows: Rows) -> dict[LineKey, Images]:
-    """The lines of a set's report that are its own figures: "overall", "reference" where another
-    set has reals for it, and ("classes" or "sources" or "generators", name).
+    """Return the images of each report line of a set.
+
+    Keys: "overall", "reference" (only with reference reals of another set) and (kind, name), where
+    kind is "classes", "sources" or "generators".
     """
     images = rows.where(rows.own)
     lines: dict[LineKey, Images] = {"overall": images}
@@ -175,7 +182,7 @@ def lines_of(rows: Rows) -> dict[LineKey, Images]:
 def _report_set(
     rows: Rows, about: Mapping[str, Any], on_resamples: Callable[[int], None] | None
 ) -> dict[str, Any]:
-    """The figures of one set."""
+    """Return the report entry of one set, without the keys that `report` adds."""
     threshold = about["threshold"]
     own_images = rows.where(rows.own)
     lines = lines_of(rows)
@@ -215,16 +222,16 @@ def _by_generator(rows: Rows, fakes: np.ndarray) -> dict[str, np.ndarray]:
 def first_of_each(
     origins: Sequence[str], groups: np.ndarray, generators: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """Of these rows, the first image that each generator made of each prompt, in their order.
+    """Select from `rows` the first image of each prompt and generator: int64, ascending.
 
-    Images of one prompt are of one group, in one folder, and have one name but for the number that
-    it ends with; the first has the lowest. (EvalGEN: `Flux/a photo of a bench_0.jpg` to `_19.jpg`.
-    Its authors take image 0 of each: 553 prompts, 2,765 images.)
+    Images of one prompt share the group, the folder and the file name up to its final number. The
+    first image has the lowest number. (EvalGEN: `Flux/a photo of a bench_0.jpg` to `_19.jpg`. Its
+    authors use image 0 of each: 553 prompts, 2,765 images.)
     """
     best: dict[tuple[int, int, str], tuple[int, str, int]] = {}
     for row in rows.tolist():
         parts = _NUMBERED.fullmatch(origins[row])
-        assert parts is not None  # it matches any text
+        assert parts is not None  # the pattern matches any text
         stem, number = parts.groups()
         key = int(groups[row]), int(generators[row]), stem
         candidate = int(number or 0), origins[row], row
@@ -275,15 +282,16 @@ def _protocol(
 
 
 def mean_and_std(recalls: Sequence[float]) -> dict[str, float | None]:
-    """The mean, and the standard deviation (n - 1): DDA's table says 97.2 and 4.2 of 89.9, 99.5,
-    97.8, 99.5 and 99.5.
+    """Return the mean and the standard deviation (n - 1; None for one value).
+
+    DDA's table is computed so: 97.2 and 4.2 for 89.9, 99.5, 97.8, 99.5 and 99.5.
     """
     std = float(np.std(recalls, ddof=1)) if len(recalls) > 1 else None
     return {"mean": float(np.mean(recalls)), "std": std}
 
 
 def _verdicts(rows: Rows, images: Images, band: tuple[float, float]) -> dict[str, dict[str, int]]:
-    """How often each verdict is given to each class that is there."""
+    """Count the verdicts per class: {class: {verdict: n}}, only for classes with images."""
     counts = {}
     for name, chosen in zip(CLASSES, (images.reals, images.fakes), strict=True):
         if len(chosen):
@@ -297,7 +305,9 @@ def _has_reals(set_report: Mapping[str, Any]) -> bool:
 
 
 def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
-    """What a reader must know of this set, in words."""
+    """Return the sentence on missing real or fake images, or on reference reals; None if neither
+    applies.
+    """
     overall = figures["overall"]
     if "reference" in figures:
         reals = about["reference_reals"]
@@ -310,16 +320,16 @@ def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -
 
 
 def on_training_data(sets: Sequence[str]) -> str:
-    """What must be said first where a checkpoint is measured on what it learned from."""
+    """Return the first headline of a report on sets that the checkpoint was trained on."""
     return (
-        f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures there say nothing of images "
-        "that it has not seen"
+        f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures for these sets say nothing "
+        "about images that it has not seen"
     )
 
 
 def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """What the set says in one sentence; recall never without false positives, or without saying
-    that they are missing.
+    """Return the main result of a set in one sentence. The sentence always gives recall together
+    with the false-positive rate, or says that there is no false-positive rate.
     """
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
@@ -341,7 +351,7 @@ def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]
 
 
 def _share(figures: Mapping[str, Any], name: str) -> str | None:
-    """`94.2 % (93.1 to 95.0)`."""
+    """Format a metric with its interval: `94.2 % (93.1 to 95.0)`."""
     if figures[name] is None:
         return None
     between = figures["intervals"].get(name)
@@ -350,7 +360,7 @@ def _share(figures: Mapping[str, Any], name: str) -> str | None:
 
 
 def _unreadable(scores: ScoreTable, name: str) -> list[str]:
-    """`set:key: reason` of each image that was not scored."""
+    """Return `set:key: reason` for each image of a set that was not scored."""
     sets, names = scores.codes("set")
     if name not in names:
         return []

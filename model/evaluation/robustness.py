@@ -1,7 +1,8 @@
-"""Robustness of a detector: the same samples scored after many perturbations.
+"""Measure robustness: score the same samples after many perturbations, and compare the scores.
 
-A perturbation works on the whole decoded image, exactly as packed, and the preprocessing of
-evaluation follows; so `original` here and a plain evaluation see the same pixels.
+Main entries: `score_perturbations()`, `measure_perturbations()`. A perturbation changes the decoded
+image as packed, before the preprocessing of evaluation. So the perturbation `original` scores the
+same pixels as a plain evaluation.
 """
 
 from collections import deque
@@ -30,11 +31,12 @@ from storage import cores
 
 @dataclass(frozen=True, eq=False)
 class PerturbedScores:
-    """Scores of the same images after several perturbations.
+    """Scores of N images after each of D perturbations.
 
-    `samples` int64 (N,) are rows of the shard set, `labels` int64 (N,); `logits` is float32 (D, N),
-    before any temperature, NaN where an image cannot be perturbed so: `failures[d]` says why
-    (sample -> reason). `unreadable` are samples that do not decode at all; they have no column.
+    `samples`, int64 (N,), are rows of the shard set; `labels` is int64 (N,). `logits`, float32
+    (D, N), are before the temperature, and NaN where a perturbation failed on an image:
+    `failures[d]` maps the sample to the reason. `unreadable` maps samples that cannot be decoded to
+    the reason; these samples are not among the N.
     """
 
     perturbations: tuple[Perturbation, ...]
@@ -47,8 +49,10 @@ class PerturbedScores:
 
 @dataclass(frozen=True)
 class Shift:
-    """How far the mean logit moves, with its 95 % interval: positive is toward fake. `of_gap` is
-    the same as a share of the distance between the mean logits of fakes and reals as packed.
+    """Mean change of the logit over `images`, with its 95 % interval; positive is toward fake.
+
+    `of_gap` is `mean` divided by the difference between the mean logits of fakes and of reals as
+    packed.
     """
 
     images: int
@@ -59,8 +63,9 @@ class Shift:
 
 
 def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
-    """Rows of at most `per_class` images of each class, in the order of the set: those whose files
-    have the smallest hashes, so that every run takes the same ones.
+    """Return the rows of at most `per_class` images of each class, int64, in set order.
+
+    The images with the smallest SHA-256 are chosen, so every run uses the same images.
     """
     labels = shards.column("label")
     order = np.argsort(np.array(shards.table.column("sha256").to_pylist(), "S32"), kind="stable")
@@ -70,9 +75,7 @@ def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scorer:
-    """How images are scored: by which network, after which preprocessing, on which device, in
-    which precision and on which ranks.
-    """
+    """A checkpoint's network as a `VariantScorer`: preprocessing, device, precision and ranks."""
 
     net: nn.Module
     preprocess: Preprocess
@@ -81,33 +84,34 @@ class Scorer:
     dist: DistEnv = field(default_factory=DistEnv)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """What the network sees of an image: uint8 (size, size, 3) RGB."""
+        """Preprocess an image, uint8 (height, width, 3), to uint8 (size, size, 3) RGB."""
         return pil.preprocess(pixels, self.preprocess)
 
     def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
-        """The logits of all variants of one image, which are one batch; NaN of a reason."""
+        """Return the logits of all variants of one image, float32 (D,), computed as one batch. A
+        variant that is a reason (a string) gets NaN.
+        """
         batch = _batch_of(variants, self.device)
         ((_, logits),) = score_batches(self.net, [batch], self.device, self.dtype)
         return logits
 
 
 class VariantScorer(Protocol):
-    """What robustness asks of a detector: `Scorer` of ours, `DetectorScorer` of others.
-
-    `prepare` makes of pixels, uint8 (height, width, 3), what is scored; threads call it. `column`
-    gives the logits before any temperature of the prepared variants of one image, float32 (D,), NaN
-    where a reason stands in the place of one.
+    """Interface for scoring perturbed images: `Scorer` for checkpoints, `DetectorScorer` for all
+    other detectors.
     """
 
     @property
     def dist(self) -> DistEnv:
-        """The ranks."""
+        """The ranks that share the images."""
 
     def prepare(self, pixels: np.ndarray) -> Any:
-        """See the class."""
+        """Preprocess an image, uint8 (height, width, 3), for `column`. Must be thread-safe."""
 
     def column(self, variants: Sequence[Any]) -> np.ndarray:
-        """See the class."""
+        """Return the logits, before the temperature, of the prepared variants of one image: float32
+        (D,). A variant that could not be made is given as its reason (a string) and gets NaN.
+        """
 
 
 def score_perturbations(
@@ -117,11 +121,11 @@ def score_perturbations(
     perturbations: Sequence[Perturbation],
     on_images: Callable[[int], None] | None = None,
 ) -> PerturbedScores:
-    """Score `samples` after each perturbation; `on_images(n)` is called as images are done. Over
-    many ranks each takes its share, and all of them know the whole.
+    """Score `samples` after each perturbation. The ranks divide the samples, and every rank returns
+    the scores of all samples. `on_images(n)` is called after every n images of this rank.
 
-    Each image is read and decoded once; a thread per core prepares all its variants. The whole grid
-    of one image is one batch.
+    Each image is read and decoded once. One thread per core prepares the variants. All variants of
+    one image form one batch.
     """
     dist = scorer.dist
     perturbations = tuple(perturbations)
@@ -166,8 +170,10 @@ def perturbed_variants(
     perturbations: Sequence[Perturbation],
     prepare: Callable[[np.ndarray], Any],
 ) -> Iterator[tuple[int, list[Any] | str]]:
-    """Each sample, as `prepare` makes it of its pixels after each perturbation, or the reason why
-    it cannot be.
+    """Yield (sample, variants): the result of `prepare` after each perturbation.
+
+    A perturbation that fails gives its reason (a string) in place of the variant. A sample that
+    cannot be read or decoded gives a reason in place of the list.
     """
     reader = ShardReader(shards)
     codes, formats = shards.codes("format")
@@ -213,7 +219,7 @@ def _variant_of(
 
 
 def _batch_of(variants: Sequence[np.ndarray | str], device: torch.device) -> Batch:
-    """All variants of one sample as a batch; those that are not there are black and not valid."""
+    """Return all variants of one sample as a batch. Missing variants are black and not valid."""
     failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
     size = next((len(variant) for variant in variants if not isinstance(variant, str)), 1)
     blank = np.zeros((size, size, 3), np.uint8)
@@ -234,13 +240,13 @@ def _batch_of(variants: Sequence[np.ndarray | str], device: torch.device) -> Bat
 def measure_perturbations(
     perturbed: PerturbedScores, groups: np.ndarray, *, temperature: float, threshold: float
 ) -> list[dict[str, Any]]:
-    """The figures of each perturbation, as `report.json` holds them.
+    """Return the entry of each perturbation in `report.json`.
 
-    `recall`, `false_positive_rate`, `balanced_accuracy` and `auroc` are those of the images that
-    could be perturbed, and `intervals` theirs, by groups of images; `flip_rate` is the share of
-    them whose verdict at `threshold` is another one than as packed, `flip_rate_real` and
-    `flip_rate_fake` that of each class; `shift` is how far each class moves (`Shift`), None for a
-    class without images.
+    Only images that could be perturbed count. `recall`, `false_positive_rate`, `balanced_accuracy`
+    and `auroc` have `intervals`, resampled by groups of images. `flip_rate` is the share of images
+    whose verdict at `threshold` differs from the verdict as packed; `flip_rate_real` and
+    `flip_rate_fake` are the same per class. `shift` is the `Shift` of each class, None for a class
+    without images.
     """
     names = [perturbation.name for perturbation in perturbed.perturbations]
     before = perturbed.logits[names.index(ORIGINAL.name)]
@@ -283,7 +289,7 @@ FIGURES = ("reals", "fakes", "recall", "false_positive_rate", "balanced_accuracy
 def _intervals(
     labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, threshold: float
 ) -> dict[str, list[float]]:
-    """95 % intervals of what `FIGURES` names; as if all images were of one source."""
+    """Return the 95 % intervals of the metrics in `FIGURES`. All images count as one source."""
     if not len(labels):
         return {}
     images = Images(np.flatnonzero(labels == 0), np.flatnonzero(labels == 1))
@@ -301,7 +307,9 @@ def _share(flags: np.ndarray) -> float | None:
 def shifts(
     labels: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray
 ) -> dict[str, dict[str, Any] | None]:
-    """`Shift` of each class, by its name, from logits before and after; None without images."""
+    """Return the `Shift` of each class by name, as a dict, from logits before and after a
+    perturbation; None for a class without images.
+    """
     there = np.isfinite(before) & np.isfinite(after)
     means = [before[there & (labels == label)] for label in (0, 1)]
     gap = float(means[1].mean() - means[0].mean()) if all(map(len, means)) else None
@@ -314,9 +322,10 @@ def shifts(
 
 
 def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) -> Shift:
-    """The mean of `changes` with its 95 % interval, by the variance that holds where images of one
-    group move together (Liang and Zeger 1986, for a mean). With one group there is no telling, and
-    no interval.
+    """Return the mean of `changes` with its 95 % interval.
+
+    The variance is cluster-robust: images of one group may change together (Liang and Zeger 1986,
+    for a mean). With a single group there is no interval.
     """
     changes = np.asarray(changes, np.float64)
     mean = float(changes.mean())
@@ -331,6 +340,6 @@ def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) 
 
 
 def group_codes(shards: ShardSet) -> np.ndarray:
-    """A number per sample, equal for images of one group (pair, prompt, video): int64 (N,)."""
+    """Return a group code per sample, int64 (N,), equal within a group (pair, prompt, video)."""
     encoded = shards.table.column("group").combine_chunks().dictionary_encode()
     return np.asarray(encoded.indices.to_pylist(), np.int64)

@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint: plan, score each sample once, report."""
+"""Evaluate a checkpoint or another detector on shard sets: plan, score, write scores, report.
+
+Main entry: `evaluate()`. `report_on()` makes the same report from a file of scores.
+"""
 
 import json
 import time
@@ -36,7 +39,7 @@ from sharding.format import ShardSet, join_sets, open_shards
 from storage import AnyPath, write_text
 
 SPEED_FILE = "speed.json"
-"""How fast the images were scored; not in the scores, which are the same bytes each time."""
+"""File for the scoring speed. The scores file has no timing, so that its bytes are reproducible."""
 
 
 def evaluate(
@@ -48,9 +51,11 @@ def evaluate(
     options: Options | None = None,
     dist: DistEnv | None = None,
 ) -> dict[str, Any]:
-    """Score `names` (sets below `data`), or a subset of their samples, by a checkpoint or another
-    detector; write `scores.parquet` and `speed.json` to `out` and return the report. On many ranks
-    each calls this; the first one writes, and the others return an empty report.
+    """Score the sets `names` below `data` and return the report as a dict (see `report.py`).
+
+    `subject` is the checkpoint or the other detector that scores. `options.subset` limits the
+    samples. Writes `scores.parquet` and `speed.json` to `out`. With several ranks, every rank
+    calls `evaluate`; rank 0 writes, and the other ranks return {}.
 
     Raises:
         ValueError: as `plan`.
@@ -74,7 +79,7 @@ def evaluate(
         began = time.perf_counter()
         rows = score_sets(planned, net, preprocess)
     seconds = time.perf_counter() - began
-    perturbed = deliver_sets(planned, scorer) if planned.options.robustness else {}
+    perturbed = perturb_sets(planned, scorer) if planned.options.robustness else {}
     if not planned.dist.is_main:
         return {}
     out.mkdir(parents=True, exist_ok=True)
@@ -89,11 +94,10 @@ def evaluate(
 def choose_subject(
     name: str | None, checkpoint: Path | None, opening: Opening, device: str, dist: DistEnv
 ) -> tuple[Path | OtherDetector | OnnxDetector, Path]:
-    """What is measured, by `--detector` (`name`) or `--checkpoint`, and the folder for what is made
-    of it.
+    """Return the detector of `--detector` (`name`) or `--checkpoint`, and its output folder.
 
     Raises:
-        ValueError: there is none; as `model.adapters.open.load_any`.
+        ValueError: no such detector; as `model.adapters.open.load_any`.
     """
     named = as_checkpoint(name, checkpoint, opening)
     if named or not name:
@@ -110,12 +114,12 @@ def choose_subject(
 def score_sets_by(
     planned: EvaluationPlan, detector: OtherDetector | OnnxDetector
 ) -> list[pa.Table]:
-    """The rows of `scores.parquet` of each set by a detector that is no checkpoint, on every
-    rank.
+    """Score each set with a detector that is not a checkpoint. Return one table of
+    `scores.parquet` rows per set, the same on every rank.
     """
     dist, tables = planned.dist, []
     for name, planned_set in planned.sets.items():
-        _say_reference(planned, name)
+        _log_reference(planned, name)
         shards = planned_set.shards
         with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
             scores = score_shards(
@@ -125,22 +129,24 @@ def score_sets_by(
     return tables
 
 
-def _say_reference(planned: EvaluationPlan, name: str) -> None:
-    """Which set is scored for its real images only, and why."""
+def _log_reference(planned: EvaluationPlan, name: str) -> None:
+    """Log that only the real images of set `name` are scored, and why."""
     if not planned.sets[name].measured and planned.reference:
         count, why = len(planned.sets[name].shards), planned.reference["why"]
-        console.log.info("%s: its %s real images (%s)", name, count, why)
+        console.log.info("%s: only its %s real images (%s)", name, count, why)
 
 
 def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -> list[pa.Table]:
-    """The rows of `scores.parquet` of each set, on every rank."""
+    """Score each set with a checkpoint. Return one table of `scores.parquet` rows per set, the
+    same on every rank.
+    """
     dist, tables, source = planned.dist, [], None
     if planned.options.features:
         source = source_of_checkpoint(net, planned.meta, planned.dtype, planned.options.features)
         _embed(planned, net, source)
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
-        _say_reference(planned, name)
+        _log_reference(planned, name)
         loader = open_scored(
             shards, preprocess, planned.options.loading, planned.device, dist=dist, features=source
         )
@@ -154,7 +160,7 @@ def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -
 
 
 def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> None:
-    """Compute the features that the sets lack; of whole sets, whatever is measured of them."""
+    """Compute missing features. Always for whole sets, even if only a subset is measured."""
     folders = dict.fromkeys(f for s in planned.sets.values() for f in s.shards.folders)
     embedder = Embedder(
         net=net,
@@ -165,11 +171,11 @@ def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> Non
         world_size=planned.dist.world_size,
     )
     embed_sets(embedder, [open_shards([folder]) for folder in folders], source, 0)
-    all_gather_object(planned.dist, None)  # no rank reads before all have written
+    all_gather_object(planned.dist, None)  # barrier: no rank reads before all ranks have written
 
 
-def deliver_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, dict[str, Any]]:
-    """The entry `robustness` of each measured set; says how many images it is about."""
+def perturb_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, dict[str, Any]]:
+    """Return the entry `robustness` of each measured set. Logs the number of perturbed images."""
     dist, meta, per_class = planned.dist, planned.meta, planned.options.robustness
     entries = {}
     for name in planned.measured:
@@ -188,8 +194,8 @@ def deliver_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, di
 
 
 def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
-    """The samples of set `name` that are perturbed: its own, or its fakes and the reference reals,
-    as in its report.
+    """Return the samples for the robustness test of set `name`: all samples of the set, or its
+    fakes and the reference reals where the report uses reference reals for it.
     """
     shards, reference = planned.sets[name].shards, planned.reference
     is_real = shards.column("label") == REAL
@@ -201,7 +207,7 @@ def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
 
 
 def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What `scores.parquet` says of the evaluation; see `model/evaluation/scores.py`."""
+    """Return the metadata of `scores.parquet`; layout in `model/evaluation/scores.py`."""
     meta, subset, measured = planned.meta, planned.options.subset, planned.measured
     return {
         "checkpoint": str(planned.checkpoint),
@@ -233,7 +239,7 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
 
 
 def _identity_of(planned: EvaluationPlan) -> dict[str, Any]:
-    """The entry `detector` of the scores; see `model/evaluation/scores.py`."""
+    """Return the entry `detector` of the metadata; layout in `model/evaluation/scores.py`."""
     meta = planned.meta
     if isinstance(planned.detector, OnnxDetector):
         name = planned.checkpoint.name
@@ -245,17 +251,17 @@ def _identity_of(planned: EvaluationPlan) -> dict[str, Any]:
 
 
 def report_on(path: Path) -> dict[str, Any]:
-    """The report on a file of scores."""
+    """Read a file of scores and return the report on it."""
     scores = read_scores(path)
     with console.progress("intervals", RESAMPLES * len(scores.evaluation["sets"])) as advance:
         return report.report(scores, advance)
 
 
-def scores_beside(path: Path) -> Path:
-    """The file of scores that is meant by `path`: itself, or that of its report or folder.
+def find_scores(path: Path) -> Path:
+    """Return the scores file for `path`, which is that file, its folder, or a report in its folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder contains no scores file.
     """
     file = path / SCORES_FILE if path.is_dir() else path
     file = file if file.suffix == ".parquet" else file.with_name(SCORES_FILE)

@@ -1,21 +1,23 @@
-"""`scores.parquet`: what a checkpoint said of each image, so that every figure can be found again
+"""Write and read `scores.parquet`: the score of every image, from which a report can be recomputed
 without the network.
 
-One row per sample of the sets that were measured, in their order; see `SCORES_SCHEMA`. The metadata
-of the file holds, under `evaluation`, a JSON object with what else a report needs:
+Main entries: `write_scores()`, `read_scores()`. One row per sample of the measured sets, in their
+order; columns in `SCORES_SCHEMA`. The file metadata contains, under `evaluation`, a JSON object
+with the other input of a report:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its
-                  weights or file, "revision": commit, "fake_labels": [label, ...]},   # as it has
+                  weights or file, "revision": commit, "fake_labels": [label, ...]},
+                  # the last three only where the kind of detector has them
      "precision": "fp32", "backend": "pil",
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "sets": {set: {"index_sha256": hash, "split": split,     # in the order they were asked for
-                    "robustness": null or as model.codec_swap.report_robustness says}},
-     "reference_reals": null or {"set": set, "why": text},     # whose real images are the reference
-     "trained_on": [set, ...]}     # of these sets those that the checkpoint was trained on
+     "sets": {set: {"index_sha256": hash, "split": split,     # in the order of the request
+                    "robustness": null or the result of `codec_swap.report_robustness`}},
+     "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
+     "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
 
-A set that is only there for its real images is not in `sets`, and only its real images have rows.
+A set that only provides reference reals is not in `sets`, and only its real images have rows.
 """
 
 import json
@@ -52,12 +54,12 @@ SCORES_SCHEMA = pa.schema(
 
 
 class ScoresError(ValueError):
-    """A file of scores that cannot be used; the message says what was found."""
+    """Raised for scores that cannot be read or compared; the message gives the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """The rows (`SCORES_SCHEMA`) and the evaluation they belong to (see the module)."""
+    """Rows of `SCORES_SCHEMA` and the metadata of their evaluation (see the module docstring)."""
 
     table: pa.Table
     evaluation: Mapping[str, Any]
@@ -66,12 +68,12 @@ class ScoreTable:
         return self.table.num_rows
 
     def numbers(self, name: str) -> np.ndarray:
-        """A column of numbers; NaN where it is null."""
+        """Return a numeric column as an array (N,); null becomes NaN."""
         column = self.table.column(name)
         return numbers_of(column.fill_null(float("nan")) if column.null_count else column)
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of text as (int32 code per row, names)."""
+        """Return a text column as (code per row, int32 (N,); name of each code)."""
         column = self.table.column(name)
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
@@ -79,10 +81,11 @@ class ScoreTable:
 
 
 def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> pa.Table:
-    """The rows of set `name`, one per sample of `shards` and in its order.
+    """Build the table rows of set `name`, one per sample of `shards`, in the order of `shards`.
 
     Raises:
-        ValueError: scores and failures together are not the samples of `shards` (our bug).
+        ValueError: scores and failures do not cover the samples of `shards` exactly once (a bug of
+            the caller).
     """
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(shards))):
@@ -113,14 +116,14 @@ def _column(shards: ShardSet, name: str) -> pa.ChunkedArray | None:
 
 
 def _array(values: np.ndarray) -> pa.Array:
-    """A NumPy array as an Arrow array; not by `pyarrow.array`, which imports pandas."""
+    """Convert a NumPy array to an Arrow array. `pyarrow.array` is avoided: it imports pandas."""
     return pa.Array.from_buffers(
         pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)]
     )
 
 
 def _floats(values: np.ndarray, valid: np.ndarray) -> pa.Array:
-    """Null where not valid."""
+    """Convert floats to an Arrow array with null where `valid` is False."""
     column = _array(np.ascontiguousarray(values))
     return pc.if_else(pc.cast(_array(valid.view(np.uint8)), pa.bool_()), column, None)
 
@@ -130,9 +133,7 @@ def _constant(name: str, count: int) -> pa.DictionaryArray:
 
 
 def write_scores(path: Path, parts: Sequence[pa.Table], evaluation: Mapping[str, Any]) -> None:
-    """Write `parts` (of `rows_of`) to `path`. The same rows and the same
-    evaluation give the same bytes.
-    """
+    """Write `parts` (tables of `rows_of`) to `path`. Equal input gives equal bytes."""
     text = json.dumps({"scores_version": SCORES_VERSION, **evaluation})
     table = pa.concat_tables(parts).unify_dictionaries().combine_chunks()
     table = table.replace_schema_metadata({"evaluation": text})
@@ -140,10 +141,10 @@ def write_scores(path: Path, parts: Sequence[pa.Table], evaluation: Mapping[str,
 
 
 def read_scores(path: Path) -> ScoreTable:
-    """Read what `write_scores` wrote.
+    """Read a file of `write_scores`.
 
     Raises:
-        ScoresError: not such a file, or another version.
+        ScoresError: not a scores file, or a scores file of another version.
     """
     try:
         table = table_from(path.read_bytes())

@@ -1,26 +1,29 @@
-"""Any number of runs on the same images side by side: one table, with paired intervals.
+"""Compare any number of runs on the same images: one table per set, with paired 95 % intervals.
 
-`side_by_side` gives, as JSON, for each set that all runs measured
+Main entry: `side_by_side()`. It returns this JSON object, with the sets that all runs measured:
 
-    {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reals or null,
+    {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC,
-           "common": {"1": p, "5": p},     # one threshold for all; see `common_threshold`
-           "runs": [RUN, ...],             # the best AUROC first
+           "common": {"1": p, "5": p},     # one threshold for all runs; see `common_threshold`
+           "runs": [RUN, ...],             # by AUROC, the highest first
            "sources": {source: {run: AUROC or null}},
            "generators": {generator: {run: recall or null}},
            "stability": {"sources": n, "mean": rho, "least": rho} or null}}   # see `stability`
 
-A RUN has its `name` and FIGURES, each
-`{"value": v, "low": l, "high": h, "behind": [low, high] or null}` (`behind` is the 95 % interval of
-its difference to the best run, on the same resamples): `auroc`; `recall` and `false_positive_rate`
-at its decision `threshold`; `recall_at_1` and `recall_at_5`, at its own threshold that calls so
-many of these reals fake. Then `common`: recall and false positives at each common threshold; `ece`;
-`worst_source` (AUROC), `worst_generator` (recall at 5 % false positives) and `worst_perturbation`
-(AUROC), each with a name or null; `ranks`, the best and the worst of its ranks over sources;
-`images_per_s` or null.
+A RUN has these keys:
 
-A source's AUROC is that of its images against all images of the class that it lacks, so that a
-source of photographs alone has one too.
+- `name` and the decision `threshold`;
+- `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
+  the run's own threshold for 1 % and 5 % false positives on these reals). Each is
+  `{"value": v, "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval
+  of the difference to the best run, on the same resamples;
+- `common`: recall and false-positive rate at each common threshold;
+- `ece`, and `images_per_s` or null;
+- `worst_source` (AUROC), `worst_generator` (recall at 5 % false positives) and `worst_perturbation`
+  (AUROC), each {"name", "value"} or null;
+- `ranks`: the best and the worst rank of the run over the sources, or null.
+
+If a source has images of one class only, its AUROC uses all images of the other class in the set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,21 +40,21 @@ from model.metrics import measure
 from model.score import DEFAULT_THRESHOLD
 
 MEAN = "mean of all"
-"""What the row of the mean probability of all runs is called."""
+"""Name of the table row for the mean probability of all runs."""
 
 FIGURES = {
     "auroc": "auroc", "recall": "recall", "false_positive_rate": "false_positive_rate",
     "recall_at_1": "tpr_at_fpr_1", "recall_at_5": "tpr_at_fpr_5",
 }  # fmt: skip
-"""The figures with intervals, and their names in `model.metrics`."""
+"""Metrics with intervals: name in the result -> name in `model.metrics`."""
 
 RATES = (1, 5)
-"""Percent of false positives."""
+"""False-positive rates of the common thresholds, in percent."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run: its name in the table, its scores (of `shared_samples`), and how fast it was."""
+    """One run: its name in the table, its scores (from `shared_samples`) and its speed."""
 
     name: str
     scores: ScoreTable
@@ -59,7 +62,7 @@ class Run:
 
 
 def named_runs(names: Sequence[str]) -> list[str]:
-    """The same names, none of them twice: a second `a` is `a (2)`."""
+    """Make names unique: the second `a` becomes `a (2)`."""
     seen: dict[str, int] = {}
     unique = []
     for name in names:
@@ -69,8 +72,9 @@ def named_runs(names: Sequence[str]) -> list[str]:
 
 
 def mean_of(runs: Sequence[Run]) -> Run:
-    """A run that gives each image the mean of all probabilities, and decides at 0.5; it takes as
-    long as all of them together.
+    """Build the run of the ensemble: the mean of all probabilities for each image, threshold 0.5.
+
+    Its time per image is the sum over all runs; its speed is None if one run has no speed.
     """
     probabilities = np.mean([run.scores.numbers("probability") for run in runs], axis=0)
     table = runs[0].scores.table
@@ -88,10 +92,10 @@ def mean_of(runs: Sequence[Run]) -> Run:
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
-    """The figures of all runs and of their mean; see the module.
+    """Compute the table of all runs and of their mean; layout in the module docstring.
 
     Raises:
-        ScoresError: they have no set in common, or other reference reals.
+        ScoresError: the runs have no set in common, or different reference reals.
     """
     runs = [*runs, mean_of(runs)]
     sets = {}
@@ -100,17 +104,17 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
             rows = [rows_of_set(run.scores, name) for run in runs]
             if any(not np.array_equal(rows[0].own, other.own) for other in rows[1:]):
                 raise ScoresError(
-                    f"{name} has other reference reals in some of the runs; measure all with the "
-                    "same --reference-reals"
+                    f"{name} has different reference reals in some of the runs; measure all runs "
+                    "with the same --reference-reals"
                 )
             sets[name] = _set(name, runs, rows)
     if not sets:
-        raise ScoresError("the runs have no set in common; measure all on the same --shards")
+        raise ScoresError("the runs have no set in common; measure all runs on the same --shards")
     return sets
 
 
 def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]:
-    """The figures of one set."""
+    """Compute the entry of one set."""
     lines = lines_of(rows[0])
     whole = lines.get("reference", lines["overall"])
     sources = {key[1]: images for key, images in lines.items() if key[0] == "sources"}
@@ -132,7 +136,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
         rate: common_threshold([r.probability[whole.reals] for r in rows[:-1]], rate / 100)
         for rate in RATES
     }
-    # The mean is made of the others; it ranks with nobody.
+    # The mean is not ranked: it is not independent of the other runs.
     ranked = np.array([values[:-1] for values in aurocs.values() if None not in values], float)
     entries = []
     for index in order:
@@ -171,8 +175,8 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
 
 
 def _measured(run: Run, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resamples]:
-    """The metrics of a run on the whole of a set, and their resamples, which are the same images
-    for every run.
+    """Compute the metrics of a run on a whole set, and their values in all resamples. The resamples
+    are the same for every run.
     """
     threshold = run.scores.evaluation["threshold"]
     chosen = np.concatenate([whole.reals, whole.fakes])
@@ -187,7 +191,7 @@ def _with_intervals(
     own: tuple[dict[str, Any], Resamples],
     best: tuple[dict[str, Any], Resamples],
 ) -> dict[str, Any]:
-    """`FIGURES` of one run: value, interval, and that of the difference to the best one."""
+    """Return the `FIGURES` of one run: value, interval, interval of the difference to the best."""
     ends = intervals(whole, rows.groups, own[1])
     groups = [rows.groups.count(images) for images in (whole.reals, whole.fakes)]
     result = {}
@@ -204,7 +208,7 @@ def _with_intervals(
 
 
 def completed(images: Images, whole: Images) -> Images:
-    """The images of a line, with all of the set's of the class that it lacks."""
+    """Return the images of a line. A missing class is filled with all images of the set."""
     return Images(
         images.reals if len(images.reals) else whole.reals,
         images.fakes if len(images.fakes) else whole.fakes,
@@ -217,7 +221,9 @@ def _auroc(rows: Rows, images: Images) -> float | None:
 
 
 def _recall_at_5(rows: Rows, fakes: np.ndarray, reals: np.ndarray) -> float | None:
-    """The recall of some fakes at a run's own threshold for 5 % of the reals of the set."""
+    """Return the recall of `fakes` at the run's own threshold for 5 % false positives on `reals`;
+    None without reals or fakes.
+    """
     if not len(reals) or not len(fakes):
         return None
     chosen = np.concatenate([reals, fakes])
@@ -225,20 +231,23 @@ def _recall_at_5(rows: Rows, fakes: np.ndarray, reals: np.ndarray) -> float | No
 
 
 def common_threshold(reals: Sequence[np.ndarray], rate: float) -> float | None:
-    """The lowest threshold that calls at most a share `rate` of all real images of all runs taken
-    together fake; None without reals. What it calls of each run's says whether 0.9 means the same
-    to them.
+    """Return one threshold for all runs: the lowest at which at most the share `rate` (0 to 1) of
+    the pooled reals of all runs is called fake. None without reals.
+
+    `reals` are the probabilities of fake of the real images, one array per run. False-positive
+    rates that differ between runs at this threshold show that their probabilities have different
+    scales.
     """
     pooled = np.sort(np.concatenate(reals))
     if not len(pooled):
         return None
     allowed = int(np.floor(rate * len(pooled) + 1e-9))
-    # Just above the highest score that may not be called.
+    # Just above the highest score that must not be called fake.
     return float(np.nextafter(pooled[len(pooled) - 1 - allowed], np.inf))
 
 
 def _rates(rows: Rows, whole: Images, threshold: float | None) -> dict[str, float | None]:
-    """Recall and false positives at a threshold."""
+    """Return recall and false-positive rate at a threshold, None where there are no images."""
     rates: dict[str, float | None] = {"recall": None, "false_positive_rate": None}
     for name, images in (("recall", whole.fakes), ("false_positive_rate", whole.reals)):
         if threshold is not None and len(images):
@@ -262,23 +271,24 @@ def _worst_perturbation(run: Run, name: str) -> dict[str, Any] | None:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the highest, float64 (N,); those that are equal share the mean of their ranks."""
+    """Return ranks, float64 (N,): 1 for the highest value. Equal values get their mean rank."""
     _, inverse, counts = np.unique(-values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Spearman's rank correlation; None where one of them has all runs alike."""
+    """Return Spearman's rank correlation; None if all values of one input are equal."""
     centered = [of - of.mean() for of in (ranks(first), ranks(second))]
     norm = float(np.sqrt(np.prod([np.square(of).sum() for of in centered])))
     return float(centered[0] @ centered[1]) / norm if norm else None
 
 
 def stability(values: np.ndarray) -> dict[str, Any] | None:
-    """How alike sources rank the runs: `values` is a figure, (sources, runs). The mean and the
-    least rank correlation of two sources: 1 where all rank them alike, near 0 where the choice of
-    images decides who wins.
+    """Measure how similarly the sources rank the runs. `values` is a metric, (sources, runs).
+
+    Returns the mean and the least rank correlation over all pairs of sources, or None without a
+    pair. 1: all sources rank the runs alike. Near 0: the choice of images decides which run wins.
     """
     pairs = [
         rho
@@ -292,7 +302,7 @@ def stability(values: np.ndarray) -> dict[str, Any] | None:
 
 
 def _range_of_ranks(values: np.ndarray, index: int) -> list[float] | None:
-    """The best and the worst rank of a run over sources; none of the mean."""
+    """Return [best, worst] rank of a run over the sources. None for the mean or without sources."""
     if not len(values) or index >= values.shape[1]:
         return None
     own = [float(ranks(row)[index]) for row in values]

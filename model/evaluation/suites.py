@@ -1,4 +1,7 @@
-"""Named lists of sets that are measured on together: `[suites]` of the catalog."""
+"""Suites: named lists of sets to evaluate together, from `[suites]` of the catalog.
+
+Main entry: `open_suite()`.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +12,7 @@ from storage import AnyPath
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite's sets that are packed, and those that are not; `missing_line` says what to do."""
+    """Packed and missing sets of a suite. `missing_line` says how to get the missing sets."""
 
     name: str
     packed: list[str]
@@ -18,14 +21,14 @@ class Suite:
 
 
 def open_suite(name: str, data: AnyPath) -> Suite:
-    """The suite `name` by what lies below `data`.
+    """Return the suite `name` of the catalog, split into sets packed below `data` and missing sets.
 
     Raises:
         ValueError: no such suite, or none of its sets is packed.
     """
     catalog = read_catalog(SHIPPED)
     if name not in catalog.suites:
-        raise ValueError(f"no suite {name}; there are {', '.join(catalog.suites)}")
+        raise ValueError(f"no suite {name}; the suites are {', '.join(catalog.suites)}")
     sets = catalog.suites[name]
     packed = [each for each in sets if (data / each / INDEX_FILE).exists()]
     missing = [each for each in sets if each not in packed]
@@ -36,8 +39,8 @@ def open_suite(name: str, data: AnyPath) -> Suite:
     ]
     line = (
         f"suite {name}: {len(missing)} of {len(sets)} sets are not packed in {data}: "
-        f"{', '.join(missing)}. Get them: python -m sharding fetch {' '.join(sources)}; then: "
-        "python -m sharding build"
+        f"{', '.join(missing)}. To get them, run `python -m sharding fetch {' '.join(sources)}`, "
+        "then `python -m sharding build`"
     )
     if not packed:
         raise ValueError(line)

@@ -1,1 +1,1 @@
-"""Checkpoints for other programs: ONNX, the Hugging Face Hub, imports and averages."""
+"""Convert checkpoints: export to ONNX and the Hugging Face Hub, import, average."""

@@ -1,7 +1,8 @@
-"""Average the weights of two checkpoints: a little less learned, much less forgotten.
+"""Average the weights of two checkpoints, to reduce forgetting after fine-tuning.
 
-Fine-tuned weights and those that they started from can be averaged, and what comes out often keeps
-more of both than either (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+Main entry: `average()`. The average of fine-tuned weights and the weights before fine-tuning often
+performs well on both tasks (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models",
+2022).
 """
 
 import time
@@ -18,13 +19,14 @@ from storage import atomic_folder
 
 
 def average(first: Path, last: Path, weight: float, run: Path) -> Path:
-    """A checkpoint in the folder `run` with weights `weight` (0 to 1) of the way from those of
-    `first` to those of `last`; what was trained on is that of `last`. It is neither validated nor
-    calibrated, and no training can be resumed from it, though a run can start from it.
+    """Write a checkpoint with the weights (1 - `weight`) * `first` + `weight` * `last` into the new
+    folder `run`, and return its path. `weight` is 0 to 1.
+
+    The record of the training data is copied from `last`. The checkpoint is neither validated nor
+    calibrated. A new run can start from it, but training cannot be resumed from it.
 
     Raises:
-        CheckpointError: two networks that are not alike, a weight outside 0 to 1, or a run that
-            exists.
+        CheckpointError: the networks differ, the weight is outside 0 to 1, or `run` exists.
     """
     if not 0 <= weight <= 1:
         raise CheckpointError(f"the weight must be between 0 and 1, got {weight}")
@@ -32,7 +34,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     if first_meta["recipe"]["network"]["name"] != meta["recipe"]["network"]["name"]:
         raise CheckpointError(
             f"{first} is a {first_meta['recipe']['network']['name']}, {last} a "
-            f"{meta['recipe']['network']['name']}: only weights of one network can be averaged"
+            f"{meta['recipe']['network']['name']}; only weights of the same network can be averaged"
         )
     start, ends = read_weights(first), read_weights(last)
     if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in ends.items()}:

@@ -1,4 +1,7 @@
-"""The model card: what a stranger must know before using a checkpoint, from its record alone."""
+"""Write the model card of a checkpoint (`README.md` for the Hugging Face Hub) from its record.
+
+Main entry: `card_of()`, which returns the text.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,16 +19,17 @@ from sharding.format import CLASSES
 TAGS = ["ai-generated-image-detection", "deepfake-detection"]
 
 LIMITS = """\
-- A score is not a proof. Do not decide about a person by it without looking further.
-- It judges images like those it was trained on. With other cameras, other generators, screenshots,
-  strong compression or resizing it errs more, in both directions; the figures above hold for the
-  sets they name and for nothing else.
-- Public sets of fakes differ from those of photographs in format, size and compression, and a
-  detector learns that too. Measure it on images that are alike in these before relying on it.
-- It sees the middle of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels.
-  A small edit, or one near the border, can be missed. It was not made for partly edited images,
-  drawings, text or collages.
-- What it learned ends with the generators of its training sets; newer ones may pass.
+- A score is not a proof. Do not decide about a person from a score alone.
+- The detector is made for images like its training images. With other cameras, other generators,
+  screenshots, strong compression or resizing it makes more errors, in both directions. The figures
+  above are valid only for the sets that they name.
+- In public data sets, fakes and photographs also differ in format, size and compression, and a
+  detector learns these differences. Before you rely on it, measure it on real and fake images that
+  have the same format, size and compression.
+- The network's input is the center of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels.
+  A small edit, or an edit near the border, can be missed. The detector was not made for partly
+  edited images, drawings, text or collages.
+- The detector knows only the generators of its training sets; it may miss images of newer ones.
 """  # noqa: E501
 
 
@@ -50,12 +54,12 @@ print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
 """
 
 _STAGES = """\
-Its head sees the features of all stages, which timm and transformers cannot build alone: they
-refuse these weights. Download the folder and use the project it was trained with:
+The head uses the features of all stages. timm and transformers cannot build such a network and
+refuse these weights. Download the folder and use the project that trained the detector:
 """
 
 _HEAD = """\
-These weights are the head alone. The backbone is fetched once, checked by its SHA-256 and kept:
+These weights are only the head. The backbone is downloaded once, checked by its SHA-256 and stored:
 
 ```
 python -m model fetch FOLDER
@@ -83,10 +87,10 @@ def card_of(
     *,
     onnx: bool,
 ) -> str:
-    """`README.md` for the hub: YAML, then Markdown.
+    """Return the text of `README.md` for the hub: YAML, then Markdown.
 
-    `report` is the parsed `report.json`; `sources`, for each training set, what its index says of
-    its sources; `onnx` says whether an export lies in `onnx/`.
+    `report` is the parsed `report.json`. `sources` are the sources of each training set, from its
+    index. `onnx`: the folder also contains an ONNX export in `onnx/`.
     """
     license = license_of(meta)
     preprocess = meta["preprocess"]
@@ -100,7 +104,7 @@ def card_of(
         "## Use",
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
-        *(["## Sources that it had not learned from", _left_out(meta)] if _sources(meta) else []),
+        *(["## Sources left out of training", _left_out(meta)] if _sources(meta) else []),
         "## Evaluation",
         _evaluation(report),
         "## Training data",
@@ -108,21 +112,21 @@ def card_of(
         "## Limits",
         limits.strip(),
         "## Licenses",
-        f"Weights: {markdown(license.text)}. The images that it was trained on have licenses of "
-        "their own, see above. Neither this card nor the license of any code widens them.",
+        f"Weights: {markdown(license.text)}. The training images have their own licenses, see "
+        "above. Neither this card nor the license of any code changes these licenses.",
     ]
     return f"---\n{_front(license, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _is_plain(meta: Mapping[str, Any]) -> bool:
-    """Whether timm alone can build the network: a head that sees all stages is not in it, nor is
-    one without its backbone.
+    """Return whether timm alone can build the network: not with a head that uses all stages, and
+    not without the backbone's weights.
     """
     return meta["recipe"]["network"]["head"] == "timm" and KEY not in meta
 
 
 def _front(license: License, *, timm: bool) -> str:
-    """What the hub itself reads."""
+    """Return the YAML metadata that the hub reads."""
     data = ModelCardData(
         license=license.id,
         library_name="timm" if timm else None,
@@ -145,12 +149,12 @@ def _summary(meta: Mapping[str, Any]) -> str:
 
 
 def _against(meta: Mapping[str, Any]) -> str:
-    """A line for each reason not to rely on it."""
+    """Return one line for each reason not to rely on the detector."""
     return "\n".join(f"- {markdown(capital(notice.text))}." for notice in notices(meta))
 
 
 def _use(meta: Mapping[str, Any], onnx: bool) -> str:
-    """Snippets, and where a probability becomes a verdict."""
+    """Return code examples, and the thresholds of the verdicts."""
     temperature, (low, high) = meta["temperature"], band_of(meta)
     text = _BY_TIMM.format(temperature=temperature)
     if not _is_plain(meta):
@@ -159,28 +163,27 @@ def _use(meta: Mapping[str, Any], onnx: bool) -> str:
         size = meta["preprocess"]["crop_size"]
         text += f"""
 `onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and `onnx/detector-int8.onnx` (linear layers
-in 8 bits) take `images`, uint8
-(batch, {size}, {size}, 3) RGB, and give `probability`, that of fake. How an image becomes such a
-square, the thresholds and this license stand in their metadata; `onnx/parity.json` says how far
-they are from PyTorch.
+in 8 bits) take `images`, uint8 (batch, {size}, {size}, 3) RGB, and return `probability`, that of
+fake. Their metadata contains the preprocessing, the thresholds and this license.
+`onnx/parity.json` contains the differences from PyTorch.
 """
     heated = temperature != 1 and _is_plain(meta)
-    heat = " (transformers' pipeline gives it without the temperature)" if heated else ""
+    heat = " (transformers' pipeline returns it without the temperature)" if heated else ""
     verdict = (
-        f"From {high:.3g} on call it likely AI-generated, below no sign of AI"
+        f"The verdict is likely AI-generated from {high:.3g} on, and no sign of AI below"
         if low == high
-        else f"Below {low:.3g} say no sign of AI, from {high:.3g} on likely AI-generated, "
-        "between them uncertain"
+        else f"The verdict is no sign of AI below {low:.3g}, likely AI-generated from {high:.3g} "
+        "on, and uncertain in between"
     )
     return f"{text}\nThe probability is that of fake{heat}. {verdict}. {_calibrated(meta)}"
 
 
 def _backbone(meta: Mapping[str, Any]) -> str:
-    """Where the other weights come from, and on which bits the head was trained and calibrated."""
+    """Return the source of the backbone's weights, and the files on which the head was tested."""
     spec = meta[KEY]
     lines = [
-        f"{markdown(spec['name'])}, frozen. The head was tested on the files that are marked, and "
-        "any other is refused.",
+        f"{markdown(spec['name'])}, frozen. The head was tested on the files marked as tested. Any "
+        "other file is refused.",
         "",
         "| file (SHA-256) | tested | model hub | package index |",
         "|---|---|---|---|",
@@ -204,7 +207,7 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     calibration = meta["calibration"]
     if not calibration:
         return (
-            "**Not calibrated**: read it as a score, and choose a threshold on images of your own."
+            "**Not calibrated**: the number is only a score; choose a threshold on your own images."
         )
     return (
         f"Temperature and thresholds were fitted on {_names(calibration['fitted_on'])} "
@@ -213,12 +216,12 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
 
 
 def _sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rates of sources that were left out of training, where the calibration has them."""
+    """Return the rates of sources that were left out of training, if the calibration has them."""
     return (meta["calibration"] or {}).get("sources") or {}
 
 
 def _left_out(meta: Mapping[str, Any]) -> str:
-    """What a new source may look like: each one scored by a head that was trained without it."""
+    """Return the table of sources that were each scored by a head trained without that source."""
     rows = [
         "| source | images | called likely AI | uncertain |",
         "|---|---|---|---|",
@@ -231,15 +234,15 @@ def _left_out(meta: Mapping[str, Any]) -> str:
             f"| {markdown(name)} ({label}) | {count:,} | {share:.3f} | {rates['uncertain']:.3f} |"
         )
     return (
-        "Each source was scored by a head that had not learned from it. This is what to expect of "
-        "images of another kind, and it is much worse than the figures below, which are of images "
-        "of the kinds that were trained on.\n\n" + "\n".join(rows)
+        "Each source was scored by a head that was trained without that source. Expect such rates "
+        "for new kinds of images. They are much worse than the figures below, which are for images "
+        "of the same kinds as the training images.\n\n" + "\n".join(rows)
     )
 
 
 def _evaluation(report: Mapping[str, Any] | None) -> str:
     if report is None:
-        return "**No evaluation is attached.** Nothing is known here of how often it is wrong."
+        return "**No evaluation is attached.** The error rates of this detector are not known here."
     rows = [
         "| set | real | fake | fakes found (recall) | reals called fake | AUROC |",
         "|---|---|---|---|---|---|",
@@ -257,14 +260,14 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
         if set_report["note"]:
             notes.append(f"{markdown(name)}: {markdown(set_report['note'])}")
     text = (
-        f"An image is called fake from a probability of {report['threshold']:.3f} on. Never read "
-        "recall without the share of reals called fake beside it.\n\n" + "\n".join(rows)
+        f"An image is called fake from a probability of {report['threshold']:.3f} on. Always read "
+        "recall together with the share of reals called fake.\n\n" + "\n".join(rows)
     )
     return "\n\n".join([text, *notes, *_by_source(report)])
 
 
 def _by_source(report: Mapping[str, Any]) -> list[str]:
-    """Figures of each source and generator, where the report has them."""
+    """Return the table of sources and generators, if the report has them."""
     rows = [
         _row(f"{name}: {line}", figures)
         for name, set_report in report["sets"].items()
@@ -287,7 +290,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> str:
 
 
 def _share(figures: Mapping[str, Any], name: str, missing: str = "-") -> str:
-    """A figure, with its interval where the report has one."""
+    """Format a metric, with its interval if the report has one."""
     if figures[name] is None:
         return missing
     interval = figures["intervals"].get(name)
@@ -299,17 +302,17 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     data = meta["data"]
     if "imported_from" in data:
         return (
-            "That of the original project (about 420,000 images of 13 public datasets, by its own "
-            "card); its record came without a list."
+            "The data of the original project (about 420,000 images of 13 public datasets, "
+            "according to its card). Its checkpoint contains no list of the images."
         )
     lines = [f"Trained on: {_names(data['train']) or 'no set of images'}."]
     if data["replay"]:
-        lines.append(f"Old images of {_names(data['replay'])} were replayed among them.")
+        lines.append(f"Replayed old images: {_names(data['replay'])}.")
     lines += ["", "| set | source | license |", "|---|---|---|"]
     for name, facts_of_set in sources.items():
         if facts_of_set is None:
             lines.append(
-                f"| {markdown(name)} | not at hand as it was trained on | see the set's index |"
+                f"| {markdown(name)} | not listed: set not available | see the set's index |"
             )
             continue
         lines += [
@@ -324,6 +327,6 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _linked(name: str, source: Mapping[str, Any]) -> str:
-    """The name of a source, as a link to its homepage where that is nothing but a host and path."""
+    """Return the name of a source, as a link if its homepage is only a host and a path."""
     plain = re.fullmatch(r"[\w.-]+(/[\w./~-]*)?", source["homepage"], re.ASCII)
     return f"[{markdown(name)}](https://{source['homepage']})" if plain else markdown(name)

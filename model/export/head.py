@@ -1,7 +1,8 @@
-"""The head of a detector, to ship without the backbone that it was trained on.
+"""Write the head of a detector, to ship it without its backbone.
 
-A folder as `model/shipped/backbone.py` describes it: kilobytes of weights, the record of the
-checkpoint with the backbone's places and hashes, and the model card.
+Main entry: `save_head()`. The folder (layout in `model/shipped/backbone.py`) contains the weights
+of the head (kilobytes), the checkpoint's record with sources and hashes of the backbone, and the
+model card.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from storage import AnyPath, atomic_folder, sha256_of
 
 
 class HeadError(ValueError):
-    """A checkpoint whose head cannot ship alone; the message says what to do."""
+    """Raised for a checkpoint whose head cannot ship alone; the message says what to do."""
 
 
 def save_head(
@@ -47,14 +48,14 @@ def save_head(
 ) -> Path:
     """Write the head of a checkpoint with a frozen backbone into the new folder `target`.
 
-    `backbone` says where the other weights come from. The file that holds the very weights of the
-    checkpoint, which must be in the cache, counts as tested. `report` is the
-    checkpoint's `report.json`, `data` the folder with its training sets; the card needs both.
+    `backbone` lists the sources of the backbone. One of its files must be in the cache and contain
+    exactly the checkpoint's backbone weights; this file is recorded as tested. `report` is the
+    checkpoint's `report.json`, `data` the folder with its training sets; the card shows both.
 
     Raises:
-        HeadError: the backbone was trained too, no file of it is in the cache, or none is the one
-            that the head was trained on.
-        HubError: something is at `target`, or the report is of another checkpoint.
+        HeadError: the backbone was trained too, none of its files is in the cache, or no file has
+            the weights on which the head was trained.
+        HubError: `target` exists, or the report belongs to another checkpoint.
     """
     refuse_if_there(target)
     meta = read_meta(checkpoint)
@@ -62,8 +63,8 @@ def save_head(
     network = recipes.build(Network, meta["recipe"]["network"], str(checkpoint / META_FILE))
     if not network.freeze_backbone:
         raise HeadError(
-            f"{checkpoint} trained its backbone too, so its head is nothing alone; write it whole "
-            "with --hub, or train with network.freeze_backbone"
+            f"{checkpoint} trained its backbone too, so its head is useless alone; write the whole "
+            "network with --hub, or train with network.freeze_backbone"
         )
     heads = head_prefixes(build(network, pretrained=False, empty=True))
     weights = read_weights(checkpoint)
@@ -81,10 +82,10 @@ def save_head(
 
 
 def _trained_on(body: Mapping[str, torch.Tensor], backbone: BackboneSpec, checkpoint: Path) -> str:
-    """The hash of the cached file that holds exactly the weights `body`.
+    """Return the SHA-256 of the cached file that contains exactly the weights `body`.
 
     Raises:
-        HeadError: there is none.
+        HeadError: no cached file contains these weights.
     """
     different = []
     for file in backbone.files:
@@ -99,8 +100,8 @@ def _trained_on(body: Mapping[str, torch.Tensor], backbone: BackboneSpec, checkp
         different.append(f"{path.name[:16]}... differs in {len(others)} tensors, first {others[0]}")
     if different:
         raise HeadError(
-            f"the backbone of {checkpoint} is not the one that would be fetched "
-            f"({'; '.join(different)}); train the head on that one"
+            f"the backbone of {checkpoint} is not the one that would be downloaded "
+            f"({'; '.join(different)}); train the head on the downloaded one"
         )
     raise HeadError(
         f"no file of the backbone {backbone.name} is on this machine to compare with; type "
@@ -113,12 +114,14 @@ def _are_equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
 
 
 def backbone_of(checkpoint: Path, hub: HubPlace | None = None) -> BackboneSpec:
-    """Where the backbone of a checkpoint comes from, by the record of its first weights: a known
-    file, the backbone of a head that it was trained on from, or timm's file in the hub's cache.
-    `hub` is a place on the hub with the same bytes, to be asked first.
+    """Return the sources of a checkpoint's backbone, from the record of its first weights.
+
+    The backbone is a known file, the backbone of the shipped head from which training started, or
+    timm's file in the hub's cache. `hub` is a location on the hub with the same bytes; it is tried
+    first.
 
     Raises:
-        HeadError: the record leads to none of them.
+        HeadError: the record names none of these.
     """
     meta = read_meta(checkpoint)
     spec = spec_of(meta, str(checkpoint / META_FILE)) or _recorded(meta, checkpoint)
@@ -137,16 +140,16 @@ def _recorded(meta: Mapping[str, Any], checkpoint: Path) -> BackboneSpec:
         return _of_timm(first["name"])
     began = f"{first['kind']} {first['name']}".strip() if first else "nothing that is recorded"
     raise HeadError(
-        f"{checkpoint} began from {began}, which can be fetched from nowhere; train the head from "
+        f"{checkpoint} began from {began}, which cannot be downloaded; train the head from "
         f"the file of `python -m model fetch {KNOWN[0].name}` (--init-from), or from timm's "
         f"weights of {name}"
     )
 
 
 def _of_timm(name: str) -> BackboneSpec:
-    """Timm's weights, as they lie in the hub's cache on this machine."""
+    """Return timm's weights as a backbone, from the hub's cache on this machine."""
     import timm
-    from huggingface_hub import try_to_load_from_cache  # it takes most of a second
+    from huggingface_hub import try_to_load_from_cache  # slow import, most of a second
 
     config = timm.get_pretrained_cfg(name)
     repository, _, revision = (config.hf_hub_id if config else "").partition("@")

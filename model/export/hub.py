@@ -1,8 +1,8 @@
-"""A checkpoint as a folder for the Hugging Face Hub, and its upload.
+"""Write a checkpoint as a folder for the Hugging Face Hub, and upload the folder.
 
-`model.safetensors` and `config.json` are what timm and transformers look for, `README.md` is the
-model card (`model/export/card.py`), `meta.json` the checkpoint's own record. So the folder is a
-checkpoint too: `python predict.py dir/ --checkpoint FOLDER`.
+Main entries: `write_hub()`, `push()`. timm and transformers read `model.safetensors` and
+`config.json`. `README.md` is the model card (`model/export/card.py`), `meta.json` the checkpoint's
+record. So the folder is also a checkpoint: `python predict.py dir/ --checkpoint FOLDER`.
 """
 
 import json
@@ -33,7 +33,7 @@ ONNX_FOLDER = "onnx"
 
 
 class HubError(ValueError):
-    """A folder that cannot be written or uploaded; the message says what to do."""
+    """Raised for a folder that cannot be written or uploaded; the message says what to do."""
 
 
 def write_hub(
@@ -44,13 +44,13 @@ def write_hub(
     data: AnyPath | None = None,
     onnx: Path | None = None,
 ) -> Path:
-    """Write the folder `out`, and return it.
+    """Write the new folder `out`, and return it.
 
-    `report` is the checkpoint's `report.json`, `data` the folder with the sets that it was trained
-    on, whose licenses the card then names, `onnx` a folder that `export_onnx` wrote.
+    `report` is the checkpoint's `report.json`. `data` is the folder with the training sets; with it
+    the card lists their licenses. `onnx` is a folder of `export_onnx`, which is copied.
 
     Raises:
-        HubError: there is something at `out`, or the report is of another checkpoint.
+        HubError: `out` exists and is not empty, or the report belongs to another checkpoint.
     """
     refuse_if_there(out)
     net, preprocess, meta = load_network(checkpoint)
@@ -80,8 +80,8 @@ def write_hub(
 
 
 def without_paths(value: Any) -> Any:
-    """The record of a checkpoint, or a part of it, for everybody to read: of a path of this machine
-    the name, of an address what is no secret.
+    """Return the record of a checkpoint, or a part of it, without private data: paths of this
+    machine are cut to the file name, and secrets are removed from URLs.
     """
     if isinstance(value, Mapping):
         return {key: without_paths(own) for key, own in value.items()}
@@ -96,8 +96,8 @@ def without_paths(value: Any) -> Any:
 
 
 def _let_transformers_in(path: Path) -> None:
-    """Take out of timm's `model_args` what transformers' TimmWrapper passes itself (5.24: it fails
-    on "multiple values"); for timm the same value stands one level up.
+    """Remove `num_classes` from `model_args` in timm's config. TimmWrapper of transformers 5.24
+    passes this value itself and fails on "multiple values". timm reads it from the top level.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
@@ -105,16 +105,18 @@ def _let_transformers_in(path: Path) -> None:
 
 
 def refuse_if_there(out: Path) -> None:
-    """Raises:
-    HubError: something is at `out` already; an empty folder is nothing.
+    """Check that `out` does not exist or is an empty folder.
+
+    Raises:
+        HubError: `out` is a file or a folder with content.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise HubError(f"{out} is there already; name another folder, or remove it")
+        raise HubError(f"{out} exists already; name another folder, or remove it")
 
 
 def preprocessing_of(net: Detector, preprocess: Preprocess) -> dict[str, Any]:
-    """The preprocessing in timm's words: shorter side to `floor(size / crop_pct)`, center crop of
-    `size`.
+    """Return the preprocessing in timm's terms: resize the shorter side to
+    `floor(size / crop_pct)`, then crop the center to `size`.
     """
     crop_pct = preprocess.crop_size / preprocess.resize_size
     while math.floor(preprocess.crop_size / crop_pct) < preprocess.resize_size:
@@ -130,10 +132,10 @@ def preprocessing_of(net: Detector, preprocess: Preprocess) -> dict[str, Any]:
 
 
 def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The parsed `report.json` of the checkpoint with this `meta`.
+    """Read `report.json` and check that it belongs to the checkpoint with this `meta`.
 
     Raises:
-        HubError: it is no report, or that of another checkpoint.
+        HubError: the file is not a report, or it belongs to another checkpoint.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -149,14 +151,14 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if measured != expected:
         raise HubError(
             f"{path} is of {measured[0]} step {measured[1]}, the checkpoint is {expected[0]} step "
-            f"{expected[1]}; evaluate this one with evaluate.py --checkpoint"
+            f"{expected[1]}; evaluate this checkpoint with evaluate.py --checkpoint"
         )
     return report
 
 
 def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:
-    """What the index of each training set says of its sources; None for a set that is not below
-    `data`, or whose index is not the one that the checkpoint was trained on, by its hash.
+    """Return the sources of each training set, from its index. None for a set that is not below
+    `data`, or whose index has another hash than at training.
     """
     hashes = meta["data"].get("set_sha256", {})
     sources: dict[str, dict[str, Any] | None] = {}
@@ -170,17 +172,17 @@ def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[
         else:
             console.log.warning(
                 "%s is not the set that the checkpoint was trained on, so the model card does not "
-                "name its sources", data / name,
+                "list its sources", data / name,
             )  # fmt: skip
     return sources
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder that `write_hub` wrote to `repository` (owner/name), which is made if it is
-    not there; the address of the commit.
+    """Upload a folder of `write_hub` to `repository` (owner/name), which is created if needed.
+    Return the URL of the commit.
 
     Raises:
-        HubError: the folder is not whole, or the hub refuses.
+        HubError: the folder is incomplete, or the upload failed.
     """
     missing = [
         name
@@ -189,10 +191,10 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     ]
     if missing:
         raise HubError(
-            f"{folder} has no {', '.join(missing)}; `python -m model export --hub {folder}` writes "
-            "what is uploaded"
+            f"{folder} has no {', '.join(missing)}; write a complete folder with `python -m model "
+            f"export --hub {folder}`"
         )
-    from huggingface_hub import HfApi  # it takes most of a second
+    from huggingface_hub import HfApi  # slow import, most of a second
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     api = HfApi()
@@ -200,10 +202,10 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
-        # What failed stands behind a RuntimeError that only names the file.
+        # The hub's client may raise a RuntimeError that only names the file; its cause is useful.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise HubError(
-            f"{folder} could not be uploaded to {repository} ({reason}); `hf auth login`, or "
-            "HF_TOKEN, says who you are"
+            f"{folder} could not be uploaded to {repository} ({reason}); log in with "
+            "`hf auth login`, or set HF_TOKEN"
         ) from error
     return done.commit_url

@@ -1,8 +1,8 @@
-"""The original author's checkpoint in, one of ours out.
+"""Convert the original project's .pth checkpoint to a checkpoint of this project.
 
-Its layout is described in that project's training code: a dictionary of `epoch, model, optimizer,
-scheduler, scaler`, of which `model` holds plain timm names of a ConvNeXtV2-Base with two outputs,
-0 real and 1 fake.
+Main entry: `import_file()`; `fetch()` downloads the published file. The layout is that of the
+original training code: a dictionary of `epoch, model, optimizer, scheduler, scaler`. `model`
+contains the weights of a ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake.
 """
 
 import pickle
@@ -26,21 +26,21 @@ REPOSITORY = "xRayon/convnext-ai-images-detector"
 REVISION = "3fecc2d10e3812bc6d26de0c0fe359f219101e2c"
 FILE = "AI Images Detector/checkpoints/checkpoint_phase2.pth"
 SHA256 = "37f31776a241b575dc034ddded7afd12014ba453ac07cbe3725f808787717f0e"
-"""Of the published file (1,052,834,809 bytes), as its users recorded it."""
+"""Hash of the published file (1,052,834,809 bytes), as recorded by its users."""
 
 KNOWN_AGAINST = (
-    "an outside audit of this published checkpoint found that it called 15 of 32 real web "
-    "photographs AI (47 %, LAION, threshold 0.65)"
+    "in an outside audit, this published checkpoint called 15 of 32 real web photographs AI "
+    "(47 %, LAION, threshold 0.65)"
 )
-"""From a user's audit of the file with `SHA256`, who turned it down for that."""
+"""From the audit of a user, who rejected the file with `SHA256` for this reason."""
 
 
 class OriginalError(ValueError):
-    """A file that is not the original's checkpoint; the message says what was found."""
+    """Raised for a file that is not the original's checkpoint; the message gives the reason."""
 
 
 def recipe_of(name: str) -> ResolvedRecipe:
-    """What stands in place of the original's recipe: its network, and its preprocessing."""
+    """Return a substitute for the original's recipe: only network and preprocessing matter."""
     return resolved(
         Recipe(
             name=name,
@@ -55,12 +55,12 @@ def recipe_of(name: str) -> ResolvedRecipe:
 
 
 def fetch() -> Path:
-    """Download the published checkpoint into the hub's own cache, or find it there; checked.
+    """Download the published checkpoint into the hub's cache, if needed. Check it and return it.
 
     Raises:
-        OriginalError: the hub does not give it, or gives another file.
+        OriginalError: the file cannot be downloaded, or has another hash.
     """
-    from huggingface_hub import (  # it takes most of a second
+    from huggingface_hub import (  # slow import, most of a second
         hf_hub_download,
         hf_hub_url,
         try_to_load_from_cache,
@@ -70,7 +70,7 @@ def fetch() -> Path:
     url = hf_hub_url(REPOSITORY, FILE, revision=REVISION)
     try:
         if not isinstance(try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION), str):
-            # The hub's own client goes on asking for a minute and more.
+            # Checked first, because the hub's own client retries for more than a minute.
             ask_hub(url, HubPlace(repository=REPOSITORY, revision=REVISION, file=FILE))
         path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
     except (OSError, HTTPError, FetchError) as error:
@@ -78,7 +78,7 @@ def fetch() -> Path:
         reason = " ".join(str(cause or error).split())[:200]
         raise OriginalError(
             f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand from "
-            f"{url}, then type `python -m model import FILE`"
+            f"{url}, then run `python -m model import FILE`"
         ) from error
     sha256 = sha256_of(path)
     if sha256 != SHA256:
@@ -90,10 +90,10 @@ def fetch() -> Path:
 
 
 def import_file(file: Path, run: Path) -> Path:
-    """Turn `file` into a checkpoint of the run folder `run`, and return it.
+    """Convert `file` to a checkpoint in the run folder `run`, and return the checkpoint.
 
     Raises:
-        OriginalError: the file holds more than tensors, no network, or another one.
+        OriginalError: the file contains more than tensors, or not the weights of a network.
     """
     weights = _weights_in(file)
     recipe = recipe_of(run.name)
@@ -122,32 +122,33 @@ def import_file(file: Path, run: Path) -> Path:
 
 
 def _weights_in(file: Path) -> dict[str, torch.Tensor]:
-    """The network's weights by their plain names; nothing but tensors is ever unpickled."""
+    """Return the network's weights by plain names. Only tensors are unpickled."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles it did not write; they are refused anyway
+            # torch warns about pickles of other programs, which are refused anyway.
+            warnings.simplefilter("ignore")
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise OriginalError(
-            f"{file} holds more than tensors, or is no checkpoint; loading it could run code, so "
-            "it is refused"
+            f"{file} contains more than tensors, or is not a checkpoint; loading it could run "
+            "code, so it is refused"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise OriginalError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     model = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not model:
         raise OriginalError(
-            f"{file} holds {type(content).__name__}, expected a dictionary of weights"
+            f"{file} contains {type(content).__name__}, expected a dictionary of weights"
         )
     weights = {_plain(str(name)): value for name, value in model.items()}
     if not all(isinstance(value, torch.Tensor) for value in weights.values()):
         keys = ", ".join(map(str, list(model)[:5]))
-        raise OriginalError(f"{file} holds {keys}, expected `model` with the network's weights")
+        raise OriginalError(f"{file} contains {keys}, expected `model` with the network's weights")
     return weights
 
 
 def _plain(name: str) -> str:
-    """Without what torch.compile and DataParallel put before a name."""
+    """Remove the prefixes that torch.compile and DataParallel put before a name."""
     for prefix in ("_orig_mod.", "module."):
         name = name.removeprefix(prefix)
     return name

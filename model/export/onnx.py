@@ -1,9 +1,10 @@
-"""A checkpoint out as ONNX, in fp32, fp16 and int8, and held against PyTorch on the same images.
+"""Export a checkpoint as ONNX (`export_onnx`) in fp32, fp16 and int8, and compare each file with
+PyTorch on the same images.
 
-The graph takes `images`, uint8 (batch, size, size, 3) RGB as any decoder gives them, and gives
-`probability`, float32 (batch,): that of fake, the checkpoint's temperature applied; and `logits`,
-float32 (batch, 2) in the order of the classes, before it. Normalization is inside. What else a
-reader must know stands in the metadata (`model.inference.onnx_detector.META_KEYS`).
+Input of the graph: `images`, uint8 (batch, size, size, 3) RGB. Outputs: `probability`, float32
+(batch,), of fake, after the checkpoint's temperature; `logits`, float32 (batch, 2) in the order of
+the classes, before the temperature. Normalization is part of the graph. The metadata
+(`model.inference.onnx_detector.META_KEYS`) contains everything else needed to use the file.
 """
 
 import json
@@ -36,7 +37,7 @@ from sharding.format import INDEX_FILE, open_shards
 from storage import publish, temporary_folder
 
 OPSET = 20
-"""The first with GELU as one operator; ONNX Runtime reads it from 1.17 on."""
+"""The first opset with GELU as a single operator. Needs ONNX Runtime 1.17 or newer."""
 
 FILES = {
     "fp32": "detector.onnx", "fp16": "detector-fp16.onnx", "int8": "detector-int8.onnx",
@@ -44,25 +45,25 @@ FILES = {
 PARITY_FILE = "parity.json"
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "int8": 1.0}
-"""How far the probability of any image may be from PyTorch's, on identical pixels. An export that
-is further off is not kept. Rounding to 8 bits keeps no bound, so nothing but NaN is refused there:
-`parity.json` says what it costs."""
+"""Maximum difference of an image's probability from PyTorch's, on identical pixels. An export with
+a larger difference is refused. Rounding to 8 bits has no bound, so for int8 only NaN is refused;
+`parity.json` contains the measured difference."""
 
 IMAGES = 200
-"""So many images are compared, spread evenly over those given."""
+"""Number of images to compare, evenly spread over the given images."""
 
 NOISE = 16
-"""So many pictures of noise are compared where no images are given."""
+"""Number of noise images to compare if no images are given."""
 
 _BATCH = 8
 
 
 class ExportError(ValueError):
-    """A checkpoint that cannot be taken elsewhere; the message says why."""
+    """Raised for a checkpoint that cannot be exported; the message gives the reason."""
 
 
 class _Graph(nn.Module):
-    """What is exported; see the module."""
+    """The exported graph; see the module docstring."""
 
     def __init__(self, net: Detector, temperature: float):
         super().__init__()
@@ -76,7 +77,9 @@ class _Graph(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of the probability of fake, over all images; `verdicts` is how many are judged otherwise."""
+    """Difference of the probability of fake, over all images. `verdicts` is the number of images
+    with another verdict.
+    """
 
     max: float
     mean: float
@@ -85,10 +88,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How one file agrees with PyTorch in fp32 on a CPU.
+    """Differences of one exported file from PyTorch in fp32 on a CPU.
 
-    `same_pixels` compares the networks alone; `from_files` all that happens to a file's bytes,
-    Pillow's resize (as in `predict.py --onnx`) against torch's. None for noise, which is no file.
+    `same_pixels` compares only the networks, on identical pixels. `from_files` also includes the
+    preprocessing: Pillow's resize (as in `predict.py --onnx`) against torch's; None for noise.
     """
 
     file: str
@@ -103,12 +106,15 @@ def export_onnx(
     images: Path | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write `FILES` and `PARITY_FILE` into the folder `out`, and return what the latter says.
-    `images` is a folder of images or a shard set; `on_images(n)` is called as they are compared.
+    """Write `FILES` and `PARITY_FILE` into the folder `out`, and return the content of
+    `PARITY_FILE`.
+
+    `images` is a folder of images or a shard set to compare on; None: noise. `on_images(n)` is
+    called after every n compared images.
 
     Raises:
-        ExportError: a library is missing, no image can be read, or a file is too far from PyTorch;
-            nothing is written then.
+        ExportError: a library is not installed, no image can be read, or a file differs too much
+            from PyTorch. Then nothing is written.
     """
     try:
         import onnx
@@ -146,7 +152,7 @@ def export_onnx(
 
 
 def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
-    """The network as an ONNX model in fp32, without a trace of the machine that wrote it."""
+    """Convert the network to an ONNX model in fp32, without paths of this machine."""
     example = torch.zeros((2, preprocess.crop_size, preprocess.crop_size, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         _Graph(net.eval(), temperature).eval(),
@@ -158,9 +164,9 @@ def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
         opset_version=OPSET,
         verbose=False,
     )
-    assert program is not None  # `dynamo` makes one
+    assert program is not None  # always set with `dynamo`
     model = program.model_proto
-    for node in model.graph.node:  # stack traces, with paths
+    for node in model.graph.node:  # remove stack traces, which contain paths
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
@@ -171,9 +177,11 @@ def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
 
 
 def _halved(graph: Any) -> Any:
-    """The model with fp16 weights and arithmetic, but for what would lose or overflow: the
-    normalization of pixels, the classifier with what follows it, and sums of squares (the norm in
-    ConvNeXtV2's GRN, over 4,096 places), which torch's autocast keeps in fp32 too.
+    """Convert the model to fp16 weights and arithmetic.
+
+    Operations that would lose precision or overflow stay in fp32: pixel normalization, the
+    classifier and all after it, and sums of squares (the norm in ConvNeXtV2's GRN, over 4,096
+    positions). torch's autocast also computes these norms in fp32.
     """
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
@@ -192,13 +200,13 @@ def _halved(graph: Any) -> Any:
             node_block_list=ends,
         )
     )
-    halved.graph.sort()  # the casts were put at the end
+    halved.graph.sort()  # the converter appends the casts at the end
     return ir.to_proto(halved)
 
 
 def _quantized(graph: Any) -> Any:
-    """The model with the weights of its linear layers in int8, a scale for each output channel;
-    what goes into them is rounded to 8 bits by its range in each batch. Convolutions stay in fp32.
+    """Convert the weights of linear layers to int8, with one scale per output channel. Their inputs
+    are rounded to 8 bits at run time, scaled by the range in each batch. Convolutions stay in fp32.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -208,7 +216,8 @@ def _quantized(graph: Any) -> Any:
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
         copy.graph.ClearField("value_info")  # the quantizer infers the shapes itself
-        # Else it advises on the root logger to optimize first; what is folded there is not in here.
+        # Without this entry the quantizer logs advice to pre-process the model, which is useless
+        # here.
         onnx.helper.set_model_props(copy, {"onnx.quant.pre_process": "onnxruntime.quant"})
         quantize_dynamic(
             copy, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
@@ -224,12 +233,12 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 
 
 def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint's `data` speaks against relying on it."""
+    """Return those entries of a checkpoint's `data` that are reasons not to rely on it."""
     return {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
 
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
-    """What the file says of itself: `META_KEYS`, each as JSON."""
+    """Return the metadata of an ONNX file: each of `META_KEYS` as JSON text."""
     size = meta["preprocess"]["crop_size"]
     interpolation = Preprocess(**meta["preprocess"]).interpolation
     values = {
@@ -245,21 +254,21 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "step": meta["step"],
         "network": meta["recipe"]["network"]["name"],
         "license": license_of(meta).text,
-        "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the square of "
-        "crop_size / resize_size of the shorter side, cut from the center and resized "
+        "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the center "
+        "square with crop_size / resize_size of the shorter side, resized "
         f"(antialiased {interpolation})",
-        "outputs": "probability: float32 (batch,), of fake, temperature applied; logits: float32 "
-        "(batch, 2), in the order of classes, before it",
+        "outputs": "probability: float32 (batch,), of fake, after the temperature; logits: float32 "
+        "(batch, 2), in the order of classes, before the temperature",
     }
     return {key: json.dumps(values[key], ensure_ascii=False) for key in META_KEYS}
 
 
 def _refuse_if_far(parity: Parity) -> None:
     limit = TOLERANCE[parity.precision]
-    if not parity.same_pixels.max <= limit:  # NaN is too far as well
+    if not parity.same_pixels.max <= limit:  # also True for NaN
         raise ExportError(
             f"{parity.file} differs from PyTorch by up to {parity.same_pixels.max:.2g} in "
-            f"probability, more than {limit:g}; nothing was written. Look at versions of torch, "
+            f"probability, more than {limit:g}; nothing was written. Check the versions of torch, "
             "onnx and onnxruntime"
         )
 
@@ -272,8 +281,8 @@ def compare(
     images: Path | None,
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[list[Parity], dict[str, Any]]:
-    """Hold ONNX files against the network they come from, on a CPU; the parity of each, and which
-    images they were compared on.
+    """Compare ONNX files with their network, on a CPU. Return the `Parity` of each file, and which
+    images were compared (the keys `images`, `compared`, `unreadable` of `parity.json`).
     """
     detectors = [load_onnx(file, device="cpu") for file in files]
     probabilities: list[list[np.ndarray]] = [[] for _ in range(1 + 2 * len(files))]
@@ -326,8 +335,8 @@ def _difference(
 def _preprocessed(
     images: Path | None, settings: Preprocess, unreadable: list[str]
 ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
-    """Groups of images as the network sees them, uint8 (B, size, size, 3) each: by torch's resize
-    and by Pillow's. Noise, where no images are given, is not resized.
+    """Yield batches of preprocessed images: (by torch's resize, by Pillow's resize), each uint8
+    (B, size, size, 3). Without `images`, yield noise and None, because noise is not resized.
     """
     if images is None:
         noise = np.random.default_rng(0).integers(
@@ -354,7 +363,7 @@ def _preprocessed(
 
 
 def _files_in(images: Path) -> list[ImageFile]:
-    """`IMAGES` images of a folder or a shard set, spread evenly."""
+    """Return at most `IMAGES` images, evenly spread over a folder or a shard set."""
     if not (images / INDEX_FILE).exists():
         paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         return [

@@ -1,1 +1,1 @@
-"""Inference: image files in, verdicts and what each file says of itself out."""
+"""Inference: score image files and read the provenance data that the files contain."""

@@ -1,4 +1,6 @@
-"""Images in, verdicts out: what `predict.py`, the web page and a person's Python go through.
+"""Load a checkpoint and predict images: used by `predict.py`, the web page and the Python API.
+
+Main entry: `load_detector()`.
 
 from model import load_detector
 
@@ -47,11 +49,11 @@ from pipeline.loading import Backend
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDetector(AnyDetector):
-    """A loaded checkpoint. `predict` is what it is for; `preprocess_file` shows what the network
-    sees.
+    """A loaded checkpoint. Main method: `predict`. `preprocess_file` returns the network's input.
 
-    `preprocess`, `meta` are the checkpoint's; `backend` decodes the images, for the reason
-    `reason`; `asked` is a band (low, high) to decide by instead of the checkpoint's own.
+    `preprocess` and `meta` are read from the checkpoint. `backend` decodes the images; `reason`
+    says why it was chosen. `asked` is a band (low, high) that replaces the one of the
+    checkpoint.
     """
 
     checkpoint: Path
@@ -67,13 +69,12 @@ class ImageDetector(AnyDetector):
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
-        """One prediction per image, in order; an unreadable one carries its reason.
+        """Yield one prediction per image, in order. An unreadable image gets an `error`.
 
-        They are read and decoded by threads beside the network, at most two batches ahead, so
-        `images` may be endless. The first batches are small (1, 4, 16, ...): the first verdict does
-        not wait for `batch_size` images.
-        `start` is how many images of a list were left out before, a sum of whole batches: the rest
-        is then scored in the batches, and to the last bit, of a run over the whole list.
+        Threads read and decode at most two batches ahead of the network, so `images` may be
+        endless. The first batches are small (1, 4, 16, ...), so that the first prediction comes
+        early. `start` is the number of images that the caller skipped; a batch must begin there.
+        Then batches and scores are, to the last bit, those of a run over the whole list.
         """
         files = map(as_source, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" else self._by_pil
@@ -81,17 +82,18 @@ class ImageDetector(AnyDetector):
             yield from self._score(names, pixels, failures)
 
     def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """What the network sees of an image: uint8 (size, size, 3) RGB.
+        """Return the network's input for an image: uint8 (size, size, 3) RGB.
 
         Raises:
-            DecodeError, OSError: it cannot be read.
+            DecodeError, OSError: the image cannot be read.
         """
         with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
             return pil.preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
-        """The probability of fake of uint8 (B, size, size, 3) images, float64 (B,); NaN where the
-        network's answer is not finite. `predict` gives the same bits for a group of the same size.
+        """Return the probability of fake of preprocessed images, uint8 (B, size, size, 3): float64
+        (B,), NaN where the network's output is not finite. Equal to `predict` to the last bit, for
+        a batch of the same size.
         """
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         with evaluating(self.net):
@@ -99,14 +101,14 @@ class ImageDetector(AnyDetector):
         return probability(logits.cpu().numpy(), self.meta["temperature"])
 
     def _by_pil(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
-        """Groups of images as the network sees them."""
+        """Yield groups of preprocessed images, decoded by Pillow."""
         for names, pixels, failures in preprocess_ahead(
             files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
         ):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
     def _by_dali(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
-        """The same by the fast backend, which decodes whole batches."""
+        """Yield groups of preprocessed images, decoded in batches by DALI."""
         from pipeline.dali import DaliBackend
 
         names: deque[Sequence[str]] = deque()
@@ -121,9 +123,10 @@ class ImageDetector(AnyDetector):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
     def _for_dali(self, file: Source) -> Encoded | bytes:
-        """A JPEG for the backend to decode; else a PNG of what the network sees: DALI would read
-        something else than the reference, or decode it on the host as well (PNG, WebP) and with
-        less of a look for damage, or a batch of such images would take all memory.
+        """Return a JPEG for DALI to decode, or a PNG of the preprocessed image for any other file.
+
+        DALI differs from Pillow on some files, decodes PNG and WebP on the CPU with fewer checks
+        for damage, and would need too much memory for a batch of very large images.
         """
         if isinstance(file, Pixels):
             return png_of(self.preprocess_file(file))
@@ -135,7 +138,7 @@ class ImageDetector(AnyDetector):
             return png_of(pil.preprocess(pixels, self.preprocess))
 
     def _request(self, encoded_files: Sequence[Any]) -> Request:
-        """What the backend is asked for; a black pixel stands where there is nothing to decode."""
+        """Build the request to DALI. A file without data is replaced by one black pixel."""
         failures = {
             row: encoded_file
             for row, encoded_file in enumerate(encoded_files)
@@ -189,7 +192,7 @@ class ImageDetector(AnyDetector):
 
 
 class _Group(NamedTuple):
-    """Images that are scored together: uint8 (B, size, size, 3), black where `failures`."""
+    """Images scored together: uint8 (B, size, size, 3). The rows in `failures` are black."""
 
     names: Sequence[str]
     pixels: torch.Tensor
@@ -204,22 +207,23 @@ def load_detector(
     backend: Backend = "auto",
     threshold: float | None = None,
 ) -> ImageDetector:
-    """Load `checkpoint` (or the best one of that run, or the detector that ships under that name),
-    or the best one of the newest run in `runs`, or without any run the detector that ships; a line
-    of the log then says so.
+    """Load a detector.
 
-    `threshold`, 0 to 1, replaces the checkpoint's own; there is then no *uncertain*. For a band by
-    error rates, call `at_rates(max_fpr=0.01)` of the result.
+    `checkpoint` is a checkpoint, a run (its best checkpoint is loaded) or the name of a shipped
+    detector. Without `checkpoint`, the best checkpoint of the newest run below `runs` is loaded.
+    Without any run, the shipped detector is loaded, and a log line says so.
+    `threshold`, 0 to 1, replaces the one of the checkpoint; then no verdict is *uncertain*.
+    For a band that keeps to error rates, call `at_rates(max_fpr=0.01)` of the result.
 
     Raises:
-        CheckpointError: there is none, or it cannot be used.
-        BackboneError: the backbone of a detector that ships is not here, or is another one.
-        ValueError: a device or a backend that is not there, or a threshold outside 0 to 1.
+        CheckpointError: the checkpoint does not exist or cannot be used.
+        BackboneError: the backbone of a shipped detector is missing or is not the expected one.
+        ValueError: the device or backend is not available, or the threshold is outside 0 to 1.
     """
     asked = band_from(threshold)
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
     if not checkpoint and is_shipped(folder):
-        console.log.info("no trained run below %s: using %s, which ships", runs, folder.name)
+        console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)
     where = choose_device(device)
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)

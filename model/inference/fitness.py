@@ -1,10 +1,10 @@
-"""What speaks against relying on a detector, from its meta alone: for the terminal, the page, the
-model card and the HTTP answers alike.
+"""List the known reasons not to rely on a detector, from its meta: for the terminal, the page, the
+model card and the HTTP API.
 
-A checkpoint's `meta.json` has in `data` the `sources` that it was trained on, which of them are
-synthetic (`synthetic_sources`) and what others measured against it (`known_against`, a line each);
-in `calibration` what was measured on sources left out of training. A key that is not there says
-nothing.
+Main entry: `notices()`. In a checkpoint's `meta.json`, `data` contains the training `sources`, the
+synthetic ones among these sources (`synthetic_sources`) and weaknesses measured by other people
+(`known_against`, one line each). `calibration` contains the error rates on sources left out of
+training. A missing key gives no notice.
 """
 
 from collections.abc import Mapping
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 FITNESS_KEYS = ("sources", "synthetic_sources", "known_against")
-"""What is read of a meta's `data`."""
+"""Keys of a meta's `data` that this module reads."""
 
 MOST_CALLED_AI = 0.10
-"""Of the real images of a source left out of training, the share called AI that is still a detector
-as it should be; the goal that this project set itself."""
+"""Highest acceptable false-positive rate (0 to 1) on a source left out of training. A source above
+it gets a notice. The value is this project's goal."""
 
 LEAST_FOUND = 0.10
-"""Of the generated images of such a source, the share called AI below which they are missed."""
+"""Recall (0 to 1) below which a source left out of training gets a notice."""
 
 NAMED = 4
-"""Sources that a notice names; a longer list is read by nobody, and the card has all of them."""
+"""Most sources that a notice names. The model card lists all of them."""
 
 PROOF = "a {word} is not a proof"
-"""What stands beside every verdict; `word` is that of `word_for`."""
+"""Sentence shown with every verdict; `word` is the result of `word_for`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Notice:
 
 
 def notices(meta: Mapping[str, Any]) -> list[Notice]:
-    """All that speaks against a detector with this `meta`, the gravest first; often nothing."""
+    """Return all notices on a detector with this `meta`, the most serious first. May be empty."""
     data, calibration = meta.get("data") or {}, meta["calibration"]
     texts: list[tuple[Literal["synthetic", "uncalibrated", "known"], str]] = []
     if synthetic := data.get("synthetic_sources"):
@@ -47,8 +47,8 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
         texts.append(
             (
                 "uncalibrated",
-                "this detector is not calibrated: its numbers are scores and no probabilities, and "
-                "what its threshold costs was not measured",
+                "this detector is not calibrated: its numbers are scores, not probabilities, and "
+                "the error rates at its threshold were not measured",
             )
         )
     texts += [("known", text) for text in _of_left_out(calibration or {})]
@@ -56,19 +56,19 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
 
 
 def word_for(meta: Mapping[str, Any]) -> str:
-    """What a detector's number is: a `probability` where it is calibrated, else a `score`."""
+    """Return the word for a detector's number: `probability` if calibrated, else `score`."""
     return "probability" if meta["calibration"] else "score"
 
 
 def number(meta: Mapping[str, Any]) -> str:
-    """The same as a label before the number itself."""
+    """Return the label to print before a detector's number."""
     return (
         "probability that it is AI-generated" if meta["calibration"] else "score for AI-generated"
     )
 
 
 def proof(meta: Mapping[str, Any]) -> str:
-    """The sentence that stands beside every verdict, without a capital and a full stop."""
+    """Return the sentence shown with every verdict, in lower case and without a full stop."""
     return PROOF.format(word=word_for(meta))
 
 
@@ -85,7 +85,7 @@ def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:
 
 
 def _of_left_out(calibration: Mapping[str, Any]) -> list[str]:
-    """Sources that went badly while a head was trained without them, the worst first."""
+    """Return notices on sources with a bad result when left out of training, the worst first."""
     sources = calibration.get("sources") or {}
     called = {
         name: rates["false_positive_rate"]
@@ -98,30 +98,30 @@ def _of_left_out(calibration: Mapping[str, Any]) -> list[str]:
         for name, rates in sources.items()
         if rates["recall"] is not None and rates["recall"] < LEAST_FOUND
     }
-    how = "each measured while it was left out of training"
+    how = "each measured with that source left out of training"
     texts = []
     if called:
         worst = sorted(called, key=lambda name: (-called[name], name))
         texts.append(
-            "of real images of a kind that is new to it this detector called AI: "
+            "this detector called many real images of new kinds AI: "
             f"{_shares(called, worst, f'over {_percent(MOST_CALLED_AI)}')} ({how})"
         )
     if missed:
         worst = sorted(missed, key=lambda name: (missed[name], name))
         shares = _shares(missed, worst, f"under {_percent(LEAST_FOUND)}")
-        texts.append(
-            f"of generated images of a kind that is new to it this detector found: {shares} ({how})"
-        )
+        texts.append(f"this detector found few generated images of new kinds: {shares} ({how})")
     return texts
 
 
 def _shares(rates: Mapping[str, float], worst: list[str], limit: str) -> str:
-    """The rates of the `NAMED` worst sources in words, and how many others are beyond the limit."""
+    """Return the rates of the `NAMED` worst sources, and the number of other sources beyond the
+    limit, as text.
+    """
     text = ", ".join(f"{_percent(rates[name])} of {name}" for name in worst[:NAMED])
     others = len(worst) - NAMED
     return text if others < 1 else f"{text}, and {limit} of {others} more"
 
 
 def _percent(share: float) -> str:
-    """A share for reading; a measurement on some images is never none of all."""
+    """Format a share (0 to 1) as percent, never as 0 %: only some images were measured."""
     return f"{100 * share:.0f} %" if share >= 0.005 else "under 1 %"

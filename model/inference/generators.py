@@ -1,6 +1,7 @@
-"""Image generators by what they write into files: their names, and the settings they leave.
+"""Recognize image generators by the names and settings that they write into image files.
 
-What each writes was read in its own source where that is public (named beside it):
+Main entries: `is_named()` for names, `settings_in()`, `settings_of()` and `settings_across()` for
+settings. The patterns were read in the source code of the generators where it is public:
 
 - https://github.com/AUTOMATIC1111/stable-diffusion-webui
 - https://github.com/Comfy-Org/ComfyUI, https://github.com/Kaharos94/ComfyUI-Saveaswebp
@@ -9,7 +10,7 @@ What each writes was read in its own source where that is public (named beside i
 - https://github.com/lllyasviel/Fooocus
 - https://github.com/mcmonkeyprojects/SwarmUI
 
-and elsewhere in readers of such metadata:
+and in programs that read such metadata:
 
 - https://github.com/receyuki/stable-diffusion-prompt-reader (Draw Things, Easy Diffusion, NovelAI)
 - https://github.com/enslo/sd-metadata (TensorArt)
@@ -24,8 +25,8 @@ from typing import Any
 
 # --- generators by their names --------------------------------------------------------------------
 
-# Products that only make pictures, as they name themselves where a program signs. Words that are
-# also a place, a plant or a camera ("Firefly", "Imagen", "dalle") are no names without their maker.
+# Products that only generate images, as they spell themselves in program fields. A word with other
+# meanings ("Firefly", "Imagen", "dalle") counts only together with the name of its maker.
 _NAMES = (
     r"Adobe Firefly", r"Google Imagen",
     r"DALL[-·•]E", r"DALL ?E ?[23]", r"ChatGPT", r"OpenAI[- ]API", r"GPT-4o", r"gpt-image",  # C2PA
@@ -34,7 +35,7 @@ _NAMES = (
     r"AUTOMATIC1111", r"ComfyUI", r"InvokeAI", r"(?:Ruined)?Fooocus(?:[- ]MRE)?",
     r"(?:Stable)?SwarmUI", r"Draw Things", r"DiffusionBee", r"Mochi Diffusion",
 )  # fmt: skip
-# Whole words: nothing of a word before it, and behind it a version at most ("DALL-E-3", "v2").
+# Whole words only; a version may follow ("DALL-E-3", "v2").
 _GENERATOR = re.compile(
     rf"(?<![\w-])(?:{'|'.join(_NAMES)})(?!-?(?!v?\d)\w)", re.IGNORECASE
 )  # fmt: skip
@@ -43,19 +44,19 @@ _SIGNATURE = re.compile(
     r"[ -]?(?:v?\d[\w.]*)?\.?", re.IGNORECASE,
 )  # fmt: skip
 
-# Fields that programs write. Nobody's name, title, caption or keyword is among them.
+# Fields that only programs write. People write names, titles, captions and keywords elsewhere.
 _PROGRAM_FIELDS = {
     "software", "processingsoftware", "creatortool", "softwareagent",  # EXIF and XMP
-    "source",  # PNG: NovelAI fills it beside Software
+    "source",  # PNG: NovelAI writes it in addition to Software
     "claim_generator",  # C2PA
 }  # fmt: skip
-# Fields that programs sign and people write in: the signature must be all that stands there.
-# Make: Ideogram writes "Ideogram AI" into it (remove-ai-watermarks, `exif_generator`).
+# Fields that programs and people both write: only a text that is nothing but a signature counts.
+# Make: Ideogram writes "Ideogram AI" (remove-ai-watermarks, `exif_generator`).
 _SIGNED_FIELDS = {"comment", "make"}
 
 
 def is_named(field: str, text: str) -> bool:
-    """Whether a field of this name is one that programs write, and names a generator."""
+    """Return whether `field` is a field that programs write and `text` names a generator."""
     field = field.lower()
     if field in _PROGRAM_FIELDS:
         return bool(_GENERATOR.search(text[:1000]))
@@ -63,14 +64,14 @@ def is_named(field: str, text: str) -> bool:
 
 
 def is_signature(text: str) -> bool:
-    """Whether a text is a generator's name with its version, or "made with" it, and no more."""
+    """Return whether `text` is only a generator's name, maybe with "made with" and a version."""
     return len(text) < 200 and bool(_SIGNATURE.fullmatch(text.strip()))
 
 
-# --- generators by the settings they leave --------------------------------------------------------
+# --- generators by their settings -----------------------------------------------------------------
 
-# Stable Diffusion web UI (`create_infotext` in modules/processing.py) and all that write as it
-# does; Draw Things says "Guidance Scale".
+# Stable Diffusion web UI (`create_infotext` in modules/processing.py) and programs with the same
+# format; Draw Things writes "Guidance Scale".
 _STEPS = re.compile(r"(?:^|[\s,.;])Steps: ?\d{1,5}\b")
 _SETTING = re.compile(r"\b(Sampler|CFG scale|Guidance Scale|Seed): ?[\w-]", re.IGNORECASE)
 # Midjourney's Description, as exiftool prints it: "a dog --ar 2:1 --v 6 Job ID: a7421d2f-b262-...".
@@ -81,14 +82,14 @@ _PARAMETER = re.compile(
 # InvokeAI 2: `"a prompt" -s 50 -S 123 -W 512 -H 512 -C 7.5 -A k_lms`, in later versions without the
 # quotes (`dream_prompt_str` in ldm/invoke/args.py).
 _DREAM = re.compile(r"\s-s ?\d+ -S ?\d+ -W ?\d+ -H ?\d+ -C ?[\d.]+")
-# ComfyUI's in the EXIF of a WebP: "prompt:{...}" as the model, "workflow:{...}" as the make
-# (comfy_api/latest/_ui.py); nodes of others write "Prompt:" as the make and "Workflow:" as the
+# ComfyUI in the EXIF of a WebP: "prompt:{...}" as the model, "workflow:{...}" as the make
+# (comfy_api/latest/_ui.py). Third-party nodes write "Prompt:" as the make and "Workflow:" as the
 # description (ComfyUI-Saveaswebp).
 _PREFIX = re.compile(r"(?:prompt|workflow):\s*(?=\{)", re.IGNORECASE)
-# A graph cut short is no JSON; its nodes are still there.
+# A truncated graph is not valid JSON, but its nodes can still be recognized.
 _NODE = re.compile(r'"class_type"\s*:\s*"\w[^"]*"')
 
-# Program, the keys that its JSON has at least. The first that fits is named.
+# Program, and keys that its JSON always has. The first match wins.
 _OBJECTS = (
     ("SwarmUI", {"sui_image_params"}),  # docs/Image Metadata Format.md
     ("Draw Things", {"c", "uc", "model", "steps"}),  # in XMP exif:UserComment
@@ -109,9 +110,8 @@ _PROMPTS = ("prompt", "positive_prompt", "full_prompt", "c", "Prompt")
 
 
 def settings_in(text: str) -> str:
-    """The program whose settings a text is, and its prompt: "ComfyUI: a dog"; "" if it is none.
-
-    Only the content is judged: what the field is called says nothing.
+    """Return the program whose settings `text` contains, with the prompt: "ComfyUI: a dog". Return
+    "" if the text is not settings. The name of the field is not used.
     """
     if _has_settings(text):
         return f"Stable Diffusion settings: {text}"
@@ -133,7 +133,9 @@ def settings_in(text: str) -> str:
 
 
 def _has_settings(text: str) -> bool:
-    """Whether `Steps: 20` is followed by a sampler and another setting, or by guidance and seed."""
+    """Return whether `Steps: 20` is followed by two different settings, including a sampler or a
+    guidance scale.
+    """
     for steps in itertools.islice(_STEPS.finditer(text), 100):
         near = _SETTING.finditer(text, steps.end(), steps.end() + 1000)
         names = {setting[1].lower() for setting in near}
@@ -143,8 +145,8 @@ def _has_settings(text: str) -> bool:
 
 
 def settings_of(value: Any, text: str = "") -> str:
-    """The program and prompt in what JSON held (`text`), or in its `prompt` and `workflow`; "" if
-    there is none.
+    """Return program and prompt of the settings in parsed JSON, or in its `prompt` or `workflow`;
+    "" if it contains no settings. `text` is the JSON text.
     """
     if not isinstance(value, Mapping):
         return ""
@@ -162,8 +164,10 @@ def settings_of(value: Any, text: str = "") -> str:
 
 
 def settings_across(texts: Mapping[str, str]) -> str:
-    """The program and prompt of settings that stand in a text each, as Easy Diffusion writes them
-    into a PNG; "" if they are none. One such name says nothing: at least three, and a number.
+    """Return program and prompt of settings that are stored as one text per setting (Easy Diffusion
+    in a PNG); "" if the texts are not settings.
+
+    A match needs at least three known names and a number of steps: one name alone proves nothing.
     """
     steps = next(
         (texts[key] for key in ("steps", "Steps", "num_inference_steps") if key in texts), ""
@@ -175,7 +179,7 @@ def settings_across(texts: Mapping[str, str]) -> str:
 
 
 def _is_graph(value: Mapping[str, Any]) -> bool:
-    """Whether it is a graph that ComfyUI runs: number of a node -> its class_type and inputs."""
+    """Return whether JSON is a graph that ComfyUI runs: node id -> class_type and inputs."""
     nodes = [node for node in value.values() if isinstance(node, Mapping)]
     return any(
         isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), Mapping)
@@ -184,8 +188,8 @@ def _is_graph(value: Mapping[str, Any]) -> bool:
 
 
 def _is_workflow(value: Mapping[str, Any]) -> bool:
-    """Whether it is a graph as ComfyUI's page draws it (nodes with widgets, and links), or one of
-    InvokeAI's (nodes by their names, and edges).
+    """Return whether JSON is a graph of ComfyUI's editor (list of nodes with widgets, and links) or
+    of InvokeAI (nodes by name, and edges).
     """
     nodes = value.get("nodes")
     if isinstance(nodes, list) and "links" in value:
@@ -201,7 +205,7 @@ def _is_workflow(value: Mapping[str, Any]) -> bool:
 
 
 def _prompt_in(graph: Mapping[str, Any]) -> str:
-    """The texts in a graph of ComfyUI."""
+    """Return the texts in a ComfyUI graph, joined by " | "."""
     inputs = [node.get("inputs") for node in graph.values() if isinstance(node, Mapping)]
     texts = [one.get("text") for one in inputs if isinstance(one, Mapping)]
     return " | ".join(text for text in texts if isinstance(text, str) and text.strip())

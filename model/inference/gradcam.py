@@ -1,10 +1,12 @@
-"""Where the network looked: Grad-CAM of its last map, or a transformer's patches weighted by their
-gradients, as an overlay on what it saw.
+"""Compute heatmaps: which parts of an image raised its score for AI, as an overlay on the image.
 
-It is coarse (8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a transformer of
-patches of 16 at 224), shows what moved the score and not what is fake, and proves nothing. The
-patches of a transformer have taken in the rest of the image before they are weighed, so what one
-of them holds need not come from its place.
+Main entry: `heatmap()`. The method is Grad-CAM for convolutional networks, and the patches weighted
+by their gradients for transformers.
+
+The result is coarse: 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
+transformer with patches of 16 at 224 pixels. It shows what moved the score, not what is fake, and
+proves nothing. A transformer's patches contain information from the whole image, so a strong patch
+does not prove that its own area caused the score.
 """
 
 import math
@@ -21,34 +23,36 @@ from model.inference.prediction import Picture
 from model.network import Detector
 
 MEANING = (
-    "Red raised the score for AI; the strongest place has the full color, however weak it is. It "
-    "shows what moved the score, coarsely, not which part is fake. In a transformer, red is more "
-    "than the mean patch, and a patch holds something of the whole picture."
+    "Red raised the score for AI. The strongest area always has the full color, even if its effect "
+    "is weak. The heatmap shows, coarsely, what moved the score, not which part is fake. In a "
+    "transformer, red means more than the mean patch, and each patch contains information from the "
+    "whole picture."
 )
-"""What must stand beside every heatmap."""
+"""Explanation that must be shown with every heatmap."""
 
 RED = np.array([255.0, 32.0, 0.0])
 MOST = 0.6
-"""Share of color in the strongest place."""
+"""Opacity of red (0 to 1) in the strongest cell."""
 
 
 class ExplainError(ValueError):
-    """A network that no heatmap can be made for; the message says why."""
+    """Raised if a heatmap cannot be computed; the message gives the reason."""
 
 
 def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np.ndarray]:
-    """What the network sees, uint8 (size, size, 3) RGB, and for each of the cells of its last
-    features, float32 (rows, columns), what it adds to the logit of fake minus that of real, to the
-    first order.
+    """Return the network's input, uint8 (size, size, 3) RGB, and the attribution of each cell of
+    its last features, float32 (rows, columns): the first-order contribution of the cell to the
+    logit of fake minus the logit of real.
 
-    Of a map it is Grad-CAM (Selvaraju et al. 2017) without its last step, which hides what speaks
-    for real; exact where the mean over the places is classified. Of patches it is the gradient
-    times what a patch has beyond the mean patch: of the last ones, or, where the class token alone
-    is classified and they have no gradient, of those that the last block's attention reads.
+    For a feature map: Grad-CAM (Selvaraju et al. 2017) without the final ReLU, which would hide
+    evidence for real. The attribution is exact if the head classifies the mean over the map.
+    For patches: the gradient times the difference between a patch and the mean patch. If the head
+    classifies only the class token, the last patches have no gradient; then the patches at the
+    input of the last attention are used.
 
     Raises:
         DecodeError, OSError: the image cannot be read.
-        ExplainError: the network has no map nor patches, or the library `captum` is not installed.
+        ExplainError: the network has neither a map nor patches, or `captum` is not installed.
     """
     try:
         from captum.attr import LayerGradCam
@@ -69,7 +73,7 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
         cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)[0, 0]
         return preprocessed, cells.detach().float().cpu().numpy()
     cells = _by_tokens(net, margin, layer, pixels)
-    if not cells.any():  # only the class token goes on to the classifier
+    if not cells.any():  # the head classifies only the class token
         attention = _last_attention(net, features)
         cells = _by_tokens(net, margin, attention, pixels, of_input=True)
     return preprocessed, cells.detach().float().cpu().numpy()
@@ -83,9 +87,11 @@ def _by_tokens(
     *,
     of_input: bool = False,
 ) -> torch.Tensor:
-    """What each place of a layer's output, or of its input (`of_input`), adds where the channels
-    come last, (rows, columns): the gradient times the features of a map, and times that by which a
-    patch differs from the mean patch, which says nothing of a place.
+    """Return the attribution of each cell of a layer's output or input (`of_input`), (rows,
+    columns): gradient times features, summed over channels, which are the last axis.
+
+    For patches, the mean patch is subtracted from the features first, because it is the same for
+    all cells.
     """
     from captum.attr import LayerActivation, LayerGradientXActivation
 
@@ -102,16 +108,17 @@ def _by_tokens(
 
 
 def _tensor_of(attribution: Any) -> torch.Tensor:
-    """What captum gives for a layer of one input or output."""
+    """Unpack a captum result for a layer with a single input or output."""
     return attribution[0] if isinstance(attribution, tuple) else attribution
 
 
 def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    """The last features that the head sees of uint8 `pixels` (B, 3, H, W), and the module that puts
-    them out: a map, (B, C, rows, columns) or (B, rows, columns, C), or tokens, (B, N, C).
+    """Return the module that outputs the last features before the head, and its output for uint8
+    `pixels` (B, 3, H, W): a map, (B, C, rows, columns) or (B, rows, columns, C), or tokens,
+    (B, N, C).
 
     Raises:
-        ExplainError: no module puts them out.
+        ExplainError: no module outputs a map or patches.
     """
     backbone, seen = net.backbone, []
 
@@ -142,15 +149,15 @@ def last_features(net: Detector, pixels: torch.Tensor) -> tuple[nn.Module, torch
         ]  # fmt: skip
     if not seen or not {1, -1} & _channel_axes(net, seen[-1][1]):
         raise ExplainError(
-            f"{type(backbone).__name__} keeps neither a map of features nor patches, so there is "
-            "no heatmap"
+            f"{type(backbone).__name__} keeps neither a feature map nor patches, so a heatmap is "
+            "not possible"
         )
     return seen[-1]
 
 
 def _channel_axes(net: Detector, features: torch.Tensor) -> set[int]:
-    """Which axes of (B, C, rows, columns), (B, rows, columns, C) or (B, N, C) may be the channels:
-    1, -1.
+    """Return the axes that may be the channels, from {1, -1}, of features (B, C, rows, columns),
+    (B, rows, columns, C) or (B, N, C).
     """
     backbone = net.backbone
     counts = {getattr(backbone, n, None) for n in ("num_features", "head_hidden_size")}
@@ -161,16 +168,16 @@ def _channel_axes(net: Detector, features: torch.Tensor) -> set[int]:
 
 
 def _is_map(net: Detector, features: torch.Tensor) -> bool:
-    """Whether features are (B, C, rows, columns)."""
+    """Return whether features are (B, C, rows, columns)."""
     return 1 in _channel_axes(net, features)
 
 
 def _on_grid(net: Detector, values: torch.Tensor) -> torch.Tensor:
-    """Values of the one image's features, (1, rows, columns, C) or (1, N, C), on the grid of
-    patches, (rows, columns, C); class and register tokens are left out.
+    """Reshape values of one image, (1, rows, columns, C) or (1, N, C), to the grid of patches,
+    (rows, columns, C). Class and register tokens are dropped.
 
     Raises:
-        ExplainError: the tokens are no square of patches.
+        ExplainError: the tokens do not form a square of patches.
     """
     if values.ndim == 4:
         return values[0]
@@ -178,17 +185,18 @@ def _on_grid(net: Detector, values: torch.Tensor) -> torch.Tensor:
     side = math.isqrt(len(patches))
     if side * side != len(patches):
         raise ExplainError(
-            f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which are no square of "
-            "patches, so there is no heatmap"
+            f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which form no square of "
+            "patches, so a heatmap is not possible"
         )
     return patches.reshape(side, side, -1)
 
 
 def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
-    """The attention of the last block: behind it a class token is all that goes on.
+    """Return the attention module of the last block. It is the last module in which patches can
+    influence the class token.
 
     Raises:
-        ExplainError: no block has such a module, or the features are no tokens.
+        ExplainError: no block has an attention module, or the features are not tokens.
     """
     attentions = [
         module
@@ -199,15 +207,15 @@ def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
         attentions = attentions[: net.blocks[-1] + 1]
     if features.ndim != 3 or not attentions:
         raise ExplainError(
-            f"{type(net.backbone).__name__} has no attention whose patches could be shown, so "
-            "there is no heatmap"
+            f"{type(net.backbone).__name__} has no attention over patches, so a heatmap is not "
+            "possible"
         )
     return attentions[-1]
 
 
 def heatmap(detector: ImageDetector, image: Picture) -> np.ndarray:
-    """The overlay: uint8 (size, size, 3) RGB, what the network sees with red where it raised the
-    score for AI (`MEANING` says it to people).
+    """Return the heatmap of an image: uint8 (size, size, 3) RGB, the network's input in gray with
+    red where it raised the score for AI. Show `MEANING` with it.
 
     Raises:
         DecodeError, OSError, ExplainError: as `attribution`.
@@ -216,7 +224,8 @@ def heatmap(detector: ImageDetector, image: Picture) -> np.ndarray:
 
 
 def overlay(preprocessed: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Positive `cells` (rows, columns), any scale, as red over an image, uint8 (height, width, 3).
+    """Draw positive `cells` (rows, columns), of any scale, in red over the grayscale image, uint8
+    (height, width, 3).
 
     Negative cells stay gray: covering them did not raise the score (docs/log.md, 2026-11-25).
     """

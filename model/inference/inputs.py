@@ -1,6 +1,7 @@
-"""What a person names to be looked at: files, folders, patterns, archives, shard sets.
+"""Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Images come as they are found, so that a million of them need no list.
+Main entries: `find_images()`, and `watch()` for a folder that receives new files. Both are
+generators, so a million images need no list in memory.
 """
 
 import glob
@@ -17,7 +18,7 @@ from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
 
 RUN = 10_000
-"""Entries of a folder that are sorted at a time; a larger folder comes in sorted runs."""
+"""Entries of a folder that are sorted at a time. A larger folder is listed in sorted runs."""
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
@@ -26,8 +27,10 @@ NO_IMAGE = "not an image by its name"
 
 
 def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
-    """The images of each of `paths`, which may be endless. What cannot be read comes too: reading
-    it raises the reason. What is passed over is counted in `excluded`, by reason.
+    """Yield the images of each of `paths`, which may be endless.
+
+    A file that cannot be read is yielded too; reading it raises the reason. Skipped files are
+    counted in `excluded` by reason.
     """
     for path in paths:
         if os.path.lexists(path) or not glob.has_magic(path):
@@ -38,21 +41,21 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
             matched = True
             yield from _images_of(match, excluded)
         if not matched:
-            yield _unreadable(path, "no file has a name like this")
+            yield _unreadable(path, "no file matches this pattern")
 
 
 def is_there(path: str) -> bool:
-    """Whether there is a file, a folder or a match of a pattern."""
+    """Return whether `path` is a file, a folder or a pattern with a match."""
     return os.path.lexists(path) or any(glob.iglob(path, recursive=True))  # noqa: PTH207
 
 
 def is_compressed(path: str) -> bool:
-    """Whether it is a tar that has to be unpacked to know what is in it."""
+    """Return whether `path` is a compressed tar, which must be unpacked to list its members."""
     return path.lower().endswith(TARS[1:])
 
 
 def is_image(name: str) -> bool:
-    """Whether a name ends like that of an image."""
+    """Return whether a name has the suffix of an image file."""
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -77,10 +80,10 @@ def _fail(reason: str) -> NoReturn:
 
 
 def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
-    """All images below a folder, those in the tars of a shard set too. What is hidden is left out,
-    and so are links to folders, which may lead in circles.
+    """Yield all images below a folder, also from the tars of a shard set. Hidden files are skipped,
+    and links to folders too, because such links may form a cycle.
     """
-    from sharding.format import INDEX_FILE  # with pyarrow, which the command line does not need
+    from sharding.format import INDEX_FILE  # imports pyarrow: slow, and not always needed
 
     folders = [_entries(str(Path(top)))]
     while folders:
@@ -107,7 +110,9 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
-    """What a folder holds, in sorted runs; a folder that cannot be listed is one unreadable."""
+    """Yield the entries of a folder in sorted runs. A folder that cannot be listed yields one
+    unreadable image.
+    """
     try:
         with os.scandir(folder) as entries:
             while run := sorted(islice(entries, RUN), key=lambda entry: entry.name):
@@ -151,15 +156,16 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         yield _unreadable(path, str(error))
 
 
-# --- a folder that fills --------------------------------------------------------------------------
+# --- watching a folder ----------------------------------------------------------------------------
 
 POLL_S, SETTLED_S = 1.0, 2.0
-"""Seconds between two looks at a folder, and how long a file must not have changed to be whole."""
+"""Seconds between two scans of a folder, and seconds without change after which a file counts as
+complete."""
 
 
 def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
-    """For ever, each `POLL_S`: the images below `folder` that have come, or changed, since the last
-    look and are complete; the first time those that are there. Archives are left out.
+    """Yield, every `POLL_S` without end, the complete images below `folder` that are new or changed
+    since the last scan. The first scan yields all complete images. Archives are skipped.
     """
     first_seen: dict[str, tuple[tuple[int, int], float]] = {}
     given: dict[str, tuple[int, int]] = {}
@@ -169,12 +175,12 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
         for file in _in_folder(folder, excluded):
             try:
                 facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
-            except OSError:  # it has gone, or is inside an archive
+            except OSError:  # deleted since, or a member of a tar
                 continue
             stamp = facts.st_size, facts.st_mtime_ns
             before, since = first_seen.get(file.name, (stamp, now))
             stamps[file.name] = stamp, since if stamp == before else now
-            # At the first look a file may be old: its own time tells.
+            # In the first scan the age of a file is known only from its modification time.
             age = max(now - stamps[file.name][1], 0 if first_seen else time.time() - facts.st_mtime)
             if facts.st_size and age >= SETTLED_S and given.get(file.name) != stamp:
                 given[file.name] = stamp

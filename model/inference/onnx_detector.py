@@ -1,9 +1,8 @@
-"""An exported detector (`python -m model export --onnx`) under ONNX Runtime: the same answers as
-`model.load_detector`, and no torch.
+"""Run an exported detector (`python -m model export --onnx`) in ONNX Runtime, without torch.
 
-The file says everything about itself in its metadata: how an image is preprocessed (`preprocess`),
-the temperature that is in its probability already, the threshold and the band. `META_KEYS` is the
-list.
+Main entry: `load_onnx()`. It predicts like a detector of `model.load_detector`. The file's
+metadata contains everything needed: preprocessing, temperature (already applied in its output
+`probability`), threshold and band. The keys are `META_KEYS`.
 """
 
 import json
@@ -42,20 +41,20 @@ META_KEYS = (
     "format_version", "classes", "preprocess", "temperature", "threshold", "calibration",
     "data", "precision", "run", "step", "network", "license", "input", "outputs",
 )  # fmt: skip
-"""Entries of the file's metadata, each the JSON text of a value. Those that a checkpoint's
-`meta.json` has too are named and mean as there."""
+"""Keys of the file's metadata; each value is JSON text. A key that a checkpoint's `meta.json` also
+has means the same here."""
 
 
 class OnnxError(ValueError):
-    """An ONNX file that cannot be used; the message says what to do."""
+    """Raised for an ONNX file that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OnnxDetector(AnyDetector):
-    """A loaded ONNX file, with what `model.inference.detector.ImageDetector` offers for prediction.
+    """A loaded ONNX file, with the prediction methods of `model.inference.detector.ImageDetector`.
 
-    `meta` is the file's metadata with the hash of the file (`sha256`), which holds the weights;
-    `asked` is a band (low, high) to decide by instead of its own.
+    `checkpoint` is the file. `meta` is its metadata, with the hash of the file as `sha256`. `asked`
+    is a band (low, high) that replaces the one of the file.
     """
 
     checkpoint: Path
@@ -66,19 +65,19 @@ class OnnxDetector(AnyDetector):
 
     @property
     def backend(self) -> str:
-        """What decodes the images; there is no other without torch."""
+        """Name of the image decoder: Pillow, because DALI needs torch here."""
         return "pil"
 
     @property
     def reason(self) -> str:
-        """What computes, as ONNX Runtime calls it."""
+        """Name of the execution provider of ONNX Runtime."""
         return f"ONNX Runtime, {self.session.get_providers()[0]}"
 
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
-        """One prediction per image, in order; an unreadable one carries its reason. `start` as
-        `ImageDetector.stream` has it.
+        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
+        as in `ImageDetector.stream`.
         """
         files = map(as_source, images, range(sys.maxsize))
         for names, pixels, failures in preprocess_ahead(
@@ -87,20 +86,22 @@ class OnnxDetector(AnyDetector):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
     def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """What the network sees of an image: uint8 (size, size, 3) RGB.
+        """Return the network's input for an image: uint8 (size, size, 3) RGB.
 
         Raises:
-            DecodeError, OSError: it cannot be read.
+            DecodeError, OSError: the image cannot be read.
         """
         with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
             return preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
-        """The probability of fake of uint8 (B, size, size, 3) images, float32 (B,)."""
+        """Return the probability of fake of preprocessed images, uint8 (B, size, size, 3): float32
+        (B,).
+        """
         return self.session.run(["probability"], {"images": pixels})[0]
 
     def logits(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
-        """The logit of fake minus that of real of what `preprocess_file` made, before the
+        """Return the logit of fake minus the logit of real of preprocessed images, before the
         temperature: float32 (B,).
         """
         real, fake = self.session.run(["logits"], {"images": np.stack(prepared)})[0].T
@@ -108,13 +109,14 @@ class OnnxDetector(AnyDetector):
 
     @property
     def fixed_batches(self) -> bool:
-        """The last bits of a score depend on how many images are scored together."""
+        """Whether the last bits of a score depend on the batch size: always True here."""
         return True
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """What the network sees of an upright (height, width, 3) uint8 RGB image, by Pillow's resize:
-    uint8 (size, size, 3), within one gray level of `pipeline.pil`, which needs torch.
+    """Crop and resize an upright RGB image, uint8 (height, width, 3), to uint8 (size, size, 3).
+
+    Uses Pillow's resize, because `pipeline.pil` needs torch. Values differ by at most one level.
     """
     height, width = pixels.shape[:2]
     params = center_crop_params(settings, np.array([width]), np.array([height])).row(0)
@@ -131,11 +133,11 @@ def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
 def load_onnx(
     file: Path | str, *, device: str = "auto", threshold: float | None = None
 ) -> OnnxDetector:
-    """Open an exported detector; `device` is auto, cpu, or cuda with ONNX Runtime's GPU build.
+    """Open an exported detector. `device` is auto, cpu, or cuda (needs ONNX Runtime's GPU build).
 
     Raises:
-        OnnxError: ONNX Runtime is missing, or the file is no ONNX or not one of this program.
-        ValueError: a device that is not there, or a threshold outside 0 to 1.
+        OnnxError: ONNX Runtime is not installed, or the file is not an ONNX export of this program.
+        ValueError: the device is not available, or the threshold is outside 0 to 1.
     """
     asked = band_from(threshold)
     file = Path(file)
@@ -156,9 +158,9 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
     if not file.is_file():
         raise OnnxError(f"there is no file {file}; `python -m model export --onnx` writes one")
     if not str(file).isascii() and str(file) != str(file).encode("utf-8", "replace").decode():
-        raise OnnxError(f"ONNX Runtime opens no name that is not UTF-8: rename {file}")
+        raise OnnxError(f"ONNX Runtime cannot open a file name that is not UTF-8; rename {file}")
     options = onnxruntime.SessionOptions()
-    # Said outright, so that a container's or taskset's share is not taken for the whole machine.
+    # Set explicitly: ONNX Runtime ignores the CPU limits of a container or of taskset.
     options.intra_op_num_threads = threads()
     try:
         return onnxruntime.InferenceSession(file, options, providers=_providers(device))
@@ -171,13 +173,13 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
 
 
 def _providers(device: str) -> list[str]:
-    """ONNX Runtime's names of what to compute on, the first choice first."""
+    """Return ONNX Runtime's execution providers for `device`, in order of preference."""
     import onnxruntime
 
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
     kind = device.partition(":")[0]
     if kind not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"ONNX Runtime is asked for auto, cpu or cuda, got {device!r}")
+        raise ValueError(f"the device for an ONNX file is auto, cpu or cuda, got {device!r}")
     if kind == "cpu" or (kind == "auto" and cuda not in onnxruntime.get_available_providers()):
         return [cpu]
     if cuda not in onnxruntime.get_available_providers():
@@ -189,13 +191,13 @@ def _providers(device: str) -> list[str]:
 
 
 def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, Any]:
-    """The parsed metadata of a file."""
+    """Parse and check the metadata of a file."""
     texts = session.get_modelmeta().custom_metadata_map
     missing = [key for key in META_KEYS if key not in texts]
     if missing:
         raise OnnxError(
-            f"{file} does not say {', '.join(missing)} in its metadata, so it is not known how to "
-            "feed it; export the detector with `python -m model export --onnx`"
+            f"{file} has no {', '.join(missing)} in its metadata, so it cannot be used; export the "
+            "detector with `python -m model export --onnx`"
         )
     meta = {key: json.loads(texts[key]) for key in META_KEYS}
     if meta["format_version"] != FORMAT_VERSION:
@@ -204,5 +206,5 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
             "detector again with `python -m model export --onnx`"
         )
     if tuple(meta["classes"]) != CLASSES:
-        raise OnnxError(f"{file} knows {meta['classes']}, expected {list(CLASSES)}")
+        raise OnnxError(f"{file} has the classes {meta['classes']}, expected {list(CLASSES)}")
     return meta

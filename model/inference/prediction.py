@@ -1,6 +1,7 @@
-"""What every detector shares, with torch or without: images to read, verdicts to give.
+"""Base class of all detectors, with helpers that need no torch: read images, score them in batches,
+return predictions.
 
-`docs/python.md` is the page about it.
+Main entry: `AnyDetector.predict()`, described in `docs/python.md`.
 """
 
 import functools
@@ -27,13 +28,15 @@ from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
 
 UNREADABLE = "unreadable"
-"""The verdict of a file that is no image, or a damaged one."""
+"""Verdict for a file that is not an image or is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """`probability` is that of fake (AI-generated), 0 to 1, after the checkpoint's temperature;
-    None with an `error` (one line) instead. `verdict` is one of `VERDICTS`, or `UNREADABLE`.
+    """Result for one image.
+
+    `probability` is the probability of fake (AI-generated), 0 to 1, after the temperature. It is
+    None if `error` (one line) is set. `verdict` is one of `VERDICTS`, or `UNREADABLE`.
     """
 
     name: str
@@ -47,36 +50,35 @@ class Prediction:
 
 
 class Pixels(NamedTuple):
-    """An image that is decoded already: uint8 (height, width, 3) RGB, upright."""
+    """A decoded image: uint8 (height, width, 3) RGB, upright."""
 
     name: str
     pixels: np.ndarray
 
 
 Picture: TypeAlias = Path | str | bytes | Image.Image | np.ndarray | ImageFile
-"""What a detector takes as one image: a path, the bytes of a file, an image of Pillow, a uint8
-array (height, width, 3) of RGB or (height, width) of gray, or what is read when its turn comes."""
+"""Accepted types of an image: a path, the bytes of a file, a PIL image, a uint8 array (height,
+width, 3) in RGB or (height, width) in gray, or an `ImageFile`, which is read later."""
 
 Source: TypeAlias = ImageFile | Pixels
-"""One image on its way to the network: to be read, or decoded already."""
+"""One image before preprocessing: a file to read, or decoded pixels."""
 
 
 class Named(Protocol):
-    """What is worked on ahead of time."""
+    """An item of `in_groups`: anything with a name."""
 
     @property
     def name(self) -> str:
-        """What it is called in a result."""
+        """Name of the item in results."""
 
 
 def as_source(image: Picture, index: int = 0) -> Source:
-    """An image as a `Source`; what has no name is called by its `index`.
+    """Convert an image to a `Source`. An image without a name is called `image <index>`.
 
-    An array is taken as it is, upright. An image of Pillow is turned upright by the EXIF that it
-    carries, if any.
+    An array counts as upright. A PIL image is turned upright according to its EXIF orientation.
 
     Raises:
-        TypeError: it is no image of a known kind.
+        TypeError: not one of the types of `Picture`.
         ValueError: an array of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
@@ -103,7 +105,7 @@ def _unknown(image: object) -> TypeError:
 
 
 def as_file(image: Path | str | bytes | ImageFile, index: int = 0) -> ImageFile:
-    """A path or the bytes of a file as an `ImageFile`; bytes are called by their `index`."""
+    """Convert a path or the bytes of a file to an `ImageFile`. Bytes are called `image <index>`."""
     if isinstance(image, ImageFile):
         return image
     if isinstance(image, bytes):
@@ -116,26 +118,28 @@ def _refuse(reason: str) -> bytes:
 
 
 def _rgb_of(array: np.ndarray) -> np.ndarray:
-    """The pixels of an array that a person gave.
+    """Check an array given by a caller and return it as uint8 (height, width, 3) RGB.
 
     Raises:
-        ValueError: another shape or dtype than `Picture` says.
+        ValueError: a shape or dtype that `Picture` does not allow.
     """
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if array.dtype != np.uint8 or not is_image or not array.size:
         raise ValueError(
             f"an array of shape {array.shape} and dtype {array.dtype}, expected uint8 of (height, "
-            "width, 3) in RGB or (height, width) in gray; convert it first, many as a list of them"
+            "width, 3) in RGB or (height, width) in gray; convert it first, and pass several "
+            "images as a list"
         )
     return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
 
 
 @contextmanager
 def pixels_of(source: Source) -> Iterator[np.ndarray]:
-    """The pixels of an image, uint8 (height, width, 3) RGB, upright, as long as the block lasts.
+    """Yield the pixels of an image, uint8 (height, width, 3) RGB, upright. The pixels are valid
+    only inside the `with` block.
 
     Raises:
-        DecodeError, OSError: it cannot be read.
+        DecodeError, OSError: the image cannot be read.
     """
     if isinstance(source, Pixels):
         yield source.pixels
@@ -145,7 +149,7 @@ def pixels_of(source: Source) -> Iterator[np.ndarray]:
 
 
 def band_from(threshold: float | None) -> tuple[float, float] | None:
-    """The band without *uncertain* that a threshold means; None for none.
+    """Return the band of a requested threshold, without *uncertain*. None for None.
 
     Raises:
         ValueError: the threshold is outside 0 to 1.
@@ -158,8 +162,10 @@ def band_from(threshold: float | None) -> tuple[float, float] | None:
 
 
 class DecisionRule:
-    """What a detector decides by, with torch or without: its `meta`, or `asked`, a band (low, high)
-    that a person asked for instead. `checkpoint` is the folder or file that it came from.
+    """Threshold, band and verdict of a detector: from its `meta`, or as requested.
+
+    `checkpoint` is the folder or file of the detector. `asked` is the requested band (low,
+    high) or None.
     """
 
     checkpoint: Path
@@ -167,9 +173,11 @@ class DecisionRule:
     asked: tuple[float, float] | None
 
     def at_rates(self, max_fpr: float | None = None, max_miss: float | None = None) -> Self:
-        """The same detector, which decides so that at most the share `max_fpr` of real images is
-        called likely AI and at most the share `max_miss` of fakes no sign of AI, on images like
-        those of its calibration; see `model.verdict.band_at`.
+        """Return the same detector with a band that keeps to error rates.
+
+        At most the share `max_fpr` of real images is called likely AI, and at most the share
+        `max_miss` of fakes no sign of AI, on images like those of its calibration. See
+        `model.verdict.band_at`.
 
         Raises:
             ValueError: a rate is outside 0 to 0.5, or the detector has no threshold for it.
@@ -178,38 +186,39 @@ class DecisionRule:
 
     @property
     def threshold(self) -> float:
-        """From this probability of fake on, an image counts as AI-generated."""
+        """Probability of fake at or above which an image counts as AI-generated."""
         return float(self.meta["threshold"]) if self.asked is None else self.asked[1]
 
     @property
     def band(self) -> tuple[float, float]:
-        """`(low, high)`: below low an image is no sign of AI, from high on likely AI, and between
-        them uncertain. Both are the threshold where nothing is calibrated, or one was asked for.
+        """Band `(low, high)`: below low the verdict is *no sign of AI*, at or above high *likely
+        AI*, in between *uncertain*. Both equal the threshold if the detector is not calibrated or a
+        threshold was requested.
         """
         return band_of(self.meta) if self.asked is None else self.asked
 
     @functools.cached_property
     def identity(self) -> str:
-        """Which checkpoint with which band: run, step, and a hash of its meta and the band."""
+        """Identifier of the checkpoint and its band: run, step, and a hash of meta and band."""
         content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
         short = hashlib.sha256(content.encode()).hexdigest()[:8]
         return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
 
     def verdict(self, probability: float) -> str:
-        """One of `VERDICTS`."""
+        """Return the verdict, one of `VERDICTS`, for a probability of fake."""
         return verdict(probability, self.band)
 
 
 class AnyDetector(DecisionRule, ABC):
-    """A detector, with torch or without: images in, predictions out."""
+    """Base class of detectors: `predict` and `stream` take images and return predictions."""
 
     @abstractmethod
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32
     ) -> Generator[Prediction, None, None]:
-        """One prediction per image, in order; an unreadable one carries its reason."""
+        """Yield one prediction per image, in order. An unreadable image gets an `error`."""
 
-    # A text is an iterable of texts too, an array one of arrays: the first one that fits counts.
+    # The overloads overlap: a str is an iterable of str, an array of arrays. The first match wins.
     @overload
     def predict(self, images: Picture, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
 
@@ -219,13 +228,13 @@ class AnyDetector(DecisionRule, ABC):
     def predict(
         self, images: Picture | Iterable[Picture], batch_size: int = 32
     ) -> Prediction | list[Prediction]:
-        """The prediction of one image, or of many a list in their order.
+        """Return the prediction of one image, or a list of predictions in the order of the images.
 
-        A file that cannot be read is a prediction with an `error` and no probability. `stream` is
-        for more images than a list should hold.
+        A file that cannot be read gives a prediction with an `error` and no probability. Use
+        `stream` if a list of all predictions would be too long.
 
         Raises:
-            TypeError: no image of a known kind (see `Picture`).
+            TypeError: not one of the types of `Picture`.
             ValueError: an array of another shape or dtype.
         """
         if isinstance(images, Path | str | bytes | Image.Image | np.ndarray | ImageFile):
@@ -236,7 +245,7 @@ class AnyDetector(DecisionRule, ABC):
         return list(self.stream(images, batch_size))
 
     def __repr__(self) -> str:
-        """One line: which checkpoint, where likely AI begins, and what its number is."""
+        """Return one line: the checkpoint, and the score or probability of *likely AI*."""
         low, high = self.band
         doubt = f", uncertain from {low:.3g}" if low != high else ""
         return (
@@ -246,7 +255,7 @@ class AnyDetector(DecisionRule, ABC):
 
     @property
     def notices(self) -> list[Notice]:
-        """What speaks against relying on it; often nothing."""
+        """Known reasons not to rely on this detector; may be empty."""
         return notices(self.meta)
 
 
@@ -256,8 +265,8 @@ def predictions(
     failures: Mapping[int, str],
     band: tuple[float, float],
 ) -> Iterator[Prediction]:
-    """A group's predictions; of the rows in `failures` (row -> reason), and of those whose score is
-    not finite, the reason.
+    """Yield the predictions of a batch. A row in `failures` (row -> reason) gets its reason as
+    `error`; a row whose score is not finite gets `NOT_FINITE`.
     """
     for row, (name, value) in enumerate(zip(names, probabilities, strict=True)):
         error = failures.get(row) or ("" if math.isfinite(value) else NOT_FINITE)
@@ -268,17 +277,18 @@ def predictions(
 
 
 def threads() -> int:
-    """One per processor core, up to 16."""
+    """Return the number of worker threads: one per CPU core, at most 16."""
     return min(16, cores())
 
 
 def group_sizes(batch_size: int, start: int = 0) -> Iterator[int]:
-    """How many images are scored together: 1, 4, 16, ... and then always `batch_size`, so that the
-    first verdict comes early. `start` is the position in the list at which to begin, the first one
-    of a group.
+    """Yield batch sizes without end: 1, 4, 16, ..., then always `batch_size`. The first batches are
+    small so that the first verdict comes early.
+
+    `start` skips that many images; a batch must begin there.
 
     Raises:
-        ValueError: no group begins at `start`.
+        ValueError: no batch begins at `start`.
     """
     position, size = 0, 1
     while True:
@@ -294,8 +304,10 @@ def group_sizes(batch_size: int, start: int = 0) -> Iterator[int]:
 def ahead(
     files: Iterable[Source], work: Callable[[Any], Any], batch_size: int, start: int = 0
 ) -> Iterator[tuple[list[str], list[Any]]]:
-    """Names and what `work` made of each file, in groups of `group_sizes`; an error is its reason,
-    a string. Threads work ahead, on at most two groups.
+    """Apply `work` to each file in threads. Yield batches of `group_sizes`: (names, results).
+
+    The result for a file that cannot be read is the reason, a string. The threads work at most two
+    batches ahead.
     """
     yield from in_groups(files, work, group_sizes(batch_size, start))
 
@@ -303,7 +315,7 @@ def ahead(
 def in_groups(
     files: Iterable[Named], work: Callable[[Any], Any], sizes: Iterable[int]
 ) -> Iterator[tuple[list[str], list[Any]]]:
-    """As `ahead`, in groups of `sizes`, of anything that has a name."""
+    """Do the same as `ahead` for any named items, with batches of `sizes`."""
     files, waiting = iter(files), deque[tuple[str, Future]]()
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     more = True
@@ -329,8 +341,8 @@ def preprocess_ahead(
     batch_size: int,
     start: int = 0,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
-    """Groups of images as a network sees them, ahead of time: names, uint8 (B, size, size, 3), and
-    the rows that could not be read (row -> reason), which stay black. `preprocess_file` makes one.
+    """Preprocess images in threads, ahead of the network. Yield batches: names, pixels uint8
+    (B, size, size, 3), and failures (row -> reason), whose rows are black.
     """
     for names, images in ahead(files, preprocess_file, batch_size, start):
         failures = {row: image for row, image in enumerate(images) if isinstance(image, str)}
@@ -342,13 +354,13 @@ def preprocess_ahead(
 
 
 def done_or_reason(work: Callable[[Any], Any], file: Named) -> Any:
-    """What `work` makes of a file; where it cannot be read, the reason, a string of one line."""
+    """Return `work(file)`, or the reason (a string of one line) if the file cannot be read."""
     try:
         return work(file)
     except (DecodeError, OSError) as error:
         return _one_line(error)
     except MemoryError:
-        return "more memory would be needed than there is"
+        return "not enough memory to read it"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
-"""What an image file itself says of where it comes from: shown beside the score, never part of it.
+"""Read what the metadata of an image file says about its origin. The program shows this evidence in
+addition to the score; the score does not depend on it.
 
-Everything here is easily stripped or forged: anybody can write it, and most platforms delete it.
-Only a C2PA signature (`signatures.py`) says that somebody stood up for it, and then only that they
-did.
+Main entry: `read_evidence()`. Metadata is easily stripped or forged: anybody can write it, and most
+platforms delete it. Only a C2PA signature (`signatures.py`) proves something, and only that its
+signer made the statement.
 """
 
 import functools
@@ -29,25 +30,25 @@ log = logging.getLogger("ai_images_detector")
 MEANING = (
     "What the file says of itself. It is easily stripped or forged, and never changes the score."
 )
-"""What must stand beside evidence wherever it is shown."""
+"""Explanation that must be shown with evidence."""
 
 MAX_TEXT = 300
-"""Characters of a value that are kept."""
+"""Maximum length of a value, in characters; longer values are cut."""
 
 MAX_EVIDENCE = 20
-"""Statements that are kept of one file; the last of more says how many are not shown."""
+"""Maximum number of statements per file. If a file has more, the last one gives the number of
+statements that are not shown."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One thing that a file says.
+    """One statement in a file about its origin.
 
-    `kind` is what sort of thing: "C2PA", "source type" (IPTC's), "AI label" (China's GB 45438),
-    "generator" (settings or the name that an image generator leaves), "camera", and "more" where
-    `MAX_EVIDENCE` left some out. `value` is one printable line of at most `MAX_TEXT` characters,
-    `where` says where in the file it stands. `suggests` is what it would mean if it were true:
-    "AI", "camera", or "" where it says neither. `state` is what checking a C2PA signature gave, and
-    "" for everything that is not signed.
+    `kind` is "C2PA", "source type" (of IPTC), "AI label" (China's GB 45438), "generator" (settings
+    or name of an image generator), "camera", or "more" (`MAX_EVIDENCE` was exceeded). `value` is
+    one printable line of at most `MAX_TEXT` characters. `where` is the location in the file.
+    `suggests` is the origin if the statement is true: "AI", "camera", or "" for neither. `state` is
+    the result of checking a C2PA signature, "" without a signature.
     """
 
     kind: str
@@ -61,25 +62,24 @@ class Evidence:
 
 
 def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]:
-    """Read what the bytes of an image file say; empty if nothing. At most `MAX_EVIDENCE`
-    statements, those that suggest something first where there are more. It never raises, whatever
-    the bytes are, and never asks the network.
+    """Return the evidence in the bytes of an image file; may be empty.
 
-    Signers are looked up in `trust`, which `signatures.usual_trust_list()` gives; without a list
-    every signer is unknown.
+    Returns at most `MAX_EVIDENCE` statements. If a file has more, statements that suggest an origin
+    come first. Never raises, whatever the bytes are, and never uses the network. C2PA signers are
+    checked against `trust` (see `signatures.usual_trust_list`); with None every signer is unknown.
     """
-    found: list[Evidence] = []
+    evidence: list[Evidence] = []
     head = _without_pixels(data)
     for look in (functools.partial(_c2pa, trust=trust), _metadata):
         try:
-            found += look(data, head)
+            evidence += look(data, head)
         except Exception as error:  # hostile files make parsers raise almost anything
             log.debug("evidence: %s: %s", type(error).__name__, error, exc_info=True)
-    found = list(dict.fromkeys(found))
-    if len(found) <= MAX_EVIDENCE:
-        return found
-    kept = sorted(found, key=lambda one: not one.suggests)[: MAX_EVIDENCE - 1]
-    left = f"{len(found) - len(kept):,} further statements are not shown"
+    evidence = list(dict.fromkeys(evidence))
+    if len(evidence) <= MAX_EVIDENCE:
+        return evidence
+    kept = sorted(evidence, key=lambda item: not item.suggests)[: MAX_EVIDENCE - 1]
+    left = f"{len(evidence) - len(kept):,} further statements are not shown"
     return [*kept, Evidence("more", left, "the whole file")]
 
 
@@ -87,21 +87,23 @@ def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]
 
 
 def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidence]:
-    """The manifest that is embedded in a file; the library is loaded only for a file with one.
+    """Yield the evidence of the C2PA manifest in a file, if any. The library `c2pa` is imported
+    only for a file with a manifest.
 
-    The state comes first: no name that a file gives can push it out of the line, or precede it.
+    The value begins with the state of the signature. So no name in the file can precede the state
+    or push it beyond the maximum length.
     """
     if not signatures.has_manifest(head):
         return
     if not signatures.is_readable():
         yield Evidence(
-            "C2PA", "a manifest, which the library c2pa-python would read; "
+            "C2PA", "a manifest; reading it needs the library c2pa-python; "
             f"{install_extra('evidence')}", "C2PA",
         )  # fmt: skip
         return
     try:
         manifest = signatures.read_manifest(data, trust)
-    except Exception as error:  # the library's own errors, of many kinds
+    except Exception as error:  # the library raises many types of its own
         yield Evidence("C2PA", _line(f"a manifest that cannot be read: {error}"), "C2PA")
         return
     sources = list(dict.fromkeys(map(_source_type, manifest.source_types)))
@@ -132,15 +134,15 @@ _SPELLED = {name.lower(): name for name in (*_MADE_BY_AI, *_TAKEN)}
 
 
 def _source_type(value: str) -> str:
-    """Name of a source type from its address, its code (`digsrctype:print`) or the bare name, in
-    the vocabulary's own spelling where it is one that speaks for a machine or a camera.
+    """Return the name of a source type, given as URL, as code (`digsrctype:print`) or as bare name.
+    A source type of AI or camera gets the spelling of the IPTC vocabulary.
     """
     name = re.split(r"[/:#]", _line(value).rstrip("/ "))[-1].strip()
     return _SPELLED.get(name.replace(" ", "").lower(), name)
 
 
 def _in_words(source: str) -> str:
-    """A source type with what it means, where it speaks for a machine or a camera."""
+    """Return a source type as text, with its meaning if it suggests AI or camera."""
     meaning = _MADE_BY_AI.get(source, "taken with a camera" if source in _TAKEN else "")
     return f"{meaning} ({source})" if meaning else source
 
@@ -151,16 +153,16 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
     return "camera" if _TAKEN & set(sources) else ""
 
 
-# --- where metadata stands: EXIF, XMP, texts ------------------------------------------------------
+# --- metadata containers: EXIF, XMP, texts --------------------------------------------------------
 
 
 def _metadata(data: bytes, head: bytes) -> list[Evidence]:
-    """All other kinds; no pixel is decoded."""
+    """Return all evidence other than C2PA. No pixel is decoded."""
     is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(_PNG)
     if is_jpeg and not any(mark in head for mark in _JPEG_MARKS):
         return []
-    with without_warnings():  # odd metadata is what is looked for
-        # Without its pixels Pillow finds what stands behind them in a PNG and decodes nothing.
+    with without_warnings():  # Pillow warns about odd metadata, which is expected here
+        # In a PNG without pixel data, Pillow reads the texts after the pixels and decodes nothing.
         with Image.open(io.BytesIO(head if is_png else data), formats=READABLE) as image:
             info, exif = dict(image.info), _exif(image)
     packets = [info.pop("xmp", b""), info.pop("XML:com.adobe.xmp", b""), *_hidden_xmp(info, head)]
@@ -168,32 +170,32 @@ def _metadata(data: bytes, head: bytes) -> list[Evidence]:
     skipped = {"exif", "icc_profile"}
     texts = _bounded({str(key): value for key, value in info.items() if key not in skipped})
     exif = _bounded(exif)
-    found = [*_said_in_xmp(xmp), *_labels(xmp, "XMP")]
+    evidence = [*_said_in_xmp(xmp), *_labels(xmp, "XMP")]
     for key, text in texts.items():
         where = f"text {_line(key)[:40]}"
-        found += _labels(f'"AIGC":{text}' if key == "AIGC" else "", "PNG text")
-        found += _generator(key, text, where)
+        evidence += _labels(f'"AIGC":{text}' if key == "AIGC" else "", "PNG text")
+        evidence += _generator(key, text, where)
     together = settings_across(texts)
-    found += [Evidence("generator", _line(together), "texts", "AI")] if together else []
+    evidence += [Evidence("generator", _line(together), "texts", "AI")] if together else []
     for tag, text in exif.items():
         where = f"EXIF {tag}"
-        found += [*_labels(text, where), *_generator(tag, text, where)]
-    return found + _signed_by_grok(exif) + list(_camera(exif))
+        evidence += [*_labels(text, where), *_generator(tag, text, where)]
+    return evidence + _signed_by_grok(exif) + list(_camera(exif))
 
 
-# EXIF, XMP (its extension too), a comment: a JPEG without them has nothing to say, and need not
-# be parsed.
+# EXIF, XMP (also extended XMP), a comment. A JPEG without any of these marks has no evidence and is
+# not parsed.
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000
-_MAX_READ = 500_000  # characters of one text that are looked at: a large graph has 300,000
+_MAX_READ = 500_000  # characters of one text that are read: a large graph has 300,000
 _MAX_READ_IN_ALL = 4_000_000
 
 
 def _without_pixels(data: bytes) -> bytes:
-    """What stands around the pixels of a JPEG or PNG, so that little is searched; of any other
-    file, or an odd one, all of it.
+    """Return a JPEG or PNG without its pixel data, so that a search is fast. Return other files,
+    and files with an unusual structure, completely.
     """
     if data.startswith(b"\xff\xd8"):
         return before_scan(data)
@@ -211,7 +213,9 @@ def _without_pixels(data: bytes) -> bytes:
 
 
 def _bounded(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as text, none longer than `_MAX_READ` and all of them `_MAX_READ_IN_ALL`."""
+    """Convert values to text, each of at most `_MAX_READ` characters, all together of at most
+    `_MAX_READ_IN_ALL`. Empty texts are dropped.
+    """
     texts, left = {}, _MAX_READ_IN_ALL
     for name, value in values.items():
         texts[name] = _text(value)[: min(left, _MAX_READ)]
@@ -220,11 +224,11 @@ def _bounded(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _exif(image: Image.Image) -> dict[str, Any]:
-    """EXIF by the names of its tags; empty where it cannot be read."""
+    """Return EXIF values by tag name; empty if EXIF cannot be read."""
     info, raw = image.info, _raw_profile(image.info.get("Raw profile type APP1"))
     try:
         if image.format == "PNG" and not info.keys() & {"exif", "Raw profile type exif"}:
-            base = Image.Exif()  # Pillow would decode the pixels in search of it
+            base = Image.Exif()  # `getexif` would decode the pixels to find late EXIF
             if raw.startswith(b"Exif\0"):
                 base.load(raw)
         else:
@@ -246,7 +250,7 @@ _CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16", b"JIS\0\0\0\0\0": "is
 
 
 def _windows_text(value: Any) -> Any:
-    """An XP tag as text: UTF-16 in bytes, whatever the type that the file declares."""
+    """Decode an XP tag, which contains UTF-16 whatever type the file declares."""
     try:
         return bytes(value).decode("utf-16-le", "replace") if len(value) > 1 else value
     except (TypeError, ValueError):
@@ -254,7 +258,9 @@ def _windows_text(value: Any) -> Any:
 
 
 def _utf8(value: Any) -> Any:
-    """A tag that Pillow took for Latin-1, as programs write it ("DALL·E"): UTF-8 where it is."""
+    """Decode a tag as UTF-8 if possible. Pillow reads tags as Latin-1, but programs write UTF-8
+    ("DALL·E").
+    """
     try:
         return value.encode("latin-1").decode("utf-8")
     except (AttributeError, UnicodeError):
@@ -262,50 +268,52 @@ def _utf8(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Text of a value; a comment may begin with the name of its encoding. Numbers and structures
-    are no text: "".
+    """Return a value as text; "" for numbers and structures. A comment may begin with the name of
+    its encoding.
     """
     if not isinstance(value, bytes):
         return str(value).strip("\0") if isinstance(value, str) else ""
     encoding = _CODES.get(value[:8])
     if encoding is None:
         return value.decode("utf-8", "replace").strip("\0")
-    if encoding == "utf-16":  # the byte order is often not said: whichever leaves more plain text
+    if encoding == "utf-16":  # byte order often missing: choose the one with more plain text
         options = [value[8:].decode(f"utf-16-{order}", "replace") for order in ("be", "le")]
         return max(options, key=lambda text: sum(c < "\u0250" for c in text))
     return value[8:].decode(encoding, "replace")
 
 
-# What a terminal obeys: control sequences (ECMA-48), with their parameters, and titles.
+# Terminal escape sequences: control sequences (ECMA-48) with their parameters, and titles.
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?|\x1b."
 )
 
 
 def _line(text: str) -> str:
-    """One printable line: a file must not be able to write to a terminal."""
+    """Return one printable line of at most `MAX_TEXT` characters. A file must not be able to send
+    escape sequences to a terminal.
+    """
     plain = _ESCAPES.sub(" ", text[: 20 * MAX_TEXT])
     plain = " ".join("".join(c if c.isprintable() else " " for c in plain).split())
     return plain if len(plain) <= MAX_TEXT else plain[: MAX_TEXT - 1] + "…"
 
 
-# --- XMP (ISO 16684-1; where it stands in files: XMP specification part 3) ------------------------
+# --- XMP (ISO 16684-1; its location in files: XMP specification part 3) ---------------------------
 
 
 def _hidden_xmp(info: Mapping[Any, Any], head: bytes) -> list[bytes]:
-    """XMP that Pillow does not give: ImageMagick's raw profiles, a GIF's application extension,
-    what goes on in further segments of a JPEG.
+    """Return XMP packets that Pillow does not return: ImageMagick's raw profiles, a GIF's
+    application extension, and extended XMP in further segments of a JPEG.
     """
     app1 = _raw_profile(info.get("Raw profile type APP1"))
     packets = [_raw_profile(info.get("Raw profile type xmp"))]
     packets += [app1.partition(b"\0")[2]] if b"ns.adobe.com/xap/" in app1[:40] else []
     if head.startswith(b"GIF8"):
         at = head.find(b"XMP DataXMP")
-        end = head.find(b"\x01\xff\xfe\xfd", at)  # the "magic trailer" that leads parsers out
+        end = head.find(b"\x01\xff\xfe\xfd", at)  # start of the "magic trailer" after the packet
         packets += [head[at + 11 : end]] if 0 <= at < end else []
     if head.startswith(b"\xff\xd8"):
-        parts = [head[one.start + 4 : one.end] for one in segments(head) if one.marker == 0xE1]
-        start = len(_EXTENDED_XMP)  # then 32 characters of a hash, 4 bytes of length, 4 of offset
+        parts = [head[part.start + 4 : part.end] for part in segments(head) if part.marker == 0xE1]
+        start = len(_EXTENDED_XMP)  # followed by a hash (32 bytes), a length (4) and an offset (4)
         parts = [part[start:] for part in parts if part.startswith(_EXTENDED_XMP)]
         parts.sort(key=lambda part: (part[:32], part[36:40]))
         packets.append(b"".join(part[40:] for part in parts))
@@ -313,7 +321,7 @@ def _hidden_xmp(info: Mapping[Any, Any], head: bytes) -> list[bytes]:
 
 
 def _raw_profile(text: Any) -> bytes:
-    """The bytes of ImageMagick's `Raw profile type ...`: name, length, lines of hexadecimals."""
+    """Decode ImageMagick's `Raw profile type ...`: a name, a length, then hexadecimal lines."""
     try:
         return bytes.fromhex(text[: 2 * _MAX_READ].split(None, 2)[2])
     except (TypeError, ValueError, IndexError):
@@ -329,12 +337,12 @@ def _xmp_text(packet: bytes | str) -> str:
     return packet.decode("utf-16-be" if packet[:1] in (b"\0", b"\xfe") else "utf-16-le", "replace")
 
 
-_MAX_VALUES = 30  # of one property: more than are shown
+_MAX_VALUES = 30  # values read of one property; fewer are shown
 
 
 def _xmp_values(xmp: str, name: str) -> Iterator[str]:
-    """Values of a property, at most `_MAX_VALUES` in each form, under any prefix or none: an
-    attribute, the text of an element, or what its `rdf:resource` names.
+    """Yield the values of an XMP property with any prefix or none, at most `_MAX_VALUES` per form:
+    an attribute; an element's text or `rdf:resource`.
     """
     attribute = rf"(?<=[\s:]){name}\s{{0,9}}=\s{{0,9}}(?:\"([^\"<>]*)\"|'([^'<>]*)')"
     for value in itertools.islice(re.finditer(attribute, xmp), _MAX_VALUES):
@@ -350,20 +358,21 @@ def _xmp_values(xmp: str, name: str) -> Iterator[str]:
             yield html.unescape(re.sub(r"<[^<>]*>", " ", xmp[element.end() : end.start()])).strip()
 
 
-# Which program wrote it (xmp, tiff, stEvt), and where Draw Things and others keep settings.
+# Properties that name the program (xmp, tiff, stEvt) or contain settings (Draw Things and others).
 _PROPERTIES = (
     "CreatorTool", "Software", "softwareAgent",
     "UserComment", "description", "parameters", "prompt", "workflow",
 )  # fmt: skip
 
-# What Google credits images of its models with, and photographs that they edited ("Credit: Edited
-# with Google AI": https://www.fonearena.com/blog/438871/google-photos-ai-metadata-edited-photos.html).
+# Credit that Google writes into images of its models and into photographs edited by them ("Credit:
+# Edited with Google AI":
+# https://www.fonearena.com/blog/438871/google-photos-ai-metadata-edited-photos.html).
 _CREDIT = re.compile(r"(?:(?:Made|Edited) with|Made by) Google AI\.?", re.IGNORECASE)
 
 
 def _said_in_xmp(xmp: str) -> Iterator[Evidence]:
-    """IPTC's digital source type, the credit of Google's images, IPTC's "AI system used"
-    (Photo Metadata Standard 2025.1), programs and their settings.
+    """Yield the evidence in XMP: IPTC's digital source type, Google's credit, IPTC's "AI system
+    used" (Photo Metadata Standard 2025.1), and generators with their settings.
     """
     for value in _xmp_values(xmp, "DigitalSource(?:[Ff]ile)?Type"):
         name = _source_type(value)
@@ -381,15 +390,15 @@ def _said_in_xmp(xmp: str) -> Iterator[Evidence]:
 
 
 def _generator(field: str, text: str, where: str) -> Iterator[Evidence]:
-    """A generator that a field names, or whose settings stand in it."""
+    """Yield the generator that a field names or whose settings it contains, if any."""
     settings = settings_in(text)
     if settings or is_named(field, text):
         yield Evidence("generator", _line(settings or text), where, "AI")
 
 
 def _labels(text: str, where: str) -> Iterator[Evidence]:
-    """The label that China asks of generators (GB 45438-2025): a JSON object named AIGC, with
-    `Label` 1 for AI-generated, 2 for probably and 3 for suspected.
+    """Yield the AI label that China requires (GB 45438-2025), if any: a JSON object named AIGC,
+    with `Label` 1 for AI-generated, 2 for probably and 3 for suspected AI-generated.
     """
     if "AIGC" not in text:
         return
@@ -409,8 +418,8 @@ _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 def _signed_by_grok(exif: Mapping[str, str]) -> list[Evidence]:
-    """xAI signs its pictures by a UUID as the artist and a signature in base64 as the description
-    (remove-ai-watermarks, `xai_signature`).
+    """Return the evidence that xAI made the image: it writes a UUID as the artist and a base64
+    signature as the description (remove-ai-watermarks, `xai_signature`).
     """
     artist, description = exif.get("Artist", "").strip(), exif.get("ImageDescription", "").strip()
     if re.fullmatch(_UUID, artist) and re.fullmatch(r"Signature: [\w+/]{40,1000}=*", description):
@@ -419,13 +428,13 @@ def _signed_by_grok(exif: Mapping[str, str]) -> list[Evidence]:
 
 
 def _camera(exif: Mapping[str, str]) -> Iterator[Evidence]:
-    """Make, model and time, as a camera or a phone writes them."""
+    """Yield make, model and time as written by a camera or a phone, if any."""
     make, model = (_line(exif.get(tag, "")) for tag in ("Make", "Model"))
     if not (make or model) or is_signature(make):
         return
     if any(re.match(r"\{|(prompt|workflow):\s*\{", text) for text in (make, model)):
-        return  # a generator's settings
-    # Many models begin with their make: "Canon", "Canon EOS 40D".
+        return  # settings of a generator
+    # Many model names begin with the make: "Canon", "Canon EOS 40D".
     camera = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
     time = exif.get("DateTimeOriginal") or exif.get("DateTime") or ""
     yield Evidence("camera", _line(f"{camera}, {time}" if time else camera), "EXIF", "camera")

@@ -1,5 +1,7 @@
-"""Verdicts as lines: a table for people, CSV and JSON lines for programs; and the file that they
-go to, which grows as they come and can be gone on with.
+"""Format predictions as table, CSV or JSON lines, and write them to a results file that can be
+resumed.
+
+Main entries: `line()` for one image, `open_results()` for the file.
 """
 
 import csv
@@ -20,24 +22,24 @@ from escape import from_spreadsheet_cell, printable, spreadsheet_cell
 from storage import publish
 
 COLUMNS = ("path", "probability", "verdict", "error", "provenance", "checkpoint")
-"""What is said of an image, in this order: `probability` is that of AI-generated (of a checkpoint
-that is not calibrated a score, under the same name), `error` why there is none, `provenance` the
-evidence, `checkpoint` which model said it with which band.
+"""Columns of a result, in this order. `probability` is the probability of AI-generated (a score if
+the checkpoint is not calibrated). `error` is the reason if there is no probability. `provenance` is
+the evidence in the file. `checkpoint` is the identity of the detector and its band.
 """
 
 FORMATS = ("table", "csv", "jsonl")
 
 
 def header(output: str, word: str = "probability") -> str:
-    """What stands above the lines; empty for JSON lines. `word` says what a table's numbers are."""
+    """Return the header line of a format; "" for JSON lines. `word` titles a table's numbers."""
     if output == "table":
         return f"{word:>11}  {'verdict':<13}  file"
     return ",".join(COLUMNS) if output == "csv" else ""
 
 
 def line(output: str, row: Mapping[str, Any]) -> str:
-    """One image in a format, without the last newline; `provenance` of `row` is a list of
-    `Evidence`.
+    """Format one result (keys are `COLUMNS`), without the last newline. `provenance` of `row` is a
+    list of `Evidence`.
     """
     if output == "table":
         return _table_line(row)
@@ -45,12 +47,12 @@ def line(output: str, row: Mapping[str, Any]) -> str:
         stream = io.StringIO()
         values = {**row, "provenance": "; ".join(map(str, row["provenance"]))}
         cells = [spreadsheet_cell(v) if isinstance(v, str) else v for v in values.values()]
-        # It quotes the newlines that are in its own line end, so both kinds must be.
+        # The writer quotes only newline characters of its own line end, so it must have both kinds.
         csv.writer(stream, lineterminator="\r\n").writerow(cells)
         return stream.getvalue().removesuffix("\r\n")
     values = {**row, "provenance": [asdict(evidence) for evidence in row["provenance"]]}
     text = json.dumps(values, ensure_ascii=False)
-    # A name that is not UTF-8 is written with escapes, by which Python finds the file again.
+    # A name that is not UTF-8 is written with escapes, so that Python can open the file by it.
     return text if _is_utf8(text) else json.dumps(values)
 
 
@@ -72,16 +74,16 @@ def _table_line(row: Mapping[str, Any]) -> str:
 
 
 class ResultsError(ValueError):
-    """A file that results cannot go to; the message says what to do."""
+    """Raised for a results file that cannot be written; the message says what to do."""
 
 
 @dataclass(eq=False)
 class ResultsFile:
-    """The file that lines go to. It is called `<name>.partial` until `finish`, and locked for this
-    process until `close`.
+    """Open results file. It has the name `<name>.partial` until `finish`, and is locked until
+    `close`.
 
-    `names` holds a hash of each name that is in it, sorted, `unreadable` how many of those rows
-    have no verdict.
+    Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
+    image name, uint64, and `unreadable` is the number of rows without a verdict.
     """
 
     path: Path
@@ -94,52 +96,52 @@ class ResultsFile:
         return bool(index < len(self.names) and self.names[index] == _hash(name))
 
     def write(self, text: str) -> None:
-        """Add a line; it is in the file at once.
+        """Append a line, unbuffered.
 
         Raises:
-            OSError: the disk is full or gone; the message names the file.
+            OSError: the disk is full or missing; the message names the file.
         """
         self.write_bytes(text.encode("utf-8", "surrogateescape") + b"\n")
 
     def write_bytes(self, data: bytes) -> None:
-        """Add bytes that are whole rows; raises as `write`."""
+        """Append bytes that are whole rows; raises as `write`."""
         left = memoryview(data)
         try:
-            while left:  # a full disk takes a part, and fails at the next
+            while left:  # a disk that becomes full writes a part and fails at the next write
                 left = left[self.stream.write(left) :]
         except OSError as error:
-            reason = f"{error.strerror}; its whole rows are kept, and --resume goes on with them"
+            reason = f"{error.strerror}; its complete rows are kept, and --resume continues them"
             raise OSError(error.errno, reason, str(partial_of(self.path))) from error
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         publish(partial_of(self.path), self.path)
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file and release its lock."""
         self.stream.close()
 
 
 def partial_of(path: Path) -> Path:
-    """What a results file is called before it is finished."""
+    """Return the path of an unfinished results file."""
     return path.with_name(f"{path.name}.partial")
 
 
 def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> ResultsFile:
-    """A results file to write to, new or (`resume`) with what is in it already.
+    """Open a results file for writing: a new file, or with `resume` also an existing one.
 
-    A finished file stays as it is until `finish` puts the longer one in its place. Nothing is
-    changed before every row was read and found to be of this `checkpoint` and format.
+    A finished file stays unchanged until `finish` replaces it by the longer one. Before anything is
+    written, every row is read and checked to be of this `checkpoint` and format.
 
     Raises:
-        ResultsError: there is one already and it is not to be gone on with, it is written to by
-            another process, or it is of another checkpoint, threshold, format or program.
-        OSError: it cannot be written.
+        ResultsError: the file exists and `resume` is off, another process is writing it, or it was
+            written with another checkpoint, threshold, format or program.
+        OSError: the file cannot be written.
     """
     partial = partial_of(path)
     for existing in (path, partial):
         if existing.exists() and not existing.is_file():
-            raise ResultsError(f"{existing} is no plain file; name another one with --out")
+            raise ResultsError(f"{existing} is not a regular file; name another file with --out")
         if existing.exists() and not resume:
             raise ResultsError(
                 f"{existing} exists; --resume goes on with it, or name another file with --out"
@@ -168,11 +170,11 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
     except BlockingIOError:
         raise busy from None
     if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
-        raise busy  # it was finished in this moment
+        raise busy  # another process finished the file after it was opened here
 
 
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:
-    """The locked file `<path>.partial` with the rows that are kept, at its end."""
+    """Return the locked file `<path>.partial`, positioned after its last complete row."""
     partial = partial_of(path)
     with partial.open("rb") as started:
         if path.exists():
@@ -199,7 +201,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
 
 
 def _begins_with(longer: BinaryIO, shorter: BinaryIO) -> bool:
-    """Whether the bytes of a file begin with all of those of another."""
+    """Return whether one file begins with all bytes of the other file."""
     longer.seek(0)
     shorter.seek(0)
     return all(longer.read(len(part)) == part for part in iter(lambda: shorter.read(2**20), b""))
@@ -211,8 +213,8 @@ def _hash(name: str) -> np.uint64:
 
 
 class _Rows(NamedTuple):
-    """What is in a results file: a sorted hash of each name, how many rows have no verdict, and
-    where its last whole row ends.
+    """Content of a results file: sorted hashes of the names, number of rows without a verdict, and
+    the byte offset at which the last complete row ends.
     """
 
     names: np.ndarray
@@ -223,10 +225,11 @@ class _Rows(NamedTuple):
 def _read_rows(
     stream: BinaryIO, output: str, path: Path, checkpoint: str, *, may_be_cut: bool
 ) -> _Rows:
-    """Read a whole results file, and check that it is one of this `checkpoint`.
+    """Read a whole results file, and check that all rows are of this `checkpoint`.
 
     Raises:
-        ResultsError: it is not, or it ends within a row and must not.
+        ResultsError: rows of another checkpoint or format, or the last row is incomplete although
+            `may_be_cut` is off.
     """
     end = _end_of_rows(stream, output)
     stream.seek(end)
@@ -249,7 +252,9 @@ def _read_rows(
 
 
 def _end_of_rows(stream: BinaryIO, output: str) -> int:
-    """Where the last whole row ends. A name may hold a newline, which in CSV stands in quotes."""
+    """Return the byte offset at which the last complete row ends. In CSV, a name with a newline is
+    in quotes.
+    """
     end, offset, quotes = 0, 0, 0
     stream.seek(0)
     for part in stream:
@@ -261,8 +266,8 @@ def _end_of_rows(stream: BinaryIO, output: str) -> int:
 
 
 def _begins_a_row(cut: bytes, output: str, is_first: bool) -> bool:
-    """Whether bytes without a line end may be the beginning of a row; of a CSV file that has its
-    header any may.
+    """Return whether bytes without a line end can be the beginning of a row. In a CSV file with a
+    header, any bytes can.
     """
     if output == "csv":
         return not is_first or header("csv").encode().startswith(cut)
@@ -271,7 +276,9 @@ def _begins_a_row(cut: bytes, output: str, is_first: bool) -> bool:
 
 
 def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[str, Any]]:
-    """The rows of a results file up to the byte `end`, with the texts that `line` was given."""
+    """Yield the rows of a results file up to the byte offset `end`, with the values as given to
+    `line`.
+    """
     try:
         if output == "csv":
             reader = csv.DictReader(_texts(stream, end), strict=True)
@@ -279,21 +286,21 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
                 raise ValueError(f"it begins with {reader.fieldnames}")
             for row in reader:
                 if len(row) != len(COLUMNS) or None in row.values():
-                    raise ValueError(f"line {reader.line_num} has not {len(COLUMNS)} cells")
+                    raise ValueError(f"line {reader.line_num} does not have {len(COLUMNS)} cells")
                 yield {name: from_spreadsheet_cell(text) for name, text in row.items()}
         else:
             for row in map(json.loads, _texts(stream, end)):
                 if not isinstance(row, dict) or tuple(row) != COLUMNS:
-                    raise ValueError(f"it has a row {str(row)[:100]}")
+                    raise ValueError(f"it contains the row {str(row)[:100]}")
                 yield row
     except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise ResultsError(
-            f"{path} is no {output} file of this program ({error}); name another file with --out"
+            f"{path} is not a {output} file of this program ({error}); name another file with --out"
         ) from error
 
 
 def _texts(stream: BinaryIO, end: int) -> Iterator[str]:
-    """The lines of a file up to the byte `end`."""
+    """Yield the lines of a file up to the byte offset `end`."""
     offset = 0
     stream.seek(0)
     while offset < end:

@@ -1,6 +1,7 @@
-"""One run of a detector over images: each is read once, scored, and written as a line.
+"""Run a detector over many images: read each image once, score it, write one line of results.
 
-What takes seconds to load (torch, timm) is imported inside the functions that use it.
+Main entries: `predict_all()`, `predict_as_they_come()`. Slow imports (torch, timm) are inside the
+functions that use them.
 """
 
 import contextlib
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Note:
-    """What is known of an image beside its score; filled when its bytes are read."""
+    """Facts about an image other than its score; set when its bytes are read."""
 
     provenance: list[Evidence] = field(default_factory=list)
-    data: bytes = b""  # kept only where a heatmap is wanted
-    is_written: bool = False  # it has a line already, and is scored for its neighbors' sake only
+    data: bytes = b""  # stored only if heatmaps are requested
+    is_written: bool = False  # already in the results; scored again only to complete its batch
 
 
 @dataclass(eq=False)
 class Run:
-    """One run over images: where results go, and what has been counted."""
+    """State of one run over images: destination of the results, and counts so far."""
 
     detector: "Loaded"
     output: str
@@ -53,26 +54,25 @@ class Run:
     trust: TrustList | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0  # they are in the results file already
+    skipped: int = 0  # images that are in the results file already
     undrawn: int = 0  # heatmaps that could not be written
     started: float = field(default_factory=time.monotonic)
 
     @property
     def done(self) -> int:
-        """Images that have a line."""
+        """Number of images written in this run."""
         return self.verdicts.total()
 
     @property
     def rate(self) -> str:
-        """The speed so far."""
+        """Average speed so far, as text."""
         return f"{self.done / max(time.monotonic() - self.started, 1e-9):,.1f} images/s"
 
     def over(self, files: Iterable[ImageFile], batch_size: int) -> Iterator[int]:
-        """Score `files` and write a line for each; yields how many images are behind us.
+        """Score `files` and write a line for each. Yields the number of processed images.
 
-        What a results file holds already is passed over in whole batches, so that an interrupted
-        run goes on with the batches, and to the last bit with the probabilities, of one that was
-        not.
+        Images that are in the results file already are skipped in whole batches. So a resumed run
+        has the same batches, and to the last bit the same probabilities, as an uninterrupted run.
         """
         files, start = self._remaining(files, batch_size)
         first = next(group_sizes(batch_size, start))
@@ -81,7 +81,7 @@ class Run:
         def reading() -> Iterator[ImageFile]:
             for index, file in enumerate(files):
                 is_written = self._is_written(file)
-                # The first batch is scored as a whole: rounding depends on the size of a batch.
+                # The first batch is scored completely: rounding depends on the batch size.
                 if not is_written or index < first:
                     notes.append(Note(is_written=is_written))
                     yield self._noted(file, notes[-1])
@@ -95,13 +95,13 @@ class Run:
                 yield self.done + self.skipped
 
     def _is_written(self, file: ImageFile) -> bool:
-        """Whether the results file held a line of this image when the run began."""
+        """Return whether the results file had a line for this image when the run began."""
         return bool(self.out and file.name in self.out)
 
     def _remaining(
         self, files: Iterable[ImageFile], batch_size: int
     ) -> tuple[Iterator[ImageFile], int]:
-        """The files from the first batch on that lacks a line, and how many come before it."""
+        """Return the files from the first incomplete batch on, and the number of files before."""
         files = iter(files)
         start = 0
         if not self.out or not len(self.out.names):
@@ -115,7 +115,7 @@ class Run:
         raise AssertionError("group_sizes has no end")
 
     def _noted(self, file: ImageFile, note: Note) -> ImageFile:
-        """The same image; when it is read, what it says of itself is noted beside it."""
+        """Return the same image; reading it also stores its provenance in `note`."""
 
         def read() -> bytes:
             data = file.read()
@@ -142,7 +142,9 @@ class Run:
             console.say_data(text)
 
     def _draw(self, name: str, data: bytes, folder: Path) -> None:
-        """One heatmap; a name that cannot be one of a file is said, counted, and ends nothing."""
+        """Write one heatmap. If the image's name is not possible as a file name, log a warning and
+        count it in `undrawn`; the run continues.
+        """
         try:
             draw_heatmap(self.detector, name, data, folder)
         except OSError as error:
@@ -152,18 +154,18 @@ class Run:
             console.log.warning("no heatmap of %s: %s", name, console.one_line(error))
 
 
-# What one name brings about; with any other error, such as a full disk, the run ends.
+# Errors caused by a single name. Any other error, such as a full disk, ends the run.
 _OF_ONE_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 
 
 def draw_heatmap(detector: "Loaded", name: str, data: bytes, folder: Path) -> None:
-    """Write the overlay of an image to `heatmap_path`, as a whole or not at all."""
+    """Write the heatmap of an image to `heatmap_path`, atomically."""
     from PIL import Image
 
     from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
-    assert isinstance(detector, ImageDetector)  # `predict.py` draws those of a checkpoint alone
+    assert isinstance(detector, ImageDetector)  # `predict.py` allows heatmaps only of checkpoints
     path = heatmap_path(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(heatmap(detector, data))
@@ -171,8 +173,8 @@ def draw_heatmap(detector: "Loaded", name: str, data: bytes, folder: Path) -> No
 
 
 def heatmap_path(name: str, folder: Path) -> Path:
-    """`<folder>/<path of the image>.png`; where that name is too long for a file, its beginning and
-    a hash of it.
+    """Return `<folder>/<path of the image>.png`. A name that is too long for a file is shortened to
+    its beginning and a hash.
     """
     parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
     path = folder.joinpath(*parts)
@@ -180,7 +182,7 @@ def heatmap_path(name: str, folder: Path) -> Path:
 
 
 def named(paths: Iterable[str]) -> Iterator[str]:
-    """PATH... with `-` replaced by the list on standard input, as it comes."""
+    """Yield `paths`, with `-` replaced by the lines of standard input, read as they arrive."""
     for path in paths:
         if path == "-":
             lines = map(os.fsdecode, sys.stdin.buffer)
@@ -190,12 +192,12 @@ def named(paths: Iterable[str]) -> Iterator[str]:
 
 
 def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
-    """Put the number of images into `counted` once it is known; never, for a list on standard input
-    or an archive that would have to be unpacked for it.
+    """Count the images in a thread and append the number to `counted`. Does nothing for a list on
+    standard input or for a compressed archive, which would have to be unpacked.
     """
 
     def count() -> None:
-        with contextlib.suppress(Exception):  # the run itself says what is wrong
+        with contextlib.suppress(Exception):  # the run itself reports errors
             counted.append(sum(1 for _ in inputs.find_images(paths, Counter())))
 
     if "-" not in paths and not any(map(inputs.is_compressed, paths)):
@@ -216,8 +218,8 @@ def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
 
 
 def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
-    """Score what comes into a folder, without end."""
-    console.log.info("watching %s; Ctrl-C ends", folder)
+    """Score new images in a folder, without end."""
+    console.log.info("watching %s; press Ctrl-C to stop", folder)
     for ready in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):
             pass

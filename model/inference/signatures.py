@@ -1,7 +1,9 @@
-"""C2PA manifests (https://c2pa.org/specifications): what a signed one says, and who signed it.
+"""Read C2PA manifests (https://c2pa.org/specifications), check their signatures, and read the list
+of trusted signers.
 
-Anybody can make a certificate in any name. Only a list of trust anchors, the certificates of
-authorities that issue certificates to signers they know, tells one Adobe from another.
+Main entries: `read_manifest()`, `usual_trust_list()`. Anybody can make a certificate in any name,
+for example "Adobe". Only a list of trust anchors (certificates of authorities that verify their
+signers) shows which signer is genuine.
 """
 
 import base64
@@ -22,27 +24,29 @@ from typing import Any, Literal
 from storage import cache_folder
 
 State = Literal["trusted", "valid, signer unknown", "invalid"]
-"""What checking a signature gives. *trusted*: it fits the file, and its certificate was issued
-under an anchor of the trust list. *valid, signer unknown*: it fits the file, and anybody may have
-made it. *invalid*: the file or the manifest was changed after signing, or the certificate is not
-one to sign with.
+"""Result of checking a signature.
+
+*trusted*: the signature matches the file, and its certificate was issued under an anchor of the
+trust list. *valid, signer unknown*: the signature matches the file, but anybody may have made it.
+*invalid*: the file or the manifest was changed after signing, or the certificate is not valid for
+signing.
 """
 
 # --- the list of trust anchors --------------------------------------------------------------------
 
 MAX_BYTES = 2**20
-"""Of a trust list: the public one has 40 kB."""
+"""Maximum size of a trust list; the public list has 40 kB."""
 
 MAX_ANCHORS = 1000
 
 STALE_DAYS = 90
-"""From this age on, a fetched list is said to be old."""
+"""Age in days from which on `describe` advises to download the list again."""
 
 VARIABLE = "DETECTOR_TRUST_LIST"
-"""Variable of the environment that names a trust list, as `predict.py --trust-list` does."""
+"""Environment variable with the path of a trust list, like `predict.py --trust-list`."""
 
 CACHED = "c2pa-trust-list.json"
-"""The public list in `cache_folder()`, as `model/shipped/trust_list.py` writes it."""
+"""Name of the public list in `cache_folder()`, written by `model/shipped/trust_list.py`."""
 
 FETCH = "python -m model fetch --trust-list"
 
@@ -51,14 +55,14 @@ _BEGIN = "-----BEGIN CERTIFICATE-----"
 
 
 class TrustListError(ValueError):
-    """A trust list that cannot be used; the message says what to do."""
+    """Raised for a trust list that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class TrustList:
-    """Certificates that signers are trusted by. `name` stands in the evidence, `pem` holds the
-    certificates and nothing else, `sha256` is that of the file, `fetched` the day (UTC) on which
-    the public list was brought, None for a file that a person named.
+    """Trust anchors. `name` is shown in the evidence. `pem` contains only the certificates.
+    `sha256` is the hash of the file. `fetched` is the download day (UTC) of the public list, None
+    for a file that the user named.
     """
 
     name: str
@@ -68,21 +72,21 @@ class TrustList:
     fetched: datetime.date | None = None
 
     def describe(self, today: datetime.date | None = None) -> str:
-        """One line: which list, how many anchors, how old."""
+        """Return one line: name of the list, number of anchors, hash and age."""
         line = f"{self.name}, {self.anchors:,} anchors, SHA-256 {self.sha256[:16]}..."
         if self.fetched is None:
             return line
         days = ((today or datetime.datetime.now(datetime.UTC).date()) - self.fetched).days
         line += f", {days:,} day{'' if days == 1 else 's'} old"
-        return f"{line}; `{FETCH}` brings the newest" if days >= STALE_DAYS else line
+        return f"{line}; `{FETCH}` downloads the newest" if days >= STALE_DAYS else line
 
 
 def usual_trust_list() -> TrustList | None:
-    """The list that `DETECTOR_TRUST_LIST` names, else the public one where it was fetched, else
-    None. It is read once in a process.
+    """Return the list that `DETECTOR_TRUST_LIST` names, or the public list if it was downloaded, or
+    None. The list is read once per process.
 
     Raises:
-        TrustListError: it cannot be used.
+        TrustListError: the list cannot be used.
     """
     return _usual_trust_list(os.environ.get(VARIABLE), cache_folder() / CACHED)
 
@@ -95,24 +99,24 @@ def _usual_trust_list(named: str | None, cached: Path) -> TrustList | None:
 
 
 def read_trust_list(path: Path, origin: str = "--trust-list") -> TrustList:
-    """A PEM file of anchors, such as the public list of C2PA: text between the certificates is
-    passed over. `origin` is the option or variable that named it.
+    """Read a PEM file of anchors, such as the public C2PA list. Text between the certificates is
+    ignored. `origin` is the option or variable with the path, for error messages.
 
     Raises:
-        TrustListError: it is missing, too large, or holds no certificate or a damaged one.
+        TrustListError: the file is missing or too large, has no certificate, or has a damaged one.
     """
     return parse_trust_list(read_bounded(path, origin), path.name[:60], f"{origin}: {path}")
 
 
 def read_bounded(path: Path, origin: str) -> bytes:
-    """The bytes of a plain file of at most `MAX_BYTES`.
+    """Read a regular file of at most `MAX_BYTES`.
 
     Raises:
-        TrustListError: it is another file.
+        TrustListError: not a regular file, not readable, or too large.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
-            raise TrustListError(f"{origin}: {path} is no plain file; name a PEM file")
+            raise TrustListError(f"{origin}: {path} is not a regular file; name a PEM file")
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -124,8 +128,8 @@ def read_bounded(path: Path, origin: str) -> bytes:
         )
     if len(data) > MAX_BYTES:
         raise TrustListError(
-            f"{origin}: {path} has more than {MAX_BYTES:,} bytes, which no trust list has; name a "
-            "PEM file of trust anchors"
+            f"{origin}: {path} has more than {MAX_BYTES:,} bytes, too many for a trust list; name "
+            "a PEM file of trust anchors"
         )
     return data
 
@@ -133,23 +137,23 @@ def read_bounded(path: Path, origin: str) -> bytes:
 def parse_trust_list(
     data: bytes, name: str, origin: str, fetched: datetime.date | None = None
 ) -> TrustList:
-    """The certificates in the bytes of a PEM file, each of them checked to be one.
+    """Parse the bytes of a PEM file and check that each block is a certificate.
 
     Raises:
-        TrustListError: none, one that is damaged, or more than `MAX_ANCHORS`.
+        TrustListError: no certificate, a damaged one, or more than `MAX_ANCHORS`.
     """
     text = data.decode("utf-8", "replace")
     blocks = _BLOCK.findall(text)
     if not text.count(_BEGIN):
         raise TrustListError(
             f"{origin} holds no certificate; expected a PEM file with `{_BEGIN}`, such as the "
-            f"public C2PA list, which `{FETCH}` brings"
+            f"public C2PA list, which `{FETCH}` downloads"
         )
     if len(blocks) > MAX_ANCHORS:
         raise TrustListError(
-            f"{origin} holds {len(blocks):,} certificates, at most {MAX_ANCHORS:,} are taken"
+            f"{origin} holds {len(blocks):,} certificates, at most {MAX_ANCHORS:,} are accepted"
         )
-    store = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # here only to read certificates
+    store = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # used only to parse certificates
     pems = []
     for index, block in enumerate(blocks):
         try:
@@ -165,12 +169,12 @@ def parse_trust_list(
 
 def _damaged(origin: str, index: int) -> TrustListError:
     return TrustListError(
-        f"{origin} is damaged: certificate {index + 1} of it cannot be read; bring the file anew"
+        f"{origin} is damaged: certificate {index + 1} cannot be read; get the file again"
     )
 
 
 def read_cached(path: Path) -> TrustList:
-    """The public list as it was fetched.
+    """Read the downloaded public list.
 
     Raises:
         TrustListError: the file is damaged.
@@ -184,7 +188,7 @@ def read_cached(path: Path) -> TrustList:
         return parse_trust_list(data, f"C2PA list of {day}", str(path), day)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrustListError(
-            f"{path}, the fetched C2PA trust list, is damaged; delete it, or type `{FETCH}`"
+            f"{path}, the fetched C2PA trust list, is damaged; delete it, or run `{FETCH}`"
         ) from error
 
 
@@ -193,9 +197,9 @@ def read_cached(path: Path) -> TrustList:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The active manifest of a file. `why` is the reason of its state in words, `signer` the name
-    in its certificate, `makers` are the programs that it names, `source_types` every
-    `digitalSourceType` of it and of what it was made from.
+    """The active manifest of a file. `why` is the reason for `state` in words, `signer` the name in
+    the certificate, `makers` the programs named in the manifest. `source_types` contains every
+    `digitalSourceType` of the manifest and of its ingredients.
     """
 
     state: State
@@ -206,12 +210,12 @@ class Manifest:
 
 
 def has_manifest(head: bytes) -> bool:
-    """Whether what stands around the pixels of a file looks as if a manifest were in it."""
+    """Return whether the metadata of a file seems to contain a manifest."""
     return b"jumb" in head and b"c2pa" in head
 
 
 def is_readable() -> bool:
-    """Whether the library that reads manifests is installed."""
+    """Return whether the library that reads manifests is installed."""
     try:
         import c2pa  # noqa: F401
     except ImportError:
@@ -220,10 +224,10 @@ def is_readable() -> bool:
 
 
 def read_manifest(data: bytes, trust: TrustList | None) -> Manifest:
-    """The manifest that is embedded in the bytes of a file, checked against `trust`.
+    """Read the manifest embedded in the bytes of a file, and check its signature against `trust`.
 
     Raises:
-        Exception: it cannot be read; the library's own errors, of many kinds.
+        Exception: the manifest cannot be read; the library raises many types of its own.
     """
     import c2pa
 
@@ -242,8 +246,8 @@ def read_manifest(data: bytes, trust: TrustList | None) -> Manifest:
     )
 
 
-# A manifest may name addresses: of itself, of the state of a certificate, and of a person's
-# identity (CAWG), which the library asks for as well. None is ever asked.
+# A manifest may contain URLs: of a remote manifest, of a certificate's status (OCSP) and of a
+# person's identity (CAWG). By default the library requests them; here it never uses the network.
 OFFLINE: dict[str, dict[str, Any]] = {
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
     "core": {"decode_identity_assertions": False, "allowed_network_hosts": []},
@@ -252,8 +256,8 @@ OFFLINE: dict[str, dict[str, Any]] = {
 
 @functools.lru_cache(maxsize=4)
 def _context(trust: TrustList | None) -> Any:
-    """The library's settings with a trust list. They belong to this object, not to the process as
-    those of `c2pa.load_settings` do, so threads with other lists do not disturb each other.
+    """Return a library context with a trust list. Settings of a context are not global, unlike
+    those of `c2pa.load_settings`, so threads with different lists do not affect each other.
     """
     import c2pa
 
@@ -269,16 +273,16 @@ _IN_WORDS = {
     "assertion.boxesHash.mismatch": "the file was changed after it was signed",
     "assertion.bmffHash.mismatch": "the file was changed after it was signed",
     "assertion.hashedURI.mismatch": "the manifest was changed after it was signed",
-    "claimSignature.mismatch": "the signature is not that of the manifest",
+    "claimSignature.mismatch": "the signature does not match the manifest",
     "signingCredential.expired": "the certificate has expired, and no time stamp shows that it was "
     "valid when the file was signed",
     "signingCredential.revoked": "the certificate was revoked",
-    "signingCredential.invalid": "the certificate is not one to sign with",
+    "signingCredential.invalid": "the certificate is not valid for signing",
 }
 
 
 def _state(store: Mapping[str, Any], trust: TrustList | None) -> tuple[State, str]:
-    """The state of a manifest store as the library found it, and why."""
+    """Return the state of a manifest store as reported by the library, and the reason."""
     state = store.get("validation_state")
     if state == "Trusted" and trust:
         return "trusted", trust.name
@@ -286,14 +290,14 @@ def _state(store: Mapping[str, Any], trust: TrustList | None) -> tuple[State, st
         why = f"not in {trust.name}" if trust else "no trust list"
         return "valid, signer unknown", why
     codes = [status.get("code", "") for status in store.get("validation_status") or []]
-    # A signer who is unknown does not make a file invalid.
+    # An unknown signer does not make a file invalid.
     codes = [code for code in codes if code != "signingCredential.untrusted"] or [str(state)]
     words = _IN_WORDS.get(codes[0])
     return "invalid", f"{codes[0]}: {words}" if words else codes[0]
 
 
 def _source_types(value: Any) -> Iterator[str]:
-    """Every `digitalSourceType` in a manifest store, as it stands there."""
+    """Yield every `digitalSourceType` in a manifest store, unchanged."""
     if isinstance(value, Mapping):
         own = value.get("digitalSourceType")
         if isinstance(own, str) and own:

@@ -1,4 +1,4 @@
-"""Which labels mean AI-generated: their words say it, or a person does."""
+"""Labels that mean AI-generated: from their words, or named by the user."""
 
 import pytest
 
@@ -17,11 +17,11 @@ from model.adapters.labels import fake_indices, meaning_of
         ("main", ""), ("unreal", ""), ("rain", ""), ("realAI", ""),
     ],
 )  # fmt: skip
-def test_words(label: str, meaning: str) -> None:
+def test_the_meaning_of_a_label_comes_from_its_words(label: str, meaning: str) -> None:
     assert meaning_of(label) == meaning
 
 
-def test_the_order_of_labels_says_nothing() -> None:
+def test_the_order_of_labels_is_not_used() -> None:
     assert fake_indices({0: "artificial", 1: "human"}, [], "m") == [0]
     assert fake_indices({0: "human", 1: "artificial"}, [], "m") == [1]
     assert fake_indices({0: "real", 1: "ai_sd", 2: "ai_dalle"}, [], "m") == [1, 2]
@@ -38,12 +38,12 @@ def test_the_order_of_labels_says_nothing() -> None:
         (dict(enumerate(["x"] * 1000)), "and 994 more"),
     ],
 )
-def test_what_is_not_clear_is_asked_for(labels: dict[int, str], said: str) -> None:
+def test_unclear_labels_are_refused(labels: dict[int, str], said: str) -> None:
     with pytest.raises(DetectorError, match=said):
         fake_indices(labels, [], "owner/name")
 
 
-def test_what_a_person_says_wins() -> None:
+def test_labels_named_by_the_user_have_priority() -> None:
     labels = {0: "LABEL_0", 1: "LABEL_1"}
     assert fake_indices(labels, ["label_0"], "m") == [0]
     assert fake_indices({0: "fake", 1: "real"}, ["real"], "m") == [1]

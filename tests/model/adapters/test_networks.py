@@ -1,5 +1,5 @@
-"""Classifiers of transformers and timm, from a loopback hub and from folders: their numbers are
-those of the library itself, and no pickle and no code of theirs is opened.
+"""Classifiers of transformers and timm, from a local test hub and from folders: scores equal those
+of the library, and no pickle or repository code is loaded.
 """
 
 import json
@@ -22,11 +22,11 @@ from tests.servers import MODEL, NEW, Server
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 SAME = 1e-6
-"""Float32 sums of a batch of another size differ by less than this in a probability."""
+"""Tolerance of a probability: float32 sums depend on the batch size."""
 
 
 def vit(folder: Path, labels: dict[int, str]) -> Path:
-    """A classifier of random weights as transformers writes it; returns its folder."""
+    """Write a transformers classifier with random weights, and return its folder."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(3)
     config = transformers.ViTConfig(
@@ -54,7 +54,7 @@ def probabilities(detector: OtherDetector, images: list[np.ndarray]) -> np.ndarr
 
 
 def test_transformers_from_the_hub(server: Server, tmp_path: Path) -> None:
-    """From a loopback hub; against the library's own pipeline by hand."""
+    """The expected values come from the library's processor and model, called directly."""
     transformers = pytest.importorskip("transformers")
     folder = vit(tmp_path / "made", {0: "artificial", 1: "human"})
     pickled = {"pytorch_model.bin": b"never", "evil.py": b"raise SystemExit"}
@@ -92,7 +92,7 @@ def test_which_label_is_fake_is_not_guessed(tmp_path: Path) -> None:
     np.testing.assert_allclose(probabilities(open_transformers(str(named)), images), first)
 
 
-def test_neither_pickles_nor_code_of_theirs(tmp_path: Path) -> None:
+def test_neither_pickles_nor_code_of_a_repository_are_loaded(tmp_path: Path) -> None:
     folder = vit(tmp_path / "made", {0: "fake", 1: "real"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -111,8 +111,8 @@ def test_neither_pickles_nor_code_of_theirs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
-    """transformers would start the head at random, and score with it."""
+def test_missing_weights_are_not_initialized_at_random(tmp_path: Path) -> None:
+    """transformers would initialize a missing head at random and score with it."""
     from safetensors.torch import load_file
 
     folder = vit(tmp_path / "made", {0: "fake", 1: "real"})
@@ -123,15 +123,15 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
         open_transformers(str(folder))
 
 
-def test_a_model_that_is_not_there(server: Server) -> None:
+def test_a_missing_model_is_refused(server: Server) -> None:
     pytest.importorskip("transformers")
-    for name, said in ((MODEL, "could not be brought"), ("no such name", "neither a folder")):
+    for name, said in ((MODEL, "could not be downloaded"), ("no such name", "neither a folder")):
         with pytest.raises(DetectorError, match=said):
             open_transformers(name)
 
 
 def timm_model(folder: Path, **settings: Any) -> Path:
-    """A small network of timm with random weights, as its own hub format has it."""
+    """Write a small timm network with random weights in timm's hub format; return its folder."""
     import timm
 
     torch.manual_seed(4)
@@ -167,7 +167,7 @@ def test_timm_from_a_folder(tmp_path: Path) -> None:
     assert (about["name"], about["revision"], about["fake_labels"]) == ("made", "", ["ai"])
 
 
-def test_timm_without_labels_is_asked_for_them(tmp_path: Path) -> None:
+def test_timm_without_labels_needs_fake_label(tmp_path: Path) -> None:
     folder = timm_model(tmp_path / "made")
     with pytest.raises(DetectorError, match="--fake-label"):
         open_timm(str(folder))
@@ -176,7 +176,7 @@ def test_timm_without_labels_is_asked_for_them(tmp_path: Path) -> None:
     ]
 
 
-def test_a_batch_that_is_not_full_changes_no_bit(tmp_path: Path) -> None:
+def test_a_partial_batch_gives_identical_scores(tmp_path: Path) -> None:
     detector = open_timm(str(timm_model(tmp_path / "made", label_names=["fake", "real"])))
     prepared = [detector.preprocess_file(image) for image in pictures(40)[:32]]
     whole = logits_in_batch(detector, prepared)
@@ -185,7 +185,7 @@ def test_a_batch_that_is_not_full_changes_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [vit, timm_model], ids=["hf", "timm"])
-def test_damaged_weights_are_one_line(tmp_path: Path, make: Callable[..., Path]) -> None:
+def test_damaged_weights_are_a_one_line_error(tmp_path: Path, make: Callable[..., Path]) -> None:
     if make is vit:
         folder, opened = vit(tmp_path / "made", {0: "fake", 1: "real"}), open_transformers
     else:

@@ -1,4 +1,4 @@
-"""A file with `predict` as a detector: in predict.py, evaluate.py and all that follows."""
+"""A Python file as a detector: loading it, and its use in predict.py and evaluate.py."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def predict(images):
 """
 
 LOGIT_ERROR = 1e-6
-"""A probability that comes from a logit of float32 differs by less than this."""
+"""Tolerance of a probability that was computed from a float32 logit."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def run(command: object, *arguments: object) -> Result:
     [("hf:a/b", "hf"), ("timm:x", "timm"), ("a/b.py", "file"), ("b.ONNX", "onnx"),
      ("runs/x", "checkpoint"), ("clip", "checkpoint"), ("s3:x", "checkpoint")],
 )  # fmt: skip
-def test_names(name: str, kind: str) -> None:
+def test_the_kind_of_a_detector_comes_from_its_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
     with pytest.raises(DetectorError, match="names no model"):
         kind_of("hf:")
@@ -75,7 +75,7 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
         with pytest.raises(DetectorError, match=said):
             open_other(name, opening)
     for opening in (Opening(trust=True), Opening(fake_labels=["x"])):
-        with pytest.raises(DetectorError, match="is for a detector of others"):
+        with pytest.raises(DetectorError, match="is for a third-party detector"):
             load_any(None, None, opening)
     with pytest.raises(DetectorError, match="give one of them"):
         load_any("clip", Path("runs"), Opening())
@@ -88,21 +88,21 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [0.5]", r"gave an array of \(1,\)"),
-        ("return [1.5] * len(images)", "gave 1.5 among them"),
-        ("return 'text'", "gave str"),
+        ("return [0.5]", r"returned an array of shape \(1,\)"),
+        ("return [1.5] * len(images)", "returned the value 1.5"),
+        ("return 'text'", "returned str"),
         ("return [object()] * len(images)", "expected 2 numbers"),
         ("raise KeyError('gpu')", "failed on 2 images: KeyError: 'gpu'"),
     ],
 )
-def test_what_it_gives_is_checked(file: Path, body: str, said: str) -> None:
+def test_returned_values_are_checked(file: Path, body: str, said: str) -> None:
     file.write_text(f"def predict(images):\n    {body}\n")
     detector = open_file(file, trust=True)
     with pytest.raises(DetectorError, match=said):
         detector.score([Image.new("RGB", (8, 8))] * 2)
 
 
-def test_it_sees_upright_rgb_and_our_reader_says_what_is_broken(file: Path, tmp_path: Path) -> None:
+def test_predict_gets_upright_rgb_and_broken_files_are_reported(file: Path, tmp_path: Path) -> None:
     file.write_text(
         "def predict(images):\n"
         "    assert all(image.mode == 'RGB' for image in images)\n"
@@ -121,13 +121,13 @@ def test_it_sees_upright_rgb_and_our_reader_says_what_is_broken(file: Path, tmp_
     assert third.verdict == "unreadable" and "not a finite number" in third.error
 
 
-def test_what_lies_beside_it_can_be_imported(file: Path) -> None:
+def test_modules_in_the_same_folder_can_be_imported(file: Path) -> None:
     (file.parent / "its_own_helper.py").write_text("VALUE = 0.25\n")
     file.write_text("import its_own_helper as h\ndef predict(i): return [h.VALUE] * len(i)\n")
     assert open_file(file, trust=True).predict(photo(1)).probability == 0.25
 
 
-def test_the_identity_is_that_of_the_file(file: Path) -> None:
+def test_the_identity_depends_on_the_content_of_the_file(file: Path) -> None:
     first = open_file(file, trust=True).identity
     assert first == open_file(file, trust=True).identity and first.startswith(str(file))
     file.write_text(DETECTOR + "# changed\n")
@@ -165,7 +165,9 @@ def test_predict_in_every_format_and_resume(file: Path, tmp_path: Path) -> None:
     assert run(predict.main, photos, *ask, "--out", part, "--resume").exit_code == 2
 
 
-def test_evaluate_with_it_and_all_that_follows(file: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_report_and_comparison_of_a_python_file(
+    file: Path, data: Path, tmp_path: Path
+) -> None:
     ask = ("--data", data, "--runs", tmp_path / "runs")
     detector = ("--detector", file, "--trust", *ask)
     result = run(evaluate.main, "--shards", "val", "--robustness", 3, *detector)
@@ -192,7 +194,7 @@ def test_evaluate_with_it_and_all_that_follows(file: Path, data: Path, tmp_path:
     assert refused.exit_code == 1 and "leave --features out" in refused.stderr
 
 
-def test_the_scores_are_those_of_the_file_on_any_number_of_ranks(
+def test_scores_do_not_depend_on_the_number_of_ranks(
     file: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, detector = open_shards([data / "val"]), open_file(file, trust=True)
@@ -209,7 +211,7 @@ def test_the_scores_are_those_of_the_file_on_any_number_of_ranks(
     assert np.array_equal(joined.labels, whole.labels) and joined.failures == whole.failures
 
 
-def test_a_calibration_is_kept_and_used(
+def test_a_calibration_is_stored_and_used(
     file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opening = Opening(trust=True, runs=tmp_path / "runs")
@@ -219,8 +221,9 @@ def test_a_calibration_is_kept_and_used(
     labels = open_shards([data / "old"]).column("label").astype(np.int64)
     logits = np.random.default_rng(0).normal(4 * labels - 2, 3).astype(np.float32)
     scores = Scores(np.arange(len(labels)), labels, logits, {})
-    monkeypatch.setattr(others, "check_validation_sets", lambda _folders: None)  # val is small
-    monkeypatch.setattr(others, "score_shards", lambda *_: scores)  # nothing here tells them apart
+    # The set val is too small, and brightness does not separate its classes.
+    monkeypatch.setattr(others, "check_validation_sets", lambda _folders: None)
+    monkeypatch.setattr(others, "score_shards", lambda *_: scores)
     result = run(evaluate.main, "calibrate", "--shards", "old", *ask)
     assert result.exit_code == 0, result.output
     detector = open_other(str(file), opening)
@@ -234,7 +237,7 @@ def test_a_calibration_is_kept_and_used(
     assert not open_other(str(file), opening).meta["calibration"]
 
 
-def test_logits_of_certainty_are_finite_and_the_outermost() -> None:
+def test_logits_of_0_and_1_are_finite_and_extreme() -> None:
     logits = logits_from(np.array([0.0, 1e-12, 0.5, 1 - 1e-12, 1.0]))
     assert np.isfinite(logits).all() and (np.diff(logits) > 0).all() and logits[2] == 0
     assert np.isnan(logits_from(np.array([np.nan])))[0]

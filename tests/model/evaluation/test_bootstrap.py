@@ -1,4 +1,4 @@
-"""Intervals: the same metrics as `measure`, whole groups, and coverage at the stated rate."""
+"""Bootstrap intervals: the metrics equal `measure`, groups stay whole, and the coverage is 95 %."""
 
 from dataclasses import asdict
 
@@ -18,12 +18,12 @@ def images_of(labels: np.ndarray) -> Images:
 
 
 def alone(labels: np.ndarray) -> bootstrap.Groups:
-    """Every image a group of its own."""
+    """Return groups of one image each."""
     return group_rows(np.arange(len(labels)), np.zeros(len(labels), int), labels)
 
 
-def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resample's metrics are those of `measure` on its images, ties and all."""
+def test_weights_give_the_metrics_of_repeated_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics of a resample equal `measure` on its images, also with ties."""
     rng = np.random.default_rng(2)
     for _ in range(60):
         count = int(rng.integers(4, 50))
@@ -40,7 +40,7 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
             weighed = resample(fake, {"": one}, groups, 0.5)[""]
             resampled = np.repeat(rows, times[rows])
             if not all((labels[resampled] == label).any() for label in set(labels[rows])):
-                continue  # a class is not in it
+                continue  # the resample lacks a class
             wanted = asdict(measure(labels[resampled], fake[resampled], 0.5))
             for name, (value,) in weighed.items():
                 if np.isnan(value):
@@ -52,7 +52,7 @@ def test_weighing_images_is_repeating_them(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_resample_of_many_images_is_exact() -> None:
-    """More images than small whole numbers count, and a place in every step of the search."""
+    """With so many images, small integers would overflow, and the block search has many steps."""
     rng = np.random.default_rng(8)
     labels, fake = rng.integers(0, 2, 80_000), rng.uniform(size=80_000).round(5)
     groups, images = alone(labels), images_of(labels)
@@ -64,8 +64,8 @@ def test_a_resample_of_many_images_is_exact() -> None:
             assert values[index] == pytest.approx(wanted[name], abs=1e-6), name
 
 
-def test_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resamples of one line do not depend on which others are there; a seed gives the same."""
+def test_resamples_do_not_depend_on_other_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resamples of a line depend on the seed, not on the other lines."""
     rng = np.random.default_rng(3)
     labels, fake = rng.integers(0, 2, 90), rng.uniform(size=90)
     groups, whole = alone(labels), images_of(labels)
@@ -94,8 +94,8 @@ def test_groups_are_resampled_whole_and_within_their_strata() -> None:
         assert (per_row[:, 40:].sum(1) == 60).all()
 
 
-def test_images_of_one_prompt_do_not_count_as_many() -> None:
-    """Twenty copies of each of 30 images say no more than the 30."""
+def test_copies_of_an_image_do_not_narrow_the_interval() -> None:
+    """The interval from 20 copies of each of 30 images is as wide as from the 30 images."""
     rng = np.random.default_rng(4)
     labels = np.ones(600, int)
     fake = np.repeat(rng.uniform(size=30), 20)
@@ -107,7 +107,7 @@ def test_images_of_one_prompt_do_not_count_as_many() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(20**0.5, rel=0.15)
 
 
-def test_no_error_in_few_images_is_not_certainty() -> None:
+def test_no_error_in_few_images_still_has_an_interval() -> None:
     labels = np.repeat([0, 1], 45)
     fake = np.where(labels == 1, 0.9, 0.1)
     images, groups = images_of(labels), alone(labels)
@@ -121,7 +121,7 @@ def test_no_error_in_few_images_is_not_certainty() -> None:
     assert "ece" not in bounds
 
 
-def test_what_rests_on_a_single_group_has_no_interval() -> None:
+def test_a_metric_of_a_single_group_has_no_interval() -> None:
     assert interval(np.full(1000, 0.4), 1) is None
     assert interval(np.append(np.full(600, np.nan), np.full(400, 0.4)), 9) is None
     labels = np.repeat([0, 1], 30)
@@ -137,8 +137,9 @@ def test_what_rests_on_a_single_group_has_no_interval() -> None:
 def coverage(
     repeats: int, reals: int, prompts: int, per_prompt: int, resamples: int = bootstrap.RESAMPLES
 ) -> dict[str, float]:
-    """How often the intervals hold what a very large sample of the same kind shows. The images of a
-    prompt are alike: half of the variance of their scores is the prompt's.
+    """Return, per metric, how often the interval contains the value of a very large sample.
+
+    Images of a prompt are similar: half of the variance of their scores is between prompts.
     """
     rng = np.random.default_rng(7)
 
@@ -169,17 +170,17 @@ METRICS = {
 }  # fmt: skip
 
 
-def test_intervals_cover_at_about_their_rate() -> None:
+def test_intervals_have_about_the_stated_coverage() -> None:
     shares = coverage(60, reals=120, prompts=60, per_prompt=2, resamples=400)
     assert shares.keys() == METRICS
     assert np.mean([shares[name] for name in METRICS]) == pytest.approx(0.94, abs=0.05)
-    assert min(shares.values()) > 0.75  # TPR at 1 % rests on one of 120 reals
+    assert min(shares.values()) > 0.75  # TPR at 1 % depends on one of 120 reals
 
 
 @pytest.mark.slow
-def test_intervals_cover_at_their_rate() -> None:
-    """95 %, give or take what 600 repeats leave open (0.9 % is one standard error). TPR at 1 %
-    rests on four of 400 reals, and covers less.
+def test_intervals_have_the_stated_coverage() -> None:
+    """95 %, up to the noise of 600 repeats (the standard error is 0.9 %). TPR at 1 % depends on
+    four of 400 reals, and its coverage is lower.
     """
     shares = coverage(600, reals=400, prompts=100, per_prompt=4)
     assert shares.keys() == METRICS

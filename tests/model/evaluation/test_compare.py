@@ -1,4 +1,4 @@
-"""Two runs on the same images: paired intervals, and verdicts that flipped."""
+"""Comparison of two runs on the same images: paired intervals, and changed verdicts."""
 
 from typing import Any
 
@@ -16,7 +16,9 @@ ABOUT = {"threshold": 0.5, "temperature": 2.0}
 def rows(
     shift: float = 0.0, noise: float = 0.0, number: int = 200, seed: int = 2
 ) -> list[dict[str, Any]]:
-    """A set of two sources, half of it fake; `shift` moves the fakes, `noise` every image."""
+    """Return rows of a set with two sources, half of them fake. `shift` is added to the logits of
+    fakes, `noise` scales noise on all logits.
+    """
     rng, more = np.random.default_rng(1), np.random.default_rng(seed)
     logits = rng.normal(2 * (np.arange(number) % 2) - 1, 2) + noise * more.normal(size=number)
     return [
@@ -48,7 +50,7 @@ def test_the_figures_are_those_of_both_reports() -> None:
 
 
 def test_differences_are_paired() -> None:
-    """The same small gain on every fake is sure, though each run alone is not."""
+    """A small gain on every fake is significant, although the intervals of the runs overlap."""
     before, after = tables(rows(), rows(0.6))
     line = compare(before, after)[0]
     gain = line.changes["auroc"]
@@ -61,7 +63,7 @@ def test_differences_are_paired() -> None:
     assert unchanged.low == unchanged.high == 0
 
 
-def test_of_two_runs_that_are_equally_good_few_differ() -> None:
+def test_equally_good_runs_rarely_differ() -> None:
     covered = 0
     for seed in range(20):
         pair = (rows(noise=1.5, number=100, seed=1000 * run + seed + 5) for run in (0, 1))
@@ -77,7 +79,7 @@ def test_rows_in_another_order_are_the_same_images() -> None:
     assert straight == turned
 
 
-def test_other_samples_are_refused_unless_asked_for() -> None:
+def test_different_samples_are_refused_without_intersect() -> None:
     one, two = rows(), rows(1.0)[40:]
     with pytest.raises(ScoresError, match=r"200 and 160 images, 160 of them in both.*--intersec"):
         shared_samples(*tables(one, two))
@@ -101,7 +103,7 @@ def test_an_image_that_one_run_could_not_read_is_left_out() -> None:
     assert "k007" not in before.table.column("key").to_pylist()
 
 
-def test_flips_are_found_each_by_its_own_threshold() -> None:
+def test_flips_use_the_threshold_of_each_run() -> None:
     one, two = rows(), rows(1.0, 0.5)
     before = table_of(one, ["val"], **ABOUT)
     after = table_of(two, ["val"], threshold=0.7, temperature=2.0)
@@ -127,7 +129,7 @@ def test_flips_are_found_each_by_its_own_threshold() -> None:
     )
 
 
-def test_reals_that_stand_beside_take_part() -> None:
+def test_reference_reals_are_compared() -> None:
     fakes = [row | {"set": "evalgen"} for row in rows() if row["label"]]
     reals = [row | {"set": "photos"} for row in rows() if not row["label"]]
     about = ABOUT | {"reference_reals": {"set": "photos", "why": "test", "for_all": False}}

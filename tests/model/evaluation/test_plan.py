@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what is scored, and every refusal, before a network is loaded."""
+"""Plan of an evaluation: chosen samples and refused input, before a network is loaded."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.subset import Subset
 from sharding.format import ShardError, open_shards
 
 
-def test_what_is_scored(data: Path, tiny_checkpoint: Path) -> None:
+def test_a_plan_lists_measured_sets_and_reference_reals(data: Path, tiny_checkpoint: Path) -> None:
     planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reference_reals="val"))
     assert list(planned.sets) == ["new", "old", "val"]
     assert list(planned.measured) == ["new", "old"]
@@ -30,7 +30,9 @@ def test_what_is_scored(data: Path, tiny_checkpoint: Path) -> None:
     assert planned.meta["step"] == 7
 
 
-def test_a_subset_is_scored_and_the_whole_set_is_named(data: Path, tiny_checkpoint: Path) -> None:
+def test_a_subset_is_scored_with_the_hash_of_the_whole_set(
+    data: Path, tiny_checkpoint: Path
+) -> None:
     whole = open_shards([data / "val"])
     keys = whole.table.column("key").to_pylist()[:3]
     subset = Subset("list.csv", "0" * 64, {"val": keys})
@@ -55,18 +57,18 @@ def test_a_subset_is_scored_and_the_whole_set_is_named(data: Path, tiny_checkpoi
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_scored_is_refused(
+def test_bad_input_is_refused_before_loading(
     data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     names: list[str], options: Options, error: type[ValueError], said: str,
 ) -> None:  # fmt: skip
-    """By `evaluate` itself, before it loads or writes anything."""
+    """`evaluate` raises before it loads or writes anything."""
     monkeypatch.setattr(run, "load_network", lambda _folder: pytest.fail("loaded"))
     with pytest.raises(error, match=said):
         run.evaluate(tiny_checkpoint, data, names, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backend_that_is_not_there_is_refused(
+def test_an_unavailable_backend_is_refused(
     data: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.loader._is_installed", lambda _module: False)

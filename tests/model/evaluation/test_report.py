@@ -1,4 +1,4 @@
-"""From a table of scores to the report, without a network."""
+"""The report and the scores file, from tables of scores without a network."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,9 @@ from tests.builders import table_of
 
 
 def prompts(generators: dict[str, float], of_each: int = 4) -> list[dict[str, Any]]:
-    """EvalGEN in small: 6 prompts, `of_each` images of each by every generator, whose logit is
-    about the number given; the first image of each prompt is easy.
+    """Return rows of a small EvalGEN: 6 prompts, `of_each` images per prompt and generator.
+
+    `generators` gives the mean logit of each generator. The first image of a prompt is easy.
     """
     rng = np.random.default_rng(0)
     return [
@@ -49,12 +50,12 @@ def reals(name: str, count: int = 30) -> list[dict[str, Any]]:
 
 
 def test_the_first_image_of_each_prompt() -> None:
-    """The lowest number: 10 comes after 9, and where 0 is missing 1 stands in."""
+    """The first image has the lowest number, in numeric order (9 before 10), even without a 0."""
     origins = [
         "Flux/a cat_10.jpg", "Flux/a cat_9.jpg", "Flux/a dog_0.jpg", "GoT/a cat_0.jpg",
         "GoT/a cat_19.jpg", "GoT/two 3_1.jpg", "GoT/two 3_0.jpg", "old/plain.png", "old/plain2.png",
     ]  # fmt: skip
-    groups = np.array([0, 0, 0, 0, 0, 2, 2, 3, 3])  # dog and cat were put together as alike
+    groups = np.array([0, 0, 0, 0, 0, 2, 2, 3, 3])  # dog and cat are in one group
     generators = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1])
     first = first_of_each(origins, groups, generators, np.arange(9))
     assert [origins[row] for row in first] == [
@@ -63,8 +64,8 @@ def test_the_first_image_of_each_prompt() -> None:
     ]  # fmt: skip
 
 
-def test_the_spread_is_that_of_the_table_of_evalgens_authors() -> None:
-    """97.2 and 4.2 of the five recalls that the paper gives for its detector."""
+def test_mean_and_std_are_those_of_the_published_table() -> None:
+    """The paper gives 97.2 and 4.2 for the five recalls of its detector."""
     mean_std = mean_and_std([89.9, 99.5, 97.8, 99.5, 99.5])
     assert round(mean_std["mean"], 1) == 97.2
     assert round(mean_std["std"], 1) == 4.2
@@ -91,7 +92,7 @@ def test_both_protocols_of_evalgen() -> None:
     assert every["mean"] == pytest.approx(np.mean(recalls))
     assert every["std"] == pytest.approx(np.std(recalls, ddof=1))
     assert every["interval"][0] < every["mean"] < every["interval"][1]
-    # Where a prompt has one image of a generator, the two are one.
+    # With one image per prompt and generator, both protocols would be the same.
     alone = prompts({"Flux": 1.0}, of_each=1)
     assert (
         report(table_of(alone, ["evalgen"]))["sets"]["evalgen"]["protocols"]["first_per_prompt"]
@@ -99,7 +100,7 @@ def test_both_protocols_of_evalgen() -> None:
     )
 
 
-def test_recall_without_reals_is_said_first() -> None:
+def test_sets_without_reals_come_first_in_the_headline() -> None:
     rows = reals("val") + [row | {"set": "val"} for row in prompts({"Flux": 2.0})]
     document = report(table_of(rows + prompts({"Flux": 1.0}), ["val", "evalgen"]))
     assert document["headline"][0].startswith("evalgen: NO REAL IMAGES AT HAND")
@@ -111,7 +112,7 @@ def test_recall_without_reals_is_said_first() -> None:
     assert "says how many fakes are found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
-def test_reals_of_another_set_stand_beside() -> None:
+def test_reals_of_another_set_are_the_reference() -> None:
     rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
     reference = {"set": "test", "why": "the catalog's default", "for_all": False}
     document = report(table_of(rows, ["evalgen"], reference_reals=reference))
@@ -126,7 +127,7 @@ def test_reals_of_another_set_stand_beside() -> None:
     assert one["generators"]["GoT"]["reals"] == 30
     assert "of 30 real images of test called fake" in document["headline"][0]
     assert "30 real images of test (the catalog's default)" in one["note"]
-    # Reals of its own count first, unless another set was asked for.
+    # A set's own reals have priority, unless --reference-reals names another set.
     own = [row | {"set": "evalgen", "logit": -9.0} for row in reals("evalgen", 11)]
     kept = report(table_of(rows + own, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
     assert kept["reference"] is None
@@ -155,7 +156,7 @@ def test_figures_of_classes_sources_and_generators() -> None:
     assert real["accuracy"] == pytest.approx(1 - one["overall"]["false_positive_rate"])
     assert fake["accuracy"] == one["overall"]["recall"] == fake["recall"]
     assert real["nll"] is not None and real["f1"] is None and real["ece"] is None
-    # Each generator is held against all reals.
+    # Each generator is compared with all reals.
     assert {name: m["reals"] for name, m in one["generators"].items()} == {"Flux": 39, "GoT": 39}
     verdicts = one["verdicts"]
     assert sum(verdicts["real"].values()) == 39
@@ -164,8 +165,8 @@ def test_figures_of_classes_sources_and_generators() -> None:
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 
-def test_groups_of_two_sets_are_not_one() -> None:
-    """Each of two sets has a group `s/0`, and the reals stand beside."""
+def test_groups_of_two_sets_are_kept_apart() -> None:
+    """Each of two sets has a group `s/0`; one set provides the reference reals."""
     rows = [{"set": "evalgen", "label": 1, "group": "s/0", "logit": 1.0}] * 3
     rows += [{"set": "test", "label": 0, "group": "s/0", "logit": -1.0}] * 3
     reference = {"set": "test", "why": "--reference-reals", "for_all": True}
@@ -175,7 +176,7 @@ def test_groups_of_two_sets_are_not_one() -> None:
     assert figures["overall"]["intervals"] == {}
 
 
-def test_a_set_of_which_nothing_can_be_read() -> None:
+def test_a_set_without_a_readable_image_has_a_report() -> None:
     rows = [{"set": "a", "label": 1, "logit": None, "valid": False, "error": "gone"}] * 2
     document = report(table_of(rows, ["a"]))
     assert document["headline"] == ["a: no image could be scored"]
@@ -190,7 +191,9 @@ def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
     return Scores(rows, labels, logits, dict.fromkeys(failed, "does not decode"))
 
 
-def test_scores_are_kept_row_by_row(old: ShardSet, new: ShardSet, tmp_path: Path) -> None:
+def test_scores_are_written_and_read_row_by_row(
+    old: ShardSet, new: ShardSet, tmp_path: Path
+) -> None:
     about = {"sets": {"old": {}, "new": {}}, "temperature": 2.0}
     parts = [rows_of("old", old, scored(old, (3, 7)), 2.0), rows_of("new", new, scored(new), 2.0)]
     path = tmp_path / "scores.parquet"
@@ -216,7 +219,7 @@ def test_scores_are_kept_row_by_row(old: ShardSet, new: ShardSet, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
 
 
-def test_scores_of_other_rows_are_a_bug_that_is_found(old: ShardSet) -> None:
+def test_scores_that_do_not_match_the_samples_are_refused(old: ShardSet) -> None:
     good = scored(old)
     short = Scores(good.samples[1:], good.labels[1:], good.logits[1:], {})
     twice = Scores(np.append(good.samples[1:], 5), good.labels, good.logits, {})
@@ -225,7 +228,7 @@ def test_scores_of_other_rows_are_a_bug_that_is_found(old: ShardSet) -> None:
             rows_of("old", old, wrong, 1.0)
 
 
-def test_what_is_not_a_file_of_scores_is_one_clear_error(old: ShardSet, tmp_path: Path) -> None:
+def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(ScoresError, match="not a file of scores"):

@@ -1,4 +1,4 @@
-"""Perturbations scored on a network, and the codec-swap test on planted detectors."""
+"""Robustness to perturbations, and the codec-swap test on detectors made for the test."""
 
 from pathlib import Path
 
@@ -28,11 +28,11 @@ from tests.builders import write_shards
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(crop_size=64, resize_size=64)
-"""The whole of a square image of 64 pixels, so that the planted detectors see its blocks."""
+"""Keeps a square image of 64 pixels unchanged, so that the test detectors get its JPEG blocks."""
 
 
 class Brightness(nn.Module):
-    """A detector of content: bright pictures are fake, whatever they are packed in."""
+    """Detector of content: bright images are fake, whatever their format."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         level = images.float().mean(dim=(1, 2, 3)) / 8 - 16
@@ -40,8 +40,8 @@ class Brightness(nn.Module):
 
 
 class Blocking(nn.Module):
-    """A detector of the container: blocks of 8 x 8 whose high frequencies were rounded away, as
-    JPEG does, are real; grain in them is fake.
+    """Detector of compression: 8 x 8 blocks without high frequencies, as in a JPEG, are real;
+    blocks with grain are fake.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Blocking(nn.Module):
 
 
 def square(_rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
-    """Reals are JPEG, fakes PNG, of one size."""
+    """Return format and size: reals are JPEG, fakes PNG, all 64 x 64."""
     return ("png" if label else "jpg"), 64, 64
 
 
@@ -76,7 +76,7 @@ def named(*names: str) -> list[Perturbation]:
     return [way for way in PERTURBATIONS if way.name in names]
 
 
-def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
+def test_original_gives_the_scores_of_a_plain_evaluation(shards: ShardSet) -> None:
     net, preprocess = Brightness(), Preprocess(crop_size=32, resize_size=40)
     loader = open_loader(
         shards, preprocess=preprocess, loading=Loading(num_workers=0, backend="pil"), device=CPU
@@ -95,7 +95,7 @@ def test_original_scores_as_a_plain_evaluation(shards: ShardSet) -> None:
 
 
 def test_figures_of_a_perturbation(shards: ShardSet) -> None:
-    """Against a plain count, with a perturbation that flips known images."""
+    """The figures equal simple counts, for a perturbation that flips known images."""
     dark = Perturbation("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
     rows = np.arange(len(shards))
     columns = score_perturbations(
@@ -115,7 +115,7 @@ def test_figures_of_a_perturbation(shards: ShardSet) -> None:
     assert second["shift"]["real"]["high"] < 0
 
 
-def test_an_image_that_cannot_go_that_way_is_counted_and_named(shards: ShardSet) -> None:
+def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> None:
     def refuse(pixels: np.ndarray, _rng: object) -> np.ndarray:
         if pixels.mean() > 128:
             raise ValueError("too bright\nfor this")
@@ -151,7 +151,7 @@ def test_an_unreadable_image_has_no_column(
     assert all("does not decode" in reason for reason in columns.unreadable.values())
 
 
-def test_samples_are_chosen_by_hash_alike_from_both_classes(shards: ShardSet) -> None:
+def test_samples_are_chosen_by_hash_equally_from_both_classes(shards: ShardSet) -> None:
     rows = sample_by_hash(shards, 10)
     labels = shards.column("label")[rows]
     assert [(labels == label).sum() for label in (0, 1)] == [10, 10]
@@ -162,9 +162,9 @@ def test_samples_are_chosen_by_hash_alike_from_both_classes(shards: ShardSet) ->
     assert len(sample_by_hash(shards, 1000)) == len(shards)
 
 
-def test_an_interval_counts_groups() -> None:
+def test_an_interval_counts_groups_not_images() -> None:
     rng = np.random.default_rng(3)
-    # 50 groups of 20 images that move alike: 50 observations, not 1000.
+    # 50 groups of 20 images with equal changes are 50 observations, not 1000.
     moves = np.repeat(rng.normal(1.0, 1.0, 50), 20)
     grouped = shift_of(moves, np.repeat(np.arange(50), 20), gap=4.0)
     alone = shift_of(moves, np.arange(1000))
@@ -175,7 +175,7 @@ def test_an_interval_counts_groups() -> None:
     assert shift_of(moves[:20], np.zeros(20)).low is None
 
 
-def test_intervals_cover_what_they_say() -> None:
+def test_shift_intervals_have_the_stated_coverage() -> None:
     rng = np.random.default_rng(4)
     hits = 0
     for _ in range(400):
@@ -185,7 +185,7 @@ def test_intervals_cover_what_they_say() -> None:
     assert 0.91 < hits / 400 < 0.98
 
 
-def test_containers(sets: Path, shards: ShardSet) -> None:
+def test_the_container_is_the_most_common_one(sets: Path, shards: ShardSet) -> None:
     labels = shards.column("label")
     real = container_of(shards, np.flatnonzero(labels == 0))
     assert (real.format, real.chroma, real.share) == ("JPEG", "420", 1.0)
@@ -215,7 +215,7 @@ def test_joined_sets_are_read_as_each_by_itself(sets: Path, shards: ShardSet) ->
     assert len({whole.sha256, part.sha256, join_sets([shards, part]).sha256}) == 3
 
 
-def test_which_tests_there_are(sets: Path, shards: ShardSet) -> None:
+def test_swaps_depend_on_the_containers(sets: Path, shards: ShardSet) -> None:
     both = ["all-as-jpeg", "all-as-webp", "leveled"]
     for rows, expected in (
         (np.arange(len(shards)), ["fakes-as-reals", *both]),
@@ -239,15 +239,15 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
         )  # fmt: skip
     caught, content = (verdicts[kind]["codec_swap"][0] for kind in (Blocking, Brightness))
     assert caught["name"] == content["name"] == "fakes-as-reals"
-    # As packed it looks like a good detector ...
+    # As packed, the compression detector looks good ...
     assert caught["before"]["auroc"] > 0.9
-    # ... and fakes in the reals' container become reals to it.
+    # ... but it calls fakes real once they have the compression of the reals.
     shift = caught["shift"]["fake"]
     assert shift["high"] < 0 and shift["of_gap"] < -0.7
     assert caught["after"]["auroc"] < 0.7 and caught["after"]["recall"] < 0.5
     assert caught["shift"]["real"] is None
     assert caught["before"]["false_positive_rate"] == caught["after"]["false_positive_rate"]
-    # Brightness hardly moves, and its verdicts stay.
+    # The scores and verdicts of the content detector hardly change.
     shift = content["shift"]["fake"]
     assert abs(shift["mean"]) < 0.15
     assert abs(content["after"]["recall"] - content["before"]["recall"]) <= 0.05

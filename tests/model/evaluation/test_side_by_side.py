@@ -1,4 +1,4 @@
-"""Any number of runs side by side; the stability of ranks against examples by hand."""
+"""Comparison of any number of runs; ranks and stability against values computed by hand."""
 
 from dataclasses import asdict
 from typing import Any
@@ -27,8 +27,8 @@ ABOUT = {"threshold": 0.5, "temperature": 2.0}
 
 
 def rows(noise: float, seed: int = 2, number: int = 240) -> list[dict[str, Any]]:
-    """Sources a and b of both classes, c of real images alone and d of fakes alone; more `noise` is
-    a worse run.
+    """Return rows of sources a and b (both classes), c (only reals) and d (only fakes). More
+    `noise` makes a worse run.
     """
     rng, more = np.random.default_rng(1), np.random.default_rng(seed)
     labels = np.where(np.arange(number) % 6 < 4, np.arange(number) % 2, 0)
@@ -67,7 +67,7 @@ def test_figures_are_those_of_each_report() -> None:
         probabilities = run.scores.numbers("probability")
         labels = run.scores.numbers("label").astype(int)
         sources = np.array(run.scores.table.column("source").to_pylist())
-        # c has no fakes and takes those of the set, d no reals.
+        # c has no fakes, so all fakes of the set are used; likewise the reals for d.
         for source, label in (("c", 1), ("d", 0)):
             kept = (labels == label) | (sources == source)
             of_source = asdict(measure(labels[kept], probabilities[kept]))["auroc"]
@@ -75,7 +75,7 @@ def test_figures_are_those_of_each_report() -> None:
 
 
 def test_differences_to_the_best_are_paired() -> None:
-    """The same small loss on every image is sure, though each run alone is not."""
+    """A small loss on every image is significant in the paired interval."""
     entry = side_by_side(runs(0.0, 0.9))["val"]
     by_name = {run["name"]: run for run in entry["runs"]}
     worse = by_name["run 1"]["auroc"]
@@ -83,7 +83,7 @@ def test_differences_to_the_best_are_paired() -> None:
     assert worse["behind"][0] < worse["behind"][1] < 0
 
 
-def test_the_mean_is_one_of_probabilities() -> None:
+def test_the_mean_run_averages_probabilities() -> None:
     compared = runs(0.5, 2.0, images=1)
     mean = mean_of(compared)
     expected = (
@@ -102,23 +102,23 @@ def test_ranks_by_hand() -> None:
 
 
 def test_stability_by_hand() -> None:
-    """Three sources rank four runs 1234, 1243 and 4321. Of 1 - 6 sum(d^2) / (n (n^2 - 1)): the
-    first two differ by one swap, 1 - 6 * 2 / 60 = 0.8; the first and the last are reversed, -1;
-    the second and the last have differences 3, 1, -2, -2, which is 1 - 6 * 18 / 60 = -0.8.
+    """Three sources rank four runs 1234, 1243 and 4321. By 1 - 6 sum(d^2) / (n (n^2 - 1)), the
+    first two have 1 - 6 * 2 / 60 = 0.8 (one swap). The first and the last have -1 (reversed). The
+    second and the last have differences 3, 1, -2, -2, so 1 - 6 * 18 / 60 = -0.8.
     """
     values = np.array([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4]])
     assert spearman(values[0], values[1]) == pytest.approx(0.8)
     assert spearman(values[0], values[2]) == pytest.approx(-1)
     assert spearman(values[1], values[2]) == pytest.approx(-0.8)
-    found = stability(values)
-    assert found["sources"] == 3 and found["least"] == pytest.approx(-1)
-    assert found["mean"] == pytest.approx((0.8 - 1 - 0.8) / 3)
+    result = stability(values)
+    assert result["sources"] == 3 and result["least"] == pytest.approx(-1)
+    assert result["mean"] == pytest.approx((0.8 - 1 - 0.8) / 3)
     assert spearman(np.ones(4), values[0]) is None
     assert stability(np.ones((2, 4))) is None
 
 
 def test_a_common_threshold_by_hand() -> None:
-    """Ten reals of two runs: at most one may be called at 10 %."""
+    """Of ten reals of two runs, at most one may be called fake at 10 %."""
     reals = [np.array([0.1, 0.2, 0.3, 0.4, 0.5]), np.array([0.6, 0.7, 0.8, 0.85, 0.9])]
     threshold = common_threshold(reals, 0.10)
     assert 0.85 < threshold < 0.9 and common_threshold(reals, 0.05) > 0.9

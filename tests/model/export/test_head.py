@@ -1,4 +1,4 @@
-"""A head ships alone and is, with its backbone, the checkpoint that it came from."""
+"""A shipped head gives, with its backbone, the same scores as its checkpoint."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ NAME = "clip"
 
 
 def frozen(folder: Path, path: Path, seed: int = 3, **changes: object) -> Path:
-    """A checkpoint of a head on the backbone file `path`, both of seeded numbers."""
+    """Write a checkpoint of a head on the backbone file `path`, both with seeded weights."""
     torch.manual_seed(seed)
     network = replace(TINY, freeze_backbone=True, **changes)
     net = build(network, pretrained=False)
@@ -55,7 +55,7 @@ def frozen(folder: Path, path: Path, seed: int = 3, **changes: object) -> Path:
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The backbone in an empty cache; no detector ships yet."""
+    """Return a backbone file in an otherwise empty cache; there is no shipped detector."""
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(backbone, "DETECTORS", tmp_path / "detectors")
     return backbone_file(tmp_path, 11)
@@ -82,7 +82,7 @@ def trained(file: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shipped(trained: Path, file: Path, tmp_path: Path) -> Path:
-    """The detector that ships, by its default name; the runs' folder is `tmp_path / none`."""
+    """Return a shipped detector with the default name; the runs folder is `tmp_path / none`."""
     return head.save_head(trained, tmp_path / "detectors" / NAME, spec_of(file))
 
 
@@ -104,12 +104,12 @@ def test_the_head_is_small_and_gives_the_same_scores(kind: str, file: Path, tmp_
     assert len(set(scores(folder))) == len(IMAGES)
 
 
-def test_it_is_used_without_a_run_and_says_so(
+def test_without_a_run_the_shipped_head_is_used(
     shipped: Path, trained: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     none = tmp_path / "none"
     assert scores(None, runs=none) == scores(trained)
-    assert logged == [f"no trained run below {none}: using {NAME}, which ships"]
+    assert logged == [f"no trained run below {none}: using shipped detector {NAME}"]
     assert load_detector(NAME, runs=none).checkpoint == shipped  # by its name
     assert load_detector(shipped, runs=none).band == (0.3, 0.6)
     assert load_detector(runs=tmp_path / "runs").checkpoint == trained  # a run comes first
@@ -117,10 +117,10 @@ def test_it_is_used_without_a_run_and_says_so(
     with pytest.raises(CheckpointError, match=rf"nor a detector that ships \({NAME}\)"):
         load_detector("nobody")
     with pytest.raises(CheckpointError, match="no checkpoint below"):
-        checkpoint.find(none)  # training and evaluation are meant for runs
+        checkpoint.find(none)  # training and evaluation do not use the shipped detector
 
 
-def test_a_path_comes_before_a_name(
+def test_a_path_has_priority_over_a_name(
     shipped: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -129,14 +129,14 @@ def test_a_path_comes_before_a_name(
     assert load_detector(NAME).checkpoint == own.relative_to(tmp_path)
 
 
-def test_predict_uses_it_and_a_missing_backbone_says_what_to_type(
+def test_predict_uses_the_shipped_head_or_names_the_fetch_command(
     shipped: Path, file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "photo.png").write_bytes(IMAGES[0])
     line = [str(tmp_path / "photo.png"), "--runs", str(tmp_path / "none")]
     result = CliRunner().invoke(predict.main, line)
     assert result.exit_code == 0, result.output
-    assert f"using {NAME}, which ships" in result.output
+    assert f"using shipped detector {NAME}" in result.output
     file.unlink()
     result = CliRunner().invoke(predict.main, line)
     assert result.exit_code == 2
@@ -157,13 +157,13 @@ def test_a_damaged_or_untested_backbone_is_refused(
     file.write_bytes(data)
     other = backbone_file(tmp_path, 12)
     folder = head.save_head(trained, tmp_path / "two", spec_of(other, file))
-    assert scores(folder) == scores(NAME)  # the untested one comes first, and is passed over
+    assert scores(folder) == scores(NAME)  # the untested file is first in the list and is skipped
     file.unlink()
     with pytest.raises(BackboneError, match="a backbone that two was not tested on, so it is refu"):
         load_detector(folder)
 
 
-def test_each_file_may_have_a_calibration_of_its_own(
+def test_each_backbone_file_may_have_its_own_calibration(
     trained: Path, file: Path, tmp_path: Path
 ) -> None:
     other = backbone_file(tmp_path, 12)
@@ -175,7 +175,7 @@ def test_each_file_may_have_a_calibration_of_its_own(
     detector = load_detector(folder)
     assert (detector.band, detector.meta["temperature"]) == ((0.8, 0.8), 3.0)
     assert checkpoint.check(folder)["threshold"] == 0.8
-    # What is calibrated with one file says nothing of the other.
+    # A new calibration applies only to the file that was used for it.
     checkpoint.annotate(folder, {"temperature": 2.0, "threshold": 0.7, "calibration": CALIBRATION})
     assert load_detector(folder).meta["temperature"] == 2.0
     (tmp_path / "away").rename(file)
@@ -185,11 +185,11 @@ def test_each_file_may_have_a_calibration_of_its_own(
     )
 
 
-def test_only_the_backbone_that_it_was_trained_on_is_taken(
+def test_only_the_backbone_of_the_training_is_accepted(
     trained: Path, file: Path, tmp_path: Path
 ) -> None:
     other = backbone_file(tmp_path, 12)
-    with pytest.raises(head.HeadError, match="is not the one that would be fetched"):
+    with pytest.raises(head.HeadError, match="is not the one that would be downloaded"):
         head.save_head(trained, tmp_path / "x", spec_of(other))
     other.unlink()
     with pytest.raises(head.HeadError, match=r"type `python -m model fetch tiny.made_up`"):
@@ -203,14 +203,14 @@ def test_only_the_backbone_that_it_was_trained_on_is_taken(
     assert not (tmp_path / "x").exists()
 
 
-def test_the_command_knows_the_backbone_by_its_hash(
+def test_the_command_identifies_the_backbone_by_its_hash(
     trained: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "detectors" / NAME
     line = ["export", "--head", str(target), "--runs", str(tmp_path / "runs"), "--data",
             str(tmp_path), "--hub-place", "a/b@main:x/y.safetensors"]  # fmt: skip
     result = CliRunner().invoke(main, line)
-    assert result.exit_code == 1 and "can be fetched from nowhere" in result.output
+    assert result.exit_code == 1 and "which cannot be downloaded" in result.output
     monkeypatch.setattr(head, "KNOWN", (spec_of(backbone_file(tmp_path, 12), file),))
     result = CliRunner().invoke(main, line)
     assert result.exit_code == 0, result.output
@@ -221,7 +221,7 @@ def test_the_command_knows_the_backbone_by_its_hash(
         "files": [{"sha256": file.stem, "wheel": None, "hub": place}],
     }  # fmt: skip
     assert meta["first_weights"]["name"] == "b.safetensors"  # no path of this machine
-    assert CliRunner().invoke(main, line).exit_code == 1  # it is there
+    assert CliRunner().invoke(main, line).exit_code == 1  # the folder exists
     again = head.save_head(target, tmp_path / "again", head.backbone_of(target))
     assert scores(again) == scores(target)
     bad = [*line[:-1], "nothing"]
@@ -229,7 +229,7 @@ def test_the_command_knows_the_backbone_by_its_hash(
     logging.getLogger("ai_images_detector").handlers.clear()
 
 
-def test_timms_own_file_is_known_by_the_hubs_cache(
+def test_timms_file_is_identified_in_the_hub_cache(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = frozen(tmp_path / "runs" / "timm" / "step_0000001", file)
@@ -251,7 +251,7 @@ def test_timms_own_file_is_known_by_the_hubs_cache(
     assert (spec.name, spec.license) == (name, "cc-by-nc-4.0")
 
 
-def test_the_card_says_on_which_bits_it_was_tested(
+def test_the_card_lists_the_tested_backbone_files(
     trained: Path, file: Path, shipped: Path, tmp_path: Path
 ) -> None:
     other = backbone_file(tmp_path, 12)
@@ -260,11 +260,11 @@ def test_the_card_says_on_which_bits_it_was_tested(
     assert yaml.safe_load(front)["license"] == "mit"
     assert "python -m model fetch FOLDER" in text and "timm.create_model" not in text
     assert f"| {file.stem} | yes |" in text and f"| {other.stem} | no |" in text
-    assert "MIT, that of the backbone tiny.made" in text
+    assert "MIT, the license of the backbone tiny.made" in text
     assert "**No evaluation is attached.**" in text
 
 
-def test_everything_that_takes_a_checkpoint_takes_it(
+def test_a_shipped_head_works_like_any_checkpoint(
     shipped: Path, trained: Path, tmp_path: Path, data: Path
 ) -> None:
     whole = hub.write_hub(shipped, tmp_path / "hub")
@@ -285,7 +285,7 @@ def test_everything_that_takes_a_checkpoint_takes_it(
     result = CliRunner().invoke(evaluate.main, line)
     assert result.exit_code == 0, result.output
     report = tmp_path / "none" / NAME / "evaluation" / "val" / "report.json"
-    assert json.loads(report.read_text())["step"] == 7  # nothing is written beside the detector
+    assert json.loads(report.read_text())["step"] == 7  # nothing is written into the detector
     assert sorted(p.name for p in shipped.parent.iterdir()) == [NAME]
     carded = head.save_head(trained, tmp_path / "carded", head.backbone_of(shipped), report=report)
     assert r"| val\: gamma |" in (carded / "README.md").read_text()
@@ -298,7 +298,7 @@ def test_everything_that_takes_a_checkpoint_takes_it(
      ({"name": "x", "license": None, "files": [{"sha256": "../x"}], "tested": {}}, "no SHA-256"),
      ({"name": "x", "license": None, "files": [], "tested": {"a" * 64: {"heat": 1}}}, "heat")],
 )  # fmt: skip
-def test_a_meta_that_says_something_else_is_one_line(
+def test_a_bad_backbone_record_is_a_one_line_error(
     entry: dict, said: str, trained: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=said) as caught:

@@ -1,4 +1,4 @@
-"""The folder for the hub is what timm loads, a checkpoint, and arrives whole at the other end."""
+"""The folder for the hub: timm loads it, it is a checkpoint, and it is uploaded completely."""
 
 import base64
 import hashlib
@@ -47,7 +47,7 @@ def test_timm_loads_the_same_network(folder: Path, tiny_checkpoint: Path) -> Non
         torch.testing.assert_close(loaded(normalized), net(images), rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == ["real", "fake"] and config["num_classes"] == 2
-    # transformers passes the number of classes itself, and fails on a second one
+    # transformers passes the number of classes itself and fails on a second value
     assert "num_classes" not in config["model_args"]
 
 
@@ -63,7 +63,7 @@ def test_timm_preprocesses_images_alike(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resize"), [(256, 288), (224, 256), (192, 225), (192, 341)])
-def test_the_crop_share_leads_back_to_the_sizes(size: int, resize: int, folder: Path) -> None:
+def test_crop_pct_reproduces_the_resize_size(size: int, resize: int, folder: Path) -> None:
     net, _, _ = checkpoint.load_network(folder)
     written = hub.preprocessing_of(net, hub.Preprocess(crop_size=size, resize_size=resize))
     assert int(size / written["crop_pct"]) == resize
@@ -101,28 +101,30 @@ def report_of(meta: dict, **changes: object) -> dict:
     } | changes
 
 
-def test_the_card_says_what_must_be_known(folder: Path, tiny_checkpoint: Path) -> None:
+def test_the_card_contains_license_thresholds_and_metrics(
+    folder: Path, tiny_checkpoint: Path
+) -> None:
     card = (folder / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "cc-by-nc-4.0"
     assert "**No evaluation is attached.**" in text
     assert "| old | alpha | test |" in text  # set, source, license
-    assert "no sign of AI below" not in text and "Below 0.3 say no sign of AI" in text
+    assert "no sign of AI below 0.3, likely" in text and "uncertain in between" in text
     assert f"fitted on val ({CALIBRATION['reals']} real" in text
     meta = checkpoint.read_meta(tiny_checkpoint)
     card = card_of(meta, report_of(meta), {"old": None}, onnx=True)
     assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
     assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
     assert "evalgen: There are no real images here." in card
-    assert "| old | not at hand as it was trained on |" in card
+    assert "| old | not listed: set not available |" in card
     assert "onnx/detector.onnx" in card
 
 
-def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
+def test_the_card_lists_sources_left_out_of_training(
     tiny_checkpoint: Path,
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
-    assert "had not learned from" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
+    assert "## Sources left out" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
     rates = {
         "faces": {"reals": 376, "fakes": 0, "false_positive_rate": 0.26, "recall": None,
                   "uncertain": 0.7},
@@ -133,13 +135,13 @@ def test_the_card_says_how_it_does_on_sources_that_it_had_not_learned_from(
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
     assert "| faces (real) | 376 | 0.260 | 0.700 |" in card
     assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
-    assert card.index("had not learned from") < card.index("## Evaluation")
+    assert card.index("## Sources left out") < card.index("## Evaluation")
 
 
 def test_no_path_of_this_machine_reaches_the_folder(
     tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Whatever a person typed for the run: it is known by its name elsewhere."""
+    """Paths in the record are cut to file names, and secrets in URLs are removed."""
     source = tmp_path / "runs" / "tiny" / "step_0000007"
     shutil.copytree(tiny_checkpoint, source)
     meta = checkpoint.read_meta(source)
@@ -159,7 +161,7 @@ def test_no_path_of_this_machine_reaches_the_folder(
     assert prediction.probability is not None
 
 
-def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
+def test_the_card_lists_only_sources_of_the_exact_training_sets(
     tiny_checkpoint: Path, data: Path, logged: list[str]
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -170,7 +172,7 @@ def test_the_card_names_the_sources_of_the_very_sets_that_were_trained_on(
     assert hub.sources_of(meta, None) == {"old": None}
 
 
-def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
+def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
     meta = checkpoint.read_meta(tiny_checkpoint)
     meta["recipe"]["name"], meta["data"] = hostile, {"train": [hostile], "replay": [hostile]}
@@ -187,18 +189,20 @@ def test_names_make_nothing_of_the_card(tiny_checkpoint: Path) -> None:
 
 
 def test_the_license_is_that_of_the_first_weights() -> None:
-    def found(name: str, pretrained: bool, **data: object):
+    def license_for(name: str, pretrained: bool, **data: object):
         return license_of(
             {"recipe": {"network": {"name": name, "pretrained": pretrained}}, "data": data}
         )
 
-    known = found("convnextv2_base.fcmae_ft_in22k_in1k", True)
+    known = license_for("convnextv2_base.fcmae_ft_in22k_in1k", True)
     assert known.id == "cc-by-nc-4.0" and known.base == "convnextv2_base.fcmae_ft_in22k_in1k"
-    unknown = found("convnextv2_base", False)
-    assert unknown.id == "cc-by-nc-4.0" and not unknown.base and " if it goes back " in unknown.text
-    original = found("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
+    unknown = license_for("convnextv2_base", False)
+    assert (
+        unknown.id == "cc-by-nc-4.0" and not unknown.base and " if training started" in unknown.text
+    )
+    original = license_for("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
     assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
-    assert found("mobilenetv2_100", True).id == "apache-2.0"
+    assert license_for("mobilenetv2_100", True).id == "apache-2.0"
     timm_s = {"kind": "timm", "name": "mobilenetv2_100", "license": "apache-2.0"}
     other = {"kind": "random", "name": "", "license": None}
     for first, id, base in (
@@ -220,11 +224,11 @@ def test_the_license_is_that_of_the_first_weights() -> None:
         assert bool(license.base) == bool(base)
 
 
-def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     arguments = ["export", "--hub", str(tmp_path), "--checkpoint", str(tiny_checkpoint)]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1 and "is there already" in result.output
+    assert result.exit_code == 1 and "exists already" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -241,7 +245,7 @@ def test_what_is_there_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path)
         (None, "is of tiny step 8, the checkpoint is tiny step 7"),
     ],
 )
-def test_only_its_own_report_is_taken(
+def test_a_report_of_another_checkpoint_is_refused(
     text: str | None, said: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -254,7 +258,9 @@ def test_only_its_own_report_is_taken(
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as an upload needs; large files come by LFS, small ones in the commit."""
+    """Test server with the parts of the hub's API that an upload needs. Large files arrive by LFS,
+    small files in the commit.
+    """
 
     daemon_threads = True
 
@@ -351,7 +357,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", one.url)
-    # Xet, the hub's own protocol for large files, is a library's; LFS is what this server speaks.
+    # This server supports LFS, not Xet, the hub's other protocol for large files.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     yield one
     one.shutdown()
@@ -373,14 +379,14 @@ def test_every_file_arrives(server: Hub, folder: Path) -> None:
     assert server.tokens == {"Bearer hf_s3cret"}
 
 
-def test_a_refusal_is_one_line(server: Hub, folder: Path) -> None:
+def test_a_failed_upload_is_a_one_line_error(server: Hub, folder: Path) -> None:
     server.refuse = True
     result = CliRunner().invoke(main, ["push", str(folder), REPO])
     assert result.exit_code == 1 and not server.files
     assert "could not be uploaded" in result.output and "hf auth login" in result.output
 
 
-def test_half_a_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> None:
     half = tmp_path / "half"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"")

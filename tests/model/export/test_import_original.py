@@ -1,4 +1,4 @@
-"""The original's checkpoint comes in safely, and computes what it computed."""
+"""Import of the original project's checkpoint: same logits, and no code is run."""
 
 import hashlib
 import pickle
@@ -23,14 +23,14 @@ from tests.servers import Server
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A ConvNeXtV2 of a few kB takes the place of Base, whose random weights are 350 MB."""
+    """Use a ConvNeXtV2 of a few kB instead of Base, whose weights have 350 MB."""
     monkeypatch.setattr(import_original, "Network", lambda **_: TINY)
     torch.manual_seed(0)
     return timm.create_model(TINY.name, num_classes=2, **TINY.options).eval()
 
 
 def published(net: nn.Module, path: Path, prefix: str = "") -> Path:
-    """A file as the original's training code saves it."""
+    """Write a file as the original training code does, and return its path."""
     optimizer = torch.optim.AdamW(net.parameters())
     model = {prefix + name: value for name, value in net.state_dict().items()}
     torch.save(
@@ -41,7 +41,9 @@ def published(net: nn.Module, path: Path, prefix: str = "") -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
-def test_it_computes_what_it_computed(small: nn.Module, tmp_path: Path, prefix: str) -> None:
+def test_the_imported_network_computes_the_same_logits(
+    small: nn.Module, tmp_path: Path, prefix: str
+) -> None:
     file = published(small, tmp_path / "checkpoint_phase2.pth", prefix)
     result = CliRunner().invoke(main, ["import", str(file), "--runs", str(tmp_path / "runs")])
     assert result.exit_code == 0, result.output
@@ -78,8 +80,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda p: torch.save({"model": Evil()}, p), "holds more than tensors"),
-        (lambda p: p.write_bytes(pickle.dumps(Evil())), "holds more than tensors"),
+        (lambda p: torch.save({"model": Evil()}, p), "contains more than tensors"),
+        (lambda p: p.write_bytes(pickle.dumps(Evil())), "contains more than tensors"),
         (lambda p: p.write_bytes(b"not a checkpoint"), "checkpoint"),
         (lambda p: torch.save(torch.zeros(3), p), "expected a dictionary of weights"),
         (lambda p: torch.save({"epoch": 3, "model": {"a": 1}}, p), "expected `model` with"),
@@ -98,7 +100,7 @@ def test_anything_else_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_it_is_fetched_from_the_hub_and_checked(
+def test_the_published_file_is_downloaded_and_checked(
     small: nn.Module, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     body = published(small, tmp_path / "p.pth").read_bytes()
@@ -118,7 +120,7 @@ def test_it_is_fetched_from_the_hub_and_checked(
     assert result.exit_code == 0, result.output
     folder = checkpoint.find(tmp_path / "runs")
     assert folder.parent.name == "original"
-    # Of the published file, and of no other, an audit is known.
+    # The audit is recorded only for the published file.
     texts = [notice.text for notice in notices(checkpoint.read_meta(folder))]
     assert len(texts) == 2 and "15 of 32 real web photographs AI (47 %" in texts[0]
     assert "this detector is not calibrated" in result.output

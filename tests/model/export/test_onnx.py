@@ -1,4 +1,4 @@
-"""What is exported computes what the checkpoint computes, and runs without torch."""
+"""ONNX export: the same results as the checkpoint, and prediction without torch."""
 
 import json
 import subprocess
@@ -33,14 +33,14 @@ from tests.builders import PREPROCESS, ROOT, encode, photo
 
 KINDS = [("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"quality": 80}), ("BMP", {})]
 
-# Torch's operator weighs with 16 bits and Pillow with 22: they round apart where a value lies
-# between two gray levels. Seen: up to 1.5 % of values, by one level.
+# torch's resize has weights of 16 bits, Pillow's of 22 bits, so values near the middle between two
+# levels can round differently. Measured: up to 1.5 % of values, by one level.
 LEVELS, SHARE = 1, 0.03
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen images, large and small, and one that is none."""
+    """Return a folder with a dozen images of several sizes, and one file that is not an image."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(12):
         kind, options = KINDS[number % len(KINDS)]
@@ -52,7 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the ONNX files, by the command."""
+    """Export with the command, and return the folder with the ONNX files."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
     result = CliRunner().invoke(
         main,
@@ -66,10 +66,10 @@ def exported(tiny_checkpoint: Path, images: Path, tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 5e-3)])
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_graph_is_the_network(
+def test_the_graph_computes_what_the_network_computes(
     precision: str, limit: float, count: int, exported: Path, tiny_checkpoint: Path
 ) -> None:
-    """Any number of images, the temperature applied in `probability` and not in `logits`."""
+    """For any number of images. `probability` includes the temperature, `logits` do not."""
     net, preprocess, _ = checkpoint.load_network(tiny_checkpoint)
     pixels = np.stack([pil.preprocess(photo(seed, 64, 64), preprocess) for seed in range(count)])
     with torch.inference_mode():
@@ -79,7 +79,7 @@ def test_the_graph_is_the_network(
     assert (probabilities.dtype, logits.dtype) == (np.float32, np.float32)
     assert np.abs(logits - expected.numpy()).max() < 10 * limit
     fake = torch.sigmoid((expected[:, 1] - expected[:, 0]) / 1.7).numpy()
-    assert np.ptp(fake) > 1e-3 or count == 1  # the images do not all score alike
+    assert np.ptp(fake) > 1e-3 or count == 1  # the images have different scores
     assert np.abs(probabilities - fake).max() < limit
 
 
@@ -116,7 +116,7 @@ def test_parity_is_written(exported: Path) -> None:
     assert one < two < three
 
 
-def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path) -> None:
+def test_the_metadata_describes_the_file(exported: Path, tiny_checkpoint: Path) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
     loaded = load_onnx(exported / "detector.onnx", device="cpu")
     assert set(loaded.meta) == {*META_KEYS, "sha256"}
@@ -129,7 +129,7 @@ def test_the_file_says_what_must_be_known(exported: Path, tiny_checkpoint: Path)
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
 
 
-def test_what_speaks_against_it_goes_along(exported: Path, tmp_path: Path) -> None:
+def test_notices_are_stored_in_the_file(exported: Path, tmp_path: Path) -> None:
     model = onnx.load(exported / "detector.onnx")
     properties = {entry.key: entry.value for entry in model.metadata_props}
     data = {"sources": ["a"], "synthetic_sources": ["a"], "train": ["no part of it"]}
@@ -144,7 +144,7 @@ def test_what_speaks_against_it_goes_along(exported: Path, tmp_path: Path) -> No
 
 
 def test_its_identity_covers_the_weights(exported: Path, tmp_path: Path) -> None:
-    """Results of other weights are not gone on with, whatever the metadata says."""
+    """So results of other weights cannot be resumed, even if the metadata is equal."""
     file = exported / export.FILES["fp32"]
     model = onnx.load(file)
     weights = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
@@ -159,7 +159,7 @@ def test_its_identity_covers_the_weights(exported: Path, tmp_path: Path) -> None
     assert one.identity == load_onnx(file, device="cpu").identity != two.identity
 
 
-def test_it_says_nothing_of_the_machine(exported: Path, images: Path) -> None:
+def test_the_files_contain_no_path_of_this_machine(exported: Path, images: Path) -> None:
     for path in exported.iterdir():
         data = path.read_bytes()
         for trace in (str(ROOT), str(images.parent), ".py"):
@@ -183,7 +183,7 @@ def test_it_predicts_what_the_checkpoint_predicts(
 
 @pytest.mark.parametrize("side", [17, 47, 48, 49, 54, 60, 83, 131, 300, 999])
 def test_both_resizes_agree(side: int) -> None:
-    """Torch's and Pillow's, with the one crop of `center`."""
+    """torch's resize and Pillow's, with the same center crop."""
     pixels = photo(side, side, side + 7)
     one, two = (f(pixels, PREPROCESS).astype(np.int16) for f in (pil.preprocess, preprocess))
     assert one.shape == two.shape == (PREPROCESS.crop_size, PREPROCESS.crop_size, 3)
@@ -218,7 +218,7 @@ predict.main()
 @pytest.mark.parametrize(
     "arguments", [["--checkpoint", "x"], ["--heatmap", "x"], ["--backend", "dali"]]
 )
-def test_what_needs_torch_is_refused_beside_onnx(
+def test_options_that_need_torch_are_refused_with_onnx(
     arguments: list[str], exported: Path, images: Path
 ) -> None:
     file = str(exported / "detector.onnx")
@@ -227,7 +227,7 @@ def test_what_needs_torch_is_refused_beside_onnx(
 
 
 def foreign(path: Path, **metadata: str) -> Path:
-    """An ONNX file by others: it gives back what it is given."""
+    """Write an ONNX file that is not an export: its output is its input."""
     pixels = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n"])
     same = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.UINT8, ["n"])
     node = onnx.helper.make_node("Identity", ["images"], ["same"])
@@ -246,31 +246,31 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     cases = {
         tmp_path / "missing.onnx": "there is no file",
         tmp_path / "text.onnx": "cannot be opened as ONNX",
-        foreign(tmp_path / "bare.onnx"): "does not say format_version, classes",
+        foreign(tmp_path / "bare.onnx"): "has no format_version, classes",
         foreign(
             tmp_path / "new.onnx", **(known | {"format_version": "9"})
         ): f"has version 9, expected {FORMAT_VERSION}; export",
         foreign(
             tmp_path / "other.onnx",
             **(known | {"format_version": str(FORMAT_VERSION), "classes": '["cat"]'}),
-        ): r"knows \['cat'\]",
+        ): r"has the classes \['cat'\]",
     }
     for path, said in cases.items():
         with pytest.raises(OnnxError, match=said):
             load_onnx(path, device="cpu")
 
 
-def test_a_wrong_device_or_threshold_is_said(exported: Path) -> None:
-    with pytest.raises(ValueError, match="asked for auto, cpu or cuda"):
+def test_a_wrong_device_or_threshold_is_refused(exported: Path) -> None:
+    with pytest.raises(ValueError, match="ONNX file is auto, cpu or cuda"):
         load_onnx(exported / "detector.onnx", device="tpu")
     with pytest.raises(ValueError, match="a threshold is a probability"):
         load_onnx(exported / "detector.onnx", threshold=1.5)
 
 
-def test_a_file_that_is_too_far_off_is_not_kept(
+def test_a_file_that_differs_too_much_is_not_written(
     exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The export itself is spared: the files are there already, and only compared again."""
+    """Existing files are copied instead of exported, to save time; only the comparison runs."""
     model = onnx.load(exported / "detector.onnx")
     monkeypatch.setattr(export, "_graph_of", lambda *_: model)
     monkeypatch.setitem(export.TOLERANCE, "fp32", 1e-12)
@@ -281,7 +281,7 @@ def test_a_file_that_is_too_far_off_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_noise_stands_in_and_is_called_so(
+def test_without_images_noise_is_compared(
     exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     logged: list[str],
 ) -> None:  # fmt: skip
@@ -307,14 +307,14 @@ def test_no_image_is_an_error(exported: Path, tiny_checkpoint: Path, tmp_path: P
         export.compare(net, preprocess, meta, [exported / "detector.onnx"], tmp_path)
 
 
-def test_something_must_be_asked_for() -> None:
+def test_export_needs_an_option_for_the_format() -> None:
     result = CliRunner().invoke(main, ["export"])
     assert result.exit_code == 2 and "--onnx, --hub FOLDER, --head FOLDER" in result.output
 
 
 @pytest.mark.slow
-def test_the_original_is_exported_too(images: Path, tmp_path: Path) -> None:
-    """ConvNeXtV2-Base with random weights, by the way that the published file takes."""
+def test_the_original_network_can_be_exported(images: Path, tmp_path: Path) -> None:
+    """ConvNeXtV2-Base with random weights, imported like the published file."""
     torch.manual_seed(0)
     base = Network(name="convnextv2_base", pretrained=False, init="fan_in")
     net = build(base, pretrained=False)
@@ -329,10 +329,10 @@ def test_the_original_is_exported_too(images: Path, tmp_path: Path) -> None:
     )
 
 
-def test_evaluate_scores_sets_by_the_file(
+def test_evaluate_scores_sets_with_an_onnx_file(
     exported: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Nearly what the checkpoint itself gives there; resizes by Pillow round apart."""
+    """The scores differ from the checkpoint's only by the rounding of Pillow's resize."""
     file = exported / export.FILES["fp32"]
     ask = ["--shards", "val", "--data", str(data), "--device", "cpu", "--runs", str(tmp_path)]
     tables = []
@@ -348,4 +348,4 @@ def test_evaluate_scores_sets_by_the_file(
     refused = CliRunner().invoke(
         evaluate.main, ["calibrate", *ask[:6], "--runs", str(tmp_path), "--detector", str(file)]
     )
-    assert refused.exit_code == 1 and "holds its calibration" in refused.stderr
+    assert refused.exit_code == 1 and "contains its calibration" in refused.stderr

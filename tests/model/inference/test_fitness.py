@@ -1,4 +1,4 @@
-"""No unfit detector looks fit: what its meta knows against it is said wherever it speaks."""
+"""Notices: known reasons not to rely on a detector, from its meta, and in `predict.py`."""
 
 import json
 import shutil
@@ -27,12 +27,12 @@ def rates(fpr: float | None, recall: float | None) -> dict[str, Any]:
 
 def test_a_fit_detector_has_no_notice() -> None:
     assert notices(meta_of()) == []
-    assert notices({"calibration": CALIBRATION}) == []  # of an older record nothing is known
+    assert notices({"calibration": CALIBRATION}) == []  # a meta without `data`
     assert word_for(meta_of()) == "probability"
     assert fitness.proof(meta_of()) == "a probability is not a proof"
 
 
-def test_synthetic_images_are_said_all_or_in_part() -> None:
+def test_synthetic_training_sources_give_a_notice() -> None:
     (notice,) = notices(meta_of(sources=["a", "b"], synthetic_sources=["a", "b"]))
     assert notice.kind == "synthetic" and "on synthetic images alone" in notice.text
     (notice,) = notices(meta_of(sources=["a", "b"], synthetic_sources=["b"]))
@@ -41,26 +41,26 @@ def test_synthetic_images_are_said_all_or_in_part() -> None:
     assert notices(meta_of(sources=["a", "b"], synthetic_sources=[])) == []
 
 
-def test_without_a_calibration_it_is_a_score() -> None:
+def test_without_calibration_the_number_is_a_score() -> None:
     (notice,) = notices(meta_of(None))
-    assert notice.kind == "uncalibrated" and "scores and no probabilities" in notice.text
+    assert notice.kind == "uncalibrated" and "scores, not probabilities" in notice.text
     assert word_for(meta_of(None)) == "score"
     assert fitness.number(meta_of(None)) == "score for AI-generated"
     assert fitness.proof(meta_of(None)) == "a score is not a proof"
 
 
-def test_sources_that_went_badly_are_named_the_worst_first() -> None:
+def test_bad_sources_are_listed_worst_first() -> None:
     sources = {
         "good": rates(0.10, None), "bad": rates(0.2, None), "worse": rates(0.31, None),
         "seen": rates(None, 0.10), "half": rates(None, 0.081), "unseen": rates(None, 0.0),
     }  # fmt: skip
     called, missed = notices(meta_of(CALIBRATION | {"sources": sources}))
     assert called.kind == missed.kind == "known"
-    assert "called AI: 31 % of worse, 20 % of bad (" in called.text
-    assert "found: under 1 % of unseen, 8 % of half (" in missed.text
+    assert "of new kinds AI: 31 % of worse, 20 % of bad (" in called.text
+    assert "of new kinds: under 1 % of unseen, 8 % of half (" in missed.text
 
 
-def test_of_many_sources_the_worst_are_named_and_the_others_counted() -> None:
+def test_of_many_bad_sources_only_the_worst_are_named() -> None:
     sources = {f"kind{n}": rates(0.2 + n / 100, None) for n in range(6)}
     (notice,) = notices(meta_of({**CALIBRATION, "sources": sources}))
     assert (
@@ -69,13 +69,13 @@ def test_of_many_sources_the_worst_are_named_and_the_others_counted() -> None:
     )
 
 
-def test_what_others_measured_comes_as_it_is_and_the_gravest_comes_first() -> None:
+def test_known_weaknesses_are_quoted_and_the_most_serious_notice_is_first() -> None:
     meta = meta_of(None, known_against=["an audit said so"], sources=["a"], synthetic_sources=["a"])
     assert [notice.kind for notice in notices(meta)] == ["synthetic", "known", "uncalibrated"]
     assert notices(meta)[1].text == "an audit said so"
 
 
-def test_the_detector_that_ships_tells_its_false_alarms() -> None:
+def test_the_shipped_detector_lists_its_false_alarms() -> None:
     meta = json.loads((ROOT / "detectors/clip/meta.json").read_text(encoding="utf-8"))
     called, missed = notices(meta)
     assert "29 % of illustrations_abby, 24 % of objects_phone" in called.text
@@ -83,7 +83,7 @@ def test_the_detector_that_ships_tells_its_false_alarms() -> None:
 
 
 def ask(folder: Path, *arguments: object) -> Result:
-    """`predict.py` with a checkpoint on one photograph."""
+    """Run `predict.py` with a checkpoint on one photograph."""
     image = folder.parent / "photo.png"
     image.write_bytes(encode(photo(1), "PNG"))
     command = [str(image), "--checkpoint", str(folder), *map(str, arguments)]
@@ -96,7 +96,9 @@ def uncalibrated(small_runs: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "small" / folder.name)
 
 
-def test_predict_says_it_before_the_first_verdict(uncalibrated: Path, tmp_path: Path) -> None:
+def test_predict_prints_notices_before_the_first_verdict(
+    uncalibrated: Path, tmp_path: Path
+) -> None:
     data = checkpoint.read_meta(uncalibrated)["data"]
     known = {"sources": ["a"], "synthetic_sources": ["a"], "known_against": ["an audit said so"]}
     checkpoint.annotate(uncalibrated, {"data": data | known})
@@ -108,7 +110,7 @@ def test_predict_says_it_before_the_first_verdict(uncalibrated: Path, tmp_path: 
     heading, row = result.stdout.splitlines()
     assert heading.split() == ["score", "verdict", "file"]
     assert heading.index("verdict") == row.index(row.split()[1])
-    # The name of the column stays: programs read it.
+    # Programs read the column `probability`, so its name stays the same.
     result = ask(uncalibrated, "--format", "csv")
     assert result.stdout.startswith("path,probability,") and "not a proof" not in result.stderr
     out = tmp_path / "x.txt"
@@ -116,7 +118,7 @@ def test_predict_says_it_before_the_first_verdict(uncalibrated: Path, tmp_path: 
     assert out.read_text().splitlines() == [heading, row]
 
 
-def test_predict_of_a_calibrated_one_says_probability(uncalibrated: Path) -> None:
+def test_predict_with_a_calibrated_detector_says_probability(uncalibrated: Path) -> None:
     checkpoint.annotate(uncalibrated, {"calibration": CALIBRATION})
     result = ask(uncalibrated)
     assert result.stdout.splitlines()[0].split() == ["probability", "verdict", "file"]

@@ -1,4 +1,4 @@
-"""What each generator writes, as its own source or a reader of it shows it, is recognized."""
+"""Recognition of generators by their names and settings, as found in public source code."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_settings_in_json(said: str) -> None:
     value = OBJECTS[said]
     assert settings_in(json.dumps(value)).startswith(said)
     assert settings_in("\n" + json.dumps(value, indent=1) + "\0").startswith(said[:7])
-    for name in value:  # no key alone is enough, but two that nothing else has
+    for name in value:  # a single key is not enough, except two unique ones
         if name not in ("sui_image_params", "positive_prompt"):
             assert settings_in(json.dumps({name: value[name]})) == ""
 
@@ -56,7 +56,7 @@ def test_settings_of_invokeai_2(prompt: str) -> None:
     assert settings_in("tar -s 50 -S 12") == ""
 
 
-def test_a_graph_in_an_object_or_cut_short() -> None:
+def test_a_nested_or_truncated_graph_is_recognized() -> None:
     graph = {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog"}}}
     assert settings_in(json.dumps({"prompt": graph, "workflow": {}})) == "ComfyUI: a dog"
     assert settings_in("Prompt: " + json.dumps(graph)) == "ComfyUI: a dog"
@@ -65,7 +65,7 @@ def test_a_graph_in_an_object_or_cut_short() -> None:
     assert settings_in('{"inputs": {"lamp": 1}, "cut') == ""
 
 
-def test_settings_in_a_text_each() -> None:
+def test_settings_stored_as_one_text_each() -> None:
     texts = {"prompt": "x", "num_inference_steps": "25", "guidance_scale": "7.5"}
     assert settings_across(texts) == "Easy Diffusion: x"
     assert settings_across(texts | {"num_inference_steps": "many"}) == ""
@@ -73,7 +73,7 @@ def test_settings_in_a_text_each() -> None:
 
 
 @pytest.mark.parametrize("name", ["Adobe Firefly", "DALL\xb7E", "GPT-4o", "Draw Things"])
-def test_a_name_is_whole_and_in_a_field_of_programs(name: str) -> None:
+def test_a_name_counts_only_as_a_whole_word_in_a_program_field(name: str) -> None:
     assert is_named("Software", f"OpenAI {name} 2.0")
     assert is_named("Source", name)
     assert not is_named("Software", f"x{name}")
@@ -89,6 +89,6 @@ def test_a_name_is_whole_and_in_a_field_of_programs(name: str) -> None:
      ("Not made with Midjourney", False), ("Made with Midjourney in mind", False),
      ("Firefly", False), ("dalle mura", False)],
 )  # fmt: skip
-def test_a_signature_is_all_there_is(text: str, signed: bool) -> None:
+def test_a_signature_must_be_the_whole_text(text: str, signed: bool) -> None:
     assert is_signature(text) is signed
     assert is_named("Comment", text) is signed

@@ -1,4 +1,4 @@
-"""A heatmap adds up to what it explains, and finds the place that it should."""
+"""Heatmaps: the cells add up to the logit, supported networks, and the colors."""
 
 from pathlib import Path
 
@@ -43,8 +43,8 @@ def margin(detector, preprocessed: np.ndarray) -> float:
 
 
 def test_the_cells_add_up_to_the_logit(mobile) -> None:
-    """Where a linear layer follows the average, Grad-CAM is exact: all but its bias is shared out
-    among the cells.
+    """If a linear layer follows the average, Grad-CAM is exact: the cells add up to the logit
+    without the bias.
     """
     head = mobile.net.backbone.get_classifier()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_cells_add_up_to_the_logit(mobile) -> None:
         assert cells.sum() - 0.75 == pytest.approx(margin(mobile, preprocessed), abs=1e-4)
 
 
-def test_it_works_for_the_recipes_networks_and_says_where_not(
+def test_heatmaps_of_supported_networks_and_refusal_of_others(
     mobile, small_runs: Path, tmp_path: Path
 ) -> None:
     for detector in (mobile, load_detector(runs=small_runs)):
@@ -69,11 +69,11 @@ def test_it_works_for_the_recipes_networks_and_says_where_not(
     net = detector_of(transformer, tmp_path, 32)
     assert heatmap(net, encode(photo(1), "PNG")).shape == (32, 32, 3)
     net.net.backbone.num_prefix_tokens = 2
-    with pytest.raises(ExplainError, match="keeps 3 tokens, which are no square of patches"):
+    with pytest.raises(ExplainError, match="keeps 3 tokens, which form no square of patches"):
         heatmap(net, encode(photo(1), "PNG"))
     for name in ("num_features", "head_hidden_size"):
-        setattr(net.net.backbone, name, 7)  # of a network whose last features are something else
-    with pytest.raises(ExplainError, match="keeps neither a map of features nor patches"):
+        setattr(net.net.backbone, name, 7)  # no axis of the features has this size
+    with pytest.raises(ExplainError, match="keeps neither a feature map nor patches"):
         heatmap(net, encode(photo(1), "PNG"))
 
 
@@ -86,7 +86,7 @@ def test_a_heatmap_changes_no_score(mobile) -> None:
     assert all(parameter.grad is None for parameter in mobile.net.parameters())
 
 
-def test_red_speaks_for_ai_and_nothing_for_real() -> None:
+def test_only_cells_that_raise_the_score_are_red() -> None:
     preprocessed = np.full((64, 64, 3), 100, np.uint8)
     drawn = overlay(preprocessed, np.array([[1.0, 0.0], [0.0, -1.0]], np.float32)).astype(int)
     red, lowered = drawn[5, 5], drawn[58, 58]

@@ -1,4 +1,4 @@
-"""Which files a run is given: a folder that fills, a list that has no end."""
+"""Input files of a run: a watched folder, and a list without an end."""
 
 import os
 from collections import Counter
@@ -13,7 +13,7 @@ from tests.builders import encode, photo
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_a_folder_that_fills_gives_each_complete_file_once(
+def test_a_watched_folder_yields_each_complete_file_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [1000.0]
@@ -45,8 +45,8 @@ def test_a_folder_that_fills_gives_each_complete_file_once(
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
 
 
-def test_standard_input_is_read_as_it_comes(small_runs: Path, tmp_path: Path) -> None:
-    """A list without an end: the first verdict does not wait for it."""
+def test_an_endless_list_is_read_only_as_needed(small_runs: Path, tmp_path: Path) -> None:
+    """The first verdict does not wait for the end of the list."""
     (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
     taken = []
 

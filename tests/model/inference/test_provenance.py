@@ -1,6 +1,4 @@
-"""What files say of themselves, in files made by the libraries that write such things; and that
-nothing that they say can raise, reach the network or write to a terminal.
-"""
+"""Evidence in metadata (EXIF, XMP, texts), in files written by common libraries."""
 
 import json
 import struct
@@ -21,7 +19,7 @@ from tests.provenance_files import (
     xmp,
 )
 
-# --- what Pillow reads ----------------------------------------------------------------------------
+# --- metadata that Pillow reads -------------------------------------------------------------------
 
 DRAWN = json.dumps(
     {"nodes": [{"id": 3, "type": "KSampler", "widgets_values": [1, "euler"]}], "links": []}
@@ -40,7 +38,7 @@ JOB = "a7421d2f-b262-44f9-977c-ac23e9c7d3e3"
      ({"Description": f"a fox --ar 2:1 --v 6 Job ID: {JOB}"}, "Midjourney: a fox"),
      ({"Comment": "made by DALL-E 3"}, "DALL-E 3")],
 )  # fmt: skip
-def test_what_generators_leave_in_a_png(texts: dict[str, str], said: str) -> None:
+def test_generators_are_recognized_in_png_texts(texts: dict[str, str], said: str) -> None:
     evidence = evidence_of(png(**texts))
     assert (evidence.kind, evidence.suggests) == ("generator", "AI")
     assert evidence.value.startswith(said) or said in evidence.value
@@ -57,7 +55,7 @@ def test_settings_in_an_exif_comment(kind: str, code: bytes) -> None:
 
 
 def test_comfyui_in_a_webp() -> None:
-    """It takes the tags of a camera's make and model for it."""
+    """ComfyUI writes its settings into the tags for the make and model of a camera."""
     tags = exif(Make=f"workflow:{DRAWN}", Model=f"prompt:{GRAPH}")
     evidence = read_evidence(encode(PICTURE, "WEBP", exif=tags))
     assert {one.value[:12] for one in evidence} == {'ComfyUI: {"n', "ComfyUI: a d"}
@@ -66,7 +64,7 @@ def test_comfyui_in_a_webp() -> None:
     assert read_evidence(encode(PICTURE, "WEBP", exif=empty)) == []  # and no camera either
 
 
-# What real photographs have in them: cases that were once taken for a generator's.
+# Metadata of real photographs that was once mistaken for that of a generator.
 PHOTOGRAPHS = [
     {"Artist": "Kendall Evans"}, {"Artist": "Randall Ellis"}, {"Artist": "Marco Dall'E"},
     {"ImageDescription": "Imagen de la catedral de Burgos"},
@@ -87,7 +85,7 @@ PHOTOGRAPHS = [
 
 @pytest.mark.parametrize("tags", PHOTOGRAPHS)
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "HEIF"])
-def test_a_photograph_is_no_generators(kind: str, tags: dict[str, object]) -> None:
+def test_a_photograph_is_not_taken_for_generated(kind: str, tags: dict[str, object]) -> None:
     tags = {"Make": "Canon", "Model": "Canon EOS R5"} | tags
     (evidence,) = read_evidence(encode(PICTURE, kind, exif=exif(**tags)))
     assert (evidence.kind, evidence.suggests) == ("camera", "camera")
@@ -106,7 +104,7 @@ def test_a_photograph_is_no_generators(kind: str, tags: dict[str, object]) -> No
      {"Comment": "my cat, not made with Midjourney"}, {"Comment": '{"steps": 20, "seed": 4}'},
      {"prompt": "p", "steps": "20"}],
 )  # fmt: skip
-def test_a_name_of_a_text_says_nothing(texts: dict[str, str]) -> None:
+def test_the_name_of_a_text_is_not_evidence(texts: dict[str, str]) -> None:
     assert read_evidence(png(**texts)) == []
 
 
@@ -121,7 +119,7 @@ def test_a_generator_that_signs_as_software(kind: str, name: str) -> None:
     assert (evidence.value, evidence.where, evidence.suggests) == (name, "EXIF Software", "AI")
 
 
-def test_makers_that_sign_elsewhere() -> None:
+def test_generators_that_sign_in_other_tags() -> None:
     assert evidence_of(encode(PICTURE, exif=exif(Make="Ideogram AI"))).suggests == "AI"
     signed = exif(Artist=JOB, ImageDescription="Signature: " + "aB3/" * 20 + "==")
     assert evidence_of(encode(PICTURE, exif=signed)).value.startswith("xAI: Signature")
@@ -135,12 +133,12 @@ def xp_comment(text: str) -> Image.Exif:
     return tags
 
 
-def test_settings_in_a_comment_of_windows() -> None:
+def test_settings_in_a_windows_comment_tag() -> None:
     assert "a cat on a sofa" in evidence_of(encode(PICTURE, exif=xp_comment(A1111))).value
 
 
-def test_a_number_is_no_camera() -> None:
-    """A damaged type made a camera of it by the name of "(1, 2, 3)"."""
+def test_a_numeric_make_is_not_a_camera() -> None:
+    """A make with a damaged type was once reported as the camera "(1, 2, 3)"."""
     make = struct.pack("<HHIIIHHH", ExifTags.Base.Make, 3, 3, 26, 0, 1, 2, 3)
     tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + make
     assert read_evidence(encode(PICTURE, exif=tags)) == []
@@ -150,7 +148,7 @@ def test_a_number_is_no_camera() -> None:
 def test_a_camera(kind: str) -> None:
     tags = exif(Make="Canon", Model="Canon EOS 40D", DateTimeOriginal="2008:05:30 15:56:01")
     evidence = evidence_of(encode(PICTURE, kind, exif=tags))
-    when = "" if kind == "TIFF" else ", 2008:05:30 15:56:01"  # which Pillow does not write there
+    when = "" if kind == "TIFF" else ", 2008:05:30 15:56:01"  # Pillow does not write it to TIFF
     assert evidence == Evidence("camera", f"Canon EOS 40D{when}", "EXIF", "camera")
     phone = evidence_of(encode(PICTURE, kind, exif=exif(Make="Apple", Model="iPhone")))
     assert phone.value == "Apple iPhone"
@@ -202,7 +200,7 @@ IN_XMP = [
 
 
 @pytest.mark.parametrize(("inside", "said"), IN_XMP)
-def test_what_generators_leave_in_xmp(inside: str, said: str) -> None:
+def test_generators_are_recognized_in_xmp(inside: str, said: str) -> None:
     evidence = evidence_of(encode(PICTURE, xmp=xmp(inside)))
     assert evidence.value.startswith(said)
     assert evidence.suggests == "AI"
@@ -210,7 +208,7 @@ def test_what_generators_leave_in_xmp(inside: str, said: str) -> None:
 
 @pytest.mark.parametrize("name", ["algorithmicMedia", "composite", "digitalCreation"])
 def test_a_source_type_that_is_neither_ai_nor_a_camera(name: str) -> None:
-    """By IPTC's definitions; a fractal is made by an algorithm, not by AI."""
+    """By IPTC's definitions. A fractal, for example, is made by an algorithm, not by AI."""
     evidence = evidence_of(encode(PICTURE, xmp=xmp(f'I:DigitalSourceType="{SOURCE}{name}"/>')))
     assert evidence == Evidence("source type", name, "XMP", "")
 
@@ -223,12 +221,12 @@ def test_a_source_type_that_is_neither_ai_nor_a_camera(name: str) -> None:
      "><dc:subject>trainedAlgorithmicMedia, Stable Diffusion</dc:subject></D>",
      'xmp:CreatorTool="Imagenomic Portraiture"/>'],
 )  # fmt: skip
-def test_what_people_write_in_xmp(inside: str) -> None:
+def test_text_by_people_in_xmp_is_not_evidence(inside: str) -> None:
     assert read_evidence(encode(PICTURE, xmp=xmp(inside))) == []
 
 
 def raw_profile(name: str, content: bytes) -> dict[str, str]:
-    """As ImageMagick writes it: the last part of the name, the length, lines of 72 digits."""
+    """Return a profile as ImageMagick writes it: end of the name, length, lines of 72 digits."""
     digits = content.hex()
     lines = "\n".join(digits[at : at + 72] for at in range(0, len(digits), 72))
     return {f"Raw profile type {name}": f"\n{name}\n{len(content):8}\n{lines}\n"}
@@ -241,7 +239,7 @@ def gif(packet: bytes) -> bytes:
 
 
 def extended(packet: bytes) -> bytes:
-    """A JPEG whose XMP goes on in two further segments, the second part first."""
+    """Return a JPEG with extended XMP in two further segments, the second part first."""
     whole, half = encode(PICTURE), packet.index(b"Things")
     added = b""
     for start, part in ((half, packet[half:]), (0, packet[:half])):
@@ -267,22 +265,22 @@ WRITTEN = xmp('xmp:CreatorTool="Draw Things"/>')
     ids=["jpeg", "webp", "avif", "heic", "tiff", "utf-16", "utf-16-be", "png", "raw", "app1",
          "gif", "extended"],
 )  # fmt: skip
-def test_where_xmp_stands(data: bytes) -> None:
+def test_xmp_is_read_from_every_container(data: bytes) -> None:
     assert evidence_of(data) == Evidence("generator", "Draw Things", "XMP CreatorTool", "AI")
 
 
-def test_exif_where_imagemagick_puts_it() -> None:
+def test_exif_is_read_from_a_raw_profile_of_imagemagick() -> None:
     tags = exif(Software="NovelAI").tobytes()
     assert evidence_of(png(**raw_profile("APP1", tags))).value == "NovelAI"
 
 
-def test_damaged_exif_hides_nothing_else() -> None:
+def test_damaged_exif_does_not_hide_xmp() -> None:
     whole = encode(PICTURE, "WEBP", exif=b"Exif\0\0XX*\0rubbish", xmp=WRITTEN)
     assert evidence_of(whole).value == "Draw Things"
 
 
-def test_a_text_behind_the_pixels() -> None:
-    """As the standard allows, though few write it so."""
+def test_a_png_text_after_the_pixels_is_read() -> None:
+    """The PNG standard allows texts after the pixels, though few programs write them there."""
     data = png(parameters=A1111)
     start = data.index(b"iTXt") - 4
     end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -295,7 +293,7 @@ def test_a_label_in_the_text_of_a_png() -> None:
     assert evidence_of(png(AIGC='{"Label":"1"}')).value == "AI-generated"
 
 
-def test_a_plain_picture_says_nothing() -> None:
+def test_a_plain_picture_has_no_evidence() -> None:
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"):
         assert read_evidence(encode(PICTURE, kind)) == []
     assert read_evidence(png(Software="GIMP 2.10", Comment="Created with GIMP", Title="Sea")) == []

@@ -1,4 +1,4 @@
-"""Signed manifests: read, checked, and never fetched from where a file says."""
+"""C2PA manifests: read and checked, and never requested from the network."""
 
 import http.server
 import io
@@ -41,8 +41,8 @@ def test_a_signed_manifest_is_read_and_checked(signer: c2pa.Signer, kind: str) -
     assert taken.suggests == "camera"
 
 
-def test_a_manifest_elsewhere_is_not_asked_for(signer: c2pa.Signer) -> None:
-    """A picture must not be able to make its reader call an address."""
+def test_a_remote_manifest_is_not_requested(signer: c2pa.Signer) -> None:
+    """An image must not be able to make the program send a request."""
     asked = []
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -59,23 +59,23 @@ def test_a_manifest_elsewhere_is_not_asked_for(signer: c2pa.Signer) -> None:
         data = sign(signer, encode(PICTURE), "JPEG", "trainedAlgorithmicMedia", address)
         assert address.encode() in data
         read_evidence(data)
-        # Even where the bytes look as if there were a manifest, and the library is asked.
+        # Not even if the bytes seem to contain a manifest, so that the library is called.
         read_evidence(data + b"jumb c2pa")
         with pytest.raises(c2pa.C2paError):
             signatures.read_manifest(data, None)
         assert not asked
-        # Nor by any other way that the library has, or will have: no host may be asked.
+        # Not by any other feature of the library either: no host is allowed.
         eager = {**signatures.OFFLINE, "verify": {"remote_manifest_fetch": True}}
         with pytest.raises(c2pa.C2paError):
             c2pa.Reader("image/jpeg", io.BytesIO(data), context=c2pa.Context.from_dict(eager))
         assert not asked
         with pytest.raises(c2pa.C2paError):
-            c2pa.Reader("image/jpeg", io.BytesIO(data))  # the library's own default does ask
+            c2pa.Reader("image/jpeg", io.BytesIO(data))  # by default the library sends a request
         assert asked
         server.shutdown()
 
 
-def test_without_the_library_a_manifest_is_said_to_be_there(
+def test_without_the_library_a_manifest_is_only_reported(
     signer: c2pa.Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = sign(signer, encode(PICTURE), "JPEG", "trainedAlgorithmicMedia")

@@ -1,4 +1,4 @@
-"""Nothing that a file says of itself can raise, take long or write to a terminal."""
+"""Hostile metadata cannot raise an exception, take long or write to a terminal."""
 
 import random
 import time
@@ -33,7 +33,7 @@ def signer() -> c2pa.Signer:
 
 
 def all_kinds(signer: c2pa.Signer) -> Iterator[bytes]:
-    """One small file of each container, full of things to say."""
+    """Yield one small file of each format, with much metadata."""
     small = Image.fromarray(photo(2, 24, 20))
     tags = exif(Make="Canon", Model="x", UserComment=b"UNICODE\0" + A1111.encode("utf-16-le"))
     packet = xmp(f'a="{SOURCE}trainedAlgorithmicMedia" AIGC "Label":"1"/>')
@@ -55,7 +55,7 @@ def harmless(data: bytes) -> None:
             assert len(text) <= MAX_TEXT
 
 
-def test_no_damage_makes_it_raise(signer: c2pa.Signer) -> None:
+def test_damaged_files_never_raise(signer: c2pa.Signer) -> None:
     rng = random.Random(1)
     for whole in all_kinds(signer):
         assert read_evidence(whole)
@@ -71,7 +71,7 @@ def test_no_damage_makes_it_raise(signer: c2pa.Signer) -> None:
         harmless(data + b"jumb c2pa")
 
 
-def test_a_text_that_unpacks_to_much_is_not_unpacked() -> None:
+def test_a_text_that_decompresses_to_50_mb_is_harmless() -> None:
     info = PngInfo()
     info.add_text("parameters", "Steps: 1, Seed: 2" + " " * 50_000_000, zip=True)
     harmless(encode(PICTURE, "PNG", pnginfo=info))
@@ -86,8 +86,8 @@ def test_a_file_cannot_write_to_the_terminal() -> None:
     assert len(evidence.value) == MAX_TEXT
 
 
-def test_a_file_that_says_much_says_little() -> None:
-    """15,000 statements become a row of `MAX_EVIDENCE`, what suggests AI among them."""
+def test_a_file_with_many_statements_gives_limited_evidence() -> None:
+    """15,000 statements give `MAX_EVIDENCE` statements, including those that suggest AI."""
     texts = {f"parameters {n}\x1b[2J'": f"{n} {A1111}" for n in range(15_000)}
     evidence = read_evidence(encode(PICTURE, "PNG", pnginfo=many(texts)))
     assert len(evidence) == MAX_EVIDENCE

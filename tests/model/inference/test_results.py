@@ -1,4 +1,4 @@
-"""The file that verdicts go to: nothing of anybody is lost, and what is in it can be read again."""
+"""The results file: no existing file is lost, and every row can be read again."""
 
 import csv
 import errno
@@ -32,7 +32,7 @@ def row(path: str, **changes: object) -> dict:
 
 
 def finished(path: Path, *names: str, made_by: str = MADE_BY) -> Path:
-    """A finished file with these images."""
+    """Write a finished file with these images, and return its path."""
     output = path.suffix[1:]
     file = open_results(path, output, made_by, resume=False)
     for name in names:
@@ -96,7 +96,7 @@ def test_a_finished_file_stays_until_the_longer_one_is_finished(
 ) -> None:
     path = finished(tmp_path / f"x.{output}", "a", "b")
     whole = path.read_bytes()
-    for size in (None, 0, 5, len(whole)):  # then what kills of the copying leave
+    for size in (None, 0, 5, len(whole)):  # a kill during copying leaves a part of the file
         if size is not None:
             partial_of(path).write_bytes(whole[:size])
         file = open_results(path, output, MADE_BY, resume=True)
@@ -115,7 +115,7 @@ def test_a_finished_file_stays_until_the_longer_one_is_finished(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_files_that_do_not_go_together_are_both_kept(tmp_path: Path) -> None:
+def test_two_conflicting_files_are_both_kept(tmp_path: Path) -> None:
     other = finished(tmp_path / "y.csv", "c", "d", "e").read_bytes()
     path = finished(tmp_path / "x.csv", "a", "b")
     partial_of(path).write_bytes(other)
@@ -125,7 +125,7 @@ def test_two_files_that_do_not_go_together_are_both_kept(tmp_path: Path) -> None
     assert (path.read_bytes(), partial_of(path).read_bytes()) == (before, other)
 
 
-def test_one_process_writes_a_file(tmp_path: Path) -> None:
+def test_only_one_process_can_write_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     file = open_results(path, "csv", MADE_BY, resume=False)
     other = (
@@ -141,17 +141,17 @@ def test_one_process_writes_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_folder_or_pipe_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.csv"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(ResultsError, match="no plain file"):
+    with pytest.raises(ResultsError, match="not a regular file"):
         open_results(path, "csv", MADE_BY, resume=True)
     with pytest.raises(ResultsError, match="there is no folder"):
         open_results(tmp_path / "none" / "x.csv", "csv", MADE_BY, resume=False)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    """A limit on the size of files does what a full disk does: takes half a row, then refuses."""
+    """A file size limit acts like a full disk: half a row is written, then writing fails."""
     path = tmp_path / "x.csv"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     file = open_results(path, "csv", MADE_BY, resume=False)
@@ -191,7 +191,7 @@ def test_every_row_can_be_read_again(tmp_path: Path, output: str) -> None:
         assert not any(cell[:1] in "=+-@" for one in rows for cell in one.values() if cell)
 
 
-def test_what_a_file_says_is_no_formula(tmp_path: Path) -> None:
+def test_text_from_a_file_cannot_become_a_spreadsheet_formula(tmp_path: Path) -> None:
     said = [Evidence("=HYPERLINK(1)", "x", "y")]
     text = line("csv", row("a", error="@SUM(1)", provenance=said))
     (cells,) = csv.reader([text])
@@ -200,7 +200,7 @@ def test_what_a_file_says_is_no_formula(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ask(small_runs: Path) -> Callable[..., Result]:
-    """`predict.py` with these arguments."""
+    """Return a function that runs `predict.py` with the given arguments."""
 
     def run(*arguments: object) -> Result:
         command = [*map(str, arguments), "--runs", str(small_runs)]

@@ -1,4 +1,4 @@
-"""`predict.py` that is interrupted: it goes on in whole batches, and no row is twice or missing."""
+"""`predict.py --resume` after an interruption: whole batches, no duplicate or missing row."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def ask(small_runs: Path) -> Callable[..., Result]:
-    """`predict.py` with these arguments."""
+    """Return a function that runs `predict.py` with the given arguments."""
 
     def run(*arguments: object) -> Result:
         return CliRunner().invoke(predict.main, [*map(str, arguments), "--runs", str(small_runs)])
@@ -30,7 +30,7 @@ def ask(small_runs: Path) -> Callable[..., Result]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three images."""
+    """Return a folder with three images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(3):
@@ -48,7 +48,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("output", ["csv", "jsonl"])
-def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
+def test_a_resumed_run_has_no_duplicate_and_no_missing_row(
     ask: Callable[..., Result], tmp_path: Path, output: str
 ) -> None:
     folder = tmp_path / "odd"
@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
         out.unlink(missing_ok=True)
         partial.write_bytes(whole[:cut])
         result = ask(folder, "--out", out, "--resume")
-        assert result.exit_code == 1, result.output  # the broken one, whenever it was met
+        assert result.exit_code == 1, result.output  # 1 because of the broken image
         assert not partial.exists()
         assert out.read_bytes() == whole, f"cut at {cut}"
     (folder / "later.jpg").write_bytes(encode(photo(9)))
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
 def test_a_resumed_run_scores_whole_batches_of_the_list_again(
     ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How a processor rounds depends on the size of a batch, so a batch is scored as a whole."""
+    """Rounding depends on the batch size, so a batch is always scored completely."""
     folder, out = tmp_path / "images", tmp_path / "out.csv"
     folder.mkdir()
     for number in range(24):
@@ -110,7 +110,7 @@ def test_a_resumed_run_scores_whole_batches_of_the_list_again(
     (folder / "00b.jpg").write_bytes(encode(photo(30)))
     sizes.clear()
     assert ask(*arguments, "--resume").exit_code == 0
-    assert sizes == [4], "the batch that the new image stands in, and nothing after it"
+    assert sizes == [4], "only the batch with the new image"
     assert len(out.read_bytes().splitlines()) == 26
 
 
@@ -126,10 +126,10 @@ def read(data: bytes, output: str) -> dict[str, dict]:
     return rows
 
 
-def test_results_are_there_as_they_come(
+def test_results_are_written_immediately(
     ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an interruption in the middle, what was scored is in the file."""
+    """After an interruption, all scored images are in the file."""
     out, seen = tmp_path / "out.jsonl", []
     write = results.ResultsFile.write
 

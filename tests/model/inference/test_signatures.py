@@ -1,4 +1,4 @@
-"""Who signed: trusted, unknown or invalid, by a list of trust anchors and by nothing else."""
+"""States of C2PA signatures (trusted, signer unknown, invalid), and lists of trust anchors."""
 
 import datetime
 import hashlib
@@ -53,7 +53,7 @@ def trust_in(*certificates: x509.Certificate, name: str = "anchors.pem") -> Trus
 
 
 def checked(data: bytes, trust: TrustList | None) -> Evidence:
-    """The one statement of a signed file, whose state stands at the beginning of its text."""
+    """Return the only evidence of a signed file, and check that its text begins with its state."""
     (evidence,) = read_evidence(data, trust)
     assert evidence.state and evidence.value.startswith(f"{evidence.state} (")
     return evidence
@@ -80,7 +80,7 @@ def test_a_chain_to_no_anchor_is_unknown(signed: bytes, other: Authority) -> Non
 
 
 def test_a_changed_pixel_is_invalid(signed: bytes, authority: Authority, other: Authority) -> None:
-    """Whoever signed, and whatever list there is."""
+    """For any signer and any list."""
     changed = bytearray(signed)
     changed[-30] ^= 1
     for trust in (trust_in(authority.root), trust_in(other.root), None):
@@ -96,13 +96,12 @@ def test_anybody_can_sign_as_adobe(authority: Authority) -> None:
     assert evidence.state == UNKNOWN
     assert "signed in the name of Adobe Inc., " in evidence.value
     assert checked(data, None).state == UNKNOWN
-    assert checked(data, trust_in(own)).state == "trusted"  # who puts it on the list trusts it
+    assert checked(data, trust_in(own)).state == "trusted"  # only if the list contains it
 
 
 def test_a_forged_chain_is_unknown(authority: Authority) -> None:
-    """Authorities of the same names; and the true intermediate beside a certificate of one's own.
-
-    A name and a certificate are public: only the key of the authority is not.
+    """Two forgeries: authorities with the same names, and the real intermediate certificate with a
+    leaf that it did not sign. Names and certificates are public; only the keys are secret.
     """
     trust = trust_in(authority.root)
     forged = sign(make_authority().signer(), encode(PICTURE), "JPEG", MADE_BY)
@@ -124,7 +123,7 @@ def test_a_name_cannot_pose_as_a_state(authority: Authority) -> None:
     assert len(evidence.value) == MAX_TEXT
 
 
-def test_threads_with_other_lists_do_not_disturb_each_other(
+def test_threads_with_different_lists_do_not_affect_each_other(
     signed: bytes, authority: Authority, other: Authority
 ) -> None:
     lists = [trust_in(authority.root), trust_in(other.root), None]
@@ -136,7 +135,7 @@ def test_threads_with_other_lists_do_not_disturb_each_other(
 
 @pytest.mark.slow
 def test_an_expired_certificate_without_a_time_stamp(authority: Authority) -> None:
-    """The library does not sign with one that has expired, so this one expires here."""
+    """The library refuses to sign with an expired certificate, so the test waits for the expiry."""
     signer = authority.signer(valid=datetime.timedelta(seconds=2))
     data = sign(signer, encode(PICTURE), "JPEG", MADE_BY)
     trust = trust_in(authority.root)
@@ -152,7 +151,7 @@ def test_an_expired_certificate_without_a_time_stamp(authority: Authority) -> No
 def test_a_list_is_read_as_the_public_one_is_written(
     authority: Authority, other: Authority, tmp_path: Path
 ) -> None:
-    """With a line of text before each certificate, and any line ends."""
+    """The public list has a line of text before each certificate. Any line ends are accepted."""
     parts = [f"Subject\tCN=Root {n}\n".encode() + pem(one.root) for n, one in
              enumerate((authority, other))]  # fmt: skip
     for data in (b"\n".join(parts), b"\n".join(parts).replace(b"\n", b"\r\n")):
@@ -172,15 +171,15 @@ BLOCK = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n"
     [("", "holds no certificate; expected a PEM file"),
      ("<html>Not found</html>", "holds no certificate"),
      ("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "holds no certificate"),
-     (BLOCK.format("AAAA"), "is damaged: certificate 1 of it cannot be read"),
+     (BLOCK.format("AAAA"), "is damaged: certificate 1 cannot be read"),
      (BLOCK.format("AAA"), "is damaged: certificate 1"),
      (BLOCK.format(""), "is damaged: certificate 1"),
      ("-----BEGIN CERTIFICATE-----\nAAAA", "is damaged: certificate 1"),
      ("x" * 2**20 + "x", "has more than 1,048,576 bytes"),
-     (BLOCK.format("AAAA") * 1001, "holds 1,001 certificates, at most 1,000 are taken")],
+     (BLOCK.format("AAAA") * 1001, "holds 1,001 certificates, at most 1,000 are accepted")],
     ids=["empty", "html", "key", "no der", "no base64", "nothing", "cut", "large", "many"],
 )  # fmt: skip
-def test_what_is_no_list_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
+def test_a_bad_list_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.pem").write_text(text)
     with pytest.raises(TrustListError) as refused:
         read_trust_list(tmp_path / "x.pem")
@@ -192,20 +191,20 @@ def test_what_is_no_list_is_refused_in_one_line(text: str, reason: str, tmp_path
 def test_a_damaged_certificate_among_whole_ones_is_named(
     authority: Authority, tmp_path: Path
 ) -> None:
-    """Left out, its signers would be unknown without a word."""
+    """If it were ignored, its signers would become unknown without a message."""
     whole = pem(authority.root).decode()
     lines = whole.splitlines(keepends=True)
     for damaged in ("".join(lines[:3] + lines[4:]), whole.replace("MII", "M!I", 1)):
         (tmp_path / "x.pem").write_text(whole + damaged + whole)
-        with pytest.raises(TrustListError, match=r"certificate \d of it cannot be read"):
+        with pytest.raises(TrustListError, match=r"certificate \d cannot be read"):
             read_trust_list(tmp_path / "x.pem")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, reason in {
-        tmp_path / "none.pem": "cannot be read (No such file", tmp_path: "is no plain file",
-        tmp_path / "fifo": "is no plain file", Path("a\0b"): "cannot be read",
+        tmp_path / "none.pem": "cannot be read (No such file", tmp_path: "is not a regular file",
+        tmp_path / "fifo": "is not a regular file", Path("a\0b"): "cannot be read",
     }.items():  # fmt: skip
         with pytest.raises(TrustListError) as refused:
             read_trust_list(path)
@@ -214,7 +213,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the public list is kept, which is not there."""
+    """Return the path of the downloaded public list, in an empty cache."""
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(signatures, "CACHED", "list.json")
     cache_folder().mkdir()
@@ -231,10 +230,10 @@ def test_which_list_is_used(
     cached: Path, tmp_path: Path, authority: Authority, other: Authority,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The one that the environment names, else the fetched one, else none."""
+    """The list named by the environment variable, else the downloaded list, else none."""
     assert usual_trust_list() is None
     keep(cached, pem(authority.root))
-    assert usual_trust_list() is None  # a process looks once
+    assert usual_trust_list() is None  # the result is cached per process
     signatures._usual_trust_list.cache_clear()
     trust = usual_trust_list()
     assert trust and trust.name == "C2PA list of 2026-08-21"
@@ -242,7 +241,7 @@ def test_which_list_is_used(
     day = datetime.date(2026, 8, 22)
     assert trust.describe(day).endswith("..., 1 day old")
     assert trust.describe(day.replace(month=12)).endswith(
-        "..., 123 days old; `python -m model fetch --trust-list` brings the newest"
+        "..., 123 days old; `python -m model fetch --trust-list` downloads the newest"
     )
     (tmp_path / "mine.pem").write_bytes(pem(other.root))
     monkeypatch.setenv("DETECTOR_TRUST_LIST", str(tmp_path / "mine.pem"))
@@ -254,7 +253,7 @@ def test_which_list_is_used(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "sha256", "pem", "fetched"])
-def test_a_damaged_list_in_the_cache_is_said(damage: str, cached: Path) -> None:
+def test_a_damaged_list_in_the_cache_is_an_error(damage: str, cached: Path) -> None:
     keep(cached, pem(make_authority().root), **({damage: "20"} if damage.isalnum() else {}))
     if not damage.isalnum() or damage == "null":
         cached.write_text(damage)
