@@ -347,9 +347,13 @@ def test_a_suite_is_one_report_and_says_what_is_missing(
     assert not (tmp_path / "none").exists()
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
-        '[sets]\nevalgen = "test"\ntest = "test"\n[suites]\nboth = ["evalgen", "test"]\n'
+        '[sets]\nevalgen = "test"\ntest = "test"\nmine = "test"\n'
+        '[suites]\nboth = ["evalgen", "test"]\nmine = ["mine"]\n'
     )
     monkeypatch.setattr("model.evaluation.suites.SHIPPED", (catalog,))
+    # A set that no source of the catalog feeds cannot be fetched, only packed.
+    mine = run(data, runs, "--suite", "mine", "--out", tmp_path / "none")
+    assert mine.output.rstrip().endswith("To get them, run `python -m sharding build`")
     whole = run(data, runs, "--suite", "both", "--device", "cpu", "--out", tmp_path / "b")
     assert whole.exit_code == 0, whole.output
     report = json.loads((tmp_path / "b" / "report.json").read_text())

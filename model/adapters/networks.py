@@ -102,9 +102,10 @@ def open_transformers(
             f"{name} is not an image classifier that transformers opens: {_one_line(error)}"
         ) from error
     if missing := sorted(loading["missing_keys"]):
+        rest = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise DetectorError(
-            f"{name} has no weights for {missing[0]} and {len(missing) - 1} more, so it is not a "
-            "trained image classifier; name a trained one"
+            f"{name} has no weights for {missing[0]}{rest}, so it is not a trained image "
+            "classifier; name a trained one"
         )
     labels = {int(index): str(label) for index, label in net.config.id2label.items()}
     net.to(where, torch.float32)

@@ -50,6 +50,7 @@ from typing import Any
 
 import numpy as np
 
+import console
 from model.evaluation import bootstrap
 from model.evaluation.bootstrap import Groups, Images, Resamples, group_rows, intervals, resample
 from model.evaluation.scores import ScoreTable
@@ -313,8 +314,9 @@ def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -
         reals = about["reference_reals"]
         none = "" if overall["reals"] else "There are no real images here: "
         return (
-            f"{none}the reference false positives are those among the "
-            f"{figures['reference']['reals']:,} real images of {reals['set']} ({reals['why']})."
+            f"{none}the reference false positives are those among "
+            f"{console.counted(figures['reference']['reals'], 'real image')} of {reals['set']} "
+            f"({reals['why']})."
         )
     return what_is_missing(overall["reals"], overall["fakes"])
 
@@ -336,18 +338,19 @@ def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]
     if not figures["count"]:
         return f"{name}: no image could be scored"
     recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")
-    reals = f"{figures['reals']:,} real images" + (
+    fakes = console.counted(figures["fakes"], "fake")
+    reals = console.counted(figures["reals"], "real image") + (
         f" of {about['reference_reals']['set']}" if reference else ""
     )
     if alarms is None:
         return (
             f"{name}: NO REAL IMAGES AT HAND, so no false-positive rate. That {recall} of "
-            f"{figures['fakes']:,} fakes were found says nothing about false alarms; name a set "
+            f"{fakes} were found says nothing about false alarms; name a set "
             "that has real images with --reference-reals"
         )
     if recall is None:
         return f"{name}: {alarms} of {reals} called fake; no fake images here"
-    return f"{name}: {recall} of {figures['fakes']:,} fakes found, {alarms} of {reals} called fake"
+    return f"{name}: {recall} of {fakes} found, {alarms} of {reals} called fake"
 
 
 def _share(figures: Mapping[str, Any], name: str) -> str | None:

@@ -37,10 +37,10 @@ def open_suite(name: str, data: AnyPath) -> Suite:
         for source_name, source in catalog.sources.items()
         if source.test_only and any(each in missing for d in source.destinations() for each in d)
     ]
+    fetch = f"`python -m sharding fetch {' '.join(sources)}`, then " if sources else ""
     line = (
         f"suite {name}: {len(missing)} of {len(sets)} sets are not packed in {data}: "
-        f"{', '.join(missing)}. To get them, run `python -m sharding fetch {' '.join(sources)}`, "
-        "then `python -m sharding build`"
+        f"{', '.join(missing)}. To get them, run {fetch}`python -m sharding build`"
     )
     if not packed:
         raise ValueError(line)

@@ -1,10 +1,7 @@
-"""Export a checkpoint as ONNX (`export_onnx`) in fp32, fp16 and int8, and compare each file with
-PyTorch on the same images.
+"""Export a checkpoint as ONNX in fp32, fp16 and int8. Compare each file with PyTorch on the same
+images.
 
-Input of the graph: `images`, uint8 (batch, size, size, 3) RGB. Outputs: `probability`, float32
-(batch,), of fake, after the checkpoint's temperature; `logits`, float32 (batch, 2) in the order of
-the classes, before the temperature. Normalization is part of the graph. The metadata
-(`model.inference.onnx_detector.META_KEYS`) contains everything else needed to use the file.
+Main entry: `export_onnx()`. `DESCRIPTION` says what the graph takes and gives.
 """
 
 import json
@@ -38,6 +35,14 @@ from storage import publish, temporary_folder
 
 OPSET = 20
 """The first opset with GELU as a single operator. Needs ONNX Runtime 1.17 or newer."""
+
+DESCRIPTION = (
+    "Input: images, uint8 (batch, size, size, 3) RGB. Outputs: probability, float32 (batch,), of "
+    "fake, after the checkpoint's temperature; logits, float32 (batch, 2) in the order of the "
+    "classes, before the temperature. Normalization is part of the graph. The metadata contains "
+    "everything else needed to use the file."
+)
+"""Stored in each file as its description."""
 
 FILES = {
     "fp32": "detector.onnx", "fp16": "detector-fp16.onnx", "int8": "detector-int8.onnx",
@@ -172,7 +177,7 @@ def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         value.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")
-    model.doc_string = " ".join((__doc__ or "").split())
+    model.doc_string = DESCRIPTION
     return model
 
 

@@ -112,6 +112,16 @@ def test_sets_without_reals_come_first_in_the_headline() -> None:
     assert "says how many fakes are found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
+def test_one_image_is_counted_as_one_image() -> None:
+    document = report(
+        table_of(
+            reals("val")[:1] + [row | {"set": "val"} for row in prompts({"A": 9.0})[:1]], ["val"]
+        )
+    )
+    assert "of 1 fake found" in document["headline"][0]
+    assert document["headline"][0].endswith("of 1 real image called fake")
+
+
 def test_reals_of_another_set_are_the_reference() -> None:
     rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
     reference = {"set": "test", "why": "the catalog's default", "for_all": False}
