@@ -95,7 +95,7 @@ def fetch_command(
 @CATALOG
 @click.option("--set", "only", multiple=True, help="Build only this set. May be repeated.")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Number of parallel tasks. Default: one per core."
+    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
 )
 @click.option(
     "--engine",
@@ -236,7 +236,7 @@ def list_command(
 @main.command("verify")
 @click.argument("folder", type=console.AnyAddress())
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Number of parallel tasks. Default: one per core."
+    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
 )
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
@@ -335,7 +335,7 @@ def describe_command(folder: Path, out: Path) -> None:
     "--match",
     "sample_file",
     type=console.LocalPath(dir_okay=False),
-    help="CSV file to write: samples whose metadata no longer separate real from fake.",
+    help="CSV file to write: samples whose metadata does not separate real from fake.",
 )
 @click.option(
     "--seed",
@@ -348,7 +348,7 @@ def describe_command(folder: Path, out: Path) -> None:
 def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
-    """Report how well metadata alone separate real from fake in the sets in FOLDERS."""
+    """Report how well metadata alone separates real from fake in the sets in FOLDERS."""
     from sharding.audit import audit, match
     from sharding.audit.histograms import draw
     from sharding.summary import say_what_was_audited

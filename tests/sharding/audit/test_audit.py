@@ -319,7 +319,7 @@ def test_the_command_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> No
     out, listed = tmp_path / "out", tmp_path / "list.csv"
     result = run(sets / "lonely", "--out", out, "--match", listed)
     assert result.exit_code == 1
-    assert "list.csv is not written" in result.output
+    assert "list.csv was not written" in result.output
     assert not listed.exists()
     assert "error" in json.loads((out / "report.json").read_text())["sets"]["lonely"]["match"]
     twin = tmp_path / "other" / "lonely"

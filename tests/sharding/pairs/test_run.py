@@ -226,7 +226,7 @@ def test_the_command(shots: Path, tmp_path: Path) -> None:
     assert f"--raw {out} --catalog {out / 'shots-pairs.toml'}" in result.output.replace("\n", " ")
     made = json.loads((out / "shots-pairs.json").read_text())
     assert made["pairs"] == {"camera": 22, "phone": 43} and made["decoder"] == "plain"
-    assert "65 of them there already" in CliRunner().invoke(sharding, line).output
+    assert "65 of them made before" in CliRunner().invoke(sharding, line).output
     line[3] = str(tmp_path / "nowhere")
     refused = CliRunner().invoke(sharding, line)
     assert refused.exit_code == 1 and "is no folder and no name of the hub" in refused.output
