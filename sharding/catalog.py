@@ -8,7 +8,7 @@ Main entry: `read_catalog()`, files in, a `Catalog` out. An example:
     [sources.my_photos]
     root = "my-photos"                      # below the raw folder; default: the source's name
     license = "mine"
-    set = { phase1 = 0.9, val = 0.1 }       # or one name; shares of groups, chosen by hash
+    set = { phase1 = 0.9, val = 0.1 }       # one set, or shares of groups (chosen by hash)
     real = ["camera"]                       # folders; `*` matches within one part of a path
     fake = [{ folder = "sdxl", generator = "sdxl" }]
     group = '(\\d+)_\\d+\\.png$'              # optional: equal captures stay in one set
@@ -78,8 +78,8 @@ class Rule:
     """Rule that selects images of one class of a source, and gives their generator.
 
     `folder` is a path below the source's root, matched part by part, ignoring case: `*` and `?`
-    match within a part, `**` matches any number of parts, and `<generator>` matches one part and
-    uses it as the generator. `name` is a pattern for the file name. With `column`, the files are
+    match within a part, `**` matches any number of parts, and `<generator>` matches one part,
+    which becomes the generator. `name` is a pattern for the file name. With `column`, the files are
     parquet tables and the images are in that column. `where` gives columns and the values that
     they must have, in the parquet row or in the file's row of the source's `table`. A text value
     for an integer column is a class name, looked up in the metadata of the parquet table. A

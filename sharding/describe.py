@@ -131,7 +131,7 @@ def _catalog(
 
 
 def _generator(path: str) -> str:
-    """Return the generator: the deepest part of a path with words other than _GENERIC."""
+    """Return the generator: the deepest part of a path that has words outside of `_GENERIC`."""
     for part in reversed(path.lower().split("/")):
         words = [word for word in re.split(r"[^a-z0-9.]+", part) if word not in {"", *_GENERIC}]
         if words:

@@ -62,7 +62,7 @@ def fetch_all(
     progress: Progress = _no_progress,
     git_mirror: Path | None = None,
 ) -> Iterator[Fetched]:
-    """Fetch the named sources, or all with a `fetch` entry; each when its result is requested.
+    """Fetch the named sources, or all with a `fetch` entry, each when its result is requested.
 
     Raises:
         CatalogError: an unknown name; raised before any download.
@@ -162,7 +162,7 @@ def _plain(error: object) -> str:
 
 @contextlib.contextmanager
 def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> Iterator[None]:
-    """Turn errors of the network, the disk or a library (`also`) into one that says what to do."""
+    """Turn errors of the network, the disk or a library (`also`) into a clear `FetchError`."""
     kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
@@ -231,7 +231,8 @@ def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str
 def _from_hub(fetch: Fetch, target: Path) -> None:
     """Download the matching files of one revision; a resumed download keeps its revision.
 
-    Complete files are kept. Incomplete files start again: the hub library keeps no parts of them.
+    Complete files are kept. A new process starts incomplete files again, because the hub library
+    keeps no parts of them.
     """
     from huggingface_hub import (
         HfApi,

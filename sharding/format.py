@@ -41,7 +41,7 @@ EXCLUDED_FILE = "excluded.csv"
 TIMM_FILE = "_info.json"
 
 ROW_GROUP = 65536
-"""Rows per row group of the samples table, which are read at once."""
+"""Rows per row group of the samples table; a row group is read as a whole."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 SAMPLES_SCHEMA = pa.schema(

@@ -185,7 +185,7 @@ def _command(folder: Path, *words: str) -> list[str]:
 
 
 def _environment(protocols: str) -> dict[str, str]:
-    """Return the environment of git: no GIT variables of the caller, no prompts, in English."""
+    """Return git's environment: no GIT variables of the caller, no prompts, English messages."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return kept | {
         "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS": "", "LC_ALL": "C",
@@ -209,7 +209,7 @@ def _download_commit(repository: _Repository, commit: str) -> None:
     """Fetch the commit and its trees. A server without filters sends the blobs too."""
     if not (repository.folder / "HEAD").is_file():
         repository.run("init", "--quiet", "--bare", "--template=", str(repository.folder))
-    for lock in repository.folder.rglob("*.lock"):  # of a killed download: the caller runs alone
+    for lock in repository.folder.rglob("*.lock"):  # left by a killed download
         lock.unlink()
     repository.run(*_FETCH, "--depth=1", "--", repository.address, commit)
 

@@ -25,8 +25,8 @@ FACTS_VERSION = "3"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
 
 CHUNK = 256
-"""Images per task, about one second of work: a kill loses no more, and at the end of a build one
-process works alone no longer."""
+"""Images per task, about one second of work. A kill loses at most one task per process, and at the
+end the last process works alone for at most one task."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 
@@ -53,7 +53,7 @@ FACT_SCHEMA = pa.schema(
 SCHEMA = pa.schema([*ITEM_SCHEMA, *FACT_SCHEMA])
 
 _KEY = ["origin", "member", "size", "version", "excluded"]
-"""Columns that must be equal for a row to be still valid for a file."""
+"""Columns that identify a version of a file; the facts of a file are valid while all are equal."""
 
 _NO_FACTS = Facts(
     width=0, height=0, format="", chroma="", jpeg_quality=0, jpeg_tables="", exif=False,

@@ -14,7 +14,7 @@ COLUMNS = ("source", "goes to", "on disk", "packed", "images", "size", "license"
 
 
 def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> list[list[str]]:
-    """Return one row of `COLUMNS` per source; `packed` lists its sets with their image counts."""
+    """Return one row of `COLUMNS` per source; `packed` gives the sets and image counts of each."""
     return [
         [
             name,

@@ -75,7 +75,7 @@ class _Compiled(NamedTuple):
     destination: str
 
 
-# Extensions by which files are counted. Numbers after a dot do not count: every file has another.
+# An extension by which files are counted: not a number after a dot, which differs per file.
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
 
 
@@ -143,7 +143,7 @@ def _unmatched(rules: Sequence[_Compiled], used: set[str]) -> list[str]:
 
 
 def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> None:
-    """Raise an error for a source with images of which none matches a rule: another layout."""
+    """Raise an error if a source has images but no rule matches any: its layout is unknown."""
     wanted = "; ".join(str(rule) for label in (0, 1) for rule in source.rules(label)[:4])
     reason, entry = max(listing.excluded.items(), key=lambda item: item[1]["files"])
     raise CatalogError(

@@ -16,7 +16,7 @@ from sharding.format import FORMAT_VERSION, shard_name
 
 MAX_SAMPLES = 2048
 MAX_BYTES = 256 * 2**20
-"""Limits of one shard; the first one reached ends it. Large enough to stream, small to repeat."""
+"""A shard ends at the first of these two limits: large enough to stream, small enough to redo."""
 
 
 @dataclass(frozen=True)

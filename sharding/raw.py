@@ -44,7 +44,7 @@ def nfc(name: str) -> str:
 
 
 def folder_of(raw: AnyPath, root: str) -> str:
-    """Return the path below `raw` of the folder `root`, composed (NFC) or not, or `root` itself."""
+    """Return the folder below `raw` whose composed name (NFC) equals `root`, or `root` if none."""
     if not is_local(raw) or (raw / root).exists():
         return root
     path = raw
@@ -164,9 +164,10 @@ def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
 def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
     """Yield the bytes of each row (an `Item` as a mapping), or the error of an unreadable image.
 
-    Cells of one parquet row group should be adjacent and ascending, so that it is read only once.
+    Cells of one parquet row group should be adjacent and ascending: the group is then read once.
 
     Raises:
+        RawError: a parquet table has fewer rows than when it was listed.
         OSError: a file cannot be read.
     """
     for block, run in groupby(rows, key=_block):

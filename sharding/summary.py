@@ -1,4 +1,7 @@
-"""Print the results of builds, pairs and audits as tables and lines in a terminal."""
+"""Print the results of builds, pairs and audits as tables and lines in a terminal.
+
+Main entries: the functions `say_...()`, each for one command of `sharding/__main__.py`.
+"""
 
 import console
 from installed import DEMO
@@ -12,7 +15,7 @@ from storage import AnyPath
 
 
 def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
-    """Print the known sources, where they were searched, and what to do if nothing can be built."""
+    """For a build without images: print the known sources, the searched folder and next steps."""
     rows = [
         [
             name,

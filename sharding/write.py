@@ -42,7 +42,9 @@ class Written:
 def write_shard(
     raw: str, folder: str, marks: str, name: str, fingerprint: str, samples: pa.Table
 ) -> Written:
-    """Pack `samples` into the tar `folder/name`, and write their rows to `marks`, in a worker.
+    """Pack `samples` into the tar `folder/name`, and write their rows to `marks`.
+
+    Runs in a worker process.
 
     Raises:
         ShardError: a raw file has changed since it was decoded, or a file name is too long.
@@ -109,7 +111,7 @@ def _header(info: tarfile.TarInfo) -> bytes:
 
 @lru_cache
 def _blank_header(mode: int, mtime: float, user: str, group: str) -> bytes:
-    """Return a header without name, size and checksum; a missing checksum is eight spaces."""
+    """Return a header without name and size, with eight spaces in place of the checksum."""
     info = tarfile.TarInfo()
     info.mode, info.mtime, info.uname, info.gname = mode, mtime, user, group
     header = info.tobuf(tarfile.USTAR_FORMAT)
@@ -128,7 +130,7 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-        writer.tarstream = tar = _Tar(stream)  # nothing was written to the replaced one
+        writer.tarstream = tar = _Tar(stream)  # the replaced tarfile is still empty
         for row, data in zip(rows, read_all(raw, rows), strict=True):
             data = _the_same(row, data)
             row["offset"], row["size"] = 0, len(data)
