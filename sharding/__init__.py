@@ -1,1 +1,4 @@
-"""Raw images in, WebDataset tar shards and an index out: `python -m sharding build`."""
+"""Convert folders of raw images to WebDataset tar shards with an index.
+
+Main entry: `sharding.build.build()`, or `python -m sharding build` in a terminal.
+"""

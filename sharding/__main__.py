@@ -1,6 +1,7 @@
-"""`python -m sharding fetch | build | verify | audit | ...`: parses, calls, prints.
+"""Command line of the package: `python -m sharding fetch`, `build`, `verify`, `audit` and more.
 
-What a command works with is imported inside it, after the command line has been checked.
+Main entry: `main()`. Each command parses its options, calls one function and prints the result.
+A command imports its modules in its function, so that `--help` and wrong options answer at once.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ CATALOG = click.option(
     "catalogs",
     type=console.LocalPath(dir_okay=False, exists=True),
     multiple=True,
-    help="A catalog of your own, on top of the built-in one. May be repeated.",
+    help="Your own catalog (TOML), added to the built-in one. May be repeated.",
 )
 
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Pack raw images into WebDataset shards, check them, and look at them."""
+    """Download raw images, pack them into WebDataset shards, and check the shards."""
 
 
 @main.command("fetch")
@@ -45,19 +46,22 @@ def main() -> None:
     type=console.LocalPath(file_okay=False),
     default=Path("data/raw"),
     show_default=True,
-    help="Folder that gets one folder per source.",
+    help="Folder to download to, one subfolder per source.",
 )
 @CATALOG
 @click.option(
     "--git-mirror",
     type=console.LocalPath(file_okay=False, exists=True),
-    help="Folder of Git directories named OWNER+NAME, read instead of a download.",
+    help="Folder of Git directories named OWNER+NAME, to read instead of downloading.",
 )
 @console.options()
 def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
-    """Download SOURCES, or all with a known download but the test sets; run again to resume."""
+    """Download the raw files of SOURCES. Run again to resume.
+
+    Without SOURCES: all sources with a known download, except the published test sets.
+    """
     from sharding.catalog import BUILT_IN, SHIPPED, read_catalog
     from sharding.fetch import fetch_all
 
@@ -74,8 +78,8 @@ def fetch_command(
     failed = [fetched.source for fetched in results if fetched.status == "failed"]
     if failed:
         raise click.ClickException(
-            f"{len(failed)} of {len(results)} sources failed: {', '.join(failed)}; what arrived is "
-            "kept, and the same command goes on from there"
+            f"{len(failed)} of {len(results)} sources failed: {', '.join(failed)}; the "
+            "downloaded files are kept, run the same command again to resume"
         )
 
 
@@ -86,7 +90,7 @@ def fetch_command(
     type=console.AnyAddress(writes=True),
     default="data/shards",
     show_default=True,
-    help="Folder or address that gets one folder per set.",
+    help="Folder or address to write to, one subfolder per set.",
 )
 @CATALOG
 @click.option("--set", "only", multiple=True, help="Build only this set. May be repeated.")
@@ -98,19 +102,19 @@ def fetch_command(
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Processes of this machine, or the Ray cluster of RAY_ADDRESS.",
+    help="Where tasks run: local processes, or the Ray cluster at RAY_ADDRESS.",
 )
 @click.option(
     "--max-bad",
     type=console.FiniteRange(0, 1),
     default=0.01,
     show_default=True,
-    help="Share of images that may be unreadable or missing; more fails the build.",
+    help="Maximum fraction of unreadable or missing images before the build fails.",
 )
 @click.option(
     "--allow-incomplete",
     is_flag=True,
-    help="Build although a rule matches no file, or a training set has one class.",
+    help="Build even if a rule matches no file or a training set has only one class.",
 )
 @console.options()
 def build_command(
@@ -123,7 +127,7 @@ def build_command(
     max_bad: float,
     allow_incomplete: bool,
 ) -> None:
-    """Pack every dataset of the catalog that lies below RAW; run again to resume."""
+    """Pack the datasets in the raw folder into shard sets. Run again to resume."""
     from sharding.build import Tolerance, build
     from sharding.catalog import SHIPPED, read_catalog
     from sharding.summary import say_what_is_missing, say_what_was_built
@@ -152,7 +156,7 @@ def build_command(
 @click.argument("folder", type=console.AnyAddress())
 @console.options()
 def show(folder: AnyPath) -> None:
-    """Print what the shard set in FOLDER holds."""
+    """Print the images of the shard set in FOLDER by source, class and generator."""
     from sharding.format import CLASSES, open_shards, read_index
 
     index = read_index(folder)
@@ -191,14 +195,14 @@ def show(folder: AnyPath) -> None:
     type=console.AnyAddress(),
     default="data/shards",
     show_default=True,
-    help="Folder or address of the packed sets.",
+    help="Folder or address with the packed sets.",
 )
 @CATALOG
 @console.options()
 def list_command(
     sources: tuple[str, ...], raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]
 ) -> None:
-    """List the known sources: what is on disk and packed, and licenses; of SOURCES every fact."""
+    """List the known sources, or print all facts about SOURCES."""
     from sharding.catalog import SHIPPED, read_catalog
     from sharding.format import INDEX_FILE, read_index
     from sharding.known import COLUMNS, facts_of, rows_of
@@ -218,15 +222,15 @@ def list_command(
         sets.append([folder.name, index["split"], index["samples"], len(index["sources"])])
         for source, count in index["totals"]["source"].items():
             packed.setdefault(source, []).append(f"{index['set']} {count:,}")
-    title = f"Known sources; on disk is what lies in {raw}"
+    title = f"Known sources ('on disk' means in {raw})"
     drop = ["license", "goes to", "size", "images"]
     console.table(title, COLUMNS, rows_of(catalog, raw, packed), drop=drop)
     if sets:
         console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
     for name, listed in catalog.suites.items():
         console.say(f"suite {name}: {', '.join(listed)}")
-    console.say("what is known of one: python -m sharding list SOURCE")
-    console.say("get one: python -m sharding fetch SOURCE     pack: python -m sharding build")
+    console.say("all facts about a source: python -m sharding list SOURCE")
+    console.say("download it: python -m sharding fetch SOURCE     pack: python -m sharding build")
 
 
 @main.command("verify")
@@ -236,7 +240,7 @@ def list_command(
 )
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
-    """Check the set in FOLDER, or all sets below it: bytes, images, counts, and splits."""
+    """Check the shard set in FOLDER, or all sets below it, against the index."""
     from sharding.format import read_index
     from sharding.verify import sets_in, verify
 
@@ -250,11 +254,11 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
     names = ", ".join(each.name for each in folders)
     if faults:
         raise click.ClickException(
-            f"{len(faults):,} faults in {names}, {min(20, len(faults))} of them above. Delete a "
-            "damaged shard and run the build again: it is packed anew"
+            f"faults in {names}: {len(faults):,} (listed above: {min(20, len(faults))}). "
+            "Delete each damaged shard and run the build again to pack it anew"
         )
     images = console.counted(total, "image")
-    console.say(f"{names}: {images} as the index says, no image in two splits")
+    console.say(f"{names}: {images} match the index, no image is in two splits")
 
 
 @main.command("diff")
@@ -262,13 +266,13 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 @click.argument("after", type=console.AnyAddress())
 @console.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
-    """Say what differs between two shard sets; exit 1 if anything does."""
+    """List the samples that differ between two shard sets; exit code 1 if any do."""
     from sharding.compare import compare_sets
     from sharding.format import open_shards
 
     difference = compare_sets(open_shards([before]), open_shards([after]))
     if not difference:
-        console.say(f"{before} and {after} hold the same samples")
+        console.say(f"{before} and {after} contain the same samples")
         return
     rows = [
         [what, where, count]
@@ -299,7 +303,7 @@ def diff(before: AnyPath, after: AnyPath) -> None:
 )
 @console.options()
 def describe_command(folder: Path, out: Path) -> None:
-    """Propose a catalog for the images in FOLDER, by the names of its folders."""
+    """Propose a catalog for the images in FOLDER, with classes from folder names."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
     from sharding.describe import describe
@@ -307,13 +311,13 @@ def describe_command(folder: Path, out: Path) -> None:
     description = describe(folder)
     rows = [[path, kind, count] for path, (kind, count) in description.folders.items()]
     rows += [[path, "?", count] for path, count in description.undecided.items()]
-    console.table(f"{folder}, by the names of its folders", ["folder", "class", "images"], rows)
+    console.table(f"{folder}: classes by folder name", ["folder", "class", "images"], rows)
     write_text(out, description.text)
     for reason, count in description.unread.items():
         console.say(f"excluded: {console.counted(count, 'image')}: {reason}")
     if description.undecided:
         folders = console.counted(len(description.undecided), "folder")
-        console.say(f"{folders} without a class: say it in {out}, then")
+        console.say(f"{folders} without a class: uncomment a line for each, real or fake, in {out}")
     command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
     console.say(f"check {out}, then: {command}")
 
@@ -325,26 +329,26 @@ def describe_command(folder: Path, out: Path) -> None:
     type=console.LocalPath(file_okay=False),
     default=Path("data/audit"),
     show_default=True,
-    help="Folder for report.json and a PNG per set.",
+    help="Folder for report.json and one PNG per set.",
 )
 @click.option(
     "--match",
     "sample_file",
     type=console.LocalPath(dir_okay=False),
-    help="CSV to write: samples in which real and fake agree on metadata.",
+    help="CSV file to write: samples whose metadata does not separate real from fake.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Another seed, other folds and samples.",
+    help="Seed of the cross-validation folds and the matched samples.",
 )
 @console.options()
 def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
-    """Report what a model could learn of the sets in FOLDERS without looking at pixels."""
+    """Report how well metadata alone separates real from fake in the sets in FOLDERS."""
     from sharding.audit import audit, match
     from sharding.audit.histograms import draw
     from sharding.summary import say_what_was_audited
@@ -374,7 +378,7 @@ def audit_command(
     if sample_file:
         missing = [matched for _name, _result, matched in results if isinstance(matched, str)]
         if missing:
-            raise ValueError(f"{sample_file} is not written: " + "\n".join(missing))
+            raise ValueError(f"{sample_file} was not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
         console.say(f"sample list: {sample_file}; {command('evaluate')} --subset {sample_file}")
@@ -386,7 +390,7 @@ def audit_command(
     "--decoder",
     "name",
     required=True,
-    help="VAE of diffusers: a folder, or OWNER/NAME or OWNER/NAME/vae of the hub.",
+    help="VAE in diffusers format: a folder, or OWNER/NAME or OWNER/NAME/vae on the hub.",
 )
 @click.option(
     "--out",
@@ -400,20 +404,20 @@ def audit_command(
     type=console.FiniteRange(0.001, 200),
     default=2.0,
     show_default=True,
-    help="Larger images are excluded: neither scaled nor tiled.",
+    help="Exclude larger images; nothing is scaled or tiled.",
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where the VAE runs.",
+    help="Device that runs the VAE.",
 )
 @console.options()
 def pairs_command(
     folder: AnyPath, name: str, out: Path, max_megapixels: float, device: str
 ) -> None:
-    """Write each real image of SET through a VAE as its fake partner; run again to resume."""
+    """Make a fake partner of each real image of SET with a VAE. Run again to resume."""
     from sharding.format import open_shards
     from sharding.pairs.decoder import load_decoder
     from sharding.pairs.run import make_pairs, real_samples
@@ -436,11 +440,11 @@ def pairs_command(
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Another seed, other images.",
+    help="Seed of the synthetic images.",
 )
 @console.options()
 def demo(folder: Path, seed: int) -> None:
-    """Make seeded, synthetic raw datasets and their catalog in FOLDER."""
+    """Create synthetic raw datasets and their catalog in FOLDER."""
     from sharding.demo.render import make_demo
 
     with console.progress("drawing", None) as advance:

@@ -1,11 +1,13 @@
-"""From raw folders to shard sets: list, decode once, decide, pack, and write each index last.
+"""Build shard sets from a catalog and a folder of raw datasets.
 
-Whatever an earlier run has finished is kept, however it ended. Below the output:
+Main entry: `build()`. The steps are: list the images, decode each image once, find duplicates,
+pack the shards, and write each index last. Finished work of an earlier run is kept, even if that
+run was killed. Files below the output:
 
-    .build/inventory/<source>.parquet      every raw image, described (sharding/inventory.py)
-    .build/<set>/<shard>.tar.parquet       the rows of a finished shard, and the mark that it is
-    .build/<set>/written.json              which files of the set a build wrote (sharding/record.py)
-    <set>/                                 what `sharding/format.py` promises
+    .build/inventory/<source>.parquet      one row per raw image (sharding/inventory.py)
+    .build/<set>/<shard>.tar.parquet       rows of a finished shard; marks the shard as done
+    .build/<set>/written.json              files of the set that builds wrote (sharding/record.py)
+    <set>/                                 the shard set (sharding/format.py)
 """
 
 import contextlib
@@ -70,27 +72,30 @@ from storage import (
 )
 
 WORK_FOLDER = ".build"
-"""Below the output; only a build reads it."""
+"""Folder below the output with intermediate results; only a build reads it."""
 
 COUNT_TOLERANCE = 0.02
-"""How far a source may be from the count that its catalog entry expects."""
+"""Allowed relative difference between a source's image count and `expected` in the catalog."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""`progress(what, total)` is a context whose value is called with the number of images done."""
+"""`progress(what, total)` is a context manager for a progress bar. Its value is called with the
+number of newly finished images.
+"""
 
 
 @contextlib.contextmanager
 def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
-    """Shows nothing."""
+    """Show no progress."""
     yield lambda _done: None
 
 
 @dataclass
 class SourceScan:
-    """The sources of a catalog that are there: their images as tables, and notes on their layout.
+    """Result of `find_sources`: the images of each source, and notes on the source's layout.
 
-    `packed_only` are sources whose raw files are gone, known from an earlier build; `missing` are
-    those that were never there, and `empty` those of them whose folder is, without an image.
+    `items` and `listings` contain the sources with raw images. `packed_only` names the sources that
+    an earlier build packed and whose raw files are gone. `missing` names the sources that have no
+    images at all. `empty` contains those of `missing` whose folder exists.
     """
 
     items: dict[str, pa.Table] = field(default_factory=dict)
@@ -102,8 +107,9 @@ class SourceScan:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a build accepts: `max_bad` is the share of a set's images that may be unreadable, and
-    `allow_incomplete` lets rules that match no file and training sets of one class pass.
+    """Limits of a build. `max_bad` is the maximum fraction of a set's unreadable images, 0 to 1.
+
+    `allow_incomplete` accepts rules that match no file, and training sets of one class.
     """
 
     max_bad: float = 0.01
@@ -115,7 +121,7 @@ STRICT = Tolerance()
 
 @dataclass(frozen=True)
 class BuiltSet:
-    """One set after a build: its index, and how many shards this run wrote."""
+    """Result of building one set: its index, and the number of shards that this run wrote."""
 
     name: str
     index: dict[str, Any]
@@ -131,12 +137,12 @@ def find_sources(
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
 
-    With `only`, sources that have no say in those sets are passed over: who is left out of a set
-    depends on sets whose split goes before its own, and on no other.
+    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets
+    in `only`: such sources never decide which images those sets exclude.
 
     Raises:
-        CatalogError: a layout that does not fit, a source with far fewer images than expected, or a
-            rule that matches no file.
+        CatalogError: a layout does not fit the catalog, the number of images differs from
+            `expected`, or a rule matches no file.
     """
     scan = SourceScan()
     lowest = min(
@@ -155,7 +161,7 @@ def find_sources(
                     _refuse_unmatched(name, listing, raw / source.root)
                 capped(listing, source.cap)
                 scan.items[name] = item_table(listing.items)
-                scan.listings[name] = replace(listing, items=[])  # ten times the memory
+                scan.listings[name] = replace(listing, items=[])  # items take 10x the memory
             else:
                 scan.missing.append(name)
                 scan.empty[name] = listing
@@ -167,23 +173,24 @@ def find_sources(
 
 
 def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
-    """A rule without a file is a misspelled rule, or half a download."""
+    """Raise an error for rules without a file: they are misspelled, or the data are incomplete."""
     shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
     raise CatalogError(
-        f"source {name}: no file in {folder} fits {shown}. Correct the rule or complete the data; "
-        "if it is meant, say optional = true in the rule, or --allow-incomplete"
+        f"source {name}: no file in {folder} matches {shown}. Correct the rule or complete the "
+        "data. If this is intended, set optional = true in the rule or pass --allow-incomplete"
     )
 
 
 def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
-    """A source with far fewer images than were counted elsewhere is half a download."""
+    """Raise an error if the image counts differ from `expected`: a download may be incomplete."""
     counts = Counter(CLASSES[item.label] for item in listing.items)
     for kind, expected in source.expected.items():
         if abs(counts[kind] - expected) > tolerance * expected:
             raise CatalogError(
-                f"source {name} has {counts[kind]:,} {kind} images, its catalog entry expects "
-                f"{expected:,}. Complete it (python -m sharding fetch {name}), allow more with "
-                f"--max-bad, or say in a catalog of your own: [sources.{name}] expected = {{}}"
+                f"source {name} has {counts[kind]:,} {kind} images, the catalog expects "
+                f"{expected:,}. Complete the data (python -m sharding fetch {name}), raise "
+                "--max-bad, or turn off the check in your own catalog: "
+                f"[sources.{name}] expected = {{}}"
             )
 
 
@@ -198,15 +205,17 @@ def build(
     tolerance: Tolerance = STRICT,
     progress: Progress = no_progress,
 ) -> tuple[SourceScan, list[BuiltSet]]:
-    """Pack everything of `catalog` below `raw` into sets below `out`, or only the sets `only`.
+    """Pack the sources of `catalog` from `raw` into one shard set per folder below `out`.
 
-    Finished sets whose input has not changed are left alone; an interrupted build goes on with what
-    is missing. `jobs` is the number of processes, 0 for one per core.
+    `only` restricts the build to these sets. Finished sets with unchanged input are kept, and an
+    interrupted build continues with the missing shards. `jobs` is the number of processes, 0 for
+    one per core. Returns the scanned sources and the built sets; without images, no sets.
 
     Raises:
-        ShardError: another build runs here, a set lost too many images, or a raw file changed.
-        CatalogError, RawError: what lies below `raw` does not fit the catalog.
-        OSError: a file that cannot be read or written.
+        ShardError: too many images of a set are unreadable, packed images would be lost, or a raw
+            file changed during the build.
+        CatalogError, RawError: the files below `raw` do not fit the catalog.
+        OSError: another build writes to `out`, or a file cannot be read or written.
     """
     check_reachable(raw)
     check_reachable(out)
@@ -227,8 +236,7 @@ def build(
         present = sorted(set(decision.wanted.tolist()))
         if unknown := sorted(set(only) - set(present)):
             raise ShardError(
-                f"nothing to build for set {', '.join(unknown)}; below {raw} lie images for "
-                f"{', '.join(present)}"
+                f"no images for set {', '.join(unknown)}; {raw} has images for {', '.join(present)}"
             )
         chosen = [name for name in present if not only or name in only]
         builds = {name: _SetBuild(name, catalog, scan, inventory, decision) for name in chosen}
@@ -238,7 +246,7 @@ def build(
                 one.refuse_one_class()
         for one in builds.values():
             one.plan(out)
-        # The sets' shards share one pool; a set is finished as soon as its last one is there.
+        # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
             with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
@@ -250,7 +258,7 @@ def build(
 
 
 def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[str]:
-    """The sets that the sources may go to, before anything is decoded."""
+    """List the sets that images of the scanned sources may go to, before any image is decoded."""
     names = set()
     for table in scan.items.values():
         for mixture in table.column("destination").unique().to_pylist():
@@ -267,7 +275,7 @@ def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
 def _read_everything(
     scan: SourceScan, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
 ) -> pa.Table:
-    """The inventory of all sources, in the order of the catalog; decodes what is not known."""
+    """Return the inventory of all sources in catalog order; decode new and changed images."""
     tasks = [
         (str(raw), str(folder), file, chunk)
         for name, table in scan.items.items()
@@ -283,7 +291,7 @@ def _read_everything(
     ]
     for name in scan.packed_only:
         packed = read_source(folder, name)
-        assert packed is not None  # that is how it is known
+        assert packed is not None  # find_sources has seen its file
         table, listing = packed
         scan.listings[name] = listing
         tables.append(table)
@@ -291,7 +299,7 @@ def _read_everything(
 
 
 class _SetBuild:
-    """One set to build: its samples, and what is left out of it."""
+    """One set during a build: its samples, and its quarantined and excluded images."""
 
     def __init__(
         self, name: str, catalog: Catalog, scan: SourceScan, inventory: pa.Table, decision: Decision
@@ -310,7 +318,7 @@ class _SetBuild:
         self.excluded = _excluded(inventory, decision, away)
 
     def _samples(self, table: pa.Table, groups: np.ndarray) -> pa.Table:
-        """Inventory rows as rows of the index: with key, split and merged group."""
+        """Convert inventory rows to index rows: add the key, the split and the merged group."""
         pairs = zip(
             table.column("source").to_pylist(), table.column("origin").to_pylist(), strict=True
         )
@@ -321,28 +329,30 @@ class _SetBuild:
         return table.append_column("split", pa.array([self.split] * len(keys), pa.string()))
 
     def refuse_many_bad(self, max_bad: float) -> None:
-        """A set that lost more than a few images is not the set that was meant."""
+        """Raise an error if more than `max_bad` of the images are unreadable; one bad image may
+        pass.
+        """
         bad = self.quarantined.num_rows
         if bad > max(1, max_bad * self.total) or (bad and bad == self.total):
             first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
                 f"{bad:,} of {self.total:,} images of set {self.name} are unreadable, more than "
-                f"{max_bad:.0%}; the first is {first['origin']} ({first['error']}). Mend or remove "
-                "them, or allow more with --max-bad"
+                f"{max_bad:.0%}; the first is {first['origin']} ({first['error']}). Repair or "
+                "remove them, or raise --max-bad"
             )
 
     def refuse_one_class(self) -> None:
-        """A network that is trained on one class learns to name it."""
+        """Raise an error for a training set of one class: no classifier can be trained on it."""
         labels = self.samples.column("label").unique().to_pylist()
         if self.split == "train" and len(labels) == 1:
             other = CLASSES[1 - labels[0]]
             raise ShardError(
                 f"training set {self.name} has {len(self.samples):,} {CLASSES[labels[0]]} images "
-                f"and no {other} one; add {other} images, or say --allow-incomplete if it is meant"
+                f"and no {other} images; add {other} images, or pass --allow-incomplete"
             )
 
     def plan(self, out: AnyPath) -> None:
-        """Divide the samples into shards, and see which are there already."""
+        """Divide the samples into shards, and find the shards that are finished already."""
         self.folder, self.marks = out / self.name, out / WORK_FOLDER / self.name
         make_folder(self.folder)
         make_folder(self.marks)
@@ -355,7 +365,9 @@ class _SetBuild:
         write_record(self.marks, read_record(self.marks) | names)
 
     def tasks(self, raw: AnyPath) -> Iterator[tuple]:
-        """The shards to write; from here until the end this is no set."""
+        """Yield a task per missing shard. If any is missing, delete the index: the set is
+        incomplete.
+        """
         if self.todo:
             (self.folder / INDEX_FILE).unlink(missing_ok=True)
         for plan in self.todo:
@@ -365,16 +377,17 @@ class _SetBuild:
             )  # fmt: skip
 
     def _refuse_to_lose(self, out: AnyPath) -> None:
-        """What was packed does not go away because its raw files or its catalog entry did.
+        """Refuse to drop packed images whose raw files or catalog entry are gone.
 
         Raises:
-            ShardError: the plan needs raw files that are gone, or forgets a source.
+            ShardError: the plan needs raw files that are gone, or a packed source is not in the
+                catalog.
         """
         gone = sorted({plan.source for plan in self.todo} & set(self.scan.packed_only))
         if gone:
             raise ShardError(
-                f"set {self.name} must be packed again in parts, and the raw files of "
-                f"{', '.join(gone)} are gone; put them back (nothing was changed)"
+                f"set {self.name} has shards to pack again, but the raw files of "
+                f"{', '.join(gone)} are gone; restore them and build again (nothing was changed)"
             )
         inventory = out / WORK_FOLDER / "inventory"
         shards = [name for name in read_record(self.marks) if name.endswith(".tar")]
@@ -382,13 +395,13 @@ class _SetBuild:
         for name in sorted(before - self.catalog.sources.keys()):
             if (inventory / f"{name}.parquet").exists():
                 raise ShardError(
-                    f"set {self.name} holds source {name}, which this catalog does not name; "
-                    "pass the --catalog that describes it, or, to take it out of the set, delete "
-                    f"{inventory / name}.parquet (nothing was changed)"
+                    f"set {self.name} contains source {name}, which is not in the catalog; pass "
+                    "the --catalog that describes the source, or remove the source from the set by "
+                    f"deleting {inventory / name}.parquet (nothing was changed)"
                 )
 
     def finish(self) -> BuiltSet:
-        """Write what was left out, the table, and then the index; all follow from the input."""
+        """Write the samples table, the excluded images and, last, the index."""
         folder, plans = self.folder, self.plans
         shards = [self.done[plan.name] for plan in plans]
         tables = [_read_rows(self.marks / f"{plan.name}.parquet") for plan in plans]
@@ -427,7 +440,7 @@ class _SetBuild:
         return BuiltSet(self.name, index, len(self.todo))
 
     def _about(self, name: str) -> dict[str, Any]:
-        """What a loader and a reader of the index need to know of a source."""
+        """Return the entry of a source in the index."""
         source, listing = self.catalog.sources[name], self.scan.listings[name]
         return {
             "license": source.license,
@@ -436,7 +449,7 @@ class _SetBuild:
             "replay": source.replay,
             "read_as": listing.read_as,
             "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
-            # Only where it holds, so that the index of every other set stays as it is.
+            # Only if true, so that the index of every other set stays the same.
             **({"synthetic": True} if source.synthetic else {}),
         }
 
@@ -450,7 +463,7 @@ class _SetBuild:
 def _excluded(
     inventory: pa.Table, decision: Decision, rows: np.ndarray
 ) -> list[tuple[str, str, str, str]]:
-    """(source, origin, reason, origin of the image kept instead or "") of what is left out."""
+    """List excluded images: (source, origin, reason, origin of the image kept instead or "")."""
     others = decision.other[rows]
     origins = inventory.column("origin").take(np.maximum(others, 0)).to_pylist()
     columns = [
@@ -463,7 +476,7 @@ def _excluded(
 
 
 def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
-    """Samples per class, source and generator."""
+    """Count the samples per class, source and generator."""
     labels = Counter(CLASSES[label] for label in table.column("label").to_pylist())
     return {
         "label": dict(sorted(labels.items())),

@@ -1,36 +1,41 @@
-"""The catalog: TOML files that say, for each source, what is real, what is fake, where it goes.
+"""Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
-    [sets]                                  # set -> split; a set is a folder of shards
+Main entry: `read_catalog()`, files in, a `Catalog` out. An example:
+
+    [sets]                                  # set = split; a set is a folder of shards
     phase1 = "train"
 
     [sources.my_photos]
     root = "my-photos"                      # below the raw folder; default: the source's name
     license = "mine"
-    set = { phase1 = 0.9, val = 0.1 }       # or one name; shares go by hash of the group
-    real = ["camera"]                       # folders, matched by whole part, `*` within a part
+    set = { phase1 = 0.9, val = 0.1 }       # one set, or shares of groups (chosen by hash)
+    real = ["camera"]                       # folders; `*` matches within one part of a path
     fake = [{ folder = "sdxl", generator = "sdxl" }]
-    group = '(\\d+)_\\d+\\.png$'              # optional: files with one capture stay in one set
+    group = '(\\d+)_\\d+\\.png$'              # optional: equal captures stay in one set
 
-Labels come from these names and from nothing else. Zip archives are read as the folders that they
-hold. Parquet tables are read through rules with a `column`:
+Labels come only from these rules. A zip archive is read like a folder. Parquet tables are read
+through rules with a `column`:
 
     fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
-    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]     # by that column
+    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]     # column "model"
 
-A collection that was made to measure detectors says `test_only = true`: it goes to sets of the
-split test and no others. `[suites]` names lists of sets that `evaluate.py --suite` measures on.
+A source with `test_only = true` was made to measure detectors: it may only go to sets of the split
+test. `[suites]` names lists of sets for `evaluate.py --suite`.
 
-A set that may hold no real images has its false-positive rate from those of another:
+A set without real images has no false-positive rate of its own. `[reference]` names the set whose
+real images are used instead:
 
     [reference]
     evalgen = "test"
 
-Images that no set may hold are named by the first 16 or more hexadecimal digits of their SHA-256,
-one a line, in files beside the catalog (above the first table of the TOML):
+`exclude` names files with hashes of images that no set may contain: one hash per line, at least
+the first 16 hexadecimal digits of the SHA-256. The files are in the folder of the catalog, and the
+key is above the first table of the TOML:
 
     exclude = ["kept-for-testing.txt"]
 
-Later files add to earlier ones key by key: two lines change one setting of a built-in source.
+A later file overrides an earlier one key by key, so two lines change one setting of a built-in
+source.
 """
 
 import re
@@ -44,42 +49,42 @@ from imaging.zip import leaves_archive
 
 BUILT_IN = Path(__file__).with_name("catalog.toml")
 TESTS = Path(__file__).with_name("catalog-tests.toml")
-"""The field's test sets; each is fetched by its name only."""
+"""Catalog of published test sets; `fetch` downloads them only if they are named."""
 
 SHIPPED = (BUILT_IN, TESTS)
-"""What every command knows."""
+"""Catalogs that every command reads."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 LONGEST_NAME = 78
-"""Letters of a source's or a set's name. A sample's file in a tar is that of its source with 22
-more (`sharding.plan.sample_key`, `.json`), and a tar has room for 100.
+"""Maximum characters of the name of a source or set. A file name in a tar may have 100 bytes, and
+`sharding.plan.sample_key` and `.json` add 22 to the name of the source.
 """
 _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 
 class CatalogError(ValueError):
-    """A catalog that cannot be used; the message says where and why."""
+    """Error in a catalog; the message gives the file, the entry and the reason."""
 
 
 def _compile(what: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{what} is no regular expression: {error}") from None
+        raise ValueError(f"{what} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One kind of image of a source: where it lies, and what made it.
+    """Rule that selects images of one class of a source, and gives their generator.
 
-    `folder` is a path below the source's root, matched part by part and without regard to case:
-    `*` and `?` match within a part, `**` matches any number of parts, and `<generator>` matches one
-    part and names the generator. `name` is a pattern for the file's own name. With `column` the
-    files are parquet tables and the images lie in that column. `where` are columns and the values
-    they must have: of the parquet row, or of the file's row in the source's `table`. A text value
-    for a column of numbers is a class name, looked up in the table's own metadata. A `generator`
-    in angle brackets is a column of the parquet table that names it. A rule that matches no file
-    stops a build, unless it is `optional`.
+    `folder` is a path below the source's root, matched part by part, ignoring case: `*` and `?`
+    match within a part, `**` matches any number of parts, and `<generator>` matches one part,
+    which becomes the generator. `name` is a pattern for the file name. With `column`, the files are
+    parquet tables and the images are in that column. `where` gives columns and the values that
+    they must have, in the parquet row or in the file's row of the source's `table`. A text value
+    for an integer column is a class name, looked up in the metadata of the parquet table. A
+    `generator` in angle brackets is the parquet column that contains the generator. A rule that
+    matches no file stops a build, unless `optional` is true.
     """
 
     folder: str = "**"
@@ -92,12 +97,12 @@ class Rule:
 
     @property
     def generator_column(self) -> str:
-        """The parquet column that names the generator; empty where the rule itself does."""
+        """Return the parquet column with the generator, or "" if the rule gives the generator."""
         bracketed = self.generator.startswith("<") and self.generator.endswith(">")
         return self.generator[1:-1] if bracketed else ""
 
     def __str__(self) -> str:
-        """The rule as messages name it."""
+        """Format the rule for messages."""
         parts = [self.folder if self.name == "*" else f"{self.folder}/{self.name}"]
         parts += [f"column {self.column}"] if self.column else []
         parts += [f"{column}={value}" for column, value in self.where.items()]
@@ -106,7 +111,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """CSV files (by `name` pattern) with a row per image; `key` is the column of file names."""
+    """CSV files with one row per image; `name` is their pattern, `key` the column of file names."""
 
     name: str
     key: str
@@ -114,12 +119,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Git:
-    """The files of one commit of a Git repository: those below `below` whose path in the repository
-    has a match of the regular expression `pattern`.
+    """Selection of files of one commit of a Git repository.
 
-    `repository` is an https or file address, or an absolute folder. `count` is how many files that
-    are, and `manifest_sha256` the hash of their object names and paths (`sharding.git`); both are
-    checked where they are given.
+    `repository` is an https or file address, or an absolute folder. A file is selected if its path
+    starts with `below` and the regular expression `pattern` matches anywhere in the path. `count`
+    is the expected number of files, and `manifest_sha256` the hash of their object names and paths
+    (`sharding.git.manifest_sha256`). Each of the two is checked only if given.
     """
 
     repository: str
@@ -137,8 +142,8 @@ class Git:
             )
         if not re.fullmatch("[0-9a-f]{40}", self.commit):
             raise ValueError(
-                f"git.commit {self.commit!r}: expected 40 hexadecimal digits; a branch or a tag "
-                "moves"
+                f"git.commit {self.commit!r}: expected 40 hexadecimal digits, not a branch or a "
+                "tag, which can move"
             )
         if not re.fullmatch("([0-9a-f]{64})?", self.manifest_sha256):
             raise ValueError("git.manifest_sha256: expected 64 hexadecimal digits")
@@ -147,10 +152,11 @@ class Git:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Where a source is downloaded from: one of the Hugging Face hub (`files`: patterns of what is
-    needed there), Kaggle, a Git repository, or plain addresses; or `by_hand`, what a person has to
-    do. `sha256` holds the hashes of files that must arrive with these bytes, by their path in the
-    download.
+    """Download of a source; exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand` is given.
+
+    `hub` and `kaggle` are dataset names on the Hugging Face hub and on Kaggle; `files` are patterns
+    of the files needed from there. `by_hand` describes what a person has to do. `sha256` gives the
+    expected hash of some files, by their path in the download.
     """
 
     hub: str = ""
@@ -166,8 +172,10 @@ class Fetch:
         if sum(map(bool, kinds)) != 1:
             raise ValueError("fetch takes exactly one of hub, kaggle, urls, git and by_hand")
         for name in filter(None, (self.hub, self.kaggle)):
-            if not _DATASET.fullmatch(name):  # the libraries make paths of it
-                raise ValueError(f"fetch {name!r} is no name of a dataset, such as owner/dataset")
+            if not _DATASET.fullmatch(name):  # the libraries use it in local paths
+                raise ValueError(
+                    f"fetch {name!r}: expected the name of a dataset, such as owner/dataset"
+                )
         for name, digest in self.sha256.items():
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise ValueError(f"fetch.sha256 of {name}: expected 64 hexadecimal digits")
@@ -175,15 +183,16 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset. `policy` names the augmentation its training images keep; see `recipes/`.
+    """One dataset: its rules, sets, download and license.
 
-    `cap` is the most images to take per class, whole groups at a time; `expected` is how many a
-    complete download has per class, checked before anything is packed (an empty table checks
-    nothing). `group_column` is the parquet column whose equal values make a group. `synthetic`
-    marks images that a program drew to try out the commands: no photographs, and of no published
-    generator. What is trained on them says so. A `test_only` source goes to sets of the split test
-    alone. `size` is that of the download, and `facts` are what is known of it, each with its source
-    in brackets, for people.
+    `policy` names the augmentation policy of its training images (see `recipes/`). `cap` is the
+    maximum number of images per class, taken in whole groups. `expected` is the number of images
+    per class in a complete download; it is checked before packing, and an empty table turns the
+    check off. `group` and `group_column` give regular expressions and a parquet column: files or
+    rows with equal values form a group. `synthetic` marks images that a program drew to try out the
+    commands, neither photographs nor output of a published generator; a detector trained on such
+    images is marked too. A `test_only` source may only go to sets of the split test. `size` is the
+    size of the download. `facts` are notes for people, each with its reference in brackets.
     """
 
     license: str
@@ -213,39 +222,40 @@ class Source:
             if rule.generator_column and not rule.column:
                 raise ValueError(
                     f"rule '{rule}' has generator {rule.generator}, a column of a parquet table, "
-                    "and reads none; give its column of images, or leave out < and >"
+                    "but reads no parquet table; add `column`, or remove < and >"
                 )
         for pattern in self.groups():
             if re.compile(pattern).groups != 1:
                 raise ValueError(f"group {pattern!r} must have exactly one capture group")
 
         if any(count < 0 for counts in (self.cap, self.expected) for count in counts.values()):
-            raise ValueError("cap and expected are numbers of images, 0 or more")
+            raise ValueError("cap and expected must be numbers of images, 0 or more")
 
     def rules(self, label: int) -> list[Rule]:
-        """The rules of one label, 0 real or 1 fake."""
+        """Return the rules of one label, 0 real or 1 fake."""
         return [_as_rule(rule) for rule in (self.fake if label else self.real)]
 
     def ignored(self) -> list[Rule]:
-        """What belongs to no class."""
+        """Return the rules of files that belong to no class."""
         return [_as_rule(rule) for rule in self.ignore]
 
     def groups(self) -> list[str]:
-        """The patterns that find a file's group; the first that fits counts."""
+        """Return the patterns that extract a file's group; the first that matches is used."""
         return [self.group] if isinstance(self.group, str) and self.group else list(self.group)
 
     def destinations(self) -> list[dict[str, float]]:
-        """Every set, or mixture of sets, that images of this source may go to."""
+        """List every set, or mixture of sets, that images of this source may go to."""
         of_rules = [r.set for label in (0, 1) for r in self.rules(label) if r.set]
         return [shares(destination) for destination in (self.set, *of_rules)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Sets with their split, sources by name, and for a set that may have no real images the one
-    whose real images its false-positive rate is then measured on. `suites` are lists of sets that
-    are measured on together. `exclude` are the beginnings of
-    the SHA-256 of images that no set may hold; a TOML file names the files that list them.
+    """Content of one or more catalog files: sets with their split, and sources by name.
+
+    `reference` gives, for a set without real images, the set whose real images its false-positive
+    rate is measured on. `suites` are lists of sets that are evaluated together. `exclude` contains
+    the first digits of the SHA-256 of images that no set may contain.
     """
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
@@ -260,15 +270,16 @@ def _as_rule(rule: str | Rule) -> Rule:
 
 
 def shares(destination: str | Mapping[str, float]) -> dict[str, float]:
-    """Where samples go: `{set: share}`, shares summing to 1."""
+    """Return a destination as `{set: share}`; the shares sum to 1."""
     return {destination: 1.0} if isinstance(destination, str) else dict(destination)
 
 
 def read_catalog(files: Sequence[Path]) -> Catalog:
-    """The files as one catalog; a later file adds to, and overrides, an earlier one.
+    """Read catalog files as one catalog; later files override earlier ones key by key.
 
     Raises:
-        CatalogError: unknown keys, bad names, shares that do not sum to 1, sets without a split.
+        CatalogError: an unknown key, a bad name, shares that do not sum to 1, a set without a
+            split, or a file that cannot be read.
     """
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
@@ -306,16 +317,14 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
         named += [("suites", name) for listed in catalog.suites.values() for name in listed]
         for table, name in named:
             if name not in sets:
-                raise CatalogError(
-                    f"{file}: [{table}] names set {name!r}, which [sets] does not have"
-                )
+                raise CatalogError(f"{file}: [{table}] names set {name!r}, which is not in [sets]")
     return replace(catalog, exclude=frozenset(exclude))
 
 
 def _read_excluded(file: Path, lists: Any) -> set[str]:
-    """Read the beginnings of hashes from the files that `exclude` names; `#` begins a comment."""
+    """Read hash prefixes from the files that `exclude` names; `#` starts a comment."""
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
-        raise CatalogError(f"{file}: exclude is {lists!r}, expected a list of names of files")
+        raise CatalogError(f"{file}: exclude is {lists!r}, expected a list of file names")
     hashes: set[str] = set()
     for name in lists:
         path = file.parent / name
@@ -344,9 +353,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_name(kind: str, name: str, file: Path) -> None:
-    """Check that a name can be one of files and folders, and is safe there: catalogs are passed
-    on.
-    """
+    """Check that a name is safe as a file or folder name: catalogs may come from other people."""
     if not _NAME.fullmatch(name):
         raise CatalogError(
             f"{file}: {kind} {name!r}: use lower-case letters, digits, '-' and '_', and begin with "
@@ -354,22 +361,22 @@ def _check_name(kind: str, name: str, file: Path) -> None:
         )
     if len(name) > LONGEST_NAME:
         raise CatalogError(
-            f"{file}: {kind} {name[:40]}... has {len(name)} letters; use {LONGEST_NAME} at most"
+            f"{file}: {kind} {name[:40]}... has {len(name)} characters; use at most {LONGEST_NAME}"
         )
 
 
 def _leaves_raw(root: str) -> bool:
-    """Whether a source's root is no path below the raw folder."""
+    """Return whether a source's root is not a relative path below the raw folder."""
     strange = any(ord(character) < 32 for character in root) or "://" in root
     return strange or leaves_archive(root) or not PurePosixPath(root).parts
 
 
 def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:
-    """Check that names and root are safe in paths, and that every set that is used has a split."""
+    """Check that the name and the root are safe as paths, and that every set has a split."""
     _check_name("source", name, file)
     if source.root and _leaves_raw(source.root):
         raise CatalogError(
-            f"{file}: source {name}: root {source.root!r} is no folder below the raw folder; "
+            f"{file}: source {name}: root {source.root!r} is not a folder below the raw folder; "
             "give a relative path without '..'"
         )
     for destination in source.destinations():
@@ -381,7 +388,7 @@ def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> No
         total = sum(destination.values())
         if abs(total - 1) > 1e-6:
             raise CatalogError(
-                f"{file}: source {name}: the shares of {destination} sum to {total:g}"
+                f"{file}: source {name}: the shares of {destination} sum to {total:g}, expected 1"
             )
         for set_name in destination:
             if set_name not in sets:
@@ -391,7 +398,7 @@ def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> No
                 )
             if source.test_only and sets[set_name] != "test":
                 raise CatalogError(
-                    f"{file}: source {name} is a test collection and may not go to set {set_name} "
-                    f"of the split {sets[set_name]}: what is measured on it would be memory. Give "
-                    "it a set of the split test; if it is meant, say test_only = false"
+                    f"{file}: source {name} is test_only and may not go to set {set_name} of the "
+                    f"split {sets[set_name]}: a detector must not be measured on images that it "
+                    "was trained on. Give it a set of the split test, or set test_only = false"
                 )

@@ -1,4 +1,7 @@
-"""What differs between two shard sets: samples added, removed, or changed."""
+"""Compare two shard sets: list the samples that were added, removed or changed.
+
+Main entry: `compare_sets()`, two `ShardSet` in, a `Difference` out.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,25 +10,25 @@ from typing import Any
 from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardSet
 
 IGNORED = {"shard", "offset", "key"}
-"""Columns that say where a sample lies, not what it is."""
+"""Columns that are not compared: the location of a sample, and the key that matches samples."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Keys per kind, and for changed samples which columns changed (`"label: real -> fake"`)."""
+    """Keys of added, removed and changed samples, with changes such as `"label: real -> fake"`."""
 
     added: list[str]
     removed: list[str]
     changed: dict[str, list[str]]
-    counts: dict[str, Counter[str]]  # "added" and "removed" -> "source, class" -> samples
+    counts: dict[str, Counter[str]]  # "added" or "removed" -> "source, class" -> samples
 
     def __bool__(self) -> bool:
-        """Whether there is any difference."""
+        """Return whether there is any difference."""
         return bool(self.added or self.removed or self.changed)
 
 
 def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
-    """Samples by key, which stands for source and origin; see `Difference`."""
+    """Match the samples of two sets by key (source and hash of the origin) and list differences."""
     names = [name for name in SAMPLES_SCHEMA.names if name not in IGNORED]
     old, new = (
         dict(zip(s.table.column("key").to_pylist(), range(len(s)), strict=True))

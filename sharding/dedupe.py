@@ -1,8 +1,8 @@
-"""Duplicates across everything, and the set of every image: nothing evaluated was trained on.
+"""Find duplicates in all sources and assign each image to a set, so that splits never overlap.
 
-Images that belong together (a pair, a prompt, a video, near-duplicates) form one group, through any
-chain of sources. A group never crosses a split: where it would, the images on the training side
-are left out. Exact duplicates are kept once.
+Main entry: `decide()`, an inventory table in, a `Decision` out. Related images (a pair, a prompt, a
+video, near-duplicates) form one group, also across sources. The images of a group stay in one
+split: those of lower-ranked splits (`SPLIT_RANK`) are excluded. Exact duplicates are kept once.
 """
 
 import json
@@ -17,24 +17,26 @@ import pyarrow.compute as pc
 from sharding.listing import choose_set
 
 MAX_BITS = 6
-"""Bits in which the pHashes of near-duplicates may differ."""
+"""Maximum number of different bits in the pHashes (64 bits) of near-duplicates."""
 
 MAX_DIFFERENCE = 8.0
-"""Mean gray levels by which their thumbnails may differ. Together with MAX_BITS: re-encoded and
-resized copies pass (98.9 % and more), 72,000 pairs of different images do not (docs/log.md)."""
+"""Maximum mean difference of the thumbnails of near-duplicates, in gray levels (0 to 255). Together
+with MAX_BITS, at least 98.9 % of re-encoded and resized copies are found, and none of 72,000 pairs
+of different images (docs/log.md)."""
 
 EXCLUDED_BY_CATALOG = "its SHA-256 stands in a list that the catalog excludes"
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
-"""Who keeps an image that two splits want: what measures goes before what is measured."""
+"""Priority of the splits for duplicates: test before val before train."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One entry per image: its set (empty: left out, and why), and its group.
+    """Assignment of the images to sets; every array has one entry per image, (n,).
 
-    `wanted` is the set it would go to but for its duplicates; `other` is the row of the image that
-    is kept instead, or -1.
+    `wanted` is the set of an image before duplicates are removed. `sets` is its final set, or "" if
+    the image is excluded for the reason in `reasons`. `other` is the row of the image that is kept
+    instead, or -1. `groups` is the name of its group after merging.
     """
 
     wanted: np.ndarray  # object
@@ -47,8 +49,10 @@ class Decision:
 def decide(
     inventory: pa.Table, split_of: Mapping[str, str], exclude: Collection[str] = ()
 ) -> Decision:
-    """Where every row of an inventory goes. `split_of` gives the sets, best first among equals;
-    `exclude` holds the beginnings of the SHA-256 of images that go nowhere.
+    """Assign every row of an inventory to a set, or exclude it.
+
+    `split_of` gives the split of each set; of two sets with the same split, the first one keeps a
+    duplicate. `exclude` contains the first digits of the SHA-256 of images that go to no set.
     """
     n = inventory.num_rows
     good = np.asarray(pc.equal(inventory.column("error"), "").to_numpy(), bool)
@@ -88,7 +92,7 @@ def decide(
 
 
 def _begins_with(hashes: pa.ChunkedArray, beginnings: Collection[str]) -> np.ndarray:
-    """Which hashes begin with one of these hexadecimal digits."""
+    """Return a mask of the hashes that begin with one of `beginnings` (hexadecimal digits)."""
     if not beginnings:
         return np.zeros(len(hashes), bool)
     lengths = sorted({len(digits) for digits in beginnings})
@@ -103,7 +107,7 @@ def _keep_splits_apart(
     good: np.ndarray,
     split_of: Mapping[str, str],
 ) -> None:
-    """Leave out whatever shares a group with an image of a split that goes before its own."""
+    """Exclude images whose group has an image of a higher-ranked split."""
     rank_of = {name: SPLIT_RANK[split] for name, split in split_of.items()}
     rank = np.array([rank_of[name] for name in decision.sets], np.int8)
     best = np.full(component.max(initial=-1) + 1, -1, np.int8)
@@ -111,7 +115,7 @@ def _keep_splits_apart(
     losing = np.flatnonzero(good & (rank < best[component]))
     if not len(losing):
         return
-    # One image of the winning split, for the reader; a direct near-duplicate where there is one.
+    # The reason names one image of the winning split: a direct near-duplicate if there is one.
     winners = np.flatnonzero(good & (rank == best[component]))
     one_of = np.full(len(best), -1)
     one_of[component[winners[::-1]]] = winners[::-1]
@@ -134,9 +138,7 @@ def _keep_one_of_each(
     good: np.ndarray,
     split_of: Mapping[str, str],
 ) -> None:
-    """Of images with the same bytes keep the first, by set and then by row; none if they are
-    labeled both ways, in any set.
-    """
+    """Keep the first of images with the same bytes, by set and row; none if their labels differ."""
     order = {name: index for index, name in enumerate(_by_rank(split_of))}
     for run in _runs(sha, np.flatnonzero(good)):
         if len(set(labels[run].tolist())) > 1:
@@ -157,14 +159,17 @@ def _by_rank(split_of: Mapping[str, str]) -> list[str]:
 
 
 def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """Pairs (m, 2) of rows with one pHash, or with pHashes within `MAX_BITS` and thumbnails within
-    `MAX_DIFFERENCE`.
+    """Return pairs of near-duplicate rows, (m, 2): equal pHashes, or pHashes within `MAX_BITS` and
+    thumbnails within `MAX_DIFFERENCE`.
 
-    `phash` is (n,) uint64, `thumbnails` (n, 256) uint8. Rows that share a pHash come back as a
-    star, whatever their thumbnails (a copy that was made brighter keeps its pHash); the first 16
-    of them stand for all in other pairs. Two hashes within 6 bits agree on at least k of k + 6
-    bands, so sorting by every choice of k bands brings them together: linear in n, at 84 sorts
-    (k = 3), or 462 (k = 5) where bands must be longer because there are millions.
+    `phash` is (n,) uint64, `thumbnails` (n, 256) uint8. Each row is paired with the first row of
+    equal pHash, whatever their thumbnails (a brightened copy keeps its pHash). Only the first 16
+    rows of each pHash are compared with other pHashes.
+
+    The search divides the 64 bits into k + 6 bands. Two hashes that differ in at most 6 bits agree
+    on at least k bands, so a sort by each choice of k bands puts them into one run of equal keys.
+    The cost is linear in n: 84 sorts with k = 3, or 462 with k = 5. The longer keys of k = 5 keep
+    the runs short for millions of images.
     """
     star, rows = _equal_hashes(phash)
     pairs_of_bands = [star]
@@ -188,14 +193,12 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             pairs = np.stack([rows[a[close]], rows[b[close]]], axis=1)
             pairs_of_bands.append(pairs[_alike(thumbnails, pairs)])
     pairs = np.sort(np.concatenate(pairs_of_bands), axis=1)
-    # Each as one number: `unique` of rows takes ten times as long.
+    # Each pair as one integer, because `unique` of rows takes ten times as long.
     return np.stack(np.divmod(np.unique(pairs @ [len(phash), 1]), max(len(phash), 1)), axis=1)
 
 
 def _equal_hashes(phash: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of each row with the first that has its hash; and the rows that stand for all: the
-    first 16 of each hash.
-    """
+    """Return pairs of each row with the first row of equal hash, and the first 16 rows per hash."""
     order = np.argsort(phash, kind="stable")
     equal = np.r_[False, phash[order[1:]] == phash[order[:-1]]][: len(order)]
     start = np.maximum.accumulate(np.where(equal, 0, np.arange(len(order))))
@@ -204,7 +207,7 @@ def _equal_hashes(phash: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _alike(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Which pairs have thumbnails within `MAX_DIFFERENCE`, a piece at a time."""
+    """Return a mask of the pairs with similar thumbnails; computed in parts to save memory."""
     alike = np.empty(len(pairs), bool)
     for start in range(0, len(pairs), 65536):
         a, b = thumbnails[pairs[start : start + 65536].T].astype(np.int16)
@@ -213,7 +216,7 @@ def _alike(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def _same_bytes(sha: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that repeat bytes, each with the first row that has them."""
+    """Return the rows whose bytes occurred before, and for each the first row with these bytes."""
     runs = _runs(sha, rows)
     if not runs:
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -224,7 +227,7 @@ def _same_bytes(sha: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _runs(sha: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Groups of two or more `rows` with equal hashes, rows rising inside each."""
+    """Group `rows` by equal hash: groups of two or more rows, in ascending order."""
     keys = sha[rows]
     order = np.lexsort(keys.T)  # stable, so rows stay in order
     equal = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
@@ -235,7 +238,7 @@ def _runs(sha: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _components(count: int, edges: np.ndarray) -> np.ndarray:
-    """Connected components of `count` nodes: for each node the smallest one it reaches."""
+    """Return the connected component of each of `count` nodes: the smallest node it reaches."""
     label = np.arange(count)
     edges = edges[edges[:, 0] != edges[:, 1]] if len(edges) else np.empty((0, 2), np.int64)
     while len(edges):
@@ -251,7 +254,7 @@ def _components(count: int, edges: np.ndarray) -> np.ndarray:
 def _component_names(
     component: np.ndarray, group_code: np.ndarray, group_names: list[str]
 ) -> dict[int, str]:
-    """Each component's name: the first of its groups' names in the alphabet."""
+    """Name each component by the alphabetically first of its groups."""
     names: dict[int, str] = {}
     for code, part in dict(zip(group_code.tolist(), component.tolist(), strict=True)).items():
         name = group_names[code]
@@ -261,7 +264,7 @@ def _component_names(
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """A text column as codes and names."""
+    """Convert a text column to integer codes (n,) and the list of their names."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(pa.string())
     encoded = column.combine_chunks().dictionary_encode()
@@ -269,7 +272,7 @@ def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 
 
 def _bytes_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """A column of fixed-size bytes as (n, width) uint8."""
+    """Convert a column of fixed-size bytes to an array (n, width) of uint8."""
     if not len(column):
         return np.empty((0, width), np.uint8)
     chunks = [

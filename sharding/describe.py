@@ -1,7 +1,7 @@
-"""A first catalog for a person's own folders: classes by the words in their names.
+"""Propose a catalog for a folder of images, with classes from words in the folder names.
 
-It only writes down what the names say, for a person to check: a folder whose name says nothing, or
-both, is listed and left undecided.
+Main entry: `describe()`, a folder in, a `Description` with the catalog as TOML out. A person has to
+check the catalog. A folder whose name has no word of a class, or words of both, stays undecided.
 """
 
 import json
@@ -22,7 +22,7 @@ WORDS = (
     frozenset("fake fakes ai aigc synthetic synth generated artificial deepfake deepfakes gan "
               "diffusion midjourney dalle flux sdxl sd imagen firefly stylegan".split()),
 )  # fmt: skip
-"""Words that speak for a class, by label."""
+"""Words that indicate a class, by label."""
 
 _GENERIC = frozenset(
     "fake fakes ai aigc synthetic synth generated artificial images image 1".split()
@@ -31,19 +31,19 @@ _GENERIC = frozenset(
 
 @dataclass(frozen=True)
 class Description:
-    """The catalog as TOML, what it says of each folder (images), and what it could not say."""
+    """Proposed catalog as TOML text, with the decided, undecided and unreadable images."""
 
     text: str
     folders: dict[str, tuple[str, int]]  # folder -> (class, images)
-    undecided: dict[str, int]
-    unread: dict[str, int]  # why images cannot be read -> how many
+    undecided: dict[str, int]  # folder -> images
+    unread: dict[str, int]  # reason -> images that cannot be read
 
 
 def describe(folder: Path) -> Description:
     """Propose a catalog for the images below `folder`.
 
     Raises:
-        CatalogError: no image there, or a name that no catalog can hold.
+        CatalogError: no image below `folder`, or its name is not UTF-8.
     """
     folder = folder.absolute()
     if printable(folder.name) != folder.name:
@@ -78,7 +78,7 @@ def describe(folder: Path) -> Description:
 
 
 def _class_of(inside: str) -> tuple[int | None, str]:
-    """Label of a folder, and the path down to the part that says so: the deepest that is clear."""
+    """Return a folder's label, and its path up to the deepest part that names one class."""
     parts = inside.split("/") if inside else []
     for depth in range(len(parts), 0, -1):
         words = set(re.split(r"[^a-z]+", parts[depth - 1].lower()))
@@ -96,8 +96,8 @@ def _catalog(
 ) -> str:
     name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower()).strip("_-") or "mine"
     lines = [
-        f"# Proposed from the folder names of {folder.name}; check every line: labels come from",
-        "# here alone.",
+        f"# Proposed from the folder names of {folder.name}. Check every line: the labels of",
+        "# the images come only from this file.",
         "",
         "[sets]",
         f'{name} = "train"',
@@ -108,7 +108,7 @@ def _catalog(
         f"root = {json.dumps(folder.name)}",
         'license = "mine"',
         f"set = {{ {name} = 0.7, {name}-val = 0.15, {name}-test = 0.15 }}",
-        "# Files of one scene, prompt or video belong together; one capture names the group:",
+        "# Optional: keep files of one scene, prompt or video in one set; (...) names the group:",
         "# group = '([^/]+)_[0-9]+\\.jpg$'",
     ]
     for kind in CLASSES:
@@ -131,7 +131,7 @@ def _catalog(
 
 
 def _generator(path: str) -> str:
-    """The deepest part of a path that says more than that it is fake, without those words."""
+    """Return the generator: the deepest part of a path that has words outside of `_GENERIC`."""
     for part in reversed(path.lower().split("/")):
         words = [word for word in re.split(r"[^a-z0-9.]+", part) if word not in {"", *_GENERIC}]
         if words:

@@ -1,4 +1,7 @@
-"""Check that a file that arrived is what its name and the catalog say."""
+"""Check that a downloaded file has the content that its name and the catalog promise.
+
+Main entries: `check_content()` and `check_hash()`; both raise `FetchError`.
+"""
 
 import re
 import tarfile
@@ -9,16 +12,20 @@ from storage import sha256_of
 
 
 class FetchError(ValueError):
-    """A source that could not be downloaded; the message says what to do."""
+    """Error of a download; the message says what to do."""
 
 
 def check_hash(path: Path, digest: str) -> None:
-    """Check a file against the hash of the catalog."""
+    """Check the SHA-256 of a file against the catalog.
+
+    Raises:
+        FetchError: the hashes differ.
+    """
     arrived = sha256_of(path)
     if arrived != digest:
         raise FetchError(
-            f"{path} has sha256 {arrived[:12]}..., the catalog says {digest[:12]}...; it is not "
-            "the file that was meant, or the catalog is out of date"
+            f"{path} has sha256 {arrived[:12]}..., the catalog says {digest[:12]}...; the "
+            "address now gives another file, or the catalog is wrong; correct the catalog"
         )
 
 
@@ -31,21 +38,27 @@ _PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)", re.IGNOREC
 
 
 def check_content(path: Path, suffix: str) -> None:
-    """Check that a file begins as its name says: servers send pages (a quota, a login) with status
-    200. `suffix` is that of the name it will have, empty for its own.
+    """Check that the first bytes of a file fit its type: servers send web pages with status 200.
+
+    `suffix` is the suffix of the file's final name, or "" for the suffix of `path`.
+
+    Raises:
+        FetchError: the content is of another type.
     """
     suffix = (suffix or path.suffix).lower()
     with path.open("rb") as stream:
         start = stream.read(1024)
     wrong = "a web page" if _PAGE.match(start) and suffix not in (".html", ".htm") else ""
     if suffix == ".zip" and not wrong:
-        wrong = "" if zipfile.is_zipfile(path) else "no whole zip archive"
+        wrong = "" if zipfile.is_zipfile(path) else "not a complete zip archive"
     elif suffix == ".tar" and not wrong:
-        wrong = "" if start[257:262] == b"ustar" or tarfile.is_tarfile(path) else "no tar archive"
+        wrong = (
+            "" if start[257:262] == b"ustar" or tarfile.is_tarfile(path) else "not a tar archive"
+        )
     elif not wrong and not start.startswith(_MAGIC.get(suffix, b"")):
-        wrong = f"no {suffix} file by its first bytes"
+        wrong = f"not a {suffix} file by its first bytes"
     if wrong:
         raise FetchError(
             f"{path.name.removesuffix('.partial')} is {wrong} ({path.stat().st_size:,} bytes); "
-            "open its address in a browser to see why (a quota, a login, a move), then run again"
+            "open its address in a browser to see why (quota, login, moved file), then run again"
         )

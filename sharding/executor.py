@@ -1,7 +1,7 @@
-"""Where tasks run: processes of this machine, or a Ray cluster. The results are the same.
+"""Run tasks in parallel, in processes of this machine or on a Ray cluster, with the same results.
 
-A task is a module-level function and its arguments; what it writes lies on storage that every
-worker reaches.
+Main entry: `run_all()`, a module-level function and the arguments of each task in, results out. A
+task may write only to storage that every worker can reach.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ def run_all(
     *,
     on_gpu: bool = False,
 ) -> Iterator[Any]:
-    """`function(*task)` for each task; yields results as they come, in any order.
+    """Call `function(*task)` for each task and yield the results in the order of completion.
 
-    `jobs` is how many run at a time: 0 for every core, here or in the cluster. The first task that
-    fails ends it all: what has not begun is dropped, and its error is raised. Tasks are taken from
-    `tasks` only a few ahead. With `on_gpu` each task on a cluster that has GPUs gets one of them.
+    `jobs` is the number of parallel tasks, 0 for one per core of this machine or cluster. If a task
+    fails, tasks that have not started are dropped and its error is raised. `tasks` is consumed only
+    a few tasks ahead. With `on_gpu`, each task gets one GPU if the cluster has GPUs.
 
     Raises:
-        ValueError: the engine is not installed, or more processes than this machine can serve.
+        ValueError: Ray is not installed, or `jobs` is too large for this machine.
     """
     if engine == "local" and jobs > (most := max(64, 8 * cores())):
-        raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; say {most} at most")
+        raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; use at most {most}")
     if engine == "ray":
         yield from _run_ray(function, tasks, jobs, on_gpu)
     elif jobs == 1:
@@ -57,7 +57,7 @@ def _run_processes(
 ) -> Iterator[Any]:
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # paid once
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # once, not per worker
     with _deaf_to_interrupts():
         forkserver.ensure_running()
     with ProcessPoolExecutor(
@@ -75,15 +75,15 @@ def _run_processes(
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BaseException:
-            # Waits for what runs: a worker that is just starting would miss its builder, loudly.
+            # Wait for running tasks: a worker that is still starting would print a traceback.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block: in the midst of its start a worker would find what
-    it needs gone, and say so loudly.
+    """Delay Ctrl-C until this block ends: a worker that loses its parent while it starts would
+    print a traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -106,8 +106,9 @@ def _start_worker(one_large: AbstractContextManager) -> None:
 
 
 def _leave_with_builder() -> None:
-    """A builder that is killed cannot tell its workers, which would wait for the next task for
-    ever: they end what they are at, and leave.
+    """Exit this worker after its current task when the parent process dies.
+
+    A killed parent cannot stop its workers, which would wait for the next task forever.
     """
 
     def leave() -> None:
@@ -122,8 +123,9 @@ def _leave_with_builder() -> None:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """What is started here ignores Ctrl-C, which goes to the whole terminal: workers finish what
-    they are at and say nothing, and their builder decides.
+    """Make processes that start in this block ignore Ctrl-C, which a terminal sends to all of them.
+
+    Workers then finish their task silently, and the parent process decides what happens next.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,13 +141,13 @@ _SHIPPED = (
     "sharding", "imaging", "recipes", "pipeline", "model", "report",
     "storage.py", "console.py", "escape.py", "installed.py",
 )  # fmt: skip
-"""What a cluster's workers are sent of this program."""
+"""Files and folders of this program that are sent to the workers of a cluster."""
 
 
 def _run_ray(
     function: Callable[..., Any], tasks: Iterable[tuple], jobs: int, on_gpu: bool
 ) -> Iterator[Any]:
-    """Tasks of one core each on the cluster that RAY_ADDRESS names, or on a local one."""
+    """Run tasks of one core each on the Ray cluster at RAY_ADDRESS, or on a local one."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError(f"--engine ray needs Ray; {install_extra('ray')}")
     import ray

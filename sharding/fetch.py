@@ -1,8 +1,9 @@
-"""Download the sources of the catalog: a source's `fetch` in, a folder of raw files out.
+"""Download the sources of a catalog: the `fetch` entry of a source in, a folder of raw files out.
 
-Everything resumes. A folder is complete when it holds MARK, which is written last, and the files
-that MARK lists at their sizes. BEGUN says which revision an interrupted download began with, and
-the next one goes on with that. Both keep addresses without logins and signatures.
+Main entries: `fetch_all()` and `fetch_source()`. Every download can be resumed. A folder is
+complete if it contains the file MARK, which is written last, and all files listed in MARK at their
+sizes. The file BEGUN contains the revision of an interrupted download, and the next run continues
+with this revision. Both files contain addresses without logins and signatures.
 """
 
 import contextlib
@@ -38,12 +39,12 @@ TIMEOUT_S = (10, 60)
 MIB = 2**20
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
-"""Opens a progress bar (label, total) and gives `advance(done)`, as `console.progress` does."""
+"""`progress(label, total)` is a context manager with the value `advance(done)`, as in `console`."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of one source; `note` says where it lies, what to do, or what went wrong."""
+    """Result of fetching one source; `note` is its folder, what to do by hand, or the error."""
 
     source: str
     status: Literal["complete", "downloaded", "by hand", "failed"]
@@ -61,14 +62,14 @@ def fetch_all(
     progress: Progress = _no_progress,
     git_mirror: Path | None = None,
 ) -> Iterator[Fetched]:
-    """Fetch the named sources, or all with a `fetch`, one as each result is asked for.
+    """Fetch the named sources, or all with a `fetch` entry, each when its result is requested.
 
     Raises:
-        CatalogError: a name that the catalog does not know; at once, before any download.
+        CatalogError: an unknown name; raised before any download.
     """
     if unknown := sorted(set(names) - catalog.sources.keys()):
         raise CatalogError(
-            f"no source {', '.join(unknown)}; the catalog knows {', '.join(catalog.sources)}"
+            f"no source {', '.join(unknown)}; the catalog has {', '.join(catalog.sources)}"
         )
     chosen = names or [name for name, source in catalog.sources.items() if source.fetch]
     return (
@@ -84,9 +85,11 @@ def fetch_source(
     progress: Progress = _no_progress,
     git_mirror: Path | None = None,
 ) -> Fetched:
-    """Fetch one source into its folder below `raw`. What the network, the disk or a login does to
-    it is a result, "failed", and not raised: other sources can go on. Repositories that lie in
-    `git_mirror` (`sharding.git.find_mirror`) are read there.
+    """Fetch one source into its folder below `raw`.
+
+    Errors of the network, the disk or a login are not raised but returned as "failed", so that
+    other sources can follow. A repository in `git_mirror` (`sharding.git.find_mirror`) is read
+    there instead of downloaded.
     """
     target = (raw / (source.root or name)).absolute()
     fetch = source.fetch
@@ -112,11 +115,11 @@ def fetch_source(
     return Fetched(name, "downloaded", note)
 
 
-# --- what all of them share -----------------------------------------------------------------------
+# --- shared by all kinds of downloads -------------------------------------------------------------
 
 
 def _wanted(fetch: Fetch) -> dict[str, Any]:
-    """What is asked for, as MARK and BEGUN keep it."""
+    """Return the `fetch` entry as stored in MARK and BEGUN, without secrets."""
     wanted = {key: value for key, value in asdict(fetch).items() if value}
     return wanted | ({"urls": [without_secrets(url) for url in fetch.urls]} if fetch.urls else {})
 
@@ -133,17 +136,19 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _is_complete(target: Path, fetch: Fetch) -> bool:
-    """Whether this download ended well, and its files are still there at their sizes."""
+    """Return whether the download finished and all its files still exist at their sizes."""
     mark = _read(target / MARK)
     files = mark.get("files") or {}
     return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
 
 
 def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -> None:
-    """Everything is there: check the hashes that the catalog gives, and say so, last."""
+    """Check the hashes given in the catalog, then write MARK and delete BEGUN."""
     files = {name: (folder / name).stat().st_size for name in sorted(names)}
     if unknown := sorted(fetch.sha256.keys() - files.keys()):
-        raise FetchError(f"the catalog has a sha256 of {', '.join(unknown)}, which did not arrive")
+        raise FetchError(
+            f"no file {', '.join(unknown)} was downloaded, but the catalog has its sha256"
+        )
     for name, digest in fetch.sha256.items():
         check_hash(folder / name, digest)
     _write(folder / MARK, {"fetch": _wanted(fetch), "files": files, **facts})
@@ -151,13 +156,13 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
 
 
 def _plain(error: object) -> str:
-    """An error on one line, without what may be secret in an address."""
+    """Format an error as one line, without secrets in addresses."""
     return without_secrets(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager
 def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> Iterator[None]:
-    """Say what to do about an error of the network, the disk, or a library (`also`)."""
+    """Turn errors of the network, the disk or a library (`also`) into a clear `FetchError`."""
     kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
@@ -171,22 +176,23 @@ def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> It
             raise FetchError(f"{page} refuses access (HTTP {status}): {login}") from error
         if status == 404:
             todo = f"correct its address in the catalog{anew}"
-            raise FetchError(f"{page} is not there (HTTP 404); {todo}") from error
+            raise FetchError(f"{page} does not exist (HTTP 404); {todo}") from error
         reason = f"HTTP {status}" if status else error.__cause__ or error
         raise FetchError(
-            f"no download from {page}: {reason}; run the command again to resume{anew}"
+            f"download from {page} failed: {reason}; run the command again to resume{anew}"
         ) from error
 
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Two downloads into one folder would write into each other's unfinished files. Nobody else
-    has it now: what was left of BEGUN and MARK in the midst of writing goes.
+    """Lock a folder for one download: two would write into each other's unfinished files.
+
+    Then delete partial files of BEGUN and MARK, which only killed processes leave.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            for name in (BEGUN, MARK):  # what killed processes left, each under a name of its own
+            for name in (BEGUN, MARK):  # each process wrote its own
                 for left in target.glob(f"{name}.*.partial"):
                     left.unlink(missing_ok=True)
             yield
@@ -199,13 +205,13 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise FetchError(
-            f"{needed / 2**30:.2f} GiB are to be downloaded to {target}, but its disk has "
-            f"{free / 2**30:.2f} GiB free; make room, or choose another folder with --raw"
+            f"the download needs {needed / 2**30:.2f} GiB, but the disk of {target} has only "
+            f"{free / 2**30:.2f} GiB free; free some space, or choose another folder with --raw"
         )
 
 
 def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str]:
-    """The names that fit a pattern; `*` also goes across folders. Without patterns, all."""
+    """Return the names that match a pattern; `*` also matches `/`. Without patterns, return all."""
     from huggingface_hub.utils import filter_repo_objects
 
     names = list(names)
@@ -213,8 +219,8 @@ def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str
     if not matching:
         there = sorted({name.partition("/")[0] for name in names})
         raise FetchError(
-            f"{where} holds nothing that fits {', '.join(patterns) or '*'}, but "
-            f"{', '.join(there[:8]) or 'nothing'}; correct `files` in the catalog"
+            f"{where} has no file that matches {', '.join(patterns) or '*'}; it has "
+            f"{', '.join(there[:8]) or 'no file'}; correct `files` in the catalog"
         )
     return matching
 
@@ -223,28 +229,34 @@ def _matching(names: Iterable[str], patterns: list[str], where: str) -> list[str
 
 
 def _from_hub(fetch: Fetch, target: Path) -> None:
-    """The matching files of one revision, the one that was begun with. Files that are whole are
-    kept; the library keeps no part of the others when its process ends.
+    """Download the matching files of one revision; a resumed download keeps its revision.
+
+    Complete files are kept. A new process starts incomplete files again, because the hub library
+    keeps no parts of them.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download  # it takes most of a second
+    from huggingface_hub import (
+        HfApi,
+        constants,
+        snapshot_download,
+    )  # the import takes most of a second
     from huggingface_hub.errors import HTTPError
 
     before = _read(target / BEGUN) or _read(target / MARK)
     same = before.get("fetch", {}).get("hub") == fetch.hub
     revision = before.get("revision") if same else None
-    # HTTPError is what the library's HTTP client raises, whichever it is in its version; the Xet
-    # transfer may raise RuntimeError.
+    # HTTPError covers every HTTP client that a version of the library uses. The Xet transfer may
+    # raise RuntimeError.
     explained = functools.partial(
         _explained,
         f"{constants.ENDPOINT}/datasets/{fetch.hub}",
-        "it is gated, private or misspelled. Accept its terms on that page, then log in with "
-        "`hf auth login` or set HF_TOKEN",
+        "the dataset is gated, private or misspelled. Accept its terms on that page, then log in "
+        "with `hf auth login` or set HF_TOKEN",
         target / BEGUN,
         HTTPError,
         RuntimeError,
     )
     with explained():
-        # Without retries, unlike the download: no network is an error now, not in a minute.
+        # No retries here, unlike the download: without a network, fail now and not after a minute.
         info = HfApi().dataset_info(
             fetch.hub, revision=revision, files_metadata=True, timeout=TIMEOUT_S[0]
         )
@@ -254,7 +266,7 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
     _check_space(target, sum(sizes[name] or 0 for name in _lacking(target, wanted)))
     target.mkdir(exist_ok=True)
     _write(target / BEGUN, {"fetch": _wanted(fetch), "revision": info.sha})
-    # A killed download leaves these, under names that the library never looks for again.
+    # A killed download leaves these files, and the library never uses their names again.
     for orphan in (target / ".cache" / "huggingface").rglob("*.*.*.incomplete"):
         orphan.unlink()
     with explained():
@@ -262,17 +274,17 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
             fetch.hub, repo_type="dataset", revision=info.sha, local_dir=target,
             allow_patterns=fetch.files or None,
         )  # fmt: skip
-    # Where the hub fails midway the library may be content with what there is.
+    # If the hub fails midway, the library may return without an error.
     if lacking := _lacking(target, wanted):
         raise FetchError(
-            f"{len(lacking)} of {len(names)} files of {fetch.hub} did not arrive whole, first "
+            f"{len(lacking)} of {len(names)} files of {fetch.hub} are incomplete, first "
             f"{lacking[0]}; run the command again to resume"
         )
     _finish(target, fetch, names, revision=info.sha)
 
 
 def _lacking(target: Path, sizes: Mapping[str, int | None]) -> list[str]:
-    """The files that are not there at their full size."""
+    """Return the names of files that are missing or have another size."""
     return [
         name
         for name, size in sizes.items()
@@ -283,7 +295,7 @@ def _lacking(target: Path, sizes: Mapping[str, int | None]) -> list[str]:
 def _from_git(
     fetch: Fetch, repository: Git, target: Path, mirror: Path | None, progress: Progress
 ) -> str:
-    """The files of one commit; gives what was left out, as the end of a note."""
+    """Download the files of one commit; return the end of a note with its file counts."""
     target.mkdir(exist_ok=True)
     _write(target / BEGUN, {"fetch": _wanted(fetch)})
     work = target.with_name(f".{target.name}.git")
@@ -298,8 +310,10 @@ def _from_git(
 
 
 def _from_kaggle(fetch: Fetch, target: Path) -> None:
-    """The whole archive, which is all that Kaggle gives in one request, unpacked; then only the
-    matching files are kept. Its size is not known before.
+    """Download the whole archive, unpack it, and keep only the matching files.
+
+    Kaggle gives all files only as one archive. Its size is unknown before, so free disk space is
+    not checked.
     """
     try:
         import kagglehub
@@ -308,13 +322,13 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         raise FetchError(f"Kaggle downloads need kagglehub; {install_extra('fetch')}") from None
     if target.exists() and any(target.iterdir()):
         raise FetchError(
-            f"{target} holds files already, and not what this fetch left; build them as they are, "
+            f"{target} already has files that this command did not write; build them as they are, "
             "or move them away to fetch the dataset"
         )
-    # With an output_dir the library clears an unfinished download; with its cache it resumes one.
-    # This cache lies beside the target, so that the result only has to be renamed.
+    # With an output_dir the library deletes an unfinished download; with its cache it resumes one.
+    # The cache is next to the target, so that the result only has to be renamed.
     work = target.with_name(f".{target.name}.kaggle")
-    logging.getLogger("kagglehub").setLevel(logging.WARNING)  # it reports on standard output
+    logging.getLogger("kagglehub").setLevel(logging.WARNING)  # it logs to standard output
     explained = _explained(
         f"https://www.kaggle.com/datasets/{fetch.kaggle}",
         "accept its terms on that page, make a token at https://www.kaggle.com/settings, and put "
@@ -324,7 +338,7 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         exceptions.CredentialError,
         exceptions.DataCorruptionError,
         zipfile.BadZipFile,
-        ValueError,  # what arrived is no archive
+        ValueError,  # the file is not an archive
     )
     with explained, _kaggle_cache(work):
         folder = Path(kagglehub.dataset_download(fetch.kaggle))
@@ -339,8 +353,9 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
 
 @contextlib.contextmanager
 def _kaggle_cache(folder: Path) -> Iterator[None]:
-    """The library takes its cache from the environment only. In a notebook of Kaggle or Colab it
-    would give a folder that is read-only.
+    """Set the cache folder of the library, which it reads only from the environment.
+
+    Without the other two variables, it returns a read-only folder in Kaggle and Colab notebooks.
     """
     ours = {
         "KAGGLEHUB_CACHE": str(folder), "DISABLE_KAGGLE_CACHE": "1", "DISABLE_COLAB_CACHE": "1",
@@ -360,13 +375,13 @@ def _kaggle_cache(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file to download: where to, and what the server says of it."""
+    """File to download: its address, target, size and version; the server reports the last two."""
 
     url: str
     path: Path
     size: int | None
-    version: str  # its ETag, which changes when the file does; empty where there is none
-    sha256: str  # by the catalog; empty where it does not say
+    version: str  # ETag, which changes with the file; "" if there is none
+    sha256: str  # from the catalog; "" if it gives none
 
     @property
     def partial(self) -> Path:
@@ -374,13 +389,13 @@ class _Remote:
 
 
 def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
-    """Each address as one file, in the order of the catalog."""
+    """Download each address as one file, in the order of the catalog."""
     by_hand = f"download it by hand, to {target}"
     names = [_file_name(url) for url in fetch.urls]
     if len(set(names)) < len(names):
-        raise FetchError(f"two addresses would be one file of {target}: {', '.join(names)}")
+        raise FetchError(f"two addresses have the same file name in {target}: {', '.join(names)}")
     with requests.Session() as session:
-        session.headers["Accept-Encoding"] = "identity"  # lengths are then those of the file
+        session.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the file
         remotes = []
         for url, name in zip(fetch.urls, names, strict=True):
             with _explained(url, by_hand, target / BEGUN):
@@ -388,7 +403,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         begun = _read(target / BEGUN).get("versions", {})
         for remote in remotes:
             if not remote.version or begun.get(remote.path.name) != remote.version:
-                remote.partial.unlink(missing_ok=True)  # of another file, for all that is known
+                remote.partial.unlink(missing_ok=True)  # may be of another version
         lacking = [each for each in remotes if each.size is None or _size(each.path) != each.size]
         _check_space(target, sum((each.size or 0) - _size(each.partial) for each in lacking))
         target.mkdir(exist_ok=True)
@@ -405,7 +420,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
 def _file_name(url: str) -> str:
     name = unquote(urlsplit(url).path.rpartition("/")[2])
     if not name or name.startswith(".") or re.search(r"[/\\:\0]", name):
-        raise FetchError(f"{url} does not end in a name for a file; correct the catalog")
+        raise FetchError(f"{url} does not end in a file name; correct the catalog")
     return name
 
 
@@ -424,7 +439,7 @@ def _ask(session: requests.Session, url: str, path: Path, sha256: str) -> _Remot
 
 
 def _download(session: requests.Session, remote: _Remote, progress: Progress) -> None:
-    """Go on with what there is of the file; give it its name when all of it has arrived."""
+    """Download the rest of a file, and give the file its name when complete."""
     have = _size(remote.partial)
     if have and have == remote.size:
         _accept(remote)
@@ -447,7 +462,7 @@ def _download(session: requests.Session, remote: _Remote, progress: Progress) ->
 
 
 def _accept(remote: _Remote) -> None:
-    """Give a whole file its name if it is what its name says; else remove it."""
+    """Check a complete file and give it its name; delete the file if the check fails."""
     try:
         check_content(remote.partial, remote.path.suffix)
         if remote.sha256:
@@ -459,7 +474,7 @@ def _accept(remote: _Remote) -> None:
 
 
 def _open(session: requests.Session, remote: _Remote, have: int) -> requests.Response:
-    """The file from byte `have` on (status 206), or all of it from a server that cannot do that."""
+    """Request the file from byte `have` on (status 206); a server may send the whole file."""
     url = remote.url
     headers = {"Range": f"bytes={have}-", "If-Range": remote.version} if have else {}
     response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
@@ -472,12 +487,12 @@ def _open(session: requests.Session, remote: _Remote, have: int) -> requests.Res
 
 
 def _expected(response: requests.Response, have: int) -> int | None:
-    """The length of the whole file; None where its end will be marked instead."""
+    """Return the length of the whole file; None for a chunked response, which marks its end."""
     if "Content-Length" in response.headers:
         return have + int(response.headers["Content-Length"])
     if response.headers.get("Transfer-Encoding", "").lower() == "chunked":
         return None
     raise FetchError(
-        f"{response.url}: the server gives no length, so that a part could pass for the "
-        "whole; download it by hand"
+        f"{response.url}: the server gives no length, so an incomplete file could not be "
+        "detected; download the file by hand"
     )

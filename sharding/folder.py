@@ -1,10 +1,11 @@
-"""Pack a folder that holds `real/` and `fake/` without a catalog of the user's: one is made here.
+"""Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-The sets lie below `folders/` in the place of all sets, apart from those of other catalogs:
+Main entry: `pack_folder()`, which also writes the catalog, so that the user needs none. The sets
+are below `folders/` in the folder of all sets, apart from the sets of other catalogs:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
-    folders/<name>-<hash of the folder's path>/<name>            the training set
-    folders/<name>-<hash of the folder's path>/<name>-val        the held-out one
+    folders/<name>-<hash of the folder's path>/<name>            training set
+    folders/<name>-<hash of the folder's path>/<name>-val        validation set
 """
 
 import hashlib
@@ -28,22 +29,25 @@ PLACE = "folders"
 CATALOG_FILE = "catalog.toml"
 
 CLASS_FOLDERS = (("real", "0_real"), ("fake", "1_fake"))
-"""What the folder of a class may be called, by label, in any case."""
+"""Allowed names of the folder of a class, by label, ignoring case."""
 
 HELD_OUT = 0.2
-"""The share of groups that is held out to choose the checkpoint by and to calibrate on."""
+"""Fraction of the groups in the validation set, which selects the checkpoint and calibrates it."""
 
 FEWEST = 20
-"""Images that a class needs: a fifth of fewer says nothing."""
+"""Minimum number of images per class: a fifth of fewer is too few to validate on."""
 
 MAX_BAD = 0.05
-"""The share of images that may be unreadable."""
+"""Maximum fraction of unreadable images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFolder:
-    """A packed folder: its name, where its sets lie, their names below the place of all sets, the
-    images of each class in them (by label), and how many shards were written this time.
+    """Result of packing a folder.
+
+    `place` is the folder with both sets. `train` and `validate` are the paths of the sets below the
+    folder of all sets, and the counts are their images per class, by label. `shards_written` is the
+    number of shards that this run wrote.
     """
 
     name: str
@@ -58,12 +62,13 @@ class PackedFolder:
 def pack_folder(
     folder: Path, data: AnyPath, *, jobs: int = 0, progress: Progress = no_progress
 ) -> PackedFolder:
-    """Pack the images of `folder` into two sets below `data`, or bring them up to date. `jobs` is
-    the number of processes, 0 for one per core.
+    """Pack the images of `folder` into two sets below `data`, or update the sets.
+
+    `jobs` is the number of processes, 0 for one per core.
 
     Raises:
-        CatalogError: a folder of a class is missing, or holds too few images.
-        ShardError, OSError: as `sharding.build.build`.
+        CatalogError: the folder of a class is missing, or a class has too few images.
+        ShardError, OSError: see `sharding.build.build`.
     """
     folder = folder.resolve()
     sides = _class_folders(folder)
@@ -72,7 +77,7 @@ def pack_folder(
     place = data / PLACE / f"{name}-{digest}"
     text = _catalog_text(name, folder, sides)
     catalog = recipes.build(Catalog, tomllib.loads(text), str(place / CATALOG_FILE))
-    # What is kept for testing is trained on here no more than elsewhere.
+    # Images that are kept for testing must not be trained on here either.
     catalog = replace(catalog, exclude=read_catalog([BUILT_IN]).exclude)
     _refuse_few(folder, sides, catalog)
     make_folder(place)
@@ -89,8 +94,8 @@ def pack_folder(
     for kind, of_train, of_val in zip(CLASSES, train, validate, strict=True):
         if not (of_train and of_val):
             raise CatalogError(
-                f"of the {kind} images in {folder} {of_train} are left to train on and {of_val} to "
-                "validate on, without copies and near-duplicates; add images that differ"
+                f"{kind} images in {folder} without duplicates: {of_train} for training and "
+                f"{of_val} for validation, expected at least 1 of each; add images that differ"
             )
     return PackedFolder(
         name=name,
@@ -104,30 +109,32 @@ def pack_folder(
 
 
 def _class_folders(folder: Path) -> list[list[str]]:
-    """The folders of each class that are there, by label.
+    """List the folders of each class, by label.
 
     Raises:
-        CatalogError: one has none, or the folder's name is not UTF-8.
+        CatalogError: a class has no folder, or the name of `folder` is empty or not UTF-8.
     """
     if printable(str(folder)) != str(folder) or not folder.name:
-        raise CatalogError(f"{printable(str(folder))} cannot be packed by its name; rename it")
+        raise CatalogError(
+            f"{printable(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
+        )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     sides = [[name for name in names if name.lower() in known] for known in CLASS_FOLDERS]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
             there = ", ".join(printable(name) for name in names[:8]) or "no folder"
             raise CatalogError(
-                f"{folder} has no folder of {kind} images (expected {' or '.join(known)}; there "
-                f"is {there}); rename one, or let `python -m sharding describe {folder}` write a "
-                "catalog for other names"
+                f"{folder} has no folder of {kind} images (expected {' or '.join(known)}, "
+                f"found {there}); rename a folder, or let `python -m sharding describe {folder}` "
+                "write a catalog for other names"
             )
     return sides
 
 
 def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
-    """The catalog of a folder."""
+    """Return the catalog of a folder as TOML."""
     lines = [
-        f"# Made from the folders of {folder}; it is written anew each time.",
+        f"# Made from the folders of {folder}; overwritten each time the folder is packed.",
         "",
         "[sets]",
         f'{name} = "train"',
@@ -141,7 +148,7 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
     for kind, side in zip(CLASSES, sides, strict=True):
         lines.append(f"{kind} = [")
         for path in side:
-            if kind == "fake":  # a folder inside it names the generator
+            if kind == "fake":  # a subfolder names the generator
                 within = json.dumps(f"{path}/<generator>")
                 lines.append(f"    {{ folder = {within}, optional = true }},")
             generator = "unknown" if kind == "fake" else "camera"
@@ -152,10 +159,10 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
 
 
 def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
-    """Refuse a class with too few images, before any is decoded.
+    """Refuse a class with too few images, before any image is decoded.
 
     Raises:
-        CatalogError: with how many there are.
+        CatalogError: the message gives the number of images.
     """
     ((name, source),) = catalog.sources.items()
     counts = Counter(item.label for item in list_source(name, source, folder.parent).items)
@@ -164,6 +171,6 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
             where = " and ".join(str(folder / side) for side in sides[label])
             count = f"{counts[label]} images" if counts[label] else "no image"
             raise CatalogError(
-                f"{where} holds {count}; expected at least {FEWEST} {kind} ones (a fifth is held "
-                "out), such as .jpg, .png or .webp files, in folders or zip archives"
+                f"{where} has {count}; expected at least {FEWEST} {kind} images (a fifth is for "
+                "validation), such as .jpg, .png or .webp files, in folders or zip archives"
             )

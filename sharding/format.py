@@ -1,9 +1,15 @@
-"""THE DISK CONTRACT: what a shard set holds.
+"""Disk format of a shard set: its files, its index and its samples table.
 
-A set is a folder: `<source>-<split>-<NNNNN>.tar` with `<key>.<jpg|png|webp>` (original bytes) and
-`<key>.json`, one `.idx` beside each tar (for DALI's reader), `samples.parquet` with one row per
-sample, `_info.json` (for timm's), and `index.json`, written last. A folder without `index.json` is
-not a set. The format is described for people without this code in `docs/shards.md`.
+Main entries: `open_shards()` and `read_index()`. A set is a folder with these files:
+
+    <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
+    <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
+    samples.parquet                 one row per sample
+    _info.json                      shard lengths, for timm's reader
+    excluded.csv                    images that are not in the set, with reasons
+    index.json                      written last: a folder without it is not a set
+
+`docs/shards.md` describes the format without reference to this code.
 """
 
 import contextlib
@@ -24,10 +30,10 @@ from storage import AnyPath, is_local, text_fault
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
-"""Class names; a label is a position in this tuple, everywhere: 0 real, 1 fake."""
+"""Class names; a label is an index into this tuple: 0 real, 1 fake."""
 
 IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats that a shard may hold, and the extension of their members."""
+"""Image formats allowed in a shard, with the file extension of their members."""
 
 SAMPLES_FILE = "samples.parquet"
 INDEX_FILE = "index.json"
@@ -35,7 +41,7 @@ EXCLUDED_FILE = "excluded.csv"
 TIMM_FILE = "_info.json"
 
 ROW_GROUP = 65536
-"""Rows of the table that are read at a time."""
+"""Rows per row group of the samples table; a row group is read as a whole."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 SAMPLES_SCHEMA = pa.schema(
@@ -44,7 +50,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("offset", pa.int64()),  # of the image's first byte in the tar
         ("size", pa.int32()),  # bytes of the image
-        ("sha256", pa.binary(32)),  # of those bytes
+        ("sha256", pa.binary(32)),  # of the bytes of the image
         ("label", pa.int8()),
         ("source", _name),
         ("generator", _name),
@@ -53,13 +59,13 @@ SAMPLES_SCHEMA = pa.schema(
         ("width", pa.int32()),  # pixels, upright: after the EXIF orientation
         ("height", pa.int32()),
         ("format", _name),
-        ("chroma", _name),  # 420, 422, 444, ...; Gray; empty where it is no JPEG
-        ("jpeg_quality", pa.int8()),  # estimate, 1 to 100; 0 where it is no JPEG
-        ("jpeg_tables", _name),  # hash of the quantization tables; empty where it is no JPEG
+        ("chroma", _name),  # 420, 422, 444, ...; Gray; empty if not a JPEG
+        ("jpeg_quality", pa.int8()),  # estimate, 1 to 100; 0 if not a JPEG
+        ("jpeg_tables", _name),  # hash of the quantization tables; empty if not a JPEG
         ("exif", pa.bool_()),  # whether the published file carried EXIF
         ("orientation", pa.int8()),  # EXIF, 1 to 8
         ("phash", pa.uint64()),  # perceptual hash
-        ("transcoded_from", _name),  # the format before packing; empty where bytes are original
+        ("transcoded_from", _name),  # format before packing; empty if bytes are original
         ("origin", pa.string()),  # path below the raw folder
     ]
 )
@@ -69,22 +75,22 @@ _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
 
 class ShardError(ValueError):
-    """A shard set that cannot be used; the message says what was found and what to do."""
+    """Error of an unusable shard set; the message says what was found and what to do."""
 
 
 def shard_name(source: str, split: str, number: int) -> str:
-    """`<source>-<split>-<NNNNN>.tar`."""
+    """Return the file name of a shard: `<source>-<split>-<NNNNN>.tar`."""
     return f"{source}-{split}-{number:05d}.tar"
 
 
 def member_metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What `<key>.json` says of a sample; `cls` is its label as a number, which timm asks for."""
+    """Return the content of `<key>.json`; `cls` is the label as a number, which timm needs."""
     names = {name: row[name] for name in ("source", "generator", "origin")}
     return {"label": CLASSES[row["label"]], "cls": int(row["label"]), **names}
 
 
 def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
-    """The `_info.json` that timm's webdataset reader looks for, from a set's index."""
+    """Return the content of `_info.json`, for timm's webdataset reader, from a set's index."""
     shards = index["shards"]
     split = {
         "name": index["split"],
@@ -109,20 +115,20 @@ _SOURCE_KEYS = {
 
 
 def _check_keys(value: Any, keys: Mapping[str, type], where: str) -> None:
-    """Check that an index has what is read of it, so that no later place has to."""
+    """Check that an index has all keys with the right types, so that its readers need no checks."""
     if not isinstance(value, dict):
-        raise ShardError(f"{where} holds a {type(value).__name__}, expected an object; {_ANEW}")
+        raise ShardError(f"{where} is a {type(value).__name__}, expected an object; {_ANEW}")
     for key, kind in keys.items():
         if not isinstance(value.get(key), kind) or (kind is int and value[key] is True):
             is_there = f"is {str(value[key])[:40]!r}" if key in value else "is missing"
             raise ShardError(f"{where}: {key} {is_there}, expected {kind.__name__}; {_ANEW}")
 
 
-_ANEW = "the file is damaged: copy the set anew, or build it again"
+_ANEW = "the file is damaged; copy the set again, or build it again"
 
 
 def content_sha256(index: Mapping[str, Any]) -> str:
-    """The hash of all that an index says, its key `content_sha256` excepted."""
+    """Return the SHA-256 of an index without its key `content_sha256`."""
     content = {key: value for key, value in index.items() if key != "content_sha256"}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -130,13 +136,13 @@ def content_sha256(index: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """One or more shard sets on disk, seen as one table; a sample is a row number.
+    """One or more shard sets, opened as one table; a sample is a row number.
 
-    `folders[code]` holds the shard `shards[code]` of `shard_samples[code]` samples,
-    `shard_bytes[code]` bytes and hash `shard_sha256[code]`; the column `shard_code` says which one
-    a row is in. `sources` is what the
-    index says of each source: license, augmentation policy, replay. `sha256` stands for everything:
-    it covers the hashes of the tables and of the tars.
+    Shard number `code` is the file `shards[code]` in `folders[code]`, with `shard_samples[code]`
+    samples, `shard_bytes[code]` bytes and the hash `shard_sha256[code]`. The table's column
+    `shard_code` gives the shard of each row. `sources` are the entries of the sources in the index:
+    license, augmentation policy, replay and more. `sha256` is a hash of the indexes, which contain
+    the hashes of the tables and tars.
     """
 
     folders: tuple[AnyPath, ...]
@@ -153,50 +159,50 @@ class ShardSet:
         return self.table.num_rows
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column as an array of the table's dtype, one value per sample."""
+        """Return a numeric column as an array (n,) of the table's dtype."""
         if name not in self._columns:
             self._columns[name] = numbers_of(self.table.column(name))
         return self._columns[name]
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of names as (int32 code per sample, names): `names[codes[i]]` is the value."""
+        """Return a column of names as (int32 codes (n,), names); `names[codes[i]]` is the value."""
         if name not in self._columns:
             self._columns[name] = codes_of(self.table.column(name))
         return self._columns[name]
 
     def names(self, column: str, samples: np.ndarray) -> list[str]:
-        """The names in a column of names, one for each of `samples`."""
+        """Return the values of a column of names for `samples`."""
         codes, names = self.codes(column)
         return [names[code] for code in codes[samples]]
 
     def text(self, name: str, sample: int) -> str:
-        """One value of a text column."""
+        """Return one value of a text column."""
         return self.table.column(name)[int(sample)].as_py()
 
     def shard_path(self, sample: int) -> AnyPath:
-        """The tar that holds a sample."""
+        """Return the path of the tar with a sample."""
         code = int(self.column("shard_code")[sample])
         return self.folders[code] / self.shards[code]
 
     def name(self, sample: int) -> str:
-        """A sample as messages name it: set, shard and key."""
+        """Name a sample for messages: set, shard and key."""
         path = self.shard_path(sample)
         return f"{path.parent.name}/{path.name}:{self.text('key', sample)}"
 
     def take(self, samples: np.ndarray) -> "ShardSet":
-        """These samples only, in this order, as a set of their own with its own `sha256`."""
+        """Return a `ShardSet` of these samples, in this order, with another `sha256`."""
         rows = np.asarray(samples, np.int64)
         digest = hashlib.sha256(self.sha256.encode() + rows.astype("<i8").tobytes())
         return replace(self, table=self.table.take(rows), sha256=digest.hexdigest(), _columns={})
 
     def describe(self) -> str:
-        """The folders, for messages."""
+        """List the folders for messages."""
         return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
 
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A column without nulls; not by pyarrow's `to_numpy`, which imports pandas."""
-    if pa.types.is_boolean(column.type):  # packed bits, which dlpack cannot say
+    """Convert a column without nulls to an array. pyarrow's `to_numpy` would import pandas."""
+    if pa.types.is_boolean(column.type):  # packed bits, which dlpack does not support
         column = pc.cast(column, pa.uint8())
         return numbers_of(column).astype(np.bool_)
     chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
@@ -204,7 +210,7 @@ def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """The codes and names of a dictionary column whose chunks may have different dictionaries."""
+    """Return codes and names of a dictionary column; its chunks may have different dictionaries."""
     chunks = column.unify_dictionaries().chunks
     if not chunks:
         return np.empty(0, np.int32), []
@@ -213,10 +219,11 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 
 
 def read_index(folder: AnyPath) -> dict[str, Any]:
-    """The parsed `index.json` of a set.
+    """Read and check the `index.json` of a set.
 
     Raises:
-        ShardError: no such folder, no `index.json` (the build did not finish), or another version.
+        ShardError: no folder, no `index.json` (the build did not finish), another format version,
+            or a damaged index.
     """
     with _explained(folder):
         return _read_index(folder)
@@ -224,7 +231,7 @@ def read_index(folder: AnyPath) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(folder: AnyPath) -> Iterator[None]:
-    """The clients behind an address raise errors of their own kinds; here they become one."""
+    """Turn the different errors of remote storage clients into a `ShardError`."""
     try:
         yield
     except (ShardError, OSError):
@@ -252,7 +259,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
         raise ShardError(
             f"no shard set at {folder}; "
             + (
-                f"{folder.parent} holds {', '.join(beside)}"
+                f"{folder.parent} has the sets {', '.join(beside)}"
                 if beside
                 else f"make one with `python -m sharding build`, or try `{DEMO}`"
             )
@@ -260,7 +267,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ShardError(f"{path} is no JSON ({text_fault(error)}); {_ANEW}") from error
+        raise ShardError(f"{path} is not JSON ({text_fault(error)}); {_ANEW}") from error
     _check_keys(index, {"format_version": int}, str(path))
     if index["format_version"] != FORMAT_VERSION:
         raise ShardError(
@@ -274,17 +281,17 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     for shard_index, entry in enumerate(index["shards"]):
         _check_keys(entry, _SHARD_KEYS, f"{path}: shard {shard_index}")
         if not _SHARD_NAME.fullmatch(entry["name"]):
-            raise ShardError(f"{path}: shard {shard_index} is called {entry['name']!r}; {_ANEW}")
+            raise ShardError(f"{path}: shard {shard_index} has the name {entry['name']!r}; {_ANEW}")
     for name, entry in index["sources"].items():
         _check_keys(entry, _SOURCE_KEYS, f"{path}: source {name}")
     return index
 
 
 def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
-    """Open sets as one `ShardSet`, rows in the order of `folders`.
+    """Open sets as one `ShardSet`, with the rows in the order of `folders`.
 
     Raises:
-        ShardError: as `read_index`, or a table that does not belong to its index.
+        ShardError: see `read_index`; or a samples table does not match its index.
     """
     tables, counts, sizes, hashes, homes = [], [], [], [], []
     shards: list[str] = []
@@ -307,7 +314,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
         except (KeyError, OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
             raise ShardError(
-                f"{folder / SAMPLES_FILE} is no table of samples ({reason}); {_ANEW}"
+                f"{folder / SAMPLES_FILE} is not a samples table ({reason}); {_ANEW}"
             ) from error
         shards += names
         counts += [shard["samples"] for shard in index["shards"]]
@@ -329,7 +336,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
 
 
 def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
-    """Sets, or parts of sets, as one: their rows behind each other."""
+    """Concatenate sets, or parts of sets, into one."""
     tables, first = [], 0
     for part in parts:
         code = pc.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))
@@ -349,23 +356,23 @@ def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
 
 
 def table_from(data: bytes) -> pa.Table:
-    """The table in the bytes of a parquet file.
+    """Read a table from the bytes of a parquet file.
 
-    Not by `pyarrow.parquet.read_table`: that imports pandas where it is installed (most of a
-    second), and on a Python stream it may abort the process when that ends (pyarrow 26).
+    `pyarrow.parquet.read_table` is not used: it imports pandas if installed (most of a second), and
+    with a Python stream it may abort the process at exit (pyarrow 26).
     """
     file = pq.ParquetFile(pa.BufferReader(data))
     groups = []
     for group_index in range(file.num_row_groups):
         groups.append(file.read_row_group(group_index))
-        pa.default_memory_pool().release_unused()  # else the buffers of all of them pile up
+        pa.default_memory_pool().release_unused()  # otherwise all groups' buffers stay allocated
     return pa.concat_tables(groups) if groups else file.read()
 
 
 def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
-    """The table with its shard column coded by position in the opened sets, starting at `first`.
+    """Replace the column `shard` by `shard_code`: the number of the shard, counted from `first`.
 
-    Two sets may hold shards of one name; coded by position they stay apart.
+    Numbers keep shards apart that have the same name in two sets.
     """
     codes, used = codes_of(table.column("shard"))
     position = {name: first + index for index, name in enumerate(names)}

@@ -1,9 +1,9 @@
-"""Files of one commit of a Git repository, read by the `git` command without a checkout.
+"""Extract the files of one commit of a Git repository with the `git` command, without a checkout.
 
-Nothing of the repository is executed: no checkout (so no filter, no LFS smudge), no hook, no
-submodule, no prompt, and no protocol but https and file. A folder of this machine is read where it
-lies, with every protocol refused. Each file is checked against its object name, which the commit
-fixes.
+Main entry: `extract()`, a `Git` entry of the catalog in, files in a folder out. Nothing in the
+repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no submodule, no
+prompt. Only the protocols https and file are allowed, and none for a local repository, which is
+read in its folder. Each file is checked against its object name, which the commit determines.
 """
 
 import functools
@@ -25,13 +25,13 @@ from sharding.downloads import FetchError
 from storage import check_inside, naming, partial_of
 
 BATCH = 2000
-"""Blobs of one request: an interrupted download keeps the batches that arrived."""
+"""Blobs per request: an interrupted download keeps the finished batches."""
 
 PIECE = 2**20
-"""Bytes that are read at once."""
+"""Bytes to read at once."""
 
 MOST_BYTES = 255
-"""UTF-8 bytes of one part of a path, as common file systems have it."""
+"""Maximum UTF-8 bytes of one part of a path, the limit of common file systems."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Extracted:
-    """The files that lie in the folder now, and how many matching ones were left out, by reason."""
+    """Result of `extract`: the files in the folder, and counts of the excluded files by reason."""
 
     names: list[str]
     left_out: dict[str, int]
@@ -65,7 +65,7 @@ class Extracted:
 
 @dataclass(frozen=True)
 class _Repository:
-    """A Git directory of this machine, and the protocols that its commands may use."""
+    """Git directory on this machine, the address of its remote, and the allowed protocols."""
 
     folder: Path
     address: str
@@ -97,21 +97,22 @@ class _Repository:
             return f"{address} has no such commit; correct `commit` in the catalog"
         lines = [line for line in stderr.splitlines() if line.startswith(("fatal:", "error:"))]
         reason = without_secrets((lines or stderr.splitlines() or ["no reason given"])[0])
-        return f"no files from {address}: {reason}; run the command again to resume"
+        return f"download from {address} failed: {reason}; run the command again to resume"
 
 
 def extract(
     git: Git, folder: Path, work: Path, mirror: Path | None, progress: Progress
 ) -> Extracted:
-    """Write the files that `git` describes below `folder`, at their paths in the repository.
+    """Write the files selected by `git` into `folder`, at their paths in the repository.
 
-    `work` is a Git directory that the download may use and a later call resumes with; `mirror` is
-    searched for a local copy first (`find_mirror`). Files that lie in `folder` with the right bytes
-    are kept.
+    `mirror` is searched first for a local copy (`find_mirror`). Otherwise the objects are
+    downloaded to the Git directory `work`, which a later call uses to resume. Files in `folder`
+    that already have the right bytes are kept.
 
     Raises:
-        FetchError: no git, no network, no such commit, or other files than the catalog expects.
-        OSError, ValueError: the disk, or a link that leads out of `folder`.
+        FetchError: git is missing, the network fails, the commit does not exist, or the files are
+            not those that the catalog expects.
+        OSError, ValueError: the disk fails, or a link leads out of `folder`.
     """
     local = _local_folder(git.repository, mirror)
     repository = _Repository(local or work, git.repository, "none" if local else "https:file")
@@ -119,7 +120,7 @@ def extract(
         _download_commit(repository, git.commit)
     if repository.run("cat-file", "-t", git.commit).strip() != b"commit":
         raise FetchError(
-            f"{without_secrets(git.repository)}: {git.commit} is no commit; correct the catalog"
+            f"{without_secrets(git.repository)}: {git.commit} is not a commit; correct the catalog"
         )
     entries, left_out = _choose(
         git, repository.run("ls-tree", "-r", "-z", "--full-tree", git.commit)
@@ -147,19 +148,20 @@ def extract(
     names = sorted(set(names) - set(pointers))
     if not names:
         raise FetchError(
-            f"{without_secrets(git.repository)} holds nothing to use: {counted(left_out)}"
+            f"{without_secrets(git.repository)} has no usable file: {counted(left_out)}"
         )
     return Extracted(names, {reason: n for reason, n in sorted(left_out.items()) if n})
 
 
 def counted(left_out: Mapping[str, int]) -> str:
-    """The counts of what was left out as a message has them."""
+    """Format the counts of excluded files for a message."""
     return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 
 
 def find_mirror(mirror: Path, repository: str) -> Path | None:
-    """The Git directory of a repository below a folder of mirrors, which holds OWNER+NAME: the
-    directory itself, or one of `.git`, `repo` and `repo/.git` in it. None where there is none.
+    """Return the Git directory of a repository in a folder of mirrors, or None.
+
+    The Git directory is the folder OWNER+NAME itself, or `.git`, `repo` or `repo/.git` in it.
     """
     parts = urlsplit(repository).path.strip("/").removesuffix(".git").split("/")
     place = mirror / "+".join(parts[-2:])
@@ -168,7 +170,7 @@ def find_mirror(mirror: Path, repository: str) -> Path | None:
 
 
 def _local_folder(repository: str, mirror: Path | None) -> Path | None:
-    """Where the repository lies on this machine, if it does."""
+    """Return the Git directory of the repository on this machine, or None."""
     if mirror and (folder := find_mirror(mirror, repository)):
         return folder
     if not repository.startswith("/"):
@@ -183,7 +185,7 @@ def _command(folder: Path, *words: str) -> list[str]:
 
 
 def _environment(protocols: str) -> dict[str, str]:
-    """The environment of git: none of the caller's GIT variables, no prompt, English messages."""
+    """Return git's environment: no GIT variables of the caller, no prompts, English messages."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return kept | {
         "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS": "", "LC_ALL": "C",
@@ -204,10 +206,10 @@ _FETCH = (
 
 
 def _download_commit(repository: _Repository, commit: str) -> None:
-    """Bring the commit and its trees, and its blobs too where the server knows no filter."""
+    """Fetch the commit and its trees. A server without filters sends the blobs too."""
     if not (repository.folder / "HEAD").is_file():
         repository.run("init", "--quiet", "--bare", "--template=", str(repository.folder))
-    for lock in repository.folder.rglob("*.lock"):  # of a killed download: this one is alone
+    for lock in repository.folder.rglob("*.lock"):  # left by a killed download
         lock.unlink()
     repository.run(*_FETCH, "--depth=1", "--", repository.address, commit)
 
@@ -219,7 +221,7 @@ def _download_blobs(repository: _Repository, blobs: Sequence[str]) -> None:
 
 
 def _missing(repository: _Repository, commit: str) -> set[str]:
-    """The objects of a commit that are not in the Git directory."""
+    """Return the objects of a commit that are missing in the Git directory."""
     listed = repository.run("rev-list", "-1", "--objects", "--missing=print", commit)
     return {line[1:41].decode() for line in listed.splitlines() if line.startswith(b"?")}
 
@@ -228,7 +230,7 @@ def _missing(repository: _Repository, commit: str) -> set[str]:
 
 
 def _choose(git: Git, tree: bytes) -> tuple[list[Entry], Counter[str]]:
-    """The regular files of a `ls-tree -z` that fit the catalog, and what was left out."""
+    """Select regular files in the output of `ls-tree -z`, and count the excluded files."""
     pattern, left_out, entries = re.compile(git.pattern), Counter[str](), []
     for line in tree.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
@@ -245,29 +247,29 @@ def _choose(git: Git, tree: bytes) -> tuple[list[Entry], Counter[str]]:
     where = f"{without_secrets(git.repository)} at {git.commit[:12]}"
     rule = f"below = {git.below!r}, pattern = {git.pattern!r}"
     if not entries:
-        raise FetchError(f"{where}: no file fits {rule}; correct the catalog")
+        raise FetchError(f"{where}: no file matches {rule}; correct the catalog")
     if git.count and len(entries) != git.count:
         raise FetchError(
-            f"{where}: {len(entries):,} files fit {rule}, the catalog expects {git.count:,}; "
-            "correct the one or the other"
+            f"{where}: {len(entries):,} files match {rule}, the catalog expects {git.count:,}; "
+            "correct the count or the rule"
         )
     digest = manifest_sha256(entries)
     if git.manifest_sha256 and digest != git.manifest_sha256:
         raise FetchError(
-            f"{where}: the files that fit {rule} have the manifest {digest[:12]}..., the catalog "
-            f"says {git.manifest_sha256[:12]}...; correct the one or the other"
+            f"{where}: the files that match {rule} have manifest_sha256 {digest[:12]}..., the "
+            f"catalog says {git.manifest_sha256[:12]}...; correct the hash or the rule"
         )
     return entries, left_out
 
 
 def manifest_sha256(entries: Sequence[Entry]) -> str:
-    """The hash of the lines `<object name> <path>` of the files, sorted."""
+    """Return the SHA-256 of the sorted lines `<object name> <path>` of the files."""
     lines = sorted(f"{entry.blob} {entry.path}\n" for entry in entries)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _is_safe(path: str) -> bool:
-    """Whether a path stays below its folder on every system and is no hidden file."""
+    """Return whether a path stays below its folder on every system and has no hidden part."""
     return all(
         part
         and not part.startswith(".")
@@ -277,16 +279,16 @@ def _is_safe(path: str) -> bool:
     )
 
 
-# --- their bytes ----------------------------------------------------------------------------------
+# --- the bytes of files ---------------------------------------------------------------------------
 
 
 def _blob_name(size: int) -> "hashlib._Hash":
-    """The hash of a blob's object name, begun with its header; Git names objects by SHA-1."""
+    """Start the hash of a blob's object name, a SHA-1, with the header of the blob."""
     return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def _has_blob(path: Path, blob: str) -> bool:
-    """Whether a file has the bytes of a blob."""
+    """Return whether a file has the bytes of a blob."""
     if path.is_symlink() or not path.is_file():
         return False
     name = _blob_name(path.stat().st_size)
@@ -304,7 +306,7 @@ def _is_pointer(path: Path) -> bool:
 def _write_blobs(
     repository: _Repository, folder: Path, entries: Sequence[Entry], advance: Callable[..., None]
 ) -> None:
-    """Write each blob to its path; a file has its name when its bytes are whole."""
+    """Write each blob to its path; a file gets its name only when complete."""
     command = _command(repository.folder, "cat-file", "--batch")
     try:
         process = subprocess.Popen(
@@ -325,7 +327,7 @@ def _write_blobs(
 
 
 def _read_blob(process: subprocess.Popen[bytes], entry: Entry, address: str) -> Iterator[bytes]:
-    """Ask `git cat-file --batch` for a blob: its header's size as 8 bytes, then its pieces."""
+    """Read a blob from `git cat-file --batch`; yield its size as 8 bytes, then its pieces."""
     assert process.stdin and process.stdout
     process.stdin.write(f"{entry.blob}\n".encode())
     process.stdin.flush()
@@ -356,7 +358,7 @@ def _write_blob(path: Path, entry: Entry, pieces: Iterator[bytes]) -> None:
                 name.update(piece)
                 stream.write(piece)
         if name.hexdigest() != entry.blob:
-            raise FetchError(f"{entry.path} has other bytes than its object name says; fetch anew")
+            raise FetchError(f"{entry.path} does not match its object name; run the command again")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""The inventory: every raw image read and decoded once, and described in one row.
+"""Read and decode every raw image once, and write one row of facts per image: the inventory.
 
-It lies below the output, in `.build/inventory/`, so that a second build decodes only what is new or
-has changed, and so that sources whose raw files are gone stay known.
+Main entries: `take_inventory()` decodes images, `finish_source()` joins the rows of a source. The
+inventory is stored below the output in `.build/inventory/`, so that the next build decodes only new
+and changed images, and can use packed sources whose raw files are gone.
 """
 
 import hashlib
@@ -21,11 +22,11 @@ from sharding.raw import read_all
 from storage import AnyPath, any_path, files_in, write_atomically
 
 FACTS_VERSION = "3"
-"""Changes when `prepare` would describe an image in another way; old rows are then made again."""
+"""Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
 
 CHUNK = 256
-"""Images per task: a second of work, which is what a kill can lose, and what the last process works
-alone at most."""
+"""Images per task, about one second of work. A kill loses at most one task per process, and at the
+end the last process works alone for at most one task."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 
@@ -41,7 +42,7 @@ ITEM_SCHEMA = pa.schema(
 FACT_SCHEMA = pa.schema(
     [
         ("error", pa.string()),  # why the image cannot be used; the rest is then empty
-        ("sha256", pa.binary(32)), ("stored", pa.int32()),  # of the bytes that a shard will hold
+        ("sha256", pa.binary(32)), ("stored", pa.int32()),  # of the bytes to pack
         ("thumbnail", pa.binary(256)),
         ("width", pa.int32()), ("height", pa.int32()), ("format", _name), ("chroma", _name),
         ("jpeg_quality", pa.int8()), ("jpeg_tables", _name), ("exif", pa.bool_()),
@@ -52,7 +53,7 @@ FACT_SCHEMA = pa.schema(
 SCHEMA = pa.schema([*ITEM_SCHEMA, *FACT_SCHEMA])
 
 _KEY = ["origin", "member", "size", "version", "excluded"]
-"""What tells whether a row still describes the file."""
+"""Columns that identify a version of a file; the facts of a file are valid while all are equal."""
 
 _NO_FACTS = Facts(
     width=0, height=0, format="", chroma="", jpeg_quality=0, jpeg_tables="", exif=False,
@@ -61,7 +62,7 @@ _NO_FACTS = Facts(
 
 
 def item_table(items: Sequence[Item]) -> pa.Table:
-    """Items as a table: a hundred bytes each instead of a thousand."""
+    """Convert items to a table, which takes a hundred bytes per item instead of a thousand."""
     columns = zip(*items, strict=True) if items else [[] for _ in ITEM_SCHEMA]
     arrays = [
         pa.array(column, field.type) for column, field in zip(columns, ITEM_SCHEMA, strict=True)
@@ -70,7 +71,7 @@ def item_table(items: Sequence[Item]) -> pa.Table:
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
-    """The row of an image that decodes."""
+    """Return the row of an image that can be decoded."""
     return {
         "error": "",
         "sha256": hashlib.sha256(prepared.data).digest(),
@@ -80,7 +81,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 
 
 def refuse(reason: str) -> dict[str, Any]:
-    """The row of an image that does not."""
+    """Return the row of an image that cannot be decoded."""
     return {
         "error": reason or "unknown",
         "sha256": bytes(32),
@@ -90,10 +91,12 @@ def refuse(reason: str) -> dict[str, Any]:
 
 
 def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
-    """Decode `items` and write their rows to `folder/name`; returns how many. Runs in a worker.
+    """Decode `items` and write their rows to `folder/name`. Runs in a worker.
+
+    Returns the number of rows. The row of an image that cannot be decoded contains the reason.
 
     Raises:
-        OSError: a file that cannot be read (never: a bad image, whose row says why).
+        OSError: a file cannot be read.
     """
     rows = items.to_pylist()
     facts = []
@@ -123,10 +126,10 @@ def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
 
 
 def known_facts(folder: AnyPath, source: str) -> pa.Table | None:
-    """Rows that earlier runs left for a source, finished or not."""
+    """Read the rows that earlier runs wrote for a source, even if they did not finish."""
     tables = []
     for path in files_in(folder):
-        # Not what is still being written, by a worker whose builder was killed.
+        # Skip partial files: a worker of a killed build may still be writing them.
         whole = path.suffix == ".parquet"
         if whole and (path.stem == source or path.name.startswith(f"{source}+")):
             table = _read(path)
@@ -138,7 +141,7 @@ def known_facts(folder: AnyPath, source: str) -> pa.Table | None:
 def missing_chunks(
     source: str, items: pa.Table, facts: pa.Table | None
 ) -> Iterator[tuple[str, pa.Table]]:
-    """The items without facts, as (file name, items) for `take_inventory`."""
+    """Yield the items without facts as (file name, items) for `take_inventory`."""
     where = _match(items, facts)
     missing = items.filter(pc.is_null(where))
     for start in range(0, missing.num_rows, CHUNK):
@@ -149,7 +152,7 @@ def missing_chunks(
 
 
 def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listing) -> pa.Table:
-    """Join the items of a source with their facts, write them as one file, drop the pieces."""
+    """Join a source's items with their facts, write one file, and delete the partial ones."""
     facts = known_facts(folder, source)
     where = _match(items, facts)
     if where.null_count:
@@ -174,10 +177,10 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
 
 
 def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None:
-    """What an earlier build found in a source, whose raw files may be gone; None if nothing.
+    """Read the inventory of a source from an earlier build; None if there is none.
 
     Raises:
-        ShardError: it was written by another version of this program.
+        ShardError: the file is damaged, or written by another version of this program.
     """
     path = folder / f"{source}.parquet"
     if not path.exists():
@@ -192,7 +195,7 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
     if (version := _version_of(table)) != FACTS_VERSION:
         raise ShardError(
             f"{path} has inventory version {version}, expected {FACTS_VERSION}, and the raw files "
-            f"of {source} are gone; put them back and build again, or delete it to drop the source"
+            f"of {source} are gone; restore them and build again, or delete it to drop the source"
         )
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
 
@@ -213,10 +216,10 @@ def _read(path: AnyPath) -> pa.Table:
 
 
 def _version_of(table: pa.Table) -> str:
-    """The `FACTS_VERSION` that a table was written with.
+    """Return the `FACTS_VERSION` that a table was written with.
 
     Raises:
-        KeyError: it has none.
+        KeyError: the table has none.
     """
     metadata = table.schema.metadata or {}
     if b"facts" not in metadata:
@@ -225,12 +228,12 @@ def _version_of(table: pa.Table) -> str:
 
 
 def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:
-    """For each item the row of its facts, or null."""
+    """Return for each item the row number of its facts, or null."""
     if facts is None:
         return pa.nulls(items.num_rows, pa.int64())
     left = items.select(_KEY).append_column("item", pa.array(range(items.num_rows)))
     right = facts.select(_KEY).append_column("fact", pa.array(range(facts.num_rows)))
     joined = left.join(right, keys=_KEY, join_type="left outer", use_threads=False)
-    # A file may be described twice, by runs that overlapped: any row will do.
+    # Runs that overlapped may have described a file twice: any of the rows is right.
     best = joined.group_by("item", use_threads=False).aggregate([("fact", "max")]).sort_by("item")
     return best.column("fact_max").combine_chunks()

@@ -1,4 +1,7 @@
-"""What is known of the sources of a catalog: what is on disk, what is packed, and every fact."""
+"""List the sources of a catalog: whether they are on disk and packed, and all facts about each.
+
+Main entries: `rows_of()` for the table of all sources, `facts_of()` for one source.
+"""
 
 from collections.abc import Mapping
 
@@ -7,11 +10,11 @@ from sharding.format import CLASSES
 from storage import AnyPath
 
 COLUMNS = ("source", "goes to", "on disk", "packed", "images", "size", "license")
-"""Of `rows_of`."""
+"""Headings of the table of `rows_of`."""
 
 
 def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> list[list[str]]:
-    """A row of `COLUMNS` per source; `packed` says of a source which sets hold how much of it."""
+    """Return one row of `COLUMNS` per source; `packed` gives the sets and image counts of each."""
     return [
         [
             name,
@@ -27,25 +30,25 @@ def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> 
 
 
 def sets_of(source: Source) -> list[str]:
-    """Every set that images of a source may go to."""
+    """List every set that images of a source may go to."""
     return sorted({name for shares in source.destinations() for name in shares})
 
 
 def _images(source: Source) -> str:
-    """How many images of each class are expected; empty where nobody counted."""
+    """Format the expected number of images per class; empty if the catalog has none."""
     return ", ".join(
         f"{source.expected[kind]:,} {kind}" for kind in CLASSES if kind in source.expected
     )
 
 
 def facts_of(name: str, catalog: Catalog) -> list[str]:
-    """All that the catalog says of a source, a line each.
+    """Return all that the catalog says about a source, one fact per line.
 
     Raises:
-        CatalogError: it knows no such source.
+        CatalogError: the catalog has no such source.
     """
     if name not in catalog.sources:
-        raise CatalogError(f"no source {name}; the catalog knows {', '.join(catalog.sources)}")
+        raise CatalogError(f"no source {name}; the catalog has {', '.join(catalog.sources)}")
     source = catalog.sources[name]
     fetch = source.fetch
     brings = "" if fetch is None or fetch.by_hand else f"python -m sharding fetch {name}"

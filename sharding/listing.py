@@ -1,7 +1,8 @@
-"""How a raw dataset is read: a catalog source in, labeled items out.
+"""List the images of a raw dataset with their labels: a catalog source in, labeled items out.
 
-Labels come from whole path parts, without regard to case, the deepest match first, or from columns
-of a table; what a real and a fake rule claim alike is refused, never guessed.
+Main entry: `list_source()`. A label comes from whole parts of the path, ignoring case, or from the
+columns of a table. Of several matching rules, the one with the deepest folder is used. An image
+that matches a real and a fake rule at the same depth is an error: labels are never guessed.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from sharding.raw import RawFile, nfc, walk
 from storage import AnyPath
 
 NAMED = 5
-"""How many of the files left out for one reason are named."""
+"""Number of excluded files to name per reason."""
 
 
 class Item(NamedTuple):
     """One image that may become a sample."""
 
     source: str
-    origin: str  # below the raw folder, with '/'; for people, and unique
-    path: str  # of the file that holds the bytes, below the raw folder
-    member: str  # where in that file; empty: all of it
-    size: int  # bytes; 0 where reading tells
+    origin: str  # unique path below the raw folder, with '/', for people
+    path: str  # file with the bytes, below the raw folder
+    member: str  # location in that file; empty for the whole file
+    size: int  # bytes; 0 if unknown before reading
     version: str  # changes when the bytes may have changed
     label: int
     generator: str
@@ -48,15 +49,15 @@ class Item(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a source holds: its items, what was passed over and why, and by which rules."""
+    """Content of a source: its items, excluded files by reason, and items by rule."""
 
     items: list[Item] = field(default_factory=list)
     excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
     read_as: dict[str, int] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)  # rules that fit no file
+    unmatched: list[str] = field(default_factory=list)  # rules that match no file
 
     def exclude(self, reason: str, name: str) -> None:
-        """Count a file that is left out; the first few are named."""
+        """Count an excluded file, and keep the names of the first few."""
         entry = self.excluded.setdefault(reason, {"files": 0, "first": []})
         entry["files"] += 1
         if len(entry["first"]) < NAMED:
@@ -64,7 +65,7 @@ class Listing:
 
 
 class _Compiled(NamedTuple):
-    """A catalog rule, ready to match, and what it says of every image that it fits."""
+    """Compiled catalog rule, and the values that it gives to every image that it matches."""
 
     label: int
     rule: Rule
@@ -74,17 +75,17 @@ class _Compiled(NamedTuple):
     destination: str
 
 
-# What tells kinds of files apart; numbers behind a dot are as many as files.
+# An extension by which files are counted: not a number after a dot, which differs per file.
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
 
 
 def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
-    """All images of a source, sorted by path.
+    """List all images of a source, sorted by path.
 
     Raises:
-        CatalogError: a file that is both real and fake by the catalog's rules, a table without
-            the columns they name, or no image at all that they fit.
-        RawError, OSError: what lies there cannot be read.
+        CatalogError: a file is both real and fake by the rules, a table lacks a column that the
+            rules name, or there are images but no rule matches any.
+        RawError, OSError: a file or folder cannot be read.
     """
     root = source.root or name
     files = list(walk(raw, root))
@@ -131,7 +132,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
 
 
 def _unmatched(rules: Sequence[_Compiled], used: set[str]) -> list[str]:
-    """The rules that fit no file; optional ones only where nothing of their class fits."""
+    """List the rules that match no file; optional rules only if no rule of their class matches."""
     classes = {rule.label for rule in rules if rule.read_as in used}
     return [
         rule.read_as
@@ -142,13 +143,13 @@ def _unmatched(rules: Sequence[_Compiled], used: set[str]) -> list[str]:
 
 
 def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> None:
-    """Data is there, and nothing of it fits: the layout is not the one the catalog knows."""
+    """Raise an error if a source has images but no rule matches any: its layout is unknown."""
     wanted = "; ".join(str(rule) for label in (0, 1) for rule in source.rules(label)[:4])
     reason, entry = max(listing.excluded.items(), key=lambda item: item[1]["files"])
     raise CatalogError(
-        f"source {name}: {root} holds images, but none where the catalog looks ({wanted}, ...). "
-        f"{entry['files']:,} files: {reason}; the first is {entry['first'][0]}. Is it unpacked one "
-        "folder too deep, or has its layout changed? Add rules in a catalog of your own"
+        f"source {name}: {root} contains images, but none matches the catalog ({wanted}, ...). "
+        f"{entry['files']:,} files: {reason}; the first is {entry['first'][0]}. Was the source "
+        "unpacked one folder too deep, or has its layout changed? Add rules in your own catalog"
     )
 
 
@@ -163,14 +164,14 @@ def _compile(source: Source, label: int, rule: Rule) -> _Compiled:
 
 
 def folder_pattern(folder: str) -> re.Pattern:
-    """A catalog path as a regular expression over 'a/b/c/' in lower case; see `Rule`."""
+    """Compile a catalog path to a regular expression for 'a/b/c/' in lower case; see `Rule`."""
     parts = [part for part in nfc(folder).lower().strip("/").split("/") if part not in (".", "")]
     translated = [r"(?:[^/]+/)*" if part == "**" else _part_pattern(part) + "/" for part in parts]
     return re.compile("".join(translated))
 
 
 def _part_pattern(part: str) -> str:
-    """One path part, where `*` and `?` stop at the slash."""
+    """Translate one path part to a regular expression; `*` and `?` do not match a slash."""
     if part == "<generator>":
         return r"(?P<generator>[^/]+)"
     return "".join(
@@ -179,7 +180,7 @@ def _part_pattern(part: str) -> str:
 
 
 class _Claim(NamedTuple):
-    """A rule that fits a file's folder and name, and how deep it reaches."""
+    """Rule that matches a file, with the depth of the match and the generator."""
 
     depth: int
     compiled: _Compiled
@@ -191,25 +192,25 @@ def _fitting(rules: Sequence[_Compiled], inside: str, base: str) -> list[_Claim]
     for compiled in rules:
         match = compiled.folder.match(inside)
         if match and compiled.name.match(base):
-            # An archive is the folder of its name.
+            # An archive counts as a folder of its name without .zip.
             named = (match.groupdict().get("generator") or "").removesuffix(".zip")
             named = named or compiled.rule.generator
-            # "**" alone reaches nowhere: any folder that is named goes before it.
+            # "**" alone has depth 0, so that every rule with a named folder wins.
             depth = 0 if compiled.rule.folder == "**" else match.end()
             claims.append(_Claim(depth, compiled, named))
     return claims
 
 
 def _decide(claims: list[_Claim], name: str) -> _Claim:
-    """The deepest claim, the first of equals; equal depth with two labels is an error."""
+    """Return the deepest claim, the first of equals; two labels at equal depth are an error."""
     deepest = max(claim.depth for claim in claims)
     best = [claim for claim in claims if claim.depth == deepest]
     real = [claim.compiled.rule for claim in best if claim.compiled.label == 0]
     fake = [claim.compiled.rule for claim in best if claim.compiled.label == 1]
     if real and fake:
         raise CatalogError(
-            f"{name} is real by rule '{real[0]}' and fake by '{fake[0]}'; make one of the two more "
-            "precise in the catalog"
+            f"{name} matches the real rule '{real[0]}' and the fake rule '{fake[0]}'; make one of "
+            "the two more precise in the catalog"
         )
     return best[0]
 
@@ -281,7 +282,7 @@ def _add(
 
 @contextlib.contextmanager
 def _naming_damage(path: AnyPath) -> Iterator[None]:
-    """Put the name of a table's file into errors of the libraries that read it."""
+    """Add the file name of a table to errors of the libraries that read it."""
     try:
         yield
     except CatalogError:
@@ -290,13 +291,15 @@ def _naming_damage(path: AnyPath) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             raise
         reason = " ".join(str(error).split())[:200]
-        raise CatalogError(f"{path} is damaged or no table ({reason}); fetch it again") from error
+        raise CatalogError(
+            f"{path} is damaged or not a table ({reason}); fetch it again"
+        ) from error
 
 
 def _read_table(
     source: Source, raw: AnyPath, files: Sequence[RawFile], listing: Listing
 ) -> dict[str, dict[str, str]]:
-    """The rows of a source's CSV tables by file name in lower case; none where it has no table."""
+    """Read the CSV tables of a source: rows by file name in lower case; empty without a table."""
     if not source.table:
         return {}
     pattern = source.table.name.lower()
@@ -319,7 +322,7 @@ def _read_table(
                 key = nfc(key).lower()
                 values = {column: value or "" for column, value in row.items() if column}
                 if rows.setdefault(key, values) != values:
-                    rows[key] = {}  # two rows that differ agree with no rule: refused
+                    rows[key] = {}  # rows differ: excluded, no rule agrees
     if not rows:
         listing.read_as[f"no table {source.table.name}: labels by folder"] = 0
     return rows
@@ -336,7 +339,7 @@ def _list_cells(
     claims: list[_Claim],
     listing: Listing,
 ) -> None:
-    """The image cells of one parquet table that a rule claims."""
+    """List the image cells of one parquet table that a rule matches."""
     if not claims:
         listing.exclude("in no table the catalog names", file.inside)
         return
@@ -348,8 +351,8 @@ def _list_cells(
         images = {claim.compiled.rule.column for claim in claims}
         if missing := (names | images) - set(table.schema_arrow.names):
             raise CatalogError(
-                f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}; the "
-                f"catalog expects {', '.join(sorted(missing))} too"
+                f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}, but the "
+                f"catalog also expects {', '.join(sorted(missing))}"
             )
         values = table.read(columns=sorted(names))
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -382,7 +385,7 @@ def _list_cells(
 def _choose_rows(
     claims: Sequence[_Claim], values: pa.Table, total: int, path: AnyPath
 ) -> list[np.ndarray]:
-    """Which rows each claim takes; a cell that is real and fake by two of them is an error."""
+    """Return a row mask per claim; a cell that is real by one and fake by another is an error."""
     chosen: list[np.ndarray] = []
     for claim in claims:
         mask = np.ones(total, bool)
@@ -400,21 +403,21 @@ def _choose_rows(
 
 
 def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np.ndarray:
-    """Where a column has a value; a text for a column of numbers goes by its class names."""
+    """Return the rows where a column has a value; a text for an integer column is a class name."""
     cells = values.column(column)
     if isinstance(value, str) and pa.types.is_integer(cells.type):
         names = class_names(values.schema, column)
         if value not in names:
             raise CatalogError(
-                f"{path}: column {column} holds numbers for the classes {names or 'it never names'}"
-                f"; the catalog expects the class {value!r}, and labels are not guessed"
+                f"{path}: integer column {column} has the class names {names or 'of none'}; "
+                f"the catalog expects the class {value!r}, and labels are not guessed"
             )
         value = names.index(value)
     return np.array([entry == value for entry in cells.to_pylist()], bool)
 
 
 def _texts(values: pa.Table, column: str) -> list[str]:
-    """A column as lower-case text, numbers of classes by their names; empty where it has none."""
+    """Return a column as lower-case text, class numbers as class names, missing values as ""."""
     names = class_names(values.schema, column)
     cells = values.column(column).to_pylist()
     return [
@@ -424,7 +427,7 @@ def _texts(values: pa.Table, column: str) -> list[str]:
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:
-    """The names of a Hugging Face `ClassLabel` column, by its number; empty for other columns."""
+    """Return the class names of a Hugging Face `ClassLabel` column; empty for other columns."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     features = json.loads(text).get("info", {}).get("features", {})
     return list(features.get(column, {}).get("names", []))
@@ -434,9 +437,9 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
 
 
 def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
-    """Keep at most `cap[class]` items of each class, whole groups, in the order of their hashes.
+    """Keep at most `cap[class]` items of each class: whole groups, in the order of their hashes.
 
-    The choice depends on the source alone, so that other data never changes it.
+    The choice depends only on this source, so that other sources never change it.
     """
     if not cap:
         return
@@ -458,14 +461,14 @@ def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
 
 
 def hash_point(group: str) -> float:
-    """A group as a point in [0, 1): its hash, the same on every machine."""
+    """Map a group to a point in [0, 1) by its hash, the same on every machine."""
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
 
 
 def choose_set(group: str, share_of: Mapping[str, float]) -> str:
-    """The set of a group: the shares divide the line on which its hash is a point.
+    """Choose the set of a group: the shares divide [0, 1), and the group's hash is a point in it.
 
-    It depends on the group alone, so new files never move old ones to another set.
+    The choice depends only on the group, so new files never move old ones to another set.
     """
     point = hash_point(group)
     for name, share in share_of.items():

@@ -1,4 +1,7 @@
-"""The lock of a build, by which one process writes a set: `flock` here, a lease in a bucket."""
+"""Lock the output of a build for one process: `flock` on a local disk, a lease in a bucket.
+
+Main entry: `locked()`.
+"""
 
 import contextlib
 import fcntl
@@ -14,15 +17,17 @@ from upath import UPath
 from storage import AnyPath, is_local
 
 LEASE_SECONDS = 120
-"""How long a lock on a bucket holds after its builder last renewed it."""
+"""Seconds without renewal after which the lease of a build expires."""
 
 
 @contextlib.contextmanager
 def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
-    """Hold `what` for one writer by a lock in `work`; it goes with the process, however it ends.
+    """Lock `what` for one writer, with a lock file in `work`, until the block ends.
+
+    A local lock also ends when the process is killed; a lease in a bucket then expires.
 
     Raises:
-        OSError: another process holds it.
+        OSError: another process has the lock.
     """
     busy = f"another build is writing {what}; wait for it to end"
     if not is_local(work):
@@ -39,7 +44,7 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leased(path: UPath, busy: str) -> Iterator[None]:
-    """A bucket has no locks that die with their holder: an object, renewed while the build runs."""
+    """Lock a bucket by an object that a thread renews, because buckets have no process locks."""
     owner = f"{socket.gethostname()}:{os.getpid()}"
 
     def content() -> bytes:
@@ -53,7 +58,7 @@ def _leased(path: UPath, busy: str) -> Iterator[None]:
         if age < LEASE_SECONDS:
             held = f"held by {holder['owner']}, renewed {age:.0f} s ago"
             raise BlockingIOError(f"{busy} ({held})") from None
-        path.write_bytes(content())  # its builder has died
+        path.write_bytes(content())  # expired: its process has died
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path.parent} cannot be written: {error}") from error
     ended = threading.Event()

@@ -1,4 +1,7 @@
-"""What goes into which shard: a table of samples in, shard plans out. Pure."""
+"""Divide the samples of a set into shards: a table of samples in, a list of `ShardPlan` out.
+
+Main entry: `plan_shards()`. Nothing is read from disk or written.
+"""
 
 import hashlib
 import json
@@ -13,14 +16,12 @@ from sharding.format import FORMAT_VERSION, shard_name
 
 MAX_SAMPLES = 2048
 MAX_BYTES = 256 * 2**20
-"""A shard ends at whichever comes first: large enough to stream, small enough to redo."""
+"""A shard ends at the first of these two limits: large enough to stream, small enough to redo."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One tar to write: rows of the samples table. `fingerprint` changes whenever its content
-    would.
-    """
+    """One tar to write: `rows` of the samples table. `fingerprint` changes with the content."""
 
     name: str
     source: str
@@ -29,7 +30,7 @@ class ShardPlan:
 
 
 def sample_key(source: str, origin: str) -> str:
-    """A key that is unique in its set, free of dots, and the same on every machine."""
+    """Return a sample's key: unique in its set, free of dots, the same on every machine."""
     return f"{source}_{_digest(origin)}"
 
 
@@ -38,14 +39,14 @@ def _digest(text: str) -> str:
 
 
 def plan_shards(samples: pa.Table, split: str) -> list[ShardPlan]:
-    """The shards of one set. Inside a source, samples go in the order of their keys' hashes.
+    """Plan the shards of one set. The samples of each source are ordered by a hash of their origin.
 
-    So a shard mixes the labels and generators of its source, and adding a file moves no other
-    file past its neighbors. Cells of a parquet table go in the order of their row groups' hashes,
-    rows together: a group can only be read as a whole.
+    The hash order mixes labels and generators in a shard, and a new file does not change the order
+    of the others. Cells of a parquet table are ordered by the hash of their row group and stay
+    together, because a row group can only be read as a whole.
 
     Raises:
-        ValueError: two files with one key (a hash collision, or a path listed twice).
+        ValueError: two files have the same key (a hash collision, or a path listed twice).
     """
     names = ("source", "key", "origin", "path", "member")
     columns = [samples.column(name).to_pylist() for name in names]
@@ -56,7 +57,7 @@ def plan_shards(samples: pa.Table, split: str) -> list[ShardPlan]:
     keys = sorted(zip(columns[1], columns[2], strict=True))
     for (left, a), (right, b) in pairwise(keys):
         if left == right:
-            raise ValueError(f"{a} and {b} have one key, {left}; rename one of them")
+            raise ValueError(f"{a} and {b} have the same key {left}; rename one of them")
     sizes = samples.column("stored").to_numpy()
     content = list(zip(*(samples.column(name).to_pylist() for name in _CONTENT), strict=True))
     plans = []
@@ -73,7 +74,7 @@ _CONTENT = ("key", "sha256", "label", "generator", "group", "origin", "transcode
 
 
 def _position(key: str, path: str, member: str) -> tuple[str, int, str]:
-    """Where a sample stands in its source: (hash, row, column)."""
+    """Return the position of a sample in its source as a sort key: (hash, row, column)."""
     if path.lower().endswith(".parquet") and member:
         group, row, column = member.split(":", 2)
         return _digest(f"{path}:{group}"), int(row), column
@@ -92,6 +93,6 @@ def _chunks(rows: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _fingerprint(name: str, content: list[tuple]) -> str:
-    """Everything that a shard's bytes and rows follow from; the rest follows from the hashes."""
+    """Hash the values that determine a shard's bytes and rows."""
     text = json.dumps([FORMAT_VERSION, name, content], default=bytes.hex)
     return hashlib.sha256(text.encode()).hexdigest()

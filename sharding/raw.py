@@ -1,7 +1,8 @@
-"""The bytes of raw images: whole files, members of zip archives, cells of parquet tables.
+"""List raw images and read their bytes: files, members of zip archives, cells of parquet tables.
 
-Nothing is unpacked to disk. `walk` lists a dataset, archives as the folders they hold; `read_all`
-gives the bytes of what was listed. What an archive should not hold is listed with a reason.
+Main entries: `walk()` lists a dataset, with each archive as a folder; `read_all()` reads the listed
+bytes. Nothing is unpacked to disk. Files that cannot be read (links, unsafe names in an archive)
+are listed with a reason.
 """
 
 import os
@@ -23,27 +24,27 @@ from storage import AnyPath, is_local
 
 
 class RawError(ValueError):
-    """A raw dataset that cannot be read; the message says what to do."""
+    """Error of a raw dataset that cannot be read; the message says what to do."""
 
 
 class RawFile(NamedTuple):
     """One file of a raw dataset, on disk or in an archive."""
 
-    inside: str  # below the source's root, with '/'
-    path: str  # of the file that holds the bytes, below the raw folder
-    member: str  # where in it; empty: all of it
+    inside: str  # path below the source's root, with '/'
+    path: str  # file with the bytes, below the raw folder
+    member: str  # location in that file; empty for the whole file
     size: int  # bytes
     version: str  # changes when the bytes may have changed
     excluded: str = ""  # why it is not read
 
 
 def nfc(name: str) -> str:
-    """A name composed, as people type it; macOS decomposes the names of files."""
+    """Return a name in composed form (NFC), as people type it; macOS decomposes file names."""
     return unicodedata.normalize("NFC", name)
 
 
 def folder_of(raw: AnyPath, root: str) -> str:
-    """The folder below `raw` of the name `root`, composed or not; `root` if there is none."""
+    """Return the folder below `raw` whose composed name (NFC) equals `root`, or `root` if none."""
     if not is_local(raw) or (raw / root).exists():
         return root
     path = raw
@@ -57,23 +58,25 @@ def folder_of(raw: AnyPath, root: str) -> str:
 
 
 def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
-    """Every file below `raw/root`, archives opened, sorted by path. Links are listed as excluded.
+    """Yield every file below `raw/root`, sorted by path, and the files in archives.
+
+    Links are yielded as excluded.
 
     Raises:
-        RawError: a broken or incomplete archive.
-        OSError: a folder that cannot be read.
+        RawError: an archive is broken or incomplete.
+        OSError: a folder cannot be read.
     """
     listed = _walk_local(raw, root) if is_local(raw) else _walk_remote(raw, root)
     volume = re.compile(r"\.z\d+$", re.IGNORECASE)
     for file in listed:
         if not file.excluded and file.inside.lower().endswith(".zip"):
             yield from _members(raw, file)
-        elif not volume.search(file.inside):  # volumes are read with the archive they belong to
+        elif not volume.search(file.inside):  # volumes are read with their archive
             yield file
 
 
 def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
-    """The files in a zip archive, sorted by name."""
+    """Yield the files in a zip archive, sorted by name."""
     try:
         for member in zip.members(raw / archive.path, archive.path):
             if member.excluded == zip.HIDDEN:
@@ -87,8 +90,8 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
 
 
 def _walk_local(raw: AnyPath, root: str) -> Iterator[RawFile]:
-    # Strings and scandir: a million Path objects would take most of a minute. A stack: folders may
-    # lie deeper than Python recurses.
+    # Strings and scandir, because a million Path objects take most of a minute. A stack, because
+    # folders may be nested deeper than the recursion limit of Python.
     top = str(raw / root)
     stack = [_sorted_entries(top)]
     while stack:
@@ -130,7 +133,7 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
 
 
 def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
-    """Image cells of one row group, in rising order of rows, a few rows in memory at a time."""
+    """Yield image cells of one row group, in ascending order of rows, a few rows at a time."""
     wanted = [row["member"].split(":", 2) for row in rows]
     columns = sorted({column for _, _, column in wanted})
     with (raw / rows[0]["path"]).open("rb") as stream:
@@ -144,11 +147,11 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
             start += len(batch)
             if following == len(wanted):
                 return
-    raise RawError(f"{rows[0]['path']} has become shorter since it was listed; run again")
+    raise RawError(f"{rows[0]['path']} has fewer rows than when it was listed; run again")
 
 
 def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
-    """An image as Hugging Face stores it: bytes, or a struct of bytes and path."""
+    """Return the bytes of an image cell: Hugging Face stores bytes, or a struct with bytes."""
     value = batch.column(column)[row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes")
@@ -159,12 +162,13 @@ def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
 
 
 def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
-    """The bytes of each row (an `Item` as a mapping), or why there are none.
+    """Yield the bytes of each row (an `Item` as a mapping), or the error of an unreadable image.
 
-    Cells of one parquet row group should stand together and in order: the group is read once.
+    Cells of one parquet row group should be adjacent and ascending: the group is then read once.
 
     Raises:
-        OSError: a file that cannot be read.
+        RawError: a parquet table has fewer rows than when it was listed.
+        OSError: a file cannot be read.
     """
     for block, run in groupby(rows, key=_block):
         if block:
@@ -175,7 +179,7 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
 
 
 def _block(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """File and row group of a parquet cell; None for everything else."""
+    """Return the file and row group of a parquet cell; None for other files."""
     if row["path"].lower().endswith(".parquet") and row["member"]:
         return row["path"], row["member"].split(":", 1)[0]
     return None

@@ -1,7 +1,8 @@
-"""The record of what a build wrote into a set's folder: it replaces and removes these files only.
+"""Record which files builds wrote into a set's folder, so that builds never touch other files.
 
-`.build/<set>/written.json` below the output names them. It is written before the first of them, so
-that a killed build knows its files again. Everything else in the folder belongs to somebody else.
+Main entries: `read_record()`, `write_record()`, `refuse_foreign_files()` and `remove_earlier()`.
+The record is `.build/<set>/written.json` below the output. A build writes the record before its
+first file, so that the next build recognizes the files of a killed one.
 """
 
 import json
@@ -14,18 +15,18 @@ from storage import AnyPath, files_in, write_text
 RECORD_FILE = "written.json"
 
 SET_FILES = frozenset({INDEX_FILE, EXCLUDED_FILE, SAMPLES_FILE, TIMM_FILE})
-"""What every set holds beside its shards."""
+"""Files of every set, in addition to its shards."""
 
 _PARTIAL = re.compile(r"(.+)\.\d+\.partial")
 
 
 def files_of(shards: Iterable[str]) -> set[str]:
-    """The names of the files of a set with these shards."""
+    """Return the names of all files of a set with these shards."""
     return set(SET_FILES).union(*((name, f"{name.removesuffix('.tar')}.idx") for name in shards))
 
 
 def read_record(marks: AnyPath) -> set[str]:
-    """The names of the files that builds wrote; empty where none did.
+    """Return the names of the files that builds wrote; empty if there is no record.
 
     Raises:
         ShardError: the record is damaged.
@@ -38,27 +39,27 @@ def read_record(marks: AnyPath) -> set[str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} is damaged ({type(error).__name__}: {error}), so the build cannot tell "
-            f"its files from others; move {marks} and the set's folder away and build the set anew"
+            f"its files from others; move {marks} and the set's folder away and build again"
         ) from error
 
 
 def write_record(marks: AnyPath, names: set[str]) -> None:
-    """Replace the record; an equal one stays untouched."""
+    """Write the record, unless it is unchanged."""
     if read_record(marks) != names or not names:
         write_text(marks / RECORD_FILE, json.dumps({"files": sorted(names)}, indent=1) + "\n")
 
 
 def is_recorded(name: str, record: set[str]) -> bool:
-    """Whether a build wrote this file, or left it unfinished."""
+    """Return whether a build wrote this file, complete or partial."""
     partial = _PARTIAL.fullmatch(name)
     return name in record or bool(partial and partial[1] in record)
 
 
 def refuse_foreign_files(folder: AnyPath, marks: AnyPath) -> None:
-    """Check that a set's folder holds no shard, index or unfinished file but recorded ones.
+    """Check that every shard, index and unfinished file in a set's folder is recorded.
 
     Raises:
-        ShardError: it does; the message names them and the way out.
+        ShardError: some files are not; the message names them and says what to do.
     """
     record = read_record(marks)
     foreign = [
@@ -70,15 +71,16 @@ def refuse_foreign_files(folder: AnyPath, marks: AnyPath) -> None:
     if foreign:
         more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
         raise ShardError(
-            f"{folder} holds {', '.join(foreign[:3])}{more}, which no build recorded in "
-            f"{marks / RECORD_FILE} wrote: a copied or downloaded set, or a backup? Move them "
-            "away, or choose another --out or set name (nothing was changed)"
+            f"{folder} contains {', '.join(foreign[:3])}{more}, not recorded in "
+            f"{marks / RECORD_FILE} as written by a build. Is it a copied or downloaded set, or a "
+            "backup? Move the files away, or choose another --out or set name (nothing was changed)"
         )
 
 
 def remove_earlier(folder: AnyPath, marks: AnyPath, shards: set[str]) -> None:
-    """Delete recorded files and marks of an earlier, different plan: a set holds what its index
-    lists. The record then names the files of `shards`.
+    """Delete recorded files and marks of an earlier plan, then record the files of `shards`.
+
+    A set must contain only the shards that its index lists.
     """
     record, names = read_record(marks), files_of(shards)
     for path in files_in(folder):

@@ -1,4 +1,7 @@
-"""What a build and an audit have found, as tables and lines in a terminal."""
+"""Print the results of builds, pairs and audits as tables and lines in a terminal.
+
+Main entries: the functions `say_...()`, each for one command of `sharding/__main__.py`.
+"""
 
 import console
 from installed import DEMO
@@ -12,7 +15,7 @@ from storage import AnyPath
 
 
 def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> None:
-    """With nothing to build: what is known, where it was looked for, what to do."""
+    """For a build without images: print the known sources, the searched folder and next steps."""
     rows = [
         [
             name,
@@ -30,17 +33,17 @@ def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> Non
     _say_what_was_excluded(scan)
     parent = raw.parent
     if any((parent / (source.root or name)).is_dir() for name, source in catalog.sources.items()):
-        console.say(f"{parent} holds what the catalog knows: did you mean --raw {parent}?")
+        console.say(f"{parent} has folders of known sources: did you mean --raw {parent}?")
     console.say(
-        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which is not there'}.\n"
-        "Get a dataset of the table with `python -m sharding fetch SOURCE`, or let\n"
-        "`python -m sharding describe FOLDER` write a catalog for your own images.\n"
-        f"To see everything work without a download: {DEMO}"
+        f"Nothing to build below {raw}{'' if raw.is_dir() else ', which does not exist'}.\n"
+        "Download a source of the table with `python -m sharding fetch SOURCE`, or write a\n"
+        "catalog for your own images with `python -m sharding describe FOLDER`.\n"
+        f"To try everything without a download: {DEMO}"
     )
 
 
 def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) -> None:
-    """The sets, and what of their sources is not in them."""
+    """Print the built sets, and the files and images that are in no set."""
     rows = []
     for built_set in built:
         totals = built_set.index["totals"]
@@ -78,14 +81,14 @@ def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) ->
         for rule, count in listing.read_as.items():
             console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
     if scan.packed_only:
-        console.say(f"raw files gone, kept as packed: {', '.join(scan.packed_only)}")
+        console.say(f"raw files gone, packed images kept: {', '.join(scan.packed_only)}")
 
 
 def _say_what_was_excluded(scan: SourceScan) -> None:
-    """Files that belong to no set, and why, by source."""
+    """Print the files that belong to no set, by source and reason."""
     for source, listing in (scan.listings | scan.empty).items():
         if source in scan.empty:
-            console.say(f"no image: {source}")
+            console.say(f"no image in source: {source}")
         for reason, entry in listing.excluded.items():
             console.say(
                 f"excluded: {source}: {console.counted(entry['files'], 'file')}: {reason} "
@@ -94,9 +97,9 @@ def _say_what_was_excluded(scan: SourceScan) -> None:
 
 
 def say_what_was_paired(pairs: Pairs, out: AnyPath) -> None:
-    """The pairs of a set, what has none, and how to pack them."""
+    """Print the pairs per source, the images without a partner, and how to pack the pairs."""
     total = sum(pairs.counts.values())
-    already = f", {pairs.already:,} of them there already" if pairs.already else ""
+    already = f", {pairs.already:,} of them made before" if pairs.already else ""
     console.table(
         f"Pairs of real and fake images in {out / pairs.name}", ["source", "pairs"],
         list(pairs.counts.items()),
@@ -111,7 +114,7 @@ def say_what_was_paired(pairs: Pairs, out: AnyPath) -> None:
 
 
 def say_what_was_audited(name: str, result: Audit, matched: Match | str | None) -> None:
-    """The figures, the values behind them, and what to do."""
+    """Print the AUROCs of an audit, the metadata behind them, and advice."""
     rows = [
         [name, source.reals, source.fakes, source.within, source.from_others, source.note]
         for name, source in result.sources.items()

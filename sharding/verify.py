@@ -1,6 +1,7 @@
-"""Hold shard sets against their own index: every byte, every image, and every split.
+"""Verify shard sets against their index: bytes, images, counts and splits.
 
-Nothing is trusted but the hashes: tars are read again, images decoded again, counts made again.
+Main entry: `verify()`, folders of sets in, a list of faults out. Tars are read again, images are
+decoded again and samples are counted again; only the hashes in the index are trusted.
 """
 
 import csv
@@ -35,16 +36,16 @@ from storage import AnyPath, any_path, files_in, sha256_of
 
 
 def sets_in(folder: AnyPath) -> list[AnyPath]:
-    """The set at `folder`, or the sets directly below it.
+    """Return the set at `folder`, or the sets directly below it.
 
     Raises:
-        ShardError: neither.
+        ShardError: there is no set.
     """
     if (folder / INDEX_FILE).exists():
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{INDEX_FILE}"))
     if not below:
-        read_index(folder)  # says what is wrong
+        read_index(folder)  # raises the ShardError
     return below
 
 
@@ -54,10 +55,10 @@ def verify(
     jobs: int = 0,
     on_images: Callable[[int], None] = lambda _count: None,
 ) -> list[str]:
-    """Every fault found in the sets, one line each; an empty list is a clean bill.
+    """Return all faults of the sets, one line each; an empty list if there are none.
 
     Raises:
-        ShardError: a set that cannot be opened at all.
+        ShardError: a set cannot be opened.
     """
     faults: list[str] = []
     opened = []
@@ -83,7 +84,7 @@ def verify(
 
 
 def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[int, list[str]]:
-    """Images looked at, and the faults of one shard: its hash, its members, its images."""
+    """Check one shard: hash, members and images. Return its number of images and its faults."""
     path = any_path(folder) / entry["name"]
     where = f"{any_path(folder).name}/{entry['name']}"
     if not path.exists():
@@ -100,20 +101,20 @@ def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[in
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             seen, lines = _check_members(tar, listed, faults, where)
     except (tarfile.TarError, OSError) as error:
-        return len(rows), [*faults, f"{where}: not a whole tar: {error}"]
+        return len(rows), [*faults, f"{where}: incomplete or damaged tar: {error}"]
     for key in sorted(listed.keys() - seen):
-        faults.append(f"{where}:{key}: in the index and not in the tar")
+        faults.append(f"{where}:{key}: in the index but not in the tar")
     idx = path.with_suffix(".idx")
     expected = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
     if not idx.exists() or idx.read_bytes() != expected.encode():
-        faults.append(f"{where}: its .idx does not say where the members are")
+        faults.append(f"{where}: its .idx is missing or has wrong positions")
     return len(rows), faults
 
 
 def _check_members(
     tar: tarfile.TarFile, listed: dict[str, dict[str, Any]], faults: list[str], where: str
 ) -> tuple[set[str], list[str]]:
-    """Every member against its row; returns the keys with an image, and the lines of the `.idx`."""
+    """Check members against their rows; return the keys with an image, and the `.idx` lines."""
     seen: set[str] = set()
     parts: dict[str, list[str]] = {}
     for member in tar:
@@ -121,7 +122,7 @@ def _check_members(
         name = f"{where}:{member.name}"
         row = listed.get(key)
         if not member.isreg() or row is None:
-            faults.append(f"{name}: a member that the index does not know")
+            faults.append(f"{name}: a member that is not in the index")
             continue
         parts.setdefault(key, []).append(
             f"{extension} {member.offset_data} {member.size} {member.name}"
@@ -136,7 +137,7 @@ def _check_members(
         else:
             seen.add(key)
             if (member.offset_data, member.size) != (row["offset"], row["size"]):
-                faults.append(f"{name}: not where the index says")
+                faults.append(f"{name}: another offset or size than in the index")
             faults += [f"{name}: {fault}" for fault in _check_image(data, extension, row)]
     return seen, [" ".join(part) for part in parts.values()]
 
@@ -154,7 +155,7 @@ def _check_metadata(data: bytes, row: dict[str, Any]) -> Iterator[str]:
 
 def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[str]:
     if hashlib.sha256(data).digest() != row["sha256"]:
-        yield "other bytes than the index says"
+        yield "the bytes do not match the sha256 in the index"
     if IMAGE_FORMATS.get(row["format"]) != extension:
         yield f"a .{extension}, the index says {row['format']}"
     try:
@@ -163,7 +164,9 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
         yield str(error)
         return
     pixels = prepared.pixels
-    facts = _FACTS[:1] if row["transcoded_from"] else _FACTS  # of the published file, then
+    facts = (
+        _FACTS[:1] if row["transcoded_from"] else _FACTS
+    )  # only the format: the rest describes the published file
     for name in facts:
         value = getattr(prepared.facts, name)
         if value != row[name]:
@@ -174,19 +177,19 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
             f"{row['width']} x {row['height']}"
         )
     if fingerprints(green_grid(pixels)[None])[0][0] != row["phash"]:
-        yield "another perceptual hash than the index says"
+        yield "another perceptual hash than in the index"
 
 
 _FACTS = ("format", "chroma", "jpeg_quality", "jpeg_tables", "exif", "orientation")
 
 
 def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> Iterator[str]:
-    """Counts, keys, and files that no index lists."""
+    """Check counts and keys, and find files that the index does not list."""
     where = folder.name
     if content_sha256(index) != index["content_sha256"]:
         yield (
-            f"{where}/{INDEX_FILE}: changed since it was written (its content_sha256 says so); "
-            "license, policy, replay and counts are not those of the build"
+            f"{where}/{INDEX_FILE}: changed after the build: its content_sha256 does not match; "
+            "do not trust its license, policy, replay and counts"
         )
     yield from _check_left_out(folder, index)
     for name, values in (("source", index["sources"]), ("split", [index["split"]])):
@@ -194,7 +197,7 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         if present != set(values):
             yield f"{where}: {name}s are {sorted(present)}, the index says {sorted(values)}"
     if index["set"] != where:
-        yield f"{where}: the index is that of set {index['set']}"
+        yield f"{where}: the index belongs to set {index['set']}"
     if len(shards) != index["samples"]:
         yield f"{where}: {len(shards):,} rows, the index says {index['samples']:,}"
     keys = shards.table.column("key").to_pylist()
@@ -208,10 +211,10 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         codes, names = shards.codes(name)
         counts = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
         if counts != index["totals"][name]:
-            yield f"{where}: the counts per {name} are not those of the index"
+            yield f"{where}: the counts per {name} differ from the index"
     info = folder / TIMM_FILE
     if not info.exists() or _json_of(info) != timm_info(index):
-        yield f"{where}/{TIMM_FILE}: does not say what the index says"
+        yield f"{where}/{TIMM_FILE}: missing, or not as the index requires"
     listed = {entry["name"] for entry in index["shards"]}
     for path in files_in(folder):
         shard = Path(path.name).with_suffix(".tar").name
@@ -227,7 +230,7 @@ def _json_of(path: AnyPath) -> Any:
 
 
 def _check_left_out(folder: AnyPath, index: dict[str, Any]) -> Iterator[str]:
-    """The list of what was left out: its bytes, and its counts by reason."""
+    """Check the list of excluded images: its bytes, and its counts by reason."""
     path, where = folder / EXCLUDED_FILE, f"{folder.name}/{EXCLUDED_FILE}"
     if not path.exists():
         yield f"{where}: missing"
@@ -237,11 +240,11 @@ def _check_left_out(folder: AnyPath, index: dict[str, Any]) -> Iterator[str]:
     with path.open("r", encoding="utf-8", errors="replace", newline="") as stream:
         counts = Counter(row.get("reason") for row in csv.DictReader(stream))
     if dict(counts) != index["excluded"]:
-        yield f"{where}: its counts by reason are not those of the index"
+        yield f"{where}: its counts by reason differ from the index"
 
 
 def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> list[str]:
-    """Groups, equal bytes and equal pictures must not lie in two splits (of the sets given)."""
+    """Check that no group, bytes or perceptual hash is in two splits of the given sets."""
     if not opened:
         return []
     table = pa.concat_tables([shards.table.drop_columns("shard_code") for shards in opened])
@@ -264,13 +267,13 @@ def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> lis
 
 _TIES = (
     ("sha256", "the same bytes as"),
-    ("group", "in another split than the rest of its group, such as"),
-    ("phash", "in another split than an image with its perceptual hash,"),
+    ("group", "in another split than an image of the same group,"),
+    ("phash", "in another split than an image with the same perceptual hash,"),
 )
 
 
 def _repeated(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Rows with a value that was there before, each with the first that had it."""
+    """Yield each row with a repeated value, and the first row with that value."""
     first: dict[Any, int] = {}
     for row, value in enumerate(values):
         if first.setdefault(value, row) != row:

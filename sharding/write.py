@@ -1,7 +1,7 @@
-"""Write one shard: planned rows in, a tar of their bytes with its `.idx` and its rows out.
+"""Write one shard: planned rows in; the tar, its `.idx` for DALI and its index rows out.
 
-The tar appears under its final name only when complete, and the same rows give the same bytes.
-The rows, written after it, are the mark that the shard is done.
+Main entry: `write_shard()`. The tar gets its final name only when complete, and the same rows give
+the same bytes. The index rows are written last and mark the shard as done.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from storage import AnyPath, any_path, size_of, write_atomically, write_text
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard."""
+    """Finished shard: its file name, number of samples, size and hash."""
 
     name: str
     samples: int
@@ -42,11 +42,13 @@ class Written:
 def write_shard(
     raw: str, folder: str, marks: str, name: str, fingerprint: str, samples: pa.Table
 ) -> Written:
-    """Pack `samples` into `folder/name`; their rows and the mark go to `marks`. Runs in a worker.
+    """Pack `samples` into the tar `folder/name`, and write their rows to `marks`.
+
+    Runs in a worker process.
 
     Raises:
-        ShardError: a raw file has changed since it was described.
-        OSError: a raw file or the output cannot be read or written.
+        ShardError: a raw file has changed since it was decoded, or a file name is too long.
+        OSError: a raw file cannot be read, or the output cannot be written.
     """
     rows = samples.to_pylist()
     written: list[Written] = []
@@ -69,21 +71,22 @@ def write_shard(
 
 
 class _Tar:
-    """What `webdataset.TarWriter` writes members to, in place of a `tarfile.TarFile`: the same
-    bytes at a third of the time, with their position and hash known as they are written.
+    """Replacement for the `tarfile.TarFile` of `webdataset.TarWriter`, three times as fast.
+
+    The bytes are the same. The position and the hash are updated with each write.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.offset, self.hash = stream, 0, hashlib.sha256()
 
     def addfile(self, info: tarfile.TarInfo, content: io.BytesIO) -> None:
-        """One member: a header of 512 bytes, and the content filled up to as many."""
+        """Write one member: a header of 512 bytes, and the content padded to a multiple of 512."""
         self._write(_header(info))
         self._write(content.getvalue())
         self._write(bytes(-info.size % tarfile.BLOCKSIZE))
 
     def close(self) -> None:
-        """Two empty blocks end a tar, which is a whole number of records."""
+        """Write the end of the tar: two empty blocks, then padding to a whole number of records."""
         end = self.offset + 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -end % tarfile.RECORDSIZE - self.offset))
 
@@ -94,12 +97,13 @@ class _Tar:
 
 
 def _header(info: tarfile.TarInfo) -> bytes:
-    """`info.tobuf()` of a plain file: name, size and checksum put into a header that tarfile made
-    (POSIX.1-1988, ustar).
+    """Return `info.tobuf()` of a plain file (POSIX.1-1988, ustar), but faster.
+
+    Only the name, the size and the checksum are new; the rest of the header is cached.
     """
     name = info.name.encode()
     if len(name) > 100:
-        raise ShardError(f"{info.name} has {len(name)} bytes, a name in a tar at most 100")
+        raise ShardError(f"{info.name} has {len(name)} bytes, more than the 100 of a name in a tar")
     blank = _blank_header(info.mode, info.mtime, info.uname, info.gname)
     header = name.ljust(100, b"\0") + blank[100:124] + b"%011o" % info.size + blank[135:]
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
@@ -107,7 +111,7 @@ def _header(info: tarfile.TarInfo) -> bytes:
 
 @lru_cache
 def _blank_header(mode: int, mtime: float, user: str, group: str) -> bytes:
-    """A header without name, size and checksum, whose field counts as eight spaces."""
+    """Return a header without name and size, with eight spaces in place of the checksum."""
     info = tarfile.TarInfo()
     info.mode, info.mtime, info.uname, info.gname = mode, mtime, user, group
     header = info.tobuf(tarfile.USTAR_FORMAT)
@@ -115,18 +119,18 @@ def _blank_header(mode: int, mtime: float, user: str, group: str) -> bytes:
 
 
 def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """Write the tar; fills in `offset` and `size` of `rows`.
+    """Write the tar, and set `offset` and `size` of `rows`.
 
-    Returns the lines of the `.idx` for DALI's reader (version 1.2), per sample the extension,
-    offset, size and name of each member; and the tar's SHA-256.
+    Returns the lines of the `.idx` for DALI's reader (version 1.2), and the SHA-256 of the tar. A
+    line has the extension, offset, size and name of each member of a sample.
     """
-    # Here, because it imports torch, which takes seconds: only a worker that writes waits for it.
-    # Were it preloaded for all workers, an interrupt would have to wait for it.
+    # Imported here, because it imports torch, which takes seconds: only workers that write wait.
+    # If it were preloaded for all workers, an interrupt would have to wait for the import.
     import webdataset
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-        writer.tarstream = tar = _Tar(stream)  # the one it had has written nothing
+        writer.tarstream = tar = _Tar(stream)  # the replaced tarfile is still empty
         for row, data in zip(rows, read_all(raw, rows), strict=True):
             data = _the_same(row, data)
             row["offset"], row["size"] = 0, len(data)
@@ -149,7 +153,7 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
 
 
 def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
-    """The bytes to store, which are the ones that were decoded when the row was made."""
+    """Return the bytes to store, after a check that they are those that the row describes."""
     try:
         if isinstance(data, DecodeError):
             raise data
@@ -161,12 +165,12 @@ def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
         found = str(error)
     raise ShardError(
         f"{row['origin']} has changed since this build decoded it ({found}); run the build again "
-        "when the raw files stay as they are"
+        "once the raw files no longer change"
     )
 
 
 def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:
-    """What an earlier run wrote for `plan`, or None if it is missing, damaged or out of date."""
+    """Return an earlier run's shard for `plan`, or None if missing, damaged or out of date."""
     path = marks / f"{plan.name}.parquet"
     if not path.exists():
         return None

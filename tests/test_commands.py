@@ -60,11 +60,11 @@ def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Pa
     arguments = "--catalog", raw / "catalog.toml", "--out", tmp_path / "out", "--jobs", 1
     alone = run(sharding, "build", "--raw", folder, *arguments)
     assert alone.exit_code == 1
-    assert "no image: dummy" in alone.output and said in alone.output
+    assert "no image in source: dummy" in alone.output and said in alone.output
     shutil.copytree(raw / "alpha", folder / "alpha")
     beside = run(sharding, "build", "--raw", folder, *arguments)
     assert beside.exit_code == 0, beside.output
-    assert "no image: dummy" in beside.output and said in beside.output
+    assert "no image in source: dummy" in beside.output and said in beside.output
 
 
 def test_build_and_show(raw: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_build_and_show(raw: Path, tmp_path: Path) -> None:
     assert "0 quarantined" in shown.output
     missing = run(sharding, "show", tmp_path / "none")
     assert missing.exit_code == 1
-    assert "holds new, old, val" in missing.output
+    assert "has the sets new, old, val" in missing.output
 
 
 def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: Path) -> None:

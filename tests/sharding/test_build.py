@@ -1,4 +1,4 @@
-"""Packing: the contract on disk, the same bytes every time, and nothing lost on the way."""
+"""Tests of `build()`: the format on disk, identical bytes, resumed builds, and refused input."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from sharding.lock import locked
 from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
 
 
-def test_the_index_says_what_is_there(data: Path) -> None:
+def test_the_index_matches_the_packed_files(data: Path) -> None:
     index = read_index(data / "old")
     assert index["samples"] == 80
     assert index["totals"]["label"] == {"fake": 40, "real": 40}
@@ -36,7 +36,7 @@ def test_the_index_says_what_is_there(data: Path) -> None:
         assert {name.split("-")[0] for name in [shard["name"]]} <= {"alpha", "beta", "dummy"}
 
 
-def test_every_row_finds_its_original_bytes(data: Path, raw: Path) -> None:
+def test_every_row_points_to_its_original_bytes(data: Path, raw: Path) -> None:
     shards = open_shards([data / "old", data / "new"])
     assert len(set(shards.table.column("key").to_pylist())) == len(shards)
     for row in shards.table.to_pylist():
@@ -47,7 +47,7 @@ def test_every_row_finds_its_original_bytes(data: Path, raw: Path) -> None:
         assert "." not in row["key"]
 
 
-def test_members_are_adjacent_and_dateless(data: Path) -> None:
+def test_members_of_a_sample_are_adjacent_and_have_no_date(data: Path) -> None:
     for path in (data / "old").glob("*.tar"):
         with tarfile.open(path) as tar:
             members = tar.getmembers()
@@ -71,20 +71,20 @@ def test_a_shard_is_the_tar_that_webdataset_would_write(data: Path, tmp_path: Pa
         assert path.read_bytes() == again.read_bytes()
 
 
-def test_a_name_that_no_tar_can_hold_is_refused(tmp_path: Path) -> None:
-    """By the writer itself: a catalog that is made in Python has not been checked."""
+def test_a_name_too_long_for_a_tar_is_refused(tmp_path: Path) -> None:
+    """The writer checks too, because a catalog made in Python has not been checked."""
     write_raw(tmp_path / "raw")
     long = "x" * 90
     (tmp_path / "raw/alpha").rename(tmp_path / "raw" / long)
     (tmp_path / "catalog.toml").write_text(CATALOG)
     catalog = read_catalog([tmp_path / "catalog.toml"])
     catalog.sources[long] = catalog.sources.pop("alpha")
-    with pytest.raises(ShardError, match=f"{long}_.* 11[12] bytes, a name in a tar at most 100"):
+    with pytest.raises(ShardError, match=f"{long}_.* 11[12] bytes, more than the 100 of"):
         build(catalog, tmp_path / "raw", tmp_path / "out", jobs=1)
 
 
 def test_the_same_input_gives_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(raw, tmp_path / "copy")  # other path, other times of change
+    copied = shutil.copytree(raw, tmp_path / "copy")  # another path, other modification times
     assert hashes(build_all(copied, tmp_path / "again", jobs=2)) == hashes(data)
 
 
@@ -106,10 +106,10 @@ def test_a_changed_file_is_packed_again(tmp_path: Path) -> None:
     assert before["old/beta-train-00000.tar"] == after["old/beta-train-00000.tar"]
 
 
-def test_a_rebuild_that_breaks_off_leaves_no_set(
+def test_an_interrupted_rebuild_leaves_no_valid_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An old index beside new tars would be believed."""
+    """An old index next to new tars would look valid."""
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
     (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
@@ -124,8 +124,8 @@ def test_a_rebuild_that_breaks_off_leaves_no_set(
         open_shards([tmp_path / "out/old"])
 
 
-def test_packed_sources_outlive_their_raw_files(tmp_path: Path) -> None:
-    """People delete a download once it is packed; the next build must not take its shards away."""
+def test_packed_sources_stay_when_their_raw_files_are_deleted(tmp_path: Path) -> None:
+    """People delete a download once it is packed; the next build must keep its shards."""
     raw = write_raw(tmp_path / "raw")
     before = hashes(build_all(raw, tmp_path / "out"))
     shutil.rmtree(raw / "dummy")
@@ -136,7 +136,7 @@ def test_packed_sources_outlive_their_raw_files(tmp_path: Path) -> None:
     assert (tmp_path / "out/old/index.json").exists()
 
 
-def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
+def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
     assert "synthetic" not in read_index(tmp_path / "out/old")["sources"]["beta"]
@@ -144,7 +144,7 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
     text = text.replace("[sources.beta]\n", "[sources.beta]\nsynthetic = true\n")
     start, end = text.index("[sources.dummy]"), text.index("[sources.gamma]")
     (raw / "catalog.toml").write_text(text[:start] + text[end:])
-    with pytest.raises(ShardError, match="set old holds source dummy, which this catalog does"):
+    with pytest.raises(ShardError, match="set old contains source dummy, which is not in the cat"):
         build_all(raw, tmp_path / "out")
     (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
     build_all(raw, tmp_path / "out")
@@ -155,10 +155,10 @@ def test_a_source_leaves_a_set_only_on_purpose(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # the quick kill of a build is in test_build_robust.py
-def test_killed_and_started_again_ends_with_the_same_bytes(
+def test_a_build_restarted_after_a_kill_writes_the_same_bytes(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to the builder and all its workers, once the first shard is there."""
+    """Send SIGKILL to the build and all its workers after the first shard is written."""
     process = run_build(raw, tmp_path)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/*.tar")) and time.monotonic() < deadline:
@@ -185,9 +185,9 @@ def test_a_partial_tar_is_never_taken_for_a_whole_one(
     assert hashes(build_all(raw, tmp_path / "out")) == hashes(data)
 
 
-def test_a_second_builder_is_told_to_wait(raw: Path, tmp_path: Path) -> None:
+def test_a_second_build_of_one_output_is_refused(raw: Path, tmp_path: Path) -> None:
     (tmp_path / ".build").mkdir(parents=True)
-    with locked(tmp_path / ".build", tmp_path):  # as the first one holds it
+    with locked(tmp_path / ".build", tmp_path):  # as a running build does
         with pytest.raises(OSError, match="another build is writing"):
             build_one(raw, tmp_path, "old")
     build_one(raw, tmp_path, "old")
@@ -235,16 +235,16 @@ def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "out/old/index.json").exists()
 
 
-def test_a_set_without_an_index_does_not_exist(data: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_not_a_set(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "out")
     (tmp_path / "out/old/index.json").unlink()
     with pytest.raises(ShardError, match=r"tar files but no index\.json, so its build did not fin"):
         open_shards([tmp_path / "out/old"])
-    with pytest.raises(ShardError, match=r"no shard set at .*; .* holds new, val"):
+    with pytest.raises(ShardError, match=r"no shard set at .*; .* has the sets new, val"):
         open_shards([tmp_path / "out/nowhere"])
 
 
-def test_a_foreign_table_or_version_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_table_of_another_set_or_version_is_refused(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "out")
     shutil.copy(data / "new/samples.parquet", tmp_path / "out/old/samples.parquet")
     with pytest.raises(ShardError, match=r"samples\.parquet has sha256"):
@@ -259,7 +259,7 @@ def test_a_foreign_table_or_version_is_refused(data: Path, tmp_path: Path) -> No
 
 
 def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path) -> None:
-    """Made again from the raw files; where these are gone, nobody can."""
+    """The inventory can be made again only if the raw files still exist."""
     raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
     build_one(raw, out, "old")
     path = out / ".build/inventory/alpha.parquet"
@@ -289,7 +289,7 @@ def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
     for extra in ('{ folder = "raels" }', '{ folder = "real", name = "*.tif" }'):
         (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {extra}", 1))
         with pytest.raises(
-            CatalogError, match=r"source alpha: no file in .* fits real: (raels|real/)"
+            CatalogError, match=r"source alpha: no file in .* matches real: (raels|real/)"
         ):
             build_one(raw, tmp_path / "out", "old")
         catalog = read_catalog([raw / "catalog.toml"])
@@ -307,18 +307,18 @@ def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
     (raw / "catalog.toml").write_text(
         text.replace('license = "test"', 'license = "test"\nignore = ["x"]', 1)
     )
-    with pytest.raises(CatalogError, match=r"source alpha: no file in .* fits ignored: x"):
+    with pytest.raises(CatalogError, match=r"source alpha: no file in .* matches ignored: x"):
         build_one(raw, tmp_path / "out", "old")
 
 
 def test_optional_rules_of_which_none_matches_stop_the_build(tmp_path: Path) -> None:
-    """Alternatives: one of them must fit."""
+    """Optional rules of one class are alternatives: at least one must match."""
     raw = write_raw(tmp_path / "raw")
     text = (raw / "catalog.toml").read_text()
     entry = '{ folder = "real", generator = "camera" }'
     choices = '{ folder = "a", optional = true }, { folder = "b", optional = true }'
     (raw / "catalog.toml").write_text(text.replace(entry, choices, 1))
-    with pytest.raises(CatalogError, match=r"fits real: a; real: b\. Correct the rule"):
+    with pytest.raises(CatalogError, match=r"matches real: a; real: b\. Correct the rule"):
         build_one(raw, tmp_path / "out", "old")
 
 
@@ -326,7 +326,9 @@ def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     for source in ("alpha", "beta"):
         shutil.rmtree(raw / source)
-    with pytest.raises(ShardError, match="set old has 10 fake images and no real one; add real im"):
+    with pytest.raises(
+        ShardError, match="set old has 10 fake images and no real images; add real im"
+    ):
         build_one(raw, tmp_path / "out", "old")
     assert not (tmp_path / "out/old/index.json").exists()
     catalog = read_catalog([raw / "catalog.toml"])
@@ -344,10 +346,10 @@ def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" + bytes(99) + b"PAR1", None])
-def test_damaged_notes_of_a_build_are_named_or_made_anew(
+def test_damaged_build_files_are_named_or_written_again(
     raw: Path, data: Path, tmp_path: Path, content: bytes | None
 ) -> None:
-    """`None` is a table, but another one."""
+    """`None` stands for a valid parquet table of another kind."""
     out = shutil.copytree(data, tmp_path / "out")
     content = (data / "old/samples.parquet").read_bytes() if content is None else content
     mark = out / ".build/old/alpha-train-00000.tar.parquet"

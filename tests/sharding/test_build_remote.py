@@ -1,4 +1,4 @@
-"""Buckets and clusters: a real S3-speaking server on this machine, and a real local Ray."""
+"""Tests of builds with buckets (a local S3 server) and with a local Ray cluster."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def command(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:
 
 @pytest.fixture
 def small(raw: Path, tmp_path: Path) -> Path:
-    """Two of the tiny sources."""
+    """Return a raw folder with two of the small sources."""
     for name in ("dummy", "alpha"):
         shutil.copytree(raw / name, tmp_path / "raw" / name)
     shutil.copy(raw / "catalog.toml", tmp_path / "raw")
@@ -64,7 +64,7 @@ def test_a_bucket_as_input_and_output(
 
 
 @pytest.mark.slow
-def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], client, small: Path) -> None:
+def test_a_second_build_of_one_bucket_is_refused(s3: dict[str, str], client, small: Path) -> None:
     def hold(age: float) -> None:
         lease = json.dumps({"owner": "elsewhere:1", "renewed": time.time() - age})
         client.put_object(Bucket="held", Key="out/.build/lock.json", Body=lease.encode())
@@ -76,14 +76,14 @@ def test_a_bucket_has_one_builder_at_a_time(s3: dict[str, str], client, small: P
     assert status == 1
     assert "another build is writing s3://held/out" in output
     assert "held by elsewhere:1" in output
-    hold(1000)  # its builder has died
+    hold(1000)  # expired: its build has died
     status, output = command(*build, "--jobs", 1, environment=s3)
     assert status == 0, output
     left = client.list_objects_v2(Bucket="held")["Contents"]
     assert not [entry for entry in left if "lock" in entry["Key"]]
 
 
-def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, small: Path) -> None:
+def test_a_missing_bucket_is_one_error(s3: dict[str, str], client, small: Path) -> None:
     arguments = ("--raw", small, "--catalog", small / "catalog.toml", "--out", "s3://nowhere/x")
     status, output = command("build", *arguments, environment=s3)
     assert status == 1
@@ -95,7 +95,7 @@ def test_a_bucket_that_is_not_there_is_one_error(s3: dict[str, str], client, sma
     assert status == 1
     assert "Traceback" not in output
     assert "s3://nowhere/x does not answer: Unable to locate credentials" in output
-    assert "nowhere" not in [b["Name"] for b in client.list_buckets()["Buckets"]]  # not made
+    assert "nowhere" not in [b["Name"] for b in client.list_buckets()["Buckets"]]  # not created
 
 
 def test_an_unknown_kind_of_address_is_one_error() -> None:

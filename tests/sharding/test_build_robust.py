@@ -1,4 +1,4 @@
-"""Kills at random moments, full disks, unreadable folders: one clear error, and nothing lost."""
+"""Tests of builds that are killed, or meet a full disk, an unreadable folder or a changed file."""
 
 import contextlib
 import os
@@ -25,10 +25,10 @@ def finish(raw: Path, out: Path) -> None:
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
 @pytest.mark.slow
-def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
+def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(
     raw: Path, data: Path, tmp_path: Path, seed: int
 ) -> None:
-    """SIGKILL to the builder and its workers, again and again, somewhere in a run."""
+    """Send SIGKILL to the build and its workers three times, at random moments."""
     rng = random.Random(seed)
     for _ in range(3):
         process = run_build(raw, tmp_path)
@@ -41,21 +41,21 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_workers_that_outlive_their_builder_do_no_harm(
+def test_workers_that_survive_a_killed_build_do_no_harm(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to the builder alone: its workers go on writing while the next build begins."""
+    """Send SIGKILL to the build alone: its workers still write while the next build starts."""
     for delay in (0.0, 1.0):
         process = run_build(raw, tmp_path)
         while process.poll() is None and len(_alive(process.pid)) < 5:
-            time.sleep(0.02)  # the builder, two that serve Python, and two workers
+            time.sleep(0.02)  # the build, two helpers of Python, two workers
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
     finish(raw, tmp_path)
     assert hashes(tmp_path) == hashes(data)
-    for _ in range(200):  # and then they leave
+    for _ in range(200):  # the workers exit after a while
         if not _alive(process.pid):
             return
         time.sleep(0.1)
@@ -63,7 +63,7 @@ def test_workers_that_outlive_their_builder_do_no_harm(
 
 
 def _alive(group: int) -> list[str]:
-    """The processes of a group that still run."""
+    """List the running processes of a process group."""
     alive = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -72,7 +72,9 @@ def _alive(group: int) -> list[str]:
     return alive
 
 
-def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_ends_quickly_and_resumes(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
     process = run_build(raw, tmp_path)
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
@@ -85,10 +87,10 @@ def test_interrupted_it_ends_quickly_and_resumes(raw: Path, data: Path, tmp_path
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
 @pytest.mark.slow
-def test_a_full_disk_is_one_error_and_the_build_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_error_and_the_build_resumes_with_more_space(
     raw: Path, data: Path, tmp_path: Path
 ) -> None:
-    """On a real file system of 900 kB, which is then made larger."""
+    """Use a real file system of 900 kB, which is then enlarged."""
     out = tmp_path / "small"
     out.mkdir()
     build = (
@@ -112,7 +114,7 @@ def test_a_full_disk_is_one_error_and_the_build_goes_on_when_there_is_room(
     assert hashes(tmp_path / "kept") == hashes(data)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
 def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
     shutil.copytree(raw, tmp_path / "raw")
     (tmp_path / "raw").chmod(0o755)
@@ -128,11 +130,11 @@ def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "out").chmod(0o777)
     arguments = ["build", "--raw", tmp_path / "raw", "--out", tmp_path / "out"]
     arguments += ["--catalog", tmp_path / "raw/catalog.toml", "--jobs", "1"]
-    # Imported as root, because the interpreter may lie where nobody else may read.
+    # Import as root, because another user may not be able to read the files of the interpreter.
     code = (
         "import sharding.__main__, sharding.build, sharding.summary\n"
         "from sharding.catalog import BUILT_IN, read_catalog\n"
-        "read_catalog([BUILT_IN])  # what it imports when it is needed\n" + code
+        "read_catalog([BUILT_IN])  # runs its late imports\n" + code
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

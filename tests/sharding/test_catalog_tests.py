@@ -1,4 +1,4 @@
-"""The field's test sets: a small copy of each in its documented layout, packed and read back."""
+"""Tests of `catalog-tests.toml`: a small copy of each test set is packed and read back."""
 
 import zipfile
 from collections import Counter
@@ -22,7 +22,7 @@ def write_genimage(raw: Path) -> None:
         "stable_diffusion_v_1_4/imagenet_ai_0419_sdv4": "sd1.4",
         "stable_diffusion_v_1_5/imagenet_ai_0424_sdv5": "sd1.5",
         "wukong/imagenet_ai_0424_wukong": "wukong", "ADM/imagenet_ai_0508_adm": "adm",
-        "glide/imagenet_glide": "glide", "Midjourney": "midjourney",  # the last as the README
+        "glide/imagenet_glide": "glide", "Midjourney": "midjourney",  # as in its README
     }  # fmt: skip
     for number, folder in enumerate(names):
         put(raw / "genimage" / folder / "val/ai", f"{number}_fake.png", kind="PNG")
@@ -31,7 +31,7 @@ def write_genimage(raw: Path) -> None:
 
 
 def write_tables(raw: Path) -> None:
-    """The four collections that are parquet tables on the hub."""
+    """Write the four test sets that are parquet tables on the hub."""
     parquet(
         raw / "tiny_genimage_val/data/validation-00000-of-00002.parquet",
         {"image": [image() for _ in range(3)], "label": [0, 1, 1], "generator": [0, 2, 6]},
@@ -64,7 +64,7 @@ def write_tables(raw: Path) -> None:
 
 
 def write_folders(raw: Path) -> None:
-    """The collections of plain folders and zip archives."""
+    """Write the test sets that are folders or zip archives."""
     for label in ("0_real", "1_fake"):
         put(raw / "chameleon/Chameleon/test" / label, f"{label}.jpg")
         put(raw / "aigibench/test/R3GAN" / label, f"{label}.png", kind="PNG")
@@ -103,7 +103,7 @@ def _made(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Row]]:
-    """Every test collection, packed as one: source -> origin below it -> what it became."""
+    """Pack all test sets; return source -> origin below the source -> packed row."""
     folder = tmp_path_factory.mktemp("tests")
     raw = folder / "raw"
     write_genimage(raw)
@@ -142,7 +142,7 @@ def test_genimage_is_read_in_both_layouts_and_its_training_half_is_not(packed: P
     assert len({row.group for row in packed["genimage"].values()}) == 16
 
 
-def test_tables_name_their_generators(packed: Packed) -> None:
+def test_generators_come_from_columns_of_tables(packed: Packed) -> None:
     assert kinds(packed["tiny_genimage_val"]) == {
         ("tiny-genimage", "real", "imagenet"): 1, ("tiny-genimage", "fake", "biggan"): 1,
         ("tiny-genimage", "fake", "sd15"): 1,
@@ -167,7 +167,7 @@ def test_tables_name_their_generators(packed: Packed) -> None:
         )
 
 
-def test_what_was_gathered_in_the_wild(packed: Packed) -> None:
+def test_collections_from_the_web_have_the_right_labels(packed: Packed) -> None:
     assert kinds(packed["chameleon"]) == {
         ("chameleon", "real", "web"): 1, ("chameleon", "fake", "unknown"): 1,
     }  # fmt: skip
@@ -183,14 +183,14 @@ def test_what_was_gathered_in_the_wild(packed: Packed) -> None:
     assert len({row.group for row in shared.values()}) == 2  # an image and its shared copies
 
 
-def test_subsets_of_aigibench_in_folders_and_archives(packed: Packed) -> None:
+def test_aigibench_is_read_from_folders_and_archives(packed: Packed) -> None:
     assert kinds(packed["aigibench"]) == {
         ("aigibench", "real", "mixed"): 2, ("aigibench", "fake", "r3gan"): 1,
         ("aigibench", "fake", "socialrf"): 1,
     }  # fmt: skip
 
 
-def test_camera_photographs_and_what_was_made_of_them(packed: Packed) -> None:
+def test_camera_photographs_and_copies_made_from_them_are_grouped(packed: Packed) -> None:
     assert kinds(packed["raise_1k"]) == {("raise", "real", "nikon"): 1}
     names = ("dalle2", "dalle3", "firefly", "glide", "midjourney5", "sd1.3", "sd1.4", "sd2", "sdxl")
     assert kinds(packed["synthbuster"]) == {("synthbuster", "fake", name): 1 for name in names}
@@ -201,7 +201,7 @@ def test_camera_photographs_and_what_was_made_of_them(packed: Packed) -> None:
     assert {row.group for row in packed["fodb"].values()} == {"fodb/0001"}  # one scene
 
 
-def test_attacks_stand_beside_what_they_attack(packed: Packed) -> None:
+def test_attacked_images_share_the_group_of_their_original(packed: Packed) -> None:
     parts = [("real", "real"), *(("fake", f"gen_{n}") for n in range(4))]
     assert kinds(packed["raid"]) == {
         (name, *part): 1 for name in ("raid", "raid-original") for part in parts
@@ -209,7 +209,7 @@ def test_attacks_stand_beside_what_they_attack(packed: Packed) -> None:
     assert {row.group for row in packed["raid"].values()} == {"raid/0001"}
 
 
-def test_frames_go_with_their_video(packed: Packed) -> None:
+def test_frames_of_one_video_share_a_group(packed: Packed) -> None:
     groups: dict[str, Counter[str]] = {}
     for row in packed["df40_test"].values():
         groups.setdefault(row.group, Counter())[f"{row.label} {row.generator}"] += 1
@@ -219,7 +219,7 @@ def test_frames_go_with_their_video(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("name", sorted([*TEST_SETS, "evalgen"]))
-def test_every_fact_has_a_source_and_every_set_a_place(name: str) -> None:
+def test_every_fact_has_a_reference(name: str) -> None:
     source = CATALOG.sources[name]
     assert source.test_only
     assert source.license and source.homepage and isinstance(source.fetch, Fetch)
@@ -233,7 +233,7 @@ def test_every_fact_has_a_source_and_every_set_a_place(name: str) -> None:
         assert any(f"{max(source.expected.values()):,}" in f or "1,000" in f for f in source.facts)
 
 
-def test_suites_hold_every_test_set() -> None:
+def test_the_suite_all_contains_every_test_set() -> None:
     sets = {set_name for name in [*TEST_SETS, "evalgen"]
             for shares in CATALOG.sources[name].destinations() for set_name in shares}  # fmt: skip
     assert sets == set(CATALOG.suites["all"])
@@ -241,12 +241,10 @@ def test_suites_hold_every_test_set() -> None:
     assert {CATALOG.sets[set_name] for set_name in sets} == {"test"}
 
 
-def test_a_test_collection_goes_to_no_training_set(tmp_path: Path) -> None:
+def test_a_test_only_source_cannot_go_to_a_training_set(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text("[sources.chameleon]\nset = { chameleon = 0.5, phase1 = 0.5 }\n")
-    with pytest.raises(
-        CatalogError, match="chameleon is a test collection and may not go to set p"
-    ):
+    with pytest.raises(CatalogError, match="chameleon is test_only and may not go to set p"):
         read_catalog([*SHIPPED, mine])
     mine.write_text('[sources.chameleon]\nset = "phase1"\ntest_only = false\n')
     assert read_catalog([*SHIPPED, mine]).sources["chameleon"].set == "phase1"
@@ -255,14 +253,19 @@ def test_a_test_collection_goes_to_no_training_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[suites]\nmine = ["nowhere"]\n', r"\[suites\] names set 'nowhere', which \[sets\]"),
+        (
+            '[suites]\nmine = ["nowhere"]\n',
+            r"\[suites\] names set 'nowhere', which is not in \[sets\]",
+        ),
         (
             '[sources.raise_1k]\nreal = [{ generator = "<camera>" }]\n',
-            "has generator <camera>, a column of a parquet table, and reads none",
+            "has generator <camera>, a column of a parquet table, but reads no",
         ),
     ],
 )
-def test_what_a_catalog_cannot_have(tmp_path: Path, text: str, said: str) -> None:
+def test_unknown_sets_and_columns_without_a_table_are_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(CatalogError, match=said):
         read_catalog([*SHIPPED, tmp_path / "mine.toml"])

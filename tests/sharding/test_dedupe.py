@@ -1,4 +1,4 @@
-"""Duplicates, and the promise that nothing evaluated was trained on."""
+"""Tests of duplicates: no evaluated image or near-duplicate of one is trained on."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ fake = ["fake"]
 
 
 def picture(seed: int) -> np.ndarray:
-    """Large shapes and a little noise: the spectrum of a photograph, falling with frequency."""
+    """Return large shapes with a little noise, whose spectrum falls like that of a photograph."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((160, 128), Image.Resampling.BICUBIC))
@@ -90,7 +90,7 @@ def excluded(tmp_path: Path, name: str) -> dict[str, tuple[str, str]]:
         return {r["origin"]: (r["reason"], r["conflicts_with"]) for r in csv.DictReader(stream)}
 
 
-def test_training_gives_way_to_evaluation_with_the_whole_pair(tmp_path: Path) -> None:
+def test_pairs_with_a_duplicate_of_an_evaluated_image_are_not_trained_on(tmp_path: Path) -> None:
     put(tmp_path / "raw", {
         "coco/real/a.jpg": jpeg(1),
         "coco/real/b.jpg": jpeg(2),
@@ -98,7 +98,7 @@ def test_training_gives_way_to_evaluation_with_the_whole_pair(tmp_path: Path) ->
         "pairs/fake/1.png": encode(picture(50), "PNG"),  # its partner, another picture
         "pairs/real/2.png": encode(picture(3), "PNG"),
         "pairs/fake/2.png": encode(picture(51), "PNG"),
-        "more/real/x.jpg": jpeg(2),  # b, byte for byte
+        "more/real/x.jpg": jpeg(2),  # the same bytes as b
         "more/real/y.jpg": jpeg(2, 60, (200, 200)),  # b, squashed and compressed
     })  # fmt: skip
     rows = pack(tmp_path)
@@ -128,7 +128,7 @@ def test_copies_inside_training_are_kept_once(tmp_path: Path) -> None:
     assert rows["more/fake/z.jpg"][1] == rows["more/fake/recompressed.jpg"][1]  # one group
 
 
-def test_one_picture_under_both_labels_is_refused_everywhere(tmp_path: Path) -> None:
+def test_an_image_with_both_labels_is_excluded_from_all_sets(tmp_path: Path) -> None:
     put(tmp_path / "raw", {
         "coco/real/a.jpg": jpeg(1), "more/fake/a.jpg": jpeg(1), "more/real/b.jpg": jpeg(2),
         "coco/real/c.jpg": jpeg(3),
@@ -138,7 +138,7 @@ def test_one_picture_under_both_labels_is_refused_everywhere(tmp_path: Path) -> 
     assert excluded(tmp_path, "evalgen") == {"coco/real/a.jpg": (reason, "more/fake/a.jpg")}
 
 
-def test_near_duplicates_go_to_one_set_whichever_it_is(tmp_path: Path) -> None:
+def test_near_duplicates_go_to_the_same_set(tmp_path: Path) -> None:
     for n in range(30):
         put(tmp_path / "raw/faces", {
             f"real/{n}.jpg": jpeg(n), f"fake/{n}b.jpg": jpeg(n, 50, (120, 120)),
@@ -150,7 +150,7 @@ def test_near_duplicates_go_to_one_set_whichever_it_is(tmp_path: Path) -> None:
     assert {name for name, _ in rows.values()} == {"phase1", "val"}
 
 
-def test_new_data_moves_no_old_image(tmp_path: Path) -> None:
+def test_new_images_move_no_old_image_to_another_set(tmp_path: Path) -> None:
     for n in range(30):
         put(tmp_path / "raw/faces", {f"real/{n}.jpg": jpeg(n)})
     before = pack(tmp_path)
@@ -161,7 +161,7 @@ def test_new_data_moves_no_old_image(tmp_path: Path) -> None:
     assert {origin: after[origin] for origin in before} == before
 
 
-def test_an_evaluation_set_is_the_same_alone_or_with_everything(tmp_path: Path) -> None:
+def test_an_evaluation_set_is_the_same_built_alone_or_with_all_sets(tmp_path: Path) -> None:
     put(tmp_path / "raw", {
         "coco/real/a.jpg": jpeg(1), "more/fake/a.jpg": jpeg(4), "more/real/b.jpg": jpeg(1, 60),
     })  # fmt: skip
@@ -172,7 +172,7 @@ def test_an_evaluation_set_is_the_same_alone_or_with_everything(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3000])
-def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
+def test_the_search_finds_every_pair_of_an_exhaustive_comparison(n: int) -> None:
     rng = np.random.default_rng(n)
     hashes = rng.integers(0, 2**63, n, dtype=np.uint64)
     thumbnails = rng.integers(0, 256, (n, 256), dtype=np.uint8)
@@ -196,7 +196,7 @@ def test_the_search_finds_what_comparing_all_pairs_finds(n: int) -> None:
         assert hashes[a] == hashes[b]
 
 
-def test_different_photographs_are_not_near_and_copies_are() -> None:
+def test_copies_are_near_duplicates_and_different_images_are_not() -> None:
     files = [jpeg(n) for n in range(60)]
     files += [jpeg(n, 50) for n in range(60)]
     files += [jpeg(n, 85, (256, 256)) for n in range(60)]
@@ -205,7 +205,7 @@ def test_different_photographs_are_not_near_and_copies_are() -> None:
     assert all(a % 60 == b % 60 for a, b in pairs)
     assert (
         len({tuple(p) for p in pairs.tolist() if p[0] < 60}) >= 108
-    )  # nine in ten, squashed or at quality 50
+    )  # 90 % of the copies: distorted, or at quality 50
 
 
 def test_an_image_read_from_memory_is_described_like_one_from_disk(tmp_path: Path) -> None:

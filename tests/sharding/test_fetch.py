@@ -1,4 +1,4 @@
-"""Downloads of addresses, and what all downloads have in common, from a loopback server."""
+"""Tests of downloads from addresses, and of all kinds of downloads, with a local server."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ from tests.servers import (
     source,
 )
 
-# How long "no network" may take to be said; refused connections take milliseconds.
+# Time limit for the error of a missing network; a refused connection takes milliseconds.
 SOON_S = 5
 
 
@@ -57,7 +57,9 @@ def photos(server: Server) -> str:
     return f"{server.url}/p/photos.bin"
 
 
-def test_an_address_arrives_whole_and_once(server: Server, photos: str, tmp_path: Path) -> None:
+def test_an_address_is_downloaded_completely_and_only_once(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
     bars = []
 
     class Bar:
@@ -84,7 +86,9 @@ def test_an_address_arrives_whole_and_once(server: Server, photos: str, tmp_path
 
 
 @pytest.mark.parametrize("ranges", ["yes", "no", "wrong"])
-def test_a_cut_address_resumes(server: Server, photos: str, tmp_path: Path, ranges: str) -> None:
+def test_an_interrupted_download_of_an_address_resumes(
+    server: Server, photos: str, tmp_path: Path, ranges: str
+) -> None:
     server.ranges = ranges
     server.cut["/p/photos.bin"] = CUT
     first = fetched(tmp_path, urls=[photos])
@@ -107,7 +111,9 @@ def test_a_file_that_changed_is_not_resumed(server: Server, photos: str, tmp_pat
     assert files_of(tmp_path / "s") == {"photos.bin": other}
 
 
-def test_a_failing_head_keeps_what_there_is(server: Server, photos: str, tmp_path: Path) -> None:
+def test_a_failed_head_request_keeps_the_partial_file(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
     server.cut["/p/photos.bin"] = CUT
     assert fetched(tmp_path, urls=[photos]).status == "failed"
     server.status["HEAD /p/photos.bin"] = 503
@@ -117,10 +123,10 @@ def test_a_failing_head_keeps_what_there_is(server: Server, photos: str, tmp_pat
     assert [of for _, of in server.got()] == ["", f"bytes={2**21}-"]
 
 
-def test_a_partial_that_is_all_of_it_is_only_renamed(
+def test_a_partial_file_that_is_complete_is_only_renamed(
     server: Server, photos: str, tmp_path: Path
 ) -> None:
-    # Killed after the last byte.
+    # The first download was killed after the last byte.
     for refused in (False, True):
         server.status = {"HEAD /p/photos.bin": 405} if refused else {}
         raw = tmp_path / str(refused)
@@ -131,7 +137,7 @@ def test_a_partial_that_is_all_of_it_is_only_renamed(
         assert fetched(raw, urls=[photos]).status == "downloaded"
         assert files_of(raw / "s") == {"photos.bin": BODY}
         ranges = [of for _, of in server.got()]
-        assert ranges == ([""] if refused else [])  # without an ETag it starts anew
+        assert ranges == ([""] if refused else [])  # without an ETag it starts again
 
 
 def test_a_file_without_a_length_is_refused(server: Server, photos: str, tmp_path: Path) -> None:
@@ -143,7 +149,7 @@ def test_a_file_without_a_length_is_refused(server: Server, photos: str, tmp_pat
 
 
 def test_a_file_of_another_length_is_refused(server: Server, photos: str, tmp_path: Path) -> None:
-    # Compressed on its way although that was not asked for: its length says nothing of the file's.
+    # The server compresses without being asked, so its length is not that of the file.
     server.bodies["/p/photos.bin"] = gzip.compress(BODY)
     server.headers["/p/photos.bin"] = {"Content-Encoding": "gzip"}
     result = fetched(tmp_path, urls=[photos])
@@ -156,11 +162,11 @@ def test_a_file_of_another_length_is_refused(server: Server, photos: str, tmp_pa
 def test_an_address_must_end_in_a_file_name(server: Server, tmp_path: Path, end: str) -> None:
     result = fetched(tmp_path, urls=[f"{server.url}/{end}"])
     assert result.status == "failed"
-    assert "does not end in a name for a file" in result.note
+    assert "does not end in a file name" in result.note
     assert server.asked == []
 
 
-def test_errors_keep_the_secrets_of_an_address(server: Server, tmp_path: Path) -> None:
+def test_errors_do_not_show_the_secrets_of_an_address(server: Server, tmp_path: Path) -> None:
     server.status["/p/x.zip"] = 500
     host = server.url.removeprefix("http://")
     address = f"http://me:s3cret@{host}/p/x.zip?token=s3cret"
@@ -174,12 +180,10 @@ def test_errors_keep_the_secrets_of_an_address(server: Server, tmp_path: Path) -
     assert not any("s3cret" in note for note in notes)
 
 
-# --- Kaggle ---------------------------------------------------------------------------------------
-
-# --- all of them ----------------------------------------------------------------------------------
+# --- all kinds of downloads -----------------------------------------------------------------------
 
 
-def test_too_little_disk_is_said_before_anything_is_downloaded(
+def test_too_little_disk_space_is_an_error_before_any_download(
     server: Server, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = type(shutil.disk_usage(tmp_path))
@@ -192,13 +196,13 @@ def test_too_little_disk_is_said_before_anything_is_downloaded(
     for fetch in (HUB, {"urls": [photos]}):
         result = fetched(tmp_path / "not/there", **fetch)
         assert result.status == "failed"
-        assert "5.00 GiB are to be downloaded" in result.note
+        assert "the download needs 5.00 GiB" in result.note
         assert "2.00 GiB free" in result.note
     assert server.got("/resolve/") + server.got("/p/") == []
     assert not (tmp_path / "not/there/s").exists()
 
 
-def test_disk_is_needed_only_for_what_is_not_there(
+def test_disk_space_is_needed_only_for_missing_files(
     server: Server, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.publish({"data/big.parquet": BODY}, OLD)
@@ -215,13 +219,13 @@ def test_disk_is_needed_only_for_what_is_not_there(
 
 
 def _nobody() -> str:
-    """An address where nobody listens."""
+    """Return an address on which no server listens."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{one.getsockname()[1]}"
 
 
-def test_no_network_is_said_soon(
+def test_a_missing_network_is_reported_quickly(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nobody = _nobody()
@@ -232,13 +236,15 @@ def test_no_network_is_said_soon(
     for fetch in (HUB, KAGGLE, {"urls": [f"{nobody}/x.zip"]}):
         result = fetched(tmp_path, **fetch)
         assert result.status == "failed"
-        assert result.note.startswith("no download from http")
+        assert result.note.startswith("download from http")
         assert "refused" in result.note
     assert time.monotonic() - start < SOON_S
     assert not (tmp_path / "s").exists()
 
 
-def test_by_hand_says_what_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manual_download_says_what_to_do_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = fetched(Path("raw"), by_hand="Ask for access.")
     assert result == Fetched("s", "by hand", f"Ask for access. Put it in {tmp_path}/raw/s")
@@ -260,28 +266,28 @@ def test_one_failing_source_does_not_stop_the_others(
     results = list(fetch_all(catalog, tmp_path, ["own", "good", "good"]))
     assert [each.status for each in results] == ["by hand", "complete"]
     assert "here.org" in results[0].note
-    with pytest.raises(CatalogError, match=r"no source godo; the catalog knows gone, good"):
+    with pytest.raises(CatalogError, match=r"no source godo; the catalog has gone, good"):
         fetch_all(catalog, tmp_path, ["good", "godo"])
 
 
-def test_the_folder_is_the_source_s_root(server: Server, photos: str, tmp_path: Path) -> None:
+def test_a_source_is_downloaded_to_its_root(server: Server, photos: str, tmp_path: Path) -> None:
     one = Source(license="x", set="t", real=["**"], root="a/b", fetch=Fetch(urls=[photos]))
     assert fetch_source("s", one, tmp_path).status == "downloaded"
     assert files_of(tmp_path) == {"a/b/photos.bin": BODY}
 
 
-def test_what_a_kill_left_of_a_mark_goes(server: Server, tmp_path: Path) -> None:
+def test_partial_marks_of_a_killed_download_are_deleted(server: Server, tmp_path: Path) -> None:
     server.publish(FILES, OLD)
     (tmp_path / "s").mkdir()
     for name in (BEGUN, MARK):
         (tmp_path / "s" / f"{name}.4711.partial").touch()
-    (tmp_path / "s/notes.4711.partial").touch()  # of somebody else
+    (tmp_path / "s/notes.4711.partial").touch()  # written by another program
     assert fetched(tmp_path, **HUB).status == "downloaded"
     assert files_of(tmp_path / "s") == {**DATA, "notes.4711.partial": b""}
     assert not list((tmp_path / "s").glob(".*.partial"))
 
 
-def test_two_downloads_of_one_folder_do_not_meet(
+def test_a_second_download_to_one_folder_is_refused(
     server: Server, photos: str, tmp_path: Path
 ) -> None:
     with filelock.FileLock(tmp_path / ".s.lock"):
@@ -316,14 +322,14 @@ def zipped(**members: bytes) -> bytes:
     ("name", "body", "said"),
     [
         ("x.zip", PAGE, "a web page"), ("x.bin", b"\xef\xbb\xbf\n <HTML>", "a web page"),
-        ("x.zip", b"quota exceeded", "no whole zip archive"),
-        ("x.zip", zipped(a=BODY)[:-30], "no whole zip archive"),
-        ("x.tar", b"quota exceeded" * 99, "no tar archive"),
-        ("x.parquet", b"quota exceeded", "no .parquet file"),
-        ("x.tar.gz", b"quota exceeded", "no .gz file"),
+        ("x.zip", b"quota exceeded", "not a complete zip archive"),
+        ("x.zip", zipped(a=BODY)[:-30], "not a complete zip archive"),
+        ("x.tar", b"quota exceeded" * 99, "not a tar archive"),
+        ("x.parquet", b"quota exceeded", "not a .parquet file"),
+        ("x.tar.gz", b"quota exceeded", "not a .gz file"),
     ],
 )  # fmt: skip
-def test_a_page_instead_of_the_file_is_no_download(
+def test_a_web_page_instead_of_the_file_is_an_error(
     server: Server, tmp_path: Path, name: str, body: bytes, said: str
 ) -> None:
     server.bodies[f"/p/{name}"] = body
@@ -335,7 +341,9 @@ def test_a_page_instead_of_the_file_is_no_download(
     assert not (tmp_path / "s" / MARK).exists()
 
 
-def test_complete_looks_at_the_files(server: Server, photos: str, tmp_path: Path) -> None:
+def test_missing_or_short_files_are_downloaded_again(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
     (tmp_path / "s/photos.bin").unlink()
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
@@ -350,7 +358,7 @@ def test_complete_looks_at_the_files(server: Server, photos: str, tmp_path: Path
     assert files_of(tmp_path / "hub/s") == DATA
 
 
-def test_a_catalog_may_say_the_sha256(server: Server, photos: str, tmp_path: Path) -> None:
+def test_the_sha256_in_the_catalog_is_checked(server: Server, photos: str, tmp_path: Path) -> None:
     good = {"photos.bin": hashlib.sha256(BODY).hexdigest()}
     assert fetched(tmp_path / "a", urls=[photos], sha256=good).status == "downloaded"
     result = fetched(tmp_path / "b", urls=[photos], sha256={"photos.bin": "0" * 64})
@@ -358,15 +366,15 @@ def test_a_catalog_may_say_the_sha256(server: Server, photos: str, tmp_path: Pat
     assert "the catalog says 000000000000..." in result.note
     assert files_of(tmp_path / "b/s") == {}
     result = fetched(tmp_path / "c", urls=[photos], sha256={"other.bin": "0" * 64})
-    assert "a sha256 of other.bin, which did not arrive" in result.note
+    assert "no file other.bin was downloaded, but the catalog has" in result.note
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
         Fetch(urls=[photos], sha256={"photos.bin": "abc"})
 
 
-def test_without_an_etag_a_download_starts_anew(
+def test_without_an_etag_a_download_starts_again(
     server: Server, photos: str, tmp_path: Path
 ) -> None:
-    """Last-Modified counts in seconds, and a weak ETag does not promise the same bytes."""
+    """Last-Modified is exact to a second only, and a weak ETag does not promise the same bytes."""
     for headers in ({}, {"Last-Modified": "x"}, {"ETag": 'W/"1"'}):
         raw = tmp_path / str(len(str(headers)))
         server.headers["/p/photos.bin"] = headers
@@ -378,7 +386,7 @@ def test_without_an_etag_a_download_starts_anew(
         assert files_of(raw / "s") == {"photos.bin": BODY[::-1]}
 
 
-def test_marks_keep_no_secrets(server: Server, photos: str, tmp_path: Path) -> None:
+def test_marks_contain_no_secrets(server: Server, photos: str, tmp_path: Path) -> None:
     host = photos.removeprefix("http://")
     address = f"http://me:s3c@ret@{host}?X-Amz-Signature=s3cret#s3cret"
     server.cut["/p/photos.bin"] = CUT
@@ -399,10 +407,10 @@ def test_the_built_in_catalog_downloads_by_https_only() -> None:
     assert all(url.startswith("https://") for url in urls)
 
 
-def test_without_a_name_the_test_sets_stay_away(
+def test_fetch_without_names_skips_the_test_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are 500 GB, and nobody trains on them."""
+    """The test sets are over 500 GB, and nobody trains on them."""
     asked: list[str] = []
 
     def fetch_all(_catalog: Catalog, _raw: Path, names: list[str], *_: object) -> list[Fetched]:

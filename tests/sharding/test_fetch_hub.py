@@ -1,4 +1,4 @@
-"""Datasets of the hub, from a loopback server that speaks as much of its protocol as needed."""
+"""Tests of downloads from the Hugging Face hub, with a local server for its protocol."""
 
 import json
 import os
@@ -36,7 +36,9 @@ print(fetch_source("s", Source(license="x", set="t", real=["**"], fetch=fetch), 
 """
 
 
-def test_a_hub_dataset_arrives_whole_and_once(server: Server, tmp_path: Path) -> None:
+def test_a_hub_dataset_is_downloaded_completely_and_only_once(
+    server: Server, tmp_path: Path
+) -> None:
     server.publish(FILES, OLD)
     assert fetched(tmp_path, **HUB) == Fetched("s", "downloaded", str(tmp_path / "s"))
     assert files_of(tmp_path / "s") == DATA
@@ -63,7 +65,7 @@ def test_another_pattern_adds_files_of_the_same_revision(server: Server, tmp_pat
     ]
 
 
-def test_a_cut_hub_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_hub_file_continues_at_the_same_byte(server: Server, tmp_path: Path) -> None:
     server.publish({"data/big.parquet": BODY}, OLD)
     server.cut[f"/datasets/{REPO}/resolve/{OLD}/data/big.parquet"] = CUT
     assert fetched(tmp_path, **HUB).status == "downloaded"
@@ -99,15 +101,15 @@ def test_a_killed_hub_download_resumes_with_its_revision(server: Server, tmp_pat
     assert not list((tmp_path / "s").rglob("*.incomplete"))
 
 
-def test_a_file_that_is_not_whole_is_never_called_complete(server: Server, tmp_path: Path) -> None:
-    # Without an answer about a file, the library is content with whatever bears its name.
+def test_an_incomplete_file_is_never_called_complete(server: Server, tmp_path: Path) -> None:
+    # If the server does not answer about a file, the library accepts any file of its name.
     server.publish(FILES, OLD)
     server.status[f"HEAD /datasets/{REPO}/resolve/{OLD}/data/a.parquet"] = 500
     (tmp_path / "s/data").mkdir(parents=True)
     (tmp_path / "s/data/a.parquet").write_bytes(BODY[:999])
     result = fetched(tmp_path, **HUB)
     assert result.status == "failed"
-    assert "1 of 2 files of owner/set did not arrive whole, first data/a.parquet" in result.note
+    assert "1 of 2 files of owner/set are incomplete, first data/a.parquet" in result.note
     server.status.clear()
     assert fetched(tmp_path, **HUB).status == "downloaded"
     assert files_of(tmp_path / "s") == DATA
@@ -116,7 +118,7 @@ def test_a_file_that_is_not_whole_is_never_called_complete(server: Server, tmp_p
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("code", ["GatedRepo", ""])
 @pytest.mark.parametrize("where", ["/api/datasets/{}", "/datasets/{}/resolve/{}/data/a.parquet"])
-def test_a_gated_dataset_says_how_to_get_in(
+def test_a_gated_dataset_says_how_to_get_access(
     server: Server, tmp_path: Path, status: int, code: str, where: str
 ) -> None:
     server.publish(FILES, OLD)
@@ -134,14 +136,14 @@ def test_a_gated_dataset_says_how_to_get_in(
     assert not (tmp_path / "s" / MARK).exists()
 
 
-def test_a_dataset_that_is_not_there(server: Server, tmp_path: Path) -> None:
+def test_a_missing_dataset_is_an_error(server: Server, tmp_path: Path) -> None:
     result = fetched(tmp_path, **HUB)
     assert result.status == "failed"
-    assert result.note.endswith("is not there (HTTP 404); correct its address in the catalog")
+    assert result.note.endswith("does not exist (HTTP 404); correct its address in the catalog")
     assert not (tmp_path / "s").exists()
 
 
-def test_a_revision_that_is_gone_has_a_way_out(server: Server, tmp_path: Path) -> None:
+def test_a_deleted_revision_says_how_to_start_over(server: Server, tmp_path: Path) -> None:
     server.publish(FILES, OLD)
     path = f"/datasets/{REPO}/resolve/{OLD}/data/a.parquet"
     server.status[path] = 403
@@ -155,8 +157,8 @@ def test_a_revision_that_is_gone_has_a_way_out(server: Server, tmp_path: Path) -
     assert json.loads((tmp_path / "s" / MARK).read_text())["revision"] == NEW
 
 
-def test_patterns_that_fit_nothing(server: Server, tmp_path: Path) -> None:
+def test_patterns_that_match_no_file_are_an_error(server: Server, tmp_path: Path) -> None:
     server.publish(FILES, OLD)
     result = fetched(tmp_path, hub=REPO, files=["train/*"])
     assert result.status == "failed"
-    assert "nothing that fits train/*, but README.md, data" in result.note
+    assert "no file that matches train/*; it has README.md, data" in result.note

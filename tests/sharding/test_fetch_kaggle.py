@@ -1,4 +1,4 @@
-"""Datasets of Kaggle, from a loopback server that speaks as much of its protocol as needed."""
+"""Tests of downloads from Kaggle, with a local server for its protocol."""
 
 import base64
 import hashlib
@@ -47,7 +47,7 @@ def kaggle(server: Server) -> Server:
     return server
 
 
-def test_a_kaggle_dataset_arrives_whole_and_once(
+def test_a_kaggle_dataset_is_downloaded_completely_and_only_once(
     kaggle: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAGGLE_API_TOKEN", "kg_s3cret")
@@ -66,7 +66,7 @@ def test_a_kaggle_dataset_arrives_whole_and_once(
     assert kaggle.asked == []
 
 
-def test_a_cut_kaggle_download_resumes(kaggle: Server, tmp_path: Path) -> None:
+def test_an_interrupted_kaggle_download_resumes(kaggle: Server, tmp_path: Path) -> None:
     kaggle.cut["/blob/archive.zip"] = CUT
     first = fetched(tmp_path, **KAGGLE)
     assert first.status == "failed"
@@ -79,19 +79,21 @@ def test_a_cut_kaggle_download_resumes(kaggle: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_kaggle_without_a_login(kaggle: Server, tmp_path: Path, status: int) -> None:
+def test_kaggle_without_a_login_says_how_to_log_in(
+    kaggle: Server, tmp_path: Path, status: int
+) -> None:
     kaggle.status[f"{SERVICE}/GetDataset"] = status
     result = fetched(tmp_path, **KAGGLE)
     assert result.status == "failed"
     assert "https://www.kaggle.com/datasets/owner/set" in result.note
     if status == 404:
-        assert "is not there (HTTP 404)" in result.note
+        assert "does not exist (HTTP 404)" in result.note
     else:
         for hint in (f"HTTP {status}", "~/.kaggle/kaggle.json", "KAGGLE_API_TOKEN", "KAGGLE_KEY"):
             assert hint in result.note
 
 
-def test_a_damaged_archive_is_an_error_with_a_way_out(kaggle: Server, tmp_path: Path) -> None:
+def test_a_damaged_archive_says_how_to_start_over(kaggle: Server, tmp_path: Path) -> None:
     whole = kaggle.bodies["/blob/archive.zip"], kaggle.headers["/blob/archive.zip"]
     kaggle.bodies["/blob/archive.zip"] = b"no archive"
     kaggle.headers["/blob/archive.zip"] = {"Content-Type": "application/zip"}
@@ -105,24 +107,24 @@ def test_a_damaged_archive_is_an_error_with_a_way_out(kaggle: Server, tmp_path: 
     assert fetched(tmp_path, **KAGGLE).status == "downloaded"
 
 
-def test_kaggle_leaves_files_alone_that_it_did_not_bring(kaggle: Server, tmp_path: Path) -> None:
+def test_a_kaggle_download_never_changes_existing_files(kaggle: Server, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s/mine.png").write_bytes(b"mine")
     result = fetched(tmp_path, **KAGGLE)
     assert result.status == "failed"
-    assert "holds files already, and not what this fetch left" in result.note
+    assert "already has files that this command did not write" in result.note
     assert files_of(tmp_path / "s") == {"mine.png": b"mine"}
     assert kaggle.asked == []
 
 
-def test_kagglehub_is_an_extra(
+def test_without_kagglehub_the_error_names_its_extra(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert "install the extra `fetch`" in fetched(tmp_path, **KAGGLE).note
 
 
-def test_complete_looks_at_the_files_of_kaggle(kaggle: Server, tmp_path: Path) -> None:
+def test_a_missing_file_of_kaggle_is_an_error(kaggle: Server, tmp_path: Path) -> None:
     assert fetched(tmp_path, **KAGGLE).status == "downloaded"
     (tmp_path / "s/keep/2.png").unlink()
     result = fetched(tmp_path, **KAGGLE)

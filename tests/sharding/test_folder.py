@@ -1,4 +1,4 @@
-"""A folder with `real/` and `fake/`, packed without a catalog: sets, what is reused, refusals."""
+"""Tests of `pack_folder()`: a folder with `real/` and `fake/` becomes two sets, or is refused."""
 
 import functools
 import os
@@ -24,7 +24,7 @@ def write_images(folder: Path, count: int, first: int) -> None:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """26 real images, and 26 fake ones of which 20 are of the generator sdxl."""
+    """Return a folder with 26 real and 26 fake images; 20 fakes are in the subfolder `sdxl`."""
     folder = tmp_path / "raw" / "My Photos"
     write_images(folder / "REAL", 26, 0)
     write_images(folder / "1_fake" / "sdxl", 20, 100)
@@ -33,8 +33,8 @@ def mine(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_becomes_two_sets_that_share_nothing(mine: Path, tmp_path: Path) -> None:
-    """What is there is reused, what has changed is noticed, and no other set is touched."""
+def test_a_folder_becomes_two_sets_without_a_common_group(mine: Path, tmp_path: Path) -> None:
+    """Unchanged shards are kept, changed files are noticed, and other sets stay the same."""
     data = tmp_path / "shards"
     packed = pack(mine, data)
     train, val = (open_shards([data / name]) for name in (packed.train, packed.validate))
@@ -49,18 +49,18 @@ def test_a_folder_becomes_two_sets_that_share_nothing(mine: Path, tmp_path: Path
     before = hashes(data)
     assert pack(mine, data).shards_written == 0
     assert hashes(data) == before
-    write_images(mine / "real", 3, 300)  # beside REAL
+    write_images(mine / "real", 3, 300)  # next to REAL
     (mine / "1_fake/200.jpg").unlink()
     again = pack(mine, data)
     assert again.shards_written > 0
     assert sum(again.train_counts) + sum(again.validate_counts) == 52 + 3 - 1
-    # The same catalog, by hand, gives the same sets.
+    # A build with the written catalog gives the same sets.
     catalog = read_catalog([packed.place / "catalog.toml"])
     _, built = build(catalog, mine.parent, packed.place, jobs=1)
     assert sum(one.shards_written for one in built) == 0
 
 
-def test_a_folder_of_the_same_name_elsewhere_has_its_own_place(mine: Path, tmp_path: Path) -> None:
+def test_two_folders_of_the_same_name_have_separate_sets(mine: Path, tmp_path: Path) -> None:
     data = tmp_path / "shards"
     first = pack(mine, data)
     before = hashes(data)
@@ -70,7 +70,7 @@ def test_a_folder_of_the_same_name_elsewhere_has_its_own_place(mine: Path, tmp_p
     assert {name: sha for name, sha in hashes(data).items() if name in before} == before
 
 
-def test_a_path_is_one_place_however_it_is_written(
+def test_relative_and_absolute_paths_of_a_folder_have_the_same_sets(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mine.parent)
@@ -78,14 +78,16 @@ def test_a_path_is_one_place_however_it_is_written(
     assert len(places) == 1
 
 
-def test_a_near_duplicate_of_a_held_out_image_is_left_out(mine: Path, tmp_path: Path) -> None:
+def test_a_near_duplicate_of_a_validation_image_is_not_trained_on(
+    mine: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "shards"
     packed = pack(mine, data)
     held_out = open_shards([data / packed.validate])
     origin = held_out.table.column("origin").to_pylist()[0]
     copies = mine / ("REAL" if "/REAL/" in origin else "1_fake")
     number = int(Path(origin).stem)
-    for quality in range(50, 56):  # by its name alone some would be trained on
+    for quality in range(50, 56):  # by their names alone, some would be in the training set
         copy = encode(photo(number, 40, 40), quality=quality)
         (copies / f"copy{quality}.jpg").write_bytes(copy)
     again = pack(mine, data)
@@ -97,14 +99,14 @@ def test_a_near_duplicate_of_a_held_out_image_is_left_out(mine: Path, tmp_path: 
     ("spoil", "said"),
     [
         (lambda mine: shutil.rmtree(mine / "1_fake"), r"no folder of fake images \(expected fake "),
-        (lambda mine: shutil.rmtree(mine / "REAL"), r"no folder of real images .*there is 1_fake"),
+        (lambda mine: shutil.rmtree(mine / "REAL"), r"no folder of real images .*found 1_fake"),
         (
             lambda mine: [path.unlink() for path in (mine / "REAL").glob("*.jpg")],
-            r"REAL holds no image; expected at least 20 real ones",
+            r"REAL has no image; expected at least 20 real images",
         ),
         (
             lambda mine: [path.unlink() for path in (mine / "REAL").glob("*[05].jpg")],
-            r"My Photos/REAL holds 20 images|holds 1\d images; expected at least 20 real",
+            r"My Photos/REAL has 20 images|has 1\d images; expected at least 20 real",
         ),
         (
             lambda mine: [os.truncate(path, 0) for path in (mine / "1_fake/sdxl").glob("*")],
@@ -112,7 +114,7 @@ def test_a_near_duplicate_of_a_held_out_image_is_left_out(mine: Path, tmp_path: 
         ),
     ],
 )
-def test_what_cannot_be_trained_on_is_one_line(
+def test_a_folder_that_cannot_be_trained_on_is_a_one_line_error(
     mine: Path, tmp_path: Path, spoil: object, said: str
 ) -> None:
     (mine / "REAL" / "25.jpg").unlink()
@@ -130,5 +132,7 @@ def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:
     (mine / "fake").mkdir()
     for number in range(25):
         (mine / "fake" / f"{number}.jpg").write_bytes(encode(photo(500, 40, 40)))
-    with pytest.raises(CatalogError, match=r"of the fake images in .* add images that differ"):
+    with pytest.raises(
+        CatalogError, match=r"fake images in .* without dupl.* add images that differ"
+    ):
         pack(mine, tmp_path / "shards")

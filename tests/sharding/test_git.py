@@ -1,4 +1,4 @@
-"""Sources of the kind `git`, out of repositories that each test makes on this machine."""
+"""Tests of sources of the kind `git`, with repositories that each test creates."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def blob_of(folder: Path, data: bytes) -> str:
 
 
 def tree_of(folder: Path, entries: list[tuple[str, bytes, str]]) -> str:
-    """A tree of (mode, name, object) as it is, whatever the names are."""
+    """Write a tree of (mode, name, object) without a check of the names; return its object."""
     body = b"".join(
         f"{mode} ".encode() + name + b"\0" + bytes.fromhex(object_name)
         for mode, name, object_name in entries
@@ -55,7 +55,7 @@ def commit_of(folder: Path, tree: str) -> str:
 
 
 def make(folder: Path, files: dict[str, bytes] = FILES, filters: bool = True) -> str:
-    """A repository with these files in folders of one part; gives its commit."""
+    """Create a repository with these files, each in one folder; return its commit."""
     subprocess.run(["git", "init", "--quiet", "--bare", str(folder)], check=True)
     git(folder, "config", "uploadpack.allowFilter", str(filters).lower())
     tops: dict[str, list[tuple[str, bytes, str]]] = {}
@@ -79,7 +79,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("filters", [True, False])
-def test_the_matching_files_of_one_commit_arrive(tmp_path: Path, filters: bool) -> None:
+def test_the_matching_files_of_one_commit_are_extracted(tmp_path: Path, filters: bool) -> None:
     commit = make(tmp_path / "r", filters=filters)
     make_later = tree_of(tmp_path / "r", [("100644", b"9.png", blob_of(tmp_path / "r", b"later"))])
     commit_of(tmp_path / "r", make_later)
@@ -96,7 +96,7 @@ def test_the_matching_files_of_one_commit_arrive(tmp_path: Path, filters: bool) 
     assert fetch_source("s", s, raw).status == "complete"
 
 
-def test_only_blobs_that_are_wanted_are_downloaded(tmp_path: Path) -> None:
+def test_only_the_needed_blobs_are_downloaded(tmp_path: Path) -> None:
     commit = make(tmp_path / "r")
     fetch = source(tmp_path / "r", commit).fetch
     assert fetch and fetch.git
@@ -150,7 +150,7 @@ def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path) -> None
     assert not list((tmp_path / "outside").iterdir())
 
 
-def test_a_wrong_commit_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_commit_is_a_one_line_error(tmp_path: Path) -> None:
     make(tmp_path / "r")
     for commit in ("0" * 39 + "1", blob_of(tmp_path / "r", IMAGES["art/1.png"])):
         result = fetch_source("s", source(tmp_path / "r", commit), tmp_path / "raw")
@@ -158,7 +158,7 @@ def test_a_wrong_commit_is_one_line(tmp_path: Path) -> None:
         assert "correct" in result.note and "commit" in result.note, result.note
         assert "\n" not in result.note
     result = fetch_source("s", source(tmp_path / "none", "1" * 40), tmp_path / "raw")
-    assert "no files from file://" in result.note and "run the command again" in result.note
+    assert "download from file://" in result.note and "run the command again" in result.note
 
 
 def test_other_files_than_the_catalog_expects_are_refused(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_other_files_than_the_catalog_expects_are_refused(tmp_path: Path) -> Non
     lines = sorted(f"{blob_of(tmp_path / 'r', data)} {name}\n" for name, data in IMAGES.items())
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     cases = {
-        "6 files fit below = 'art/'": {"count": 7},
-        f"have the manifest {digest[:12]}": {"manifest_sha256": "0" * 64},
-        "no file fits below = 'other/'": {"below": "other/"},
+        "6 files match below = 'art/'": {"count": 7},
+        f"have manifest_sha256 {digest[:12]}": {"manifest_sha256": "0" * 64},
+        "no file matches below = 'other/'": {"below": "other/"},
     }
     for words, more in cases.items():
         result = fetch_source("s", source(tmp_path / "r", commit, **more), tmp_path / "raw")
@@ -199,7 +199,7 @@ fetch_source("s", Source(license="x", set="t", real=["**"], fetch=Fetch(git=git)
 """
 
 
-def test_a_killed_fetch_goes_on_with_what_it_has(tmp_path: Path) -> None:
+def test_a_killed_fetch_resumes_with_its_files(tmp_path: Path) -> None:
     commit, raw = make(tmp_path / "r"), tmp_path / "raw"
     command = [sys.executable, "-c", PROGRAM, str(raw), f"file://{tmp_path / 'r'}", commit]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -211,7 +211,7 @@ def test_a_killed_fetch_goes_on_with_what_it_has(tmp_path: Path) -> None:
     assert (raw / "s" / BEGUN).exists() and not (raw / "s" / MARK).exists()
     damaged = min(first)
     damaged.write_bytes(b"cut")
-    (raw / ".s.git" / "shallow.lock").touch()  # as a kill inside of git leaves it
+    (raw / ".s.git" / "shallow.lock").touch()  # git leaves it when killed
     result = fetch_source("s", source(tmp_path / "r", commit), raw)
     assert result.status == "downloaded", result.note
     assert files_of(raw / "s") == IMAGES
@@ -219,7 +219,9 @@ def test_a_killed_fetch_goes_on_with_what_it_has(tmp_path: Path) -> None:
     assert kept == first.keys() - {damaged}
 
 
-def test_without_git_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_error_says_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = make(tmp_path / "r")
     monkeypatch.setenv("PATH", str(tmp_path))
     result = fetch_source("s", source(tmp_path / "r", commit), tmp_path / "raw")
@@ -249,7 +251,7 @@ def test_a_mirror_is_read_instead_of_the_network(tmp_path: Path, inside: str) ->
 
 
 def test_nothing_of_a_repository_is_executed(tmp_path: Path) -> None:
-    """A local copy that lacks a blob may name commands that would bring it, and hooks."""
+    """A local copy may configure hooks, and commands that fetch a missing blob."""
     repository, trap = tmp_path / "r", tmp_path / "trap"
     commit = make(repository)
     blob = blob_of(repository, IMAGES["art/3.png"])
@@ -290,10 +292,10 @@ def test_the_callers_git_variables_are_not_used(
         ({"repository": "http://host/a/b"}, "expected https"),
         ({"repository": "--upload-pack=x"}, "expected https"),
         ({"commit": "main"}, "40 hexadecimal digits"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "not a regular expression"),
         ({"manifest_sha256": "12"}, "64 hexadecimal digits"),
     ],
 )
-def test_what_a_catalog_may_not_say(values: dict[str, str], words: str) -> None:
+def test_invalid_git_entries_are_refused(values: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Git(**{"repository": "https://host/a/b", "commit": "1" * 40, **values})

@@ -1,7 +1,7 @@
-"""Every source of the built-in catalog, from a small raw copy in its documented layout.
+"""Tests of `catalog.toml`: each source is packed from a small raw copy in its documented layout.
 
-The copies carry what bites in the real ones: double folders, upper-case extensions, reversed
-polarity, wrong extensions, missing files. Each ends in a packed set, and the set is what is read.
+The copies contain the difficulties of the real data: doubled folders, upper-case extensions,
+reversed labels, wrong extensions, missing files. Each test packs a copy and reads the packed set.
 """
 
 import io
@@ -22,7 +22,7 @@ from tests.raw_copies import Row, image, parquet, put
 
 
 def pack(tmp_path: Path, *, expected: bool = False, changes: str = "", max_bad: float = 0.01):
-    """Build everything in `tmp_path/raw`; rows by origin."""
+    """Build everything in `tmp_path/raw`; return the packed rows by origin."""
     mine = tmp_path / "mine.toml"
     names = [] if expected else ["dda", "defactify", "coco_ai", "tiny_genimage", "art_artai",
                                  "dfk_oldmonk", "evalgen", "coco_val2017"]  # fmt: skip
@@ -49,7 +49,7 @@ def pack(tmp_path: Path, *, expected: bool = False, changes: str = "", max_bad: 
     [("COCO-SD-2/0_real", "COCO-SD-2/1_fake"), ("DDA-COCO_TrainSet/real", "DDA-COCO_TrainSet/fake"),
      ("x/real", "x/sd2.0")],
 )  # fmt: skip
-def test_dda_pairs_stay_together_in_every_layout_it_was_seen_in(
+def test_dda_pairs_stay_together_in_every_known_layout(
     tmp_path: Path, real: str, fake: str
 ) -> None:
     names = [f"{n:012d}.png" for n in (9, 25, 30, 34)]
@@ -61,12 +61,12 @@ def test_dda_pairs_stay_together_in_every_layout_it_was_seen_in(
     assert Counter(row.label for row in rows.values()) == {"real": 4, "fake": 3}
     index = read_index(tmp_path / "out/phase1")
     assert index["sources"]["dda"]["policy"] == "dda"
-    assert index["sources"]["dda"]["read_as"] == {  # which layout was found
+    assert index["sources"]["dda"]["read_as"] == {  # the layout of this copy
         f"real: **/{real.split('/')[1]}": 4, f"fake: **/{fake.split('/')[1]}": 3,
     }  # fmt: skip
 
 
-def test_dda_is_read_out_of_its_split_archive(tmp_path: Path) -> None:
+def test_dda_is_read_from_its_split_archive(tmp_path: Path) -> None:
     members = {}
     for n in range(6):
         for kind in ("0_real", "1_fake"):
@@ -79,7 +79,7 @@ def test_dda_is_read_out_of_its_split_archive(tmp_path: Path) -> None:
     assert rows[origin].label == "fake"
 
 
-def test_dda_without_a_volume_is_refused(tmp_path: Path) -> None:
+def test_dda_with_a_missing_volume_is_refused(tmp_path: Path) -> None:
     members = {f"COCO-SD-2/0_real/{n}.png": image("PNG") for n in range(4)}
     path = tmp_path / "raw/dda/DDA-Training-Set_split.zip"
     write_split_zip(path, members, volumes=4)
@@ -97,7 +97,9 @@ def test_defactify_labels_by_both_columns_and_groups_by_caption(tmp_path: Path) 
                 "Caption": [f"{split} a"] * 6 + [f"{split} b"],
                 "Image": [image() for _ in range(7)],
                 "Label_A": pa.array([0, 1, 1, 1, 1, 1, 0], pa.int32()),
-                "Label_B": pa.array([0, 1, 2, 3, 4, 5, 3], pa.int32()),  # the last contradicts
+                "Label_B": pa.array(
+                    [0, 1, 2, 3, 4, 5, 3], pa.int32()
+                ),  # the last row contradicts itself
             },
         )
     rows = pack(tmp_path)
@@ -134,8 +136,8 @@ def test_coco_ai_labels_by_column(tmp_path: Path) -> None:
     assert read_index(tmp_path / "out/phase1")["sources"]["coco_ai"]["replay"] is False
 
 
-def test_tiny_genimage_generators_are_folders_and_extensions_lie(tmp_path: Path) -> None:
-    root = tmp_path / "raw/tiny-genimage/tiny-genimage"  # some mirrors have the extra level
+def test_tiny_genimage_has_generator_folders_and_wrong_extensions(tmp_path: Path) -> None:
+    root = tmp_path / "raw/tiny-genimage/tiny-genimage"  # some mirrors have this extra folder
     folders = {
         "imagenet_ai_0419_biggan": "biggan", "imagenet_ai_0419_vqdm": "vqdm",
         "imagenet_ai_0424_sdv5": "sd1.5", "imagenet_ai_0424_wukong": "wukong",
@@ -182,7 +184,9 @@ def test_df40_frames_go_with_their_video_across_methods(tmp_path: Path) -> None:
     put(root / "DF40_train/simswap/ff/000_003", *frames, kind="PNG")
     put(root / "DF40_train/danet/ff/000_003", *frames, kind="PNG")
     put(root / "DF40_train/danet/cdf/id0_id1_0001", *frames, kind="PNG")
-    put(root / "DF40_train/ddim/ff", "000.png", kind="PNG")  # entire-face synthesis lies flat
+    put(
+        root / "DF40_train/ddim/ff", "000.png", kind="PNG"
+    )  # entire-face synthesis: no folder per video
     put(root / "DF40/heygen/fake/clip1", *frames, kind="PNG")
     put(root / "DF40/heygen/real/clip2", *frames, kind="PNG")
     put(root / "FaceForensics++/original_sequences/youtube/c23/frames/000", *frames, kind="PNG")
@@ -218,7 +222,7 @@ def gravex(root: Path) -> Path:
     return inner
 
 
-def test_gravex_csv_names_and_triplets(tmp_path: Path) -> None:
+def test_gravex_uses_its_tables_names_and_triplets(tmp_path: Path) -> None:
     gravex(tmp_path)
     rows = pack(tmp_path)
     named = {o.rpartition("/")[2]: row for o, row in rows.items()}
@@ -230,7 +234,7 @@ def test_gravex_csv_names_and_triplets(tmp_path: Path) -> None:
     triplet = {named[f"{size}_woman_SD_7.jpg"].group for size in (256, 512, 768)}
     assert triplet == {"gravex200k/woman_sd_7"}
     assert named["real_000_12.jpg"].group == named["real_000_13.jpg"].group
-    assert "wrong.jpg" not in named  # folder says real, table says fake: refused
+    assert "wrong.jpg" not in named  # real by folder, fake by table: excluded
     assert not {"aug_ai_1.jpg", "Aumented_2.jpg"} & named.keys()
     about = read_index(tmp_path / "out/phase1")["sources"]["gravex200k"]
     assert about["excluded"] == {
@@ -239,7 +243,7 @@ def test_gravex_csv_names_and_triplets(tmp_path: Path) -> None:
     assert about["read_as"]["no row in the table: labeled by folder"] == 1
 
 
-def test_gravex_without_its_tables_says_so(tmp_path: Path) -> None:
+def test_gravex_without_its_tables_is_labeled_by_folder(tmp_path: Path) -> None:
     for path in gravex(tmp_path).glob("*.csv"):
         path.unlink()
     rows = pack(tmp_path)
@@ -274,13 +278,13 @@ def test_human_faces_in_any_layout_that_names_its_classes(
     assert Counter(row.label for row in rows.values()) == {"real": 2, "fake": 1}
 
 
-def test_human_faces_are_not_guessed(tmp_path: Path) -> None:
+def test_human_faces_in_a_folder_named_for_both_classes_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "raw/human-faces-data-set/real and fake", "1.jpg")
-    with pytest.raises(CatalogError, match=r"is real by rule .* and fake by"):
+    with pytest.raises(CatalogError, match=r"matches the real rule .* and the fake rule"):
         pack(tmp_path)
 
 
-def test_oldmonk_drops_its_samples_and_knows_both_splits(tmp_path: Path) -> None:
+def test_oldmonk_ignores_its_sample_folder_and_reads_both_splits(tmp_path: Path) -> None:
     root = tmp_path / "raw/deepfake-image-detection"
     put(root / "Sample_fake_images", "s.jpg")
     put(root / "train-20250112T065955Z-001/train/real", "a.jpg")
@@ -335,7 +339,9 @@ def test_class_numbers_without_names_are_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="labels are not guessed"):
         pack(tmp_path)
     parquet(path, {"picture": [image()], "label": [0]})
-    with pytest.raises(CatalogError, match="has columns picture, label; the catalog expects im"):
+    with pytest.raises(
+        CatalogError, match="has columns picture, label, but the catalog also expects im"
+    ):
         pack(tmp_path)
 
 
@@ -365,15 +371,15 @@ def test_evalgen_zip_and_its_reals(tmp_path: Path) -> None:
 
 def test_a_half_download_is_refused_before_anything_is_packed(tmp_path: Path) -> None:
     put(tmp_path / "raw/ai-generated-images-vs-real-images/AiArtData/AiArtData", "a.jpg", "b.jpg")
-    with pytest.raises(CatalogError, match="source art_artai has 0 real images, its catalog en"):
+    with pytest.raises(CatalogError, match="source art_artai has 0 real images, the catalog expe"):
         pack(tmp_path, expected=True)
     assert not (tmp_path / "out").exists()
-    pack(tmp_path, expected=True, max_bad=1.0)  # on purpose
+    pack(tmp_path, expected=True, max_bad=1.0)  # allowed by max_bad
 
 
-def test_an_unknown_layout_is_one_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_one_error_with_the_expected_folders(tmp_path: Path) -> None:
     put(tmp_path / "raw/deepfake-face-images/Final/Fake", "a.jpg")
-    with pytest.raises(CatalogError, match=r"none where the catalog looks .*Final Dataset/Real"):
+    with pytest.raises(CatalogError, match=r"none matches the catalog .*Final Dataset/Real"):
         pack(tmp_path)
 
 
@@ -384,7 +390,7 @@ def test_every_source_of_the_catalog_is_tested_here() -> None:
         assert source.fetch and source.license and source.homepage, name
 
 
-def test_a_set_without_its_sources_needs_only_those_that_go_before_it(tmp_path: Path) -> None:
+def test_sources_that_cannot_affect_the_requested_set_are_skipped(tmp_path: Path) -> None:
     put(tmp_path / "raw/coco/val2017", "000000000139.jpg")
     put(tmp_path / "raw/deepfake-face-images/Final Dataset/Fake", "a.jpg")
     catalog = read_catalog([BUILT_IN])

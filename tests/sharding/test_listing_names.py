@@ -1,4 +1,4 @@
-"""Names that file systems and people write in several ways, and folders of what is no image."""
+"""Tests of unusual file names (Unicode forms, no UTF-8, no extension) and of damaged tables."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ from sharding.verify import verify
 from tests.builders import encode, photo
 
 SEEDS = iter(range(10_000))
-"""No two pictures of a test are alike."""
+"""Seeds of the photos, so that no two photos of a test are equal."""
 
 
 def small_source(tmp_path: Path, folder: bytes, catalog_folder: str) -> Path:
-    """Five photos below a folder of these bytes, five fakes, and a catalog that names both."""
+    """Write five photos to `folder` (its name as bytes), five fakes, and a catalog of both."""
     top = os.fsencode(tmp_path / "raw") + b"/mine/"
     for name in (folder, b"fake"):
         os.makedirs(top + name)  # noqa: PTH103  bytes
@@ -44,7 +44,7 @@ def build_command(tmp_path: Path, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_composed_and_decomposed_names_are_one(tmp_path: Path, form: str) -> None:
+def test_composed_and_decomposed_names_are_equal(tmp_path: Path, form: str) -> None:
     for other in ("NFC", "NFD"):
         folder = small_source(tmp_path / other, normalize(form, "fotos é").encode(), "fotos é")
         text = (folder / "catalog.toml").read_text()
@@ -60,7 +60,7 @@ def test_composed_and_decomposed_names_are_one(tmp_path: Path, form: str) -> Non
         assert all(name == normalize("NFC", name) for name in table.column("origin").to_pylist())
 
 
-def test_a_name_that_is_not_utf_8_is_said_and_the_rest_packed(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf_8_is_quarantined_and_the_rest_packed(tmp_path: Path) -> None:
     small_source(tmp_path, b"real", "real")
     name = os.fsencode(tmp_path / "raw/mine/real/") + b"/caf\xe9.png"
     shutil.copy(os.fsencode(tmp_path / "raw/mine/real/0.png"), name)
@@ -71,7 +71,7 @@ def test_a_name_that_is_not_utf_8_is_said_and_the_rest_packed(tmp_path: Path) ->
     assert verify([tmp_path / "out/m"], jobs=1) == []
 
 
-def test_describe_says_which_names_are_not_utf_8(tmp_path: Path) -> None:
+def test_describe_counts_names_that_are_not_utf_8(tmp_path: Path) -> None:
     small_source(tmp_path, b"photos \xe9", "photos")
     catalog = tmp_path / "my.toml"
     result = CliRunner().invoke(
@@ -82,7 +82,7 @@ def test_describe_says_which_names_are_not_utf_8(tmp_path: Path) -> None:
     assert list(read_catalog([BUILT_IN, catalog]).sources["mine"].fake)
 
 
-def test_files_without_an_extension_are_one_line(tmp_path: Path) -> None:
+def test_files_without_an_extension_are_counted_in_one_line(tmp_path: Path) -> None:
     small_source(tmp_path, b"real", "real")
     for number in range(30):
         (tmp_path / f"raw/mine/real/file{number}").write_bytes(b"x")
@@ -92,7 +92,7 @@ def test_files_without_an_extension_are_one_line(tmp_path: Path) -> None:
     assert "30 files: not an image by its name (no extension) (first: real/file0)" in line
 
 
-def test_absurd_jobs_are_one_line(tmp_path: Path) -> None:
+def test_too_many_jobs_are_a_one_line_error(tmp_path: Path) -> None:
     small_source(tmp_path, b"real", "real")
     status, output = build_command(tmp_path, "--jobs", 100_000)
     assert status == 1
@@ -114,11 +114,11 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> 
     (tmp_path / "raw/mine" / name).write_bytes(content)
     status, output = build_command(tmp_path)
     assert status == 1
-    assert f"Error: {tmp_path}/raw/mine/{name} is damaged or no table (" in output
+    assert f"Error: {tmp_path}/raw/mine/{name} is damaged or not a table (" in output
 
 
-def test_numbers_for_extensions_are_one_line_too(tmp_path: Path) -> None:
-    """A folder of objects by number is said once, not once for each."""
+def test_files_with_numbers_as_extensions_are_counted_in_one_line(tmp_path: Path) -> None:
+    """Files that are named by numbers are counted in one line, not in a line per file."""
     (tmp_path / "raw/mine/real").mkdir(parents=True)
     (tmp_path / "raw/mine/real/a.jpg").write_bytes(encode(photo(1)))
     for number in range(300):

@@ -1,4 +1,4 @@
-"""Archives as they come: split, damaged, hostile, and larger than their own offsets."""
+"""Tests of raw archives that are split, damaged, hostile or larger than 4 GiB, and of links."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def test_split_archives_are_read_without_unpacking(tmp_path: Path, volumes: int)
 
 @pytest.mark.skipif(not shutil.which("zip"), reason="no zip program")
 @pytest.mark.parametrize("options", [[], ["-fz"]], ids=["zip32", "zip64"])
-def test_archives_split_by_zip_itself(tmp_path: Path, options: list[str]) -> None:
+def test_archives_split_by_the_zip_program_are_read(tmp_path: Path, options: list[str]) -> None:
     members = {f"d/{n}.bin": os.urandom(30_000) for n in range(12)}
     for name, data in members.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -47,8 +47,8 @@ def test_archives_split_by_zip_itself(tmp_path: Path, options: list[str]) -> Non
         contents(tmp_path)
 
 
-def test_an_archive_past_4_gib_that_counts_modulo_4_gib(tmp_path: Path) -> None:
-    """Written without zip64 records, as macOS does; `zipfile` reports overlapping entries."""
+def test_an_archive_over_4_gib_without_zip64_is_read(tmp_path: Path) -> None:
+    """macOS writes such archives, with offsets modulo 4 GiB; `zipfile` calls them overlapping."""
     small = tmp_path / "small.zip"
     with zipfile.ZipFile(small, "w") as opened:
         opened.writestr("a.bin", b"first" * 100)
@@ -68,8 +68,8 @@ def test_an_archive_past_4_gib_that_counts_modulo_4_gib(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"big.zip/a.bin": b"first" * 100, "big.zip/b.bin": b"second" * 100}
 
 
-def test_entries_that_share_their_data(tmp_path: Path) -> None:
-    """Two names for one local header: newer `zipfile`s refuse to open either."""
+def test_two_entries_with_the_same_data_are_read(tmp_path: Path) -> None:
+    """Two names have one local header; newer versions of `zipfile` open neither of them."""
     path = tmp_path / "s/x.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as opened:
@@ -105,8 +105,8 @@ def test_hostile_members_are_refused_by_name(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"x.zip/good.png": b"good"}
 
 
-def test_a_member_that_lies_about_its_size_stops_at_its_promise(tmp_path: Path) -> None:
-    """A directory that promises 10 bytes before data of 100 MiB."""
+def test_a_member_larger_than_its_declared_size_is_an_error(tmp_path: Path) -> None:
+    """The directory of the archive declares 10 bytes for data of 100 MiB."""
     path = tmp_path / "s/x.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
@@ -148,7 +148,7 @@ def test_links_and_devices_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "s/d/real.bin").write_bytes(b"x")
     (tmp_path / "s/file.png").symlink_to("d/real.bin")
     (tmp_path / "s/loop").symlink_to("..")
-    os.mkfifo(tmp_path / "s/pipe.png")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "s/pipe.png")  # reading it would wait forever
     reasons = {file.inside: file.excluded for file in walk(tmp_path, "s")}
     assert reasons == {
         "d/real.bin": "",

@@ -1,4 +1,4 @@
-"""A build replaces and removes its own files and no others."""
+"""Tests of the record of a build: a build replaces and removes only its own files."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from tests.builders import build_all, hashes, write_raw
 
 @pytest.fixture
 def built(raw: Path, data: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny sets with the record of their build."""
+    """Return a copy of the small sets with the record of their build."""
     return Path(shutil.copytree(data, tmp_path / "out"))
 
 
 def refused(raw: Path, out: Path, *said: str) -> None:
-    """Check that a build says all of this and changes nothing."""
+    """Check that a build is refused with all these texts and changes nothing."""
     before = hashes(out)
     with pytest.raises(ShardError) as caught:
         build_all(raw, out)
@@ -31,13 +31,13 @@ def refused(raw: Path, out: Path, *said: str) -> None:
 
 def test_a_copied_set_without_its_record_is_refused(raw: Path, built: Path) -> None:
     shutil.rmtree(built / ".build")
-    refused(raw, built, f"{built / 'new'} holds _info.json, excluded.csv", "and 3 more")
+    refused(raw, built, f"{built / 'new'} contains _info.json, excluded.csv", "and 3 more")
 
 
 def test_a_downloaded_index_alone_is_refused(raw: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "out/old").mkdir(parents=True)
     shutil.copy(data / "old/index.json", tmp_path / "out/old")
-    refused(raw, tmp_path / "out", "old holds index.json")
+    refused(raw, tmp_path / "out", "old contains index.json")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_downloaded_index_alone_is_refused(raw: Path, data: Path, tmp_path: Pa
 )  # fmt: skip
 def test_a_foreign_file_is_refused_and_kept(raw: Path, built: Path, name: str) -> None:
     (built / "old" / name).write_bytes(b"mine")
-    refused(raw, built, name, "written.json", "Move them away")
+    refused(raw, built, name, "written.json", "Move the files away")
     (built / "old" / name).unlink()
     build_all(raw, built)
 
@@ -59,7 +59,7 @@ def test_other_files_are_left_alone(raw: Path, data: Path, built: Path) -> None:
     assert (built / "old/README.md").read_text() == "mine"
 
 
-def test_what_a_killed_build_left_is_its_own(raw: Path, data: Path, built: Path) -> None:
+def test_files_of_a_killed_build_are_recognized(raw: Path, data: Path, built: Path) -> None:
     (built / "old/alpha-train-00000.tar.77.partial").write_bytes(b"half")
     (built / "old/index.json.77.partial").write_bytes(b"half")
     (built / ".build/old/alpha-train-00000.tar.parquet").unlink()
@@ -69,19 +69,19 @@ def test_what_a_killed_build_left_is_its_own(raw: Path, data: Path, built: Path)
 
 
 def test_an_unfinished_set_of_another_catalog_is_not_lost(raw: Path, built: Path) -> None:
-    """Without its index the record still says which sources a set holds."""
+    """The record lists the sources of a set, even if the set has no index."""
     (built / "old/index.json").unlink()
     (built / "other.toml").write_text(
         '[sets]\nold = "train"\n[sources.gamma]\nlicense = "x"\nset = "old"\n'
         'real = ["real"]\nfake = ["fake"]\n'
     )
     before = hashes(built)
-    with pytest.raises(ShardError, match="holds source alpha, which this catalog does not name"):
+    with pytest.raises(ShardError, match="contains source alpha, which is not in the catalog"):
         build(read_catalog([built / "other.toml"]), raw, built, jobs=1)
     assert hashes(built) == before
 
 
-def test_fewer_sources_leave_only_what_the_index_lists(tmp_path: Path) -> None:
+def test_files_of_a_removed_source_are_deleted(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     build_all(raw, tmp_path / "out")
     shutil.rmtree(raw / "dummy")
@@ -93,7 +93,7 @@ def test_fewer_sources_leave_only_what_the_index_lists(tmp_path: Path) -> None:
     assert [shard["name"] for shard in index["shards"]] == [n for n in record if n.endswith("tar")]
 
 
-def test_a_damaged_record_is_one_line(raw: Path, built: Path) -> None:
+def test_a_damaged_record_is_a_one_line_error(raw: Path, built: Path) -> None:
     (built / ".build/old/written.json").write_text("{")
     with pytest.raises(ShardError, match=r"written\.json is damaged .*move .* away"):
         build_all(raw, built)

@@ -1,4 +1,4 @@
-"""The shards without our code: as webdataset, DALI and timm read them."""
+"""Tests of the shard format with other readers: webdataset, DALI and timm."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from sharding.catalog import read_catalog
 from sharding.format import CLASSES, ShardSet, open_shards
 from tests.builders import build_all, encode, photo
 
-# webdataset leaves the tars it has read open; that is theirs.
+# webdataset does not close the tars that it reads, which is not a fault of our code.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -62,8 +62,8 @@ def test_timm_reads_every_sample_with_its_label(data: Path, old: ShardSet) -> No
 NAMES = ["a.b.c.jpg", ".hidden.not.jpg", "ünï çödé 漢字.jpg", "x" * 180 + ".jpg", "quo'te\".jpg"]
 
 
-def test_any_file_name_comes_back_whole(tmp_path: Path) -> None:
-    """Dots, spaces, other scripts, quotes, and more than the hundred characters of old tars."""
+def test_any_file_name_is_stored_and_read_back(tmp_path: Path) -> None:
+    """Names with dots, spaces, other scripts, quotes, or more than the 100 characters of a tar."""
     for number, name in enumerate(NAMES):
         path = tmp_path / "raw/s/real" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@
 | layer-wise rates that are written down and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
 | an unreadable image is a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
 | a bad file is retried by recursion until Python gives up | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
-| classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_go_by_whole_path_part_and_name_never_by_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
-| a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_comes_back_whole |
+| classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_come_from_whole_path_parts_and_never_from_their_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
+| a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_is_stored_and_read_back |
 | checkpoints are unpickled, which runs their code | test_nothing_is_unpickled, tests/model/test_checkpoint.py::test_the_state_is_read_without_running_code, tests/model/export/test_import_original.py::test_anything_else_is_refused |
 | EXIF orientation is ignored | tests/imaging/test_decode.py::test_every_orientation_ends_upright, tests/pipeline/test_dali.py::test_both_decode_to_the_same_pixels |
 | evaluation on several GPUs counts padding | tests/pipeline/test_order.py::test_evaluation_covers_every_sample_once_on_any_ranks |

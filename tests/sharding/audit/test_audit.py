@@ -1,4 +1,4 @@
-"""The shortcut report: it finds what was planted, and nothing where nothing was."""
+"""Tests of the shortcut report: planted shortcuts are found, and sets without one are clean."""
 
 import csv
 import json
@@ -29,12 +29,12 @@ JPEG, PNG, WEBP = "jpg", "png", "webp"
 
 
 def planted(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
-    """Every fake a PNG, every real a JPEG."""
+    """Return a format and a size; every fake is a PNG and every real image a JPEG."""
     return PNG if label else JPEG, *random_size(rng)
 
 
 def clean(rng: np.random.Generator, _label: int, _number: int) -> tuple[str, int, int]:
-    """Formats and sizes that know nothing of the label."""
+    """Return a format and a size that are independent of the label."""
     return [JPEG, PNG, WEBP][rng.integers(3)], *random_size(rng)
 
 
@@ -78,7 +78,7 @@ def test_a_planted_shortcut_is_found_and_named(sets: Path) -> None:
     mixed, few = report.sources["mixed"], report.sources["few"]
     assert (mixed.reals, mixed.fakes, few.reals, few.fakes) == (40, 40, 20, 12)
     assert mixed.within.auroc > 0.99
-    # A split without an exception is no matter of how many images there are.
+    # A perfect split is reported for any number of images.
     assert few.within.auroc > 0.99
     assert 0.8 < few.within.low
     assert few.note == ""
@@ -92,7 +92,7 @@ def test_few_images_do_not_hide_a_perfect_split(sets: Path) -> None:
     assert report.pooled.auroc > 0.99
     assert report.sources["sorted"].within == report.pooled
     assert report.features["format"].alone.auroc > 0.99
-    assert "size" not in report.features  # guessing, on too few images to say so
+    assert "size" not in report.features  # as good as guessing, but too few images to be sure
     said = list(map(str, report.shortcuts))
     assert "format JPEG: 100 % real (24 images)" in said
     assert "format PNG: 100 % fake (36 images)" in said
@@ -105,7 +105,7 @@ def test_few_images_do_not_hide_a_perfect_split(sets: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["alike", "handful"])
-def test_few_images_without_one_or_very_few_stay_unmeasured(sets: Path, name: str) -> None:
+def test_few_images_without_a_perfect_split_are_not_measured(sets: Path, name: str) -> None:
     report = audit.audit(shards_of(sets, name))
     assert (report.verdict, report.pooled, report.features) == ("unknown", None, {})
     assert report.notes[0].startswith("Too few images to measure: ")
@@ -113,8 +113,8 @@ def test_few_images_without_one_or_very_few_stay_unmeasured(sets: Path, name: st
     assert source.note.startswith("too few: ")
 
 
-def test_a_set_without_a_jpeg_is_measured_and_palettes_are_told(tmp_path: Path) -> None:
-    """No image has a JPEG quality, which the trees cannot bin."""
+def test_a_set_without_jpegs_is_measured_and_palettes_are_named(tmp_path: Path) -> None:
+    """No image has a JPEG quality, so the classifier has no values of this feature to bin."""
     for label, name in enumerate(("real", "fake")):
         folder = tmp_path / "raw" / "drawings" / name
         folder.mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_a_set_without_a_jpeg_is_measured_and_palettes_are_told(tmp_path: Path) 
     assert "30 of each are needed" in result.output
 
 
-def test_an_error_of_a_library_is_no_reason(
+def test_an_error_of_a_library_is_not_reported_as_a_reason(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -145,8 +145,8 @@ def test_an_error_of_a_library_is_no_reason(
     assert not (tmp_path / "report.json").exists()
 
 
-def test_what_the_classifier_leans_on_costs_when_it_is_shuffled(sets: Path) -> None:
-    """In `partly` nothing but what follows from the format tells the classes apart."""
+def test_shuffling_a_feature_that_the_classifier_uses_lowers_the_auroc(sets: Path) -> None:
+    """In the set `partly`, only features that follow from the format separate the classes."""
     features = audit.audit(shards_of(sets, "partly")).features
     follows = {"format", "bits per pixel", "JPEG quality", "JPEG tables", "chroma"}
     lost = sum(features[name].drop for name in follows)
@@ -162,8 +162,8 @@ def test_without_a_shortcut_the_interval_covers_guessing(sets: Path) -> None:
     assert "there is nothing to do" in " ".join(audit.advice_of(report))
 
 
-def test_groups_do_not_leak(sets: Path) -> None:
-    """Each video has a size of its own: known from another frame, it gives the label away."""
+def test_groups_do_not_leak_between_folds(sets: Path) -> None:
+    """Each video has its own image size, so another frame of the video reveals the label."""
     metadata = facts.metadata_of(shards_of(sets, "videos"))
     assert len(np.unique(metadata.groups)) == 80
     size = facts.FEATURES["size"]
@@ -171,11 +171,11 @@ def test_groups_do_not_leak(sets: Path) -> None:
     mixed = audit._cross_validate(metadata, np.arange(len(metadata)) % 5, size, 0)
     assert apart.low <= 0.5 <= apart.high
     assert mixed.auroc > 0.75
-    # 80 videos are little evidence, however many frames they have.
+    # 80 videos are little evidence, for any number of frames.
     assert apart.high - apart.low > 0.2
 
 
-def test_folds_keep_groups_whole_and_share_out_classes_and_sources(sets: Path) -> None:
+def test_folds_keep_groups_whole_and_balance_the_classes(sets: Path) -> None:
     for name in ("videos", "planted"):
         metadata = facts.metadata_of(shards_of(sets, name))
         folds = facts.assign_folds(metadata, 3)
@@ -196,14 +196,14 @@ def test_a_source_with_one_class_is_a_shortcut_itself(sets: Path) -> None:
     assert any("2 of 2 sources have one class only" in note for note in report.notes)
 
 
-def test_one_class_alone_is_said_in_words(sets: Path) -> None:
+def test_a_set_of_one_class_is_not_measured_and_says_so(sets: Path) -> None:
     report = audit.audit(shards_of(sets, "lonely"))
     assert (report.pooled, report.across, report.features) == (None, None, {})
     assert report.verdict == "unknown"
     assert report.notes[0].startswith("There are only fake images: ")
 
 
-def test_the_interval_of_an_auroc() -> None:
+def test_the_interval_of_an_auroc_covers_95_percent() -> None:
     low, high = audit.auroc_interval(0.8, 50, 60)
     assert low < 0.8 < high
     mirrored = audit.auroc_interval(0.2, 60, 50)
@@ -212,7 +212,7 @@ def test_the_interval_of_an_auroc() -> None:
     assert certain[1] == 1
     assert 0.85 < certain[0] < 0.99
     assert audit.auroc_interval(0.8, 5_000, 6_000)[0] > low
-    # Against its purpose: 95 of 100 samples of two normal distributions are covered.
+    # The interval must cover the true AUROC in 95 % of samples of two normal distributions.
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(400):
@@ -224,7 +224,7 @@ def test_the_interval_of_an_auroc() -> None:
 
 
 def test_the_published_format_counts(tmp_path: Path) -> None:
-    """A GIF is packed as PNG; that it was a GIF is what a model may have learned."""
+    """A GIF is packed as PNG, but a model may learn from traces of the GIF format."""
     folder = tmp_path / "raw" / "old_web" / "real"
     folder.mkdir(parents=True)
     (folder / "a.gif").write_bytes(encode(photo(1), "GIF"))
@@ -280,7 +280,7 @@ def test_a_match_balances_the_classes(sets: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"), [("planted", "only 0 real and 0 fake"), ("lonely", "only 0 real and 10 fake")]
 )
-def test_what_cannot_be_matched_is_refused(sets: Path, name: str, said: str) -> None:
+def test_sets_that_cannot_be_matched_are_refused(sets: Path, name: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"{said} images .* 30 of each are needed; add sources"):
         match.match_classes(shards_of(sets, name))
 
@@ -302,7 +302,7 @@ def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Pat
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) >= 800
             pixels = np.asarray(image.convert("RGB"))
-        # More than the legend shows of either color.
+        # More pixels of each color than in the legend.
         real, fake = ((pixels == color).all(-1).sum() for color in ((0, 114, 178), (213, 94, 0)))
         assert fake > 5_000
         assert (real > 5_000) == (name == "partly")
@@ -315,11 +315,11 @@ def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Pat
     assert {path.name for path in out.iterdir()} == {"lonely.png", "partly.png", "report.json"}
 
 
-def test_the_command_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_a_set_of_one_class_and_equal_names(sets: Path, tmp_path: Path) -> None:
     out, listed = tmp_path / "out", tmp_path / "list.csv"
     result = run(sets / "lonely", "--out", out, "--match", listed)
     assert result.exit_code == 1
-    assert "list.csv is not written" in result.output
+    assert "list.csv was not written" in result.output
     assert not listed.exists()
     assert "error" in json.loads((out / "report.json").read_text())["sets"]["lonely"]["match"]
     twin = tmp_path / "other" / "lonely"
@@ -330,7 +330,7 @@ def test_the_command_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> No
     assert "both named lonely" in result.output
 
 
-def test_names_that_are_too_long_for_a_file_or_a_title(sets: Path, tmp_path: Path) -> None:
+def test_names_too_long_for_a_file_or_a_title_are_shortened(sets: Path, tmp_path: Path) -> None:
     name = "n" * 250
     (tmp_path / name).symlink_to(sets / "lonely")
     result = run(tmp_path / name, "--out", tmp_path / "out")
@@ -340,10 +340,10 @@ def test_names_that_are_too_long_for_a_file_or_a_title(sets: Path, tmp_path: Pat
     assert list(json.loads((tmp_path / "out" / "report.json").read_text())["sets"]) == [name]
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("L"))
-    assert (pixels[:40, :20] == 255).all()  # the title ends inside the picture
+    assert (pixels[:40, :20] == 255).all()  # the title ends inside of the image
 
 
-def test_of_many_sources_of_one_class_some_are_named(sets: Path) -> None:
+def test_a_note_names_only_some_of_many_sources_of_one_class(sets: Path) -> None:
     metadata = facts.metadata_of(shards_of(sets, "planted"))
     one = audit.SourceAudit(reals=3, fakes=0, within=None, from_others=None, note="")
     notes = audit._notes(metadata, {f"source{n}": one for n in range(30)}, None, None)

@@ -1,4 +1,4 @@
-"""`make demo` as a newcomer types it: it must end well, and it must really learn."""
+"""Tests of `make demo`: the commands succeed, and the demo network learns."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ from sharding.demo import render
 from tests.builders import ROOT
 
 
-def test_every_source_of_the_demo_says_that_a_program_drew_it(tmp_path: Path) -> None:
-    """What is trained on them says so in its meta."""
+def test_every_source_of_the_demo_is_marked_as_synthetic(tmp_path: Path) -> None:
+    """The meta.json of a checkpoint that is trained on them contains this mark."""
     entries = [render.SETS, *map(render.catalog_entry, render.SOURCES)]
     (tmp_path / "catalog.toml").write_text("\n".join(entries), encoding="utf-8")
     sources = read_catalog([tmp_path / "catalog.toml"]).sources
@@ -24,7 +24,7 @@ def test_every_source_of_the_demo_says_that_a_program_drew_it(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_demo_learns_and_phase_2_gains(tmp_path: Path) -> None:
+def test_the_demo_learns_and_phase_2_improves_it(tmp_path: Path) -> None:
     done = subprocess.run(
         ["make", "demo", f"DEMO={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=900
     )

@@ -1,4 +1,4 @@
-"""A decoder is a VAE as diffusers saves it, from a folder or the hub; no code of theirs runs."""
+"""Tests of decoders: a VAE in diffusers format is loaded from a folder or the hub, without code."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
-def test_any_size_comes_back_at_its_size_and_always_alike(kl: Path) -> None:
+def test_every_image_size_is_kept_and_the_result_is_reproducible(kl: Path) -> None:
     decoder = load(str(kl), "cpu")
     assert (decoder.name, decoder.kind, decoder.factor) == ("my_kl", "AutoencoderKL", 4)
     assert decoder.sha256 == sha256_of(kl / WEIGHTS_FILE)
@@ -32,11 +32,11 @@ def test_any_size_comes_back_at_its_size_and_always_alike(kl: Path) -> None:
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
-def test_a_plain_tiny_autoencoder_gives_the_picture_itself(tmp_path: Path) -> None:
+def test_a_plain_tiny_autoencoder_returns_nearly_the_same_image(tmp_path: Path) -> None:
     decoder = load(str(save_plain(tmp_path / "plain")), "cpu")
     pixels = photo(2, 41, 30)
     assert decoder.kind == "AutoencoderTiny"
-    # Its latents pass 3 tanh(x / 3), which takes 9 of the 255 levels of white.
+    # Its latents pass through 3 tanh(x / 3), which lowers white by 9 of 255 levels.
     assert 0 < np.abs(decoder.reconstruct(pixels).astype(int) - pixels).max() <= 10
 
 
@@ -62,7 +62,9 @@ def test_pickles_other_classes_and_missing_files_are_refused(kl: Path, tmp_path:
         find_decoder("../nowhere")
 
 
-def test_of_the_hub_two_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, kl: Path) -> None:
+def test_only_two_files_are_downloaded_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch, kl: Path
+) -> None:
     import huggingface_hub
 
     asked: list[tuple] = []
@@ -85,7 +87,7 @@ def test_of_the_hub_two_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, kl:
         find_decoder("owner/name")
 
 
-def test_values_that_are_no_numbers_are_refused() -> None:
+def test_outputs_that_are_not_finite_are_refused() -> None:
     import torch
 
     class Broken:

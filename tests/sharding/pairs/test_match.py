@@ -1,4 +1,4 @@
-"""A partner is written as the file that it belongs to, in everything that its facts say."""
+"""Tests of partners: a fake is written with the same facts as the file of its real image."""
 
 import io
 
@@ -37,7 +37,7 @@ FILES = {
 
 
 def through(pixels: np.ndarray) -> np.ndarray:
-    """Stands for a decoder: every pixel a little darker."""
+    """Return every pixel a little darker, as a stand-in for a decoder."""
     return (pixels.astype(np.float32) * 0.98).astype(np.uint8)
 
 
@@ -53,25 +53,25 @@ def test_a_partner_has_the_facts_and_the_picture_of_its_image(name: str) -> None
     prepared, made = prepare(FILES[name]), prepare(partner_of(FILES[name]))
     assert made.facts == prepared.facts
     expected = through(prepared.pixels).astype(int)
-    # Upright alike; the codec's own loss is a few levels on this noise (quality 60: 8).
+    # Both are upright; the codec alone changes this noise by a few levels (quality 60: 8).
     assert np.abs(made.pixels - expected).mean() < 12
     turned = np.abs(made.pixels - expected[::-1, ::-1]).mean()
     assert turned > 2 * np.abs(made.pixels - expected).mean()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_partner_takes_about_as_many_bytes(name: str) -> None:
-    """Else the bits per pixel tell it; 1 pixel in 50 is another one after darkening."""
+def test_a_partner_has_about_as_many_bytes_as_its_image(name: str) -> None:
+    """Otherwise the bits per pixel would separate the classes; darkening changes 1 pixel in 50."""
     assert abs(len(partner_of(FILES[name])) / len(FILES[name]) - 1) < 0.06
 
 
-def test_the_tables_are_the_same_and_in_their_order() -> None:
-    """The index knows them sorted; here every entry counts."""
+def test_the_quantization_tables_are_equal_and_in_the_same_order() -> None:
+    """The index contains only a hash of the sorted tables; here every entry is compared."""
     with Image.open(io.BytesIO(partner_of(FILES["own tables"]))) as made:
         assert made.quantization == {0: list(range(1, 65)), 1: [9] * 64}
 
 
-def test_metadata_is_copied_and_further_pictures_are_not() -> None:
+def test_metadata_is_copied_and_further_frames_are_not() -> None:
     data = FILES["profile and comment"]
     with Image.open(io.BytesIO(partner_of(data))) as made:
         assert made.info["icc_profile"] == b"p" * 5000 and made.info["comment"] == b"hello"
@@ -81,7 +81,7 @@ def test_metadata_is_copied_and_further_pictures_are_not() -> None:
     assert b"MPF\0" in stream.getvalue() and b"MPF\0" not in partner_of(stream.getvalue())
 
 
-def test_a_colorless_picture_gets_no_color() -> None:
+def test_the_partner_of_a_gray_image_is_gray() -> None:
     gray = PHOTO.convert("L").convert("RGB")
     prepared = prepare(encode(gray, "PNG"))
     tinted = prepared.pixels.copy()
@@ -91,7 +91,7 @@ def test_a_colorless_picture_gets_no_color() -> None:
     assert (pixels == pixels[..., :1]).all()
 
 
-def test_alpha_is_that_of_the_partner() -> None:
+def test_a_partner_has_the_alpha_channel_of_its_image() -> None:
     image = PHOTO.copy()
     image.putalpha(Image.fromarray(photo(5, 91, 70)[..., 0]))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
@@ -108,6 +108,6 @@ def test_alpha_is_that_of_the_partner() -> None:
         (oriented(PHOTO, "PNG", "raw xmp", 6), "orientation cannot be written"),
     ],
 )
-def test_what_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
+def test_an_image_that_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
     with pytest.raises(NoPair, match=reason):
         partner_of(data)

@@ -1,4 +1,4 @@
-"""`python -m sharding pairs`: a set in, a raw folder of pairs and its catalog out."""
+"""Tests of `python -m sharding pairs`: a set in, a raw folder of pairs and its catalog out."""
 
 import hashlib
 import json
@@ -43,8 +43,8 @@ REALS = 64
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of every kind of real image: odd and even sizes, gray, turned, and three that get no
-    partner; and a fake, which is none of the pairs' business.
+    """Return a set with every kind of real image: odd and even sizes, gray, turned, and three that
+    get no partner. The set also has a fake, which must be ignored.
     """
     raw = tmp_path_factory.mktemp("raw")
     writers = [
@@ -74,7 +74,7 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    """Stands for a VAE, which takes seconds to load: every pixel a little darker."""
+    """Return a decoder that darkens every pixel, because a real VAE takes seconds to load."""
     return Decoder(
         "plain", "AutoencoderTiny", "1" * 64, 1, lambda pixels: (pixels * 0.98).astype(np.uint8)
     )
@@ -107,7 +107,7 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_build_packs_whole_pairs_that_agree(packed: ShardSet, made: Path) -> None:
+def test_the_build_packs_whole_pairs_with_equal_facts(packed: ShardSet, made: Path) -> None:
     assert verify([made / "shards" / "shots-pairs"], jobs=1) == []
     rows = packed.table.to_pylist()
     assert Counter(row["label"] for row in rows) == {0: REALS, 1: REALS}
@@ -127,13 +127,13 @@ def test_the_build_packs_whole_pairs_that_agree(packed: ShardSet, made: Path) ->
         "shots-pairs-camera": "mine", "shots-pairs-phone": "theirs"
     }  # fmt: skip
     assert {facts["policy"] for facts in sources.values()} == {"dda"}
-    # In training nothing is left to match: a fake is compressed already, as its partner is.
+    # Training has nothing to match: a fake is already compressed like its partner.
     assert not any(partners_of(packed, (name,)).quality.any() for name in sources)
 
 
 @pytest.mark.slow  # loads scikit-learn or diffusers
-def test_metadata_does_not_tell_the_pairs(packed: ShardSet) -> None:
-    """Random, so 0.5; the interval is that of 128 images in 64 groups."""
+def test_metadata_does_not_separate_the_images_of_a_pair(packed: ShardSet) -> None:
+    """The AUROC must be near 0.5; 128 images in 64 groups give a wide interval."""
     result = audit(packed)
     assert result.pooled is not None
     assert result.pooled.low < 0.5 < result.pooled.high + 0.1 and result.pooled.auroc < 0.6
@@ -149,14 +149,14 @@ def test_a_second_run_gives_the_same_bytes(
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
 
     def never(_pixels: np.ndarray) -> np.ndarray:
-        raise AssertionError("what is whole is made again")
+        raise AssertionError("an existing pair was made again")
 
     again = make_pairs(shots, tmp_path, replace(decoder, reconstruct=never), max_megapixels=0.01)
     assert again.already == REALS == sum(again.counts.values())
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
 
 
-def test_it_goes_on_after_an_interruption(
+def test_an_interrupted_run_resumes(
     shots: Path, decoder: Decoder, made: Path, tmp_path: Path
 ) -> None:
     calls = []
@@ -169,7 +169,7 @@ def test_it_goes_on_after_an_interruption(
 
     with pytest.raises(KeyboardInterrupt):
         make_pairs(shots, tmp_path, replace(decoder, reconstruct=stopping), max_megapixels=0.01)
-    assert not (tmp_path / "shots-pairs.toml").exists(), "it says that it is done"
+    assert not (tmp_path / "shots-pairs.toml").exists(), "the catalog, written last, must not exist"
     real, fake = (sorted(tmp_path.glob(f"shots-pairs/*/{kind}/*")) for kind in ("real", "fake"))
     fake[0].unlink()
     fake[1].write_bytes(fake[1].read_bytes()[:-200])
@@ -179,7 +179,7 @@ def test_it_goes_on_after_an_interruption(
     assert hashes(tmp_path) == hashes(made)
 
 
-def test_another_decoder_or_limit_is_refused_where_pairs_lie(
+def test_another_decoder_or_limit_is_refused_if_pairs_exist(
     shots: Path, decoder: Decoder, made: Path, tmp_path: Path
 ) -> None:
     before = hashes(made)
@@ -217,7 +217,7 @@ def test_damaged_shards_are_not_copied(shots: Path, decoder: Decoder, tmp_path: 
 
 
 @pytest.mark.slow  # loads scikit-learn or diffusers
-def test_the_command(shots: Path, tmp_path: Path) -> None:
+def test_the_command_writes_pairs_and_says_how_to_pack_them(shots: Path, tmp_path: Path) -> None:
     decoder, out = save_plain(tmp_path / "plain"), tmp_path / "out"
     line = ["pairs", str(shots), "--decoder", str(decoder), "--out", str(out), "--device", "cpu"]
     result = CliRunner().invoke(sharding, line)
@@ -226,7 +226,7 @@ def test_the_command(shots: Path, tmp_path: Path) -> None:
     assert f"--raw {out} --catalog {out / 'shots-pairs.toml'}" in result.output.replace("\n", " ")
     made = json.loads((out / "shots-pairs.json").read_text())
     assert made["pairs"] == {"camera": 22, "phone": 43} and made["decoder"] == "plain"
-    assert "65 of them there already" in CliRunner().invoke(sharding, line).output
+    assert "65 of them made before" in CliRunner().invoke(sharding, line).output
     line[3] = str(tmp_path / "nowhere")
     refused = CliRunner().invoke(sharding, line)
     assert refused.exit_code == 1 and "is no folder and no name of the hub" in refused.output

@@ -1,10 +1,10 @@
-"""Small autoencoders, saved as diffusers saves them."""
+"""Save small autoencoders in diffusers format, for the tests of pairs."""
 
 from pathlib import Path
 
 
 def save_kl(folder: Path) -> Path:
-    """An `AutoencoderKL` of random weights and a few channels, a quarter along each side."""
+    """Save a small `AutoencoderKL` with random weights; latents have 1/4 of the width and height."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -19,9 +19,7 @@ def save_kl(folder: Path) -> Path:
 
 
 def save_plain(folder: Path) -> Path:
-    """An `AutoencoderTiny` whose weights pass the picture on nearly as it is: what a good decoder
-    does, without training one.
-    """
+    """Save an `AutoencoderTiny` that returns nearly the same image, like a well-trained decoder."""
     import torch
     from diffusers import AutoencoderTiny
 
