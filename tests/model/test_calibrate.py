@@ -114,7 +114,7 @@ def test_classes_that_are_separated_do_not_become_certain() -> None:
     [
         (np.ones(100, int), np.ones(100), "0 real and 100 fake images"),
         (np.repeat([0, 1], 19), np.ones(38), "at least 20 of each"),
-        (np.repeat([0, 1], 50), np.full(100, np.nan), "not finite"),
+        (np.repeat([0, 1], 50), np.full(100, np.nan), "NaN or infinite"),
         (np.repeat([0, 1], 50), np.repeat([1.0, -1.0], 50), "no temperature fits"),
         (np.repeat([0, 1], 50), np.zeros(100), "no temperature fits"),
     ],

@@ -194,7 +194,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_lies(tmp_path: Path, name: str) ->
             load(folder)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         if name != "replayed.csv":
-            assert f"{older} is whole: name it instead" in str(caught.value)
+            assert f"{older} is undamaged: use it instead" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_damaged_file_is_one_line_that_names_it(
         load(folder)
     said = str(caught.value)
     assert str(folder / name) in said and "\n" not in said
-    assert "no whole checkpoint lies beside" in said
+    assert "no undamaged checkpoint in" in said
 
 
 def test_what_a_copy_leaves_out_on_purpose_is_missed_when_it_is_asked_for(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_what_a_recipe_states_is_kept_and_said() -> None:
     assert warned == (
         "network.mean is [0.5, 0.5, 0.5], but timm's weights of "
         "vit_base_patch16_clip_quickgelu_224.openai were made with [0.4815, 0.4578, 0.4082]: leave "
-        "it out, unless yours are others"
+        "it out, unless your weights are not timm's"
     )
     seen, made = describe_preprocess(recipe)
     assert seen.startswith("sees 336 x 336 pixels from the center of a shorter side of 373 (lanczo")

@@ -121,7 +121,7 @@ def test_a_class_token_head_is_saved_exported_and_explained(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"blocks": ()}, "say behind which blocks"),
+        ({"blocks": ()}, "list the blocks"),
         ({"head": "timm"}, "belong together"),
         ({"blocks": (2, 1)}, "rise from 0 on"),
         ({"blocks": (1, 1)}, "rise from 0 on"),

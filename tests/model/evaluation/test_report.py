@@ -108,7 +108,7 @@ def test_recall_without_reals_is_said_first() -> None:
     overall = document["sets"]["evalgen"]["overall"]
     assert overall["false_positive_rate"] is None and overall["auroc"] is None
     assert overall["recall"] is not None
-    assert "says how many fakes are found and nothing about" in document["sets"]["evalgen"]["note"]
+    assert "gives the share of fakes found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
 def test_reals_of_another_set_stand_beside() -> None:

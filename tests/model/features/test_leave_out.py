@@ -188,7 +188,7 @@ def test_too_few_images_are_refused() -> None:
         (['calibration.on="left_out"'], r"from stored features: add \[features\]"),
         (
             ['calibration.on="left_out"', *SETTINGS, 'run.init_from="other"'],
-            "a head that has learned nothing before",
+            "needs an untrained head",
         ),
         (["calibration.max_fpr=0"], "shares between 0 and 0.5"),
         (["calibration.max_miss=0.5"], "shares between 0 and 0.5"),

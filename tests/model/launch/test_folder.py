@@ -42,7 +42,7 @@ def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
     (place,) = (mine.parent / "shards/folders").iterdir()
     packed = next(line for line in result.stderr.splitlines() if " packed in " in line)
     assert packed.startswith(f"{mine} packed in {place}: ") and "held out (mine-val)" in packed
-    assert "instead of 16, for so few images" in result.stderr
+    assert "instead of 16, because there are few images" in result.stderr
     meta = checkpoint.read_meta(checkpoint.best_of(mine.parent / "runs/mine"))
     assert meta["recipe"]["data"]["train"] == [f"folders/{place.name}/mine"]
     assert list(meta["metrics"]["sets"]) == ["mine-val"]

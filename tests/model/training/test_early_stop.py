@@ -64,5 +64,5 @@ def test_a_run_to_its_last_step_says_so(tiny_recipe: Path, data: Path, tmp_path:
 
 
 def test_a_negative_number_is_refused(tiny_recipe: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match="no negative number"):
+    with pytest.raises(recipes.RecipeError, match="must not be negative"):
         recipes.load(Recipe, tiny_recipe, ["run.stop_after_no_gain=-1"])

@@ -220,7 +220,7 @@ def test_a_test_set_is_not_trained_on(
         (
             ['network.name="mobilenetv2_035"', "network.options={}",
              "optim.layer_decay_groups=stage12", "optim.layer_decay=0.5"],
-            OptimError, "layer_decay_groups stage12 knows no layer for",
+            OptimError, "layer_decay_groups stage12 has no layer for",
         ),
     ],
 )  # fmt: skip
@@ -323,7 +323,7 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
     with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt is damaged.*--run NAME"):
         plan(load(), data, tmp_path)
     state.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="so training cannot go on from it"):
+    with pytest.raises(checkpoint.CheckpointError, match="so training cannot resume from it"):
         plan(load(), data, tmp_path)
 
 
