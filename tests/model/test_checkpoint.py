@@ -226,7 +226,7 @@ def test_what_a_copy_leaves_out_on_purpose_is_missed_when_it_is_asked_for(tmp_pa
     (folder / "state.pt").unlink()
     assert checkpoint.load_network(folder)
     assert checkpoint.whole_checkpoints(tmp_path) == ([folder], [])
-    with pytest.raises(CheckpointError, match=r"has no state\.pt, so training cannot go on"):
+    with pytest.raises(CheckpointError, match=r"has no state\.pt, so training cannot resume"):
         checkpoint.load_state(folder)
 
 

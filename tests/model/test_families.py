@@ -235,8 +235,8 @@ def test_a_warning_comes_with_the_plan(tiny_recipe: Path, data: Path, tmp_path: 
     start = tmp_path / "before" / "step_0000001"
     recipe = recipes.load(Recipe, tiny_recipe, ["preprocess.interpolation=bicubic"])
     assert plan(recipe, data, tmp_path, init_from=start).warnings == (
-        f"preprocess.interpolation is bicubic, in {start} it was bilinear",
-        f"network.mean is [0.485, 0.456, 0.406], in {start} it was [0.5, 0.5, 0.5]",
+        f"preprocess.interpolation is bicubic, but was bilinear in {start}",
+        f"network.mean is [0.485, 0.456, 0.406], but was [0.5, 0.5, 0.5] in {start}",
     )
 
 

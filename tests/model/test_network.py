@@ -122,11 +122,11 @@ def test_a_class_token_head_is_saved_exported_and_explained(tmp_path: Path) -> N
     ("changes", "said"),
     [
         ({"blocks": ()}, "list the blocks"),
-        ({"head": "timm"}, "belong together"),
-        ({"blocks": (2, 1)}, "rise from 0 on"),
-        ({"blocks": (1, 1)}, "rise from 0 on"),
-        ({"blocks": (-1,)}, "rise from 0 on"),
-        ({"freeze_backbone": False}, "is for a frozen backbone"),
+        ({"head": "timm"}, "are set together"),
+        ({"blocks": (2, 1)}, "from 0 in rising order"),
+        ({"blocks": (1, 1)}, "from 0 in rising order"),
+        ({"blocks": (-1,)}, "from 0 in rising order"),
+        ({"freeze_backbone": False}, "needs a frozen backbone"),
     ],
 )
 def test_blocks_that_make_no_sense(changes: dict, said: str) -> None:

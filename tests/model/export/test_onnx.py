@@ -309,7 +309,7 @@ def test_no_image_is_an_error(exported: Path, tiny_checkpoint: Path, tmp_path: P
 
 def test_something_must_be_asked_for() -> None:
     result = CliRunner().invoke(main, ["export"])
-    assert result.exit_code == 2 and "--onnx, --hub FOLDER, --head FOLDER" in result.output
+    assert result.exit_code == 2 and "--onnx, --hub FOLDER or --head FOLDER" in result.output
 
 
 @pytest.mark.slow

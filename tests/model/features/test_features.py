@@ -280,7 +280,7 @@ def test_features_that_are_not_finite_are_refused(old: ShardSet, tmp_path: Path)
 
 
 def test_a_backbone_that_learns_has_no_store(tiny_recipe: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match=r"a frozen backbone only: set network\.freeze"):
+    with pytest.raises(recipes.RecipeError, match=r"needs a frozen backbone: set network\.freeze"):
         recipes.load(Recipe, tiny_recipe, ["features.views=1"])
     with pytest.raises(FeatureError, match="frozen backbone only"):
         backbone_id(build(TINY, pretrained=False), TINY, SMALL_PREPROCESS, torch.float32)

@@ -185,7 +185,7 @@ def test_too_few_images_are_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (['calibration.on="left_out"'], r"from stored features: add \[features\]"),
+        (['calibration.on="left_out"'], r"on stored features: add \[features\]"),
         (
             ['calibration.on="left_out"', *SETTINGS, 'run.init_from="other"'],
             "needs an untrained head",

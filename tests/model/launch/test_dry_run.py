@@ -38,7 +38,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     result = dry_run(tiny_recipe, data, tmp_path / "runs")
     assert result.exit_code == 0, result.output
     said = result.stdout
-    assert "first weights: random, nothing is pretrained" in said
+    assert "first weights: random, not pretrained" in said
     assert "2 epochs, 10 steps of 16" in said
     rows = [re.split(r"\s*[│|]\s*", line) for line in said.splitlines() if "alpha" in line]
     assert [row[1:5] for row in rows] == [["training", "alpha", "25", "15"]]
@@ -47,7 +47,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     assert re.search(r"tried 4 steps of 16 images .*: loss 0\.\d+ at first; the first took", said)
     assert re.search(r"peak memory \d+\.\d+ GiB a process", said)
     assert re.search(r"estimate: [\d.e+-]+ \w+ for 10 steps, 2 validations of ", said)
-    assert "rests on 3 batches of this machine as it is now" in said
+    assert "batches measured for the estimate: 3." in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_resumed_phase_2_run(
     assert result.exit_code == 0, result.output
     digest = sha256_of(best / "weights.safetensors")[:12]
     assert f"first weights: checkpoint tiny/{best.name} (sha256 {digest})" in result.stdout
-    assert f"going on from {runs / 'second/step_0000004'}" in result.stdout
+    assert f"resuming from {runs / 'second/step_0000004'}" in result.stdout
     assert re.search(r"replay, to choose from +│ beta +│ +15 │ +15", result.stdout)
     assert "tried 2 steps of 16" in result.stdout
     assert "for 8 steps, 2 validations" in result.stdout  # of 12 steps and both epochs

@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_and_one_that_is_finished(
     assert (planned.done, planned.finished) == (7, False)
     assert planned.weights.path == planned.resumed
     assert planned.weights.sha256 == sha256_of(planned.resumed / "weights.safetensors")
-    assert planned.describe()[0] == f"going on from {planned.resumed}"
+    assert planned.describe()[0] == f"resuming from {planned.resumed}"
     # The end of the first epoch was validated, step 7 was not.
     assert planned.best.path == tmp_path / "tiny/step_0000005"
     assert list(planned.best.validation.sets) == ["val"]
@@ -346,7 +346,7 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_goes_on(
     logged.clear()
     train(recipe, data, tmp_path, stop_at=4)
     assert f"{path} is damaged" in logged[0] and "it is not used" in logged[0]
-    assert f"going on from {older}" in logged
+    assert f"resuming from {older}" in logged
     assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000004"
 
 
@@ -356,7 +356,7 @@ def test_the_first_weights_are_said_and_kept(
     first = trained / "first/step_0000003"
     digest = sha256_of(first / "weights.safetensors")
     runs = shutil.copytree(trained, tmp_path / "runs")
-    assert "first weights: random, nothing is pretrained" in plan(load(), data, runs).describe()
+    assert "first weights: random, not pretrained" in plan(load(), data, runs).describe()
     recipe = load("run.epochs=1")
     train(recipe, data, runs, init_from=first, stop_at=1)
     planned = plan(recipe, data, runs, init_from=first)  # the same command goes on
@@ -388,14 +388,16 @@ def test_a_frozen_body_of_random_weights_is_refused(
 ) -> None:
     frozen = load("network.freeze_backbone=true")
     with pytest.raises(
-        ValueError, match=r"freeze_backbone .*would be random: give some with --ini"
+        ValueError, match=r"freeze_backbone .*random weights: give weights with --ini"
     ):
         plan(frozen, data, tmp_path)
     assert plan(frozen, data, tmp_path, init_from=trained / "first/step_0000003")
 
 
 def test_sets_that_share_images_are_refused(load: Load, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"80 of 80 images of validation set old are in the train"):
+    with pytest.raises(
+        ValueError, match=r"80 of 80 images of validation set old are also in the train"
+    ):
         plan(load('data.validate=["val", "old"]'), data, tmp_path)
     assert plan(load('data.validate=["old"]', "data.allow_shared_images=true"), data, tmp_path)
 

@@ -143,7 +143,7 @@ def test_a_power_cut_loses_no_checkpoint(tiny_recipe: Path, data: Path, tmp_path
     for copy, least in copies:
         ended = forked.start_on_image(copy, disk, again, tmp_path / "again.json").wait()
         assert ended.status == 0, ended.stderr
-        resumed = re.search(r"going on from \S+/step_(\d+)", ended.stderr)
+        resumed = re.search(r"resuming from \S+/step_(\d+)", ended.stderr)
         assert resumed and int(resumed[1]) >= least, ended.stderr
         assert "damaged" not in ended.stderr
 
