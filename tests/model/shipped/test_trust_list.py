@@ -95,8 +95,8 @@ def test_without_an_answer_it_says_what_to_do(
         result = fetch()
         assert time.monotonic() - began < 5
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: the C2PA trust list did not come (")
-    assert f"download it by hand from {url} and give it" in result.stderr
+    assert result.stderr.startswith("Error: the C2PA trust list was not fetched (")
+    assert f"download it by hand from {url} and type: " in result.stderr
     assert "fetch --trust-list --file C2PA-TRUST-LIST.pem" in result.stderr
     assert not kept.exists()
 
