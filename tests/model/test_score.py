@@ -1,4 +1,4 @@
-"""Scores that are no numbers are errors, and never verdicts."""
+"""Scores that are NaN or infinite are errors, never verdicts."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_a_logit_that_is_not_finite_has_no_probability() -> None:
     assert probabilities[[0, 4, 5]].tolist() == [0.5, 1.0, 0.0]
 
 
-def test_there_is_no_verdict_for_what_is_no_number() -> None:
+def test_there_is_no_verdict_for_nan_or_infinity() -> None:
     for value in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(ValueError, match="no verdict: its score is not a finite number"):
             verdict(value, (0.3, 0.6))

@@ -1,4 +1,4 @@
-"""`train.py --folder`: a folder of images in, a checkpoint out."""
+"""`train.py --folder`: from a folder of images to a checkpoint."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with 30 real images and 30 fake ones; packed by one process."""
+    """Create a folder with 30 real and 30 fake images, packed by one process."""
     for label, name in enumerate(("real", "fake")):
         folder = tmp_path / "mine" / name
         folder.mkdir(parents=True)
