@@ -205,9 +205,9 @@ def threshold_over_sources(
     rate: float,
     over: Literal["pooled", "most_sources", "worst_source"],
 ) -> float:
-    """Return the lowest threshold at or above which at most `rate` of the images have their score:
-    of all images together (`pooled`), of each source (`worst_source`), or of three quarters of the
-    sources (`most_sources`). `reals` are probabilities of fake, one array (N,) per source.
+    """Return a threshold that at most `rate` of the images reach: of all images together
+    (`pooled`), of each source (`worst_source`), or of each of three quarters of the sources
+    (`most_sources`). `reals` are probabilities of fake, one array (N,) per source.
 
     Raises:
         CalibrationError: every source has too few images for this rate.

@@ -179,7 +179,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CheckpointError: there is no checkpoint, or it has another version or other classes.
         DamagedError: `meta.json` has changed since it was written.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         return _read_meta(folder)
 
 
@@ -261,7 +261,7 @@ def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
 
 
 @contextlib.contextmanager
-def _names_another(folder: Path) -> Iterator[None]:
+def _suggest_undamaged(folder: Path) -> Iterator[None]:
     """Add to a `DamagedError` of the block which undamaged checkpoint of the run can be used
     instead.
 
@@ -323,7 +323,7 @@ def check_weights(folder: Path) -> str:
         CheckpointError: as `read_meta`.
         DamagedError: the file is missing or has changed.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, _weights_name(meta))
     return meta["sha256"][_weights_name(meta)]
@@ -341,7 +341,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         DamagedError: the file is missing or has changed.
         BackboneError: the backbone of a shipped detector is not cached, or not a tested one.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, _weights_name(meta))
     weights = load_file(folder / _weights_name(meta))
@@ -358,7 +358,7 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot resume from it")
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         _verify(folder, _read_meta(folder), STATE_FILE)
     try:
         return _interned(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))

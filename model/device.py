@@ -31,7 +31,7 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
         raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
-        raise ValueError(f"--device {asked}, but there are {count} CUDA devices here, from 0")
+        raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
     return torch.device(f"cuda:{int(number)}" if number else "cuda")
 
 

@@ -171,7 +171,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     if pretrained:
         check_pretrained(network)
     try:
-        with _Undrawn() if empty else contextlib.nullcontext():
+        with _SkipInit() if empty else contextlib.nullcontext():
             backbone = timm.create_model(
                 network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
             )
@@ -251,12 +251,12 @@ def classifier_names(backbone: Backbone) -> list[str]:
     ]
 
 
-class _Undrawn(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Skip weight initialization, because the weights are loaded right after. Initializing
     ConvNeXtV2-Base takes longer than the rest of a prediction.
     """
 
-    _DRAWING = frozenset(
+    _INIT_FUNCTIONS = frozenset(
         "kaiming_uniform_ uniform_ normal_ trunc_normal_ erfinv_ mul_ add_ clamp_ zero_ "
         "fill_".split()
     )
@@ -264,7 +264,7 @@ class _Undrawn(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if getattr(function, "__name__", "") in self._DRAWING:
+        if getattr(function, "__name__", "") in self._INIT_FUNCTIONS:
             target = args[0] if args else (kwargs or {}).get("tensor")
             if isinstance(target, nn.Parameter):
                 return target

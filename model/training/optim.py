@@ -2,8 +2,7 @@
 
 Main entries: `make_optimizer()`, `schedule()`. timm only stores `lr_scale` in parameter groups, and
 torch's schedulers ignore it. Here each group has a `base_lr`, and every step sets `lr = base_lr *
-schedule`. The schedule is a factor, so that it keeps the ratios between groups down to the minimum
-learning rate.
+schedule`. The schedule is a factor, so a small rate is never raised to an absolute minimum.
 """
 
 import math

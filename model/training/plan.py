@@ -452,4 +452,4 @@ def _choose_compile(asked: str, device: torch.device) -> tuple[bool, str]:
     if asked != "auto":
         return asked == "on", "asked for"
     pays = device.type == "cuda"
-    return pays, f"{'pays' if pays else 'does not pay'} on {device.type}"
+    return pays, f"{'faster' if pays else 'not faster'} on {device.type}"

