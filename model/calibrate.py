@@ -217,7 +217,7 @@ def threshold_over_sources(
     known = [threshold for threshold in own if threshold is not None]
     if not known:
         raise CalibrationError(
-            f"no source has images enough for a threshold at a rate of {rate:.0%}"
+            f"no source has enough images for a threshold at a rate of {rate:.0%}"
         )
     if over == "most_sources":
         return sorted(known)[math.ceil(0.75 * len(known)) - 1]

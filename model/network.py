@@ -152,9 +152,9 @@ def check_size(net: Detector, name: str, crop_size: int) -> None:
             return  # the network reads values, which a meta tensor lacks: no verdict on the size
         made = made_with(name)
         raise NetworkError(
-            f"{name} takes no images of {crop_size} x {crop_size} ({first_line(error)}); set "
-            f"preprocess.crop_size={made.height}, the size that its weights were made with, or a "
-            "multiple of its patches"
+            f"{name} does not accept {crop_size} x {crop_size} images ({first_line(error)}); set "
+            f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a multiple "
+            "of its patch size"
         ) from error
 
 
@@ -232,7 +232,7 @@ def _put_class_token_head(backbone: Backbone, network: Network) -> None:
         )
     if network.blocks[-1] >= len(backbone.blocks):
         raise NetworkError(
-            f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, network.blocks names "
+            f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, but network.blocks has "
             f"{network.blocks[-1]}"
         )
     backbone.stage_head = ClassTokenHead(len(network.blocks) * backbone.num_features)

@@ -51,7 +51,7 @@ def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
     """
     seen, made = recipe.preprocess, made_with(recipe.network.name)
     lines = [
-        f"sees {seen.crop_size} x {seen.crop_size} pixels from the center of a shorter side of "
+        f"input: center crop of {seen.crop_size} x {seen.crop_size} pixels, shorter side "
         f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
         f"{_list(recipe.network.std)}"
     ]
@@ -61,8 +61,8 @@ def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
     ) or made.squashed:  # fmt: skip
         squashed = ", squashed to a square" if made.squashed else ""
         lines.append(
-            f"its weights were made with {made.width} x {made.height} of {resize} "
-            f"({made.interpolation}{squashed})"
+            f"its weights were trained on {made.width} x {made.height} pixels, shorter side "
+            f"{resize} ({made.interpolation}{squashed})"
         )
     if made.interpolation not in FILTERS and seen.interpolation == "bilinear":
         lines.append(

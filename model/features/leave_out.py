@@ -98,7 +98,7 @@ def leave_one_out(
     for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
         groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
     scored = {}
-    with console.progress("leaving out one source", len(groups)) as advance:
+    with console.progress("heads without one source", len(groups)) as advance:
         for members in groups.values():
             refit(planned, train_state, members)
             for name in members:

@@ -171,7 +171,9 @@ def embed_sets(
             continue
         images = sum(shards.shard_samples[file.shard_code] for file in own)
         label = f"embedding {shards.describe()}, view {number}"
-        console.log.info("%s: %d of its images in %d shards are missing", label, images, len(own))
+        console.log.info(
+            "%s: features of %d images in %d shards are missing", label, images, len(own)
+        )
         with console.progress(label, images, shown=embedder.rank == 0) as advance:
             count += embed(embedder, shards, source, number, advance)
     return count

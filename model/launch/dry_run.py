@@ -88,7 +88,7 @@ def dry_run(
         return
     for line in planned.describe():
         say(line)
-    console.table("Images", ["for", "source", *CLASSES], _counts(planned))
+    console.table("Images", ["use", "source", *CLASSES], _counts(planned))
     for line in _report(planned, train_state, trial, memory):
         say(line)
     say(f"dry run: nothing was written to {runs}, and no step is kept")
@@ -102,7 +102,7 @@ def _counts(planned: RunPlan) -> list[list[object]]:
     """Return the rows of a table: use of the images, their source, and their number per class."""
     pool = planned.stream.pool
     uses = [("training", pool.shards, planned.stream.new(0))]
-    uses += [("replay, to choose from", pool.shards, pool.old)] if len(pool.old) else []
+    uses += [("replay candidates", pool.shards, pool.old)] if len(pool.old) else []
     uses += [
         (f"validation {name}", shards, np.arange(len(shards)))
         for name, shards in planned.validation.items()
@@ -281,10 +281,10 @@ def _report(
     """Yield lines with the measurements and the estimate for the whole run."""
     recipe, stream = planned.recipe, planned.stream
     learning = sum(p.numel() for p in train_state.net.parameters() if p.requires_grad)
-    yield f"{learning:,} of {planned.parameters:,} parameters learn"
+    yield f"{learning:,} of {planned.parameters:,} parameters are trained"
     yield (
-        f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and back: "
-        f"loss {trial.loss:.3f} at first; the first took {trial.first_s:.2f} s"
+        f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and "
+        f"backward: first loss {trial.loss:.3f}; the first step took {trial.first_s:.2f} s"
         + (f", each later one {trial.step_s:.3g} s" if trial.timed else "")
     )
     gpu = ""

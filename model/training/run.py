@@ -353,8 +353,8 @@ def _log_step(
         return
     history.write(done, "train", row)
     console.log.info(
-        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them "
-        "(%.0f %% for bytes, %.0f %% for pixels; at most %.0f ms)",
+        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for images "
+        "(%.0f %% reading, %.0f %% decoding; longest wait %.0f ms)",
         *(done, row["loss"], row["images_per_s"], 100 * row["wait_share"]),
         *(100 * row["wait_read"], 100 * row["wait_decode"], row["stall_max_ms"]),
     )

@@ -201,8 +201,8 @@ def test_stated_settings_are_kept_and_described() -> None:
         "it out, unless your weights are not timm's"
     )
     seen, made = describe_preprocess(recipe)
-    assert seen.startswith("sees 336 x 336 pixels from the center of a shorter side of 373 (lanczo")
-    assert made == "its weights were made with 224 x 224 of 248 (bicubic)"
+    assert seen.startswith("input: center crop of 336 x 336 pixels, shorter side 373 (lanczo")
+    assert made == "its weights were trained on 224 x 224 pixels, shorter side 248 (bicubic)"
     assert [nearest_filter(name) for name in ("bicubic", "hamming")] == ["bicubic", "bilinear"]
 
 
@@ -247,10 +247,8 @@ def test_a_size_that_a_network_cannot_take_is_refused() -> None:
     check_size(build(network, pretrained=False, empty=True), network.name, SIZE)
     with pytest.raises(NetworkError) as caught:
         check_size(build(network, pretrained=False, empty=True), network.name, 40)
-    assert "takes no images of 40 x 40" in str(caught.value)
-    assert "set preprocess.crop_size=224, the size that its weights were made with" in str(
-        caught.value
-    )
+    assert "does not accept 40 x 40 images" in str(caught.value)
+    assert "set preprocess.crop_size=224, the size of its pretrained weights" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -137,7 +137,7 @@ def test_invalid_blocks_are_refused(changes: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"blocks": (4,)}, "has blocks 0 to 3, network.blocks names 4"),
+        ({"blocks": (4,)}, "has blocks 0 to 3, but network.blocks has 4"),
         ({"name": "convnextv2_atto", "options": {}}, "has no class token; set network.head"),
     ],
 )

@@ -180,7 +180,7 @@ def test_too_few_images_are_refused() -> None:
     few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
     with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):
         calibrate_sources(few, Calibrating(on="left_out"))
-    with pytest.raises(CalibrationError, match=r"no source has images enough .* 0%"):
+    with pytest.raises(CalibrationError, match=r"no source has enough images .* 0%"):
         threshold_over_sources([np.linspace(0, 1, 50)], 0.001, "worst_source")
 
 

@@ -43,8 +43,8 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(
     rows = [re.split(r"\s*[│|]\s*", line) for line in said.splitlines() if "alpha" in line]
     assert [row[1:5] for row in rows] == [["training", "alpha", "25", "15"]]
     assert re.search(r"validation val +│ gamma", said)
-    assert "13,690 of 13,690 parameters learn" in said
-    assert re.search(r"tried 4 steps of 16 images .*: loss 0\.\d+ at first; the first took", said)
+    assert "13,690 of 13,690 parameters are trained" in said
+    assert re.search(r"tried 4 steps of 16 images.*: first loss 0\.\d+; the first step took", said)
     assert re.search(r"peak memory \d+\.\d+ GiB a process", said)
     assert re.search(r"estimate: [\d.e+-]+ \w+ for 10 steps, 2 validations of ", said)
     assert "batches measured for the estimate: 3." in said
@@ -71,7 +71,7 @@ def test_a_resumed_phase_2_run(
     digest = sha256_of(best / "weights.safetensors")[:12]
     assert f"first weights: checkpoint tiny/{best.name} (sha256 {digest})" in result.stdout
     assert f"resuming from {runs / 'second/step_0000004'}" in result.stdout
-    assert re.search(r"replay, to choose from +│ beta +│ +15 │ +15", result.stdout)
+    assert re.search(r"replay candidates +│ beta +│ +15 │ +15", result.stdout)
     assert "tried 2 steps of 16" in result.stdout
     assert "for 8 steps, 2 validations" in result.stdout  # of 12 steps and both epochs
     result = dry_run(tiny_recipe, data, runs, "run.epochs=1")
