@@ -153,8 +153,8 @@ def check_size(net: Detector, name: str, crop_size: int) -> None:
         made = made_with(name)
         raise NetworkError(
             f"{name} does not accept {crop_size} x {crop_size} images ({first_line(error)}); set "
-            f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a multiple "
-            "of its patch size"
+            f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a "
+            "multiple of its patch size"
         ) from error
 
 
