@@ -186,7 +186,7 @@ def curves_command(run: Path, out: Path) -> None:
 @click.option("--run", "name", type=RunName(), required=True, help="Name of the new run.")
 @console.options("runs")
 def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
-    """Average the weights of two checkpoints. A run stands for its best checkpoint."""
+    """Average the weights of two checkpoints, or of the best checkpoints of two runs."""
     from model.checkpoint import find
     from model.export.average import average
 
