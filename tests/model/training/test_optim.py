@@ -107,7 +107,7 @@ def test_a_parameter_without_a_layer_is_an_error() -> None:
     backbone.surprise = torch.nn.Linear(2, 2)
     with pytest.raises(OptimError, match=r"no layer for 2 parameters, first: surprise\.weight"):
         layer_of_parameters(backbone, "stage12")
-    with pytest.raises(OptimError, match=r"first is surprise\.weight"):
+    with pytest.raises(OptimError, match=r"first: surprise\.weight"):
         layer_of_parameters(backbone, "block")
 
 
