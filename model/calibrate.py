@@ -1,7 +1,9 @@
-"""Calibration: from scores of a validation set to a temperature, thresholds and a band of doubt.
+"""Calibration: fit a temperature, thresholds and an uncertain band to the scores of a validation
+set.
 
-Pure functions; `evaluate.py calibrate` stores what `calibrate` finds in a checkpoint's `meta.json`.
-Never on a test set: a threshold that has seen the test set reports what it was fitted to.
+Main entries: `calibrate()` and `calibrate_sources()`, pure functions. `evaluate.py calibrate`
+stores the result in a checkpoint's `meta.json`. Test sets are refused: error rates on the images
+that a threshold was fitted to are too optimistic.
 """
 
 import math
@@ -21,39 +23,42 @@ ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
 Over = Literal["pooled", "most_sources", "worst_source"]
 
 FEWEST = 20
-"""Images of each class below which nothing is fitted: 5 % of fewer is less than one image."""
+"""Minimum number of images of each class: 5 % of fewer images is less than one image."""
 
 TEMPERATURES = 0.02, 50.0
-"""Where the temperature is looked for; for scores that tell the classes apart it lies well inside.
-"""
+"""Search range of the temperature. Scores that separate the classes give one well inside it."""
 
 ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
-"""Where the trade-off is kept, beside the thresholds that were fitted."""
+"""Thresholds at which the two error rates are stored, besides the fitted thresholds."""
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
-"""Error rates for which thresholds are kept, so that a person can ask for one of them later."""
+"""Error rates whose thresholds are stored, for `--max-fpr` and `--max-miss` of a later command."""
 
 
 class CalibrationError(ValueError):
-    """Scores that nothing can be fitted to; the message says what is missing."""
+    """Scores that no calibration can be fitted to. The message names the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was fitted, on what. Thresholds and the band are probabilities of fake, after the
+    """Result of a calibration. Thresholds and the band are probabilities of fake, after the
     temperature.
 
-    `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are those from
-    which on at most 1 % and 5 % of real images are called fake (None: too few reals to promise
-    it). `band` is (low, high): below low no sign of AI, from high on likely AI, uncertain between.
-    `roc` is (threshold, share of reals called fake from it on, share of fakes found) on the same
-    images, by rising threshold: what another threshold costs.
-    `at_fpr` is (rate, the lowest threshold at which at most that share of real images is called
-    fake), `at_miss` (rate, the highest threshold below which at most that share of fakes lies),
-    for those of `RATES` that the number of images allows.
+    `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are the lowest
+    thresholds at which at most 1 % and 5 % of real images are called fake (`threshold_fpr_1` is
+    None if there are fewer than 99 real images).
+
+    `band` is (low, high): "no sign of AI" below low, "likely AI" at or above high, "uncertain"
+    between. `roc` lists (threshold, false-positive rate, recall) on the same images, by rising
+    threshold.
+
+    `at_fpr` lists (rate, lowest threshold at which at most that share of real images is called
+    fake). `at_miss` lists (rate, highest threshold below which at most that share of fakes lies).
+    Both contain those of `RATES` that the number of images allows.
+
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
-    `method` is what was fitted to, and `sources` what each source would see at the threshold and
-    the band, where it was left out of training (`calibrate_sources`).
+    `method` names the images that the calibration was fitted to. `sources` is filled by
+    `calibrate_sources`: counts and error rates of each source that was left out of training.
     """
 
     temperature: float
@@ -73,8 +78,8 @@ class Calibration:
     at_miss: list[tuple[float, float]] = field(default_factory=list)
 
     def entries(self, fitted_on: Mapping[str, str]) -> dict[str, Any]:
-        """The entries of `meta.json`, for `checkpoint.annotate`; `fitted_on` is the hash of the
-        index of every set that the scores are of.
+        """Return the entries for `meta.json`, as `checkpoint.annotate` takes them. `fitted_on` maps
+        the name of each scored set to the hash of its index.
         """
         rest = asdict(self)
         decision = {name: rest.pop(name) for name in ("temperature", "threshold")}
@@ -83,34 +88,37 @@ class Calibration:
 
 
 def check_validation_sets(folders: Sequence[AnyPath]) -> None:
-    """What is calibrated on is a validation set.
+    """Refuse sets that are not validation sets.
 
     Raises:
-        CalibrationError: a set is of another split.
+        CalibrationError: a set has another split than `val`.
     """
     for folder in folders:
         split = read_index(folder)["split"]
         if split != "val":
             raise CalibrationError(
                 f"{folder.name} is of the split {split}; calibration takes validation sets only: "
-                "fitted to what it is tested on or was trained on, it would promise too much"
+                "on images of training or of the test, its error rates would be too optimistic"
             )
 
 
 def calibrate(
     labels: np.ndarray, logits: np.ndarray, threshold_at: ThresholdAt = "auto"
 ) -> Calibration:
-    """Fit everything to validation scores: `labels` 0 real, 1 fake; `logits` of fake minus real,
-    before any temperature.
+    """Fit the temperature, the thresholds and the band to validation scores: `labels` 0 real, 1
+    fake; `logits` of fake minus real, before any temperature.
 
-    The decision threshold `auto` is 0.5, or the threshold for 5 % false positives where that is
-    higher. Not that threshold alone: on a validation set of its own kind a good detector reaches
-    5 % only far below 0.5, and deciding there would spend on false alarms, which elsewhere are many
-    more, what it gained. The band begins at 0.5 or lower, where at most 5 % of fakes lie below it,
-    and ends at the decision threshold.
+    The decision threshold `auto` is the larger of 0.5 and the threshold for 5 % false positives.
+    The 5 % threshold alone can be far below 0.5: a good detector has few false positives on a
+    validation set that resembles its training data. On other data a threshold below 0.5 would give
+    many more.
+
+    The band starts at 0.5, or lower if more than 5 % of the fakes would be below it, and ends at
+    the decision threshold.
 
     Raises:
-        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+        CalibrationError: a class has fewer than `FEWEST` images, a score is not finite, or no
+            temperature fits.
     """
     labels, logits = np.asarray(labels), np.asarray(logits, np.float64)
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
@@ -119,20 +127,22 @@ def calibrate(
             f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
         )
     if not np.isfinite(logits).all():
-        raise CalibrationError("some scores are not finite; the checkpoint cannot be calibrated")
+        raise CalibrationError(
+            "some scores are NaN or infinite; the checkpoint cannot be calibrated"
+        )
     temperature = fit_temperature(labels, logits)
     probabilities = probability(logits, temperature)
     at_5 = threshold_at_fpr(probabilities[labels == 0], 0.05)
     at_1 = threshold_at_fpr(probabilities[labels == 0], 0.01)
     below = np.sort(probabilities[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
-    assert at_5 is not None  # `FEWEST` real images are enough for it
+    assert at_5 is not None  # never None: `FEWEST` real images are enough for 5 %
     thresholds: dict[ThresholdAt, float] = {
         "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "0.5": DEFAULT_THRESHOLD,
     }  # fmt: skip
     if at_1 is not None:
         thresholds["fpr1"] = at_1
     elif threshold_at == "fpr1":
-        raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (99 do)")
+        raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (needs 99)")
     high = thresholds[threshold_at]
     return Calibration(
         temperature=temperature,
@@ -154,11 +164,11 @@ def calibrate(
 def calibrate_by(
     rule: ThresholdAt | Calibrating, labels: np.ndarray, logits: np.ndarray, sources: np.ndarray
 ) -> Calibration:
-    """Fit to validation scores by a rule: `calibrate` for a name of a threshold,
-    `calibrate_sources` for error rates. `sources` (N,) names the source of each image.
+    """Fit to validation scores by a rule: the name of a threshold (`calibrate`) or two error rates
+    (`calibrate_sources`). `sources` (N,) contains the source's name of each image.
 
     Raises:
-        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+        CalibrationError: as `calibrate` and `calibrate_sources`.
     """
     if not isinstance(rule, Calibrating):
         return calibrate(labels, logits, rule)
@@ -173,16 +183,19 @@ def calibrate_sources(
     calibrating: Calibrating,
     origin: str = "sources left out",
 ) -> Calibration:
-    """Fit to scores source by source: source -> (labels 0 real, 1 fake; logits of fake minus real).
-    `origin` says where the scores are from; by default each source was left out of training.
+    """Fit to scores source by source. `scores` maps a source to (labels 0 real, 1 fake; logits of
+    fake minus real). `origin` describes the scores; by default, each source was left out of
+    training.
 
-    The band ends at the threshold, from which on at most `max_fpr` of the real images are called
-    likely AI, and begins where at most `max_miss` of the fakes lie below it; `threshold` says over
-    which images, for both. A source of fewer than `FEWEST` images of a class is not counted in it,
-    unless all are so small.
+    At most `max_fpr` of the real images have a score at or above the upper end of the band, which
+    is the decision threshold. At most `max_miss` of the fakes have a score below its lower end.
+    `calibrating.threshold` selects the images of which the two rates are taken: all together, or
+    source by source. A source with fewer than `FEWEST` images of a class is ignored for that class,
+    unless all sources are that small.
 
     Raises:
-        CalibrationError: fewer than `FEWEST` images of a class, or scores that say nothing.
+        CalibrationError: a class has fewer than `FEWEST` images in all, a score is not finite, or
+            no temperature fits.
     """
     labels, logits = (np.concatenate([pair[part] for pair in scores.values()]) for part in (0, 1))
     fitted = calibrate(labels, logits, "0.5")
@@ -196,7 +209,7 @@ def calibrate_sources(
         for label in (0, 1)
     )
     high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
-    missed = [1 - of_source for of_source in fakes]  # the same question from the other side
+    missed = [1 - of_source for of_source in fakes]  # a miss rate is a false-positive rate of 1 - p
     low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold)
     low = min(low, high)
     sources = {
@@ -226,18 +239,19 @@ def threshold_over_sources(
     rate: float,
     over: Over,
 ) -> float:
-    """The threshold from which on at most `rate` of some images lie: of all together, of each
-    source, or of three sources of four. `reals` are probabilities of fake, by source.
+    """Return a threshold that at most `rate` of the images reach: of all images together
+    (`pooled`), of each source (`worst_source`), or of each of three quarters of the sources
+    (`most_sources`). `reals` are probabilities of fake, one array (N,) per source.
 
     Raises:
-        CalibrationError: too few real images for such a rate.
+        CalibrationError: every source has too few images for this rate.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
     own = [threshold_at_fpr(group, rate) for group in groups]
     known = [threshold for threshold in own if threshold is not None]
     if not known:
         raise CalibrationError(
-            f"no source has images enough for a threshold that {rate:.0%} of them exceed"
+            f"no source has enough images for a threshold at a rate of {rate:.0%}"
         )
     if over == "most_sources":
         return sorted(known)[math.ceil(0.75 * len(known)) - 1]
@@ -246,8 +260,8 @@ def threshold_over_sources(
 
 def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
     """(rate, threshold) for each of `RATES` that so many images allow, by `threshold_over_sources`.
-    A source that is too small for a rate would make it a promise over other sources than the rest,
-    so over sources a rate is kept only where half of them are large enough.
+    A source can be too small for a rate. A rate is listed only if at least half of the sources are
+    large enough, because otherwise it would be a promise about few of them.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
     rows = []
@@ -278,19 +292,20 @@ def _fit_of(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 def roc_at(
     labels: np.ndarray, probabilities: np.ndarray, thresholds: Iterable[float]
 ) -> list[tuple[float, float, float]]:
-    """(threshold, false-positive rate, recall) at each of `thresholds`, rising; both classes must
-    be there.
+    """Return (threshold, false-positive rate, recall) for each of `thresholds`, sorted. Both
+    classes must have images.
     """
     reals, fakes = probabilities[labels == 0], probabilities[labels == 1]
     return [(t, float((reals >= t).mean()), float((fakes >= t).mean())) for t in sorted(thresholds)]
 
 
 def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
-    """The temperature with the lowest negative log-likelihood (Guo et al., "On Calibration of
-    Modern Neural Networks", 2017), with Platt's targets (1999): (n + 1) / (n + 2) instead of 1, so
-    that classes which the scores separate do not ask for a temperature of 0.
+    """Return the temperature with the lowest negative log-likelihood (Guo et al., "On Calibration
+    of Modern Neural Networks", 2017).
 
-    It has no bias, so that what was 0.5 stays 0.5.
+    The targets are Platt's (1999): (n + 1) / (n + 2) instead of 1. Without them, scores that
+    separate the classes perfectly would give a temperature of 0. No bias is fitted, so 0.5 stays
+    0.5.
 
     Raises:
         CalibrationError: the best temperature is not within `TEMPERATURES`.
@@ -299,7 +314,7 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     reals = len(labels) - fakes
     target = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
 
-    def slope(inverse: float) -> float:  # of the NLL, which is convex in 1 / temperature
+    def slope(inverse: float) -> float:  # of the NLL, convex in 1 / temperature
         return float(((probability(logits, 1 / inverse) - target) * logits).mean())
 
     low, high = (math.log(1 / t) for t in reversed(TEMPERATURES))
@@ -309,20 +324,22 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     temperature = math.exp(-(low + high) / 2)
     if not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01:
         raise CalibrationError(
-            "no temperature fits these scores, which hardly depend on the class; the checkpoint is "
-            "not calibrated"
+            "no temperature fits: the scores of real and fake images hardly differ; the checkpoint "
+            "is not calibrated"
         )
     return temperature
 
 
 def threshold_at_fpr(reals: np.ndarray, rate: float) -> float | None:
-    """The lowest threshold from which on at most `rate` of real images like these (probabilities of
-    fake) are called fake; None where there are too few of them to say (fewer than 1 / rate - 1).
+    """Return the lowest threshold at which at most `rate` of real images are called fake, fitted to
+    their probabilities of fake `reals`; None if there are too few of them (fewer than 1 / rate -
+    1).
 
-    It lies above the k-th highest of n with k = floor(rate * (n + 1)): then a further image of the
-    same kind lies there with a chance of at most k / (n + 1), whatever their distribution (the
-    argument of conformal prediction; Laxhammar and Falkman, "Inductive conformal anomaly
-    detection", 2015). Counting k of n instead would promise too much for few images.
+    The threshold is just above the k-th highest of the n values, with k = floor(rate * (n + 1)). A
+    new image of the same distribution then exceeds the threshold with a probability of at most k /
+    (n + 1), whatever the distribution (the argument of conformal prediction; Laxhammar and Falkman,
+    "Inductive conformal anomaly detection", 2015). With k = floor(rate * n), few images would
+    exceed the rate.
     """
     count = math.floor(rate * (len(reals) + 1) + 1e-9)
     if count < 1:

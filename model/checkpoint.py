@@ -1,19 +1,17 @@
-"""THE OTHER DISK CONTRACT: a checkpoint is a folder, and exists once its `meta.json` does.
+"""Checkpoints: write, read and find them. Main entries: `save()`, `load_network()`, `find()`.
 
-`weights.safetensors` (plain timm names), `state.pt` (what only training needs; read with
-`weights_only=True`) and `meta.json`, written last. Prediction needs weights and meta, and nothing
-from the command line. Of each file `meta.json` holds the SHA-256 (`sha256`), of itself that of its
-other entries: a file that has changed is refused when it is loaded. A run's own checkpoints are
-called `step_` and at least seven digits; what has another name in its folder is left alone.
+A checkpoint is a folder with `weights.safetensors` (plain timm names), `state.pt` (for resuming
+training only; loaded with `weights_only=True`) and `meta.json`. `meta.json` is written last:
+without it there is no checkpoint. It holds the SHA-256 of every file and of its own other entries;
+a changed file is refused. The checkpoints of a run are its folders `step_` plus at least seven
+digits; other folders are ignored.
 
-Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
-on an image is called fake, and `calibration` is null, or a `model.calibrate.Calibration` with the
-hash of the index of each set that it was fitted on (`fitted_on`, `index_sha256`). Verdicts: below
-the band no sign of AI, from its end on likely AI, in it uncertain. `model/inference/fitness.py`
-reads in it what speaks against a detector.
+In `meta.json`, `temperature` divides the logits, `threshold` is the decision threshold on the
+probability of fake, and `calibration` is null or a `model.calibrate.Calibration` with the names and
+index hashes of the sets that it was fitted on (`fitted_on`, `index_sha256`).
 
-A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
-`backbone` where the others are (`model/shipped/backbone.py`).
+A shipped detector is a checkpoint whose weights are the head only. The entry `backbone` of its meta
+names the file of the other weights (`model/shipped/backbone.py`).
 """
 
 import contextlib
@@ -53,7 +51,7 @@ FORMAT_VERSION = 2
 
 WEIGHTS_FILE = "weights.safetensors"
 HUB_WEIGHTS_FILE = "model.safetensors"
-"""Their name in a folder for the Hugging Face Hub (`model/export/hub.py`), a checkpoint too."""
+"""Name of the weights file in a folder for the Hugging Face Hub."""
 STATE_FILE = "state.pt"
 META_FILE = "meta.json"
 REPLAYED_FILE = "replayed.csv"
@@ -61,22 +59,22 @@ _HASHED = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, STATE_FILE, REPLAYED_FILE)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing or cannot be used; the message says what to do."""
+    """A checkpoint that is missing or cannot be used. The message says what to do."""
 
 
 class NoCheckpointError(CheckpointError):
-    """No run has a checkpoint, and none was named."""
+    """No run has a checkpoint, and the user named none."""
 
 
 class DamagedError(CheckpointError):
-    """A file of a checkpoint that is not as it was written; the message names it."""
+    """A file of a checkpoint, named in the message, that is missing or has changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a checkpoint keeps of its training: the step and epoch, what validation measured, the
-    figure that the best checkpoint has most of, the sets with their hashes, where the run's first
-    weights came from, and why the run ended with it, empty where it went on.
+    """Training record in a checkpoint's meta. `selection` chooses the best checkpoint (highest),
+    `data` names the sets with their hashes, `first_weights` is the origin of the run's first
+    weights, and `ended` is the reason why the run ended with this checkpoint, empty if it did not.
     """
 
     step: int
@@ -97,11 +95,10 @@ def save(
     state: Mapping[str, Any] | None,
     replayed: Sequence[tuple[int, str]] | None = None,
 ) -> None:
-    """Write a checkpoint: everything under a temporary name, then one rename. When this returns the
-    checkpoint is on the disk, and survives a power cut.
+    """Write a checkpoint under a temporary name, then rename it. When `save` returns, the
+    checkpoint is on the disk and survives a power cut.
 
-    `recipe` is the run's recipe, resolved; `state` is what resuming needs, `replayed` (epoch, key)
-    of the old samples that came in so far.
+    `state` is what resuming needs. `replayed` lists (epoch, key) of the replayed samples so far.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
@@ -141,19 +138,19 @@ def save(
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{folder} could not be written ({reason}); the checkpoint before it is kept, and the "
+            f"{folder} could not be written ({reason}); the previous checkpoint is kept, and the "
             "same command goes on from there"
         ) from error
 
 
 def seal(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write `meta.json` beside the files of a new checkpoint, with the SHA-256 of each."""
+    """Write the `meta.json` of a new checkpoint, with the SHA-256 of each of its files."""
     hashes = {name: sha256_of(folder / name) for name in _HASHED if (folder / name).exists()}
     _write_meta(folder, {**meta, "sha256": hashes})
 
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Change entries of `meta.json`; it is replaced as a whole."""
+    """Change entries of `meta.json`. The file is replaced atomically."""
     meta = read_meta(folder)
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     changed = backbone.recalibrated(meta, changes, spec, folder) if spec else {**meta, **changes}
@@ -170,19 +167,19 @@ def _text_of(meta: Mapping[str, Any]) -> str:
 
 
 def _meta_sha256(meta: Mapping[str, Any]) -> str:
-    """The hash of all entries but that hash itself."""
+    """Hash all entries of the meta except that hash itself."""
     files = {name: sha256 for name, sha256 in meta["sha256"].items() if name != META_FILE}
     return hashlib.sha256(_text_of({**meta, "sha256": files}).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The parsed `meta.json`.
+    """Return the parsed `meta.json`.
 
     Raises:
-        CheckpointError: no checkpoint there, another version, or other classes.
-        DamagedError: `meta.json` is not as it was written.
+        CheckpointError: there is no checkpoint, or it has another version or other classes.
+        DamagedError: `meta.json` has changed since it was written.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         return _read_meta(folder)
 
 
@@ -193,12 +190,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedError(f"{path} is damaged: it is no JSON ({text_fault(error)})") from error
+        raise DamagedError(f"{path} is damaged: it is not JSON ({text_fault(error)})") from error
     if not isinstance(meta, dict):
         raise DamagedError(f"{path} is damaged: it holds {type(meta).__name__}, expected an object")
     hashes, version = meta.get("sha256"), meta.get("format_version")
     if isinstance(hashes, dict) and hashes.get(META_FILE) != _meta_sha256(meta):
-        raise DamagedError(f"{path} is damaged: its entries are not those that were written")
+        raise DamagedError(f"{path} is damaged: its entries have changed since it was written")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint version {version}, expected {FORMAT_VERSION}; train it "
@@ -207,16 +204,16 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(hashes, dict):
         raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
     if tuple(meta["classes"]) != CLASSES:
-        raise CheckpointError(f"{folder} knows {meta['classes']}, expected {list(CLASSES)}")
+        raise CheckpointError(f"{folder} has classes {meta['classes']}, expected {list(CLASSES)}")
     return meta
 
 
 def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
-    """Hold a file of a checkpoint against the hash in its meta.
+    """Check a file of a checkpoint against its hash in the meta.
 
     Raises:
-        DamagedError: it is missing or has changed.
-        OSError: it may not be read.
+        DamagedError: the file is missing or has changed.
+        OSError: the file is not readable.
     """
     path = folder / name
     try:
@@ -225,8 +222,8 @@ def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
         raise DamagedError(f"{path} is missing") from None
     if sha256 != meta["sha256"].get(name):
         raise DamagedError(
-            f"{path} is damaged: its {path.stat().st_size:,} bytes are not those that were written "
-            "(SHA-256)"
+            f"{path} is damaged: its {path.stat().st_size:,} bytes do not have the SHA-256 of the "
+            "written file"
         )
 
 
@@ -235,22 +232,22 @@ def _one_line(error: Exception) -> str:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The meta of a checkpoint, all of whose files are as they were written.
+    """Check all files of a checkpoint and return its meta.
 
     Raises:
-        CheckpointError: it is damaged or cannot be used.
+        CheckpointError: a file is damaged, or the checkpoint cannot be used.
     """
     meta = _read_meta(folder)
     for name in meta["sha256"]:
-        # What was left out of a copy on purpose is missed when it is asked for.
+        # A copy may lack files such as state.pt on purpose; loading them reports it.
         if name != META_FILE and ((folder / name).exists() or name == _weights_name(meta)):
             _verify(folder, meta, name)
     return meta
 
 
 def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
-    """The checkpoints of a run whose files are as they were written, oldest step first, and of each
-    other one why it is not used.
+    """Return the undamaged checkpoints of a run, oldest step first, and why each other is
+    not used.
     """
     whole, reasons = [], []
     for folder in checkpoints_of(run):
@@ -264,28 +261,27 @@ def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
 
 
 @contextlib.contextmanager
-def _names_another(folder: Path) -> Iterator[None]:
-    """An error about a damaged checkpoint goes on with a whole one of its run, where there is one.
+def _suggest_undamaged(folder: Path) -> Iterator[None]:
+    """Add to a `DamagedError` of the block which undamaged checkpoint of the run can be used
+    instead.
 
     Raises:
-        DamagedError: as the block, and what to do.
+        DamagedError: the error of the block, with the advice.
     """
     try:
         yield
     except DamagedError as error:
         others = [other for other in whole_checkpoints(folder.parent)[0] if other != folder]
         advice = (
-            f"{others[-1]} is whole: name it instead"
+            f"{others[-1]} is undamaged: use it instead"
             if others
-            else f"no whole checkpoint lies beside {folder}; take it from a copy, or train again"
+            else f"no undamaged checkpoint in the run of {folder}; restore a copy, or train again"
         )
         raise DamagedError(f"{error}; {advice}") from error
 
 
 def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
-    """The network with its weights (on the CPU, ready for evaluation), its preprocessing and its
-    meta.
-    """
+    """Return the network (on the CPU, in evaluation mode), its preprocessing and its meta."""
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
     net = build(network, pretrained=False, empty=True)
@@ -295,7 +291,7 @@ def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
 
 
 def _meta_in_use(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The meta with the calibration for the backbone that is in use."""
+    """Return the meta with the calibration for the cached backbone file."""
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     if spec is None:
         return meta
@@ -303,12 +299,12 @@ def _meta_in_use(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
-    """The meta of a checkpoint whose weights fit `net` (made by `build` with `empty`, and of no use
-    afterward), or the network that the checkpoint describes; no weight is read.
+    """Check by the file headers that a checkpoint's weights fit a network, and return its meta. The
+    network is `net` (made by `build` with `empty`, unusable afterward), or the checkpoint's own.
 
     Raises:
         CheckpointError: as `read_meta`.
-        NetworkError: a network that timm does not know, or weights that do not fit it.
+        NetworkError: timm does not know the network, or the weights do not fit it.
     """
     meta = read_meta(folder)
     if net is None:
@@ -321,13 +317,13 @@ def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> str:
-    """The SHA-256 of the file that holds the weights of a checkpoint.
+    """Check the weights file of a checkpoint and return its SHA-256.
 
     Raises:
         CheckpointError: as `read_meta`.
         DamagedError: the file is missing or has changed.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, _weights_name(meta))
     return meta["sha256"][_weights_name(meta)]
@@ -338,14 +334,14 @@ def _weights_name(meta: Mapping[str, Any]) -> str:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The network's weights by their timm names, on the CPU.
+    """Read the network's weights, with timm names, on the CPU.
 
     Raises:
         CheckpointError: as `read_meta`.
         DamagedError: the file is missing or has changed.
-        BackboneError: of a detector that ships the backbone is not here, or is another one.
+        BackboneError: the backbone of a shipped detector is not cached, or not a tested one.
     """
-    with _names_another(folder):
+    with _suggest_undamaged(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, _weights_name(meta))
     weights = load_file(folder / _weights_name(meta))
@@ -354,28 +350,27 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
-    """What resuming needs; tensors on the CPU. With `lazy` they stay in the file until they are
-    used.
+    """Load the training state on the CPU. With `lazy`, tensors are read from the file on use.
 
     Raises:
-        CheckpointError: the checkpoint was stored for prediction only, or its state is damaged.
+        CheckpointError: the checkpoint has no training state, or the state is damaged.
     """
     path = folder / STATE_FILE
     if not path.exists():
-        raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot go on from it")
-    with _names_another(folder):
+        raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot resume from it")
+    with _suggest_undamaged(folder):
         _verify(folder, _read_meta(folder), STATE_FILE)
     try:
         return _interned(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({_one_line(error)}); name a checkpoint of this program"
+            f"{path} cannot be read ({_one_line(error)}); use a checkpoint of this program"
         ) from error
 
 
 def _interned(value: Any) -> Any:
-    """The same dictionaries with the keys that Python code has: torch stores a key that two of them
-    share once, and writes other bytes where the keys are equal and not the same.
+    """Intern the keys of nested dictionaries. torch stores one key object that several dictionaries
+    share once; equal but distinct objects would give other bytes on the next save.
     """
     if isinstance(value, dict):
         return {
@@ -386,8 +381,8 @@ def _interned(value: Any) -> Any:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest step first; what a killed process left half written is
-    none, nor is a folder that has another name than the run gives.
+    """Return the checkpoints of a run, oldest step first, without half-written and other
+    folders.
     """
     if is_partial(run):
         return []
@@ -397,12 +392,12 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def last_of(run: Path) -> Path | None:
-    """The checkpoint with most steps, or None."""
+    """Return the checkpoint with the most steps, or None."""
     return next(reversed(checkpoints_of(run)), None)
 
 
 def best_of(run: Path) -> Path | None:
-    """The checkpoint with the highest selection figure (the later one of equals), or None.
+    """Return the checkpoint with the highest selection figure (of equals the latest), or None.
 
     Raises:
         CheckpointError: as `read_meta`.
@@ -411,7 +406,7 @@ def best_of(run: Path) -> Path | None:
 
 
 def best_among(checkpoints: Sequence[Path]) -> Path | None:
-    """That of the highest selection figure (the last one of equals), or None."""
+    """Return the checkpoint with the highest selection figure (of equals the last), or None."""
     best, most = None, float("-inf")
     for folder in checkpoints:
         selection = read_meta(folder)["selection"]
@@ -422,32 +417,33 @@ def best_among(checkpoints: Sequence[Path]) -> Path | None:
 
 
 def runs_below(runs: Path) -> list[Path]:
-    """The runs that have a checkpoint, in `runs` and, where names hold a slash, further below."""
+    """Return the runs with a checkpoint in `runs` and, as names may contain slashes, below it."""
     with_checkpoint: list[Path] = []
     for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
         if folder.name.startswith(".") or is_partial(folder) or STEP_FOLDER.fullmatch(folder.name):
             continue
         with_checkpoint += [folder] if checkpoints_of(folder) else []
-        if not folder.is_symlink():  # links may lead in a circle
+        if not folder.is_symlink():  # links may form a loop
             with_checkpoint += runs_below(folder)
     return with_checkpoint
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:
-    """Remove all checkpoints of a run but those in `keep`, which are on the disk already."""
+    """Remove all checkpoints of a run except those in `keep`."""
     for folder in checkpoints_of(run):
         if folder not in keep:
-            (folder / META_FILE).unlink()  # from here on it does not exist
+            (folder / META_FILE).unlink()  # without its meta it is no checkpoint
             shutil.rmtree(folder)
 
 
 def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:
-    """The checkpoint that is meant: `named` itself, the best one of the run `named`, or the
-    detector that ships under that name; with nothing named the best one of the newest run below
-    `runs`, or, where there is no run and `shipped` allows it, the default detector that ships.
+    """Return the checkpoint that the user means. `named` is a checkpoint, a run (its best
+    checkpoint) or the name of a shipped detector. Without `named` it is the best checkpoint of the
+    newest run below `runs`, or, if there is no run and `shipped` is set, the default shipped
+    detector.
 
     Raises:
-        CheckpointError: there is none; the message says how to get one.
+        CheckpointError: there is no such checkpoint; the message says how to get one.
     """
     if named:
         own = backbone.DETECTORS / named
@@ -469,7 +465,7 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
         raise NoCheckpointError(
             f"no checkpoint below {runs}; train one with `{command('train')} --phase 1`, see the "
             f"whole flow with `{DEMO}` (then --runs demo/runs), name one with --checkpoint "
-            "FOLDER, or take the one that ships: `python -m model fetch`, then --checkpoint clip"
+            "FOLDER, or use the shipped one: `python -m model fetch`, then --checkpoint clip"
         )
 
     def created(run: Path) -> int:
@@ -480,8 +476,8 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
 
 @functools.cache
 def git_commit() -> str:
-    """The commit this program runs from, with '-dirty' if files differ; '' outside a checkout."""
-    if not CHECKOUT:  # what git found here would be a repository that the environment lies in
+    """Return the commit of this program, '-dirty' appended if files differ; '' if installed."""
+    if not CHECKOUT:  # installed: git would report a repository around the environment
         return ""
     try:
         done = subprocess.run(
@@ -495,6 +491,6 @@ def git_commit() -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of Python and of the packages that affect the results."""
     names = ("torch", "timm", "pillow", "simplejpeg", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

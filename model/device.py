@@ -1,4 +1,7 @@
-"""Where and in which precision to compute, each with the reason for the choice."""
+"""Choose the device and the precision of a computation, each with the reason for the choice.
+
+Main entries: `choose_device()` and `choose_precision()`.
+"""
 
 import ctypes
 import platform
@@ -6,15 +9,16 @@ import re
 
 import torch
 
-# From glibc's malloc.h.
+# Values of glibc's malloc.h; Python has no names for them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose_device(asked: str, local: int = 0) -> torch.device:
-    """`auto` is the CUDA device number `local` if there is one, else the CPU.
+    """Return the device for `asked`: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the CUDA device
+    with the index `local` if there is one, else the CPU.
 
     Raises:
-        ValueError: a device that does not exist here.
+        ValueError: this machine has no such device.
     """
     if asked == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -27,12 +31,14 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
         raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
-        raise ValueError(f"--device {asked}, but there are {count} CUDA devices here, from 0")
+        raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
     return torch.device(f"cuda:{int(number)}" if number else "cuda")
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype for mixed precision, and why: bf16 where the GPU has it, else fp16, else fp32."""
+    """Return the dtype for mixed precision and the reason. `auto` is bf16 where the GPU supports
+    it, else fp16, else fp32.
+    """
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if asked != "auto":
         return named[asked], "asked for"
@@ -46,15 +52,15 @@ def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str
 
 
 def describe(dtype: torch.dtype) -> str:
-    """`bf16`, `fp16` or `fp32`."""
+    """Return `bf16`, `fp16` or `fp32`."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc, keep freed memory for the next step instead of giving it back.
+    """On a CPU with glibc, keep freed memory in the process instead of returning it to the system.
 
-    Activations are allocated and freed at every step; mapped anew each time they cost a page fault
-    per 4 kB, which was 40 % of a training step (13 against 25 images/s, docs/log.md).
+    Every step allocates and frees its activations. Mapping that memory again costs a page fault per
+    4 kB, which was 40 % of a training step (13 instead of 25 images/s, docs/log.md).
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,6 @@
-"""Many processes, one per GPU: what torchrun says of this one, and the few words they exchange."""
+"""Multi-process training, one process per GPU: read torchrun's environment and exchange values
+between ranks. Main entry: `init_distributed()`.
+"""
 
 import contextlib
 import os
@@ -14,7 +16,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistEnv:
-    """Which of `world_size` processes this is, and which of those of its machine (`local_rank`)."""
+    """Rank of this process among `world_size` processes, and its rank on its own machine
+    (`local_rank`).
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -22,15 +26,15 @@ class DistEnv:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, shows progress and logs for all."""
+        """Whether this process writes files, shows progress and logs for all ranks."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistEnv]:
-    """Join the other processes that torchrun started; alone without torchrun.
+    """Join the process group that torchrun started. Without torchrun, yield one rank of one.
 
-    CPU tensors travel through gloo, CUDA tensors through NCCL.
+    CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -47,7 +51,7 @@ def init_distributed() -> Iterator[DistEnv]:
 
 
 def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, on the device of `value`; the same on each of them."""
+    """Sum `value` over all ranks. The result is on the device of `value`, equal on every rank."""
     if dist.world_size > 1:
         value = value.clone()
         distributed.all_reduce(value)
@@ -55,7 +59,9 @@ def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_any(dist: DistEnv, flag: bool) -> bool:
-    """Whether `flag` is set on any rank: a word on the host, that waits for no GPU."""
+    """Return True on every rank if `flag` is set on any rank. The all-reduce runs on the CPU
+    (gloo), so it does not synchronize with the GPU.
+    """
     if dist.world_size == 1:
         return flag
     value = torch.tensor([int(flag)])
@@ -64,7 +70,7 @@ def all_reduce_any(dist: DistEnv, flag: bool) -> bool:
 
 
 def all_gather_object(dist: DistEnv, value: T) -> list[T]:
-    """The value of every rank, in order; the same list on each of them."""
+    """Return the list of all ranks' values in the order of ranks, equal on every rank."""
     if dist.world_size == 1:
         return [value]
     values: list[Any] = [None] * dist.world_size

@@ -1,13 +1,14 @@
-"""Import timm without what it asks for and is not used here.
+"""Import timm faster: `lean_import()` leaves out two packages that timm imports and this project
+does not use.
 
-That is torch's compiler, which takes longer to load than timm and torchvision do, and wandb, which
-makes a temporary folder when it is imported.
+The two are torch's compiler (`torch._dynamo`), which loads more slowly than timm and torchvision
+together, and wandb, which creates a temporary folder on import.
 
-Two places ask for the compiler: `torchvision.ops.roi_align`, for a test that it makes when it runs
-under determinism, and functions of two of timm's models that are marked as not to be compiled. No
-classifier here calls the first; the marks matter only to a `naflexvit` or `gemma4` that is
-compiled. `torch.compile` itself loads the compiler when it is used. `timm.utils.summary` asks for
-wandb, and does without.
+The compiler is imported in two places. `torchvision.ops.roi_align` tests for compilation when
+determinism is on; no classifier here calls `roi_align`. timm also marks functions of two models
+(`naflexvit`, `gemma4`) as not to be compiled; the marks matter only if such a model is compiled.
+`torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`,
+which works without wandb.
 """
 
 import contextlib
@@ -23,13 +24,13 @@ _NAMES = ("torch._dynamo", "torch._dynamo.utils")
 
 @contextlib.contextmanager
 def lean_import() -> Iterator[None]:
-    """Until the block ends, an import of the compiler finds a stand-in, and one of wandb nothing;
-    what is loaded already stays.
+    """Replace torch's compiler by a stand-in and block the import of wandb until the block ends. A
+    package that is already loaded is left as it is.
     """
     modules: dict[str, Any] = sys.modules
     hidden = "wandb" not in modules
     if hidden:
-        modules["wandb"] = None  # an import of it raises ImportError
+        modules["wandb"] = None  # `import wandb` now raises ImportError
     try:
         with _without_compiler():
             yield
@@ -60,5 +61,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _unmarked(fn: Any = None, *_how: Any, **_named: Any) -> Any:
-    """`torch.compiler.disable`, with or without arguments, that marks nothing."""
+    """Replace `torch.compiler.disable` by a decorator, with or without arguments, that does
+    nothing.
+    """
     return fn if callable(fn) else lambda inner: inner

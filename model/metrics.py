@@ -1,8 +1,8 @@
-"""Pure functions from scores to numbers. Every figure this project prints is computed here.
+"""Metrics: pure functions from labels and probabilities to the figures that this project prints.
 
-`labels` are 0 real, 1 fake; `probabilities` are those of fake. A metric that needs both classes is
-None where one is missing: EvalGEN, for one, holds no real images, so its "accuracy" is recall.
-Intervals are in `model/evaluation/bootstrap.py`.
+`labels` are 0 real, 1 fake; `probabilities` are those of fake. Main entry: `measure()`. A metric
+that needs both classes is None where one class is missing. Example: EvalGEN has no real images, so
+its "accuracy" is recall. Confidence intervals are in `model/evaluation/bootstrap.py`.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,19 @@ ECE_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts, and shares in 0 to 1. The class fake is the positive one.
+    """Counts, and shares from 0 to 1. The positive class is fake.
 
-    `recall` is the share of fakes called fake, `false_positive_rate` the share of reals called
-    fake, `precision` the share of fakes among what is called fake (None where nothing is);
-    `balanced_accuracy` is the mean of recall and of the share of reals called real. No threshold:
-    `auroc`, `average_precision`, `eer`, and `tpr_at_fpr_1` and `tpr_at_fpr_5`, the most fakes that
-    any threshold finds at no more than 1 % and 5 % false positives. Probabilities as such: `nll`
-    (natural log), `brier` (the mean squared error) and `ece`.
+    At the threshold: `recall` is the share of fakes called fake, `false_positive_rate` the share of
+    reals called fake, `precision` the share of fakes among the images called fake (None if there
+    are none). `balanced_accuracy` is the mean of recall and 1 - false_positive_rate.
 
-    With one class only, what needs both is None: all but the accuracy, that class's own rate, and
-    `nll` and `brier`.
+    Without a threshold: `auroc`, `average_precision`, `eer` (equal error rate), and `tpr_at_fpr_1`
+    and `tpr_at_fpr_5`, the highest recall at a false-positive rate of at most 1 % and 5 %.
+
+    Of the probabilities: `nll` (natural logarithm), `brier` (mean squared error) and `ece`.
+
+    If one class is missing, only `accuracy`, the rate of the other class, `nll` and `brier` are
+    given; all other metrics are None.
     """
 
     count: int
@@ -47,7 +49,7 @@ class Metrics:
     false_positive_rate: float | None
     f1: float | None
     auroc: float | None
-    # Since report version 2; a checkpoint's older figures lack them.
+    # Since report version 2; the figures of older checkpoints do not have these fields.
     precision: float | None = None
     average_precision: float | None = None
     eer: float | None = None
@@ -61,7 +63,9 @@ class Metrics:
 def measure(
     labels: np.ndarray, probabilities: np.ndarray, threshold: float = DEFAULT_THRESHOLD
 ) -> Metrics:
-    """All metrics of one group of images; an image is called fake from `threshold` on."""
+    """Compute all metrics of one group of images. An image is called fake if its probability is at
+    least `threshold`.
+    """
     labels = np.asarray(labels, np.int64)
     probabilities = np.asarray(probabilities, np.float64)
     is_fake = labels == 1
@@ -97,60 +101,60 @@ def measure(
 
 
 def _ranked(scores: np.ndarray) -> torch.Tensor:
-    """Scores as their ranks, scaled to 0 to 1; ties stay ties.
+    """Replace scores by their ranks, scaled to 0 to 1, float64. Ties remain ties.
 
-    float64 and no squashing: torchmetrics takes values outside 0 to 1 for logits and puts them
-    through a sigmoid, where large ones would tie.
+    torchmetrics applies a sigmoid to values outside 0 to 1, where large scores would become equal.
     """
     ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
     return torch.from_numpy(ranks / max(1.0, ranks.max()))
 
 
 def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of false and of true positives, int64, at every threshold from above the highest score
-    down to the lowest: the corners of the ROC curve, from (0, 0) to (reals, fakes).
+    """Return the counts of false positives and of true positives, int64, at every threshold from
+    the highest score down: the corners of the ROC curve, from (0, 0) to (reals, fakes).
     """
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # of a run of equal scores
+    last = np.append(np.diff(scores[order]) != 0, True)  # last index of each run of equal scores
     true = np.cumsum(labels[order] == 1)[last]
     false = np.flatnonzero(last) + 1 - true
     return np.append(0, false), np.append(0, true)
 
 
 def tpr_at_fpr(false: np.ndarray, true: np.ndarray, rate: float) -> float:
-    """The most fakes found, as a share, at a false-positive rate of at most `rate`; never between
-    two of the thresholds of `roc`.
+    """Return the highest recall at a false-positive rate of at most `rate`, without interpolation
+    between the thresholds of `roc`.
     """
     return float(true[false <= rate * false[-1] + 1e-9].max() / true[-1])
 
 
 def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
-    """Where the curve of `roc`, its corners joined by straight lines, has as many false positives
-    as missed fakes, as shares. (torchmetrics takes the nearest corner, which jumps.)
+    """Return the rate at which the false-positive rate equals the false-negative rate, on the curve
+    of `roc` with its corners joined by straight lines. torchmetrics takes the nearest corner
+    instead, which makes the result jump.
     """
     fpr, fnr = false / false[-1], 1 - true / true[-1]
-    after = int(np.argmax(fpr >= fnr))  # at (1, 0) at the latest, and never at (0, 1)
+    after = int(np.argmax(fpr >= fnr))  # never 0: there fpr 0, fnr 1
     gap_before, gap_after = (fpr - fnr)[after - 1], (fpr - fnr)[after]
     share = -gap_before / (gap_after - gap_before)
     return float(fpr[after - 1] + share * (fpr[after] - fpr[after - 1]))
 
 
 def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean of -ln of the probability given to the true class."""
+    """Return the mean of -ln of the probability of the true class."""
     return float(-np.log(given_to_truth(labels, probabilities)).mean())
 
 
 def given_to_truth(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The probability given to the true class of each image, at least 2.2e-16 (the least that
-    float64 adds to 1), so that one image cannot make the NLL infinite.
+    """Return the probability of each image's true class, at least 2.2e-16 (the epsilon of float64),
+    so that one image cannot make the NLL infinite.
     """
     given = np.where(np.asarray(labels) == 1, probabilities, 1 - probabilities)
     return np.maximum(given, np.finfo(np.float64).eps)
 
 
 def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """ECE (Guo et al., 2017) of the probability of fake: over 15 equal bins, the mean difference
-    between the mean probability and the share of fakes, each image counting alike.
+    """Return the ECE (Guo et al., 2017) of the probability of fake: over 15 bins of equal width,
+    the mean difference between the mean probability and the share of fakes, weighted by images.
     """
     preds = torch.from_numpy(np.asarray(probabilities, np.float64))
     target = torch.from_numpy(np.asarray(labels, np.int64))
@@ -163,7 +167,7 @@ def measure_sources(
     sources: Sequence[str],
     threshold: float = DEFAULT_THRESHOLD,
 ) -> dict[str, Metrics]:
-    """Metrics of each source's own images."""
+    """Compute the metrics of each source, from the images of that source alone."""
     source_of = np.asarray(sources, object)
     result = {}
     for name in sorted(set(sources)):
@@ -173,13 +177,13 @@ def measure_sources(
 
 
 def what_is_missing(reals: int, fakes: int) -> str | None:
-    """A plain sentence where one class is missing, else None."""
+    """Return a sentence for the reader if a class is missing, else None."""
     if not reals and not fakes:
         return "There are no images here."
     if not reals:
         return (
-            "There are no real images here: recall says how many fakes are found and nothing about "
-            "false alarms. Read it beside a false-positive rate on real photographs."
+            "There are no real images here: recall gives the share of fakes found and nothing "
+            "about false alarms. Read it together with a false-positive rate on real photographs."
         )
     if not fakes:
         return "There are no fake images here: only the false-positive rate can be measured."

@@ -1,7 +1,7 @@
-"""The network: a timm backbone with two outputs, and normalization inside.
+"""Network: a timm backbone with two outputs that normalizes its own input.
 
-It takes uint8 images as the pipeline hands them over, so mean and std are applied once, on the
-device, in training and serving alike.
+Main entries: `build()` makes a `Detector`, `load_weights()` fills it. A detector takes the uint8
+images of the pipeline and applies mean and std on the device, the same in training and inference.
 """
 
 import contextlib
@@ -28,12 +28,13 @@ with lean_import():
 log = logging.getLogger("ai_images_detector")
 
 STAGE_HEAD = "stage_head."
-"""How the names of its parameters begin, beside those of timm."""
+"""Prefix of the names of this project's own head among the names of timm."""
 
 
 class Backbone(nn.Module):
-    """What a timm classifier has beside a module's own, for the type checker: its class is one of
-    timm's. `stage_head` is there where the network asks for it.
+    """Type stub for the type checker: the attributes of a timm classifier that this project uses.
+    At runtime the object has one of timm's classes. `stage_head` exists only with the heads
+    `stages` and `class_tokens`.
     """
 
     feature_info: list[dict[str, Any]]
@@ -51,7 +52,9 @@ class Backbone(nn.Module):
 
 
 class Detector(nn.Module):
-    """`forward`: uint8 (B, 3, H, W) -> float logits (B, 2), columns in the order of `CLASSES`."""
+    """Backbone, head and normalization. `forward`: uint8 (B, 3, H, W) -> float logits (B, 2),
+    columns in the order of `CLASSES`.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -70,7 +73,7 @@ class Detector(nn.Module):
         self.register_buffer("std", scaled_std, persistent=False)
 
     def train(self, mode: bool = True) -> "Detector":
-        """Switch mode; what is frozen stays in evaluation."""
+        """Switch between training and evaluation mode; frozen parts stay in evaluation mode."""
         super().train(mode and not self.freeze_backbone)
         if self.freeze_bn:
             for module in self.modules():
@@ -79,7 +82,9 @@ class Detector(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalize and classify; features (B, D) in place of images are classified as they are."""
+        """Normalize and classify images. Features (B, D), given instead of images, are classified
+        directly.
+        """
         if images.ndim == 2:
             return self.classify(images)
         if self.head == "timm":
@@ -87,7 +92,7 @@ class Detector(nn.Module):
         return self.classify(self.features(images))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the head classifies: uint8 (B, 3, H, W) -> float (B, D)."""
+        """Return the input of the head: uint8 (B, 3, H, W) -> float (B, D)."""
         images = self._normalized(images)
         if self.head == "timm":
             last = self.backbone.forward_features(images)
@@ -102,14 +107,14 @@ class Detector(nn.Module):
         return self.backbone.stage_head.features([prefix[:, 0] for _, prefix in behind])
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Float features (B, D) -> float logits (B, 2)."""
+        """Apply the head: float features (B, D) -> float logits (B, 2)."""
         if self.head != "timm":
             return self.backbone.stage_head(features)
         classifier = self.backbone.get_classifier()
         if not isinstance(classifier, nn.Module):
             raise NetworkError(
-                "a network with two classifiers has no features of its own; do not freeze it, or "
-                "take another one"
+                "a network with two classifiers has no single feature vector; leave its backbone "
+                "unfrozen, or use another network"
             )
         return classifier(features.to(self.mean.dtype))
 
@@ -118,10 +123,11 @@ class Detector(nn.Module):
 
 
 def normalization(network: Network) -> tuple[Triple, Triple]:
-    """Mean and std of a network: as stated, else those that its weights were made with.
+    """Return mean and std of a network: those of the recipe, else those that timm records for its
+    weights.
 
     Raises:
-        NetworkError: they are not stated, and timm does not know the network.
+        NetworkError: the recipe gives no mean or std, and timm does not know the network.
     """
     if network.mean and network.std:
         return network.mean, network.std
@@ -130,11 +136,12 @@ def normalization(network: Network) -> tuple[Triple, Triple]:
 
 
 def check_size(net: Detector, name: str, crop_size: int) -> None:
-    """Refuse a side of images, in pixels, that a network cannot take. The network `net` is made for
-    this check (`build` with `empty`) and of no use afterward: shapes go through it without values.
+    """Refuse an image size `crop_size` (pixels, height and width) that a network does not accept.
+    `net` is built for this check only (`build` with `empty`): shapes are propagated on the meta
+    device, and `net` is unusable afterward.
 
     Raises:
-        NetworkError: with what to set.
+        NetworkError: the network does not accept the size; the message says what to set.
     """
     images = torch.empty((1, 3, crop_size, crop_size), dtype=torch.uint8, device="meta")
     try:
@@ -142,18 +149,18 @@ def check_size(net: Detector, name: str, crop_size: int) -> None:
             net.to("meta").eval()(images)
     except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return  # it looks at values, which says nothing of the size
+            return  # the network reads values, which a meta tensor lacks: no verdict on the size
         made = made_with(name)
         raise NetworkError(
-            f"{name} takes no images of {crop_size} x {crop_size} ({first_line(error)}); set "
-            f"preprocess.crop_size={made.height}, the size that its weights were made with, or a "
-            "multiple of its patches"
+            f"{name} does not accept {crop_size} x {crop_size} images ({first_line(error)}); set "
+            f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a "
+            "multiple of its patch size"
         ) from error
 
 
 def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detector:
-    """The network on the CPU, in fp32 and channels_last; weights from timm if `pretrained`. Those
-    of an `empty` one are not initialized: `load_weights` brings them.
+    """Build the network on the CPU, in fp32 and channels_last, with weights from timm if
+    `pretrained`. With `empty` the weights are left uninitialized, to be filled by `load_weights`.
 
     Raises:
         NetworkError: timm does not know the name or an option, or the weights cannot be fetched.
@@ -164,7 +171,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     if pretrained:
         check_pretrained(network)
     try:
-        with _Undrawn() if empty else contextlib.nullcontext():
+        with _SkipInit() if empty else contextlib.nullcontext():
             backbone = timm.create_model(
                 network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
             )
@@ -197,8 +204,9 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
 
 
 def _put_stage_head(backbone: Backbone) -> None:
-    """Its weights lie in the backbone, so that they are saved and filled with it, and start at 0:
-    the first step of the body should not follow random ones.
+    """Add a `StageHead` to the backbone, so that it is saved and loaded with the backbone's
+    weights. It starts at 0, so that the first gradient of the backbone does not come from random
+    head weights.
     """
     stages = backbone.feature_info
     backbone.stage_head = StageHead([stage["num_chs"] for stage in stages])
@@ -206,16 +214,16 @@ def _put_stage_head(backbone: Backbone) -> None:
     nn.init.zeros_(backbone.stage_head.fc.bias)
     last = stages[-1]["module"].partition(".")[0]
     children = dict(backbone.named_children())
-    # What comes after the last stage is not read, and gradients that never come stop many ranks.
+    # Modules after the last stage are unused. Without a gradient they would block DDP.
     for name in [*children][[*children].index(last) + 1 :]:
         children[name].requires_grad_(name == "stage_head")
 
 
 def _put_class_token_head(backbone: Backbone, network: Network) -> None:
-    """Put a head in that starts at 0, as `_put_stage_head` does.
+    """Add a `ClassTokenHead` that starts at 0, as `_put_stage_head` does.
 
     Raises:
-        NetworkError: the network has no class token, or not so many blocks.
+        NetworkError: the network has no class token, or fewer blocks than asked for.
     """
     if getattr(backbone, "cls_token", None) is None or not hasattr(backbone, "blocks"):
         raise NetworkError(
@@ -224,7 +232,7 @@ def _put_class_token_head(backbone: Backbone, network: Network) -> None:
         )
     if network.blocks[-1] >= len(backbone.blocks):
         raise NetworkError(
-            f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, network.blocks names "
+            f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, but network.blocks has "
             f"{network.blocks[-1]}"
         )
     backbone.stage_head = ClassTokenHead(len(network.blocks) * backbone.num_features)
@@ -233,7 +241,7 @@ def _put_class_token_head(backbone: Backbone, network: Network) -> None:
 
 
 def classifier_names(backbone: Backbone) -> list[str]:
-    """The modules of timm's own head; distilled transformers have two."""
+    """Return the names of the modules of timm's own head; distilled transformers have two."""
     head = backbone.get_classifier()
     heads = head if isinstance(head, tuple) else (head,)
     return [
@@ -243,12 +251,12 @@ def classifier_names(backbone: Backbone) -> list[str]:
     ]
 
 
-class _Undrawn(TorchFunctionMode):
-    """Parameters keep whatever their memory holds: drawing those of ConvNeXtV2-Base takes longer
-    than everything else that a prediction does.
+class _SkipInit(TorchFunctionMode):
+    """Skip weight initialization, because the weights are loaded right after. Initializing
+    ConvNeXtV2-Base takes longer than the rest of a prediction.
     """
 
-    _DRAWING = frozenset(
+    _INIT_FUNCTIONS = frozenset(
         "kaiming_uniform_ uniform_ normal_ trunc_normal_ erfinv_ mul_ add_ clamp_ zero_ "
         "fill_".split()
     )
@@ -256,7 +264,7 @@ class _Undrawn(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if getattr(function, "__name__", "") in self._DRAWING:
+        if getattr(function, "__name__", "") in self._INIT_FUNCTIONS:
             target = args[0] if args else (kwargs or {}).get("tensor")
             if isinstance(target, nn.Parameter):
                 return target
@@ -264,24 +272,24 @@ class _Undrawn(TorchFunctionMode):
 
 
 def _init_by_fan_in(backbone: nn.Module) -> None:
-    """Draw every convolution and linear weight with sigma 1 / sqrt(fan-in)."""
+    """Initialize every convolution and linear weight with sigma 1 / sqrt(fan-in)."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
 def timm_license(name: str) -> str | None:
-    """The license of timm's own weights for a network, where timm says one."""
+    """Return the license that timm records for its weights of a network, else None."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return config.license if config else None
 
 
 def check_pretrained(network: Network) -> None:
-    """Ask the hub once before timm does: its download tries again for a minute where nobody
-    answers. How long an answer may take is the hub's own HF_HUB_ETAG_TIMEOUT, 10 s by default.
+    """Check once that the hub answers, before timm downloads: timm retries for a minute if the hub
+    is not reachable. The time limit of the check is the hub's HF_HUB_ETAG_TIMEOUT, 10 s by default.
 
     Raises:
-        NetworkError: no answer, and the weights are not in the hub's cache.
+        NetworkError: the hub does not answer, and the weights are not in its cache.
     """
     config = timm.get_pretrained_cfg(network.name) if timm.is_model(network.name) else None
     if config is None or not config.hf_hub_id:
@@ -297,7 +305,7 @@ def check_pretrained(network: Network) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(repository, files[0], revision=at))
     except HfHubHTTPError:
-        return  # an answer; what it means is timm's business
+        return  # the hub answers; timm handles the error itself
     except (OSError, HTTPError) as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
 
@@ -305,35 +313,36 @@ def check_pretrained(network: Network) -> None:
 def _how_to_get_weights(network: Network, error: Exception) -> str:
     return (
         f"the weights of {network.name} could not be fetched ({first_line(error)}); give a file "
-        "with --init-from weights.safetensors, or train from random ones with --no-pretrained"
+        "with --init-from weights.safetensors, or train from random weights with --no-pretrained"
     )
 
 
 def load_weights(
     net: Detector, weights: Mapping[str, torch.Tensor], where: str, *, assign: bool = False
 ) -> None:
-    """Fill the backbone from plain timm names, strictly; `assign` takes the very tensors.
+    """Load weights with plain timm names into the backbone; names and shapes must match exactly.
+    With `assign` the given tensors become the parameters, without a copy.
 
     Raises:
-        NetworkError: names or shapes that do not fit.
+        NetworkError: a name or shape does not match.
     """
     try:
         net.backbone.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
-        # The first line is torch's heading; each other one names parameters.
+        # The first line is torch's heading; the lines below name parameters.
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise NetworkError(
-            f"the weights in {where} do not fit: {lines[0][:200]}{more}; name a checkpoint or file "
+            f"the weights in {where} do not fit: {lines[0][:200]}{more}; give a checkpoint or file "
             "of this network"
         ) from error
 
 
 def load_backbone_file(net: Detector, path: Path) -> None:
-    """Fill the backbone from an ImageNet `.safetensors` file; its classifier is left out.
+    """Load an ImageNet `.safetensors` file into the backbone, without its classifier.
 
     Raises:
-        NetworkError: names or shapes that do not fit outside the classifier.
+        NetworkError: a name or shape outside the classifier does not match.
     """
     net.backbone.load_state_dict(
         net.backbone.state_dict() | _without_classifier(net, load_file(path), path)
@@ -341,17 +350,17 @@ def load_backbone_file(net: Detector, path: Path) -> None:
 
 
 def head_prefixes(net: Detector) -> tuple[str, ...]:
-    """How the names of the head's parameters begin, whichever head is in use."""
+    """Return the prefixes of the head's parameter names, for every kind of head."""
     return (*(f"{name}." for name in classifier_names(net.backbone)), STAGE_HEAD)
 
 
 def _without_classifier(
     net: Detector, weights: Mapping[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
-    """The weights of an ImageNet file that the backbone takes; `path` is for messages.
+    """Return the weights of an ImageNet file that fit the backbone. `path` is for messages only.
 
     Raises:
-        NetworkError: names or shapes that do not fit outside the classifier.
+        NetworkError: a name or shape outside the classifier does not match.
     """
     state = net.backbone.state_dict()
     heads = head_prefixes(net)
@@ -372,28 +381,31 @@ def _without_classifier(
 
 
 def check_backbone_file(net: Detector, path: Path) -> None:
-    """Refuse an ImageNet `.safetensors` file that `load_backbone_file` would refuse, by its header.
+    """Refuse an ImageNet `.safetensors` file that `load_backbone_file` would refuse; only its
+    header is read.
 
     Raises:
-        NetworkError: names or shapes that do not fit, or no such file.
+        NetworkError: a name or shape does not match, or there is no such file.
     """
     _without_classifier(net, _outlines(path), path)
 
 
 def check_weights_file(net: Detector, path: Path, where: str, backbone: Path | None = None) -> None:
-    """Refuse a `.safetensors` file that `load_weights` would refuse, by its header, together with
-    the file of the backbone where `path` holds the head alone. The network `net` is made for this
-    check (`build` with `empty`) and of no use afterward.
+    """Refuse a `.safetensors` file that `load_weights` would refuse; only its header is read. If
+    `path` holds only the head, `backbone` is the file with the other weights. `net` is built for
+    this check only (`build` with `empty`) and is unusable afterward.
 
     Raises:
-        NetworkError: names or shapes that do not fit, or no such file.
+        NetworkError: a name or shape does not match, or there is no such file.
     """
     outlines = (_outlines(backbone) if backbone else {}) | _outlines(path)
     load_weights(net, outlines, where, assign=True)
 
 
 def _outlines(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file on the meta device: names and shapes without values."""
+    """Read the tensors of a `.safetensors` file on the meta device: names and shapes without
+    values.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {
@@ -402,5 +414,5 @@ def _outlines(path: Path) -> dict[str, torch.Tensor]:
             }
     except SafetensorError as error:
         raise NetworkError(
-            f"{path} is no readable .safetensors file ({error}); get it again, or name another one"
+            f"{path} is no readable .safetensors file ({error}); get it again, or use another file"
         ) from error

@@ -1,6 +1,7 @@
-"""The recipe: everything that decides what a run computes.
+"""Recipe: every setting that decides the result of a training run. Main entry: `Recipe`.
 
-A recipe is read and refused in a moment: nothing here, and nothing that it imports, loads torch.
+`recipes/` reads recipes from TOML. This module and its imports do not load torch, so that a wrong
+recipe is refused at once.
 """
 
 import re
@@ -14,19 +15,22 @@ from pipeline.loading import Loading
 from pipeline.replay import Replay
 
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
-"""The names that a run gives its checkpoints, and no other folder of it is one."""
+"""Pattern of the folder names of a run's checkpoints. Folders with other names are no
+checkpoints.
+"""
 
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Shard sets to learn from and to validate on, and the augmentation policy of most sources.
+    """Shard sets for training and validation, and the default augmentation policy of their sources.
 
-    `repeats` says how often a source comes in an epoch, where that is not once: 2.5 is every image
-    twice and half of them once more, 0 leaves a source out. Training samples of one class only are
-    refused unless `allow_one_class` says that they are meant, images that are trained and validated
-    on unless `allow_shared_images` does (where nothing but speed is measured).
+    `repeats` maps a source to how often each of its images is used per epoch; the default is once.
+    2.5 uses every image twice and half of them a third time, 0 excludes the source. Training
+    samples of one class only are refused unless `allow_one_class` is set. Images that are both in a
+    training and in a validation set are refused unless `allow_shared_images` is set (for speed
+    measurements only).
     """
 
     train: list[str]
@@ -43,14 +47,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How long, how seeded, how often. `init_from` names a run whose best checkpoint is the start.
+    """Length, seed and intervals of a run. `init_from` names a run: its best checkpoint gives the
+    first weights.
 
-    `log_every` and `save_every` are in steps. `validate_every` is in epochs; the last is always
-    validated, a checkpoint is saved after each validation, and only these can be the best.
-    `stop_after_no_gain` ends the run after so many validations in a row without a gain of the
-    figure that chooses the best checkpoint; 0 never does. `grad_accum_steps` takes each batch in so
-    many pieces, which saves memory and changes nothing else. `tracker` names a program that gets
-    the run's figures beside TensorBoard.
+    `log_every` and `save_every` are in steps. `validate_every` is in epochs; the last epoch is
+    always validated. A checkpoint is saved after each validation, and only these checkpoints can
+    become the best one. `stop_after_no_gain` ends the run after this number of consecutive
+    validations without a higher selection figure; 0 disables it. `grad_accum_steps` splits each
+    batch into this number of pieces, which saves memory and does not change the result. `tracker`
+    names a program that receives the run's figures in addition to TensorBoard.
     """
 
     epochs: int
@@ -69,25 +74,26 @@ class Run:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
         if least < 1 or min(self.save_every, self.seed, self.stop_after_no_gain) < 0:
             raise ValueError(
-                "needs epochs, log_every, validate_every and grad_accum_steps of at least 1, no "
-                "negative number"
+                "epochs, log_every, validate_every and grad_accum_steps must be at least 1, and "
+                "save_every, seed and stop_after_no_gain must not be negative"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Which network, and where its first weights come from.
+    """Network architecture and the source of its first weights.
 
-    `name` is any timm classifier. `pretrained` takes timm's weights over the network; a run that
-    starts from a checkpoint or a file needs none. `init` is how weights are initialized otherwise:
-    by timm (sigma 0.02, made for wide networks), or with sigma 1 / sqrt(fan-in), without which a
-    narrow network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the
-    statistics of batch norm as they were loaded. `head` is what classifies: timm's own, which sees
-    the last features, one that sees those of every stage, or one that sees the class tokens behind
-    `blocks` of a transformer (numbered from 0; what comes behind the last of them is not computed).
-    With `freeze_backbone` only the head learns. `options` go to `timm.create_model` as they are.
-    `mean` and `std` are per channel, for RGB values in 0 to 1; None stands for those that the
-    weights were made with.
+    `name` is any timm classifier. `pretrained` loads timm's weights; a run that starts from a
+    checkpoint or a file needs none. `init` is the initialization without weights: `timm` (sigma
+    0.02, meant for wide networks) or `fan_in` (sigma 1 / sqrt(fan-in)), without which a narrow
+    network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the loaded
+    statistics of batch norm.
+
+    `head` is the classifier: `timm` reads the last features, `stages` the features of every stage,
+    `class_tokens` the class tokens after the transformer blocks `blocks` (numbered from 0; later
+    blocks are not computed). With `freeze_backbone` only the head learns. `options` are passed to
+    `timm.create_model`. `mean` and `std` are per channel, for RGB values from 0 to 1; None selects
+    those that timm records for the weights.
     """
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
@@ -105,26 +111,30 @@ class Network:
     def __post_init__(self) -> None:
         if (self.head == "class_tokens") != bool(self.blocks):
             raise ValueError(
-                "head class_tokens and blocks belong together: say behind which blocks, such as "
+                "head class_tokens and blocks are set together: list the blocks, such as "
                 f"blocks=[5, 6, 7]; got head {self.head} and blocks {list(self.blocks)}"
             )
         if list(self.blocks) != sorted({*self.blocks}) or min(self.blocks, default=0) < 0:
-            raise ValueError(f"blocks rise from 0 on, each once; got {list(self.blocks)}")
+            raise ValueError(
+                f"blocks must be different numbers from 0 in rising order; got {list(self.blocks)}"
+            )
         if self.head == "class_tokens" and not self.freeze_backbone:
-            raise ValueError("head class_tokens is for a frozen backbone: set freeze_backbone=true")
+            raise ValueError("head class_tokens needs a frozen backbone: set freeze_backbone=true")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up and cosine.
+    """AdamW with warm-up and cosine decay of the learning rate.
 
-    `lr` is the head's. `layer_decay` multiplies it once per group on the way down;
-    `layer_decay_groups` says what a group is: `none`, `block` (stem, each block, head: 38 for
-    ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12 groups, head) or `stage`
-    (stem, each stage, head, for networks that are no ConvNeXt: 9 for MobileNetV2). `warmup_ratio`
-    is the share of all steps, starting from `warmup_start_factor` * lr; the cosine ends at `min_lr`
-    for the head. `ema_decay` is the decay per step of the averaged weights that are validated and
-    saved, 0 for none.
+    `lr` is the learning rate of the head. Each layer group below has the rate of the group above
+    times `layer_decay`. `layer_decay_groups` selects the groups: `none`, `block` (stem, each block,
+    head: 38 groups for ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12
+    groups, head) or `stage` (stem, each stage, head, for networks other than ConvNeXt: 9 for
+    MobileNetV2).
+
+    `warmup_ratio` is the share of all steps for the warm-up, which starts at `warmup_start_factor`
+    * lr. The cosine ends at `min_lr` for the head. `ema_decay` is the decay per step of the
+    averaged weights, which are validated and saved; 0 disables them.
     """
 
     lr: float
@@ -141,7 +151,7 @@ class Optim:
     def __post_init__(self) -> None:
         if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
             raise ValueError(
-                "needs clip_grad_norm above 0 and weight_decay of at least 0, got "
+                "clip_grad_norm must be above 0 and weight_decay at least 0, got "
                 f"{self.clip_grad_norm} and {self.weight_decay}"
             )
         if not (0 <= self.warmup_start_factor <= 1 and 0 <= self.label_smoothing <= 1):
@@ -150,15 +160,19 @@ class Optim:
                 f"{self.warmup_start_factor} and {self.label_smoothing}"
             )
         if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"needs 0 <= min_lr <= lr, got {self.min_lr} and {self.lr}")
+            raise ValueError(
+                f"lr must be above 0 and min_lr from 0 to lr, got {self.min_lr} and {self.lr}"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.layer_decay_groups == "none":
             raise ValueError("layer_decay below 1 needs layer_decay_groups block, stage or stage12")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is a decay below 1, got {self.ema_decay}")
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is a share of the steps, got {self.warmup_ratio}")
+            raise ValueError(
+                f"warmup_ratio is a share of the steps, in [0, 1), got {self.warmup_ratio}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +192,12 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """How a head is trained from features that are computed once.
+    """Settings for training a head on stored features, which are computed once.
 
-    `views` is how many augmented views of each image are kept: epoch e takes view 1 + e modulo
-    `views`. With 0 every epoch takes the center crop of evaluation. `store` is the folder. With
-    `stored = false` the same views are computed from pixels in each epoch, which is slow and
-    gives the same head to rounding.
+    `views` is the number of augmented views stored per image: epoch e uses view 1 + e modulo
+    `views`. With 0 every epoch uses the center crop of evaluation. `store` is the folder of the
+    features. With `stored = false` the same views are computed from pixels in each epoch, which is
+    slow and gives the same head up to rounding.
     """
 
     views: int = 0
@@ -194,20 +208,22 @@ class Features:
         if not 0 <= self.views <= 1000:
             raise ValueError(f"views must be 0 to 1000, got {self.views}")
         if not self.store:
-            raise ValueError("store names no folder; give one, such as data/features")
+            raise ValueError("store is empty; name a folder, such as data/features")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrating:
-    """How the scores of a trained detector become verdicts.
+    """How the scores of a trained detector are turned into verdicts.
 
-    `on` says which scores are fitted to: those of the validation sets, or those of every source by
-    a head that has not learned from it (`model/features/leave_out.py`), which is what the images
-    of a new source will look like. `threshold` says over which images the errors are counted then:
-    all of them together, those of the worst source, or so that three sources of four keep to the
-    rate. `max_fpr` is the share of real images that may be called likely AI,
-    `max_miss` the share of fakes that may be called the contrary. `together` names groups of
-    sources that are left out at once, such as several galleries of one generator.
+    `on` selects the scores: `validation` takes those of the validation sets. `left_out` scores
+    every source with a head that was trained without it (`model/features/leave_out.py`), as if the
+    source were new. With `left_out`, `threshold` selects the images of which the error rates are
+    taken: all images together (`pooled`), each source (`worst_source`), or three quarters of the
+    sources (`most_sources`).
+
+    `max_fpr` is the largest share of real images that may be called "likely AI", `max_miss` the
+    largest share of fakes that may be called "no sign of AI". `together` names groups of sources
+    that are left out together, such as several galleries of one generator.
     """
 
     on: Literal["validation", "left_out"] = "validation"
@@ -217,7 +233,9 @@ class Calibrating:
     together: dict[str, list[str]] = field(default_factory=dict)
 
     def group_of(self, source: str) -> str:
-        """The group that a source is left out with; most are alone in their own."""
+        """Return the group that a source is left out with. A source in no group of `together` is a
+        group of its own name.
+        """
         return next((name for name, of in self.together.items() if source in of), source)
 
     def __post_init__(self) -> None:
@@ -230,10 +248,12 @@ class Calibrating:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a run computes; `recipes/` holds them as TOML. `name` is the
-    run's folder below that of all runs; with slashes in it, one further below. With `features` the
-    head of a frozen backbone is trained from features that are computed once. What `preprocess` and
-    `network` leave to the weights is filled by `model.backbones.resolve.resolved`.
+    """Every setting that decides the result of a run. `recipes/` contains recipes as TOML.
+
+    `name` is the run's folder, relative to the folder of all runs; it may contain slashes. With
+    `features` the head of a frozen backbone is trained on stored features. Settings of `preprocess`
+    and `network` that are not given are filled in from timm's record of the weights by
+    `model.backbones.resolve.resolved`.
     """
 
     name: str
@@ -253,31 +273,31 @@ class Recipe:
         check_run_name(self.name)
         if self.features and not self.network.freeze_backbone:
             raise ValueError(
-                "features are computed once for a frozen backbone only: set "
+                "[features] needs a frozen backbone: set "
                 "network.freeze_backbone=true, or leave [features] out"
             )
         if self.calibration.on == "left_out":
             if not (self.features and self.features.stored):
                 raise ValueError(
-                    "calibration.on=left_out trains the head again for each source, from stored "
-                    "features: add [features], or set calibration.on=validation"
+                    "calibration.on=left_out trains one head per source on stored features: "
+                    "add [features], or set calibration.on=validation"
                 )
             if self.run.init_from:
                 raise ValueError(
-                    "calibration.on=left_out needs a head that has learned nothing before, and "
-                    f"this one starts from {self.run.init_from}: set calibration.on=validation"
+                    "calibration.on=left_out needs an untrained head, and this one starts from "
+                    f"{self.run.init_from}: set calibration.on=validation"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(Recipe):
-    """A recipe that states all of its preprocessing, made by `model.backbones.resolve.resolved`."""
+    """Recipe with complete preprocessing settings, made by `model.backbones.resolve.resolved`."""
 
     preprocess: Preprocess
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The nested tables of a recipe as one level: {"optim.lr": ...}."""
+    """Flatten the nested tables of a recipe: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, dict)
@@ -286,16 +306,16 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def check_run_name(name: str) -> None:
-    """Refuse a name that leads out of the folder of all runs, or that no run is found by.
+    """Refuse a name that points outside the folder of all runs or that looks like a checkpoint.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the name is empty, hidden, temporary (`.partial`), not printable, or `step_...`.
     """
     for part in name.split("/"):
         if not part or part.startswith(".") or part.endswith(".partial") or not part.isprintable():
             raise ValueError(
-                f"a run cannot be called {name!r}: give letters and digits, with slashes only "
-                "between them, and no dot first"
+                f"a run cannot be called {name!r}: use letters and digits, slashes only between "
+                "them, and no dot at the start"
             )
         if STEP_FOLDER.fullmatch(part):
-            raise ValueError(f"a run cannot be called {name!r}: checkpoints are called so")
+            raise ValueError(f"a run cannot be called {name!r}: that is a name of checkpoints")

@@ -1,4 +1,7 @@
-"""Run a network over batches: the one place where images become scores."""
+"""Run a network over batches of images or stored features: batches in, logits out.
+
+Main entries: `score_set()` for a whole shard set, `score_batches()` batch by batch.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,20 +16,20 @@ from pipeline.batch import Batch
 from pipeline.stream import BatchLoader, evaluation_batches
 
 DEFAULT_THRESHOLD = 0.5
-"""From this probability of fake on an image is called fake, until a calibration says otherwise."""
+"""Decision threshold on the probability of fake for uncalibrated checkpoints."""
 
 
 class ScoreError(ValueError):
-    """Scores that say nothing; the message says of which images."""
+    """Scores that are not finite. The message names the images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One row per image that was scored.
+    """One row per scored image.
 
-    `samples` int64 are row numbers of the shard set, `labels` int64, `logits` float32: the logit
-    of fake minus that of real, before any temperature. `failures` are rows that could not be
-    decoded: sample -> reason.
+    `samples` are row indices in the shard set (int64), `labels` are int64, `logits` are float32:
+    the logit of fake minus the logit of real, before any temperature. `failures` maps each sample
+    that could not be decoded to the reason.
     """
 
     samples: np.ndarray
@@ -36,18 +39,18 @@ class Scores:
 
 
 def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The probability of fake, float64: the softmax of the two logits at a temperature; NaN of a
-    logit that is not finite, for it says nothing.
+    """Return the probability of fake, float64: the softmax of the two logits at a temperature. A
+    logit that is not finite gives NaN.
     """
     logits = np.asarray(logits, np.float64)
     finite = np.where(np.isfinite(logits), logits, np.nan)
     with np.errstate(invalid="ignore"):
-        # Not 1 / (1 + exp(-x)), which overflows on the way to 0.
+        # 1 / (1 + exp(-x)) would overflow for very negative x.
         return np.exp(-np.logaddexp(0.0, -finite / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision on `device`, or nothing for float32."""
+    """Return a context for mixed precision on `device`. For float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
@@ -56,7 +59,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def logits_of(
     net: nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The logit of fake minus that of real of each image, float32 (B,), on the device."""
+    """Return the logit of fake minus the logit of real per image, float32 (B,), on the device."""
     with torch.inference_mode(), autocast(device, dtype):
         real, fake = net(images).float().unbind(1)
         return fake - real
@@ -65,7 +68,7 @@ def logits_of(
 def score_batches(
     net: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch with its logits, float32 (B,); rows that are not valid are NaN."""
+    """Yield each batch with its logits, float32 (B,). Rows that are not valid are NaN."""
     with evaluating(net):
         for batch in batches:
             logits = logits_of(net, batch.images, device, dtype)
@@ -74,7 +77,7 @@ def score_batches(
 
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode, and back as it was."""
+    """Set the network to evaluation mode and restore its mode when the block ends."""
     training = net.training
     net.eval()
     try:
@@ -90,9 +93,10 @@ def score(
     dtype: torch.dtype = torch.float32,
     on_images: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every valid image of `batches`; `on_images(n)` is called as they come.
+    """Score every valid image of `batches`. `on_images(n)` is called with the number of valid
+    images of each batch.
 
-    The network sees `AT_A_TIME` images at a time, however many a batch has.
+    The network gets `AT_A_TIME` images at a time, whatever the size of a batch.
     """
     samples, labels, valid, failures = [], [], [], {}
 
@@ -114,14 +118,14 @@ def score(
 
 
 AT_A_TIME = 32
-"""Images that the network scores at a time, always: the shape of its input decides how products are
-summed up, and so the last bits of a score, which must not depend on the batches of a loader.
+"""Number of images per forward pass, always the same. The shape of the input decides the order of
+floating-point sums and so the last bits of a score, which must not depend on a loader's batch size.
 """
 
 
 def in_parts(images: Iterable[torch.Tensor], size: int = AT_A_TIME) -> Iterator[torch.Tensor]:
-    """The same images, (`size`, 3, H, W) in channels_last, or features, (`size`, D), in the same
-    order; the last part is filled up with zeros.
+    """Regroup images, (`size`, 3, H, W) in channels_last, or features, (`size`, D), into parts of
+    `size` rows in the same order. The last part is padded with zeros.
     """
     held: torch.Tensor | None = None
     for more in images:
@@ -146,33 +150,34 @@ def score_set(
     on_images: Callable[[int], None] | None = None,
     dist: DistEnv | None = None,
 ) -> Scores:
-    """Score every sample of the loader's shard set exactly once, over all ranks; the scores, in the
-    order of the index, are then known to each of them.
+    """Score every sample of the loader's shard set exactly once, shared by all ranks. Every rank
+    returns the scores of all samples, in the order of the index.
 
     Raises:
         ScoreError: a score is not finite.
-        RuntimeError: scored and failed samples together are not those of the index (our bug).
+        RuntimeError: the scored and failed samples are not those of the index (a bug of this
+            program).
     """
     rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
     scores = join_ranks(all_gather_object(dist or DistEnv(), rank_scores))
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(
-            f"{len(covered)} samples came out of {loader.shards.describe()}, which has "
+            f"{len(covered)} samples were scored in {loader.shards.describe()}, expected "
             f"{len(loader.shards)}"
         )
     bad = scores.samples[~np.isfinite(scores.logits)]
     if len(bad):
         raise ScoreError(
             f"{len(bad)} of {len(scores.samples)} scores of {loader.shards.describe()} are not "
-            f"finite, the first that of {loader.shards.name(bad[0])}: the weights or the precision "
-            "are at fault; nothing is measured or chosen by such scores"
+            f"finite, first: {loader.shards.name(bad[0])}. The weights or the precision cause "
+            "this: use another checkpoint or, in training, --set run.precision=fp32"
         )
     return scores
 
 
 def join_ranks(parts: list[Scores]) -> Scores:
-    """The scores of all ranks in the order of the index."""
+    """Merge the scores of all ranks, sorted in the order of the index."""
     columns = ("samples", "labels", "logits")
     samples, labels, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in columns)
     order = np.argsort(samples, kind="stable")

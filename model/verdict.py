@@ -1,6 +1,7 @@
-"""The words for a probability of fake: a checkpoint's band of doubt, and what is said around it.
+"""Verdicts: turn a probability of fake into one of three words, with a checkpoint's uncertain band.
 
-Apart from `model/calibrate.py`, which finds the band: predicting needs nothing to fit with.
+Main entry: `verdict()`. The band itself is fitted in `model/calibrate.py`, a separate module so
+that prediction does not import the fitting code.
 """
 
 import math
@@ -8,14 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 VERDICTS = ("no sign of AI", "uncertain", "likely AI")
-"""By where the probability of fake lies: below the band, in it, at its upper end or above."""
+"""Verdicts for a probability of fake below the band, inside it, and at or above its upper end."""
 
 NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"
-"""Why an image has no verdict though it was read."""
+"""Reason why an image that was decoded has no verdict."""
 
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
-    """(low, high) of a checkpoint's meta; both are its threshold where it is not calibrated."""
+    """Return (low, high) of the uncertain band in a checkpoint's meta. Without a calibration, both
+    are the decision threshold.
+    """
     calibration = meta["calibration"]
     low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
     return float(low), float(high)
@@ -59,22 +62,22 @@ def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
 
 
 def percent(p: float) -> str:
-    """A probability for reading; never a certainty."""
+    """Format a probability as a percentage, never as 0% or 100%."""
     if p < 0.001:
         return "under 0.1%"
     return "over 99.9%" if p > 0.999 else f"{100 * p:.1f}%"
 
 
 def capital(text: str) -> str:
-    """A sentence's beginning; `str.capitalize` would make `AI` lower case."""
+    """Make the first letter upper case. `str.capitalize` would also turn `AI` into `ai`."""
     return text[:1].upper() + text[1:]
 
 
 def verdict(probability: float, band: tuple[float, float]) -> str:
-    """One of `VERDICTS` for a probability of fake.
+    """Return one of `VERDICTS` for a probability of fake.
 
     Raises:
-        ValueError: it is not a finite number, and no comparison with it would say anything.
+        ValueError: the probability is NaN or infinite, so it cannot be compared with the band.
     """
     if not math.isfinite(probability):
         raise ValueError(f"an image has no verdict: {NOT_FINITE}")

@@ -1,1 +1,1 @@
-"""What a backbone was made with, and the heads that classify what it puts out."""
+"""Backbones: timm's record of their weights, and the heads that classify their features."""

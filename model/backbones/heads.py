@@ -1,5 +1,7 @@
-"""Heads that see more of a backbone than what it ends in. Each is linear in features that do not
-depend on it, so the features can be kept.
+"""Linear heads that read features from inside a backbone, not only its last features.
+
+`StageHead` and `ClassTokenHead` each have a static method `features`, which does not depend on the
+head's weights, so that features of a frozen backbone can be stored.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,11 @@ from sharding.format import CLASSES
 
 
 class InnerHead(nn.Module):
-    """A linear classifier of parts of a backbone's features, each scaled by itself, so that none
-    drowns the others.
+    """Linear classifier of features from several depths of a backbone. Each depth is normalized on
+    its own, so that none dominates.
 
-    Traces of generation lie early; what a network ends in is what the picture shows. After RINE
-    (Koutlis & Papadopoulos, ECCV 2024), which reads all blocks of CLIP.
+    Early layers keep traces of generation; the last layers describe the content of the image. After
+    RINE (Koutlis & Papadopoulos, ECCV 2024), which reads all blocks of CLIP.
 
     `forward`: float features (B, D) -> float logits (B, 2).
     """
@@ -25,12 +27,13 @@ class InnerHead(nn.Module):
         self.fc = nn.Linear(width, len(CLASSES))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classify."""
+        """Classify features: float (B, D) -> float logits (B, 2)."""
         return self.fc(features.to(self.fc.weight.dtype))
 
 
 class StageHead(InnerHead):
-    """Sees the maps of all stages: mean and deviation over the places of each.
+    """Head that reads the maps of all stages: the mean and standard deviation of each channel over
+    all positions.
 
     `features`: float maps (B, C_i, H_i, W_i), one per stage -> float (B, 2 * sum of C_i).
     """
@@ -40,7 +43,7 @@ class StageHead(InnerHead):
 
     @staticmethod
     def features(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Mean and deviation of each map, scaled."""
+        """Return the normalized mean and standard deviation of each map."""
         parts = []
         for stage_map in maps:
             positions = stage_map.flatten(2).float()
@@ -49,14 +52,14 @@ class StageHead(InnerHead):
 
 
 class ClassTokenHead(InnerHead):
-    """Sees the class token behind some blocks of a transformer.
+    """Head that reads the class token after some blocks of a transformer.
 
     `features`: float tokens (B, C), one per block -> float (B, blocks * C).
     """
 
     @staticmethod
     def features(tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tokens behind each other, scaled."""
+        """Normalize the tokens and concatenate them."""
         return _scaled([token.float() for token in tokens])
 
 

@@ -1,4 +1,7 @@
-"""How images were seen that the weights of a network were made with, as timm records it."""
+"""timm's record of the preprocessing with which the weights of a network were trained.
+
+Main entry: `made_with()`, from a network's name to a `MadeWith`.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -13,16 +16,20 @@ with lean_import():
 
 
 class NetworkError(ValueError):
-    """A network that cannot be built or filled; the message says what to do."""
+    """A network that cannot be built, or weights that do not fit it. The message says what
+    to do.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeWith:
-    """How the images were seen that the weights of a network were made with, as timm says it.
+    """Preprocessing with which the weights of a network were trained, as timm records it.
 
-    `height` and `width` are those of the input in pixels, `fixed` where the network takes no other
-    unless it is built for it (`img_size`); `crop_pct` is the crop's share of the resized side.
-    `interpolation` is Pillow's name of the filter, `squashed` says that the aspect ratio was lost.
+    `height` and `width` are the input size in pixels. `fixed` means that the network accepts no
+    other size unless it is built with `img_size`. `crop_pct` is the side of the crop divided by the
+    side of the resized image. `interpolation` is Pillow's name of the filter. `squashed` means that
+    the image was resized without keeping its aspect ratio. `mean` and `std` are for RGB values from
+    0 to 1.
     """
 
     mean: Triple
@@ -36,17 +43,18 @@ class MadeWith:
 
 
 def made_with(name: str) -> MadeWith:
-    """How the weights of a network see images: timm's own list, or the `config.json` of a network
-    that is called `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+    """Return timm's record for a network: from timm's own list, or from the `config.json` of a
+    network named `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
 
     Raises:
-        NetworkError: timm does not know the network, or its configuration cannot be read.
+        NetworkError: timm does not know the network, its configuration cannot be read, or it is not
+            for RGB images.
     """
     config = pretrained_config(name)
     (_, height, width), mean, std = config.input_size, config.mean, config.std
     if len(mean) != 3 or len(std) != 3:
         raise NetworkError(
-            f"{name} was made for images of {len(mean)} channels, expected 3 (RGB); name another "
+            f"{name} was made for images of {len(mean)} channels, expected 3 (RGB); use another "
             "network"
         )
     return MadeWith(
@@ -62,7 +70,7 @@ def made_with(name: str) -> MadeWith:
 
 
 def pretrained_config(name: str) -> PretrainedCfg:
-    """timm's configuration of a network's weights.
+    """Return timm's configuration of a network's weights.
 
     Raises:
         NetworkError: as `made_with`.
@@ -80,11 +88,11 @@ def pretrained_config(name: str) -> PretrainedCfg:
         raise NetworkError(f"timm cannot build {name!r}: {first_line(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        more = f"; the nearest it knows: {', '.join(near)}" if near else ""
-        raise NetworkError(f"timm cannot build {name!r}: it knows no such network{more}")
+        more = f"; similar names: {', '.join(near)}" if near else ""
+        raise NetworkError(f"timm cannot build {name!r}: unknown network{more}")
     return config
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind where it says nothing."""
+    """Return the first line of an error's text, or the name of its type if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

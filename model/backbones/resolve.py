@@ -1,4 +1,8 @@
-"""What a recipe leaves to the weights of its network, filled from timm's record of them."""
+"""Complete a recipe: fill in the preprocessing that it leaves open from timm's record of the
+weights.
+
+Main entry: `resolved()`.
+"""
 
 import math
 from dataclasses import fields, replace
@@ -9,13 +13,13 @@ from pipeline.augment import FILTERS, Filter, Preprocess
 
 
 def resolved(recipe: Recipe) -> ResolvedRecipe:
-    """The recipe with what it leaves to the network's weights filled from timm's record of them:
-    mean, std, crop, resize and filter, and `img_size` of a network that is built for one size. What
-    the recipe states is kept.
+    """Return the recipe with mean, std, crop size, resize size and filter filled in from timm's
+    record of the network's weights, and with `img_size` for a network that is built for one size.
+    Settings that the recipe gives are kept.
 
     Raises:
         NetworkError: timm does not know the network.
-        ValueError: sizes that do not fit each other.
+        ValueError: the crop is larger than the resized image.
     """
     network, stated = recipe.network, recipe.preprocess
     made = made_with(network.name)
@@ -37,17 +41,17 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
 
 
 def nearest_filter(name: str) -> Filter:
-    """Of the filters that both backends have, that of Pillow's name, else bilinear."""
+    """Return the filter `name` (Pillow's name) if both backends have it, else bilinear."""
     return next((known for known in FILTERS if known == name), "bilinear")
 
 
 def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
-    """How images are seen, and a line for each difference from how the network's weights saw them
-    that `preprocess` makes.
+    """Describe the preprocessing in one line, followed by a line for each difference from the
+    preprocessing of the network's weights.
     """
     seen, made = recipe.preprocess, made_with(recipe.network.name)
     lines = [
-        f"sees {seen.crop_size} x {seen.crop_size} pixels from the center of a shorter side of "
+        f"input: center crop of {seen.crop_size} x {seen.crop_size} pixels, shorter side "
         f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
         f"{_list(recipe.network.std)}"
     ]
@@ -57,23 +61,25 @@ def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
     ) or made.squashed:  # fmt: skip
         squashed = ", squashed to a square" if made.squashed else ""
         lines.append(
-            f"its weights were made with {made.width} x {made.height} of {resize} "
-            f"({made.interpolation}{squashed})"
+            f"its weights were trained on {made.width} x {made.height} pixels, shorter side "
+            f"{resize} ({made.interpolation}{squashed})"
         )
     if made.interpolation not in FILTERS and seen.interpolation == "bilinear":
         lines.append(
             f"the filter {made.interpolation} of its weights is in neither backend (they have "
-            f"{', '.join(FILTERS)}): bilinear takes its place"
+            f"{', '.join(FILTERS)}): bilinear is used instead"
         )
     return lines
 
 
 def normalization_warnings(recipe: ResolvedRecipe) -> list[str]:
-    """A line for a stated mean and one for a std that timm's weights were not made with."""
+    """Return a line for the recipe's mean and for its std if they differ from those of timm's
+    weights.
+    """
     network, made = recipe.network, made_with(recipe.network.name)
     return [
         f"network.{name} is {_list(ours)}, but timm's weights of {network.name} were made with "
-        f"{_list(theirs)}: leave it out, unless yours are others"
+        f"{_list(theirs)}: leave it out, unless your weights are not timm's"
         for name, ours, theirs in (
             ("mean", network.mean, made.mean),
             ("std", network.std, made.std),

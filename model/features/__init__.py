@@ -1,1 +1,3 @@
-"""Features of a frozen backbone: computed once, kept on disk, read in place of pixels."""
+"""Features of a frozen backbone: computed once, stored on disk and used in training instead of
+images.
+"""

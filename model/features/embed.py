@@ -1,4 +1,7 @@
-"""Compute the features of a frozen backbone: images in, files of a feature store out."""
+"""Compute the features of a frozen backbone for a shard set and write them to a feature store.
+
+Main entry: `embed()`.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,15 +28,15 @@ from pipeline.params import view_params
 from sharding.format import ShardSet
 
 AT_A_TIME_ON_GPU = 256
-"""Images that the backbone sees at a time on a GPU. The number is fixed, as `AT_A_TIME` is on the
-CPU: the shape of its input decides the last bits of a feature.
+"""Number of images per forward pass on a GPU; `AT_A_TIME` on the CPU. It is constant, because the
+shape of the input affects the last bits of a feature.
 """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedder:
-    """What computes features: the network, its device and precision, and how images are loaded. Of
-    `world_size` ranks each takes every so many-th shard.
+    """Settings for computing features: network, device, precision and loading. Rank `rank` of
+    `world_size` computes every `world_size`-th shard.
     """
 
     net: Detector
@@ -51,13 +54,13 @@ def embed(
     number: int,
     on_images: Callable[[int], Any] = lambda _count: None,
 ) -> int:
-    """Compute view `number` of a shard set as far as it is missing; returns the images that were
-    computed on this rank. `on_images(n)` is called as they come. Each shard is written when it is
-    complete, so that an interrupted run goes on with the next one.
+    """Compute the missing features of view `number` of a shard set, and return the number of images
+    computed on this rank. `on_images(n)` is called after each forward pass. Each shard is written
+    when it is complete, so that an interrupted run resumes at the next shard.
 
     Raises:
-        LoadError: too many images that cannot be decoded, or no images.
-        FeatureError: features that are not finite, or part of a shard only.
+        LoadError: too many images cannot be decoded, or there are no images.
+        FeatureError: a feature is not finite, or `shards` contains only a part of a shard.
     """
     view = source.numbered(number)
     files = missing_of(
@@ -94,23 +97,23 @@ def embed(
 
 
 def _rows_of(shards: ShardSet, file: ShardFile) -> np.ndarray:
-    """The samples of a shard in the order of the tar.
+    """Return the samples of a shard in the order of the tar.
 
     Raises:
-        FeatureError: `shards` is a subset, which lacks some of them.
+        FeatureError: `shards` is a subset that lacks samples of the shard.
     """
     rows = np.flatnonzero(shards.column("shard_code") == file.shard_code)
     expected = shards.shard_samples[file.shard_code]
     if len(rows) != expected:
         raise FeatureError(
-            f"{shards.shards[file.shard_code]} has {expected} samples and {len(rows)} were asked "
-            "for; compute the features of whole sets"
+            f"{shards.shards[file.shard_code]} has {expected} samples, but the set has {len(rows)} "
+            "of them; compute the features of whole sets"
         )
     return rows[np.argsort(shards.column("offset")[rows], kind="stable")]
 
 
 def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
-    """These samples once each, padded to whole batches."""
+    """Return an epoch of the given samples, once each and in order, padded to full batches."""
     padded = np.zeros(-(-len(samples) // global_batch) * global_batch, np.int64)
     padded[: len(samples)] = samples
     valid = np.arange(len(padded)) < len(samples)
@@ -120,8 +123,8 @@ def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
 def _features(
     embedder: Embedder, batches: Iterator[Batch], on_images: Callable[[int], Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
-    """(features float16 (N, D), valid bool (N,), failures row -> reason) of parts, in order; zeros
-    where an image could not be decoded.
+    """Yield (features float16 (N, D), valid bool (N,), failures row -> reason), in order. The
+    features of an image that cannot be decoded are zeros.
     """
     on_gpu = embedder.device.type == "cuda"
     size = AT_A_TIME_ON_GPU if on_gpu else AT_A_TIME
@@ -156,7 +159,7 @@ def _features(
 def _joined(
     parts: list[tuple[np.ndarray, np.ndarray, dict[int, str]]],
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Parts behind each other as one."""
+    """Concatenate consecutive parts."""
     failures: dict[int, str] = {}
     first = 0
     for _features_of, valid, of_part in parts:

@@ -1,4 +1,7 @@
-"""Train the head again without a source, and score the source with it: how a new one will look."""
+"""Leave-one-source-out calibration: train a head without each source and score the source with it.
+
+The scores show how the detector behaves on a new source. Main entry: `calibrate_left_out()`.
+"""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -25,13 +28,13 @@ HeadWeights = Mapping[str, torch.Tensor]
 
 
 def head_weights(train_state: TrainState) -> HeadWeights:
-    """A copy of the weights that learn."""
+    """Copy the weights that learn."""
     parameters = train_state.net.backbone.named_parameters()
     return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
 
 
 def set_head(train_state: TrainState, weights: HeadWeights) -> None:
-    """Put weights that `head_weights` copied into the network."""
+    """Put weights copied by `head_weights` back into the network."""
     with torch.no_grad():
         for name, parameter in train_state.net.backbone.named_parameters():
             if name in weights:
@@ -39,11 +42,11 @@ def set_head(train_state: TrainState, weights: HeadWeights) -> None:
 
 
 def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> None:
-    """Train the head in `train_state` from zeros, by the recipe of the run and its stored features,
-    on this rank alone and without some sources.
+    """Train the head in `train_state` from zero without the sources `without`, by the run's recipe
+    and on stored features. Only this rank trains.
 
     Raises:
-        CalibrationError: too few images are left for a batch.
+        CalibrationError: the remaining images do not fill a batch.
     """
     recipe, stream = planned.recipe, _without(planned.stream, without)
     if not stream.steps_per_epoch:
@@ -61,7 +64,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
-    """The stream with no sample of these sources."""
+    """Return the stream without the samples of these sources."""
     codes, names = stream.pool.shards.codes("source")
     left_out = np.isin(codes, [names.index(name) for name in sources if name in names])
     pool = replace(
@@ -79,10 +82,12 @@ def leave_one_out(
     source: FeatureSource,
     on_head: Callable[[Sequence[str]], Any] = lambda _members: None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Score each source of the new sets with a head that has not learned from it: source -> (labels
-    int64, logits float32 of fake minus real, before any temperature). Sources of one `together`
-    group of the recipe are left out together. `on_head(sources)` is called while the network has
-    the head that was trained without these. It has its own head again afterward.
+    """Score each source of the new sets with a head trained without it. Returns source -> (labels
+    int64, logits float32 of fake minus real, before any temperature).
+
+    Sources of one group of the recipe's `calibration.together` are left out together.
+    `on_head(sources)` is called while the network has the head trained without these sources. At
+    the end the network has its original head again.
     """
     kept, pool = head_weights(train_state), planned.stream.pool
     loading, device = planned.recipe.loading, planned.device
@@ -93,7 +98,7 @@ def leave_one_out(
     for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
         groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
     scored = {}
-    with console.progress("leaving out one source", len(groups)) as advance:
+    with console.progress("heads without one source", len(groups)) as advance:
         for members in groups.values():
             refit(planned, train_state, members)
             for name in members:
@@ -108,12 +113,12 @@ def leave_one_out(
 
 
 def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
-    """Calibrate a checkpoint of a run by the scores of sources that were left out. The features of
-    the center crops of all training images are computed first, as far as they are missing. On many
-    ranks each calls this; the first one trains the heads.
+    """Calibrate a checkpoint of a run on the scores of left-out sources. Missing center-crop
+    features of the training images are computed first. Every rank calls this function; rank 0
+    trains the heads.
 
     Raises:
-        CalibrationError: too few images, or scores that say nothing.
+        CalibrationError: there are too few images, or no calibration fits the scores.
     """
     recipe, dist = planned.recipe, planned.dist
     net, _, _ = load_network(best)
@@ -123,7 +128,7 @@ def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
     state = TrainState(net, optimizer, scaler, planned.device, planned.dtype)
     source = source_of(recipe, net, planned.dtype)
     embed_run(planned, state, source, [planned.stream.pool.shards])
-    all_gather_object(dist, None)  # no rank reads before all have written
+    all_gather_object(dist, None)  # barrier: read only after all ranks have written
     fitted: list[Calibration | CalibrationError | None] = [None]
     if dist.is_main:
         try:

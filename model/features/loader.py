@@ -1,4 +1,7 @@
-"""Batches of stored features: the order, labels and padding of batches of images."""
+"""Load batches of stored features, with the same order, labels and padding as batches of images.
+
+Main entry: `FeatureLoader`; `open_scored()` chooses between features and images.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,8 +24,8 @@ from sharding.format import ShardSet
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureSource:
-    """Where the features of a run lie: the folder of the store, what computes them, and `view` with
-    the augmentations of every view from 1 on.
+    """Location of a run's features: the folder of the store, the identity of the backbone, and
+    `view`, the augmentation settings of the views from 1 on.
     """
 
     store: Path
@@ -30,7 +33,7 @@ class FeatureSource:
     view: View
 
     def numbered(self, number: int) -> View:
-        """View `number`."""
+        """Return the view with this number; 0 is the center crop."""
         if not number:
             return View()
         return View(
@@ -40,8 +43,8 @@ class FeatureSource:
 
 @dataclass(frozen=True, eq=False)
 class FeatureLoader:
-    """Batches of the features of one shard set on one rank, in place of
-    `pipeline.loader.Loader`. `images` of a batch are float16 (B, D).
+    """Loader of the stored features of one shard set on one rank; replaces
+    `pipeline.loader.Loader`. A batch has float16 features (B, D) in `images`.
     """
 
     shards: ShardSet
@@ -55,12 +58,12 @@ class FeatureLoader:
 
     @property
     def reason(self) -> str:
-        """Where they lie."""
+        """Location of the features, for the log."""
         return f"stored in {self.source.store / self.source.backbone.folder}"
 
     @property
     def preprocess(self) -> Preprocess:
-        """How the images were seen by the backbone."""
+        """Preprocessing of the images before the backbone."""
         return self.source.backbone.preprocess
 
     @property
@@ -69,16 +72,22 @@ class FeatureLoader:
         return self.loading.batch_size * self.world_size
 
     def batches(self, epoch: Epoch, params_for: ParamsFor, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from step `start` on, in order, of the view that `params_for`
-        makes.
+        """Yield the batches of `epoch` from step `start` on, in order. `params_for` selects the
+        view.
 
         Raises:
-            FeatureError: features that are missing or damaged.
+            FeatureError: features are missing or damaged.
+            LoadError: `epoch` was made for another batch size.
+            TypeError: `params_for` does not select a view.
         """
         if epoch.global_batch != self.global_batch:
-            raise LoadError(f"epoch of {epoch.global_batch}, loader of {self.global_batch}")
+            raise LoadError(
+                f"the epoch has batches of {epoch.global_batch}, expected {self.global_batch}"
+            )
         if not isinstance(params_for, TrainParams | EvalParams):
-            raise TypeError(f"stored features have views, not parameters of {params_for!r}")
+            raise TypeError(
+                f"expected TrainParams or EvalParams for stored features, got {params_for!r}"
+            )
         table = self.table(params_for.view)
         labels = self.shards.column("label").astype(np.int64)
         sources = self.shards.codes("source")[0]
@@ -99,17 +108,17 @@ class FeatureLoader:
             )
 
     def name_failures(self, batch: Batch) -> list[str]:
-        """One line per sample of the batch that could not be decoded: where it is, and why."""
+        """Return one line per sample that could not be decoded: its name and the reason."""
         return [
             f"{self.shards.name(batch.samples[row])}: {reason}"
             for row, reason in batch.failures.items()
         ]
 
     def table(self, view: int) -> FeatureTable:
-        """The features of a view, opened once.
+        """Return the features of a view; each view is opened once.
 
         Raises:
-            FeatureError: features that are missing or damaged.
+            FeatureError: features are missing or damaged.
         """
         if view not in self._tables:
             source = self.source
@@ -128,7 +137,7 @@ def open_scored(
     dist: DistEnv | None = None,
     features: FeatureSource | None = None,
 ) -> BatchLoader:
-    """What gives a network its batches of `shards`: stored features where there are some, else
+    """Open a loader of `shards` for evaluation: of stored features if `features` is given, else of
     images.
 
     Raises:

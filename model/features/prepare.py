@@ -1,4 +1,7 @@
-"""Put stored features in the place of images: compute what a run lacks, then read the store."""
+"""Compute the features that a run lacks and switch its plan from images to stored features.
+
+Main entries: `with_features()` for training, `embed_part()` for `python -m model embed`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,10 +27,10 @@ from storage import AnyPath
 
 
 def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
-    """Where the features of a recipe lie that `net`, with its weights loaded, computes.
+    """Return the location of a recipe's features. `net` has its weights loaded.
 
     Raises:
-        FeatureError: the backbone of `net` learns.
+        FeatureError: the backbone of `net` is not frozen.
     """
     assert recipe.features is not None
     return FeatureSource(
@@ -40,11 +43,11 @@ def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> Feat
 def source_of_checkpoint(
     net: Detector, meta: Mapping[str, Any], dtype: torch.dtype, store: Path
 ) -> FeatureSource:
-    """Where the center crops' features lie that the network of a checkpoint computes; `meta` is the
-    checkpoint's.
+    """Return the location of the center-crop features of a checkpoint's network. `meta` is the
+    checkpoint's meta.
 
     Raises:
-        FeatureError: its backbone learned.
+        FeatureError: the backbone was not frozen.
     """
     network = recipes.build(Network, meta["recipe"]["network"], "the checkpoint")
     preprocess = Preprocess(**meta["preprocess"])
@@ -53,7 +56,7 @@ def source_of_checkpoint(
 
 
 def views_of(recipe: Recipe) -> range:
-    """The numbers of the views that training takes."""
+    """Return the numbers of the views that training reads."""
     assert recipe.features is not None
     if not recipe.features.views:
         return range(1)
@@ -61,12 +64,12 @@ def views_of(recipe: Recipe) -> range:
 
 
 def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
-    """The plan of a run that reads stored features, all of which are there; the same plan where
-    the recipe asks for none.
+    """Compute missing features and return the plan with a loader of stored features. If the recipe
+    asks for none, the plan is returned unchanged.
 
     Raises:
-        FeatureError: the teacher has another backbone, or features that are not finite.
-        LoadError: too many images that cannot be decoded.
+        FeatureError: the teacher has another backbone, or a feature is not finite.
+        LoadError: too many images cannot be decoded.
     """
     recipe, stream = planned.recipe, planned.stream
     if recipe.features is None or not recipe.features.stored:
@@ -75,11 +78,11 @@ def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
     teacher = train_state.teacher
     if teacher is not None and frozen_sha256(teacher) != source.backbone.sha256:
         raise FeatureError(
-            "replay.distill_weight: the teacher has another backbone than this run, so the stored "
-            "features are not its own; set features.stored=false"
+            "replay.distill_weight: the teacher has another backbone than this run, so it cannot "
+            "read the stored features; set features.stored=false"
         )
     embed_run(planned, train_state, source)
-    all_gather_object(planned.dist, None)  # no rank reads before all have written
+    all_gather_object(planned.dist, None)  # barrier: read only after all ranks have written
     loader = FeatureLoader(
         stream.pool.shards,
         source,
@@ -101,13 +104,13 @@ def embed_run(
     rank: int | None = None,
     world_size: int = 1,
 ) -> int:
-    """Compute all features that a run lacks, and view 0 of more `sets`; returns the images that
-    were computed here. The work is shared by the ranks of the run, or as `rank` of `world_size`
-    says.
+    """Compute all missing features of a run, and view 0 of more `sets`; return the number of images
+    computed here. The work is shared by the ranks of the run, or, if `rank` is given, by
+    `world_size` independent tasks.
 
     Raises:
-        FeatureError: features that are not finite.
-        LoadError: too many images that cannot be decoded.
+        FeatureError: a feature is not finite.
+        LoadError: too many images cannot be decoded.
     """
     recipe = planned.recipe
     embedder = Embedder(
@@ -133,15 +136,16 @@ def embed_part(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Compute the features that a recipe's run lacks, and view 0 of the sets `names` below `data`:
-    every so many-th shard, if the work is shared. Returns the images that were computed.
+    """Compute the missing features of a recipe's run, and view 0 of the sets `names` below `data`;
+    task `rank` of `world_size` takes every `world_size`-th shard. Returns the number of images
+    computed.
 
     Raises:
         ValueError: as `plan` and `embed_run`.
     """
     if recipe.features is None:
         raise FeatureError(
-            f"{recipe.name} has no [features]; say how many views of each image are kept, such as "
+            f"{recipe.name} has no [features]; set the number of stored views per image, such as "
             "--set features.views=0"
         )
     planned = plan(recipe, data, runs, init_from=init_from)
@@ -154,8 +158,8 @@ def embed_part(
 def embed_sets(
     embedder: Embedder, sets: Sequence[ShardSet], source: FeatureSource, number: int
 ) -> int:
-    """Compute what is missing of a view of some sets, with progress; returns the images computed on
-    this rank.
+    """Compute the missing features of a view of some sets, with progress; return the number of
+    images computed on this rank.
     """
     count = 0
     for shards in sets:
@@ -167,7 +171,9 @@ def embed_sets(
             continue
         images = sum(shards.shard_samples[file.shard_code] for file in own)
         label = f"embedding {shards.describe()}, view {number}"
-        console.log.info("%s: %d of its images in %d shards are missing", label, images, len(own))
+        console.log.info(
+            "%s: features of %d images in %d shards are missing", label, images, len(own)
+        )
         with console.progress(label, images, shown=embedder.rank == 0) as advance:
             count += embed(embedder, shards, source, number, advance)
     return count

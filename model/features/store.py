@@ -1,14 +1,15 @@
-"""THE FEATURE STORE: features of a frozen backbone on disk, one Arrow file per shard and view.
+"""Feature store: features of a frozen backbone on disk, one Arrow file per shard and view.
 
-    <store>/<backbone>-<hash>/backbone.json          what computes the features
+    <store>/<backbone>-<hash>/backbone.json          identity of the backbone
     <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
 
-View 0 is the center crop of evaluation. View v, from 1 on, is the augmentation that training from
-pixels sees in epoch v. A file has the rows of its shard in the order of the tar, with the columns
-`offset` (int64, of the sample in the tar), `valid` (bool) and `features` (fixed-size list of
-float16; zeros where an image cannot be decoded). Its schema says what it was computed from
-(`FileId`) and which images could not be decoded. A file that says something else than what is
-asked for is computed again. Files are memory-mapped when they are read.
+Main entries: `write_file()`, `open_table()`, `missing_of()`. View 0 is the center crop of
+evaluation. View v >= 1 has the augmentation of training epoch v - 1 (counted from 0). A file has
+the rows of its shard in the order of the tar, with the columns `offset` (int64, of the sample in
+the tar), `valid` (bool) and `features` (fixed-size list of float16; zeros if an image cannot be
+decoded). Its schema metadata holds the identity of its inputs (`ShardFile.id`) and the images that
+could not be decoded. A file with another identity counts as missing and is computed again. Files
+are memory-mapped for reading.
 """
 
 import hashlib
@@ -38,15 +39,17 @@ _FAILURES_KEY = b"ai_images_detector.failures"
 
 
 class FeatureError(ValueError):
-    """Features that cannot be had; the message says why and what to do."""
+    """Features that are missing, damaged or cannot be computed. The message gives the reason and
+    what to do.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneId:
-    """What computes features: two that are equal give equal features.
+    """Identity of the computation of features: equal identities give equal features.
 
-    `sha256` covers the names, shapes and values of the frozen weights. `precision` is that of the
-    computation: fp32, bf16 or fp16.
+    `sha256` covers the names, shapes and values of the frozen weights. `precision` is fp32, bf16 or
+    fp16.
     """
 
     network: str
@@ -61,7 +64,7 @@ class BackboneId:
 
     @property
     def folder(self) -> str:
-        """The name of its folder in a store."""
+        """Name of the backbone's folder in a store."""
         digest = hashlib.sha256(_canonical(asdict(self)).encode()).hexdigest()
         return f"{self.network}-{digest[:16]}"
 
@@ -69,7 +72,7 @@ class BackboneId:
 def backbone_id(
     net: Detector, network: Network, preprocess: Preprocess, dtype: torch.dtype
 ) -> BackboneId:
-    """The identity of the frozen part of a network."""
+    """Return the identity of the frozen part of a network."""
     return BackboneId(
         network=network.name,
         options=dict(network.options),
@@ -84,20 +87,20 @@ def backbone_id(
 
 
 def _triple(channels: torch.Tensor) -> tuple[float, float, float]:
-    """A buffer of a detector, in 0 to 255, as the numbers in 0 to 1 that it was made of."""
+    """Convert a detector's mean or std buffer (0 to 255) back to values from 0 to 1."""
     red, green, blue = (round(float(value) / 255, 8) for value in channels.flatten())
     return red, green, blue
 
 
 def frozen_sha256(net: Detector) -> str:
-    """The hash of all weights and buffers of a network but those that learn.
+    """Hash all weights and buffers of a network except those that learn.
 
     Raises:
-        FeatureError: the backbone learns, so it has no features to keep.
+        FeatureError: the backbone is not frozen.
     """
     if not net.freeze_backbone:
         raise FeatureError(
-            "features are kept of a frozen backbone only: set network.freeze_backbone=true"
+            "features are stored for a frozen backbone only: set network.freeze_backbone=true"
         )
     learning = {name for name, p in net.backbone.named_parameters() if p.requires_grad}
     digest = hashlib.sha256()
@@ -110,14 +113,14 @@ def frozen_sha256(net: Detector) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """JSON text with sorted keys: equal values give equal text."""
+    """Format a value as JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class View:
-    """One view of every image: `number` 0 is the center crop, others are those of the epoch before
-    (view 1 that of epoch 0), with augmentations by `augment`, `policy` and `seed` as in a recipe.
+    """One view of every image. `number` 0 is the center crop; view v >= 1 is the view of training
+    epoch v - 1, augmented by `augment`, `policy` and `seed` as in a recipe.
     """
 
     number: int = 0
@@ -127,7 +130,7 @@ class View:
 
     @property
     def folder(self) -> str:
-        """The name of its folder in a set."""
+        """Name of the view's folder in a set."""
         if not self.number:
             return "view0"
         table = {name: asdict(policy) for name, policy in (self.augment or {}).items()}
@@ -137,7 +140,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """The file of one shard and view, and what it must say of itself to be used (`id`)."""
+    """File of one shard and view. `id` is the identity that its metadata must have to be used."""
 
     path: Path
     shard_code: int
@@ -145,7 +148,9 @@ class ShardFile:
 
 
 def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> list[ShardFile]:
-    """The files that hold a view of a shard set, in the order of its shards, there or not."""
+    """Return the files of a view of a shard set, in the order of its shards, whether they exist or
+    not.
+    """
     codes = np.unique(shards.column("shard_code"))
     source_codes, names = shards.codes("source")
     first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
@@ -169,13 +174,15 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
 
 
 def _first_rows(shards: ShardSet) -> list[tuple[int, int]]:
-    """(row, shard code) of the first sample of each shard."""
+    """Return (row, shard code) of the first sample of each shard."""
     codes, rows = np.unique(shards.column("shard_code"), return_index=True)
     return list(zip(rows.tolist(), codes.tolist(), strict=True))
 
 
 def describe_backbone(store: Path, backbone: BackboneId) -> None:
-    """Write what computes the features into their folder, for people and for `du`."""
+    """Write `backbone.json` into the backbone's folder, for readers; the program does not
+    read it.
+    """
     folder = store / backbone.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / BACKBONE_FILE).exists():
@@ -200,7 +207,7 @@ def write_file(
     if len(bad):
         raise FeatureError(
             f"{file.path.parent}: the features of row {bad[0]} are not finite in float16; the "
-            "weights or the precision of the backbone are at fault: use --set run.precision=fp32"
+            "weights or the precision of the backbone cause this: use --set run.precision=fp32"
         )
     values = pa.Array.from_buffers(
         pa.float16(), features.size, [None, pa.py_buffer(np.ascontiguousarray(features))]
@@ -223,7 +230,9 @@ def write_file(
 
 
 def is_there(file: ShardFile) -> bool:
-    """Whether a file is there and holds what is asked for; one that cannot be read is not."""
+    """Return whether a file exists and has the expected identity. An unreadable file counts as
+    missing.
+    """
     try:
         with pa.memory_map(str(file.path)) as source:
             metadata = pa.ipc.open_file(source).schema.metadata or {}
@@ -237,8 +246,8 @@ def is_there(file: ShardFile) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The rows of one shard: `offsets` int64 (N,), `valid` bool (N,), `features` float16 (N, D),
-    mapped from the file, and `failures` row -> reason.
+    """Rows of one shard, mapped from its file: `offsets` int64 (N,), `valid` bool (N,), `features`
+    float16 (N, D), and `failures` row -> reason.
     """
 
     offsets: np.ndarray
@@ -251,15 +260,15 @@ def read_file(file: ShardFile) -> Part:
     """Map the file of one shard into memory.
 
     Raises:
-        FeatureError: it is not there or holds something else.
+        FeatureError: the file is missing, has another identity or is damaged.
     """
     if not is_there(file):
         raise FeatureError(
-            f"{file.path} is not there or holds other features; compute them with `python -m model "
+            f"{file.path} is missing or has other features; compute them with `python -m model "
             "embed`"
         )
     try:
-        # The map stays as long as its buffers do; the descriptor does not.
+        # The buffers keep the memory map alive after the file is closed.
         with pa.memory_map(str(file.path)) as source:
             table = pa.ipc.open_file(source).read_all()
         batch = table.combine_chunks().to_batches()[0] if table.num_rows else None
@@ -268,7 +277,7 @@ def read_file(file: ShardFile) -> Part:
     except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FeatureError(
-            f"{file.path} is damaged ({reason}); remove it, and it is computed again"
+            f"{file.path} is damaged ({reason}); delete it to have it computed again"
         ) from error
     if batch is None:
         return Part(np.empty(0, np.int64), np.empty(0, bool), np.empty((0, width), np.float16), {})
@@ -283,7 +292,10 @@ def read_file(file: ShardFile) -> Part:
 
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
-    """A view of a shard set: the features of every sample, by row number of the set."""
+    """Features of one view for every sample of a shard set, indexed by the set's row numbers.
+
+    `part_of` (N,) is the index of each sample's part, `row_of` (N,) its row in that part.
+    """
 
     parts: Sequence[Part]
     part_of: np.ndarray
@@ -291,11 +303,11 @@ class FeatureTable:
 
     @property
     def width(self) -> int:
-        """Numbers per image."""
+        """Number of features per image, D."""
         return self.parts[0].features.shape[1]
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """The features of some samples, float16 (B, D)."""
+        """Return the features of the given samples, float16 (B, D)."""
         features = np.empty((len(samples), self.width), np.float16)
         parts = self.part_of[samples]
         order = np.argsort(parts, kind="stable")
@@ -307,7 +319,7 @@ class FeatureTable:
         return features
 
     def failures(self, samples: np.ndarray) -> dict[int, str]:
-        """Which of some samples could not be decoded: position -> reason."""
+        """Return the given samples that could not be decoded: position in `samples` -> reason."""
         reasons = {}
         for position, sample in enumerate(samples.tolist()):
             part, row = self.parts[self.part_of[sample]], int(self.row_of[sample])
@@ -332,7 +344,7 @@ def open_table(store: Path, backbone: BackboneId, shards: ShardSet, view: View) 
         rows = np.searchsorted(part.offsets, offsets[chosen])
         held = part.offsets[np.minimum(rows, len(part.offsets) - 1)] if len(part.offsets) else -1
         if not np.array_equal(held, offsets[chosen]):
-            raise FeatureError(f"{file.path} lacks samples of its shard; remove it, and run again")
+            raise FeatureError(f"{file.path} lacks samples of its shard; delete it and run again")
         row_of[chosen] = rows
     return FeatureTable(parts, part_of, row_of)
 
@@ -346,8 +358,9 @@ def missing_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[ShardFile]:
-    """The files of a view that are still to be computed, by this rank of `world_size`: each takes
-    every so many-th shard, whether others are done or not, so that ranks need not wait to share.
+    """Return the missing files of a view that this rank of `world_size` computes. A rank takes
+    every `world_size`-th shard, whichever files other ranks have finished, so that ranks need not
+    coordinate.
     """
     files = files_of(store, backbone, shards, view)
     return [file for file in files[rank::world_size] if not is_there(file)]

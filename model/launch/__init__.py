@@ -1,1 +1,1 @@
-"""Before a run: a folder of images as its data, and a few batches tried without a run."""
+"""Steps before a training run: pack a folder of images as its data, and try a few batches."""

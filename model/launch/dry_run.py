@@ -1,4 +1,8 @@
-"""Try a run without running it: plan, load, take a few steps in memory, say what they took."""
+"""Dry run: plan a training run, take a few steps in memory and print an estimate of time and
+memory.
+
+Main entry: `dry_run()`. Nothing is written.
+"""
 
 import itertools
 import math
@@ -29,18 +33,22 @@ from sharding.format import CLASSES
 from storage import AnyPath
 
 BATCHES = 4
-"""Batches that are tried; the first one, which starts the loader and compiles, is timed apart."""
+"""Number of batches that are tried. The first one is timed separately, because it starts the loader
+and the compiler.
+"""
 
 ENOUGH_S = 30.0
-"""After so many seconds no more than two batches are tried."""
+"""Seconds after which no further batch is tried, once two are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What the first batches of a run took on this rank. `loss` is that of the first one. Times are
-    in seconds: `first_s` of the first step, `step_s` of each later one (of the first where there is
-    no other), `image_s` of computing the features of one image, and `validation_s` of scoring all
-    validation sets. `missing` images have no stored features yet.
+    """Measurements of the first batches of a run on this rank.
+
+    `loss` is the loss of the first batch. Times are in seconds: `first_s` of the first step,
+    `step_s` the mean of the later steps (of the first if there is only one), `image_s` for the
+    features of one image, `validation_s` for one scoring of all validation sets. `timed` is the
+    number of later steps. `missing` is the number of images without stored features.
     """
 
     loss: float
@@ -60,11 +68,11 @@ def dry_run(
     init_from: Path | None = None,
     dist: DistEnv | None = None,
 ) -> None:
-    """Print what training `recipe` would do, after a few of its steps in memory. Nothing is written
-    into `runs` or the feature store. On many ranks each calls this; the first one prints.
+    """Take a few steps of `recipe` in memory and print what the training run would do. Nothing is
+    written into `runs` or the feature store. Every rank calls this function; rank 0 prints.
 
     Raises:
-        ValueError: whatever would stop the run before or in its first steps.
+        ValueError: an error that would stop the run before or in its first steps.
     """
     planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
     say = console.say if planned.dist.is_main else _say_nothing
@@ -80,21 +88,21 @@ def dry_run(
         return
     for line in planned.describe():
         say(line)
-    console.table("Images", ["for", "source", *CLASSES], _counts(planned))
+    console.table("Images", ["use", "source", *CLASSES], _counts(planned))
     for line in _report(planned, train_state, trial, memory):
         say(line)
     say(f"dry run: nothing was written to {runs}, and no step is kept")
 
 
 def _say_nothing(_text: str) -> None:
-    """What other ranks print."""
+    """Print nothing, on ranks other than 0."""
 
 
 def _counts(planned: RunPlan) -> list[list[object]]:
-    """Rows of a table: what images are for, their source, and how many there are of each class."""
+    """Return the rows of a table: use of the images, their source, and their number per class."""
     pool = planned.stream.pool
     uses = [("training", pool.shards, planned.stream.new(0))]
-    uses += [("replay, to choose from", pool.shards, pool.old)] if len(pool.old) else []
+    uses += [("replay candidates", pool.shards, pool.old)] if len(pool.old) else []
     uses += [
         (f"validation {name}", shards, np.arange(len(shards)))
         for name, shards in planned.validation.items()
@@ -110,7 +118,7 @@ def _counts(planned: RunPlan) -> list[list[object]]:
 
 
 def _try(planned: RunPlan, train_state: TrainState) -> Trial:
-    """Take up to `BATCHES` steps from where the run stands, on images or stored features."""
+    """Take up to `BATCHES` steps from the current step of the run, on images or stored features."""
     recipe = planned.recipe
     if recipe.features is None or not recipe.features.stored:
         trial = _try_steps(planned, train_state)
@@ -134,8 +142,8 @@ def _try_steps(planned: RunPlan, train_state: TrainState) -> Trial:
 
 
 def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
-    """As a run whose features are missing: compute those of a batch, then take a step of the head
-    with them; both are timed.
+    """Time a run whose features are missing: compute the features of each batch, then take a step
+    of the head on them.
     """
     step, net = _stepper(planned, train_state), train_state.net
     losses: list[float] = []
@@ -150,16 +158,16 @@ def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
 
     times = _times(planned, _batches(planned), compute)
     computing = [whole - own for whole, own in zip(times, steps, strict=True)]
-    # The ranks of a run share the images out.
+    # The ranks of a run compute different images.
     images = planned.stream.loader.global_batch
     return replace(_trial(losses, steps), image_s=float(np.mean(_later(computing))) / images)
 
 
 def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], float]:
-    """A function that takes the next step of a run with a batch, and returns its loss.
+    """Return a function that takes the next step of a run on a batch and returns its loss.
 
     Raises:
-        ValueError: (by the function) the loss is not finite.
+        ValueError: raised by the returned function if the loss is not finite.
     """
     recipe, numbers = planned.recipe, itertools.count(planned.done)
     forward = compile_network(planned, train_state)
@@ -185,7 +193,7 @@ def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], flo
 
 
 def _batches(planned: RunPlan) -> Iterator[Batch]:
-    """The first batches that the run would take."""
+    """Yield the first batches of the run."""
     batches = planned.stream.batches(planned.done, planned.recipe.run.epochs)
     return itertools.islice(batches, BATCHES)
 
@@ -193,8 +201,8 @@ def _batches(planned: RunPlan) -> Iterator[Batch]:
 def _times(
     planned: RunPlan, batches: Iterator[Batch], use: Callable[[Batch], object]
 ) -> list[float]:
-    """Seconds that each batch took, from waiting for it to the end of its use. After two batches
-    `ENOUGH_S` on any rank is enough.
+    """Return the seconds per batch, loading and use together. After two batches, stop once the sum
+    exceeds `ENOUGH_S` on any rank.
     """
     times, started = [], time.perf_counter()
     for batch in batches:
@@ -207,7 +215,7 @@ def _times(
 
 
 def _later(times: list[float]) -> list[float]:
-    """The times behind the first, which is slower; the first where it is the only one."""
+    """Return the times after the first, which is slower. A single time is returned as it is."""
     return times[1:] or times
 
 
@@ -219,7 +227,7 @@ def _trial(losses: list[float], times: list[float]) -> Trial:
 
 
 def _validation_s(planned: RunPlan, train_state: TrainState) -> float:
-    """About how long one validation takes, by a few batches of the largest set."""
+    """Estimate the seconds of one validation from a few batches of the largest set."""
     recipe, dist = planned.recipe, planned.dist
     largest = max(planned.validation.values(), key=len)
     loader = open_scored(largest, recipe.preprocess, recipe.loading, planned.device, dist=dist)
@@ -236,7 +244,7 @@ def _validation_s(planned: RunPlan, train_state: TrainState) -> float:
 
 
 def _missing(planned: RunPlan, source: FeatureSource) -> int:
-    """Images, counted once for each view, whose features are not in the store."""
+    """Count the images, once per view, whose features are not in the store."""
     pool = planned.stream.pool.shards
     wanted = [(pool, number) for number in views_of(planned.recipe)]
     wanted += [(shards, 0) for shards in planned.validation.values()]
@@ -251,14 +259,14 @@ def _missing(planned: RunPlan, source: FeatureSource) -> int:
 
 @dataclass(frozen=True)
 class _Memory:
-    """The most bytes that one process and one GPU took so far; `gpu` is 0 without one."""
+    """Peak memory in bytes of one process and of one GPU; `gpu` is 0 without a GPU."""
 
     process: int
     gpu: int
 
 
 def _memory(planned: RunPlan) -> _Memory:
-    """Of all ranks the one with the most."""
+    """Return the highest peak over all ranks."""
     on_gpu = planned.device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -270,13 +278,13 @@ def _memory(planned: RunPlan) -> _Memory:
 def _report(
     planned: RunPlan, train_state: TrainState, trial: Trial, memory: _Memory
 ) -> Iterator[str]:
-    """What was measured, and what the whole run would take by it, a line each."""
+    """Yield lines with the measurements and the estimate for the whole run."""
     recipe, stream = planned.recipe, planned.stream
     learning = sum(p.numel() for p in train_state.net.parameters() if p.requires_grad)
-    yield f"{learning:,} of {planned.parameters:,} parameters learn"
+    yield f"{learning:,} of {planned.parameters:,} parameters are trained"
     yield (
-        f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and back: "
-        f"loss {trial.loss:.3f} at first; the first took {trial.first_s:.2f} s"
+        f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and "
+        f"backward: first loss {trial.loss:.3f}; the first step took {trial.first_s:.2f} s"
         + (f", each later one {trial.step_s:.3g} s" if trial.timed else "")
     )
     gpu = ""
@@ -296,14 +304,14 @@ def _report(
         parts.append(f"{count} validations of {_duration(trial.validation_s)}")
     yield f"estimate: {_duration(seconds)} for {', '.join(parts)}"
     yield (
-        f"the estimate rests on {max(1, trial.timed)} batches of this machine as it is now: the "
-        "cache of the disk, other programs and a long run's heat change it, and saving "
-        "checkpoints and calibrating come on top"
+        f"batches measured for the estimate: {max(1, trial.timed)}. The disk cache, other programs "
+        "and the temperature of the machine change the speed; saving checkpoints and calibrating "
+        "are not included"
     )
 
 
 def _validations_left(planned: RunPlan) -> int:
-    """Validations that are to come, and the one of what the detector knows before."""
+    """Count the remaining validations, including the one before the first step."""
     settings = planned.recipe.run
     begun = planned.done // planned.steps_per_epoch
     epochs = range(begun + 1, settings.epochs + 1)
@@ -314,7 +322,7 @@ def _validations_left(planned: RunPlan) -> int:
 
 
 def _duration(seconds: float) -> str:
-    """A time for people, with two digits that count."""
+    """Format a time in days, hours, minutes or seconds for the terminal."""
     for unit, length in (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -1,4 +1,7 @@
-"""Train from a folder that holds `real/` and `fake/`: pack it, and fit a recipe to it."""
+"""Train on a folder with `real/` and `fake/`: pack it as shard sets and adapt a recipe to it.
+
+Main entry: `with_folder()`.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,19 +16,19 @@ from sharding.folder import PackedFolder, pack_folder
 from storage import AnyPath
 
 RECIPE = "clip-phase1.toml"
-"""What a folder is trained with where no recipe is named: a head on a frozen CLIP, which learns
-from a few hundred images on a CPU and is the kind of detector that ships.
+"""Default recipe of `--folder`: a head on a frozen CLIP, which learns from a few hundred images on
+a CPU. The shipped detector is of this kind.
 """
 
 FEWEST_STEPS = 8
-"""Steps in an epoch that a small folder should have; the batch is made smaller for them."""
+"""Minimum number of steps per epoch. The batch of a small folder is reduced to reach it."""
 
 
 def default_weights() -> Path:
-    """The backbone of `RECIPE` on this machine.
+    """Return the cached backbone of `RECIPE`.
 
     Raises:
-        ValueError: it was not fetched; the message has the ways out.
+        ValueError: the backbone was not fetched; the message lists what to do.
     """
     for file in CLIP_8_BIT.files:
         if cached_path(file.sha256).is_file():
@@ -33,17 +36,18 @@ def default_weights() -> Path:
     raise ValueError(
         f"--folder trains recipes/{RECIPE}, a head on a frozen CLIP, whose backbone is not on this "
         "machine: type `python -m model fetch`, or name another recipe, such as --recipe "
-        "recipes/demo-phase1.toml, a small network that starts from nothing"
+        "recipes/demo-phase1.toml, a small network that needs no weights"
     )
 
 
 def with_folder(
     recipe: Recipe, folder: Path, data: AnyPath, *, keep_name: bool, dist: DistEnv
 ) -> Recipe:
-    """Pack `folder` below `data`, say so, and return the recipe with its sets in place of its own;
-    unless `keep_name` the run is called as the folder. A recipe that replays old sets validates on
-    its own sets too. A batch that is large for the folder is made smaller. On many ranks each calls
-    this; the first one packs.
+    """Pack `folder` as shard sets below `data` and return the recipe with these sets.
+
+    Unless `keep_name`, the run gets the name of the folder. A recipe that replays old sets keeps
+    its own validation sets as well. The batch size is reduced if the folder is small. Every rank
+    calls this function; rank 0 packs.
 
     Raises:
         ValueError: as `sharding.folder.pack_folder`.
@@ -53,7 +57,7 @@ def with_folder(
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
     most = max(1, samples // (FEWEST_STEPS * dist.world_size))
     if batch > most:
-        console.log.info("batches of %d instead of %d, for so few images", most, batch)
+        console.log.info("batch size %d instead of %d, because there are few images", most, batch)
     own = recipe.data.validate if recipe.replay.sets else []
     return replace(
         recipe,
@@ -64,10 +68,10 @@ def with_folder(
 
 
 def _packed(folder: Path, data: AnyPath, dist: DistEnv) -> PackedFolder:
-    """What the first rank packed, on every rank.
+    """Pack the folder on rank 0 and return the result on every rank.
 
     Raises:
-        ValueError: why it could not be packed, on every rank.
+        ValueError: the folder could not be packed; raised on every rank.
     """
     packed, reason = None, ""
     if dist.is_main:
@@ -91,7 +95,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _words_for(packed: PackedFolder, folder: Path) -> str:
-    """What was packed, and where it lies."""
+    """Describe the packed sets in one sentence for the log."""
     done = "packed" if packed.shards_written else "is up to date, packed"
     counts = [
         f"{real:,} real and {fake:,} fake images"

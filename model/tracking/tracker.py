@@ -1,7 +1,8 @@
-"""A tracker that gets a run's figures beside TensorBoard: Weights & Biases, MLflow or Trackio.
+"""Send a run's figures to Weights & Biases, MLflow or Trackio, in addition to TensorBoard.
 
-A thread of its own talks to it, so that a server which is gone, slow or full costs a warning and
-never a step. What it gets is decided in `model/training/history.py`.
+Main entry: `Tracker`. A background thread talks to the tracker, so that a server that is slow or
+unreachable causes one warning and never delays a step. `model/training/history.py` selects the
+figures.
 """
 
 import contextlib
@@ -23,24 +24,24 @@ from storage import write_text
 TrackerName = Literal["", "wandb", "mlflow", "trackio"]
 
 PROJECT = "ai-images-detector"
-"""Where runs are listed, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT says."""
+"""Default project of runs; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT override it."""
 
 TRACKER_FILE = "tracker.json"
-"""In the folder of a run: the identity that its tracker knows it by."""
+"""File in the folder of a run with the identity of the run in its tracker."""
 
 OPEN_TIMEOUT_S = 20.0
-"""How long the begin of a run waits for the tracker; it may open later."""
+"""Seconds that the start of a run waits for the tracker, which may connect later."""
 
 CLOSE_TIMEOUT_S = 30.0
-"""How long the end of a run waits for the tracker to take the last rows."""
+"""Seconds that the end of a run waits for the tracker to receive the last rows."""
 
 _INSTALLED_AS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """A run as a tracker sees it: its name, an `identity` that is kept over interruptions, whether
-    the tracker has `begun` it before, and the recipe as one level of settings.
+    """A run as a tracker needs it: its name, its `identity` (the same after an interruption),
+    whether the tracker already has it (`begun`), and the recipe as flat settings.
     """
 
     name: str
@@ -50,20 +51,20 @@ class TrackedRun:
 
 
 class Connection(Protocol):
-    """An open run of a tracker: the identity that finds it again, and where a person looks."""
+    """An open run in a tracker: its identity, and the address where a person can see it."""
 
     identity: str
     address: str
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Send scalars of one step."""
+        """Send the scalars of one step."""
 
     def close(self, failed: bool) -> None:
-        """Send the rest; `failed` says that the run stopped before its end."""
+        """Send the remaining scalars. `failed` means that the run stopped before its end."""
 
 
 class _Wandb:
-    """Weights & Biases."""
+    """Connection to Weights & Biases."""
 
     def __init__(self, run: TrackedRun):
         import wandb
@@ -90,10 +91,10 @@ class _Wandb:
 
 
 class _Mlflow:
-    """MLflow, at MLFLOW_TRACKING_URI or where MLflow itself puts its runs."""
+    """Connection to MLflow: to MLFLOW_TRACKING_URI, or to MLflow's default store."""
 
     def __init__(self, run: TrackedRun):
-        # By itself it tries a server that does not answer for minutes.
+        # MLflow's defaults retry an unreachable server for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
@@ -109,7 +110,7 @@ class _Mlflow:
             number = known.experiment_id if known else self._client.create_experiment(project)
             self.identity = self._client.create_run(number, run_name=run.name).info.run_id
             params = [Param(name, str(value)[:6000]) for name, value in run.settings.items()]
-            for start in range(0, len(params), 100):  # it takes no more in one call
+            for start in range(0, len(params), 100):  # MLflow's limit per call
                 self._client.log_batch(self.identity, params=params[start : start + 100])
         self.address = f"{self._client.tracking_uri}, run {self.identity}"
 
@@ -123,7 +124,7 @@ class _Mlflow:
 
 
 class _Trackio:
-    """Trackio, which finds a run by its name."""
+    """Connection to Trackio, which identifies a run by its name."""
 
     def __init__(self, run: TrackedRun):
         import trackio
@@ -138,7 +139,7 @@ class _Trackio:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
-    def close(self, failed: bool) -> None:  # noqa: ARG002 - it knows no failed runs
+    def close(self, failed: bool) -> None:  # noqa: ARG002 - Trackio has no failed runs
         self._run.finish()
 
 
@@ -150,7 +151,7 @@ CONNECT: Mapping[str, Callable[[TrackedRun], Connection]] = {
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not."""
+    """Return whether a package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -158,7 +159,7 @@ def check_tracker(name: TrackerName) -> None:
     """Refuse a tracker whose package is not installed.
 
     Raises:
-        ValueError: what to install.
+        ValueError: the package is missing; the message says what to install.
     """
     if name and not is_installed(name):
         raise ValueError(
@@ -169,8 +170,8 @@ def check_tracker(name: TrackerName) -> None:
 
 
 class Tracker:
-    """Sends scalars to the tracker `name` for the run in `folder`; a context manager. Whatever
-    fails is one warning, and from there on nothing is sent.
+    """Sender of scalars to the tracker `name` for the run in `folder`; a context manager. The first
+    failure is logged as a warning, and nothing is sent after it.
     """
 
     def __init__(self, name: str, folder: Path, run_name: str, settings: Mapping[str, Any]):
@@ -181,7 +182,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._send_all, name="tracker", daemon=True)
 
     def __enter__(self) -> "Tracker":
-        with self._warning():  # here: loading workers are forked, and an import must not be halved
+        with self._warning():  # imported before loader workers fork, never during
             importlib.import_module(self.name)
             self._thread.start()
             self._opened.wait(OPEN_TIMEOUT_S)
@@ -199,12 +200,12 @@ class Tracker:
             )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Have scalars of one step sent; returns at once."""
+        """Queue the scalars of one step for sending, without waiting."""
         if not self._given_up.is_set():
             self._rows.put((step, dict(scalars)))
 
     def _send_all(self) -> None:
-        """Open the run, send what comes, and close it."""
+        """Open the run, send queued rows until the end of the run, and close it."""
         with self._warning():
             run = self._known_run()
             connection = CONNECT[self.name](run)
@@ -220,7 +221,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def _warning(self) -> Iterator[None]:
-        """Turn whatever a tracker raises into the one warning."""
+        """Log any exception of a tracker as a warning and stop sending."""
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -235,7 +236,7 @@ class Tracker:
             console.log.warning("run.tracker %s: %s; the run goes on without it", self.name, line)
 
     def _known_run(self) -> TrackedRun:
-        """The run with the identity of its earlier part, or a new one."""
+        """Return the run with its stored identity, or with a new one."""
         identity, begun = uuid.uuid4().hex[:12], False
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads(self.path.read_text(encoding="utf-8"))

@@ -1,1 +1,3 @@
-"""Training: a recipe in, checkpoints out."""
+"""Training: plan a recipe, run it and write checkpoints. Main entry:
+`model.training.run.train()`.
+"""

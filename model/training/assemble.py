@@ -1,4 +1,7 @@
-"""Assemble what a plan says: the network with its first weights, optimizer and scaler."""
+"""Build the objects of a planned run: network with its first weights, optimizer, scaler.
+
+Main entry: `assemble()`, from a `RunPlan` to a `TrainState`.
+"""
 
 from typing import cast
 
@@ -14,8 +17,8 @@ from model.training.step import TrainState, average_of, wrap_ddp
 
 
 def assemble(plan: RunPlan) -> TrainState:
-    """The moving parts of the run on its device, as they are after `plan.done` steps. Seeds torch's
-    random generators.
+    """Build the training state on the run's device, as it is after `plan.done` steps. torch's
+    random generators are seeded.
 
     Raises:
         NetworkError: timm's weights cannot be fetched.
@@ -35,7 +38,7 @@ def assemble(plan: RunPlan) -> TrainState:
         teacher, _, _ = checkpoint.load_network(plan.teacher.path)
         teacher.requires_grad_(False).to(memory_format=torch.channels_last)
         train_state.teacher = teacher.to(device)
-    if dist.world_size > 1:  # equal weights, but each rank drops other paths
+    if dist.world_size > 1:  # weights are equal on all ranks; stochastic depth must differ
         torch.manual_seed(recipe.run.seed + 1_000_003 * (1 + dist.rank))
     if plan.resumed:
         restore(train_state, plan.resumed, plan.done)
@@ -43,7 +46,9 @@ def assemble(plan: RunPlan) -> TrainState:
 
 
 def _load(net: Detector, weights: Weights) -> None:
-    """Fill a network that was built on the CPU; timm's own and random weights are in it already."""
+    """Load weights from a file or checkpoint. timm's weights and random ones are in `net`
+    already.
+    """
     if weights.path is None:
         return
     if weights.kind == "imagenet":
@@ -53,6 +58,8 @@ def _load(net: Detector, weights: Weights) -> None:
 
 
 def compile_network(plan: RunPlan, train_state: TrainState) -> torch.nn.Module:
-    """The network as the loop calls it: over all dist, and compiled where the plan says so."""
+    """Return the network that the training loop calls: wrapped in DDP on several ranks, and
+    compiled if the plan says so.
+    """
     net = wrap_ddp(train_state)
     return cast(torch.nn.Module, torch.compile(net)) if plan.compiled else net

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture, from its `metrics.jsonl`."""
+"""Plot the curves of a run from its `metrics.jsonl`. Main entry: `draw()`."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,18 @@ _PANELS = (
 
 
 class CurvesError(ValueError):
-    """A run without anything to draw; the message says what there is."""
+    """A run that has nothing to plot. The message says what there is."""
 
 
 def draw(run: Path, out: Path) -> int:
-    """Write a PNG of the loss and learning rate at each logged step, and of recall, false positives
-    and AUROC of each validation set, of phase 2 from before it began; returns the last step drawn.
-    A line marks the best checkpoint.
+    """Write a PNG and return the last logged step. It shows loss and learning rate at each logged
+    step, and recall, false-positive rate and AUROC of each validation set. A run that starts from a
+    trained detector also shows the metrics before its first step. A line marks the best checkpoint.
 
     Raises:
-        CurvesError: `run` is no run, or has logged nothing yet.
+        CurvesError: `run` is no run, or has not logged a step yet.
     """
-    from matplotlib.figure import Figure  # it takes half a second
+    from matplotlib.figure import Figure  # the import takes half a second
 
     if not (run / HISTORY_FILE).exists():
         beside = sorted(path.parent.name for path in run.parent.glob(f"*/{HISTORY_FILE}"))
@@ -56,7 +56,7 @@ def draw(run: Path, out: Path) -> int:
             panel.axvline(step, color="0.6", linestyle=":", label="best checkpoint")
         panel.set_xlabel("step")
         panel.grid(color="0.9")
-    axes[5].axis("off")  # the legend's
+    axes[5].axis("off")  # used for the legend only
     entries = {
         label: line
         for panel in axes[:5]
@@ -68,27 +68,27 @@ def draw(run: Path, out: Path) -> int:
 
 
 def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
-    """(step, metrics) of each validation set, in the order of steps."""
+    """Return (step, metrics) of each validation set, by rising step."""
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
     if (run / "baseline_metrics.json").exists():
         before = json.loads((run / "baseline_metrics.json").read_text(encoding="utf-8"))
         metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")
-        if kind == "validate" and name and "/" not in name:  # one with a slash is a source
+        if kind == "validate" and name and "/" not in name:  # with a slash it is a source
             metrics_of_set.setdefault(name, []).append((row["step"], row))
     return metrics_of_set
 
 
 def _line(panel: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:
-    """One curve; in every panel the sets come in one order, and so in the same colors."""
+    """Plot one curve. Sets are plotted in the same order in every panel, so their colors agree."""
     panel.set_title(title, fontsize=11)
     x, values = zip(*points, strict=True)
-    y = [float("nan") if value is None else value for value in values]  # one class only
+    y = [float("nan") if value is None else value for value in values]  # None if a class is missing
     marker = "o" if len(points) < 40 else ""
     panel.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(panel, label))
 
 
 def _color(panel: Any, label: str) -> str:
-    """Dark for training, else the next of matplotlib's ten."""
+    """Return dark gray for training, else the next of matplotlib's ten colors."""
     return "0.2" if label in ("", "training") else f"C{len(panel.lines)}"

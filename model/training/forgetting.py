@@ -1,4 +1,7 @@
-"""Forgetting: what a phase took from the old sources and gave to the new ones, and the gate."""
+"""Forgetting: compare the accuracy per source before and after a phase, and apply the gate.
+
+Main entries: `changes()`, `forgetting()` and `refusals()`, pure functions.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +12,9 @@ from model.recipe import Gate
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One source of one validation set, by `accuracy_of`, before and after."""
+    """Accuracy of one source of one validation set before and after training, by `accuracy_of`.
+    `old` means that the source was not trained on anew.
+    """
 
     name: str
     old: bool
@@ -19,12 +24,12 @@ class Change:
 
     @property
     def lost(self) -> float:
-        """What it lost; negative for a gain."""
+        """Loss of accuracy; negative for a gain."""
         return self.before - self.after
 
 
 def accuracy_of(metrics: Metrics) -> float:
-    """Balanced accuracy, or accuracy where there is one class only."""
+    """Return the balanced accuracy, or the accuracy if there is one class only."""
     accuracy = metrics.accuracy if metrics.balanced_accuracy is None else metrics.balanced_accuracy
     assert accuracy is not None  # a source without images has no metrics
     return accuracy
@@ -33,7 +38,9 @@ def accuracy_of(metrics: Metrics) -> float:
 def changes(
     before: Mapping[str, Metrics], after: Mapping[str, Metrics], new: set[str]
 ) -> list[Change]:
-    """A row for each `set/source`; sources in `new` are those that were trained on anew."""
+    """Return one row per `set/source`. Sources in `new` are new training data; all others
+    are old.
+    """
     return [
         Change(
             name=name,
@@ -47,15 +54,15 @@ def changes(
 
 
 def forgetting(rows: list[Change]) -> float:
-    """The mean loss of the old sources, those that gained counting as 0 (after Chaudhry et al.,
-    "Riemannian Walk for Incremental Learning", 2018, for one step).
+    """Return the mean loss of accuracy over the old sources, counting gains as 0 (after Chaudhry et
+    al., "Riemannian Walk for Incremental Learning", 2018, for one step).
     """
     lost = [max(0.0, row.lost) for row in rows if row.old]
     return sum(lost) / len(lost) if lost else 0.0
 
 
 def refusals(gate: Gate, rows: list[Change], sets: Mapping[str, Metrics]) -> list[str]:
-    """Why the gate refuses, a sentence each; empty if it lets the checkpoint pass."""
+    """Return the gate's reasons for refusing a checkpoint, a sentence each; empty if it passes."""
     reasons = [
         f"{row.name} lost {row.lost:.1%} of accuracy ({row.before:.3f} to {row.after:.3f}), more "
         f"than gate.max_forgetting {gate.max_forgetting:.1%}"

@@ -1,4 +1,7 @@
-"""What a run writes down while it goes: `metrics.jsonl`, TensorBoard and a tracker, row by row."""
+"""Training history: append rows to `metrics.jsonl` and send them to TensorBoard and a tracker.
+
+Main entries: `History` writes, `rows_of()` reads.
+"""
 
 import json
 import os
@@ -15,11 +18,11 @@ HISTORY_FILE = "metrics.jsonl"
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows that a run in `folder` wrote so far, each with `step` and `kind`. What a kill or a
-    power cut left at the end, and is no row, is left out.
+    """Read the rows that a run in `folder` has written, each with `step` and `kind`. An incomplete
+    end, left by a kill or a power cut, is ignored.
 
     Raises:
-        ValueError: the file begins with something else.
+        ValueError: the file does not start with such a row.
     """
     path = folder / HISTORY_FILE
     rows: list[dict[str, Any]] = []
@@ -40,16 +43,16 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def scalars_of(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """What TensorBoard and a tracker get of a row: `kind/name` -> value."""
+    """Return the scalars of a row for TensorBoard and a tracker: `kind/name` -> value."""
     return {f"{kind}/{name}": value for name, value in row.items() if value is not None}
 
 
 class History:
-    """The history of a run in `folder`, from step `done` on; a context manager. A `tracker` that is
-    open gets what TensorBoard gets.
+    """Writer of a run's history in `folder`, from step `done` on; a context manager. An open
+    `tracker` receives the same scalars as TensorBoard.
 
-    Rows that an interrupted run wrote after its last checkpoint are dropped: they come again. The
-    tracker, which keeps them, does not get those a second time.
+    After an interruption, rows later than the last checkpoint are dropped, because resuming repeats
+    their steps. The tracker keeps such rows, so they are not sent to it again.
     """
 
     def __init__(self, folder: Path, done: int, tracker: Tracker | None = None):
@@ -70,7 +73,7 @@ class History:
         self.writer.close()
 
     def write(self, step: int, kind: str, row: Mapping[str, Any]) -> None:
-        """One row."""
+        """Append one row."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         scalars = scalars_of(kind, row)
@@ -80,6 +83,6 @@ class History:
             self.tracker.log(step, scalars)
 
     def sync(self) -> None:
-        """Have the disk keep the rows so far, before a checkpoint says that they were written."""
+        """Flush the rows to the disk, before a checkpoint of the same step is written."""
         with self.path.open("a", encoding="utf-8") as stream:
             os.fsync(stream.fileno())

@@ -1,8 +1,8 @@
-"""Layer-wise learning rates, weight decay where it belongs, and the schedule as a pure function.
+"""AdamW with layer-wise learning rates, weight decay on weights only, and the schedule.
 
-timm only writes `lr_scale` into parameter groups and torch's schedulers ignore it; here each group
-holds its own `base_lr`, and every step sets `lr = base_lr * schedule`. The schedule multiplies, so
-a small group is never raised to an absolute floor.
+Main entries: `make_optimizer()`, `schedule()`. timm only stores `lr_scale` in parameter groups, and
+torch's schedulers ignore it. Here each group has a `base_lr`, and every step sets `lr = base_lr *
+schedule`. The schedule is a factor, so a small rate is never raised to an absolute minimum.
 """
 
 import math
@@ -18,11 +18,11 @@ from model.recipe import Optim
 
 
 class OptimError(ValueError):
-    """Parameters that cannot be put into layer groups."""
+    """Parameters that cannot be assigned to layer groups."""
 
 
 def schedule(optim: Optim, step: int, steps: int) -> float:
-    """The factor on every group's learning rate at `step` (0 .. steps-1)."""
+    """Return the factor on the learning rate of every group at `step` (0 to steps - 1)."""
     warmup_steps = round(optim.warmup_ratio * steps)
     if step < warmup_steps:
         return optim.warmup_start_factor + (1 - optim.warmup_start_factor) * step / warmup_steps
@@ -32,26 +32,26 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's rate to its own base times `factor`."""
+    """Set the learning rate of each group to its `base_lr` times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def make_optimizer(backbone: Backbone, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the `parameter_groups`.
+    """Return AdamW over the `parameter_groups`.
 
     Raises:
-        OptimError: a parameter that belongs to no layer.
+        OptimError: a parameter belongs to no layer.
     """
     return torch.optim.AdamW(parameter_groups(backbone, optim), fused=fused)
 
 
 def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
-    """The groups of an optimizer, one per layer and weight decay; none on biases, norms and GRN
-    (all 1-D parameters).
+    """Return the optimizer's groups, one per layer and weight decay. Biases, norms and GRN (all 1-D
+    parameters) have no weight decay.
 
     Raises:
-        OptimError: a parameter that belongs to no layer.
+        OptimError: a parameter belongs to no layer.
     """
     layers = layer_of_parameters(backbone, optim.layer_decay_groups)
     top = max(layers.values())
@@ -76,10 +76,10 @@ def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
 
 
 def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str, int]:
-    """The layer number of each parameter, 0 at the stem, the highest at the head.
+    """Return the layer index of each parameter: 0 for the stem, the highest for the head.
 
     Raises:
-        OptimError: the network has no layer description, or one that misses a parameter.
+        OptimError: the network has no layer description, or its description misses a parameter.
     """
     names = [name for name, _ in backbone.named_parameters()]
     if layer_decay_groups == "none":
@@ -91,8 +91,8 @@ def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str
             )
         matcher = backbone.group_matcher(coarse=layer_decay_groups == "stage")
         layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
-        # timm puts what no pattern matches into the last group: right for what lies behind the
-        # blocks (attention pooling, norms, heads), wrong for anything else.
+        # timm puts unmatched parameters into the last group. That is right for parameters after
+        # the blocks (attention pooling, norms, heads) and wrong for all others.
         matched = {name for name in names if _matches(matcher, name)}
         head = _head_prefixes(backbone, matched)
         layers = {n: layers[n] for n in names if n in matched or n.startswith(head)}
@@ -101,15 +101,15 @@ def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str
     unmatched = [name for name in names if name not in layers]
     if unmatched:
         raise OptimError(
-            f"layer_decay_groups {layer_decay_groups} knows no layer for {len(unmatched)} "
-            f"parameters, the first is {unmatched[0]}"
+            f"layer_decay_groups {layer_decay_groups} has no layer for {len(unmatched)} "
+            f"parameters, first: {unmatched[0]}; set layer_decay_groups none and layer_decay 1"
         )
     return {name: int(layers[name]) for name in names}
 
 
 def _head_prefixes(backbone: Backbone, matched: Collection[str]) -> tuple[str, ...]:
-    """How the names of parameters behind the last block begin: those of the classifier, and of
-    what timm defines between it and the last module that the patterns cover (`matched`).
+    """Return the name prefixes of the parameters after the last block: those of the classifier, and
+    of the modules between the classifier and the last module that the patterns cover (`matched`).
     """
     children = [name for name, _ in backbone.named_children()]
     covered = {name.partition(".")[0] for name in matched}
@@ -121,7 +121,7 @@ def _head_prefixes(backbone: Backbone, matched: Collection[str]) -> tuple[str, .
 
 
 def _matches(matcher: Any, name: str) -> bool:
-    """Whether a pattern of timm's group matcher covers a parameter."""
+    """Return whether a pattern of timm's group matcher covers a parameter."""
     if callable(matcher):
         return True
     patterns = []
@@ -131,10 +131,10 @@ def _matches(matcher: Any, name: str) -> bool:
 
 
 def _official_convnext_layers(names: Iterable[str]) -> dict[str, int]:
-    """The grouping of facebookresearch/ConvNeXt (`optim_factory.py`) in timm's names.
+    """Return the grouping of facebookresearch/ConvNeXt (`optim_factory.py`) for timm's names.
 
-    Stem 0, stages 1 and 2 one group each, stage 3 in groups of three blocks, stage 4 one group,
-    head last: 12 groups and the head for Base.
+    Stem 0, one group each for stages 1 and 2, groups of three blocks for stage 3, one group for
+    stage 4, head last: 12 groups and the head for Base.
     """
     names = list(names)
     blocks = [re.match(r"stages\.2\.blocks\.(\d+)\.", name) for name in names]

@@ -1,6 +1,7 @@
-"""Plan a training run: whatever is decided, opened or refused is, before anything is built.
+"""Plan a training run: decide, open and check everything before anything is built.
 
-`model/training/assemble.py` builds what a `RunPlan` says, `model/training/run.py` runs it.
+Main entry: `plan()`, from a recipe to a `RunPlan`. `model/training/assemble.py` builds the objects
+of a plan, `model/training/run.py` runs it.
 """
 
 import json
@@ -38,9 +39,9 @@ BASELINE_FILE = "baseline_metrics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the weights of a network come from. `path` is a checkpoint folder or an ImageNet
-    `.safetensors` file, None for timm's own weights and for random ones; `sha256` is the hash of
-    the file that holds the weights, empty where there is none yet.
+    """Source of a network's weights. `path` is a checkpoint folder or an ImageNet `.safetensors`
+    file, None for timm's own weights and for random ones. `sha256` is the hash of the weights file,
+    empty if there is no file.
     """
 
     kind: Literal["checkpoint", "imagenet", "timm", "random"]
@@ -50,15 +51,15 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The best checkpoint of a run so far, and its validation, None if it has none."""
+    """Best checkpoint of a run so far, and its validation (None if it has none)."""
 
     path: Path
     validation: Validation | None
 
 
 def better(best: Best | None, new: Best) -> Best:
-    """The checkpoint with the higher selection figure, the new one if they are equal. One without
-    validation is worse than any that has one.
+    """Return the checkpoint with the higher selection figure; the new one if the figures are equal.
+    A checkpoint without a validation is worse than any with one.
     """
     if best is None or best.validation is None:
         return new
@@ -69,18 +70,21 @@ def better(best: Best | None, new: Best) -> Best:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunPlan:
-    """What a run will do, on this rank. Made by `plan`; nothing is looked up afterward.
+    """Plan of a run on this rank, made by `plan` and complete: later code looks nothing up again.
 
-    `resumed` is the checkpoint of this run from which it goes on after `done` of its `steps`, None
-    for a new run; `best` is its best one, `gain` how its validations went, and `ended` why it is
-    over, empty where it is not. `damaged` says of each other checkpoint of the run why it is not
-    used; `warnings` are what the user should look at. `weights` are the first ones that are loaded,
-    `first_weights` is where those of the run's first step came from (see `_first_weights`),
-    `teacher` those that replayed samples are held to. `baseline` is the file of what the detector
-    knew before the run, None where the run starts from no trained detector. `validation` holds the
-    sets that choose the best checkpoint, by name, and `stream` the batches. `features` is where
-    stored features lie, None where the run reads images; it is known once the network is
-    (`model/features/prepare.py`).
+    `resumed` is the run's checkpoint to resume from, after `done` of its `steps`; None for a new
+    run. `best` is its best checkpoint, `gain` the record of its validations, and `ended` the reason
+    why the run is over, empty if it is not. `damaged` lists why other checkpoints of the run are
+    not used. `warnings` are lines for the user.
+
+    `weights` are loaded first. `first_weights` is the origin of the weights of the run's first step
+    (see `_first_weights`). `teacher` gives the target logits of replayed samples, None without
+    distillation. `baseline` is the file for the metrics before the first step, None unless the run
+    starts from a trained detector.
+
+    `validation` maps names to the sets that choose the best checkpoint. `stream` yields the
+    batches. `features` is the source of stored features, None if the run reads images; it is set
+    after the network is built (`model/features/prepare.py`).
     """
 
     recipe: ResolvedRecipe = field(repr=False)
@@ -113,11 +117,11 @@ class RunPlan:
 
     @property
     def finished(self) -> bool:
-        """Whether every step is done, or no more will be."""
+        """Whether all steps are done or the run ended early."""
         return self.done == self.steps or bool(self.ended)
 
     def describe(self) -> list[str]:
-        """What will run, and every choice that was made for the user, a line each."""
+        """Describe the run and every automatic choice, a line each."""
         recipe, stream, loader = self.recipe, self.stream, self.stream.loader
         least, most = self.learning_rates[0], self.learning_rates[-1]
         rates = (
@@ -129,7 +133,7 @@ class RunPlan:
         counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
         left = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
         return [
-            *([f"going on from {self.resumed}"] if self.resumed else []),
+            *([f"resuming from {self.resumed}"] if self.resumed else []),
             *([f"weights from {self.weights.path}"] if self.weights.path else []),
             f"first weights: {_words_for(self.first_weights)}",
             f"{describe(self.dtype)} on {self.device} ({self.dtype_reason})",
@@ -137,7 +141,7 @@ class RunPlan:
             f"{rates}",
             *describe_preprocess(recipe),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
-            f"old ones, less the last {left} that fill no batch; {recipe.run.epochs} epochs, "
+            f"old ones, without the last {left} that fill no batch; {recipe.run.epochs} epochs, "
             f"{self.steps:,} steps of {loader.global_batch}",
             f"images through {loader.backend} ({loader.reason})",
             f"torch.compile {'on' if self.compiled else 'off'} ({self.compiled_reason})",
@@ -153,14 +157,14 @@ def plan(
     device: str = "auto",
     dist: DistEnv | None = None,
 ) -> RunPlan:
-    """Decide, open and check all that a run of `recipe` in `runs` needs; nothing is written.
+    """Decide, open and check everything that a run of `recipe` in `runs` needs. Nothing is written.
 
-    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of
-    what the recipe says. A run of the same recipe in `runs` is continued.
+    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file for the first weights; it
+    overrides the recipe. If `runs` contains a run of the same recipe, the plan resumes it.
 
     Raises:
-        ValueError: what stops the run before it begins: recipe, data, checkpoint, network, weights,
-            device; the message says what to do.
+        ValueError: an error in the recipe, data, checkpoint, network, weights or device; the
+            message says what to do.
     """
     check_tracker(recipe.run.tracker)
     dist, recipe = dist or DistEnv(), resolved(recipe)
@@ -212,7 +216,7 @@ def plan(
 
 
 _DECIDE_NOTHING = {
-    "loading.batch_size",  # of one rank; the order refuses another global batch
+    "loading.batch_size",  # per rank; the order of samples refuses another global batch
     "loading.num_workers",
     "loading.cache",
     "loading.cache_gb",
@@ -224,29 +228,32 @@ _DECIDE_NOTHING = {
     "run.save_every",
     "run.tracker",
 }
-"""What another machine, or another number of them, may set anew when it goes on with a run."""
+"""Recipe fields that may change when a run is resumed, for example on other hardware. They do not
+affect the result.
+"""
 
 
 def _checkpoints_of(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The whole checkpoints of a run, and of each other one why it is not used.
+    """Return the undamaged checkpoints of a run, and why each other one is not used.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        CheckpointError: the run has checkpoints, and all are damaged.
     """
     whole, damaged = checkpoint.whole_checkpoints(folder)
     if damaged and not whole:
         raise checkpoint.CheckpointError(
-            f"{damaged[-1]}; no whole checkpoint lies in {folder}: take one from a copy, or use "
+            f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one from a copy, or use "
             "--run NAME for a new run"
         )
     return whole, tuple(damaged)
 
 
 def _check_same_start(resumed: Path, init_from: Path | None) -> None:
-    """Refuse `--init-from` for a run that began from other weights: it would change nothing.
+    """Refuse `--init-from` for a run that began from other weights; the option would have no
+    effect.
 
     Raises:
-        ValueError: with what the run began from.
+        ValueError: the weights differ; the message names those of the run.
     """
     if init_from is None:
         return
@@ -254,16 +261,16 @@ def _check_same_start(resumed: Path, init_from: Path | None) -> None:
     if began is None or _weights_at(init_from).sha256 != began["sha256"]:
         raise ValueError(
             f"{resumed.parent} holds a run that began from other weights than {init_from}: "
-            f"{_words_for(began)}; leave --init-from out to go on with it, or use --run NAME for a "
+            f"{_words_for(began)}; leave out --init-from to resume it, or use --run NAME for a "
             "new run"
         )
 
 
 def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
-    """Refuse to go on from a checkpoint of another recipe.
+    """Refuse to resume a checkpoint of another recipe.
 
     Raises:
-        ValueError: with the first setting that differs.
+        ValueError: the recipes differ; the message names the first setting.
     """
     before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
     now = flat_settings(_as_saved(recipe))
@@ -281,18 +288,18 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
 
 
 def _as_saved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
+    """Return the recipe as it is read back from JSON."""
     return json.loads(json.dumps(asdict(recipe)))
 
 
 def _weights(
     recipe: Recipe, runs: Path, init_from: Path | None, resumed: Path | None
 ) -> tuple[Weights, Weights | None]:
-    """The weights that are loaded first, and those of the teacher.
+    """Return the weights that are loaded first, and those of the teacher.
 
     Raises:
-        CheckpointError: no such checkpoint.
-        ValueError: distillation without a trained detector to start from, or a frozen body of
+        CheckpointError: there is no such checkpoint.
+        ValueError: distillation without a trained detector to start from, or a frozen backbone with
             random weights.
     """
     distills = recipe.replay.distill_weight > 0
@@ -304,8 +311,8 @@ def _weights(
         weights = Weights(kind="timm" if recipe.network.pretrained else "random")
     if recipe.network.freeze_backbone and weights.kind == "random":
         raise ValueError(
-            "network.freeze_backbone keeps the body as it is, and its weights would be random: "
-            "give some with --init-from weights.safetensors (see docs/training.md), or with "
+            "network.freeze_backbone would freeze random weights: "
+            "give weights with --init-from weights.safetensors (see docs/training.md), or with "
             "--set network.pretrained=true"
         )
     if not distills:
@@ -316,7 +323,7 @@ def _weights(
 
 
 def _weights_at(path: Path) -> Weights:
-    """A checkpoint folder or an ImageNet file as the source of weights."""
+    """Return a checkpoint folder or an ImageNet file as `Weights`."""
     if path.suffix == ".safetensors":
         return Weights(kind="imagenet", path=path, sha256=sha256_of(path))
     return Weights(kind="checkpoint", path=path, sha256=checkpoint.check_weights(path))
@@ -325,10 +332,12 @@ def _weights_at(path: Path) -> Weights:
 def _first_weights(
     recipe: Recipe, weights: Weights, resumed: Path | None
 ) -> Mapping[str, Any] | None:
-    """Where the weights of the run's first step came from, as `meta.json` keeps it: `kind` as in
-    `Weights`, `name` (of the run and its checkpoint, of the file or of timm's network), `sha256`
-    (empty for timm's and random ones), `license` where timm says one, and for a checkpoint its own
-    `first_weights`. No path of this machine is in it.
+    """Return the origin of the weights of the run's first step, as stored in `meta.json`.
+
+    `kind` is as in `Weights`; `name` is the name of the run and its checkpoint, of the file, or of
+    timm's network; `sha256` is empty for timm's and random weights; `license` is timm's, or None;
+    and `first_weights` is the entry of the checkpoint that the run starts from. No local path is
+    stored.
     """
     if resumed:
         return checkpoint.read_meta(resumed)["first_weights"]
@@ -345,7 +354,7 @@ def _first_weights(
 
 
 def _words_for(first_weights: Mapping[str, Any] | None) -> str:
-    """What `_first_weights` found, for people."""
+    """Describe the result of `_first_weights` in words."""
     if first_weights is None:
         return "not recorded"
     kind, name = first_weights["kind"], first_weights["name"]
@@ -354,12 +363,17 @@ def _words_for(first_weights: Mapping[str, Any] | None) -> str:
         "checkpoint": f"checkpoint {name}{digest}",
         "imagenet": f"file {name}{digest}",
         "timm": f"timm's {name} (license {first_weights['license']})",
-        "random": "random, nothing is pretrained",
+        "random": "random, not pretrained",
     }[kind]
 
 
 def _start_of(recipe: Recipe, runs: Path) -> Path | None:
-    """The best checkpoint of the run this recipe starts from, if it names one."""
+    """Return the best checkpoint of the run that the recipe names in `run.init_from`, None if it
+    names no run.
+
+    Raises:
+        CheckpointError: the named run has no checkpoint.
+    """
     if not recipe.run.init_from:
         return None
     best = checkpoint.best_of(runs / recipe.run.init_from)
@@ -373,7 +387,7 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
 
 
 def _starts_trained(recipe: Recipe, init_from: Path | None) -> bool:
-    """Whether the run starts from a trained detector, which it may then make forget."""
+    """Return whether the run starts from a trained detector, so that forgetting can be measured."""
     if init_from is not None:
         return init_from.suffix != ".safetensors"
     return bool(recipe.run.init_from)
@@ -382,12 +396,12 @@ def _starts_trained(recipe: Recipe, init_from: Path | None) -> bool:
 def _check_network(
     recipe: ResolvedRecipe, weights: Weights, teacher: Weights | None
 ) -> tuple[int, tuple[float, ...]]:
-    """How many parameters the network has and its different learning rates, ascending.
+    """Return the number of the network's parameters and its distinct learning rates, ascending.
 
     Raises:
-        NetworkError: a network that timm does not know or that takes no images of this size,
-            weights that do not fit it or that cannot be fetched.
-        OptimError: a parameter that belongs to no layer group.
+        NetworkError: timm does not know the network, it does not accept the image size, or its
+            weights do not fit or cannot be fetched.
+        OptimError: a parameter belongs to no layer group.
     """
     outline = build(recipe.network, pretrained=False, empty=True)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
@@ -406,8 +420,8 @@ def _check_network(
 
 
 def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
-    """What may be a mistake: a mean or std that timm's weights were not made with, or images that
-    are seen otherwise than by the checkpoint that the run begins from.
+    """Return lines for likely mistakes: a mean or std other than that of timm's weights, or
+    preprocessing other than that of the checkpoint that the run starts from.
     """
     if weights.kind in ("timm", "imagenet"):
         return tuple(normalization_warnings(recipe))
@@ -416,7 +430,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
     before, now = checkpoint.read_meta(weights.path), _as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [
-        f"{table}.{name} is {now[table][name]}, in {weights.path} it was {there[name]}"
+        f"{table}.{name} is {now[table][name]}, but was {there[name]} in {weights.path}"
         for table, there in zip(("preprocess", "network"), seen, strict=True)
         for name in ("crop_size", "resize_size", "interpolation", "mean", "std")
         if name in there and there[name] != now[table][name]
@@ -425,7 +439,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
 
 
 def _best(whole: Sequence[Path]) -> Best | None:
-    """The best of the whole checkpoints of a run."""
+    """Return the best of a run's undamaged checkpoints."""
     path = checkpoint.best_among(whole)
     if path is None:
         return None
@@ -434,8 +448,8 @@ def _best(whole: Sequence[Path]) -> Best | None:
 
 
 def _choose_compile(asked: str, device: torch.device) -> tuple[bool, str]:
-    """Whether torch.compile is used, and why."""
+    """Return whether torch.compile is used, and the reason."""
     if asked != "auto":
         return asked == "on", "asked for"
     pays = device.type == "cuda"
-    return pays, f"{'pays' if pays else 'does not pay'} on {device.type}"
+    return pays, f"{'faster' if pays else 'not faster'} on {device.type}"

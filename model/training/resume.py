@@ -1,4 +1,4 @@
-"""The training state down into a checkpoint and back."""
+"""Save the training state in a checkpoint and restore it. Main entries: `save()`, `restore()`."""
 
 import logging
 from dataclasses import asdict
@@ -16,7 +16,7 @@ log = logging.getLogger("ai_images_detector")
 
 
 def restore(train_state: TrainState, folder: Path, done: int) -> None:
-    """Put the training state of the checkpoint `folder`, saved after `done` steps, back."""
+    """Restore the training state of the checkpoint `folder`, saved after `done` steps."""
     state = checkpoint.load_state(folder)
     train_state.optimizer.load_state_dict(state["optimizer"])
     train_state.scaler.load_state_dict(state["scaler"])
@@ -25,7 +25,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
     dist = train_state.dist
     if len(state["rng"]) != dist.world_size:
         log.warning(
-            "saved on %d ranks, going on on %d: the same batches, but other paths are dropped",
+            "saved on %d ranks, resumed on %d: same batches, but other random numbers (drop path)",
             *(len(state["rng"]), dist.world_size),
         )
         torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)
@@ -45,10 +45,12 @@ def save(
     gain: Gain,
     ended: str = "",
 ) -> Best:
-    """Write a checkpoint of the run with all that resuming needs, after `done` steps, then prune
-    all but it and the best one, which is returned. `validation` is that of this step, if it was
-    its turn; `best` the best checkpoint so far; `ended` why the run is over, if it is. Every rank
-    calls this; the first one writes.
+    """Write a checkpoint with all that resuming needs, after `done` steps, and return the best one.
+    All checkpoints except these two are removed.
+
+    `validation` is the one of this step, None if there was none. `best` is the best checkpoint so
+    far. `ended` is the reason why the run is over, empty if it is not. Every rank calls this
+    function; rank 0 writes.
     """
     on_gpu = train_state.device.type == "cuda"
     dist = train_state.dist
@@ -96,6 +98,6 @@ def save(
             ended=ended,
         ),
     )
-    # The new one is on the disk: a power cut from here on loses none that a run goes on from.
+    # Only now: the new checkpoint is on the disk, so a power cut cannot leave the run without one.
     checkpoint.prune(plan.folder, {saved, best.path})
     return best

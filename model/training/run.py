@@ -1,4 +1,7 @@
-"""Run a recipe: plan, assemble, then the loop; at its end the gate and the calibration."""
+"""Train a recipe: plan, build, run the loop, then apply the gate and calibrate.
+
+Main entry: `train()`, which returns the folder of the best checkpoint.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -32,11 +35,11 @@ LOCK_FILE = ".lock"
 
 
 class Refused(ValueError):
-    """The gate does not let a trained checkpoint pass; the message says why."""
+    """The gate refuses a trained checkpoint. The message gives the reasons."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; everything is saved."""
+    """A signal stopped the run after a checkpoint was saved."""
 
 
 def train(
@@ -48,20 +51,21 @@ def train(
     stop_at: int | None = None,
     dist: DistEnv | None = None,
 ) -> Path:
-    """Run `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
+    """Train `recipe` to its end, or up to step `stop_at`, and return its best checkpoint.
 
-    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file to begin from instead of
-    what the recipe says. A run of the same recipe in `runs` is continued. On many `dist` each calls
-    this; the first one writes.
+    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file for the first weights; it
+    overrides the recipe. If `runs` contains a run of the same recipe, it is resumed. With several
+    ranks (`dist`) every rank calls this function; rank 0 writes.
 
     Raises:
-        ValueError: whatever stops the run: data, recipe, checkpoint, a loss that is not finite.
+        ValueError: an error in the data, recipe or checkpoint, or a loss that is not finite.
+        Refused: the gate refuses the best checkpoint.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
     dist, folder = dist or DistEnv(), runs / recipe.name
     with contextlib.ExitStack() as held:
-        # A folder that is there may be another training's, which changes it while it is planned
-        # for; one that is not is made after the plan, so that a refused run leaves nothing behind.
+        # An existing folder is locked before planning, because another training may be changing it.
+        # A new folder is created after planning, so that a refused run leaves nothing behind.
         is_new = not folder.exists()
         if not is_new:
             held.enter_context(_locked(folder, dist, is_new))
@@ -85,10 +89,11 @@ def train(
 
 @contextlib.contextmanager
 def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
-    """Hold the folder of a run for one training by a lock, which goes with the process.
+    """Lock the folder of a run for one training. The lock ends with the process.
 
     Raises:
-        ValueError: another training holds it, or wrote it while it was not there yet (`is_new`).
+        ValueError: another training holds the lock, or, with `is_new`, has written checkpoints
+            since.
     """
     busy = f"another training is writing {folder}; wait for it to end, or use --run NAME"
     reason, lock = "", filelock.FileLock(folder / LOCK_FILE, timeout=0)
@@ -111,12 +116,12 @@ def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
 
 
 def _run(planned: RunPlan, stop_at: int | None) -> Path:
-    """Assemble, run and finish what is planned; returns the best checkpoint."""
+    """Build and run the plan, then judge and calibrate; returns the best checkpoint."""
     train_state = assemble(planned)
     planned = with_features(planned, train_state)
     baseline = _baseline(planned, train_state)
     ended, best = run_steps(planned, train_state, stop_at)
-    # No rank reads the checkpoint before the first one, which writes it, is here.
+    # A barrier: rank 0 writes the checkpoint, and the others must not read it before.
     path = all_gather_object(planned.dist, best.path)[0]
     if not ended:
         return path
@@ -130,11 +135,11 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
 
 
 def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
-    """Take the steps of the plan that are not done, up to step `stop_at`; returns why the run is
+    """Take the remaining steps of the plan, up to step `stop_at`. Return the reason why the run is
     over, empty if it is not, and the best checkpoint.
 
     Raises:
-        ValueError: a loss that is not finite.
+        ValueError: the loss or a weight is not finite.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
     """
     recipe, stream, dist = planned.recipe, planned.stream, planned.dist
@@ -187,12 +192,14 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if over or done == stop_at:
                 break
-    assert best is not None  # the last step of a loop is always saved
+    assert best is not None  # never None: the last step is always saved
     return over, best
 
 
 def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | None]:
-    """The tracker that the recipe names, on the first rank; it begins when it is entered."""
+    """Return the recipe's tracker on rank 0, a context manager that connects on entry; else a null
+    context.
+    """
     recipe = planned.recipe
     if not (recipe.run.tracker and planned.dist.is_main):
         return contextlib.nullcontext()
@@ -201,7 +208,9 @@ def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | No
 
 
 def _why_over(planned: RunPlan, done: int, gain: Gain) -> str:
-    """Why the run is over after `done` steps, as `meta.json` keeps it; empty while it is not."""
+    """Return why the run is over after `done` steps, as stored in `meta.json`; empty if it
+    is not.
+    """
     if done == planned.steps:
         return "every step is done"
     most = planned.recipe.run.stop_after_no_gain
@@ -216,7 +225,7 @@ def _why_over(planned: RunPlan, done: int, gain: Gain) -> str:
 
 
 def _validate(planned: RunPlan, train_state: TrainState) -> Validation:
-    """Metrics of the validation sets of the plan."""
+    """Compute the metrics of the plan's validation sets."""
     recipe = planned.recipe
     return validate(
         train_state, planned.validation, recipe.preprocess, recipe.loading, planned.features
@@ -224,19 +233,21 @@ def _validate(planned: RunPlan, train_state: TrainState) -> Validation:
 
 
 def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
-    """What the detector knows before the run, where it starts from a trained one. It is kept in a
-    file, so that a resumed run knows it too.
+    """Return the metrics before the first step if the run starts from a trained detector, else
+    None. They are written to a file, so that a resumed run can still compute forgetting.
     """
     if planned.baseline is None:
         return None
-    console.log.info("what the detector knows before: %s", planned.baseline)
+    console.log.info("metrics before training: %s", planned.baseline)
     return remembered(
         planned.baseline, lambda: _validate(planned, train_state), planned.dist.is_main
     )
 
 
 def _calibrate(planned: RunPlan, best: Path) -> None:
-    """Calibrate the best checkpoint of a finished run on its validation sets, if they allow it."""
+    """Calibrate the best checkpoint of a finished run. If its scores cannot be calibrated, log a
+    warning.
+    """
     if checkpoint.read_meta(best)["calibration"]:
         return
     recipe = planned.recipe
@@ -293,10 +304,10 @@ def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) 
 
 
 def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
-    """End the run if a loss since the last look was not finite.
+    """Stop the run if a loss was not finite since the last check.
 
     Raises:
-        ValueError: the first such step, and the first of its samples.
+        ValueError: a loss is not finite; the message has the first such step and its first samples.
     """
     bad = max(all_gather_object(train_state.dist, int(train_state.bad_step)))
     if bad < 0:
@@ -313,10 +324,10 @@ def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
 
 
 def _refuse_bad_weights(train_state: TrainState, done: int) -> None:
-    """End the run if a weight is not finite, before a checkpoint of it takes the place of another.
+    """Stop the run if a weight is not finite, before such a checkpoint replaces a good one.
 
     Raises:
-        ValueError: the first such weight.
+        ValueError: a weight is not finite; the message names the first.
     """
     if name := not_finite_in(train_state):
         raise ValueError(
@@ -332,7 +343,9 @@ def _log_step(
     done: int,
     loss: torch.Tensor,
 ) -> None:
-    """One row about the steps since the last: the loss of all ranks, the rest of the first."""
+    """Log one row about the steps since the last row: the mean loss of all ranks, and rank 0's
+    rates and times.
+    """
     mean = all_reduce_sum(train_state.dist, loss).item() / train_state.dist.world_size
     rate = train_state.optimizer.param_groups[-1]["lr"]
     row = {"loss": mean, "lr": rate, **stats.row()}
@@ -340,15 +353,15 @@ def _log_step(
         return
     history.write(done, "train", row)
     console.log.info(
-        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for them "
-        "(%.0f %% for bytes, %.0f %% for pixels; at most %.0f ms)",
+        "step %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for images "
+        "(%.0f %% reading, %.0f %% decoding; longest wait %.0f ms)",
         *(done, row["loss"], row["images_per_s"], 100 * row["wait_share"]),
         *(100 * row["wait_read"], 100 * row["wait_decode"], row["stall_max_ms"]),
     )
 
 
 def _log_validation(history: History | None, done: int, validation: Validation) -> None:
-    """Rows per set and source, and a line for the person watching."""
+    """Log one row per set and source, and one line in the terminal."""
     if history is None:
         return
     history.write(done, "validate", {"selection": validation.selection})

@@ -1,4 +1,7 @@
-"""The sets of a training run: opened, and refused where they do not fit the recipe."""
+"""Open the shard sets of a training run and check that they fit the recipe.
+
+Main entries: `open_stream()`, `open_validation()`, `check_sets()`, `check_apart()`.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,12 +21,12 @@ from storage import AnyPath
 def open_stream(
     recipe: ResolvedRecipe, data: AnyPath, device: torch.device, dist: DistEnv | None = None
 ) -> Stream:
-    """The run's batches on this rank, from the sets below `data`.
+    """Return the run's batches on this rank, from the sets below `data`.
 
     Raises:
-        ValueError: no set, or one of the split test.
-        ShardError: a set that is not there or cannot be used.
-        LoadError: the backend that was asked for is not there.
+        ValueError: the recipe names no training set, or a set of the split test.
+        ShardError: a set is missing or cannot be used.
+        LoadError: the backend of the recipe is not available.
     """
     dist = dist or DistEnv()
     if not recipe.data.train:
@@ -49,27 +52,27 @@ def open_stream(
 
 
 def _refuse_test_sets(key: str, names: Sequence[str], data: AnyPath) -> None:
-    """Refuse sets of the split test: what was trained on cannot be measured on."""
+    """Refuse sets of the split test. They would no longer measure a detector trained on them."""
     tests = [name for name in names if read_index(data / name)["split"] == "test"]
     if tests:
         raise ValueError(
             f"{key} names {', '.join(tests)}, of the split test: a detector that was trained on it "
-            'cannot be measured on it. Name a set of the split train, or give it split = "train" '
-            "in a catalog of your own and build it again"
+            'cannot be tested on it. Name a set of the split train, or set split = "train" in '
+            "your own catalog and build the set again"
         )
 
 
 def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
-    """The validation sets by the name of their folder, under which their metrics are kept.
+    """Return the validation sets by folder name. Their metrics are stored under these names.
 
     Raises:
-        ValueError: no set, or two of one name.
-        ShardError: a set that is not there or cannot be used.
+        ValueError: the recipe names no set, the same name twice, or an empty set.
+        ShardError: a set is missing or cannot be used.
     """
     folders = [data / name for name in recipe.data.validate]
     if not folders:
         raise ValueError(
-            "data.validate names no set, and only what was validated can be the best checkpoint; "
+            "data.validate names no set, and only a validated checkpoint can become the best one; "
             'name one, such as data.validate=["val"]'
         )
     names = [folder.name for folder in folders]
@@ -78,17 +81,18 @@ def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
     sets = {folder.name: open_shards([folder]) for folder in folders}
     for name, shards in sets.items():
         if not len(shards):
-            raise ValueError(f"validation set {name} holds no sample; build it again")
+            raise ValueError(f"validation set {name} has no samples; build it again")
         check_shards(shards)
     return sets
 
 
 def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSet]) -> None:
-    """Refuse a validation set with images that are trained on: what it measures is memory. Sets
-    that only give replayed samples may be validated on, which is how forgetting is measured.
+    """Refuse a validation set that shares images with the training sets, because it would measure
+    memorization. Sets that only give replayed samples may be validated on: this measures
+    forgetting.
 
     Raises:
-        ValueError: the set, how many images, and one of them.
+        ValueError: images are shared; the message has the set, the number and one image.
     """
     if recipe.data.allow_shared_images:
         return
@@ -99,21 +103,20 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
         rows = np.flatnonzero(shared.to_numpy())
         if len(rows):
             raise ValueError(
-                f"{len(rows)} of {len(shards)} images of validation set {name} are in the training "
-                f"sets {', '.join(recipe.data.train)} too, the first is {shards.name(rows[0])}; "
-                "validate on a set that nothing was trained on (one catalog for both sets keeps "
-                "them apart)"
+                f"{len(rows)} of {len(shards)} images of validation set {name} are also in the "
+                f"training sets {', '.join(recipe.data.train)}, first: {shards.name(rows[0])}; "
+                "validate on a set without training images (sets of one catalog share none)"
             )
 
 
 def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
-    """Refuse sets that the recipe does not fit.
+    """Refuse sets that do not fit the recipe.
 
     Raises:
-        LoadError: a source of `data.repeats` that is not there, or a policy that is not described.
-        OrderError: too few samples for a batch.
-        ValueError: nothing to replay, a source of `replay.exclude_sources` that is not there, or
-            samples of one class only.
+        LoadError: the sets lack a source of `data.repeats`, or the recipe lacks a policy.
+        OrderError: the samples do not fill a batch.
+        ValueError: there is nothing to replay, the sets lack a source of `replay.exclude_sources`,
+            or all samples are of one class.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
     sources = shards.codes("source")[1]
@@ -126,7 +129,7 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     labels = np.unique(shards.column("label")[epoch.samples])
     if len(labels) == 1 and not recipe.data.allow_one_class:
         raise ValueError(
-            f"all training samples are {CLASSES[labels[0]]}: nothing tells the classes apart; add "
-            "a set with the other class, or say --set data.allow_one_class=true if that is meant"
+            f"all training samples are {CLASSES[labels[0]]}, so nothing can be learned; add "
+            "a set with the other class, or use --set data.allow_one_class=true if intended"
         )
     train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)

@@ -1,4 +1,7 @@
-"""ONE STEP: a batch in, weights moved. Mixed precision, accumulation, averaging, many ranks."""
+"""One optimizer step: mixed precision, gradient accumulation, EMA, distillation, several ranks.
+
+Main entry: `train_step()`, from a `TrainState` and a batch to the loss.
+"""
 
 import contextlib
 import copy
@@ -18,9 +21,10 @@ from pipeline.batch import Batch
 
 @dataclass
 class TrainState:
-    """The moving parts of a run. `ema` averages the weights of `net`, `teacher` is what replayed
-    samples are held to; both may be None. `bad_step` is the first step with a loss that is not
-    finite, -1 for none, on the device: looking at it waits for the GPU.
+    """Mutable state of a run. `ema` holds the averaged weights of `net`; `teacher` gives the target
+    logits of replayed samples; both may be None. `bad_step` is the first step with a loss that is
+    not finite, -1 if there is none. It is a tensor on the device, because reading it waits for the
+    GPU.
     """
 
     net: Detector
@@ -35,14 +39,15 @@ class TrainState:
 
     @property
     def shown(self) -> Detector:
-        """The network that is validated and saved."""
+        """Network that is validated and saved: the EMA if there is one."""
         return self.ema or self.net
 
 
 def not_finite_in(train_state: TrainState) -> str | None:
-    """The first weight that learns, or buffer, that is not finite, of the network or its average.
+    """Return the name of the first trainable weight or buffer, of the network or its EMA, that is
+    not finite, else None.
 
-    Weights that are frozen do not change, and looking at a large backbone takes half a second.
+    Frozen weights are skipped: they do not change, and checking a large backbone takes 0.5 s.
     """
     for net in (train_state.net, train_state.ema):
         if net is None:
@@ -59,12 +64,12 @@ def not_finite_in(train_state: TrainState) -> str | None:
 
 
 def average_of(net: Detector) -> Detector:
-    """A copy of a network to average its weights in; it takes no gradient."""
+    """Create the EMA copy of a network, without gradients."""
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
 def wrap_ddp(train_state: TrainState) -> torch.nn.Module:
-    """The network as the loop calls it: on many ranks gradients are averaged behind the scenes."""
+    """Return the network that the loop calls: on several ranks DDP averages its gradients."""
     if train_state.dist.world_size == 1:
         return train_state.net
     on = [train_state.device] if train_state.device.type == "cuda" else None
@@ -81,16 +86,16 @@ def train_step(
     grad_accum_steps: int = 1,
     distill_weight: float = 0.0,
 ) -> torch.Tensor:
-    """One optimizer step; returns this rank's part of the loss, a scalar on the device.
+    """Take one optimizer step and return this rank's part of the loss, a scalar on the device.
 
-    The loss is the mean over the valid images of all ranks; the parts average to it. The batch is
-    taken in `grad_accum_steps` pieces, which changes nothing but memory. `distill_weight` weighs
-    the squared distance between the logits of replayed samples and the teacher's (DER++, Buzzega et
-    al. 2020).
+    The loss is the mean over the valid images of all ranks, and equals the mean of the parts. The
+    batch is split into `grad_accum_steps` pieces, which saves memory and does not change the
+    result. `distill_weight` weights the squared distance between the logits of replayed samples and
+    those of the teacher (DER++, Buzzega et al. 2020).
     """
     train_state.net.train()
     train_state.optimizer.zero_grad(set_to_none=True)
-    # Gradients are averaged over the ranks: dividing by the mean count gives the mean over all.
+    # DDP averages gradients over ranks: dividing by the mean count gives the mean over all images.
     count = (
         all_reduce_sum(train_state.dist, batch.valid.sum().float()) / train_state.dist.world_size
     )
@@ -127,7 +132,7 @@ def train_step(
 
 
 def _pieces(count: int, grad_accum_steps: int) -> Iterator[tuple[slice, bool]]:
-    """The rows of each piece of a batch, and whether it is the last."""
+    """Yield the rows of each piece of a batch, and whether the piece is the last."""
     size = -(-count // grad_accum_steps)
     starts = range(0, count, size)
     for start in starts:
@@ -135,7 +140,7 @@ def _pieces(count: int, grad_accum_steps: int) -> Iterator[tuple[slice, bool]]:
 
 
 def _synchronized(forward: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Ranks exchange gradients with the last piece only."""
+    """Return DDP's `no_sync` context except for the last piece: ranks exchange gradients once."""
     inner = getattr(forward, "_orig_mod", forward)
     if last or not isinstance(inner, DistributedDataParallel):
         return contextlib.nullcontext()
@@ -149,9 +154,10 @@ def _distance(
     logits: torch.Tensor,
     held: torch.Tensor,
 ) -> torch.Tensor:
-    """The summed squared distance to the teacher's logits over the rows `held`.
+    """Sum the squared distances to the teacher's logits over the rows that `held` (bool (B,))
+    marks.
 
-    All rows go through the teacher: picking some would wait for the GPU to say which.
+    The teacher runs on all rows, because selecting rows would wait for the GPU.
     """
     with torch.no_grad(), autocast(train_state.device, train_state.dtype):
         wanted = teacher(images).float()
@@ -159,7 +165,7 @@ def _distance(
 
 
 def _note_if_bad(train_state: TrainState, loss: torch.Tensor, step: int) -> None:
-    """Remember the first step whose loss is not finite, without waiting for the device."""
+    """Store the first step whose loss is not finite, without waiting for the device."""
     if train_state.bad_step.device != loss.device:
         train_state.bad_step = train_state.bad_step.to(loss.device)
     first = (train_state.bad_step < 0) & ~torch.isfinite(loss)
@@ -167,7 +173,7 @@ def _note_if_bad(train_state: TrainState, loss: torch.Tensor, step: int) -> None
 
 
 def _average(ema: Detector, net: Detector, decay: float) -> None:
-    """Move the averaged weights a little toward the current ones; buffers are copied."""
+    """Update the EMA: weights move toward the current ones by 1 - `decay`, buffers are copied."""
     with torch.no_grad():
         averaged: list[torch.Tensor] = list(ema.parameters())
         current: list[torch.Tensor] = list(net.parameters())

@@ -1,4 +1,7 @@
-"""Validation: a network over the sets that choose the best checkpoint, and calibrate it."""
+"""Validation: score the validation sets, choose the best checkpoint by them and calibrate it.
+
+Main entries: `validate()` during training, `calibrate_checkpoint()` after it.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +30,7 @@ from storage import AnyPath, write_text
 
 @dataclass(frozen=True)
 class Validation:
-    """Metrics per set and per `set/source`, and the figure that picks the best checkpoint."""
+    """Metrics per set and per `set/source`, and the figure that selects the best checkpoint."""
 
     sets: dict[str, Metrics]
     sources: dict[str, Metrics]
@@ -35,7 +38,7 @@ class Validation:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
-        """What `asdict` made of one, as `meta.json` and `baseline_metrics.json` hold it."""
+        """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`."""
         sets, sources = (
             {name: Metrics(**metrics) for name, metrics in saved[kind].items()}
             for kind in ("sets", "sources")
@@ -45,8 +48,8 @@ class Validation:
 
 @dataclass(frozen=True)
 class Gain:
-    """The highest selection figure of a run so far, the step that had it first, and how many
-    validations there were since. A figure that is equal is no gain.
+    """Highest selection figure of a run so far, the step that reached it first, and the number of
+    validations since then. An equal figure is no gain.
     """
 
     highest: float | None = None
@@ -54,7 +57,7 @@ class Gain:
     validations_since: int = 0
 
     def after(self, step: int, selection: float) -> "Gain":
-        """What it is after the validation of `step`."""
+        """Return the record after the validation of `step`."""
         if self.highest is None or selection > self.highest:
             return Gain(selection, step)
         return Gain(self.highest, self.step, self.validations_since + 1)
@@ -67,10 +70,11 @@ def validate(
     loading: Loading,
     features: FeatureSource | None = None,
 ) -> Validation:
-    """Score every validation set, on all ranks together. In the selection figure each set counts
-    alike, by its balanced accuracy, or by its accuracy where it has one class only: not by its
-    AUROC, which does not see a checkpoint that calls everything fake. With `features` stored ones
-    are scored instead of images.
+    """Score every validation set, on all ranks together.
+
+    The selection figure is the mean over the sets of the balanced accuracy, or of the accuracy if a
+    set has one class only. AUROC is not used, because it does not notice a checkpoint that calls
+    every image fake. With `features`, stored features are scored instead of images.
     """
     dist = train_state.dist
     scored = []
@@ -88,7 +92,7 @@ def _measured(
     temperature: float = 1.0,
     threshold: float = DEFAULT_THRESHOLD,
 ) -> Validation:
-    """The metrics of sets and their scores, by the probabilities at a temperature."""
+    """Compute the metrics of scored sets, with probabilities at `temperature`."""
     by_set: dict[str, Metrics] = {}
     sources: dict[str, Metrics] = {}
     for name, shards, scores in scored:
@@ -102,7 +106,12 @@ def _measured(
 
 
 def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
-    """What `find` finds, from `path` if it was found before; the first rank writes it there."""
+    """Read a validation from `path`; if there is no such file, compute it with `find`, and rank 0
+    writes the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if path.exists():
         try:
             return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -126,15 +135,17 @@ def calibrate_checkpoint(
     features: FeatureSource | None = None,
     fitted: tuple[Calibration, Mapping[str, str]] | None = None,
 ) -> Calibration:
-    """Score validation sets with a checkpoint, fit to them by `rule`, and keep what was found
-    in its `meta.json`, with the metrics of the sets at the threshold that was found
-    (`calibrated_metrics`). With `features`, those of its backbone, stored ones are scored, not
-    images. With `fitted`, a calibration and the hash of each set that it was fitted on, nothing is
-    fitted, and the sets are measured only. On many ranks each calls this; the first one writes.
+    """Score validation sets with a checkpoint, fit one calibration to all of them by `rule`, and
+    store it in the checkpoint's `meta.json` with the metrics of the sets at the new threshold
+    (`calibrated_metrics`).
+
+    With `features`, stored features of the checkpoint's backbone are scored instead of images. With
+    `fitted`, a calibration and the index hash of each set that it was fitted on, the sets are only
+    measured. Every rank calls this function; rank 0 writes.
 
     Raises:
-        CalibrationError: a set that is not of the split `val`, or scores that nothing fits to; the
-            checkpoint is as it was.
+        CalibrationError: a set has another split than `val`, or no calibration fits the scores; the
+            checkpoint is unchanged.
     """
     dist = dist or DistEnv()
     check_validation_sets(folders)

@@ -15,14 +15,14 @@ from model.verdict import band_of, verdict
 
 
 def calibrated_scores(count: int, seed: int = 0, scale: float = 2.0):
-    """Labels, and logits that are exactly the log-odds of fake: temperature 1 is right."""
+    """Return labels, and logits that are exactly the log-odds of fake: temperature 1 is right."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
     return labels, (2 * labels - 1) * scale**2 / 2 + scale * rng.normal(size=count)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_temperature_that_was_applied_is_found(temperature: float) -> None:
+def test_fit_temperature_recovers_the_applied_temperature(temperature: float) -> None:
     labels, logits = calibrated_scores(20_000)
     assert fit_temperature(labels, logits * temperature) == pytest.approx(temperature, rel=0.05)
 
@@ -35,8 +35,10 @@ def test_calibration_repairs_overconfidence_and_keeps_the_order() -> None:
     assert (probability(logits, calibration.temperature) >= 0.5).tolist() == (logits >= 0).tolist()
 
 
-def test_thresholds_hold_on_images_not_seen() -> None:
-    """Over 400 validation sets of 60 reals, a further real is above with the chance promised."""
+def test_thresholds_keep_their_rate_on_new_images() -> None:
+    """Over 400 validation sets of 60 reals, another real exceeds the threshold at the promised
+    rate.
+    """
     rng = np.random.default_rng(1)
     chances = [1 - threshold_at_fpr(rng.uniform(size=60), 0.05) for _ in range(400)]
     assert 0.04 < np.mean(chances) <= 0.053
@@ -61,7 +63,7 @@ def test_the_decision_threshold_and_the_band() -> None:
     assert calibrate(labels, logits, "fpr1").threshold == weak.threshold_fpr_1 > weak.threshold
 
 
-def test_the_trade_off_holds_at_every_threshold_that_is_kept() -> None:
+def test_stored_roc_points_match_the_scores() -> None:
     labels, logits = calibrated_scores(2_000)
     calibration = calibrate(labels, logits)
     fake = probability(logits, calibration.temperature)
@@ -73,7 +75,7 @@ def test_the_trade_off_holds_at_every_threshold_that_is_kept() -> None:
     for threshold, false_positive_rate, recall in calibration.roc:
         measured = measure(labels, fake, threshold)
         assert (false_positive_rate, recall) == (measured.false_positive_rate, measured.recall)
-    assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few, and no failure
+    assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few images
 
 
 def test_entries_of_the_meta_file() -> None:
@@ -101,13 +103,13 @@ def test_verdicts() -> None:
     assert [verdict(p, (0.5, 0.5)) for p in (0.49, 0.5)] == ["no sign of AI", "likely AI"]
 
 
-def test_classes_that_are_separated_do_not_become_certain() -> None:
+def test_separated_classes_do_not_get_probability_0_or_1() -> None:
     labels = np.repeat([0, 1], 50)
     calibration = calibrate(labels, np.where(labels == 1, 4.0, -4.0))
     assert probability(np.array([4.0]), calibration.temperature)[0] == pytest.approx(
         51 / 52, abs=0.001
     )
-    assert calibration.threshold_fpr_1 is None  # 50 reals cannot promise it
+    assert calibration.threshold_fpr_1 is None  # 50 reals are too few for 1 %
 
 
 @pytest.mark.parametrize(
@@ -115,12 +117,12 @@ def test_classes_that_are_separated_do_not_become_certain() -> None:
     [
         (np.ones(100, int), np.ones(100), "0 real and 100 fake images"),
         (np.repeat([0, 1], 19), np.ones(38), "at least 20 of each"),
-        (np.repeat([0, 1], 50), np.full(100, np.nan), "not finite"),
+        (np.repeat([0, 1], 50), np.full(100, np.nan), "NaN or infinite"),
         (np.repeat([0, 1], 50), np.repeat([1.0, -1.0], 50), "no temperature fits"),
         (np.repeat([0, 1], 50), np.zeros(100), "no temperature fits"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(
+def test_scores_that_cannot_be_calibrated_are_refused(
     labels: np.ndarray, logits: np.ndarray, said: str
 ) -> None:
     with pytest.raises(CalibrationError, match=said):

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or does not exist, and needs nothing from the command line."""
+"""Checkpoints: saving, loading, damage, finding and averaging."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ def save(folder: Path, net=None, *, step: int = 1, selection: float | None = 0.5
     return folder / f"step_{step:07d}"
 
 
-def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
+def test_a_loaded_network_computes_as_the_saved_one(tmp_path: Path) -> None:
     net = build(TINY, pretrained=False).eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     folder = save(tmp_path, net)
@@ -56,7 +56,7 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path) -> None:
     assert {"commit", "versions", "recipe", "threshold", "temperature"} <= meta.keys()
 
 
-def test_a_checkpoint_that_a_kill_left_half_named_is_none(tmp_path: Path) -> None:
+def test_a_folder_with_its_temporary_name_is_no_checkpoint(tmp_path: Path) -> None:
     whole = save(tmp_path / "run", selection=0.1)
     left = save(tmp_path / "run", step=2, selection=0.9)
     left.rename(left.with_name(f"{left.name}.123.partial"))
@@ -74,10 +74,10 @@ SWIN = Network(
 
 
 @pytest.mark.parametrize("network", [TINY, SWIN], ids=["convnextv2", "swin"])
-def test_a_network_that_is_filled_without_initialization_computes_the_same(
+def test_skipping_initialization_gives_the_same_network(
     network: Network,
 ) -> None:
-    """Swin makes buffers of its own that no checkpoint holds."""
+    """Swin creates buffers that are not stored in checkpoints."""
     net = build(network, pretrained=False).eval()
     empty = build(network, pretrained=False, empty=True).eval()
     load_weights(empty, net.backbone.state_dict(), "there", assign=True)
@@ -106,7 +106,7 @@ def test_the_state_is_read_without_running_code(tmp_path: Path) -> None:
     folder = save(tmp_path, state=state)
     assert checkpoint.load_state(folder)["order"] == {"seed": 1}
     torch.save({"evil": time.sleep}, folder / "state.pt")
-    checkpoint.seal(folder, checkpoint.read_meta(folder))  # as whoever wants to run it would
+    checkpoint.seal(folder, checkpoint.read_meta(folder))  # as an attacker would
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
         checkpoint.load_state(folder)
 
@@ -144,7 +144,7 @@ def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
     assert checkpoint.last_of(tmp_path).name == "step_0000004"
 
 
-def test_the_newest_runs_best_is_found(tmp_path: Path) -> None:
+def test_find_returns_the_best_checkpoint_of_the_newest_run(tmp_path: Path) -> None:
     net = build(TINY, pretrained=False)
     save(tmp_path / "one", net, step=5, selection=0.9)
     save(tmp_path / "two", net, step=1, selection=0.8)
@@ -169,8 +169,10 @@ STATE = {"optimizer": {"state": {}}, "order": {"seed": 1}, "rng": torch.get_rng_
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "meta.json", "replayed.csv"])
-def test_a_flipped_bit_is_noticed_wherever_it_lies(tmp_path: Path, name: str) -> None:
-    """At the beginning, in the middle and at the end; the error names the file, and a whole one."""
+def test_a_flipped_bit_is_detected_at_any_position(tmp_path: Path, name: str) -> None:
+    """At the start, in the middle and at the end. The error names the file and an undamaged
+    checkpoint.
+    """
     older = save(tmp_path, state=STATE)
     folder = save(tmp_path, step=2, state=STATE)
     (folder / "replayed.csv").write_text("epoch,key\n0,a\n")
@@ -178,7 +180,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_lies(tmp_path: Path, name: str) ->
     assert checkpoint.verify(folder)["step"] == 2
     path = folder / name
     data = path.read_bytes()
-    # The last byte of meta.json is a line's end, which says nothing.
+    # The last byte of meta.json is a newline, which carries no information.
     for place in (0, len(data) // 3, len(data) // 2, len(data) - 2):
         changed = bytearray(data)
         changed[place] ^= 1
@@ -194,7 +196,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_lies(tmp_path: Path, name: str) ->
             load(folder)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         if name != "replayed.csv":
-            assert f"{older} is whole: name it instead" in str(caught.value)
+            assert f"{older} is undamaged: use it instead" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -218,22 +220,20 @@ def test_a_damaged_file_is_one_line_that_names_it(
         load(folder)
     said = str(caught.value)
     assert str(folder / name) in said and "\n" not in said
-    assert "no whole checkpoint lies beside" in said
+    assert "no undamaged checkpoint in" in said
 
 
-def test_what_a_copy_leaves_out_on_purpose_is_missed_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_file_missing_from_a_copy_is_reported_on_use(tmp_path: Path) -> None:
     folder = save(tmp_path, state=STATE)
     (folder / "state.pt").unlink()
     assert checkpoint.load_network(folder)
     assert checkpoint.whole_checkpoints(tmp_path) == ([folder], [])
-    with pytest.raises(CheckpointError, match=r"has no state\.pt, so training cannot go on"):
+    with pytest.raises(CheckpointError, match=r"has no state\.pt, so training cannot resume"):
         checkpoint.load_state(folder)
 
 
-def test_a_file_that_may_not_be_read_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For root every file may be: the refusal is made here."""
+def test_an_unreadable_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal is simulated, because root may read every file."""
     folder = save(tmp_path)
 
     def refuse(path: Path) -> str:
@@ -253,7 +253,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o640"}
 
 
-def test_copies_under_other_names_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+def test_folders_with_other_names_are_no_checkpoints_and_are_kept(tmp_path: Path) -> None:
     one, two = save(tmp_path, selection=0.1), save(tmp_path, step=2, selection=0.2)
     names = ["step_0000002.bak", "step_0000002-keep", "step_3", "step_0000009 (copy)", "best"]
     copies = [shutil.copytree(two, tmp_path / name) for name in names]
@@ -281,7 +281,7 @@ def test_a_run_with_a_slash_in_its_name_is_found(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, tmp_path / "exp/one") == inner
 
 
-def test_normalization_happens_inside_once() -> None:
+def test_normalization_is_applied_once_inside_the_network() -> None:
     net = Detector(torch.nn.Identity(), Network())
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
@@ -311,10 +311,10 @@ def test_a_network_that_timm_does_not_know_is_named() -> None:
         build(Network(name="convnextv9"), pretrained=True)
 
 
-def test_without_a_network_the_weights_message_says_what_to_do(
+def test_without_internet_the_error_says_how_to_get_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """huggingface_hub in its offline mode ends as a machine without a network does."""
+    """huggingface_hub's offline mode raises the same errors as a machine without internet."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match=r"--init-from weights\.safetensors.*--no-pretrained"):
@@ -324,10 +324,10 @@ def test_without_a_network_the_weights_message_says_what_to_do(
 WEIGHTS = "convnextv2_atto.fcmae_ft_in1k"
 
 
-def test_without_an_answer_from_the_hub_nothing_is_tried_again(
+def test_an_unreachable_hub_is_asked_only_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Where timm's own download would wait and ask again for a minute."""
+    """timm's own download would wait and retry for a minute."""
     nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nobody)
 
@@ -339,10 +339,10 @@ def test_without_an_answer_from_the_hub_nothing_is_tried_again(
         build(Network(name=WEIGHTS), pretrained=True)
 
 
-def test_weights_arrive_from_the_hub_with_their_license_said_once(
+def test_weights_from_the_hub_log_their_license_once(
     server: Server, logged: list[str]
 ) -> None:  # fmt: skip
-    """Then from its cache, without a question."""
+    """The second time they come from the hub's cache, without a request."""
     from safetensors.torch import save
 
     torch.manual_seed(1)
@@ -371,7 +371,7 @@ def test_device_and_precision_are_chosen_with_a_reason() -> None:
             choose_device("cuda")
 
 
-def test_weights_between_two_checkpoints(tmp_path: Path) -> None:
+def test_average_interpolates_between_two_checkpoints(tmp_path: Path) -> None:
     first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
     checkpoint.annotate(last, {"threshold": 0.9, "temperature": 2.0})
     averaged = average(first, last, 0.25, tmp_path / "quarter")
@@ -409,7 +409,7 @@ def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../up", "/up", "a/../b", "", ".up", "step_0000001", "a//b"])
-def test_a_run_is_imported_and_averaged_under_a_name_of_a_run(tmp_path: Path, name: str) -> None:
+def test_commands_refuse_bad_run_names(tmp_path: Path, name: str) -> None:
     runs, first = tmp_path / "in/runs", save(tmp_path / "one")
     (tmp_path / "original.pth").touch()
     lines = [["average", str(first), str(first)], ["import", str(tmp_path / "original.pth")]]
@@ -421,9 +421,9 @@ def test_a_run_is_imported_and_averaged_under_a_name_of_a_run(tmp_path: Path, na
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_state_that_was_loaded_is_saved_in_the_same_bytes(tmp_path: Path) -> None:
-    """As that of a run that was interrupted: Python code has each name of a key once, and torch
-    writes it once.
+def test_a_loaded_state_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    """A resumed run must save the same bytes as an uninterrupted one. In Python code equal keys are
+    one object, which torch writes once.
     """
     state = {
         "optimizer": {0: {"step": torch.zeros(())}, "betas": (0.9, 0.99), "groups": [{"step": 1}]},

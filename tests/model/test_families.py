@@ -1,4 +1,4 @@
-"""A small network of each of timm's families, random weights, from the recipe to the heatmap."""
+"""One small network of each timm family, with random weights: from training to the heatmap."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +67,12 @@ EACH = [
 
 SIZE = 32
 
-# Equal float32 sums in another order.
+# float32 sums of the same numbers in another order.
 SAME = 1e-4
 
 
 def family(key: str, **changes: Any) -> Network:
-    """The network of a family, small, for images of `SIZE`."""
+    """Build a small network of a family, for images of `SIZE`."""
     name, options = FAMILIES[key]
     network = Network(name=name, pretrained=False, options=options, **changes)
     recipe = small_recipe(network=network, preprocess=PreprocessSettings(crop_size=SIZE))
@@ -80,7 +80,7 @@ def family(key: str, **changes: Any) -> Network:
 
 
 def state_of(net: Detector) -> dict[str, torch.Tensor]:
-    """Copies of the backbone's weights."""
+    """Copy the backbone's weights."""
     weights = net.backbone.state_dict()
     return {
         name: weight.clone(memory_format=torch.contiguous_format)
@@ -153,9 +153,9 @@ pretrained = false
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_the_network_sees_what_timm_shows_it(key: str) -> None:
-    """By timm's own transform of the weights' configuration, at their own size: bit for bit but for
-    rounding where nothing is resized, and inside of the outermost pixels where it is.
+def test_preprocessing_matches_timms_transform(key: str) -> None:
+    """Compared with timm's transform for the weights, at their own size: exact up to rounding
+    without resizing; with resizing, compared inside of the outermost pixels.
     """
     name = FAMILIES[key][0]
     recipe = small_recipe(network=Network(name=name), preprocess=PreprocessSettings())
@@ -175,8 +175,8 @@ def test_the_network_sees_what_timm_shows_it(key: str) -> None:
             assert apart.max() <= within, f"{times}: {apart.max()}"
 
 
-def test_the_filter_of_the_weights_is_seen() -> None:
-    """What two filters make of one image is further apart than they may be from timm's."""
+def test_two_filters_differ_by_more_than_the_tolerance() -> None:
+    """The comparison with timm's transform can tell two filters apart."""
     image = photo(4, 496, 496)
     bicubic, bilinear = (
         pil.preprocess(image, Preprocess(crop_size=224, resize_size=248, interpolation=name))
@@ -185,7 +185,7 @@ def test_the_filter_of_the_weights_is_seen() -> None:
     assert np.abs(bicubic.astype(int) - bilinear)[4:-4, 4:-4].max() > 4
 
 
-def test_what_a_recipe_states_is_kept_and_said() -> None:
+def test_stated_settings_are_kept_and_described() -> None:
     network = Network(name=FAMILIES["clip"][0], mean=(0.5, 0.5, 0.5))
     stated = PreprocessSettings(crop_size=336, interpolation="lanczos")
     recipe = small_recipe(network=network, preprocess=stated)
@@ -198,15 +198,15 @@ def test_what_a_recipe_states_is_kept_and_said() -> None:
     assert warned == (
         "network.mean is [0.5, 0.5, 0.5], but timm's weights of "
         "vit_base_patch16_clip_quickgelu_224.openai were made with [0.4815, 0.4578, 0.4082]: leave "
-        "it out, unless yours are others"
+        "it out, unless your weights are not timm's"
     )
     seen, made = describe_preprocess(recipe)
-    assert seen.startswith("sees 336 x 336 pixels from the center of a shorter side of 373 (lanczo")
-    assert made == "its weights were made with 224 x 224 of 248 (bicubic)"
+    assert seen.startswith("input: center crop of 336 x 336 pixels, shorter side 373 (lanczo")
+    assert made == "its weights were trained on 224 x 224 pixels, shorter side 248 (bicubic)"
     assert [nearest_filter(name) for name in ("bicubic", "hamming")] == ["bicubic", "bilinear"]
 
 
-def test_a_recipe_that_states_nothing_takes_the_weights_own_size() -> None:
+def test_an_open_recipe_takes_the_size_of_the_weights() -> None:
     recipe = small_recipe(network=Network(name=FAMILIES["pe"][0]), preprocess=PreprocessSettings())
     assert recipe.preprocess == Preprocess(crop_size=384, resize_size=384, interpolation="bicubic")
     assert recipe.network.options == {}
@@ -217,14 +217,16 @@ def test_a_recipe_that_states_nothing_takes_the_weights_own_size() -> None:
     assert recipe.preprocess.crop_size == 128
 
 
-def test_a_warning_comes_with_the_plan(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_the_plan_warns_of_preprocessing_other_than_the_weights(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["network.mean=[0.5, 0.5, 0.5]"])
     weights = state_of(build(resolved(recipe).network, pretrained=False))
     save_file(weights, tmp_path / "weights.safetensors")
     planned = plan(recipe, data, tmp_path, init_from=tmp_path / "weights.safetensors")
     (warned,) = planned.warnings
     assert warned.startswith("network.mean is [0.5, 0.5, 0.5], but timm's weights of convnextv2_at")
-    assert not plan(recipe, data, tmp_path).warnings  # random weights saw nothing yet
+    assert not plan(recipe, data, tmp_path).warnings  # random weights were trained on no images
     checkpoint.save(
         tmp_path / "before" / "step_0000001",
         build(resolved(recipe).network, pretrained=False),
@@ -235,8 +237,8 @@ def test_a_warning_comes_with_the_plan(tiny_recipe: Path, data: Path, tmp_path: 
     start = tmp_path / "before" / "step_0000001"
     recipe = recipes.load(Recipe, tiny_recipe, ["preprocess.interpolation=bicubic"])
     assert plan(recipe, data, tmp_path, init_from=start).warnings == (
-        f"preprocess.interpolation is bicubic, in {start} it was bilinear",
-        f"network.mean is [0.485, 0.456, 0.406], in {start} it was [0.5, 0.5, 0.5]",
+        f"preprocess.interpolation is bicubic, but was bilinear in {start}",
+        f"network.mean is [0.485, 0.456, 0.406], but was [0.5, 0.5, 0.5] in {start}",
     )
 
 
@@ -245,10 +247,8 @@ def test_a_size_that_a_network_cannot_take_is_refused() -> None:
     check_size(build(network, pretrained=False, empty=True), network.name, SIZE)
     with pytest.raises(NetworkError) as caught:
         check_size(build(network, pretrained=False, empty=True), network.name, 40)
-    assert "takes no images of 40 x 40" in str(caught.value)
-    assert "set preprocess.crop_size=224, the size that its weights were made with" in str(
-        caught.value
-    )
+    assert "does not accept 40 x 40 images" in str(caught.value)
+    assert "set preprocess.crop_size=224, the size of its pretrained weights" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +261,7 @@ def test_weights_that_timm_does_not_know_are_one_line(name: str) -> None:
 
 @pytest.mark.parametrize("grouping", ["block", "stage"])
 @pytest.mark.parametrize("key", FAMILIES)
-def test_what_lies_behind_the_blocks_is_the_top_layer(key: str, grouping: str) -> None:
+def test_parameters_after_the_blocks_are_in_the_top_layer(key: str, grouping: str) -> None:
     backbone = build(family(key), pretrained=False, empty=True).backbone
     layers = layer_of_parameters(backbone, grouping)
     top = max(layers.values())
@@ -272,8 +272,8 @@ def test_what_lies_behind_the_blocks_is_the_top_layer(key: str, grouping: str) -
 
 
 def planted(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of images without and with a checked patch, uint8 (2 * count, SIZE, SIZE, 3), and the
-    row and column of each patch, (count, 2), in patches of 8 pixels.
+    """Make pairs of images without and with a checkered patch, uint8 (2 * count, SIZE, SIZE, 3),
+    and the row and column of each patch, (count, 2), in patches of 8 pixels.
     """
     rng = np.random.default_rng(7)
     checks = (np.indices((8, 8)).sum(0) // 2 % 2 * 255).astype(np.uint8)[..., None]
@@ -288,9 +288,9 @@ def planted(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("key", ["clip", "siglip", "pe", "dinov3", "swin"])
 def test_the_heatmap_follows_a_patch(key: str, tmp_path: Path) -> None:
-    """A frozen transformer of one block, and a linear head in the direction in which a checked
-    patch moves the features: the patch is where it raises the heatmap most, wherever it is. (A
-    second block of random weights would mix the patches before.)
+    """A frozen transformer of one block, with a linear head along the direction in which a
+    checkered patch moves the features. The patch must raise the heatmap most at its own position.
+    (A second block of random weights would mix positions before that.)
     """
     torch.manual_seed(4)
     network = family(key, freeze_backbone=True, init="fan_in")
@@ -322,13 +322,13 @@ def test_the_heatmap_follows_a_patch(key: str, tmp_path: Path) -> None:
         )
         assert np.abs(marked).max() > 0
         raised = np.array(np.unravel_index((marked - clean).argmax(), clean.shape))
-        # In the place's own cell, of whatever size the cells are.
+        # In the cell of the patch, for every cell size.
         hits.append((raised == places[index] * len(clean) // (SIZE // 8)).all())
     assert np.mean(hits) >= 0.75
 
 
-def test_a_clip_file_loads_whatever_its_head_is(tmp_path: Path) -> None:
-    """Without a classifier, and with the projection of the two towers in its place."""
+def test_a_clip_file_loads_with_any_head(tmp_path: Path) -> None:
+    """Without a classifier, and with CLIP's projection in its place."""
     network = family("clip")
     theirs = state_of(build(network, pretrained=False))
     body = {name: weight for name, weight in theirs.items() if not name.startswith("head.")}

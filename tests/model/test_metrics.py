@@ -36,11 +36,11 @@ def test_auroc_is_the_share_of_ordered_pairs_ties_counting_half() -> None:
 
 
 def test_probabilities_near_one_do_not_tie() -> None:
-    """In float32 both would be 1."""
+    """In float32 both would be equal to 1."""
     assert measure(np.array([0, 1]), 1 - np.array([2.0**-52, 2.0**-53])).auroc == 1.0
 
 
-def test_with_one_class_only_the_metrics_that_exist() -> None:
+def test_metrics_that_need_both_classes_are_none_without_one() -> None:
     fakes = measure(np.ones(4, int), np.array([0.2, 0.6, 0.7, 0.8]))
     assert (fakes.recall, fakes.accuracy) == (0.75, 0.75)
     assert fakes.false_positive_rate is None
@@ -69,7 +69,7 @@ def test_extreme_logits_neither_warn_nor_tie() -> None:
 
 
 def cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Labels and probabilities, random and degenerate."""
+    """Return labels and probabilities, random and degenerate."""
     rng = np.random.default_rng(5)
     by_name = {}
     for seed in range(12):
@@ -106,7 +106,7 @@ def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> d
         "recall": sk.recall_score(labels, called) if fakes else None,
         "false_positive_rate": 1 - sk.recall_score(labels, called, pos_label=0) if reals else None,
         "brier": sk.brier_score_loss(labels, fake, pos_label=1),
-        # (it takes the complement of a clipped probability, which for 1 - eps is not quite eps)
+        # (scikit-learn takes 1 - clipped probability, which for 1 - eps is not exactly eps)
         "nll": sk.log_loss(labels, np.stack([1 - fake, fake], 1).clip(eps, 1), labels=[0, 1])
         if ((fake > eps) & (fake < 1 - eps)).all() else None,
     }  # fmt: skip
@@ -134,27 +134,29 @@ def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> d
 
 
 @pytest.mark.parametrize("name", cases())
-def test_the_same_figures_as_scikit_learn(name: str) -> None:
+def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
     labels, fake = cases()[name]
     for threshold in (0.5, 0.3):
         figures = asdict(measure(labels, fake, threshold))
         for metric, wanted in by_scikit_learn(labels, fake, threshold).items():
             if metric == "nll" and wanted is None:
-                assert 0 <= figures["nll"] < 37  # finite, whatever the probability
+                assert 0 <= figures["nll"] < 37  # finite for every probability
             else:
                 assert figures[metric] == pytest.approx(wanted, abs=1e-6), metric
         missing = figures.keys() - by_scikit_learn(labels, fake, threshold).keys()
         assert all(figures[metric] is None for metric in missing)
 
 
-def test_equal_errors_lie_between_two_thresholds() -> None:
-    """One of three reals and none of two fakes, or none and one of two: between them at 0.2."""
+def test_equal_error_rate_interpolates_between_thresholds() -> None:
+    """At one threshold 1 of 3 reals and 0 of 2 fakes are wrong, at the next 0 of 3 and 1 of 2: the
+    lines cross at 0.2.
+    """
     labels, fake = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.7, 0.7, 0.9])
     assert measure(labels, fake).eer == pytest.approx(0.2)
 
 
-def test_a_false_positive_rate_counts_what_lies_at_the_threshold() -> None:
-    """100 reals: the one at 0.9 is tied with fakes, so a threshold that finds them costs 1 %."""
+def test_tpr_at_fpr_counts_ties_at_the_threshold() -> None:
+    """100 reals: one at 0.9 ties with fakes, so a threshold of 0.9 has 1 % false positives."""
     labels = np.append(np.zeros(100, int), np.ones(4, int))
     fake = np.concatenate([np.linspace(0, 0.5, 98), [0.8, 0.9], [0.9, 0.9, 0.8, 0.95]])
     assert measure(labels, fake).tpr_at_fpr_1 == 0.75

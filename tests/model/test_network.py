@@ -1,4 +1,4 @@
-"""A head that sees all stages, and a body that stays as it is."""
+"""Networks: heads on stages and class tokens, frozen backbones, empty networks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +46,8 @@ def test_the_stage_head_is_linear_in_scaled_means_and_deviations() -> None:
 
 @pytest.mark.parametrize("head", ["timm", "stages"])
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "vit_tiny_patch16_224"])
-def test_features_and_their_classification_are_the_forward_pass(name: str, head: str) -> None:
-    """Of a network that learns whole, of one whose backbone is frozen, and by the two halves."""
+def test_features_then_classify_equals_forward(name: str, head: str) -> None:
+    """For a trainable network and for one with a frozen backbone."""
     size = 224 if name.startswith("vit") else 64
     torch.manual_seed(5)
     whole = build(Network(name=name, pretrained=False, head=head), pretrained=False).eval()
@@ -72,7 +72,7 @@ VIT = Network(
 )  # fmt: skip
 
 
-def test_the_class_token_head_sees_the_tokens_behind_its_blocks() -> None:
+def test_the_class_token_head_reads_the_tokens_after_its_blocks() -> None:
     torch.manual_seed(5)
     net = build(VIT, pretrained=False).eval()
     images = noise(3, 32)
@@ -85,11 +85,11 @@ def test_the_class_token_head_sees_the_tokens_behind_its_blocks() -> None:
             tokens.append(x[:, 0])
     scaled = [torch.nn.functional.layer_norm(token, (24,)) for token in (tokens[0], tokens[2])]
     torch.testing.assert_close(features, torch.cat(scaled, 1))
-    assert not net(images).any()  # it starts at 0
+    assert not net(images).any()  # the head starts at 0
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
     with torch.inference_mode():
         torch.testing.assert_close(net(images), net.classify(features))
-        torch.nn.init.zeros_(net.backbone.blocks[3].attn.qkv.weight)  # is not read
+        torch.nn.init.zeros_(net.backbone.blocks[3].attn.qkv.weight)  # not used by the head
         torch.testing.assert_close(net(images), net.classify(features))
     learning = [name for name, p in net.named_parameters() if p.requires_grad]
     assert learning == ["backbone.stage_head.fc.weight", "backbone.stage_head.fc.bias"]
@@ -121,15 +121,15 @@ def test_a_class_token_head_is_saved_exported_and_explained(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"blocks": ()}, "say behind which blocks"),
-        ({"head": "timm"}, "belong together"),
-        ({"blocks": (2, 1)}, "rise from 0 on"),
-        ({"blocks": (1, 1)}, "rise from 0 on"),
-        ({"blocks": (-1,)}, "rise from 0 on"),
-        ({"freeze_backbone": False}, "is for a frozen backbone"),
+        ({"blocks": ()}, "list the blocks"),
+        ({"head": "timm"}, "are set together"),
+        ({"blocks": (2, 1)}, "from 0 in rising order"),
+        ({"blocks": (1, 1)}, "from 0 in rising order"),
+        ({"blocks": (-1,)}, "from 0 in rising order"),
+        ({"freeze_backbone": False}, "needs a frozen backbone"),
     ],
 )
-def test_blocks_that_make_no_sense(changes: dict, said: str) -> None:
+def test_invalid_blocks_are_refused(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(VIT, **changes)
 
@@ -137,18 +137,18 @@ def test_blocks_that_make_no_sense(changes: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"blocks": (4,)}, "has blocks 0 to 3, network.blocks names 4"),
+        ({"blocks": (4,)}, "has blocks 0 to 3, but network.blocks has 4"),
         ({"name": "convnextv2_atto", "options": {}}, "has no class token; set network.head"),
     ],
 )
-def test_a_network_without_such_tokens(changes: dict, said: str) -> None:
+def test_a_network_without_class_tokens_is_refused(changes: dict, said: str) -> None:
     with pytest.raises(NetworkError, match=said):
         build(replace(VIT, **changes), pretrained=False)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "resnet10t"])
-def test_what_is_to_learn_gets_a_gradient(name: str) -> None:
-    """A weight that never gets one stops a run on many ranks."""
+def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
+    """With DDP, a parameter without a gradient stops the run."""
     net = build(Network(name=name, pretrained=False, head="stages"), pretrained=False).train()
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
     net(noise()).square().sum().backward()
@@ -162,7 +162,7 @@ def test_what_is_to_learn_gets_a_gradient(name: str) -> None:
 @pytest.mark.parametrize(
     "network", [replace(TINY, freeze_backbone=True), replace(MOBILE, freeze_backbone=True)]
 )
-def test_a_frozen_network_learns_with_its_head_alone(network: Network) -> None:
+def test_with_a_frozen_backbone_only_the_head_learns(network: Network) -> None:
     torch.manual_seed(0)
     net = build(network, pretrained=False).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -219,7 +219,7 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
     assert [p.probability for p in load_detector(folder).predict([image])] == expected
     card = (folder / "README.md").read_text()
     assert "load_detector" in card and "library_name" not in card and "timm.create" not in card
-    with pytest.raises(RuntimeError, match="stage_head"):  # and no silent guess by timm
+    with pytest.raises(RuntimeError, match="stage_head"):  # timm must not guess silently
         timm.create_model(f"local-dir:{folder}", pretrained=True)
     _, cells = attribution(detector, image)
     assert np.isfinite(cells).all()
@@ -227,8 +227,8 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnextv2_atto"])
-def test_an_empty_network_draws_no_number(name: str) -> None:
-    """Drawing them takes longer than all else that loading does."""
+def test_an_empty_network_uses_no_random_numbers(name: str) -> None:
+    """Random initialization takes longer than the rest of loading."""
     before = torch.get_rng_state()
     build(Network(name=name, pretrained=False), pretrained=False, empty=True)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Scores that are no numbers are errors, and never verdicts."""
+"""Scores that are NaN or infinite are errors, never verdicts."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_a_logit_that_is_not_finite_has_no_probability() -> None:
     assert probabilities[[0, 4, 5]].tolist() == [0.5, 1.0, 0.0]
 
 
-def test_there_is_no_verdict_for_what_is_no_number() -> None:
+def test_there_is_no_verdict_for_nan_or_infinity() -> None:
     for value in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(ValueError, match="no verdict: its score is not a finite number"):
             verdict(value, (0.3, 0.6))
@@ -53,7 +53,5 @@ def test_a_checkpoint_of_bad_weights_gives_an_error_for_each_image(
     assert "not a finite number" in prediction.error
     loading = Loading(batch_size=16, num_workers=0)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
-    with pytest.raises(
-        ScoreError, match=r"80 of 80 scores of .* are not finite, the first that of"
-    ):
+    with pytest.raises(ScoreError, match=r"80 of 80 scores of .* are not finite, first: "):
         score_set(net.eval(), loader)

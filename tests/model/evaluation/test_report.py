@@ -109,7 +109,7 @@ def test_sets_without_reals_come_first_in_the_headline() -> None:
     overall = document["sets"]["evalgen"]["overall"]
     assert overall["false_positive_rate"] is None and overall["auroc"] is None
     assert overall["recall"] is not None
-    assert "says how many fakes are found and nothing about" in document["sets"]["evalgen"]["note"]
+    assert "gives the share of fakes found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
 def test_one_image_is_counted_as_one_image() -> None:

@@ -159,7 +159,7 @@ def test_a_damaged_or_untested_backbone_is_refused(
     folder = head.save_head(trained, tmp_path / "two", spec_of(other, file))
     assert scores(folder) == scores(NAME)  # the untested file is first in the list and is skipped
     file.unlink()
-    with pytest.raises(BackboneError, match="a backbone that two was not tested on, so it is refu"):
+    with pytest.raises(BackboneError, match="a backbone that two was not tested with, so it is"):
         load_detector(folder)
 
 

@@ -309,7 +309,7 @@ def test_no_image_is_an_error(exported: Path, tiny_checkpoint: Path, tmp_path: P
 
 def test_export_needs_an_option_for_the_format() -> None:
     result = CliRunner().invoke(main, ["export"])
-    assert result.exit_code == 2 and "--onnx, --hub FOLDER, --head FOLDER" in result.output
+    assert result.exit_code == 2 and "--onnx, --hub FOLDER or --head FOLDER" in result.output
 
 
 @pytest.mark.slow

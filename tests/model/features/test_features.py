@@ -1,4 +1,4 @@
-"""The feature store: the same heads as from pixels, files that go on, ranks, damage, refusals."""
+"""Feature store: heads equal to those from pixels, resuming, ranks, damage, refusals."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def settings(*more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("views", [0, 2])
-def test_a_head_from_stored_features_is_the_one_from_pixels(
+def test_a_head_from_stored_features_equals_one_from_pixels(
     views: int, tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
 ) -> None:
     """The same views in the same order: phase 1, then phase 2 with replayed samples."""
@@ -113,14 +113,16 @@ def test_a_head_from_stored_features_is_the_one_from_pixels(
     assert len(losses) > 3
     np.testing.assert_allclose(losses, losses_px, atol=2e-3)
     np.testing.assert_allclose(head, head_px, atol=2e-3)
-    assert np.abs(head).max() > 0.02  # it has learned
+    assert np.abs(head).max() > 0.02  # the head has learned
     assert meta["step"] == meta_px["step"]
     figures = [m["metrics"]["sets"]["val"]["nll"] for m in (meta, meta_px)]
     assert figures[0] == pytest.approx(figures[1], abs=2e-3)
 
 
-def test_views_are_what_a_run_from_pixels_sees(net: Detector, data: Path, tmp_path: Path) -> None:
-    """View 1 and 2 differ from view 0 and from each other, and any subset has the same ones."""
+def test_views_equal_the_augmentation_of_training_from_pixels(
+    net: Detector, data: Path, tmp_path: Path
+) -> None:
+    """Views 1 and 2 differ from view 0 and from each other, and every subset has the same ones."""
     shards = open_shards([data / "new", data / "old"])
     source = source_in(tmp_path, net)
     for number in (0, 1, 2):
@@ -162,7 +164,7 @@ def test_files_do_not_depend_on_the_batch_or_the_ranks(
     assert [f.name for f in first] == [f.name for f in second]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_resumes_at_the_next_shard(
     net: Detector, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_in(tmp_path, net)
@@ -190,7 +192,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         strict=True,
     ):
         assert file.path.read_bytes() == other.path.read_bytes()
-    assert embed(embedder(net), old, source, 0) == 0  # nothing is left to do
+    assert embed(embedder(net), old, source, 0) == 0  # nothing is missing
 
 
 def test_other_weights_settings_or_shards_are_computed_anew(
@@ -215,7 +217,7 @@ def test_other_weights_settings_or_shards_are_computed_anew(
     learned = build(FROZEN, pretrained=False)
     learned.load_state_dict(net.state_dict())
     torch.nn.init.normal_(learned.backbone.stage_head.fc.weight)
-    assert missing(source_in(tmp_path, learned)) == 0  # the head is not part of it
+    assert missing(source_in(tmp_path, learned)) == 0  # the head is not part of the identity
     changed = ("0" * 64, *old.shard_sha256[1:])
     assert missing(source, replace(old, shard_sha256=changed)) == 1
 
@@ -236,13 +238,15 @@ def test_a_damaged_file_is_computed_anew(
             "not arrow": b"x" * len(whole),
         }[damage]
     )
-    with pytest.raises(FeatureError, match=r"arrow is not there or holds other features.*embed"):
+    with pytest.raises(FeatureError, match=r"arrow is missing or has other features.*embed"):
         open_table(source.store, source.backbone, old, View())
     assert embed(embedder(net), old, source, 0) > 0
     assert victim.read_bytes() == whole
 
 
-def test_images_that_cannot_be_decoded_stay_out(net: Detector, data: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_left_out(
+    net: Detector, data: Path, tmp_path: Path
+) -> None:
     shards = broken_copy(data, tmp_path, [3], "all")
     source = source_in(tmp_path / "store", net)
     embed(embedder(net), shards, source, 0)
@@ -260,14 +264,14 @@ def test_images_that_cannot_be_decoded_stay_out(net: Detector, data: Path, tmp_p
     assert shards.text("key", 3) in named[0]
 
 
-def test_many_broken_images_stop_it(net: Detector, data: Path, tmp_path: Path) -> None:
+def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:
     shards = broken_copy(data, tmp_path, list(range(10)), "all")
     with pytest.raises(LoadError, match=r"10 of .* samples cannot be decoded"):
         embed(embedder(net), shards, source_in(tmp_path / "store", net), 0)
 
 
 def test_a_part_of_a_shard_is_not_embedded(net: Detector, old: ShardSet, tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match="were asked for; compute the features of whole sets"):
+    with pytest.raises(FeatureError, match="of them; compute the features of whole sets"):
         embed(embedder(net), old.take(np.arange(3)), source_in(tmp_path, net), 0)
 
 
@@ -280,13 +284,13 @@ def test_features_that_are_not_finite_are_refused(old: ShardSet, tmp_path: Path)
 
 
 def test_a_backbone_that_learns_has_no_store(tiny_recipe: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match=r"a frozen backbone only: set network\.freeze"):
+    with pytest.raises(recipes.RecipeError, match=r"needs a frozen backbone: set network\.freeze"):
         recipes.load(Recipe, tiny_recipe, ["features.views=1"])
     with pytest.raises(FeatureError, match="frozen backbone only"):
         backbone_id(build(TINY, pretrained=False), TINY, SMALL_PREPROCESS, torch.float32)
 
 
-def test_files_are_mapped_and_hold_no_descriptor(
+def test_files_are_memory_mapped_without_an_open_descriptor(
     net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
     source = source_in(tmp_path, net)
@@ -298,7 +302,7 @@ def test_files_are_mapped_and_hold_no_descriptor(
     assert not table.parts[0].features.flags.writeable
 
 
-def test_others_read_the_files(net: Detector, old: ShardSet, tmp_path: Path) -> None:
+def test_plain_pyarrow_reads_the_files(net: Detector, old: ShardSet, tmp_path: Path) -> None:
     source = source_in(tmp_path, net)
     embed(embedder(net), old, source, 0)
     file = files_of(source.store, source.backbone, old, View())[0]
@@ -334,7 +338,7 @@ def test_a_number_of_views_has_bounds(value: int) -> None:
         Features(views=value)
 
 
-def test_the_command_embeds_ahead_what_training_reads(
+def test_the_command_computes_the_features_that_training_reads(
     tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
 ) -> None:
     words = [
@@ -355,11 +359,13 @@ def test_the_command_embeds_ahead_what_training_reads(
     assert {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path / "store")} == files
 
 
-def test_the_command_asks_for_views(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_requires_a_features_table(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
     words = ["embed", "--recipe", str(tiny_recipe), "--data", str(data)]
     result = CliRunner().invoke(command, [*words, "--runs", str(tmp_path)])
     assert result.exit_code == 1
-    assert "has no [features]; say how many views" in result.output
+    assert "has no [features]; set the number of stored views" in result.output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Calibration on sources that were left out: the heads, the thresholds, what is kept, refusals."""
+"""Calibration on left-out sources: heads, thresholds, recorded rates, refusals."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ def weights(recipe: Recipe, tmp_path: Path) -> Path:
 def test_each_source_is_scored_by_a_head_that_never_saw_it(
     recipe: Recipe, weights: Path, data: Path, tmp_path: Path
 ) -> None:
-    """By the very head that a run gives from which the source is left out."""
+    """The head equals that of a run without the source."""
     planned = plan(recipe, data, tmp_path / "runs", init_from=weights)
     state = assemble(planned)
     planned = with_features(planned, state)
@@ -97,7 +97,7 @@ def test_sources_that_belong_together_are_left_out_together(
     assert all(np.array_equal(scored[name][1], alone[name][1]) for name in rest)
 
 
-def test_a_run_calibrates_by_it_and_keeps_the_rates(
+def test_a_run_calibrates_on_left_out_sources_and_records_the_rates(
     recipe: Recipe, weights: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = replace(recipe, calibration=Calibrating(on="left_out", max_fpr=0.2))
@@ -114,7 +114,9 @@ def test_a_run_calibrates_by_it_and_keeps_the_rates(
 
 
 def scores_of(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Four real sources, the last of which looks more like a fake, and two of fakes."""
+    """Make scores of four real sources, of which the last looks more like a fake, and two
+    of fakes.
+    """
     rng = np.random.default_rng(seed)
     shifts = {"a": -3.0, "b": -2.5, "c": -2.0, "odd": 0.0}
     scores = {n: (np.zeros(400, int), rng.normal(s, 1, 400)) for n, s in shifts.items()}
@@ -122,7 +124,7 @@ def scores_of(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def test_thresholds_over_sources() -> None:
-    """The rate holds over what it was asked for, and not elsewhere."""
+    """The rate holds for the selected images, and not for others."""
     reals = [pair[1] for name, pair in scores_of().items() if name in ("a", "b", "c", "odd")]
     probabilities = [probability(logits) for logits in reals]
     pooled, most, worst = (
@@ -138,7 +140,7 @@ def test_thresholds_over_sources() -> None:
     assert most <= worst
 
 
-def test_the_band_holds_the_two_rates() -> None:
+def test_the_band_keeps_both_error_rates() -> None:
     scores = scores_of()
     by_rate = {}
     for rate in (0.01, 0.05, 0.2):
@@ -161,8 +163,8 @@ def test_the_band_holds_the_two_rates() -> None:
     assert by_rate[0.01] > by_rate[0.05] > by_rate[0.2]
 
 
-def test_the_band_begins_over_the_same_sources() -> None:
-    """One source of fakes that looks real does not make everything uncertain."""
+def test_most_sources_ignores_one_odd_source_of_fakes() -> None:
+    """One source of fakes that looks real does not make every image uncertain."""
     rng = np.random.default_rng(2)
     scores = scores_of() | {
         n: (np.ones(300, int), rng.normal(s, 1, 300)) for n, s in (("z", 2), ("hidden", -4))
@@ -178,25 +180,23 @@ def test_too_few_images_are_refused() -> None:
     few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
     with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):
         calibrate_sources(few, Calibrating(on="left_out"))
-    with pytest.raises(CalibrationError, match=r"no source has images enough .* 0%"):
+    with pytest.raises(CalibrationError, match=r"no source has enough images .* 0%"):
         threshold_over_sources([np.linspace(0, 1, 50)], 0.001, "worst_source")
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (['calibration.on="left_out"'], r"from stored features: add \[features\]"),
+        (['calibration.on="left_out"'], r"on stored features: add \[features\]"),
         (
             ['calibration.on="left_out"', *SETTINGS, 'run.init_from="other"'],
-            "a head that has learned nothing before",
+            "needs an untrained head",
         ),
         (["calibration.max_fpr=0"], "shares between 0 and 0.5"),
         (["calibration.max_miss=0.5"], "shares between 0 and 0.5"),
     ],
 )
-def test_recipes_that_ask_for_the_impossible(
-    overrides: list[str], said: str, tiny_recipe: Path
-) -> None:
+def test_impossible_recipes_are_refused(overrides: list[str], said: str, tiny_recipe: Path) -> None:
     with pytest.raises(recipes.RecipeError, match=said):
         recipes.load(Recipe, tiny_recipe, overrides)
 

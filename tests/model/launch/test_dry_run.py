@@ -1,4 +1,4 @@
-"""`train.py --dry-run`: what it prints, that it works where training does, and writes nothing."""
+"""`train.py --dry-run`: it prints what a run would do, and writes nothing."""
 
 import re
 from pathlib import Path
@@ -32,29 +32,31 @@ def files_below(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_dry_run_says_what_would_run_and_writes_nothing(
+def test_a_dry_run_describes_the_run_and_writes_nothing(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     result = dry_run(tiny_recipe, data, tmp_path / "runs")
     assert result.exit_code == 0, result.output
     said = result.stdout
-    assert "first weights: random, nothing is pretrained" in said
+    assert "first weights: random, not pretrained" in said
     assert "2 epochs, 10 steps of 16" in said
     rows = [re.split(r"\s*[│|]\s*", line) for line in said.splitlines() if "alpha" in line]
     assert [row[1:5] for row in rows] == [["training", "alpha", "25", "15"]]
     assert re.search(r"validation val +│ gamma", said)
-    assert "13,690 of 13,690 parameters learn" in said
-    assert re.search(r"tried 4 steps of 16 images .*: loss 0\.\d+ at first; the first took", said)
+    assert "13,690 of 13,690 parameters are trained" in said
+    assert re.search(r"tried 4 steps of 16 images.*: first loss 0\.\d+; the first step took", said)
     assert re.search(r"peak memory \d+\.\d+ GiB a process", said)
     assert re.search(r"estimate: [\d.e+-]+ \w+ for 10 steps, 2 validations of ", said)
-    assert "rests on 3 batches of this machine as it is now" in said
+    assert "batches measured for the estimate: 3." in said
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_resumed_phase_2_run(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two batches when time is short; what the detector knows before is measured once more."""
+    """With two batches when time is short; the metrics before training are counted as a
+    validation.
+    """
     monkeypatch.setattr(trying, "ENOUGH_S", 0.0)
     settings = [
         'name="second"', 'run.init_from="tiny"', 'data.train=["new"]', 'replay.sets=["old"]',
@@ -68,8 +70,8 @@ def test_a_resumed_phase_2_run(
     assert result.exit_code == 0, result.output
     digest = sha256_of(best / "weights.safetensors")[:12]
     assert f"first weights: checkpoint tiny/{best.name} (sha256 {digest})" in result.stdout
-    assert f"going on from {runs / 'second/step_0000004'}" in result.stdout
-    assert re.search(r"replay, to choose from +│ beta +│ +15 │ +15", result.stdout)
+    assert f"resuming from {runs / 'second/step_0000004'}" in result.stdout
+    assert re.search(r"replay candidates +│ beta +│ +15 │ +15", result.stdout)
     assert "tried 2 steps of 16" in result.stdout
     assert "for 8 steps, 2 validations" in result.stdout  # of 12 steps and both epochs
     result = dry_run(tiny_recipe, data, runs, "run.epochs=1")
@@ -91,7 +93,7 @@ def test_stored_features_that_are_missing_are_estimated_and_not_stored(
     options = {"init-from": weights}
     result = dry_run(tiny_recipe, data, tmp_path / "runs", *settings, **options)
     assert result.exit_code == 0, result.output
-    # Two views of 80 images, and the center crop of those of val.
+    # Two views of 80 images, and the center crops of val.
     images = (
         2 * 80
         + int(re.search(r"gamma +│ +(\d+)", result.stdout)[1])
@@ -125,7 +127,9 @@ def test_what_would_stop_the_run_stops_the_dry_run(
 
 
 @pytest.mark.slow
-def test_of_many_ranks_the_first_one_prints(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_of_several_ranks_only_the_first_prints(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
     arguments = ["--recipe", tiny_recipe, "--data", data, "--runs", tmp_path / "runs", "--dry-run"]
     arguments += ["--set", "loading.batch_size=8"]
     first, second = [rank.wait() for rank in forked.start_ranks(2, arguments, tmp_path)]
@@ -139,5 +143,5 @@ def test_of_many_ranks_the_first_one_prints(tiny_recipe: Path, data: Path, tmp_p
     ("seconds", "said"),
     [(0.0123, "0.012 s"), (64, "64 s"), (600, "10.0 min"), (8000, "2.2 h"), (3e5, "3.5 days")],
 )
-def test_times_for_people(seconds: float, said: str) -> None:
+def test_durations_have_readable_units(seconds: float, said: str) -> None:
     assert _duration(seconds) == said

@@ -1,4 +1,4 @@
-"""`train.py --folder`: a folder of images in, a checkpoint out."""
+"""`train.py --folder`: from a folder of images to a checkpoint."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with 30 real images and 30 fake ones; packed by one process."""
+    """Create a folder with 30 real and 30 fake images, packed by one process."""
     for label, name in enumerate(("real", "fake")):
         folder = tmp_path / "mine" / name
         folder.mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
     (place,) = (mine.parent / "shards/folders").iterdir()
     packed = next(line for line in result.stderr.splitlines() if " packed in " in line)
     assert packed.startswith(f"{mine} packed in {place}: ") and "held out (mine-val)" in packed
-    assert "instead of 16, for so few images" in result.stderr
+    assert "instead of 16, because there are few images" in result.stderr
     meta = checkpoint.read_meta(checkpoint.best_of(mine.parent / "runs/mine"))
     assert meta["recipe"]["data"]["train"] == [f"folders/{place.name}/mine"]
     assert list(meta["metrics"]["sets"]) == ["mine-val"]

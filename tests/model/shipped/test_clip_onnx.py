@@ -1,4 +1,4 @@
-"""The converter of CLIP's ONNX file: the right numbers under the right names, the same bytes."""
+"""Conversion of CLIP's ONNX file: names, numbers, reproducible bytes, refusals."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_timm_takes_the_names_and_nothing_is_missing(tmp_path) -> None:
     net.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=True)
 
 
-def test_the_numbers_are_those_of_the_file() -> None:
+def test_the_weights_equal_those_of_the_file() -> None:
     weights = clip_onnx.convert(clip_onnx_file())
     qkv = weights["blocks.1.attn.qkv.weight"]
     assert (qkv.shape, qkv.dtype) == ((3 * CLIP_WIDTH, CLIP_WIDTH), np.float32)
@@ -57,7 +57,7 @@ def test_the_same_file_gives_the_same_bytes(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"\xff\xffno onnx", "no ONNX file"), (b"", "it has no"),
+    [(b"\xff\xffno onnx", "the file is not ONNX"), (b"", "the file has no"),
      (clip_onnx_file(without="vision_model.pre_layrnorm.bias"), "no vision_model.pre_layrnorm")],
 )  # fmt: skip
 def test_another_file_is_refused(data: bytes, said: str) -> None:

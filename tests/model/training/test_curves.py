@@ -1,4 +1,4 @@
-"""The picture of a run's curves."""
+"""Plot of a run's curves."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def write_run(folder: Path, steps: int, false_positives: float) -> Path:
             rows.append({"step": step, "kind": "validate/val/source", **rates})
             rows.append({"step": step, "kind": "validate/evalgen", **fakes})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / HISTORY_FILE).write_text(lines + '{"step": 99, "ki')  # a row being written
+    (folder / HISTORY_FILE).write_text(lines + '{"step": 99, "ki')  # an incomplete last row
     return folder
 
 
@@ -37,9 +37,7 @@ def draw(run: Path, out: Path) -> np.ndarray:
     return np.asarray(Image.open(out).convert("RGB")).astype(int)
 
 
-def test_the_picture_shows_what_was_written_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plot_shows_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, str, list]] = []
     real = curves._line
 
@@ -64,7 +62,7 @@ def test_the_picture_shows_what_was_written_down(
 @pytest.mark.parametrize(
     ("rows", "said"), [(None, "is no run (it has no metrics.jsonl)"), ("", "has not logged a step")]
 )
-def test_nothing_to_draw_is_one_clear_line(tmp_path: Path, rows: str | None, said: str) -> None:
+def test_a_run_without_rows_is_one_clear_error(tmp_path: Path, rows: str | None, said: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
     if rows is not None:

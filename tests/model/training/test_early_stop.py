@@ -1,5 +1,5 @@
-"""Early stopping: a run ends after validations without a gain, at one step however often it was
-interrupted.
+"""Early stopping: a run ends after validations without a gain, at the same step after any
+interruptions.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from tests.builders import ends_alike
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 NO_GAIN = ["run.epochs=6", "optim.lr=1e-12", "optim.weight_decay=0", "run.stop_after_no_gain=2"]
-"""Validations that are all alike: the first is a gain, the second and third are not."""
+"""Settings that make all validations equal: the first is a gain, the next two are not."""
 
 
-def test_a_figure_that_is_equal_is_no_gain() -> None:
+def test_an_equal_figure_is_no_gain() -> None:
     gain = Gain()
     seen = []
     for step, selection in enumerate([0.5, 0.5, 0.6, 0.55, 0.6, 0.59], 1):
@@ -30,7 +30,7 @@ def test_a_figure_that_is_equal_is_no_gain() -> None:
     assert seen == [(0.5, 1, 0), (0.5, 1, 1), (0.6, 3, 0), (0.6, 3, 1), (0.6, 3, 2), (0.6, 3, 3)]
 
 
-def test_a_run_without_a_gain_stops_at_one_step_however_often_it_was_interrupted(
+def test_early_stopping_ends_at_the_same_step_after_interruptions(
     tiny_recipe: Path, data: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, [*NO_GAIN, "run.log_every=1"])
@@ -51,18 +51,20 @@ def test_a_run_without_a_gain_stops_at_one_step_however_often_it_was_interrupted
         train(recipe, data, tmp_path / "parts", stop_at=stop_at)
         stopped = checkpoint.last_of(tmp_path / "parts/tiny")
         assert checkpoint.read_meta(stopped)["ended"] is None
-        torch.manual_seed(99)  # whatever else used the generator in between
+        torch.manual_seed(99)  # other code may have used the generator
     train(recipe, data, tmp_path / "parts")
     assert checkpoint.last_of(tmp_path / "parts/tiny").name == "step_0000015"
     ends_alike(run, tmp_path / "parts/tiny")
 
 
-def test_a_run_to_its_last_step_says_so(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_a_complete_run_records_that_every_step_is_done(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=1"])
     last = train(recipe, data, tmp_path)
     assert checkpoint.read_meta(last)["ended"] == "every step is done"
 
 
 def test_a_negative_number_is_refused(tiny_recipe: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match="no negative number"):
+    with pytest.raises(recipes.RecipeError, match="must not be negative"):
         recipes.load(Recipe, tiny_recipe, ["run.stop_after_no_gain=-1"])

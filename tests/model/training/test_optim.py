@@ -1,4 +1,6 @@
-"""Layer-wise rates that really apply, decay only where it belongs, a schedule that multiplies."""
+"""Optimizer: layer-wise rates reach the step, weight decay on weights only, a schedule that
+multiplies.
+"""
 
 from itertools import pairwise
 
@@ -32,7 +34,9 @@ def rates(optim: Optim, backbone: torch.nn.Module, steps: int, step: int) -> set
 def test_after_warm_up_there_are_as_many_rates_as_groups(
     layer_decay_groups: str, groups: int
 ) -> None:
-    """The original wrote `lr_scale` and its schedulers ignored it: one rate for 38 groups."""
+    """The original project wrote `lr_scale`, which its schedulers ignored: one rate for 38
+    groups.
+    """
     decay = 1.0 if layer_decay_groups == "none" else 0.8
     optim = Optim(lr=2e-4, layer_decay=decay, layer_decay_groups=layer_decay_groups)
     layers = layer_of_parameters(BASE, layer_decay_groups)
@@ -80,7 +84,7 @@ def test_no_decay_on_biases_norms_and_grn() -> None:
 
 
 def test_the_rates_are_used_by_the_step() -> None:
-    """One step of plain gradients of one: the head moves by its rate, the stem by its own."""
+    """One step with gradients of 1: the head and the stem each move by their own rate."""
     net = build(TINY, pretrained=False)
     optim = Optim(
         lr=1e-2, weight_decay=0.0, layer_decay=0.5, layer_decay_groups="block", warmup_ratio=0.0
@@ -101,15 +105,13 @@ def test_the_rates_are_used_by_the_step() -> None:
 def test_a_parameter_without_a_layer_is_an_error() -> None:
     backbone = timm.create_model("convnextv2_atto", num_classes=2)
     backbone.surprise = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        OptimError, match=r"no layer for 2 parameters, the first is surprise\.weight"
-    ):
+    with pytest.raises(OptimError, match=r"no layer for 2 parameters, first: surprise\.weight"):
         layer_of_parameters(backbone, "stage12")
-    with pytest.raises(OptimError, match=r"first is surprise\.weight"):
+    with pytest.raises(OptimError, match=r"first: surprise\.weight"):
         layer_of_parameters(backbone, "block")
 
 
-def test_the_schedule_is_the_originals_in_multiples() -> None:
+def test_the_schedule_equals_the_originals_as_a_factor() -> None:
     optim = Optim(lr=7.5e-5, warmup_ratio=0.07, warmup_start_factor=0.01, min_lr=1e-7)
     factors = [schedule(optim, step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(0.01)
@@ -121,8 +123,8 @@ def test_the_schedule_is_the_originals_in_multiples() -> None:
     assert all(a > b for a, b in pairwise(factors[70:]))
 
 
-def test_a_small_group_is_never_raised() -> None:
-    """An absolute floor of 1e-7 would lift the stem's 5e-8 above itself; a factor cannot."""
+def test_a_small_learning_rate_is_never_raised() -> None:
+    """An absolute minimum of 1e-7 would raise the stem's 5e-8; a factor cannot."""
     optim = Optim(lr=2e-4, layer_decay=0.8, layer_decay_groups="block", min_lr=1e-7)
     start, end = rates(optim, BASE, 1000, 50), rates(optim, BASE, 1000, 999)
     assert all(low < high for low, high in zip(sorted(end), sorted(start), strict=True))
@@ -132,7 +134,7 @@ def test_a_small_group_is_never_raised() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"lr": 0}, "needs 0 <= min_lr <= lr"),
+        ({"lr": 0}, "lr must be above 0 and min_lr from 0 to lr"),
         ({"lr": 1e-3, "layer_decay": 0.8}, "needs layer_decay_groups block, stage or stage12"),
         ({"lr": 1e-3, "warmup_ratio": 1.5}, "warmup_ratio is a share of the steps"),
     ],

@@ -1,4 +1,4 @@
-"""The plan of a run: what it decides, and every refusal, before anything is built or written."""
+"""Planning a run: its decisions, and all refusals, before anything is built or written."""
 
 import json
 import shutil
@@ -35,13 +35,13 @@ Load = Callable[..., Recipe]
 
 @pytest.fixture
 def load(tiny_recipe: Path) -> Load:
-    """The tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
+    """Return a loader of the tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
     return lambda *changes: recipes.load(Recipe, tiny_recipe, changes)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """Runs with the checkpoint of a run `first`, of the network that the tiny recipe describes."""
+    """Return a runs folder with a checkpoint of the run `first`, of the tiny recipe's network."""
     runs = tmp_path_factory.mktemp("runs")
     options = {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2}
     network = replace(TINY, name="convnextv2_atto", options=options)
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def files_below(*folders: Path) -> dict[Path, int]:
-    """Every file and folder with the time of its last change."""
+    """Map every file and folder to the time of its last change."""
     return {p: p.stat().st_mtime_ns for folder in folders for p in [folder, *folder.rglob("*")]}
 
 
@@ -75,7 +75,7 @@ def test_a_new_run(load: Load, data: Path, tmp_path: Path) -> None:
     assert "fp32 on cpu (no mixed precision on cpu)" in said
     assert "per epoch 80 new samples (40 real, 40 fake) and 0 old ones" in said
     assert "10 steps of 16" in said
-    assert "torch.compile off (does not pay on cpu)" in said
+    assert "torch.compile off (not faster on cpu)" in said
 
 
 def test_parameters_and_rates_are_those_of_the_network_that_is_built(
@@ -90,17 +90,15 @@ def test_parameters_and_rates_are_those_of_the_network_that_is_built(
     assert len(rates) > 2
 
 
-def test_a_run_that_goes_on_and_one_that_is_finished(
-    load: Load, data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_and_a_finished_one(load: Load, data: Path, tmp_path: Path) -> None:
     train(load(), data, tmp_path, stop_at=7)
     planned = plan(load(), data, tmp_path)
     assert planned.resumed == tmp_path / "tiny/step_0000007"
     assert (planned.done, planned.finished) == (7, False)
     assert planned.weights.path == planned.resumed
     assert planned.weights.sha256 == sha256_of(planned.resumed / "weights.safetensors")
-    assert planned.describe()[0] == f"going on from {planned.resumed}"
-    # The end of the first epoch was validated, step 7 was not.
+    assert planned.describe()[0] == f"resuming from {planned.resumed}"
+    # The end of the first epoch was validated; step 7 was not.
     assert planned.best.path == tmp_path / "tiny/step_0000005"
     assert list(planned.best.validation.sets) == ["val"]
     best = train(load(), data, tmp_path)
@@ -117,8 +115,10 @@ def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -
     assert files_below(data, trained) == before
 
 
-def test_a_plan_leaves_torchs_generator_to_the_run(load: Load, data: Path, tmp_path: Path) -> None:
-    """`assemble` seeds it; two plans in a row give one network."""
+def test_a_plan_does_not_use_torchs_random_generator(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    """`assemble` seeds the generator; two plans in a row must give one network."""
     weights = []
     for _ in range(2):
         net = assembling.assemble(plan(load(), data, tmp_path)).net
@@ -127,7 +127,7 @@ def test_a_plan_leaves_torchs_generator_to_the_run(load: Load, data: Path, tmp_p
 
 
 def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path) -> None:
-    """The recipe's run, unless a checkpoint or an ImageNet file is named."""
+    """The recipe's run, unless `init_from` names a checkpoint or an ImageNet file."""
     first = trained / "first/step_0000003"
     digest = sha256_of(first / "weights.safetensors")
     trained_weights = Weights(kind="checkpoint", path=first, sha256=digest)
@@ -144,7 +144,7 @@ def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path
     assert planned.baseline is None
 
 
-def test_the_teacher_is_the_start_also_of_a_resumed_run(
+def test_the_teacher_of_a_resumed_run_is_still_its_start(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     runs = shutil.copytree(trained, tmp_path / "runs")
@@ -159,7 +159,9 @@ def test_the_teacher_is_the_start_also_of_a_resumed_run(
         plan(recipe, data, runs)
 
 
-def test_what_decides_nothing_may_be_set_anew(load: Load, data: Path, tmp_path: Path) -> None:
+def test_settings_without_effect_on_results_may_change_on_resume(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
     train(load(), data, tmp_path, stop_at=1)
     other = load(
         "loading.num_workers=1", 'loading.cache="elsewhere"', "loading.cache_gb=1",
@@ -220,15 +222,15 @@ def test_a_test_set_is_not_trained_on(
         (
             ['network.name="mobilenetv2_035"', "network.options={}",
              "optim.layer_decay_groups=stage12", "optim.layer_decay=0.5"],
-            OptimError, "layer_decay_groups stage12 knows no layer for",
+            OptimError, "layer_decay_groups stage12 has no layer for",
         ),
     ],
 )  # fmt: skip
-def test_what_a_recipe_cannot_have_is_refused(
+def test_recipes_that_cannot_run_are_refused(
     load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     changes: list[str], error: type[ValueError], said: str,
 ) -> None:  # fmt: skip
-    """By `train` itself, before it assembles or writes anything."""
+    """`train` itself refuses them before it builds or writes anything."""
     monkeypatch.setattr("model.training.run.assemble", lambda _plan: pytest.fail("assembled"))
     with pytest.raises(error, match=said):
         train(load(*changes), data, tmp_path / "runs")
@@ -291,7 +293,7 @@ def test_a_start_that_is_no_checkpoint_is_refused(
 def test_a_damaged_teacher_is_refused(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """Also where the run goes on from weights of its own."""
+    """Also if the run resumes from its own weights."""
     runs = shutil.copytree(trained, tmp_path / "runs")
     recipe = load('run.init_from="first"', "replay.distill_weight=1")
     train(recipe, data, runs, stop_at=1)
@@ -300,7 +302,7 @@ def test_a_damaged_teacher_is_refused(
         plan(recipe, data, runs)
 
 
-def test_pretrained_weights_that_cannot_be_had_are_refused(
+def test_unavailable_pretrained_weights_are_refused(
     load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -323,12 +325,12 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
     with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt is damaged.*--run NAME"):
         plan(load(), data, tmp_path)
     state.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="so training cannot go on from it"):
+    with pytest.raises(checkpoint.CheckpointError, match="so training cannot resume from it"):
         plan(load(), data, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "meta.json"])
-def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_goes_on(
+def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_resumes(
     load: Load, data: Path, tmp_path: Path, name: str, logged: list[str]
 ) -> None:
     recipe = load("run.epochs=1", "run.save_every=1")
@@ -346,17 +348,17 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_goes_on(
     logged.clear()
     train(recipe, data, tmp_path, stop_at=4)
     assert f"{path} is damaged" in logged[0] and "it is not used" in logged[0]
-    assert f"going on from {older}" in logged
+    assert f"resuming from {older}" in logged
     assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000004"
 
 
-def test_the_first_weights_are_said_and_kept(
+def test_the_first_weights_are_described_and_recorded(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     first = trained / "first/step_0000003"
     digest = sha256_of(first / "weights.safetensors")
     runs = shutil.copytree(trained, tmp_path / "runs")
-    assert "first weights: random, nothing is pretrained" in plan(load(), data, runs).describe()
+    assert "first weights: random, not pretrained" in plan(load(), data, runs).describe()
     recipe = load("run.epochs=1")
     train(recipe, data, runs, init_from=first, stop_at=1)
     planned = plan(recipe, data, runs, init_from=first)  # the same command goes on
@@ -374,7 +376,7 @@ def test_the_first_weights_are_said_and_kept(
         plan(recipe, data, runs, init_from=file)
 
 
-def test_the_license_of_timms_weights_is_kept(
+def test_the_license_of_timms_weights_is_recorded(
     load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.training.plan.check_pretrained", lambda _network: None)
@@ -383,19 +385,21 @@ def test_the_license_of_timms_weights_is_kept(
     assert (kept["kind"], kept["license"]) == ("timm", "cc-by-nc-4.0")
 
 
-def test_a_frozen_body_of_random_weights_is_refused(
+def test_a_frozen_backbone_of_random_weights_is_refused(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     frozen = load("network.freeze_backbone=true")
     with pytest.raises(
-        ValueError, match=r"freeze_backbone .*would be random: give some with --ini"
+        ValueError, match=r"freeze_backbone .*random weights: give weights with --ini"
     ):
         plan(frozen, data, tmp_path)
     assert plan(frozen, data, tmp_path, init_from=trained / "first/step_0000003")
 
 
 def test_sets_that_share_images_are_refused(load: Load, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"80 of 80 images of validation set old are in the train"):
+    with pytest.raises(
+        ValueError, match=r"80 of 80 images of validation set old are also in the train"
+    ):
         plan(load('data.validate=["val", "old"]'), data, tmp_path)
     assert plan(load('data.validate=["old"]', "data.allow_shared_images=true"), data, tmp_path)
 
@@ -419,7 +423,7 @@ def test_a_tar_that_is_gone_or_cut_is_refused_at_opening(
         plan(load(), copied, tmp_path)
 
 
-def test_one_class_is_refused_unless_it_is_meant(load: Load, data: Path, tmp_path: Path) -> None:
+def test_one_class_is_refused_unless_allowed(load: Load, data: Path, tmp_path: Path) -> None:
     only = ["data.repeats.alpha=0", "data.repeats.beta=0", "loading.batch_size=8"]
     with pytest.raises(ValueError, match=r"all training samples are fake.*allow_one_class=true"):
         plan(load(*only), data, tmp_path)
@@ -427,12 +431,12 @@ def test_one_class_is_refused_unless_it_is_meant(load: Load, data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/", ".x", "a/step_0000001", "", "a\nb"])
-def test_a_name_that_no_run_is_found_by_is_refused(load: Load, name: str) -> None:
+def test_bad_run_names_are_refused(load: Load, name: str) -> None:
     with pytest.raises(recipes.RecipeError, match="a run cannot be called"):
         load(f"name={json.dumps(name)}")
 
 
-def test_the_better_checkpoint_is_that_of_the_higher_figure_or_the_later() -> None:
+def test_better_prefers_the_higher_figure_then_the_later_checkpoint() -> None:
     def at(step: int, selection: float | None) -> Best:
         validation = None if selection is None else Validation({}, {}, selection)
         return Best(path=Path(f"step_{step:07d}"), validation=validation)

@@ -1,4 +1,4 @@
-"""Training: both phases on tiny shards, interrupted or not."""
+"""Training: both phases on tiny shards, with and without interruptions."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from sharding.format import INDEX_FILE
 from tests.builders import ends_alike, losses_of, weights_of
 from tests.goldens import Golden
 
-# TensorBoard's own use of protobuf and numpy.
+# Warnings from inside TensorBoard (protobuf, numpy).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -45,7 +45,7 @@ def test_a_run_learns_and_writes_everything_down(
     assert meta["recipe"]["optim"]["lr"] == 8e-3
 
 
-def test_epochs_between_validations_are_not_looked_at(
+def test_epochs_between_validations_are_not_scored(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=5", "run.validate_every=2"])
@@ -53,22 +53,26 @@ def test_epochs_between_validations_are_not_looked_at(
     rows = rows_of(best.parent)
     selections = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
     last = max(row["step"] for row in rows)
-    assert [5 * step // last for step in selections] == [2, 4, 5]  # the last one in any case
+    assert [5 * step // last for step in selections] == [
+        2,
+        4,
+        5,
+    ]  # the last epoch always
     assert checkpoint.read_meta(best)["selection"] == max(selections.values())
 
 
 def test_resume_at_any_step_equals_the_uninterrupted_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, with drop path drawing from torch's generator: 2 epochs of 5 steps, the second
-    run stopped after each of them.
+    """Bit for bit, with drop path using torch's random generator: 2 epochs of 5 steps, where the
+    second run is stopped after each step.
     """
     recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
     train(recipe, data, tmp_path / "whole")
     for stop_at in range(1, 10):
         train(recipe, data, tmp_path / "parts", stop_at=stop_at)
         assert checkpoint.last_of(tmp_path / "parts/tiny").name == f"step_{stop_at:07d}"
-        torch.manual_seed(99)  # whatever else used the generator in between
+        torch.manual_seed(99)  # other code may have used the generator
     train(recipe, data, tmp_path / "parts")
     ends_alike(tmp_path / "whole/tiny", tmp_path / "parts/tiny")
 
@@ -112,7 +116,7 @@ def test_another_recipe_or_other_shards_are_refused(
 
 
 def test_a_run_of_other_settings_is_refused(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    """Of another value, and of a program that did not have one yet."""
+    """A setting has another value, or is missing because an older program wrote the checkpoint."""
     last = train(recipes.load(Recipe, tiny_recipe), data, tmp_path, stop_at=2)
     with pytest.raises(ValueError, match=r"another recipe \(network\.head was timm, now stages"):
         train(recipes.load(Recipe, tiny_recipe, ["network.head=stages"]), data, tmp_path)
@@ -124,7 +128,7 @@ def test_a_run_of_other_settings_is_refused(tiny_recipe: Path, data: Path, tmp_p
 
 
 def with_synthetic(data: Path, folder: Path, source: str) -> Path:
-    """The sets with a source marked as drawn by a program."""
+    """Copy the sets with one source marked as synthetic."""
     shutil.copytree(data, folder, ignore=shutil.ignore_patterns(".build"))
     path = folder / "old" / INDEX_FILE
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +155,7 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     assert max(shares) > 0
     known = checkpoint.read_meta(best_of_second)["data"]
     assert known["replay"] == ["old"]
-    # Which sources a program drew goes with the weights.
+    # The checkpoint records the synthetic sources of the first phase.
     assert known["sources"] == ["alpha", "beta", "dummy", "gamma"]
     assert known["synthetic_sources"] == ["dummy"]
 
@@ -165,7 +169,7 @@ def test_phase_2_without_phase_1_says_what_to_run(
 
 
 def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> None:
-    """A batch with black, invalid rows moves the weights as the batch of its valid rows does."""
+    """A batch with black, invalid rows changes the weights as the batch of its valid rows does."""
     recipe = recipes.load(Recipe, tiny_recipe, ["network.drop_path_rate=0", "optim.lr=1e-2"])
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     images[2:] = 0
@@ -191,7 +195,7 @@ def test_images_that_could_not_be_decoded_do_not_count(tiny_recipe: Path) -> Non
     torch.testing.assert_close(moved[0], moved[1])
 
 
-def test_a_missing_validation_set_is_said_before_training(
+def test_a_missing_validation_set_is_reported_before_training(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ['data.validate=["vall"]'])
@@ -211,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_ten_losses_never_change(
     tiny_recipe: Path, data: Path, tmp_path: Path, golden: Golden
 ) -> None:
-    """Golden: a change that should not alter the numbers alters none of these."""
+    """Golden values: a change that should not alter numbers must not alter these losses."""
     recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1"])
     best = train(recipe, data, tmp_path)
     losses = [round(loss, 6) for loss in losses_of(best.parent)]

@@ -1,4 +1,4 @@
-"""Phase 2 as continual learning; pieces of a batch, averaged weights, bad losses."""
+"""Phase 2 with replay, gradient accumulation, averaged weights, losses that are not finite."""
 
 import csv
 import json
@@ -53,16 +53,17 @@ init_from = "tiny"
 
 
 class Died(Exception):
-    """Stands for a SIGKILL: nothing after it happens."""
+    """Simulates SIGKILL: nothing runs after it."""
 
 
 @pytest.mark.parametrize("phase", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
+def test_a_run_killed_at_ten_random_steps_ends_as_the_uninterrupted_one(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Bit for bit, with old samples replayed in phase 2, and a save at every third step. Each time
-    the run goes on from its last save, so that no step of another seed, epoch or sample slips in.
+    """Bit for bit, with old samples replayed in phase 2 and a save at every third step. Each time
+    the run resumes from its last save. A step with another seed, epoch or sample would change the
+    result.
     """
     settings = [
         "run.log_every=1",
@@ -91,7 +92,7 @@ def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
         monkeypatch.setattr(run, "train_step", dying)
         with pytest.raises(Died):
             train(recipe, data, tmp_path / "parts", init_from=start)
-        torch.manual_seed(last)  # whatever else used the generator in between
+        torch.manual_seed(last)  # other code may have used the generator
     monkeypatch.setattr(run, "train_step", real_step)
     train(recipe, data, tmp_path / "parts", init_from=start)
     ends_alike(whole, parts)
@@ -105,7 +106,9 @@ def test_killed_at_ten_random_steps_it_ends_as_the_uninterrupted_run(
 def test_ten_losses_of_phase_2_never_change(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, golden: Golden
 ) -> None:
-    """Golden, as that of phase 1: which old samples are replayed where, and what it all gives."""
+    """Golden values as in phase 1; they also cover which old samples are replayed at which
+    position.
+    """
     train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
     recipe = recipes.load(Recipe, phase2, ["run.log_every=1"])
     train(recipe, data, tmp_path, stop_at=10)
@@ -114,8 +117,8 @@ def test_ten_losses_of_phase_2_never_change(
 
 
 @pytest.mark.parametrize("ratio", ["0", "1:1", "1:4", "1:8", "1:16"])
-def test_the_ratio_is_what_is_set(phase2: Path, data: Path, ratio: str) -> None:
-    """From `--set` to the batches: old samples per epoch, exactly, and none for 0."""
+def test_the_replay_ratio_is_the_one_that_is_set(phase2: Path, data: Path, ratio: str) -> None:
+    """From `--set` to the batches: the exact number of old samples per epoch, and none for 0."""
     recipe = recipes.load(Recipe, phase2, [f"replay.ratio={ratio}", "replay.distill_weight=0.5"])
     assert recipe.replay.distill_weight == 0.5
     stream = open_stream(recipe, data, torch.device("cpu"))
@@ -141,7 +144,7 @@ def test_accumulation_changes_only_memory(tiny_recipe: Path, data: Path, tmp_pat
         np.testing.assert_allclose(losses[pieces], losses[1], rtol=1e-3, err_msg=str(pieces))
 
 
-def test_averaged_weights_are_saved_and_the_run_resumes_from_the_others(
+def test_averaged_weights_are_saved_and_the_run_resumes_from_the_current_ones(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema_decay=0.9", "run.epochs=2"])
@@ -157,7 +160,7 @@ def test_averaged_weights_are_saved_and_the_run_resumes_from_the_others(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_phase_2_says_what_was_forgotten_and_keeps_its_manifest(
+def test_phase_2_reports_forgetting_and_records_replayed_samples(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
     train(recipes.load(Recipe, tiny_recipe, ["run.epochs=4"]), data, tmp_path)
@@ -225,10 +228,10 @@ def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
 
 
 @pytest.mark.slow
-def test_distillation_holds_the_logits_of_old_samples(
+def test_distillation_keeps_the_logits_of_old_samples_near_the_teacher(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Of two runs that differ in nothing else, the held one stays nearer to its teacher."""
+    """Of two otherwise equal runs, the distilled one stays nearer to its teacher."""
     train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
     away = []
     for name, weight in (("free", 0.0), ("held", 50.0)):
@@ -251,7 +254,7 @@ def test_distillation_holds_the_logits_of_old_samples(
 def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found at the next look, and named by the step in which it happened."""
+    """The loss is checked later, but the error names the step in which it occurred."""
     step = run.train_step
     seen: list[list[str]] = []
 
@@ -274,7 +277,7 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
 def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of that step was finite: only the weights say so."""
+    """The loss of that step is finite; only the weights show the error."""
     step = run.train_step
 
     def poisoned(train_state, *arguments, **options):
@@ -291,15 +294,15 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
     assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000002"
 
 
-def test_the_last_table_stands_at_the_threshold_that_ships(
+def test_the_last_table_uses_the_calibrated_threshold(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The figures are those that `evaluate.py` finds for the same set."""
+    """The figures equal those of `evaluate.py` for the same set."""
 
     def in_the_middle(
         _rule: str, labels: np.ndarray, logits: np.ndarray, _sources: np.ndarray
     ) -> Calibration:
-        """For so few images nothing is fitted: half of them are called fake."""
+        """Return a threshold at the median, because there are too few images to fit one."""
         threshold = float(np.median(probability(logits, 2.0)))
         return Calibration(
             temperature=2.0, threshold=threshold, threshold_at="auto", threshold_fpr_1=None,

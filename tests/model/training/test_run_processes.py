@@ -1,4 +1,4 @@
-"""Training as processes: many ranks, signals and kills at any moment, a full disk."""
+"""Training processes: several ranks, signals, kills at any moment, a full disk."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def command(recipe: Path, data: Path, runs: Path, *settings: str) -> list[object
 
 
 def wait_for_rows(run: Path, count: int, running: forked.Running | subprocess.Popen) -> None:
-    """Until the history of a run has so many rows."""
+    """Wait until the history of a run has this many rows."""
     process = getattr(running, "process", running)
     alive = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
     history, deadline = run / "metrics.jsonl", time.monotonic() + 90
@@ -70,7 +70,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As a terminal, `timeout`, systemd and batch systems send it: to the loading workers too."""
+    """A terminal, `timeout`, systemd and batch systems send signals this way: loader workers get
+    them too.
+    """
     settings = ["run.epochs=300", "loading.num_workers=2"]
     arguments = command(tiny_recipe, data, tmp_path / "runs", *settings)
     running = forked.start(arguments, tmp_path / "answer.json", OWN_GROUP="1")
@@ -82,7 +84,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     last = checkpoint.last_of(tmp_path / "runs/tiny")
     assert checkpoint.read_meta(last)["step"] > 0
     deadline = time.monotonic() + 30
-    with pytest.raises(ProcessLookupError):  # no worker stays
+    with pytest.raises(ProcessLookupError):  # no worker is left running
         while time.monotonic() < deadline:
             os.killpg(running.process.pid, 0)
             time.sleep(0.2)
@@ -105,15 +107,15 @@ def test_two_trainings_in_one_folder_are_refused(
 
 
 def can_mount_images() -> bool:
-    """Whether a test may mount an ext4 file system in a file."""
+    """Return whether this process may mount an ext4 file system from a file."""
     return can_mount() and bool(shutil.which("mkfs.ext4")) and Path("/dev/loop-control").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount_images(), reason="mounting an ext4 image needs root and loop")
 def test_a_power_cut_loses_no_checkpoint(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    """The image is copied while a run writes to the file system in it: what a copy holds is what a
-    disk would hold after a cut. Each is mounted, and the same command goes on.
+    """The image of a file system is copied while a run writes to it. A copy holds what a disk would
+    hold after a power cut. Each copy is mounted and the same command resumes the run.
     """
     disk, image = tmp_path / "disk", tmp_path / "disk.img"
     disk.mkdir()
@@ -139,19 +141,19 @@ def test_a_power_cut_loses_no_checkpoint(tiny_recipe: Path, data: Path, tmp_path
     running.process.kill()
     running.process.join()
     assert len(copies) == 12, "the run was over before; make it longer"
-    again = [*arguments, "--set", "run.save_every=0"]  # it decides nothing, and saves time here
+    again = [*arguments, "--set", "run.save_every=0"]  # does not affect the result, and saves time
     for copy, least in copies:
         ended = forked.start_on_image(copy, disk, again, tmp_path / "again.json").wait()
         assert ended.status == 0, ended.stderr
-        resumed = re.search(r"going on from \S+/step_(\d+)", ended.stderr)
+        resumed = re.search(r"resuming from \S+/step_(\d+)", ended.stderr)
         assert resumed and int(resumed[1]) >= least, ended.stderr
         assert "damaged" not in ended.stderr
 
 
-def test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk(
+def test_an_old_checkpoint_is_removed_after_the_new_one_is_on_the_disk(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of what reaches the disk: each file, its folder, the rename, the run's folder."""
+    """Order of writes to the disk: each file, its folder, the rename, the run's folder."""
     happened: list[tuple[str, str]] = []
     fsync, replace, prune = os.fsync, Path.replace, checkpoint.prune
 
@@ -181,7 +183,7 @@ def test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """As the processes compute: sums depend on how many threads share them."""
+    """Compute with one thread as the processes do: sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -194,16 +196,16 @@ def one_thread() -> Iterator[None]:
     ("kills", "epochs", "real"),
     [(2, 2, False), (10, 20, True)],
 )
-@pytest.mark.slow  # the quick kills of a run are in test_run_phases.py
+@pytest.mark.slow  # the fast variant is in test_run_phases.py
 def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     tiny_recipe: Path, data: Path, tmp_path: Path, kills: int, epochs: int, real: bool
 ) -> None:
-    """SIGKILL at random moments, to `python train.py` itself in the slow variant; what is left goes
-    on, and ends bit for bit as the run that nobody killed.
+    """SIGKILL at random moments (of `python train.py` itself in the slow variant). The resumed run
+    ends bit for bit as an uninterrupted one.
     """
     every, steps, rng = 5, 20 * epochs, random.Random(kills)
     settings = ["run.log_every=1", f"run.save_every={every}", f"run.epochs={epochs}"]
-    settings.append("loading.batch_size=4")  # an epoch, whose end is saved anyway, has 20 steps
+    settings.append("loading.batch_size=4")  # an epoch has 20 steps, and its end is always saved
     arguments = command(tiny_recipe, data, tmp_path, *settings)
     run = tmp_path / "tiny"
     killed = 0
@@ -222,7 +224,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
         logged = max(row["step"] for row in rows_of(run) if row["kind"] == "train")
         last = checkpoint.last_of(run)
         saved = checkpoint.read_meta(last)["step"] if last else 0
-        # A step is logged before it is saved: the save of the step logged last may be cut short.
+        # A step is logged before it is saved: the save of the last logged step may be incomplete.
         assert logged - 1 - saved < every
         killed += logged < steps
     assert killed == kills, "a run was over before it was killed; make it longer"
@@ -240,7 +242,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    """On a real file system that has room for one checkpoint and not for two."""
+    """On a real file system with room for one checkpoint but not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     full, roomy = forked.start_on_small_disk(
@@ -268,7 +270,7 @@ def test_two_ranks_learn_as_one_with_the_same_batch(
     two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
     ended = [running.wait() for running in forked.start_ranks(2, two, tmp_path)]
     assert [one.status for one in ended] == [0, 0], ended
-    assert [one.stdout.count("best checkpoint:") for one in ended] == [1, 0]  # one of them speaks
+    assert [one.stdout.count("best checkpoint:") for one in ended] == [1, 0]  # only rank 0 prints
     agree(tmp_path / "one/tiny", tmp_path / "two/tiny")
 
 
@@ -286,7 +288,7 @@ def test_torchrun_starts_the_ranks(tiny_recipe: Path, data: Path, tmp_path: Path
 
 
 def agree(one: Path, two: Path) -> None:
-    """The losses of two runs, and what validation found."""
+    """Compare the losses and validation metrics of two runs."""
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=2e-3)
     metas = [checkpoint.read_meta(checkpoint.last_of(run)) for run in (one, two)]
     counts = [meta["metrics"]["sets"]["val"]["count"] for meta in metas]
@@ -296,14 +298,14 @@ def agree(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_goes_on_with_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_resumes_on_one(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
     settings = ["network.drop_path_rate=0", "run.log_every=1", "run.epochs=3"]
     recipe = recipes.load(Recipe, tiny_recipe, settings)
     train(recipe, data, tmp_path / "one")
     two = command(tiny_recipe, data, tmp_path, *settings, "loading.batch_size=8")
     ranks = forked.start_ranks(2, [*two, "--set", "run.save_every=2"], tmp_path)
     wait_for_rows(tmp_path / "tiny", 4, ranks[0])
-    os.kill(ranks[1].process.pid, signal.SIGTERM)  # to one of them: both stop
+    os.kill(ranks[1].process.pid, signal.SIGTERM)  # sent to one rank, stops both
     assert [running.wait().status for running in ranks] == [130, 130]
     state = checkpoint.load_state(checkpoint.last_of(tmp_path / "tiny"))
     assert len(state["rng"]) == 2

@@ -1,20 +1,20 @@
-"""Bugs that other detectors' training code has had, and the test that would find each here.
+"""Bugs from the training code of other detectors, and the test here that would detect each.
 
-| bug of others | found by |
+| bug | test |
 |---|---|
-| the AMP scaler is never restored (a misspelled key) | test_the_scaler_goes_on_where_it_was |
-| no scaler where there is no AMP, and `.scale()` crashes | tests/model/training/test_run.py::test_ten_losses_never_change |
-| the schedule steps once per step and once more per epoch | test_one_step_of_the_schedule_per_optimizer_step |
-| AMP by name: a scaler without autocast, or autocast around a block | test_autocast_is_on_around_the_whole_network, test_gradients_are_scaled |
-| layer-wise rates that are written down and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
-| an unreadable image is a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
-| a bad file is retried by recursion until Python gives up | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
+| the AMP scaler is never restored (a misspelled key) | test_the_scaler_state_is_restored_on_resume |
+| without AMP there is no scaler, and `.scale()` crashes | tests/model/training/test_run.py::test_ten_losses_never_change |
+| the schedule advances once per step and once more per epoch | test_one_step_of_the_schedule_per_optimizer_step |
+| incomplete AMP: a scaler without autocast, or autocast around one block | test_autocast_is_on_around_the_whole_network, test_gradients_are_scaled |
+| layer-wise rates are stored and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
+| an unreadable image becomes a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
+| a bad file is retried by recursion until the recursion limit | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
 | classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_come_from_whole_path_parts_and_never_from_their_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
 | a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_is_stored_and_read_back |
 | checkpoints are unpickled, which runs their code | test_nothing_is_unpickled, tests/model/test_checkpoint.py::test_the_state_is_read_without_running_code, tests/model/export/test_import_original.py::test_anything_else_is_refused |
 | EXIF orientation is ignored | tests/imaging/test_decode.py::test_every_orientation_ends_upright, tests/pipeline/test_dali.py::test_both_decode_to_the_same_pixels |
 | evaluation on several GPUs counts padding | tests/pipeline/test_order.py::test_evaluation_covers_every_sample_once_on_any_ranks |
-| the README names files that are not there | tests/test_readme.py::test_python_commands_parse |
+| the README names missing files | tests/test_readme.py::test_python_commands_parse |
 """  # noqa: E501
 
 import ast
@@ -45,7 +45,7 @@ from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, ROOT, TINY, broken_
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_the_map_names_tests_that_exist() -> None:
+def test_the_table_names_existing_tests() -> None:
     named = re.findall(r"(?:([\w/]+\.py)::)?\b(test_\w+)\b(?!\.py)(?!/)", __doc__)
     assert len(named) > 20
     for file, name in named:
@@ -53,8 +53,10 @@ def test_the_map_names_tests_that_exist() -> None:
         assert f"def {name}(" in text, f"{file}::{name}"
 
 
-def test_the_scaler_goes_on_where_it_was(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    """In fp16, with the count of steps since the scale last changed."""
+def test_the_scaler_state_is_restored_on_resume(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """In fp16, including the count of steps since the last change of the scale."""
     recipe = recipes.load(Recipe, tiny_recipe, ["run.precision=fp16"])
     train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at=3)
@@ -72,7 +74,7 @@ def test_the_scaler_goes_on_where_it_was(tiny_recipe: Path, data: Path, tmp_path
 def test_one_step_of_the_schedule_per_optimizer_step(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over two epochs, with batches in pieces: the rates are those of the schedule, each once."""
+    """Over two epochs, with accumulation: each rate of the schedule is used exactly once."""
     used = []
     step = torch.optim.AdamW.step
 
@@ -111,8 +113,8 @@ def small_batch() -> Batch:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
-    """Every convolution and linear layer gives the dtype, from the stem to the head, while weights
-    and gradients stay float32.
+    """Every convolution and linear layer outputs the dtype, from the stem to the head, while
+    weights and gradients stay float32.
     """
     train_state, seen = small_trainer(dtype), {}
     names = {module: name for name, module in train_state.net.named_modules()}
@@ -131,7 +133,7 @@ def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the scaler in the backward pass, and back again before they are clipped and used."""
+    """They are scaled in the backward pass and unscaled before clipping and the step."""
     inside, used = [], []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -155,8 +157,8 @@ def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unreadable_image_is_never_a_black_real_one(
     data: Path, old: ShardSet, tmp_path: Path, backend: str
 ) -> None:
-    """In training its row keeps its own label and does not count; in evaluation it has no score and
-    is named.
+    """In training its row keeps its label and is ignored; in evaluation it gets no score and is
+    listed.
     """
     bad = [int(np.flatnonzero(old.column("label") == label)[0]) for label in (0, 1)]
     shards = broken_copy(data, tmp_path, bad, "all")
@@ -187,7 +189,7 @@ OWN = [
 
 
 def unpicklers(text: str) -> list[str]:
-    """Calls in Python code that may run what a file says."""
+    """Find calls in Python code that may execute code from a file."""
     calls = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
