@@ -66,27 +66,16 @@ MOST_PER_FOLDER = 4
 LIMIT_S = 600
 """A command that takes longer hangs."""
 
-RECIPE = """
+RECIPE = f"""
+extends = ["{Path(__file__).with_name("tiny.toml")}"]
 name = "tiny"
 [data]
-train = ["old"]
-validate = ["val"]
 policy = "train"
 [augment.train]
 scale = [0.6, 1.0]
 jpeg = 0.5
-[preprocess]
-crop_size = 32
-resize_size = 36
 [network]
-name = "convnextv2_atto"
-pretrained = false
-init = "fan_in"
 drop_path_rate = 0.2
-[network.options]
-depths = [1, 1, 2, 1]
-dims = [8, 8, 16, 16]
-patch_size = 2
 [optim]
 lr = 0.001
 [loading]

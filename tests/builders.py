@@ -40,19 +40,14 @@ from sharding.format import ShardSet, open_shards
 
 ROOT = Path(__file__).parents[1]
 
+TINY_RECIPE = ROOT / "tests/tiny.toml"
+"""Recipe of phase 1 with a network of a few thousand weights, on the sets of `build_all`."""
 
 PREPROCESS = Preprocess(crop_size=48, resize_size=54)
 
-
 SMALL_PREPROCESS = Preprocess(crop_size=32, resize_size=36)
 
-TINY = Network(
-    name="convnextv2_atto",
-    pretrained=False,
-    init="fan_in",
-    options={"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
-)
-
+TINY = recipes.load(Recipe, TINY_RECIPE).network
 
 # Every operation at once, often: nothing of the graph stays unused.
 HARSH = AugmentPolicy(
@@ -214,15 +209,7 @@ CALIBRATION = {
 
 def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
     """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
-
-    settings = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "preprocess.crop_size=32",
-        "preprocess.resize_size=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.init="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.num_workers=0", *overrides,
-    ]  # fmt: skip
-    recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml", settings)
+    recipe = recipes.load(Recipe, TINY_RECIPE, ["run.epochs=1", *overrides])
     train(recipe, data, runs)
     return runs
 

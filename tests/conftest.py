@@ -12,7 +12,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-import recipes
 from model import checkpoint
 from model.network import build as build_network
 from pipeline.augment import AugmentPolicy
@@ -28,6 +27,7 @@ from tests.builders import (
     PREPROCESS,
     ROOT,
     TINY,
+    TINY_RECIPE,
     build_all,
     small_recipe,
     write_raw,
@@ -231,26 +231,9 @@ def tiny_recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(
         f"""
-extends = ["{recipes.FOLDER / "phase1.toml"}"]
-name = "tiny"
-[data]
-train = ["old"]
-validate = ["val"]
-[preprocess]
-crop_size = 32
-resize_size = 36
+extends = ["{TINY_RECIPE}"]
 [network]
-name = "convnextv2_atto"
-pretrained = false
-init = "fan_in"
 drop_path_rate = 0.2
-[network.options]
-depths = [1, 1, 2, 1]
-dims = [8, 8, 16, 16]
-patch_size = 2
-[loading]
-batch_size = 16
-num_workers = 0
 [run]
 epochs = 2
 log_every = 2
