@@ -98,8 +98,8 @@ FIRST: dict[str, tuple[str, ...]] = {
     "scratch block": (*SMALL_PREPROCESS, *BLOCK),
     "scratch stage12": (*SMALL_PREPROCESS, *STAGE12),
 }
-"""Variants of phase 1 by name: their changes to `recipes/small-phase1.toml`. A name that begins with
-"scratch" changes `recipes/demo-phase1.toml`, a small ConvNeXtV2 with random weights.
+"""Variants of phase 1 by name, as changes to `recipes/small-phase1.toml`. Those whose name begins
+with "scratch" change `recipes/demo-phase1.toml`, a small ConvNeXtV2 with random weights.
 """
 
 
@@ -417,16 +417,18 @@ COLUMNS = (
     "recipe", "seeds", "AUROC", "hard AUROC", "balanced", "recall", "FPR", "recall c", "FPR c",
     "val AUROC", "val-phase2 AUROC", "worst loss", "worst loss c",
 )  # fmt: skip
-"""Columns of the tables. Those without "val" are of the held-out images. "c" means: at the threshold
-for 5 % false positives on validation reals; the others are at 0.5. The worst loss is the largest
-loss of accuracy of an old source in phase 2.
+"""Columns of the tables. Those without "val" are of the held-out images. The decision threshold is
+0.5, and in columns with "c" the one for 5 % false positives on validation reals. The worst loss is
+the largest loss of accuracy of an old source in phase 2.
 """
 
 
 @click.command(cls=console.Command)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--init-from", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for shards, runs and tables.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Shards, runs, tables."
+)
 @click.option("--threads", default=2, help="Threads of torch in this process.")
 @click.option(
     "--cell",

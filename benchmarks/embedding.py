@@ -2,10 +2,10 @@
 
     python -m benchmarks.embedding --shards SET [--network NAME] [--json FILE]
 
-`network` is the forward pass of a frozen backbone on a batch that stays on the device. `from shards`
-reads, decodes and center-crops the images of a packed set, runs the same forward pass and copies
-the features to the host as float16. The weights are random, which does not change the speed. On a
-GPU the network is compiled and runs in bf16.
+`network` is the forward pass of a frozen backbone on a batch that stays on the device.
+`from shards` reads, decodes and center-crops the images of a packed set, runs the same forward pass
+and copies the features to the host as float16. The weights are random, which does not change the
+speed. On a GPU the network is compiled and runs in bf16.
 """
 
 import itertools
@@ -73,9 +73,16 @@ def synchronize(device: torch.device) -> None:
     "--shards", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="A packed set.",
 )  # fmt: skip
-@click.option("--network", default="vit_base_patch16_clip_224", show_default=True, help="timm name of the backbone.")
+@click.option(
+    "--network",
+    default="vit_base_patch16_clip_224",
+    show_default=True,
+    help="timm name of the backbone.",
+)
 @click.option("--batch-size", default=256, show_default=True)
-@click.option("--seconds", default=8.0, show_default=True, help="Seconds for each row in each round.")
+@click.option(
+    "--seconds", default=8.0, show_default=True, help="Seconds for each row in each round."
+)
 @click.option("--rounds", default=2, show_default=True, help="Rounds of both rows.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(

@@ -1,4 +1,4 @@
-"""Train, interrupt, resume, evaluate and predict on a device, and compare its scores with the CPU's.
+"""Train, interrupt, resume, evaluate and predict on a device, and compare the scores with a CPU.
 
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
 
@@ -88,7 +88,9 @@ def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
 @click.command(cls=console.Command)
 @click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for runs and reports.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Folder for runs and reports."
+)
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
