@@ -132,7 +132,7 @@ def done_in(out: Path) -> set[str]:
 
 
 def run(stage: Stage, out: Path, limit_s: float) -> int:
-    """Run one stage, append its output to the log, and return its exit code; 124 after `limit_s`."""
+    """Run one stage, log its output, and return its exit code, which is 124 after `limit_s`."""
     console.say(f"== {stage.name}: at most {limit_s:.0f} s")
     began = time.monotonic()
     log = out / f"{stage.name}.log"

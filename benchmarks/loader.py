@@ -42,13 +42,13 @@ from sharding.format import CLASSES, open_shards
 
 ROOT = Path(__file__).parents[1]
 BASE = "torchvision"
-"""The contender that ratios are to."""
+"""Contender to which the others' speed is compared."""
 
 CALM = 0.1
-"""Share of all processor cores that other programs may take of a run that counts."""
+"""Largest share of the CPU time of all cores that other programs may use during a run that counts."""
 
 TIMEOUT_S = 600
-"""A contender that takes longer has failed."""
+"""Seconds after which a contender is killed and counts as failed."""
 
 SOURCE = """
 [sources.part{number:02d}]
@@ -60,8 +60,9 @@ fake = ["fake"]
 
 
 def pack(place: Path, images: int, originals: Path | None, workers: int) -> None:
-    """JPEGs in `images`, and packed in `shards/bench`: in several shards of one size, since some
-    loaders share shards out among their workers.
+    """Write JPEGs to `images` and pack them as `shards/bench`.
+
+    There are several shards of equal size, because some loaders divide shards among their workers.
     """
     folder = place / "images"
     if originals:
@@ -80,10 +81,10 @@ def pack(place: Path, images: int, originals: Path | None, workers: int) -> None
 
 
 def unpack(place: Path, folder: Path) -> None:
-    """A packed set as `shards/bench`, and its JPEGs in `images`.
+    """Link a packed set as `shards/bench`, and write its JPEGs to `images`.
 
     Raises:
-        ValueError: it holds images that are no JPEGs, which not all contenders read.
+        ValueError: the set has images other than JPEGs, which not all contenders read.
     """
     shards = open_shards([folder])
     formats = set(shards.codes("format")[1])
@@ -101,7 +102,7 @@ def unpack(place: Path, folder: Path) -> None:
 def run(
     name: str, place: Path, workers: int, python: str, size: tuple[int, int], *options: str
 ) -> dict[str, Any]:
-    """One run of a contender: images_per_s, start_s and bytes; or `missing`, or `failed`.
+    """Run a contender once; returns images_per_s, start_s and bytes, or `missing` or `failed`.
 
     `size` is the batch size and the number of epochs.
     """
@@ -139,8 +140,9 @@ def run(
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """Processor time spent since the start: by all programs, and by this one and those it waited
-    for. Both 0 where there is no Linux /proc.
+    """Return the CPU seconds of all programs since boot, and of this one with its ended children.
+
+    Both are 0 where there is no Linux /proc.
     """
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -151,25 +153,25 @@ def cpu_seconds() -> tuple[float, float]:
 
 
 def calm_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that count; see the module."""
+    """Return the calm runs, or all finished runs if none was calm; see the module."""
     done = [one for one in runs if "images_per_s" in one]
     return [one for one in done if one["others"] <= CALM] or done
 
 
 def memory_of(process: int) -> int:
-    """PSS of a process and all that it started, in bytes; 0 where there is no Linux /proc."""
+    """Return the memory (PSS) of a process and its children in bytes; 0 without a Linux /proc."""
     try:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
         own = 1024 * int(text.partition("\nPss:")[2].split()[0])
         children = Path(f"/proc/{process}/task").glob("*/children")
         pids = [int(child) for path in children for child in path.read_text().split()]
-    except (OSError, IndexError):  # it has just ended
+    except (OSError, IndexError):  # the process has just ended
         return 0
     return own + sum(map(memory_of, pids))
 
 
 def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[object]:
-    """A line of the table."""
+    """Return a line of the table."""
     title = CONTENDERS[name].title
     for one in runs:
         if "missing" in one:
@@ -200,9 +202,10 @@ def measure(
     size: tuple[int, int],
     keep: Callable[[dict[str, list[dict[str, Any]]]], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """All runs of each contender; one that is missing or failed is not tried again.
+    """Run each contender until it has `repeats` calm runs, or `2 * repeats` runs in all.
 
-    `keep` gets all runs so far after each one.
+    A contender that is missing or fails is not run again. `keep` is called with all runs so far
+    after each run.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in names:
@@ -227,7 +230,7 @@ def measure(
 @click.command(cls=console.Command)
 @click.option("--images", default=3000, show_default=True, help="Images to load.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
-@click.option("--workers", default=2, show_default=True, help="Processes or threads of each.")
+@click.option("--workers", default=2, show_default=True, help="Processes or threads per loader.")
 @click.option("--batch-size", default=BATCH, show_default=True, help="Images per batch.")
 @click.option("--epochs", default=1, show_default=True, help="Times that the images are loaded.")
 @click.option(
@@ -238,9 +241,9 @@ def measure(
 @click.option(
     "--shards",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A packed set of JPEGs to load instead; --images does not count then.",
+    help="A packed set of JPEGs to load instead; --images is ignored then.",
 )
-@click.option("--peers-python", help="Interpreter that has the loaders this project does not need.")
+@click.option("--peers-python", help="Interpreter for loaders that this project does not install.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options()
