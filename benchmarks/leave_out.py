@@ -167,8 +167,10 @@ def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
 def robustness(
     logits: Mapping[str, np.ndarray], kinds: Mapping[str, int], threshold: float
 ) -> dict[str, dict[str, float]]:
-    """Return the mean AUROC over pairs of sources for each perturbation, and the mean false positive
-    rate and recall over sources at `threshold`, a logit. `logits` has (perturbations, N) per source.
+    """Return metrics of each perturbation: the mean AUROC over pairs of sources, and the mean false
+    positive rate and recall over sources at `threshold`, a logit.
+
+    `logits` are (perturbations, N) per source. `kinds` are the labels of the sources, 0 or 1.
     """
     figures = {}
     for index, perturbation in enumerate(PERTURBATIONS):

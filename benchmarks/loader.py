@@ -1,18 +1,18 @@
-"""Loader throughput: both backends against other loaders, on one set of images under one policy.
+"""Measure the throughput of both backends and of other loaders on the same images and policy.
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are JPEGs of ImageNet's size, packed by the builder, and the policy is that of phase 1.
-Each contender runs in a process of its own, in turn (A B C A B C ...), so that no library's threads
-disturb another and what else the machine does meets all alike. Counted is the time from the first
-batch to the last; the time up to the first is the start-up. A queue that filled before the first
-batch came is a gift of a batch or two. Memory is the largest sum of the proportional set sizes
-(PSS, shared pages once) of a contender's processes, looked at once a second.
+The images are JPEGs of ImageNet's size, packed by the builder; the policy is that of phase 1. Each
+contender runs in its own process, in turn (A B C A B C ...), so that libraries do not disturb each
+other and other programs affect all alike. The speed is measured from the first batch to the last.
+The time up to the first batch is the start-up; a batch or two may be queued by then. Memory is the
+largest sum of the proportional set sizes (PSS, shared pages once) of a contender's processes,
+measured once a second.
 
-Where other programs take part of the processor (Linux says how much), a run counts only if they
-took at most `CALM` of it, and is made again, at most as often as `--repeats`. The table says how
-many runs were calm; where none was, its figures are of all. Speeds of different runs of this
-command do not compare; the ratio to the original's loader in the same one does.
+A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Runs that
+are not calm are repeated, up to `--repeats` more. The table lists the number of calm runs; without
+any, its figures are of all runs. Speeds of different calls of this command cannot be compared, but
+the ratio to the original's loader within one call can.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ BASE = "torchvision"
 """Contender to which the others' speed is compared."""
 
 CALM = 0.1
-"""Largest share of the CPU time of all cores that other programs may use during a run that counts."""
+"""Largest share of the CPU time that other programs may use during a run that counts, of 1."""
 
 TIMEOUT_S = 600
 """Seconds after which a contender is killed and counts as failed."""

@@ -176,7 +176,7 @@ def main(
         )  # fmt: skip
     title = f"{images:,} JPEGs of {size / 1000:.0f} kB on average, {jobs} processes, {repeats} runs"
     columns = [
-        "packer", "images/s", "min-max", "over the loop", "over the limit", "start-up s",
+        "packer", "images/s", "min-max", "/ loop", "/ limit", "start-up s",
         "420k images, min", "largest process MiB",
     ]  # fmt: skip
     console.table(title, columns, rows)
