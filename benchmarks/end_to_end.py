@@ -28,8 +28,7 @@ ROOT = Path(__file__).parents[1]
 STOP_AFTER_STEP = 10
 """Training step after which SIGTERM is sent."""
 
-LIMIT_S = 240
-"""Seconds after which a script is killed."""
+LIMIT_S = 240  # a script that takes longer is killed
 
 
 def run(*command: str, stop_at: int | None = None) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def mean_batch(port: int, before: tuple[float, float] = (0, 0)) -> tuple[float, 
 
 
 def hostile(port: int, folder: Path, detector: ImageDetector) -> dict[str, Any]:
-    """Send every file below a folder alone; returns statuses, wrong answers and the longest time."""
+    """Send every file below a folder alone; returns statuses, wrong answers and longest time."""
     statuses: Counter[str] = Counter()
     wrong, slowest = [], 0.0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
