@@ -207,7 +207,7 @@ def main(
         if run(stage, out, min(stage.limit_s, left)):
             failed.append(stage.name)
     if failed:
-        raise click.ClickException(f"not done: {', '.join(failed)}; the same command goes on")
+        raise click.ClickException(f"not done: {', '.join(failed)}; run the same command again")
 
 
 @main.command("pack")

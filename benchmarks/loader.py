@@ -89,7 +89,7 @@ def unpack(place: Path, folder: Path) -> None:
     shards = open_shards([folder])
     formats = set(shards.codes("format")[1])
     if formats != {"JPEG"}:
-        raise ValueError(f"{folder} holds {', '.join(sorted(formats))}; this takes JPEG only")
+        raise ValueError(f"{folder} has {', '.join(sorted(formats))} images; use a set of JPEGs")
     (place / "shards").mkdir()
     (place / "shards/bench").symlink_to(folder.resolve(), target_is_directory=True)
     reader = ShardReader(shards)

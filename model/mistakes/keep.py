@@ -139,11 +139,11 @@ def keep_mistake(
     known = read_mistake(path) if path.exists() else None
     if known is None:
         if stands != "wrong":
-            why = "agrees" if stands == "right" else "is uncertain, which claims nothing"
+            why = "agrees" if stands == "right" else "is uncertain, which is not wrong"
             return Kept(kept=False, label_was=None, text=f"the verdict {why}; nothing kept")
         if folder.is_dir() and len(entries_of(folder)) >= MAX_MISTAKES:
             raise MistakeError(
-                f"{folder} holds {MAX_MISTAKES:,} mistakes, as many as it may; name another folder"
+                f"{folder} has {MAX_MISTAKES:,} mistakes, which is the limit; name another folder"
             )
         known = Mistake(sha256=sha256, label=label, verdicts=())
         said = "kept"
@@ -170,8 +170,8 @@ def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistak
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise MistakeError(
-            f"{len(data):,} bytes are too many for a copy ({MAX_IMAGE_BYTES:,} at most); leave the "
-            "image out, and the entry is kept by its hash"
+            f"{len(data):,} bytes are too many for a copy ({MAX_IMAGE_BYTES:,} at most); keep the "
+            "entry without a copy"
         )
     suffix = PurePath(name).suffix.lower()
     with_image = replace(mistake, image=suffix if suffix in IMAGE_SUFFIXES else UNNAMED)
@@ -228,7 +228,9 @@ def read_mistakes(folder: Path) -> list[Mistake]:
             f"--folder {folder}`"
         )
     if len(paths) > MAX_MISTAKES:
-        raise MistakeError(f"{folder} holds {len(paths):,} mistakes, at most {MAX_MISTAKES:,} may")
+        raise MistakeError(
+            f"{folder} has {len(paths):,} mistakes, at most {MAX_MISTAKES:,} are read; remove some"
+        )
     return [read_mistake(path) for path in paths]
 
 

@@ -125,7 +125,7 @@ def _checked(sha256: str, read: Callable[[], bytes]) -> ImageFile:
     def read_and_check() -> bytes:
         data = read()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DecodeError("its copy holds other bytes than those that were scored")
+            raise DecodeError("its copy has changed since it was scored")
         return data
 
     return ImageFile(sha256, read_and_check)

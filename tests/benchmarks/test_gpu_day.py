@@ -1,4 +1,4 @@
-"""Stages of `benchmarks.gpu_day`: one that fails does not end the others, and a new call resumes."""
+"""Stages of `benchmarks.gpu_day`: a failed one does not end the others, and a new call resumes."""
 
 import json
 import subprocess
