@@ -1,22 +1,22 @@
-# The web page in a container (docs/using.md, "The page"). Checkpoints are mounted, never copied in:
+# The web page in a container (docs/using.md, "The page"). Checkpoints are mounted, not copied in:
 #
 #   docker build -t ai-images-detector .
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector
 #
 # The HTTP API (docs/api.md) is the same image with another command; docker-compose.yml has both.
-# Mount the backbone of the detector that ships too, for a page without a run: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
+# The detector that ships needs no run, only its backbone: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
 # For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
-# Python 3.11.16, for amd64 and arm64; a newer one is a change of this line.
+# The digest is Python 3.11.16 for amd64 and arm64.
 FROM python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 
-# What uv calls a PyTorch backend; torch and torchvision come from it as the pair that belongs together.
+# PyTorch backend of uv, which selects matching versions of torch and torchvision.
 ARG TORCH=cpu
 
 WORKDIR /srv
 COPY pyproject.toml constraints.txt ./
 
-# DALI decodes whole batches on a GPU, and is larger than everything else; the page takes one image
-# at a time. `pipeline/loader.py` falls back to Pillow without it.
+# DALI is left out: it is larger than everything else, and only useful for batches on a GPU. Without
+# it `pipeline/loader.py` uses Pillow.
 RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && echo nvidia-dali-cuda120 > left-out.txt \
     && uv pip install --system --no-cache --compile-bytecode --torch-backend "${TORCH}" \
@@ -36,7 +36,7 @@ COPY serve/ serve/
 COPY page/ page/
 COPY detectors/ detectors/
 COPY .streamlit/ .streamlit/
-# A checkout keeps the modes that its umask gave, and COPY keeps them for root.
+# COPY keeps the file modes of the checkout, which a strict umask makes unreadable for other users.
 RUN chmod -R a+rX .
 
 USER 10001

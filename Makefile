@@ -1,4 +1,4 @@
-# Everything a newcomer needs; `make help` lists it.
+# The commands of a checkout; `make help` lists them.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow golden test-gpu lint bench app
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: .venv/installed ## install everything into .venv (a few GB, a minute or two)
@@ -16,12 +16,12 @@ setup: .venv/installed ## install everything into .venv (a few GB, a minute or t
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
-	echo trackio > .venv/left-out.txt  # it wants an older Pillow than constraints.txt names
+	echo trackio > .venv/left-out.txt  # trackio requires an older Pillow than constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt \
 		--excludes .venv/left-out.txt -r pyproject.toml --all-extras
 	touch $@
 
-demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, predict (4 minutes)
+demo: setup ## pack, train twice, evaluate and predict on synthetic images (4 minutes)
 	$(RUN) -m sharding demo $(DEMO)
 	$(RUN) -m sharding build --raw $(DEMO)/raw --catalog $(DEMO)/catalog.toml --out $(DEMO)/shards
 	$(RUN) train.py --recipe recipes/demo-phase1.toml --data $(DEMO)/shards --runs $(DEMO)/runs
@@ -34,26 +34,26 @@ demo: setup ## the whole flow on synthetic images: pack, train twice, evaluate, 
 	$(RUN) evaluate.py compare $(DEMO)/report-phase1/report.json $(DEMO)/report-phase2/report.json
 	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
-test: setup ## the tests that take at most 5 minutes on two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile  # two workers, two cores
+test: setup ## run the tests that are not slow (5 minutes on two cores)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile  # a worker per core
 
-test-slow: setup ## every test
+test-slow: setup ## run every test
 	$(RUN) -m pytest
 
-golden: setup ## write the golden values in tests/golden anew: `git diff` then shows what changed
+golden: setup ## rewrite the golden values in tests/golden; `git diff` shows the changes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --write-golden tests/model/training tests/pipeline
 
-test-gpu: ## the tests that need a GPU; without one this fails. RUN=python3 where nothing can be installed
+test-gpu: ## run the tests that need a GPU; fails without one. RUN=python3 runs them without setup
 	$(if $(filter $(BIN)/python,$(RUN)),$(MAKE) setup)
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu tests/pipeline
 
-lint: setup ## ruff: style and format; mypy: types
+lint: setup ## check style and format (ruff) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## loader throughput of both backends against other loaders, one table
+bench: setup ## measure both loading backends against other loaders
 	$(RUN) -m benchmarks.loader
 
-app: setup ## the web page, on this machine only
+app: setup ## start the web page, for this machine only
 	$(BIN)/streamlit run app_server.py

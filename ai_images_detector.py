@@ -66,16 +66,7 @@ def main() -> None:
 
 
 @click.command("app", cls=console.Command)
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."
-)
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    default=8501,
-    show_default=True,
-    help="Port to listen on.",
-)
+@console.listen(port=8501)
 @console.options("checkpoint", "runs")
 @click.pass_context
 def app(context: click.Context, host: str, port: int, checkpoint: Path | None, runs: Path) -> None:

@@ -310,6 +310,16 @@ def options(*names: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:
+    """Add the options --host and --port of a server. Port 0, where allowed, takes a free port."""
+    host_help = "Address to listen on; 0.0.0.0 for all."
+    port_help = "Port to listen on." if lowest else "Port to listen on; 0 takes a free one."
+    ports = click.IntRange(lowest, 65535)
+    add_host = click.option("--host", default="127.0.0.1", show_default=True, help=host_help)
+    add_port = click.option("--port", type=ports, default=port, show_default=True, help=port_help)
+    return lambda function: add_host(add_port(function))
+
+
 def say(text: str = "") -> None:
     """Print lines of a command's answer on standard output, never wrapped; where that is the
     terminal of a running progress bar, above the bar. A terminal gets nothing that it would obey.

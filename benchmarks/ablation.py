@@ -1,11 +1,11 @@
-"""Which part of the recipe matters: phase 1, then phase 2, in many variants, on held-out sources.
+"""Ablation study: train many variants of the two-phase recipe and measure them on unseen sources.
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-A cell is a recipe of both phases; each has three seeds, and cells that differ only in phase 2 share
-their phase 1. Training goes through `train.py`, scores and figures through `model`. What is done is
-skipped, so that the command can be stopped and repeated; seed 0 of every cell comes first. Several
-processes may share a folder. Thresholds come from validation sets, never from what is held out.
+A cell is a recipe of both phases. Each cell is trained with three seeds, and cells that differ only
+in phase 2 share their phase 1. Finished runs are skipped, so that the command can be stopped and
+repeated. Seed 0 of every cell is trained first. Several processes may share a folder. Thresholds
+are computed on validation sets, never on the unseen sources.
 """
 
 import csv
@@ -48,7 +48,9 @@ MAX_FPR = 0.05
 """Share of the validation reals that the calibrated threshold may call fake."""
 
 EASY = "cats_web"
-"""Held-out photographs of what only real images of the training sets show: "hard" leaves it out."""
+"""Held-out photographs of cats, a subject that only real training images show. The group "hard" is
+"unseen" without this source.
+"""
 
 COMMON = (
     "preprocess.crop_size=192",
@@ -96,15 +98,18 @@ FIRST: dict[str, tuple[str, ...]] = {
     "scratch block": (*SMALL_PREPROCESS, *BLOCK),
     "scratch stage12": (*SMALL_PREPROCESS, *STAGE12),
 }
-"""Phase 1 by name: what it changes in `recipes/small-phase1.toml`, or, where it is from scratch, in
-`recipes/demo-phase1.toml`: a small ConvNeXtV2."""
+"""Variants of phase 1 by name, as changes to `recipes/small-phase1.toml`. Those whose name begins
+with "scratch" change `recipes/demo-phase1.toml`, a small ConvNeXtV2 with random weights.
+"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe of both phases: the name of its phase 1, and what phase 2 changes in
-    `recipes/small-phase2.toml` (from scratch: `demo-phase2.toml`). With `of`, nothing is trained:
-    the weights lie `weight` of the way from the start of phase 2 of the cell `of` to its end.
+    """Recipe of both phases.
+
+    `first` is a name in `FIRST`. `second` are the changes to `recipes/small-phase2.toml`, or to
+    `demo-phase2.toml` from scratch. With `of`, nothing is trained: the weights are interpolated
+    between the start (`weight` 0) and the end (`weight` 1) of phase 2 of the cell `of`.
     """
 
     first: str
@@ -131,8 +136,9 @@ STAR: dict[str, Cell] = {
     "replay 1:1": Cell("original", (*FLAT_2, *EVEN)),
     "policy robust": Cell("robust", (*FLAT_2, *HARSH, "data.policy=train")),
 }
-"""Around the original's recipe as it really ran (one learning rate, its policies, 1 old : 8 new),
-one thing changed at a time."""
+"""The recipe that the original model was trained with (one learning rate, its policies, 1 old to 8
+new images), and cells that change one setting of it each.
+"""
 
 CANDIDATES: dict[str, Cell] = {
     "half": Cell("original", of="as it ran", weight=0.5),
@@ -157,12 +163,12 @@ CANDIDATES: dict[str, Cell] = {
     "scratch, decay stage12": Cell("scratch stage12", (*SMALL_PREPROCESS, *REPLAY_8, *STAGE12)),
     "scratch, 1:1": Cell("scratch", (*SMALL_PREPROCESS, *EVEN)),
 }
-"""What might do better."""
+"""Recipes that might be better than those of `STAR`."""
 
 
 def lay_out(images: Path, raw: Path) -> None:
-    """Copy the files of `manifest.csv` to one folder per source of the catalog; generators that
-    are held out become sources of their own.
+    """Copy the files of `manifest.csv` to one folder per source of the catalog. Each held-out
+    generator gets its own source.
     """
     if raw.exists():
         return
@@ -190,7 +196,7 @@ def _source(row: Mapping[str, str], name: str) -> str:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process has `path` to itself: others that share the folder go elsewhere."""
+    """Lock `path` without waiting. Yields False if another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -203,7 +209,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things lie, and how training is called."""
+    """Folders of the study, and the settings that all runs share."""
 
     work: Path
     init_from: Path
@@ -211,18 +217,18 @@ class Bench:
 
     @property
     def shards(self) -> Path:
-        """The packed sets."""
+        """Folder of the packed sets."""
         return self.work / "shards"
 
     @property
     def runs(self) -> Path:
-        """A folder per run."""
+        """Folder with one folder per run."""
         return self.work / "runs"
 
     def train(
         self, file: str, name: str, seed: int, changes: Sequence[str], init_from: Path | None
     ) -> Path:
-        """Train a run to its end unless it is there, score its best checkpoint, and return that."""
+        """Train a run unless it is finished, score its best checkpoint, and return its folder."""
         done = self.runs / name / "done.json"
         if not done.exists():
             path = recipes.FOLDER / file
@@ -241,8 +247,9 @@ class Bench:
         return self.runs / name / json.loads(done.read_text())["best"]
 
     def score(self, folder: Path) -> dict[str, dict[str, np.ndarray]]:
-        """Labels, logits, sources and generators of every set, from `scores.npz` in the run's
-        folder where it is there.
+        """Return the columns labels, logits, source and generator of every set.
+
+        They are read from `scores.npz` in the run's folder, which is written at the first call.
         """
         path = folder.parent / "scores.npz"
         if not path.exists():
@@ -277,19 +284,21 @@ def _write(path: Path, figures: Any) -> None:
 
 
 def _save(path: Path, columns: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # a path would have .npz put behind it
+    with path.open("wb") as file:  # `np.savez` would append .npz to a path
         np.savez(file, **columns)
 
 
 def figures(scores: Mapping[str, Mapping[str, np.ndarray]], calibration: Sequence[str]) -> dict:
-    """What one checkpoint reaches: on what is held out, at 0.5 and at the threshold for
-    5 % false positives on the sets of `calibration`, and the accuracy of every source at both.
+    """Compute the metrics of one checkpoint for each set, with the accuracy of every source.
+
+    Each set is measured twice: at a threshold of 0.5, and at the threshold for 5 % false positives
+    on the reals of the sets in `calibration`.
     """
     labels, logits = (
         np.concatenate([scores[name][column] for name in calibration])
         for column in ("labels", "logits")
     )
-    # A temperature would change no figure here: it moves neither 0.5 nor an order.
+    # No temperature: it would change neither the decision at 0.5 nor the order of the scores.
     threshold = threshold_at_fpr(probability(logits[labels == 0]), MAX_FPR)
     result: dict[str, Any] = {"threshold": threshold}
     unseen = scores["unseen"]
@@ -308,22 +317,22 @@ def figures(scores: Mapping[str, Mapping[str, np.ndarray]], calibration: Sequenc
 
 
 def jobs(cells: Mapping[str, Cell], seeds: Sequence[int]) -> Iterator[tuple[str, Cell, int]]:
-    """Seed by seed, so that a stop at any time leaves a table."""
+    """Yield cells seed by seed, so that a study stopped at any time has a table."""
     for seed in seeds:
         for name, cell in cells.items():
             yield name, cell, seed
 
 
 def label(kind: str, name: str, seed: int) -> str:
-    """The folder of a run."""
+    """Return the name of a run's folder."""
     return f"{kind}-{name}-s{seed}".replace(" ", "-").replace(":", "to")
 
 
 def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> dict[str, Any]:
-    """Both phases of one cell and what they reach; other processes' runs are never waited for.
+    """Train both phases of one cell and return its row of metrics.
 
     Raises:
-        BlockingIOError: another process is at one of its runs.
+        BlockingIOError: another process is training one of the runs.
     """
     cell = cells[name]
 
@@ -359,7 +368,7 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
 def read_rows(
     bench: Bench, cells: Mapping[str, Cell], seeds: Sequence[int]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows of what is trained, by cell and seed."""
+    """Return the rows of the finished cells, by cell and seed."""
     rows = {}
     for name, cell, seed in jobs(cells, seeds):
         trained = (label("first", cell.first, seed), label("second", cell.of or name, seed))
@@ -369,7 +378,7 @@ def read_rows(
 
 
 def lost(row: Mapping[str, Any], key: str) -> float:
-    """The most that an old source lost in phase 2, as a share of its images."""
+    """Return the largest loss of accuracy of an old source in phase 2, from 0 to 1."""
     before, after = row["first"][key]["sources"], row["second"][key]["sources"]
     return max(before[source] - after[source] for source in before)
 
@@ -377,7 +386,7 @@ def lost(row: Mapping[str, Any], key: str) -> float:
 def table(
     rows: Mapping[tuple[str, int], Mapping[str, Any]], cells: Mapping[str, Cell], phase: str
 ) -> list[list[str]]:
-    """A line per recipe of phase `first` or `second`: mean and deviation over seeds, percent."""
+    """Return a line per recipe of phase `first` or `second`: mean ± deviation in percent."""
     groups: dict[str, dict[int, Mapping[str, Any]]] = {}
     for (name, seed), row in sorted(rows.items(), key=lambda item: [*cells].index(item[0][0])):
         groups.setdefault(cells[name].first if phase == "first" else name, {})[seed] = row
@@ -392,7 +401,7 @@ def table(
 
 
 def mean_and_std(values: Sequence[float]) -> str:
-    """Mean +- standard deviation (of a sample), in percent."""
+    """Format mean ± sample standard deviation, in percent."""
     values = 100 * np.array(values)
     if len(values) == 1:
         return f"{values[0]:.1f}"
@@ -408,28 +417,30 @@ COLUMNS = (
     "recipe", "seeds", "AUROC", "hard AUROC", "balanced", "recall", "FPR", "recall c", "FPR c",
     "val AUROC", "val-phase2 AUROC", "worst loss", "worst loss c",
 )  # fmt: skip
-"""Of the held-out images, then of the validation sets. "c": at the threshold for 5 % false
-positives on validation reals, else at 0.5. Worst loss: by how much the old source that lost most
-fell in phase 2.
+"""Columns of the tables. Those without "val" are of the held-out images. The decision threshold is
+0.5, and in columns with "c" the one for 5 % false positives on validation reals. The worst loss is
+the largest loss of accuracy of an old source in phase 2.
 """
 
 
 @click.command(cls=console.Command)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--init-from", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Shards, runs, rows.")
-@click.option("--threads", default=2, help="Of torch, in this process.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Shards, runs, tables."
+)
+@click.option("--threads", default=2, help="Threads of torch in this process.")
 @click.option(
     "--cell",
     "only",
     multiple=True,
     type=click.Choice([*STAR, *CANDIDATES]),
-    help="Only these, in this order.",
+    help="Train only this cell. May be repeated; the order is kept.",
 )
 @click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS)
-@click.option("--candidates", is_flag=True, help="Also what is no part of the star.")
+@click.option("--candidates", is_flag=True, help="Train the candidates as well.")
 @click.option("--set", "common", multiple=True, help="Change every recipe: --set run.epochs=4.")
-@click.option("--table", "only_table", is_flag=True, help="Print the rows so far, train nothing.")
+@click.option("--table", "only_table", is_flag=True, help="Print the finished rows; train nothing.")
 @console.options()
 def main(
     images: Path,
@@ -442,8 +453,9 @@ def main(
     common: tuple[str, ...],
     only_table: bool,
 ) -> None:
-    """Train every cell with every seed, and print tables of what is trained; rows.jsonl in WORK
-    holds every figure, tables.md the tables.
+    """Train every cell with every seed, and print tables of the finished cells.
+
+    WORK/rows.jsonl gets every metric, WORK/tables.md the tables.
     """
     torch.set_num_threads(threads)
     cells = STAR | CANDIDATES

@@ -1,8 +1,10 @@
-"""What `evaluate.py --detector` costs over a detector that is called by hand.
+"""Measure the overhead of `evaluate.py --detector` against calling a detector directly.
 
-By hand: the library's own calls on the same images in batches of as many, which are files that
-Pillow opens, by one thread. By the adapter: reading from shards, the same preprocessing and the
-same network. By hand is timed before and after the adapter.
+`costs()` times both for a Python file, a timm model and a transformers model;
+`python -m benchmarks.evaluation --detector` prints them. By hand: Pillow opens image files in one
+thread, and the library's own calls score them in batches of the same size. By the adapter: the same
+images are read from shards, then the same preprocessing and network run. By hand is timed before
+and after the adapter.
 """
 
 import importlib.util
@@ -44,7 +46,7 @@ Bare = Callable[[Sequence[Image.Image]], Any]
 
 
 def spent(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and seconds of processors, that some work takes."""
+    """Run `work` and return its wall-clock seconds and its CPU seconds (with child processes)."""
 
     def processor() -> float:
         of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -56,7 +58,7 @@ def spent(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def of_file(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
-    """A Python file with a network of timm in it."""
+    """Return the adapter and the direct call of a Python file with a timm network."""
     path = folder / "detector.py"
     path.write_text(FILE.format(network=network), encoding="utf-8")
     detector = open_file(path, trust=True)
@@ -64,7 +66,7 @@ def of_file(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
 
 
 def of_timm(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
-    """A model of timm in a local folder."""
+    """Return the adapter and the direct call of a timm model in a local folder."""
     model = folder / "timm"
     model.mkdir()
     net = timm.create_model(network, num_classes=2).eval()
@@ -82,7 +84,10 @@ def of_timm(folder: Path, network: str) -> tuple[OtherDetector, Bare]:
 
 
 def of_transformers(folder: Path) -> tuple[OtherDetector, Bare]:
-    """A tiny ViT (192 wide, 12 layers, 224 pixels) of transformers with random weights."""
+    """Return the adapter and the direct call of a tiny ViT of transformers.
+
+    It has width 192, 12 layers, 224 pixels and random weights.
+    """
     import transformers
 
     model = folder / "hf"
@@ -103,7 +108,7 @@ def of_transformers(folder: Path) -> tuple[OtherDetector, Bare]:
 
 
 class Nothing:
-    """A judge that does nothing: what is left is reading, decoding and the adapter."""
+    """Detector without computation, to time reading, decoding and the adapter alone."""
 
     fixed_batches = False
 
@@ -115,8 +120,9 @@ class Nothing:
 
 
 def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
-    """The cost of each kind by hand and by its adapter, and their ratio; transformers is left out
-    where it is not installed.
+    """Return the cost of each kind of detector by hand and by its adapter, and their ratio.
+
+    transformers is skipped where it is not installed.
     """
     made = {"file": of_file(folder, network), "timm": of_timm(folder, network)}
     if importlib.util.find_spec("transformers"):
@@ -135,11 +141,11 @@ def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
             score_shards(detector, shard_set)
 
         bare([Image.fromarray(np.zeros((150, 200, 3), np.uint8))] * AT_A_TIME)
-        adapted()  # the first time costs a third of a second once, whatever the detector
+        adapted()  # warm-up: the first call takes 0.3 s more for every detector
         first, between, second = spent(by_hand), spent(adapted), spent(by_hand)
         by_hand_cost = {name: (first[name] + second[name]) / 2 for name in first}
         ratio = {name: between[name] / by_hand_cost[name] for name in between}
-        # What the load of the machine does to a network is more than what an adapter costs.
+        # The load of the machine changes a network's time by more than an adapter costs.
         empty = replace(detector, judge=Nothing())
         alone = spent(lambda empty=empty: score_shards(empty, shard_set))
         figures[kind] = {
@@ -150,7 +156,7 @@ def costs(shards: Path, folder: Path, network: str) -> dict[str, Any]:
 
 
 def print_costs(figures: dict[str, Any], images: int) -> None:
-    """A row for each kind of detector."""
+    """Print a table with a row for each kind of detector."""
     rows = [
         [kind, *(cost[which] for which in ("seconds", "processor_s")
                  for cost in (*figure["by_hand"], figure["adapter"])),

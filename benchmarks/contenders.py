@@ -1,10 +1,11 @@
-"""One loader, timed, in a process of its own; `benchmarks.loader` starts these.
+"""Time one data loader in its own process; `benchmarks.loader` starts one process per loader.
 
     python -m benchmarks.contenders NAME PLACE WORKERS OUT BATCH EPOCHS [--prepare]
 
-Writes to OUT, as JSON, when its first and its last batch came (`time.monotonic`, which all
-processes of a machine share), and how many images came after the first batch. What a library needs
-is imported only where it runs, so that memory and start-up are its own.
+PLACE is a folder with `images/` and `shards/`. OUT gets JSON: the times of the first and the last
+batch (`time.monotonic`, which all processes of a machine share) and the number of images after the
+first batch. Each library is imported only where it runs, so that no loader's memory and start-up
+time include another library.
 """
 
 import importlib.metadata
@@ -20,12 +21,15 @@ from pathlib import Path
 from benchmarks import peers
 
 READ_IMAGES = 30_000
-"""At least so many are read, over several epochs: a few thousand take less than a second."""
+"""Images that `read_samples` reads at least, in several epochs: a few thousand take under a second.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A row of the table. `needs` is a module and `package` what installs it; both may be empty."""
+    """Loader to time. `images` yields the size of each batch. `needs` is the module that it imports
+    and `package` the package that provides this module; both may be empty.
+    """
 
     title: str
     images: Callable[[Path, int], Iterator[int]]
@@ -35,7 +39,7 @@ class Contender:
 
 
 def our_stream(place: Path, backend: str, workers: int):
-    """This project's stream under the policy of phase 1."""
+    """Open this project's training stream with the augmentation policy of phase 1."""
     import recipes
     from model.device import choose_device
     from pipeline.augment import AugmentPolicy, Preprocess
@@ -54,7 +58,7 @@ def our_stream(place: Path, backend: str, workers: int):
 
 
 def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
-    """Every epoch, up to batches on the device."""
+    """Yield the size of each batch of this project's loader, once the batch is on the device."""
     import torch
 
     for batch in our_stream(place, backend, workers).batches(0, peers.EPOCHS):
@@ -64,7 +68,7 @@ def our_images(place: Path, backend: str, workers: int) -> Iterator[int]:
 
 
 def read_samples(place: Path, _workers: int) -> Iterator[int]:
-    """Plan, positional reads and parameters, without decoding, in this process alone."""
+    """Plan, read bytes and sample parameters without decoding, in this process alone."""
     from pipeline.loader import _Requests
     from pipeline.params import train_params
 
@@ -81,14 +85,14 @@ def read_samples(place: Path, _workers: int) -> Iterator[int]:
 
 
 def decode_batch(paths: list[Path]) -> int:
-    """Files to pixels and nothing else."""
+    """Decode files to pixels and return how many there were."""
     from imaging.decode import decode_image
 
     return sum(decode_image(path.read_bytes(), "JPEG").shape[0] > 0 for path in paths)
 
 
 def decode_images(place: Path, workers: int) -> Iterator[int]:
-    """Bare decoding in as many processes: the limit of any loader that decodes on the CPU."""
+    """Only decode, in `workers` processes: the limit of any loader that decodes on the CPU."""
     paths = sorted((place / "images").rglob("*.jpg"))
     batches = [paths[first : first + peers.BATCH] for first in range(0, len(paths), peers.BATCH)]
     with multiprocessing.Pool(workers) as pool:
@@ -151,15 +155,15 @@ CONTENDERS = {
 
 
 def is_installed(contender: Contender) -> bool:
-    """Whether this interpreter can import what a contender needs."""
+    """Return whether the module that a contender needs can be imported."""
     try:
         return not contender.needs or importlib.util.find_spec(contender.needs) is not None
-    except ModuleNotFoundError:  # not even the package it would be in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def measure(contender: Contender, place: Path, workers: int) -> dict[str, float | str]:
-    """Run a contender to its end; see the module."""
+    """Run a contender to its end. Returns the times and counts that the module describes."""
     batches = contender.images(place, workers)
     next(batches)
     first = time.monotonic()
@@ -173,7 +177,7 @@ def measure(contender: Contender, place: Path, workers: int) -> dict[str, float 
 def main(
     name: str, place: str, workers: str, out: str, batch: str, epochs: str, *options: str
 ) -> None:
-    """Prepare for a contender, or measure it."""
+    """Write the files that a contender reads (`--prepare`), or measure the contender."""
     peers.BATCH, peers.EPOCHS = int(batch), int(epochs)
     contender = CONTENDERS[name]
     if not is_installed(contender):

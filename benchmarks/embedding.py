@@ -1,11 +1,11 @@
-"""Measure how fast a frozen backbone turns images into features, beside the bare network.
+"""Measure how fast `model embed` computes features, compared with the network alone.
 
     python -m benchmarks.embedding --shards SET [--network NAME] [--json FILE]
 
-`network` is the forward pass on a batch that stays on the device. `from shards` reads, decodes and
-center-crops the images of a packed set, runs the same forward pass and brings the features to the
-host as float16. The weights are random: they change no speed. On a GPU the network runs in bf16 and
-compiled.
+`network` is the forward pass of a frozen backbone on a batch that stays on the device.
+`from shards` reads, decodes and center-crops the images of a packed set, runs the same forward pass
+and copies the features to the host as float16. The weights are random, which does not change the
+speed. On a GPU the network is compiled and runs in bf16.
 """
 
 import itertools
@@ -35,7 +35,7 @@ WARM_UP = 5
 
 
 def batches_of(shards: Path, size: int, loading: Loading, device: torch.device) -> Iterator[Batch]:
-    """Full evaluation batches, epoch after epoch."""
+    """Yield full evaluation batches without end, epoch after epoch."""
     preprocess = Preprocess(crop_size=size, resize_size=round(size * 8 / 7))
     loader = open_loader(
         open_shards([shards]), preprocess=preprocess, loading=loading, device=device
@@ -47,7 +47,7 @@ def batches_of(shards: Path, size: int, loading: Loading, device: torch.device) 
 def images_per_s(
     batches: Iterator[Batch], use: Callable[[Batch], object], device: torch.device, seconds: float
 ) -> float:
-    """Images/s over `seconds` after `WARM_UP` batches."""
+    """Measure images/s over `seconds` after `WARM_UP` batches."""
     for batch in itertools.islice(batches, WARM_UP):
         use(batch)
     synchronize(device)
@@ -62,7 +62,7 @@ def images_per_s(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of the device."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -73,10 +73,17 @@ def synchronize(device: torch.device) -> None:
     "--shards", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="A packed set.",
 )  # fmt: skip
-@click.option("--network", default="vit_base_patch16_clip_224", show_default=True, help="In timm.")
+@click.option(
+    "--network",
+    default="vit_base_patch16_clip_224",
+    show_default=True,
+    help="timm name of the backbone.",
+)
 @click.option("--batch-size", default=256, show_default=True)
-@click.option("--seconds", default=8.0, show_default=True, help="Of each row in each round.")
-@click.option("--rounds", default=2, show_default=True, help="Each measures both rows in turn.")
+@click.option(
+    "--seconds", default=8.0, show_default=True, help="Seconds for each row in each round."
+)
+@click.option("--rounds", default=2, show_default=True, help="Rounds of both rows.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
     device: str,
@@ -87,7 +94,7 @@ def main(
     rounds: int,
     out: Path | None,
 ) -> None:
-    """Measure embedding beside the bare network."""
+    """Measure embedding from shards against the network alone."""
     place = choose_device(device)
     keep_freed_memory(place)
     dtype, _ = choose_precision("auto", place)

@@ -1,12 +1,12 @@
-"""Train, interrupt, resume, evaluate and predict on the device, and compare with the CPU.
+"""Train, interrupt, resume, evaluate and predict on a device, and compare the scores with a CPU.
 
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
 
 A small network with random weights is trained on a packed set through `train.py`, stopped by
 SIGTERM in the middle and resumed by the same command. `evaluate.py` measures it, and `predict.py`
-scores the images of FOLDER on the device and on the CPU: how far the probabilities are apart, which
-verdicts differ, and which files have a reason instead of a verdict on one of the two alone. Scores
-of a network trained for seconds mean nothing else.
+scores the images of FOLDER on the device and on the CPU. The answer lists how far the probabilities
+are apart, which verdicts differ, and which files could be read on only one of the two. The scores
+themselves mean nothing: the network trains for seconds.
 """
 
 import csv
@@ -26,15 +26,15 @@ import console
 
 ROOT = Path(__file__).parents[1]
 STOP_AFTER_STEP = 10
-"""SIGTERM is sent once this step is in the log."""
+"""Training step after which SIGTERM is sent."""
 
-LIMIT_S = 240
+LIMIT_S = 240  # a script that takes longer is killed
 
 
 def run(*command: str, stop_at: int | None = None) -> dict[str, Any]:
-    """Run a script of the project; its exit code, seconds and last lines.
+    """Run a script of the project and return its exit code, seconds and last lines.
 
-    With `stop_at` the process gets SIGTERM once that step is logged.
+    With `stop_at` the process gets SIGTERM once this step is logged.
     """
     began = time.monotonic()
     lines: list[str] = []
@@ -87,7 +87,9 @@ def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
 @click.command(cls=console.Command)
 @click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Runs and reports.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Folder for runs and reports."
+)
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
@@ -100,7 +102,7 @@ def main(
     overrides: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Run the whole product on this machine."""
+    """Train, evaluate and predict on this machine, and compare its device with the CPU."""
     work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
 

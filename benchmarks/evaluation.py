@@ -1,15 +1,15 @@
-"""What evaluation costs beside the network, and what the report on many scores costs.
+"""Measure what evaluation adds to the network's time, and what a report on many scores takes.
 
     python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
-    python -m benchmarks.evaluation --detector [--images N]     # what `evaluate.py --detector` adds
+    python -m benchmarks.evaluation --detector [--images N]     # see benchmarks.adapters
 
-`report`: intervals and tables from a file of scores with 15 sources, 40 generators and groups of up
-to 20 images, made up at random; the seconds, and the most memory that this process ever had.
-`scoring`: `evaluate` on small JPEGs, from opening the shards to the report, against the
-network alone on as many images that are in memory already. Weights are random; they change nothing.
+`report` computes intervals and tables from random scores of 15 sources and 40 generators, in groups
+of up to 20 images. It gives the seconds and the peak memory of this process. `scoring` compares
+`evaluate` on small JPEGs, from opening the shards to the report, with the network alone on the same
+number of images in memory. The weights are random, which does not change the speed.
 
-Processor seconds (of this process and its loading workers) compare better than seconds where other
-programs run; both are printed. On a CPU the workers and the network share the cores.
+CPU seconds (of this process and its loading workers) are printed as well as seconds. They are less
+affected by other programs. On a CPU the workers and the network share the cores.
 """
 
 import json
@@ -60,7 +60,7 @@ ABOUT = {
 
 
 def made_up(count: int) -> pa.Table:
-    """Scores of `count` images: half of them fakes, a fifth of them in groups of up to 20."""
+    """Return random scores of `count` images: half are fakes, a fifth are in groups of up to 20."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, count)
     logits = ((2 * labels - 1) * 1.5 + rng.normal(0, 1.5, count)).astype(np.float32)
@@ -86,7 +86,10 @@ def made_up(count: int) -> pa.Table:
 
 
 def cost_of_report(count: int, folder: Path) -> dict[str, float]:
-    """Reading `count` scores, all figures and intervals, and writing the report."""
+    """Time the report of `count` scores, from reading the scores to writing all tables.
+
+    Peak memory is in GB.
+    """
     scores = folder / "scores.parquet"
     write_scores(scores, [made_up(count)], ABOUT)
 
@@ -101,7 +104,7 @@ def cost_of_report(count: int, folder: Path) -> dict[str, float]:
 
 
 def pack(count: int, folder: Path) -> Path:
-    """`count` small JPEGs as a shard set; returns what holds it."""
+    """Pack `count` JPEGs of 200 x 150 pixels as the set `small`; returns the folder of sets."""
     for number in range(count):
         rng = np.random.default_rng([11, number])
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -116,9 +119,9 @@ def pack(count: int, folder: Path) -> Path:
 
 
 def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
-    """The network alone on `count` images, twice, around a whole evaluation of as many."""
+    """Time an evaluation of `count` images, and before and after it the network alone."""
     overrides = [f'network.name="{network}"', "network.pretrained=false"]
-    # The small recipe holds what only MobileNetV2 takes.
+    # The small recipe has options that only MobileNetV2 accepts.
     name = "small-phase1.toml" if network.startswith("mobilenetv2") else "phase1.toml"
     recipe = resolved(recipes.load(Recipe, recipes.FOLDER / name, overrides))
     net = build_network(recipe.network, pretrained=False).eval()
@@ -156,12 +159,12 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 @click.command(cls=console.Command)
 @click.option("--images", default=10_000, show_default=True, help="Small images to score.")
 @click.option("--scores", default=400_000, show_default=True, help="Scores to report on.")
-@click.option("--network", default="mobilenetv2_100", show_default=True, help="timm's name of it.")
-@click.option("--detector", is_flag=True, help="Adapters against bare detectors, and no more.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="All single figures.")
+@click.option("--network", default="mobilenetv2_100", show_default=True, help="timm name.")
+@click.option("--detector", is_flag=True, help="Measure only adapters against direct calls.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
 @console.options()
 def main(images: int, scores: int, network: str, detector: bool, json_file: Path | None) -> None:
-    """Measure what evaluation costs beside the network."""
+    """Measure what evaluation adds to the network's time."""
     if detector:
         with tempfile.TemporaryDirectory() as name:
             figures = adapters.costs(pack(images, Path(name)), Path(name), network)

@@ -1,11 +1,11 @@
-"""What ONNX Runtime's settings are worth on this CPU, beside the bare PyTorch network.
+"""Compare the speed of ONNX Runtime under several settings with PyTorch, on this CPU.
 
     python -m benchmarks.export [--network NAME] [--batch 8] [--rounds 5] [--json FILE]
 
-Random weights, and the same noise for all, in turn (A B C A B C ...). Each way is one row: images
-per second of its best round, processor seconds per image of the median round, and how far its
-probabilities are from PyTorch's in fp32. Where other programs take part of the processor, the
-processor time tells more. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
+All ways score the same noise with the same random weights, in turn (A B C A B C ...). A row has the
+images per second of the best round, the CPU seconds per image of the median round, and the largest
+difference of a probability from PyTorch's in fp32. CPU seconds are less affected by other programs.
+All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
 """
 
 import json
@@ -40,14 +40,17 @@ COLUMNS = ("way", "images/s", "processor s", "max |dp|")
 
 
 def measured(score: Score, images: np.ndarray) -> tuple[float, float]:
-    """Wall-clock and processor seconds of one batch."""
+    """Return the wall-clock and CPU seconds of scoring one batch."""
     started, used = time.perf_counter(), time.process_time()
     score(images)
     return time.perf_counter() - started, time.process_time() - used
 
 
 def by_onnx(file: Path, **settings: Any) -> Score:
-    """ONNX Runtime with settings of its own."""
+    """Return the scoring function of an ONNX Runtime session with some settings changed.
+
+    `settings` are `threads`, `level` (of graph optimization) and `spinning`.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.get("threads", threads())
     options.graph_optimization_level = settings.get(
@@ -60,7 +63,7 @@ def by_onnx(file: Path, **settings: Any) -> Score:
 
 
 def by_torch(net: torch.nn.Module) -> Score:
-    """The bare network, channels_last, as evaluation runs it."""
+    """Return the scoring function of the network in PyTorch, channels_last as in evaluation."""
 
     def score(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -71,7 +74,7 @@ def by_torch(net: torch.nn.Module) -> Score:
 
 
 def ways_of(name: str, folder: Path) -> dict[str, Score]:
-    """Every way to measure, by its name."""
+    """Export a network with random weights to `folder`; returns the scoring functions by name."""
     torch.manual_seed(0)
     network = Network(name=name, pretrained=False, init="fan_in")
     recipe = replace(recipe_of("bench"), network=network)
@@ -90,7 +93,7 @@ def ways_of(name: str, folder: Path) -> dict[str, Score]:
     fp32, fp16 = (folder / "onnx" / file for file in export.FILES.values())
     int8 = folder / "int8.onnx"
     model = onnx.load(fp32)
-    del model.graph.value_info[:]  # shapes that the quantizer infers anew
+    del model.graph.value_info[:]  # the quantizer infers these shapes itself
     quantize_dynamic(model, int8, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
     basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return {
@@ -105,10 +108,10 @@ def ways_of(name: str, folder: Path) -> dict[str, Score]:
 
 
 @click.command(cls=console.Command)
-@click.option("--network", default="convnextv2_base", show_default=True, help="Any of timm.")
+@click.option("--network", default="convnextv2_base", show_default=True, help="timm name.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Each way."
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of all ways."
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
 @console.options()

@@ -1,11 +1,11 @@
-"""Measure what stored features cost: reading them, and training a head from them.
+"""Measure the speed of reading stored features and of training a head on stored features.
 
     python -m benchmarks.features [--images 400000] [--width 768] [--json FILE]
 
-Writes a feature store of random numbers, in shards of 4,000 images, and measures in one run:
-`memory` copies random rows of one array in memory, in batches; `store` reads the same batches from
-the mapped files; `head` trains one epoch of a linear head from the store, by the steps that
-`train.py` takes. `python -m benchmarks.embedding` measures how fast features are computed.
+A feature store of random numbers is written, in shards of 4,000 images. `memory` copies batches of
+random rows from one array in memory. `store` reads the same batches from the memory-mapped files.
+`head` trains a linear head from the store for one epoch, by the steps that `train.py` takes.
+`python -m benchmarks.embedding` measures how fast features are computed.
 """
 
 import json
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def shard_set(folder: Path, count: int) -> ShardSet:
-    """A set of `count` samples of two sources, one real and one fake, whose tars do not exist."""
+    """Return a set of `count` samples from one real and one fake source; its tars do not exist."""
     shards = -(-count // PER_SHARD)
     rows = np.arange(count)
     code = (rows // PER_SHARD).astype(np.int32)
@@ -69,8 +69,9 @@ def shard_set(folder: Path, count: int) -> ShardSet:
 
 
 def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int) -> np.ndarray:
-    """Write random features of every sample; returns them, float16 (N, width). Fakes lie a little
-    to one side.
+    """Write random features of every sample, with a small offset for fakes.
+
+    Returns the features, float16 (N, width).
     """
     rng = np.random.default_rng(0)
     everything = np.empty((len(shards), width), np.float16)
@@ -91,7 +92,7 @@ def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options()
 def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
-    """Measure reading stored features beside memory, and training a head from them."""
+    """Measure reading stored features against memory, and training a head on stored features."""
     network = Network(
         name="vit_tiny_patch16_224", pretrained=False, freeze_backbone=True,
         options={"embed_dim": width, "depth": 1, "num_heads": 1},

@@ -1,14 +1,14 @@
-"""Ask everything that needs a GPU, in stages with limits, in one command.
+"""Run every measurement that needs a GPU, in stages with time limits, with one command.
 
     python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
 
-FOLDER with images holds photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs in
-a process of its own, with a time limit; a stage that fails or is cut ends alone, and its rows up to
-then are kept. Answers go to `--out`: a JSON file per stage, `stages.jsonl` with exit code and
-seconds of each, and `log.txt`. The same command again leaves out what `stages.jsonl` calls done.
-`--budget` bounds the whole call: a stage that cannot have its least time is left for the next call.
+The folder of images has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs in
+its own process with a time limit. A stage that fails or is cut does not end the others, and its
+rows up to then are kept. The results are written to `--out`: a JSON file per stage, `stages.jsonl`
+with the exit code and seconds of each stage, and `log.txt`. The same command again skips the stages
+that succeeded. `--budget` limits the whole call: a stage starts only if its least time is left.
 
-`--cpu` is a dry run on small data; it shows that every stage works, and answers nothing.
+`--cpu` is a dry run on small data. It shows that every stage works; its figures mean nothing.
 """
 
 import json
@@ -30,12 +30,12 @@ from sharding.catalog import read_catalog
 
 ROOT = Path(__file__).parents[1]
 LOG_LINES = 300
-"""Last lines of a stage's output that go to `log.txt`."""
+"""Last lines of a stage's output that are written to `log.txt`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A command with its limit, and the least time in seconds that is worth starting it for."""
+    """Command with its time limit. It is not started with less than `least_s` seconds left."""
 
     name: str
     command: tuple[str, ...]
@@ -44,7 +44,7 @@ class Stage:
 
 
 def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
-    """Every stage, in the order of what the rest depends on and of what is most wanted."""
+    """Return every stage: first what others depend on, then the most important ones."""
     module = (sys.executable, "-m")
     shards = work / "shards/bench"
     cores = str(2 if cpu else os.cpu_count() or 1)
@@ -58,7 +58,7 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
 
     def stage(name: str, limit_s: int, least_s: int, *command: str, json_to: str = "") -> Stage:
         written = ("--json", str(out / f"{json_to or name}.json")) if json_to != "-" else ()
-        # Nobody pays for the time of a dry run by the minute.
+        # A dry run is slow and free, so it gets longer limits.
         limit_s *= 5 if cpu else 1
         return Stage(name=name, command=(*command, *written), limit_s=limit_s, least_s=least_s)
 
@@ -98,10 +98,10 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
 
 
 def pack(images: Path, work: Path, count: int, jobs: int) -> None:
-    """Pack `count` JPEGs as `work/shards/bench`, half called real and half fake.
+    """Pack `count` JPEGs as `work/shards/bench`, half labeled real and half fake.
 
-    Each is a copy of one of `images/jpeg` with a comment of its own: its bytes differ from those of
-    every other, and its decoding costs the same.
+    Each JPEG is a copy of one in `images/jpeg` with a different comment: the bytes of all copies
+    differ, and decoding takes the same time.
     """
     originals = [path.read_bytes() for path in sorted((images / "jpeg").iterdir())]
     parts = max(8, jobs)
@@ -125,14 +125,14 @@ def pack(images: Path, work: Path, count: int, jobs: int) -> None:
 
 
 def done_in(out: Path) -> set[str]:
-    """Names of the stages that ended well in an earlier call."""
+    """Return the names of the stages that succeeded in an earlier call."""
     path = out / "stages.jsonl"
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {row["stage"] for row in map(json.loads, rows) if row["rc"] == 0}
 
 
 def run(stage: Stage, out: Path, limit_s: float) -> int:
-    """Run one stage, keep its output, and return its exit code; 124 if it was cut."""
+    """Run one stage, log its output, and return its exit code, which is 124 after `limit_s`."""
     console.say(f"== {stage.name}: at most {limit_s:.0f} s")
     began = time.monotonic()
     log = out / f"{stage.name}.log"
@@ -147,7 +147,7 @@ def run(stage: Stage, out: Path, limit_s: float) -> int:
             process.wait()
             code = 124
     seconds = round(time.monotonic() - began, 1)
-    # Without the lines that DALI prints for each damaged file.
+    # DALI prints a line for each damaged file; these are dropped.
     text = log.read_text(encoding="utf-8", errors="replace").splitlines()
     lines = [line[:2000] for line in text if not ("ERROR" in line and "jpeg" in line)]
     with (out / "log.txt").open("a", encoding="utf-8") as stream:
@@ -166,12 +166,12 @@ def run(stage: Stage, out: Path, limit_s: float) -> int:
     "--images", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with jpeg/ and other/.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Answers go here.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), default=Path("gpu-day"),
     show_default=True, help="Packed images and runs.",
 )  # fmt: skip
-@click.option("--budget", default=3600, show_default=True, help="Seconds of this call.")
+@click.option("--budget", default=3600, show_default=True, help="Seconds for this call.")
 @click.option("--only", multiple=True, help="Only this stage; may be repeated.")
 @click.option("--cpu", is_flag=True, help="A dry run on small data.")
 @click.pass_context
@@ -184,7 +184,7 @@ def main(
     only: tuple[str, ...],
     cpu: bool,
 ) -> None:
-    """Run every stage that is not done; see the module."""
+    """Run every stage that has not succeeded yet; see the module."""
     if context.invoked_subcommand:
         return
     if images is None or out is None:
@@ -207,7 +207,7 @@ def main(
         if run(stage, out, min(stage.limit_s, left)):
             failed.append(stage.name)
     if failed:
-        raise click.ClickException(f"not done: {', '.join(failed)}; the same command goes on")
+        raise click.ClickException(f"not done: {', '.join(failed)}; run the same command again")
 
 
 @main.command("pack")

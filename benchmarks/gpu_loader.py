@@ -1,12 +1,12 @@
-"""Measure the DALI backend on a GPU over its settings, and its memory over many batches.
+"""Measure the DALI backend on a GPU: its speed by settings, and its memory over many batches.
 
     python -m benchmarks.gpu_loader --shards SET --json FILE [--seconds S] [--cpu]
 
-`settings`: training images/s under the augmentation policy of phase 1, over batch size, DALI
-threads and `hw_decoder_load` (the share of JPEGs that the GPU's JPEG engine takes), the product's
-own setting first; then the same without single operations of the policy, which says what they cost.
-`jpeg step`: what the exact JPEG round trip costs beside DALI's own GPU operator.
-`memory`: host and GPU memory over `--batches` batches with a damaged image in every fiftieth.
+`settings`: training images/s with the augmentation policy of phase 1, by batch size, DALI threads
+and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine decodes). The product's setting is
+the first row; the rows after it omit single operations of the policy, to show their cost.
+`jpeg step`: images/s of the exact JPEG round trip and of DALI's own GPU operator.
+`memory`: host and GPU memory over `--batches` batches, with a damaged image in every fiftieth.
 
 Each row is written when it is measured, so that a crash loses one row.
 """
@@ -41,7 +41,7 @@ WARM_UP = 10
 """Batches before the clock starts."""
 
 OWN = (256, 16, HW_DECODER_LOAD)
-"""Batch size, threads and share as the product chooses them beside a GPU and 16 cores."""
+"""Batch size, threads and share that the product chooses on a GPU with 16 cores."""
 
 SETTINGS = (
     OWN, (256, 16, 0.3), (256, 16, 0.0), (256, 16, 1.0), (256, 8, 0.65), (256, 4, 0.65),
@@ -63,11 +63,11 @@ WITHOUT: dict[str, dict[str, float]] = {
 }
 
 BROKEN_EVERY = 50
-"""Batches from one damaged image to the next, in `memory`."""
+"""One batch of so many contains a damaged image, in `memory`."""
 
 
 def requests_of(shards: Path, batch: int, device: torch.device, **changes: float) -> Iterator:
-    """What the loader asks of its backend, epoch after epoch, under the policy of phase 1."""
+    """Yield the loader's requests to its backend, epoch after epoch, with the policy of phase 1."""
     pool = open_pool(shards.parent, [shards.name], Replay())
     preprocess = recipes.build(Preprocess, peers.RECIPE["preprocess"], "phase1")
     augment = recipes.build(dict[str, AugmentPolicy], peers.RECIPE["augment"], "phase1")
@@ -86,7 +86,7 @@ def requests_of(shards: Path, batch: int, device: torch.device, **changes: float
 def images_per_s(
     requests: Iterator[Request], setting: tuple[int, int, float], device: torch.device, s: float
 ) -> float:
-    """Images/s of the backend over `s` seconds after `WARM_UP` batches."""
+    """Measure images/s of the backend over `s` seconds after `WARM_UP` batches."""
     batch, threads, share = setting
     batches = DaliBackend(peers.SIZE, batch, device, threads, share).run(requests)
     for _ in itertools.islice(batches, WARM_UP):
@@ -104,13 +104,13 @@ def images_per_s(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of the device."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def settings(shards: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row per setting, then a row per operation that is left out."""
+    """Yield a row for the product's setting, for each omitted operation and for other settings."""
     on_gpu = device.type == "cuda"
     wanted: list[tuple[tuple[int, int, float], str]] = [(setting, "") for setting in SETTINGS]
     wanted[1:1] = [((256, 16, HW_DECODER_LOAD), name) for name in WITHOUT]
@@ -122,13 +122,13 @@ def settings(shards: Path, device: torch.device, seconds: float) -> Iterator[dic
         requests = requests_of(shards, setting[0], device, **WITHOUT.get(name, {}))
         try:
             row["images_per_s"] = round(images_per_s(requests, setting, device, seconds))
-        except Exception as error:  # the other settings still count
+        except Exception as error:  # the other settings are still measured
             row["error"] = f"{type(error).__name__}: {error}"[:400]
         yield row
 
 
 def jpeg_step(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield images/s of a batch of 256 x 256 through each way of the JPEG step, all samples."""
+    """Yield images/s of each way of the JPEG step, on 256 images of 256 x 256 pixels."""
     on_gpu = device.type == "cuda"
     size = peers.SIZE
     batch = list(np.random.default_rng(0).integers(0, 256, (256, size, size, 3), np.uint8))
@@ -163,7 +163,7 @@ def jpeg_step(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def memory(shards: Path, device: torch.device, batches: int, seconds: float) -> Iterator[dict]:
-    """Yield memory in MiB ten times over `batches` batches, or as far as `seconds` allow."""
+    """Yield memory in MiB ten times over `batches` batches; stops after `seconds`."""
     batch, threads, share = OWN if device.type == "cuda" else (30, 2, HW_DECODER_LOAD)
 
     def damaged() -> Iterator[Request]:
@@ -189,7 +189,7 @@ def memory(shards: Path, device: torch.device, batches: int, seconds: float) -> 
 
 
 def host_mib() -> int | None:
-    """Resident memory of this process; None where there is no Linux /proc."""
+    """Return the resident memory of this process in MiB; None where there is no Linux /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -197,7 +197,7 @@ def host_mib() -> int | None:
 
 
 def gpu_mib(device: torch.device) -> int | None:
-    """Memory taken on the GPU by anyone; None on a CPU."""
+    """Return the GPU memory in use by all processes, in MiB; None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -212,9 +212,9 @@ PARTS = ("settings", "jpeg step", "memory")
     "--shards", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="A packed set of JPEGs.",
 )  # fmt: skip
-@click.option("--seconds", default=2.0, show_default=True, help="Of each row.")
-@click.option("--batches", default=1500, show_default=True, help="Of the part `memory`.")
-@click.option("--memory-s", default=90.0, show_default=True, help="Limit of the part `memory`.")
+@click.option("--seconds", default=2.0, show_default=True, help="Seconds per row.")
+@click.option("--batches", default=1500, show_default=True, help="Batches of the part `memory`.")
+@click.option("--memory-s", default=90.0, show_default=True, help="Seconds for the part `memory`.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
@@ -228,9 +228,9 @@ def main(
     out: Path | None,
     cpu: bool,
 ) -> None:
-    """Measure the DALI backend over its settings."""
+    """Measure the DALI backend on a GPU; see the module."""
     if not cpu and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: run it on one, or try --cpu")
+        raise ValueError("no CUDA device here; run this on a GPU, or try --cpu")
     device = torch.device("cpu" if cpu else "cuda:0")
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "settings": lambda: settings(shards, device, seconds),

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--cpu]
 
-FOLDER holds photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`. The checks run in the
-order of how much depends on them. The answer of each, or its error, is written at once, so that a
-crash loses one check. Differences are in levels of 0 to 255, as mean, 99th percentile and maximum.
-`--cpu` runs the CPU operators in place of the GPU's, which shows only that the program works.
+FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`. The most important checks
+run first. The answer of each check, or its error, is written at once, so that a crash loses one
+check. Differences are in levels from 0 to 255, as mean, 99th percentile and maximum. `--cpu` runs
+the CPU operators instead of the GPU's, which shows only that the program works.
 
 The command fails if the whole augmentation graph did not run on the device.
 """
@@ -37,10 +37,12 @@ from pipeline.pil import decode_request
 SIZE = 256
 BATCH = 30
 ENGINE_SHARES = (0.0, 0.65, 1.0)
-"""`hw_decoder_load`: no JPEG, DALI's default share and every JPEG to the GPU's JPEG engine."""
+"""Values of `hw_decoder_load`, the share of JPEGs that the GPU's JPEG engine decodes: none, DALI's
+default, all.
+"""
 
 SLEEP_CYCLES = 20_000_000
-"""How long a stream is kept busy before it reads a batch: about 10 ms."""
+"""GPU cycles for which a stream is kept busy before it reads a batch: about 10 ms."""
 
 ORIENTATION = 0x0112
 """The EXIF tag of the orientation."""
@@ -50,7 +52,7 @@ PACKAGES = (
     "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12",
 )  # fmt: skip
 
-# Brighter, a little less contrast, more saturation, a small turn of the hue.
+# A color matrix: brighter, a little less contrast, more saturation, a small rotation of the hue.
 COLOR = (
     0.934, 0.104, 0.020, 1.9, 0.027, 1.003, 0.028, 1.9, 0.036, 0.080, 0.942, 1.9,
 )  # fmt: skip
@@ -78,7 +80,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 
 class Given(NamedTuple):
-    """What every check gets: encoded photographs, other encoded images and the device."""
+    """Input of every check: encoded photographs, other encoded images and the device."""
 
     jpegs: list[bytes]
     others: list[bytes]
@@ -89,13 +91,16 @@ Check = Callable[[Given], Any]
 
 
 def difference(images: np.ndarray, expected: np.ndarray) -> list[float]:
-    """Mean, 99th percentile and maximum of the absolute difference, in levels."""
+    """Return the mean, 99th percentile and maximum of the absolute difference, in levels."""
     apart = np.abs(images.astype(np.int16) - expected.astype(np.int16))
     return [round(float(apart.mean()), 4), float(np.percentile(apart, 99)), int(apart.max())]
 
 
 def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
-    """Crops of `files`, at three quarters of each side, with one operation added."""
+    """Return a request for crops of `files`, three quarters of each side, with one operation.
+
+    `first` is the index of the first file, which determines where the crops are.
+    """
     params, formats, orientations = [], [], []
     for index, data in enumerate(files, start=first):
         with Image.open(io.BytesIO(data)) as image:
@@ -114,7 +119,7 @@ def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
 def pixels_of(
     device: torch.device, requests: list[Request], batch: int, share: float = 0.65
 ) -> list[tuple[np.ndarray, dict[int, str]]]:
-    """Images (uint8 on the host) and failures of each request, through the DALI backend."""
+    """Run requests through the DALI backend; returns images (uint8 on the host) and failures."""
     backend = DaliBackend(SIZE, batch, device, 4, share)
     return [
         (pixels.images.cpu().numpy(), dict(pixels.failures))
@@ -123,7 +128,7 @@ def pixels_of(
 
 
 def machine(given: Given) -> Any:
-    """Describe the card, its driver and the versions of the packages."""
+    """Return the GPU, its driver and the versions of the packages."""
     card = None
     if given.device.type == "cuda":
         query = "--query-gpu=name,driver_version,memory.total,clocks.sm"
@@ -144,9 +149,9 @@ def machine(given: Given) -> Any:
 
 
 def decoder(given: Given) -> Any:
-    """Decode without the graph: the GPU's decoder against libjpeg, over share and chroma filter.
+    """Compare the GPU's decoder alone with libjpeg, by `hw_decoder_load` and chroma upsampling.
 
-    `worst image` is the largest mean over one image.
+    `worst image` is the largest mean difference of one image.
     """
     files = [np.frombuffer(data, np.uint8) for data in given.jpegs[:BATCH]]
 
@@ -184,8 +189,8 @@ def decoder(given: Given) -> Any:
 
 
 def operations(given: Given) -> Any:
-    """Run each operation of the graph: GPU against CPU operators, and the failures."""
-    # One pipeline per device: to build one takes two seconds on a GPU.
+    """Compare the GPU and CPU operators for each operation of the graph, and list failures."""
+    # One pipeline per device, because building one takes two seconds on a GPU.
     files = given.jpegs[:BATCH]
     requests = [request_of(files, **operation) for operation in OPERATIONS.values()]
     on_device = pixels_of(given.device, requests, BATCH)
@@ -199,7 +204,7 @@ def operations(given: Given) -> Any:
 
 
 def mixed_batch(given: Given) -> Any:
-    """Run one batch in which every sample has another operation."""
+    """Compare one batch in which neighboring samples have different operations."""
     files = given.jpegs[:BATCH]
     names = [list(OPERATIONS)[index % len(OPERATIONS)] for index in range(len(files))]
     singles = [
@@ -224,7 +229,7 @@ def encoded(pixels: np.ndarray, image_format: str = "JPEG", mode: str = "RGB", *
 
 
 def kinds_of_files(given: Given) -> dict[str, bytes]:
-    """Encode one photograph in each way that decoders treat apart."""
+    """Encode one photograph in each way that decoders treat differently."""
     with Image.open(io.BytesIO(given.jpegs[0])) as image:
         photo = np.asarray(image.convert("RGB").resize((401, 299)))
     kinds = {}
@@ -249,7 +254,7 @@ def kinds_of_files(given: Given) -> dict[str, bytes]:
 
 
 def files(given: Given) -> Any:
-    """Decode each kind of file: the GPU's graph against the Pillow backend, and the failures."""
+    """Compare the GPU's graph with the Pillow backend on each kind of file, and list failures."""
     kinds = kinds_of_files(given)
     requests = [request_of([data] * 3) for data in kinds.values()]
     answer = {}
@@ -262,7 +267,7 @@ def files(given: Given) -> Any:
 
 
 def batch_sizes(given: Given) -> Any:
-    """Decode the same images in batches of 30, 7 and 1: whether an image keeps its bits."""
+    """Check whether an image gets the same pixels in batches of 30, 7 and 1."""
     answer = {}
     for share in ENGINE_SHARES:
 
@@ -284,7 +289,7 @@ def batch_sizes(given: Given) -> Any:
 
 
 def damaged_files(good: bytes) -> dict[str, bytes]:
-    """Damage a JPEG in each way that a download or a disk can."""
+    """Return copies of a JPEG with the damage that downloads and disks cause."""
     noise = np.random.default_rng(1).integers(0, 256, len(good), np.uint8).tobytes()
     half = len(good) // 2
     return {
@@ -300,9 +305,9 @@ def damaged_files(good: bytes) -> dict[str, bytes]:
 
 
 def damage(given: Given) -> Any:
-    """Put two damaged files into a batch: which are named, and whether the others keep their bits.
+    """Put two damaged files into a batch: check which are reported, and that the others are equal.
 
-    The batch after each damaged one is compared with the same batch before.
+    The intact batch after each damaged one is compared with the first batch.
     """
     answer: dict[str, Any] = {}
     bad_rows = (7, 29)
@@ -318,7 +323,7 @@ def damage(given: Given) -> Any:
         try:
             for pixels in DaliBackend(SIZE, BATCH, given.device, 4, share).run(iter(requests)):
                 done.append((pixels.images.cpu().numpy(), dict(pixels.failures)))
-        except Exception as error:  # the rows that came before it still count
+        except Exception as error:  # the batches before it are still compared
             answer[f"share {share}: ended"] = f"ERROR {type(error).__name__}: {error}"[:600]
         for index, name in enumerate(kinds):
             if 2 + 2 * index >= len(done):
@@ -334,7 +339,7 @@ def damage(given: Given) -> Any:
 
 
 def hand_over(given: Given) -> Any:
-    """Read batches late on a busy stream and drop them at once: are pixels overwritten?"""
+    """Read batches late, on a busy stream, and drop them at once; count overwritten batches."""
     requests = [request_of(given.jpegs[index : index + BATCH]) for index in range(BATCH)] * 2
     on_gpu = given.device.type == "cuda"
 
@@ -374,7 +379,7 @@ CHECKS: dict[str, Check] = {
 
 
 def read_folder(folder: Path) -> list[bytes]:
-    """The files of a folder in the order of their names; empty if there is no such folder."""
+    """Return the files of a folder in the order of their names; empty if it does not exist."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path.read_bytes() for path in paths if path.is_file()]
 
@@ -382,19 +387,19 @@ def read_folder(folder: Path) -> list[bytes]:
 @click.command(cls=console.Command)
 @click.option(
     "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
-    help="Folder with jpeg/ and, if there are any, other/.",
+    help="Folder with jpeg/ and, optionally, other/.",
 )  # fmt: skip
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the answers here too.")
 @click.option("--only", multiple=True, type=click.Choice(list(CHECKS)), help="Only this check.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
 @console.options()
 def main(images: Path, out: Path | None, only: tuple[str, ...], cpu: bool) -> None:
-    """Compare the GPU's graph with the CPU's."""
+    """Compare the DALI backend on a GPU with its CPU operators and with Pillow."""
     if not cpu and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: run it on one, or try --cpu")
+        raise ValueError("no CUDA device here; run this on a GPU, or try --cpu")
     jpegs = read_folder(images / "jpeg")
     if not jpegs:
-        raise ValueError(f"no JPEG in {images / 'jpeg'}")
+        raise ValueError(f"no JPEG in {images / 'jpeg'}; put photographs there")
     given = Given(
         (jpegs * BATCH)[: 2 * BATCH],
         read_folder(images / "other"),
@@ -407,7 +412,7 @@ def main(images: Path, out: Path | None, only: tuple[str, ...], cpu: bool) -> No
             continue
         try:
             answers[name] = check(given)
-        except Exception as error:  # the next check may still answer
+        except Exception as error:  # the other checks still run
             text = f"{type(error).__name__}: {error}"[:1500]
             answers[name] = {"ERROR": text, "where": traceback.format_exc()[-1500:]}
         seconds = time.monotonic() - began

@@ -1,13 +1,13 @@
-"""How much of training the loader costs: the step alone, the loader alone, and both together.
+"""Measure whether the loader or the training step limits training speed.
 
     python -m benchmarks.headroom [--shards DIR] [--recipe FILE] [--seconds S] [--json FILE]
 
-`step` trains on a few batches that are kept on the device: the ceiling. `loader` takes batches and
-does nothing with them. `full` is training. AU, the accelerator's utilization as MLPerf Storage
-defines it, is the time of a step in `step` over that in `full`: 1 means that the loader costs
-nothing, and more than 1 is noise. The loader is the limit below `ENOUGH`. Start-up, compilation and
-the first steps are not counted. It runs through `train.py`'s own functions, so on a GPU in its
-precision and compiled.
+Three modes run in turn. `step` trains on a few batches that stay on the device, which is the upper
+limit. `loader` takes batches and does nothing with them. `full` is training. AU, the accelerator
+utilization of MLPerf Storage, is the time of a step in `step` divided by that in `full`. An AU of 1
+means that the loader costs nothing; more than 1 is noise. Below `ENOUGH` the loader is the limit.
+Start-up, compilation and the first steps are not counted. The functions are those of `train.py`,
+with its precision and compilation.
 """
 
 import itertools
@@ -38,24 +38,24 @@ WARM_UP = 8
 """Batches before the clock starts: compilation, cuDNN's choices, the loader's queues."""
 
 CACHED = 4
-"""Batches that `step` turns over; more than one, so that no cache holds the images."""
+"""Batches that `step` repeats; more than one, so that the images do not stay in a cache."""
 
 ENOUGH = 0.95
-"""AU from which on the step, not the loader, decides the speed."""
+"""AU at or above which the step, not the loader, limits the speed."""
 
 
 def endless(stream: Stream) -> Iterator[Batch]:
-    """Training batches, epoch after epoch."""
+    """Return training batches without end, epoch after epoch."""
     return stream.batches(0, 10**9)
 
 
 def keep(batch: Batch) -> Batch:
-    """The batch in memory of its own, so that no buffer of the loader is held back."""
+    """Copy a batch, so that the loader can reuse its buffer."""
     return replace(batch, images=batch.images.clone())
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of the device."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -67,8 +67,9 @@ def run(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
-    """Use batches for `seconds` after `WARM_UP` of them; what the loader's statistics say, and ms
-    per step.
+    """Use batches for `seconds` after `WARM_UP` batches.
+
+    Returns the loader's statistics, with images/s and ms per step.
     """
     batches = iter(batches)
     for batch in itertools.islice(batches, WARM_UP):
@@ -89,7 +90,7 @@ def run(
 
 
 def memory_used(device: torch.device) -> int | None:
-    """Bytes taken on the GPU by anyone."""
+    """Return the bytes in use on the GPU by all processes; None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -97,12 +98,12 @@ def memory_used(device: torch.device) -> int | None:
 
 
 def middle(runs: list[dict[str, Any]], name: str) -> float:
-    """The median of one figure over the rounds."""
+    """Return the median of one figure over the rounds."""
     return statistics.median(one[name] for one in runs)
 
 
 def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
-    """A line of the table."""
+    """Return a line of the table."""
     rates = [one["images_per_s"] for one in runs]
     stalls = [None] * 3
     if mode != "step":
@@ -129,11 +130,11 @@ def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
     "recipe_path",
     type=click.Path(path_type=Path, dir_okay=False),
     default=recipes.FOLDER / "phase1.toml",
-    help="What is trained. Default: phase 1.",
+    help="Recipe to train. Default: phase 1.",
 )
-@click.option("--set", "overrides", multiple=True, help="Change a value of it.")
-@click.option("--seconds", default=60.0, show_default=True, help="Of each mode in each round.")
-@click.option("--rounds", default=3, show_default=True, help="Each runs the three modes in turn.")
+@click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
+@click.option("--seconds", default=60.0, show_default=True, help="Seconds per mode and round.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of the three modes.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
     data: Path,
@@ -145,12 +146,12 @@ def main(
     rounds: int,
     out: Path | None,
 ) -> None:
-    """Measure step, loader and both, and say which is the limit."""
+    """Measure step, loader and both, and print which is the limit."""
     recipe = recipes.load(Recipe, recipe_path, overrides)
     if shards:
         data, names = shards.parent, replace(recipe.data, train=[shards.name])
         recipe = replace(recipe, data=names, replay=Replay())
-    # Nothing is validated or saved: no other set is needed, and no run of this name is there.
+    # Nothing is validated or saved, so the training set can stand in for the validation set.
     trained = replace(recipe.data, validate=recipe.data.train, allow_shared_images=True)
     unsaved = replace(recipe, data=trained, name="headroom")
     planned = plan(unsaved, data, Path("runs"), device=device)
@@ -187,7 +188,7 @@ def main(
             console.log.info(
                 "round %d, %s: %.0f images/s", number + 1, mode, runs[mode][-1]["images_per_s"]
             )
-            if out:  # after each, so that a crash loses one
+            if out:  # after each mode, so that a crash loses one
                 rows = {"title": title, "loader_bytes": loader_bytes, "runs": runs}
                 out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     au = [

@@ -1,12 +1,12 @@
-"""Files that break image software, through everything that reads images: one table of what broke.
+"""Run files that break image software through every reader of images, and print what broke.
 
     python -m benchmarks.hostile FOLDER [--seconds S] [--memory GB] [--json FILE]
 
-Every file below FOLDER is decoded, looked at as `predict` does through both backends, packed,
-verified, and loaded for one epoch through both backends. Each stage is a child process that is
-ended when a file takes longer than `--seconds`, or the process more memory than `--memory`; the
-decoding stage then goes on behind the file it was at. Outcomes are compared between the backends
-and with Pillow's own decode; a difference is named in `EXPLANATIONS`, or it is unexplained.
+Every file below FOLDER is decoded, prepared as in `predict` by both backends, packed, verified, and
+loaded for one epoch by both backends. Each stage is a child process. It is killed if a file takes
+longer than `--seconds` or the process more memory than `--memory`. The decoding stage then goes on
+with the next file. Outcomes are compared between the backends and with Pillow's own decoding. A
+difference that matches none of `EXPLANATIONS` is unexplained.
 
 `python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
 """
@@ -31,39 +31,41 @@ import console
 
 ROOT = Path(__file__).parents[1]
 SIDE = 96
-"""Pixels along each side of what a network sees here."""
+"""Side of the network's input, in pixels."""
 
 LEAST_DIFFERENCE = 1.0
-"""Mean difference in levels from which two pictures count as different; resizes differ by 0.5."""
+"""Mean difference, in levels from 0 to 255, at or above which two pictures count as different.
+Resizing alone makes a difference of 0.5.
+"""
 
 STAGES = ("decode", "predict pil", "predict dali", "build", "load pil", "load dali")
 
 EXPLANATIONS = {
-    "DALI shows what it can of damage inside a JPEG that has its end": lambda row: (
+    "DALI decodes part of a damaged JPEG that has its end marker": lambda row: (
         row.get("backends") == "shown by DALI alone" and row["format"] in ("JPEG", "MPO")
     ),
-    "Pillow shows what is left of a damaged picture": lambda row: (
+    "Pillow decodes part of a damaged image": lambda row: (
         "remature end" in row["reason"] or "Corrupt JPEG data" in row["reason"]
     ),
-    "Pillow refuses for what stands beside the pixels": lambda row: (
+    "Pillow refuses the file because of its metadata": lambda row: (
         not row["reason"] and row["pillow"] == "refused"
     ),
-    "deep values are scaled, Pillow cuts them off": lambda row: row["mode"][:1] in ("I", "F"),
-    "refused because nothing says what is white": lambda row: "which is white" in row["reason"],
-    "refused for its size or its scans": lambda row: "more than" in row["reason"],
-    "Pillow makes gray of a missing palette": lambda row: "palette is missing" in row["reason"],
-    "Pillow turns or blends the first frame of an animation": lambda row: row["frames"] > 1,
-    "an orientation that Pillow does not look for there": lambda row: row["turned"],
+    "values above 8 bits are scaled, Pillow clips them": lambda row: row["mode"][:1] in ("I", "F"),
+    "refused because its white level is unknown": lambda row: "which is white" in row["reason"],
+    "refused for its size or number of scans": lambda row: "more than" in row["reason"],
+    "Pillow reads a missing palette as gray": lambda row: "palette is missing" in row["reason"],
+    "Pillow rotates or blends the first frame of an animation": lambda row: row["frames"] > 1,
+    "an orientation that Pillow does not read there": lambda row: row["turned"],
     "CMYK by its own profile": lambda row: row["mode"] == "CMYK",
     # DALI never sees a TIFF, so both backends decode it by the same function.
     "libtiff leaves a part of a damaged TIFF undefined": lambda row: (
         row["format"] == "TIFF" and row["differs"] == "pixels between backends"
     ),
 }  # fmt: skip
-"""What a difference is called, by what is known of the file; the first that fits."""
+"""Names of expected differences, each with a test on a file's row. The first match is used."""
 
 
-# --- what children do -----------------------------------------------------------------------------
+# --- stages, each in a child process --------------------------------------------------------------
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -71,7 +73,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def say(line: dict[str, Any]) -> None:
-    """One fact for the parent."""
+    """Print a line of JSON for the parent."""
     print(json.dumps(line), flush=True)
 
 
@@ -95,7 +97,7 @@ def decode_all(folder: Path, start: int, _work: Path) -> None:
 
 
 def by_pillow(path: Path, pixels: np.ndarray | None) -> dict[str, Any]:
-    """How Pillow alone ends, and how far its pixels are from ours."""
+    """Return Pillow's outcome for a file, and the mean difference of its pixels from `pixels`."""
     from PIL import Image, ImageOps
 
     from imaging.orientation import orientation_of
@@ -121,7 +123,7 @@ def by_pillow(path: Path, pixels: np.ndarray | None) -> dict[str, Any]:
 
 
 def predict_all(folder: Path, backend: str, work: Path) -> None:
-    """What a network would be shown of every file, and why not; pixels go to `work`."""
+    """Prepare every file for a network as `predict` does; writes the pixels to `work`."""
     import torch
 
     from imaging.decode import ImageFile, read_file
@@ -155,7 +157,7 @@ fake = ["fake"]
 
 
 def build_all(folder: Path, _name: str, work: Path) -> None:
-    """Pack every file, and hold the set against its index."""
+    """Pack every file, and verify the set."""
     import sharding.catalog
     from imaging.decode import IMAGE_SUFFIXES
     from sharding.build import Tolerance, build
@@ -181,7 +183,7 @@ def build_all(folder: Path, _name: str, work: Path) -> None:
 
 
 def load_all(_folder: Path, backend: str, work: Path) -> None:
-    """One epoch over the packed set."""
+    """Load the packed set for one epoch; writes the pixels to `work`."""
     import torch
 
     from pipeline.augment import Preprocess
@@ -215,7 +217,7 @@ def load_all(_folder: Path, backend: str, work: Path) -> None:
 def run_child(
     stage: str, folder: Path, work: Path, start: int, seconds: float, memory: int
 ) -> tuple[list[dict[str, Any]], str, int]:
-    """What a child said, how it ended (empty: well), and its peak memory in bytes."""
+    """Run a stage; returns its lines, how it failed (empty: not), and its peak memory in bytes."""
     command = [sys.executable, "-m", "benchmarks.hostile", str(folder), "--child", stage]
     command += ["--work", str(work), "--start", str(start)]
     said, log = work / "said.jsonl", work / f"{stage.replace(' ', '-')}.log"
@@ -243,7 +245,7 @@ def run_child(
 
 
 def memory_of(process: int) -> int:
-    """Peak resident bytes; 0 where there is no Linux /proc."""
+    """Return the peak resident memory in bytes; 0 where there is no Linux /proc."""
     with contextlib.suppress(OSError, IndexError):
         status = Path(f"/proc/{process}/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
@@ -253,7 +255,7 @@ def memory_of(process: int) -> int:
 def run_all(
     folder: Path, work: Path, seconds: float, memory: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each stage with its answers, faults, seconds, peak memory and lines of standard error."""
+    """Yield each stage with its lines, failures, seconds, peak memory and count of stderr lines."""
     count = len(files_in(folder))
     for stage in STAGES:
         console.log.info("%s", stage)
@@ -281,7 +283,10 @@ def reasons_of(result: dict[str, Any]) -> dict[int, str]:
 
 
 def differing(work: Path, kind: str) -> list[int]:
-    """Rows whose pixels differ between the backends; the outermost frame has its own bound."""
+    """Return the rows whose pixels differ between the backends, without the outermost pixels.
+
+    Resizing treats the edge differently in each backend.
+    """
     paths = [work / f"{kind}-{backend}.npy" for backend in ("pil", "dali")]
     if not all(path.exists() for path in paths):
         return []
@@ -294,7 +299,7 @@ def differing(work: Path, kind: str) -> list[int]:
 
 
 def compare(stages: dict[str, dict[str, Any]], work: Path) -> dict[int, dict[str, Any]]:
-    """What is known of each file, with `differs`: what does not agree."""
+    """Return a row per file; its entry `differs` names what differs, or is empty."""
     rows = {
         row["file"]: row | {"differs": ""} for row in stages["decode"]["lines"] if "file" in row
     }
@@ -313,7 +318,7 @@ def compare(stages: dict[str, dict[str, Any]], work: Path) -> dict[int, dict[str
         elif whole and number in pixels and number not in pil:
             row["differs"] = "pixels between backends"
         if whole and bool(packed.get(number)) != bool(pil.get(number)):
-            row["differs"] = "packed, and not predicted, or the other way round"
+            row["differs"] = "packed but not predicted, or the reverse"
     return rows
 
 
@@ -367,9 +372,9 @@ def report(folder: Path, stages: dict[str, dict[str, Any]], work: Path) -> int:
 
 @click.command(cls=console.Command)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--seconds", default=60.0, show_default=True, help="For one file.")
-@click.option("--memory", default=8.0, show_default=True, help="GB for one process.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write what was said here.")
+@click.option("--seconds", default=60.0, show_default=True, help="Limit per file.")
+@click.option("--memory", default=8.0, show_default=True, help="Limit in GB per process.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write all rows here too.")
 @click.option("--child", hidden=True)
 @click.option("--work", type=click.Path(path_type=Path), hidden=True)
 @click.option("--start", default=0, hidden=True)

@@ -1,4 +1,7 @@
-"""Images to measure with: synthetic photographs, or a folder of real ones made more of."""
+"""Write JPEGs to measure with: synthetic ones, or copies of real photographs.
+
+Main entries: `write_images()`, `write_copies()`.
+"""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +13,7 @@ from sharding.demo.scenes import SCENES
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """Synthetic JPEGs of 500 x 375 at quality 96; half of them called real, half fake."""
+    """Write `count` synthetic JPEGs of 500 x 375 pixels, quality 96, half real and half fake."""
     paths = []
     for number in range(count):
         rng = np.random.default_rng([7, number])
@@ -25,14 +28,18 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 def write_copies(folder: Path, originals: Path, count: int) -> list[Path]:
-    """`count` JPEGs from those below `originals`: each as it is, then at other qualities.
+    """Write `count` JPEGs made from those below `originals`, half labeled real and half fake.
 
-    The sizes are real and no two files are equal.
+    Each original is copied as it is, then re-encoded at lower and lower quality. No two files are
+    equal.
+
+    Raises:
+        ValueError: there are no JPEGs, or too few different ones.
     """
     files = sorted(path for path in originals.rglob("*") if path.is_file())
     jpegs = [path for path in files if path.read_bytes()[:2] == b"\xff\xd8"]
     if not jpegs:
-        raise ValueError(f"no JPEG below {originals}")
+        raise ValueError(f"no JPEG below {originals}; name a folder with JPEGs")
     paths, seen = [], set()
     for number in range(100 * count):
         original, turn = jpegs[number % len(jpegs)], number // len(jpegs)

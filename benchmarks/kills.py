@@ -1,17 +1,16 @@
-"""Do commands that are killed again and again end in the bytes of an undisturbed run?
+"""Check that commands killed at random times end with the same bytes as an undisturbed run.
 
     python -m benchmarks.kills [COMMAND...] [--times 30] [--seed N] [--work FOLDER]
 
-Each command runs twice undisturbed on small inputs. Then it is started in fresh folders, gets
-SIGKILL with all its processes after a time drawn evenly from what an undisturbed run takes, is
-started again, one to four times for a folder, and at last runs to its end. `build`, `train`,
-`predict --resume` and `fetch` go on from what they find; `evaluate` and `export` start anew. Every
-file below the folder is compared, names and bytes, with the undisturbed run. `LEFT_OUT` and
-`MEANT_TO_DIFFER` name what is not.
+Each command runs twice undisturbed on small inputs. Then it is started in a new folder. At a random
+time within the duration of an undisturbed run, all its processes get SIGKILL, and it is started
+again. After one to four kills it runs to its end. `build`, `train`, `predict --resume` and `fetch`
+resume; `evaluate` and `export` start again from nothing. The names and bytes of all files below the
+folder are compared with the undisturbed run, except for `LEFT_OUT` and `MEANT_TO_DIFFER`.
 
-Processes are forked from this one, which has imported everything, so that the kills fall into work
-and not into imports. The builder has no workers here (`--jobs 1`): theirs is
-`tests/sharding/test_build_robust.py`.
+Processes are forked from this one, which has imported everything, so that no kill hits an import.
+The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills
+its workers.
 """
 
 import contextlib
@@ -46,10 +45,10 @@ from sharding.__main__ import main as sharding
 from storage import write_text
 
 LEFT_OUT = {
-    ".build": "what the builder remembers of raw files, with the time when each was changed",
-    "tensorboard": "its files carry times, and the process in their names",
+    ".build": "the builder's notes on raw files contain their modification times",
+    "tensorboard": "its files contain times, and their names a process id",
 }
-"""Folders that are not compared, and why; each holds nothing that another command reads."""
+"""Folders that are not compared, with the reason. No other command reads them."""
 
 MEANT_TO_DIFFER = {
     "meta.json": {"created", "created_ns", "sha256/meta.json"},
@@ -58,35 +57,24 @@ MEANT_TO_DIFFER = {
         "stall_max_ms", "ready", "read_ms", "decode_ms",
     },
 }  # fmt: skip
-"""Entries, by the name of their file, that hold a time, a speed or a hash of one."""
+"""JSON entries with a time, a speed or a hash of these, by file name. They are not compared."""
 
 MOST_PER_FOLDER = 4
-"""Kills of a command in one folder, before it may run to its end."""
+"""Largest number of kills in one folder before the command runs to its end."""
 
 LIMIT_S = 600
-"""A command that takes longer hangs."""
+"""Seconds after which a command counts as hanging."""
 
-RECIPE = """
+RECIPE = f"""
+extends = ["{Path(__file__).with_name("tiny.toml")}"]
 name = "tiny"
 [data]
-train = ["old"]
-validate = ["val"]
 policy = "train"
 [augment.train]
 scale = [0.6, 1.0]
 jpeg = 0.5
-[preprocess]
-crop_size = 32
-resize_size = 36
 [network]
-name = "convnextv2_atto"
-pretrained = false
-init = "fan_in"
 drop_path_rate = 0.2
-[network.options]
-depths = [1, 1, 2, 1]
-dims = [8, 8, 16, 16]
-patch_size = 2
 [optim]
 lr = 0.001
 [loading]
@@ -111,15 +99,15 @@ fake = [{ folder = "fake", generator = "gan" }]
 """
 
 DOWNLOADS = {"a.bin": 3 * 2**20 + 7, "b.bin": 2**20 + 1, "c.bin": 5 * 2**19}
-"""Bytes of each file that is fetched: more than the pieces in which it is written, which are 1 MiB,
-so that a kill leaves a part behind.
+"""Size in bytes of each file to fetch. Files are written in pieces of 1 MiB; larger ones make sure
+that a kill leaves a part of a file.
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command as it is killed: its words, relative to the folder that it runs in, and a file or
-    folder that is there once nothing is left to do (empty: the command can always run again).
+    """Command to kill. `words` are its arguments. `done` is a path that exists once the command has
+    finished; empty if the command can always run again. Paths are relative to its working folder.
     """
 
     group: click.Command
@@ -129,8 +117,8 @@ class Command:
 
 @dataclass
 class Row:
-    """What came of one command. `landed` kills hit a process that ran, `late` ones came after its
-    end; `differing` what is not as undisturbed.
+    """Result for one command. `landed` counts kills of a running process, `late` kills after its
+    end. `differing` lists the differences from the undisturbed run.
     """
 
     command: str
@@ -144,7 +132,7 @@ class Row:
 
 
 def write_inputs(work: Path, address: str) -> dict[str, Command]:
-    """Images, sets and a checkpoint below `work`; the commands on them."""
+    """Write images, sets and a checkpoint below `work`, and return the commands to kill."""
     rng = np.random.default_rng(0)
     for number in range(80):
         label = ("real", "fake")[number % 2]
@@ -184,7 +172,7 @@ def write_inputs(work: Path, address: str) -> dict[str, Command]:
         "evaluate": Command(
             evaluate.main, ["--shards", "val", "--shards", "old", "--out", "report", *best]
         ),
-        # A folder for the hub that is there is whole, and the command refuses to replace it.
+        # An existing folder for the hub is complete, and the command refuses to replace it.
         "export": Command(
             model,
             ["export", "--onnx", "--images", f"{raw}/alpha/real", "--out", "onnx", "--hub", "hub",
@@ -195,7 +183,7 @@ def write_inputs(work: Path, address: str) -> dict[str, Command]:
 
 
 class _Slow(BaseHTTPRequestHandler):
-    """Serves `DOWNLOADS` in small pieces, from any byte on."""
+    """Serve `DOWNLOADS` slowly, in small pieces, also from a byte offset."""
 
     protocol_version = "HTTP/1.1"
 
@@ -219,7 +207,7 @@ class _Slow(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         self.end_headers()
-        with contextlib.suppress(OSError):  # whoever asked was killed
+        with contextlib.suppress(OSError):  # the client was killed
             for at in range(first, len(body) if with_body else 0, 2**17):
                 self.wfile.write(body[at : at + 2**17])
                 time.sleep(0.02)
@@ -227,7 +215,7 @@ class _Slow(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Any:
-    """The address of a server in a process of its own."""
+    """Run the download server in its own process; yields its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
     server.daemon_threads = True
     child = fork(server.serve_forever, Path(os.devnull))
@@ -239,14 +227,15 @@ def serving() -> Any:
 
 
 def fork(function: Callable[[], object], log: Path) -> int:
-    """Run `function` in a process that leads a group of its own, and ends with its exit code; what
-    it prints goes to `log`.
+    """Run `function` in a forked process with a process group of its own; returns the process id.
+
+    The process ends with the exit code of `function`. Its output is appended to `log`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries have started threads, which do nothing yet
+        warnings.simplefilter("ignore")  # the threads of libraries are idle here, so fork is safe
         child = os.fork()
     if child:
-        with contextlib.suppress(OSError):  # whichever comes first
+        with contextlib.suppress(OSError):  # the child does it as well; the first call succeeds
             os.setpgid(child, child)
         return child
     code = 70
@@ -270,7 +259,7 @@ def fork(function: Callable[[], object], log: Path) -> int:
 
 
 def start(command: Command, folder: Path) -> int:
-    """Start a command in `folder`; the process."""
+    """Start a command in `folder`; returns its process id."""
 
     def run() -> None:
         os.chdir(folder)
@@ -281,19 +270,19 @@ def start(command: Command, folder: Path) -> int:
 
 
 def log_of(folder: Path) -> Path:
-    """Where the output of the commands in `folder` goes."""
+    """Return the log file of the commands in `folder`, which is next to the folder."""
     return folder.with_name(f"{folder.name}.log")
 
 
 def kill(child: int) -> None:
-    """End a process and all that it started."""
+    """Kill a process and its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The exit code of a process that ends within `seconds`, else None."""
+    """Wait up to `seconds` for a process; returns its exit code, or None if it still runs."""
     until = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -308,7 +297,7 @@ def finish(command: Command, folder: Path) -> float:
     """Run a command to its end, and return the seconds it took.
 
     Raises:
-        ClickException: it hangs, or ends with another exit code than 0.
+        ClickException: the command hangs, or its exit code is not 0.
     """
     began = time.monotonic()
     child = start(command, folder)
@@ -323,7 +312,7 @@ def finish(command: Command, folder: Path) -> float:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The hash of each file below `folder` by its path, without what is meant to differ."""
+    """Return the sha256 of each file below `folder` by its path, without `LEFT_OUT`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -333,7 +322,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def lasting(path: Path) -> bytes:
-    """The bytes of a file; those of `MEANT_TO_DIFFER` without such entries."""
+    """Return the bytes of a file, without the entries in `MEANT_TO_DIFFER`."""
     data = path.read_bytes()
     if path.name not in MEANT_TO_DIFFER:
         return data
@@ -352,7 +341,7 @@ def lasting(path: Path) -> bytes:
 
 
 def differences(expected: dict[str, str], got: dict[str, str]) -> list[str]:
-    """What is missing, too many or other, a text each."""
+    """Return a line for each file that is missing, is left over or differs."""
     return [
         *(f"{name} is missing" for name in sorted(expected.keys() - got.keys())),
         *(f"{name} is left over" for name in sorted(got.keys() - expected.keys())),
@@ -362,7 +351,7 @@ def differences(expected: dict[str, str], got: dict[str, str]) -> list[str]:
 
 
 def kill_often(name: str, command: Command, work: Path, times: int, rng: random.Random) -> Row:
-    """`times` kills that land, spread over as many fresh folders as it takes."""
+    """Kill a command until `times` kills have hit it, in as many new folders as needed."""
     seconds, contents = [], []
     for index in range(2):
         folder = work / f"{name}-undisturbed-{index}"
@@ -386,16 +375,14 @@ def kill_often(name: str, command: Command, work: Path, times: int, rng: random.
             if not changes:
                 shutil.rmtree(folder)
         if row.late > 10 * times:
-            raise click.ClickException(f"{name} is over before it is killed; give it more to do")
+            raise click.ClickException(f"{name} ends before it is killed; give it more work")
         console.log.info("%s: %d of %d kills, %d folders", name, row.landed, times, row.folders)
     console.log.info("%s", asdict(row))
     return row
 
 
 def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.Random) -> None:
-    """Kill a command in `folder` up to `wanted` times, as long as it has something to do; then let
-    it run to its end.
-    """
+    """Kill a command in `folder` up to `wanted` times, while it has work; then let it finish."""
     for number in range(wanted):
         began = time.monotonic()
         child = start(command, folder)
@@ -406,7 +393,7 @@ def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.R
             row.restarts += 1
         else:
             row.late += 1
-            if not number:  # a whole run, on a machine that others have left
+            if not number:  # an undisturbed run; its duration is newer than the one in `row`
                 row.seconds = time.monotonic() - began
             if code:
                 raise click.ClickException(f"after a kill it ended with exit code {code}")
@@ -423,14 +410,14 @@ def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.R
 @click.option(
     "--work",
     type=console.LocalPath(),
-    help="New folder to work in; what differs is kept, its inputs may be there.",
+    help="New folder to work in. Folders that differ are kept; `inputs` may exist already.",
 )
 @click.option("--json", "json_file", type=console.LocalPath(dir_okay=False))
 @console.options()
 def main(
     commands: tuple[str, ...], times: int, seed: int, work: Path | None, json_file: Path | None
 ) -> None:
-    """Kill each of COMMANDS (all) at random moments, and compare what it leaves in the end."""
+    """Kill COMMANDS (default: all) at random times, and compare their files in the end."""
     rows = []
     # SIGTERM ends the server as well.
     with (
@@ -444,16 +431,16 @@ def main(
         (work / "inputs").mkdir(parents=True, exist_ok=True)
         known = write_inputs(work / "inputs", address)
         if unknown := set(commands) - known.keys():
-            raise click.UsageError(f"no {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+            raise click.UsageError(f"no {', '.join(sorted(unknown))}; choose {', '.join(known)}")
         for name in commands or known:
             rng = random.Random(f"{seed} {name}")
             rows.append(kill_often(name, known[name], work, times, rng))
     columns = [
-        "command", "seconds", "kills that landed", "came too late", "restarts", "folders",
+        "command", "seconds", "kills in time", "kills too late", "restarts", "folders",
         "files each", "same bytes",
     ]  # fmt: skip
     console.table(
-        f"SIGKILL at random moments, seed {seed}",
+        f"SIGKILL at random times, seed {seed}",
         columns,
         [
             [row.command, f"{row.seconds:.1f}", row.landed, row.late, row.restarts, row.folders,

@@ -1,18 +1,20 @@
-"""Measure a head on sources that it has not learned from, by stored features.
+"""Measure a head on sources that were left out of its training, from stored features.
 
     python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from FILE \
         [--pairs] [--robustness N]
 
-Each source is scored by a head that was trained without it. From these scores come the AUROC of
-each pair of a real and a fake source, the share of each real source that is called fake at the
-threshold for 5 % false positives over all of them, and what is found of each fake source there;
-and the AUROC within subjects: images are put into clusters by their features, and only images of
-one cluster are compared, so that a head that knows nothing but the subject gets 0.5. With
-`--pairs` the head is trained without both sources of each pair, which is harsher and takes minutes.
-With `--robustness` N images of each source are scored once more after each perturbation of
-`pipeline/perturb.py`, by the head that has not learned from the source; they cost as many features
-as N times sources times perturbations images.
-Intervals are those of 200 resamplings of sources.
+Each source is scored by a head that was trained without it. These metrics are computed:
+
+- the AUROC of each pair of a real and a fake source;
+- the false positive rate of each real source and the recall of each fake source, at the threshold
+  for 5 % false positives over all real sources;
+- the AUROC within subjects: images are clustered by their features, and only images of one cluster
+  are compared. A head that recognizes nothing but the subject gets 0.5.
+
+With `--pairs` a head is also trained without both sources of each pair, which is harder and takes
+minutes. With `--robustness N`, N images of each source are scored again after each perturbation of
+`pipeline/perturb.py`, by the head trained without the source. This computes features of N times
+sources times perturbations images. Intervals are from 200 resamples of the sources.
 """
 
 import itertools
@@ -49,11 +51,11 @@ Scored = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 CLUSTERS = 60
 FEWEST = 8
-"""Images of each class that a cluster must hold to be counted."""
+"""Images of each class that a cluster needs at least to be counted."""
 
 
 def auroc(reals: np.ndarray, fakes: np.ndarray) -> float:
-    """The chance that a fake scores higher than a real image."""
+    """Return the AUROC of the logits of reals and fakes."""
     labels = np.r_[np.zeros(len(reals), int), np.ones(len(fakes), int)]
     value = measure(labels, probability(np.r_[reals, fakes]), 0.5).auroc
     assert value is not None
@@ -61,12 +63,12 @@ def auroc(reals: np.ndarray, fakes: np.ndarray) -> float:
 
 
 def of_pairs(real: Mapping[str, np.ndarray], fake: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The AUROC of each pair of sources."""
+    """Return the AUROC of each pair of a real and a fake source."""
     return {f"{r} | {f}": auroc(real[r], fake[f]) for r, f in itertools.product(real, fake)}
 
 
 def interval(values: Mapping[str, float], seed: int = 0) -> tuple[float, float]:
-    """95 % of the means when sources are drawn again, real and fake ones each."""
+    """Return the 95 % bootstrap interval of the mean, resampling real and fake sources."""
     rng = np.random.default_rng(seed)
     real, fake = ([*dict.fromkeys(k.split(" | ")[side] for k in values)] for side in (0, 1))
     table = np.array([[values[f"{r} | {f}"] for f in fake] for r in real])
@@ -83,8 +85,9 @@ def interval(values: Mapping[str, float], seed: int = 0) -> tuple[float, float]:
 def within_subjects(
     features: np.ndarray, labels: np.ndarray, logits: np.ndarray
 ) -> tuple[float, int]:
-    """The mean AUROC within clusters that hold both classes, weighed by their images, and how many
-    such clusters there are.
+    """Return the mean AUROC within clusters that have both classes, and the number of clusters.
+
+    The mean is weighted by the number of images.
     """
     from sklearn.cluster import KMeans
 
@@ -101,7 +104,7 @@ def within_subjects(
 
 
 def left_out_pairs(planned: RunPlan, state: TrainState, scored: Scored) -> dict[str, float]:
-    """The AUROC of each pair by a head that was trained without both."""
+    """Return the AUROC of each pair of sources by a head that was trained without both."""
     pool, loading = planned.stream.pool, planned.recipe.loading
     codes, names = pool.shards.codes("source")
     group_of = planned.recipe.calibration.group_of
@@ -127,8 +130,9 @@ def left_out_pairs(planned: RunPlan, state: TrainState, scored: Scored) -> dict[
 def perturbed_features(
     planned: RunPlan, state: TrainState, rows: np.ndarray
 ) -> dict[int, np.ndarray]:
-    """Features of some samples after each perturbation, float32 (perturbations, D) each; NaN where
-    an image cannot be perturbed so. Samples that do not decode are not there.
+    """Return the features of some samples after each perturbation, float32 (perturbations, D) each.
+
+    They are NaN where a perturbation fails. Samples that cannot be decoded are missing.
     """
     features = {}
     prepare = partial(pil.preprocess, preprocess=planned.recipe.preprocess)
@@ -148,7 +152,7 @@ def perturbed_features(
 
 
 def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
-    """At most `per_source` rows of each source: those whose files have the smallest hashes."""
+    """Return up to `per_source` rows of each source, those whose files have the smallest sha256."""
     pool = planned.stream.pool
     codes, names = pool.shards.codes("source")
     hashes = np.array(pool.shards.table.column("sha256").to_pylist(), "S32")
@@ -163,9 +167,10 @@ def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
 def robustness(
     logits: Mapping[str, np.ndarray], kinds: Mapping[str, int], threshold: float
 ) -> dict[str, dict[str, float]]:
-    """For each perturbation the mean AUROC over pairs of sources, and the mean shares over sources
-    of reals and of fakes at or above `threshold`, a logit. `logits` are (perturbations, N) a
-    source.
+    """Return metrics of each perturbation: the mean AUROC over pairs of sources, and the mean false
+    positive rate and recall over sources at `threshold`, a logit.
+
+    `logits` are (perturbations, N) per source. `kinds` are the labels of the sources, 0 or 1.
     """
     figures = {}
     for index, perturbation in enumerate(PERTURBATIONS):
@@ -188,7 +193,7 @@ def robustness(
     "--robustness",
     "per_source",
     type=click.IntRange(min=1),
-    help="Score so many images of each source after each perturbation as well.",
+    help="Images of each source to score after each perturbation as well.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options("data", "runs")
@@ -202,7 +207,7 @@ def main(
     data: str,
     runs: Path,
 ) -> None:
-    """Measure a head on sources that it has not learned from."""
+    """Measure a head on sources that were left out of its training."""
     recipe = recipes.load(Recipe, recipe_path, overrides)
     planned = plan(
         replace(recipe, name=f"{recipe.name}-left-out"), any_path(data), runs, init_from=init_from
@@ -261,7 +266,7 @@ def main(
 
 
 def summary(values: Mapping[str, float]) -> dict[str, Any]:
-    """Mean, interval, and the worst of some pairs."""
+    """Return the mean, the interval and the ten lowest of some pairs."""
     worst = sorted(values, key=values.__getitem__)[:10]
     return {
         "mean": float(np.mean([*values.values()])),

@@ -1,18 +1,18 @@
-"""Loader throughput: both backends against other loaders, on one set of images under one policy.
+"""Measure the throughput of both backends and of other loaders on the same images and policy.
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are JPEGs of ImageNet's size, packed by the builder, and the policy is that of phase 1.
-Each contender runs in a process of its own, in turn (A B C A B C ...), so that no library's threads
-disturb another and what else the machine does meets all alike. Counted is the time from the first
-batch to the last; the time up to the first is the start-up. A queue that filled before the first
-batch came is a gift of a batch or two. Memory is the largest sum of the proportional set sizes
-(PSS, shared pages once) of a contender's processes, looked at once a second.
+The images are JPEGs of ImageNet's size, packed by the builder; the policy is that of phase 1. Each
+contender runs in its own process, in turn (A B C A B C ...), so that libraries do not disturb each
+other and other programs affect all alike. The speed is measured from the first batch to the last.
+The time up to the first batch is the start-up; a batch or two may be queued by then. Memory is the
+largest sum of the proportional set sizes (PSS, shared pages once) of a contender's processes,
+measured once a second.
 
-Where other programs take part of the processor (Linux says how much), a run counts only if they
-took at most `CALM` of it, and is made again, at most as often as `--repeats`. The table says how
-many runs were calm; where none was, its figures are of all. Speeds of different runs of this
-command do not compare; the ratio to the original's loader in the same one does.
+A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Runs that
+are not calm are repeated, up to `--repeats` more. The table lists the number of calm runs; without
+any, its figures are of all runs. Speeds of different calls of this command cannot be compared, but
+the ratio to the original's loader within one call can.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ from sharding.format import CLASSES, open_shards
 
 ROOT = Path(__file__).parents[1]
 BASE = "torchvision"
-"""The contender that ratios are to."""
+"""Contender to which the others' speed is compared."""
 
 CALM = 0.1
-"""Share of all processor cores that other programs may take of a run that counts."""
+"""Largest share of the CPU time that other programs may use during a run that counts, of 1."""
 
 TIMEOUT_S = 600
-"""A contender that takes longer has failed."""
+"""Seconds after which a contender is killed and counts as failed."""
 
 SOURCE = """
 [sources.part{number:02d}]
@@ -60,8 +60,9 @@ fake = ["fake"]
 
 
 def pack(place: Path, images: int, originals: Path | None, workers: int) -> None:
-    """JPEGs in `images`, and packed in `shards/bench`: in several shards of one size, since some
-    loaders share shards out among their workers.
+    """Write JPEGs to `images` and pack them as `shards/bench`.
+
+    There are several shards of equal size, because some loaders divide shards among their workers.
     """
     folder = place / "images"
     if originals:
@@ -80,15 +81,15 @@ def pack(place: Path, images: int, originals: Path | None, workers: int) -> None
 
 
 def unpack(place: Path, folder: Path) -> None:
-    """A packed set as `shards/bench`, and its JPEGs in `images`.
+    """Link a packed set as `shards/bench`, and write its JPEGs to `images`.
 
     Raises:
-        ValueError: it holds images that are no JPEGs, which not all contenders read.
+        ValueError: the set has images other than JPEGs, which not all contenders read.
     """
     shards = open_shards([folder])
     formats = set(shards.codes("format")[1])
     if formats != {"JPEG"}:
-        raise ValueError(f"{folder} holds {', '.join(sorted(formats))}; this takes JPEG only")
+        raise ValueError(f"{folder} has {', '.join(sorted(formats))} images; use a set of JPEGs")
     (place / "shards").mkdir()
     (place / "shards/bench").symlink_to(folder.resolve(), target_is_directory=True)
     reader = ShardReader(shards)
@@ -101,7 +102,7 @@ def unpack(place: Path, folder: Path) -> None:
 def run(
     name: str, place: Path, workers: int, python: str, size: tuple[int, int], *options: str
 ) -> dict[str, Any]:
-    """One run of a contender: images_per_s, start_s and bytes; or `missing`, or `failed`.
+    """Run a contender once; returns images_per_s, start_s and bytes, or `missing` or `failed`.
 
     `size` is the batch size and the number of epochs.
     """
@@ -139,8 +140,9 @@ def run(
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """Processor time spent since the start: by all programs, and by this one and those it waited
-    for. Both 0 where there is no Linux /proc.
+    """Return the CPU seconds of all programs since boot, and of this one with its ended children.
+
+    Both are 0 where there is no Linux /proc.
     """
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -151,25 +153,25 @@ def cpu_seconds() -> tuple[float, float]:
 
 
 def calm_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that count; see the module."""
+    """Return the calm runs, or all finished runs if none was calm; see the module."""
     done = [one for one in runs if "images_per_s" in one]
     return [one for one in done if one["others"] <= CALM] or done
 
 
 def memory_of(process: int) -> int:
-    """PSS of a process and all that it started, in bytes; 0 where there is no Linux /proc."""
+    """Return the memory (PSS) of a process and its children in bytes; 0 without a Linux /proc."""
     try:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
         own = 1024 * int(text.partition("\nPss:")[2].split()[0])
         children = Path(f"/proc/{process}/task").glob("*/children")
         pids = [int(child) for path in children for child in path.read_text().split()]
-    except (OSError, IndexError):  # it has just ended
+    except (OSError, IndexError):  # the process has just ended
         return 0
     return own + sum(map(memory_of, pids))
 
 
 def row_of(name: str, runs: list[dict[str, Any]], base: float | None) -> list[object]:
-    """A line of the table."""
+    """Return a line of the table."""
     title = CONTENDERS[name].title
     for one in runs:
         if "missing" in one:
@@ -200,9 +202,10 @@ def measure(
     size: tuple[int, int],
     keep: Callable[[dict[str, list[dict[str, Any]]]], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """All runs of each contender; one that is missing or failed is not tried again.
+    """Run each contender until it has `repeats` calm runs, or `2 * repeats` runs in all.
 
-    `keep` gets all runs so far after each one.
+    A contender that is missing or fails is not run again. `keep` is called with all runs so far
+    after each run.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in names:
@@ -227,7 +230,7 @@ def measure(
 @click.command(cls=console.Command)
 @click.option("--images", default=3000, show_default=True, help="Images to load.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
-@click.option("--workers", default=2, show_default=True, help="Processes or threads of each.")
+@click.option("--workers", default=2, show_default=True, help="Processes or threads per loader.")
 @click.option("--batch-size", default=BATCH, show_default=True, help="Images per batch.")
 @click.option("--epochs", default=1, show_default=True, help="Times that the images are loaded.")
 @click.option(
@@ -238,9 +241,9 @@ def measure(
 @click.option(
     "--shards",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A packed set of JPEGs to load instead; --images does not count then.",
+    help="A packed set of JPEGs to load instead; --images is ignored then.",
 )
-@click.option("--peers-python", help="Interpreter that has the loaders this project does not need.")
+@click.option("--peers-python", help="Interpreter for loaders that this project does not install.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options()

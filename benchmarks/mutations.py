@@ -1,6 +1,7 @@
-"""Damaged image files without end: mutations of a seed file of every format that is read.
+"""Make damaged image files by mutating a valid file of each format that the project reads.
 
-`python -m benchmarks.mutations FOLDER COUNT` writes them for `benchmarks.hostile`.
+`python -m benchmarks.mutations FOLDER COUNT` writes them for `benchmarks.hostile`. Main entry:
+`mutations()`.
 """
 
 import io
@@ -15,11 +16,11 @@ import console
 import imaging.decode  # noqa: F401  registers HEIF with Pillow
 
 SIDE = 40
-"""Pixels along each side of a seed, so that most bytes are headers and each decode is quick."""
+"""Side of a seed image in pixels; small, so that most bytes are headers and decoding is fast."""
 
 
 def picture(seed: int = 0) -> Image.Image:
-    """A few smooth colors with noise."""
+    """Make an RGB image of smooth colors with noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
@@ -33,7 +34,7 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def seeds() -> dict[str, bytes]:
-    """A whole file of each format and of its kinds that take another way through the decoders."""
+    """Return a valid file of each format, and of each variant that decoders treat differently."""
     image, exif = picture(), Image.Exif()
     exif[0x0112] = 6
     gray, palette, cmyk = image.convert("L"), image.convert("P"), image.convert("CMYK")
@@ -76,8 +77,10 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutated(seed: bytes, rng: np.random.Generator) -> bytes:
-    """A copy with one to four faults: bytes changed, a length made extreme, a part cut out, doubled
-    or put elsewhere, or the end cut off. Most lie in the first part, where headers are.
+    """Copy a file with one to four faults, most of them in the first 400 bytes, where headers are.
+
+    A fault changes a byte, sets four bytes to an extreme number, deletes, repeats or moves a part,
+    or cuts off the end.
     """
     data = bytearray(seed)
     for _ in range(rng.integers(1, 5)):
@@ -104,7 +107,7 @@ def mutated(seed: bytes, rng: np.random.Generator) -> bytes:
 
 
 def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` names and files, the same for the same `seed`, of all formats in turn."""
+    """Yield `count` names and damaged files, of all formats in turn; the same for equal `seed`."""
     rng = np.random.default_rng(seed)
     kinds = list(seeds().items())
     for number in range(count):

@@ -1,12 +1,12 @@
-"""Packing speed: `sharding build` against what people write themselves, and against bare decoding.
+"""Measure the speed of `sharding build` against a simple packing loop and against only decoding.
 
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
-Each contender is a process of its own, timed whole, on the same JPEGs and the same number of
-processor cores: once with a few images and once with all. The difference gives images/s without
-start-up; both are printed. Build decodes and checks every image, finds duplicates, hashes, packs
-and indexes; the loop packs what Pillow can decode; img2dataset (where its command is given) does
-what it does; the limit reads and decodes with simplejpeg and does nothing else.
+Each contender is a process, run on the same JPEGs with the same number of cores: once with a few
+images and once with all. The difference gives images/s without start-up; both are printed. `build`
+decodes and checks every image, finds duplicates, hashes, packs and indexes. The loop packs images
+that Pillow can decode. img2dataset runs if its command is given. The limit only reads the files and
+decodes them with simplejpeg.
 """
 
 import json
@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 
 def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, list[str]]:
-    """Each contender as a command that packs `raw` into `out`."""
+    """Return the command of each contender, which packs `raw` into `out`."""
     (out / "loop.py").write_text(LOOP)
     (out / "limit.py").write_text(LIMIT)
     (out / "catalog.toml").write_text(CATALOG)
@@ -96,8 +96,8 @@ def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, lis
 
 
 def seconds_and_memory(command: list[str]) -> tuple[float, int]:
-    """Wall time of a command, and the largest of its processes in bytes."""
-    # `resource` remembers the largest child for ever, so each run is a grandchild.
+    """Run a command; returns its seconds and the peak memory of its largest process in bytes."""
+    # `resource` keeps the maximum over all children, so each run is a grandchild.
     code = (
         "import resource, subprocess, sys\n"
         "result = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=-1)\n"
@@ -113,7 +113,7 @@ def seconds_and_memory(command: list[str]) -> tuple[float, int]:
 
 
 def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, int]:
-    """`seconds_and_memory` of one run of a contender, into a folder of its own."""
+    """Return `seconds_and_memory` of one run of a contender into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         return seconds_and_memory(commands(raw, Path(folder), jobs, img2dataset)[name])
 
@@ -127,7 +127,7 @@ def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, i
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Real JPEGs to pack, with copies at other qualities. Default: synthetic ones.",
 )
-@click.option("--img2dataset", default="", help="The command, in an environment of its own.")
+@click.option("--img2dataset", default="", help="Path of its command. Default: not run.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
     images: int,
@@ -176,7 +176,7 @@ def main(
         )  # fmt: skip
     title = f"{images:,} JPEGs of {size / 1000:.0f} kB on average, {jobs} processes, {repeats} runs"
     columns = [
-        "packer", "images/s", "spread", "to the loop", "to the limit", "start-up s",
+        "packer", "images/s", "min-max", "/ loop", "/ limit", "start-up s",
         "420k images, min", "largest process MiB",
     ]  # fmt: skip
     console.table(title, columns, rows)

@@ -1,10 +1,10 @@
-"""Other loaders on the same images under the same policy, each as its own documentation writes it.
+"""Load images with other libraries under the policy of phase 1, for comparison with this project.
 
-A function takes the place that `benchmarks.loader` filled (`images/<class>/*.jpg`, and the shard
-set `shards/bench`) and yields the number of images of each batch; a `prepare_` function beside it
-makes the format that its library wants, and is not timed. Where a library has no augmentation of
-its own the policy is torchvision's transforms on Pillow images. All end at uint8, as ours does: the
-division and the normalization that their users write as well would cost them more, not less.
+Each `*_images` function takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and
+the shard set `shards/bench`), uses a library as its documentation shows, and yields the number of
+images of each batch. A `prepare_*` function writes the format that a library needs; it is not
+timed. A library without augmentation gets torchvision's transforms on Pillow images. All batches
+are uint8, as in this project: normalization, which users of these libraries add, is not counted.
 """
 
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 
 BATCH = 30
 EPOCHS = 1
-"""Set by `benchmarks.contenders` before a loader starts."""
+"""Images per batch, and epochs; `benchmarks.contenders` sets both before a loader starts."""
 
 SIZE = 256
 RECIPE = tomllib.loads((Path(__file__).parents[1] / "recipes/phase1.toml").read_text("utf-8"))
@@ -22,13 +22,13 @@ POLICY = RECIPE["augment"]["train"]
 
 
 def torchvision_policy():
-    """The policy of phase 1 in torchvision's own transforms: what the original trains through."""
+    """Return the policy of phase 1 as torchvision transforms, which the original trains with."""
     import torch
     from PIL import Image
     from torchvision import transforms
 
     class Reencode:
-        """The JPEG step as a torchvision user writes it."""
+        """Encode as JPEG and decode again."""
 
         def __call__(self, image: Image.Image) -> Image.Image:
             low, high = POLICY["jpeg_quality"]
@@ -37,7 +37,7 @@ def torchvision_policy():
             return Image.open(stream).convert("RGB")
 
     class Resample:
-        """Down and back up, likewise."""
+        """Resize to a smaller size and back."""
 
         def __call__(self, image: Image.Image) -> Image.Image:
             side = int(SIZE * torch.empty(()).uniform_(*POLICY["resample_scale"]))
@@ -64,7 +64,7 @@ def torchvision_policy():
 
 
 def torchvision_images(place: Path, workers: int) -> Iterator[int]:
-    """ImageFolder and DataLoader, as the original reads its images."""
+    """Load with torchvision's ImageFolder and DataLoader, as the original does."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
@@ -76,7 +76,7 @@ def torchvision_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def webdataset_images(place: Path, workers: int) -> Iterator[int]:
-    """WebDataset over our tars, shuffled by shard and in a buffer, with WebLoader."""
+    """Load this project's tars with WebDataset and WebLoader, shuffled by shard and in a buffer."""
     import webdataset
 
     policy = torchvision_policy()
@@ -96,8 +96,10 @@ def webdataset_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def dali_images(place: Path, workers: int) -> Iterator[int]:
-    """DALI's reader of our tars and `.idx` files, with its own random numbers; decodes on a GPU if
-    there is one. Decoding and crop are fused, as in DALI's ImageNet example.
+    """Load this project's tars and `.idx` files with DALI's reader and random numbers.
+
+    It decodes on a GPU if there is one. Decoding and cropping are fused, as in DALI's ImageNet
+    example.
     """
     import torch
     from nvidia.dali import fn, pipeline_def, types
@@ -174,8 +176,10 @@ def dali_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def spdl_images(place: Path, workers: int) -> Iterator[int]:
-    """SPDL's DataLoader of threads: its FFmpeg decodes, crops, resizes and flips in one filter
-    without the interpreter's lock; the rest of the policy is torchvision's.
+    """Load with SPDL's DataLoader, which uses threads.
+
+    FFmpeg decodes, crops, resizes and flips in one filter, without Python's lock. torchvision does
+    the rest of the policy.
     """
     import random
 
@@ -216,7 +220,7 @@ def spdl_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def prepare_litdata(place: Path) -> None:
-    """LitData's chunks of the same bytes."""
+    """Write the images as LitData chunks."""
     import litdata
 
     paths = sorted(map(str, (place / "images").rglob("*.jpg")))
@@ -236,14 +240,14 @@ def _litdata_sample(path: str) -> dict:
 
 
 def litdata_images(place: Path, workers: int) -> Iterator[int]:
-    """LitData's streaming dataset and loader; it decodes to tensors itself."""
+    """Load with LitData's streaming dataset and loader, which decodes to tensors itself."""
     from litdata import StreamingDataLoader, StreamingDataset
     from torchvision import transforms
 
     policy = transforms.Compose([transforms.ToPILImage(), torchvision_policy()])
 
     class Images(StreamingDataset):
-        """Each image through the policy."""
+        """Dataset that applies the policy to each image."""
 
         def __getitem__(self, index):
             sample = super().__getitem__(index)
@@ -256,7 +260,7 @@ def litdata_images(place: Path, workers: int) -> Iterator[int]:
 
 
 def prepare_streaming(place: Path) -> None:
-    """MosaicML Streaming's shards of the same bytes."""
+    """Write the images as MosaicML Streaming shards."""
     from PIL import Image
     from streaming import MDSWriter
 
@@ -267,7 +271,7 @@ def prepare_streaming(place: Path) -> None:
 
 
 def streaming_images(place: Path, workers: int) -> Iterator[int]:
-    """MosaicML's StreamingVisionDataset under torch's DataLoader."""
+    """Load with MosaicML's StreamingVisionDataset and torch's DataLoader."""
     from streaming.vision.base import StreamingVisionDataset
     from torch.utils.data import DataLoader
     from torchvision import transforms
@@ -295,7 +299,7 @@ field_map:
 
 
 def prepare_energon(place: Path) -> None:
-    """Energon's own index of our tars, in a folder of links to them."""
+    """Write Energon's index of this project's tars, in a folder of links to the tars."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     folder = place / "energon"
@@ -312,7 +316,7 @@ def prepare_energon(place: Path) -> None:
 
 
 def energon_images(place: Path, workers: int) -> Iterator[int]:
-    """Megatron-Energon with a task encoder; its loader is endless, so it is cut after an epoch."""
+    """Load one epoch with Megatron-Energon and a task encoder; its loader has no end."""
     from megatron.energon import (
         DefaultTaskEncoder,
         WorkerConfig,
@@ -325,7 +329,7 @@ def energon_images(place: Path, workers: int) -> Iterator[int]:
     policy = torchvision_policy()
 
     class Encoder(DefaultTaskEncoder):
-        """Each image through the policy."""
+        """Task encoder that applies the policy to each image."""
 
         decoder = SampleDecoder(image_decode="pilrgb")
 

@@ -1,14 +1,14 @@
-"""What `predict.py` costs beside the bare network: reading, decoding, evidence and writing.
+"""Measure what `predict.py` adds to the network's time: reading, decoding, provenance and writing.
 
     python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
 
-For each network (random weights; they do not matter for speed) the bare one scores a batch that
-stays in memory, and `predict.py`'s own loop goes over JPEG files and writes JSON lines, in turn
-(A B A B ...), the same number of images each. Loading is left out, the small first batches are not.
-The ratio is that of images per second in this run; speeds of different runs do not compare.
+Two ways run in turn (A B A B ...) on the same number of images. `bare` runs the network alone on a
+batch in memory. `predict` runs the loop of `predict.py` over JPEG files and writes JSON lines. The
+weights are random, which does not change the speed. Loading the checkpoint is not counted; the
+small first batches are. Compare ratios, not the speeds of different runs.
 
-Where other programs take part of the processor, the ratio of processor time per image tells more
-than that of wall-clock time: both ways keep all cores busy, so what is spent is what counts.
+On a machine with other programs, the ratio of CPU time per image is more reliable than that of
+wall-clock time: both ways keep all cores busy.
 """
 
 import json
@@ -44,7 +44,7 @@ NETWORKS = {
 
 
 def write_checkpoint(folder: Path, name: str) -> Path:
-    """A run with one checkpoint of random weights."""
+    """Save a run with one checkpoint of random weights; returns its folder."""
     network = Network(name=NETWORKS[name], pretrained=False)
     checkpoint.save(
         folder / name / "step_0000000",
@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 
 def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
-    """The network alone, over and over on one batch."""
+    """Run the network alone on one batch, repeated until `images` images are done."""
     size = detector.preprocess.crop_size
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
     batch = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2)
@@ -67,7 +67,7 @@ def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
 
 
 def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> None:
-    """`predict.py FOLDER --out OUT`, without its start."""
+    """Run `predict.py FOLDER --out OUT` with a detector that is loaded already."""
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
     run = Run(detector, "jsonl", file)
@@ -77,7 +77,7 @@ def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> 
 
 
 def timed(work: Callable[[], Any], images: int) -> dict[str, float]:
-    """Wall-clock and processor seconds for each image."""
+    """Return the wall-clock seconds and CPU seconds per image."""
     began, cpu = time.perf_counter(), time.process_time()
     work()
     passed, spent = time.perf_counter() - began, time.process_time() - cpu
@@ -87,7 +87,7 @@ def timed(work: Callable[[], Any], images: int) -> dict[str, float]:
 def measure(
     detector: ImageDetector, folder: Path, images: int, batch_size: int, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """All rounds of both ways, after a warm-up."""
+    """Time all rounds of both ways, after a warm-up."""
     out = folder.with_suffix(".jsonl")
     bare(detector, batch_size, batch_size)
     runs: dict[str, list[dict[str, float]]] = {"bare": [], "predict": []}
@@ -98,7 +98,7 @@ def measure(
 
 
 def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
-    """A line of the table: medians over the rounds."""
+    """Return a line of the table: medians over the rounds."""
     middle = {
         (way, what): statistics.median(one[what] for one in runs[way])
         for way in runs
@@ -114,7 +114,7 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=200, show_default=True, help="Images a round.")
+@click.option("--images", default=200, show_default=True, help="Images per round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds of each way.")
 @click.option(
     "--originals",
@@ -122,7 +122,11 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
     help="Real JPEGs, with copies at other qualities. Default: synthetic ones.",
 )
 @click.option(
-    "--network", "names", multiple=True, type=click.Choice(list(NETWORKS)), help="Only these."
+    "--network",
+    "names",
+    multiple=True,
+    type=click.Choice(list(NETWORKS)),
+    help="Measure only this.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options("device", "backend", "batch_size")

@@ -1,10 +1,10 @@
-"""How packing and opening grow with the number of images: time, and memory of the largest process.
+"""Measure time and memory of packing and opening a set, by number of images.
 
     python -m benchmarks.scale [--images 10000 --images 100000] [--rows 420000] [--json FILE]
 
-Packs that many tiny JPEGs (48 x 48) out of a zip archive, so that what is measured is the cost of
-a sample and not of its pixels; then opens a set of `--rows` samples as training does, with the
-columns that every loader reads.
+Tiny JPEGs (48 x 48 pixels) are packed from a zip archive, so that the cost per sample is measured
+and not that of its pixels. Then a set of `--rows` samples is opened as in training, with the
+columns that every loader reads. Memory is that of the largest process.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ print(time.perf_counter() - started, peak() - before, len(shards))
 
 
 def write_archive(path: Path, count: int) -> None:
-    """`count` different JPEGs of 48 x 48, half of them called real, half fake."""
+    """Write a zip of `count` different JPEGs of 48 x 48 pixels, half real and half fake."""
     path.parent.mkdir(parents=True)
     rng = np.random.default_rng(count)
     with zipfile.ZipFile(path, "w") as archive:
@@ -64,7 +64,7 @@ def write_archive(path: Path, count: int) -> None:
 
 
 def grow_index(folder: Path, rows: int) -> None:
-    """Repeat the rows of a set, under new keys, until there are `rows` of them."""
+    """Repeat the rows of a set with new keys until it has `rows` samples."""
     table = pq.read_table(folder / SAMPLES_FILE, schema=SAMPLES_SCHEMA)
     turns = -(-rows // len(table))
     table = pa.concat_tables([table] * turns).slice(0, rows).unify_dictionaries()
@@ -82,11 +82,13 @@ def grow_index(folder: Path, rows: int) -> None:
     "--images", "counts", multiple=True, default=[10_000, 100_000], show_default=True,
     help="Images to pack. May be repeated.",
 )  # fmt: skip
-@click.option("--rows", default=420_000, show_default=True, help="Samples of the opened set.")
+@click.option(
+    "--rows", default=420_000, show_default=True, help="Samples in the set that is opened."
+)
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> None:
-    """Pack and open, and print one table of each."""
+    """Measure packing and opening, and print a table of each."""
     packed = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -100,7 +102,7 @@ def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> Non
             ]  # fmt: skip
             took, largest = seconds_and_memory(list(map(str, command)))
             packed.append({"images": count, "seconds": took, "bytes": largest})
-        columns = ["images", "seconds", "microseconds an image", "largest process MiB"]
+        columns = ["images", "seconds", "microseconds per image", "largest process MiB"]
         table = [
             [p["images"], f"{p['seconds']:.1f}", round(1e6 * p["seconds"] / p["images"]),
              round(p["bytes"] / 2**20)]
@@ -120,7 +122,7 @@ def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> Non
     seconds = [one["seconds"] for one in opened]
     console.table(
         "Opening one set",
-        ["samples", "seconds, median", "spread", "MiB more than before"],
+        ["samples", "seconds, median", "min-max", "MiB more than before"],
         [[middle["samples"], f"{middle['seconds']:.2f}", f"{min(seconds):.2f}-{max(seconds):.2f}",
           round(max(one["bytes"] for one in opened) / 2**20)]],
     )  # fmt: skip

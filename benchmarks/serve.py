@@ -1,16 +1,16 @@
-"""The HTTP API under load on loopback, beside `predict.py` on the same files in the same run.
+"""Measure the HTTP API under load, compared with `predict.py` on the same files in the same run.
 
     python -m benchmarks.serve FOLDER [--hostile FOLDER] [--checkpoint NAME] [--images N]
 
-Starts `python -m serve` and sends it photographs of FOLDER, one a request, from 1, 8 and 32 clients
-with a connection each, in turn with `predict.py`'s own loop over the same files (without its
-start). Every answer is held against what `predict.py` said of the file. Then each file below
---hostile is sent alone: its status must be 200 or 4xx, with the error that `predict.py` has.
-At last the server gets SIGTERM while requests are on their way, and must answer those it took.
+`python -m serve` gets photographs of FOLDER, one per request, from 1, 8 and 32 clients on loopback
+with a connection each. In turn, the loop of `predict.py` runs over the same files, with the
+detector loaded. Every answer is compared with that of `predict.py`. Then each file below --hostile
+is sent alone: the status must be 200 or 4xx, with the same error as in `predict.py`. At the end the
+server gets SIGTERM during requests, and must answer all of them.
 
-Clients, server and predict.py share the cores; *ratio* is of images per second in this run. Where
-other programs take part of the processor, *CPU ratio*, of processor time for an image (the server's
-alone), tells more.
+Clients, server and predict.py share the cores. `ratio` is of images per second in this run.
+`CPU ratio`, of CPU time per image (of the server alone), is more reliable on a machine with other
+programs.
 """
 
 import http.client
@@ -46,7 +46,7 @@ CLIENTS = (1, 8, 32)
 
 
 def started(arguments: list[str], log: Path) -> tuple[subprocess.Popen, int]:
-    """A server that listens, and its port."""
+    """Start a server; returns its process and port once it listens."""
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "serve", "--port", "0", *arguments], cwd=ROOT, stderr=errors
@@ -67,13 +67,17 @@ def post(connection: http.client.HTTPConnection, path: Path, data: bytes) -> tup
 
 
 def cpu_of(process: int) -> float:
-    """Processor seconds of a process so far (Linux)."""
+    """Return the CPU seconds of a process so far (Linux)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def load(port: int, files: dict[Path, bytes], clients: int) -> dict[str, Any]:
-    """Every file once, from so many clients: seconds in all and of each, statuses, rows by path."""
+    """Send every file once, from `clients` threads.
+
+    Returns `passed` and `seconds` (wall clock in all, and of each request), the count of each
+    status, and the rows of status 200 by path.
+    """
     waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for path in files:
         waiting.put(path)
@@ -113,9 +117,7 @@ def load(port: int, files: dict[Path, bytes], clients: int) -> dict[str, Any]:
 def predict(
     detector: ImageDetector, files: dict[Path, bytes], batch_size: int, out: Path
 ) -> dict[str, float]:
-    """What `predict.py --out OUT` takes for the same files without its start: seconds, and those
-    of the processor.
-    """
+    """Time `predict.py --out OUT` with a loaded detector; returns wall-clock and CPU seconds."""
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
     run = Run(detector, "jsonl", file)
@@ -130,7 +132,7 @@ def predict(
 
 
 def mean_batch(port: int, before: tuple[float, float] = (0, 0)) -> tuple[float, float]:
-    """Images and batches that the server has scored, less those of before."""
+    """Return the numbers of images and batches that the server has scored since `before`."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
@@ -143,7 +145,7 @@ def mean_batch(port: int, before: tuple[float, float] = (0, 0)) -> tuple[float, 
 
 
 def hostile(port: int, folder: Path, detector: ImageDetector) -> dict[str, Any]:
-    """The statuses of every file below a folder, sent alone, and what is wrong with them."""
+    """Send every file below a folder alone; returns statuses, wrong answers and longest time."""
     statuses: Counter[str] = Counter()
     wrong, slowest = [], 0.0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -165,7 +167,7 @@ def hostile(port: int, folder: Path, detector: ImageDetector) -> dict[str, Any]:
 
 
 def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict[str, Any]:
-    """SIGTERM with 16 requests on their way: their statuses, and the exit code."""
+    """Send SIGTERM during 16 requests; returns the statuses of these and the exit code."""
     answers: list[str] = []
 
     def work(path: Path) -> None:
@@ -179,7 +181,7 @@ def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict
     threads = [threading.Thread(target=work, args=(path,)) for path in list(files)[:16]]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)  # all are taken
+    time.sleep(0.3)  # the server has accepted all of them
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
@@ -209,7 +211,7 @@ def row_of(
 @click.command(cls=console.Command)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--hostile", "bad", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--images", default=128, show_default=True, help="Images a round.")
+@click.option("--images", default=128, show_default=True, help="Images per round.")
 @click.option("--rounds", default=2, show_default=True, help="Rounds of each way.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @console.options("checkpoint", "runs", "device", "batch_size")
@@ -217,7 +219,7 @@ def main(
     folder: Path, bad: Path | None, images: int, rounds: int, out: Path | None,
     checkpoint: Path | None, runs: Path, device: str, batch_size: int,
 ) -> None:  # fmt: skip
-    """Load the API and `predict.py` in turn, and print one table."""
+    """Measure the API and `predict.py` in turn, and print one table."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     files = {path: path.read_bytes() for path in paths[:: max(1, len(paths) // images)][:images]}
     detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
@@ -228,7 +230,7 @@ def main(
     with tempfile.TemporaryDirectory() as place:
         process, port = started(arguments, Path(place) / "log")
         try:
-            load(port, dict(list(files.items())[:8]), 4)  # warm
+            load(port, dict(list(files.items())[:8]), 4)  # warm-up
             for _ in range(rounds):
                 figures["predict"].append(
                     predict(detector, files, batch_size, Path(place) / "out.jsonl")

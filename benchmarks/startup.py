@@ -1,9 +1,10 @@
-"""How long each command takes until its help or a refusal stands there.
+"""Measure how long each command takes to print its help or to refuse a wrong option.
 
     python -m benchmarks.startup [--rounds N] [--json FILE]
 
-Every line is a process of its own, in turn (A B C ... A B C ...), beside an empty Python and one
-that imports torch. `cpu` is the processor time of the process, which other programs hardly change.
+Every line runs in its own process, in turn (A B C ... A B C ...). An empty Python and one that
+imports torch are measured for comparison. `cpu` is the CPU time of the process, which other
+programs hardly change.
 """
 
 import json
@@ -47,7 +48,7 @@ REFUSALS = (
 
 
 def lines() -> dict[str, list[str]]:
-    """What is measured, by what a person types."""
+    """Return the arguments of Python to measure, by the command line that a person types."""
     helps = [f"{command} --help" for command in COMMANDS]
     wrong = [f"{command} --no-such-option" for command in COMMANDS]
     typed = {line: line.split() for line in (*helps, *wrong, *REFUSALS)}
@@ -55,7 +56,7 @@ def lines() -> dict[str, list[str]]:
 
 
 def timed(arguments: list[str]) -> tuple[float, float]:
-    """Seconds of wall clock and of the processor that one process takes."""
+    """Run Python with arguments; returns the wall-clock seconds and the CPU seconds."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True)
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -67,7 +68,7 @@ def timed(arguments: list[str]) -> tuple[float, float]:
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
 @console.options()
 def main(rounds: int, json_file: Path | None) -> None:
-    """Measure how soon each command answers."""
+    """Measure how long each command takes to print its help or an error."""
     measured: dict[str, list[tuple[float, float]]] = {line: [] for line in lines()}
     with console.progress("starting", rounds * len(measured)) as advance:
         for _ in range(rounds):
@@ -79,8 +80,8 @@ def main(rounds: int, json_file: Path | None) -> None:
         walls = sorted(wall for wall, _ in times)
         used = statistics.median(cpu for _, cpu in times)
         rows.append([line, statistics.median(walls), walls[0], walls[-1], used])
-    title = f"Start-up, medians of {rounds}, load {os.getloadavg()[0]:.1f}"
-    console.table(title, ["python", "seconds", "least", "most", "cpu"], rows)
+    title = f"Start-up, medians of {rounds} rounds, load {os.getloadavg()[0]:.1f}"
+    console.table(title, ["python", "seconds", "min", "max", "cpu"], rows)
     if json_file:
         json_file.write_text(json.dumps(measured, indent=1) + "\n")
 

@@ -1,13 +1,12 @@
-"""The training step alone: how fast, how near the device's peak, and what each choice brought.
+"""Measure the speed of the training step, its share of the device's peak, and its options.
 
     python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
 
-One step of `model/training/step.py` on random images that stay on the device: no loader, no disk.
-The first row is the step as `train.py` runs it here; each further row changes one thing. `of the
-peak` is the share of the device's matrix peak: the floating-point operations of forward and
-backward, counted by torch's FlopCounterMode, over the time of a step, against a large matrix
-product of the same dtype, timed in the same run. The optimizer's work counts as time, not as
-operations.
+The step of `model/training/step.py` runs on random images that stay on the device, without loader
+and disk. The first row is the step as `train.py` runs it on this machine; each further row changes
+one option. `of the peak` divides the operations per second of a step by those of a large matrix
+product of the same dtype, timed in the same run. The operations of forward and backward are counted
+by torch's FlopCounterMode. The optimizer's time is included, its operations are not.
 """
 
 import gc
@@ -41,14 +40,14 @@ WARM_UP = 5
 """Steps before the clock starts: compilation, cuDNN's choices, allocations."""
 
 LEAST = 3
-"""Steps that are timed at least, however short the time is."""
+"""Smallest number of timed steps, even if they take longer than `--seconds`."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to run the step."""
+    """Options of a training step."""
 
     batch: int
     dtype: str
@@ -58,7 +57,7 @@ class Way:
 
 
 def ways_of(base: Way, on_gpu: bool) -> dict[str, Way]:
-    """The step as it is, and each of its choices changed alone."""
+    """Return `base`, and copies with one option changed each, by name."""
     others = [name for name in DTYPES if name != base.dtype and (on_gpu or name != "fp16")]
     return {
         "as train.py": base,
@@ -78,13 +77,13 @@ def ways_of(base: Way, on_gpu: bool) -> dict[str, Way]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of the device."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each call, after `WARM_UP` calls; a GPU is waited for at each end."""
+    """Return the seconds of each call after `WARM_UP` calls. A GPU is synchronized after each."""
     for _ in range(WARM_UP):
         work()
     synchronize(device)
@@ -98,7 +97,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, seconds: float)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Operations per second of the fastest of several products of square matrices."""
+    """Return the operations per second of the fastest of several products of square matrices."""
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = seconds_of(lambda: left @ right, device, seconds)
@@ -106,7 +105,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 
 def random_batch(way: Way, size: int, device: torch.device) -> Batch:
-    """Images of noise, as the loader hands them over."""
+    """Make a batch of noise in the layout of the loader."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (way.batch, 3, size, size), dtype=torch.uint8, generator=rng).to(
         device
@@ -125,14 +124,14 @@ def random_batch(way: Way, size: int, device: torch.device) -> Batch:
 
 
 def operations(train_state: TrainState, batch: Batch, recipe: Recipe) -> int:
-    """Floating-point operations of one step, forward and backward."""
+    """Count the floating-point operations of one step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         train_step(train_state, train_state.net, batch, recipe.optim)
     return counter.get_total_flops()
 
 
 def begin_memory(device: torch.device) -> None:
-    """Forget the highest memory so far."""
+    """Free unused memory and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -142,7 +141,7 @@ def begin_memory(device: torch.device) -> None:
 
 
 def highest_memory(device: torch.device) -> int | None:
-    """Bytes: of the GPU's tensors, or of the whole process (Linux); None where unknown."""
+    """Return the peak bytes of the GPU's tensors, or of the process on Linux; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if platform.system() != "Linux":
@@ -154,7 +153,7 @@ def highest_memory(device: torch.device) -> int | None:
 def measure(
     way: Way, recipe: Recipe, device: torch.device, seconds: float, peaks: dict[str, float]
 ) -> dict[str, Any]:
-    """Figures of one way, or the reason why there are none."""
+    """Measure one way; returns its figures, or `failed` with the reason."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     begin_memory(device)
@@ -174,7 +173,7 @@ def measure(
             lambda: train_step(train_state, forward, batch, recipe.optim), device, seconds
         )
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-        # Out of memory, no compiler, an operator without this dtype: the others still count.
+        # Out of memory, no compiler, or an operator without this dtype: the other ways still run.
         return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0][:150]}
     middle = statistics.median(times)
     return {
@@ -196,10 +195,10 @@ def measure(
     default=recipes.FOLDER / "phase1.toml",
     help="Network, image size, batch, precision and optimizer. Default: phase 1.",
 )
-@click.option("--set", "overrides", multiple=True, help="Change a value of it.")
-@click.option("--seconds", default=10.0, show_default=True, help="Of each way in each round.")
-@click.option("--rounds", default=2, show_default=True, help="Each runs all ways in turn.")
-@click.option("--only", multiple=True, help="Only this row, beside the first; may be repeated.")
+@click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
+@click.option("--seconds", default=10.0, show_default=True, help="Seconds per row and round.")
+@click.option("--rounds", default=2, show_default=True, help="Rounds of all rows.")
+@click.option("--only", multiple=True, help="Measure the first row and this; may be repeated.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
     device: str,
@@ -210,7 +209,7 @@ def main(
     only: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Measure the training step, and what each choice in it brings."""
+    """Measure the training step, and the effect of each of its options."""
     recipe = resolved(recipes.load(Recipe, recipe_path, overrides))
     place = choose_device(device)
     keep_freed_memory(place)
@@ -249,14 +248,14 @@ def main(
             out.write_text(text + "\n", encoding="utf-8")
     show(title, rows_of)
     reached = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in peaks.items())
-    console.say(f"matrix peak in this run, 10^12 operations a second: {reached}")
+    console.say(f"matrix peak in this run, 10^12 operations per second: {reached}")
     if "failed" in rows_of["as train.py"][-1]:
         reason = rows_of["as train.py"][-1]["failed"]
         raise click.ClickException(f"the step itself failed: {reason}")
 
 
 def show(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> None:
-    """The table: medians over the rounds, and the speed against the first row."""
+    """Print a table of medians over the rounds, with the speed relative to the first row."""
 
     def middle(runs: list[dict[str, Any]], name: str) -> float:
         return statistics.median(run[name] for run in runs)
@@ -274,7 +273,7 @@ def show(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> None:
         share = f"{100 * middle(runs, 'share_of_peak'):.1f} %"
         shown = f"{rate:,.1f}", f"{min(rates):,.1f}-{max(rates):,.1f}"
         rows.append([name, *shown, against and f"{against:.2f}", share, memory, ""])
-    columns = ["step", "images/s", "min-max", "times", "of the peak", "memory MiB", ""]
+    columns = ["step", "images/s", "min-max", "ratio", "of the peak", "memory MiB", ""]
     console.table(title, columns, rows)
 
 

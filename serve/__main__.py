@@ -18,16 +18,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @click.command(cls=console.Command)
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."
-)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port to listen on; 0 takes a free one.",
-)
+@console.listen(port=8000, lowest=0)
 @console.options("max_fpr", "max_miss", "checkpoint", "runs", "device", "batch_size")
 @click.option(
     "--max-mb",

@@ -32,6 +32,9 @@ CATALOG = click.option(
     multiple=True,
     help="Your own catalog (TOML), added to the built-in one. May be repeated.",
 )
+JOBS = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
+)
 
 
 @click.group(cls=console.Group)
@@ -94,9 +97,7 @@ def fetch_command(
 )
 @CATALOG
 @click.option("--set", "only", multiple=True, help="Build only this set. May be repeated.")
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
-)
+@JOBS
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -235,9 +236,7 @@ def list_command(
 
 @main.command("verify")
 @click.argument("folder", type=console.AnyAddress())
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
-)
+@JOBS
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the shard set in FOLDER, or all sets below it, against the index."""

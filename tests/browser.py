@@ -1,4 +1,4 @@
-"""What a person does with the page in a browser, and what it shows."""
+"""Operate the web page in a browser as a person does, and read its content."""
 
 import base64
 import re
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def in_browser(test: Callable) -> Callable:
-    """Marks of a test that opens the page."""
+    """Mark a test that opens the page: slow, and skipped without Chromium."""
     test = pytest.mark.filterwarnings("ignore::DeprecationWarning")(test)
     return pytest.mark.slow(
         pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")(test)
@@ -27,7 +27,7 @@ def in_browser(test: Callable) -> Callable:
 
 
 def html_of(page: "AppTest") -> list[str]:
-    """What the page wrote as HTML, without a browser."""
+    """Return the HTML elements of a page that runs in Streamlit's AppTest, without styles."""
     bodies = [element.proto.body for element in page.get("html")]
     return [body for body in bodies if not body.startswith("<style>")]
 
@@ -37,14 +37,14 @@ def file_of(name: str, data: bytes) -> dict[str, object]:
 
 
 def browse(page: "Page", *files: dict[str, object] | Path) -> None:
-    """Choose files as the browser's dialog does."""
+    """Choose files in the browser's upload dialog."""
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name=re.compile("Upload|Add files")).click()
     chooser.value.set_files(list(files))
 
 
 def copy(page: "Page", data: bytes) -> None:
-    """Put a picture (a PNG file) on the clipboard."""
+    """Put an image, the bytes of a PNG file, on the clipboard."""
     page.evaluate(
         """async (data) => {
           const blob = await (await fetch("data:image/png;base64," + data)).blob();
@@ -55,7 +55,7 @@ def copy(page: "Page", data: bytes) -> None:
 
 
 def drop(page: "Page", where: str, name: str, data: bytes) -> None:
-    """Let a file fall on the element `where`."""
+    """Drop a file on the element `where`, a CSS selector."""
     transfer = page.evaluate_handle(
         """([name, data]) => {
           const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
@@ -70,18 +70,18 @@ def drop(page: "Page", where: str, name: str, data: bytes) -> None:
 
 
 def wait_for(page: "Page", *texts: str) -> None:
-    """Wait until each of the texts is there."""
+    """Wait until the page shows each of the texts."""
     for text in texts:
         page.get_by_text(text).first.wait_for()
 
 
 def probability_shown(page: "Page") -> str:
-    """Of the one image on the page."""
+    """Return the probability shown for the only image on the page."""
     return page.locator(".verdict strong").inner_text()
 
 
 def width_of(page: "Page") -> int:
-    """How wide the page would like to be, px; more than the window scrolls sideways."""
+    """Return the width of the content in px. If wider than the window, it scrolls sideways."""
     return page.evaluate(
         "Math.max(document.documentElement.scrollWidth,"
         " ...[...document.querySelectorAll('[data-testid=stMain]')]"
@@ -90,14 +90,14 @@ def width_of(page: "Page") -> int:
 
 
 def bytes_held(address: str) -> int:
-    """Size of what the server holds of uploads, by its own count."""
+    """Return the bytes of uploads in the server's memory, from its metrics."""
     text = requests.get(f"{address}/_stcore/metrics", timeout=10).text
     lines = [line for line in text.splitlines() if 'cache_type="UploadedFileManager"' in line]
     return sum(int(line.rpartition(" ")[2]) for line in lines if "bytes" in line)
 
 
 def holds(address: str, expected: int) -> None:
-    """Wait until the server holds so many bytes of uploads."""
+    """Wait up to 30 s until the server has `expected` bytes of uploads in memory."""
     for _ in range(300):
         if bytes_held(address) == expected:
             return

@@ -1,4 +1,4 @@
-"""Images, shard sets, tables and checkpoints that many tests build, and what they compare."""
+"""Build images, shard sets, archives, score tables and runs for tests, and compare results."""
 
 import ast
 import functools
@@ -40,21 +40,16 @@ from sharding.format import ShardSet, open_shards
 
 ROOT = Path(__file__).parents[1]
 
+TINY_RECIPE = ROOT / "tests/tiny.toml"
+"""Recipe of phase 1 with a network of a few thousand weights, on the sets of `build_all`."""
 
 PREPROCESS = Preprocess(crop_size=48, resize_size=54)
 
-
 SMALL_PREPROCESS = Preprocess(crop_size=32, resize_size=36)
 
-TINY = Network(
-    name="convnextv2_atto",
-    pretrained=False,
-    init="fan_in",
-    options={"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16], "patch_size": 2},
-)
+TINY = recipes.load(Recipe, TINY_RECIPE).network
 
-
-# Every operation at once, often: nothing of the graph stays unused.
+# Every operation with a high probability, so that tests use the whole augmentation graph.
 HARSH = AugmentPolicy(
     scale=(0.4, 1.0), ratio=(0.8, 1.25), hflip=0.5, color_jitter=0.6, brightness=0.3, contrast=0.3,
     saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
@@ -65,7 +60,7 @@ HARSH = AugmentPolicy(
 
 
 def photo(seed: int, width: int = 90, height: int = 70) -> np.ndarray:
-    """Smooth color fields with noise: compresses like a photograph, and every pixel matters."""
+    """Make (height, width, 3) uint8 pixels: smooth colors with noise, to compress like a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -87,11 +82,11 @@ ORIENTED_PLACES = [
     ("PNG", "exif"), ("PNG", "xmp attribute"), ("PNG", "raw profile"), ("PNG", "raw xmp"),
     ("WEBP", "exif"), ("WEBP", "prefixed exif"), ("WEBP", "xmp element"),
 ]  # fmt: skip
-"""Formats that may be kept, and where each may state its orientation."""
+"""Formats that the builder keeps, with each place where a file may store its orientation."""
 
 
 def oriented(image: Image.Image, image_format: str, place: str, orientation: int) -> bytes:
-    """The image as a file that states an orientation in one of `ORIENTED_PLACES`."""
+    """Encode an image with an orientation (1 to 8) stored in one of `ORIENTED_PLACES`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     tiff = exif.tobytes().removeprefix(b"Exif\0\0")
@@ -103,7 +98,7 @@ def oriented(image: Image.Image, image_format: str, place: str, orientation: int
     xmp = f"<x:xmpmeta><rdf:RDF><rdf:Description {field}</rdf:RDF></x:xmpmeta>".encode()
     if place == "exif":
         return encode(image, image_format, exif=exif)
-    if place == "prefixed exif":  # as some encoders copy it out of a JPEG
+    if place == "prefixed exif":  # some encoders copy EXIF from a JPEG with its prefix
         data = encode(image, image_format, exif=exif)
         prefixed = b"Exif\0\0" + tiff
         chunk = b"EXIF" + struct.pack("<I", len(prefixed)) + prefixed + b"\0" * (len(prefixed) % 2)
@@ -114,7 +109,7 @@ def oriented(image: Image.Image, image_format: str, place: str, orientation: int
     info = PngInfo()
     if place == "xmp attribute":
         info.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
-    else:  # as ImageMagick writes them
+    else:  # the format of ImageMagick
         name, content = ("exif", b"Exif\0\0" + tiff) if place == "raw profile" else ("xmp", xmp)
         digits = content.hex()
         lines = [digits[at : at + 72] for at in range(0, len(digits), 72)]
@@ -157,7 +152,7 @@ fake = [{ folder = "fake", generator = "diffusion" }]
 
 
 def write_raw(folder: Path) -> Path:
-    """Raw datasets and `catalog.toml`: 40 + 30 + 10 old images, 120 new or validation ones."""
+    """Write raw datasets and `catalog.toml`: 80 images of `old`, 120 of `new` and `val`."""
     kinds = [
         ("jpg", "JPEG", {"quality": 90}), ("JPEG", "JPEG", {"quality": 75, "subsampling": 0}),
         ("png", "PNG", {}), ("webp", "WEBP", {"quality": 80}),
@@ -171,7 +166,7 @@ def write_raw(folder: Path) -> Path:
                 pixels = photo(number, 60 + 7 * (number % 9), 60 + 5 * (number % 7))
                 path = folder / source / label / f"{i:03d}.{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # The fakes carry a grid, so that something can be learned.
+                # The fakes have a grid, so that a network can learn to tell them from reals.
                 pixels[::2, ::2] = pixels[::2, ::2] // 2 if label == "fake" else pixels[::2, ::2]
                 path.write_bytes(encode(pixels, image_format, **options))
                 number += 1
@@ -182,7 +177,7 @@ def write_raw(folder: Path) -> Path:
 def build_all(
     raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
 ) -> Path:
-    """Every set of `raw`, by the real builder; training sets of one class are meant."""
+    """Pack every set of `raw` with the real builder, also training sets of one class."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
     build(catalog, raw, out, jobs=jobs, tolerance=Tolerance(max_bad, allow_incomplete=True))
     return out
@@ -191,7 +186,7 @@ def build_all(
 def small_recipe(
     name: str = "small", network: Network = TINY, preprocess: Preprocess = SMALL_PREPROCESS
 ) -> ResolvedRecipe:
-    """A recipe whose network is small; it is written down and never run."""
+    """Make a resolved recipe with a small network, to be saved in a checkpoint and not trained."""
     return resolved(
         Recipe(
             name=name,
@@ -214,21 +209,13 @@ CALIBRATION = {
 
 def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
     """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
-
-    settings = [
-        'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "preprocess.crop_size=32",
-        "preprocess.resize_size=36", 'network.name="convnextv2_atto"', "network.pretrained=false",
-        'network.init="fan_in"', "network.options.depths=[1,1,2,1]",
-        "network.options.dims=[8,8,16,16]", "network.options.patch_size=2", "run.epochs=1",
-        "loading.batch_size=16", "loading.num_workers=0", *overrides,
-    ]  # fmt: skip
-    recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml", settings)
+    recipe = recipes.load(Recipe, TINY_RECIPE, ["run.epochs=1", *overrides])
     train(recipe, data, runs)
     return runs
 
 
 def can_mount() -> bool:
-    """Whether a test may mount a file system of its own."""
+    """Return whether this process may mount file systems in a new namespace."""
     unshare = shutil.which("unshare")
     return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode
 
@@ -240,7 +227,7 @@ JPEG, PNG, WEBP = (encode(PHOTO, kind) for kind in ("JPEG", "PNG", "WEBP"))
 
 
 def noise(data: bytes, count: int = 200) -> bytes:
-    """Random bytes in the second half, where the pixels are."""
+    """Overwrite `count` bytes in the second half of a file, where the pixels are."""
     rng = np.random.default_rng(0)
     changed = bytearray(data)
     for place in rng.integers(len(data) // 2, len(data) - 16, count).tolist():
@@ -249,7 +236,7 @@ def noise(data: bytes, count: int = 200) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in a few hundred bytes."""
+    """Make a PNG of a few hundred bytes that claims 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
@@ -288,7 +275,10 @@ CPU = torch.device("cpu")
 
 
 def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> ShardSet:
-    """The old set with the bytes of some samples overwritten inside their tars."""
+    """Copy the set `old`, with the bytes of some samples overwritten inside their tars.
+
+    `cut` is what is overwritten: the second "half" of a sample, or "all" of it.
+    """
     shutil.copytree(data / "old", folder / "old")
     shards = open_shards([folder / "old"])
     for sample in samples:
@@ -308,7 +298,7 @@ ABOUT = {
 
 
 def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> ScoreTable:
-    """Rows with what a test does not care about filled in."""
+    """Make a score table of `rows`; columns that a row lacks get usual values."""
     usual = {"source": "s", "generator": "g", "split": "test", "error": "", "valid": True}
     filled = []
     for number, row in enumerate(rows):
@@ -335,12 +325,16 @@ def random_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def partly(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
-    """Three of four fakes are PNG, one of four reals is."""
+    """Choose PNG for three of four fakes and for one of four reals, else JPEG; a random size."""
     return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *random_size(rng)
 
 
 def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, int]]]) -> Path:
-    """The sets of a plan, packed by the real builder; returns the folder that holds them."""
+    """Write and pack images by a plan; returns the folder of the sets.
+
+    `plan` has, for each set and source, a function that chooses format and size of an image, and
+    the counts of reals and fakes.
+    """
     catalog = "[sets]\n" + "".join(f'{name} = "train"\n' for name in plan)
     rng = np.random.default_rng(0)
     seed = 0
@@ -365,13 +359,13 @@ def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, i
 
 
 def grouped(_rng: np.random.Generator, label: int, number: int) -> tuple[str, int, int]:
-    """Six images of a video have one size, which no other video has; it says nothing else."""
+    """Choose one size for the six images of a video; each video has another size."""
     video = number // 6 * 2 + label
     return "jpg", 40 + int(np.random.default_rng(5).permutation(80)[video]), 44
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file of every set, without the builder's own notes."""
+    """Return the sha256 of every file below `folder`, without the builder's notes."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -404,11 +398,12 @@ def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
 
 
 def write_split_zip(path: Path, members: dict[str, bytes], volumes: int) -> None:
-    """A split archive, as `zip -s` writes it: X.z01, X.z02, ..., X.zip.
+    """Write a split archive as `zip -s` does: X.z01, X.z02, ..., X.zip.
 
-    Local headers and data run through the volumes; the directory gives volume and offset in it.
+    Local headers and data continue from one volume to the next. The directory gives each entry's
+    volume and the offset in this volume.
     """
-    body = bytearray(b"PK\7\x08")  # the mark of a split archive
+    body = bytearray(b"PK\7\x08")  # signature of a split archive
     entries = []
     for name, data in members.items():
         encoded = name.encode()
@@ -447,7 +442,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 def ends_alike(whole: Path, parts: Path) -> None:
-    """Weights, optimizer and what was written down, bit for bit."""
+    """Assert that two runs end with the same weights, optimizer moments and losses."""
     one, other = checkpoint.last_of(whole), checkpoint.last_of(parts)
     assert one.name == other.name
     assert same(one, other)
@@ -460,7 +455,7 @@ def ends_alike(whole: Path, parts: Path) -> None:
 
 @functools.cache
 def imports_of(path: Path) -> tuple[str, ...]:
-    """Everything a file imports, as dotted names."""
+    """Return the dotted names of everything that a file imports."""
     modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -474,6 +469,6 @@ def imports_of(path: Path) -> tuple[str, ...]:
 def color_matrix(
     brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
 ) -> tuple[float, ...]:
-    """One of `color_matrices`, as `AugmentParams.color` holds it."""
+    """Return one of `color_matrices`, in the form of `AugmentParams.color`."""
     values = (np.array([value]) for value in (brightness, contrast, saturation, hue))
     return tuple(color_matrices(*values)[0].tolist())

@@ -1,4 +1,7 @@
-"""Numbers that no change alters without meaning to, in files: `make golden` writes them anew."""
+"""Compare numbers with golden values in files, so that no change alters the numbers unnoticed.
+
+Main entry: `Golden.check()`. `make golden` writes the files.
+"""
 
 import json
 from dataclasses import dataclass
@@ -10,19 +13,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Golden:
-    """Compares numbers with those in `folder`, or with `write` puts the new ones there."""
+    """Golden values in `folder`. With `write`, new values are written instead of compared."""
 
     folder: Path
     write: bool = False
 
     def check(self, name: str, values: dict[str, Any], rtol: float) -> None:
-        """Compare named numbers, or lists of them, with those of the file `name`.json.
+        """Compare named numbers, or lists of numbers, with those in the file `name`.json.
 
-        With `write` a file whose numbers hold stays as it is: what another processor or number of
-        threads does to the last digit is no change.
+        With `write`, a file is not rewritten if its numbers are within `rtol`: another processor or
+        number of threads changes the last digits.
 
         Raises:
-            AssertionError: no such file, other names, or numbers further apart than `rtol`.
+            AssertionError: the file is missing, the names differ, or a number differs by more than
+                `rtol`.
         """
         path = self.folder / f"{name}.json"
         try:
@@ -38,5 +42,5 @@ def _compare(path: Path, values: dict[str, Any], rtol: float) -> None:
     expected = json.loads(path.read_text(encoding="utf-8"))
     assert values.keys() == expected.keys(), path.name
     for key, value in values.items():
-        where = f"{path.name}: {key}; where this is meant, `make golden` writes the new numbers"
+        where = f"{path.name}: {key}; if this change is intended, run `make golden`"
         np.testing.assert_allclose(value, expected[key], rtol=rtol, err_msg=where)

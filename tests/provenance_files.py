@@ -1,4 +1,4 @@
-"""Files that say what made them, written by the libraries that write such things."""
+"""Write image files with provenance metadata: C2PA signatures, EXIF, XMP and generator texts."""
 
 import datetime
 import io
@@ -22,7 +22,7 @@ MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 
 def evidence_of(data: bytes) -> Evidence:
-    """The one statement of a file."""
+    """Read a file that has exactly one piece of evidence."""
     (evidence,) = read_evidence(data)
     return evidence
 
@@ -86,7 +86,10 @@ def sign(
     signer: c2pa.Signer, data: bytes, kind: str, source: str, remote: str = "",
     maker: str = "Example Painter",
 ) -> bytes:  # fmt: skip
-    """The file with a manifest that says how it was made; `remote`: with its address alone."""
+    """Add a C2PA manifest with a digital source type to a file.
+
+    With `remote`, an address, the file has only this address of its manifest.
+    """
     action = {"action": "c2pa.created", "digitalSourceType": SOURCE + source}
     manifest = {
         "claim_generator_info": [{"name": maker, "version": "2"}],
@@ -126,7 +129,7 @@ def pem(*certificates: x509.Certificate) -> bytes:
 
 
 def signer_of(chain: bytes, key: ec.EllipticCurvePrivateKey) -> c2pa.Signer:
-    """A signer with the private key of the first certificate of a chain in PEM."""
+    """Make a signer of a certificate chain in PEM; `key` is that of its first certificate."""
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -137,7 +140,7 @@ def signer_of(chain: bytes, key: ec.EllipticCurvePrivateKey) -> c2pa.Signer:
 
 
 def make_signer() -> c2pa.Signer:
-    """A signer whose certificate a test authority has signed."""
+    """Make a signer with a certificate from a new test authority."""
     root_key, key = new_key(), new_key()
     root = certificate("Root", root_key, "Root", root_key, is_ca=True)
     leaf = certificate("Signer", key, "Root", root_key, is_ca=False)
@@ -146,14 +149,14 @@ def make_signer() -> c2pa.Signer:
 
 @dataclass(frozen=True)
 class Authority:
-    """A root, and an intermediate under it that issues certificates to signers."""
+    """Certificate authority: a root, and an intermediate that issues certificates to signers."""
 
     root: x509.Certificate
     intermediate: x509.Certificate
     key: ec.EllipticCurvePrivateKey  # of the intermediate
 
     def signer(self, organization: str = "Example Images Ltd", **options) -> c2pa.Signer:
-        """A signer whose chain ends below the root, as C2PA asks."""
+        """Make a signer whose chain does not include the root, as C2PA requires."""
         key = new_key()
         leaf = certificate(
             "Signer", key, "Intermediate", self.key, is_ca=False, organization=organization,
@@ -169,7 +172,7 @@ def make_authority() -> Authority:
 
 
 def self_signed(organization: str) -> tuple[c2pa.Signer, x509.Certificate]:
-    """What anybody can make in any name."""
+    """Make a signer with a self-signed certificate, which anybody can make in any name."""
     key = new_key()
     leaf = certificate(organization, key, organization, key, is_ca=False, organization=organization)
     return signer_of(pem(leaf), key), leaf

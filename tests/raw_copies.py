@@ -1,4 +1,4 @@
-"""Small copies of raw datasets: in folders and in parquet tables, and what became of them."""
+"""Write small raw datasets in the layouts of published ones: folders and parquet tables."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SEEDS = iter(range(10_000))
 
 
 def image(kind: str = "JPEG", size: tuple[int, int] = (48, 40)) -> bytes:
-    """A new picture, unlike all others."""
+    """Encode an image that differs from all earlier ones."""
     return encode(photo(next(SEEDS), *size), kind)
 
 
@@ -33,7 +33,7 @@ def put(folder: Path, *names: str, kind: str = "JPEG") -> None:
 
 
 def parquet(path: Path, columns: dict[str, list], classes: dict[str, list[str]] | None = None):
-    """A table as Hugging Face writes it: images as {bytes, path}, class names in the metadata."""
+    """Write a table as Hugging Face does: images as {bytes, path}, class names in the metadata."""
     arrays = {
         name: pa.array([{"bytes": v, "path": None} for v in values])
         if isinstance(values[0], bytes)

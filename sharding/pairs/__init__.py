@@ -1,1 +1,4 @@
-"""Aligned pairs: each real image of a set, and the same image through a VAE."""
+"""Make aligned pairs: each real image of a set and its reconstruction by a VAE, as a raw dataset.
+
+Main entry: `run.make_pairs()`.
+"""

@@ -1,6 +1,7 @@
-"""A VAE as diffusers keeps it: found in a folder or on the hub, checked, and run on whole images.
+"""Load a VAE of diffusers from a folder or the Hugging Face hub, to reconstruct whole images.
 
-Only `config.json` and a `.safetensors` file are read: no pickles, and no code of a repository.
+Only `config.json` and a `.safetensors` file are read: no pickles, and no code of a repository. Main
+entry: `load_decoder()`.
 """
 
 import json
@@ -19,19 +20,21 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-"""The autoencoders of diffusers that are run, as `_class_name` in `config.json` says them."""
+"""Supported autoencoders of diffusers, by `_class_name` in `config.json`."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 
 
 class DecoderError(ValueError):
-    """A decoder that cannot be used; the message says what was found and what to do."""
+    """Error of a decoder that cannot be used; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A VAE. `reconstruct` turns (height, width, 3) uint8 RGB pixels into their reconstruction of
-    the same shape; `sha256` is the hash of its weights, `name` what its images are called by.
+    """A loaded VAE.
+
+    `reconstruct` encodes and decodes (height, width, 3) uint8 RGB pixels; the result has the same
+    shape and dtype. `sha256` is the hash of the weights. `name` is the generator of its images.
     """
 
     name: str
@@ -42,11 +45,13 @@ class Decoder:
 
 
 def find_decoder(name: str) -> Path:
-    """The folder of the decoder `name`: a folder of this machine, or OWNER/NAME of the Hugging Face
-    hub, OWNER/NAME/FOLDER for a folder of a repository (`vae` in most).
+    """Return the folder of the decoder `name`, fetched from the hub if necessary.
+
+    `name` is a folder of this machine, OWNER/NAME of the Hugging Face hub, or OWNER/NAME/FOLDER for
+    a folder of a repository (`vae` in most).
 
     Raises:
-        DecoderError: neither, or one without a `.safetensors` file.
+        DecoderError: `name` is neither, or the folder has no `.safetensors` file.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -67,7 +72,7 @@ def find_decoder(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """Fetch the two files of a decoder into the cache of the hub's library."""
+    """Fetch the two files of a decoder into the hub library's cache; returns their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -85,17 +90,17 @@ def _from_hub(name: str) -> Path:
     folder = Path(snapshot) / below
     if not folder.is_dir():
         raise DecoderError(
-            f"{owner}/{repository} on the hub has no folder {below} with {CONFIG_FILE}; look there "
-            "for the folder of its VAE"
+            f"{owner}/{repository} on the hub has no folder {below} with {CONFIG_FILE}; look for "
+            "the folder of its VAE there"
         )
     return folder
 
 
 def load_decoder(name: str, device: str = "auto") -> Decoder:
-    """Load a decoder on `device`: `cpu`, `cuda`, or `auto` for the second where there is one.
+    """Load a decoder on `device`: `cpu`, `cuda`, or `auto` for `cuda` if there is a CUDA device.
 
     Raises:
-        DecoderError: diffusers is missing, no CUDA device, or no VAE of RGB images.
+        DecoderError: diffusers or a CUDA device is missing, or the file is no VAE for RGB images.
     """
     folder = find_decoder(name)
     kind = _kind_of(folder)
@@ -114,13 +119,13 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
             torch_dtype=torch.float32,
         )  # fmt: skip
-    except Exception as error:  # of torch, safetensors, diffusers: whatever a file makes them raise
+    except Exception as error:  # a bad file raises many errors in torch, safetensors and diffusers
         reason = " ".join(str(error).split())[:200]
         raise DecoderError(
             f"{name} is no {kind} that diffusers loads ({type(error).__name__}: {reason})"
         ) from error
     if (channels := (vae.config.in_channels, vae.config.out_channels)) != (3, 3):
-        raise DecoderError(f"{name} has {channels} channels in and out, expected RGB images: 3, 3")
+        raise DecoderError(f"{name} has {channels} channels in and out, expected (3, 3) for RGB")
     vae = vae.eval().to(device)
     levels = "block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"
     factor = 2 ** (len(vae.config[levels]) - 1)
@@ -134,13 +139,13 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
 
 
 def _last_part(name: str) -> str:
-    """What the images of a decoder are called by: the last part of its name, `vae` left out."""
+    """Return the last part of a decoder's name that is not `vae`, in characters of a generator."""
     parts = [part for part in Path(name).parts if part not in ("vae", "/", ".", "..")]
     return re.sub(r"[^a-z0-9_.-]+", "_", parts[-1].lower()) if parts else "vae"
 
 
 def _kind_of(folder: Path) -> str:
-    """The class of a decoder, by its `config.json`."""
+    """Return the class name of a decoder, from its `config.json`."""
     path = folder / CONFIG_FILE
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -153,9 +158,11 @@ def _kind_of(folder: Path) -> str:
 
 
 def _reconstruct(vae: Any, pixels: np.ndarray, factor: int, device: str) -> np.ndarray:
-    """Encode and decode at the size as it is, filled up to a multiple of `factor` by repeating the
-    last row and column, which are cut off again: neither scaling nor the seams of tiles may tell
-    the two images of a pair apart. The latent is the mode, so that nothing is random.
+    """Encode and decode pixels at their own size.
+
+    The last row and column are repeated up to a multiple of `factor`, and cut off again afterward:
+    traces of scaling or tiles would distinguish the two images of a pair. The latent is the mode of
+    its distribution, so the result is deterministic.
     """
     import torch
 
@@ -175,12 +182,12 @@ def _reconstruct(vae: Any, pixels: np.ndarray, factor: int, device: str) -> np.n
             decoded = vae.decode(latent).sample[0]
     except torch.OutOfMemoryError as error:
         raise DecoderError(
-            f"the decoder has no memory for {width} x {height} pixels; lower --max-megapixels"
+            f"not enough GPU memory for {width} x {height} pixels; lower --max-megapixels"
         ) from error
     if decoded.shape != image.shape[1:] or not torch.isfinite(decoded).all():
         raise DecoderError(
-            f"the decoder made {tuple(decoded.shape)} of {tuple(image.shape[1:])} values, expected "
-            "as many, and finite ones; use another"
+            f"the decoder returned values of shape {tuple(decoded.shape)}, expected finite ones of "
+            f"shape {tuple(image.shape[1:])}; use another decoder"
         )
     values = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy()[:height, :width])

@@ -1,7 +1,8 @@
-"""Write an image as its partner was written: format, quality, chroma, gray, alpha and metadata.
+"""Encode an image like its partner: same format, quality, chroma, gray, alpha and metadata.
 
-What can be copied from the partner's file is: quantization tables, the kind of JPEG, EXIF and color
-profile. The result is decoded again, and a pair whose facts differ is no pair.
+Quantization tables, the kind of JPEG, EXIF and color profile are copied from the partner's file.
+The result is decoded again; if its facts differ from the partner's, the pair is refused. Main
+entry: `encode_like()`.
 """
 
 import contextlib
@@ -18,21 +19,21 @@ from imaging.orientation import is_transposed, mirrored
 from imaging.quiet import without_warnings
 
 CHROMA_NAMES = {"420": "4:2:0", "422": "4:2:2", "444": "4:4:4"}
-"""A chroma of the index as Pillow's encoder takes it; Gray has none."""
+"""Pillow's name of each chroma subsampling in the index, except for Gray."""
 
 _DHT, _COM, _PROGRESSIVE = 0xC4, 0xFE, 0xC2
 _METADATA = frozenset((*range(0xE0, 0xF0), _COM))
 
 
 class NoPair(Exception):
-    """An image that gets no partner; the message is the reason, one of a few."""
+    """Error of an image that gets no partner; the message is one of a few reasons."""
 
 
 def refuse_partner(data: bytes, facts: Facts) -> None:
-    """Check that a partner of this image can be written, before it is made.
+    """Check that a partner of this image can be encoded, before the decoder runs.
 
     Raises:
-        NoPair: with the reason.
+        NoPair: it cannot; the message is the reason.
     """
     if facts.format == "JPEG" and facts.chroma not in jpeg.CHROMAS:
         raise NoPair(f"JPEG of chroma {facts.chroma}, which the encoder does not write")
@@ -44,7 +45,7 @@ def refuse_partner(data: bytes, facts: Facts) -> None:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Metadata that Pillow stumbles over makes no pair, and no error."""
+    """Turn Pillow's errors on metadata into `NoPair`."""
     try:
         with without_warnings():
             yield
@@ -53,14 +54,15 @@ def _readable() -> Iterator[None]:
 
 
 def encode_like(upright: np.ndarray, partner: bytes, pixels: np.ndarray, facts: Facts) -> bytes:
-    """The bytes of `upright`, (height, width, 3) uint8 RGB, written as the file `partner` with
-    these upright `pixels` and `facts`.
+    """Encode `upright`, (height, width, 3) uint8 RGB, like the file `partner`; returns the bytes.
+
+    `pixels` are the partner's upright pixels, and `facts` its facts.
 
     Raises:
-        NoPair: the file does not come out alike.
+        NoPair: the facts of the new file differ.
     """
     image = Image.fromarray(_stored(upright, facts.orientation))
-    if _is_gray(pixels):  # color where its partner has none would be seen
+    if _is_gray(pixels):  # color would distinguish it from a gray partner
         image = image.convert("L")
         image = image if facts.chroma == "Gray" else image.convert("RGB")
     with _readable(), _opened(partner, facts.format) as original:
@@ -85,7 +87,7 @@ def _opened(data: bytes, image_format: str) -> Image.Image:
 
 
 def _stored(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels as they are stored: what `imaging.orientation.upright` undoes."""
+    """Rotate and mirror upright pixels as a file stores them; inverse of `orientation.upright`."""
     rows, columns = mirrored(orientation)
     pixels = upright[:: -1 if rows else 1, :: -1 if columns else 1]
     return np.ascontiguousarray(pixels.swapaxes(0, 1) if is_transposed(orientation) else pixels)
@@ -102,8 +104,9 @@ def _save(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def _jpeg_like(image: Image.Image, partner: bytes, original: Image.Image, chroma: str) -> bytes:
-    """A JPEG with the partner's quantization tables, chroma, progression and metadata, and with
-    Huffman tables of its own where the partner has such.
+    """Encode a JPEG with the partner's quantization tables, chroma, progression and metadata.
+
+    Huffman tables are optimized where the partner's are not the standard ones.
     """
     tables = original.quantization  # type: ignore[attr-defined]
     options: dict[str, Any] = {"qtables": tables, "progressive": False}
@@ -123,7 +126,7 @@ def _jpeg_like(image: Image.Image, partner: bytes, original: Image.Image, chroma
 
 
 def _header(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The segments before the pixels: marker, start, end."""
+    """Yield the segments before the pixels, as marker, start and end."""
     for marker, start, end in jpeg.lenient_segments(data):
         if marker == jpeg.SOS:
             return
@@ -131,7 +134,7 @@ def _header(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _huffman(data: bytes) -> set[bytes]:
-    """The Huffman tables: one encoder writes them in one segment, another in four."""
+    """Return the Huffman tables as a set, because encoders write them in one segment or in four."""
     tables: set[bytes] = set()
     for marker, start, end in _header(data):
         at = start + 4
@@ -143,7 +146,7 @@ def _huffman(data: bytes) -> set[bytes]:
 
 
 def _metadata(data: bytes) -> Iterator[bytes]:
-    """The metadata of a JPEG, without the directory of further pictures behind it."""
+    """Yield the metadata segments of a JPEG, without the directory of further images (MPF)."""
     for marker, start, end in _header(data):
         if marker in _METADATA and data[start + 4 : start + 8] != b"MPF\0":
             yield data[start:end]
@@ -152,7 +155,7 @@ def _metadata(data: bytes) -> Iterator[bytes]:
 def _png_or_webp_like(
     image: Image.Image, partner: bytes, original: Image.Image, image_format: str
 ) -> bytes:
-    """A PNG or WebP in the partner's mode, with its alpha, EXIF and color profile."""
+    """Encode a PNG or WebP in the partner's mode, with its alpha, EXIF and color profile."""
     alpha = original.getchannel("A") if original.mode in ("LA", "RGBA") else None
     image = image.convert("L" if original.mode in ("L", "LA") else "RGB")
     if alpha:
@@ -168,7 +171,7 @@ def _png_or_webp_like(
 
 
 def _is_lossless(data: bytes) -> bool:
-    """Whether a WebP holds a lossless picture, by its chunks."""
+    """Return whether a WebP has a chunk of a lossless image."""
     at = 12  # RIFF, its length, WEBP
     while at + 8 <= len(data):
         if data[at : at + 4] == b"VP8L":
@@ -179,8 +182,9 @@ def _is_lossless(data: bytes) -> bool:
 
 
 def _webp_quality(original: Image.Image, size: int, kept: dict[str, Any]) -> int:
-    """The quality at which the partner's own pixels come nearest to the size of its file: a WebP
-    does not say it.
+    """Return the quality at which the partner's pixels are encoded to a file of nearly its size.
+
+    A WebP does not store its quality.
     """
     low, high, sizes = 1, 100, {}
     while low < high:

@@ -1,12 +1,14 @@
-"""Make the pairs of a packed set, as a raw folder that `sharding build` packs. Below the output:
+"""Make the pairs of a packed set, as a raw folder that `sharding build` packs.
+
+Main entry: `make_pairs()`. These files are written below the output folder:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
-    <set>-pairs/<source>/fake/<key>.<suffix>    the same through the decoder, written alike
-    <set>-pairs.json                            what made them, and what was excluded and why
+    <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
+    <set>-pairs.json                            set, decoder, and counts of pairs and exclusions
     <set>-pairs.toml                            the catalog, written last
-    .pairs/<set>-pairs/started.json             what is being made; another decoder is refused
+    .pairs/<set>-pairs/started.json             set and decoder; a run with others is refused
 
-The two images of a pair are one group, and all of them go to one set of the split that they had.
+The two images of a pair are one group. All pairs are one set, in the split of the packed set.
 """
 
 import hashlib
@@ -29,18 +31,20 @@ from sharding.pairs.match import NoPair, encode_like, refuse_partner
 from storage import AnyPath, make_folder, write_bytes, write_text
 
 VERSION = 1
-"""Changes when the same image and decoder would give other bytes."""
+"""Version of the pairs; raised when the same image and decoder give different bytes."""
 
 MAX_MEGAPIXELS = 2.0
-"""What a decoder is given at most: it needs some 10 GB for this with `AutoencoderKL`."""
+"""Largest image that is decoded, by default; `AutoencoderKL` needs about 10 GB for it."""
 
 _MEGA = 1_000_000
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a run made: the name of its set, the catalog, pairs by source of the real image, how
-    many of them lay there already, and how many real images have no partner, by reason.
+    """Result of a run: the name of the set of pairs, and its catalog.
+
+    `counts` are pairs by source of the real image. `already` of them existed before. `excluded` are
+    real images without a partner, by reason.
     """
 
     name: str
@@ -58,13 +62,15 @@ def make_pairs(
     max_megapixels: float = MAX_MEGAPIXELS,
     on_image: Callable[[], None] = lambda: None,
 ) -> Pairs:
-    """Write the pairs of the set in `folder` below `out`; what is whole there is kept.
+    """Write the pairs of the set in `folder` below `out`; complete pairs are not made again.
+
+    `on_image` is called after each real image.
 
     Raises:
-        ShardError: no set, a damaged one, one without a real image that can be paired, or an `out`
-            with pairs that something else made.
-        DecoderError: as `Decoder.reconstruct`.
-        OSError: a file that cannot be read or written.
+        ShardError: the set is missing, is damaged or has no real image that can be paired, or `out`
+            has pairs of another set or decoder.
+        DecoderError: the decoder fails.
+        OSError: a file cannot be read or written.
     """
     shards, index = open_shards([folder]), read_index(folder)
     name = f"{index['set']}-pairs"
@@ -90,29 +96,29 @@ def make_pairs(
         if not counts:
             why = "; ".join(f"{count:,} {reason}" for reason, count in sorted(excluded.items()))
             raise ShardError(
-                f"{folder} has no real image to make a pair of ({why or 'it holds none'}); choose "
+                f"{folder} has no real image to pair ({why or 'it has none at all'}); choose "
                 "another set, or another --max-megapixels"
             )
         made = {"pairs": dict(sorted(counts.items())), "excluded": dict(sorted(excluded.items()))}
         write_text(out / f"{name}.json", json.dumps(identity | made, indent=1) + "\n")
         catalog = out / f"{name}.toml"
         write_text(catalog, _catalog_text(name, index, decoder, counts))
-        read_catalog([catalog])  # a name that is too long is found here
+        read_catalog([catalog])  # refuses a name that is too long
     return Pairs(name, catalog, dict(sorted(counts.items())), already, dict(excluded))
 
 
 def real_samples(shards: ShardSet) -> np.ndarray:
-    """The rows of the real images, in the order in which they lie in the tars."""
+    """Return the rows of the real images, in the order in which the tars store them."""
     rows = np.flatnonzero(shards.column("label") == 0)
     order = np.lexsort([shards.column("offset")[rows], shards.column("shard_code")[rows]])
     return rows[order]
 
 
 def _refuse_others(folder: Path, started: Path, identity: dict[str, Any]) -> None:
-    """Check that a folder of pairs is empty, or was made of the same set by the same decoder.
+    """Check that a folder of pairs is empty, or is of the same set and decoder.
 
     Raises:
-        ShardError: it was not; the message says what differs.
+        ShardError: it is not; the message says what differs.
     """
     if not started.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -144,10 +150,11 @@ def _make_pair(
     decoder: Decoder,
     max_megapixels: float,
 ) -> bool:
-    """Write the two images of a pair, unless they are there already, which is the answer.
+    """Write the two images of a pair. Returns True if they existed already.
 
     Raises:
         NoPair: this image gets no partner.
+        ShardError: the image's bytes are not those in the index.
     """
     if row["width"] * row["height"] > max_megapixels * _MEGA:
         raise NoPair(f"more than {max_megapixels:g} megapixels")
@@ -174,7 +181,7 @@ def _make_pair(
 
 
 def _is_whole(real: Path, fake: Path, data: bytes, facts: Facts) -> bool:
-    """Whether an earlier run wrote this pair: the real bytes, and a fake described alike."""
+    """Return whether this pair exists: the real image's bytes, and a fake with the same facts."""
     if not (real.is_file() and fake.is_file()) or real.read_bytes() != data:
         return False
     try:
@@ -185,8 +192,9 @@ def _is_whole(real: Path, fake: Path, data: bytes, facts: Facts) -> bool:
 
 
 def _folder_of(source: str) -> str:
-    """The folder of a source's pairs; the names of sources are safe in paths unless an index was
-    made by something else.
+    """Return the folder name of a source's pairs.
+
+    Names in an index of the builder are safe in paths; an index from elsewhere may have others.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", source):
         raise ShardError(f"source {source!r} is no name for a folder; build the set again")
@@ -196,7 +204,7 @@ def _folder_of(source: str) -> str:
 def _catalog_text(
     name: str, index: dict[str, Any], decoder: Decoder, counts: dict[str, int]
 ) -> str:
-    """The catalog of the pairs: one source for each source of the real images."""
+    """Return the catalog of the pairs, with one source for each source of the real images."""
     lines = [
         f"# Real images of {index['set']} and the same through {decoder.name}: written by",
         "# `python -m sharding pairs` when all of them were there.",
@@ -225,5 +233,5 @@ def _catalog_text(
 
 
 def _quoted(text: str) -> str:
-    """A string of TOML; JSON writes it alike, but for DEL."""
+    """Return a TOML string. JSON uses the same syntax, except that it does not escape DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""The ablation: what is held out decides nothing, and the worst loss is that of an old source."""
+"""Metrics of the ablation: the unseen sources do not affect the threshold, and the worst loss."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from benchmarks.ablation import figures, lost, mean_and_std
 def scored(
     sources: dict[str, tuple[int, float]], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """50 images per source: (label, mean logit)."""
+    """Make 50 images per source; `sources` gives the label and the mean logit of each."""
     labels = np.repeat([label for label, _ in sources.values()], 50)
     logits = np.concatenate([rng.normal(mean, 1, 50) for _, mean in sources.values()])
     return {"labels": labels, "logits": logits, "source": np.repeat([*sources], 50)}
@@ -24,7 +24,7 @@ def scores(unseen: float = 0.0, old: float = -2.0) -> dict[str, dict[str, np.nda
     }
 
 
-def test_what_is_held_out_does_not_move_the_threshold() -> None:
+def test_unseen_sources_do_not_affect_the_threshold() -> None:
     one, other = (figures(scores(unseen=mean), ["val", "val-phase2"]) for mean in (-1.0, 3.0))
     assert one["threshold"] == other["threshold"]
     assert one["unseen"]["auroc"] > other["unseen"]["auroc"] + 0.2
@@ -32,14 +32,14 @@ def test_what_is_held_out_does_not_move_the_threshold() -> None:
     assert one["val calibrated"]["false_positive_rate"] <= 0.10
 
 
-def test_hard_leaves_the_easy_photographs_out() -> None:
+def test_hard_excludes_the_easy_photographs() -> None:
     row = figures(scores(), ["val"])
     assert row["unseen"]["reals"] == 100
     assert row["hard"]["reals"] == 50
     assert row["hard"]["auroc"] < row["unseen"]["auroc"]
 
 
-def test_the_worst_loss_is_that_of_one_source() -> None:
+def test_worst_loss_is_the_largest_of_one_source() -> None:
     row = {"first": figures(scores(), ["val"]), "second": figures(scores(old=2.0), ["val"])}
     before, after = (row[phase]["val"]["sources"]["photos"] for phase in ("first", "second"))
     assert before > 0.9 and after < 0.1

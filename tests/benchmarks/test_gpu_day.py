@@ -1,4 +1,4 @@
-"""Tests of the GPU day: a stage ends alone, and the next call goes on."""
+"""Stages of `benchmarks.gpu_day`: a failed one does not end the others, and a new call resumes."""
 
 import json
 import subprocess
@@ -15,14 +15,14 @@ def stage(code: str, name: str = "stage") -> Stage:
     return Stage(name=name, command=(sys.executable, "-c", code), limit_s=60, least_s=1)
 
 
-def test_a_stage_that_is_cut_keeps_what_it_printed(tmp_path: Path) -> None:
+def test_output_of_a_stage_over_its_time_limit_is_kept(tmp_path: Path) -> None:
     code = "import time; print('a row', flush=True); time.sleep(60)"
     assert run(stage(code), tmp_path, 1.0) == 124
     assert "a row" in (tmp_path / "log.txt").read_text()
     assert done_in(tmp_path) == set()
 
 
-def test_a_stage_that_ended_well_is_done(tmp_path: Path) -> None:
+def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:
     assert run(stage("raise SystemExit(3)", "bad"), tmp_path, 30) == 3
     assert run(stage("print('fine')", "good"), tmp_path, 30) == 0
     assert done_in(tmp_path) == {"good"}
@@ -31,7 +31,7 @@ def test_a_stage_that_ended_well_is_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
+def test_dry_run_runs_every_stage_once(tmp_path: Path) -> None:
     images = tmp_path / "images"
     for path in write_images(tmp_path / "made", 40):
         target = images / "jpeg" / path.name

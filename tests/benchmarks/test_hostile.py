@@ -1,4 +1,4 @@
-"""The table of hostile files tells what broke from what did not."""
+"""`benchmarks.hostile` detects crashes, hangs and unexplained differences, and nothing else."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_damaged_files_break_nothing(tmp_path: Path) -> None:
     assert "unexplained" not in done.output
 
 
-def test_a_child_that_takes_too_long_or_too_much_is_ended(tmp_path: Path) -> None:
+def test_a_child_over_its_time_or_memory_limit_is_killed(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 1)
     _, ended, _ = hostile.run_child("decode", folder, tmp_path, 0, 0.0, 2**40)
     assert ended == "hangs"
@@ -38,14 +38,14 @@ def test_a_child_that_takes_too_long_or_too_much_is_ended(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_crash_is_told(tmp_path: Path) -> None:
+def test_a_crash_is_reported(tmp_path: Path) -> None:
     _, ended, _ = hostile.run_child("load pil", tmp_path, tmp_path, 0, 60.0, 2**40)
     assert ended.startswith("crash, exit code 1: ")
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF")
-def test_damage_in_a_later_frame_hides_no_pixels_of_the_first(tmp_path: Path) -> None:
-    """Counting frames raises; what Pillow shows of the first is compared all the same."""
+def test_first_frame_is_compared_although_a_later_frame_is_damaged(tmp_path: Path) -> None:
+    """Counting frames raises in Pillow; the pixels of the first frame are still compared."""
     path = tmp_path / "cut.tif"
     path.write_bytes(seeds()["tiff-pages"][:-3000])
     with Image.open(path) as image, pytest.raises(KeyError):
@@ -55,7 +55,7 @@ def test_damage_in_a_later_frame_hides_no_pixels_of_the_first(tmp_path: Path) ->
     assert hostile.by_pillow(path, 255 - pixels)["pillow"] == "differs"
 
 
-def test_a_difference_without_a_name_is_unexplained() -> None:
+def test_a_difference_without_an_explanation_is_unexplained() -> None:
     row = {"reason": "", "pillow": "differs", "mode": "RGB", "frames": 1, "turned": False}
     row |= {"format": "JPEG", "differs": "Pillow's pixels"}
     assert hostile.explanation(row) == "unexplained"

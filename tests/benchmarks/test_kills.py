@@ -1,4 +1,4 @@
-"""Kills are counted, and what differs afterward is named."""
+"""`benchmarks.kills` counts kills and lists the files that differ afterward."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from benchmarks import kills
 from tests.builders import ROOT
 
 
-def test_what_is_meant_to_differ_is_left_out_and_nothing_else(tmp_path: Path) -> None:
+def test_only_entries_meant_to_differ_are_not_compared(tmp_path: Path) -> None:
     meta, rows = {"created": "now", "step": 3, "sha256": {"meta.json": "a"}}, {"step": 1, "loss": 2}
     for name in ("one", "two", "other"):
         (tmp_path / name / ".build").mkdir(parents=True)
@@ -32,7 +32,7 @@ def test_what_is_meant_to_differ_is_left_out_and_nothing_else(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_kills_of_predict_change_nothing(tmp_path: Path) -> None:
-    """In a process of its own, which forks: this one has threads."""
+    """The benchmark runs in a subprocess, because it forks and this process has threads."""
     command = ["-m", "benchmarks.kills", "predict", "--times", "2", "--json", tmp_path / "x.json"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False,

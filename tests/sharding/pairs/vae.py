@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def save_kl(folder: Path) -> Path:
-    """Save a small `AutoencoderKL` with random weights; latents have 1/4 of the width and height."""
+    """Save a small `AutoencoderKL` with random weights. Latents have 1/4 of width and height."""
     import torch
     from diffusers import AutoencoderKL
 
