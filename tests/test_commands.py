@@ -139,7 +139,7 @@ def test_training_evaluation_and_card_agree(
     evaluated = run(evaluate.main, *arguments).stdout
     report = json.loads((tmp_path / "report.json").read_text())
     card = card_of(meta, report, {}, onnx=False)
-    assert "fake from 0.610\n" in trained and "fake from 0.610\n" in evaluated
+    assert "threshold 0.610\n" in trained and "threshold 0.610\n" in evaluated
     assert "called fake from a probability of 0.610 on" in card
     for name, row, on_card in (
         ("val", "overall", "val"), ("val/gamma", "source gamma", r"val\: gamma"),
@@ -231,7 +231,7 @@ def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say which set to measure on"),
+        ([], "no set to measure on"),
         (["--shards", "nope"], "no shard set at"),
         (["--shards", "val", "--device", "gpu"], "no such device: gpu"),
     ],

@@ -360,7 +360,7 @@ def test_a_suite_is_one_report_and_says_what_is_missing(
     ("arguments", "said"),
     [
         (["--suite", "wlid"], "no suite wlid; there are wild, generators"),
-        (["--suite", "wild", "--shards", "val"], "--suite names the sets itself"),
+        (["--suite", "wild", "--shards", "val"], "--suite cannot be combined"),
     ],
 )
 def test_a_suite_that_cannot_be(data: Path, runs: Path, arguments: list[str], said: str) -> None:

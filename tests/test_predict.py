@@ -133,7 +133,7 @@ def test_the_exit_code_and_one_line_tell_what_is_wrong(
         ([tmp_path / "none"], "does not exist"),
         ([f"{tmp_path}/*.none"], "does not exist"),
         ([photos, "--watch", photos], "not both"),
-        ([photos, "--resume"], "name it with --out"),
+        ([photos, "--resume"], "name the file with --out"),
         ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),
         ([photos, "--threshold", "2"], "0<=x<=1"),
         ([photos, "--device", "none"], "no such device"),
@@ -153,7 +153,7 @@ def test_the_exit_code_and_one_line_tell_what_is_wrong(
     assert ask("-", stdin="nowhere.jpg\n").exit_code == 1
     named_none = ask("-", stdin="\n")
     assert named_none.exit_code == 2
-    assert "standard input named no image; it takes names" in named_none.stderr
+    assert "standard input named no image; expected file names" in named_none.stderr
 
 
 # --- what somebody may have prepared --------------------------------------------------------------

@@ -158,6 +158,6 @@ def test_the_last_table_of_training(calls: list[Call], monkeypatch: pytest.Monke
     meta = {"recipe": {"name": "phase1"}, "step": 7, "threshold": 0.6824, "metrics": metrics}
     train._print_validation(meta)
     (call,) = calls
-    assert call[0] == "phase1, step 7, fake from 0.682"
+    assert call[0] == "phase1, step 7, threshold 0.682"
     check_all(calls, monkeypatch)
     assert "left out at 60 columns: images" in "\n".join(printed(call, 60, monkeypatch))

@@ -75,7 +75,7 @@ def test_two_runs_have_their_flips_as_before_and_the_table(tmp_path: Path) -> No
     assert (tmp_path / "flips.csv").exists()
     for arguments, said in (
         ((paths[0],), "two runs or more"),
-        ((*paths, paths[0], "--flips", "x.csv"), "--flips is for two runs"),
+        ((*paths, paths[0], "--flips", "x.csv"), "--flips compares exactly two runs"),
     ):
         refused = compare(*arguments)
         assert refused.exit_code == 2 and said in refused.stderr

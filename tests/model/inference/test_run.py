@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on_and_nothing_is_twice_or_missing(
         assert out.read_bytes() == whole, f"cut at {cut}"
     (folder / "later.jpg").write_bytes(encode(photo(9)))
     result = ask(folder, "--out", out, "--resume")
-    assert "1 image, 6 were there already" in result.stderr
+    assert "1 image (6 were done before)" in result.stderr
     result = ask(folder, "--out", out, "--resume", "--threshold", "0.9")
     assert result.exit_code == 2
     assert "another checkpoint, calibration or threshold" in result.stderr

@@ -320,4 +320,4 @@ def test_the_last_table_stands_at_the_threshold_that_ships(
         assert figures[name] == pytest.approx(shown[name]), name
     row = next(line for line in result.stdout.splitlines() if " val " in line)
     assert f"{shown['false_positive_rate']:.3f}" in row
-    assert f"fake from {meta['threshold']:.3f}" in result.stdout
+    assert f"threshold {meta['threshold']:.3f}" in result.stdout
