@@ -76,7 +76,7 @@ def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
     assert "names no bucket" in said_of(kind, "s3://")
     assert "names no bucket" in said_of(kind, "http://")
     assert "empty path" in said_of(kind, " ")
-    assert "is no folder" in said_of(kind, __file__)
+    assert "is not a folder" in said_of(kind, __file__)
 
 
 def test_a_page_cannot_be_written_to() -> None:
@@ -98,6 +98,6 @@ def test_a_pipe_or_device_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "-nan"])
 def test_nan_is_no_number(value: str) -> None:
-    assert "no finite number" in said_of(console.FiniteRange(0, 1), value)
+    assert "not a finite number" in said_of(console.FiniteRange(0, 1), value)
     result = CliRunner().invoke(sharding, ["build", "--max-bad", value])
     assert result.exit_code == 2

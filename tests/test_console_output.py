@@ -150,7 +150,7 @@ def test_a_folder_that_is_missing_and_a_file_that_is_closed_are_said(
     with pytest.raises(OSError) as caught:
         (tmp_path / "none" / "x.csv").write_text("")
     said = console.one_line(caught.value)
-    assert said == f"there is no folder {tmp_path / 'none'}; make it, or name another"
+    assert said == f"there is no folder {tmp_path / 'none'}; create it, or name another folder"
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"")
     path.chmod(0o600)
@@ -166,7 +166,7 @@ def test_what_can_go_on_says_so() -> None:
 
     result = run(action)
     assert result.exit_code == 130
-    assert result.stderr == "stopped by Ctrl-C; the same command goes on from there\n"
+    assert result.stderr == "stopped by Ctrl-C; run the same command again to resume\n"
 
 
 def test_counts_have_their_nouns() -> None:

@@ -81,14 +81,14 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optim.lrr=1", "unknown key 'optim.lrr'; the nearest known: lr"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean lr?"),
         (
             "augment.train.flip=1",
-            "unknown key 'augment.train.flip'; the nearest known: vflip, hflip",
+            "unknown key 'augment.train.flip'; did you mean vflip or hflip?",
         ),
-        ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; the nearest known: cache_gb, cache"),
+        ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; did you mean cache_gb or cache?"),
         ("run.width=1", "unknown key 'run.width'; known: compile, epochs, grad_accum_steps, init"),
-        ("optimm.lr=1", "unknown key 'optimm'; the nearest known: optim"),
+        ("optimm.lr=1", "unknown key 'optimm'; did you mean optim?"),
         ("optim.lr=-1", "optim: needs 0 <= min_lr <= lr"),
         ("optim.lr=inf", "optim.lr must be a finite number, got inf"),
         ('optim.lr="inf"', "optim.lr must be a finite number, got inf"),
@@ -124,7 +124,7 @@ def test_a_bad_override_is_one_clear_error(override: str, said: str) -> None:
 
 
 def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match=r"built in are .*demo.*phase1.*phase2"):
+    with pytest.raises(recipes.RecipeError, match=r"built-in recipes: .*demo.*phase1.*phase2"):
         recipes.load(Recipe, tmp_path / "none.toml")
 
 

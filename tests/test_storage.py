@@ -235,7 +235,7 @@ def test_cores_are_those_this_process_may_use() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "it is empty"),
+        (b"", "the file is empty"),
         (b"{\n oops", "Expecting property name enclosed in double quotes in line 2, column 2"),
         (b"\xff{}", "byte 0 is 0xff, which is not UTF-8"),
     ],

@@ -223,7 +223,7 @@ def test_what_needs_torch_is_refused_beside_onnx(
 ) -> None:
     file = str(exported / "detector.onnx")
     result = CliRunner().invoke(predict.main, [str(images), "--onnx", file, *arguments])
-    assert result.exit_code == 2 and "--onnx takes no" in result.output
+    assert result.exit_code == 2 and "--onnx cannot be combined" in result.output
 
 
 def foreign(path: Path, **metadata: str) -> Path:
