@@ -1,4 +1,4 @@
-"""What a person does with the page in a browser, and what it shows."""
+"""Helpers that use the page in a browser like a person does, and read what the page shows."""
 
 import base64
 import re
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def in_browser(test: Callable) -> Callable:
-    """Marks of a test that opens the page."""
+    """Mark a test that needs a browser: slow, and skipped without Chromium."""
     test = pytest.mark.filterwarnings("ignore::DeprecationWarning")(test)
     return pytest.mark.slow(
         pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")(test)
@@ -27,7 +27,7 @@ def in_browser(test: Callable) -> Callable:
 
 
 def html_of(page: "AppTest") -> list[str]:
-    """What the page wrote as HTML, without a browser."""
+    """Return the HTML elements that the page wrote, without a browser."""
     bodies = [element.proto.body for element in page.get("html")]
     return [body for body in bodies if not body.startswith("<style>")]
 
@@ -37,7 +37,7 @@ def file_of(name: str, data: bytes) -> dict[str, object]:
 
 
 def browse(page: "Page", *files: dict[str, object] | Path) -> None:
-    """Choose files as the browser's dialog does."""
+    """Choose files in the browser's file dialog."""
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name=re.compile("Upload|Add files")).click()
     chooser.value.set_files(list(files))
@@ -55,7 +55,7 @@ def copy(page: "Page", data: bytes) -> None:
 
 
 def drop(page: "Page", where: str, name: str, data: bytes) -> None:
-    """Let a file fall on the element `where`."""
+    """Drop a file on the element `where`."""
     transfer = page.evaluate_handle(
         """([name, data]) => {
           const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
@@ -70,18 +70,18 @@ def drop(page: "Page", where: str, name: str, data: bytes) -> None:
 
 
 def wait_for(page: "Page", *texts: str) -> None:
-    """Wait until each of the texts is there."""
+    """Wait until the page shows each of the texts."""
     for text in texts:
         page.get_by_text(text).first.wait_for()
 
 
 def probability_shown(page: "Page") -> str:
-    """Of the one image on the page."""
+    """Return the probability that the page shows for its image."""
     return page.locator(".verdict strong").inner_text()
 
 
 def width_of(page: "Page") -> int:
-    """How wide the page would like to be, px; more than the window scrolls sideways."""
+    """Return the width of the page's content in pixels; more than the window means scrolling."""
     return page.evaluate(
         "Math.max(document.documentElement.scrollWidth,"
         " ...[...document.querySelectorAll('[data-testid=stMain]')]"
@@ -90,14 +90,14 @@ def width_of(page: "Page") -> int:
 
 
 def bytes_held(address: str) -> int:
-    """Size of what the server holds of uploads, by its own count."""
+    """Return the bytes of all uploads in the server's memory, from its metrics."""
     text = requests.get(f"{address}/_stcore/metrics", timeout=10).text
     lines = [line for line in text.splitlines() if 'cache_type="UploadedFileManager"' in line]
     return sum(int(line.rpartition(" ")[2]) for line in lines if "bytes" in line)
 
 
 def holds(address: str, expected: int) -> None:
-    """Wait until the server holds so many bytes of uploads."""
+    """Wait until the server has exactly `expected` bytes of uploads in memory."""
     for _ in range(300):
         if bytes_held(address) == expected:
             return
