@@ -110,7 +110,7 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     compared = run(evaluate.main, "compare", tmp_path / "report.json", tmp_path / "report.json")
     assert compared.exit_code == 0, compared.output
     assert "(+0.00 to +0.00)" in compared.output
-    assert "furthest" not in compared.output
+    assert "largest changes" not in compared.output
 
 
 def cells_of(output: str, first: str, edge: str = "│") -> list[str]:

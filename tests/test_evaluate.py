@@ -245,7 +245,7 @@ def test_evalgen_stands_beside_the_reals_of_the_catalog(
     assert figures["protocols"]["all_images"]["images"] == 35
     assert figures["protocols"]["first_per_prompt"]["images"] == 12
     assert set(figures["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
-    assert "the first of each prompt, 12" in " ".join(done.output.split())
+    assert "the first image of each prompt (12)" in " ".join(done.output.split())
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
     assert len(rows) == 35 + reals
@@ -292,7 +292,7 @@ def test_calibration_is_kept_in_the_checkpoint_and_used(
     assert meta["temperature"] != 1.0
     assert meta["threshold"] == meta["calibration"]["band"][1]
     assert "uncertain between" in done.output
-    assert "too few to promise 1 %" in done.output
+    assert "no threshold for 1 %" in done.output
     report = run(data, own_runs, "--shards", "evalgen", "--out", tmp_path / "out")
     assert report.exit_code == 0, report.output
     document = json.loads((tmp_path / "out" / "report.json").read_text())
