@@ -87,7 +87,7 @@ def main(
         raise click.UsageError(f"--max-files {max_files} is more than --queue {queue}")
     key = os.environ.get(KEY)
     if key is not None and (not key.strip() or not key.isascii()):
-        raise click.UsageError(f"{KEY} is empty or not ASCII; set a key, or unset {KEY}")
+        raise click.UsageError(f"{KEY} is empty or not ASCII; set a key, or unset the variable")
     limits = Limits(
         max_bytes=max_mb * MB, max_files=max_files, queue=queue, timeout_s=timeout,
         batch_size=batch_size, allow_urls=allow_urls, allow_private_urls=allow_private_urls,

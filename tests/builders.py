@@ -1,4 +1,4 @@
-"""Images, shard sets, tables and checkpoints that many tests build, and what they compare."""
+"""Builders of images, shard sets, tables and checkpoints for tests, and comparisons of them."""
 
 import ast
 import functools
@@ -54,7 +54,7 @@ TINY = Network(
 )
 
 
-# Every operation at once, often: nothing of the graph stays unused.
+# All operations with high probability, so that every part of the graph is used.
 HARSH = AugmentPolicy(
     scale=(0.4, 1.0), ratio=(0.8, 1.25), hflip=0.5, color_jitter=0.6, brightness=0.3, contrast=0.3,
     saturation=0.3, hue=0.1, resample=0.5, resample_scale=(0.6, 0.95), jpeg=0.5,
@@ -65,7 +65,7 @@ HARSH = AugmentPolicy(
 
 
 def photo(seed: int, width: int = 90, height: int = 70) -> np.ndarray:
-    """Smooth color fields with noise: compresses like a photograph, and every pixel matters."""
+    """Make smooth color fields with noise, which compress like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -87,11 +87,11 @@ ORIENTED_PLACES = [
     ("PNG", "exif"), ("PNG", "xmp attribute"), ("PNG", "raw profile"), ("PNG", "raw xmp"),
     ("WEBP", "exif"), ("WEBP", "prefixed exif"), ("WEBP", "xmp element"),
 ]  # fmt: skip
-"""Formats that may be kept, and where each may state its orientation."""
+"""(format, place of the orientation tag) for all formats that are stored unchanged."""
 
 
 def oriented(image: Image.Image, image_format: str, place: str, orientation: int) -> bytes:
-    """The image as a file that states an orientation in one of `ORIENTED_PLACES`."""
+    """Encode an image with an orientation tag in one of `ORIENTED_PLACES`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     tiff = exif.tobytes().removeprefix(b"Exif\0\0")
@@ -103,7 +103,7 @@ def oriented(image: Image.Image, image_format: str, place: str, orientation: int
     xmp = f"<x:xmpmeta><rdf:RDF><rdf:Description {field}</rdf:RDF></x:xmpmeta>".encode()
     if place == "exif":
         return encode(image, image_format, exif=exif)
-    if place == "prefixed exif":  # as some encoders copy it out of a JPEG
+    if place == "prefixed exif":  # some encoders copy it like this from a JPEG
         data = encode(image, image_format, exif=exif)
         prefixed = b"Exif\0\0" + tiff
         chunk = b"EXIF" + struct.pack("<I", len(prefixed)) + prefixed + b"\0" * (len(prefixed) % 2)
@@ -114,7 +114,7 @@ def oriented(image: Image.Image, image_format: str, place: str, orientation: int
     info = PngInfo()
     if place == "xmp attribute":
         info.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
-    else:  # as ImageMagick writes them
+    else:  # like ImageMagick
         name, content = ("exif", b"Exif\0\0" + tiff) if place == "raw profile" else ("xmp", xmp)
         digits = content.hex()
         lines = [digits[at : at + 72] for at in range(0, len(digits), 72)]
@@ -157,7 +157,7 @@ fake = [{ folder = "fake", generator = "diffusion" }]
 
 
 def write_raw(folder: Path) -> Path:
-    """Raw datasets and `catalog.toml`: 40 + 30 + 10 old images, 120 new or validation ones."""
+    """Write raw datasets and `catalog.toml`: 40 + 30 + 10 old images, 120 new and validation."""
     kinds = [
         ("jpg", "JPEG", {"quality": 90}), ("JPEG", "JPEG", {"quality": 75, "subsampling": 0}),
         ("png", "PNG", {}), ("webp", "WEBP", {"quality": 80}),
@@ -171,7 +171,7 @@ def write_raw(folder: Path) -> Path:
                 pixels = photo(number, 60 + 7 * (number % 9), 60 + 5 * (number % 7))
                 path = folder / source / label / f"{i:03d}.{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # The fakes carry a grid, so that something can be learned.
+                # Fakes contain a grid, so that a network can learn the difference.
                 pixels[::2, ::2] = pixels[::2, ::2] // 2 if label == "fake" else pixels[::2, ::2]
                 path.write_bytes(encode(pixels, image_format, **options))
                 number += 1
@@ -182,7 +182,7 @@ def write_raw(folder: Path) -> Path:
 def build_all(
     raw: Path, out: Path, jobs: int = 1, catalog: Catalog | None = None, max_bad: float = 0.01
 ) -> Path:
-    """Every set of `raw`, by the real builder; training sets of one class are meant."""
+    """Build all sets of `raw` with the real builder; training sets with one class are allowed."""
     catalog = catalog or read_catalog([raw / "catalog.toml"])
     build(catalog, raw, out, jobs=jobs, tolerance=Tolerance(max_bad, allow_incomplete=True))
     return out
@@ -191,7 +191,7 @@ def build_all(
 def small_recipe(
     name: str = "small", network: Network = TINY, preprocess: Preprocess = SMALL_PREPROCESS
 ) -> ResolvedRecipe:
-    """A recipe whose network is small; it is written down and never run."""
+    """Return a recipe with a small network, for checkpoints that are never trained."""
     return resolved(
         Recipe(
             name=name,
@@ -228,7 +228,7 @@ def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
 
 
 def can_mount() -> bool:
-    """Whether a test may mount a file system of its own."""
+    """Return whether a test can mount a file system."""
     unshare = shutil.which("unshare")
     return bool(unshare) and not subprocess.run([unshare, "-m", "true"], check=False).returncode
 
@@ -240,7 +240,7 @@ JPEG, PNG, WEBP = (encode(PHOTO, kind) for kind in ("JPEG", "PNG", "WEBP"))
 
 
 def noise(data: bytes, count: int = 200) -> bytes:
-    """Random bytes in the second half, where the pixels are."""
+    """Overwrite random bytes in the second half of a file, where the pixels are."""
     rng = np.random.default_rng(0)
     changed = bytearray(data)
     for place in rng.integers(len(data) // 2, len(data) - 16, count).tolist():
@@ -249,7 +249,7 @@ def noise(data: bytes, count: int = 200) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in a few hundred bytes."""
+    """Return a PNG of a few hundred bytes whose header says 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
@@ -288,7 +288,7 @@ CPU = torch.device("cpu")
 
 
 def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> ShardSet:
-    """The old set with the bytes of some samples overwritten inside their tars."""
+    """Copy the set `old` and overwrite the bytes of some samples inside the tar files."""
     shutil.copytree(data / "old", folder / "old")
     shards = open_shards([folder / "old"])
     for sample in samples:
@@ -296,7 +296,9 @@ def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> Shard
         first = {"half": size // 2, "all": 0}[cut]
         with shards.shard_path(sample).open("r+b") as stream:
             stream.seek(offset + first)
-            stream.write((b"\xff\xd9" + b"\0" * size)[: size - first])  # an early end of image
+            stream.write(
+                (b"\xff\xd9" + b"\0" * size)[: size - first]
+            )  # JPEG end-of-image marker too early
     return shards
 
 
@@ -308,7 +310,7 @@ ABOUT = {
 
 
 def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> ScoreTable:
-    """Rows with what a test does not care about filled in."""
+    """Build a score table from rows; missing values get defaults."""
     usual = {"source": "s", "generator": "g", "split": "test", "error": "", "valid": True}
     filled = []
     for number, row in enumerate(rows):
@@ -335,12 +337,12 @@ def random_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def partly(rng: np.random.Generator, label: int, _number: int) -> tuple[str, int, int]:
-    """Three of four fakes are PNG, one of four reals is."""
+    """Choose format and size: 75 % of fakes and 25 % of reals are PNG."""
     return "png" if rng.random() < (0.75 if label else 0.25) else "jpg", *random_size(rng)
 
 
 def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, int]]]) -> Path:
-    """The sets of a plan, packed by the real builder; returns the folder that holds them."""
+    """Pack the sets of a plan with the real builder; returns the folder with the sets."""
     catalog = "[sets]\n" + "".join(f'{name} = "train"\n' for name in plan)
     rng = np.random.default_rng(0)
     seed = 0
@@ -365,13 +367,13 @@ def write_shards(folder: Path, plan: dict[str, dict[str, tuple[MakeImage, int, i
 
 
 def grouped(_rng: np.random.Generator, label: int, number: int) -> tuple[str, int, int]:
-    """Six images of a video have one size, which no other video has; it says nothing else."""
+    """Choose format and size: the six images of a video share a size that no other video has."""
     video = number // 6 * 2 + label
     return "jpg", 40 + int(np.random.default_rng(5).permutation(80)[video]), 44
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file of every set, without the builder's own notes."""
+    """Return the SHA-256 of every file of every set, without the builder's internal files."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -404,11 +406,11 @@ def write_zip(path: Path, contents: dict[str, bytes]) -> Path:
 
 
 def write_split_zip(path: Path, members: dict[str, bytes], volumes: int) -> None:
-    """A split archive, as `zip -s` writes it: X.z01, X.z02, ..., X.zip.
+    """Write a split archive like `zip -s`: X.z01, X.z02, ..., X.zip.
 
-    Local headers and data run through the volumes; the directory gives volume and offset in it.
+    Local headers and data continue across volumes; the directory gives volume number and offset.
     """
-    body = bytearray(b"PK\7\x08")  # the mark of a split archive
+    body = bytearray(b"PK\7\x08")  # marker of a split archive
     entries = []
     for name, data in members.items():
         encoded = name.encode()
@@ -447,7 +449,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 def ends_alike(whole: Path, parts: Path) -> None:
-    """Weights, optimizer and what was written down, bit for bit."""
+    """Check that weights, optimizer state and records of two runs are equal bit for bit."""
     one, other = checkpoint.last_of(whole), checkpoint.last_of(parts)
     assert one.name == other.name
     assert same(one, other)
@@ -460,7 +462,7 @@ def ends_alike(whole: Path, parts: Path) -> None:
 
 @functools.cache
 def imports_of(path: Path) -> tuple[str, ...]:
-    """Everything a file imports, as dotted names."""
+    """Return all imports of a file as dotted names."""
     modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -474,6 +476,6 @@ def imports_of(path: Path) -> tuple[str, ...]:
 def color_matrix(
     brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
 ) -> tuple[float, ...]:
-    """One of `color_matrices`, as `AugmentParams.color` holds it."""
+    """Return one of `color_matrices` in the layout of `AugmentParams.color`."""
     values = (np.array([value]) for value in (brightness, contrast, saturation, hue))
     return tuple(color_matrices(*values)[0].tolist())

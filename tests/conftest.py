@@ -1,4 +1,4 @@
-"""Real, tiny, seeded data: awkward images, and shard sets built by the real builder."""
+"""Shared fixtures: tiny seeded datasets, shard sets made by the real builder, and checkpoints."""
 
 import logging
 import os
@@ -45,12 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """The golden values of this project; see `make golden`."""
+    """Golden values in tests/golden; `make golden` rewrites them."""
     return Golden(ROOT / "tests/golden", write=request.config.getoption("write_golden"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are skipped with a reason, or fail where one is required."""
+    """Without a GPU, skip tests marked `gpu`, or fail if REQUIRE_GPU is set."""
     if config.getoption("write_golden"):
         others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=others)
@@ -64,14 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test finds without a run does not depend on what this version ships."""
+    """Hide the shipped detectors, so that tests without a run do not use them."""
     monkeypatch.setattr("model.shipped.backbone.DETECTORS", Path("no detectors").absolute())
 
 
 @pytest.fixture(autouse=True)
 def main_module() -> Iterator[None]:
-    """Streamlit's tests leave a script of their own as `__main__`, which every process that is
-    started afterward would run.
+    """Restore `__main__`: Streamlit's tests replace it by their script, and every process started
+    later would run this script.
     """
     main = sys.modules["__main__"]
     yield
@@ -80,7 +80,7 @@ def main_module() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test reads does not depend on a C2PA trust list of this machine."""
+    """Hide the C2PA trust list of this machine from all tests."""
     monkeypatch.setattr("model.inference.signatures.CACHED", "no list")
     monkeypatch.delenv("DETECTOR_TRUST_LIST", raising=False)
 
@@ -92,7 +92,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds the sets old, new and val."""
+    """Folder with the shard sets old, new and val."""
     return build_all(raw, tmp_path_factory.mktemp("shards"))
 
 
@@ -108,7 +108,7 @@ def new(data: Path) -> ShardSet:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What the program logs from info on, a message each."""
+    """List of the messages that the program logs, level INFO and above."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -123,7 +123,7 @@ def logged() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which s3:// means moto's server."""
+    """Environment variables that send s3:// requests to moto's server."""
     log = (tmp_path_factory.mktemp("s3") / "log").open("w+")
     server = subprocess.Popen(
         [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
@@ -151,8 +151,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def client(s3: dict[str, str]) -> Iterator[object]:
-    """Amazon's own client of that server."""
-    import boto3  # the other tests must run where it is not installed
+    """Client of moto's server by Amazon's library."""
+    import boto3  # optional; other tests must run without it
 
     s3_client = boto3.client(
         "s3", endpoint_url=s3["AWS_ENDPOINT_URL"], region_name="us-east-1",
@@ -164,7 +164,7 @@ def client(s3: dict[str, str]) -> Iterator[object]:
 
 @pytest.fixture
 def make_stream(data: Path) -> Callable[..., Stream]:
-    """A training stream over the tiny sets: `make_stream(backend="pil", batch_size=6, ...)`."""
+    """Function `make_stream(backend="pil", batch_size=6, ...)`: a training stream of tiny sets."""
 
     def make(
         *, batch_size: int = 6, rank: int = 0, world_size: int = 1, pool: Pool | None = None,
@@ -183,7 +183,7 @@ def make_stream(data: Path) -> Callable[..., Stream]:
 
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with one checkpoint, whose network is initialized and not trained."""
+    """Runs folder with one untrained checkpoint."""
     runs = tmp_path_factory.mktemp("small_runs")
     torch.manual_seed(1)
     checkpoint.save(
@@ -200,12 +200,12 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights, calibrated: step 7 of the run `tiny`, which learns `old`."""
+    """Calibrated checkpoint with random weights: step 7 of the run `tiny`, trained on `old`."""
     hashes = {"old": sha256_of(data / "old" / INDEX_FILE)}
     torch.manual_seed(5)
     net = build_network(TINY, pretrained=False)
     for name, weight in net.named_parameters():
-        if "grn" in name:  # zero at first, and then without effect
+        if "grn" in name:  # initialized to zero, which has no effect
             torch.nn.init.normal_(weight)
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "step_0000007"
     checkpoint.save(
@@ -227,7 +227,7 @@ def tiny_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path) -> Path:
-    """A recipe that trains in a second, on the tiny sets."""
+    """Recipe that trains on the tiny sets in a second."""
     path = tmp_path / "tiny.toml"
     path.write_text(
         f"""
@@ -271,11 +271,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(home))
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    import kagglesdk.kaggle_env  # an extra: the other tests must run without it
+    import kagglesdk.kaggle_env  # optional; other tests must run without it
 
     local = kagglesdk.kaggle_env.KaggleEnv.LOCAL
     monkeypatch.setitem(kagglesdk.kaggle_env._env_to_endpoint, local, one.url)
-    # HF_ENDPOINT is read when the library is imported; the test with a subprocess sets that.
+    # The library reads HF_ENDPOINT at import; the test with a subprocess sets this variable.
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", one.url)
     template = one.url + "/{repo_id}/resolve/{revision}/{filename}"

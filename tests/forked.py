@@ -1,7 +1,8 @@
-"""`train.py` in processes of its own: real signals, ranks and mounts, one import for all of them.
+"""Run `train.py` in forked processes, for tests with real signals, ranks and mounts.
 
-They are forked from multiprocessing's fork server, which has imported everything and done nothing
-yet: a process that ran autograd cannot be forked and train again.
+Processes are forked from multiprocessing's fork server, so that the imports are paid once. The
+server must not run autograd itself: a process that ran autograd cannot be forked to train again.
+Main entries: `start()`, `start_ranks()`, `start_on_small_disk()` and `start_on_image()`.
 """
 
 import ctypes
@@ -30,7 +31,7 @@ _CLONE_NEWNS = 0x00020000
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Exit code and output of a finished command."""
 
     status: int
     stdout: str
@@ -39,13 +40,13 @@ class Ended:
 
 @dataclass
 class Running:
-    """A command that runs; `process` takes signals."""
+    """A running command; send signals to `process`."""
 
     process: BaseProcess
     answer: Path
 
     def wait(self, timeout_s: float = 120) -> Ended:
-        """How it ends."""
+        """Wait for the end of the command and return its result."""
         self.process.join(timeout_s)
         if self.process.is_alive():
             self.process.kill()
@@ -54,14 +55,14 @@ class Running:
 
 
 def start(arguments: Sequence[object], answer: Path, **environment: str) -> Running:
-    """`python train.py` with these arguments; `answer` is a file for how it ends. With OWN_GROUP in
-    the environment it leads a process group of its own.
+    """Start `python train.py` with these arguments; its result is written to the file `answer`.
+    With OWN_GROUP in the environment, the process leads a new process group.
     """
     return _forked(_train, answer, [str(argument) for argument in arguments], environment)
 
 
 def start_ranks(count: int, arguments: Sequence[object], folder: Path) -> list[Running]:
-    """The same as `count` ranks, with the environment that torchrun gives each."""
+    """Start `count` ranks of `train.py`, each with the environment that torchrun would set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,8 +77,8 @@ def start_ranks(count: int, arguments: Sequence[object], folder: Path) -> list[R
 def start_on_small_disk(
     disk: Path, sizes: Sequence[str], arguments: Sequence[object], answer: Path
 ) -> list[Running]:
-    """The same, once for each of `sizes`, on a file system at `disk` of that size (as tmpfs takes
-    it). Nobody else sees the mount; what it holds in the end is copied to `<disk>-kept`.
+    """Start `train.py` once per size in `sizes`, with a tmpfs of this size mounted at `disk`. Only
+    the process sees the mount; the files are copied to `<disk>-kept` at the end.
     """
     answers = [answer.with_name(f"{number}-{answer.name}") for number in range(len(sizes))]
     process = _forked(
@@ -87,8 +88,8 @@ def start_on_small_disk(
 
 
 def start_on_image(image: Path, disk: Path, arguments: Sequence[object], answer: Path) -> Running:
-    """The same with the file system in `image` mounted at `disk`, for itself alone; others see it
-    through `/proc/<process>/root`.
+    """Start `train.py` with the file system in `image` mounted at `disk`. Only the process sees the
+    mount; other processes reach it through `/proc/<process>/root`.
     """
     return _forked(_train_on_image, answer, image, disk, [str(a) for a in arguments])
 
@@ -115,7 +116,7 @@ def _train(answer: Path, arguments: Sequence[str], environment: Mapping[str, str
 
 
 def _unshare_mounts() -> None:
-    """What this process mounts from here on nobody else sees."""
+    """Hide all later mounts of this process from other processes."""
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)

@@ -1,4 +1,4 @@
-"""Numbers that no change alters without meaning to, in files: `make golden` writes them anew."""
+"""Golden values: numbers in files that must not change by accident. `make golden` rewrites them."""
 
 import json
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Golden:
-    """Compares numbers with those in `folder`, or with `write` puts the new ones there."""
+    """Compare numbers with the files in `folder`, or with `write` rewrite the files."""
 
     folder: Path
     write: bool = False
 
     def check(self, name: str, values: dict[str, Any], rtol: float) -> None:
-        """Compare named numbers, or lists of them, with those of the file `name`.json.
+        """Compare named numbers, or lists of numbers, with the file `name`.json.
 
-        With `write` a file whose numbers hold stays as it is: what another processor or number of
-        threads does to the last digit is no change.
+        With `write`, a file whose numbers agree within `rtol` stays unchanged: differences in the
+        last digit come from the processor or the number of threads.
 
         Raises:
-            AssertionError: no such file, other names, or numbers further apart than `rtol`.
+            AssertionError: no such file, different names, or a difference of more than `rtol`.
         """
         path = self.folder / f"{name}.json"
         try:

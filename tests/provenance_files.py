@@ -1,4 +1,4 @@
-"""Files that say what made them, written by the libraries that write such things."""
+"""Make image files with provenance metadata (EXIF, XMP, PNG text, C2PA) by the usual libraries."""
 
 import datetime
 import io
@@ -22,7 +22,7 @@ MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 
 def evidence_of(data: bytes) -> Evidence:
-    """The one statement of a file."""
+    """Return the only statement of a file."""
     (evidence,) = read_evidence(data)
     return evidence
 
@@ -86,7 +86,7 @@ def sign(
     signer: c2pa.Signer, data: bytes, kind: str, source: str, remote: str = "",
     maker: str = "Example Painter",
 ) -> bytes:  # fmt: skip
-    """The file with a manifest that says how it was made; `remote`: with its address alone."""
+    """Add a C2PA manifest to a file; with `remote`, only the address of the manifest."""
     action = {"action": "c2pa.created", "digitalSourceType": SOURCE + source}
     manifest = {
         "claim_generator_info": [{"name": maker, "version": "2"}],
@@ -126,7 +126,7 @@ def pem(*certificates: x509.Certificate) -> bytes:
 
 
 def signer_of(chain: bytes, key: ec.EllipticCurvePrivateKey) -> c2pa.Signer:
-    """A signer with the private key of the first certificate of a chain in PEM."""
+    """Make a signer from a PEM certificate chain and the private key of its first certificate."""
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -137,7 +137,7 @@ def signer_of(chain: bytes, key: ec.EllipticCurvePrivateKey) -> c2pa.Signer:
 
 
 def make_signer() -> c2pa.Signer:
-    """A signer whose certificate a test authority has signed."""
+    """Make a signer with a certificate of a test authority."""
     root_key, key = new_key(), new_key()
     root = certificate("Root", root_key, "Root", root_key, is_ca=True)
     leaf = certificate("Signer", key, "Root", root_key, is_ca=False)
@@ -146,14 +146,14 @@ def make_signer() -> c2pa.Signer:
 
 @dataclass(frozen=True)
 class Authority:
-    """A root, and an intermediate under it that issues certificates to signers."""
+    """A root certificate, and an intermediate certificate that issues those of signers."""
 
     root: x509.Certificate
     intermediate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey  # of the intermediate
+    key: ec.EllipticCurvePrivateKey  # key of the intermediate certificate
 
     def signer(self, organization: str = "Example Images Ltd", **options) -> c2pa.Signer:
-        """A signer whose chain ends below the root, as C2PA asks."""
+        """Make a signer whose chain does not contain the root, as C2PA requires."""
         key = new_key()
         leaf = certificate(
             "Signer", key, "Intermediate", self.key, is_ca=False, organization=organization,
@@ -169,7 +169,7 @@ def make_authority() -> Authority:
 
 
 def self_signed(organization: str) -> tuple[c2pa.Signer, x509.Certificate]:
-    """What anybody can make in any name."""
+    """Make a self-signed signer for any organization name, as anybody could."""
     key = new_key()
     leaf = certificate(organization, key, organization, key, is_ca=False, organization=organization)
     return signer_of(pem(leaf), key), leaf

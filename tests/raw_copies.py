@@ -1,4 +1,4 @@
-"""Small copies of raw datasets: in folders and in parquet tables, and what became of them."""
+"""Make small copies of raw datasets, as folders and as parquet tables, and list their rows."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SEEDS = iter(range(10_000))
 
 
 def image(kind: str = "JPEG", size: tuple[int, int] = (48, 40)) -> bytes:
-    """A new picture, unlike all others."""
+    """Return a new image file that differs from all previous ones."""
     return encode(photo(next(SEEDS), *size), kind)
 
 
@@ -33,7 +33,7 @@ def put(folder: Path, *names: str, kind: str = "JPEG") -> None:
 
 
 def parquet(path: Path, columns: dict[str, list], classes: dict[str, list[str]] | None = None):
-    """A table as Hugging Face writes it: images as {bytes, path}, class names in the metadata."""
+    """Write a parquet file like Hugging Face: images as {bytes, path}, class names as metadata."""
     arrays = {
         name: pa.array([{"bytes": v, "path": None} for v in values])
         if isinstance(values[0], bytes)

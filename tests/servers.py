@@ -1,5 +1,5 @@
-"""Loopback servers that speak as much of each protocol as the libraries need, what they serve, and
-downloads from them.
+"""Loopback servers with the parts of the download protocols that the libraries need, and helpers to
+serve and download files.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ REPO = "owner/set"
 MODEL = "owner/detector"
 SERVICE = "/api/v1/datasets.DatasetApiService"
 
-# More than the pieces in which bodies are read (1 MiB), so that a cut leaves whole pieces behind.
+# Larger than the pieces in which bodies are read (1 MiB), so that a cut leaves complete pieces.
 BODY = random.Random(0).randbytes(3 * 2**20 + 7)
 CUT = 2**21 + 5
 
 OLD, NEW = "a" * 40, "b" * 40
-"""Revisions of the dataset of the hub."""
+"""Two revisions of the dataset on the hub."""
 
 FILES = {"data/a.parquet": BODY[:1000], "data/sub/b.parquet": BODY[1000:3000], "README.md": b"hi"}
 DATA = {name: body for name, body in FILES.items() if name.startswith("data/")}
@@ -31,7 +31,7 @@ KAGGLE = {"kaggle": "owner/set", "files": ["keep/*"]}
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `bodies` by path, and remembers what was asked for."""
+    """Serves `bodies` by path, and records all requests."""
 
     daemon_threads = True
 
@@ -41,20 +41,20 @@ class Server(ThreadingHTTPServer):
         self.bodies: dict[str, bytes] = {}
         self.headers: dict[str, dict[str, str]] = {}
         self.status: dict[str, int] = {}
-        self.cut: dict[str, int] = {}  # break off after so many bytes, once
-        self.stall: set[str] = set()  # send half, then wait for `go_on`
+        self.cut: dict[str, int] = {}  # path -> bytes after which the connection is cut, once
+        self.stall: set[str] = set()  # paths: send half of the body, then wait for `go_on`
         self.go_on, self.stalled = threading.Event(), threading.Event()
-        self.ranges = "yes"  # or "no", or "wrong": 206, but from the first byte on
+        self.ranges = "yes"  # "no": ignore Range; "wrong": status 206, but from the first byte
         self.asked: list[tuple[str, str, str]] = []
-        self.tokens: set[str | None] = set()  # with which datasets were asked for
+        self.tokens: set[str | None] = set()  # tokens that were sent in requests for datasets
         serve = {"target": self.serve_forever, "kwargs": {"poll_interval": 0.02}}
         threading.Thread(**serve, daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is part of the tests."""
+        """Ignore errors: the tests include clients that disconnect."""
 
     def publish(self, files: dict[str, bytes], sha: str) -> None:
-        """A dataset of the hub with `sha` as its newest revision; earlier ones stay."""
+        """Publish a dataset on the hub with `sha` as newest revision; earlier revisions stay."""
         api = f"/api/datasets/{REPO}"
         sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
         info = json.dumps({"id": REPO, "sha": sha, "siblings": sizes}).encode()
@@ -73,7 +73,7 @@ class Server(ThreadingHTTPServer):
             self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
 
     def publish_model(self, files: dict[str, bytes], sha: str) -> None:
-        """A model of the hub with `sha` as its newest revision."""
+        """Publish a model on the hub with `sha` as newest revision."""
         api = f"/api/models/{MODEL}"
         sizes = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
         info = json.dumps({"id": MODEL, "sha": sha, "siblings": sizes}).encode()
@@ -92,7 +92,7 @@ class Server(ThreadingHTTPServer):
             self.headers[path] = {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": sha}
 
     def got(self, part: str = "", method: str = "GET") -> list[tuple[str, str]]:
-        """(path, Range) of what was asked for."""
+        """Return (path, Range header) of the recorded requests."""
         return [(path, of) for how, path, of in self.asked if how == method and part in path]
 
 
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _oid(body: bytes) -> str:
-    """As the hub names large files; what is there already is then compared by its hash."""
+    """Return the id of a large file on the hub, by which existing files are compared."""
     return hashlib.sha256(body).hexdigest()
 
 
@@ -163,7 +163,7 @@ def fetched(raw: Path, **fetch: object) -> Fetched:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What the build would see: no hidden files or folders."""
+    """Return the files that the build would see: no hidden files, none in hidden folders."""
     paths = [p for p in folder.rglob("*") if p.is_file()]
     inside = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
     return {name: body for name, body in inside.items() if not f"/{name}".count("/.")}

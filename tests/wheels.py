@@ -1,4 +1,4 @@
-"""A tiny CLIP as the ONNX file of a wheel, and the wheel."""
+"""Make a tiny CLIP as an ONNX file, and a wheel that contains it."""
 
 import io
 import zipfile
@@ -6,12 +6,12 @@ import zipfile
 import numpy as np
 
 CLIP_WIDTH = 8
-"""Channels of the tiny CLIP in `clip_onnx_file`."""
+"""Number of channels of the tiny CLIP in `clip_onnx_file`."""
 
 
 def clip_onnx_file(without: str = "") -> bytes:
-    """An ONNX file with the names of a CLIP image tower in 8 bits: 2 layers, 32 pixels; seeded.
-    Nodes name their inputs and compute nothing.
+    """Return an ONNX file with the tensor names of an 8-bit CLIP image tower: 2 layers, 32 pixels,
+    seeded weights. Its nodes only name their inputs; they cannot be run.
     """
     import onnx
 
@@ -52,7 +52,7 @@ def clip_onnx_file(without: str = "") -> bytes:
 
 
 def wheel_file(member: str, data: bytes, package: str = "tinyclip", version: str = "1.0") -> bytes:
-    """A wheel that holds one file beside what pip needs of it."""
+    """Return a wheel with one file and the metadata that pip needs."""
     stream, info = io.BytesIO(), f"{package}-{version}.dist-info"
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(member, data)
