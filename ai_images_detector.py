@@ -68,7 +68,10 @@ def main() -> None:
 
 @click.command("app", cls=console.Command)
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 means all addresses.",
 )
 @click.option(
     "--port",

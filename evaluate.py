@@ -36,12 +36,14 @@ PER_CLASS = 1000
 @click.option("--shards", "names", multiple=True, help="Shard set to measure on. May be repeated.")
 @click.option("--suite", help="Measure on all packed sets of a suite: wild, generators, all, ...")
 @click.option(
-    "--reference-reals", help="Set whose real images give the false-positive rate of other sets."
+    "--reference-reals",
+    help="Set whose real images are used for the false-positive rate of the other sets.",
 )
 @click.option(
     "--subset",
     type=console.LocalPath(exists=True, dir_okay=False),
-    help="CSV file with columns set,key: score only these samples. Without --shards: its sets.",
+    help="CSV file with columns set,key: score only these samples. Without --shards, all sets in "
+    "the file are used.",
 )
 @click.option(
     "--scores",
@@ -54,7 +56,7 @@ PER_CLASS = 1000
     is_flag=False,
     flag_value=PER_CLASS,
     metavar="[N]",
-    help="Score N images per class (default 1000) again after JPEG, WebP, AVIF, resizing and more.",
+    help="Also score N images per class (default 1000) after JPEG, WebP, AVIF, resizing and more.",
 )
 @click.option(
     "--out",
@@ -174,7 +176,11 @@ def _speak_for(dist: "DistEnv") -> None:
 
 @main.command()
 @click.option(
-    "--shards", "names", multiple=True, required=True, help="Set of split val. May be repeated."
+    "--shards",
+    "names",
+    multiple=True,
+    required=True,
+    help="Validation set (split val) to fit on. May be repeated.",
 )
 @click.option(
     "--threshold",
@@ -199,10 +205,10 @@ def calibrate(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Fit temperature, thresholds and the uncertain band, and store them in the checkpoint, or
-    below --runs for a detector of another project.
+    """Fit temperature, thresholds and the uncertain band.
 
-    Only sets of the split val are accepted: a test set must not influence the calibration.
+    They are stored in the checkpoint, or below --runs for a detector of another project. Only sets
+    of the split val are accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
     from model.device import choose_device
@@ -251,10 +257,10 @@ def calibrate(
 def compare(
     paths: tuple[Path, ...], intersection: bool, flips: Path | None, out: Path | None
 ) -> None:
-    """Compare evaluations: each RUN is the folder of a report, or a file in it.
+    """Compare the reports of two or more runs.
 
-    Two runs are also compared image by image: which verdicts changed, and the interval of the
-    change of each figure.
+    Each RUN is the folder of a report, or a file in it. Two runs are also compared image by image:
+    which verdicts changed, and the interval of the change of each figure.
     """
     if len(paths) < 2:
         raise click.UsageError("expected two runs or more, got one")
@@ -290,7 +296,10 @@ def compare(
     help="Folder to search, by file content, for images of which no copy was kept.",
 )
 @click.option(
-    "--json", "file", type=console.LocalPath(dir_okay=False), help="JSON file for the result."
+    "--json",
+    "file",
+    type=console.LocalPath(dir_okay=False),
+    help="JSON file to write the result to.",
 )
 @console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
 def regressions(
@@ -305,10 +314,10 @@ def regressions(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Score the mistakes in FOLDER again, and show which are fixed and which are new.
+    """Score the mistakes in FOLDER again: which are fixed or new?
 
-    `python -m model mistakes add` collects mistakes. The folder records the verdict of each
-    detector. The exit code is 1 if this detector gets an image wrong that another got right.
+    `python -m model mistakes add` puts mistakes into FOLDER. The verdict of each detector is stored
+    there. The exit code is 1 if an image is wrong now that another detector got right.
     """
     from model.mistakes.keep import read_mistakes
 

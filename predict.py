@@ -51,7 +51,7 @@ class NotStarted(click.ClickException):
 @click.option(
     "--heatmap",
     type=console.LocalPath(file_okay=False),
-    help="Folder to write a heatmap of each image to: which regions changed its score.",
+    help="Folder for heatmaps: for each image a picture of the regions that changed its score.",
 )
 @click.option(
     "--watch",
@@ -91,7 +91,7 @@ def main(
     backend: "Backend",
     batch_size: int,
 ) -> None:
-    """Print the probability that an image is AI-generated, and a verdict, for each image of PATH.
+    """For each image of PATH, print a verdict and the probability that it is AI-generated.
 
     PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - to read
     a list of paths from standard input, one per line.
@@ -225,7 +225,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         total = run.done + (len(run.out.names) if run.out else 0)
         click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
     if run.undrawn:
-        click.echo(f"{run.undrawn:,} heatmaps could not be written", err=True)
+        click.echo(f"heatmaps that could not be written: {run.undrawn:,}", err=True)
     if unreadable or run.undrawn:
         raise SystemExit(1)
 

@@ -37,7 +37,9 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 
 @click.command(cls=console.Command)
 @click.option(
-    "--phase", type=click.Choice(["1", "2"]), help="Use recipes/phase1.toml or phase2.toml."
+    "--phase",
+    type=click.Choice(["1", "2"]),
+    help="Train recipes/phase1.toml or recipes/phase2.toml.",
 )
 @click.option(
     "--recipe",
@@ -50,7 +52,12 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     type=console.LocalPath(exists=True, file_okay=False),
     help="Folder with real/ and fake/: pack their images into shard sets, then train on them.",
 )
-@click.option("--set", "overrides", multiple=True, help="Change a recipe key: --set optim.lr=1e-4.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    help="Change a recipe value, such as optim.lr=1e-4. May be repeated.",
+)
 @click.option("--run", "name", help="Name of the run. Default: that of the recipe.")
 @click.option(
     "--init-from",

@@ -18,7 +18,10 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @click.command(cls=console.Command)
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 means all addresses.",
 )
 @click.option(
     "--port",
@@ -33,34 +36,36 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
     type=click.IntRange(1, 512),
     default=Limits.max_bytes // MB,
     show_default=True,
-    help="Largest body of one request, in MB.",
+    help="Maximum size of one request, in MB.",
 )
 @click.option(
     "--max-files",
     type=click.IntRange(min=1),
     default=Limits.max_files,
     show_default=True,
-    help="Most images in one request.",
+    help="Maximum number of images in one request.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(min=1),
     default=Limits.queue,
     show_default=True,
-    help="Most images that wait, over all requests. Beyond that, requests get status 429.",
+    help="Maximum number of images that wait, over all requests. Further requests get status 429.",
 )
 @click.option(
     "--timeout",
     type=console.FiniteRange(0, 3600, min_open=True),
     default=Limits.timeout_s,
     show_default=True,
-    help="Longest time to answer a request, in seconds. Then it gets status 504.",
+    help="Maximum time until a request is answered, in seconds. After it, the status is 504.",
 )
 @click.option(
     "--allow-urls", is_flag=True, help="Accept http and https URLs of public hosts as images."
 )
 @click.option(
-    "--allow-private-urls", is_flag=True, help="With --allow-urls: accept private hosts too."
+    "--allow-private-urls",
+    is_flag=True,
+    help="With --allow-urls, accept URLs of private hosts too.",
 )
 def main(
     host: str,

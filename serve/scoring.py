@@ -115,7 +115,7 @@ class Scorer:
         self._decoded.put(None)
         self._thread.join()
 
-    # --- threads that decode --------------------------------------------------------------------
+    # --- decoding threads -------------------------------------------------------------------------
 
     def _read(self, job: Job) -> None:
         """Read an image, then decode it here or pass it to the thread for large images."""
@@ -142,7 +142,7 @@ class Scorer:
                 self.unread -= 1
             self._decoded.put(job)
 
-    # --- the thread that scores -----------------------------------------------------------------
+    # --- scoring thread ---------------------------------------------------------------------------
 
     def _score_all(self) -> None:
         while group := self._group():
@@ -183,7 +183,7 @@ class Scorer:
         for job in group:
             self._finish(job, scored.get(job, math.nan))
 
-    # --- both -----------------------------------------------------------------------------------
+    # --- all threads ------------------------------------------------------------------------------
 
     def _finish(self, job: Job, probability: float, reason: str = "") -> None:
         """Set the row of a job and remove the job from the queue."""
