@@ -349,7 +349,7 @@ def test_heatmaps_with_long_and_impossible_names(
     result = ask(folder, "--heatmap", maps, "--format", "jsonl")
     assert result.exit_code == 1
     assert len(rows_of_bytes(result)) == len(names) + 1
-    assert "1 heatmaps could not be written" in result.stderr
+    assert "heatmaps that could not be written: 1" in result.stderr
     assert "no heatmap of" in result.stderr and "blocked.jpg" in result.stderr
 
 
