@@ -1,6 +1,7 @@
-"""The command that the wheel installs: `ai-images-detector predict photo.jpg`.
+"""The command of the installed wheel: `ai-images-detector predict photo.jpg`.
 
-Each of its commands is one that a checkout has too (`COMMANDS`), loaded when it is called.
+Its subcommands (`COMMANDS`) are the commands of a checkout. A subcommand is imported only when it
+is called. Main entry: `main()`.
 """
 
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import click
 
-# The names of the program's modules are common ones (`model`, `report`): those beside this file are
-# meant, whatever the current folder or PYTHONPATH hold.
+# The modules have common names (`model`, `report`). This line makes sure that the modules next to
+# this file are imported, not modules from the current folder or PYTHONPATH.
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
@@ -20,28 +21,28 @@ import console  # noqa: E402
 from installed import NAME, install_extra  # noqa: E402
 
 COMMANDS = {
-    "predict": ("predict", "", "Say of images whether they are AI-generated."),
-    "app": ("", "", "Show the web page that does so in a browser."),
-    "serve": ("serve.__main__", "", "Answer HTTP requests with what `predict` says of images."),
-    "fetch": ("model.__main__", "fetch", "Fetch the backbone that a detector that ships needs."),
+    "predict": ("predict", "", "Print for each image whether it is AI-generated."),
+    "app": ("", "", "Start a web page for checking images in a browser."),
+    "serve": ("serve.__main__", "", "Start an HTTP API that checks images."),
+    "fetch": ("model.__main__", "fetch", "Download the backbone of a shipped detector."),
     "build": ("sharding.__main__", "build", "Pack raw datasets into shard sets."),
-    "train": ("train", "", "Train a detector on shard sets, or on folders of images."),
-    "evaluate": ("evaluate", "", "Measure a checkpoint on shard sets, or compare two reports."),
+    "train": ("train", "", "Train a detector on shard sets, or on a folder of images."),
+    "evaluate": ("evaluate", "", "Measure a detector on shard sets, or compare reports."),
 }
-"""The module of each command, its name there if the module has several, and what it does: said
-here, for the module is not loaded to say it. `app` is below.
+"""Command -> (module, its name in the module's group if there is one, help text). The help text is
+repeated here because listing the commands must not import their modules. `app` is defined below.
 """
 
 
 class _Commands(console.Group):
-    """Loads a command when it is called, and none for the list of them."""
+    """Click group that imports a command only when it is called, not to list it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All names, in the order of `COMMANDS`."""
+        """Return all command names, in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of that name, if there is one."""
+        """Import and return the command of that name; None if there is none."""
         if cmd_name == "app":
             return app
         if cmd_name not in COMMANDS:
@@ -58,10 +59,10 @@ class _Commands(console.Group):
 
 @click.group(NAME, cls=_Commands)
 def main() -> None:
-    """Is this image a real photograph, or AI-generated?
+    """Tell real photographs from AI-generated images.
 
-    What is read and written lies below the current folder (data/, runs/) unless an option says
-    otherwise. More commands: python -m sharding, python -m pipeline, python -m model.
+    Commands read and write below the current folder (data/, runs/) unless an option names another
+    folder. More commands: python -m sharding, python -m pipeline, python -m model.
     """
 
 
@@ -70,10 +71,10 @@ def main() -> None:
 @console.options("checkpoint", "runs")
 @click.pass_context
 def app(context: click.Context, host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
-    """Show a web page that says of images whether they are AI-generated.
+    """Start a web page that tells whether images are AI-generated.
 
-    It runs on this machine until Ctrl-C. Of its settings that are environment variables
-    DETECTOR_RUNS and DETECTOR_CHECKPOINT count where the option is not given.
+    The page is served from this machine until Ctrl-C. Without --runs and --checkpoint, the
+    environment variables DETECTOR_RUNS and DETECTOR_CHECKPOINT are used.
     """
     if find_spec("streamlit") is None:
         raise click.ClickException(f"streamlit is not installed; {install_extra('app')}")
@@ -83,8 +84,8 @@ def app(context: click.Context, host: str, port: int, checkpoint: Path | None, r
         os.environ["DETECTOR_RUNS"] = str(runs)
     from streamlit.web.cli import main as streamlit
 
-    console.say(f"the page: http://{host}:{port}, until Ctrl-C")
-    # Streamlit reads the settings in .streamlit/ beside the script.
+    console.say(f"page: http://{host}:{port} (Ctrl-C stops it)")
+    # Streamlit reads its settings from .streamlit/ in the folder of the script.
     script = str(HERE / "app_server.py")
     streamlit(["run", script, f"--server.address={host}", f"--server.port={port}"])
 

@@ -1,8 +1,8 @@
-"""The web page: `make app`. Drop, browse or paste images; the verdicts are those of `predict.py`.
+"""Streamlit script of the web page (`make app`): upload images, see the verdicts of `predict.py`.
 
-What was uploaded is in memory while the page shows it, and nowhere else: Streamlit's uploader holds
-the files, `st.session_state` what was found about them, and both go with the image or the page.
-The page itself is in `page/`; `.streamlit/config.toml` holds limits and colors.
+Uploaded files and their results are kept in memory only (Streamlit's uploader and
+`st.session_state`), until the image is removed or the page is closed. The code of the page is in
+`page/`; limits and colors are in `.streamlit/config.toml`. Main entry: `page.draw.main()`.
 """
 
 from page.draw import main

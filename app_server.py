@@ -1,5 +1,7 @@
-"""The server of the web page: `streamlit run app_server.py`. What Streamlit has no setting for
-stands between it and the browser: a bound on all uploads together, and headers.
+"""Server of the web page (`streamlit run app_server.py`): Streamlit behind `Guard`, an ASGI
+middleware that limits the memory of all uploads and sets security headers.
+
+Streamlit has no settings for either. Main entry: `app`.
 """
 
 import os
@@ -16,15 +18,15 @@ from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileMan
 from streamlit.starlette import App
 
 MAX_HELD_BYTES = int(os.environ.get("DETECTOR_UPLOADS_MB", "1024")) * 2**20
-"""Of all uploads of all visitors together."""
+"""Limit for the uploads of all visitors together, in bytes."""
 
 LEAST_BYTES = 2**20
-"""What a file counts at least: its pictures on the page take memory too, however small it is."""
+"""Smallest size that a file is counted with, in bytes: previews of small files take memory too."""
 
 UPLOADS = "/_stcore/upload_file/"
 
 HEADERS = {
-    # Streamlit's own page needs inline scripts, evaluation and blobs; no other host, and no frame.
+    # Streamlit's page needs inline scripts, eval and blobs. Other hosts and frames are forbidden.
     "Content-Security-Policy": (
         "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: "
         "data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
@@ -37,16 +39,16 @@ HEADERS = {
 
 
 class Guard:
-    """Passes requests on to Streamlit, but for uploads that there is no room for; answers get
-    `HEADERS`.
+    """ASGI middleware: refuse uploads above `MAX_HELD_BYTES` with status 503, pass other requests
+    to Streamlit, and add `HEADERS` to every response.
     """
 
     def __init__(self, app: ASGIApp):
         self.app = app
-        self.arriving = 0  # bytes of uploads that are on their way
+        self.arriving = 0  # bytes of uploads that are being received
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -66,7 +68,7 @@ class Guard:
         largest = config.get_option("server.maxUploadSize") * 2**20  # Streamlit refuses more
         size = max(int(said) if said.isdecimal() else largest, LEAST_BYTES)
         if held() + self.arriving + size > MAX_HELD_BYTES:
-            text = "The server holds as many images as it may; try again later.\n"
+            text = "The memory for images is full; try again later.\n"
             await PlainTextResponse(text, 503)(scope, receive, send)
             return
         self.arriving += size
@@ -77,7 +79,7 @@ class Guard:
 
 
 def held() -> int:
-    """Bytes of all uploads that the server holds, each file as `LEAST_BYTES` at least."""
+    """Return the bytes of all uploads in memory, each file counted with at least `LEAST_BYTES`."""
     store = cast(MemoryUploadedFileManager, get_instance().uploaded_file_mgr)
     sessions = list(store.file_storage.values())
     return sum(max(len(file.data), LEAST_BYTES) for one in sessions for file in list(one.values()))

@@ -1,6 +1,8 @@
-"""Everything about talking to a terminal: shared options, logging, progress bars, tables, errors.
+"""Terminal input and output: shared click options, logging, progress bars, tables and errors.
 
-Packages return values and raise; only commands print, and they print through this module.
+Packages return values and raise errors. Only commands print, and they print through this module.
+Main entries: `Command` and `Group` (errors in one line), `options()`, `say()`, `table()` and
+`progress()`.
 """
 
 import contextlib
@@ -30,13 +32,13 @@ from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
-# Where no terminal gives a width (a pipe, a file), tables are as wide as they are.
+# Width of tables in a pipe or a file, in characters: wide enough that no table is wrapped.
 _WIDE = 100_000
 
 
 def _console(stderr: bool) -> Console:
-    """Standard output for answers; standard error for progress and log lines, so that the answers
-    can be piped. The stream is looked up at each print.
+    """Return a rich console for standard output (results), or for standard error (progress and log
+    lines), so that results can be piped. The stream is looked up again at each print.
     """
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _WIDE
@@ -47,10 +49,10 @@ ERR = _console(stderr=True)
 
 
 class _LogHandler(logging.Handler):
-    """Log lines above a running progress bar, unwrapped."""
+    """Print log lines above a running progress bar, without wrapping."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record, harmless to a terminal and without secrets."""
+        """Print one record with control characters escaped and secrets removed."""
         ERR.print(_shown(self.format(record)), soft_wrap=True)
 
 
@@ -60,10 +62,10 @@ def _shown(text: str) -> str:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a user's mistake into one clear line and exit code 1.
+    """Turn a `ValueError` or `OSError` into one line on standard error and exit code 1.
 
-    `ValueError` and `OSError` are what a user can cause; anything else is our bug and keeps its
-    traceback. `--verbose` shows the traceback of both.
+    These two types are errors that a user can cause. Any other exception is a bug of this program
+    and keeps its traceback. `--verbose` shows the traceback in both cases.
     """
     try:
         yield
@@ -73,7 +75,7 @@ def plain_errors() -> Iterator[None]:
         click.echo("stopped by Ctrl-C", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except click.ClickException as error:
-        # click prints this attribute, which its types call final
+        # click prints this attribute, but its type hints mark the attribute as final
         error.message = _shown(error.message)  # type: ignore[misc]
         raise
     except (ValueError, OSError) as error:
@@ -82,7 +84,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says: of one of the system's, the file and the reason."""
+    """Return the message of an error in one line; for an `OSError`, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
             return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
@@ -92,7 +94,7 @@ def one_line(error: Exception) -> str:
             return error.strerror
         name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
         if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
-            return f"there is no folder {_name_of(path.parent)}; make it, or name another"
+            return f"there is no folder {_name_of(path.parent)}; create it, or name another folder"
         if isinstance(error, PermissionError) and path.exists() and not os.access(path, os.R_OK):
             mode = stat.S_IMODE(path.stat().st_mode)
             return f"{name}: not readable by this user (mode {mode:o})"
@@ -106,7 +108,7 @@ def _name_of(filename: object) -> str:
 
 
 class Command(click.Command):
-    """A click command under `plain_errors`."""
+    """A click command that reports errors by `plain_errors`."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the command line."""
@@ -120,7 +122,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose own function and commands run under `plain_errors`."""
+    """A click group that reports its own errors and those of its commands by `plain_errors`."""
 
     command_class = Command
 
@@ -136,7 +138,7 @@ class Group(click.Group):
 
 
 def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
-    """Send log lines to standard error: the message alone, or with time, level and module."""
+    """Send log lines to standard error; with `verbose` add time, level and module to each line."""
     handler = _LogHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(module)s: %(message)s" if verbose else None)
@@ -147,9 +149,10 @@ def _start_logging(_context: click.Context, _option: click.Parameter, verbose: b
 
 
 class LocalPath(click.Path):
-    """A path of this machine, as a `Path`: an address is refused, and so is what is neither a file
-    nor a folder (a pipe would wait for ever, a device would be replaced). Takes the keywords of
-    `click.Path`.
+    """Option type for a path of this machine, given as `Path`. Takes the keywords of `click.Path`.
+
+    Refused are addresses such as s3://, and anything that is neither a file nor a folder: reading
+    a pipe could block forever, and writing would replace a device.
     """
 
     def __init__(self, **keywords: Any) -> None:
@@ -158,7 +161,7 @@ class LocalPath(click.Path):
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> Any:
-        """Check and convert one value."""
+        """Check one value and convert it to a `Path`."""
         try:
             path = storage.local_path(value)
             if path.exists() and not (path.is_file() or path.is_dir()):
@@ -169,8 +172,8 @@ class LocalPath(click.Path):
 
 
 class AnyAddress(click.ParamType):
-    """A folder of this machine, as a `Path`, or an address, as a `UPath`. With `writes` an address
-    that can only be read is refused.
+    """Option type for a folder of this machine, given as `Path`, or an address, given as `UPath`.
+    With `writes`, a read-only address (http, https) is refused.
     """
 
     name = "folder or address"
@@ -181,38 +184,38 @@ class AnyAddress(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> storage.AnyPath:
-        """Check and convert one value; nothing is asked of the network."""
+        """Check one value and convert it to a path, without any network access."""
         try:
             path = self._parse(value)
             if storage.is_local(path) and path.exists() and not path.is_dir():
-                raise ValueError(f"{value} is no folder")
+                raise ValueError(f"{value} is not a folder")
         except (ValueError, OSError) as error:
             self.fail(one_line(error), param, context)
         return path
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; NaN, which compares with nothing, is refused."""
+    """Option type for a finite number in a range. `click.FloatRange` alone accepts NaN."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> float:
-        """Check and convert one value."""
+        """Check one value and convert it to a float."""
         converted = super().convert(value, param, context)
         if not math.isfinite(converted):
-            self.fail(f"{value} is no finite number", param, context)
+            self.fail(f"{value} is not a finite number", param, context)
         return converted
 
 
 class Device(click.ParamType):
-    """The name of a device, as text; whether it is here is known to torch alone."""
+    """Option type for a device name, given as text. Only torch can tell whether it exists."""
 
     name = "device"
 
     def convert(
         self, value: str, param: click.Parameter | None, context: click.Context | None
     ) -> str:
-        """Check one name."""
+        """Check the spelling of one device name."""
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
             self.fail(f"no such device: {value}; use auto, cpu, cuda or cuda:N", param, context)
         return value
@@ -224,14 +227,14 @@ OPTIONS: dict[str, Callable] = {
         type=AnyAddress(),
         default="data/shards",
         show_default=True,
-        help="Folder or address (s3://, hf://, https://) that holds the shard sets.",
+        help="Folder or address (s3://, hf://, https://) with the shard sets.",
     ),
     "runs": click.option(
         "--runs",
         type=LocalPath(file_okay=False),
         default=Path("runs"),
         show_default=True,
-        help="Folder that holds the training runs.",
+        help="Folder with the training runs.",
     ),
     "max_fpr": click.option(
         "--max-fpr",
@@ -248,45 +251,45 @@ OPTIONS: dict[str, Callable] = {
     "checkpoint": click.option(
         "--checkpoint",
         type=LocalPath(file_okay=False),
-        help="Checkpoint, a run to take the best one of, or a detector that ships, by its name. "
+        help="Checkpoint folder, run folder (its best checkpoint), or name of a shipped detector. "
         "Default: the newest run.",
     ),
     "detector": click.option(
         "--detector",
-        help="Any detector: what --checkpoint takes, an exported .onnx, hf:OWNER/NAME, timm:NAME, "
-        "or a file.py with predict(images).",
+        help="Any detector: a value of --checkpoint, an exported .onnx file, hf:OWNER/NAME, "
+        "timm:NAME, or a Python file with predict(images).",
     ),
     "trust": click.option(
-        "--trust", is_flag=True, help="Run the program of --detector file.py, with all your rights."
+        "--trust", is_flag=True, help="Allow --detector file.py to run, with your permissions."
     ),
     "fake_label": click.option(
         "--fake-label",
         "fake_labels",
         multiple=True,
         metavar="LABEL",
-        help="Label of an hf: or timm: detector that means AI-generated, where it does not say so "
-        "itself. May be repeated.",
+        help="Label that means AI-generated, for an hf: or timm: detector with unclear labels. May "
+        "be repeated.",
     ),
     "device": click.option(
         "--device",
         type=Device(),
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda or cuda:N.",
+        help="Device of the network: auto, cpu, cuda or cuda:N. auto: a GPU if there is one.",
     ),
     "backend": click.option(
         "--backend",
         type=click.Choice(["auto", "dali", "pil"]),
         default="auto",
         show_default=True,
-        help="What decodes the images.",
+        help="Image decoder: dali (GPU) or pil (CPU). auto: dali if it can be used.",
     ),
     "batch_size": click.option(
         "--batch-size",
         type=click.IntRange(min=1),
         default=32,
         show_default=True,
-        help="Images scored at a time.",
+        help="Images per batch.",
     ),
     "verbose": click.option(
         "--verbose",
@@ -294,13 +297,13 @@ OPTIONS: dict[str, Callable] = {
         expose_value=False,
         is_eager=True,
         callback=_start_logging,
-        help="Say more, and show the traceback of an error.",
+        help="Log more, and show the traceback of an error.",
     ),
 }
 
 
 def options(*names: str) -> Callable[[Callable], Callable]:
-    """Shared options, declared once: `@options("data", "runs")`. `--verbose` always comes along."""
+    """Add shared options to a command: `@options("data", "runs")`. Always adds `--verbose`."""
 
     def decorate(function: Callable) -> Callable:
         for name in reversed([*names, "verbose"]):
@@ -312,8 +315,8 @@ def options(*names: str) -> Callable[[Callable], Callable]:
 
 def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:
     """Add the options --host and --port of a server. Port 0, where allowed, takes a free port."""
-    host_help = "Address to listen on; 0.0.0.0 for all."
-    port_help = "Port to listen on." if lowest else "Port to listen on; 0 takes a free one."
+    host_help = "Address to listen on; 0.0.0.0 means all addresses."
+    port_help = "Port to listen on." if lowest else "Port to listen on; 0 chooses a free port."
     ports = click.IntRange(lowest, 65535)
     add_host = click.option("--host", default="127.0.0.1", show_default=True, help=host_help)
     add_port = click.option("--port", type=ports, default=port, show_default=True, help=port_help)
@@ -321,8 +324,8 @@ def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:
 
 
 def say(text: str = "") -> None:
-    """Print lines of a command's answer on standard output, never wrapped; where that is the
-    terminal of a running progress bar, above the bar. A terminal gets nothing that it would obey.
+    """Print a result on standard output, never wrapped, and above a running progress bar.
+    On a terminal, control characters are escaped.
     """
     if not sys.stdout.isatty():
         click.echo(_encodable(text))
@@ -333,8 +336,8 @@ def say(text: str = "") -> None:
 
 
 def say_data(text: str) -> None:
-    """Print a line of CSV or JSON on standard output, in UTF-8 whatever the locale says; bytes of a
-    file name that are no UTF-8 stay as they are. A terminal gets it by `say`.
+    """Print a line of CSV or JSON on standard output, always in UTF-8. Bytes of a file name that
+    are not UTF-8 are written unchanged. On a terminal, print by `say`.
     """
     if sys.stdout.isatty():
         say(text)
@@ -343,18 +346,18 @@ def say_data(text: str) -> None:
 
 
 def _encodable(text: str) -> str:
-    """`text` with escapes for what standard output has no bytes for."""
+    """Escape the characters of `text` that the encoding of standard output does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields `advance(done=1, note="", total=None)`.
+    """Show a progress bar on standard error; yields `advance(done=1, note="", total=None)`.
 
-    `done` is added to the count, `note` is shown behind the bar, `total` is what has become known
-    of it. Without a terminal, or if it is not to be `shown`, nothing is drawn, so that logs stay
-    clean.
+    `advance` adds `done` to the count, shows `note` after the bar, and replaces the total if
+    `total` is given. Without a terminal, or with `shown=False`, nothing is drawn, so that logs
+    stay clean.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -373,7 +376,9 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGINT and SIGTERM are put into; a second SIGINT interrupts at once."""
+    """Collect SIGINT and SIGTERM in the returned list; a second SIGINT interrupts at once.
+    Outside the main thread the list stays empty.
+    """
     received: list[signal.Signals] = []
 
     def note(number: int, _frame: object) -> None:
@@ -394,17 +399,17 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """Say of Ctrl-C that the same command goes on; for what keeps the work that is done."""
+    """Exit with code 130 on Ctrl-C and tell the user that the same command resumes the job."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("stopped by Ctrl-C; the same command goes on from there", err=True)
+        click.echo("stopped by Ctrl-C; run the same command again to resume", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a job alike."""
+    """Raise KeyboardInterrupt on SIGTERM, so that SIGTERM and Ctrl-C end a job in the same way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -416,12 +421,12 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def counted(number: int, noun: str) -> str:
-    """A count with its noun: `1 image`, `1,234 images`."""
+    """Format a count with its noun: `1 image`, `1,234 images`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it: shares with 3 digits, counts with separators, nothing as '-'."""
+    """Format a value for a table: floats with 3 decimals, integers with separators, None as '-'."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -432,7 +437,7 @@ def cell(value: object) -> str:
 
 
 def _is_figure(value: object) -> bool:
-    """Numbers, and text that begins like one; they stand to the right."""
+    """Return whether a value is a number, or text that begins with a digit (right-aligned)."""
     return isinstance(value, int | float) or (isinstance(value, str) and value[:1].isdigit())
 
 
@@ -442,10 +447,10 @@ def table(
     rows: Iterable[Sequence[object]],
     drop: Sequence[str] = (),
 ) -> None:
-    """Print a table: the first column is text, numbers stand to the right. Texts are shown as they
-    are, each whole and on one line. Where the terminal is too narrow, columns of `drop` are left
-    out, the first of them first, and said to be; where that does not do, each row is a paragraph
-    of all its values.
+    """Print a table with right-aligned numbers; each cell stays on one line and is never cut.
+
+    In a terminal that is too narrow, the columns in `drop` are left out one by one, from the first,
+    and listed below the table. If that is not enough, each row is printed as a paragraph.
     """
     console = _console(stderr=False)
     rows = [list(row) for row in rows]
@@ -467,7 +472,8 @@ def table(
     if len(shown) < len(names):
         left_out = ", ".join(names[index] for index in range(len(names)) if index not in shown)
         console.print(
-            f"left out at {console.width} columns: {left_out}; a wider terminal or a pipe has all",
+            f"left out at {console.width} columns: {left_out}; a wider terminal or a pipe shows "
+            "all columns",
             soft_wrap=True,
         )
 
@@ -475,9 +481,9 @@ def table(
 def _fitting(
     width: int, columns: Sequence[str], lines: Sequence[Sequence[str]], drop: Sequence[str]
 ) -> list[int] | None:
-    """The indices of the columns that fit a terminal of this width when as few of `drop` as will do
-    are left out; None where leaving out all of them is not enough. `lines` are all rows, names
-    included.
+    """Return the indices of the columns that fit into `width` characters, with as few columns of
+    `drop` left out as possible, or None if all other columns are too wide. `lines` are the column
+    names and all rows.
     """
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     shown = list(range(len(columns)))
@@ -490,8 +496,8 @@ def _fitting(
 
 
 def _print_paragraphs(console: Console, names: Sequence[str], cells: Sequence[list[str]]) -> None:
-    """The first value of each row, and below it the others that are not empty, with their names, as
-    many on a line as have room; none is broken.
+    """Print each row as its first value, and below it the other values that are not empty, with
+    their column names. A line takes as many values as fit; no value is broken.
     """
     for first, *others in cells:
         console.print(first, soft_wrap=True)

@@ -1,17 +1,18 @@
-"""Text from outside, made harmless for a place that obeys some of it: a terminal, a spreadsheet,
-Markdown, or whoever reads a log.
+"""Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
+
+Main entries: `printable()`, `spreadsheet_cell()`, `markdown()` and `without_secrets()`.
 """
 
 import re
 
-# What OWASP's page "CSV Injection" lists, and its full-width twins, which some programs obey too.
+# First characters of a formula by OWASP's page "CSV Injection", and their full-width forms, which
+# some programs run too. Quotes before them are matched so that escaping can be undone.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def printable(text: str) -> str:
-    """`text` with whatever a terminal would obey or could not show written as an escape: control
-    characters, sequences that begin with one, marks that turn the direction of writing, and bytes
-    of a file name that are no UTF-8. Line ends stay.
+    """Escape all characters that a terminal would execute or cannot show: control characters, marks
+    that change the writing direction, and bytes of a file name that are not UTF-8. Newlines stay.
     """
     if text.isprintable():
         return text
@@ -19,27 +20,27 @@ def printable(text: str) -> str:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """`text` with a `'` before what a spreadsheet would run as a formula. `from_spreadsheet_cell`
-    takes it away again, so no two texts become one.
+    """Put a `'` before a text that a spreadsheet would run as a formula. `from_spreadsheet_cell`
+    removes it again, so two different texts stay different.
     """
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_spreadsheet_cell(text: str) -> str:
-    """The text that `spreadsheet_cell` was given."""
+    """Return the text that was passed to `spreadsheet_cell`."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
-# What makes links and icons of plain text after Markdown was parsed, so that a backslash does not
-# help: mdast-util-gfm-autolink-literal, remark-emoji, and Streamlit's `:material/name:`.
+# Three Streamlit parts turn plain text into links and icons after Markdown was parsed, so that a
+# backslash does not help: mdast-util-gfm-autolink-literal, remark-emoji and `:material/name:`.
 _SEPARATE = re.compile(r"[:@](?=\S)|(?<=www)(?=\.)", re.IGNORECASE)
 _JOINER = "\N{WORD JOINER}"
 _MARKUP = re.compile(r"[\\`*_{}\[\]()<>#|~:$&]|^[-+=]|(?<=\d)\.(?=\s)")
 
 
 def markdown(text: str) -> str:
-    """`text` as one line of Markdown that shows it as it is: no markup, link, icon or formula. An
-    invisible character stands where an address would otherwise become a link.
+    """Escape `text` as one line of Markdown without markup, links, icons or formulas. An invisible
+    character (word joiner) keeps addresses from becoming links.
     """
     line = " ".join(printable(text).split())
     return _MARKUP.sub(r"\\\g<0>", _SEPARATE.sub(lambda match: match[0] + _JOINER, line))
@@ -47,15 +48,16 @@ def markdown(text: str) -> str:
 
 _LOGIN = re.compile(r"""(?<=://)[^/\s"<>]*@""")
 _WEB_QUERY = re.compile(r"""(https?://[^\s'"<>?#]*[?#])[^\s'"<>]*[^\s'"<>,.:;)]""", re.IGNORECASE)
-# As in `/file?token=...`, which requests writes without its host. A `?` of a pattern has no `=`.
+# The library requests writes addresses without their host, such as `/file?token=...`. A `?` in a
+# file pattern has no `=` after it.
 _ASSIGNMENTS = re.compile(r"""([?#])[^\s'"<>?#=]*=[^\s'"<>]*[^\s'"<>,.:;)]""")
 
 
 def without_secrets(text: str) -> str:
-    """`text` without the logins, queries and fragments of the addresses in it.
+    """Replace the logins, queries and fragments of all addresses in `text` by `***`.
 
-    A query goes as a whole: a signature has no name of its own, and what else stands in a signed
-    query is part of what was signed. A `?` or `#` in other text stays, unless a value follows.
+    The whole query is removed, because the parameter that holds a signature has no standard name.
+    A `?` or `#` in other text stays, unless a `name=value` follows.
     """
     if not any(mark in text for mark in "@?#"):
         return text

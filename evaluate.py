@@ -1,11 +1,11 @@
-"""Measure a checkpoint on shard sets: `python evaluate.py --shards evalgen`.
+"""The `evaluate.py` command: score shard sets with a detector and write a report.
 
-Every sample is scored exactly once, on any number of ranks, and its score saved, so that every
-figure can be found again without the network. Fakes found (recall) never stand without the
-false-positive rate on real images; where there are none, the report says so first.
+`python evaluate.py --shards evalgen` scores every sample exactly once, on any number of ranks, and
+saves the scores, so that all figures can be computed again without the network. The report gives
+recall together with the false-positive rate on real images, or says first that there are no real
+images. Subcommands: `calibrate`, `compare` and `regressions`. Main entry: `main()`.
 
-What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
-command line has been checked.
+Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
 
 import json
@@ -27,26 +27,28 @@ if TYPE_CHECKING:
     from pipeline.loading import Backend
 
 PER_CLASS = 1000
-"""Images of each class that --robustness takes unless more are asked for: a rate of 5 % is then
-known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54,000 plain images.
+"""Default number of images per class for --robustness. The 95 % interval of a rate of 5 % is then
++-1.4 points, and all perturbations together cost as much as scoring 27,000 to 54,000 images.
 """
 
 
 @click.group(cls=console.Group, invoke_without_command=True)
-@click.option("--shards", "names", multiple=True, help="Set to measure on. May be repeated.")
-@click.option("--suite", help="Measure on the packed sets of a suite: wild, generators, all, ...")
+@click.option("--shards", "names", multiple=True, help="Shard set to measure on. May be repeated.")
+@click.option("--suite", help="Measure on all packed sets of a suite: wild, generators, all, ...")
 @click.option(
-    "--reference-reals", help="Set whose real images give the false-positive rate of the others."
+    "--reference-reals",
+    help="Set whose real images are used for the false-positive rate of the other sets.",
 )
 @click.option(
     "--subset",
     type=console.LocalPath(exists=True, dir_okay=False),
-    help="CSV with set,key: score only these samples. Default of --shards: its sets.",
+    help="CSV file with columns set,key: score only these samples. Without --shards, all sets in "
+    "the file are used.",
 )
 @click.option(
     "--scores",
     type=console.LocalPath(exists=True, dir_okay=False),
-    help="The report on a scores.parquet, without a network or images.",
+    help="Write the report again from this scores.parquet, without network or images.",
 )
 @click.option(
     "--robustness",
@@ -54,17 +56,17 @@ known to 1.4 points either way, and the whole grid costs as much as 27,000 to 54
     is_flag=False,
     flag_value=PER_CLASS,
     metavar="[N]",
-    help="Score N images of each class (1000) through JPEG, WebP, AVIF, resizing and more.",
+    help="Also score N images per class (default 1000) after JPEG, WebP, AVIF, resizing and more.",
 )
 @click.option(
     "--out",
     type=console.LocalPath(file_okay=False),
-    help="Folder for the report and the scores. Default: evaluation/ beside the checkpoint.",
+    help="Folder for the report and the scores. Default: evaluation/ in the run's folder.",
 )
 @click.option(
     "--features",
     type=console.LocalPath(file_okay=False),
-    help="Score features of this store instead of images (a frozen backbone only).",
+    help="Score the features in this feature store instead of images (frozen backbones only).",
 )
 @console.options(
     "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
@@ -89,8 +91,9 @@ def main(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure a detector on one or more shard sets, calibrate it, compare runs, or measure kept
-    mistakes again.
+    """Measure a detector on shard sets.
+
+    The commands below calibrate it, compare runs, or measure collected mistakes again.
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
@@ -105,7 +108,7 @@ def main(
         _report_on_scores(scores, data, out)
         return
     if not (names or subset or suite):
-        raise click.UsageError("say which set to measure on, such as --shards evalgen")
+        raise click.UsageError("no set to measure on; name one, such as --shards evalgen")
     from model.adapters.open import Opening
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
@@ -119,7 +122,7 @@ def main(
 
     listed = read_subset(subset) if subset else None
     if suite and (names or subset):
-        raise click.UsageError("--suite names the sets itself; leave out --shards and --subset")
+        raise click.UsageError("--suite cannot be combined with --shards or --subset")
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
@@ -146,7 +149,7 @@ def main(
 
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
-    """The report again, from the scores that an evaluation has kept."""
+    """Write and print the report again from a scores file."""
     from model.evaluation.run import report_on
     from report.files import write_report
     from report.terminal import print_report
@@ -158,7 +161,7 @@ def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
 
 
 def say_files(written: Sequence[Path]) -> None:
-    """Where the report is; the page last, because it is what a person opens."""
+    """Print where the report files are. The page is last, because a person opens the page."""
     report, *tables, page = written
     console.say(f"report: {report}")
     console.say(f"tables: {', '.join(str(path) for path in tables)}")
@@ -166,14 +169,18 @@ def say_files(written: Sequence[Path]) -> None:
 
 
 def _speak_for(dist: "DistEnv") -> None:
-    """The first rank speaks for all."""
+    """Silence log lines below warnings on all ranks but the first."""
     if not dist.is_main:
         console.log.setLevel(logging.WARNING)
 
 
 @main.command()
 @click.option(
-    "--shards", "names", multiple=True, required=True, help="Validation set. May be repeated."
+    "--shards",
+    "names",
+    multiple=True,
+    required=True,
+    help="Validation set (split val) to fit on. May be repeated.",
 )
 @click.option(
     "--threshold",
@@ -181,7 +188,7 @@ def _speak_for(dist: "DistEnv") -> None:
     type=click.Choice(["auto", "fpr5", "fpr1", "0.5"]),
     default="auto",
     show_default=True,
-    help="Decision threshold; auto: 0.5, or higher where 5 % false positives ask for it.",
+    help="Decision threshold. auto: 0.5, or higher if needed for at most 5 % false positives.",
 )
 @click.option(
     "--over",
@@ -208,10 +215,10 @@ def calibrate(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Fit temperature, thresholds and the uncertain band, and keep them in the checkpoint, or of a
-    detector of others below --runs.
+    """Fit temperature, thresholds and the uncertain band.
 
-    Only sets of the split val are taken: what is fitted to a test set says nothing about it.
+    They are stored in the checkpoint, or below --runs for a detector of another project. Only sets
+    of the split val are accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
     from model.device import choose_device
@@ -258,29 +265,30 @@ def calibrate(
 @click.argument(
     "paths", metavar="RUN...", nargs=-1, required=True, type=console.LocalPath(exists=True)
 )
-@click.option("--intersection", is_flag=True, help="Compare the images that all were measured on.")
+@click.option("--intersection", is_flag=True, help="Compare only the images that all runs scored.")
 @click.option(
     "--flips",
     type=console.LocalPath(dir_okay=False),
-    help="CSV of every image whose verdict is another one; of two runs.",
+    help="CSV file to write: every image whose verdict changed between the two runs.",
 )
 @click.option(
     "--out",
     type=console.LocalPath(file_okay=False),
-    help="Folder for the page, comparison.json and comparison.csv.",
+    help="Folder to write comparison.html, comparison.json and comparison.csv to.",
 )
 @console.options()
 def compare(
     paths: tuple[Path, ...], intersection: bool, flips: Path | None, out: Path | None
 ) -> None:
-    """Put runs side by side: folders of reports, or their files.
+    """Compare the reports of two or more runs.
 
-    Of two runs also which verdicts changed, and how surely each figure did.
+    Each RUN is the folder of a report, or a file in it. Two runs are also compared image by image:
+    which verdicts changed, and the interval of the change of each figure.
     """
     if len(paths) < 2:
-        raise click.UsageError("name two runs or more")
+        raise click.UsageError("expected two runs or more, got one")
     if flips and len(paths) > 2:
-        raise click.UsageError("--flips is for two runs")
+        raise click.UsageError("--flips compares exactly two runs")
     from model.evaluation.side_by_side import side_by_side
     from report.comparison import print_side_by_side, read_runs, write_comparison
     from report.terminal import print_comparison
@@ -290,7 +298,7 @@ def compare(
         left_out = " and ".join(f"{n:,} of {p}" for n, p in zip(excluded, paths, strict=True))
         both = "both" if len(paths) == 2 else "all"
         console.say(
-            f"on {len(runs[0].scores):,} images that {both} scored; excluded are {left_out}"
+            f"compared on {len(runs[0].scores):,} images that {both} scored; excluded: {left_out}"
         )
     if len(runs) == 2:
         before, after = (run.scores for run in runs)
@@ -308,10 +316,13 @@ def compare(
 @click.option(
     "--images",
     type=console.LocalPath(exists=True, file_okay=False),
-    help="Folder in which to look for the images, by their bytes, of which no copy was kept.",
+    help="Folder to search, by file content, for images of which no copy was kept.",
 )
 @click.option(
-    "--json", "file", type=console.LocalPath(dir_okay=False), help="JSON file of the result."
+    "--json",
+    "file",
+    type=console.LocalPath(dir_okay=False),
+    help="JSON file to write the result to.",
 )
 @console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
 def regressions(
@@ -326,10 +337,10 @@ def regressions(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure the mistakes in FOLDER again: which are fixed, and which are new.
+    """Score the mistakes in FOLDER again: which are fixed or new?
 
-    `python -m model mistakes add` keeps them. Each entry remembers the verdict of each detector;
-    the exit code is 0 only if none that another detector had right is wrong now.
+    `python -m model mistakes add` puts mistakes into FOLDER. The verdict of each detector is stored
+    there. The exit code is 1 if an image is wrong now that another detector got right.
     """
     from model.mistakes.keep import read_mistakes
 
@@ -343,7 +354,7 @@ def regressions(
     with console.progress("measuring", len(mistakes)) as advance:
         rows = measure_again(folder, mistakes, loaded, images, advance)
     if not any(row.after for row in rows):
-        raise click.ClickException(f"none of {folder} could be measured: {rows[0].reason}")
+        raise click.ClickException(f"no image of {folder} could be scored: {rows[0].reason}")
     record(folder, rows)
     result = report_of(rows, loaded)
     print_regressions(result)
@@ -353,14 +364,14 @@ def regressions(
         console.say(f"report: {file}")
     if newly := result["counts"]["newly wrong"]:
         raise click.ClickException(
-            f"{console.counted(newly, 'image')} that another detector had right: wrong now"
+            f"newly wrong: {console.counted(newly, 'image')} that another detector got right"
         )
 
 
 def _say_flips(
     before: "ScoreTable", after: "ScoreTable", file: Path | None, say: Callable[..., None]
 ) -> None:
-    """The verdicts that changed between two runs, and their file."""
+    """Print the verdicts that changed between two runs, and write them to `file` if given."""
     from model.evaluation.compare import Flip
     from model.evaluation.compare import flips as find_flips
     from report.tables import table_csv

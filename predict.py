@@ -1,7 +1,9 @@
-"""Say of images whether they are real or AI-generated: `python predict.py dir/`.
+"""The `predict.py` command: print a verdict (AI-generated or not) for each image of a path.
 
-What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
-command line has been checked.
+`python predict.py dir/` takes files, folders, patterns, archives and shard sets, and writes a
+table, CSV or JSON lines. Main entry: `main()`.
+
+Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
 
 import signal
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class NotStarted(click.ClickException):
-    """Nothing was scored: a mistake in the command, or no detector."""
+    """Error before any image was scored: a wrong command line, or no detector. Exit code 2."""
 
     exit_code = 2
 
@@ -32,39 +34,40 @@ class NotStarted(click.ClickException):
     "--format",
     "output",
     type=click.Choice(results.FORMATS),
-    help="How results are written. Default: by the name of --out, else a table.",
+    help="Format of the results. Default: from the suffix of --out, else table.",
 )
 @click.option(
     "--out",
     type=console.LocalPath(dir_okay=False),
-    help="Write results to this file as they come; it has .partial added until it is complete.",
+    help="File to write results to. Its name ends in .partial until it is complete.",
 )
-@click.option("--resume", is_flag=True, help="Go on with --out after an interruption.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted --out file.")
 @click.option(
     "--threshold",
     type=console.FiniteRange(0, 1),
-    help="Likely AI from this probability on. Default: what the checkpoint was calibrated to.",
+    help="Probability at or above which an image is called likely AI. Default: the checkpoint's "
+    "calibrated threshold.",
 )
 @click.option(
     "--heatmap",
     type=console.LocalPath(file_okay=False),
-    help="Folder for a picture of each image that shows what moved its score.",
+    help="Folder for heatmaps: for each image a picture of the regions that changed its score.",
 )
 @click.option(
     "--watch",
     type=console.LocalPath(exists=True, file_okay=False, path_type=str),
-    help="Folder that fills: predict what comes into it, until Ctrl-C.",
+    help="Watch this folder and score new images as they appear, until Ctrl-C.",
 )
 @click.option(
     "--onnx",
     type=console.LocalPath(dir_okay=False),
-    help="Exported detector (`python -m model export --onnx`) to use; torch is then not needed.",
+    help="Use this detector, exported by `python -m model export --onnx`. Needs no torch.",
 )
 @click.option(
     "--trust-list",
     type=console.LocalPath(dir_okay=False),
-    help="PEM file of anchors that C2PA signers are trusted by. Default: DETECTOR_TRUST_LIST, or "
-    "the public list where it was fetched.",
+    help="PEM file with the certificates that make C2PA signers trusted. Default: the file named "
+    "by DETECTOR_TRUST_LIST, else the public list if it was fetched.",
 )
 @console.options(
     "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "runs", "device",
@@ -91,23 +94,24 @@ def main(
     backend: "Backend",
     batch_size: int,
 ) -> None:
-    """Print, for each image of PATH..., the probability that it is AI-generated, and a verdict.
+    """For each image of PATH, print a verdict and the probability that it is AI-generated.
 
-    Of a checkpoint that is not calibrated it is a score and no probability; CSV and JSON lines
-    call both `probability`.
+    PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - to read
+    a list of paths from standard input, one per line.
 
-    PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - for a
-    list of them on standard input, one a line. What the file says of itself stands beside the
-    verdict and never changes it.
+    Without a calibration the number is a score, not a probability. CSV and JSON lines call it
+    `probability` in both cases.
 
-    The exit code is 0 if every image has a verdict, 1 if some could not be read (each is a line
-    with the reason), 2 if nothing could be done.
+    Statements in the file about its origin are printed too. They never change the verdict.
+
+    The exit code is 0 if every image has a verdict, 1 if an image could not be read (its line
+    gives the reason), 2 if nothing could be scored.
     """
     output = output or _format_of(out)
     _check(paths, watch, output, out, resume)
     if onnx and (checkpoint or detector or heatmap or backend == "dali"):
         raise click.UsageError(
-            "--onnx takes no --checkpoint, no --detector, no --heatmap and no --backend dali"
+            "--onnx cannot be combined with --checkpoint, --detector, --heatmap or --backend dali"
         )
     rates = max_fpr is not None or max_miss is not None
     if rates and threshold is not None:
@@ -159,7 +163,7 @@ def main(
 
 
 def _format_of(out: Path | None) -> str:
-    """By the name of the results file."""
+    """Return the output format for the suffix of the results file: `csv`, `jsonl` or `table`."""
     suffix = out.suffix.lower() if out else ""
     return {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "table")
 
@@ -167,41 +171,41 @@ def _format_of(out: Path | None) -> str:
 def _check(
     paths: tuple[str, ...], watch: str | None, output: str, out: Path | None, resume: bool
 ) -> None:
-    """What is wrong with the command, before seconds are spent on loading a detector."""
+    """Refuse a wrong command line before a detector is loaded, which takes seconds."""
     if bool(paths) == bool(watch):
         raise click.UsageError(
-            "name images, folders or archives, or a folder to --watch"
+            "name images, folders or archives, or give a folder to --watch"
             + (", not both" if watch else "")
         )
     for path in paths:
         if path != "-" and not inputs.is_there(path):
             raise click.UsageError(f"{path!r} does not exist")
     if resume and not out:
-        raise click.UsageError("--resume goes on with a file; name it with --out")
+        raise click.UsageError("--resume continues a results file; name the file with --out")
     if resume and output == "table":
-        raise click.UsageError("--resume reads what is in --out; that takes --format csv or jsonl")
+        raise click.UsageError("--resume needs --format csv or jsonl; a table cannot be read back")
 
 
 def _describe(detector: "Loaded") -> str:
-    """The band, and the backend where it is not the usual one."""
+    """Describe the decision band and the decoding backend in one line."""
     low, high = detector.band
     band = (
         f"likely AI from {high:g}"
         if low == high
         else f"no sign of AI below {low:g}, likely AI from {high:g}, uncertain between"
     )
-    return f"{band}; images through {detector.backend} ({detector.reason})"
+    return f"{band}; images decoded by {detector.backend} ({detector.reason})"
 
 
 def _stopped(run: Run, out: Path | None) -> None:
-    """Ctrl-C, or SIGTERM: what is done is kept."""
-    hint = f"; {results.partial_of(out)} is kept, and --resume goes on with it" if out else ""
+    """Report an interruption by Ctrl-C or SIGTERM and exit with code 130."""
+    hint = f"; {results.partial_of(out)} is kept, and --resume continues it" if out else ""
     click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
     raise SystemExit(128 + signal.SIGINT)
 
 
 def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
-    """Say what has been done, and what has not; the exit code tells."""
+    """Log the counts of the run, complete the results file and set the exit code."""
     from model.inference.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
@@ -209,8 +213,8 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
     if not run.done and not run.skipped and not watch:
         if paths == ("-",):
-            raise NotStarted("standard input named no image; it takes names of files, one a line")
-        raise NotStarted(f"no image in {', '.join(paths)}; name a photo, or a folder of some")
+            raise NotStarted("standard input named no image; expected file names, one per line")
+        raise NotStarted(f"no image in {', '.join(paths)}; name an image, or a folder of images")
     if run.out:
         run.out.finish()
     counts = [(run.verdicts[verdict], verdict) for verdict in (*VERDICTS, UNREADABLE)]
@@ -219,7 +223,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         images = "the image is" if run.skipped == 1 else f"all {run.skipped:,} images are"
         console.log.info("nothing new: %s in %s", images, run.out.path)
     else:
-        before = f", {run.skipped:,} were there already" if run.skipped else ""
+        before = f" ({run.skipped:,} were done before)" if run.skipped else ""
         done = console.counted(run.done, "image")
         console.log.info("%s%s at %s: %s", done, before, run.rate, verdicts or "-")
     if run.output == "table":
@@ -229,7 +233,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         total = run.done + (len(run.out.names) if run.out else 0)
         click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
     if run.undrawn:
-        click.echo(f"{run.undrawn:,} heatmaps could not be written", err=True)
+        click.echo(f"heatmaps that could not be written: {run.undrawn:,}", err=True)
     if unreadable or run.undrawn:
         raise SystemExit(1)
 

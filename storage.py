@@ -1,6 +1,7 @@
-"""Where bytes lie: folders of this machine, or an address such as `s3://bucket/shards` (fsspec).
+"""Read and write files and folders, on this machine or at an address such as `s3://bucket/shards`.
 
-Everything here takes a `pathlib.Path` or a `UPath` and treats both alike.
+Every function takes a `pathlib.Path` or a `UPath` (fsspec). Main entries: `any_path()` makes one
+from a text, and `write_atomically()` writes a file completely or not at all.
 """
 
 import contextlib
@@ -33,17 +34,20 @@ _OF_THIS_MACHINE = ("", "file", "local")
 
 
 def any_path(text: str | os.PathLike) -> AnyPath:
-    """A `Path` for a folder of this machine, a `UPath` for an address.
+    """Convert a text to a `Path` (this machine) or a `UPath` (an address such as s3://...).
 
     Raises:
-        ValueError: an empty text, an address of nothing, or one whose file system is not installed.
+        ValueError: an empty text, a zero byte, an address without bucket or host, or an address
+            whose file system is not installed.
     """
     if not str(text).strip():
         raise ValueError("an empty path; name a file or folder, or . for this folder")
     if "\0" in str(text):
-        raise ValueError("a path with a zero byte, which no file system has")
+        raise ValueError("a path contains a zero byte, which no file system allows")
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:/*", str(text)):
-        raise ValueError(f"{text} names no bucket or host; expected such as s3://bucket/folder")
+        raise ValueError(
+            f"{text} names no bucket or host; expected an address like s3://bucket/folder"
+        )
     if ":" not in str(text):
         return Path(text)
     try:
@@ -54,7 +58,7 @@ def any_path(text: str | os.PathLike) -> AnyPath:
 
 
 def local_path(text: str | os.PathLike) -> Path:
-    """A `Path` of this machine, where an address would be of no use.
+    """Convert a text to a `Path` of this machine.
 
     Raises:
         ValueError: an address, or an empty text.
@@ -62,15 +66,15 @@ def local_path(text: str | os.PathLike) -> Path:
     is_address = _ADDRESS.match(str(text)) and not str(text).startswith("file://")
     path = None if is_address else any_path(text)
     if path is None or not is_local(path):
-        raise ValueError(f"{text} is an address; this takes a path of this machine only")
+        raise ValueError(f"{text} is an address; expected a path on this machine")
     return path
 
 
 def writable_path(text: str | os.PathLike) -> AnyPath:
-    """As `any_path`, for what is to be written.
+    """Convert a text to a path like `any_path`, but refuse read-only addresses (http, https).
 
     Raises:
-        ValueError: also an address that can only be read.
+        ValueError: as `any_path`, or a read-only address.
     """
     scheme = _ADDRESS.match(str(text))
     if scheme and scheme[1].lower() in _READ_ONLY:
@@ -79,11 +83,11 @@ def writable_path(text: str | os.PathLike) -> AnyPath:
 
 
 def check_reachable(path: AnyPath) -> None:
-    """Ask an address for anything at all, before work begins that needs it.
+    """Check that an address answers, before work begins that needs it. Does nothing for a `Path`.
 
     Raises:
-        OSError: no answer, or no right to one. The clients behind addresses raise errors of kinds
-            of their own; here they become one.
+        OSError: no answer, or no permission. Every error type of the fsspec clients is converted
+            to OSError.
     """
     if is_local(path):
         return
@@ -98,15 +102,15 @@ def check_reachable(path: AnyPath) -> None:
 
 
 def is_local(path: AnyPath) -> "TypeIs[Path]":
-    """Whether `path` is on this machine's file system."""
+    """Return whether `path` is on the file system of this machine."""
     return isinstance(path, Path)
 
 
 def check_inside(path: AnyPath, folder: AnyPath) -> None:
-    """Check that what is written to `path` lies below `folder`, links followed.
+    """Check that `path` is inside `folder` after links are resolved.
 
     Raises:
-        ValueError: it does not.
+        ValueError: `path` is outside `folder`.
     """
     if is_local(path) and is_local(folder):
         inside = path.resolve().is_relative_to(folder.resolve())
@@ -115,34 +119,36 @@ def check_inside(path: AnyPath, folder: AnyPath) -> None:
     else:
         inside = path.path.startswith(folder.path.rstrip("/") + "/") and ".." not in path.parts
     if not inside:
-        raise ValueError(f"{path} leads out of {folder}; nothing is written or removed there")
+        raise ValueError(f"{path} is outside of {folder}; nothing was written or removed")
 
 
 def make_folder(path: AnyPath) -> None:
-    """Make a folder and what is above it. Object stores have none, and a bucket that is not there
-    was most likely misspelled: it is not made.
+    """Create a folder and its parents. Does nothing on object stores: they have no folders, and a
+    bucket that does not exist is probably misspelled.
     """
     if is_local(path) or path.protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az"):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def partial_of(path: Path) -> Path:
-    """The name of a file or folder while this process writes it: two writers never share one."""
+    """Return the temporary name of `path` while this process writes it. The name contains the
+    process id, so that two writers never share it.
+    """
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is the temporary name of a file or folder."""
+    """Return whether `path` is the temporary name of a file or folder."""
     return path.name.endswith(".partial")
 
 
 MAX_NAME_BYTES = 255 - len(".4194304.partial")
-"""The longest name that the usual file systems take, with room for that of a temporary file."""
+"""Longest file name in bytes: 255, the limit of usual file systems, less the temporary suffix."""
 
 
 def file_name(stem: str, suffix: str) -> str:
-    """`stem` and `suffix` as the name of a file; where that is too long for one, the beginning of
-    `stem` and a hash.
+    """Join `stem` and `suffix` to a file name of at most `MAX_NAME_BYTES` bytes. A `stem` that is
+    too long is cut, and a hash is added.
     """
     encoded = os.fsencode(stem + suffix)
     if len(encoded) <= MAX_NAME_BYTES:
@@ -152,11 +158,13 @@ def file_name(stem: str, suffix: str) -> str:
 
 
 def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary file)`, then rename or upload it: `path` is absent, old or whole,
-    whatever fails and whenever the power does. Its mode follows the umask.
+    """Call `write(temporary file)`, then rename the file to `path`, or upload it.
+
+    After any failure, a power cut included, `path` is missing, old or complete, but never partial.
+    Its mode follows the umask.
 
     Raises:
-        OSError: as `write` does; where there is no room the message names `path`.
+        OSError: from `write`; if the disk is full, the message names `path`.
     """
     with naming(path):
         _write_atomically(path, write)
@@ -164,7 +172,7 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """Put the name of the file into errors of a full disk, which come without one."""
+    """Add the file name `path` to errors of a full disk, which have none."""
     try:
         yield
     except OSError as error:
@@ -179,7 +187,7 @@ def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             partial = Path(folder) / path.name
             write(partial)
-            # An object appears when its upload is complete, and not before.
+            # An object store shows an object only when its upload is complete.
             path.fs.put_file(str(partial), path.path)
         return
     partial = partial_of(path)
@@ -195,19 +203,19 @@ def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
-    """Write a file of these bytes by `write_atomically`."""
+    """Write bytes to a file by `write_atomically`."""
     write_atomically(path, lambda partial: partial.write_bytes(data))
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """Write a UTF-8 file of this text by `write_atomically`."""
+    """Write text to a UTF-8 file by `write_atomically`."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that is gone when the block ends, and with it what killed processes
-    left of theirs: `path` has one writer at a time.
+    """Create a temporary folder next to `path` and remove it when the block ends. Temporary folders
+    that killed processes left for `path` are removed first: `path` must have one writer at a time.
     """
     partial = partial_of(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
@@ -221,8 +229,9 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill, which is renamed to `path` when the block ends well: `path` is
-    absent, old or whole. Modes follow the umask. With `replace` an old folder makes way for it.
+    """Yield a temporary folder to fill, and rename it to `path` if the block ends without an error.
+    `path` is missing, old or complete, but never partial. File modes follow the umask. With
+    `replace`, an existing folder at `path` is removed first.
     """
     with temporary_folder(path) as partial:
         mode = partial.stat().st_mode & 0o666
@@ -234,8 +243,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: Path, *, replace: bool = False) -> None:
-    """Give a complete file or folder its name, once its bytes are on the disk. A file takes the
-    place of an older one; a folder that of an empty one, or with `replace` of any.
+    """Sync a complete file or folder to the disk, then rename it to `path`. A file replaces an
+    older file. A folder replaces an empty folder, or with `replace` any folder.
     """
     if partial.is_dir():
         for folder, _folders, files in os.walk(partial, topdown=False):
@@ -251,12 +260,12 @@ def publish(partial: Path, path: Path, *, replace: bool = False) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder."""
+    """Call fsync on a file, or on a folder to make its entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems keep the names in a folder by themselves.
+        # Some network file systems do not support fsync on folders and do not need it.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -264,33 +273,33 @@ def _sync(path: Path) -> None:
 
 
 def size_of(path: AnyPath) -> int | None:
-    """Bytes of a file, or None where there is none."""
+    """Return the size of a file in bytes, or None if it does not exist."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_size
     return None
 
 
 def files_in(folder: AnyPath) -> list[AnyPath]:
-    """The files directly in a folder, by name; none where there is no such folder."""
+    """Return the files directly in a folder, sorted by name; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_file()), key=lambda p: p.name)
 
 
 def sha256_of(path: AnyPath) -> str:
-    """The hash of a file, read in pieces."""
+    """Return the SHA-256 of a file as 64 hex digits. The file is read in pieces."""
     with path.open("rb") as stream:
-        # What fsspec opens has `readinto`, which BinaryIO does not promise.
+        # Streams of fsspec have `readinto`, but the type BinaryIO does not declare it.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def text_fault(error: ValueError) -> str:
-    """What is wrong with a text or JSON file, by the error of reading it: a byte, or a place."""
+    """Describe why a text or JSON file could not be read: the bad byte, or the line and column."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         place = f"{error.msg} in line {error.lineno}, column {error.colno}"
-        return place if error.doc.strip() else "it is empty"
+        return place if error.doc.strip() else "the file is empty"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -298,8 +307,8 @@ CACHE_VARIABLE = "DETECTOR_CACHE"
 
 
 def cache_folder() -> Path:
-    """The folder of what was fetched for detectors on this machine: `DETECTOR_CACHE`, or
-    `ai-images-detector/backbones` in the user's folder of caches.
+    """Return the folder for fetched backbones: `DETECTOR_CACHE`, or `ai-images-detector/backbones`
+    in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
     """
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own)
@@ -308,5 +317,5 @@ def cache_folder() -> Path:
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

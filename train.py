@@ -1,10 +1,10 @@
-"""Train the detector: `python train.py --phase 1`, then `python train.py --phase 2`.
+"""The `train.py` command: train a detector on shard sets and write its checkpoints to `runs/`.
 
-Phase 1 learns from the old sets; phase 2 starts from phase 1's best checkpoint and learns the new
-sets with a little of the old ones replayed. Interrupted runs go on where they stopped.
+Phase 1 (`python train.py --phase 1`) trains on the old sets. Phase 2 (`--phase 2`) starts from the
+best checkpoint of phase 1 and trains on the new sets plus a few replayed old images. The same
+command resumes an interrupted run. Main entry: `main()`.
 
-What takes seconds to load (torch, timm) is imported inside the functions that use it, after the
-command line has been checked.
+Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
 
 import json
@@ -20,8 +20,8 @@ from storage import any_path
 
 
 def _print_validation(meta: Mapping[str, Any]) -> None:
-    """Print the validation of a checkpoint, per set and source, at the threshold that it decides
-    by: that of its calibration, as `evaluate.py` does, or 0.5 where there is none.
+    """Print the validation metrics of a checkpoint per set and per source, at its calibrated
+    decision threshold, or at 0.5 without a calibration.
     """
     from model.training.validation import Validation
 
@@ -31,33 +31,42 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
         for name, m in (*validation.sets.items(), *validation.sources.items())
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-    title = f"{meta['recipe']['name']}, step {meta['step']}, fake from {meta['threshold']:.3f}"
+    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
     console.table(title, columns, rows, drop=["images", "accuracy", "AUROC"])
 
 
 @click.command(cls=console.Command)
-@click.option("--phase", type=click.Choice(["1", "2"]), help="Take recipes/phase1 or phase2.toml.")
+@click.option(
+    "--phase",
+    type=click.Choice(["1", "2"]),
+    help="Train recipes/phase1.toml or recipes/phase2.toml.",
+)
 @click.option(
     "--recipe",
     "recipe_path",
     type=console.LocalPath(dir_okay=False),
-    help="Another recipe file, instead of --phase.",
+    help="Recipe to train instead of --phase: a TOML file, or the name of a built-in recipe.",
 )
 @click.option(
     "--folder",
     type=console.LocalPath(exists=True, file_okay=False),
-    help="Train on the images in its folders real/ and fake/, which are packed first.",
+    help="Folder with real/ and fake/: pack their images into shard sets, then train on them.",
 )
-@click.option("--set", "overrides", multiple=True, help="Change a value: --set optim.lr=1e-4.")
-@click.option("--run", "name", help="Name of the run. Default: the recipe's.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    help="Change a recipe value, such as optim.lr=1e-4. May be repeated.",
+)
+@click.option("--run", "name", help="Name of the run. Default: that of the recipe.")
 @click.option(
     "--init-from",
     type=console.LocalPath(),
-    help="Start from this checkpoint folder or .safetensors file of a backbone, or from the "
-    "backbone that was fetched under this name, such as clip.",
+    help="Initial weights: a checkpoint folder, the .safetensors file of a backbone, or the name "
+    "of a fetched backbone, such as clip. Default: as in the recipe.",
 )
-@click.option("--no-pretrained", is_flag=True, help="Start from random weights, not timm's.")
-@click.option("--dry-run", is_flag=True, help="Try a few steps, say what would run, then stop.")
+@click.option("--no-pretrained", is_flag=True, help="Start from random weights, not from timm's.")
+@click.option("--dry-run", is_flag=True, help="Try a few steps, print the plan and exit.")
 @console.options("data", "runs")
 def main(
     phase: str | None,
@@ -71,14 +80,14 @@ def main(
     data: str,
     runs: Path,
 ) -> None:
-    """Train a phase; run the same command again to go on after an interruption.
+    """Train a detector. Run the same command again to resume an interrupted run.
 
     On several GPUs: torchrun --nproc-per-node 4 train.py --phase 1
     """
     named = (phase is not None) + (recipe_path is not None)
     if named != 1 and not (folder and not named):
         raise click.UsageError(
-            "say --phase 1, --phase 2 or --recipe FILE (or --folder DIR, for your own images)"
+            "give --phase 1, --phase 2 or --recipe FILE, or --folder DIR for your own images"
         )
     import recipes
     from model.recipe import Recipe
@@ -115,7 +124,7 @@ def main(
             best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:
             if dist.is_main:
-                console.say(f"{stopped}; the same command goes on from there")
+                console.say(f"{stopped}; run the same command again to resume")
             raise SystemExit(130) from None
     if dist.is_main:
         meta = checkpoint.read_meta(best)

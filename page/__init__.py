@@ -1,5 +1,6 @@
-"""The web page that `app.py` starts: images in, verdicts with what they are worth out.
+"""Web page: upload images, see verdicts and the error rates of the detector. Main entry:
+`draw.main()`.
 
-`draw.py` puts the page together. Python writes HTML by `markupsafe`, which escapes what comes from
-outside; `style.css` and the `.js` files are what the browser gets.
+`markupsafe` escapes all untrusted text in the HTML. `style.css` and the `.js` files are sent to the
+browser.
 """

@@ -1,4 +1,4 @@
-"""What the detector cannot know, and which one it is."""
+"""Foot of the page: limits of the detector, and its name and date. Main entry: `about()`."""
 
 import os
 import tomllib
@@ -15,29 +15,30 @@ from page.html import show
 ROOT = Path(__file__).parent.parent
 
 LIMITS = """
-- **A probability is not a proof.** Do not accuse anybody on the strength of this page alone.
-- **It knows what it was trained on.** A newer generator, an unusual camera, a screenshot, heavy
-  filters, or a picture that was compressed many times can mislead it, in both directions.
-- **It looks at the middle of the image**, scaled to a few hundred pixels. A small edited spot in a
-  real photograph can go unseen.
-- **It judges how pixels were made**, not whether what they show is true.
-- **A pasted picture has lost what its file said about itself**; upload the file to read that.
+- **A probability is not a proof.** Do not accuse anybody because of this page alone.
+- **The detector knows only kinds of images that it was trained on.** A newer generator, an unusual
+  camera, a screenshot, heavy filters or repeated compression can cause errors in both directions.
+- **The detector sees only the center of the image**, scaled to a few hundred pixels. A small edited
+  area in a real photograph can be missed.
+- **The verdict is about how the pixels were made**, not about whether the scene is true.
+- **A pasted image contains no file information.** Upload the file to see statements about its
+  origin.
 """
 
 
 def about(detector: ImageDetector) -> None:
-    """The last lines of the page."""
+    """Show the limits and the name of the detector at the foot of the page."""
     with st.expander("What this page can and cannot tell"):
         st.markdown(LIMITS)
     show(Markup('<footer class="quiet">{}</footer>').format(which(detector)))
 
 
 def which(detector: ImageDetector) -> str:
-    """The detector and the program by name and date."""
+    """Return one line with the name, identity and date of the detector, and the program version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     network, created = detector.meta["recipe"]["network"]["name"], detector.meta["created"][:10]
     shipped = not os.environ.get(CHECKPOINT) and is_shipped(detector.checkpoint)
-    first = f"There is no trained run: this is {detector.checkpoint.name}, which ships. "
+    first = f"There is no trained run, so this is the shipped detector {detector.checkpoint.name}. "
     return (
         f"{first if shipped else ''}Model {network}, {detector.identity}, {created}. Program "
         f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."

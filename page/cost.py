@@ -1,4 +1,7 @@
-"""Where "likely AI" begins, and what moving it costs."""
+"""Threshold slider, and the expected verdicts per 100 images at the chosen threshold.
+
+Main entry: `show_threshold()`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +16,7 @@ from page.html import show
 
 
 def moved(detector: ImageDetector) -> ImageDetector:
-    """The detector with the threshold that the slider stands at."""
+    """Return the detector with the threshold that is set on the slider."""
     threshold = st.session_state.get("threshold", detector.threshold)
     if threshold == detector.threshold:
         return detector
@@ -21,14 +24,14 @@ def moved(detector: ImageDetector) -> ImageDetector:
 
 
 def show_threshold(detector: ImageDetector) -> None:
-    """The slider, and where 100 fakes and 100 real photographs end at it."""
+    """Show the slider, and the verdicts of 100 fakes and 100 real photographs at its threshold."""
     calibration = detector.meta["calibration"]
     curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     with st.container(key="cost"):
-        show(Markup("<h2>What this threshold costs</h2>"))
+        show(Markup("<h2>Results at this threshold</h2>"))
         st.select_slider(
-            f"Say likely AI from this {fitness.word_for(detector.meta)} on",
+            f"Threshold: likely AI at or above this {fitness.word_for(detector.meta)}",
             sorted({*steps, detector.threshold}),
             value=detector.threshold,
             key="threshold",
@@ -38,42 +41,40 @@ def show_threshold(detector: ImageDetector) -> None:
         if not curve:
             show(
                 Markup(
-                    '<p class="warning">This checkpoint is not calibrated: read its probabilities '
-                    "as scores. What a threshold costs was not measured, so there are no figures "
+                    '<p class="warning">This detector is not calibrated: its numbers are scores, '
+                    "not probabilities. Its error rates were not measured, so no figures are shown "
                     "here.</p>"
                 )
             )
             return
         show(hundred_html(curve, moved(detector).band))
         sets = ", ".join(calibration["fitted_on"])
-        how = (
-            ", each source while it was left out of training" if calibration.get("sources") else ""
-        )
+        how = ", each source by a detector trained without it" if calibration.get("sources") else ""
         show(
             Markup(
-                '<p class="quiet">Measured on {}: {} real and {} fake images{}. On images unlike '
-                "those, expect more of both mistakes.</p>"
+                '<p class="quiet">Measured on {}: {} real and {} fake images{}. On other kinds of '
+                "images, expect more errors.</p>"
             ).format(sets, f"{calibration['reals']:,}", f"{calibration['fakes']:,}", how)
         )
 
 
 def rule(detector: ImageDetector) -> str:
-    """What the verdicts mean, in words."""
+    """Describe in one sentence which probabilities give which verdict."""
     ours = moved(detector)
     low, high, own_threshold = (f"{100 * p:.3g}%" for p in (*ours.band, detector.threshold))
     doubt = f", uncertain from there to {high}" if low != high else ""
-    aside = f" The checkpoint's own threshold is {own_threshold}." if ours is not detector else ""
+    aside = f" The detector's default threshold is {own_threshold}." if ours is not detector else ""
     return f"No sign of AI below {low}{doubt}, likely AI from {high} on.{aside}"
 
 
 def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:
-    """How many of 100 real photographs and of 100 fakes end in each verdict, with a `band`."""
+    """Return a table: of 100 real photographs and 100 fakes, how many get each verdict."""
     reals, fakes = ends(list(roc), band)
     is_doubt = band[0] < band[1]
     rows = [_row("Of 100 real photographs", reals, is_doubt), _row("Of 100 fakes", fakes, is_doubt)]
     return Markup(
-        '<div class="card scroll"><table class="hundred"><caption class="for-readers">Where 100 '
-        "real photographs and 100 fakes end, about</caption><thead><tr><td></td>"
+        '<div class="card scroll"><table class="hundred"><caption class="for-readers">Approximate '
+        "verdicts of 100 real photographs and 100 fakes</caption><thead><tr><td></td>"
         '<th scope="col">no sign of AI</th><th scope="col">uncertain</th>'
         '<th scope="col">likely AI</th></tr></thead><tbody>{}</tbody></table></div>'
     ).format(Markup().join(rows))

@@ -1,4 +1,7 @@
-"""The detector of the page: which one, or why there is none."""
+"""Load the detector of the page once, or explain why it cannot be loaded.
+
+Main entry: `loaded_detector()`.
+"""
 
 import os
 from pathlib import Path
@@ -13,28 +16,28 @@ from model.inference import signatures
 from model.inference.detector import ImageDetector
 from model.shipped.backbone import MissingError
 
-# Where checkpoints are looked for: `DETECTOR_RUNS=demo/runs make app` shows the demo's. Not the
-# newest run's best one: `DETECTOR_CHECKPOINT=runs/phase1 make app`.
+# Environment variables. DETECTOR_RUNS is the runs folder (default runs/): its newest run is used.
+# DETECTOR_CHECKPOINT names a checkpoint or run instead.
 RUNS, CHECKPOINT = "DETECTOR_RUNS", "DETECTOR_CHECKPOINT"
 
 
 @st.cache_resource(show_spinner="Loading the detector")
 def loaded_detector() -> ImageDetector:
-    """The checkpoint, loaded once."""
-    signatures.usual_trust_list()  # one that cannot be used is said at once
+    """Load the detector once for all visitors."""
+    signatures.usual_trust_list()  # report an unusable trust list at once
     return load_detector(folder_in(CHECKPOINT), runs=folder_in(RUNS) or Path("runs"))
 
 
 def why_not(error: Exception) -> str:
-    """Why there is no detector, and what whoever runs the page has to do."""
+    """Explain why there is no detector, and what the person who runs the page must do."""
     if isinstance(error, MissingError):
         there = "in the folder of this program, then reload this page"
         return f"This page has no detector yet: {error} {there}."
     if isinstance(error, NoCheckpointError):
         return (
-            f"This page has no detector: {str(error).partition(';')[0]}. Start it with {RUNS} or "
-            f"{CHECKPOINT} as the folder of one that was trained, or without both to take the one "
-            "that ships (python -m model fetch brings its weights)."
+            f"This page has no detector: {str(error).partition(';')[0]}. Set {RUNS} or "
+            f"{CHECKPOINT} to the folder of a trained detector, or unset both to use the shipped "
+            "detector (python -m model fetch downloads its weights)."
         )
     if isinstance(error, ValueError | OSError):
         return console.one_line(error)
@@ -42,10 +45,10 @@ def why_not(error: Exception) -> str:
 
 
 def folder_in(variable: str) -> Path | None:
-    """The folder that a variable of the environment names, as options take one.
+    """Return the folder named by an environment variable, or None if the variable is not set.
 
     Raises:
-        ValueError: an address, or no folder.
+        ValueError: the value is an address, or not a folder.
     """
     value = os.environ.get(variable)
     try:

@@ -1,4 +1,7 @@
-"""The page from top to bottom, drawn anew whenever something on it changes."""
+"""Draw the page from top to bottom; Streamlit calls this again after every change of an input.
+
+Main entry: `main()`.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -27,7 +30,7 @@ log = logging.getLogger("ai_images_detector")
 
 STYLE = Path(__file__).with_name("style.css")
 
-# The browser's tab. Not a named icon: Streamlit lets the browser fetch those from another host.
+# Icon of the browser tab, as SVG: Streamlit's named icons would be fetched from another host.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">
 <rect x="2" y="5" width="28" height="22" rx="5" fill="#1a5fd0"/>
 <path d="M16 5h9a5 5 0 0 1 5 5v12a5 5 0 0 1-5 5h-9z" fill="#b94707"/>
@@ -41,7 +44,7 @@ def main() -> None:
     show(Markup("<h1>Real or AI-generated?</h1>"))
     try:
         detector = loaded_detector()
-    except Exception as error:  # whatever a damaged or unreadable checkpoint makes a loader raise
+    except Exception as error:  # a damaged checkpoint can raise any exception type in the loader
         log.warning("no detector", exc_info=True)
         show(
             Markup('<div class="card refused" role="alert">{}<p>{}</p></div>').format(
@@ -54,7 +57,7 @@ def main() -> None:
     show_notices(detector.notices)
     files = {file.file_id: file for file in uploads()}
     start = st.empty()
-    if files:  # emptied now: what was on the first screen would stay while images are looked at
+    if files:  # empty now, because the first screen would stay visible while images are scored
         lead.empty()
         start.empty()
     else:
@@ -70,7 +73,7 @@ def main() -> None:
 def show_results(
     detector: ImageDetector, files: Mapping[str, UploadedFile], scored: Mapping[str, Scored]
 ) -> str:
-    """What was found, and the slider; returns it in a sentence for a screen reader."""
+    """Show the results and the threshold slider; returns a sentence for screen readers."""
     ours = moved(detector)
     verdicts = {
         key: result.prediction.verdict if result.prediction.probability is None
@@ -85,14 +88,14 @@ def show_results(
         show(refused_html([scored[chosen]]))
     if not all(result.prediction.error for result in scored.values()):
         show_threshold(detector)
-    said = f"{summary(scored, verdicts)}. Shown in full: " if many else ""
+    said = f"{summary(scored, verdicts)}. Details: " if many else ""
     return said + sentence(ours, scored[chosen], verdicts[chosen])
 
 
 def show_image(
     detector: ImageDetector, file: UploadedFile, result: Scored, said: str, level: int
 ) -> None:
-    """One image in full; its first heading is one of `level`."""
+    """Show one image with its verdict. `level` is the HTML heading level of the verdict."""
     left, right = st.columns([1, 1], gap="medium")
     with left:
         show(verdict_html(detector, result, said, level))
@@ -102,7 +105,7 @@ def show_image(
 
 
 def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
-    """What was found of an image, to be heard."""
+    """Return the result of one image as a sentence for screen readers."""
     probability = result.prediction.probability
     if probability is None:
         return f"{result.name} was refused: {result.prediction.error}."

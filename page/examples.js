@@ -1,4 +1,4 @@
-// The three pictures of `examples.py` as buttons; `paste.js` takes the file that one stands for.
+// Shows the three images of `examples.py` as buttons; a click sends the file to `paste.js`.
 
 export default function ({ parentElement, data }) {
   const list = parentElement.querySelector(".examples");

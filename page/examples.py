@@ -1,7 +1,8 @@
-"""Three pictures to try the page with, drawn here: no photograph, and of no AI generator.
+"""Draw three example images for the page, without any photograph or AI generator.
 
-One is as drawn, one went through the simulated camera of `sharding/demo/`, one through its
-simulated generator. Each file says of itself that a program drew it.
+The first is only drawn. The second passed the simulated camera of `sharding/demo/`, the third its
+simulated generator. The metadata of each file states that a program drew it. Main entry:
+`examples()`.
 """
 
 import functools
@@ -18,8 +19,8 @@ HEIGHT, WIDTH = 480, 640
 NAMES = "dawn.jpg", "noon.jpg", "night.jpg"
 
 ABOUT = (
-    "A program drew the examples: none is a photograph, and none is of an AI generator. They show "
-    "how this page works; a verdict on them says nothing about the detector."
+    "A program drew the examples: they are neither photographs nor made by an AI generator. They "
+    "show how this page works. Their verdicts do not show how good the detector is."
 )
 
 XMP = (
@@ -29,13 +30,15 @@ XMP = (
     'Iptc4xmpExt:DigitalSourceType='
     '"http://cv.iptc.org/newscodes/digitalsourcetype/algorithmicMedia"/></rdf:RDF></x:xmpmeta>'
 )  # fmt: skip
-"""IPTC's word for a picture that a program made without any training data."""
+"""XMP packet with the IPTC source type for an image made by a program without training data."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The colors of a landscape, linear RGB 0 to 1: sky at the zenith and above the hills, sun,
-    and the nearest hill. `sun` is where, as shares of the width and the height.
+    """Colors and sun position of a landscape.
+
+    Colors are linear RGB, 0 to 1: the sky at the zenith and at the horizon, the sun (`light`), and
+    the nearest hill. `sun` is its position (x, y) as fractions of the width and the height.
     """
 
     zenith: tuple[float, float, float]
@@ -56,7 +59,7 @@ NIGHT = Scene((0.004, 0.008, 0.03), (0.05, 0.10, 0.22), (0.85, 0.9, 1.0), (0.002
 
 @dataclass(frozen=True)
 class Example:
-    """A picture to try: `data` is a JPEG file."""
+    """An example image; `data` is a JPEG file."""
 
     name: str
     title: str
@@ -64,13 +67,13 @@ class Example:
 
 
 def is_example(name: str, data: bytes) -> bool:
-    """Whether a file is one of the three, so that its verdict can be told from a finding."""
+    """Return whether a file is one of the examples, because their verdicts mean nothing."""
     return name in NAMES and any(example.data == data for example in examples())
 
 
 @functools.cache
 def examples() -> tuple[Example, ...]:
-    """The three, drawn once in a process."""
+    """Draw the three examples; the result is cached in the process."""
     drawn = landscape(DAWN)
     taken = sensor(np.random.default_rng(1), landscape(NOON), CAMERAS["camera-b"])
     made = decode(np.random.default_rng(2), finish(landscape(NIGHT), CAMERAS["camera-a"]), "smooth")
@@ -78,16 +81,16 @@ def examples() -> tuple[Example, ...]:
         Example(NAMES[0], "Drawn by a program", as_file(finish(drawn, CAMERAS["camera-a"]))),
         Example(
             NAMES[1],
-            "Drawn, then a simulated camera",
+            "Drawn, with a simulated camera",
             as_file(finish(taken, CAMERAS["camera-b"])),
         ),
-        Example(NAMES[2], "Drawn, then a simulated generator", as_file(made)),
+        Example(NAMES[2], "Drawn, with a simulated generator", as_file(made)),
     )
 
 
 def landscape(scene: Scene) -> np.ndarray:
-    """Hills behind hills below a sky with a sun or moon, float32 (HEIGHT, WIDTH, 3) linear light,
-    0 to 1.
+    """Draw rows of hills below a sky with a sun or moon. Returns float32 (HEIGHT, WIDTH, 3), linear
+    RGB, 0 to 1.
     """
     rng = np.random.default_rng(scene.seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
@@ -116,7 +119,7 @@ def landscape(scene: Scene) -> np.ndarray:
 
 
 def as_file(image: np.ndarray) -> bytes:
-    """A JPEG of float RGB 0 to 1 that says what it is."""
+    """Encode float RGB, 0 to 1, as a JPEG file with the metadata `XMP`."""
     stream = io.BytesIO()
     pixels = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(stream, "JPEG", quality=88, xmp=XMP.encode())

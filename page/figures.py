@@ -1,5 +1,6 @@
-"""How often a detector is right and wrong, from its own meta: what the first screen and the slider
-show. Pure functions; nothing here knows a figure of its own.
+"""Compute the error rates that the page shows from the `meta.json` of the detector.
+
+Pure functions. Main entries: `rates()` for the first screen and `ends()` for the slider.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """A share of `images` images; `lowest` and `highest` are those of single sources, None where
-    only all together were measured.
+    """A rate (0 to 1) measured on `images` images. `lowest` and `highest` are the extreme rates of
+    single sources; None if sources were not measured separately.
     """
 
     share: float
@@ -21,9 +22,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured at the checkpoint's own threshold: fakes called likely AI, and real images
-    called that; `uncertain` is the share of all images in the band, None where that is not known.
-    `left_out` says whether every source was scored by a head that had not seen it.
+    """Rates at the checkpoint's calibrated threshold.
+
+    `recall` is the share of fakes called likely AI, `false_positives` the share of real images
+    called likely AI, `uncertain` the share of all images in the band (None if not measured).
+    `left_out` is true if every source was scored by a head that was trained without this source.
     """
 
     recall: Measured
@@ -34,7 +37,7 @@ class Rates:
 
 
 def rates(meta: Mapping[str, Any]) -> Rates | None:
-    """The rates of a checkpoint; None where nothing is calibrated."""
+    """Return the rates in the meta of a checkpoint; None without a calibration."""
     calibration = meta["calibration"]
     if not calibration:
         return None
@@ -74,15 +77,16 @@ Row = tuple[float, float, float]
 
 
 def row_at(roc: list[Row], threshold: float) -> Row:
-    """(threshold, share of reals, share of fakes) from a threshold on. One that was set by hand
-    lies between two rows: the lower one promises no less.
+    """Return the ROC row (threshold, share of reals, share of fakes) for a threshold.
+
+    Between two rows, the lower threshold is used, so both shares are upper bounds.
     """
     return max((row for row in roc if row[0] <= threshold), default=roc[0])
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The shares of the images of one kind that end in each verdict; they add up to 1."""
+    """Share of the images of one class that get each verdict; the three shares sum to 1."""
 
     no_sign: float
     uncertain: float
@@ -90,7 +94,7 @@ class Ends:
 
 
 def ends(roc: list[Row], band: tuple[float, float]) -> tuple[Ends, Ends]:
-    """Where real and where fake images end with a `band`."""
+    """Return the shares of each verdict for real and for fake images, with the band (low, high)."""
     low, high = (row_at(roc, end) for end in band)
     reals, fakes = (
         Ends(1 - low[column], low[column] - high[column], high[column]) for column in (1, 2)
@@ -99,7 +103,7 @@ def ends(roc: list[Row], band: tuple[float, float]) -> tuple[Ends, Ends]:
 
 
 def of_hundred(share: float) -> str:
-    """A share as a count of 100; a measurement on some images is never none or all of them."""
+    """Format a share as a count of 100, but never 0 or 100, which no finite sample can prove."""
     if share < 0.005:
         return "under 1"
     return "over 99" if share > 0.995 else f"{100 * share:.0f}"

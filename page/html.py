@@ -1,4 +1,4 @@
-"""HTML of the page's own: `Markup.format` escapes whatever comes from outside."""
+"""Helpers for the page's HTML; `Markup.format` escapes untrusted text. Main entry: `show()`."""
 
 import streamlit as st
 from markupsafe import Markup
@@ -12,14 +12,17 @@ KINDS = {
     "no sign of AI": "none",
     UNREADABLE: "refused",
 }
-"""The class of a verdict, by which `style.css` colors it; told apart without red from green."""
+"""CSS class of each verdict. The colors differ for color-blind readers too: no red next to green.
+"""
 
 
 def icon(kind: str) -> Markup:
-    """A line drawing of `style.css` beside words that say the same; no reader hears it."""
+    """Return an icon drawn by `style.css`, hidden from screen readers: the text next to it has the
+    same meaning.
+    """
     return Markup('<span class="icon icon-{}" aria-hidden="true"></span>').format(kind)
 
 
 def show(html: Markup, where: DeltaGenerator | None = None) -> None:
-    """Put HTML of `Markup.format` on the page."""
+    """Put HTML on the page, or into the element `where`."""
     (where or st).html(str(html))

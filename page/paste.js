@@ -1,5 +1,5 @@
-// Pasting anywhere on the page, dropping beside the drop zone and choosing an example hand their files
-// to Streamlit's own uploader: one way in, with one set of limits. `uploads.py` mounts this.
+// Passes all files to Streamlit's uploader, so that one set of limits applies: files that are pasted
+// anywhere on the page, dropped outside the drop zone, or chosen as an example. Used by `uploads.py`.
 
 export default function ({ parentElement }) {
   const button = parentElement.querySelector("button");
@@ -20,10 +20,10 @@ export default function ({ parentElement }) {
   };
   const onFiles = (event) => {
     upload(event.detail);
-    document.querySelector(".st-key-images section button")?.focus(); // the example is gone soon
+    document.querySelector(".st-key-images section button")?.focus(); // the example button disappears
   };
-  // Streamlit calls its labeled drop zone a presentation, which readers pass over, and its icons are
-  // letters of a font, which they would read.
+  // Screen readers skip Streamlit's drop zone, because its role is "presentation", and they would read
+  // its icons aloud, because these are letters of a font. Both are corrected here.
   const mend = () => {
     document.querySelectorAll(".st-key-images section[role=presentation]")
       .forEach((zone) => zone.setAttribute("role", "group"));
@@ -39,7 +39,7 @@ export default function ({ parentElement }) {
   const onPaste = (event) => {
     const files = [...event.clipboardData.files];
     if (files.length) { event.preventDefault(); upload(files); }
-    else status.textContent = "There is no picture on the clipboard.";
+    else status.textContent = "There is no image on the clipboard.";
   };
   const ours = (event) => event.dataTransfer.types.includes("Files")
     && !event.target.closest?.(".st-key-images section");
@@ -54,9 +54,9 @@ export default function ({ parentElement }) {
         for (const type of item.types.filter((type) => type.startsWith("image/")).slice(0, 1))
           files.push(await item.getType(type));
       if (files.length) upload(files);
-      else status.textContent = "There is no picture on the clipboard.";
+      else status.textContent = "There is no image on the clipboard.";
     } catch {
-      status.textContent = "The browser did not allow it; press Ctrl+V (or Cmd+V) instead.";
+      status.textContent = "The browser did not allow access to the clipboard; press Ctrl+V (or Cmd+V).";
     }
   };
   button.hidden = !navigator.clipboard?.read;

@@ -1,4 +1,7 @@
-"""The photo: in whole, with the crop that the network sees, and the heatmap in its place."""
+"""Show an uploaded image with the crop that the network sees, and the heatmap over this crop.
+
+Main entry: `show_photo()`.
+"""
 
 import numpy as np
 import streamlit as st
@@ -15,8 +18,8 @@ from pipeline.augment import Preprocess, center_crop_params
 
 
 def crop_of(preprocess: Preprocess, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of what the network sees of an image of `size` (width, height), as
-    shares of it.
+    """Return the crop (left, top, width, height) that the network sees of an image of `size`
+    (width, height), as fractions of the width and the height.
     """
     width, height = size
     params = center_crop_params(preprocess, np.array([width]), np.array([height]))
@@ -31,7 +34,9 @@ def crop_of(preprocess: Preprocess, size: tuple[int, int]) -> tuple[float, float
 def photo_html(
     result: Scored, preprocess: Preprocess, heatmap: bytes = b"", busy: bool = False
 ) -> Markup:
-    """The figure. `heatmap` (a JPEG) lies over the crop; `busy` says that it is being made."""
+    """Return the figure as HTML. `heatmap` (a JPEG file) covers the crop; `busy` shows that the
+    heatmap is being computed.
+    """
     crop = crop_of(preprocess, result.size)
     place = "left: {:.3f}%; top: {:.3f}%; width: {:.3f}%; height: {:.3f}%".format(
         *(100 * share for share in crop)
@@ -40,13 +45,13 @@ def photo_html(
     if heatmap:
         inside = Markup('<img src="{}" alt="Heatmap of {}">').format(data_url(heatmap), result.name)
     elif busy:
-        inside = Markup('<span class="busy">Asking the network</span>')
+        inside = Markup('<span class="busy">Computing the heatmap</span>')
     size = preprocess.crop_size
     whole = min(crop[2:]) > 0.999
     seen = (
-        f"The network sees all of it, at {size} x {size} pixels."
+        f"The network sees the whole image, at {size} x {size} pixels."
         if whole
-        else f"The network sees what is in the frame, at {size} x {size} pixels."
+        else f"The network sees the part in the frame, at {size} x {size} pixels."
     )
     return Markup(
         '<figure class="photo"><div class="picture"><img src="{}" alt="{}">'
@@ -59,9 +64,9 @@ def photo_html(
 
 
 def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> None:
-    """The photo, with its heatmap at a switch; it stays while that is computed."""
+    """Show the image and a switch for its heatmap; the image stays visible meanwhile."""
     picture = st.empty()
-    if not st.toggle("Heatmap: what moved the score", key="heatmap"):
+    if not st.toggle("Heatmap: regions that changed the score", key="heatmap"):
         show(photo_html(result, detector.preprocess), picture)
         return
     maps = st.session_state["heatmaps"]

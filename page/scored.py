@@ -1,4 +1,7 @@
-"""What is found about an image once, and kept in memory as long as the page shows it."""
+"""Score each uploaded image once, and keep the result in memory while the page shows the image.
+
+Main entry: `score_all()`.
+"""
 
 import base64
 import io
@@ -19,16 +22,18 @@ from model.inference.provenance import Evidence, read_evidence
 from page.examples import is_example
 
 MIN_SIDE_PX = 32
-"""A shorter side is refused: no known set has smaller images, and a guess looks like a finding."""
+"""Shortest side that is scored, in pixels. No known set has smaller images, so a verdict on them
+would be a guess.
+"""
 
-# The longer side of what is shown; the detector sees the whole file.
+# Longer side of the shown pictures, in pixels. The detector gets the original file.
 PREVIEW_PX, THUMBNAIL_PX = 768, 96
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was found about an image of `size` (width, height); `preview` and `thumbnail` are small
-    JPEG files.
+    """Result for one image of `size` (width, height) in pixels; `preview` and `thumbnail` are small
+    JPEG files, empty if the image was refused.
     """
 
     name: str
@@ -41,23 +46,23 @@ class Scored:
 
 
 def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:
-    """What is known of each file, by its id; only new files are scored."""
+    """Return file id -> result for all files; only new files are scored."""
     before = st.session_state.get("scored", {})
     scored = {file.file_id: before[file.file_id] for file in files if file.file_id in before}
     maps = st.session_state.get("heatmaps", {})
-    st.session_state["scored"] = scored  # what is no longer shown is gone
+    st.session_state["scored"] = scored  # results of removed files are dropped
     st.session_state["heatmaps"] = {key: maps[key] for key in maps.keys() & scored.keys()}
     fresh = [file for file in files if file.file_id not in scored]
     bar = st.empty()
     for index, file in enumerate(fresh):
-        bar.progress(index / len(fresh), f"Looking at {markdown(file.name)}")
+        bar.progress(index / len(fresh), f"Scoring {markdown(file.name)}")
         scored[file.file_id] = score(detector, file.name, file.getvalue())
     bar.empty()
     return {file.file_id: scored[file.file_id] for file in files}
 
 
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
-    """One image: its probability, or why it is refused."""
+    """Score one image; the result has a probability, or the reason why the image is refused."""
     try:
         with turn(data):
             prediction = detector.predict(data)
@@ -70,8 +75,8 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     size = picture.size
     if min(size) < MIN_SIDE_PX:
         reason = (
-            f"{size[0]} x {size[1]} pixels: too small to judge; at least {MIN_SIDE_PX} are needed "
-            "each way"
+            f"{size[0]} x {size[1]} pixels: too small to judge; each side needs at least "
+            f"{MIN_SIDE_PX} pixels"
         )
         return Scored(name, replace(prediction, probability=None, verdict=UNREADABLE, error=reason))
     picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
@@ -84,12 +89,12 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
 
 
 def as_jpeg(picture: Image.Image) -> bytes:
-    """For showing only."""
+    """Encode a picture as JPEG for display."""
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
 def data_url(jpeg: bytes) -> str:
-    """The address of a picture that is fetched from nowhere."""
+    """Encode a JPEG file as a data: URL, so that the browser fetches nothing."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -1,4 +1,7 @@
-"""The session of a visitor: when everything that it holds is let go of."""
+"""Free the memory of a visitor's session when files are removed or the page is closed.
+
+Main entries: `this_session()` and `forget()`.
+"""
 
 import os
 import threading
@@ -11,20 +14,21 @@ from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunCon
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 GRACE_S = float(os.environ.get("DETECTOR_GRACE_S", "30"))
-"""Seconds from the closing of a page to the end of all it held."""
+"""Seconds after which the data of a closed page is deleted."""
 
 
 def script_context() -> ScriptRunContext:
-    """What Streamlit knows of the page that this thread draws."""
+    """Return Streamlit's context of the page that this thread draws."""
     context = get_script_run_ctx()
-    assert context is not None  # every line here runs in a page
+    assert context is not None  # this module is only used while a page is drawn
     return context
 
 
 def close_soon(session: str) -> None:
-    """Forget a page that was closed, unless it comes back (a phone that slept) within `GRACE_S`.
+    """Delete the session of a closed page, unless the page reconnects within `GRACE_S` seconds (a
+    phone that slept).
 
-    Left to itself, Streamlit forgets it when another page is closed later, which may be never.
+    Streamlit itself deletes the session only when another page is closed later, which may be never.
     """
     runtime = get_instance()
 
@@ -32,7 +36,7 @@ def close_soon(session: str) -> None:
         if not runtime.is_active_session(session):
             runtime.close_session(session)  # files, state and pictures
 
-    loop = runtime._get_async_objs().eventloop  # closing a session is allowed there only
+    loop = runtime._get_async_objs().eventloop  # a session can be closed only in this loop
     timer = threading.Timer(GRACE_S, loop.call_soon_threadsafe, [close])
     timer.daemon = True
     timer.start()
@@ -40,15 +44,15 @@ def close_soon(session: str) -> None:
 
 @st.cache_resource(scope="session", on_release=close_soon, show_spinner=False)
 def this_session() -> str:
-    """The id of the session. Streamlit lets go of it when the page's connection ends."""
+    """Return the id of the session. When the page disconnects, Streamlit calls `close_soon`."""
     return script_context().session_id
 
 
 def forget(files: Sequence[UploadedFile]) -> None:
-    """Drop the files now rather than when the page is closed."""
+    """Delete the files now, not only when the page is closed."""
     context = script_context()
     for file in files:
         context.uploaded_file_mgr.remove_file(  # type: ignore[attr-defined]  # not in the protocol
             context.session_id, file.file_id
         )
-    st.session_state["uploader"] += 1  # a new uploader is an empty one
+    st.session_state["uploader"] += 1  # a new key makes a new, empty uploader

@@ -1,4 +1,7 @@
-"""The first screen: what the page does and how well, and pictures to try it with."""
+"""First screen: what the page does, the error rates of the detector, and example images.
+
+Main entries: `show_lead()`, `show_notices()`, `show_figures()` and `show_examples()`.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,58 +21,58 @@ from page.scored import data_url
 HERE = Path(__file__).parent
 
 LEAD = (
-    "A network looks at how the pixels of a picture were made and calls it likely AI, uncertain or "
-    "without a sign of AI. Beside that stands what its file tells of where it comes from."
+    "A neural network examines the pixels of an image. Its verdict is likely AI, uncertain or no "
+    "sign of AI. The page also shows what the file says about its origin."
 )
 
-PRIVATE = "Images stay in the memory of the machine that this page runs on, while it shows them."
+PRIVATE = "Images stay in the memory of the machine that runs this page, while the page shows them."
 
 _examples = st.components.v2.component(
     "examples",
-    html='<h2>Or try one of these</h2><div class="examples"></div><p class="quiet"></p>',
+    html='<h2>Or try an example</h2><div class="examples"></div><p class="quiet"></p>',
     js=(HERE / "examples.js").read_text(encoding="utf-8"),
     isolate_styles=False,
 )
 
 
 def show_notices(notices: Sequence[Notice]) -> None:
-    """What speaks against the detector: it stays as long as the page is open."""
+    """Show the reasons not to rely on the detector; they stay visible while the page is open."""
     if not notices:
         return
     items = Markup().join(Markup("<li>{}.</li>").format(capital(notice.text)) for notice in notices)
     show(
         Markup(
-            '<section class="warning" aria-label="What speaks against this detector">{}<ul>{}</ul>'
-            "</section>"
+            '<section class="warning" aria-label="Reasons not to rely on this detector">{}'
+            "<ul>{}</ul></section>"
         ).format(icon("warning"), items)
     )
 
 
 def show_lead(where: DeltaGenerator) -> None:
-    """What the page does."""
+    """Show what the page does, in the element `where`."""
     show(Markup('<p class="lead">{} {}</p>').format(LEAD, PRIVATE), where)
 
 
 def show_figures(meta: Mapping[str, Any]) -> None:
-    """How well it does it, false positives beside recall."""
+    """Show the error rates of the detector: recall together with false positives."""
     show(
-        Markup('<section class="well"><h2>How often it is right</h2>{}</section>').format(
+        Markup('<section class="well"><h2>How often the detector is right</h2>{}</section>').format(
             figures_html(rates(meta))
         )
     )
 
 
 def figures_html(measured: Rates | None) -> Markup:
-    """The cards with the rates, or that there are none."""
+    """Return the cards with the rates as HTML, or a card that says that there are none."""
     if measured is None:
         return Markup(
-            '<p class="card">Nobody knows: this detector is not calibrated, so what it finds and '
-            "what it calls AI by mistake was not measured. Its numbers are scores.</p>"
+            '<p class="card">Not known: this detector is not calibrated, so its error rates were '
+            "not measured. Its numbers are scores, not probabilities.</p>"
         )
     cards = [
         _card("likely", "of 100 fakes are called likely AI", measured.recall, "fakes"),
         _card(
-            "none", "of 100 real photographs are too", measured.false_positives,
+            "none", "of 100 real photographs are called likely AI", measured.false_positives,
             "real images",
         ),
     ]  # fmt: skip
@@ -77,17 +80,17 @@ def figures_html(measured: Rates | None) -> Markup:
         cards.append(
             Markup(
                 '<div class="rate"><span class="value">{}</span><span>of 100 images are left '
-                '<em>uncertain</em></span><span class="quiet">a third answer, in place of a guess'
+                '<em>uncertain</em></span><span class="quiet">a third answer, instead of a guess'
                 "</span></div>"
             ).format(of_hundred(measured.uncertain))
         )
     sets = ", ".join(measured.fitted_on)
     how = (
-        f"Measured on {sets}, each source while it was left out of training: kinds of images that "
-        "were new to it, as yours may be."
+        f"Measured on {sets}, each source by a detector trained without it: these images were of a "
+        "new kind for the detector, as yours may be."
         if measured.left_out
-        else f"Measured on {sets}, which are of the kinds that it learned from. With kinds that "
-        "are new to it, expect more of both mistakes."
+        else f"Measured on {sets}: images of the kinds that the detector was trained on. On other "
+        "kinds of images, expect more errors."
     )
     return Markup('<div class="card rates">{}</div><p class="quiet">{}</p>').format(
         Markup().join(cards), how
@@ -106,7 +109,7 @@ def _card(kind: str, what: str, measured: Measured, images: str) -> Markup:
 
 
 def show_examples() -> None:
-    """Three pictures; `examples.js` hands the one that is chosen to the uploader."""
+    """Show the example images; `examples.js` passes the chosen one to the uploader."""
     pictures = [
         {"name": example.name, "title": example.title, "source": data_url(example.data)}
         for example in examples()

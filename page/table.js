@@ -1,5 +1,5 @@
-// One row per image: a click anywhere on it, or its button by the keyboard, shows it in full; a
-// heading sorts. The order lives in the browser only. `table.py` mounts this.
+// Table with one row per image. A click on a row, or on its button with the keyboard, shows the image
+// in full. A click on a heading sorts; the order is stored in the browser only. Used by `table.py`.
 
 const orders = {
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
@@ -16,12 +16,12 @@ const element = (tag, properties = {}, ...children) => {
 export default function ({ parentElement, data, setStateValue }) {
   const table = parentElement.querySelector("table");
   const headings = { picture: "Image", name: "File", verdict: "Verdict", number: data.number };
-  table.caption.textContent = `Verdicts of ${data.rows.length} images; a heading sorts, a row opens`;
+  table.caption.textContent = `Verdicts of ${data.rows.length} images. Select a heading to sort, or a row to see its image.`;
 
   const draw = () => {
     const { by = "", way = "" } = table.dataset;
     const focused = table.contains(document.activeElement)
-      && document.activeElement.closest("[data-key]").dataset.key; // what is drawn anew loses it
+      && document.activeElement.closest("[data-key]").dataset.key; // redrawing loses the focus
     const rows = data.rows.map((row, index) => ({ ...row, index }));
     if (by) rows.sort((a, b) => orders[by](a, b) * (way === "down" ? -1 : 1) || a.index - b.index);
     table.tBodies[0].replaceChildren(...rows.map(line));
@@ -36,12 +36,12 @@ export default function ({ parentElement, data, setStateValue }) {
     const button = element("button", { type: "button" }, title);
     button.onclick = () => {
       table.dataset.way = current && !down ? "down" : "up";
-      table.dataset.by = current && down ? "" : key; // the third click: as they were added
+      table.dataset.by = current && down ? "" : key; // the third click restores the upload order
       draw();
     };
     const cell = element("th", { scope: "col" }, button);
     cell.dataset.key = key;
-    const falls = (key === "name") === down; // numbers begin with the largest
+    const falls = (key === "name") === down; // the first click on numbers sorts the largest first
     cell.ariaSort = current ? (falls ? "descending" : "ascending") : "none";
     return cell;
   };

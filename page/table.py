@@ -1,4 +1,7 @@
-"""Many images at a glance: a row each, sorted in the browser, and as a CSV file."""
+"""Table of many images, one row each, sorted in the browser, with a CSV download.
+
+Main entry: `show_table()`.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +29,7 @@ _table = st.components.v2.component(
 
 
 def summary(scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
-    """How many images, and how many of each verdict."""
+    """Return the number of images in all and per verdict, as text."""
     counts = Counter(verdicts.values())
     said = ", ".join(f"{counts[name]} {name}" for name in KINDS if name in counts)
     return f"{len(scored)} images: {said}"
@@ -35,7 +38,7 @@ def summary(scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
 def show_table(
     detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
 ) -> str:
-    """The table; returns the id of the image to show in full."""
+    """Show the table; returns the id of the image to show in full."""
     show(Markup("<h2>{}</h2>").format(summary(scored, verdicts)))
     refused = [result for result in scored.values() if result.prediction.error]
     if refused:
@@ -62,12 +65,12 @@ def show_table(
 
 
 def first_of(scored: Mapping[str, Scored]) -> str:
-    """The first image that was not refused, if there is one."""
+    """Return the id of the first image that was not refused, or of the first image."""
     return next((key for key in scored if not scored[key].prediction.error), next(iter(scored)))
 
 
 def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
-    """What `table.js` shows of an image."""
+    """Return the values of one table row for `table.js`."""
     probability = result.prediction.probability
     return {
         "id": key,
@@ -83,7 +86,7 @@ def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
 def as_csv(
     detector: ImageDetector, scored: Mapping[str, Scored], verdicts: Mapping[str, str]
 ) -> str:
-    """The table as `predict.py --format csv` writes it."""
+    """Return the table in the format of `predict.py --format csv`."""
     lines = [results.header("csv")]
     for key, result in scored.items():
         values = (

@@ -1,4 +1,4 @@
-"""The ways in: browse, drop, paste, and what the browser says of them."""
+"""Upload images by browsing, dropping or pasting. Main entry: `uploads()`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from page.session import forget
 
 HERE = Path(__file__).parent
 
-# Starlette would pass larger uploads through a temporary file on their way into memory.
+# Without this line, Starlette writes larger uploads to a temporary file first.
 MultiPartParser.spool_max_size = MAX_BYTES
 
 _paste = st.components.v2.component(
@@ -34,9 +34,9 @@ _live = st.components.v2.component(
 
 
 def uploads() -> list[UploadedFile]:
-    """The ways in, and what came through them."""
+    """Show the uploader and its buttons; returns the uploaded files."""
     number = st.session_state.setdefault("uploader", 0)
-    with st.container(key="images"):  # paste.js finds the uploader by this name
+    with st.container(key="images"):  # paste.js finds the uploader by this key
         files = st.file_uploader(
             "Drop images anywhere on this page, browse, or paste with Ctrl+V",
             accept_multiple_files=True,
@@ -50,5 +50,5 @@ def uploads() -> list[UploadedFile]:
 
 
 def announce(text: str) -> None:
-    """Let a screen reader say `text`, in a live region that stays on the page."""
+    """Let screen readers speak `text`, through a live region that stays on the page."""
     _live(key="live", data={"text": text})

@@ -1,4 +1,7 @@
-"""The verdict on one image: the number on its scale, and what the file says."""
+"""HTML cards for one image: the verdict with its probability on a scale, and the file's provenance.
+
+Main entries: `verdict_html()`, `evidence_html()` and `refused_html()`.
+"""
 
 from collections.abc import Sequence
 
@@ -16,9 +19,9 @@ _STATES = {"trusted": "trusted", "valid, signer unknown": "unknown", "invalid": 
 
 
 def verdict_html(detector: ImageDetector, result: Scored, said: str, level: int) -> Markup:
-    """The card with the verdict `said`; its heading is one of `level`."""
+    """Return the card with the verdict `said`. `level` is the HTML heading level."""
     probability = result.prediction.probability
-    assert probability is not None  # what was refused is not shown
+    assert probability is not None  # refused images have no verdict card
     kind = KINDS[said]
     return Markup(
         '<div class="card verdict {}"><h{} class="said">{}{}</h{}><p>{}: <strong>{}</strong></p>{}'
@@ -32,8 +35,8 @@ def verdict_html(detector: ImageDetector, result: Scored, said: str, level: int)
 
 
 def scale_html(p: float, band: tuple[float, float]) -> Markup:
-    """A probability as a mark on a line from no sign of AI to likely AI, with where it is
-    uncertain.
+    """Return a scale from "no sign of AI" to "likely AI" with a mark at probability `p`. The middle
+    part is the uncertain `band` (low, high).
     """
     low, high = (100 * end for end in band)
     middle = "<span>uncertain</span>" if low < high else ""
@@ -50,15 +53,15 @@ def scale_html(p: float, band: tuple[float, float]) -> Markup:
 
 
 def evidence_html(evidence: Sequence[Evidence], level: int) -> Markup:
-    """What the file says of itself, each signature with its state."""
+    """Return the card with the statements of the file; signatures are shown with their state."""
     if evidence:
         body = Markup('<ul class="says">{}</ul><p class="quiet">{}</p>').format(
             Markup().join(map(_statement, evidence)), provenance.MEANING
         )
     else:
         body = Markup(
-            '<p class="quiet">Nothing of where it comes from. That is usual: most sites strip it.'
-            "</p>"
+            '<p class="quiet">Nothing about its origin. This is normal: most websites remove such '
+            "information.</p>"
         )
     return Markup('<div class="card"><h{}>What the file says</h{}>{}</div>').format(
         level, level, body
@@ -67,7 +70,7 @@ def evidence_html(evidence: Sequence[Evidence], level: int) -> Markup:
 
 def _statement(item: Evidence) -> Markup:
     value = Markup("{}").format(item.value)
-    if item.state:  # it begins the value: no name that a file gives can come before it
+    if item.state:  # the value starts with the state, so text of the file cannot come before it
         rest = item.value.removeprefix(item.state)
         value = Markup('<span class="state {}">{}</span>{}').format(
             _STATES[item.state], item.state, rest
@@ -79,7 +82,7 @@ def _statement(item: Evidence) -> Markup:
 
 
 def refused_html(refused: Sequence[Scored]) -> Markup:
-    """Which files were refused, and why."""
+    """Return the card with the refused files and the reasons."""
     items = Markup().join(
         Markup("<li><b>{}</b>: {}</li>").format(result.name, result.prediction.error)
         for result in refused

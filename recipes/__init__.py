@@ -1,10 +1,10 @@
-"""Recipes: a TOML file in, a frozen dataclass out. A key that nobody knows is an error.
+"""Recipes: read a TOML file into a frozen dataclass and refuse unknown keys. Main entry: `load()`.
 
-A recipe may start from others: `extends = ["phase1.toml", "demo.toml"]` takes every value of those
-files (in the same folder, a later one over an earlier one) and changes only what stands below it.
+A recipe can extend others: `extends = ["phase1.toml", "demo.toml"]` first takes all values of these
+files (from the same folder; a later file overrides an earlier one), then the recipe's own values.
 
-The recipes that ship lie in `FOLDER`. Where no file is there, their names mean them: `demo-phase1`,
-`demo-phase1.toml`, and `recipes/demo-phase1.toml`, which exists in a checkout alone.
+Built-in recipes are in `FOLDER`. If no such file exists in the current folder, a name means the
+built-in recipe: `demo-phase1`, `demo-phase1.toml` and `recipes/demo-phase1.toml` are the same.
 """
 
 import codecs
@@ -27,14 +27,15 @@ T = TypeVar("T")
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message says where and what is known instead."""
+    """Error in a recipe. The message names the file, the key, and what is expected."""
 
 
 def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """Read the recipe at `path` as a `kind`, with `overrides` such as `optim.lr=1e-4` on top.
+    """Read the recipe at `path` into the dataclass `kind`, then apply `overrides` such as
+    `optim.lr=1e-4`.
 
     Raises:
-        RecipeError: no such file, broken TOML, an unknown or missing key, a value out of range.
+        RecipeError: no such file, invalid TOML, an unknown or missing key, a value out of range.
     """
     values = read(path)
     for override in overrides:
@@ -44,8 +45,12 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collection[str] = ()) -> T:
-    """`values` (nested dicts, as TOML or JSON gives them) as a `kind`, strictly; see `load`.
-    `changed` names the keys that --set has given.
+    """Convert nested dicts (parsed TOML or JSON) to the dataclass `kind`; unknown keys are errors.
+
+    `where` names the source in messages. `changed` lists the keys that were given by --set.
+
+    Raises:
+        RecipeError: an unknown or missing key, a wrong type, a value out of range or not finite.
     """
     _refuse_unknown(kind, values, where, prefix="")
     try:
@@ -61,11 +66,11 @@ _TAKES = {
     "mapping": "a table", "int": "a whole number", "float": "a number", "bool": "true or false",
     "string": "a text",
 }  # fmt: skip
-"""What a key takes, by the beginning of pydantic's name for the mistake."""
+"""Expected type of a value in words, by the first part of pydantic's error type."""
 
 
 def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
-    """What is wrong with one value: the key, what it takes, what it got, how it is written."""
+    """Describe one pydantic error: the key, the expected type, the value, the right notation."""
     *tables, last = mistake["loc"] or ("recipe",)
     name = ".".join(map(str, mistake["loc"])) or "recipe"
     value, takes = mistake["input"], _TAKES.get(mistake["type"].partition("_")[0])
@@ -83,7 +88,7 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
 
 
 def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
-    """Walk a value; the first NaN or infinity in it is an error."""
+    """Raise `RecipeError` for the first NaN or infinity in a nested value."""
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a finite number, got {value}")
     if dataclasses.is_dataclass(value):
@@ -97,24 +102,24 @@ def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
 
 
 def _file_of(path: Path) -> Path:
-    """The recipe file that `path` means: where none is there, the one that ships of that name."""
+    """Return `path`, or the built-in recipe of that name if `path` does not exist."""
     shipped = FOLDER / f"{path.name.removesuffix('.toml')}.toml"
     is_name = path.parent in (Path(), Path("recipes"))
     return shipped if is_name and not path.exists() and shipped.is_file() else path
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The values of a recipe with those it extends, as TOML has them.
+    """Read a recipe as nested dicts, merged with the recipes that it extends.
 
     Raises:
-        RecipeError: no such file, or broken TOML.
+        RecipeError: no such file, or invalid TOML.
     """
     file = _file_of(path)
     try:
         values = read_toml(file)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
-        raise RecipeError(f"no recipe at {path}; built in are {known}") from None
+        raise RecipeError(f"no recipe at {path}; built-in recipes: {known}") from None
     merged: dict[str, Any] = {}
     for base in values.pop("extends", []):
         beside = file.parent / base
@@ -124,11 +129,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; a byte order mark is passed over.
+    """Read a TOML file as nested dicts. A byte order mark is allowed.
 
     Raises:
-        FileNotFoundError: it is not there.
-        RecipeError: it is not UTF-8, or broken TOML.
+        FileNotFoundError: the file does not exist.
+        RecipeError: the file is not UTF-8, or is invalid TOML.
     """
     try:
         return tomllib.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
@@ -142,7 +147,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` on top; tables are merged key by key, everything else is replaced."""
+    """Update `base` with `changes`: tables are merged key by key, other values are replaced."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)
@@ -152,7 +157,7 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `path.to.key=value`; the value is TOML where it parses as TOML, else plain text."""
+    """Apply one override `path.to.key=value`. A value that is not valid TOML is taken as text."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise RecipeError(f"--set takes KEY=VALUE, such as optim.lr=1e-4; got {override!r}")
@@ -169,9 +174,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
-    """Walk a type and a value together; the first key that a dataclass lacks is an error.
+    """Raise `RecipeError` for the first key that the dataclass `kind` does not have.
 
-    Pydantic alone would say so too, but without the names that are known.
+    Pydantic refuses unknown keys too, but its message does not list the known names.
     """
     arguments = typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
@@ -192,6 +197,6 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
 
 
 def _nearest(key: str, known: Collection[str]) -> str:
-    """The known names that are spelled like `key`, the nearest first; all of them if none is."""
+    """List the known names with a spelling close to `key`, nearest first, or else all names."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    return f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(sorted(known))}"
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"

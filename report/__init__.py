@@ -1,5 +1,5 @@
-"""An evaluation as a person reads it: in a terminal, as CSV, and as one offline HTML page.
+"""Show an evaluation in a terminal, as CSV tables and as an offline HTML page.
 
-`report.json` and `scores.parquet` in (`model/evaluation/report.py` describes them); nothing is
-measured here that they do not hold.
+Reads `report.json` and `scores.parquet` (described in `model/evaluation/report.py`) and computes no
+new metrics. Main entries: `files.write_report()` and `terminal.print_report()`.
 """

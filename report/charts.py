@@ -1,7 +1,8 @@
-"""Charts as SVG for a page in light or dark: numbers in, markup out.
+"""Draw charts as SVG markup for a page with light and dark colors: arrays in, `Markup` out.
 
-Drawn by matplotlib in stand-in colors, which are then replaced by the page's own variables. No
-name that a user chose enters a chart: such text belongs to the page, which escapes it.
+Matplotlib draws with placeholder colors, which are then replaced by CSS variables of the page.
+Charts contain no text from users; the page shows such text, because the page escapes it. Main
+entries: `roc_chart()`, `reliability_chart()`, `histogram_chart()` and `robustness_chart()`.
 """
 
 import io
@@ -20,7 +21,7 @@ from model.metrics import roc
 
 REAL, FAKE, INK, MUTED, GRID, BAND = (f"#0a0b0{number}" for number in range(1, 7))
 _VARIABLES = {REAL: "real", FAKE: "fake", INK: "ink", MUTED: "muted", GRID: "grid", BAND: "band"}
-"""Stand-in colors, and the variables of the page that take their place."""
+"""Placeholder color -> CSS variable of the page."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -47,14 +48,17 @@ _STYLE: dict[Any, Any] = {
 _DASHED = (0, (3, 3))
 
 MOST_POINTS = 400
-"""Corners of a ROC curve that are plotted; more cannot be told apart."""
+"""Largest number of plotted points of a ROC curve; more points would not be visible."""
 
 BINS = 10
-"""Bins of the reliability diagram."""
+"""Number of bins of the reliability diagram."""
 
 
 def roc_chart(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Markup:
-    """The ROC curve, its low end enlarged (square roots), and where the threshold stands on it."""
+    """Draw the ROC curve with a dot at `threshold`. The x axis has a square-root scale, which
+    enlarges low false-positive rates. `labels` and `probabilities` have shape (N,); label 1 is
+    fake.
+    """
     false, true = roc(labels, probabilities)
     fpr, tpr = false / false[-1], true / true[-1]
     keep = np.unique(
@@ -77,8 +81,8 @@ def roc_chart(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -
 
 
 def reliability_chart(labels: np.ndarray, probabilities: np.ndarray) -> Markup:
-    """Share of fakes against the mean probability, in equal bins with 95 % intervals (Wilson), and
-    how many images each has.
+    """Draw the share of fakes against the mean probability in `BINS` bins of equal width, with 95 %
+    Wilson intervals, and the number of images per bin as bars. Both arrays have shape (N,).
     """
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
@@ -94,13 +98,13 @@ def reliability_chart(labels: np.ndarray, probabilities: np.ndarray) -> Markup:
     axes.plot(mean, share, "o", color=FAKE, ms=5, clip_on=False)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("probability of fake as stated")
-    axes.set_ylabel("share that is fake")
-    return _svg(figure, "Reliability diagram: share of fakes against stated probability")
+    axes.set_xlabel("predicted probability of fake")
+    axes.set_ylabel("share of fakes")
+    return _svg(figure, "Reliability diagram: share of fakes against predicted probability")
 
 
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The score interval of Wilson (1927) at 95 %."""
+    """Return the ends of the 95 % score interval of Wilson (1927) for shares of `count` images."""
     z2 = 1.96**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     reach = np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) * 1.96 / (1 + z2 / count)
@@ -108,7 +112,9 @@ def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float]) -> Markup:
-    """How the probabilities of one source's images lie, with the band of doubt behind them."""
+    """Draw histograms of the probabilities of the real and fake images of one source, over the
+    uncertain band (low, high).
+    """
     figure, axes = _figure(width=2.3, height=1.2)
     edges = np.linspace(0, 1, 26)
     low, high = band
@@ -131,8 +137,10 @@ def robustness_chart(
     falling: bool = False,
     doubling: bool = False,
 ) -> Markup:
-    """Rates along the amount of a degradation: lines of (class, dash pattern, x, y), where class is
-    "real" or "fake". `falling` puts high amounts to the left, `doubling` doubles along the axis.
+    """Draw rates against the amount of a perturbation.
+
+    Each line is (class "real" or "fake", pattern "solid", "dashed" or "dotted", x values, rates).
+    `falling` reverses the x axis, `doubling` gives it a base-2 log scale.
     """
     figure, axes = _figure(height=2.0)
     patterns = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5))}
@@ -162,8 +170,8 @@ def _figure(width: float = 3.4, height: float = 2.6) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, label: str) -> Markup:
-    """The figure as markup for a page: colors by variable, the page's own font, as wide as its
-    place.
+    """Convert a figure to SVG markup with CSS variables as colors, the page's font and no fixed
+    size. `label` is its text for screen readers.
     """
     stream = io.StringIO()
     with mpl.rc_context(_STYLE):
@@ -185,15 +193,18 @@ def _svg(figure: Figure, label: str) -> Markup:
 _CLEANED = (
     (r"<svg [^>]*>", "<svg>"),
     (r"<metadata>.*?</metadata>", ""),
-    (r"<style .*?</style>", ""),  # it would hold for the whole page
-    (r'<g id="[^"]*">', "<g>"),  # the same in every chart; clips and markers are named by content
+    (r"<style .*?</style>", ""),  # would apply to the whole page
+    (
+        r'<g id="[^"]*">',
+        "<g>",
+    ),  # equal in every chart; ids of clips and markers stay, they are hashes
     (r"font-family: [^;\"]*", "font-family: inherit"),
-    (r"(?<=\d)(\.\d\d)\d+", r"\1"),  # hundredths of a point are enough
+    (r"(?<=\d)(\.\d\d)\d+", r"\1"),  # round to hundredths of a point
     (r"\s*\n\s*", "\n"),
 )
-"""What a chart needs to be part of a page: pattern, and what takes its place."""
+"""(pattern, replacement) pairs that make matplotlib's SVG fit into an HTML page."""
 
 
 def _box(figure: Figure) -> str:
-    """In points: 72 to the inch, as matplotlib's SVG always has."""
+    """Return the viewBox of a figure in points; matplotlib's SVG has 72 points per inch."""
     return "0 0 {:g} {:g}".format(*(side * 72 for side in figure.get_size_inches()))

@@ -1,4 +1,7 @@
-"""Runs side by side: a table in the terminal, and `comparison.html`, `.csv` and `.json`."""
+"""Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
+
+Main entries: `read_runs()`, `print_side_by_side()` and `write_comparison()`.
+"""
 
 import json
 import shlex
@@ -29,15 +32,16 @@ LEAST_FIRST = (
     "common 1 %", "images/s", "ECE", "ranks", "robustness", "common 5 %", "worst source",
     "worst generator", "recall at 1 %", "behind the best", "recall", "false positives",
 )  # fmt: skip
-"""What a narrow terminal leaves out, in this order."""
+"""Columns that a narrow terminal leaves out, in this order."""
 
 
 def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[Run], list[int]]:
-    """The runs of folders of reports or of their files, on the images that all could read, and how
-    many images of each are left out.
+    """Read runs from report folders or report files, reduced to the images that all runs scored.
+    Also returns how many images of each run were left out.
 
     Raises:
-        ValueError: no scores there, or of other images; see `shared_samples`.
+        ValueError: a path has no scores, or the runs scored different images and `intersect` is
+            false; see `shared_samples`.
     """
     files = [find_scores(path) for path in paths]
     tables = [read_scores(file) for file in files]
@@ -59,7 +63,7 @@ def _name_of(table: ScoreTable) -> str:
 
 
 def _speed_beside(scores: Path) -> float | None:
-    """Images a second, where the evaluation said it."""
+    """Return the images per second next to a scores file, or None if there is no speed file."""
     try:
         text = scores.with_name(SPEED_FILE).read_text(encoding="utf-8")
         return float(json.loads(text)["images_per_s"])
@@ -68,7 +72,7 @@ def _speed_beside(scores: Path) -> float | None:
 
 
 def print_side_by_side(sets: Mapping[str, Any]) -> None:
-    """A table for each set, and how to read it."""
+    """Print a table for each set, and an explanation of its columns."""
     for name, entry in sets.items():
         rows = [_row(run) for run in entry["runs"]]
         reals = f" of {entry['reference']}" if entry["reference"] else ""
@@ -76,20 +80,20 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         console.say(stability_sentence(entry["stability"]))
     console.say(
-        "In brackets: 95 % intervals; behind the best: that of the difference of AUROC, on the "
-        "same resamples of the images. Recall at 1 % and 5 %: at each run's own threshold for so "
-        "many false positives here; common: recall / false positives at one threshold for all."
+        "In parentheses: 95 % intervals. Behind the best: interval of the difference in AUROC to "
+        "the best run, on the same resamples. Recall at 1 % and 5 %: at the threshold of each run "
+        "for this false-positive rate. Common: recall / false positives at one threshold for all."
     )
 
 
 def stability_sentence(stability: Mapping[str, Any] | None) -> str:
-    """How far the ranking holds from source to source, in words."""
+    """Describe in words how similar the ranking of the runs is on different sources."""
     if stability is None:
-        return "Too few sources or runs to say whether the ranking holds from source to source."
+        return "Too few sources or runs to compare the rankings of different sources."
     return (
-        f"Over {stability['sources']} sources the rankings agree by {stability['mean']:.2f} on "
-        f"average and {stability['least']:.2f} at the least (Spearman; 1: the same everywhere, 0: "
-        "the images decide who wins)."
+        f"Rankings on {stability['sources']} sources: the rank correlation of two sources is "
+        f"{stability['mean']:.2f} on average and {stability['least']:.2f} at least (Spearman; 1: "
+        "all sources rank the runs alike, 0: the choice of images decides which run is best)."
     )
 
 
@@ -123,7 +127,7 @@ def _named(worst: Mapping[str, Any] | None) -> str | None:
 
 
 def ranks_text(ranks: Sequence[float] | None) -> str | None:
-    """`1 to 3`, or `2`."""
+    """Format a range of ranks: `1 to 3`, or `2` if both ends are equal."""
     if ranks is None:
         return None
     low, high = ranks
@@ -131,7 +135,7 @@ def ranks_text(ranks: Sequence[float] | None) -> str | None:
 
 
 def write_comparison(sets: Mapping[str, Any], runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page and both tables to `out`; returns what was written, the page last."""
+    """Write the page, the CSV and the JSON file to `out`; returns their paths, the page last."""
     out.mkdir(parents=True, exist_ok=True)
     command = without_secrets(shlex.join(["python", *sys.argv]))
     content = {"runs": [str(path) for path in runs], "sets": sets}
@@ -142,8 +146,8 @@ def write_comparison(sets: Mapping[str, Any], runs: Sequence[Path], out: Path) -
 
 
 def comparison_csv(sets: Mapping[str, Any]) -> str:
-    """A row per set and run: each figure with its interval and that of its difference to the best,
-    and the lines that are worst.
+    """Return CSV with a row per set and run: each figure with its interval and the interval of its
+    difference to the best run, and the worst source, generator and perturbation.
     """
     ends = ("", "_low", "_high", "_behind_low", "_behind_high")
     worst = ("worst_source", "worst_generator", "worst_perturbation")
@@ -172,7 +176,7 @@ def comparison_csv(sets: Mapping[str, Any]) -> str:
 
 
 def comparison_page(sets: Mapping[str, Any], command: str) -> str:
-    """One file that opens without a network, on a phone, in light and in dark."""
+    """Return the comparison as one HTML page that loads nothing from the network."""
     return rendered(
         "comparison.html", sets=sets, command=command, mean=MEAN,
         sentence=stability_sentence, ranks_text=ranks_text,

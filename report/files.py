@@ -1,4 +1,6 @@
-"""The files of a report: `report.json`, the tables and the page."""
+"""Write the files of a report: `report.json`, CSV tables and the page. Main entry:
+`write_report()`.
+"""
 
 import json
 import shlex
@@ -18,8 +20,10 @@ REPORT_FILE = "report.json"
 
 
 def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Path) -> list[Path]:
-    """Write `report.json`, the tables and the page, each under another name first; the page shows
-    pictures of those sets that are still below `data` as they were scored.
+    """Write `report.json`, the CSV tables and the page to `out`, each atomically; returns the
+    paths.
+
+    The page shows pictures only of sets below `data` that have not changed since they were scored.
     """
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -33,7 +37,7 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
             continue
         if shards[name].sha256 != set_report["index_sha256"]:
             console.log.info(
-                "%s: no pictures on the page: the set at %s is another one", name, data
+                "%s: no pictures on the page: the set in %s has changed since", name, data
             )
             del shards[name]
     command = without_secrets(shlex.join(["python", *sys.argv]))

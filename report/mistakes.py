@@ -1,4 +1,4 @@
-"""Kept mistakes that were measured again, as a table on the terminal."""
+"""Print collected mistakes that were scored again. Main entry: `print_regressions()`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import console
 
 MOST_ROWS = 50
-"""Rows of the table; the gravest come first, and a JSON file has all."""
+"""Largest number of table rows; the most important come first, and --json writes all."""
 
 
 def print_regressions(result: Mapping[str, Any]) -> None:
-    """Print what `model.mistakes.regressions.report_of` gives."""
+    """Print the result of `model.mistakes.regressions.report_of`."""
     rows = result["mistakes"]
     counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items() if count)
     console.table(
         f"{console.counted(len(rows), 'mistake')}, before and after {result['detector']}",
-        ["image", "it is", "outcome", "before", "after", "detector before"],
+        ["image", "label", "outcome", "before", "after", "detector before"],
         [
             [
                 row["sha256"][:12], row["label"], row["outcome"], _said(row["before"]),
@@ -26,13 +26,13 @@ def print_regressions(result: Mapping[str, Any]) -> None:
         drop=["detector before"],
     )  # fmt: skip
     if len(rows) > MOST_ROWS:
-        console.say(f"and {len(rows) - MOST_ROWS:,} more; --json FILE has all")
+        console.say(f"and {len(rows) - MOST_ROWS:,} more; --json FILE writes all")
     reasons = [row["reason"] for row in rows if row["reason"]]
     for reason in dict.fromkeys(reasons):
-        console.say(f"not measurable, {reasons.count(reason):,}: {reason}")
+        console.say(f"not scored, {reasons.count(reason):,}: {reason}")
     console.say(counts)
 
 
 def _said(verdict: Mapping[str, Any] | None) -> str | None:
-    """A verdict and its score, for a cell."""
+    """Format a verdict and its score for a table cell."""
     return f"{verdict['verdict']} {verdict['score']:.3f}" if verdict else None

@@ -1,4 +1,7 @@
-"""`report.html`: one file that opens without a network, on a phone, in light and in dark."""
+"""Write `report.html`: one page that loads nothing from the network. Main entry: `write_page()`.
+
+It takes the report (`report.json`), the scores and the shard sets of the pictures.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +21,16 @@ from storage import write_text
 PAGE_FILE = "report.html"
 
 MOST_HISTOGRAMS = 24
-"""Sources of a set that get a histogram, the largest first; the page says how many do not."""
+"""Largest number of histograms per set; sources with most images come first."""
 
 
 NOTHING = "\N{EN DASH}"
-"""What stands where a figure is not defined."""
+"""Text for a figure that is not defined."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval where there is one, and how many images it is of."""
+    """A figure, its 95 % interval (None if there is none), and the number of images."""
 
     value: float
     low: float | None
@@ -37,13 +40,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What stands at the head of a set: fakes found, and false alarms beside it, always.
+    """Headline rates of a set: recall, always together with the false-positive rate.
 
-    `reals_from` names the set whose reals these are, where they are another's. Without any reals
-    `missing` is the sentence that says so, and stands in the place of the rate.
+    `reals_from` names the other set whose real images were used, if any. Without real images,
+    `missing` is a sentence that says so and is shown instead of the rate.
 
     Raises:
-        ValueError: a recall with neither a false-positive rate nor that sentence.
+        ValueError: a recall without a false-positive rate and without `missing`.
     """
 
     recall: Estimate | None
@@ -53,11 +56,11 @@ class Rates:
 
     def __post_init__(self) -> None:
         if self.recall and not self.false_positive_rate and not self.missing:
-            raise ValueError("a recall never stands without a false-positive rate on real images")
+            raise ValueError("a recall must be shown with a false-positive rate on real images")
 
 
 def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estimate | None:
-    """A metric out of FIGURES; None where it is not defined."""
+    """Return a metric of FIGURES with its interval; None if the metric is not defined."""
     if figures is None or figures.get(name) is None:
         return None
     low, high = figures["intervals"].get(name) or (None, None)
@@ -65,9 +68,7 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
 
 
 def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
-    """The rates of one set of a report: its own, or its fakes with the reference reals of another
-    set.
-    """
+    """Return the rates of one set, with its own real images or the reference reals."""
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
     false = estimate(figures, "false_positive_rate", "reals")
@@ -83,7 +84,9 @@ def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> 
 
 
 def mistakes_of(report: Mapping[str, Any], scores: ScoreTable) -> dict[str, list[Mistake]]:
-    """The worst mistakes of each set, as many as the page has room for."""
+    """Return set name -> its worst mistakes. The sets share `MOST` pictures; each set gets at least
+    3 per class.
+    """
     count = max(3, MOST // (2 * max(1, len(report["sets"]))))
     return {
         name: worst_mistakes(scores, name, report["threshold"], count) for name in report["sets"]
@@ -97,10 +100,10 @@ def write_page(
     folder: Path,
     command: str,
 ) -> list[Path]:
-    """Write the tables and `report.html` to `folder`; returns what was written, the page last.
-    `shards` are the sets that pictures of mistakes may be taken from, `command` is what was typed:
-    it stands on the page only, since the same scores give the same report however they were asked
-    for.
+    """Write the tables and `report.html` to `folder`; returns their paths, the page last.
+
+    Pictures of mistakes are read from `shards`. `command` is the command line; it is shown on the
+    page but not stored in `report.json`, so that equal scores give equal reports.
     """
     mistakes = mistakes_of(report, scores)
     shown = [mistake for of_set in mistakes.values() for mistake in of_set if mistake.set in shards]
@@ -117,7 +120,7 @@ def render(
     pictures: Mapping[tuple[str, str], str],
     command: str,
 ) -> str:
-    """The page, from `report.json`, the scores it is of, `mistakes_of` and `thumbnails` of them."""
+    """Return the page as HTML. `mistakes` is from `mistakes_of`, `pictures` from `thumbnails`."""
     columns = _Columns(report, scores)
     sets = [
         _set(index, name, set_report, report, columns, mistakes[name])
@@ -130,7 +133,7 @@ def render(
 
 
 def rendered(template: str, **values: Any) -> str:
-    """A page of this folder, with the style that all of them share."""
+    """Render a template of this folder with the shared style sheet."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -146,22 +149,22 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a person reads it."""
+    """Format a share in percent with one decimal."""
     return NOTHING if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def figure(value: float | None) -> str:
-    """A figure that is no share."""
+    """Format a figure with three decimals."""
     return NOTHING if value is None else f"{value:.3f}"
 
 
 def signed(value: float | None) -> str:
-    """A change."""
+    """Format a change with a sign and two decimals."""
     return NOTHING if value is None else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 class _Columns:
-    """The columns that charts are made from, once for all sets."""
+    """Score columns that the charts need, extracted once for all sets."""
 
     def __init__(self, report: Mapping[str, Any], scores: ScoreTable):
         self.set, self.sets = scores.codes("set")
@@ -172,7 +175,9 @@ class _Columns:
         self.reals: Mapping[str, Any] = report["reference_reals"] or {}
 
     def of_set(self, name: str, reference: bool) -> np.ndarray:
-        """Readable rows of a set; or its fakes, and the reference reals."""
+        """Return the indices of the readable rows of a set. With `reference`, return its fakes and
+        the reference reals instead.
+        """
         rows = self.set == self.sets.index(name)
         if reference:
             others = self.set == self.sets.index(self.reals["set"])
@@ -188,7 +193,7 @@ def _set(
     columns: _Columns,
     mistakes: Sequence[Mistake],
 ) -> dict[str, Any]:
-    """What the page says of one set."""
+    """Return the template values of one set."""
     reference = bool(set_report["reference"])
     rows = columns.of_set(name, reference)
     labels, probabilities = columns.label[rows], columns.probability[rows]
@@ -230,7 +235,7 @@ def _histograms(columns: _Columns, rows: np.ndarray, band: Sequence[float]) -> l
 
 
 _CURVES: tuple[tuple[str, dict[str, str], str, float | None, dict[str, bool]], ...] = (
-    # title, families with their line pattern, axis, what the image itself is on it, its options
+    # title, {family: line pattern}, axis label, x of the unchanged image, options of the chart
     ("Compression", {"JPEG": "solid", "WebP": "dashed", "AVIF": "dotted"}, "quality", None,
      {"falling": True}),
     ("Size", {"scale": "solid"}, "scale", 1.0, {"doubling": True}),

@@ -1,4 +1,4 @@
-"""The figures of `report.json` as CSV: a row for each line that a person may want to sort."""
+"""Write the figures of `report.json` as CSV tables. Main entry: `write_tables()`."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ _METRICS = [field.name for field in fields(Metrics) if field.name not in _COUNTS
 
 
 def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write `figures.csv`, and `robustness.csv` where perturbations were measured; returns what was
-    written. Values are those of `report.json`, unrounded; what is not there stays empty.
+    """Write `figures.csv`, and `robustness.csv` if perturbations were measured; returns the paths.
+    Values are those of `report.json`, not rounded; missing values are empty cells.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
     if any(set_report["robustness"] for set_report in report["sets"].values()):
@@ -30,8 +30,8 @@ def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def figures_csv(report: Mapping[str, Any]) -> str:
-    """A row per set, class, source and generator: `set`, `what` (overall, reference, class, source
-    or generator), `name`, the counts, and each metric with the ends of its interval.
+    """Return CSV with a row per set, class, source and generator. Columns: `set`, `what` (overall,
+    reference, class, source or generator), `name`, the counts, each metric and its interval.
     """
     columns = ["set", "what", "name", *_COUNTS]
     columns += [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
@@ -49,7 +49,7 @@ def figures_csv(report: Mapping[str, Any]) -> str:
 
 
 def robustness_csv(report: Mapping[str, Any]) -> str:
-    """A row per set and perturbation, and per set and codec-swap test."""
+    """Return CSV with a row per set and perturbation, and per set and codec-swap test."""
     rates = ("recall", "false_positive_rate", "balanced_accuracy", "auroc")
     shifts = [f"shift_{name}{end}" for name in ("real", "fake") for end in ("", "_low", "_high")]
     columns = ["set", "kind", "name", "what", "images", *rates]
@@ -86,7 +86,9 @@ def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV with a header; a row's other entries are left out. Texts are no formulas."""
+    """Return CSV with a header. Entries that are not in `columns` are left out, and texts are
+    escaped against formulas.
+    """
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,7 @@
-"""A report in a terminal: tables, and the sentences that a reader needs to read them."""
+"""Print a report in a terminal: tables, and sentences that explain them.
+
+Main entries: `print_report()`, `print_comparison()` and `print_calibration()`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +19,13 @@ COLUMNS = (
 )  # fmt: skip
 
 LEAST_FIRST = ("TPR at 5 %", "TPR at 1 % FPR", "fakes", "reals", "accuracy", "AUROC")
-"""What a narrow terminal leaves out, in this order; never recall without its false positives."""
+"""Columns that a narrow terminal leaves out, in this order. Recall and false positives stay."""
 
 SHOWN_FLIPS = 3
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> str | None:
-    """A metric and its interval: `0.944 (0.90-0.98)`."""
+    """Format a metric and its interval: `0.944 (0.90-0.98)`."""
     if figures[name] is None:
         return None
     between = figures["intervals"].get(name)
@@ -40,12 +43,12 @@ def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The headline, a table per set, and what a reader must know to read it."""
+    """Print the headline, and for each set a table with notes."""
     for sentence in report["headline"]:
         console.say(sentence)
     if report["subset"]:
         console.say(
-            f"only the {report['subset']['samples']:,} samples listed in {report['subset']['file']}"
+            f"scored only the {report['subset']['samples']:,} samples in {report['subset']['file']}"
         )
     if report["calibration"] is None:
         console.say(f"not calibrated: see `{command('evaluate')} calibrate --help`")
@@ -61,19 +64,19 @@ def print_report(report: Mapping[str, Any]) -> None:
         rows += [_row(f"source {source}", m) for source, m in set_report["sources"].items()]
         rows += [_row(f"generator {gen}", m) for gen, m in set_report["generators"].items()]
         title = (
-            f"{name}: {report['run']} step {report['step']}, fake from {report['threshold']:.3f}"
+            f"{name}: {report['run']} step {report['step']}, threshold {report['threshold']:.3f}"
         )
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         overall = set_report["overall"]
         quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
-        console.say(f"{', '.join(quality)}. In brackets: 95 % intervals, by groups of images.")
+        console.say(f"{', '.join(quality)}. In parentheses: 95 % intervals over groups of images.")
         if set_report["generators"] and (set_report["reference"] or overall)["reals"]:
-            console.say("A generator's fakes are held against all real images of the set.")
+            console.say("Rows of generators use all real images of the set.")
         if set_report["note"]:
             console.say(set_report["note"])
         if set_report["unreadable"]:
             console.say(
-                f"{len(set_report['unreadable'])} unreadable, first: {set_report['unreadable'][0]}"
+                f"unreadable: {len(set_report['unreadable'])}, first: {set_report['unreadable'][0]}"
             )
         if set_report["protocols"] and set_report["protocols"]["first_per_prompt"]:
             print_protocols(name, set_report["protocols"])
@@ -82,7 +85,9 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
-    """Recall by generator on all images and on the first of each prompt; then each mean."""
+    """Print the recall per generator on all images and on the first image of each prompt, with the
+    mean and standard deviation over generators.
+    """
     every, first = protocols["all_images"], protocols["first_per_prompt"]
     rows = []
     for generator, recall in every["generators"].items():
@@ -93,15 +98,15 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
         values = [recall[figure + at] for recall in (every, first) for at in ("", "_at_0.5")]
         rows.append([f"{figure} over generators", *values])
     title = (
-        f"{name}, recall by protocol: all {every['images']:,} images, and the first of each "
-        f"prompt, {first['images']:,}"
+        f"{name}, recall by protocol: all {every['images']:,} images, and the first image of each "
+        f"prompt ({first['images']:,})"
     )
     columns = ["generator", "all", "all, at 0.5", "first", "first, at 0.5"]
     console.table(title, columns, rows, drop=["first, at 0.5", "all, at 0.5"])
 
 
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
-    """Every perturbation, and the codec-swap tests."""
+    """Print the metrics of every perturbation, and the codec-swap tests."""
     rows = [
         [row["name"], row["images"], _figure(row, "recall"), _figure(row, "false_positive_rate"),
          _figure(row, "auroc"), row["flip_rate"]]
@@ -112,9 +117,11 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
     console.table(f"{name}, perturbed", columns, rows, drop=least_first)
     failed = [row for row in robustness["perturbations"] if row["failed"]]
     for row in failed:
-        console.say(f"{row['name']}: {row['failed']:,} images could not: {row['failed_first']}")
+        console.say(
+            f"{row['name']}: failed images: {row['failed']:,}, first: {row['failed_first']}"
+        )
     if robustness["unreadable"]:
-        console.say(f"{robustness['unreadable']:,} unreadable images are left out here")
+        console.say(f"unreadable images, not counted here: {robustness['unreadable']:,}")
     rows = []
     for row in robustness["codec_swap"]:
         changes = [
@@ -122,17 +129,17 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
             for figure in ("recall", "false_positive_rate", "auroc")
         ]
         rows.append([row["what"], *(_shift(row["shift"][label]) for label in CLASSES), *changes])
-    columns = ["codec swap", "reals move", "fakes move", "recall", "false positives", "AUROC"]
-    title = f"{name}: the pictures, or their containers?"
+    columns = ["codec swap", "reals shift", "fakes shift", "recall", "false positives", "AUROC"]
+    title = f"{name}: do scores depend on the image or on its file format?"
     console.table(title, columns, rows, drop=["AUROC", "recall", "false positives"])
     for label, container in robustness["containers"].items():
-        said = "none, so nothing can be put into one"
+        said = "none, so no image can be converted to it"
         if container:
             said = f"{container['name']} ({container['share']:.0%} of them)"
-        console.say(f"commonest lossy container of {label}s: {said}")
+        console.say(f"most common lossy format of {label}s: {said}")
     console.say(
-        "Moves are of the mean logit, positive toward fake, with 95 % intervals and as a share of "
-        "the distance between the classes."
+        "Shift: change of the mean logit (positive: toward fake), its 95 % interval, and the shift "
+        "as a share of the distance between the classes."
     )
 
 
@@ -145,7 +152,7 @@ def _shift(shift: Mapping[str, Any] | None) -> str | None:
 
 
 def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Flip]) -> None:
-    """Two runs on the same images: figures with the interval of each difference, and flips."""
+    """Print two runs on the same images: figures, the interval of each difference, and flips."""
     rows = [
         [
             line.set
@@ -163,18 +170,18 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
     title = f"{name_before} -> {name_after}"
     console.table(title, columns, rows, drop=["images", "AUROC"])
     console.say(
-        "In brackets: 95 % interval of the difference, on the same resamples of the images."
+        "In parentheses: 95 % interval of the difference, on the same resamples of the images."
     )
     columns = ["verdicts flipped", "class", "images", "to wrong", "to right"]
     console.table("", columns, count_flips(before, changed))
     for said, fixed in (("to wrong", False), ("to right", True)):
         furthest = [flip for flip in changed if flip.fixed == fixed][:SHOWN_FLIPS]
         if furthest:
-            console.say(f"furthest {said}: " + ", ".join(map(_flip, furthest)))
+            console.say(f"largest changes {said}: " + ", ".join(map(_flip, furthest)))
 
 
 def _difference(change: Change | None) -> str | None:
-    """`0.544 -> 0.944 (+0.28 to +0.51)`."""
+    """Format a change: `0.544 -> 0.944 (+0.28 to +0.51)`."""
     if change is None:
         return None
     shown = f"{change.before:.3f} -> {change.after:.3f}"
@@ -192,7 +199,7 @@ def _change(before: float | None, after: float | None) -> str | None:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """What was fitted, before and after."""
+    """Print a calibration: temperature, NLL and ECE before and after, thresholds and the band."""
     rows = [
         [when, temperature, figures["nll"], figures["ece"]]
         for when, temperature, figures in (
@@ -204,10 +211,12 @@ def print_calibration(calibration: Calibration) -> None:
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
     low, high = calibration.band
     at_1 = "-" if calibration.threshold_fpr_1 is None else f"{calibration.threshold_fpr_1:.3f}"
-    console.say(f"fake from {calibration.threshold:.3f} ({calibration.threshold_at})")
+    console.say(f"decision threshold {calibration.threshold:.3f} ({calibration.threshold_at})")
     console.say(
-        f"at most 1 % false positives from {at_1}, 5 % from {calibration.threshold_fpr_5:.3f}"
+        f"threshold for at most 1 % false positives: {at_1}, 5 %: {calibration.threshold_fpr_5:.3f}"
     )
     if calibration.threshold_fpr_1 is None:
-        console.say(f"{calibration.reals} real images are too few to promise 1 %: it takes 99")
-    console.say(f"verdicts: real below {low:.3f}, AI from {high:.3f}, uncertain between")
+        console.say(f"no threshold for 1 %: {calibration.reals} real images are fewer than 99")
+    console.say(
+        f"verdicts: no sign of AI below {low:.3f}, likely AI from {high:.3f}, uncertain between"
+    )

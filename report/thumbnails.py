@@ -1,4 +1,7 @@
-"""The worst mistakes: which images they are, and small pictures of them for the page."""
+"""Find the worst misclassified images of a report, and make small pictures of them for the page.
+
+Main entries: `worst_mistakes()` and `thumbnails()`.
+"""
 
 import base64
 import io
@@ -15,15 +18,15 @@ from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet
 
 SIDE = 160
-"""Longer side of a picture in pixels."""
+"""Longer side of a thumbnail, in pixels."""
 
 MOST = 48
-"""Pictures on a page; shared among its sets, so that the file stays below 2 MB."""
+"""Largest number of pictures on a page, over all sets, so that the file stays below 2 MB."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was called what it is not; `probability` is that of fake."""
+    """A misclassified image; `probability` is the probability of fake."""
 
     set: str
     key: str
@@ -35,8 +38,8 @@ class Mistake:
 
 
 def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) -> list[Mistake]:
-    """Of set `name` at most `count` reals called fake, the surest first, then at most `count` fakes
-    called real.
+    """Return at most `count` reals of set `name` called fake, highest probability first, then at
+    most `count` fakes called real, lowest probability first.
     """
     codes, names = scores.codes("set")
     probabilities, labels = scores.numbers("probability"), scores.numbers("label")
@@ -56,7 +59,7 @@ def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) 
 def thumbnails(
     shards: Mapping[str, ShardSet], mistakes: Iterable[Mistake]
 ) -> dict[tuple[str, str], str]:
-    """(set, key) -> a picture as a data address, for what can be read and decoded."""
+    """Return (set, key) -> a picture as a data: URL. Images that cannot be decoded are left out."""
     pictures = {}
     wanted: dict[str, list[str]] = {}
     for mistake in mistakes:

@@ -1,1 +1,1 @@
-"""The HTTP API: `python -m serve`."""
+"""HTTP API that scores uploaded images. Main entry: `python -m serve` (`serve.__main__.main`)."""

@@ -1,7 +1,6 @@
-"""Start the HTTP API: `python -m serve`.
+"""The command `python -m serve`: check its options, then start the HTTP API. Main entry: `main()`.
 
-What takes seconds to load (torch, FastAPI) is imported inside the function, after the command line
-has been checked.
+Slow imports (torch, FastAPI) are inside the function, so that a wrong option is reported at once.
 """
 
 import os
@@ -25,34 +24,36 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
     type=click.IntRange(1, 512),
     default=Limits.max_bytes // MB,
     show_default=True,
-    help="Megabytes of one request.",
+    help="Maximum size of one request, in MB.",
 )
 @click.option(
     "--max-files",
     type=click.IntRange(min=1),
     default=Limits.max_files,
     show_default=True,
-    help="Images of one request.",
+    help="Maximum number of images in one request.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(min=1),
     default=Limits.queue,
     show_default=True,
-    help="Images of all requests that may wait; a request that does not fit gets 429.",
+    help="Maximum number of images that wait, over all requests. Further requests get status 429.",
 )
 @click.option(
     "--timeout",
     type=console.FiniteRange(0, 3600, min_open=True),
     default=Limits.timeout_s,
     show_default=True,
-    help="Seconds until a request is answered, with 504 if with nothing else.",
+    help="Maximum time until a request is answered, in seconds. After it, the status is 504.",
 )
 @click.option(
-    "--allow-urls", is_flag=True, help="Fetch images from public http and https addresses."
+    "--allow-urls", is_flag=True, help="Accept http and https URLs of public hosts as images."
 )
 @click.option(
-    "--allow-private-urls", is_flag=True, help="With --allow-urls: from this network too."
+    "--allow-private-urls",
+    is_flag=True,
+    help="With --allow-urls, accept URLs of private hosts too.",
 )
 def main(
     host: str,
@@ -70,18 +71,18 @@ def main(
     allow_urls: bool,
     allow_private_urls: bool,
 ) -> None:
-    """Answer HTTP requests with what `predict.py` says of images.
+    """Start an HTTP API that scores images like `predict.py`.
 
-    POST /predict takes one or many images, /docs describes it. Where the environment variable
-    DETECTOR_API_KEY is set, requests must have that key.
+    POST /predict takes one or many images; the page /docs describes the API. If the environment
+    variable DETECTOR_API_KEY is set, requests must send this key.
     """
     if allow_private_urls and not allow_urls:
-        raise click.UsageError("--allow-private-urls says which addresses; add --allow-urls")
+        raise click.UsageError("--allow-private-urls has no effect alone; add --allow-urls")
     if max_files > queue:
-        raise click.UsageError(f"--max-files {max_files} never fit into --queue {queue}")
+        raise click.UsageError(f"--max-files {max_files} is more than --queue {queue}")
     key = os.environ.get(KEY)
     if key is not None and (not key.strip() or not key.isascii()):
-        raise click.UsageError(f"{KEY} is empty or not ASCII; set a key, or unset it for none")
+        raise click.UsageError(f"{KEY} is empty or not ASCII; set a key, or unset the variable")
     limits = Limits(
         max_bytes=max_mb * MB, max_files=max_files, queue=queue, timeout_s=timeout,
         batch_size=batch_size, allow_urls=allow_urls, allow_private_urls=allow_private_urls,
@@ -95,7 +96,7 @@ def main(
             f"{error.name} is not installed; {install_extra('serve')}"
         ) from error
     if not key and host not in LOOPBACK:
-        console.log.warning("no API key: whoever reaches %s may send images (%s)", host, KEY)
+        console.log.warning("no API key: anybody who can reach %s can use it; set %s", host, KEY)
     run(
         host, port, limits, (key or "").strip(), checkpoint=checkpoint, runs=runs, device=device,
         rates=(max_fpr, max_miss),

@@ -1,8 +1,8 @@
-"""Images behind http and https addresses, for a server that was told to fetch them.
+"""Fetch images from http and https URLs for the server option --allow-urls. Main entry: `fetch()`.
 
-Whoever may name an address could otherwise look through this server at what only it can reach. So a
-name is resolved once, every address behind it is checked, and the connection goes to the one that
-was checked; a redirect is another address, checked likewise. Proxies of the environment are not
+A client must not reach hosts through this server that only the server can reach (SSRF). So each
+host name is resolved once, all its IP addresses are checked, and the connection goes to a checked
+IP address. Every redirect is checked in the same way. Proxy settings of the environment are not
 used.
 """
 
@@ -24,43 +24,43 @@ REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class FetchError(DecodeError):
-    """An address that gives no image; the message says why."""
+    """Error of fetching one URL. The message gives the reason."""
 
 
 class Allowance:
-    """How many bytes the addresses of one request may bring together; threads share it."""
+    """Byte budget shared by all URLs of one request. Thread-safe."""
 
     def __init__(self, limits: Limits):
         self.total = self.left = limits.max_bytes
         self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
-        """Count `size` bytes.
+        """Take `size` bytes from the budget.
 
         Raises:
-            FetchError: more than are left.
+            FetchError: fewer than `size` bytes are left.
         """
         with self._lock:
             if size > self.left:
-                raise FetchError(f"the addresses bring more than {self.total / MB:g} MB together")
+                raise FetchError(f"the URLs give more than {self.total / MB:g} MB together")
             self.left -= size
 
 
 def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes:
-    """The bytes behind an address; nothing is waited for after `until`, a time of the monotonic
-    clock.
+    """Download the body behind a URL, following redirects, until the deadline `until`
+    (`time.monotonic()`, seconds).
 
     Raises:
-        Refused: an address that this server is not to ask.
-        FetchError: there is nothing to be had.
+        Refused: a URL that this server must not fetch.
+        FetchError: the URL gives no body, or not in time.
     """
     for _ in range(MAX_REDIRECTS + 1):
         parts, port = _checked(url)
         addresses = _resolved(parts, port, limits.allow_private_urls)
         with contextlib.ExitStack() as ended:
             sock = ended.enter_context(_connected(addresses, port, until))
-            # The time limit of a socket is for each read; this one is for all of them. It has the
-            # connection under another number, since TLS takes the socket over.
+            # A socket timeout limits each single read; the timer limits all reads together. It
+            # shuts down a duplicate of the socket, because TLS takes over the original.
             twin = ended.enter_context(sock.dup())
             alarm = threading.Timer(max(0.0, until - time.monotonic()), _cut, [twin])
             ended.callback(alarm.cancel)
@@ -73,12 +73,12 @@ def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes
                 url = urljoin(url, where)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() >= until:
-                    raise FetchError("the address took too long to answer") from error
+                    raise FetchError("the URL took too long to answer") from error
                 if isinstance(error, FetchError):
                     raise
                 reason = type(error).__name__
-                raise FetchError(f"the address cannot be fetched ({reason})") from error
-    raise FetchError(f"the address redirects more than {MAX_REDIRECTS} times")
+                raise FetchError(f"the URL cannot be fetched ({reason})") from error
+    raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
 
 
 def _checked(url: str) -> tuple[SplitResult, int]:
@@ -88,29 +88,36 @@ def _checked(url: str) -> tuple[SplitResult, int]:
         host = (parts.hostname or "").encode("idna")
         url.encode("ascii")
     except ValueError:
-        raise FetchError("this is no address; expected https://host/path") from None
+        raise FetchError("not a URL; expected https://host/path") from None
     if parts.scheme not in ("http", "https"):
-        raise Refused(403, f"only http and https addresses are fetched, got {parts.scheme[:20]!r}")
+        raise Refused(403, f"only http and https URLs are fetched, got {parts.scheme[:20]!r}")
     if not host or parts.username is not None or parts.password is not None:
-        raise FetchError("an address needs a host, and no user or password")
+        raise FetchError("a URL must have a host, and no user or password")
     return parts, port
 
 
 def _resolved(parts: SplitResult, port: int, private: bool) -> list[str]:
-    """The addresses of a host, each of them one that may be asked."""
+    """Resolve a host to its IP addresses and check that all may be contacted.
+
+    Raises:
+        Refused: an IP address is not public, and `private` is false.
+        FetchError: the host name cannot be resolved.
+    """
     host = parts.hostname or ""
     try:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise FetchError(f"the host {host[:100]} is not known") from None
+        raise FetchError(f"the host {host[:100]} cannot be resolved") from None
     addresses = [str(entry[4][0]) for entry in entries]
     if not private and not all(map(is_public, addresses)):
-        raise Refused(403, f"{host[:100]} is not a public host, and this server asks no other")
+        raise Refused(403, f"{host[:100]} is not a public host; only public hosts are allowed")
     return addresses
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the whole internet, and so is the one that it stands for."""
+    """Return whether an IP address is public. For IPv4-mapped and 6to4 addresses, the embedded IPv4
+    address must be public too.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -121,7 +128,11 @@ def is_public(address: str) -> bool:
 
 
 def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
-    """A connection to the first of `addresses` that answers."""
+    """Connect to the first of the IP `addresses` that answers.
+
+    Raises:
+        FetchError: none answers before `until`.
+    """
     for address in addresses:
         left = until - time.monotonic()
         if left <= 0:
@@ -134,7 +145,7 @@ def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
 def _ask(
     sock: socket.socket, parts: SplitResult, port: int, ended: contextlib.ExitStack
 ) -> http.client.HTTPResponse:
-    """The head of the answer; what else is opened for it is closed by `ended`."""
+    """Send the request and read the head of the response. `ended` closes what is opened here."""
     if parts.scheme == "https":
         context = ssl.create_default_context()
         secure = context.wrap_socket(
@@ -143,7 +154,7 @@ def _ask(
         sock = ended.enter_context(secure)
         secure.do_handshake()
     connection = http.client.HTTPConnection(parts.hostname or "", port)
-    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # what Host: leaves out
+    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # the Host header omits it
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Accept": "image/*, */*;q=0.1", "User-Agent": "ai-images-detector"}
@@ -153,19 +164,19 @@ def _ask(
 
 def _body(answer: http.client.HTTPResponse, allowance: Allowance) -> bytes:
     if answer.status != 200:
-        raise FetchError(f"the address answers with status {answer.status}")
+        raise FetchError(f"the URL answers with status {answer.status}")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise FetchError("the address answers with a compressed body, which was not asked for")
+        raise FetchError("the URL answers with a compressed body, which was not requested")
     parts = []
     while part := answer.read(PART):
         allowance.take(len(part))
         parts.append(part)
     if answer.length:
-        raise FetchError("the answer of the address breaks off")
+        raise FetchError("the answer of the URL is incomplete")
     return b"".join(parts)
 
 
 def _cut(sock: socket.socket) -> None:
-    """End whatever a connection waits for."""
-    with contextlib.suppress(OSError):  # it has ended meanwhile
+    """Shut down a connection, which ends all its pending reads and writes."""
+    with contextlib.suppress(OSError):  # the connection may be closed already
         sock.shutdown(socket.SHUT_RDWR)

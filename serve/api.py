@@ -1,4 +1,7 @@
-"""The routes of the HTTP API, and what a request goes through."""
+"""Routes of the HTTP API, and the service that scores the images of a request.
+
+Main entry: `make_app()`, which takes a `Service` and returns a FastAPI application.
+"""
 
 import asyncio
 import json
@@ -25,17 +28,19 @@ from serve.metrics import Metrics
 from serve.scoring import Scorer
 
 FETCHERS = 8
-"""Addresses that are asked at a time."""
+"""Number of threads that fetch URLs."""
 
 FETCH_SHARE = 0.5
-"""Of the time that a request has, what its addresses may take: a slow one costs its own row."""
+"""Part of the request's time limit that is allowed for fetching its URLs. A URL that takes longer
+gets an error in its row, and the other images are still scored.
+"""
 
 CLIENT_IS_GONE = 499
-"""The status, in the metrics alone, of a request whose client went away."""
+"""Status for requests whose client disconnected; it appears in the metrics only."""
 
 
 class Statement(BaseModel):
-    """One thing that a file says of itself."""
+    """One statement in the file about its origin, such as EXIF or C2PA."""
 
     kind: str
     value: str
@@ -45,7 +50,7 @@ class Statement(BaseModel):
 
 
 class Row(BaseModel):
-    """One image, in the columns of `predict.py`: `path` is the name that it was sent under."""
+    """Result of one image, with the columns of `predict.py`. `path` is the name that was sent."""
 
     path: str
     probability: float | None
@@ -56,15 +61,16 @@ class Row(BaseModel):
 
 
 class Reason(BaseModel):
-    """What speaks against relying on the detector."""
+    """A reason not to rely on the detector."""
 
     kind: Literal["synthetic", "uncalibrated", "known"]
     text: str
 
 
 class Answer(BaseModel):
-    """The images in the order in which they were sent. Below `band[0]` an image shows no sign of
-    AI, from `band[1]` on it is likely AI; a probability is not a proof.
+    """The images, in the order of the request. The verdict is "no sign of AI" for a probability
+    below `band[0]`, "likely AI" at or above `band[1]`, and "uncertain" between. A probability is
+    not a proof.
     """
 
     images: list[Row]
@@ -75,26 +81,26 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """The reason why a request was refused."""
 
     detail: str
 
 
 class UnreadableImage(Answer, Problem):
-    """The only image of a request cannot be read."""
+    """Answer to a request with a single image that cannot be read."""
 
 
 STATUSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": Answer, "description": "A row for each image; one that cannot be read has an "
-          "error in place of a probability."},
-    400: {"model": Problem, "description": "The form or list cannot be read, or holds no image."},
-    401: {"model": Problem, "description": "The API key is missing or another one."},
-    403: {"model": Problem, "description": "Addresses are not fetched here, or not this one."},
+    200: {"model": Answer, "description": "A row for each image; an unreadable image has an error "
+          "instead of a probability."},
+    400: {"model": Problem, "description": "The form or list is invalid or has no image."},
+    401: {"model": Problem, "description": "The API key is missing or wrong."},
+    403: {"model": Problem, "description": "This server does not fetch URLs, or not this URL."},
     408: {"model": Problem, "description": "The body did not arrive within the time limit."},
     413: {"model": Problem, "description": "Too many bytes or too many images."},
-    415: {"model": Problem, "description": "Another content type or a compressed body."},
+    415: {"model": Problem, "description": "Unsupported content type, or a compressed body."},
     422: {"model": UnreadableImage, "description": "The only image of the request cannot be read."},
-    429: {"model": Problem, "description": "Too much is waiting; Retry-After says for how long."},
+    429: {"model": Problem, "description": "The server is busy; retry after Retry-After seconds."},
     503: {"model": Problem, "description": "The server is stopping."},
     504: {"model": Problem, "description": "The images were not scored within the time limit."},
 }  # fmt: skip
@@ -118,10 +124,10 @@ BODY = {
 
 
 class Text(JSONResponse):
-    """JSON in UTF-8; names that have no UTF-8 are written with escapes."""
+    """JSON response in UTF-8. Names that are not valid UTF-8 are written with JSON escapes."""
 
     def render(self, content: Any) -> bytes:
-        """The bytes of the body."""
+        """Return the body as bytes."""
         try:
             return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
@@ -130,8 +136,10 @@ class Text(JSONResponse):
 
 @dataclass(eq=False)
 class Service:
-    """One detector that answers requests. While it is `stopping` it takes none; `in_flight` counts
-    those that were taken and have no answer, `held` the bytes of their bodies.
+    """A detector that answers requests.
+
+    While `stopping` is true, new requests are refused. `in_flight` counts the accepted requests
+    without an answer. `held` is the memory reserved for their bodies, in bytes.
     """
 
     detector: ImageDetector
@@ -147,35 +155,35 @@ class Service:
         self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
     def close(self) -> None:
-        """End the threads; what is still waiting is scored or dropped."""
+        """Stop all threads. Decoded images are still scored; other waiting images are dropped."""
         self.fetchers.shutdown(cancel_futures=True)
         self.scorer.close()
 
     def not_ready(self) -> str:
-        """Why no request should be sent here now; empty if one may."""
+        """Return why the server is not ready for requests; empty if it is ready."""
         if self.stopping:
             return "stopping"
         if not self.scorer.works:
-            return "the thread that scores has ended"
+            return "the scoring thread has ended"
         return "the queue is full" if self.scorer.is_full else ""
 
     async def predict(self, request: Request) -> Response:
-        """Answer one request with scores.
+        """Score the images of one request.
 
         Raises:
-            Refused: there are none.
+            Refused: the request is invalid or too large, or the server is busy or stopping.
         """
         if self.stopping:
             raise Refused(503, "the server is stopping; try again later", 1)
         until = time.monotonic() + self.limits.timeout_s
         kind = uploads.kind_of(request)
         if kind == uploads.LIST and not self.limits.allow_urls:
-            raise Refused(403, "this server fetches no addresses; send the images themselves")
+            raise Refused(403, "this server does not fetch URLs; send the image files")
         size = uploads.size_of(request, kind, self.limits)
         if kind == uploads.LIST:
-            size = self.limits.max_bytes  # what the addresses may bring
+            size = self.limits.max_bytes  # the URLs together may give so many bytes
         if self.held + size > self.limits.held_bytes:
-            detail = "the server holds as many images as it may; try again later"
+            detail = "the memory for requests is full; try again later"
             raise Refused(429, detail, self.scorer.retry_after)
         self.in_flight += 1
         self._hold(size)
@@ -191,11 +199,11 @@ class Service:
         self.metrics.held.set(self.held)
 
     async def _files(self, request: Request, kind: str, until: float) -> list[ImageFile]:
-        """The images of a request.
+        """Read the images of a request.
 
         Raises:
-            Refused: the body is not what it should be, or took too long.
-            ClientDisconnect: the client went away.
+            Refused: the body is invalid, or did not arrive in time.
+            ClientDisconnect: the client disconnected.
         """
         try:
             async with asyncio.timeout(self.limits.timeout_s):
@@ -208,7 +216,7 @@ class Service:
         return await self._fetched(urls, until)
 
     async def _fetched(self, urls: list[str], until: float) -> list[ImageFile]:
-        """What is behind addresses; one that cannot be had raises when it is read."""
+        """Fetch the images behind URLs. Reading an image raises the error of a failed fetch."""
         loop = asyncio.get_running_loop()
         by = until - (1 - FETCH_SHARE) * self.limits.timeout_s
         work = partial(_body_or_error, self.limits, addresses.Allowance(self.limits), by)
@@ -223,19 +231,19 @@ class Service:
     def _too_late(self) -> Refused:
         return Refused(
             504,
-            f"the images were not scored within {self.limits.timeout_s:g} s; send fewer at a time, "
-            "or try again later",
+            f"the images were not scored within {self.limits.timeout_s:g} s; send fewer images, or "
+            "try again later",
             self.scorer.retry_after,
         )
 
     async def _rows(
         self, request: Request, files: list[ImageFile], until: float
     ) -> list[dict[str, Any]]:
-        """A row for each image.
+        """Score the images; returns a row for each.
 
         Raises:
-            Refused: the queue is full, or it took too long.
-            ClientDisconnect: nobody waits for the answer any more.
+            Refused: the queue is full, or the time limit was reached.
+            ClientDisconnect: the client disconnected.
         """
         jobs = self.scorer.submit(files)
         rows = asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
@@ -249,7 +257,7 @@ class Service:
             raise ClientDisconnect if gone.done() else self._too_late()
         finally:
             gone.cancel()
-            rows.cancel()  # and with it every job that has no row yet
+            rows.cancel()  # cancels every job that has no row yet
 
     def _answer(self, rows: list[dict[str, Any]]) -> Response:
         answer = {
@@ -282,12 +290,12 @@ async def _disconnected(request: Request) -> None:
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application around a service; `serve.guard.Guard` stands before it."""
+    """Build the FastAPI application of a service. Requests reach it through `serve.guard.Guard`."""
     app = FastAPI(
         title="AI image detector",
         summary="Is an image a real photograph or AI-generated?",
         description=f"Each image gets a probability and a verdict. {MEANING}",
-        docs_url=None,  # FastAPI's pages load their scripts from another host
+        docs_url=None,  # the pages of FastAPI load scripts from another host
         redoc_url=None,
     )
 
@@ -308,28 +316,28 @@ def make_app(service: Service) -> FastAPI:
     async def predict(request: Request) -> Response:
         """Score one or many images.
 
-        They come as the files of a form, one as the body itself (`?name=` is what it is called), or
-        where the server allows it as a list of addresses.
+        Send images as the files of a form, or one image as the body (`?name=` gives its name), or a
+        list of URLs if the server allows URLs.
         """
         return await service.predict(request)
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> Response:
-        """Whether the process lives."""
+        """Return 200 while the process is running."""
         return PlainTextResponse("ok\n")
 
     @app.get(
         "/readyz", response_class=PlainTextResponse,
-        responses={503: {"description": "Not ready; the text says why."}},
+        responses={503: {"description": "Not ready; the text gives the reason."}},
     )  # fmt: skip
     async def readyz() -> Response:
-        """Whether a request would be taken: the detector is loaded, the queue has room."""
+        """Return 200 if new requests are accepted, 503 if the queue is full or the server stops."""
         reason = service.not_ready()
         return PlainTextResponse(f"{reason or 'ready'}\n", 503 if reason else 200)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)

@@ -1,5 +1,5 @@
-"""The page that describes the API: `/docs`, made from the OpenAPI document, with no script and
-nothing from another host.
+"""Make the HTML page `/docs` from the OpenAPI document. The page has no scripts and loads nothing
+from other hosts. Main entry: `docs_page()`.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("docs.html")
 
 
 def docs_page(document: dict[str, Any], limits: Limits) -> str:
-    """The HTML page of an OpenAPI document, and of the limits that this server has."""
+    """Return the HTML page that describes an OpenAPI document and the limits of this server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     routes = [
@@ -39,7 +39,7 @@ def docs_page(document: dict[str, Any], limits: Limits) -> str:
 
 
 def _type_of(schema: dict[str, Any]) -> str:
-    """A JSON schema in a few words."""
+    """Describe the type of a JSON schema in a few words."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "anyOf" in schema:

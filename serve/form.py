@@ -1,4 +1,4 @@
-"""A multipart form as it arrives, in memory: no file of it is ever written to a disk."""
+"""Parse a multipart form piece by piece in memory, without files on disk. Main entry: `Form`."""
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -7,15 +7,16 @@ from serve.limits import Refused
 
 
 class Form:
-    """Takes the bytes of a form by `feed`; `files` are the names and bytes of those that are whole.
-    A file without a name is called by its number.
+    """Parser of a multipart form: pass the bytes to `feed`, then get the files from `finish`.
+
+    `files` lists (name, bytes) of the complete files. A file without a name is called `image N`.
     """
 
     def __init__(self, content_type: str, max_files: int):
-        """Read the boundary out of the content type.
+        """Read the boundary from the content type.
 
         Raises:
-            Refused: it has none.
+            Refused: there is no valid boundary.
         """
         self.files: list[tuple[str, bytes]] = []
         self.max_files = max_files
@@ -38,15 +39,15 @@ class Form:
                 },
             )
         except FormParserError as error:
-            raise _refused(f"its boundary is wrong ({error})") from error
+            raise _refused(f"the boundary is invalid ({error})") from error
         if not boundary:
-            raise _refused("its content type has no boundary")
+            raise _refused("the content type has no boundary")
 
     def feed(self, data: bytes) -> None:
-        """Read more of the body.
+        """Parse the next bytes of the body.
 
         Raises:
-            Refused: it is no form of files, or of too many.
+            Refused: the form is invalid, has a field that is not a file, or has too many files.
         """
         try:
             self._parser.write(data)
@@ -54,15 +55,15 @@ class Form:
             raise _refused(str(error)[:200]) from error
 
     def finish(self) -> list[tuple[str, bytes]]:
-        """All files, after the last byte.
+        """Return (name, bytes) of all files, after the last byte was fed.
 
         Raises:
-            Refused: the form breaks off, or has no file.
+            Refused: the form is incomplete, or has no file.
         """
         if not self.is_whole:
-            raise _refused("it breaks off before the boundary that ends it")
+            raise _refused("it ends before its closing boundary")
         if not self.files:
-            raise Refused(400, "the form has no file; with curl: -F image=@photo.jpg")
+            raise Refused(400, "the form has no file; send one, with curl: -F image=@photo.jpg")
         return self.files
 
     def _begin(self) -> None:
@@ -87,7 +88,7 @@ class Form:
         if b"filename" not in options:
             raise Refused(
                 400,
-                f"the field {name[:100]!r} of the form is a text, not a file; with curl: "
+                f"the form field {name[:100]!r} is a text, not a file; send a file, with curl: "
                 "-F image=@photo.jpg",
             )
         if len(self.files) == self.max_files:
@@ -106,8 +107,8 @@ class Form:
 
 
 def too_many(max_files: int) -> Refused:
-    """The refusal of more images than a request may have."""
-    return Refused(413, f"the request has more than {max_files} images; send them in parts")
+    """Return the error for a request with more than `max_files` images."""
+    return Refused(413, f"the request has more than {max_files} images; send several requests")
 
 
 def _refused(reason: str) -> Refused:

@@ -1,4 +1,7 @@
-"""What stands before the routes: the API key, headers of every answer, the count of requests."""
+"""ASGI middleware in front of the routes: check the API key, add security headers, count requests.
+
+Main entry: `Guard`.
+"""
 
 import hmac
 import time
@@ -12,7 +15,7 @@ from serve.api import CLIENT_IS_GONE, Service, Text
 
 PATHS = ("/predict", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 WITH_KEY = ("/predict", "/metrics")
-"""What is answered with the key only, where there is one."""
+"""Paths that require the API key, if the server has one."""
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -24,13 +27,13 @@ HEADERS = {
 
 
 class Guard:
-    """Passes requests on to the routes. `key` is the API key; empty for none."""
+    """ASGI middleware around the routes. `key` is the API key; if it is empty, none is required."""
 
     def __init__(self, app: ASGIApp, service: Service, key: str):
         self.app, self.service, self.key = app, service, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -46,13 +49,13 @@ class Guard:
 
         try:
             if path in WITH_KEY and not self._knows(Headers(scope=scope)):
-                detail = "the API key is missing or another one; send Authorization: Bearer KEY"
+                detail = "the API key is missing or wrong; send Authorization: Bearer KEY"
                 headers = {"WWW-Authenticate": "Bearer"}
                 await Text({"detail": detail}, 401, headers)(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)
         except h11.LocalProtocolError:
-            status = 400  # what followed the head was no HTTP, and uvicorn has said so
+            status = 400  # the body was not valid HTTP; uvicorn has answered already
         finally:
             passed = time.monotonic() - began
             self.service.metrics.requests.labels(path, str(status)).inc()
@@ -61,7 +64,7 @@ class Guard:
             console.log.debug("%s %s %d, %.0f ms", scope["method"], path, status, 1000 * passed)
 
     def _knows(self, headers: Headers) -> bool:
-        """Whether a request has the key, compared in a time that tells nothing of it."""
+        """Return whether a request has the key. The comparison takes constant time."""
         if not self.key:
             return True
         scheme, _, said = headers.get("authorization", "").partition(" ")

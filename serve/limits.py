@@ -1,4 +1,4 @@
-"""What the HTTP API takes at most."""
+"""Limits of the HTTP API (`Limits`), and the error of a request that is refused (`Refused`)."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,12 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, and of all that wait together.
+    """Limits of one request, and of all requests together.
 
-    `max_bytes` is the body of one request, `max_files` the images in it; `queue` is how many images
-    may wait or be looked at, of all requests; `held_bytes` the bodies that are in memory. A request
-    has an answer after `timeout_s` seconds. `batch_size` images are scored at a time.
+    One request: `max_bytes` bytes of body, `max_files` images, and an answer within `timeout_s`
+    seconds. All requests: `queue` images that wait or are scored, and `held_bytes` bytes of bodies
+    in memory. `batch_size` is the largest number of images per batch. `allow_urls` accepts URLs
+    of public hosts, `allow_private_urls` also URLs of private hosts.
     """
 
     max_bytes: int = 50 * MB
@@ -25,9 +26,9 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is not answered with scores: an HTTP `status`, and one sentence.
+    """Error for a request that is refused: an HTTP `status` and one sentence, `detail`.
 
-    `retry_after` is in how many seconds to try again; 0 where that would not help.
+    `retry_after` is the number of seconds after which to try again; 0 if trying again cannot help.
     """
 
     def __init__(self, status: int, detail: str, retry_after: int = 0):

@@ -1,4 +1,4 @@
-"""What Prometheus reads: `GET /metrics`."""
+"""Prometheus metrics of the server, read from `GET /metrics`. Main entry: `Metrics`."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -7,7 +7,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own."""
+    """Metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         to = self.registry = CollectorRegistry()
@@ -15,23 +15,23 @@ class Metrics:
             "detector_requests", "Requests that were answered.", ["path", "status"], registry=to
         )
         self.seconds = Histogram(
-            "detector_request_seconds", "From the head of a request to the end of its answer.",
+            "detector_request_seconds", "Seconds from the head of a request to its full answer.",
             ["path"], buckets=SECONDS, registry=to,
         )  # fmt: skip
         self.images = Counter(
             "detector_images", "Images that were answered.", ["verdict"], registry=to
         )
         self.waiting = Gauge(
-            "detector_queue_images", "Images that wait or are looked at.", registry=to
+            "detector_queue_images", "Images that wait or are scored now.", registry=to
         )
         self.held = Gauge(
-            "detector_held_bytes", "What request bodies take of the memory for them.", registry=to
+            "detector_held_bytes", "Bytes of memory reserved for request bodies.", registry=to
         )
         self.batch_images = Histogram(
-            "detector_batch_images", "Images that were scored at a time.", buckets=IMAGES,
+            "detector_batch_images", "Images per scored batch.", buckets=IMAGES,
             registry=to,
         )  # fmt: skip
         self.batch_seconds = Histogram(
-            "detector_batch_seconds", "What the network took for a batch.", buckets=SECONDS,
+            "detector_batch_seconds", "Seconds that the network took for a batch.", buckets=SECONDS,
             registry=to,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One server from its start to its end."""
+"""Load the detector and run the server until it is stopped. Main entry: `run()`."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ def run(
     host: str, port: int, limits: Limits, key: str, *, checkpoint: Path | None, runs: Path,
     device: str, rates: tuple[float | None, float | None] = (None, None),
 ) -> None:  # fmt: skip
-    """Load the detector, then answer requests until a signal ends it. `rates` are the largest
-    shares of real images called likely AI and of fakes called no sign of AI; None keeps the
-    detector's own.
+    """Load the detector and answer requests until SIGTERM or Ctrl-C.
+
+    `rates` are (max_fpr, max_miss) as `at_rates` takes them. None keeps the detector's own.
 
     Raises:
-        OSError: the port is taken.
-        ValueError: the detector cannot be loaded, or the C2PA trust list not be used.
+        OSError: the port is in use.
+        ValueError: the detector or the C2PA trust list cannot be loaded.
     """
     with bound_socket(host, port) as sock:
         console.log.info("loading the detector")
-        # Pillow decodes, on a GPU too: images come one at a time.
+        # Pillow decodes even with a GPU, because images arrive one at a time.
         detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
         if rates != (None, None):
             detector = detector.at_rates(*rates)
@@ -40,5 +40,5 @@ def run(
         finally:
             service.close()
     if server.force_exit:
-        raise SystemExit("stopped at once; requests may have had no answer")
-    console.log.info("stopped; every request has its answer")
+        raise SystemExit("stopped at once; some requests may have no answer")
+    console.log.info("stopped; all requests were answered")

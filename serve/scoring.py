@@ -1,5 +1,6 @@
-"""The images of all requests on their way to a verdict: decoded by a few threads, scored by one,
-which takes what has come together.
+"""Queue that scores the images of all requests: some threads decode, one thread scores in batches.
+
+Main entry: `Scorer.submit()`, which takes `ImageFile`s and returns a `Job` with a future for each.
 """
 
 import contextlib
@@ -27,15 +28,18 @@ from serve.limits import Limits, Refused
 from serve.metrics import Metrics
 
 BATCH_WAIT_S = 0.01
-"""How long a batch that is not full waits for images that are being decoded."""
+"""Seconds that a batch that is not full waits for images that are being decoded."""
 
 MAX_RETRY_S = 60
 
 
 @dataclass(eq=False)
 class Job:
-    """One image of a request. `done` gets its row; where it is cancelled, the request has ended and
-    the image is not looked at any more. `left` is whether it is out of the queue.
+    """One image of a request.
+
+    `done` is a future for its row; it is cancelled if the request has ended, and the image is then
+    not scored. `pixels` is the preprocessed image, None until it is decoded. `left` is true when
+    the job is out of the queue.
     """
 
     file: ImageFile
@@ -46,53 +50,54 @@ class Job:
 
 
 class Scorer:
-    """Takes images, at most `limits.queue` at a time, and gives each a row of `COLUMNS`.
+    """Score images in background threads, with at most `limits.queue` images in the queue.
 
     Raises:
-        TrustListError: the list of C2PA's trust anchors cannot be used.
+        TrustListError: the C2PA trust list cannot be used.
     """
 
     def __init__(self, detector: ImageDetector, limits: Limits, metrics: Metrics):
         self.detector, self.limits, self.metrics = detector, limits, metrics
         self.trust = usual_trust_list()
-        self.waiting = 0  # images that were taken and have no row yet
-        self.unread = 0  # those of them that are not decoded
-        self._seconds = 0.1  # of an image, lately
+        self.waiting = 0  # images in the queue that have no row yet
+        self.unread = 0  # images in the queue that are not decoded yet
+        self._seconds = 0.1  # seconds per image, moving average
         self._lock = threading.Lock()
         self._decoded: queue.Queue[Job | None] = queue.Queue()
         self._readers = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
-        # The largest pictures take gigabytes and seconds: one at a time, and no small one waits.
+        # Decoding the largest images takes gigabytes and seconds. They are decoded one at a time,
+        # in their own thread, so that small images do not wait.
         self._large_reader = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self._thread = threading.Thread(target=self._score_all, name="score", daemon=True)
         self._thread.start()
 
     @property
     def is_full(self) -> bool:
-        """Whether no image would be taken now."""
+        """Return whether the queue is full."""
         return self.waiting >= self.limits.queue
 
     @property
     def works(self) -> bool:
-        """Whether images are being scored at all."""
+        """Return whether the scoring thread is running."""
         return self._thread.is_alive()
 
     @property
     def retry_after(self) -> int:
-        """Seconds until what waits now will have been scored, by the speed of late; 1 to 60."""
+        """Estimate the seconds until all waiting images are scored, from 1 to 60."""
         return min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds)))
 
     def submit(self, files: Iterable[ImageFile]) -> list[Job]:
-        """Take the images of a request, all or none.
+        """Put all images of a request into the queue, or none.
 
         Raises:
-            Refused: the queue has no room for them.
+            Refused: the queue has no room for all of them (status 429).
         """
         jobs = [Job(file) for file in files]
         with self._lock:
             if self.waiting + len(jobs) > self.limits.queue:
                 raise Refused(
                     429,
-                    f"{self.waiting} images are waiting and at most {self.limits.queue} may; "
+                    f"the queue is full: {self.waiting} images of at most {self.limits.queue}; "
                     "try again later",
                     self.retry_after,
                 )
@@ -104,16 +109,16 @@ class Scorer:
         return jobs
 
     def close(self) -> None:
-        """Score what is decoded, and end."""
+        """Score the decoded images, then stop the threads."""
         self._readers.shutdown(cancel_futures=True)
         self._large_reader.shutdown(cancel_futures=True)
         self._decoded.put(None)
         self._thread.join()
 
-    # --- threads that decode --------------------------------------------------------------------
+    # --- decoding threads -------------------------------------------------------------------------
 
     def _read(self, job: Job) -> None:
-        """Read an image, and decode it or hand it to the thread for large ones."""
+        """Read an image, then decode it here or pass it to the thread for large images."""
         with self._failing([job]):
             data = done_or_reason(lambda file: file.read(), job.file)
             if job.done.cancelled() or isinstance(data, str):
@@ -137,7 +142,7 @@ class Scorer:
                 self.unread -= 1
             self._decoded.put(job)
 
-    # --- the thread that scores -----------------------------------------------------------------
+    # --- scoring thread ---------------------------------------------------------------------------
 
     def _score_all(self) -> None:
         while group := self._group():
@@ -145,8 +150,8 @@ class Scorer:
                 self._score(group)
 
     def _group(self) -> list[Job]:
-        """What has been decoded, at most a batch; empty at the end. It waits for images that are
-        being decoded only: one that is alone is scored at once.
+        """Return the decoded images, at most one batch; an empty list means stop. The batch waits
+        only for images that are being decoded, so a single image is scored at once.
         """
         if (first := self._decoded.get()) is None:
             return []
@@ -178,10 +183,10 @@ class Scorer:
         for job in group:
             self._finish(job, scored.get(job, math.nan))
 
-    # --- both -----------------------------------------------------------------------------------
+    # --- all threads ------------------------------------------------------------------------------
 
     def _finish(self, job: Job, probability: float, reason: str = "") -> None:
-        """Give a job its row, and its place in the queue to others."""
+        """Set the row of a job and remove the job from the queue."""
         failures = {0: reason} if reason else {}
         (said,) = predictions([job.file.name], [probability], failures, self.detector.band)
         provenance = [asdict(evidence) for evidence in job.provenance]
@@ -195,8 +200,8 @@ class Scorer:
 
     @contextlib.contextmanager
     def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """What nobody expects (our bug, or no memory on the device) ends these images, whose
-        requests are answered with 500, and not the thread.
+        """Catch unexpected errors (a bug, or no memory on the device), so that the thread goes on.
+        The requests of these jobs are answered with status 500.
         """
         try:
             yield
@@ -207,7 +212,7 @@ class Scorer:
                     job.done.set_exception(error)
 
     def _leave(self, job: Job) -> bool:
-        """Count a job out of the queue; whether it was still in it."""
+        """Remove a job from the queue; returns whether it was still in the queue."""
         with self._lock:
             if job.left:
                 return False

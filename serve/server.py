@@ -1,4 +1,4 @@
-"""uvicorn with an end that loses nothing."""
+"""uvicorn server that answers all accepted requests before it stops. Main entry: `Server`."""
 
 import signal
 import socket
@@ -12,8 +12,9 @@ from serve.api import Service
 
 
 class Server(uvicorn.Server):
-    """Stops at SIGTERM or Ctrl-C once every request that was taken has its answer. Until then it
-    still listens: `/readyz` says that it is stopping. A second signal ends it at once.
+    """uvicorn server that stops on SIGTERM or Ctrl-C after all accepted requests were answered.
+
+    Until then it still listens, and `/readyz` answers 503. A second signal stops it at once.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
@@ -26,7 +27,7 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Start to listen and log the address."""
         await super().startup(sockets)
         for sock in sockets or []:
             host, port = sock.getsockname()[:2]
@@ -34,25 +35,25 @@ class Server(uvicorn.Server):
             console.log.info("listening on http://%s:%d", host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Note a signal."""
+        """Start stopping on the first signal; stop at once on the second."""
         if self.service.stopping:
             self.should_exit = self.force_exit = True
             return
         self.service.stopping = True
-        console.log.info("%s: answering what was taken, then stopping", signal.Signals(sig).name)
+        console.log.info("%s: answering accepted requests, then stop", signal.Signals(sig).name)
 
     async def on_tick(self, counter: int) -> bool:
-        """What uvicorn does each tenth of a second; whether the server ends."""
+        """Return whether the server must stop; uvicorn calls this every 0.1 s."""
         if self.service.stopping and not self.service.in_flight:
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to yet.
+    """Bind a socket to the address; clients cannot connect before the server listens.
 
     Raises:
-        OSError: the address is not of this machine, or taken.
+        OSError: the address does not belong to this machine, or is in use.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

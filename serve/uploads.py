@@ -1,6 +1,7 @@
-"""The body of a request as images: a form with files, one image as it is, or a list of addresses.
+"""Read the body of a request: a form with image files, one image, or a JSON list of URLs.
 
-Bodies stay in memory, so that nothing of what people send is ever written to a disk.
+Bodies stay in memory; uploaded images are never written to disk. Main entries: `read_images()` and
+`read_addresses()`.
 """
 
 import json
@@ -20,25 +21,25 @@ TAKEN = f"{FORM} with files, one image as image/*, or {LIST}"
 
 
 def kind_of(request: Request) -> str:
-    """The content type of a request, without its parameters.
+    """Return the content type of a request, without its parameters.
 
     Raises:
-        Refused: it is none of those that are taken, or the body is compressed.
+        Refused: the content type is not supported, or the body is compressed (status 415).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
-        raise Refused(415, f"a body in content-encoding {encoding} is not taken; send it as it is")
+        raise Refused(415, f"content-encoding {encoding} is not supported; send it uncompressed")
     if kind not in (FORM, LIST) and not kind.startswith(RAW):
-        raise Refused(415, f"content type {kind or '(none)'} is not taken; expected {TAKEN}")
+        raise Refused(415, f"content type {kind or '(none)'} is not supported; expected {TAKEN}")
     return kind
 
 
 def size_of(request: Request, kind: str, limits: Limits) -> int:
-    """How many bytes the body may turn out to have.
+    """Return the size of the body in bytes, or the limit if the request does not give the size.
 
     Raises:
-        Refused: more than are taken.
+        Refused: the body is too large (status 413).
     """
     largest = min(limits.max_bytes, MAX_JSON_BYTES) if kind == LIST else limits.max_bytes
     said = request.headers.get("content-length", "")
@@ -49,11 +50,11 @@ def size_of(request: Request, kind: str, limits: Limits) -> int:
 
 
 async def read_images(request: Request, kind: str, limits: Limits) -> list[ImageFile]:
-    """The images of a form, or the one that is the body.
+    """Read the images of a form, or the single image in the body.
 
     Raises:
-        Refused: too large, too many, none, or no form.
-        starlette.requests.ClientDisconnect: the client went away.
+        Refused: the body is too large, or the form is invalid, empty, or has too many images.
+        starlette.requests.ClientDisconnect: the client disconnected.
     """
     if kind != FORM:
         body = b"".join([part async for part in _bounded(request, limits.max_bytes)])
@@ -65,11 +66,11 @@ async def read_images(request: Request, kind: str, limits: Limits) -> list[Image
 
 
 async def read_addresses(request: Request, limits: Limits) -> list[str]:
-    """The addresses of `{"urls": [...]}`.
+    """Read the URLs of the JSON body `{"urls": [...]}`.
 
     Raises:
-        Refused: it is no such list, or too long.
-        starlette.requests.ClientDisconnect: the client went away.
+        Refused: the body is not such a list, or the list is too long.
+        starlette.requests.ClientDisconnect: the client disconnected.
     """
     largest = min(limits.max_bytes, MAX_JSON_BYTES)
     body = b"".join([part async for part in _bounded(request, largest)])
@@ -79,7 +80,7 @@ async def read_addresses(request: Request, limits: Limits) -> list[str]:
         content = None
     urls = content.get("urls") if isinstance(content, dict) else None
     if not urls or not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
-        raise Refused(400, 'the body is no list of addresses; expected {"urls": ["https://..."]}')
+        raise Refused(400, 'the body is not a list of URLs; expected {"urls": ["https://..."]}')
     if len(urls) > limits.max_files:
         raise too_many(limits.max_files)
     return urls

@@ -286,7 +286,9 @@ def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> Shard
         first = {"half": size // 2, "all": 0}[cut]
         with shards.shard_path(sample).open("r+b") as stream:
             stream.seek(offset + first)
-            stream.write((b"\xff\xd9" + b"\0" * size)[: size - first])  # an early end of image
+            stream.write(
+                (b"\xff\xd9" + b"\0" * size)[: size - first]
+            )  # JPEG end-of-image marker too early
     return shards
 
 

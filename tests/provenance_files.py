@@ -153,7 +153,7 @@ class Authority:
 
     root: x509.Certificate
     intermediate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey  # of the intermediate
+    key: ec.EllipticCurvePrivateKey  # key of the intermediate certificate
 
     def signer(self, organization: str = "Example Images Ltd", **options) -> c2pa.Signer:
         """Make a signer whose chain does not include the root, as C2PA requires."""

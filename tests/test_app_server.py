@@ -1,4 +1,4 @@
-"""What stands between Streamlit and the browser: headers, and room for uploads."""
+"""The middleware between Streamlit and the browser: headers, and a memory limit for uploads."""
 
 import asyncio
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ MB = 2**20
 
 
 class Streamlit:
-    """Takes uploads as Streamlit does, into the same kind of store."""
+    """Fake Streamlit application that stores uploads in the same kind of store."""
 
     def __init__(self) -> None:
         self.file_storage: dict[str, dict[str, SimpleNamespace]] = {}
@@ -58,11 +58,11 @@ def test_every_answer_has_the_headers(guard: app_server.Guard) -> None:
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
 
 
-def test_all_uploads_together_are_bounded_and_room_comes_back(
+def test_all_uploads_together_are_limited_and_memory_is_freed(
     streamlit: Streamlit, guard: app_server.Guard
 ) -> None:
     client = TestClient(guard)
-    sizes = [MB, 2 * MB, 10, 10]  # the small ones count as a megabyte
+    sizes = [MB, 2 * MB, 10, 10]  # small files count as a megabyte
     assert [client.put(UPLOAD, content=bytes(size)).status_code for size in sizes] == [
         204, 204, 204, 503,
     ]  # fmt: skip
@@ -72,7 +72,9 @@ def test_all_uploads_together_are_bounded_and_room_comes_back(
     assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
 
 
-def test_what_breaks_off_gives_its_room_back(streamlit: Streamlit, guard: app_server.Guard) -> None:
+def test_an_interrupted_upload_frees_its_memory(
+    streamlit: Streamlit, guard: app_server.Guard
+) -> None:
     streamlit.fails = True
     client = TestClient(guard)
     for _ in range(10):
@@ -81,9 +83,9 @@ def test_what_breaks_off_gives_its_room_back(streamlit: Streamlit, guard: app_se
     assert guard.arriving == 0
 
 
-def test_uploads_that_arrive_together_count_together(streamlit: Streamlit) -> None:
-    """Ten of 1 MB that have all begun before the first one has ended; four fit. One that does not
-    say its size counts as the largest that Streamlit takes.
+def test_simultaneous_uploads_are_counted_together(streamlit: Streamlit) -> None:
+    """Ten uploads of 1 MB are in progress at once, and four fit. An upload without a stated size
+    counts as the largest size that Streamlit accepts.
     """
     begun, go_on = [], asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Imports point upstream: a stage may import what produces its input, never what consumes it."""
+"""Import directions: a stage may import the stages that produce its input, never later stages."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PAGE = {
         "uploads",
     )),
 }  # fmt: skip
-"""What imports Streamlit: the server, and what draws the page."""
+"""Modules that may import Streamlit: the server, and the modules that draw the page."""
 
 MAY_IMPORT = {
     "installed": set(),
@@ -39,12 +39,12 @@ MAY_IMPORT = {
 
 
 def files_of(owner: str) -> list[Path]:
-    """The Python files of a package or script."""
+    """Return the Python files of a package or script."""
     return sorted((ROOT / owner).rglob("*.py")) or [ROOT / f"{owner}.py"]
 
 
 def refused(owner: str, module: str) -> bool:
-    """Whether `owner` may not import `module`; what is not ours is nobody's business here."""
+    """Return whether `owner` must not import `module`. Third-party modules are always allowed."""
     target = module.partition(".")[0]
     if target not in MAY_IMPORT or target == owner:
         return False
@@ -83,7 +83,7 @@ def test_the_rule_can_refuse() -> None:
      ("uvicorn", {"serve/server.py"}),
      *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
 )  # fmt: skip
-def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
+def test_heavy_libraries_are_imported_only_in_listed_modules(library: str, home: set[str]) -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for folder in (*MAY_IMPORT,)
@@ -93,14 +93,16 @@ def test_heavy_imports_stay_at_home(library: str, home: set[str]) -> None:
     assert users == home
 
 
-def test_the_functions_of_arrow_are_imported_where_they_are_used() -> None:
-    """`pyarrow` has its `compute` only once something has imported it, such as pandas."""
+def test_pyarrow_compute_is_imported_explicitly() -> None:
+    """`pa.compute` exists only after some other library has imported it, such as pandas."""
     for owner in MAY_IMPORT:
         for path in files_of(owner):
             assert "pa.compute" not in path.read_text(), path
 
 
 def test_no_randomness_in_the_graph() -> None:
-    """Randomness comes from outside; DALI's own would not survive a resume or another backend."""
+    """Random parameters are inputs of the DALI graph. Random operators of DALI would give other
+    values after a resume and in the other backend.
+    """
     for path in (ROOT / "pipeline").glob("*.py"):
         assert "fn.random" not in path.read_text(), path

@@ -1,4 +1,4 @@
-"""Budgets that keep the code and its tests small: files, functions, parameters, flags, names."""
+"""Size limits for code and tests: lines, parameters, options, recipe keys and vague names."""
 
 import ast
 import dataclasses
@@ -17,8 +17,8 @@ PARAMETERS = 8
 MODEL_FILES = 12
 RECIPE_KEYS = 100
 FLAGS = 17
-"""Options of one command; `--help` and `--verbose` of every command count too. Evaluate and predict
-take any detector, which is three: which, whether its program is trusted, what its labels mean."""
+"""Largest number of options of a command, with `--help` and `--verbose`. Evaluate and predict need
+three options for any detector: its name, trust in its program, and the meaning of its labels."""
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
@@ -28,18 +28,18 @@ PRODUCT = (
 )  # fmt: skip
 
 MOST_FUNCTIONS = {"found": 10}
-"""A name that says nothing of its type -> the most functions that may bind it."""
+"""Vague variable name -> largest number of functions that may bind it."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions_of(tree: ast.AST) -> Iterator[Function]:
-    """Every function and method, nested ones too."""
+    """Yield all functions and methods, nested ones included."""
     return (node for node in ast.walk(tree) if isinstance(node, Function))
 
 
 def own_nodes(function: Function) -> Iterator[ast.AST]:
-    """The nodes of a function without those of functions inside it."""
+    """Yield the nodes of a function, without the nodes of nested functions."""
     waiting: list[ast.AST] = [*ast.iter_child_nodes(function)]
     while waiting:
         node = waiting.pop()
@@ -49,7 +49,7 @@ def own_nodes(function: Function) -> Iterator[ast.AST]:
 
 
 def binds(function: Function, name: str) -> bool:
-    """Whether a parameter or a local variable of the function has this name."""
+    """Return whether the function has a parameter or local variable with this name."""
     return any(
         (isinstance(node, ast.arg) and node.arg == name)
         or (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store))
@@ -58,7 +58,7 @@ def binds(function: Function, name: str) -> bool:
 
 
 def binding_functions(name: str) -> list[str]:
-    """`file:line function` of each function of the product that binds the name."""
+    """Return `file:line function` for each function of the product that binds the name."""
     return [
         f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
         for pattern in PRODUCT
@@ -69,11 +69,11 @@ def binding_functions(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MOST_FUNCTIONS)
-def test_names_that_say_nothing_are_rare(name: str) -> None:
+def test_meaningless_names_are_rare(name: str) -> None:
     binding = binding_functions(name)
     most = MOST_FUNCTIONS[name]
     assert len(binding) <= most, (
-        f"{len(binding)} functions bind {name!r}, at most {most} may; name what it is instead: "
+        f"{len(binding)} functions bind {name!r}, at most {most} may; use a meaningful name in: "
         f"{', '.join(binding)}"
     )
 
@@ -89,12 +89,12 @@ def test_names_that_say_nothing_are_rare(name: str) -> None:
         ("def f():\n    def g():\n        found = 1", False),
     ],
 )
-def test_what_binds_a_name(source: str, expected: bool) -> None:
+def test_binds_finds_every_kind_of_binding(source: str, expected: bool) -> None:
     assert binds(next(functions_of(ast.parse(source))), "found") == expected
 
 
 def is_command(function: Function) -> bool:
-    """Whether click fills the parameters of a function."""
+    """Return whether a function is a click command, whose parameters are its options."""
     return any("command" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
@@ -116,7 +116,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         assert count <= PARAMETERS, f"{function.name} has {count} parameters"
 
 
-def test_no_folder_of_model_grows_into_a_heap() -> None:
+def test_folders_of_model_stay_small() -> None:
     folders = {path.parent for path in (ROOT / "model").rglob("*.py")}
     for folder in folders:
         count = len(list(folder.glob("*.py")))
@@ -124,7 +124,7 @@ def test_no_folder_of_model_grows_into_a_heap() -> None:
 
 
 def keys_of(kind: type) -> int:
-    """The keys that a dataclass of the recipe takes, with those of its sections."""
+    """Count the keys of a recipe dataclass, nested sections included."""
     count = 0
     for field in dataclasses.fields(kind):
         nested = field.type if dataclasses.is_dataclass(field.type) else None
@@ -132,12 +132,12 @@ def keys_of(kind: type) -> int:
     return count
 
 
-def test_the_recipe_stays_readable() -> None:
+def test_the_number_of_recipe_keys_stays_small() -> None:
     assert keys_of(Recipe) <= RECIPE_KEYS
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command of the project by name."""
+    """Yield the name and command of every command of the project."""
     import evaluate
     import predict
     import train
@@ -156,7 +156,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
     yield "serve", serve
 
 
-def test_no_command_grows_too_many_flags() -> None:
+def test_the_number_of_options_per_command_stays_small() -> None:
     for name, command in commands():
         count = sum(isinstance(parameter, click.Option) for parameter in command.params)
         assert count <= FLAGS, f"{name} has {count} options"

@@ -1,4 +1,4 @@
-"""The commands as a person types them, on a checkpoint trained on the tiny sets."""
+"""All commands run as a person types them, with a checkpoint trained on the tiny sets."""
 
 import csv
 import html
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run `tiny` with a checkpoint."""
+    """Runs folder with the run `tiny` and its checkpoint."""
     return train_tiny(data, tmp_path_factory.mktemp("runs"))
 
 
@@ -43,7 +43,7 @@ def run(command, *arguments: object):
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
-def test_build_with_nothing_to_build_says_what_it_knows(tmp_path: Path) -> None:
+def test_build_without_raw_data_lists_the_known_sources(tmp_path: Path) -> None:
     result = run(sharding, "build", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
     assert result.exit_code == 1
     for said in ("tiny_genimage", "kaggle.com", "not there", "Nothing to build", "make demo"):
@@ -51,8 +51,8 @@ def test_build_with_nothing_to_build_says_what_it_knows(tmp_path: Path) -> None:
     assert f"Nothing to build below {tmp_path / 'raw'}" in result.output
 
 
-def test_a_source_of_links_is_not_passed_over_in_silence(raw: Path, tmp_path: Path) -> None:
-    """Alone there is nothing to build; beside others it would be missed."""
+def test_a_source_folder_of_links_is_reported(raw: Path, tmp_path: Path) -> None:
+    """Alone, such a source is an error; among other sources, its warning must still be printed."""
     folder = tmp_path / "raw"
     (folder / "dummy").mkdir(parents=True)
     (folder / "dummy" / "fake").symlink_to(raw / "dummy" / "fake", target_is_directory=True)
@@ -110,11 +110,11 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     compared = run(evaluate.main, "compare", tmp_path / "report.json", tmp_path / "report.json")
     assert compared.exit_code == 0, compared.output
     assert "(+0.00 to +0.00)" in compared.output
-    assert "furthest" not in compared.output
+    assert "largest changes" not in compared.output
 
 
 def cells_of(output: str, first: str, edge: str = "│") -> list[str]:
-    """The cells behind the first one of a row of a table, without the intervals in brackets."""
+    """Return the cells of a table row after the first cell, without intervals in parentheses."""
     (line,) = [line for line in output.splitlines() if line.startswith(f"{edge} {first} ")]
     return [cell.split()[0] for cell in line.strip(edge).split(edge)[1:]]
 
@@ -122,7 +122,7 @@ def cells_of(output: str, first: str, edge: str = "│") -> list[str]:
 def test_training_evaluation_and_card_agree(
     data: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last table of training, the one of evaluation, and the model card: the same figures."""
+    """The last table of training, the table of evaluation and the model card have equal figures."""
     copy = shutil.copytree(runs, tmp_path / "runs")
     best = checkpoint.find(copy, None)
     calibration = Calibration(
@@ -139,7 +139,7 @@ def test_training_evaluation_and_card_agree(
     evaluated = run(evaluate.main, *arguments).stdout
     report = json.loads((tmp_path / "report.json").read_text())
     card = card_of(meta, report, {}, onnx=False)
-    assert "fake from 0.610\n" in trained and "fake from 0.610\n" in evaluated
+    assert "threshold 0.610\n" in trained and "threshold 0.610\n" in evaluated
     assert "called fake from a probability of 0.610 on" in card
     for name, row, on_card in (
         ("val", "overall", "val"), ("val/gamma", "source gamma", r"val\: gamma"),
@@ -151,8 +151,10 @@ def test_training_evaluation_and_card_agree(
         assert cells_of(card, f"{on_card} |", "|")[2:] == figures[1:]
 
 
-def test_measuring_on_training_data_is_said_first(data: Path, runs: Path, tmp_path: Path) -> None:
-    """By the hash of the set, whatever it is called."""
+def test_evaluating_on_training_data_is_said_in_the_first_line(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    """The set is recognized by its hash, whatever its name is."""
     shutil.copytree(data / "old", tmp_path / "data" / "renamed")
     shutil.copytree(data / "val", tmp_path / "data" / "val")
     arguments = "--data", tmp_path / "data", "--runs", runs, "--out", tmp_path / "out"
@@ -188,7 +190,7 @@ def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: 
     assert len(tables[1]) == len(PERTURBATIONS) + len(robustness["codec_swap"])
     page = (out / "report.html").read_text()
     assert "jpeg-90" in page and "data:image/jpeg;base64," in page
-    # Everything is found again without the network; nor are images needed.
+    # The report is rebuilt from the scores, without the network and without images.
     again = run(
         evaluate.main, "--scores", out / "scores.parquet", "--out", tmp_path / "again",
         "--data", tmp_path / "gone",
@@ -201,7 +203,7 @@ def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: 
 
 
 def test_robustness_takes_a_number_or_none(data: Path, runs: Path) -> None:
-    """`--robustness` alone takes its default, also before another option."""
+    """`--robustness` without a number uses its default, also before another option."""
     for arguments, expected in (
         (["--robustness", "--shards", "val"], evaluate.PER_CLASS), (["--robustness", "7"], 7),
         ([], None),
@@ -214,7 +216,7 @@ def test_robustness_takes_a_number_or_none(data: Path, runs: Path) -> None:
     assert result.exit_code == 2 and "0 is not in the range" in result.output
 
 
-def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: Path) -> None:
+def test_a_set_without_reals_gives_a_sentence(runs: Path, raw: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
         '[sets]\nevalgen = "test"\n[sources.dummy]\nlicense = "x"\nset = "evalgen"\nfake = ["fake"]'
@@ -231,7 +233,7 @@ def test_a_set_without_reals_is_said_in_words(runs: Path, raw: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say which set to measure on"),
+        ([], "no set to measure on"),
         (["--shards", "nope"], "no shard set at"),
         (["--shards", "val", "--device", "gpu"], "no such device: gpu"),
     ],
@@ -244,7 +246,7 @@ def test_evaluate_mistakes(data: Path, runs: Path, arguments: list[str], said: s
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with good images, one broken, and one file that is none."""
+    """Folder with good images, a broken image, and a file that is not an image."""
     folder = tmp_path / "photos"
     (folder / "inside").mkdir(parents=True)
     (folder / "a.jpg").write_bytes(encode(photo(1)))
@@ -295,7 +297,7 @@ def test_predict_with_nothing_to_predict(runs: Path, tmp_path: Path) -> None:
 def test_predict_evaluate_and_python_agree_on_the_same_bytes(
     data: Path, raw: Path, runs: Path
 ) -> None:
-    """The file, the shard through Pillow, the shard through DALI: one probability."""
+    """The file, the shard read by Pillow and the shard read by DALI give the same probability."""
     import numpy as np
     import torch
 
@@ -335,7 +337,7 @@ def test_the_page_shows_a_verdict_and_an_error(
     page_html = "".join(html_of(shown))
     assert "<h2>2 images: 1 " in page_html and "1 unreadable</h2>" in page_html
     assert "<b>b.jpg</b>: not an image" in page_html
-    assert "This checkpoint is not calibrated" in page_html
+    assert "so no figures are shown here" in page_html
     (expected,) = load_detector(runs=runs).predict([encode(photo(1), "PNG")])
     assert f"<strong>{percent(expected.probability)}</strong>" in page_html
     assert f"{expected.verdict[1:]}</h3>" in page_html
@@ -390,7 +392,7 @@ def test_the_page_says_why_a_checkpoint_cannot_be_loaded(
     ids=lambda command: command.name,
 )  # fmt: skip
 def test_every_command_has_help_and_few_flags(command) -> None:
-    """Flags say where and how to run; the recipe says what."""
+    """Options control where and how to run; the recipe controls training itself."""
     result = run(command, "--help")
     assert result.exit_code == 0
     for option in command.params:
@@ -405,7 +407,7 @@ def test_every_command_has_help_and_few_flags(command) -> None:
 
 
 def test_the_demo_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
-    """A few of its images; the whole takes half a minute."""
+    """Compare a few of its images; the whole demo takes half a minute."""
     from sharding.demo.render import SOURCES, path_of, shots_of, write_shot
 
     shots = [shots_of(name)[i] for name in SOURCES for i in (1, -1)]

@@ -1,4 +1,4 @@
-"""Types of options: an address works or is refused, and so is what no job can use."""
+"""Option types of `console`: which paths, addresses and numbers they accept and refuse."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ PATH_WORDS = {"data", "runs", "raw", "out", "folder", "folders", "checkpoint", "
 
 
 def said_of(kind: click.ParamType, value: object) -> str:
-    """What the type says of a value that it refuses."""
+    """Return the error message of a type for a refused value."""
     with pytest.raises(click.BadParameter) as caught:
         kind.convert(value, None, None)
     assert "\n" not in caught.value.message
@@ -58,7 +58,7 @@ def test_every_path_is_local_or_any_address(command: object, parameter: click.Pa
         (predict.main, ["x.jpg", "--heatmap", "gs://bucket/heatmaps"]),
     ],
 )
-def test_an_address_where_none_works_is_refused_and_nothing_is_made(
+def test_an_address_for_a_local_path_is_refused_and_nothing_is_created(
     command: click.Command, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -76,10 +76,10 @@ def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
     assert "names no bucket" in said_of(kind, "s3://")
     assert "names no bucket" in said_of(kind, "http://")
     assert "empty path" in said_of(kind, " ")
-    assert "is no folder" in said_of(kind, __file__)
+    assert "is not a folder" in said_of(kind, __file__)
 
 
-def test_a_page_cannot_be_written_to() -> None:
+def test_an_http_address_is_refused_for_writing() -> None:
     kind = console.AnyAddress(writes=True)
     assert "can only be read" in said_of(kind, "http://here.org/shards")
     result = CliRunner().invoke(sharding, ["build", "--out", "http://"])
@@ -87,7 +87,7 @@ def test_a_page_cannot_be_written_to() -> None:
     assert "can only be read" in result.output
 
 
-def test_a_pipe_or_device_is_no_file(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "pipe or a device" in said_of(console.LocalPath(), str(tmp_path / "pipe"))
     assert "pipe or a device" in said_of(console.LocalPath(), "/dev/null")
@@ -97,7 +97,7 @@ def test_a_pipe_or_device_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "-nan"])
-def test_nan_is_no_number(value: str) -> None:
-    assert "no finite number" in said_of(console.FiniteRange(0, 1), value)
+def test_numbers_must_be_finite(value: str) -> None:
+    assert "not a finite number" in said_of(console.FiniteRange(0, 1), value)
     result = CliRunner().invoke(sharding, ["build", "--max-bad", value])
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""What reaches a terminal is what was meant for it, and a mistake is one line."""
+"""Terminal output: escaped file names, tables that are never cut, errors of one line."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ SHOWN = r"a\x1b[2J\x9b31m\rb [red]FLUX.1 [dev][/base] :skull: \u202e"
 
 
 def in_a_terminal(code: str, columns: int = 200) -> str:
-    """What a terminal of that width receives from a Python program, with line ends of a file."""
+    """Run a Python program in a terminal of this width; returns its output with Unix line ends."""
     ours, its = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm", "PYTHONUTF8": "1"}
     with subprocess.Popen(
@@ -33,7 +33,7 @@ def in_a_terminal(code: str, columns: int = 200) -> str:
         while True:
             try:
                 part = os.read(ours, 65536)
-            except OSError:  # the other end was closed
+            except OSError:  # the program closed its end
                 break
             if not part:
                 break
@@ -41,7 +41,9 @@ def in_a_terminal(code: str, columns: int = 200) -> str:
     os.close(ours)
     assert process.returncode == 0, received.decode()
     text = received.decode().replace("\r\n", "\n")
-    return re.sub(r"\x1b\[[\d;?]*[mhlKA]", "", text)  # what rich itself sends: colors, the bar
+    return re.sub(
+        r"\x1b\[[\d;?]*[mhlKA]", "", text
+    )  # escape sequences of rich: colors, progress bar
 
 
 @pytest.mark.parametrize(
@@ -54,15 +56,15 @@ def in_a_terminal(code: str, columns: int = 200) -> str:
         f"console._start_logging(None, None, False); console.log.info('%s', {HOSTILE!r})",
     ],
 )
-def test_a_terminal_shows_names_as_they_are_and_obeys_none(code: str) -> None:
+def test_file_names_cannot_send_control_characters_to_a_terminal(code: str) -> None:
     received = in_a_terminal(code)
     assert SHOWN in received
     assert not set(received) & set("\x1b\x9b\u202e"), received
-    assert "\rb" not in received  # a bar goes back to the beginning of its line itself
+    assert "\rb" not in received  # only the progress bar may return to the line start
 
 
 def test_a_table_is_never_cut() -> None:
-    """Where the terminal is too narrow, each row is a paragraph."""
+    """In a terminal that is too narrow, each row is printed as a paragraph."""
     columns = ["what", "reals", "recall", "false positives", "AUROC"]
     row = ["generator FLUX.1 [schnell]", 12345, "0.944 (0.90-0.98)", "0.123456789", "0.5"]
     code = f"console.table('set', {columns}, [{row}])"
@@ -88,11 +90,11 @@ def test_standard_output_of_any_encoding_takes_every_name(encoding: str) -> None
     lines = done.stdout.splitlines()
     escaped = "東京 " if encoding == "utf-8" else r"\u6771\u4eac "
     assert lines[0].decode(encoding) == rf"{escaped}\udce9"
-    assert lines[1] == "東京 ".encode() + b"\xe9"  # data is UTF-8 and bytes as they are
+    assert lines[1] == "東京 ".encode() + b"\xe9"  # data is UTF-8; other bytes are unchanged
 
 
 def run(action, *arguments: str):
-    """A command with an option of this machine that does `action`."""
+    """Run a command that calls `action`."""
 
     @click.command(cls=console.Command)
     @click.option("--path", type=console.LocalPath())
@@ -144,29 +146,29 @@ def test_a_mistake_is_one_harmless_line(error: BaseException, code: int, said: s
     assert "secret" not in result.stderr
 
 
-def test_a_folder_that_is_missing_and_a_file_that_is_closed_are_said(
+def test_a_missing_folder_and_an_unreadable_file_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OSError) as caught:
         (tmp_path / "none" / "x.csv").write_text("")
     said = console.one_line(caught.value)
-    assert said == f"there is no folder {tmp_path / 'none'}; make it, or name another"
+    assert said == f"there is no folder {tmp_path / 'none'}; create it, or name another folder"
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"")
     path.chmod(0o600)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # to the superuser everything is open
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root can read every file
     said = console.one_line(PermissionError(13, "Permission denied", str(path)))
     assert said == f"{path}: not readable by this user (mode 600)"
 
 
-def test_what_can_go_on_says_so() -> None:
+def test_ctrl_c_says_that_the_command_can_resume() -> None:
     def action() -> None:
         with console.resumable():
             raise KeyboardInterrupt
 
     result = run(action)
     assert result.exit_code == 130
-    assert result.stderr == "stopped by Ctrl-C; the same command goes on from there\n"
+    assert result.stderr == "stopped by Ctrl-C; run the same command again to resume\n"
 
 
 def test_counts_have_their_nouns() -> None:
@@ -175,7 +177,7 @@ def test_counts_have_their_nouns() -> None:
     ]  # fmt: skip
 
 
-def test_our_own_bug_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     assert isinstance(run(raiser(KeyError("a"))).exception, KeyError)
 
 

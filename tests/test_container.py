@@ -1,4 +1,4 @@
-"""The container: its linter, and what it copies."""
+"""The container files: they pass the linter and copy all needed modules."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_the_container_is_pinned_and_its_user_can_read_it() -> None:
     assert text.count("--constraint constraints.txt") == 2
 
 
-def test_the_container_gets_what_the_page_imports() -> None:
+def test_the_container_has_all_modules_that_the_page_imports() -> None:
     copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
     copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
@@ -50,7 +50,7 @@ def test_the_container_gets_what_the_page_imports() -> None:
     assert all(any(fnmatch(path, pattern) for pattern in let_in) for path in copied)
 
 
-def test_the_services_are_the_image_with_the_right_command_port_and_rights() -> None:
+def test_the_compose_services_have_the_right_command_port_and_rights() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert services.keys() == {"page", "api"}
     dockerfile = (ROOT / "Dockerfile").read_text()
@@ -60,7 +60,7 @@ def test_the_services_are_the_image_with_the_right_command_port_and_rights() -> 
         assert service["user"] == "10001" and service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         for volume in service["volumes"]:
-            assert volume.split(":")[1] in folders  # a new volume has the owner of the folder
+            assert volume.split(":")[1] in folders  # a new volume gets the owner of this folder
         (port,) = service["ports"]
         host, outside, inside = port.split(":")
         assert host == "127.0.0.1" and outside == inside and inside in exposed

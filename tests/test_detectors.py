@@ -1,4 +1,4 @@
-"""The detectors that ship: what lies in `detectors/`, and the first minute with one."""
+"""Shipped detectors in `detectors/`: complete files and cards, and a first prediction."""
 
 import re
 import subprocess
@@ -16,12 +16,12 @@ from tests.builders import ROOT, encode, photo
 FOLDERS = sorted((ROOT / "detectors").iterdir())
 
 
-def test_the_default_one_is_there() -> None:
+def test_the_default_detector_exists() -> None:
     assert DEFAULT_DETECTOR in [folder.name for folder in FOLDERS]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_detector_that_ships_is_whole_and_tells_no_secret(folder: Path) -> None:
+def test_a_shipped_detector_is_complete_and_has_no_local_paths(folder: Path) -> None:
     meta = checkpoint.verify(folder)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000
     assert list(load_file(folder / "weights.safetensors"))
@@ -34,8 +34,8 @@ def test_a_detector_that_ships_is_whole_and_tells_no_secret(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_card_says_what_speaks_against_it(folder: Path) -> None:
-    """As the command that writes a head says it, without the rest of the card and its sources."""
+def test_the_card_lists_the_notices(folder: Path) -> None:
+    """Compare two sections of the card with the output of the command that writes it."""
     meta, written = checkpoint.read_meta(folder), (folder / "README.md").read_text()
     card = card_of(meta, None, {}, onnx=False)
     sections = re.compile(r"\n## (?:Known against it|Use)\n.*?(?=\n## )", re.S)
@@ -44,7 +44,7 @@ def test_the_card_says_what_speaks_against_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_card_states_the_figures_of_the_record(folder: Path) -> None:
+def test_the_card_states_the_figures_of_meta_json(folder: Path) -> None:
     meta, card = checkpoint.read_meta(folder), (folder / "README.md").read_text()
     assert f"likely AI-generated from {meta['calibration']['band'][1]:.3g} on" in card
     for name, rates in meta["calibration"]["sources"].items():
@@ -54,12 +54,12 @@ def test_the_card_states_the_figures_of_the_record(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_photo_to_a_verdict(tmp_path: Path) -> None:
-    """The backbone comes from where it can be had; without a network there is nothing to test."""
+def test_fetch_then_predict_prints_a_verdict(tmp_path: Path) -> None:
+    """Skipped without a network, because the backbone must be downloaded."""
     command = [sys.executable, "-m", "model", "fetch"]
     fetched = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if fetched.returncode:
-        pytest.skip(f"the backbone cannot be had: {fetched.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"the backbone cannot be fetched: {fetched.stderr.strip().splitlines()[-1]}")
     (tmp_path / "photo.jpg").write_bytes(encode(photo(3, 640, 480)))
     done = subprocess.run(
         [sys.executable, "predict.py", str(tmp_path / "photo.jpg"), "--runs", str(tmp_path)],

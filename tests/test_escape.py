@@ -1,4 +1,4 @@
-"""Text that came with a file obeys nobody: not a terminal, a spreadsheet, Markdown or a log."""
+"""Escaping of untrusted text for terminals, spreadsheets, Markdown and logs."""
 
 import html
 import re
@@ -19,14 +19,14 @@ from escape import (
     ["\x1b[2Ja", "\x9b31mred", "\x1b]0;title\x07", "a\rb", "\x7f", "\u202egpj.exe", "caf\udce9",
      "\x00", "\u2028"],
 )  # fmt: skip
-def test_a_terminal_is_given_nothing_to_obey(text: str) -> None:
+def test_terminal_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     shown.encode()
     assert printable(shown) == shown
 
 
-def test_what_can_be_shown_is_shown() -> None:
+def test_printable_text_stays_unchanged() -> None:
     for text in ("FLUX.1 [dev]", "東京 é", "a\nb", ":skull:"):
         assert printable(text) == text
 
@@ -34,7 +34,7 @@ def test_what_can_be_shown_is_shown() -> None:
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(1)", "\t=1", "\r=1", "\uff1d1"]
 
 
-def test_a_spreadsheet_is_given_no_formula_and_no_two_texts_become_one() -> None:
+def test_spreadsheet_cells_contain_no_formula_and_stay_distinct() -> None:
     texts = [*FORMULAS, *(f"'{text}" for text in FORMULAS), *(f"''{text}" for text in FORMULAS),
              "", "'", "'quoted'", "a=1", "photo.jpg"]  # fmt: skip
     cells = [spreadsheet_cell(text) for text in texts]
@@ -45,7 +45,7 @@ def test_a_spreadsheet_is_given_no_formula_and_no_two_texts_become_one() -> None
     assert cells[-5:] == texts[-5:]
 
 
-# The expressions that these libraries look for in text after parsing, so that a backslash is gone:
+# Regular expressions that these libraries apply to text after parsing, when backslashes are gone:
 # mdast-util-gfm-autolink-literal 2, remark-emoji 5, Streamlit 1.67 (remarkMaterialIcons).
 AFTER_PARSING = (
     r"(https?://|www(?=\.))([-.\w]+)([^ \t\r\n]*)",
@@ -62,7 +62,7 @@ AFTER_PARSING = (
      "![](https://evil.example/x.png)", "<b>x</b>", "`a`", "$x$", "# head", "- item", "1. item",
      "&lt;", ":red[x]", "a\n\nb", "~~x~~", "a | b", "+ item", "=== ", "CC-BY-4.0"],
 )  # fmt: skip
-def test_markdown_shows_the_text_and_makes_nothing_of_it(text: str) -> None:
+def test_markdown_shows_the_text_without_markup(text: str) -> None:
     shown = markdown(text)
     assert "\n" not in shown
     assert not re.match(r"[-+=]|\d+\.\s", shown)  # lists, headings

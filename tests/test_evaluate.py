@@ -1,4 +1,6 @@
-"""evaluate.py: every sample once on any number of ranks, --scores, --reference-reals, calibrate."""
+"""evaluate.py: each sample is scored once on any number of ranks; --scores, --reference-reals,
+--suite and calibrate.
+"""
 
 import json
 import multiprocessing
@@ -24,7 +26,7 @@ from pipeline.loading import Loading
 from sharding.format import open_shards
 from tests.builders import ROOT, build_all, encode, photo, train_tiny
 
-# TensorBoard's own use of protobuf and numpy.
+# Warnings come from TensorBoard's use of protobuf and numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -54,8 +56,8 @@ fake = [{ folder = "fake", generator = "gan" }]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An `evalgen` of 3 generators, 4 prompts and 3 images of each (one missing), a
-    `test` of real photographs, and a `val` of both classes.
+    """Sets: `evalgen` (3 generators, 4 prompts, 3 images each, one missing), `test` (real
+    photographs only) and `val` (both classes).
     """
     raw = tmp_path_factory.mktemp("raw")
     number = 0
@@ -78,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run `tiny` with a checkpoint."""
+    """Runs folder with the run `tiny` and its checkpoint."""
     return train_tiny(
         data, tmp_path_factory.mktemp("runs"), 'data.train=["val"]', 'data.validate=["test"]'
     )
@@ -86,7 +88,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_runs(runs: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to change."""
+    """A copy of the runs folder that a test may change."""
     return shutil.copytree(runs, tmp_path / "runs")
 
 
@@ -96,7 +98,7 @@ def run(data: Path, runs: Path, *arguments: object) -> Result:
 
 
 def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: Path) -> dict:
-    """`evaluate` on `world_size` ranks, each a thread of this process; the first one's report."""
+    """Run `evaluate` on `world_size` ranks, each a thread; returns the report of rank 0."""
     meeting = threading.Barrier(world_size, timeout=120)
     brought: dict[int, object] = {}
 
@@ -131,8 +133,10 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
     return reports[0]
 
 
-def test_ranks_and_batch_sizes_change_not_a_byte(data: Path, runs: Path, tmp_path: Path) -> None:
-    """35 and 35 and 70 samples: no world and no batch size here divides them."""
+def test_scores_do_not_depend_on_ranks_and_batch_size(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    """The sets have 35, 35 and 70 samples, not divisible by these world and batch sizes."""
     outputs = {}
     for world_size, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
         out = tmp_path / f"{world_size}-{batch_size}"
@@ -144,7 +148,7 @@ def test_ranks_and_batch_sizes_change_not_a_byte(data: Path, runs: Path, tmp_pat
 
 
 def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, store: Path) -> None:
-    """A forked process: rank `rank` of `world_size`, over gloo."""
+    """Run rank `rank` of `world_size` over gloo, in a forked process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
@@ -162,7 +166,7 @@ def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, stor
 
 
 def test_processes_give_the_same_scores(data: Path, runs: Path, tmp_path: Path) -> None:
-    """Over gloo; the rows are those of the index, in its order."""
+    """Rows of the scores have the order of the index, also when ranks communicate over gloo."""
     evaluate_on(1, 32, data, runs, tmp_path / "one")
     context = multiprocessing.get_context("fork")
     common = (2, data, runs, tmp_path / "two", tmp_path / "store")
@@ -206,7 +210,7 @@ def test_torchrun_gives_the_same_scores(data: Path, runs: Path, tmp_path: Path, 
     assert many.stdout.count("report: ") == 1
 
 
-def test_the_report_is_found_again_without_the_network(
+def test_the_report_is_rebuilt_from_scores_without_the_network(
     data: Path, runs: Path, tmp_path: Path
 ) -> None:
     done = run(data, runs, "--shards", "evalgen", "--out", tmp_path / "a")
@@ -228,10 +232,10 @@ def test_the_report_is_found_again_without_the_network(
     assert "not a file of scores" in other.output
 
 
-def test_evalgen_stands_beside_the_reals_of_the_catalog(
+def test_evalgen_uses_the_reference_reals_of_the_catalog(
     data: Path, runs: Path, tmp_path: Path
 ) -> None:
-    """Both protocols, mean and standard deviation; the reals of `test` as the catalog says."""
+    """The report has both protocols, and uses the reals of `test` as the catalog requires."""
     done = run(data, runs, "--shards", "evalgen", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
@@ -245,13 +249,13 @@ def test_evalgen_stands_beside_the_reals_of_the_catalog(
     assert figures["protocols"]["all_images"]["images"] == 35
     assert figures["protocols"]["first_per_prompt"]["images"] == 12
     assert set(figures["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
-    assert "the first of each prompt, 12" in " ".join(done.output.split())
+    assert "the first image of each prompt (12)" in " ".join(done.output.split())
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
     assert len(rows) == 35 + reals
 
 
-def test_reals_that_are_asked_for(data: Path, runs: Path, tmp_path: Path) -> None:
+def test_reference_reals_can_be_chosen(data: Path, runs: Path, tmp_path: Path) -> None:
     done = run(data, runs, "--shards", "evalgen", "--reference-reals", "val", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
@@ -264,9 +268,7 @@ def test_reals_that_are_asked_for(data: Path, runs: Path, tmp_path: Path) -> Non
         assert said in wrong.output
 
 
-def test_where_no_reals_are_at_hand_the_first_line_says_so(
-    data: Path, runs: Path, tmp_path: Path
-) -> None:
+def test_without_any_reals_the_first_line_says_so(data: Path, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "evalgen", tmp_path / "shards" / "evalgen")
     shutil.copytree(data / "val", tmp_path / "shards" / "val")
     done = run(
@@ -274,12 +276,12 @@ def test_where_no_reals_are_at_hand_the_first_line_says_so(
     )
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("THE CHECKPOINT WAS TRAINED ON val")  # that comes before anything
+    assert lines[0].startswith("THE CHECKPOINT WAS TRAINED ON val")  # before any other line
     assert lines[1].startswith("evalgen: NO REAL IMAGES AT HAND")
     assert json.loads((tmp_path / "report.json").read_text())["headline"][:2] == lines[:2]
 
 
-def test_calibration_is_kept_in_the_checkpoint_and_used(
+def test_calibration_is_stored_in_the_checkpoint_and_used(
     data: Path, own_runs: Path, tmp_path: Path
 ) -> None:
     done = run(data, own_runs, "calibrate", "--shards", "val")
@@ -292,7 +294,7 @@ def test_calibration_is_kept_in_the_checkpoint_and_used(
     assert meta["temperature"] != 1.0
     assert meta["threshold"] == meta["calibration"]["band"][1]
     assert "uncertain between" in done.output
-    assert "too few to promise 1 %" in done.output
+    assert "no threshold for 1 %" in done.output
     report = run(data, own_runs, "--shards", "evalgen", "--out", tmp_path / "out")
     assert report.exit_code == 0, report.output
     document = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -311,7 +313,7 @@ def test_calibration_is_kept_in_the_checkpoint_and_used(
         (["nope"], "no shard set at"),
     ],
 )
-def test_calibration_refuses_what_is_no_validation_set(
+def test_calibration_accepts_validation_sets_only(
     data: Path, own_runs: Path, names: list[str], said: str
 ) -> None:
     meta = (find(own_runs) / "meta.json").read_bytes()
@@ -331,7 +333,7 @@ def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Pat
     assert "0 real and 35 fake images: calibration needs at least 20 of each" in result.output
 
 
-def test_a_suite_is_one_report_and_says_what_is_missing(
+def test_a_suite_gives_one_report_and_lists_missing_sets(
     data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(data, runs, "--suite", "generators", "--device", "cpu", "--out", tmp_path / "a")
@@ -364,10 +366,12 @@ def test_a_suite_is_one_report_and_says_what_is_missing(
     ("arguments", "said"),
     [
         (["--suite", "wlid"], "no suite wlid; the suites are wild, generators"),
-        (["--suite", "wild", "--shards", "val"], "--suite names the sets itself"),
+        (["--suite", "wild", "--shards", "val"], "--suite cannot be combined"),
     ],
 )
-def test_a_suite_that_cannot_be(data: Path, runs: Path, arguments: list[str], said: str) -> None:
+def test_wrong_suite_options_are_refused(
+    data: Path, runs: Path, arguments: list[str], said: str
+) -> None:
     result = run(data, runs, *arguments)
     assert result.exit_code != 0
     assert said in result.output

@@ -1,4 +1,4 @@
-"""Golden values are compared, and are written only when asked for."""
+"""Golden values are compared, and are written only with `write`."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from tests.goldens import Golden
 VALUES = {"losses": [0.5, 0.25], "flipped": True, "quality": 84}
 
 
-def test_what_is_written_is_what_is_compared(tmp_path: Path) -> None:
+def test_written_golden_values_compare_equal(tmp_path: Path) -> None:
     Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-7)
     assert json.loads((tmp_path / "tiny.json").read_text()) == VALUES
     Golden(tmp_path).check("tiny", VALUES, rtol=1e-7)
 
 
-def test_numbers_that_hold_are_not_written_again(tmp_path: Path) -> None:
+def test_unchanged_golden_values_are_not_rewritten(tmp_path: Path) -> None:
     Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-3)
     Golden(tmp_path, write=True).check("tiny", VALUES | {"losses": [0.50001, 0.25]}, rtol=1e-3)
     assert json.loads((tmp_path / "tiny.json").read_text()) == VALUES
@@ -31,7 +31,7 @@ def test_numbers_that_hold_are_not_written_again(tmp_path: Path) -> None:
      {"more": 1}],
     ids=str,
 )  # fmt: skip
-def test_another_value_fails_and_leaves_the_file(tmp_path: Path, change: dict) -> None:
+def test_a_changed_value_fails_and_keeps_the_file(tmp_path: Path, change: dict) -> None:
     Golden(tmp_path, write=True).check("tiny", VALUES, rtol=1e-7)
     before = (tmp_path / "tiny.json").read_text()
     with pytest.raises(AssertionError, match=r"tiny\.json"):

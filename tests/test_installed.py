@@ -1,4 +1,4 @@
-"""The installed command, and what messages say to type where the wheel is installed."""
+"""The installed command `ai-images-detector`, and commands named in messages of the wheel."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def invoke(*arguments: object):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_one_that_a_checkout_has(name: str) -> None:
+def test_every_installed_command_is_a_command_of_the_checkout(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert isinstance(command, click.Command)
     done = invoke(name, "--help")
@@ -34,13 +34,13 @@ def test_an_unknown_command_is_refused() -> None:
     assert "No such command 'predct'" in invoke("predct").output
 
 
-def test_a_mistake_below_the_command_is_one_line(tmp_path: Path) -> None:
+def test_an_error_of_a_subcommand_is_one_line(tmp_path: Path) -> None:
     done = invoke("train", "--recipe", tmp_path / "none.toml")
     assert done.exit_code == 1
     assert done.output.startswith(f"Error: no recipe at {tmp_path / 'none.toml'}")
 
 
-def test_the_page_gets_what_the_command_line_says(
+def test_the_app_command_passes_its_options_to_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
@@ -57,7 +57,7 @@ def test_the_page_gets_what_the_command_line_says(
     assert started[1] == ["run", script, "--server.address=0.0.0.0", "--server.port=80"]
 
 
-def test_without_streamlit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_streamlit_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ai_images_detector, "find_spec", lambda _name: None)
     monkeypatch.setattr("streamlit.web.cli.main", lambda _arguments: None)
     done = invoke("app")
@@ -65,7 +65,9 @@ def test_without_streamlit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert "streamlit is not installed; install the extra `app`" in done.output
 
 
-def test_what_to_type_in_a_checkout_and_in_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_name_the_commands_of_a_checkout_or_an_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert installed.command("train") == "python train.py"
     assert installed.install_extra("app") == "install the extra `app`, as `make setup` does"
     monkeypatch.setattr(installed, "CHECKOUT", False)
@@ -73,14 +75,14 @@ def test_what_to_type_in_a_checkout_and_in_an_installation(monkeypatch: pytest.M
     assert installed.install_extra("app").endswith('`app`: pip install "ai-images-detector[app]"')
 
 
-def test_no_commit_of_a_repository_that_the_environment_lies_in(
+def test_the_commit_of_a_surrounding_repository_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checkpoint, "CHECKOUT", False)
     assert checkpoint.git_commit.__wrapped__() == ""
 
 
-def test_the_modules_beside_the_command_are_meant(tmp_path: Path) -> None:
+def test_modules_next_to_the_command_are_imported(tmp_path: Path) -> None:
     (tmp_path / "console.py").write_text("raise SystemExit('the wrong module')")
     code = "import sys; sys.path.append(sys.argv[1]); import ai_images_detector"
     subprocess.run([sys.executable, "-c", code, ROOT], cwd=tmp_path, check=True)

@@ -1,5 +1,5 @@
-"""Every option of every command with values that no job can use, or that nobody meant: one line
-that says what is wrong, the exit code that is promised, and never a traceback.
+"""Every option of every command with useless or accidental values: the result is one line with the
+reason and the documented exit code, never a traceback.
 """
 
 import os
@@ -57,10 +57,10 @@ TEXTS = {
     "odd scheme": "nosuch://x/y",
 }
 FILES = ("fifo", "folder", "text.txt", "empty.txt", "unreadable.txt", "closed", "device")
-"""Names in the folder that the commands run in; `closed` is a folder that may not be entered."""
+"""Names in the folder in which the commands run; `closed` is a folder without permissions."""
 
 CODES = {"predict": {0, 1, 2}}
-"""Exit codes; of all other commands 0, 1 for a mistake that shows later, 2 for the command line."""
+"""Allowed exit codes. Other commands: 0, 1 for a later error, 2 for a wrong command line."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def base(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, list[str]]:
-    """For each command a line that works, or ends soon; `FILES` are in the current folder."""
+    """Return a working (or soon ending) command line per command; make `FILES` in the folder."""
     (tmp_path / "photo.jpg").write_bytes(encode(photo(1)))
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
@@ -89,7 +89,7 @@ def base(
     return {
         "train": ["--recipe", str(tiny_recipe), *sets, "--runs", "trained"],
         "predict": ["photo.jpg", *runs],
-        "serve": ["--checkpoint", "folder", "--port", "0", *runs],  # else it would not end
+        "serve": ["--checkpoint", "folder", "--port", "0", *runs],  # invalid, so it ends
         "evaluate": ["--shards", "val", "--out", "report", *sets, *runs],
         "evaluate calibrate": ["--shards", "none", *sets, *runs],
         "evaluate compare": ["folder", "folder"],
@@ -119,7 +119,7 @@ def base(
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No address answers, and at once; what would download or draw for minutes does nothing."""
+    """Make every address fail at once, and disable downloads and the slow demo."""
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_MAX_ATTEMPTS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "*",
@@ -141,7 +141,7 @@ def parameters() -> Iterator[tuple[str, click.Parameter]]:
 
 
 def with_value(base: list[str], command: str, parameter: click.Parameter, value: str) -> list[str]:
-    """The line of `base` with another value of an option or argument."""
+    """Return the line of `base` with another value of one option or argument."""
     if isinstance(parameter, click.Option):
         kept, flag = list(base), parameter.opts[0]
         if flag in kept and not parameter.multiple:
@@ -179,7 +179,7 @@ CASES = [
 
 
 def is_refused(parameter: click.Parameter, value: str) -> bool:
-    """Whether the type of an option refuses a value, so that the command never begins."""
+    """Return whether the type of an option refuses a value, so that the command does not start."""
     try:
         parameter.type.convert(value, parameter, None)
     except click.BadParameter:
@@ -187,8 +187,10 @@ def is_refused(parameter: click.Parameter, value: str) -> bool:
     return False
 
 
-def test_what_no_type_takes_is_one_line_and_exit_code_2(base: dict[str, list[str]]) -> None:
-    """The quick part: every option whose type can tell."""
+def test_a_value_refused_by_its_type_is_one_line_and_exit_code_2(
+    base: dict[str, list[str]],
+) -> None:
+    """Quick part of the matrix: values that the option types refuse."""
     tried = set()
     for name, parameter in parameters():
         for value in ("", "nan", "-1", "s3://", "a\0b", "x" * 5000, "fifo", "device", "text.txt"):
@@ -201,7 +203,7 @@ def test_what_no_type_takes_is_one_line_and_exit_code_2(base: dict[str, list[str
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:99", "cuda:-1", "cuda:", "cpu:x", "gpu"])
-def test_a_device_that_is_not_here_is_one_line(base: dict[str, list[str]], device: str) -> None:
+def test_a_missing_device_is_one_line(base: dict[str, list[str]], device: str) -> None:
     for name in ("predict", "evaluate"):
         result = check(name, [*base[name], "--device", device])
         assert result.exit_code and "device" in result.stderr and device in result.stderr

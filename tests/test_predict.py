@@ -1,4 +1,4 @@
-"""`predict.py` on everything a person may name, and on what somebody may have prepared for it."""
+"""`predict.py` on all kinds of inputs, and on damaged and hostile files."""
 
 import csv
 import gzip
@@ -32,7 +32,7 @@ ALL = {"a.jpg": encode(photo(1)), "b.png": encode(photo(2), "PNG"), "c/d.webp": 
 
 @pytest.fixture
 def ask(small_runs: Path) -> Callable[..., Result]:
-    """`predict.py` with these arguments."""
+    """Function that runs `predict.py` with the given arguments."""
 
     def run(*arguments: object, stdin: str | None = None) -> Result:
         command = [*map(str, arguments), "--runs", str(small_runs)]
@@ -43,7 +43,7 @@ def ask(small_runs: Path) -> Callable[..., Result]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with the images of `ALL`."""
+    """Folder with the images of `ALL`."""
     for name, data in ALL.items():
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,16 +52,16 @@ def photos(tmp_path: Path) -> Path:
 
 
 def rows_of(result: Result) -> dict[str, dict]:
-    """The rows of JSON lines, by their paths."""
+    """Return the rows of JSON lines by path."""
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len({row["path"] for row in rows}) == len(rows)
     return {row["path"]: row for row in rows}
 
 
-# --- what may be named ----------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
-def test_an_image_has_one_score_wherever_it_lies(
+def test_an_image_has_the_same_score_in_files_folders_and_archives(
     ask: Callable[..., Result], photos: Path, tmp_path: Path
 ) -> None:
     places = {
@@ -86,7 +86,7 @@ def test_an_image_has_one_score_wherever_it_lies(
     assert len(set(expected)) == len(ALL)
 
 
-def test_a_shard_set_is_its_images(ask: Callable[..., Result], data: Path) -> None:
+def test_a_shard_set_gives_its_images(ask: Callable[..., Result], data: Path) -> None:
     result = ask(data / "val", "--format", "csv")
     assert result.exit_code == 0, result.output
     shards = open_shards([data / "val"])
@@ -100,9 +100,7 @@ def test_a_shard_set_is_its_images(ask: Callable[..., Result], data: Path) -> No
     assert "left out" not in result.stderr
 
 
-def test_what_is_passed_over_in_a_folder_is_counted(
-    ask: Callable[..., Result], photos: Path
-) -> None:
+def test_skipped_files_of_a_folder_are_counted(ask: Callable[..., Result], photos: Path) -> None:
     (photos / ".hidden.jpg").write_bytes(ALL["a.jpg"])
     (photos / "notes.txt").write_text("no image")
     write_zip(photos / "x.zip", ALL)
@@ -115,7 +113,7 @@ def test_what_is_passed_over_in_a_folder_is_counted(
         assert said in result.stderr
 
 
-def test_a_large_folder_comes_in_runs_and_nothing_is_lost(
+def test_a_large_folder_is_read_in_parts_without_loss(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "RUN", 2)
@@ -125,7 +123,7 @@ def test_a_large_folder_comes_in_runs_and_nothing_is_lost(
     assert len(names) == len(set(names)) == 10
 
 
-def test_the_exit_code_and_one_line_tell_what_is_wrong(
+def test_wrong_commands_give_one_line_and_exit_code_2(
     ask: Callable[..., Result], photos: Path, tmp_path: Path
 ) -> None:
     for arguments, said in (
@@ -133,7 +131,7 @@ def test_the_exit_code_and_one_line_tell_what_is_wrong(
         ([tmp_path / "none"], "does not exist"),
         ([f"{tmp_path}/*.none"], "does not exist"),
         ([photos, "--watch", photos], "not both"),
-        ([photos, "--resume"], "name it with --out"),
+        ([photos, "--resume"], "name the file with --out"),
         ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),
         ([photos, "--threshold", "2"], "0<=x<=1"),
         ([photos, "--device", "none"], "no such device"),
@@ -153,10 +151,10 @@ def test_the_exit_code_and_one_line_tell_what_is_wrong(
     assert ask("-", stdin="nowhere.jpg\n").exit_code == 1
     named_none = ask("-", stdin="\n")
     assert named_none.exit_code == 2
-    assert "standard input named no image; it takes names" in named_none.stderr
+    assert "standard input named no image; expected file names" in named_none.stderr
 
 
-# --- what somebody may have prepared --------------------------------------------------------------
+# --- damaged and hostile files --------------------------------------------------------------------
 
 
 def test_hostile_members_are_refused_by_name(
@@ -176,7 +174,11 @@ def test_hostile_members_are_refused_by_name(
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    expected = {"x.zip": 3, "x.tar": 8, "x.tgz": 9}  # a gzip ends at what is too large
+    expected = {
+        "x.zip": 3,
+        "x.tar": 8,
+        "x.tgz": 9,
+    }  # a gzip is read only up to the too large member
     for name, refused in expected.items():
         result = ask(tmp_path / name, "--format", "jsonl")
         assert result.exit_code == 1
@@ -190,16 +192,16 @@ def test_hostile_members_are_refused_by_name(
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_damaged_tar_is_said_and_what_came_before_is_kept(
+def test_a_damaged_tar_is_reported_and_earlier_members_are_kept(
     ask: Callable[..., Result], tmp_path: Path, mode: str
 ) -> None:
     path = write_tar(tmp_path / "x.tar", {f"{n}.png": encode(photo(n), "PNG") for n in range(4)})
     whole = path.read_bytes()
     third = whole.index(b"2.png\0")
     for damaged in (
-        whole[: third + 700],  # cut off in a member
-        whole[:third],  # between two of them
-        whole[:third] + os.urandom(512) + whole[third + 512 :],  # no header
+        whole[: third + 700],  # cut off inside a member
+        whole[:third],  # cut off between two members
+        whole[:third] + os.urandom(512) + whole[third + 512 :],  # a damaged header
     ):
         data = damaged if mode == "w" else gzip.compress(damaged)
         path.write_bytes(data)
@@ -214,7 +216,7 @@ def test_a_damaged_tar_is_said_and_what_came_before_is_kept(
     assert any("cut off" in row["error"] for row in rows_of(ask(cut, "--format", "jsonl")).values())
 
 
-def test_what_has_no_end_or_no_size_is_refused(ask: Callable[..., Result], tmp_path: Path) -> None:
+def test_endless_or_huge_inputs_are_refused(ask: Callable[..., Result], tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
     os.mkfifo(folder / "pipe.jpg")
@@ -240,7 +242,7 @@ def test_what_has_no_end_or_no_size_is_refused(ask: Callable[..., Result], tmp_p
     assert "more than the 200 allowed" in said["bomb.png"]
 
 
-def test_every_kind_of_broken_file_is_a_picture_or_a_line(
+def test_every_broken_file_gives_an_image_or_one_error_line(
     ask: Callable[..., Result], tmp_path: Path
 ) -> None:
     for name, data in KINDS.items():
@@ -261,7 +263,7 @@ def test_every_kind_of_broken_file_is_a_picture_or_a_line(
 @pytest.mark.slow
 @pytest.mark.skipif(not awkward_files(), reason="AWKWARD_IMAGES names no folder of hostile files")
 def test_every_hostile_file_in_a_folder(ask: Callable[..., Result]) -> None:
-    """Upright and with Pillow's pixels, or one line with the reason."""
+    """Each file gives the same upright pixels as Pillow, or one line with the reason."""
     files = awkward_files()
     result = ask("-", "--format", "jsonl", stdin="".join(f"{path}\n" for path in files))
     rows = rows_of(result)
@@ -277,7 +279,7 @@ def test_every_hostile_file_in_a_folder(ask: Callable[..., Result]) -> None:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             image.load()
-            if image.mode[0] not in "IF":  # which Pillow would clip, and we scale
+            if image.mode[0] not in "IF":  # Pillow clips these modes, this program scales
                 upright = ImageOps.exif_transpose(image).convert("RGB")
                 np.testing.assert_array_equal(pixels, np.asarray(upright), str(path))
 
@@ -290,7 +292,7 @@ def test_verdicts_follow_the_band_of_the_checkpoint(
 ) -> None:
     folder = small_runs / "small" / "step_0000001"
     first = sorted(row["probability"] for row in rows_of(ask(photos, "--format", "jsonl")).values())
-    band = [(first[0] + first[1]) / 2, first[2]]  # the upper end itself is likely AI
+    band = [(first[0] + first[1]) / 2, first[2]]  # the upper end of the band is likely AI
     annotate(folder, {"calibration": {"band": band}})
     try:
         rows = rows_of(ask(photos, "--format", "jsonl"))
@@ -366,10 +368,10 @@ def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_
         assert image.size == (32, 32)
 
 
-def test_a_heatmap_of_a_long_name_and_of_one_that_cannot_be(
+def test_heatmaps_with_long_and_impossible_names(
     ask: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """Names up to what the file system takes have a heatmap each; what cannot have one is said."""
+    """Names up to the limit of the file system get a heatmap; failures are reported."""
     folder, maps = tmp_path / "photos", tmp_path / "maps"
     folder.mkdir()
     names = ["x" * 250 + ".jpg", "x" * 249 + "y.jpg", "é" * 125 + ".jpg", os.fsdecode(b"\xe9.jpg")]
@@ -384,19 +386,19 @@ def test_a_heatmap_of_a_long_name_and_of_one_that_cannot_be(
     result = ask(folder, "--heatmap", maps, "--format", "jsonl")
     assert result.exit_code == 1
     assert len(rows_of_bytes(result)) == len(names) + 1
-    assert "1 heatmaps could not be written" in result.stderr
+    assert "heatmaps that could not be written: 1" in result.stderr
     assert "no heatmap of" in result.stderr and "blocked.jpg" in result.stderr
 
 
 def rows_of_bytes(result: Result) -> list[dict]:
-    """The rows of JSON lines whose names need not be UTF-8."""
+    """Return the rows of JSON lines; names may be other than UTF-8."""
     return [json.loads(line) for line in result.stdout_bytes.splitlines()]
 
 
-# --- a folder that fills --------------------------------------------------------------------------
+# --- watching a folder ----------------------------------------------------------------------------
 
 
-def test_watching_ends_cleanly(
+def test_ctrl_c_ends_watching_cleanly(
     ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in photos.rglob("*.*"):
@@ -416,13 +418,13 @@ def test_watching_ends_cleanly(
     assert "Ctrl-C to stop" in result.stderr
 
 
-# --- the same score -------------------------------------------------------------------------------
+# --- equal scores ---------------------------------------------------------------------------------
 
 
 def test_evidence_never_changes_the_score(
     ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same pixels with and without a file that speaks: the same bits."""
+    """Equal pixels with and without provenance metadata give the same bits."""
     exif = Image.Exif()
     exif[0x010F], exif[0x0110], exif[0x0131] = "Canon", "EOS 40D", "Stable Diffusion"
     pixels = photo(5)

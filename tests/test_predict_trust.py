@@ -1,4 +1,4 @@
-"""The state of a signature, wherever a verdict stands: table, CSV, JSON lines, and the page."""
+"""The state of a C2PA signature is shown in the table, CSV, JSON lines and the page."""
 
 import csv
 import hashlib
@@ -27,7 +27,7 @@ STATES = {"adobe.jpg": UNKNOWN, "changed.jpg": "invalid", "signed.jpg": "trusted
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One photo of each state by the list `anchors.pem` beside them, which is no image."""
+    """Folder with a photo for each signature state, and the trust list `anchors.pem`."""
     folder = tmp_path_factory.mktemp("signed")
     authority = make_authority()
     signed = sign(authority.signer(), encode(PICTURE), "JPEG", "digitalCapture")
@@ -49,7 +49,7 @@ def ask(small_runs: Path, folder: Path) -> Callable[..., Result]:
     return run
 
 
-def test_json_lines_and_csv_say_the_state(ask: Callable[..., Result], folder: Path) -> None:
+def test_json_lines_and_csv_contain_the_state(ask: Callable[..., Result], folder: Path) -> None:
     anchors = folder / "anchors.pem"
     result = ask("--trust-list", anchors, "--format", "jsonl")
     assert result.exit_code == 0, result.output
@@ -62,7 +62,7 @@ def test_json_lines_and_csv_say_the_state(ask: Callable[..., Result], folder: Pa
         assert by_name[name]["provenance"].startswith(f"C2PA: {state} (")
 
 
-def test_the_fetched_list_is_used_and_said(
+def test_the_fetched_trust_list_is_used_and_logged(
     ask: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = (folder / "anchors.pem").read_bytes()
@@ -79,7 +79,7 @@ def test_the_fetched_list_is_used_and_said(
         assert f"the file says: C2PA: {state} (" in result.stdout
 
 
-def test_a_list_that_cannot_be_used_ends_it_at_once(
+def test_predict_stops_at_once_on_an_unusable_trust_list(
     ask: Callable[..., Result], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = ask("--trust-list", folder / "signed.jpg")
@@ -90,7 +90,7 @@ def test_a_list_that_cannot_be_used_ends_it_at_once(
     assert result.exit_code == 2 and "DETECTOR_TRUST_LIST: " in result.stderr
 
 
-def test_the_page_says_the_state(
+def test_the_page_shows_the_signature_state(
     folder: Path, small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTOR_TRUST_LIST", str(folder / "anchors.pem"))

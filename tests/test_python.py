@@ -1,4 +1,4 @@
-"""`docs/python.md`: every block runs, and prints what stands below it."""
+"""Every code block of `docs/python.md` runs and prints the output shown below it."""
 
 import contextlib
 import io
@@ -21,12 +21,12 @@ SHIPPED = ROOT / "detectors" / backbone.DEFAULT_DETECTOR
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
-    """Each block of Python, and the block of output that follows it."""
+    """Yield each Python block and the output block that follows it."""
     yield from re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", page, re.S)
 
 
 def printed(page: str) -> Iterator[tuple[str, str]]:
-    """What each block printed, and what the page says."""
+    """Run the blocks; yields the actual output and the shown output of each."""
     names: dict[str, object] = {}
     for code, expected in blocks(page):
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -35,7 +35,7 @@ def printed(page: str) -> Iterator[tuple[str, str]]:
 
 
 def without_scores(text: str) -> str:
-    """Without what depends on the weights: which detector, probabilities, verdicts."""
+    """Remove everything that depends on the weights: detector name, probabilities, verdicts."""
     text = re.sub(r"'[^']+ [0-9a-f]{8}'", "WHICH", text)
     text = re.sub(r"'(no sign of AI|uncertain|likely AI)', probability=0\.\d{3}", "SCORE", text)
     return re.sub(r"^\d$|\((32|48|224), .*", "NUMBER", text, flags=re.M)
@@ -49,10 +49,10 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return text
 
 
-def test_every_block_prints_what_the_page_says(
+def test_every_code_block_prints_the_shown_output(
     page: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """With random weights, and the calibration of the detector that ships."""
+    """Uses random weights and the calibration of the shipped detector."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "runs" / "tiny" / "step_0000007")
     shipped = json.loads((SHIPPED / "meta.json").read_text(encoding="utf-8"))
     annotate(folder, {key: shipped[key] for key in CALIBRATION_KEYS})
@@ -61,7 +61,7 @@ def test_every_block_prints_what_the_page_says(
 
 
 @pytest.mark.slow
-def test_the_detector_that_ships_prints_it_to_the_letter(
+def test_the_shipped_detector_prints_exactly_the_shown_output(
     page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = json.loads((SHIPPED / "meta.json").read_text(encoding="utf-8"))

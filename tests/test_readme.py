@@ -1,4 +1,4 @@
-"""What the README tells people to type exists and parses."""
+"""Commands in the README and docs exist and parse, links resolve, and versions match the code."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ from sharding.__main__ import main as sharding
 from sharding.format import FORMAT_VERSION
 from tests.builders import ROOT
 
-# The log keeps the commands of its time.
+# The log keeps old commands that no longer exist.
 PAGES = [
     ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"),
 ]  # fmt: skip
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def typed(prefix: str) -> list[str]:
-    """Lines of the pages' code blocks that begin with `prefix`."""
+    """Return the lines in code blocks of the pages that begin with `prefix`."""
     blocks = [b for page in PAGES for b in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)]
     indented = [re.findall(r"^    (\S.*)$", page.read_text(), re.M) for page in PAGES]
     lines = [
@@ -59,7 +59,7 @@ def test_python_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert (ROOT / shlex.split(line)[1]).exists(), line
         return
     arguments = shlex.split(line.removeprefix(f"python {name}"))
-    for argument in arguments:  # what must exist when the person types it
+    for argument in arguments:  # create the files that the command needs
         if re.search(r"[/.]", argument) and not argument.startswith("-") and "=" not in argument:
             path = tmp_path / argument
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,19 +86,19 @@ def test_the_four_commands_are_shown() -> None:
         assert command in text
 
 
-def test_no_page_is_linked_that_is_not_there() -> None:
+def test_linked_pages_exist() -> None:
     for page in [*PAGES, ROOT / "docs/log.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def versions_stated(text: str) -> list[str]:
-    """Every number that a page gives as a version, in the order of the page."""
+    """Return every version number in a page, in order."""
     return re.findall(r"\b(?:[Vv]ersions?|Python) (\d[\d.]*\d|\d)", text)
 
 
 def test_the_versions_in_the_documents_are_those_of_the_code(data: Path) -> None:
-    """A page that states a further version fails until it is tied to the code here."""
+    """A page with another version number fails until the number is added to this test."""
     index = next((data / "old").glob("*.idx")).read_text(encoding="utf-8")
     python = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     expected = {
@@ -110,7 +110,7 @@ def test_the_versions_in_the_documents_are_those_of_the_code(data: Path) -> None
         assert stated == expected.get(page.name, []), page.name
 
 
-def test_what_states_a_version() -> None:
+def test_version_numbers_are_found_in_text() -> None:
     assert versions_stated("Version 5. A report has version 12, Python 3.11 or newer") == [
         "5", "12", "3.11",
     ]  # fmt: skip

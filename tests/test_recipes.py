@@ -1,3 +1,5 @@
+"""Built-in recipes are valid and have the original values; a wrong recipe is one clear error."""
+
 import tomllib
 from pathlib import Path
 
@@ -28,11 +30,11 @@ def test_a_recipe_begins_with_its_command_hardware_and_result(path: Path) -> Non
         or "not measured yet" in head.lower()
         or "docs/log.md" in head
     )
-    assert said, "neither minutes and what it reached, nor that they are not measured"
+    assert said, "states neither minutes and result, nor `not measured yet`, nor docs/log.md"
 
 
-def test_phase_1_holds_the_original_values() -> None:
-    """The table of the original's training code; a change of one of these is a decision."""
+def test_phase_1_has_the_original_values() -> None:
+    """Values of the original training code; change them only on purpose."""
     recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml")
     assert (recipe.run.epochs, recipe.loading.batch_size) == (8, 30)
     optim = recipe.optim
@@ -52,7 +54,7 @@ def test_phase_1_holds_the_original_values() -> None:
     assert (recipe.preprocess.crop_size, recipe.preprocess.resize_size) == (256, 288)
 
 
-def test_phase_2_holds_the_original_values() -> None:
+def test_phase_2_has_the_original_values() -> None:
     recipe = recipes.load(Recipe, recipes.FOLDER / "phase2.toml")
     assert (recipe.run.epochs, recipe.loading.batch_size, recipe.run.init_from) == (5, 28, "phase1")
     optim = recipe.optim
@@ -81,14 +83,14 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optim.lrr=1", "unknown key 'optim.lrr'; the nearest known: lr"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean lr?"),
         (
             "augment.train.flip=1",
-            "unknown key 'augment.train.flip'; the nearest known: vflip, hflip",
+            "unknown key 'augment.train.flip'; did you mean vflip or hflip?",
         ),
-        ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; the nearest known: cache_gb, cache"),
+        ("loading.cach_gb=1", "unknown key 'loading.cach_gb'; did you mean cache_gb or cache?"),
         ("run.width=1", "unknown key 'run.width'; known: compile, epochs, grad_accum_steps, init"),
-        ("optimm.lr=1", "unknown key 'optimm'; the nearest known: optim"),
+        ("optimm.lr=1", "unknown key 'optimm'; did you mean optim?"),
         ("optim.lr=-1", "optim: lr must be above 0 and min_lr from 0 to lr"),
         ("optim.lr=inf", "optim.lr must be a finite number, got inf"),
         ('optim.lr="inf"', "optim.lr must be a finite number, got inf"),
@@ -123,12 +125,12 @@ def test_a_bad_override_is_one_clear_error(override: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(recipes.RecipeError, match=r"built in are .*demo.*phase1.*phase2"):
+def test_a_missing_recipe_lists_the_built_in_recipes(tmp_path: Path) -> None:
+    with pytest.raises(recipes.RecipeError, match=r"built-in recipes: .*demo.*phase1.*phase2"):
         recipes.load(Recipe, tmp_path / "none.toml")
 
 
-def test_broken_toml_says_where(tmp_path: Path) -> None:
+def test_broken_toml_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
     path.write_text("name = ")
     with pytest.raises(recipes.RecipeError, match=r"broken\.toml is not valid TOML"):
@@ -148,10 +150,10 @@ def test_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
     assert recipes.read(path) == {"name": "a"}
 
 
-def test_a_recipe_that_ships_is_found_by_its_name_from_anywhere(
+def test_a_built_in_recipe_is_found_by_name_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a wheel needs it: there is no recipes/ in the current folder."""
+    """An installed wheel needs this: the current folder has no recipes/."""
     monkeypatch.chdir(tmp_path)
     expected = recipes.read(recipes.FOLDER / "demo-phase1.toml")
     for name in ("demo-phase1", "demo-phase1.toml", "recipes/demo-phase1.toml"):

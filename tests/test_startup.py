@@ -1,4 +1,4 @@
-"""What a command line asks for that nothing can be done with is refused before torch is loaded."""
+"""`--help` and wrong command lines are answered before torch or other slow libraries are loaded."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ HEAVY = (
     "onnxruntime", "streamlit", "pandas", "sklearn", "scipy",
     "diffusers",
 )  # fmt: skip
-"""Libraries that take a good part of a second, or several, to load."""
+"""Libraries that take from a large part of a second to several seconds to load."""
 
 
 def commands() -> dict[str, click.Command]:
-    """Every command by what a person types."""
+    """Return every command by the name that a person types."""
     import ai_images_detector
     import evaluate
     import predict
@@ -49,7 +49,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def lines_of(command: click.Command) -> Iterator[list[str]]:
-    """`--help`, and a command line for each kind of mistake that click can know."""
+    """Yield `--help`, and a command line for each kind of error that click detects."""
     yield ["--help"]
     yield ["--no-such-option"]
     if isinstance(command, click.Group):
@@ -93,11 +93,11 @@ EXTRA = {
         ["serve", "--port", "-1"], ["app", "--port", "0"], ["fetch", "--no-such-option"],
     ],
 }  # fmt: skip
-"""Mistakes beyond click's own: what belongs together, recipes, paths."""
+"""Errors that click alone cannot detect: combinations of options, recipes, paths."""
 
 
 def walk() -> Iterator[tuple[str, list[str], int, list[str]]]:
-    """Invoke each line; yields it with its exit code and which heavy library is loaded."""
+    """Invoke each line; yields command, line, exit code and the slow libraries that it loaded."""
     from click.testing import CliRunner
 
     for name, command in commands().items():
@@ -108,7 +108,7 @@ def walk() -> Iterator[tuple[str, list[str], int, list[str]]]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[tuple[str, list[str], int, list[str]]]:
-    """All lines in one process of its own, for this one has torch loaded."""
+    """Outcomes of all lines, run in another process because this one has loaded torch."""
     code = "import json; from tests.test_startup import walk; print(json.dumps([*walk()]))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The one writer: absent, old or whole, on the disk before it has its name, readable by others."""
+"""Atomic writing: a file is missing, old or complete, synced before its rename, with umask mode."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.builders import ROOT, can_mount
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """A group may read and write, others nothing."""
+    """Set a umask: the group may read and write, others nothing."""
     before = os.umask(0o007)
     yield
     os.umask(before)
@@ -26,7 +26,7 @@ def umask() -> Iterator[None]:
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is synced and renamed, in order, by name; a temporary name without its process."""
+    """Record fsyncs and renames in order, by file name without the process id."""
     seen: list[tuple[str, str]] = []
     sync, replace = os.fsync, Path.replace
 
@@ -51,13 +51,13 @@ def mode_of(path: Path) -> int:
 
 
 def private(path: Path) -> None:
-    """Write as some libraries do: through a file of their own that only its owner may read."""
+    """Write like some libraries: through another file that only its owner may read."""
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     path.write_text("new")
 
 
-def test_text_and_bytes_arrive_as_they_are(tmp_path: Path) -> None:
+def test_text_and_bytes_are_written_unchanged(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "grün\n")
     write_bytes(tmp_path / "b.bin", b"\r\n\0")
     assert (tmp_path / "a.txt").read_bytes() == "grün\n".encode()
@@ -66,7 +66,7 @@ def test_text_and_bytes_arrive_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("new"), private])
-def test_the_mode_of_a_file_is_the_umasks(
+def test_file_modes_follow_the_umask(
     tmp_path: Path, umask: None, write: Callable[[Path], object]
 ) -> None:
     write_atomically(tmp_path / "a", write)
@@ -77,14 +77,14 @@ def test_the_mode_of_a_file_is_the_umasks(
     assert mode_of(tmp_path / "b") == 0o770
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(
+def test_a_file_is_synced_before_it_is_renamed(
     tmp_path: Path, order: list[tuple[str, str]]
 ) -> None:
     write_text(tmp_path / "a", "new")
     assert order == [("fsync", "a.partial"), ("rename", "a.partial"), ("fsync", tmp_path.name)]
 
 
-def test_a_folder_is_on_the_disk_before_it_has_its_name(
+def test_a_folder_is_synced_before_it_is_renamed(
     tmp_path: Path, order: list[tuple[str, str]]
 ) -> None:
     with atomic_folder(tmp_path / "a") as partial:
@@ -122,7 +122,7 @@ def test_an_error_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) -> Non
     assert (tmp_path / "a/b").read_text() == "old"
 
 
-def test_a_folder_makes_way_only_where_it_is_said(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_with_replace(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/old").write_text("old")
     with pytest.raises(OSError), atomic_folder(tmp_path / "a") as partial:
@@ -133,7 +133,7 @@ def test_a_folder_makes_way_only_where_it_is_said(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "new"]
 
 
-def test_what_a_killed_writer_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.12345.partial").mkdir()
     (tmp_path / "ab.12345.partial").mkdir()
     with atomic_folder(tmp_path / "a") as partial:
@@ -141,13 +141,13 @@ def test_what_a_killed_writer_left_of_a_folder_is_removed(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "ab.12345.partial"]
 
 
-def test_a_finished_download_gets_its_name(tmp_path: Path, order: list[tuple[str, str]]) -> None:
+def test_publish_syncs_then_renames_a_file(tmp_path: Path, order: list[tuple[str, str]]) -> None:
     (tmp_path / "a.partial").write_text("new")
     publish(tmp_path / "a.partial", tmp_path / "a")
     assert order == [("fsync", "a.partial"), ("rename", "a.partial"), ("fsync", tmp_path.name)]
 
 
-def test_an_object_at_an_address_is_put_when_it_is_whole() -> None:
+def test_an_object_is_uploaded_only_when_complete() -> None:
     path = UPath("memory://bucket/a.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     with pytest.raises(OSError, match="disk full"):
@@ -157,7 +157,7 @@ def test_an_object_at_an_address_is_put_when_it_is_whole() -> None:
     assert path.read_text() == "new"
 
 
-def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fsync_error_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_descriptor: int) -> None:
         raise OSError(5, "input/output error")
 
@@ -187,7 +187,7 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet"])
-def test_a_file_that_does_not_fit_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_too_large_file_is_named_in_the_error(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a").write_text("old")
     result = subprocess.run(
         [sys.executable, "-c", SMALL_DISK, tmp_path / "a", kind],
@@ -200,7 +200,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
 @pytest.mark.parametrize("kind", ["text", "parquet"])
-def test_a_full_disk_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_error_names_the_file(tmp_path: Path, kind: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     code = SMALL_DISK.replace("resource.setrlimit", "# ")
@@ -223,7 +223,7 @@ def test_a_file_address_is_a_path_of_this_machine(
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])
-def test_an_address_is_no_path_of_this_machine(text: str) -> None:
+def test_local_path_refuses_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="is an address"):
         storage.local_path(text)
 
@@ -235,12 +235,12 @@ def test_cores_are_those_this_process_may_use() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "it is empty"),
+        (b"", "the file is empty"),
         (b"{\n oops", "Expecting property name enclosed in double quotes in line 2, column 2"),
         (b"\xff{}", "byte 0 is 0xff, which is not UTF-8"),
     ],
 )
-def test_the_fault_of_a_text_is_a_byte_or_a_place(data: bytes, said: str) -> None:
+def test_text_fault_names_the_byte_or_the_place(data: bytes, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         json.loads(data.decode("utf-8"))
     assert storage.text_fault(caught.value) == said

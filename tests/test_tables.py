@@ -1,4 +1,4 @@
-"""Tables at any width and in a pipe: each figure stands whole, or is said to be left out."""
+"""Tables at any width and in a pipe: values are complete, or their column is listed as left out."""
 
 import io
 import re
@@ -31,7 +31,7 @@ Call = tuple[str, list[str], list[list[Any]], list[str]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """The tables that commands print: title, columns, rows and what may be left out."""
+    """Record the tables that commands print: title, columns, rows and droppable columns."""
     made: list[Call] = []
 
     def note(title: str, columns: Any, rows: Any, drop: Any = ()) -> None:
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 
 
 def printed(call: Call, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines of a table at a width."""
+    """Print a table at this width; returns its lines."""
     stream = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -58,7 +58,7 @@ TABLE: Callable = console.table
 
 
 def check(call: Call, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each value stands whole in its row, unless its column is said to be left out."""
+    """Check that each value is complete in its row, unless its column is listed as left out."""
     _, columns, table, drop = call
     lines = printed(call, width, monkeypatch)
     text = "\n".join(lines)
@@ -93,7 +93,7 @@ def check(call: Call, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lengthened(call: Call) -> Call:
-    """The same table with long names."""
+    """Return the same table with long names."""
     title, columns, table, drop = call
     return title, columns, [[f"{row[0]} {LONG}", *row[1:]] for row in table], drop
 
@@ -103,7 +103,7 @@ def check_all(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
         for version in (call, lengthened(call)):
             for width in WIDTHS:
                 check(version, width, monkeypatch)
-            lines = printed(version, console._WIDE, monkeypatch)  # a pipe has everything
+            lines = printed(version, console._WIDE, monkeypatch)  # a pipe gets all columns
             assert "━" in "\n".join(lines) and not lines[-1].startswith("left out")
 
 
@@ -158,6 +158,6 @@ def test_the_last_table_of_training(calls: list[Call], monkeypatch: pytest.Monke
     meta = {"recipe": {"name": "phase1"}, "step": 7, "threshold": 0.6824, "metrics": metrics}
     train._print_validation(meta)
     (call,) = calls
-    assert call[0] == "phase1, step 7, fake from 0.682"
+    assert call[0] == "phase1, step 7, threshold 0.682"
     check_all(calls, monkeypatch)
     assert "left out at 60 columns: images" in "\n".join(printed(call, 60, monkeypatch))

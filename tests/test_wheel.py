@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works without extras where nothing else is."""
+"""The wheel: its files, and all commands in an environment with the wheel and no extras."""
 
 import os
 import subprocess
@@ -17,20 +17,21 @@ LEFT_OUT = {
     ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE",
     "Makefile", "README.md", "constraints.txt", "docker-compose.yml", "pyproject.toml",
 }  # fmt: skip
-"""What of the checkout is not installed; LICENSE and README.md are in the wheel's own metadata."""
+"""Files of the checkout that are not installed; LICENSE and README.md are in the wheel's metadata.
+"""
 
 EXTRAS = (
     "pandas", "streamlit", "sklearn", "onnxruntime", "onnxscript", "fastapi", "uvicorn", "captum",
     "c2pa", "kagglehub", "ray", "s3fs", "nvidia.dali", "wandb", "pytest",
 )  # fmt: skip
-"""Modules that an installation without extras does not have."""
+"""Modules that are missing in an installation without extras."""
 
 TINY = [
     "preprocess.crop_size=32", "preprocess.resize_size=36", "network.options.dims=[8,8,16,16]",
     "run.epochs=1", "loading.batch_size=40", "loading.num_workers=0",
     'data.train=["old"]', 'data.validate=["val"]',
 ]  # fmt: skip
-"""Two steps: the set old has 80 images."""
+"""Options for two training steps: the set `old` has 80 images."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def members(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_the_wheel_holds_the_program_and_all_it_reads(wheel: Path) -> None:
-    """A new file of the checkout is in it, or in `LEFT_OUT`."""
+def test_the_wheel_contains_the_program_and_its_data_files(wheel: Path) -> None:
+    """Every file of the checkout is in the wheel or in `LEFT_OUT`."""
     list_files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(list_files, cwd=ROOT, check=True, capture_output=True, text=True)
     files = {name for name in done.stdout.split("\0") if name and (ROOT / name).exists()}
@@ -65,21 +66,21 @@ def test_the_wheel_holds_the_program_and_all_it_reads(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
 
 
-def test_every_package_says_that_it_is_typed(wheel: Path) -> None:
+def test_every_package_has_py_typed(wheel: Path) -> None:
     found = members(wheel)
     packages = {name.partition("/")[0] for name in found if name.endswith("/__init__.py")}
     assert packages and {f"{package}/py.typed" for package in packages} <= found
 
 
 def test_no_other_distribution_has_a_module_of_the_same_name(wheel: Path) -> None:
-    """pip would write the files of one over those of the other, without a word."""
+    """pip would overwrite the files of the other distribution without a warning."""
     site = Path(sysconfig.get_path("purelib"))
     tops = {name.partition("/")[0] for name in members(wheel) if ".dist-info/" not in name}
     assert "model" in tops and "console.py" in tops
     assert not [top for top in tops if (site / top).exists()]
 
 
-def test_the_base_installation_asks_for_no_extra(wheel: Path) -> None:
+def test_the_base_installation_requires_no_extra(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -92,7 +93,7 @@ def test_the_base_installation_asks_for_no_extra(wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the commands of an environment that holds the wheel without extras."""
+    """Make an environment with the wheel and no extras; returns its folder of commands."""
     folder = tmp_path_factory.mktemp("clean") / "env"
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
@@ -105,7 +106,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A command of the environment, in a folder that is no checkout."""
+    """Run a command of the environment in a folder that is not a checkout."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     program, *rest = map(str, arguments)
     command = [str(installed / program), *rest]

@@ -1,4 +1,4 @@
-"""The page on a real server that may not write a single byte to a file, and a real browser."""
+"""Fixtures of the page tests: a real browser, and a real server that cannot write any file."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint that is trained, and calibrated, on the tiny sets."""
+    """Runs folder with a checkpoint that was trained and calibrated on the tiny sets."""
     folder = train_tiny(data, tmp_path_factory.mktemp("runs"), "run.epochs=4")
     detector = load_detector(runs=folder)
     shards = open_shards([data / "new"])
@@ -55,7 +55,7 @@ def detector(runs: Path) -> ImageDetector:
 
 @pytest.fixture(scope="session")
 def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as `make app` starts it. The system refuses it every byte written to a file."""
+    """Server started like `make app`. Its file size limit is 0 bytes, so it cannot write files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,8 +98,8 @@ def chromium() -> Iterator["Browser"]:
 
 @pytest.fixture
 def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
-    """Opens the page: `visit(color_scheme="dark")`. At the end: nobody but the server was asked for
-    anything, and the browser reported no error.
+    """Function that opens the page: `visit(color_scheme="dark")`. After the test, check that the
+    browser reported no error and sent requests to this server only.
     """
     contexts, strange = [], []
 
@@ -118,7 +118,7 @@ def visit(chromium: "Browser", address: str) -> Iterator[Callable[..., "Page"]]:
         page.on("pageerror", lambda error: strange.append(str(error)))
         page.goto(address)
         page.get_by_text("What this page can and cannot tell").wait_for()
-        page.locator("h1").wait_for()  # the browser loads what shows HTML on its own
+        page.locator("h1").wait_for()  # the browser loads Streamlit's HTML element separately
         page.get_by_role("button", name="Paste from the clipboard").wait_for()
         return page
 

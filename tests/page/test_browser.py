@@ -1,4 +1,4 @@
-"""What the page does in a real browser, on a real server that may not write a byte to a file."""
+"""The page in a real browser, on a real server that cannot write any file."""
 
 import csv
 import re
@@ -31,7 +31,7 @@ from tests.builders import encode, photo
 
 
 def probability(detector: ImageDetector, data: bytes) -> str:
-    """What Python says of the same bytes."""
+    """Return the probability of the same bytes from Python, as the page formats it."""
     (prediction,) = detector.predict([data])
     return percent(prediction.probability)
 
@@ -44,7 +44,7 @@ OTHER = encode(photo(2, 300, 400), "PNG")
 def test_one_image_has_the_probability_that_python_gives(visit, detector) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO))
-    wait_for(page, "What the file says", "Nothing of where it comes from")
+    wait_for(page, "What the file says", "Nothing about its origin")
     assert probability_shown(page) == probability(detector, PHOTO)
     (prediction,) = detector.predict([PHOTO])
     assert page.get_by_role("heading", name=prediction.verdict[1:]).is_visible()
@@ -52,26 +52,26 @@ def test_one_image_has_the_probability_that_python_gives(visit, detector) -> Non
 
 
 @in_browser
-def test_pasting_by_the_keyboard_by_the_button_and_nothing(visit, detector) -> None:
+def test_paste_by_keyboard_by_button_and_without_an_image(visit, detector) -> None:
     page = visit()
     button = page.get_by_role("button", name="Paste from the clipboard")
     button.wait_for()  # from then on the page listens
     page.evaluate("navigator.clipboard.writeText('no picture')")
     page.keyboard.press("Control+V")
-    wait_for(page, "There is no picture on the clipboard.")
+    wait_for(page, "There is no image on the clipboard.")
     copy(page, OTHER)
     page.keyboard.press("Control+V")
     wait_for(page, "What the file says", "pasted-1.png")
-    # A browser decodes and encodes what is copied; of a PNG the pixels stay.
+    # A browser decodes and encodes a copied image again; the pixels of a PNG stay equal.
     assert probability_shown(page) == probability(detector, OTHER)
     button.click()
     wait_for(page, "2 images", "pasted-2.png")
-    assert page.get_by_text("There is no picture").count() == 0
+    assert page.get_by_text("There is no image").count() == 0
 
 
 @in_browser
 @pytest.mark.parametrize("where", ["[data-testid=stFileUploaderDropzone]", "h1"])
-def test_dropping_on_the_drop_zone_or_beside_it(visit, detector, where: str) -> None:
+def test_drop_on_the_drop_zone_or_elsewhere(visit, detector, where: str) -> None:
     page = visit()
     drop(page, where, "fallen.jpg", PHOTO)
     wait_for(page, "What the file says", "fallen.jpg")
@@ -126,7 +126,7 @@ def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG of 3 kB that claims 40,000 x 40,000 pixels."""
+    """Return a PNG file of 3 kB whose header says 40,000 x 40,000 pixels."""
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(3_000_000))), (b"IEND", b"")]
     packed = [
@@ -167,8 +167,8 @@ def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str
 
 
 @in_browser
-def test_what_a_file_says_is_no_markup(visit) -> None:
-    """No link, icon, picture or formula comes of a file's name or metadata."""
+def test_file_names_and_metadata_are_shown_as_plain_text(visit) -> None:
+    """File names and metadata never become links, icons, pictures or formulas."""
     exif = Image.Exif()
     exif[0x010F] = "www.evil.example me@evil.example :material/verified: :+1:"
     exif[0x0110] = "https://evil.example [a](https://evil.example) ![b](https://evil.example/x) $x$"
@@ -205,7 +205,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(visit, address, t
 
 
 @in_browser
-def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) -> None:
+def test_the_slider_changes_the_verdict_and_the_figures(visit, detector) -> None:
     calibration = detector.meta["calibration"]
     stops = sorted({detector.threshold, *(row[0] for row in calibration["roc"])})
     telling = max(calibration["roc"], key=lambda row: row[2] - row[1])
@@ -237,11 +237,11 @@ def test_the_slider_moves_the_verdict_and_says_what_it_costs(visit, detector) ->
 
 
 @in_browser
-def test_the_heatmap_lies_over_the_photo_which_stays(visit) -> None:
+def test_the_heatmap_covers_the_crop_and_the_photo_stays(visit) -> None:
     page = visit()
     browse(page, file_of("one.jpg", PHOTO))
     page.get_by_role("img", name="one.jpg", exact=True).wait_for()
-    page.get_by_text("Heatmap: what moved the score").click()
+    page.get_by_text("Heatmap: regions that changed the score").click()
     overlay = page.get_by_role("img", name="Heatmap of one.jpg")
     overlay.wait_for()
     assert overlay.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [32, 32]
@@ -249,7 +249,7 @@ def test_the_heatmap_lies_over_the_photo_which_stays(visit) -> None:
     assert page.get_by_role("img", name="one.jpg", exact=True).is_visible()
     outer, inner = page.locator(".picture").bounding_box(), overlay.bounding_box()
     assert abs(inner["width"] - inner["height"]) <= 1 < outer["width"] - inner["width"]
-    page.get_by_text("Heatmap: what moved the score").click()
+    page.get_by_text("Heatmap: regions that changed the score").click()
     page.get_by_role("img", name="one.jpg", exact=True).wait_for()
 
 
@@ -289,7 +289,7 @@ def test_the_keyboard_reaches_everything(visit) -> None:
         )
     order = [
         "Remove one.jpg", "Add files", "Paste from the clipboard", "Remove all", "File", "Verdict",
-        "Probability of AI", "one.jpg", "two.png", "Download as CSV", "Heatmap", "Say likely AI",
+        "Probability of AI", "one.jpg", "two.png", "Download as CSV", "Heatmap", "Threshold",
         "What this page can and cannot tell",
     ]  # fmt: skip
     places = [
@@ -305,11 +305,11 @@ def test_the_keyboard_reaches_everything(visit) -> None:
 
 @in_browser
 def test_nothing_is_kept(visit, address: str) -> None:
-    """The server cannot write to files at all (its fixture); here, its memory. The image is large
-    enough that uploads would go through a temporary file."""
+    """Check the memory of the server; its fixture already forbids all writes to files. The image is
+    so large that Starlette would use a temporary file by default."""
     large = encode(np.random.default_rng(0).integers(0, 256, (1100, 1100, 3), np.uint8), "PNG")
     assert len(large) > 3_000_000
-    holds(address, 0)  # of the tests before
+    holds(address, 0)  # nothing is left from earlier tests
     page = visit()
     browse(page, file_of("one.png", large), file_of("two.jpg", PHOTO))
     wait_for(page, "2 images", "What the file says")

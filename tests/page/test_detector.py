@@ -1,4 +1,4 @@
-"""Which detector the page takes, and what it says of it."""
+"""The detector of the page: how it is chosen, and what the page says about it."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.browser import html_of
 from tests.builders import JPEG, ROOT
 
 
-def test_variables_take_a_folder_as_options_do(
+def test_environment_variables_take_only_local_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
@@ -35,18 +35,20 @@ def test_variables_take_a_folder_as_options_do(
         loaded_detector.__wrapped__()
 
 
-def test_the_page_says_that_the_detector_ships(
+def test_the_page_says_that_it_uses_the_shipped_detector(
     small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = load_detector(runs=small_runs)
     assert which(detector).startswith("Model convnextv2_atto")
     monkeypatch.setattr(backbone, "DETECTORS", detector.checkpoint.parent)
-    assert which(detector).startswith("There is no trained run: this is step_0000001, which ships.")
+    assert which(detector).startswith(
+        "There is no trained run, so this is the shipped detector step_0000001."
+    )
     monkeypatch.setenv("DETECTOR_CHECKPOINT", "small")  # it was named
     assert which(detector).startswith("Model convnextv2_atto")
 
 
-def test_what_speaks_against_the_detector_stays_on_the_page(
+def test_notices_about_the_detector_stay_on_the_page(
     small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own,) = small_runs.glob("small/step_*")
@@ -62,11 +64,11 @@ def test_what_speaks_against_the_detector_stays_on_the_page(
         "This detector is not calibrated",
     )
     assert 0 < banner.index(parts[0]) < banner.index(parts[1])
-    assert any("Nobody knows: this detector is not calibrated" in html for html in html_of(page))
+    assert any("Not known: this detector is not calibrated" in html for html in html_of(page))
 
 
 def draw_image(folder: str, jpeg: bytes) -> None:
-    """One image, and the slider; it runs as a page of its own."""
+    """Draw one image and the slider; Streamlit runs this function as a page."""
     from model import load_detector
     from model.inference.prediction import Prediction
     from page.cost import show_threshold
@@ -80,21 +82,21 @@ def draw_image(folder: str, jpeg: bytes) -> None:
     show_threshold(detector)
 
 
-def test_the_number_is_a_score_where_nothing_is_calibrated(small_runs: Path) -> None:
+def test_without_a_calibration_the_number_is_called_a_score(small_runs: Path) -> None:
     (folder,) = small_runs.glob("small/step_*")
     page = AppTest.from_function(draw_image, kwargs={"folder": str(folder), "jpeg": JPEG}).run()
     assert not page.exception
     html = "".join(html_of(page))
     assert "Score for AI-generated: <strong>40.0%</strong>" in html
     assert "A score is not a proof." in html and "No sign of AI below" in html
-    assert "read its probabilities as scores" in html and "Of 100 fakes" not in html
-    assert page.select_slider[0].label == "Say likely AI from this score on"
+    assert "its numbers are scores, not probabilities" in html and "Of 100 fakes" not in html
+    assert page.select_slider[0].label == "Threshold: likely AI at or above this score"
 
 
 def test_a_missing_detector_says_what_to_do_on_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the page's own terms: it has no options, and whoever sees it may not be at its machine."""
+    """The message names no command options, because the page has none."""
     shutil.copytree(ROOT / "detectors/clip", tmp_path / "detectors/clip")
     monkeypatch.setattr(backbone, "DETECTORS", tmp_path / "detectors")
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))

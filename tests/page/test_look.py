@@ -1,4 +1,4 @@
-"""How the page looks, read by axe: every state, by every way that people have to see it."""
+"""Accessibility of the page by axe: every state, on wide, dark, phone and zoomed screens."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ ZOOMED = {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2}
 
 
 def violations(page: "Page") -> list[str]:
-    """What axe finds, its best practices too: rule, element, why."""
+    """Run axe with its best practices; returns rule, element and reason of each violation."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.wait_for_timeout(700)  # colors fade in
@@ -76,7 +76,7 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
         page.get_by_role("button", name=example.title, exact=True).wait_for()
     page.get_by_role("button", name="Drawn by a program", exact=True).click()
     page.get_by_role("img", name="dawn.jpg", exact=True).wait_for()
-    wait_for(page, "algorithmicMedia", "a verdict on them says nothing about the detector")
-    assert page.get_by_text("Or try one of these").count() == 0
+    wait_for(page, "algorithmicMedia", "Their verdicts do not show how good the detector is")
+    assert page.get_by_text("Or try an example").count() == 0
     said = page.locator(".for-readers[role=status]").text_content()
     assert said.startswith("dawn.jpg: ") and said.endswith("A probability is not a proof.")

@@ -1,4 +1,4 @@
-"""The parts of the page, without a browser."""
+"""Parts of the page, tested without a browser."""
 
 import io
 from dataclasses import replace
@@ -38,34 +38,34 @@ def test_a_probability_is_never_a_certainty(p: float, said: str) -> None:
     assert percent(p) == said
 
 
-def test_a_share_is_never_none_or_all() -> None:
+def test_a_share_is_never_shown_as_0_or_100() -> None:
     said = [of_hundred(share) for share in (0.0, 0.004, 0.05, 0.996, 1.0)]
     assert said == ["under 1", "under 1", "5", "over 99", "over 99"]
 
 
-def test_the_first_screen_has_the_figures_of_the_sources_left_out() -> None:
+def test_the_first_screen_shows_the_rates_on_left_out_sources() -> None:
     calibration = {"fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC}
     measured = rates({"calibration": calibration, "threshold": 0.7})
     assert measured.false_positives == Measured(pytest.approx(0.075), 400, 0.0, 0.1)
     assert measured.recall == Measured(pytest.approx(0.4), 100, 0.4, 0.4)
     assert measured.uncertain == pytest.approx(0.36)
     html = figures_html(measured)
-    assert "each source while it was left out of training" in html
+    assert "each source by a detector trained without it" in html
     assert ">8</span>" in html and ">40</span>" in html and ">36</span>" in html
     assert "400 real images, by source under 1 to 10" in html
 
 
-def test_without_sources_the_figures_are_those_of_the_curve_and_say_so() -> None:
+def test_without_sources_the_rates_come_from_the_roc_curve() -> None:
     calibration = {"fitted_on": ["val"], "sources": {}, "roc": ROC, "reals": 50, "fakes": 40}
     measured = rates({"calibration": calibration, "threshold": 0.7})
     assert measured.recall == Measured(0.6, 40) and measured.false_positives == Measured(0.04, 50)
     html = figures_html(measured)
-    assert "of the kinds that it learned from" in html and "by source" not in html
+    assert "of the kinds that the detector was trained on" in html and "by source" not in html
     assert rates({"calibration": None, "threshold": 0.5}) is None
-    assert "Nobody knows" in figures_html(None)
+    assert "Not known" in figures_html(None)
 
 
-def test_where_a_hundred_end_by_the_band() -> None:
+def test_the_verdicts_of_100_images_follow_the_band() -> None:
     assert [row_at(ROC, at)[0] for at in (0.05, 0.4, 0.69, 0.95)] == [0.1, 0.4, 0.4, 0.9]
     reals, fakes = ends(ROC, (0.4, 0.7))
     assert reals == Ends(pytest.approx(0.7), pytest.approx(0.26), pytest.approx(0.04))
@@ -77,23 +77,23 @@ def test_where_a_hundred_end_by_the_band() -> None:
     assert hundred_html(ROC, (0.7, 0.7)).count("<td>-</td>") == 2
 
 
-def test_the_crop_that_is_drawn_is_what_the_network_sees() -> None:
+def test_the_drawn_frame_is_the_crop_of_the_network() -> None:
     preprocess = Preprocess(resize_size=64, crop_size=32)
     assert crop_of(preprocess, (400, 200)) == (0.375, 0.25, 0.25, 0.5)
     prediction = Prediction(name="a", probability=0.4, verdict="uncertain")
     result = Scored("a", prediction, preview=JPEG, size=(400, 200))
     html = photo_html(result, preprocess)
     assert "left: 37.500%; top: 25.000%; width: 25.000%; height: 50.000%" in html
-    assert "what is in the frame, at 32 x 32 pixels" in html
+    assert "the part in the frame, at 32 x 32 pixels" in html
     whole = photo_html(replace(result, size=(90, 90)), Preprocess(resize_size=32, crop_size=32))
-    assert "crop whole" in whole and "sees all of it" in whole
+    assert "crop whole" in whole and "sees the whole image" in whole
 
 
 @pytest.mark.parametrize(
     ("state", "kind"),
     [("trusted", "trusted"), ("valid, signer unknown", "unknown"), ("invalid", "invalid")],
 )
-def test_a_signature_stands_with_its_state(state: str, kind: str) -> None:
+def test_a_signature_is_shown_with_its_state(state: str, kind: str) -> None:
     value = f"{state} (why): signed by <b>x</b>"
     html = evidence_html([Evidence("C2PA", value, "C2PA manifest", "AI", state)], 3)
     assert f'<span class="state {kind}">{state}</span> (why): signed by &lt;b&gt;x' in html
@@ -103,27 +103,27 @@ def test_a_signature_stands_with_its_state(state: str, kind: str) -> None:
         and html.startswith('<div class="card"><h3>')
     )
     plain = evidence_html([Evidence("camera", f"{state} (why)", "EXIF")], 2)
-    assert "state" not in plain.replace("statement", "")  # it is not signed
-    assert "most sites strip it" in evidence_html([], 2)
+    assert "state" not in plain.replace("statement", "")  # evidence without a signature
+    assert "most websites remove such information" in evidence_html([], 2)
 
 
-def test_names_and_reasons_from_outside_are_no_markup() -> None:
+def test_file_names_and_reasons_are_escaped() -> None:
     prediction = Prediction(name="x", probability=None, verdict=UNREADABLE, error="<i>bad</i>")
     html = refused_html([Scored("<img src=x onerror=alert(1)>", prediction)])
     assert "<img" not in html and "<i>" not in html and "&lt;i&gt;bad" in html
 
 
-def test_the_scale_has_the_band_and_a_name_for_readers() -> None:
+def test_the_scale_shows_the_band_and_has_an_aria_label() -> None:
     html = scale_html(0.25, (0.4, 0.7))
     assert "width: 40.00%" in html and "width: 30.00%" in html and "left: 25.00%" in html
     assert 'aria-label="25.0% on a scale from 0% to 100%; likely AI begins at 70%"' in html
     assert "uncertain</span>" not in scale_html(0.25, (0.5, 0.5))
 
 
-def test_the_examples_say_of_themselves_that_a_program_drew_them() -> None:
+def test_the_metadata_of_the_examples_says_that_a_program_drew_them() -> None:
     drawn = examples()
     assert [example.title for example in drawn] == [
-        "Drawn by a program", "Drawn, then a simulated camera", "Drawn, then a simulated generator",
+        "Drawn by a program", "Drawn, with a simulated camera", "Drawn, with a simulated generator",
     ]  # fmt: skip
     for example in drawn:
         assert Image.open(io.BytesIO(example.data)).size == (640, 480)
@@ -131,7 +131,7 @@ def test_the_examples_say_of_themselves_that_a_program_drew_them() -> None:
         assert "algorithmicMedia" in said.value and said.suggests == ""
 
 
-def test_a_large_image_makes_no_small_one_wait_and_no_one_waits_for_ever(
+def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(turns, "LARGE_PIXELS", 10_000)

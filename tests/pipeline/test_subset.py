@@ -83,7 +83,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     listed = write_list(tmp_path / "few.csv", rows)
     result = run(data, runs, "--subset", listed)
     assert result.exit_code == 0, result.output
-    assert f"only the {len(rows)} samples listed in few.csv" in result.output
+    assert f"only the {len(rows)} samples in few.csv" in result.output
     path = Path(result.output.split("report: ")[1].splitlines()[0])
     assert path.parent.name == "old+val-few"
     report = json.loads(path.read_text())
@@ -112,7 +112,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     arguments = ["compare", *map(str, reports), "--intersection", "--flips", str(flips)]
     compared = CliRunner().invoke(evaluate.main, arguments)
     assert compared.exit_code == 0, compared.output
-    assert f"excluded are 0 of {reports[0]}" in compared.output
+    assert f"excluded: 0 of {reports[0]}" in compared.output
     assert flips.read_text() == "set,key,source,generator,label,before,after,fixed\n"
     compared = CliRunner().invoke(evaluate.main, ["compare", *[str(reports[0].parent)] * 2])
     assert compared.exit_code == 0 and "left out" not in compared.output

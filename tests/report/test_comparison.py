@@ -1,4 +1,4 @@
-"""Five runs side by side: the table, and the page in a browser, on a phone and in the dark."""
+"""Comparison of five runs: the table, and the page in a browser, on a phone and in dark mode."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
 
 
 def folders(tmp_path: Path, count: int = 5, name: str = "val") -> list[Path]:
-    """Folders of runs, each a bit worse than the one before; the last has a hostile name."""
+    """Make folders of runs, each a bit worse than the previous; the last has a hostile name."""
     made = []
     plain = rows(name, 60, 60)
     for index in range(count):
@@ -67,7 +67,7 @@ def test_five_runs_are_one_table(tmp_path: Path) -> None:
     assert mean["images_per_s"] == pytest.approx(1 / sum(1 / (10 * i) for i in range(1, 6)))
 
 
-def test_two_runs_have_their_flips_as_before_and_the_table(tmp_path: Path) -> None:
+def test_two_runs_print_their_flips_and_the_table(tmp_path: Path) -> None:
     paths = folders(tmp_path, 2)
     result = compare(*paths, "--flips", tmp_path / "flips.csv")
     assert result.exit_code == 0, result.output
@@ -75,7 +75,7 @@ def test_two_runs_have_their_flips_as_before_and_the_table(tmp_path: Path) -> No
     assert (tmp_path / "flips.csv").exists()
     for arguments, said in (
         ((paths[0],), "two runs or more"),
-        ((*paths, paths[0], "--flips", "x.csv"), "--flips is for two runs"),
+        ((*paths, paths[0], "--flips", "x.csv"), "--flips compares exactly two runs"),
     ):
         refused = compare(*arguments)
         assert refused.exit_code == 2 and said in refused.stderr

@@ -1,4 +1,4 @@
-"""The report as a person reads it: tables, and a page in a real browser."""
+"""The report for people: CSV tables, and the page, also in a real browser."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def rows(name: str, reals: int, fakes: int, seed: int = 0, **more: Any) -> list[
 
 
 def robustness() -> dict[str, Any]:
-    """As `report_robustness` gives it, with rates that fall along the grid."""
+    """Build a result of `report_robustness` with rates that fall along the grid."""
     shift = {"images": 9, "mean": -1.5, "low": -2.0, "high": -1.0, "of_gap": -0.4}
     rates = {"reals": 50, "fakes": 50, "balanced_accuracy": 0.9, "auroc": 0.95}
     lines = [
@@ -75,7 +75,7 @@ def page_of(
 
 
 class Text(HTMLParser):
-    """The text of a page by the class of the element that it stands in, and its tags."""
+    """Collect the tags, links and words of a page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -94,25 +94,25 @@ class Text(HTMLParser):
         self.words.append(data)
 
 
-def test_a_recall_never_stands_alone() -> None:
+def test_a_recall_needs_a_false_positive_rate() -> None:
     recall = Estimate(0.9, 0.8, 0.95, 100)
-    with pytest.raises(ValueError, match="never stands without a false-positive rate"):
+    with pytest.raises(ValueError, match="must be shown with a false-positive rate"):
         Rates(recall, None)
     assert Rates(recall, None, missing="no reals").missing
 
 
-def test_without_reals_the_page_says_so_where_the_rate_would_be() -> None:
+def test_without_reals_the_page_says_so_instead_of_the_rate() -> None:
     page = page_of(*made(rows("evalgen", 0, 60), "evalgen"))
     assert "not known" in page and "NO REAL IMAGES AT HAND" in page
     section = page[page.index('<section id="set-0">') :]
-    # Each block that names a recall says it again.
+    # Each block with a recall repeats the sentence.
     for heading in ("Fakes found, by generator", "<h3>Sources</h3>"):
         block = section[section.index(heading) :].removeprefix("<h3>").partition("<h3>")[0]
         assert "There are no real images here" in block
     assert "ROC curve" not in page
 
 
-def test_reals_of_another_set_stand_beside() -> None:
+def test_fakes_are_shown_with_the_reference_reals_of_another_set() -> None:
     about = {"reference_reals": {"set": "photos", "why": "the catalog's default", "for_all": False}}
     document, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
     page = page_of(document, scores)
@@ -130,7 +130,7 @@ def test_names_are_escaped() -> None:
     assert "<script" not in page and page.count("&lt;script&gt;") > 8
 
 
-def test_nothing_is_fetched_and_everything_is_there() -> None:
+def test_the_page_fetches_nothing_and_has_all_parts() -> None:
     document, scores = made(rows("val", 60, 60), "val")
     document["sets"]["val"]["robustness"] = robustness()
     text = Text(page_of(document, scores))
@@ -140,8 +140,8 @@ def test_nothing_is_fetched_and_everything_is_there() -> None:
     for expected in (
         "fakes found", "reals called fake", "ROC curve", "Reliability", "Verdicts", "generator-3",
         "Robustness", "jpeg-30", "longer side at most 512 pixels, then JPEG 40", "Codec swap",
-        "80 % JPEG 95 420", "no lossy container", "Reals most surely called fake", "What was run",
-        "python evaluate.py --shards val", "runs/a/step_1",
+        "80 % JPEG 95 420", "no lossy format", "Reals called fake with the highest",
+        "Details of the run", "python evaluate.py --shards val", "runs/a/step_1",
     ):  # fmt: skip
         assert expected in said, expected
     ids = page_of(document, scores).split(' id="')[1:]
@@ -149,8 +149,8 @@ def test_nothing_is_fetched_and_everything_is_there() -> None:
     assert len(own) == len(set(own)) == 2
 
 
-def test_a_page_of_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image; all of one score; a band of doubt; more sources than histograms."""
+def test_pages_of_extreme_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image; equal scores; an uncertain band; more sources than histograms; unreadable rows."""
     monkeypatch.setattr("report.page.MOST_HISTOGRAMS", 3)
     one = rows("val", 1, 0)
     assert "called fake" in page_of(*made(one, "val"))
@@ -159,7 +159,7 @@ def test_a_page_of_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
     many = [row | {"source": f"s{i}"} for i, row in enumerate(rows("val", 30, 30))]
     page = page_of(*made(many, "val", calibration={"band": [0.2, 0.5], "fitted_on": ["x"],
                                                    "reals": 1, "fakes": 1}))  # fmt: skip
-    assert "57 smaller sources are left out" in page and "uncertain from 0.200" in page
+    assert "Smaller sources, not shown here: 57" in page and "uncertain from 0.200" in page
     unread = [*rows("val", 9, 9), {"set": "val", "key": "bad", "label": 1, "valid": False,
                                    "logit": None, "error": "cut short"}]  # fmt: skip
     assert "val:bad: cut short" in page_of(*made(unread, "val"))
@@ -178,7 +178,7 @@ def test_worst_mistakes() -> None:
     assert max(len(of_set) for of_set in mistakes_of(document, scores).values()) <= 24
 
 
-def test_thumbnails_are_of_those_images(new: ShardSet) -> None:
+def test_thumbnails_are_made_of_the_given_mistakes(new: ShardSet) -> None:
     keys = new.table.column("key").to_pylist()
     wanted = [Mistake("new", keys[i], "", "", "", 0, 0.9) for i in (7, 3)]
     pictures = thumbnails({"new": new}, wanted)
@@ -209,13 +209,13 @@ def test_tables(tmp_path: Path) -> None:
     assert (lines[0]["shift_fake_low"], lines[0]["shift_real"]) == ("-2.0", "")
 
 
-def test_tables_hold_no_formulas() -> None:
+def test_csv_tables_contain_no_formulas() -> None:
     assert table_csv(["a", "b"], [{"a": "=1+1", "b": -1.5}, {"a": "'+x", "b": None}]) == (
         "a,b\n'=1+1,-1.5\n''+x,\n"
     )
 
 
-def test_charts_take_the_colors_of_the_page_and_many_images() -> None:
+def test_charts_use_the_page_colors_and_stay_small_for_many_images() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200_000)
     fake = 1 / (1 + np.exp(-rng.normal(4 * labels - 2, 3)))
@@ -242,7 +242,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages as files: one with perturbations, one of hostile names, one without reals."""
+    """Write three pages: with perturbations, with hostile names, and without real images."""
     folder = tmp_path_factory.mktemp("pages")
     ordinary = made(rows("val", 60, 60) + rows("test", 50, 50, 2), "val", "test")
     ordinary[0]["sets"]["val"]["robustness"] = robustness()
@@ -284,7 +284,7 @@ def test_in_a_browser(
     assert not said
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # Light on dark, or dark on light, with the contrast that WCAG asks of text (4.5).
+    # The contrast that WCAG requires for text (4.5), in light and in dark mode.
     contrast = page.evaluate(CONTRAST)
     assert contrast["dark"] == (scheme == "dark")
     assert min(contrast["ratios"].values()) > 4.5, contrast

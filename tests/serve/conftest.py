@@ -1,4 +1,4 @@
-"""A service around a small detector, and requests to it within this process."""
+"""Fixtures of the API tests: a service with a small detector, and a client in the same process."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ Serve = Callable[..., tuple[TestClient, Service]]
 
 @pytest.fixture(scope="session")
 def served_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with one calibrated checkpoint of random weights that tell images apart."""
+    """Runs folder with one calibrated checkpoint; its random weights score images differently."""
     runs = tmp_path_factory.mktemp("served_runs")
     torch.manual_seed(5)
     net = build_network(TINY, pretrained=False)
     for name, weight in net.named_parameters():
-        if "grn" in name:  # zero at first, and then without effect
+        if "grn" in name:  # initialized to zero, which has no effect
             torch.nn.init.normal_(weight)
     folder = runs / "served" / "step_0000001"
     checkpoint.save(
@@ -49,7 +49,7 @@ def detector(served_runs: Path) -> ImageDetector:
 
 @pytest.fixture
 def serve(detector: ImageDetector) -> Iterator[Serve]:
-    """`serve(key="", max_files=4, ...)`: a client, and the service that it asks."""
+    """Function `serve(key="", max_files=4, ...)` that returns a client and its service."""
     services = []
 
     def start(key: str = "", **limits: object) -> tuple[TestClient, Service]:
@@ -64,8 +64,8 @@ def serve(detector: ImageDetector) -> Iterator[Serve]:
 
 
 class Gate:
-    """Holds the network back: `entered` is set once it was asked, `sizes` are those of its batches,
-    `open` lets it answer.
+    """Blocks scoring until `open` is set. `entered` is set when scoring was called; `sizes` lists
+    the batch sizes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A list of addresses: fetched only where that is allowed, and never from where it is not."""
+"""URLs are fetched only with --allow-urls, and from private hosts only if they are allowed too."""
 
 import datetime
 import json
@@ -26,7 +26,7 @@ PHOTO = encode(photo(1))
 
 
 class Site(ThreadingHTTPServer):
-    """A web server on loopback; `asked` are the paths and Host headers that it was asked for."""
+    """Web server on loopback; `asked` lists the path and Host header of each request."""
 
     daemon_threads = True
 
@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except OSError:  # a client that goes away is part of the tests
+        except OSError:  # the tests include clients that disconnect
             pass
 
     def log_message(self, *_: object) -> None:
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which must not be used
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the proxy must not be used
     one = Site()
     yield one
     one.go_on.set()
@@ -83,8 +83,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, site: Site) -> list[str]:
-    """`public.example` is a public address and `mixed.example` also a private one; connections to
-    the public address lead to `site`. Every address that is connected to is put into the list.
+    """Fake name resolution: `public.example` has a public IP address, `mixed.example` a public and
+    a private one. All connections lead to `site`; the list collects the IP address of each.
     """
     known = {
         "public.example": ["93.184.215.14"],
@@ -117,11 +117,11 @@ def names(monkeypatch: pytest.MonkeyPatch, site: Site) -> list[str]:
      ("::ffff:127.0.0.1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False),
      ("2001:0:1::1", False)],
 )  # fmt: skip
-def test_what_is_public(address: str, is_public: bool) -> None:
+def test_which_ip_addresses_are_public(address: str, is_public: bool) -> None:
     assert addresses.is_public(address) == is_public
 
 
-def test_a_private_address_is_403_and_is_not_asked(serve: Serve, site: Site) -> None:
+def test_a_private_address_is_403_and_is_not_contacted(serve: Serve, site: Site) -> None:
     client, service = serve(allow_urls=True)
     port = site.server_port
     for url in (
@@ -136,7 +136,7 @@ def test_a_private_address_is_403_and_is_not_asked(serve: Serve, site: Site) -> 
     assert service.held == service.in_flight == 0
 
 
-def test_a_public_address_is_fetched_from_where_it_was_checked(
+def test_a_public_url_is_fetched_from_the_checked_ip_address(
     serve: Serve, site: Site, names: list[str], detector: ImageDetector
 ) -> None:
     client, _ = serve(allow_urls=True)
@@ -160,10 +160,10 @@ def test_a_public_address_is_fetched_from_where_it_was_checked(
     assert set(names) == {"93.184.215.14"}
 
 
-def test_the_name_of_a_secure_address_is_checked(
+def test_https_checks_the_certificate_of_the_host_name(
     serve: Serve, site: Site, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the certificate of the host, though the connection goes to a number."""
+    """The connection goes to an IP address, but the certificate must match the host name."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "public.example")])
     now = datetime.datetime.now(datetime.UTC)
@@ -200,18 +200,18 @@ def test_the_name_of_a_secure_address_is_checked(
     assert site.asked == [("/a", "public.example")]
 
 
-def test_what_cannot_be_fetched_is_a_row(serve: Serve, site: Site) -> None:
+def test_a_url_that_cannot_be_fetched_gets_an_error_row(serve: Serve, site: Site) -> None:
     client, _ = serve(allow_urls=True, allow_private_urls=True, max_bytes=2 * MB, timeout_s=10)
     said = {
         site.url("/gone"): "status 404", site.url("/huge"): "more than 2 MB together",
-        site.url("/cut"): "breaks off", site.url("/zipped"): "compressed",
+        site.url("/cut"): "incomplete", site.url("/zipped"): "compressed",
         site.url("/to?/to?/to?/to?/to?/"): "redirects more than 3",
         f"https://127.0.0.1:{site.server_port}/": "SSLError",
-        "http://127.0.0.1:9/": "does not answer", "http://no.invalid/": "not known",
-        "http://": "needs a host", "http://a:b@127.0.0.1/": "password",
-        "http://127.0.0.1:x/": "no address", "http://127.0.0.1:99999/": "no address",
-        site.url("/\ud800"): "no address", site.url("/a b\r\nX: y"): "InvalidURL",
-        f"http://{'a' * 70}.example/": "no address",
+        "http://127.0.0.1:9/": "does not answer", "http://no.invalid/": "cannot be resolved",
+        "http://": "must have a host", "http://a:b@127.0.0.1/": "password",
+        "http://127.0.0.1:x/": "not a URL", "http://127.0.0.1:99999/": "not a URL",
+        site.url("/\ud800"): "not a URL", site.url("/a b\r\nX: y"): "InvalidURL",
+        f"http://{'a' * 70}.example/": "not a URL",
     }  # fmt: skip
     body = json.dumps({"urls": [*said, site.url("/fine")]})
     answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
@@ -224,15 +224,15 @@ def test_what_cannot_be_fetched_is_a_row(serve: Serve, site: Site) -> None:
     assert client.post("/predict", json={"urls": [site.url("/gone")]}).status_code == 422
 
 
-def test_a_slow_address_costs_its_own_row(serve: Serve, site: Site) -> None:
-    """It sends something all the time, so that no single read is late."""
+def test_a_slow_url_fails_alone(serve: Serve, site: Site) -> None:
+    """The site sends a byte often, so that no single read reaches a timeout."""
     client, _ = serve(allow_urls=True, allow_private_urls=True, timeout_s=1.0)
     began = time.monotonic()
     answer = client.post("/predict", json={"urls": [site.url("/slow"), site.url("/fine")]})
     assert time.monotonic() - began < 5
     assert answer.status_code == 200, answer.text
     slow, fine = answer.json()["images"]
-    assert slow["error"] == "the address took too long to answer" and not fine["error"]
+    assert slow["error"] == "the URL took too long to answer" and not fine["error"]
 
 
 @pytest.mark.parametrize(
@@ -240,13 +240,13 @@ def test_a_slow_address_costs_its_own_row(serve: Serve, site: Site) -> None:
     [b"", b"{}", b"[]", b'{"urls": []}', b'{"urls": "http://a"}', b'{"urls": [1]}', b"\xff",
      b'{"urls": {"a": 1}}', b"[" * 100_000, b'{"urls": [NaN]}'],
 )  # fmt: skip
-def test_a_list_that_is_none_is_400(serve: Serve, body: bytes) -> None:
+def test_an_invalid_url_list_is_400(serve: Serve, body: bytes) -> None:
     client, _ = serve(allow_urls=True)
     answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and '{"urls": ' in answer.json()["detail"]
 
 
-def test_a_list_that_is_too_long_is_413(serve: Serve) -> None:
+def test_a_too_long_url_list_is_413(serve: Serve) -> None:
     client, _ = serve(allow_urls=True, max_files=4)
     assert client.post("/predict", json={"urls": ["http://a"] * 5}).status_code == 413
     assert client.post("/predict", json={"urls": ["x" * MB]}).status_code == 413

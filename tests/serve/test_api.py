@@ -1,4 +1,4 @@
-"""What the HTTP API answers: the rows of `predict.py`, or a status that says why not."""
+"""Answers of the HTTP API: the same rows as `predict.py`, or a status and a reason."""
 
 import json
 import re
@@ -18,8 +18,8 @@ from tests.provenance_files import png
 from tests.serve.conftest import Serve
 
 ROUNDING = 1e-6
-"""How far a probability may lie from that of another batch size: how a processor adds up depends on
-the size of a batch. 2e-7 at most were seen on a CPU (docs/using.md).
+"""Tolerance between probabilities of different batch sizes: the order of floating-point sums
+depends on the batch size. The largest difference seen on a CPU was 2e-7 (docs/using.md).
 """
 
 PHOTO = encode(photo(1))
@@ -34,7 +34,7 @@ def form(*files: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 def test_an_answer_has_the_rows_of_predict(serve: Serve, detector: ImageDetector) -> None:
-    """Names, columns, verdicts, errors and what the file says; the probability to rounding."""
+    """Names, columns, verdicts, errors and provenance are equal; probabilities up to rounding."""
     settings = "a castle\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 8x8"
     files = [png(parameters=settings), *KINDS.values(), *(encode(photo(n)) for n in range(9))]
     client, _ = serve()
@@ -60,7 +60,7 @@ def test_an_answer_has_the_rows_of_predict(serve: Serve, detector: ImageDetector
     assert len({row["probability"] for row in content["images"]}) > 9
 
 
-def test_what_speaks_against_a_detector_is_in_the_answer(
+def test_the_answer_contains_the_notices_of_the_detector(
     detector: ImageDetector, serve: Serve
 ) -> None:
     client, service = serve()
@@ -74,10 +74,10 @@ def test_what_speaks_against_a_detector_is_in_the_answer(
     assert notice["kind"] == "uncalibrated" and "not calibrated" in notice["text"]
 
 
-def test_one_image_at_a_time_is_bit_for_bit_that_of_predict(
+def test_batches_of_one_give_the_same_bits_as_predict(
     serve: Serve, detector: ImageDetector
 ) -> None:
-    """With batches of one nothing depends on what else is asked."""
+    """With batches of one image, other requests have no influence."""
     files = [encode(photo(number)) for number in range(12)]
     client, _ = serve(batch_size=1)
     rows = client.post("/predict", files=form(*files)).json()["images"]
@@ -85,7 +85,7 @@ def test_one_image_at_a_time_is_bit_for_bit_that_of_predict(
     assert [row["probability"] for row in rows] == alone
 
 
-def test_one_image_may_be_the_body_itself(serve: Serve, detector: ImageDetector) -> None:
+def test_the_body_can_be_one_image(serve: Serve, detector: ImageDetector) -> None:
     client, _ = serve()
     (expected,) = detector.predict([PHOTO])
     for kind in ("image/jpeg", "image/x-odd; q=1", "application/octet-stream", "IMAGE/PNG"):
@@ -99,7 +99,7 @@ def test_one_image_may_be_the_body_itself(serve: Serve, detector: ImageDetector)
     assert answer.json()["images"][0]["path"] == "image 0"
 
 
-def test_names_of_any_kind_come_back(serve: Serve) -> None:
+def test_any_file_name_is_accepted(serve: Serve) -> None:
     client, _ = serve()
     for name in ("später ☂.jpg", "a\u202eb.jpg", "../../a b", "x" * 500, "=1+1"):
         answer = client.post("/predict", files={"image": (name, PHOTO)})
@@ -113,11 +113,11 @@ def test_names_of_any_kind_come_back(serve: Serve) -> None:
     assert answer.json()["images"][0]["path"] == "\N{REPLACEMENT CHARACTER}"
 
 
-# --- what is no image -----------------------------------------------------------------------------
+# --- files that are not images --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_bad_image_is_422_in_the_words_of_predict(
+def test_one_bad_image_is_422_with_the_error_of_predict(
     serve: Serve, detector: ImageDetector, kind: str
 ) -> None:
     client, _ = serve()
@@ -132,7 +132,7 @@ def test_one_bad_image_is_422_in_the_words_of_predict(
             assert answer.json()["detail"] == f"x: {said.error}"
 
 
-def test_many_bad_images_are_rows(serve: Serve) -> None:
+def test_many_bad_images_get_error_rows(serve: Serve) -> None:
     client, _ = serve()
     answer = client.post("/predict", files=form(KINDS["html"], KINDS["empty"]))
     assert answer.status_code == 200
@@ -149,30 +149,30 @@ FORM = "multipart/form-data; boundary=x"
 BODIES = {
     "no boundary": ("multipart/form-data", multipart(FILE), 400, "no boundary"),
     "a long boundary": (f"multipart/form-data; boundary={'b' * 999}", b"", 400, "boundary"),
-    "another boundary": ("multipart/form-data; boundary=y", multipart(FILE), 400, "form"),
-    "an empty form": (FORM, b"", 400, "breaks off"),
+    "a wrong boundary": ("multipart/form-data; boundary=y", multipart(FILE), 400, "form"),
+    "an empty form": (FORM, b"", 400, "ends before"),
     "a form that ends at once": (FORM, b"--x--\r\n", 400, "no file"),
     "no name": (FORM, multipart("Content-Disposition: form-data"), 400, "a text"),
     "no header": (FORM, multipart("odd"), 400, "form"),
-    "another header": (FORM, multipart("a: b"), 400, "no Content-Disposition"),
+    "a wrong header": (FORM, multipart("a: b"), 400, "no Content-Disposition"),
     "a text": (FORM, multipart('Content-Disposition: form-data; name="a"'), 400, "-F image=@"),
     "noise": (FORM, bytes(range(256)) * 40, 400, "form"),
     "many headers": (FORM, multipart("\r\n".join(f"a{n}: b" for n in range(5000))), 400, "form"),
     "a huge header": (FORM, multipart("a: " + "b" * 900_000), 400, "form"),
-    "a form that breaks off": (FORM, multipart(FILE, PHOTO, b""), 400, "breaks off"),
+    "a truncated form": (FORM, multipart(FILE, PHOTO, b""), 400, "ends before"),
     "many files": (FORM, b"".join(multipart(FILE, b"", b"\r\n") for _ in range(5)) + b"--x--", 413,
                    "more than 4 images"),
     "a large file": (FORM, multipart(FILE, bytes(MB)), 413, "more than 1 MB"),
     "a large image": ("image/png", bytes(MB + 1), 413, "more than 1 MB"),
     "an empty image": ("image/png", b"", 422, "empty"),
     "no content type": ("", PHOTO, 415, "expected multipart/form-data"),
-    "another content type": ("text/html", PHOTO, 415, "text/html"),
-    "a list that is not allowed": ("application/json", b'{"urls": ["http://a"]}', 403, "no addr"),
+    "an unsupported type": ("text/html", PHOTO, 415, "text/html"),
+    "a list of URLs": ("application/json", b'{"urls": ["http://a"]}', 403, "fetch URLs"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BODIES)
-def test_a_body_that_is_wrong_has_a_status_and_a_sentence(serve: Serve, what: str) -> None:
+def test_a_wrong_body_gets_a_status_and_a_sentence(serve: Serve, what: str) -> None:
     kind, body, status, said = BODIES[what]
     client, service = serve(max_bytes=MB, max_files=4)
 
@@ -188,7 +188,7 @@ def test_a_body_that_is_wrong_has_a_status_and_a_sentence(serve: Serve, what: st
     assert client.post("/predict", files=form(PHOTO)).status_code == 200
 
 
-def test_what_is_no_request_to_predict(serve: Serve) -> None:
+def test_wrong_methods_paths_and_encodings_are_refused(serve: Serve) -> None:
     client, _ = serve()
     assert client.get("/predict").status_code == 405
     assert client.post("/nothing").status_code == 404
@@ -196,7 +196,7 @@ def test_what_is_no_request_to_predict(serve: Serve) -> None:
     assert compressed.status_code == 415 and "gzip" in compressed.json()["detail"]
 
 
-# --- the key, the figures, the page ---------------------------------------------------------------
+# --- the key, the metrics, the docs page ----------------------------------------------------------
 
 
 def test_without_the_key_nothing_is_scored(serve: Serve) -> None:
@@ -217,7 +217,7 @@ def test_without_the_key_nothing_is_scored(serve: Serve) -> None:
         assert client.get(path).status_code == 200
 
 
-def test_the_figures_count_what_was_answered(serve: Serve) -> None:
+def test_metrics_count_requests_and_images(serve: Serve) -> None:
     client, _ = serve()
     client.post("/predict", files=form(PHOTO, KINDS["html"]))
     client.post("/predict", files=form(KINDS["html"]))
@@ -236,7 +236,7 @@ def test_the_figures_count_what_was_answered(serve: Serve) -> None:
         assert f"{line}\n" in figures, line
 
 
-def test_the_page_asks_no_other_host_and_describes_every_route(serve: Serve) -> None:
+def test_the_docs_page_needs_no_other_host_and_describes_every_route(serve: Serve) -> None:
     from openapi_spec_validator import validate
 
     client, _ = serve(max_files=7)

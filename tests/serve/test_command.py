@@ -1,4 +1,4 @@
-"""`python -m serve`: its command line, and a real server from its start to its end."""
+"""The command `python -m serve`: its options, and a real server from start to stop."""
 
 import http.client
 import os
@@ -25,7 +25,7 @@ PHOTO = encode(photo(1))
 
 @dataclass
 class Running:
-    """A server in a process of its own, on loopback."""
+    """A server in another process, on loopback."""
 
     process: subprocess.Popen
     port: int
@@ -43,7 +43,7 @@ class Running:
             connection.close()
 
     def send(self, data: bytes) -> bytes:
-        """What comes back for bytes that need not be HTTP; nothing, where it hangs up on them."""
+        """Send any bytes and return the answer; empty if the server closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
             try:
                 sock.sendall(data)
@@ -76,14 +76,14 @@ def running(served_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     process.wait()
 
 
-def test_a_real_server_from_its_start_to_its_end(running: Running, detector: ImageDetector) -> None:
+def test_a_real_server_from_start_to_stop(running: Running, detector: ImageDetector) -> None:
     assert running.ask("GET", "/readyz") == (200, b"ready\n")
     assert running.ask("POST", "/predict", PHOTO)[0] == 401
     (expected,) = detector.predict([PHOTO])
     status, body = running.predict()
     assert status == 200 and repr(expected.probability).encode() in body
 
-    # Refused while the client still sends, which gets the answer all the same.
+    # The server refuses while the client is still sending; the client still gets the answer.
     status, body = running.predict(bytes(30 * 2**20))
     assert status == 413 and b"more than 1 MB" in body
     head = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
@@ -96,7 +96,7 @@ def test_a_real_server_from_its_start_to_its_end(running: Running, detector: Ima
         assert re.match(rb"(HTTP/1.1 4|$)", running.send(hostile)), hostile[:50]
     assert running.ask("GET", "/healthz") == (200, b"ok\n")
 
-    # A body that is on its way when the signal comes is taken, and has its answer.
+    # A request whose body is still arriving at the signal is answered.
     late = socket.create_connection(("127.0.0.1", running.port), timeout=20)
     late.sendall(
         b"POST /predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\n"
@@ -111,7 +111,7 @@ def test_a_real_server_from_its_start_to_its_end(running: Running, detector: Ima
                 break
             time.sleep(0.01)
         else:
-            raise AssertionError("it is not stopping")
+            raise AssertionError("the server is not stopping")
         assert running.predict()[0] == 503
         with late:
             late.sendall(PHOTO)
@@ -119,7 +119,7 @@ def test_a_real_server_from_its_start_to_its_end(running: Running, detector: Ima
         statuses = {future.result()[0] for future in taken}
     assert statuses <= {200, 503} and 200 in statuses
     assert running.process.wait(20) == 0
-    assert "stopped; every request has its answer" in running.log.read_text()
+    assert "stopped; all requests were answered" in running.log.read_text()
     assert "Traceback" not in running.log.read_text()
 
 
@@ -127,20 +127,20 @@ def test_a_real_server_from_its_start_to_its_end(running: Running, detector: Ima
     ("arguments", "said"),
     [
         (["--port", "65536"], "65536 is not in the range"),
-        (["--max-files", "9", "--queue", "8"], "--max-files 9 never fit into --queue 8"),
+        (["--max-files", "9", "--queue", "8"], "--max-files 9 is more than --queue 8"),
         (["--allow-private-urls"], "add --allow-urls"),
         (["--timeout", "0"], "is not in the range"),
         (["--no-such-option"], "No such option"),
     ],
 )
-def test_what_is_wrong_with_the_command_is_one_line(arguments: list[str], said: str) -> None:
+def test_a_wrong_command_line_is_one_line(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2 and said in result.stderr
     result = CliRunner().invoke(main, env={"DETECTOR_API_KEY": " "})
     assert result.exit_code == 2 and "DETECTOR_API_KEY is empty" in result.stderr
 
 
-def test_what_is_there_already_or_not_at_all_is_one_line(tmp_path: Path) -> None:
+def test_a_used_port_or_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(main, ["--port", port])

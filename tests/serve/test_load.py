@@ -1,4 +1,4 @@
-"""Many requests at once: batches across them, bounds, time limits, an end that loses nothing."""
+"""Many requests at once: shared batches, limits, timeouts, and a stop that answers all requests."""
 
 import asyncio
 import threading
@@ -25,10 +25,10 @@ def send(client: TestClient, count: int = 1) -> Any:
 
 
 def wait_for(state: Callable[[], bool], seconds: float = 10) -> None:
-    """Until something holds, which it must within `seconds`."""
+    """Wait until `state()` is true; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not state():
-        assert time.monotonic() < until, "it did not happen"
+        assert time.monotonic() < until, "the expected state was not reached"
         time.sleep(0.005)
 
 
@@ -54,7 +54,7 @@ def test_images_of_many_requests_are_scored_together(
         )
 
 
-def test_a_full_queue_is_429_and_its_places_come_back(serve: Serve, gate: Gate) -> None:
+def test_a_full_queue_is_429_and_later_accepts_images_again(serve: Serve, gate: Gate) -> None:
     client, service = serve(queue=4, max_files=4)
     with ThreadPoolExecutor(2) as pool:
         taken = [pool.submit(send, client, 3)]
@@ -62,7 +62,7 @@ def test_a_full_queue_is_429_and_its_places_come_back(serve: Serve, gate: Gate) 
         refused = send(client, 2)  # all or none
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert "3 images are waiting and at most 4" in refused.json()["detail"]
+        assert "3 images of at most 4" in refused.json()["detail"]
         assert client.get("/readyz").status_code == 200
         taken.append(pool.submit(send, client, 1))
         wait_for(lambda: service.scorer.waiting == 4)
@@ -89,7 +89,7 @@ def test_bodies_in_memory_are_bounded(serve: Serve, gate: Gate) -> None:
     assert client.post("/predict", content=bytes(MB - 10), headers=JPEG).status_code == 422
 
 
-def test_what_takes_too_long_is_504_and_is_not_scored(serve: Serve, gate: Gate) -> None:
+def test_a_request_over_the_time_limit_is_504_and_is_not_scored(serve: Serve, gate: Gate) -> None:
     client, service = serve(timeout_s=0.3, batch_size=1)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(send, client, 1)
@@ -99,11 +99,11 @@ def test_what_takes_too_long_is_504_and_is_not_scored(serve: Serve, gate: Gate) 
         assert first.result().status_code == 504
     gate.open.set()
     wait_for(lambda: service.scorer.waiting == 0)
-    assert gate.sizes == [1]  # of the five none
+    assert gate.sizes == [1]  # none of the five late images was scored
     assert service.held == service.in_flight == 0
 
 
-def test_a_failure_of_the_network_is_500_and_ends_nothing(
+def test_an_error_in_scoring_is_500_and_the_server_goes_on(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, service = serve()
@@ -120,10 +120,10 @@ def test_a_failure_of_the_network_is_500_and_ends_nothing(
     assert send(client, 3).status_code == 200
 
 
-def test_no_small_image_waits_for_a_large_one(
+def test_small_images_do_not_wait_for_large_ones(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many large ones as there are threads, all held back."""
+    """At least as many large images as threads are blocked in decoding."""
     monkeypatch.setattr("serve.scoring.LARGE_PIXELS", 100 * 100)
     preprocess, go_on = ImageDetector.preprocess_file, threading.Event()
     at_once: list[int] = []
@@ -148,7 +148,7 @@ def test_no_small_image_waits_for_a_large_one(
         assert {future.result().status_code for future in waiting} == {200}
 
 
-def test_while_it_stops_nothing_new_is_taken_and_what_was_is_answered(
+def test_a_stopping_server_refuses_new_requests_and_answers_accepted_ones(
     serve: Serve, gate: Gate
 ) -> None:
     client, service = serve()
@@ -165,14 +165,14 @@ def test_while_it_stops_nothing_new_is_taken_and_what_was_is_answered(
     assert service.in_flight == 0
 
 
-# --- what no client library does ------------------------------------------------------------------
+# --- clients that break the protocol --------------------------------------------------------------
 
 
 def ask(
     service: Service, *messages: dict[str, Any], after: Callable[[], None] | None = None
 ) -> int:
-    """The status of a request whose body comes in `messages`; then nothing comes, until after
-    `after` the client is gone.
+    """Return the status of a request with the body `messages`. The client then sends nothing more;
+    it disconnects when `after` returns, or never without `after`.
     """
     statuses: list[int] = []
 
@@ -211,7 +211,7 @@ def test_a_body_that_never_arrives_is_408(detector: ImageDetector) -> None:
     service.close()
 
 
-def test_a_client_that_goes_away_frees_its_places(detector: ImageDetector, gate: Gate) -> None:
+def test_a_disconnected_client_frees_its_queue_slots(detector: ImageDetector, gate: Gate) -> None:
     service = Service(detector, Limits(batch_size=1))
     whole = {"type": "http.request", "body": PHOTO, "more_body": False}
     assert ask(service, whole, after=lambda: gate.entered.wait(10)) == 499
@@ -219,7 +219,7 @@ def test_a_client_that_goes_away_frees_its_places(detector: ImageDetector, gate:
         service, {"type": "http.request", "body": PHOTO, "more_body": True}, after=lambda: None
     )
     assert gone == 499
-    assert ask(service, whole, after=lambda: time.sleep(0.1)) == 499  # it waits behind the first
+    assert ask(service, whole, after=lambda: time.sleep(0.1)) == 499  # it was still waiting
     gate.open.set()
     wait_for(lambda: service.scorer.waiting == 0)
     assert gate.sizes == [1]

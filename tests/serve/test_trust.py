@@ -1,4 +1,4 @@
-"""The state of a C2PA signature in the rows of the HTTP API."""
+"""Rows of the HTTP API contain the state of C2PA signatures."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.provenance_files import PICTURE, make_authority, pem, self_signed, si
 from tests.serve.conftest import Serve
 
 
-def test_a_row_says_who_signed(
+def test_a_row_contains_the_signature_state(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = make_authority()
@@ -31,7 +31,7 @@ def test_a_row_says_who_signed(
         assert one["value"].startswith(f"{state} (")
 
 
-def test_a_list_that_cannot_be_used_is_said_at_the_start(
+def test_an_unusable_trust_list_is_an_error_at_start(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTOR_TRUST_LIST", str(tmp_path / "none.pem"))

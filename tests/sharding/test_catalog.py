@@ -141,7 +141,7 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
     ("text", "said"),
     [
         ('[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\nlicens = "y"\n',
-         "unknown key 'sources.s.licens'; the nearest known: license"),
+         "unknown key 'sources.s.licens'; did you mean license?"),
         ('[sources.s]\nlicense = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
          "unknown key 'sources.s.real.0.generatr'"),
         ('[sources.s]\nlicense = "x"\nset = "train"\n', "names neither real nor fake images"),

@@ -303,7 +303,7 @@ def test_a_link_out_of_the_raw_folder_is_not_written_through(
     (tmp_path / "raw/s").symlink_to(tmp_path / "elsewhere")
     result = fetched(tmp_path / "raw", urls=[photos])
     assert result.status == "failed"
-    assert "leads out of" in result.note
+    assert "is outside of" in result.note
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

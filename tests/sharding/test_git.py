@@ -146,7 +146,7 @@ def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path) -> None
     (tmp_path / "raw/s/art").symlink_to(tmp_path / "outside")
     result = fetch_source("s", source(tmp_path / "r", commit), tmp_path / "raw")
     assert result.status == "failed"
-    assert "leads out of" in result.note
+    assert "is outside of" in result.note
     assert not list((tmp_path / "outside").iterdir())
 
 

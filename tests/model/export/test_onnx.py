@@ -223,7 +223,7 @@ def test_options_that_need_torch_are_refused_with_onnx(
 ) -> None:
     file = str(exported / "detector.onnx")
     result = CliRunner().invoke(predict.main, [str(images), "--onnx", file, *arguments])
-    assert result.exit_code == 2 and "--onnx takes no" in result.output
+    assert result.exit_code == 2 and "--onnx cannot be combined" in result.output
 
 
 def foreign(path: Path, **metadata: str) -> Path:

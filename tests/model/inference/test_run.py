@@ -72,7 +72,7 @@ def test_a_resumed_run_has_no_duplicate_and_no_missing_row(
         assert out.read_bytes() == whole, f"cut at {cut}"
     (folder / "later.jpg").write_bytes(encode(photo(9)))
     result = ask(folder, "--out", out, "--resume")
-    assert "1 image, 6 were there already" in result.stderr
+    assert "1 image (6 were done before)" in result.stderr
     result = ask(folder, "--out", out, "--resume", "--threshold", "0.9")
     assert result.exit_code == 2
     assert "another checkpoint, calibration or threshold" in result.stderr
@@ -144,7 +144,7 @@ def test_results_are_written_immediately(
     assert result.exit_code == 130
     assert seen == [1, 2]
     assert "stopped after 2 images" in result.stderr
-    assert "--resume goes on with it" in result.stderr
+    assert "--resume continues it" in result.stderr
     monkeypatch.setattr(results.ResultsFile, "write", write)
     assert ask(photos, "--out", out, "--resume").exit_code == 0
     assert len(out.read_bytes().splitlines()) == 3

@@ -90,5 +90,5 @@ def test_mistakes_are_one_line(mine: Path, tiny_recipe: Path) -> None:
     assert result.exit_code == 1
     assert "has no folder of fake images" in result.stderr and "Traceback" not in result.stderr
     result = run(mine, "--recipe", tiny_recipe, "--phase", "1")
-    assert result.exit_code == 2 and "say --phase 1, --phase 2 or --recipe" in result.stderr
+    assert result.exit_code == 2 and "give --phase 1, --phase 2 or --recipe" in result.stderr
     assert run(mine.parent / "none").exit_code == 2

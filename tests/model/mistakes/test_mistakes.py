@@ -168,7 +168,7 @@ def test_a_kept_mistake_survives_two_detectors_and_shows_before_and_after(
         ("still wrong", 0.9, 0.9, 0), ("fixed", 0.9, 0.1, 0),
         ("newly wrong", 0.1, 0.8, 1), ("newly wrong", 0.1, 0.8, 1),
     ]  # fmt: skip
-    assert "1 image that another detector had right: wrong now" in result.stderr
+    assert "newly wrong: 1 image that another detector got right" in result.stderr
     assert "no sign of AI 0.100" in result.output and "likely AI 0.800" in result.output
     verdicts = read_mistakes(folder)[0].verdicts
     assert [each.score for each in verdicts] == [0.9, 0.1, 0.8]

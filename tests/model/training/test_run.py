@@ -225,8 +225,8 @@ def test_ten_losses_never_change(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say --phase 1, --phase 2 or --recipe FILE"),
-        (["--phase", "1", "--recipe", "x.toml"], "say --phase 1, --phase 2 or --recipe FILE"),
+        ([], "give --phase 1, --phase 2 or --recipe FILE"),
+        (["--phase", "1", "--recipe", "x.toml"], "give --phase 1, --phase 2 or --recipe FILE"),
         (["--phase", "3"], "'3' is not one of '1', '2'"),
         (["--recipe", "none.toml"], "no recipe at none.toml"),
         (["--phase", "1", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'"),

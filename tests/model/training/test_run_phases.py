@@ -325,4 +325,4 @@ def test_the_last_table_uses_the_calibrated_threshold(
         assert figures[name] == pytest.approx(shown[name]), name
     row = next(line for line in result.stdout.splitlines() if " val " in line)
     assert f"{shown['false_positive_rate']:.3f}" in row
-    assert f"fake from {meta['threshold']:.3f}" in result.stdout
+    assert f"threshold {meta['threshold']:.3f}" in result.stdout
