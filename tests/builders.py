@@ -212,8 +212,10 @@ CALIBRATION = {
 }  # fmt: skip
 
 
-def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
-    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
+def train_tiny(data: Path, runs: Path, *overrides: str, **options: Any) -> Path:
+    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`.
+    `options` are those of `train`.
+    """
 
     settings = [
         'name="tiny"', 'data.train=["old"]', 'data.validate=["val"]', "preprocess.crop_size=32",
@@ -223,7 +225,7 @@ def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
         "loading.batch_size=16", "loading.num_workers=0", *overrides,
     ]  # fmt: skip
     recipe = recipes.load(Recipe, recipes.FOLDER / "phase1.toml", settings)
-    train(recipe, data, runs)
+    train(recipe, data, runs, **options)
     return runs
 
 
