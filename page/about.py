@@ -40,5 +40,6 @@ def which(detector: ImageDetector) -> str:
     first = f"There is no trained run: this is {detector.checkpoint.name}, which ships. "
     return (
         f"{first if shipped else ''}Model {network}, {detector.identity}, {created}. Program "
-        f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."
+        f"{project['version']}. Images stay in memory while this page shows them; nothing is "
+        "kept but what you ask to keep."
     )
