@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from page.examples import examples
-from tests.browser import browse, file_of, in_browser, wait_for, width_of
+from tests.browser import browse, file_of, in_browser, violations, wait_for, width_of
 from tests.builders import encode, photo
 
 if TYPE_CHECKING:
@@ -21,18 +21,6 @@ WIDE = {"viewport": {"width": 1280, "height": 900}}
 DARK = {**WIDE, "color_scheme": "dark"}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 ZOOMED = {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2}
-
-
-def violations(page: "Page") -> list[str]:
-    """What axe finds, its best practices too: rule, element, why."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    page.wait_for_timeout(700)  # colors fade in
-    return [
-        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
-        for rule in Axe().run(page).response["violations"]
-        for node in rule["nodes"]
-    ]
 
 
 @in_browser

@@ -158,14 +158,17 @@ def test_an_interrupted_run_knows_what_its_start_said(
     start = trained.runs / "interrupted" / START_FILE
     said = start.read_text()
     assert json.loads(said).keys() == {newly}
-    start.write_text("[]")
-    with pytest.raises(MistakeError, match=r"does not say what the start .* use --run NAME"):
-        trained.again(*line)
-    start.write_text(said)
-    trained.keep(folder, trained.flipped[1], right=True)
 
     def dies(*_arguments: object) -> None:
         raise KeyboardInterrupt
+
+    start.write_text("[]")
+    with monkeypatch.context() as patched, pytest.raises(MistakeError) as caught:
+        patched.setattr(run, "assemble", dies)  # refused before anything is built
+        trained.again(*line)
+    assert "does not say what the start" in str(caught.value) and "--run" in str(caught.value)
+    start.write_text(said)
+    trained.keep(folder, trained.flipped[1], right=True)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(run, "_calibrate", dies)
