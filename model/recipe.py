@@ -179,15 +179,21 @@ class Optim:
 class Gate:
     """When a trained checkpoint is refused. `max_forgetting` is the most that an old source may
     lose of its accuracy (balanced where it has both classes), `max_fpr` the most reals of any
-    validation set that may be called fake; both are shares, and 1 refuses nothing.
+    validation set that may be called fake; both are shares, and 1 refuses nothing. `mistakes` is a
+    folder of kept mistakes (`python -m model mistakes add`), of which the checkpoint may have
+    `max_newly_wrong` wrong that its start had right; each counts whose image is kept.
     """
 
     max_forgetting: float = 1.0
     max_fpr: float = 1.0
+    mistakes: str = ""
+    max_newly_wrong: int = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
             raise ValueError("max_forgetting and max_fpr are shares, from 0 to 1")
+        if self.max_newly_wrong < 0:
+            raise ValueError(f"max_newly_wrong is a count from 0 on, got {self.max_newly_wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)

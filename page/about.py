@@ -41,5 +41,6 @@ def which(detector: ImageDetector) -> str:
     first = f"There is no trained run, so this is the shipped detector {detector.checkpoint.name}. "
     return (
         f"{first if shipped else ''}Model {network}, {detector.identity}, {created}. Program "
-        f"{project['version']}. Images stay in memory while this page shows them; nothing is kept."
+        f"{project['version']}. Images stay in memory while this page shows them; nothing is "
+        "kept but what you ask to keep."
     )

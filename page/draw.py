@@ -18,6 +18,7 @@ from page.about import about
 from page.cost import moved, show_threshold
 from page.detector import loaded_detector, why_not
 from page.html import icon, show
+from page.mistakes import show_mistake
 from page.photo import show_photo
 from page.scored import Scored, score_all
 from page.session import this_session
@@ -82,26 +83,32 @@ def show_results(
     }  # fmt: skip
     many = len(scored) > 1
     chosen = show_table(ours, scored, verdicts) if many else next(iter(scored))
+    kept = ""
     if not scored[chosen].prediction.error:
-        show_image(ours, files[chosen], scored[chosen], verdicts[chosen], 3 if many else 2)
+        level = 3 if many else 2
+        kept = show_image(ours, files[chosen], scored[chosen], verdicts[chosen], level)
     elif not many:
         show(refused_html([scored[chosen]]))
     if not all(result.prediction.error for result in scored.values()):
         show_threshold(detector)
     said = f"{summary(scored, verdicts)}. Details: " if many else ""
-    return said + sentence(ours, scored[chosen], verdicts[chosen])
+    return f"{said}{sentence(ours, scored[chosen], verdicts[chosen])} {kept}".strip()
 
 
 def show_image(
     detector: ImageDetector, file: UploadedFile, result: Scored, said: str, level: int
-) -> None:
-    """Show one image with its verdict. `level` is the HTML heading level of the verdict."""
+) -> str:
+    """Show one image with its verdict. `level` is the HTML heading level of the verdict. Return a
+    sentence on what was written about a mistake, or an empty string.
+    """
     left, right = st.columns([1, 1], gap="medium")
     with left:
         show(verdict_html(detector, result, said, level))
         show(evidence_html(result.evidence, level))
+        kept = show_mistake(detector, file, result, said)
     with right:
         show_photo(detector, file, result)
+    return kept
 
 
 def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:

@@ -52,6 +52,8 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
     maps = st.session_state.get("heatmaps", {})
     st.session_state["scored"] = scored  # results of removed files are dropped
     st.session_state["heatmaps"] = {key: maps[key] for key in maps.keys() & scored.keys()}
+    reports = st.session_state.get("kept", {})
+    st.session_state["kept"] = {key: reports[key] for key in reports if key[0] in scored}
     fresh = [file for file in files if file.file_id not in scored]
     bar = st.empty()
     for index, file in enumerate(fresh):

@@ -89,6 +89,18 @@ def width_of(page: "Page") -> int:
     )
 
 
+def violations(page: "Page") -> list[str]:
+    """What axe finds, its best practices too: rule, element, why."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.wait_for_timeout(700)  # colors fade in
+    return [
+        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for rule in Axe().run(page).response["violations"]
+        for node in rule["nodes"]
+    ]
+
+
 def bytes_held(address: str) -> int:
     """Return the bytes of uploads in the server's memory, from its metrics."""
     text = requests.get(f"{address}/_stcore/metrics", timeout=10).text

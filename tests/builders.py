@@ -207,10 +207,12 @@ CALIBRATION = {
 }  # fmt: skip
 
 
-def train_tiny(data: Path, runs: Path, *overrides: str) -> Path:
-    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`."""
+def train_tiny(data: Path, runs: Path, *overrides: str, **options: Any) -> Path:
+    """Train a network of a few thousand weights on the tiny sets, as run `tiny`; returns `runs`.
+    `options` are those of `train`.
+    """
     recipe = recipes.load(Recipe, TINY_RECIPE, ["run.epochs=1", *overrides])
-    train(recipe, data, runs)
+    train(recipe, data, runs, **options)
     return runs
 
 

@@ -14,8 +14,8 @@ PAGE = {
     "app_server.py",
     "ai_images_detector.py",
     *(f"page/{name}.py" for name in (
-        "about", "cost", "detector", "draw", "html", "photo", "scored", "session", "start", "table",
-        "uploads",
+        "about", "cost", "detector", "draw", "html", "mistakes", "photo", "scored", "session",
+        "start", "table", "uploads",
     )),
 }  # fmt: skip
 """Modules that may import Streamlit: the server, and the modules that draw the page."""

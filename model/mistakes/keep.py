@@ -252,7 +252,7 @@ def read_mistake(path: Path) -> Mistake:
 
 def _mistake_from(entry: Mapping[str, Any], name: str) -> Mistake:
     """The entry that a file of this name holds; `entry` may be anything that JSON can say."""
-    verdicts = tuple(_verdict_from(each) for each in entry["verdicts"])
+    verdicts = tuple(verdict_from(each) for each in entry["verdicts"])
     image = entry["image"]
     if entry["sha256"] != name:
         raise ValueError("its hash is another one than that of its name")
@@ -265,7 +265,12 @@ def _mistake_from(entry: Mapping[str, Any], name: str) -> Mistake:
     return Mistake(sha256=name, label=entry["label"], verdicts=verdicts, image=image)
 
 
-def _verdict_from(entry: Mapping[str, Any]) -> Verdict:
+def verdict_from(entry: Mapping[str, Any]) -> Verdict:
+    """The verdict that a file holds; `entry` may be anything that JSON can say.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no verdict.
+    """
     low, high = map(float, entry["band"])
     score = float(entry["score"])
     if not all(map(math.isfinite, (low, high, score))) or entry["verdict"] not in VERDICTS:

@@ -43,9 +43,11 @@ def measure_again(
     detector: "Loaded",
     images: Path | None = None,
     advance: Callable[[], object] = lambda: None,
+    lacking: str = "no copy of its image was kept; name a folder that holds it with --images",
 ) -> list[Regression]:
     """Score the images of `mistakes`: the copies in `folder`, or files below `images` with the same
-    bytes. `advance` is called after each image. Nothing is written.
+    bytes. `advance` is called after each image; `lacking` is the reason of those that have no copy.
+    Nothing is written.
     """
     files = find_files(folder, mistakes, images)
     present = [mistake for mistake in mistakes if mistake.sha256 in files]
@@ -54,9 +56,7 @@ def measure_again(
     for mistake, prediction in zip(present, detector.stream(ordered), strict=True):
         scored[mistake.sha256] = prediction
         advance()
-    lacking = f"no file below {images} has its bytes" if images else (
-        "no copy of its image was kept; name a folder that holds it with --images"
-    )  # fmt: skip
+    lacking = f"no file below {images} has its bytes" if images else lacking
     rows = []
     for mistake in mistakes:
         result = scored.get(mistake.sha256)

@@ -18,6 +18,7 @@ from model.backbones.resolve import describe_preprocess, normalization_warnings,
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
 from model.features.loader import FeatureSource
+from model.mistakes.gate import START_FILE, check_mistakes
 from model.network import (
     build,
     check_backbone_file,
@@ -180,6 +181,9 @@ def plan(
     validation = open_validation(recipe, data)
     check_sets(recipe, stream)
     check_apart(recipe, stream, validation)
+    starts_trained = _starts_trained(recipe, init_from)
+    if recipe.gate.mistakes and starts_trained:
+        check_mistakes(recipe.gate, folder / START_FILE if resumed else None)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
     parameters, learning_rates = _check_network(recipe, weights, teacher)
     state = checkpoint.load_state(resumed, lazy=True) if resumed else {}
@@ -191,7 +195,7 @@ def plan(
         folder=folder,
         resumed=resumed,
         damaged=damaged,
-        warnings=_warnings(recipe, weights),
+        warnings=_warnings(recipe, weights, starts_trained),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
@@ -201,7 +205,7 @@ def plan(
         weights=weights,
         first_weights=_first_weights(recipe, weights, resumed),
         teacher=teacher,
-        baseline=folder / BASELINE_FILE if _starts_trained(recipe, init_from) else None,
+        baseline=folder / BASELINE_FILE if starts_trained else None,
         stream=stream,
         validation=validation,
         parameters=parameters,
@@ -419,14 +423,19 @@ def _check_network(
     return parameters, tuple(sorted(rates))
 
 
-def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
-    """Return lines for likely mistakes: a mean or std other than that of timm's weights, or
-    preprocessing other than that of the checkpoint that the run starts from.
+def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) -> tuple[str, ...]:
+    """Return lines for likely mistakes: a mean or std other than that of timm's weights,
+    preprocessing other than that of the checkpoint that the run starts from, or `gate.mistakes`
+    without a trained checkpoint to compare with.
     """
+    unused = () if starts_trained or not recipe.gate.mistakes else (
+        f"gate.mistakes ({recipe.gate.mistakes}) is not used: this run starts from no trained "
+        "detector, so no mistake can be new",
+    )  # fmt: skip
     if weights.kind in ("timm", "imagenet"):
-        return tuple(normalization_warnings(recipe))
+        return (*unused, *normalization_warnings(recipe))
     if weights.path is None:
-        return ()
+        return unused
     before, now = checkpoint.read_meta(weights.path), _as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [
@@ -435,7 +444,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights) -> tuple[str, ...]:
         for name in ("crop_size", "resize_size", "interpolation", "mean", "std")
         if name in there and there[name] != now[table][name]
     ]
-    return tuple(differ)
+    return (*unused, *differ)
 
 
 def _best(whole: Sequence[Path]) -> Best | None:

@@ -4,8 +4,8 @@ Main entry: `train()`, which returns the folder of the best checkpoint.
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import filelock
@@ -18,6 +18,18 @@ from model.calibrate import CalibrationError
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
 from model.features.leave_out import calibrate_left_out
 from model.features.prepare import with_features
+from model.inference.detector import load_detector
+from model.mistakes.gate import (
+    START_FILE,
+    against_start,
+    lines_of,
+    measure_start,
+    newly_wrong,
+    read_start,
+    refusal,
+)
+from model.mistakes.keep import Verdict
+from model.mistakes.regressions import counts_of
 from model.recipe import Recipe, flat_settings
 from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network
@@ -27,7 +39,14 @@ from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
 from model.training.step import TrainState, not_finite_in, train_step
-from model.training.validation import Gain, Validation, calibrate_checkpoint, remembered, validate
+from model.training.validation import (
+    Gain,
+    Validation,
+    calibrate_checkpoint,
+    read_validation,
+    remembered,
+    validate,
+)
 from pipeline.monitor import LoaderStats
 from storage import AnyPath
 
@@ -80,7 +99,7 @@ def train(
             early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
             why = early if planned.done < planned.steps else ""
             console.log.info("%s is finished%s; nothing to do", planned.folder, why)
-            _calibrate(planned, planned.best.path)
+            _conclude_again(planned, planned.best)
             return planned.best.path
         for line in planned.describe():
             console.log.info("%s", line)
@@ -120,18 +139,45 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
     train_state = assemble(planned)
     planned = with_features(planned, train_state)
     baseline = _baseline(planned, train_state)
+    start = _start_on_mistakes(planned)
     ended, best = run_steps(planned, train_state, stop_at)
     # A barrier: rank 0 writes the checkpoint, and the others must not read it before.
     path = all_gather_object(planned.dist, best.path)[0]
-    if not ended:
-        return path
-    reasons: list[str] = []
-    if baseline and best.validation and planned.dist.is_main:
-        reasons = _judge(planned, path, baseline, best.validation)
-    _calibrate(planned, path)
-    if reasons:
-        raise Refused(f"{path} is refused: {'; '.join(reasons)}. It is kept, and so is its start")
+    if ended:
+        _conclude(planned, replace(best, path=path), baseline, start)
     return path
+
+
+def _conclude(
+    planned: RunPlan, best: Best, baseline: Validation | None, start: Mapping[str, Verdict] | None
+) -> None:
+    """Calibrate the best checkpoint of a run that is over, then hold it against what was known
+    before: of the kept mistakes it is asked with the band that ships.
+
+    Raises:
+        Refused: the gate does not let it pass.
+    """
+    _calibrate(planned, best.path)
+    if not (baseline and best.validation and planned.dist.is_main):
+        return
+    if reasons := _judge(planned, best, baseline, start):
+        raise Refused(
+            f"{best.path} is refused: {'; '.join(reasons)}. It is kept, and so is its start"
+        )
+
+
+def _conclude_again(planned: RunPlan, best: Best) -> None:
+    """Conclude a finished run where an interruption came before: the gate is never passed over.
+
+    Raises:
+        Refused: the gate does not let it pass.
+    """
+    baseline, start = None, None
+    judged = checkpoint.read_meta(best.path)["compared"] is not None
+    if planned.baseline and planned.baseline.exists() and not judged:
+        baseline = read_validation(planned.baseline)
+        start = _start_on_mistakes(planned)
+    _conclude(planned, best, baseline, start)
 
 
 def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
@@ -244,6 +290,19 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     )
 
 
+def _start_on_mistakes(planned: RunPlan) -> Mapping[str, Verdict] | None:
+    """What the start of the run says of the kept mistakes of the gate, by their hashes; None on
+    other ranks than the first, and where the gate asks for none.
+    """
+    gate, file = planned.recipe.gate, planned.folder / START_FILE
+    if not gate.mistakes or planned.baseline is None or not planned.dist.is_main:
+        return None
+    if planned.resumed:
+        return read_start(file)
+    start = load_detector(planned.weights.path, device=str(planned.device))
+    return measure_start(Path(gate.mistakes), start, file)
+
+
 def _calibrate(planned: RunPlan, best: Path) -> None:
     """Calibrate the best checkpoint of a finished run. If its scores cannot be calibrated, log a
     warning.
@@ -271,15 +330,20 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     )
 
 
-def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) -> list[str]:
-    """Hold the best checkpoint against what was known before, say what changed, and mark it where
-    the gate refuses it; returns the gate's reasons.
+def _judge(
+    planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
+) -> list[str]:
+    """Hold the best checkpoint against what was known before, by the validation sets and, with the
+    verdicts of its `start`, by kept mistakes; say what changed, and mark it where the gate refuses
+    it. Returns the gate's reasons.
     """
+    assert best.validation is not None  # without one there is nothing to compare
+    gate, after = planned.recipe.gate, best.validation
     pool = planned.stream.pool
     codes, names = pool.shards.codes("source")
     new = {names[code] for code in np.unique(codes[pool.new])}
     rows = changes(before.sources, after.sources, new)
-    step = best.name[5:].lstrip("0")
+    step = best.path.name[5:].lstrip("0")
     console.table(
         f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
         ["set/source", "", "images", "before", "after", "change"],
@@ -293,13 +357,21 @@ def _judge(planned: RunPlan, best: Path, before: Validation, after: Validation) 
         f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
         f"{max(worst, 0.0):.3f} at worst"
     )
-    reasons = refusals(planned.recipe.gate, rows, after.sets)
+    reasons = refusals(gate, rows, after.sets)
     compared = {
         "forgetting": forgetting(rows),
         "worst": worst,
         "sources": [asdict(row) for row in rows],
+        "mistakes": None,
     }
-    checkpoint.annotate(best, {"compared": compared, "refused": reasons})
+    if start is not None:
+        detector = load_detector(best.path, device=str(planned.device))
+        mistakes = against_start(Path(gate.mistakes), start, detector)
+        for line in lines_of(gate, mistakes):
+            console.say(line)
+        reasons += refusal(gate, mistakes)
+        compared["mistakes"] = counts_of(mistakes) | {"hashes": newly_wrong(mistakes)}
+    checkpoint.annotate(best.path, {"compared": compared, "refused": reasons})
     return reasons
 
 

@@ -113,15 +113,24 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
         ValueError: the file is damaged.
     """
     if path.exists():
-        try:
-            return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
+        return read_validation(path)
     validation = find()
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(validation), indent=1) + "\n")
     return validation
+
+
+def read_validation(path: Path) -> Validation:
+    """What `remembered` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
 
 
 def calibrate_checkpoint(

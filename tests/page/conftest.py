@@ -1,6 +1,7 @@
 """Fixtures of the page tests: a real browser, and a real server that cannot write any file."""
 
 import contextlib
+import functools
 import os
 import resource
 import socket
@@ -20,11 +21,12 @@ from model.calibrate import calibrate
 from model.checkpoint import annotate
 from model.inference.detector import ImageDetector
 from model.score import score_set
+from model.verdict import VERDICTS
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from sharding.format import open_shards
 from tests.browser import CHROMIUM
-from tests.builders import ROOT, train_tiny
+from tests.builders import ROOT, encode, photo, train_tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
@@ -54,19 +56,31 @@ def detector(runs: Path) -> ImageDetector:
 
 
 @pytest.fixture(scope="session")
-def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Server started like `make app`. Its file size limit is 0 bytes, so it cannot write files."""
+def claimed(detector: ImageDetector) -> tuple[bytes, str]:
+    """A photograph with a verdict that claims something, and that verdict."""
+    photos = [encode(photo(seed, 400, 300)) for seed in range(12)]
+    predictions = zip(photos, detector.predict(photos), strict=True)
+    return next((data, one.verdict) for data, one in predictions if one.verdict != VERDICTS[1])
+
+
+@contextlib.contextmanager
+def serving(runs: Path, folder: Path, *, writes: bool) -> Iterator[str]:
+    """The address of a server as `make app` starts it, whose temporary and kept files are in
+    `folder`. Unless it `writes` the system refuses it every byte written to a file.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "streamlit", "run", "app_server.py", "--server.port", str(port),
     ]  # fmt: skip
+    no_bytes = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
     server = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"DETECTOR_RUNS": str(runs), "TMPDIR": str(tmp_path_factory.mktemp("tmp")),
+        env=os.environ | {"DETECTOR_RUNS": str(runs), "TMPDIR": str(folder),
+                          "DETECTOR_MISTAKES": str(folder / "kept"),
                           "PYTHONDONTWRITEBYTECODE": "1", "DETECTOR_GRACE_S": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        preexec_fn=None if writes else no_bytes,
     )  # fmt: skip
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(server.stdout), daemon=True)
@@ -78,12 +92,21 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
                 break
         assert server.poll() is None, said
         time.sleep(0.1)
-    yield address
-    server.terminate()
-    server.wait()
-    reader.join()
-    server.stdout.close()
+    try:
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+        reader.join()
+        server.stdout.close()
     assert "Traceback" not in "".join(said), "".join(said)
+
+
+@pytest.fixture(scope="session")
+def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that may not write a byte to a file."""
+    with serving(runs, tmp_path_factory.mktemp("tmp"), writes=False) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from page.examples import examples
-from tests.browser import browse, file_of, in_browser, wait_for, width_of
+from tests.browser import browse, file_of, in_browser, violations, wait_for, width_of
 from tests.builders import encode, photo
 
 if TYPE_CHECKING:
@@ -23,34 +23,30 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 ZOOMED = {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2}
 
 
-def violations(page: "Page") -> list[str]:
-    """Run axe with its best practices; returns rule, element and reason of each violation."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    page.wait_for_timeout(700)  # colors fade in
-    return [
-        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
-        for rule in Axe().run(page).response["violations"]
-        for node in rule["nodes"]
-    ]
-
-
 @in_browser
-@pytest.mark.parametrize("state", ["start", "one", "many", "refused"])
+@pytest.mark.parametrize("state", ["start", "one", "many", "refused", "mistake"])
 @pytest.mark.parametrize(
     "options", [WIDE, DARK, PHONE, ZOOMED], ids=["wide", "dark", "phone", "zoom"]
 )
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(
-    visit: Callable[..., "Page"], state: str, options: dict[str, object]
-) -> None:
+    visit: Callable[..., "Page"], state: str, options: dict[str, object],
+    claimed: tuple[bytes, str],
+) -> None:  # fmt: skip
     page = visit(**options)
-    files = {"start": [], "one": [PHOTO], "many": MANY, "refused": [BROKEN]}[state]
+    files = {
+        "start": [], "one": [PHOTO], "many": MANY, "refused": [BROKEN],
+        "mistake": [file_of("one.jpg", claimed[0])],
+    }[state]  # fmt: skip
     if files:
         browse(page, *files)
         wait_for(page, "not an image" if state == "refused" else "What the file says")
     else:
         page.locator(".rate").first.wait_for()
         page.locator(".examples img").first.wait_for()
+    if state == "mistake":
+        page.get_by_text("This verdict is wrong").click()
+        page.get_by_role("button", name="Keep it").click()
+        wait_for(page, "Not kept: ")  # this server may not write
     assert violations(page) == []
     icons = page.locator("[data-testid=stIconMaterial], .icon")
     assert icons.count() > 0

@@ -16,7 +16,7 @@ import evaluate
 from model.evaluation.run import SPEED_FILE
 from model.evaluation.scores import write_scores
 from report.comparison import print_side_by_side, ranks_text, read_runs, stability_sentence
-from tests.browser import CHROMIUM
+from tests.browser import CHROMIUM, violations
 from tests.builders import table_of
 from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
 
@@ -140,6 +140,11 @@ def test_in_a_browser(browser: Any, tmp_path: Path, width: int, height: int, sch
         cells = [cell.bounding_box() for cell in line.locator("td").all()]
         if width < 760:  # a card for each run: nothing to scroll to
             assert all(0 <= cell["x"] and cell["x"] + cell["width"] <= width for cell in cells)
+            assert cells[0]["width"] == cells[1]["width"]  # a long name has the whole line
             assert line.locator(".word").first.is_visible()
         assert box["height"] > 20 and len(cells) == 13
+    for box in page.locator(".scroll").all():  # wide tables scroll in their own box, by keyboard
+        fits = box.evaluate("(e) => e.scrollWidth <= e.clientWidth")
+        assert fits or (width < 760 and box.get_attribute("tabindex") == "0")
+    assert violations(page) == []
     context.close()

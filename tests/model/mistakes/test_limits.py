@@ -1,0 +1,185 @@
+"""What an entry may hold, what happens to it when writing fails, and which mistakes come first."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from model.inference.prediction import DecisionRule, Prediction
+from model.mistakes import keep
+from model.mistakes.add import keep_wrong
+from model.mistakes.keep import (
+    MistakeError,
+    Verdict,
+    keep_mistake,
+    read_mistake,
+    read_mistakes,
+    verdict_of,
+)
+from model.mistakes.regressions import measure_again
+from model.verdict import VERDICTS
+from tests.builders import encode, photo
+
+NO_SIGN, UNCERTAIN, LIKELY = VERDICTS
+IMAGES = [encode(photo(seed)) for seed in range(4)]
+HASHES = [hashlib.sha256(image).hexdigest() for image in IMAGES]
+
+
+def said(verdict: str, detector: str = "a", score: float = 0.9) -> Verdict:
+    return Verdict(
+        detector=detector, score=score, verdict=verdict, band=(0.4, 0.6), date="2026"
+    )  # fmt: skip
+
+
+class Rule(DecisionRule):
+    """A detector that decides by this band, and gives each image the score of `scores`."""
+
+    def __init__(self, scores: dict[bytes, float] | None = None) -> None:
+        self.checkpoint, self.asked, self.scores = Path("runs/x/step_1"), None, scores or {}
+        self.meta = {"threshold": 0.7, "calibration": {"band": [0.3, 0.7]}}
+
+    def stream(self, images: Iterator, _batch_size: int = 32) -> Iterator[Prediction]:
+        """Reads all before it gives the first, as threads do."""
+        for image, data in [(image, image.read()) for image in images]:
+            score = self.scores.get(data)
+            yield Prediction(
+                name=image.name, probability=score, verdict="", error="" if score else "no image"
+            )
+
+
+def test_a_verdict_has_the_band_of_its_detector_and_the_time_in_utc() -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    given = verdict_of(Rule(), 0.5)
+    assert (given.verdict, given.band, given.detector) == (UNCERTAIN, (0.3, 0.7), Rule().identity)
+    assert given.date.endswith("+00:00")
+    assert before <= datetime.fromisoformat(given.date) <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.exe", "mine"])
+def test_a_copy_never_takes_a_name_that_is_no_image(tmp_path: Path, name: str) -> None:
+    """Least of all that of its entry."""
+    keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY), copy_named=name)
+    (mistake,) = read_mistakes(tmp_path)
+    assert mistake.image == ".img"
+    assert (tmp_path / f"{HASHES[0]}.img").read_bytes() == IMAGES[0]
+
+
+def test_what_cannot_be_written_leaves_the_old_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(os, "rename", fails)
+    for name in (None, "a.jpg"):
+        with pytest.raises(OSError, match="the disk is gone"):
+            keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY, "b"), copy_named=name)
+        assert [each.name for each in tmp_path.iterdir()] == [path.name]
+        assert path.read_bytes() == before
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
+    for name in ("notes.json", f"{HASHES[0].upper()}.json", f"{HASHES[0]}.json.1.partial"):
+        (tmp_path / name).write_text("mine")
+    assert [mistake.sha256 for mistake in read_mistakes(tmp_path)] == [HASHES[0]]
+
+
+def test_a_folder_and_an_entry_have_limits_when_they_are_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for image in IMAGES[:2]:
+        keep_mistake(tmp_path, image, "real", said(LIKELY))
+    path = tmp_path / f"{HASHES[0]}.json"
+    keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY, "b"))
+    with monkeypatch.context() as patched:
+        patched.setattr(keep, "MAX_MISTAKES", 1)
+        with pytest.raises(MistakeError, match="holds 2 mistakes, at most 1 may"):
+            read_mistakes(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(keep, "MAX_VERDICTS", 1)
+        with pytest.raises(MistakeError, match="it has 2 verdicts; 1 to 1 are expected"):
+            read_mistake(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(keep, "MAX_ENTRY_BYTES", 100)
+        with pytest.raises(MistakeError, match=r"bytes, at most 100 are an entry\); remove it"):
+            read_mistake(path)
+        before = path.read_bytes()
+        patched.setattr(keep, "MAX_ENTRY_BYTES", len(before) + 1)
+        with pytest.raises(MistakeError, match=r"an entry of .* bytes; at most"):
+            keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY, "c"))
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"score": float("nan")}, {"band": [0.1, float("inf")]}, {"verdict": "likely real"},
+     {"detector": 7}, {"date": None}, {"band": [0.1]}],
+)  # fmt: skip
+def test_a_verdict_that_is_none_is_refused(tmp_path: Path, change: dict) -> None:
+    keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
+    path = tmp_path / f"{HASHES[0]}.json"
+    entry = json.loads(path.read_text())
+    entry["verdicts"][0] |= change
+    path.write_text(json.dumps(entry))
+    with pytest.raises(MistakeError, match=r"is no entry of a mistake .* remove it"):
+        read_mistake(path)
+
+
+def test_the_gravest_come_first_and_before_is_what_was_said_last(tmp_path: Path) -> None:
+    """Of five: one was right and is wrong, one stays wrong, one is uncertain, one right, and one
+    has no image; a copy that cannot be read is no reason to stop.
+    """
+    images = [*IMAGES, b"not kept"]
+    for index, image in enumerate(images):
+        name = "a.jpg" if image in IMAGES else None
+        keep_mistake(tmp_path, image, "real", said(LIKELY, "first", 0.91), copy_named=name)
+        last = NO_SIGN if index == 3 else LIKELY
+        keep_mistake(tmp_path, image, "real", said(last, "second", 0.92))
+    scores = dict(zip(IMAGES, (0.1, 0.5, 0.9, 0.8), strict=True))
+    done: list[int] = []
+    rows = measure_again(
+        tmp_path, read_mistakes(tmp_path), Rule(scores), advance=lambda: done.append(1),
+        lacking="no copy here",
+    )  # fmt: skip
+    assert [row.outcome for row in rows] == [
+        "newly wrong", "still wrong", "uncertain", "fixed", "not measurable",
+    ]  # fmt: skip
+    assert [row.mistake.sha256 for row in rows[:4]] == [HASHES[i] for i in (3, 2, 1, 0)]
+    assert {row.before.detector for row in rows} == {"second"}
+    assert rows[4].reason == "no copy here" and rows[4].after is None
+    assert len(done) == 4
+
+
+def test_a_folder_to_search_may_hold_what_cannot_be_read(tmp_path: Path) -> None:
+    folder, images = tmp_path / "kept", tmp_path / "images"
+    keep_mistake(folder, IMAGES[0], "real", said(LIKELY))
+    images.mkdir()
+    (images / "a.jpg").write_bytes(b"")  # empty, and first
+    (images / "b.jpg").write_bytes(IMAGES[0])
+    (row,) = measure_again(folder, read_mistakes(folder), Rule({IMAGES[0]: 0.1}), images)
+    assert row.outcome == "fixed"
+
+
+def test_each_image_is_kept_with_its_own_bytes(tmp_path: Path) -> None:
+    """They are read ahead of their scores; one in between is no image."""
+    for index, image in enumerate((*IMAGES[:2], b"no image", IMAGES[2])):
+        (tmp_path / f"{index}.jpg").write_bytes(image)
+    scores = dict(zip(IMAGES, (0.9, 0.1, 0.8), strict=False))
+    folder = tmp_path / "kept"
+    reports = list(keep_wrong(Rule(scores), [str(tmp_path)], "real", folder, keep_image=False))
+    assert [report.failed for report in reports] == [False, False, True, False]
+    kept = {each.sha256: each for each in read_mistakes(folder)}
+    assert kept.keys() == {HASHES[0], HASHES[2]}
+    assert kept[HASHES[2]].verdicts[0].score == 0.8
+    assert all(each.image is None for each in kept.values())
