@@ -81,8 +81,9 @@ def fetch_command(
     failed = [fetched.source for fetched in results if fetched.status == "failed"]
     if failed:
         raise click.ClickException(
-            f"{len(failed)} of {len(results)} sources failed: {', '.join(failed)}; the "
-            "downloaded files are kept, run the same command again to resume"
+            f"{len(failed)} of {console.counted(len(results), 'source')} failed: "
+            f"{', '.join(failed)}; the downloaded files are kept, run the same command "
+            "again to resume"
         )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from console import counted
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.dedupe import SPLIT_RANK, Decision, decide
 from sharding.executor import Engine, run_all
@@ -186,9 +187,14 @@ def _check_counts(name: str, source: Source, listing: Listing, tolerance: float)
     counts = Counter(CLASSES[item.label] for item in listing.items)
     for kind, expected in source.expected.items():
         if abs(counts[kind] - expected) > tolerance * expected:
+            advice = (
+                f"Complete the data (python -m sharding fetch {name})"
+                if counts[kind] < expected
+                else "Remove what is not part of it"
+            )
             raise CatalogError(
-                f"source {name} has {counts[kind]:,} {kind} images, the catalog expects "
-                f"{expected:,}. Complete the data (python -m sharding fetch {name}), raise "
+                f"source {name} has {counted(counts[kind], f'{kind} image')}, the catalog expects "
+                f"{expected:,}. {advice}, raise "
                 "--max-bad, or turn off the check in your own catalog: "
                 f"[sources.{name}] expected = {{}}"
             )
@@ -336,19 +342,19 @@ class _SetBuild:
         if bad > max(1, max_bad * self.total) or (bad and bad == self.total):
             first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
-                f"{bad:,} of {self.total:,} images of set {self.name} are unreadable, more than "
-                f"{max_bad:.0%}; the first is {first['origin']} ({first['error']}). Repair or "
-                "remove them, or raise --max-bad"
+                f"{bad:,} of {counted(self.total, 'image')} of set {self.name} cannot be read, "
+                f"more than {100 * max_bad:g} %; the first is {first['origin']} "
+                f"({first['error']}). Repair or remove them, or raise --max-bad"
             )
 
     def refuse_one_class(self) -> None:
         """Raise an error for a training set of one class: no classifier can be trained on it."""
         labels = self.samples.column("label").unique().to_pylist()
         if self.split == "train" and len(labels) == 1:
-            other = CLASSES[1 - labels[0]]
+            kind, other = CLASSES[labels[0]], CLASSES[1 - labels[0]]
             raise ShardError(
-                f"training set {self.name} has {len(self.samples):,} {CLASSES[labels[0]]} images "
-                f"and no {other} images; add {other} images, or pass --allow-incomplete"
+                f"training set {self.name} has {counted(len(self.samples), f'{kind} image')} and "
+                f"no {other} images; add {other} images, or pass --allow-incomplete"
             )
 
     def plan(self, out: AnyPath) -> None:

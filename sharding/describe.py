@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.zip import printable
 from sharding.catalog import CatalogError
@@ -123,9 +124,11 @@ def _catalog(
                 if whole
                 else f"{{ folder = {json.dumps(path)}, generator = {json.dumps(generator)} }}"
             )
-            lines.append(f"    {entry},  # {count:,} images")
+            lines.append(f"    {entry},  # {counted(count, 'image')}")
         for path, count in undecided.items():
-            lines.append(f"    # {{ folder = {json.dumps(path)} }},  # {count:,} images: {kind}?")
+            lines.append(
+                f"    # {{ folder = {json.dumps(path)} }},  # {counted(count, 'image')}: {kind}?"
+            )
         lines.append("]")
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
+from console import counted
 from imaging.zip import printable
 from sharding.build import Progress, Tolerance, build, no_progress
 from sharding.catalog import BUILT_IN, Catalog, CatalogError, read_catalog
@@ -169,7 +170,7 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
     for label, kind in enumerate(CLASSES):
         if counts[label] < FEWEST:
             where = " and ".join(str(folder / side) for side in sides[label])
-            count = f"{counts[label]} images" if counts[label] else "no image"
+            count = counted(counts[label], "image") if counts[label] else "no image"
             raise CatalogError(
                 f"{where} has {count}; expected at least {FEWEST} {kind} images (a fifth is for "
                 "validation), such as .jpg, .png or .webp files, in folders or zip archives"

@@ -252,8 +252,8 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
         if tars:
             raise ShardError(
-                f"{folder} has {tars} tar files but no {INDEX_FILE}, so its build did not finish; "
-                "run `python -m sharding build` again to resume it"
+                f"{folder} has tar files but no {INDEX_FILE}, so its build did not finish; run "
+                "`python -m sharding build` again to resume it"
             )
         beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{INDEX_FILE}"))
         raise ShardError(

@@ -230,7 +230,7 @@ def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     for number in (0, 4, 8):
         (raw / f"alpha/real/{number:03d}.jpg").write_bytes(b"<html>")
-    with pytest.raises(ShardError, match="3 of 80 images of set old are unreadable, more than 1%"):
+    with pytest.raises(ShardError, match="3 of 80 images of set old cannot be read, more than 1 %"):
         build_one(raw, tmp_path / "out", "old")
     assert not (tmp_path / "out/old/index.json").exists()
 

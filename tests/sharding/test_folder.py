@@ -110,7 +110,7 @@ def test_a_near_duplicate_of_a_validation_image_is_not_trained_on(
         ),
         (
             lambda mine: [os.truncate(path, 0) for path in (mine / "1_fake/sdxl").glob("*")],
-            r"images of set .* are unreadable, more than 5%",
+            r"images of set .* cannot be read, more than 5 %",
         ),
     ],
 )
