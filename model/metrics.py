@@ -25,37 +25,46 @@ ECE_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts, and shares in 0 to 1. The class fake is the positive one.
+    """Figures of a group of images. *Fake* is the positive class; rates are 0 to 1.
 
-    `recall` is the share of fakes called fake, `false_positive_rate` the share of reals called
-    fake, `precision` the share of fakes among what is called fake (None where nothing is);
-    `balanced_accuracy` is the mean of recall and of the share of reals called real. No threshold:
-    `auroc`, `average_precision`, `eer`, and `tpr_at_fpr_1` and `tpr_at_fpr_5`, the most fakes that
-    any threshold finds at no more than 1 % and 5 % false positives. Probabilities as such: `nll`
-    (natural log), `brier` (the mean squared error) and `ece`.
-
-    With one class only, what needs both is None: all but the accuracy, that class's own rate, and
-    `nll` and `brier`.
+    With one class only, a figure that needs both is None.
     """
 
     count: int
+    """Images that could be read."""
     reals: int
+    """Real images."""
     fakes: int
+    """Fake images."""
     accuracy: float | None
+    """Share of all images that got the right class."""
     balanced_accuracy: float | None
+    """Mean of recall and of 1 - false-positive rate."""
     recall: float | None
+    """Share of the fake images called fake."""
     false_positive_rate: float | None
+    """Share of the real images called fake."""
     f1: float | None
+    """Harmonic mean of precision and recall."""
     auroc: float | None
+    """Area under the ROC curve."""
     # Since report version 2; a checkpoint's older figures lack them.
     precision: float | None = None
+    """Share of fakes among the images called fake. None where no image is called fake."""
     average_precision: float | None = None
+    """Area under precision over recall."""
     eer: float | None = None
+    """Error rate at the threshold where both error rates are equal."""
     tpr_at_fpr_1: float | None = None
+    """Highest recall of any threshold with at most 1 % false positives."""
     tpr_at_fpr_5: float | None = None
+    """Highest recall of any threshold with at most 5 % false positives."""
     nll: float | None = None
+    """Negative log-likelihood, natural logarithm."""
     brier: float | None = None
+    """Mean squared error of the probability."""
     ece: float | None = None
+    """Expected calibration error, over 15 bins."""
 
 
 def measure(

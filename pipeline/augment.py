@@ -50,13 +50,18 @@ GRID = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """`[preprocess]` as a recipe states it, see `Preprocess`. None stands for what the network's
-    weights were made with (`model.backbones.resolve.resolved`).
+    """`[preprocess]` as a recipe states it. None: the value that the network's weights were made
+    with (`model.backbones.resolve.resolved`).
     """
 
     crop_size: int | None = None
+    """Side in pixels of the square that the network sees: the center crop in evaluation, the random
+    crop in training. Range: at least 16"""
     resize_size: int | None = None
+    """Length in pixels that the shorter side has before the center crop. Range: at least crop_size
+    """
     interpolation: Filter | None = None
+    """Filter of both resizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,39 +87,53 @@ class Preprocess(PreprocessSettings):
 class AugmentPolicy:
     """One augmentation policy: the ranges that parameters are sampled from. What is not named stays
     off.
-
-    Fields without a range of their own are probabilities. `scale` is the share of the image's area
-    that a crop takes, `ratio` its width / height; `brightness`, `contrast` and `saturation` vary by
-    a factor of 1 +- value, `hue` by +- value of a full turn; `resample_scale` is relative to the
-    crop's side, `resample_filters` are those to choose from; `jpeg_quality` is libjpeg's 1 to 100,
-    and `num_jpegs` how many follow each other, 1 to 3; `jpeg_grid_shift` is the probability that
-    blocks begin anywhere, not at the corner; `webp_quality` is libwebp's 1 to 100; `blur_sigma` is
-    in pixels. `match_pair_jpeg` turns a fake into a JPEG of its real partner's quality and chroma,
-    where the index knows them (`pipeline/pairs.py`).
     """
 
     scale: Range = (1.0, 1.0)
+    """Share of the image's area that the crop takes. Range: above 0, at most 1"""
     ratio: Range = (1.0, 1.0)
+    """Width / height of the crop. Range: above 0"""
     hflip: float = 0.0
+    """Probability of a horizontal flip. Range: 0 to 1"""
     color_jitter: float = 0.0
+    """Probability of a change of colors. Range: 0 to 1"""
     brightness: float = 0.0
+    """Brightness changes by a factor of 1 +- value."""
     contrast: float = 0.0
+    """Contrast changes by a factor of 1 +- value."""
     saturation: float = 0.0
+    """Saturation changes by a factor of 1 +- value."""
     hue: float = 0.0
+    """Hue changes by +- value of a full turn."""
     resample: float = 0.0
+    """Probability of scaling down and back up. Range: 0 to 1"""
     resample_scale: Range = (1.0, 1.0)
+    """Intermediate side, as a share of the crop's. Range: above 0"""
     jpeg: float = 0.0
+    """Probability of JPEG compression. Range: 0 to 1"""
     jpeg_quality: tuple[int, int] = (95, 95)
+    """libjpeg quality. Range: 1 to 100"""
     blur: float = 0.0
+    """Probability of a 3 x 3 Gaussian blur. Range: 0 to 1"""
     blur_sigma: Range = (0.1, 0.1)
+    """Sigma of the blur in pixels. Range: above 0"""
     grayscale: float = 0.0
+    """Probability of a gray image. Range: 0 to 1"""
     resample_filters: tuple[Filter, ...] = ("bilinear",)
+    """Filters that `resample` chooses from."""
     num_jpegs: tuple[int, int] = (1, 1)
+    """JPEG compressions in a row, where there is one. Range: 1 to 3"""
     jpeg_grid_shift: float = 0.0
+    """Probability that the JPEG's 8 x 8 blocks begin anywhere, not at the corner. Range: 0 to 1"""
     webp: float = 0.0
+    """Probability of WebP compression at the end. Range: 0 to 1"""
     webp_quality: tuple[int, int] = (95, 95)
+    """libwebp quality. Range: 1 to 100"""
     match_pair_jpeg: bool = False
+    """Turn a fake into a JPEG of its real partner's quality and chroma, where the index knows the
+    partner (`pipeline/pairs.py`)."""
     vflip: float = 0.0
+    """Probability of a vertical flip. Range: 0 to 1"""
 
     def __post_init__(self) -> None:
         for name in (

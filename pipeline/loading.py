@@ -16,25 +16,30 @@ STALL_ERROR_S = 900.0
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How batches are made.
-
-    `batch_size` is per rank. `num_workers` are processes (pil) or threads (dali): 0 decodes in the
-    calling process, -1 takes one per processor core, up to 16 (with dali on a GPU fewer, if the
-    GPU decodes most of the images). Processes hand their batches over through shared memory, and
-    there are no more of them than it holds. A batch that does not come is warned of after
-    `stall_warning_s`; after `stall_error_s` it ends the run, unless the calling process decodes.
-    `cache` and `cache_gb` are for shards at an address.
-    """
+    """How batches are made."""
 
     batch_size: int = 32
+    """Images per GPU (rank) and step. Range: at least 1"""
     num_workers: int = -1
+    """Processes (pil) or threads (dali). 0 decodes in the training process. -1 is one per core, at
+    most 16, and no more processes than shared memory has room for; with dali on a GPU fewer, if the
+    GPU decodes most images. Range: at least -1"""
     backend: Backend = "auto"
+    """What decodes and augments. `auto`: dali on a GPU, else pil."""
     shuffle: Shuffle = "global"
+    """`global`, or `block` for shards at an address: reads stay in runs of 256 samples, of which 64
+    are mixed."""
     verify_checksums: bool = False
+    """Compare the SHA-256 of every image with the index."""
     cache: str = "data/cache"
+    """Folder for pieces of shards at an address."""
     cache_gb: float = 20.0
+    """Size of that cache in GB; the pieces used longest ago are dropped. Range: above 0"""
     stall_warning_s: float = STALL_WARNING_S
+    """Seconds without a batch after which the log lists what each worker does. Range: above 0"""
     stall_error_s: float = STALL_ERROR_S
+    """Seconds without a batch after which the run ends, unless the training process itself decodes.
+    Range: above 0"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

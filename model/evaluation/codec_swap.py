@@ -35,16 +35,17 @@ libjpeg's default.
 
 @dataclass(frozen=True)
 class Container:
-    """How the images of one class are commonly compressed; `share` of them are.
-
-    `format` is JPEG or WEBP, `chroma` that of a JPEG, `quality` libjpeg's median estimate (80,
-    Pillow's default, for WebP, whose files do not say).
-    """
+    """Most common lossy file format of the images of a class."""
 
     format: str
+    """`JPEG` or `WEBP`."""
     chroma: str
+    """Chroma subsampling of a JPEG, such as `420`."""
     quality: int
+    """Median of libjpeg's quality, as estimated from the tables. 80 for WebP, whose files do not
+    state a quality."""
     share: float
+    """Share of the class in this format."""
 
     def describe(self) -> str:
         """As a person reads it."""

