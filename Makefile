@@ -6,7 +6,7 @@ DEMO ?= demo
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow golden test-gpu lint bench app
+.PHONY: help setup demo test test-slow golden test-gpu lint reference bench app
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,9 +48,12 @@ test-gpu: ## the tests that need a GPU; without one this fails. RUN=python3 wher
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu tests/pipeline
 
 lint: setup ## ruff: style and format; mypy: types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . docs/reference.py
+	$(BIN)/ruff format --check . docs/reference.py
 	$(BIN)/mypy
+
+reference: setup ## write docs/recipe-keys.md and docs/fields.md from the code
+	$(RUN) -m docs.reference
 
 bench: setup ## loader throughput of both backends against other loaders, one table
 	$(RUN) -m benchmarks.loader

@@ -6,11 +6,8 @@ from the command line. Of each file `meta.json` holds the SHA-256 (`sha256`), of
 other entries: a file that has changed is refused when it is loaded. A run's own checkpoints are
 called `step_` and at least seven digits; what has another name in its folder is left alone.
 
-Of `meta.json`: `temperature` divides the logits, `threshold` is the probability of fake from which
-on an image is called fake, and `calibration` is null, or a `model.calibrate.Calibration` with the
-hash of the index of each set that it was fitted on (`fitted_on`, `index_sha256`). Verdicts: below
-the band no sign of AI, from its end on likely AI, in it uncertain. `model/inference/fitness.py`
-reads in it what speaks against a detector.
+Every field of `meta.json` is described in `model/layout/meta.py`. `model/inference/fitness.py` reads
+in it what speaks against a detector.
 
 A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
 `backbone` where the others are (`model/shipped/backbone.py`).

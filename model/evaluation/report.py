@@ -1,44 +1,8 @@
 """From scores to `report.json`: protocols, figures with their intervals, and the sentence on top.
 
 `report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
-`evaluate.py --scores FILE` on a file of scores, with the same result. The layout:
-
-    {"report_version": 3,
-     "headline": [sentence, ...],            # that of `on_training_data`, if any; then one per set,
-                                             # those without any reals first
-     "trained_on": [set, ...],               # of the sets those that the checkpoint learned from
-     "checkpoint": path, "run": name, "step": n, "commit": commit,
-     "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
-     "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # whose real images
-                                             # sets without any are measured with, or all sets
-     "intervals": {"level": 0.95, "resamples": n, "seed": n},
-     "sets": {set: {
-         "index_sha256": hash, "split": split,
-         "robustness": null or as model.codec_swap.report_robustness says,
-         "overall": FIGURES,                 # of the set's own images
-         "reference": FIGURES or null,       # its fakes with the reals of "reference_reals"
-         "classes": {"real": FIGURES, "fake": FIGURES},     # each class by itself, if there
-         "sources": {source: FIGURES},       # of the source's own images
-         "generators": {generator: FIGURES}, # its fakes with all reals of reference, or of overall
-         "verdicts": {"real" or "fake": {verdict: n}},
-         "protocols": null without fakes, or
-                      {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
-         "unreadable": [text, ...], "note": text or null}}}
-
-FIGURES are the fields of `model.metrics.Metrics`, `groups` (how many independent groups of images
-they rest on) and `intervals`: {metric: [low, high]} for those that have one.
-
-PROTOCOL, of the fakes by generator, each generator counting alike. `all_images` is of all images,
-`first_per_prompt` of the first image of each prompt (null where a prompt has one image of a
-generator anyway). `std` is the standard deviation over generators, n - 1, as in the table of
-EvalGEN's authors:
-
-    {"images": n, "prompts": n, "generators": {generator: RECALL},
-     "mean": r, "std": r or null, "interval": [low, high],        # at the threshold
-     "mean_at_0.5": r, "std_at_0.5": r or null}                    # at 0.5, as others publish
-
-RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_0.5": r}.
+`evaluate.py --scores FILE` on a file of scores, with the same result. Every field is described in
+`model/layout/report.py`.
 """
 
 import re

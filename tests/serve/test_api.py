@@ -19,7 +19,7 @@ from tests.serve.conftest import Serve
 
 ROUNDING = 1e-6
 """How far a probability may lie from that of another batch size: how a processor adds up depends on
-the size of a batch. 2e-7 at most were seen on a CPU (docs/using.md).
+the size of a batch. 2e-7 at most were seen on a CPU (docs/python.md).
 """
 
 PHOTO = encode(photo(1))
