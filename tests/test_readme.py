@@ -169,7 +169,7 @@ def test_the_verdict_of_the_readme_is_the_one_that_is_given(
     shown = re.search(r"```\n(probability.*?)```", VERDICT, re.S)
     assert shown and shell(predict_one) == shown[1]
     shell(predict_many)
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
     assert [row["path"] for row in rows] == [
         "photo.heic", "dir/same.png", "photos.zip/inside.jpg",
     ]  # fmt: skip
