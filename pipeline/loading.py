@@ -22,8 +22,7 @@ class Loading:
     """Images per GPU (rank) and step. Range: at least 1"""
     num_workers: int = -1
     """Processes (pil) or threads (dali). 0 decodes in the training process. -1 is one per core, at
-    most 16, and no more processes than shared memory has room for; with dali on a GPU fewer, if the
-    GPU decodes most images. Range: at least -1"""
+    most 16. With pil there are no more than shared memory has room for. Range: at least -1"""
     backend: Backend = "auto"
     """What decodes and augments. `auto`: dali on a GPU, else pil."""
     shuffle: Shuffle = "global"
