@@ -6,8 +6,8 @@ from the command line. Of each file `meta.json` holds the SHA-256 (`sha256`), of
 other entries: a file that has changed is refused when it is loaded. A run's own checkpoints are
 called `step_` and at least seven digits; what has another name in its folder is left alone.
 
-Every field of `meta.json` is described in `model/layout/meta.py`. `model/inference/fitness.py` reads
-in it what speaks against a detector.
+`model/layout/meta.py` describes every field of `meta.json`. `model/inference/fitness.py` reads the
+reasons against relying on a detector from it.
 
 A detector that ships is a checkpoint too: its weights are the head alone, and its meta says in
 `backbone` where the others are (`model/shipped/backbone.py`).
