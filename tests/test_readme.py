@@ -133,6 +133,12 @@ def test_every_command_of_the_readme_is_run_by_a_test() -> None:
     assert makes == RUN_ELSEWHERE.keys()
 
 
+def test_the_page_on_your_own_images_has_the_same_commands() -> None:
+    page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
+    for line in commands_of(TRAIN):
+        assert line.partition("  #")[0].strip() in page
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> Callable[[str], str]:
     """Runs a line in an empty folder as if it were the checkout, and returns what it prints."""
