@@ -31,8 +31,9 @@ class Data:
     policy: str
     """Name of the policy, a table of `[augment]`, for each source whose index names no other."""
     repeats: dict[str, float] = field(default_factory=dict)
-    """How often a source comes in an epoch, by the source's name, where that is not once: 2.5 is
-    every image twice and half of them once more, 0 leaves the source out. Range: at least 0"""
+    """How often the images of a source are used in an epoch, by the source's name, if not once.
+    2.5: every image twice, and half of them a third time. 0: the source is left out. Range: at
+    least 0"""
     allow_one_class: bool = False
     """Accept training samples of one class."""
     allow_shared_images: bool = False
@@ -61,8 +62,8 @@ class Run:
     log_every: int = 50
     """Steps between two rows of `metrics.jsonl`. Range: at least 1"""
     save_every: int = 0
-    """Steps between two checkpoints, beside those after each validation. 0: no others. Range: at
-    least 0"""
+    """Steps between two checkpoints, in addition to those after each validation. 0: none. Range:
+    at least 0"""
     validate_every: int = 1
     """Epochs between two validations. The last epoch is always validated. Range: at least 1"""
     stop_after_no_gain: int = 0
@@ -71,7 +72,7 @@ class Run:
     grad_accum_steps: int = 1
     """Pieces that a batch is computed in. More pieces need less memory. Range: at least 1"""
     tracker: TrackerName = ""
-    """Program that gets the scalars beside TensorBoard. Empty: none."""
+    """Program that gets the scalars in addition to TensorBoard. Empty: none."""
 
     def __post_init__(self) -> None:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
