@@ -13,6 +13,7 @@ from imaging.decode import MAX_BYTES, MAX_PIXELS
 from model.calibrate import FEWEST
 from model.checkpoint import read_meta
 from model.recipe import Recipe
+from page.figures import ends, of_hundred
 from serve.limits import MB, Limits
 from sharding import folder as sharding_folder
 from sharding.dedupe import MAX_BITS
@@ -231,6 +232,15 @@ def test_every_page_states_a_figure_alike(name: str) -> None:
         where = page.relative_to(ROOT).as_posix()
         assert set(figures) <= {value}, where
         assert figures or where not in pages, f"{where} no longer states it as the pattern expects"
+
+
+def test_the_cost_of_the_threshold_is_that_of_the_detector_that_ships() -> None:
+    calibration = CLIP["calibration"]
+    shares = ends(calibration["roc"], tuple(calibration["band"]))
+    for name, of in zip(("real photographs", "fakes"), shares, strict=True):
+        cells = [of_hundred(share) for share in (of.no_sign, of.uncertain, of.likely)]
+        row = f"| Of 100 {name} | {' | '.join(cells)} |"
+        assert row in text_of(ROOT / "docs/page.md")
 
 
 def test_the_figures_of_the_gpu_are_those_of_its_results() -> None:
