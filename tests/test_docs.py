@@ -108,6 +108,9 @@ def test_what_states_a_version() -> None:
 
 
 CLIP = read_meta(ROOT / "detectors/clip")
+((FALSE_POSITIVES, RECALL),) = (
+    row[1:] for row in CLIP["calibration"]["roc"] if row[0] == CLIP["threshold"]
+)
 PHASE_1, PHASE_2 = (recipes.load(Recipe, recipes.FOLDER / f"phase{phase}.toml") for phase in (1, 2))
 SOURCES = len(tomllib.loads(text_of(ROOT / "sharding/catalog-github.toml"))["sources"])
 STREAMLIT = tomllib.loads(text_of(ROOT / ".streamlit/config.toml"))
@@ -133,11 +136,11 @@ KEY_FIGURES = {
         r"learned from ([\d,]+) images", ("README.md",),
     ),
     "its fakes found on new sources": KeyFigure(
-        "60", r"left out of training \| (\d+) %|(\d+) % of fakes found at [\d.]+ % false",
+        f"{100 * RECALL:.0f}", r"left out of training \| (\d+) %|(\d+) % of fakes found at [\d.]+ % false",
         ("README.md", "docs/log.md"),
     ),
     "its false positives on new sources": KeyFigure(
-        "3.3", r"left out of training \| [^|]*\| ([\d.]+) %|% of fakes found at ([\d.]+) % false",
+        f"{100 * FALSE_POSITIVES:.1f}", r"left out of training \| [^|]*\| ([\d.]+) %|% of fakes found at ([\d.]+) % false",
         ("README.md", "docs/log.md"),
     ),
     "its threshold": KeyFigure(
