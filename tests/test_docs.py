@@ -136,11 +136,14 @@ KEY_FIGURES = {
         r"learned from ([\d,]+) images", ("README.md",),
     ),
     "its fakes found on new sources": KeyFigure(
-        f"{100 * RECALL:.0f}", r"left out of training \| (\d+) %|(\d+) % of fakes found at [\d.]+ % false",
+        f"{100 * RECALL:.0f}",
+        r"left out of training \| (\d+) %|(\d+) % of fakes found at [\d.]+ % false",
         ("README.md", "docs/log.md"),
     ),
     "its false positives on new sources": KeyFigure(
-        f"{100 * FALSE_POSITIVES:.1f}", r"left out of training \| [^|]*\| ([\d.]+) %|% of fakes found at ([\d.]+) % false",
+        f"{100 * FALSE_POSITIVES:.1f}",
+        r"left out of training \| [^|]*\| ([\d.]+) %|"
+        r"% of fakes found at ([\d.]+) % false",
         ("README.md", "docs/log.md"),
     ),
     "its threshold": KeyFigure(
