@@ -1,4 +1,4 @@
-# The web page in a container (docs/using.md, "The page"). Checkpoints are mounted, not copied in:
+# The web page in a container (docs/page.md). Checkpoints are mounted, never copied in:
 #
 #   docker build -t ai-images-detector .
 #   docker run --rm -p 8501:8501 -v "$PWD/runs:/runs:ro" ai-images-detector

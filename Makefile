@@ -6,7 +6,7 @@ DEMO ?= demo
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow golden test-gpu lint bench app
+.PHONY: help setup demo test test-slow golden test-gpu lint reference bench app
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,9 +48,12 @@ test-gpu: ## run the tests that need a GPU; fails without one. RUN=python3 runs 
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu tests/pipeline
 
 lint: setup ## check style and format (ruff) and types (mypy)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . docs/reference.py
+	$(BIN)/ruff format --check . docs/reference.py
 	$(BIN)/mypy
+
+reference: setup ## write docs/recipe-keys.md and docs/fields.md from the code
+	$(RUN) -m docs.reference
 
 bench: setup ## measure both loading backends against other loaders
 	$(RUN) -m benchmarks.loader

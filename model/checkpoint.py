@@ -6,9 +6,8 @@ without it there is no checkpoint. It holds the SHA-256 of every file and of its
 a changed file is refused. The checkpoints of a run are its folders `step_` plus at least seven
 digits; other folders are ignored.
 
-In `meta.json`, `temperature` divides the logits, `threshold` is the decision threshold on the
-probability of fake, and `calibration` is null or a `model.calibrate.Calibration` with the names and
-index hashes of the sets that it was fitted on (`fitted_on`, `index_sha256`).
+`model/layout/meta.py` describes every field of `meta.json`. `model/inference/fitness.py` reads the
+reasons against relying on a detector from it.
 
 A shipped detector is a checkpoint whose weights are the head only. The entry `backbone` of its meta
 names the file of the other weights (`model/shipped/backbone.py`).

@@ -25,39 +25,46 @@ ECE_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts, and shares from 0 to 1. The positive class is fake.
+    """Figures of a group of images. *Fake* is the positive class; rates are 0 to 1.
 
-    At the threshold: `recall` is the share of fakes called fake, `false_positive_rate` the share of
-    reals called fake, `precision` the share of fakes among the images called fake (None if there
-    are none). `balanced_accuracy` is the mean of recall and 1 - false_positive_rate.
-
-    Without a threshold: `auroc`, `average_precision`, `eer` (equal error rate), and `tpr_at_fpr_1`
-    and `tpr_at_fpr_5`, the highest recall at a false-positive rate of at most 1 % and 5 %.
-
-    Of the probabilities: `nll` (natural logarithm), `brier` (mean squared error) and `ece`.
-
-    If one class is missing, only `accuracy`, the rate of the other class, `nll` and `brier` are
-    given; all other metrics are None.
+    With one class only, a figure that needs both is None.
     """
 
     count: int
+    """Images that could be read."""
     reals: int
+    """Real images."""
     fakes: int
+    """Fake images."""
     accuracy: float | None
+    """Share of all images that got the right class."""
     balanced_accuracy: float | None
+    """Mean of recall and of 1 - false-positive rate."""
     recall: float | None
+    """Share of the fake images called fake."""
     false_positive_rate: float | None
+    """Share of the real images called fake."""
     f1: float | None
+    """Harmonic mean of precision and recall."""
     auroc: float | None
-    # Since report version 2; the figures of older checkpoints do not have these fields.
+    """Area under the ROC curve."""
+    # Since report version 2; a checkpoint's older figures lack them.
     precision: float | None = None
+    """Share of fakes among the images called fake. None where no image is called fake."""
     average_precision: float | None = None
+    """Area under precision over recall."""
     eer: float | None = None
+    """Error rate at the threshold where both error rates are equal."""
     tpr_at_fpr_1: float | None = None
+    """Highest recall of any threshold with at most 1 % false positives."""
     tpr_at_fpr_5: float | None = None
+    """Highest recall of any threshold with at most 5 % false positives."""
     nll: float | None = None
+    """Negative log-likelihood, natural logarithm."""
     brier: float | None = None
+    """Mean squared error of the probability."""
     ece: float | None = None
+    """Expected calibration error, over 15 bins."""
 
 
 def measure(

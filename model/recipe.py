@@ -24,21 +24,23 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Shard sets for training and validation, and the default augmentation policy of their sources.
-
-    `repeats` maps a source to how often each of its images is used per epoch; the default is once.
-    2.5 uses every image twice and half of them a third time, 0 excludes the source. Training
-    samples of one class only are refused unless `allow_one_class` is set. Images that are both in a
-    training and in a validation set are refused unless `allow_shared_images` is set (for speed
-    measurements only).
-    """
+    """Shard sets to train and to validate on, and the augmentation policy of most sources."""
 
     train: list[str]
+    """Shard sets to train on, by their names below `--data`. Training samples of one class are
+    refused."""
     validate: list[str]
+    """Shard sets that choose the best checkpoint and calibrate it. At least one is needed."""
     policy: str
+    """Name of the policy, a table of `[augment]`, for each source whose index names no other."""
     repeats: dict[str, float] = field(default_factory=dict)
+    """How often the images of a source are used in an epoch, by the source's name, if not once.
+    2.5: every image twice, and half of them a third time. 0: the source is left out. Range: at
+    least 0"""
     allow_one_class: bool = False
+    """Accept training samples of one class."""
     allow_shared_images: bool = False
+    """Accept images that are both trained and validated on, where nothing but speed is measured."""
 
     def __post_init__(self) -> None:
         if any(times < 0 for times in self.repeats.values()):
@@ -47,28 +49,33 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Length, seed and intervals of a run. `init_from` names a run: its best checkpoint gives the
-    first weights.
-
-    `log_every` and `save_every` are in steps. `validate_every` is in epochs; the last epoch is
-    always validated. A checkpoint is saved after each validation, and only these checkpoints can
-    become the best one. `stop_after_no_gain` ends the run after this number of consecutive
-    validations without a higher selection figure; 0 disables it. `grad_accum_steps` splits each
-    batch into this number of pieces, which saves memory and does not change the result. `tracker`
-    names a program that receives the run's figures in addition to TensorBoard.
-    """
+    """Length of a run, its seed, and how often it validates, saves and logs."""
 
     epochs: int
+    """Passes over the training set. Range: at least 1"""
     seed: int = 70
+    """Seed of sample order, augmentation and initial weights. Range: at least 0"""
     init_from: str = ""
+    """Run whose best checkpoint is the start. Empty: the start is `network.pretrained`."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Floating-point format of the forward pass. `auto`: bf16 where the GPU has it, else fp16, else
+    fp32; fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile is used. `auto` uses it on a GPU."""
     log_every: int = 50
+    """Steps between two rows of `metrics.jsonl`. Range: at least 1"""
     save_every: int = 0
+    """Steps between two checkpoints, in addition to those after each validation. 0: none. Range:
+    at least 0"""
     validate_every: int = 1
+    """Epochs between two validations. The last epoch is always validated. Range: at least 1"""
     stop_after_no_gain: int = 0
+    """Validations in a row without a gain of the selection figure after which the run ends. 0:
+    never. Range: at least 0"""
     grad_accum_steps: int = 1
+    """Pieces that a batch is computed in. More pieces need less memory. Range: at least 1"""
     tracker: TrackerName = ""
+    """Program that gets the scalars in addition to TensorBoard. Empty: none."""
 
     def __post_init__(self) -> None:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
@@ -81,32 +88,34 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Network architecture and the source of its first weights.
-
-    `name` is any timm classifier. `pretrained` loads timm's weights; a run that starts from a
-    checkpoint or a file needs none. `init` is the initialization without weights: `timm` (sigma
-    0.02, meant for wide networks) or `fan_in` (sigma 1 / sqrt(fan-in)), without which a narrow
-    network hardly passes a signal and learns nothing in minutes. `freeze_bn` keeps the loaded
-    statistics of batch norm.
-
-    `head` is the classifier: `timm` reads the last features, `stages` the features of every stage,
-    `class_tokens` the class tokens after the transformer blocks `blocks` (numbered from 0; later
-    blocks are not computed). With `freeze_backbone` only the head learns. `options` are passed to
-    `timm.create_model`. `mean` and `std` are per channel, for RGB values from 0 to 1; None selects
-    those that timm records for the weights.
-    """
+    """The network, where its first weights come from, and which part of it learns."""
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
+    """Any classifier of timm, by its name there."""
     pretrained: bool = True
+    """Start from timm's weights, unless the run starts from a checkpoint or a file."""
     init: Literal["timm", "fan_in"] = "timm"
+    """How weights are initialized without pretrained ones: `timm` (sigma 0.02, for wide networks),
+    or `fan_in` (sigma 1 / sqrt(fan-in)), without which a narrow network learns nothing in minutes.
+    """
     drop_path_rate: float = 0.0
+    """Share of residual branches that are dropped in training (stochastic depth)."""
     mean: Triple | None = None
+    """Mean of each channel, for RGB values in 0 to 1. Unset: that of the weights."""
     std: Triple | None = None
+    """Standard deviation of each channel, for RGB values in 0 to 1. Unset: that of the weights."""
     freeze_bn: bool = False
+    """Keep the statistics of batch norm as they were loaded."""
     head: Literal["timm", "stages", "class_tokens"] = "timm"
+    """What the classifier sees: `timm` the last features, `stages` those of every stage,
+    `class_tokens` a transformer's class tokens behind `blocks`."""
     blocks: tuple[int, ...] = ()
+    """Blocks of a transformer, numbered from 0, behind which `class_tokens` are read. Blocks behind
+    the last of them are not computed. They must rise. Range: at least 0"""
     freeze_backbone: bool = False
+    """Train the head alone."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Arguments for `timm.create_model`, passed on as they are."""
 
     def __post_init__(self) -> None:
         if (self.head == "class_tokens") != bool(self.blocks):
@@ -124,29 +133,32 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up and cosine decay of the learning rate.
-
-    `lr` is the learning rate of the head. Each layer group below has the rate of the group above
-    times `layer_decay`. `layer_decay_groups` selects the groups: `none`, `block` (stem, each block,
-    head: 38 groups for ConvNeXtV2-Base), `stage12` (the official ConvNeXt grouping: stem, 12
-    groups, head) or `stage` (stem, each stage, head, for networks other than ConvNeXt: 9 for
-    MobileNetV2).
-
-    `warmup_ratio` is the share of all steps for the warm-up, which starts at `warmup_start_factor`
-    * lr. The cosine ends at `min_lr` for the head. `ema_decay` is the decay per step of the
-    averaged weights, which are validated and saved; 0 disables them.
-    """
+    """AdamW with warm-up and a cosine schedule."""
 
     lr: float
+    """Peak learning rate of the head. Range: above 0"""
     weight_decay: float = 0.02
+    """Weight decay of AdamW. Range: at least 0"""
     layer_decay: float = 1.0
+    """Factor on the learning rate for each group of layers further from the head. Range: above 0,
+    at most 1"""
     layer_decay_groups: Literal["none", "block", "stage", "stage12"] = "none"
+    """What a group is: `block` (stem, each block, head: 38 for ConvNeXtV2-Base), `stage12` (the
+    official ConvNeXt grouping: stem, 12 groups, head: 14) or `stage` (stem, each stage, head, for
+    other networks: 9 for MobileNetV2)."""
     warmup_ratio: float = 0.05
+    """Share of all steps that warm up. Range: at least 0, below 1"""
     warmup_start_factor: float = 0.01
+    """First learning rate, as a share of `lr`. Range: 0 to 1"""
     min_lr: float = 0.0
+    """Learning rate of the head at the end of the cosine. Range: 0 to lr"""
     label_smoothing: float = 0.05
+    """Share of each label that is spread over both classes. Range: 0 to 1"""
     clip_grad_norm: float = 1.0
+    """Norm that gradients are clipped to. Range: above 0"""
     ema_decay: float = 0.0
+    """Decay per step of the averaged weights, which are then validated and saved. 0: no averaging.
+    Range: at least 0, below 1"""
 
     def __post_init__(self) -> None:
         if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
@@ -177,17 +189,19 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """When a trained checkpoint is refused. `max_forgetting` is the most that an old source may
-    lose of its accuracy (balanced where it has both classes), `max_fpr` the most reals of any
-    validation set that may be called fake; both are shares, and 1 refuses nothing. `mistakes` is a
-    folder of kept mistakes (`python -m model mistakes add`), of which the checkpoint may have
-    `max_newly_wrong` wrong that its start had right; each counts whose image is kept.
-    """
+    """When a trained checkpoint is refused."""
 
     max_forgetting: float = 1.0
+    """Most accuracy that an old source may lose (balanced accuracy where the source has both
+    classes). 1 refuses nothing. Range: 0 to 1"""
     max_fpr: float = 1.0
+    """Highest false-positive rate on any validation set. 1 refuses nothing. Range: 0 to 1"""
     mistakes: str = ""
+    """Folder of kept mistakes (`python -m model mistakes add`). Their kept images are scored before
+    and after training. Empty: none."""
     max_newly_wrong: int = 0
+    """Most images of `mistakes` that the initial detector had right and the trained one has wrong.
+    Range: at least 0"""
 
     def __post_init__(self) -> None:
         if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
@@ -198,17 +212,16 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Settings for training a head on stored features, which are computed once.
-
-    `views` is the number of augmented views stored per image: epoch e uses view 1 + e modulo
-    `views`. With 0 every epoch uses the center crop of evaluation. `store` is the folder of the
-    features. With `stored = false` the same views are computed from pixels in each epoch, which is
-    slow and gives the same head up to rounding.
-    """
+    """Training of a head from features of a frozen backbone that are computed once."""
 
     views: int = 0
+    """Augmented views of each image that are kept: epoch e takes view 1 + e modulo `views`. 0:
+    every epoch takes the center crop of evaluation. Range: 0 to 1000"""
     store: str = "data/features"
+    """Folder of the feature store."""
     stored: bool = True
+    """Keep the features. `false` computes the same views from pixels in each epoch, which is slow
+    and gives the same head to rounding."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.views <= 1000:
@@ -219,24 +232,21 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrating:
-    """How the scores of a trained detector are turned into verdicts.
-
-    `on` selects the scores: `validation` takes those of the validation sets. `left_out` scores
-    every source with a head that was trained without it (`model/features/leave_out.py`), as if the
-    source were new. With `left_out`, `threshold` selects the images of which the error rates are
-    taken: all images together (`pooled`), each source (`worst_source`), or three quarters of the
-    sources (`most_sources`).
-
-    `max_fpr` is the largest share of real images that may be called "likely AI", `max_miss` the
-    largest share of fakes that may be called "no sign of AI". `together` names groups of sources
-    that are left out together, such as several galleries of one generator.
-    """
+    """How the scores of a trained detector become verdicts."""
 
     on: Literal["validation", "left_out"] = "validation"
+    """Scores to fit to: those of the validation sets, or those of each source by a head that was
+    trained without it (`left_out`), which estimates scores of a new source."""
     threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
+    """With `left_out`, the images over which `max_fpr` and `max_miss` must hold: all together
+    (`pooled`), those of three sources of four, or those of every source."""
     max_fpr: float = 0.05
+    """Largest share of real images that may be called likely AI. Range: above 0, below 0.5"""
     max_miss: float = 0.05
+    """Largest share of fake images that may be called no sign of AI. Range: above 0, below 0.5"""
     together: dict[str, list[str]] = field(default_factory=dict)
+    """Groups of sources that are left out together, such as several galleries of one generator: a
+    name, and its sources."""
 
     def group_of(self, source: str) -> str:
         """Return the group that a source is left out with. A source in no group of `together` is a
@@ -254,26 +264,35 @@ class Calibrating:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting that decides the result of a run. `recipes/` contains recipes as TOML.
+    """Everything that decides what a run computes; `recipes/` holds recipes as TOML.
 
-    `name` is the run's folder, relative to the folder of all runs; it may contain slashes. With
-    `features` the head of a frozen backbone is trained on stored features. Settings of `preprocess`
-    and `network` that are not given are filled in from timm's record of the weights by
-    `model.backbones.resolve.resolved`.
+    `model.backbones.resolve.resolved` fills what `preprocess` and `network` leave to the weights.
     """
 
     name: str
+    """Name of the run, and of its folder in `--runs`. A slash makes a folder in a folder."""
     data: Data
+    """Shard sets and the usual augmentation policy."""
     augment: dict[str, AugmentPolicy]
+    """Augmentation policies by name."""
     network: Network
+    """Network and its first weights."""
     optim: Optim
+    """Optimizer and schedule."""
     run: Run
+    """Length, seed, precision and logging."""
     loading: Loading = field(default_factory=Loading)
+    """How batches are made."""
     replay: Replay = field(default_factory=Replay)
+    """Old samples among the new ones."""
     gate: Gate = field(default_factory=Gate)
+    """When a checkpoint is refused."""
     preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
+    """How an image is scaled and cropped."""
     features: Features | None = None
+    """Stored features of a frozen backbone. Absent: train from pixels."""
     calibration: Calibrating = field(default_factory=Calibrating)
+    """How scores become verdicts."""
 
     def __post_init__(self) -> None:
         check_run_name(self.name)

@@ -55,13 +55,18 @@ GRID = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """`[preprocess]` as written in a recipe; see `Preprocess`. None means the value that the
-    network's weights were trained with (`model.backbones.resolve.resolved`).
+    """`[preprocess]` as a recipe states it. None: the value that the network's weights were made
+    with (`model.backbones.resolve.resolved`).
     """
 
     crop_size: int | None = None
+    """Side in pixels of the square that the network sees: the center crop in evaluation, the random
+    crop in training. Range: at least 16"""
     resize_size: int | None = None
+    """Length in pixels that the shorter side has before the center crop. Range: at least crop_size
+    """
     interpolation: Filter | None = None
+    """Filter of both resizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,48 +94,55 @@ class Preprocess(PreprocessSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentPolicy:
-    """Augmentation policy: the ranges that parameters are sampled from. By default every operation
-    is off.
-
-    A field that is not listed here is the probability, 0 to 1, of the operation of the same name.
-    Ranges are (low, high), both included.
-
-    - `scale`: share of the image's area that the crop covers. `ratio`: width / height of the crop.
-    - `brightness`, `contrast`, `saturation`: largest change of the factor, sampled from 1 - value
-      to 1 + value. `hue`: largest rotation, as a share of a full turn.
-    - `resample_scale`: intermediate side / `crop_size`. `resample_filters`: filters to choose from.
-    - `jpeg_quality`: libjpeg's quality, 1 to 100. `num_jpegs`: number of successive JPEGs, 1 to 3.
-    - `jpeg_grid_shift`: probability that the image starts inside a JPEG block, not at its corner.
-    - `webp_quality`: libwebp's quality, 1 to 100. `blur_sigma`: sigma of the Gaussian in pixels.
-    - `match_pair_jpeg`: first compress a fake as a JPEG with the quality and chroma subsampling of
-      its real partner, if the index has both (`pipeline/pairs.py`).
-
-    Raises:
-        ValueError: a value outside its range.
+    """One augmentation policy: the ranges that parameters are sampled from. What is not named stays
+    off.
     """
 
     scale: Range = (1.0, 1.0)
+    """Share of the image's area that the crop takes. Range: above 0, at most 1"""
     ratio: Range = (1.0, 1.0)
+    """Width / height of the crop. Range: above 0"""
     hflip: float = 0.0
+    """Probability of a horizontal flip. Range: 0 to 1"""
     color_jitter: float = 0.0
+    """Probability of a change of colors. Range: 0 to 1"""
     brightness: float = 0.0
+    """Brightness changes by a factor of 1 +- value."""
     contrast: float = 0.0
+    """Contrast changes by a factor of 1 +- value."""
     saturation: float = 0.0
+    """Saturation changes by a factor of 1 +- value."""
     hue: float = 0.0
+    """Hue changes by +- value of a full turn."""
     resample: float = 0.0
+    """Probability of scaling down and back up. Range: 0 to 1"""
     resample_scale: Range = (1.0, 1.0)
+    """Intermediate side, as a share of the crop's. Range: above 0"""
     jpeg: float = 0.0
+    """Probability of JPEG compression. Range: 0 to 1"""
     jpeg_quality: tuple[int, int] = (95, 95)
+    """libjpeg quality. Range: 1 to 100"""
     blur: float = 0.0
+    """Probability of a 3 x 3 Gaussian blur. Range: 0 to 1"""
     blur_sigma: Range = (0.1, 0.1)
+    """Sigma of the blur in pixels. Range: above 0"""
     grayscale: float = 0.0
+    """Probability of a gray image. Range: 0 to 1"""
     resample_filters: tuple[Filter, ...] = ("bilinear",)
+    """Filters that `resample` chooses from."""
     num_jpegs: tuple[int, int] = (1, 1)
+    """JPEG compressions in a row, where there is one. Range: 1 to 3"""
     jpeg_grid_shift: float = 0.0
+    """Probability that the JPEG's 8 x 8 blocks begin anywhere, not at the corner. Range: 0 to 1"""
     webp: float = 0.0
+    """Probability of WebP compression at the end. Range: 0 to 1"""
     webp_quality: tuple[int, int] = (95, 95)
+    """libwebp quality. Range: 1 to 100"""
     match_pair_jpeg: bool = False
+    """Turn a fake into a JPEG of its real partner's quality and chroma, where the index knows the
+    partner (`pipeline/pairs.py`)."""
     vflip: float = 0.0
+    """Probability of a vertical flip. Range: 0 to 1"""
 
     def __post_init__(self) -> None:
         for name in (

@@ -19,33 +19,29 @@ STALL_ERROR_S = 900.0
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Settings of the loader.
-
-    `batch_size` is images per rank. `num_workers` is the number of processes (pil) or threads
-    (dali): 0 decodes in the calling process, -1 takes one per CPU core, at most 16. Worker
-    processes pass batches through shared memory, so their number is reduced to what shared memory
-    has room for.
-
-    `backend` "auto" is dali with a CUDA device and DALI, else pil. `shuffle` "block" is for shards
-    at an address (`pipeline/order.py`), as are `cache` (folder) and `cache_gb` (10^9 bytes).
-    `verify_checksums` compares the SHA-256 of every image.
-
-    After `stall_warning_s` seconds without a batch, each worker's stage is logged. After
-    `stall_error_s` seconds the run ends, unless the calling process decodes.
-
-    Raises:
-        ValueError: a number outside its range.
-    """
+    """How batches are made."""
 
     batch_size: int = 32
+    """Images per GPU (rank) and step. Range: at least 1"""
     num_workers: int = -1
+    """Processes (pil) or threads (dali). 0 decodes in the training process. -1 is one per core, at
+    most 16. With pil there are no more than shared memory has room for. Range: at least -1"""
     backend: Backend = "auto"
+    """What decodes and augments. `auto`: dali on a GPU, else pil."""
     shuffle: Shuffle = "global"
+    """`global`, or `block` for shards at an address: reads stay in runs of 256 samples, of which 64
+    are mixed."""
     verify_checksums: bool = False
+    """Compare the SHA-256 of every image with the index."""
     cache: str = "data/cache"
+    """Folder for pieces of shards at an address."""
     cache_gb: float = 20.0
+    """Size of that cache in GB; the pieces used longest ago are dropped. Range: above 0"""
     stall_warning_s: float = STALL_WARNING_S
+    """Seconds without a batch after which the log lists what each worker does. Range: above 0"""
     stall_error_s: float = STALL_ERROR_S
+    """Seconds without a batch after which the run ends, unless the training process itself decodes.
+    Range: above 0"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -17,22 +17,17 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Settings of replay: which sets are old, and how many of their samples are added to the new
-    ones.
-
-    `ratio` is old to new: "1:8", 0.125, or 0 for none. Sources with `replay = false` in the index
-    and those in `exclude_sources` are not used. `distill_weight`, 0 or more, is the weight of the
-    loss that keeps the logits of old samples near those of the initial detector; 0 turns the loss
-    off.
-
-    Raises:
-        ValueError: a bad ratio or weight, or a ratio without sets.
-    """
+    """Which sets are old, and how many of their samples come with the new ones."""
 
     sets: list[str] = field(default_factory=list)
+    """Old shard sets. Sources whose index entry has `replay = false` are left out."""
     ratio: str | float = "0"
+    """Old to new samples, such as `1:8` or 0.125. 0: no replay. Range: at least 0"""
     exclude_sources: list[str] = field(default_factory=list)
+    """Sources of the old sets that are not replayed."""
     distill_weight: float = 0.0
+    """Weight of the loss that keeps the logits of old samples near those of the initial network. 0:
+    off. Range: at least 0"""
 
     def __post_init__(self) -> None:
         if self.fraction > 0 and not self.sets:

@@ -36,16 +36,17 @@ lower median quality lowers the quality of these tests.
 
 @dataclass(frozen=True)
 class Container:
-    """The most common lossy compression of one class; `share` (0 to 1) is its share of the images.
-
-    `format` is JPEG or WEBP, `chroma` the subsampling of a JPEG. `quality` is the median of
-    libjpeg's estimate for a JPEG, and 80 (Pillow's default) for WebP, whose files do not record it.
-    """
+    """Most common lossy file format of the images of a class."""
 
     format: str
+    """`JPEG` or `WEBP`."""
     chroma: str
+    """Chroma subsampling of a JPEG, such as `420`."""
     quality: int
+    """Median of libjpeg's quality, as estimated from the tables. 80 for WebP, whose files do not
+    state a quality."""
     share: float
+    """Share of the class in this format."""
 
     def describe(self) -> str:
         """Return the compression as text: `JPEG 90 420` or `WebP 80`."""

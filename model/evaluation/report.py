@@ -1,46 +1,9 @@
 """Compute the content of `report.json` from a table of scores: metrics with 95 % intervals,
 protocols and headline sentences.
 
-Main entry: `report()`. It needs neither a network nor images: `evaluate.py` calls it after scoring,
-and `evaluate.py --scores FILE` calls it on a file of scores, with the same result. The layout:
-
-    {"report_version": 3,
-     "headline": [sentence, ...],            # first the warning of `on_training_data`, if any; then
-                                             # one per set, sets without any reals first
-     "trained_on": [set, ...],               # the sets that the checkpoint was trained on
-     "checkpoint": path, "run": name, "step": n, "commit": commit,
-     "temperature": t, "threshold": p, "band": [low, high], "calibration": null or as in meta.json,
-     "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "reference_reals": null or {"set": set, "why": text, "for_all": bool},    # the set whose reals
-                                             # are the reference for all sets, or for sets without
-                                             # real images
-     "intervals": {"level": 0.95, "resamples": n, "seed": n},
-     "sets": {set: {
-         "index_sha256": hash, "split": split,
-         "robustness": null or the result of `codec_swap.report_robustness`,
-         "overall": FIGURES,                 # of the set's own images
-         "reference": FIGURES or null,       # its fakes with the reals of "reference_reals"
-         "classes": {"real": FIGURES, "fake": FIGURES},     # each class that has images, by itself
-         "sources": {source: FIGURES},       # of the source's own images
-         "generators": {generator: FIGURES}, # its fakes with all reals of reference or overall
-         "verdicts": {"real" or "fake": {verdict: n}},
-         "protocols": null without fakes, or
-                      {"all_images": PROTOCOL, "first_per_prompt": PROTOCOL or null},
-         "unreadable": [text, ...], "note": text or null}}}
-
-FIGURES contains the fields of `model.metrics.Metrics`, `groups` (the number of independent groups
-of images) and `intervals`: {metric: [low, high]} for each metric that has an interval.
-
-PROTOCOL is the recall per generator and its mean, in which each generator has the same weight.
-`all_images` uses all fakes, `first_per_prompt` only the first image of each prompt and generator
-(null if no prompt has more than one image of a generator). `std` is the standard deviation over
-generators (n - 1), as in the table of EvalGEN's authors:
-
-    {"images": n, "prompts": n, "generators": {generator: RECALL},
-     "mean": r, "std": r or null, "interval": [low, high],        # at the threshold
-     "mean_at_0.5": r, "std_at_0.5": r or null}                    # at 0.5, as others publish
-
-RECALL is {"images": n, "recall": r, "interval": [low, high], "recall_at_0.5": r}.
+`report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
+`evaluate.py --scores FILE` on a file of scores, with the same result. Every field is described in
+`model/layout/report.py`.
 """
 
 import re

@@ -49,17 +49,18 @@ class PerturbedScores:
 
 @dataclass(frozen=True)
 class Shift:
-    """Mean change of the logit over `images`, with its 95 % interval; positive is toward fake.
-
-    `of_gap` is `mean` divided by the difference between the mean logits of fakes and of reals as
-    packed.
-    """
+    """Change of the mean logit of a class. Positive is toward fake."""
 
     images: int
+    """Images of the class."""
     mean: float
+    """Change of the mean logit."""
     low: float | None
+    """Lower end of the 95 % interval of `mean`. None with one group of images."""
     high: float | None
+    """Upper end of the 95 % interval of `mean`."""
     of_gap: float | None
+    """`mean` as a share of the distance between the mean logits of fakes and reals as packed."""
 
 
 def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:

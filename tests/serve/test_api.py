@@ -18,8 +18,8 @@ from tests.provenance_files import png
 from tests.serve.conftest import Serve
 
 ROUNDING = 1e-6
-"""Tolerance between probabilities of different batch sizes: the order of floating-point sums
-depends on the batch size. The largest difference seen on a CPU was 2e-7 (docs/using.md).
+"""How far a probability may lie from that of another batch size: how a processor adds up depends on
+the size of a batch. 2e-7 at most were seen on a CPU (docs/python.md).
 """
 
 PHOTO = encode(photo(1))

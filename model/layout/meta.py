@@ -1,0 +1,204 @@
+"""Layout of a checkpoint's `meta.json`: every field with its type and meaning.
+
+`docs/reference.py` makes a page of it. Main entry: `Meta`.
+"""
+
+from typing import Literal, NotRequired, Optional, TypedDict
+
+from model.metrics import Metrics
+from model.recipe import ResolvedRecipe
+from model.shipped.backbone import BackboneSpec
+from model.training.forgetting import Change
+from pipeline.augment import Preprocess
+
+
+class ValidationEntry(TypedDict):
+    """Figures of the validation sets."""
+
+    sets: NotRequired[dict[str, Metrics]]
+    """Figures of each set."""
+    sources: NotRequired[dict[str, Metrics]]
+    """Figures of each source, by `<set>/<source>`."""
+    selection: NotRequired[float]
+    """Mean over the sets of the balanced accuracy (accuracy where a set has one class). The
+    checkpoint with the highest value is the best one."""
+
+
+class Fit(TypedDict):
+    """How well probabilities fit the labels of the calibration images."""
+
+    nll: float
+    """Negative log-likelihood, natural logarithm."""
+    ece: float
+    """Expected calibration error, over 15 bins."""
+
+
+class SourceRates(TypedDict):
+    """Rates of one source at the threshold and the band, by a head trained without the source."""
+
+    reals: int
+    """Real images."""
+    fakes: int
+    """Fake images."""
+    false_positive_rate: float | None
+    """Share of the real images called likely AI. Null without real images."""
+    recall: float | None
+    """Share of the fake images called likely AI. Null without fake images."""
+    uncertain: float | None
+    """Share of all images called uncertain."""
+
+
+class CalibrationEntry(TypedDict):
+    """What `evaluate.py calibrate`, or the end of a training run, fitted."""
+
+    fitted_on: list[str]
+    """Shard sets that the scores are of."""
+    index_sha256: dict[str, str]
+    """Hash of each of these sets."""
+    reals: int
+    """Real images."""
+    fakes: int
+    """Fake images."""
+    threshold_at: Literal["auto", "fpr5", "fpr1", "0.5"]
+    """Rule that chose the decision threshold (`evaluate.py calibrate --threshold`)."""
+    threshold_fpr_1: float | None
+    """Threshold at which at most 1 % of further real images are called fake. Null with fewer than
+    99 real images."""
+    threshold_fpr_5: float
+    """Threshold at which at most 5 % of further real images are called fake."""
+    band: tuple[float, float]
+    """Lower end and upper end of *uncertain*, as probabilities of fake. Below: *no sign of AI*. At
+    the upper end or above: *likely AI*."""
+    roc: NotRequired[list[tuple[float, float, float]]]
+    """Threshold, false-positive rate and recall on the calibration images, by rising threshold."""
+    before: Fit
+    """Fit at temperature 1."""
+    after: Fit
+    """Fit at the fitted temperature."""
+    method: NotRequired[str]
+    """Scores that were fitted to: `validation`, or `sources left out, <rule>`, or `validation sets by
+    source, <rule>`. The rule is that of `calibration.threshold` in a recipe."""
+    sources: NotRequired[dict[str, SourceRates]]
+    """Rates of each source while it was left out of training. Empty for `validation`."""
+    at_fpr: NotRequired[list[tuple[float, float]]]
+    """Error rate and lowest threshold at which at most that share of real images is called fake,
+    for `--max-fpr`."""
+    at_miss: NotRequired[list[tuple[float, float]]]
+    """Error rate and highest threshold below which at most that share of fakes lies, for
+    `--max-miss`."""
+
+
+class Compared(TypedDict):
+    """What phase 2 changed, measured by accuracy at 0.5."""
+
+    forgetting: float
+    """Mean loss of accuracy over the old sources; a gain counts as 0."""
+    worst: float
+    """Largest loss of an old source."""
+    sources: list[Change]
+    """Each source before and after."""
+
+
+class TrainingData(TypedDict):
+    """Shard sets and sources of the run."""
+
+    train: list[str]
+    """Training sets."""
+    replay: list[str]
+    """Sets that old samples are replayed from."""
+    replayed_per_epoch: NotRequired[int]
+    """Old samples in an epoch."""
+    index_sha256: NotRequired[str]
+    """Hash of all training and replayed sets together."""
+    set_sha256: NotRequired[dict[str, str]]
+    """SHA-256 of the `index.json` of each set."""
+    sources: NotRequired[list[str]]
+    """Sources of the sets."""
+    synthetic_sources: NotRequired[list[str]]
+    """Sources whose images a program drew."""
+    imported_from: NotRequired[str]
+    """File of the original project that the weights were converted from."""
+    known_against: NotRequired[list[str]]
+    """What others measured against the detector, one sentence each."""
+
+
+class FirstWeights(TypedDict):
+    """Where the weights of the run's first step came from."""
+
+    kind: str
+    """`timm`, `random`, `imagenet` (a weights file) or `checkpoint`."""
+    name: str
+    """Network of timm, name of the file, or run and checkpoint."""
+    sha256: str
+    """SHA-256 of the weights file. Empty for timm's and random weights."""
+    license: str | None
+    """License that timm states for its weights."""
+    first_weights: Optional["FirstWeights"]
+    """The same record of the checkpoint that the run started from."""
+
+
+class Average(TypedDict):
+    """Checkpoints whose weights were averaged by `python -m model average`."""
+
+    first: str
+    """First checkpoint."""
+    last: str
+    """Second checkpoint."""
+    weight: float
+    """Share of the second checkpoint."""
+
+
+class Meta(TypedDict):
+    """File of a checkpoint that is written last. A folder without it is no checkpoint."""
+
+    format_version: int
+    """Version of the checkpoint format."""
+    created: str
+    """Time of writing, UTC."""
+    created_ns: int
+    """The same in nanoseconds since 1970. The newest run is chosen by it."""
+    step: int
+    """Optimizer steps done."""
+    epoch: float
+    """Epochs done."""
+    classes: list[str]
+    """Class names in the order of the network's outputs: `real`, `fake`."""
+    preprocess: Preprocess
+    """Scaling and cropping before the network."""
+    temperature: float
+    """Divisor of the logits. 1 before calibration."""
+    threshold: float
+    """Decision threshold: an image is called fake at or above this probability of fake."""
+    calibration: CalibrationEntry | None
+    """Fitted temperature, thresholds and band. Null: not calibrated."""
+    calibrated_metrics: ValidationEntry | None
+    """Figures of the validation sets at the calibrated threshold."""
+    metrics: ValidationEntry
+    """Figures of the validation sets at a threshold of 0.5. Empty without a validation at this
+    step."""
+    selection: float | None
+    """Figure that chooses the best checkpoint, as in `metrics`. Null without a validation."""
+    ended: str | None
+    """Why the run ended with this checkpoint. Null: the run went on."""
+    compared: Compared | None
+    """Accuracy before and after phase 2."""
+    refused: list[str]
+    """Reasons of the gate, one sentence each. Empty: not refused."""
+    data: TrainingData
+    """Shard sets and sources of the run."""
+    recipe: ResolvedRecipe
+    """All recipe keys of the run, with the values that came from the weights."""
+    first_weights: FirstWeights | None
+    """Where the first weights came from."""
+    commit: str
+    """Commit of this program, with `-dirty` if files differed. Empty outside a checkout."""
+    versions: dict[str, str]
+    """Versions of Python and of the libraries that decide the numbers."""
+    sha256: dict[str, str]
+    """SHA-256 of each file of the checkpoint, and, under `meta.json`, of the other fields here."""
+    backbone: NotRequired[BackboneSpec]
+    """Only in a head that ships: the backbone that `weights.safetensors` lacks."""
+    backbone_inside: NotRequired[BackboneSpec]
+    """The same record where the backbone was put into the weights, as by `model export --hub`."""
+    average: NotRequired[Average]
+    """Only in an average of two checkpoints."""

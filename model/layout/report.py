@@ -1,0 +1,261 @@
+"""Layout of an evaluation's `report.json`: every field with its type and meaning.
+
+`docs/reference.py` makes a page of it. Main entry: `Report`. A field `..._at_0_5` has the key
+`..._at_0.5` in the file.
+"""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from model.evaluation.codec_swap import Container
+from model.evaluation.robustness import Shift
+from model.layout.meta import CalibrationEntry
+from model.metrics import Metrics
+
+Interval = tuple[float, float]
+"""Lower end and upper end of a 95 % interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures(Metrics):
+    """Figures of a group of images. *Fake* is the positive class; rates are 0 to 1.
+
+    With one class only, a figure that needs both is null.
+    """
+
+    groups: int
+    """Independent groups of images that the figures rest on."""
+    intervals: dict[str, Interval]
+    """95 % interval of each figure that has one, by the figure's name."""
+
+
+class Recall(TypedDict):
+    """Recall on the images of one generator."""
+
+    images: int
+    """Images of the generator."""
+    recall: float
+    """Share called fake at the report's threshold."""
+    interval: Interval | None
+    """95 % interval of `recall`."""
+    recall_at_0_5: float
+    """Share called fake at 0.5."""
+
+
+class Protocol(TypedDict):
+    """Recall by generator, in which each generator counts alike."""
+
+    images: int
+    """Fake images."""
+    prompts: int
+    """Prompts (groups) of these images."""
+    generators: dict[str, Recall]
+    """Recall of each generator."""
+    interval: Interval | None
+    """95 % interval of `mean`."""
+    mean: float
+    """Mean recall over generators, at the report's threshold."""
+    std: float | None
+    """Standard deviation over generators, n - 1. Null with one generator."""
+    mean_at_0_5: float
+    """Mean recall over generators, at 0.5."""
+    std_at_0_5: float | None
+    """Standard deviation over generators, at 0.5."""
+
+
+class Protocols(TypedDict):
+    """Recall under both protocols of EvalGEN."""
+
+    all_images: Protocol
+    """On all fake images."""
+    first_per_prompt: Protocol | None
+    """On the first image of each prompt by each generator. Null where each prompt has one image of
+    a generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Rates of a group of images."""
+
+    reals: int
+    """Real images."""
+    fakes: int
+    """Fake images."""
+    recall: float | None
+    """As in Figures."""
+    false_positive_rate: float | None
+    """As in Figures."""
+    balanced_accuracy: float | None
+    """As in Figures."""
+    auroc: float | None
+    """As in Figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbationEntry(Rates):
+    """Figures after one perturbation, on the images that could be perturbed."""
+
+    name: str
+    """Short name, such as `jpeg-60`."""
+    family: str
+    """Kind of perturbation, such as JPEG or blur."""
+    amount: float
+    """Strength, in the unit of the family."""
+    what: str
+    """The perturbation in words."""
+    images: int
+    """Images that could be perturbed."""
+    intervals: dict[str, Interval]
+    """95 % interval of each rate."""
+    flip_rate: float | None
+    """Share of the images whose verdict changed."""
+    flip_rate_real: float | None
+    """The same, of the real images."""
+    flip_rate_fake: float | None
+    """The same, of the fake images."""
+    shift: dict[str, Shift | None]
+    """Change of the mean logit of each class."""
+    failed: int
+    """Images that could not be perturbed."""
+    failed_first: str | None
+    """Reason of the first one."""
+
+
+@dataclass(frozen=True)
+class ContainerEntry(Container):
+    """Most common lossy file format of a class."""
+
+    name: str
+    """The format in words, such as `JPEG 75 420`."""
+
+
+class SwapEntry(TypedDict):
+    """One test of the codec swap."""
+
+    name: str
+    """Short name: `fakes-as-reals`, `reals-as-fakes`, `all-as-jpeg`, `all-as-webp`, `leveled`."""
+    what: str
+    """The test in words."""
+    images: int
+    """Images of the test."""
+    shift: dict[str, Shift | None]
+    """Change of the mean logit of each class that was re-encoded; null for the other class."""
+    before: Rates
+    """Figures as packed."""
+    after: Rates
+    """Figures after re-encoding."""
+
+
+class Robustness(TypedDict):
+    """What `--robustness` measured, on a fixed sample of the set."""
+
+    images: int
+    """Images of the sample that could be read."""
+    of: int
+    """Images of the set."""
+    unreadable: int
+    """Images of the sample that could not be read."""
+    perturbations: list[PerturbationEntry]
+    """Figures after each perturbation."""
+    containers: dict[str, ContainerEntry | None]
+    """Most common lossy format of each class. Null: the class has none."""
+    codec_swap: list[SwapEntry]
+    """Tests of the codec swap."""
+
+
+class SetReport(TypedDict):
+    """Figures of one set."""
+
+    index_sha256: str
+    """Hash of the set."""
+    split: str
+    """Split of the set."""
+    robustness: Robustness | None
+    """Figures of `--robustness`. Null: not measured."""
+    overall: Figures
+    """Figures of the set's own images."""
+    reference: Figures | None
+    """Figures of the set's fakes with the real images of `reference_reals`."""
+    classes: dict[str, Figures]
+    """Figures of each class alone."""
+    sources: dict[str, Figures]
+    """Figures of each source's own images."""
+    generators: dict[str, Figures]
+    """Figures of each generator's fakes with all real images of `reference`, else of `overall`."""
+    verdicts: dict[str, dict[str, int]]
+    """Images by class and verdict."""
+    protocols: Protocols | None
+    """Recall by generator. Null without fakes."""
+    note: str | None
+    """What a reader must know of the set, in words."""
+    unreadable: list[str]
+    """Images that could not be read: name and reason."""
+
+
+class Subset(TypedDict):
+    """List of samples that `--subset` named."""
+
+    file: str
+    """Name of the list."""
+    sha256: str
+    """SHA-256 of the list."""
+    samples: int
+    """Samples that were scored."""
+
+
+class ReferenceReals(TypedDict):
+    """Set whose real images give the false-positive rate of sets without any."""
+
+    set: str
+    """Name of the set."""
+    why: str
+    """What chose it: the option or the catalog."""
+    for_all: bool
+    """Whether it is the reference of sets with real images too."""
+
+
+class Resampling(TypedDict):
+    """How intervals were made."""
+
+    level: float
+    """Level of the intervals."""
+    resamples: int
+    """Bootstrap resamples."""
+    seed: int
+    """Seed of the resamples."""
+
+
+class Report(TypedDict):
+    """File of an evaluation. The same file of scores gives the same bytes."""
+
+    report_version: int
+    """Version of this layout."""
+    headline: list[str]
+    """A warning about training sets, if any, then one sentence per set; sets without real images
+    come first."""
+    trained_on: list[str]
+    """Sets of the report that the checkpoint was trained on."""
+    checkpoint: str
+    """Path of the checkpoint."""
+    run: str
+    """Name of its run."""
+    step: int
+    """Its step."""
+    commit: str
+    """Commit of this program at the evaluation."""
+    temperature: float
+    """Divisor of the logits."""
+    threshold: float
+    """Decision threshold."""
+    calibration: CalibrationEntry | None
+    """Calibration, as in `meta.json`."""
+    subset: Subset | None
+    """List of samples. Null: whole sets."""
+    reference_reals: ReferenceReals | None
+    """Reference real images. Null: none were needed."""
+    band: Interval
+    """Lower end and upper end of *uncertain*."""
+    intervals: Resampling
+    """How intervals were made."""
+    sets: dict[str, SetReport]
+    """Each set by its name."""

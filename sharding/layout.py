@@ -1,0 +1,93 @@
+"""Layout of a shard set's `index.json`: every field with its type and meaning.
+
+`docs/reference.py` makes a page of it. Main entry: `Index`.
+"""
+
+from typing import Literal, NotRequired, TypedDict
+
+
+class ShardEntry(TypedDict):
+    """One tar of a set."""
+
+    name: str
+    """Name of the tar file, in the folder of `index.json`."""
+    samples: int
+    """Images in the tar."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """SHA-256 of the tar."""
+
+
+class Totals(TypedDict):
+    """Images of a set, counted in three ways."""
+
+    label: dict[str, int]
+    """Images by label, `real` or `fake`."""
+    source: dict[str, int]
+    """Images by source."""
+    generator: dict[str, int]
+    """Images by generator."""
+
+
+class SourceEntry(TypedDict):
+    """One source of a set, as the catalog described it when the set was built."""
+
+    license: str
+    """License of the images."""
+    homepage: str
+    """Web page of the dataset, or empty."""
+    policy: str
+    """Augmentation policy of the source. Empty: the recipe's `data.policy`."""
+    replay: bool
+    """Whether phase 2 may replay images of the source."""
+    read_as: dict[str, int]
+    """Files by the layout rule that they matched."""
+    excluded: dict[str, int]
+    """Files that are no images or may not be read, by reason."""
+    synthetic: NotRequired[bool]
+    """True where a program drew the images, as those of the demo."""
+
+
+class Quarantined(TypedDict):
+    """One file that could not be decoded."""
+
+    source: str
+    """Source of the file."""
+    path: str
+    """Path below the raw folder."""
+    reason: str
+    """Error of the decoder."""
+
+
+class Index(TypedDict):
+    """File of a shard set that is written last. A folder without it is no set."""
+
+    format_version: int
+    """Version of the shard format."""
+    set: str
+    """Name of the set."""
+    split: Literal["train", "val", "test"]
+    """Split of every image in the set."""
+    classes: list[str]
+    """Class names in the order of the labels: `real`, `fake`."""
+    samples: int
+    """Images in the set."""
+    samples_sha256: str
+    """SHA-256 of `samples.parquet`."""
+    shards: list[ShardEntry]
+    """Tars of the set, in the order of `samples.parquet`."""
+    totals: Totals
+    """Images by label, source and generator."""
+    sources: dict[str, SourceEntry]
+    """Sources by name."""
+    quarantined: list[Quarantined]
+    """Files that could not be decoded, by path."""
+    excluded: dict[str, int]
+    """Images of `excluded.csv`, by reason: exact copies, near-duplicates across splits and hashes
+    that the catalog excludes."""
+    excluded_sha256: str
+    """SHA-256 of `excluded.csv`."""
+    content_sha256: str
+    """SHA-256 of the other fields of `index.json`, as `json.dumps(..., sort_keys=True,
+    ensure_ascii=False)` writes them. A changed license or policy shows here."""
