@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 LEAD = (
     "A neural network examines the pixels of an image. Its verdict is likely AI, uncertain or no "
-    "sign of AI. The page also shows what the file says about its origin."
+    "sign of AI. The page also shows what is stored in the file about its origin."
 )
 
 PRIVATE = "Images stay in the memory of the machine that runs this page, while the page shows them."
