@@ -234,7 +234,7 @@ def calibrate(
     if max_fpr is not None or max_miss is not None:
         asked = click.get_current_context().get_parameter_source("threshold_at")
         if asked is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError("--threshold takes no --max-fpr and no --max-miss")
+            raise click.UsageError("--threshold cannot be combined with --max-fpr or --max-miss")
         rule = Calibrating(
             threshold=over or Calibrating.threshold,
             max_fpr=Calibrating.max_fpr if max_fpr is None else max_fpr,

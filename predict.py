@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
+import interrupts
 from model.inference import fitness, inputs, results
 from model.inference.run import Run, predict_all, predict_as_they_come
 from model.inference.signatures import read_trust_list, usual_trust_list
@@ -108,14 +109,14 @@ def main(
     gives the reason), 2 if nothing could be scored.
     """
     output = output or _format_of(out)
+    rates = (max_fpr, max_miss)
     _check(paths, watch, output, out, resume)
+    if threshold is not None and rates != (None, None):
+        raise click.UsageError("--threshold cannot be combined with --max-fpr or --max-miss")
     if onnx and (checkpoint or detector or heatmap or backend == "dali"):
         raise click.UsageError(
             "--onnx cannot be combined with --checkpoint, --detector, --heatmap or --backend dali"
         )
-    rates = max_fpr is not None or max_miss is not None
-    if rates and threshold is not None:
-        raise click.UsageError("--threshold takes no --max-fpr and no --max-miss")
     try:
         anchors = read_trust_list(trust_list) if trust_list else usual_trust_list()
     except ValueError as error:
@@ -129,25 +130,15 @@ def main(
             str(onnx) if onnx else detector, checkpoint, opening, device=device, backend=backend,
             threshold=threshold, heatmap=heatmap is not None,
         )  # fmt: skip
-        if rates:
-            loaded = loaded.at_rates(max_fpr, max_miss)
+        loaded = loaded.at_rates(*rates) if rates != (None, None) else loaded
         file = results.open_results(out, output, loaded.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
         raise NotStarted(console.one_line(error)) from error
     run = Run(loaded, output, file, heatmap, anchors)
-    console.log.info("checkpoint: %s, %s", loaded.checkpoint, _describe(loaded))
-    if anchors:
-        console.log.info("C2PA trust list: %s", anchors.describe())
-    for notice in loaded.notices:
-        console.log.warning("%s", notice.text)
-    heading = results.header(output, fitness.word_for(loaded.meta))
-    if file and output == "table":
-        file.write(heading)
-    elif not out and heading:
-        console.say(heading)
+    _introduce(run)
     try:
-        with console.sigterm_interrupts():
+        with interrupts.sigterm_interrupts():
             if watch:
                 predict_as_they_come(run, watch, batch_size)
             else:
@@ -184,6 +175,21 @@ def _check(
         raise click.UsageError("--resume continues a results file; name the file with --out")
     if resume and output == "table":
         raise click.UsageError("--resume needs --format csv or jsonl; a table cannot be read back")
+
+
+def _introduce(run: Run) -> None:
+    """Log the detector and what is known against it, and write the heading of the results."""
+    detector = run.detector
+    console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
+    if run.trust:
+        console.log.info("C2PA trust list: %s", run.trust.describe())
+    for notice in detector.notices:
+        console.log.warning("%s", notice.text)
+    heading = results.header(run.output, fitness.word_for(detector.meta))
+    if run.out and run.output == "table":
+        run.out.write(heading)
+    elif not run.out and heading:
+        console.say(heading)
 
 
 def _describe(detector: "Loaded") -> str:

@@ -38,6 +38,7 @@ from PIL import Image
 
 import console
 import evaluate
+import interrupts
 import predict
 import train
 from model.__main__ import main as model
@@ -421,7 +422,7 @@ def main(
     rows = []
     # SIGTERM ends the server as well.
     with (
-        console.sigterm_interrupts(),
+        interrupts.sigterm_interrupts(),
         tempfile.TemporaryDirectory() as temporary,
         serving() as address,
     ):

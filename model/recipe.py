@@ -99,11 +99,13 @@ class Network:
     or `fan_in` (sigma 1 / sqrt(fan-in)), without which a narrow network learns nothing in minutes.
     """
     drop_path_rate: float = 0.0
-    """Share of residual branches that are dropped in training (stochastic depth)."""
+    """Share of residual branches that are dropped in training (stochastic depth). Range: at least
+    0, below 1"""
     mean: Triple | None = None
     """Mean of each channel, for RGB values in 0 to 1. Unset: that of the weights."""
     std: Triple | None = None
-    """Standard deviation of each channel, for RGB values in 0 to 1. Unset: that of the weights."""
+    """Standard deviation of each channel, for RGB values in 0 to 1. Unset: that of the weights.
+    Each is above 0."""
     freeze_bn: bool = False
     """Keep the statistics of batch norm as they were loaded."""
     head: Literal["timm", "stages", "class_tokens"] = "timm"
@@ -129,6 +131,12 @@ class Network:
             )
         if self.head == "class_tokens" and not self.freeze_backbone:
             raise ValueError("head class_tokens needs a frozen backbone: set freeze_backbone=true")
+        if self.drop_path_rate < 0 or self.drop_path_rate >= 1:
+            raise ValueError(
+                f"drop_path_rate is a share, at least 0 and below 1, got {self.drop_path_rate}"
+            )
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in each channel, got {list(self.std)}")
 
 
 @dataclass(frozen=True, kw_only=True)

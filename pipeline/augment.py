@@ -107,13 +107,13 @@ class AugmentPolicy:
     color_jitter: float = 0.0
     """Probability of a change of colors. Range: 0 to 1"""
     brightness: float = 0.0
-    """Brightness changes by a factor of 1 +- value."""
+    """Brightness changes by a factor of 1 +- value. Range: 0 to 1"""
     contrast: float = 0.0
-    """Contrast changes by a factor of 1 +- value."""
+    """Contrast changes by a factor of 1 +- value. Range: 0 to 1"""
     saturation: float = 0.0
-    """Saturation changes by a factor of 1 +- value."""
+    """Saturation changes by a factor of 1 +- value. Range: 0 to 1"""
     hue: float = 0.0
-    """Hue changes by +- value of a full turn."""
+    """Hue changes by +- value of a full turn. Range: 0 to 1"""
     resample: float = 0.0
     """Probability of scaling down and back up. Range: 0 to 1"""
     resample_scale: Range = (1.0, 1.0)
@@ -146,18 +146,14 @@ class AugmentPolicy:
 
     def __post_init__(self) -> None:
         for name in (
-            "hflip",
-            "color_jitter",
-            "resample",
-            "jpeg",
-            "blur",
-            "grayscale",
-            "jpeg_grid_shift",
-            "webp",
-            "vflip",
-        ):
+            "hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale", "jpeg_grid_shift",
+            "webp", "vflip",
+        ):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if not self.resample_filters or not set(self.resample_filters) <= set(FILTERS):
             raise ValueError(
                 f"resample_filters takes one or more of {', '.join(FILTERS)}, got "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
+import interrupts
 from installed import command
 from storage import AnyPath, check_reachable, cores, file_name, write_text
 
@@ -74,7 +75,7 @@ def fetch_command(
     sources = sources or tuple(
         name for name, s in catalog.sources.items() if s.fetch and name not in by_name_only
     )
-    with console.resumable():
+    with interrupts.resumable():
         for fetched in fetch_all(catalog, raw, sources, console.progress, git_mirror):
             console.say(f"{fetched.source}: {fetched.status}: {fetched.note}")
             results.append(fetched)
@@ -142,7 +143,7 @@ def build_command(
         with console.progress(what, total) as advance:
             yield advance
 
-    with console.resumable():
+    with interrupts.resumable():
         scan, built = build(
             catalog, raw, out,
             only=only, jobs=jobs or 0, engine=engine,
@@ -426,7 +427,7 @@ def pairs_command(
     check_reachable(folder)
     total = len(real_samples(open_shards([folder])))
     decoder = load_decoder(name, device)
-    with console.resumable(), console.progress("pairing", total) as advance:
+    with interrupts.resumable(), console.progress("pairing", total) as advance:
         pairs = make_pairs(
             folder, out, decoder, max_megapixels=max_megapixels, on_image=lambda: advance(1)
         )

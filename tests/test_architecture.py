@@ -8,7 +8,7 @@ from tests.builders import ROOT, imports_of
 
 SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
-COMMON = {"installed", "escape", "console", "recipes", "storage", "imaging"}
+COMMON = {"installed", "escape", "console", "interrupts", "recipes", "storage", "imaging"}
 
 PAGE = {
     "app_server.py",
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "installed": set(),
     "escape": set(),
     "console": {"escape", "storage"},
+    "interrupts": {"console"},
     "recipes": set(),
     "storage": {"installed"},
     "imaging": {"storage"},

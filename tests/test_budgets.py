@@ -16,14 +16,15 @@ FUNCTION_LINES = 80
 PARAMETERS = 8
 MODEL_FILES = 12
 RECIPE_KEYS = 100
-FLAGS = 17
+FLAGS = 19
 """Largest number of options of a command, with `--help` and `--verbose`. Evaluate and predict need
-three options for any detector: its name, trust in its program, and the meaning of its labels."""
+three options for any detector (its name, trust in its program, the meaning of its labels), and
+predict three for a decision (a threshold, or two error rates)."""
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
-    "escape.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py", "pipeline/**/*.py",
-    "recipes/**/*.py", "report/**/*.py",
+    "escape.py", "interrupts.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py",
+    "pipeline/**/*.py", "recipes/**/*.py", "report/**/*.py",
     "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import console
+import interrupts
 from tests.builders import ROOT
 
 HOSTILE = "a\x1b[2J\x9b31m\rb [red]FLUX.1 [dev][/base] :skull: \u202e"
@@ -163,7 +164,7 @@ def test_a_missing_folder_and_an_unreadable_file_are_named(
 
 def test_ctrl_c_says_that_the_command_can_resume() -> None:
     def action() -> None:
-        with console.resumable():
+        with interrupts.resumable():
             raise KeyboardInterrupt
 
     result = run(action)

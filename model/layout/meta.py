@@ -76,8 +76,8 @@ class CalibrationEntry(TypedDict):
     after: Fit
     """Fit at the fitted temperature."""
     method: NotRequired[str]
-    """Scores that were fitted to: `validation`, or `sources left out, <rule>`, or `validation sets by
-    source, <rule>`. The rule is that of `calibration.threshold` in a recipe."""
+    """Scores that were fitted to: `validation`, or `sources left out, <rule>`, or `validation sets
+    by source, <rule>`. The rule is that of `calibration.threshold` in a recipe."""
     sources: NotRequired[dict[str, SourceRates]]
     """Rates of each source while it was left out of training. Empty for `validation`."""
     at_fpr: NotRequired[list[tuple[float, float]]]
@@ -86,6 +86,15 @@ class CalibrationEntry(TypedDict):
     at_miss: NotRequired[list[tuple[float, float]]]
     """Error rate and highest threshold below which at most that share of fakes lies, for
     `--max-miss`."""
+
+
+class Mistakes(TypedDict):
+    """Kept mistakes (`gate.mistakes`), scored before and after training."""
+
+    counts: dict[str, int]
+    """Mistakes by outcome: `newly wrong`, `still wrong`, `uncertain`, `fixed`, `not measurable`."""
+    newly_wrong: list[str]
+    """SHA-256 of each image that the initial detector had right and this one has wrong."""
 
 
 class Compared(TypedDict):
@@ -97,6 +106,8 @@ class Compared(TypedDict):
     """Largest loss of an old source."""
     sources: list[Change]
     """Each source before and after."""
+    mistakes: NotRequired[Mistakes | None]
+    """Kept mistakes before and after. Null without `gate.mistakes`."""
 
 
 class TrainingData(TypedDict):

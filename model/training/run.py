@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import console
+import interrupts
 from model import checkpoint
 from model.calibrate import CalibrationError
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
@@ -193,7 +194,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     gain, over = planned.gain, ""
     forward = compile_network(planned, train_state)
     with (
-        console.stop_signals() as received,
+        interrupts.stop_signals() as received,
         _tracker(planned) as tracker,
         History(planned.folder, done, tracker)
         if dist.is_main
@@ -333,9 +334,9 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
 def _judge(
     planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
 ) -> list[str]:
-    """Hold the best checkpoint against what was known before, by the validation sets and, with the
-    verdicts of its `start`, by kept mistakes; say what changed, and mark it where the gate refuses
-    it. Returns the gate's reasons.
+    """Compare the best checkpoint with the metrics before training, and with the verdicts of its
+    `start` on kept mistakes. Print the changes, and mark the checkpoint if the gate refuses it.
+    Return the gate's reasons.
     """
     assert best.validation is not None  # without one there is nothing to compare
     gate, after = planned.recipe.gate, best.validation
@@ -370,7 +371,9 @@ def _judge(
         for line in lines_of(gate, mistakes):
             console.say(line)
         reasons += refusal(gate, mistakes)
-        compared["mistakes"] = counts_of(mistakes) | {"hashes": newly_wrong(mistakes)}
+        compared["mistakes"] = {
+            "counts": counts_of(mistakes), "newly_wrong": newly_wrong(mistakes),
+        }  # fmt: skip
     checkpoint.annotate(best.path, {"compared": compared, "refused": reasons})
     return reasons
 

@@ -133,8 +133,10 @@ def test_the_gate_refuses_what_the_start_had_right(
     assert hashes(folder) == before
     meta = checkpoint.read_meta(checkpoint.best_of(trained.runs / "refused"))
     assert meta["compared"]["mistakes"] == {
-        "newly wrong": 2, "still wrong": 1, "uncertain": 0, "fixed": 2, "not measurable": 1,
-        "hashes": newly,
+        "counts": {
+            "newly wrong": 2, "still wrong": 1, "uncertain": 0, "fixed": 2, "not measurable": 1,
+        },
+        "newly_wrong": newly,
     }  # fmt: skip
     assert meta["refused"] == [said.removesuffix(".")]
 
@@ -144,7 +146,7 @@ def test_as_many_as_are_allowed_pass(trained: Trained, tmp_path: Path) -> None:
     trained.keep(folder, trained.flipped[0], right=True)
     best = trained.again("passes", f'gate.mistakes="{folder}"', "gate.max_newly_wrong=1")
     meta = checkpoint.read_meta(best)
-    assert meta["refused"] == [] and meta["compared"]["mistakes"]["newly wrong"] == 1
+    assert meta["refused"] == [] and meta["compared"]["mistakes"]["counts"]["newly wrong"] == 1
 
 
 def test_an_interrupted_run_knows_what_its_start_said(
@@ -178,7 +180,7 @@ def test_an_interrupted_run_knows_what_its_start_said(
     with pytest.raises(Refused, match=f"the start had 1 right that are wrong now.*{newly[:12]}"):
         trained.again(*line)
     mistakes = checkpoint.read_meta(best)["compared"]["mistakes"]
-    assert mistakes["not measurable"] == 1 and mistakes["hashes"] == [newly]
+    assert mistakes["counts"]["not measurable"] == 1 and mistakes["newly_wrong"] == [newly]
     assert trained.again(*line) == best  # judged once, and finished
 
 
