@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import storage
 from pipeline.pairs import partners_of
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import audit
@@ -174,9 +175,26 @@ def test_it_goes_on_after_an_interruption(
     fake[0].unlink()
     fake[1].write_bytes(fake[1].read_bytes()[:-200])
     real[2].write_bytes(b"damaged")
+    fake[3].write_bytes(encode(photo(3), quality=33))  # whole, and no partner of its image
     pairs = make_pairs(shots, tmp_path, decoder, max_megapixels=0.01)
-    assert pairs.already == 19 - 3
+    assert pairs.already == 19 - 4
     assert hashes(tmp_path) == hashes(made)
+
+
+def test_a_pair_is_written_whole_or_not_at_all(
+    shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = storage.publish
+
+    def fails(partial: Path, path: Path) -> None:
+        if path.parent.name == "fake":
+            raise OSError("the disk is gone")
+        publish(partial, path)
+
+    monkeypatch.setattr(storage, "publish", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        make_pairs(shots, tmp_path, decoder, max_megapixels=0.01)
+    assert [path.parent.name for path in tmp_path.glob("shots-pairs/*/*/*")] == ["real"]
 
 
 def test_another_decoder_or_limit_is_refused_where_pairs_lie(
