@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from imaging.decode import prepare
@@ -106,8 +107,26 @@ def test_alpha_is_that_of_the_partner() -> None:
         (encode(PHOTO.quantize(64), "PNG"), "palette"),
         (encode(PHOTO.convert("1"), "PNG"), "palette"),
         (oriented(PHOTO, "PNG", "raw xmp", 6), "orientation cannot be written"),
+        (
+            simplejpeg.encode_jpeg(photo(1, 96, 64), colorsubsampling="440"),
+            "JPEG of chroma 440, which the encoder does not write",
+        ),
     ],
 )
 def test_what_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
     with pytest.raises(NoPair, match=reason):
         partner_of(data)
+
+
+@pytest.mark.parametrize("error", [OSError("odd"), ValueError("odd"), SyntaxError("odd")])
+def test_metadata_that_cannot_be_read_makes_no_pair(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(FILES["WebP"])
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(NoPair, match="metadata that Pillow does not read"):
+        refuse_partner(prepared.data, prepared.facts)
