@@ -32,6 +32,14 @@ def test_any_size_comes_back_at_its_size_and_always_alike(kl: Path) -> None:
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
+def test_what_is_missing_at_the_border_repeats_it(kl: Path) -> None:
+    decoder, pixels = load(str(kl), "cpu"), photo(1, 33, 18)
+    whole = np.pad(pixels, [(0, 2), (0, 3), (0, 0)], mode="edge")
+    expected = decoder.reconstruct(whole)[:18, :33]
+    assert np.abs(decoder.reconstruct(pixels).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
 def test_a_plain_tiny_autoencoder_gives_the_picture_itself(tmp_path: Path) -> None:
     decoder = load(str(save_plain(tmp_path / "plain")), "cpu")
     pixels = photo(2, 41, 30)

@@ -82,6 +82,40 @@ def test_metadata_is_copied_and_further_pictures_are_not() -> None:
     assert b"MPF\0" in stream.getvalue() and b"MPF\0" not in partner_of(stream.getvalue())
 
 
+def test_a_jpeg_has_no_metadata_beside_its_partners() -> None:
+    """Pillow's own JFIF segment is left out; one that the partner has is there once."""
+    plain = FILES["4:2:0"]
+    bare = plain[:2] + plain[2 + 2 + int.from_bytes(plain[4:6], "big") :]  # without its JFIF
+    for data, count in ((plain, 1), (bare, 0)):
+        assert data.count(b"JFIF\0") == count == partner_of(data).count(b"JFIF\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"quality": 80}), ("WEBP", {"lossless": True})]
+)
+def test_profile_and_exif_of_other_formats_are_copied(kind: str, options: dict) -> None:
+    data = encode(PHOTO, kind, icc_profile=b"p" * 500, exif=EXIF, **options)
+    with Image.open(io.BytesIO(partner_of(data))) as made:
+        assert made.info["icc_profile"] == b"p" * 500 and made.getexif()[0x010F] == "Maker"
+
+
+def test_xmp_of_a_lossy_webp_is_copied() -> None:
+    xmp = b"<x:xmpmeta><rdf:RDF></rdf:RDF></x:xmpmeta>"
+    with Image.open(io.BytesIO(partner_of(encode(PHOTO, "WEBP", xmp=xmp)))) as made:
+        assert made.info["xmp"] == xmp
+
+
+def test_colors_below_full_transparency_are_kept() -> None:
+    image = PHOTO.copy()
+    image.putalpha(Image.new("L", PHOTO.size, 0))
+    data = encode(image, "WEBP", lossless=True, exact=True)
+    prepared = prepare(data)
+    made = encode_like(np.array(PHOTO), data, prepared.pixels + 1, prepared.facts)
+    with Image.open(io.BytesIO(made)) as opened:
+        pixels = np.array(opened)
+    assert (pixels[..., :3] == np.array(PHOTO)).all() and not pixels[..., 3].any()
+
+
 def test_a_colorless_picture_gets_no_color() -> None:
     gray = PHOTO.convert("L").convert("RGB")
     prepared = prepare(encode(gray, "PNG"))
