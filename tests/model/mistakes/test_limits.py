@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from imaging.decode import MAX_BYTES
 from model.inference.prediction import DecisionRule, Prediction
 from model.mistakes import keep
 from model.mistakes.add import keep_wrong
@@ -165,7 +166,8 @@ def test_a_folder_to_search_may_hold_what_cannot_be_read(tmp_path: Path) -> None
     folder, images = tmp_path / "kept", tmp_path / "images"
     keep_mistake(folder, IMAGES[0], "real", said(LIKELY))
     images.mkdir()
-    (images / "a.jpg").write_bytes(b"")  # empty, and first
+    with (images / "a.jpg").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # nothing of it is read
     (images / "b.jpg").write_bytes(IMAGES[0])
     (row,) = measure_again(folder, read_mistakes(folder), Rule({IMAGES[0]: 0.1}), images)
     assert row.outcome == "fixed"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ def test_every_image_size_is_kept_and_the_result_is_reproducible(kl: Path) -> No
         made = decoder.reconstruct(pixels)
         assert made.shape == pixels.shape and made.dtype == np.uint8
         assert (made == load(str(kl), "cpu").reconstruct(pixels)).all()
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
+def test_what_is_missing_at_the_border_repeats_it(kl: Path) -> None:
+    decoder, pixels = load(str(kl), "cpu"), photo(1, 33, 18)
+    whole = np.pad(pixels, [(0, 2), (0, 3), (0, 0)], mode="edge")
+    expected = decoder.reconstruct(whole)[:18, :33]
+    assert np.abs(decoder.reconstruct(pixels).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
@@ -99,3 +108,31 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
 
     with pytest.raises(DecoderError, match="finite ones"):
         module._reconstruct(Broken(), photo(1, 8, 8), 1, "cpu")
+
+
+class Latents(dict):
+    """What an encoder of diffusers gives: a mapping with attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize(("levels", "expected"), [(0.6, 101), (0.4, 100), (300, 255), (-300, 0)])
+def test_values_are_rounded_and_held_to_those_of_a_byte(levels: float, expected: int) -> None:
+    vae = SimpleNamespace(
+        encode=lambda image: Latents(latents=image),
+        decode=lambda latent: SimpleNamespace(sample=latent + levels / 127.5),
+    )
+    pixels = np.full((4, 5, 3), 100, np.uint8)
+    assert (module._reconstruct(vae, pixels, 2, "cpu") == expected).all()
+
+
+@pytest.mark.slow  # loading diffusers takes seconds
+def test_a_decoder_of_other_channels_is_refused(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(
+        in_channels=1, out_channels=3, encoder_block_out_channels=(4,), num_encoder_blocks=(1,),
+        decoder_block_out_channels=(4,), num_decoder_blocks=(1,),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(DecoderError, match=r"has \(1, 3\) channels in and out, expected RGB"):
+        load(str(tmp_path), "cpu")

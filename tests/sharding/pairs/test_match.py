@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from imaging.decode import prepare
@@ -81,6 +82,40 @@ def test_metadata_is_copied_and_further_frames_are_not() -> None:
     assert b"MPF\0" in stream.getvalue() and b"MPF\0" not in partner_of(stream.getvalue())
 
 
+def test_a_jpeg_has_no_metadata_beside_its_partners() -> None:
+    """Pillow's own JFIF segment is left out; one that the partner has is there once."""
+    plain = FILES["4:2:0"]
+    bare = plain[:2] + plain[2 + 2 + int.from_bytes(plain[4:6], "big") :]  # without its JFIF
+    for data, count in ((plain, 1), (bare, 0)):
+        assert data.count(b"JFIF\0") == count == partner_of(data).count(b"JFIF\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"quality": 80}), ("WEBP", {"lossless": True})]
+)
+def test_profile_and_exif_of_other_formats_are_copied(kind: str, options: dict) -> None:
+    data = encode(PHOTO, kind, icc_profile=b"p" * 500, exif=EXIF, **options)
+    with Image.open(io.BytesIO(partner_of(data))) as made:
+        assert made.info["icc_profile"] == b"p" * 500 and made.getexif()[0x010F] == "Maker"
+
+
+def test_xmp_of_a_lossy_webp_is_copied() -> None:
+    xmp = b"<x:xmpmeta><rdf:RDF></rdf:RDF></x:xmpmeta>"
+    with Image.open(io.BytesIO(partner_of(encode(PHOTO, "WEBP", xmp=xmp)))) as made:
+        assert made.info["xmp"] == xmp
+
+
+def test_colors_below_full_transparency_are_kept() -> None:
+    image = PHOTO.copy()
+    image.putalpha(Image.new("L", PHOTO.size, 0))
+    data = encode(image, "WEBP", lossless=True, exact=True)
+    prepared = prepare(data)
+    made = encode_like(np.array(PHOTO), data, prepared.pixels + 1, prepared.facts)
+    with Image.open(io.BytesIO(made)) as opened:
+        pixels = np.array(opened)
+    assert (pixels[..., :3] == np.array(PHOTO)).all() and not pixels[..., 3].any()
+
+
 def test_the_partner_of_a_gray_image_is_gray() -> None:
     gray = PHOTO.convert("L").convert("RGB")
     prepared = prepare(encode(gray, "PNG"))
@@ -106,8 +141,26 @@ def test_a_partner_has_the_alpha_channel_of_its_image() -> None:
         (encode(PHOTO.quantize(64), "PNG"), "palette"),
         (encode(PHOTO.convert("1"), "PNG"), "palette"),
         (oriented(PHOTO, "PNG", "raw xmp", 6), "orientation cannot be written"),
+        (
+            simplejpeg.encode_jpeg(photo(1, 96, 64), colorsubsampling="440"),
+            "JPEG of chroma 440, which the encoder does not write",
+        ),
     ],
 )
 def test_an_image_that_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
     with pytest.raises(NoPair, match=reason):
         partner_of(data)
+
+
+@pytest.mark.parametrize("error", [OSError("odd"), ValueError("odd"), SyntaxError("odd")])
+def test_metadata_that_cannot_be_read_makes_no_pair(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(FILES["WebP"])
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(NoPair, match="metadata that Pillow does not read"):
+        refuse_partner(prepared.data, prepared.facts)

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import storage
 from pipeline.pairs import partners_of
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import audit
@@ -174,9 +177,26 @@ def test_an_interrupted_run_resumes(
     fake[0].unlink()
     fake[1].write_bytes(fake[1].read_bytes()[:-200])
     real[2].write_bytes(b"damaged")
+    fake[3].write_bytes(encode(photo(3), quality=33))  # whole, and no partner of its image
     pairs = make_pairs(shots, tmp_path, decoder, max_megapixels=0.01)
-    assert pairs.already == 19 - 3
+    assert pairs.already == 19 - 4
     assert hashes(tmp_path) == hashes(made)
+
+
+def test_a_pair_is_written_whole_or_not_at_all(
+    shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = storage.publish
+
+    def fails(partial: Path, path: Path) -> None:
+        if path.parent.name == "fake":
+            raise OSError("the disk is gone")
+        publish(partial, path)
+
+    monkeypatch.setattr(storage, "publish", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        make_pairs(shots, tmp_path, decoder, max_megapixels=0.01)
+    assert [path.parent.name for path in tmp_path.glob("shots-pairs/*/*/*")] == ["real"]
 
 
 def test_another_decoder_or_limit_is_refused_if_pairs_exist(
@@ -200,6 +220,41 @@ def test_a_set_without_an_image_to_pair_says_why(
     with pytest.raises(ShardError, match=r"66 more than 0.001 megapixels\); choose another set"):
         make_pairs(shots, tmp_path, decoder, max_megapixels=0.001)
     assert not (tmp_path / "shots-pairs.toml").exists()
+
+
+def test_the_catalog_says_what_the_images_may_be_used_for(decoder: Decoder, tmp_path: Path) -> None:
+    """A test set stays one, and images that a program drew stay known as such."""
+    (tmp_path / "raw/drawn/real").mkdir(parents=True)
+    (tmp_path / "raw/drawn/real/0.png").write_bytes(encode(photo(0), "PNG"))
+    (tmp_path / "raw/catalog.toml").write_text(
+        '[sets]\nheld = "test"\n[sources.drawn]\nlicense = "mine"\nset = "held"\n'
+        'real = ["real"]\nsynthetic = true\ntest_only = true\n'
+    )
+    folder = build_all(tmp_path / "raw", tmp_path / "shards") / "held"
+    out = tmp_path / "out"
+    pairs = make_pairs(folder, out, decoder)
+    catalog = tomllib.loads(pairs.catalog.read_text())
+    assert catalog["sets"] == {"held-pairs": "test"}
+    source = catalog["sources"]["held-pairs-drawn"]
+    assert source["synthetic"] is True and source["test_only"] is True
+    started = out / ".pairs/held-pairs/started.json"
+    for text in ("{", "7"):
+        started.write_text(text)
+        with pytest.raises(ShardError, match=r"started.json is damaged .* away"):
+            make_pairs(folder, out, decoder)
+
+
+def test_a_source_never_leads_out_of_the_folder(
+    shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_shards([shots])
+    index = shards.table.column_names.index("source")
+    names = pa.array(["../../evil"] * len(shards))
+    evil = replace(shards, table=shards.table.set_column(index, "source", names))
+    monkeypatch.setattr("sharding.pairs.run.open_shards", lambda _folders: evil)
+    with pytest.raises(ShardError, match=r"source '\.\./\.\./evil' is no name for a folder"):
+        make_pairs(shots, tmp_path / "out", decoder, max_megapixels=0.01)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".pairs"]
 
 
 def test_damaged_shards_are_not_copied(shots: Path, decoder: Decoder, tmp_path: Path) -> None:
