@@ -47,6 +47,10 @@ WRONG = Verdict(
 )  # fmt: skip
 
 
+class Died(Exception):
+    """Stands for a SIGKILL: nothing after it happens."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A checkpoint and a second one that began from it, how to train that one again, and images
@@ -162,7 +166,7 @@ def test_an_interrupted_run_knows_what_its_start_said(
     assert json.loads(said).keys() == {newly}
 
     def dies(*_arguments: object) -> None:
-        raise KeyboardInterrupt
+        raise Died
 
     start.write_text("[]")
     with monkeypatch.context() as patched, pytest.raises(MistakeError) as caught:
@@ -172,7 +176,7 @@ def test_an_interrupted_run_knows_what_its_start_said(
     start.write_text(said)
     trained.keep(folder, trained.flipped[1], right=True)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(Died):
         patched.setattr(run, "_calibrate", dies)
         trained.again(*line)
     best = checkpoint.best_of(trained.runs / "interrupted")
