@@ -4,7 +4,7 @@ Main entry: `train()`, which returns the folder of the best checkpoint.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -162,19 +162,28 @@ def _conclude(
     if not (baseline and best.validation and planned.dist.is_main):
         return
     if reasons := _judge(planned, best, baseline, start):
-        raise Refused(
-            f"{best.path} is refused: {'; '.join(reasons)}. It is kept, and so is its start"
-        )
+        raise _refused(best, reasons)
+
+
+def _refused(best: Best, reasons: Sequence[str]) -> Refused:
+    return Refused(
+        f"{best.path} is refused: {'; '.join(reasons)}. The checkpoint and the one that the run "
+        "started from are kept"
+    )
 
 
 def _conclude_again(planned: RunPlan, best: Best) -> None:
-    """Conclude a finished run where an interruption came before: the gate is never passed over.
+    """Conclude a finished run that is started again. A run that was killed before its gate is
+    judged now, and a refused one is refused again.
 
     Raises:
-        Refused: the gate does not let it pass.
+        Refused: the gate refuses the best checkpoint.
     """
     baseline, start = None, None
-    judged = checkpoint.read_meta(best.path)["compared"] is not None
+    meta = checkpoint.read_meta(best.path)
+    if meta.get("refused"):
+        raise _refused(best, meta["refused"])
+    judged = meta["compared"] is not None
     if planned.baseline and planned.baseline.exists() and not judged:
         baseline = read_validation(planned.baseline)
         start = _start_on_mistakes(planned)

@@ -274,6 +274,7 @@ def test_the_keyboard_reaches_everything(visit) -> None:
     browse(page, file_of("one.jpg", PHOTO), file_of("two.png", OTHER))
     wait_for(page, "2 images", "What the file says")
     page.locator(".images").wait_for()
+    page.get_by_role("slider").wait_for()  # drawn after the image
     reached = []
     for _ in range(45):
         page.keyboard.press("Tab")

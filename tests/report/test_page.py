@@ -19,7 +19,7 @@ from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
-from tests.browser import CHROMIUM
+from tests.browser import CHROMIUM, violations
 from tests.builders import table_of
 
 HOSTILE = "<script>window.hacked = 1</script>"
@@ -293,6 +293,7 @@ def test_in_a_browser(
         box = svg.nth(i).bounding_box()
         assert box["width"] > 100 and box["height"] > 50
     assert svg.count() >= 1
+    assert violations(page) == []
     for rate in page.locator(".rates").all():
         assert rate.locator(".fpr").count() == 1
         assert rate.locator(".recall").count() == 1

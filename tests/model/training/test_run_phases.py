@@ -202,7 +202,9 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
          "--set", "optim.lr=1e-2"],
     )  # fmt: skip
     assert result.exit_code == 1
-    assert "It is kept, and so is its start" in result.output
+    assert "The checkpoint and the one that the run started from are kept" in result.output
+    with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+        train(recipe, data, tmp_path)  # finished, and refused as before
 
 
 def metrics(accuracy: float, fpr: float = 0.0):
