@@ -8,6 +8,7 @@ line and exit with code 1. `options("data", "runs")` is a decorator that adds sh
 standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows)` prints a
 table. `progress(label, total)` shows a bar on standard error and yields the function that advances
 it. `log` is the logger. `LocalPath`, `AnyAddress`, `FiniteRange` and `Device` are types of options.
+`plain_errors()` is the context manager that both classes use for errors.
 """
 
 import contextlib
