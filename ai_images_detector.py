@@ -1,7 +1,10 @@
-"""The command of the installed wheel: `ai-images-detector predict photo.jpg`.
+"""Run the commands of the installed wheel, such as `ai-images-detector predict photo.jpg`.
 
-Its subcommands (`COMMANDS`) are the commands of a checkout. A subcommand is imported only when it
-is called. Main entry: `main()`.
+Main entry: `main()`, a click group. Its subcommands (`COMMANDS`) take the same arguments, and print
+and write the same, as the commands of a checkout: `predict` is `predict.py`, `build` is
+`python -m sharding build`, and so on. The exception is `app`, which is defined here: it starts the
+web page and serves it until Ctrl-C. A subcommand is imported only when it is called. `HERE` is the
+folder of the program's modules.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""Streamlit script of the web page (`make app`): upload images, see the verdicts of `predict.py`.
+"""Run the web page on which a visitor uploads images and sees the verdicts of `predict.py`.
 
-Uploaded files and their results are kept in memory only (Streamlit's uploader and
-`st.session_state`), until the image is removed or the page is closed. Only a wrong verdict is
-written to a file, if the person who runs the page allows it (`page/mistakes.py`). The code of the
-page is in `page/`; limits and colors are in `.streamlit/config.toml`. Main entry:
-`page.draw.main()`.
+Streamlit runs this script (`make app`). Main entry: `page.draw.main()`, without arguments, which
+draws the page; the code of the page is in `page/`. Uploaded files and their results are kept in
+memory only (Streamlit's uploader and `st.session_state`), until the image is removed or the page is
+closed. Only a wrong verdict is written to a file, if the person who runs the page allows it
+(`page/mistakes.py`). Limits and colors are in `.streamlit/config.toml`.
 """
 
 from page.draw import main

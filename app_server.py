@@ -1,7 +1,11 @@
-"""Server of the web page (`streamlit run app_server.py`): Streamlit behind `Guard`, an ASGI
-middleware that limits the memory of all uploads and sets security headers.
+"""Serve the web page `app.py` with limited memory: `streamlit run app_server.py`.
 
-Streamlit has no settings for either. Main entry: `app`.
+Main entry: `app`, the web application that Streamlit starts: its server behind `Guard`. `Guard` is
+an ASGI middleware. An upload with which all visitors' uploads would take more than `MAX_HELD_BYTES`
+(environment variable DETECTOR_UPLOADS_MB, default 1024) gets status 503. All other requests are
+passed to Streamlit, and every response gets the security headers `HEADERS`. Streamlit has no
+settings for either. `held()` returns the bytes of all uploads in memory, each file counted with at
+least `LEAST_BYTES`.
 """
 
 import os

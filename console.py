@@ -1,8 +1,14 @@
-"""Terminal input and output: shared click options, logging, progress bars, tables and errors.
+"""Read options and print results, log lines, progress bars, tables and errors in a terminal.
 
 Packages return values and raise errors. Only commands print, and they print through this module.
-Main entries: `Command` and `Group` (errors in one line), `options()`, `say()`, `table()` and
-`progress()`.
+
+Main entries: `Command` and `Group` are click classes that print a `ValueError` or `OSError` as one
+line and exit with code 1. `options("data", "runs")` is a decorator that adds shared options
+(`OPTIONS`) to a command, and `listen()` adds --host and --port. `say(text)` prints a result to
+standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows)` prints a
+table. `progress(label, total)` shows a bar on standard error and yields the function that advances
+it. `log` is the logger. `LocalPath`, `AnyAddress`, `FiniteRange` and `Device` are types of options.
+`plain_errors()` is the context manager that both classes use for errors.
 """
 
 import contextlib

@@ -1,6 +1,10 @@
 """Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
 
-Main entries: `printable()`, `spreadsheet_cell()`, `markdown()` and `without_secrets()`.
+Every function takes a text and returns a text. `printable()` replaces control characters, which a
+terminal would execute, by escapes. `spreadsheet_cell()` puts a `'` before a text that would run as
+a formula, and `from_spreadsheet_cell()` returns the original. `markdown()` returns one line without
+markup and links. `without_secrets()` replaces the logins and queries of web addresses (passwords,
+tokens, signatures) by `***`.
 """
 
 import re

@@ -1,9 +1,19 @@
-"""The `evaluate.py` command: score shard sets with a detector and write a report.
+"""Score shard sets with a detector and write a report of its accuracy (the `evaluate.py` command).
 
-`python evaluate.py --shards evalgen` scores every sample exactly once, on any number of ranks, and
-saves the scores, so that all figures can be computed again without the network. The report gives
-recall together with the false-positive rate on real images, or says first that there are no real
-images. Subcommands: `calibrate`, `compare` and `regressions`. Main entry: `main()`.
+    python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
+
+Every sample of the sets is scored exactly once, on any number of ranks (processes). FOLDER
+(default: `evaluation/<sets>` in the run's folder) gets `scores.parquet`, `report.json`, CSV tables
+and `report.html`. Recall is given with the false-positive rate on real images; if the sets have
+none, the report says so first. `--scores FILE` writes the report again from `scores.parquet`,
+without network or images. `--suite` names a list of sets in the catalog, `--reference-reals` a set
+whose real images are used for sets without any, and `--subset` a CSV file of samples.
+`--robustness` scores `PER_CLASS` images per class again after JPEG, resizing and more. `--features`
+scores stored features instead of images. `--trust` allows a detector that is a Python file to run.
+
+Subcommands: `calibrate` fits temperature and thresholds on validation sets and stores them with the
+detector, `compare` prints the differences between evaluations, and `regressions` scores a folder of
+collected mistakes again and fails if an image is newly wrong. Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """

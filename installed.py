@@ -1,6 +1,8 @@
-"""Tell a checkout from an installed wheel, so that messages name commands that work there.
+"""Name commands in messages so that they work both in a checkout and in an installed wheel.
 
-Main entries: `command()` and `install_extra()`.
+`command("train")` returns `python train.py` in a checkout, else `ai-images-detector train`.
+`install_extra("ray")` returns the end of a message: how to install the optional libraries of that
+extra. `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
 """
 
 from pathlib import Path

@@ -1,6 +1,10 @@
-"""Ctrl-C (SIGINT) and SIGTERM: collect them, or end a job so that it can be resumed.
+"""Handle Ctrl-C (SIGINT) and SIGTERM with three context managers, which take no arguments.
 
-Main entries: `stop_signals()`, `resumable()` and `sigterm_interrupts()`, all context managers.
+`stop_signals()` yields a list to which each received signal is added, so that a loop can save its
+state and stop; a Ctrl-C after the first signal raises `KeyboardInterrupt`. `resumable()` turns
+`KeyboardInterrupt` into exit code 130 and a message that the same command resumes the job.
+`sigterm_interrupts()` raises `KeyboardInterrupt` on SIGTERM. Outside the main thread, the first and
+the last do nothing.
 """
 
 import contextlib

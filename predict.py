@@ -1,7 +1,14 @@
-"""The `predict.py` command: print a verdict (AI-generated or not) for each image of a path.
+"""Print for each image whether it is AI-generated (the `predict.py` command).
 
-`python predict.py dir/` takes files, folders, patterns, archives and shard sets, and writes a
-table, CSV or JSON lines. Main entry: `main()`.
+    python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
+
+PATH is a file, a folder, a pattern, a zip or tar archive, a shard set, or `-` for a list of paths
+on standard input. Each image gives one line: the path, the probability that the image is
+AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
+image cannot be read. Lines are printed, or written to FILE; `--resume` continues an interrupted
+FILE. `--watch FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and
+`--heatmap FOLDER` writes pictures of the regions that changed the score. The exit code is 0, 1 if
+an image could not be read, or 2 if nothing could be scored (`NotStarted`). Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """

@@ -1,7 +1,16 @@
 """Read and write files and folders, on this machine or at an address such as `s3://bucket/shards`.
 
-Every function takes a `pathlib.Path` or a `UPath` (fsspec). Main entries: `any_path()` makes one
-from a text, and `write_atomically()` writes a file completely or not at all.
+Most functions take an `AnyPath`: a `pathlib.Path` on this machine, or a `UPath` (fsspec) for an
+address. Main entries: `any_path(text)` returns one for a text, or raises `ValueError`.
+`write_atomically(path, write)` calls `write(temporary file)`, then renames or uploads the file, so
+that `path` is missing, old or complete, never partial. `write_text()`, `write_bytes()` and, for a
+folder, `atomic_folder()` do the same; `publish()` is their last step, sync and rename.
+
+`partial_of()` gives the temporary name, and `file_name()` a name that is not too long.
+`naming(path)` adds the path to errors of a full disk. `check_reachable()` and `check_inside()`
+raise an error if an address does not answer or a path leaves its folder. `text_fault()` describes
+in words why a text or JSON file could not be read. `cores()` counts the processor cores that this
+process may use.
 """
 
 import contextlib

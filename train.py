@@ -1,8 +1,14 @@
-"""The `train.py` command: train a detector on shard sets and write its checkpoints to `runs/`.
+"""Train a detector on shard sets and write its checkpoints to `runs/` (the `train.py` command).
 
-Phase 1 (`python train.py --phase 1`) trains on the old sets. Phase 2 (`--phase 2`) starts from the
-best checkpoint of phase 1 and trains on the new sets plus a few replayed old images. The same
-command resumes an interrupted run. Main entry: `main()`.
+    python train.py --phase 1 | --recipe FILE | --folder DIR  [--set KEY=VALUE] [--dry-run]
+
+A recipe (TOML) names the shard sets below `--data` and all settings. `--phase 1` is the recipe
+`recipes/phase1.toml`, which trains on images of older generators. `--phase 2` starts from the best
+checkpoint of phase 1 and trains on images of newer generators plus a few old ones. `--folder` packs
+the images in DIR/real and DIR/fake first and trains on them. `--set` changes a value of the recipe,
+and `--dry-run` tries a few steps and prints the plan. Checkpoints are folders
+`runs/<run>/step_<N>`; the validation metrics and the path of the best one are printed. An
+interrupted run ends with exit code 130, and the same command resumes the run. Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """

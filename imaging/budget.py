@@ -1,7 +1,13 @@
-"""Limit the memory of decoding: images wait for each other, so that the process is not killed for
-lack of memory.
+"""Limit the memory of decoding: an image is decoded only when the memory for it is free.
 
-Main entry: `decoding()`, a context manager that reserves the memory of one image.
+Main entry: `decoding(pixels)`, a context manager around the decoding of one image of `pixels`
+pixels (width x height). It waits until `pixels * BYTES_PER_PIXEL` of the `DECODE_BYTES` bytes that
+all threads of the process share are free, and reserves them until the block ends. An image that
+needs more reserves all of them, so it is decoded alone. Nothing is yielded or raised.
+
+`ByteBudget` is a number of bytes that threads share; `of(size)` reserves some of them.
+`share_large(lock)` makes all processes with the same lock decode one large image (`LARGE_PIXELS` or
+more) at a time. `give_back_freed()` returns memory that is free inside this process to the system.
 """
 
 import contextlib

@@ -1,10 +1,13 @@
-"""Decode any image file: bytes in, upright 8-bit RGB pixels and facts about the file out.
+"""Decode the bytes of an image file of any usual format to upright 8-bit RGB pixels.
 
-Main entries: `prepare()` for packing, `decode()` for pixels alone, `decode_image()` for packed
-images. Bad files raise only `DecodeError` or `MemoryError`.
-
-8-bit JPEG (gray or YCbCr), PNG and WebP keep their bytes. All other files (GIF, BMP, TIFF, AVIF,
-HEIC, 16-bit, CMYK, animated, unusual) are converted to 8-bit RGB PNGs of their decoded pixels.
+`decode(data)` returns the pixels, uint8 (height, width, 3). `decoded(data)` yields them as a
+context manager, which also reserves memory for them. `prepare(data)` returns a `Prepared`: bytes to
+pack, pixels and `Facts` (size, format, JPEG quality, ...). 8-bit files in JPEG (gray or YCbCr), PNG
+or WebP format are packed unchanged, all others (GIF, TIFF, HEIC, 16-bit, CMYK, animated, ...) as an
+8-bit RGB PNG of their pixels. `decode_image()` decodes packed bytes, given their format and EXIF
+orientation. `as_is(data)` returns an `Encoded` if by its header every decoder decodes the file
+alike, else None. `green_grid()` and `fingerprints()` compute perceptual hashes. Bad files raise
+only `DecodeError` or `MemoryError`. `ImageFile` is a name and a function that reads the bytes.
 """
 
 import contextlib

@@ -1,7 +1,12 @@
-"""Decode the pixels of a JPEG. Missing or damaged pixels are an error, harmless defects are not.
+"""Decode the bytes of a JPEG to RGB pixels; missing or damaged pixels raise a `PixelError`.
 
-Main entry: `jpeg_pixels()`: bytes in, uint8 (height, width, 3) RGB out. A strict decoder is tried
-first; `odd_jpeg_pixels()` decodes what it refuses.
+Main entry: `jpeg_pixels(data)` returns the pixels, uint8 (height, width, 3), as they are stored
+(the EXIF orientation is not applied), and True if a strict decoder accepts the file unchanged.
+`odd_jpeg_pixels(data)` returns the pixels of a file that the strict decoder refuses although no
+pixel is lost: wrong metadata or extra bytes between segments raise no error.
+
+The `refuse_...(data)` functions return nothing; they raise `PixelError` for a cut-off file, for
+more than 100 scans, or for a CMYK JPEG with missing or damaged pixels.
 """
 
 import io

@@ -1,7 +1,13 @@
-"""Find the orientation of an image and make its pixels upright, for packing and prediction alike.
+"""Find the orientation of an image (1 to 8, as in EXIF) and make its pixels upright.
 
-Main entries: `orientation_of()` (bytes in, 1 to 8 out) and `upright()` (pixels in, pixels out).
-Only this module reads the orientation; every decoder is given the number.
+Main entries: `orientation_of(data, image_format)` takes the bytes of a file and its format, JPEG,
+PNG or WEBP; it returns the orientation that EXIF, else XMP, states, and 1 (upright) if none is
+valid. `upright(pixels, orientation)` takes pixels (height, width, channels) and returns them
+rotated and mirrored, as a NumPy view. Only this module reads the orientation.
+
+`orientation_left(image)` is for all other formats: it returns the orientation that Pillow has not
+applied to a decoded image. `carries_exif()` returns whether a file has EXIF data. An orientation is
+undone by exchanging rows and columns (`is_transposed()`), then reversing them (`mirrored()`).
 """
 
 import re

@@ -1,7 +1,9 @@
-"""Keep the warnings and log lines of image decoders off the terminal. Decoders report errors as
-exceptions; the output of other code is not changed.
+"""Keep the warnings and log lines of image decoders off the terminal; exceptions are not affected.
 
-Main entries: `silence_pillow()`, `without_warnings()` and `without_chatter()`.
+`silence_pillow()` stops Pillow and its libtiff from printing, for the rest of the process.
+`without_warnings()` and `without_chatter()` are context managers without arguments, which several
+threads may use at once: the first hides Python's warnings, the second drops the lines that native
+decoders (libjpeg, libpng, OpenCV, nvImageCodec) write to standard error. Other lines are printed.
 """
 
 import contextlib

@@ -1,10 +1,13 @@
 """Convert an image that Pillow has decoded, of any mode, to 8-bit RGB pixels.
 
-Main entry: `to_rgb()`.
+Main entry: `to_rgb(image)` takes a loaded `PIL.Image.Image` and returns uint8 (height, width, 3).
+Alpha is dropped. ICC profiles of RGB and gray images are ignored. CMYK is converted to sRGB by the
+ICC profile of the file, or without a profile by Pillow (docs/design.md explains why).
 
-Values of more than 8 bits are scaled by the white level that the file declares. Without a declared
-white level, an image that the full range would make black is refused. RGB and gray profiles are not
-applied. CMYK is converted to sRGB with its own profile (docs/design.md explains why).
+Values of more than 8 bits are scaled to gray levels from 0 to 255. For floats, 255 is the largest
+value; for integers, the white level that the file declares, else 65,535. `PixelError` is raised if
+no white level is declared and the image would look black (all values below `LEAST_SHARE` of 65,536)
+or is a TIFF of signed or 32-bit integers, and if no value is finite.
 """
 
 import io

@@ -1,8 +1,14 @@
-"""Read the members of tar archives one after another, without unpacking the archive to disk.
+"""Read the files in a tar archive one after another, without unpacking the archive to disk.
 
-Main entry: `members()`: a path in, `TarMember`s out. Only requested members are kept in memory.
-Members of a plain tar are read at their offset, from any thread. A compressed tar can only be read
-from front to end, so its members are read at once.
+Main entry: `members(path, wanted)` takes the path of a plain or compressed tar, and a function that
+returns for a name whether the file is wanted. It yields a `TarMember` for each wanted file: its
+name and either `read`, a function that returns the bytes, or `excluded`, the reason why the file is
+not read (a link, an unsafe path, too large, ...). A damaged archive raises `DecodeError`; the
+members before the error are good.
+
+In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar is read from
+front to end (`is_compressed()`), and at most `WAITING_BYTES` wait in memory for their `read`. The
+`MAX_...` constants limit what a hostile archive can cost.
 """
 
 import contextlib

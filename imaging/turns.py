@@ -1,7 +1,10 @@
-"""Limit how many images are decoded at once: one small and one large image, over all users of a
-page.
+"""Let one small and one large image be decoded at a time, over all users of a web page.
 
-Main entry: `turn()`, a context manager around the decoding of an image.
+Main entry: `turn(data)`, a context manager around the decoding of an image file with the bytes
+`data`. It waits until no other image of the same class is being decoded (large: `LARGE_PIXELS` or
+more) and makes others wait until the block ends; nothing is yielded. It raises `Busy` after
+`WAIT_S` seconds. `LANES` are the locks of the two classes. `pixels_of(data)` returns the number of
+pixels that the header states, or 0 if it cannot be read.
 """
 
 import contextlib

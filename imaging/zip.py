@@ -1,8 +1,14 @@
-"""List and read the members of zip archives without unpacking them, also of archives in several
-volumes (X.z01, X.z02, ..., X.zip).
+"""List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members()`, which lists every file with a reason if it is refused, and
-`read_member()`.
+Main entries: `members(archive)` takes a path and yields a `ZipMember` for each file, sorted by
+name: its name, its location `where`, its size in bytes, and the reason `excluded` if it is not read
+(`HIDDEN`, encrypted, an unsafe path, ...). `read_member(archive, where)` returns the bytes of one
+file. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read too. Errors are `ZipError` for
+an archive that is damaged or incomplete, and `DecodeError` for a damaged file.
+
+Four functions check names and modes of files in folders and archives of any kind: `is_hidden()`,
+`leaves_archive()`, `kind_of()`, which gives the reason for not reading a link or device, and
+`printable()`, which escapes bytes that are not UTF-8.
 """
 
 import io

@@ -1,4 +1,9 @@
-"""Recipes: read a TOML file into a frozen dataclass and refuse unknown keys. Main entry: `load()`.
+"""Read a recipe, a TOML file with the settings of a training run, into a frozen dataclass.
+
+Main entry: `load(kind, path, overrides)` takes the dataclass `kind`, the file, and texts such as
+`optim.lr=1e-4` that change values. It returns a `kind`. An unknown key, a wrong type or a value out
+of range raises `RecipeError`. `build()` does the same for values that are nested dicts already,
+`read()` returns a recipe as nested dicts, and `read_toml()` any TOML file.
 
 A recipe can extend others: `extends = ["phase1.toml", "demo.toml"]` first takes all values of these
 files (from the same folder; a later file overrides an earlier one), then the recipe's own values.

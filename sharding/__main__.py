@@ -1,7 +1,20 @@
-"""Command line of the package: `python -m sharding fetch`, `build`, `verify`, `audit` and more.
+"""Run the commands of the package, `python -m sharding COMMAND`: download, pack and check images.
 
-Main entry: `main()`. Each command parses its options, calls one function and prints the result.
-A command imports its modules in its function, so that `--help` and wrong options answer at once.
+Main entry: `main()`, a click group. Each command parses its options, calls one function, and prints
+the result; an error is printed in one line. `RAW`, `CATALOG` and `JOBS` are options that several
+commands share. A command imports its modules in its function, so that `--help` and wrong options
+answer at once. The commands:
+
+    fetch       download the raw files of catalog sources to data/raw
+    build       pack raw images into shard sets (tars with an index) in data/shards
+    show        print the images of a set by source, class and generator
+    list        print the known sources, or all facts about some of them
+    verify      check sets against their index; exit code 1 if there are faults
+    diff        list the samples that differ between two sets; exit code 1 if any do
+    describe    propose a catalog for a folder of images
+    audit       report how well metadata alone separates real from fake
+    pairs       make a fake partner of each real image of a set with a VAE
+    demo        make synthetic raw images with their catalog
 """
 
 import contextlib

@@ -1,13 +1,14 @@
-"""Build shard sets from a catalog and a folder of raw datasets.
+"""Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
-Main entry: `build()`. The steps are: list the images, decode each image once, find duplicates,
-pack the shards, and write each index last. Finished work of an earlier run is kept, even if that
-run was killed. Files below the output:
+Main entry: `build(catalog, raw, out)` takes a `Catalog`, the folder of the raw datasets and the
+output folder. It returns a `SourceScan` (images listed by source) and a `BuiltSet` for each set, or
+raises `ShardError`, `CatalogError`, `RawError` or `OSError`. All images are decoded once,
+duplicates are excluded, shards are packed, and each index is written last. Finished work of an
+earlier, even killed run is kept. `Tolerance` limits unreadable images. `out` contains the sets and:
 
     .build/inventory/<source>.parquet      one row per raw image (sharding/inventory.py)
     .build/<set>/<shard>.tar.parquet       rows of a finished shard; marks the shard as done
     .build/<set>/written.json              files of the set that builds wrote (sharding/record.py)
-    <set>/                                 the shard set (sharding/format.py)
 """
 
 import contextlib

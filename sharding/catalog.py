@@ -1,6 +1,11 @@
 """Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
-Main entry: `read_catalog()`, files in, a `Catalog` out. An example:
+Main entry: `read_catalog(files)` takes paths and returns one `Catalog`. A later file overrides an
+earlier one key by key, so two lines change one setting of a built-in source. Any mistake in a file
+raises `CatalogError`. `SHIPPED` are the catalogs of this program, `BUILT_IN` and `TESTS`. A
+`Source` is one dataset. A `Rule` selects its real or its fake images, a `Fetch` (with a `Git`)
+describes its download, and a `Table` its CSV files with one row per image. `shares()` converts the
+set of a source or rule to `{set: share}`. An example of a catalog:
 
     [sets]                                  # set = split; a set is a folder of shards
     phase1 = "train"
@@ -33,9 +38,6 @@ the first 16 hexadecimal digits of the SHA-256. The files are in the folder of t
 key is above the first table of the TOML:
 
     exclude = ["kept-for-testing.txt"]
-
-A later file overrides an earlier one key by key, so two lines change one setting of a built-in
-source.
 """
 
 import re

@@ -1,6 +1,10 @@
 """Compare two shard sets: list the samples that were added, removed or changed.
 
-Main entry: `compare_sets()`, two `ShardSet` in, a `Difference` out.
+Main entry: `compare_sets(before, after)` takes two `ShardSet` and returns a `Difference`: the keys
+of the samples that are only in one set, and for each changed sample texts such as
+`"label: real -> fake"`. Samples are matched by their key (source and hash of the path). The columns
+`IGNORED` (the location of a sample in the tars) are not compared. A `Difference` is false if there
+is none.
 """
 
 from collections import Counter

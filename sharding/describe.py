@@ -1,7 +1,10 @@
 """Propose a catalog for a folder of images, with classes from words in the folder names.
 
-Main entry: `describe()`, a folder in, a `Description` with the catalog as TOML out. A person has to
-check the catalog. A folder whose name has no word of a class, or words of both, stays undecided.
+Main entry: `describe(folder)` takes a path and returns a `Description`: the catalog as TOML text,
+and the number of images for each folder with a class, each folder without one, and each reason why
+images cannot be read. It raises `CatalogError` if there is no image. `WORDS` are the words of both
+classes, such as "photos" and "generated". A folder whose name has no such word, or words of both
+classes, stays undecided. A person has to check the catalog.
 """
 
 import json

@@ -1,7 +1,10 @@
-"""Run tasks in parallel, in processes of this machine or on a Ray cluster, with the same results.
+"""Run a function on many tasks in parallel, in processes of this machine or on a Ray cluster.
 
-Main entry: `run_all()`, a module-level function and the arguments of each task in, results out. A
-task may write only to storage that every worker can reach.
+Main entry: `run_all(function, tasks, engine, jobs)` takes a module-level function, an iterable of
+argument tuples, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per core). It
+yields the results in the order of completion, the same ones for both engines. The error of a failed
+task is raised, and tasks that have not started are dropped. A task may write only to storage that
+every worker can reach.
 """
 
 import contextlib

@@ -1,9 +1,11 @@
-"""Download the sources of a catalog: the `fetch` entry of a source in, a folder of raw files out.
+"""Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entries: `fetch_all()` and `fetch_source()`. Every download can be resumed. A folder is
-complete if it contains the file MARK, which is written last, and all files listed in MARK at their
-sizes. The file BEGUN contains the revision of an interrupted download, and the next run continues
-with this revision. Both files contain addresses without logins and signatures.
+Main entries: `fetch_all(catalog, raw, names)` and `fetch_source(name, source, raw)`. They write a
+folder per source below `raw` and return a `Fetched` for each: its status, and its folder, what to
+do by hand, or the error. Every download can be resumed. A folder is complete if it contains the
+file MARK, written last, and all files listed in MARK at their sizes. The file BEGUN contains the
+revision of an interrupted download, with which the next run continues. Neither contains logins or
+signatures.
 """
 
 import contextlib

@@ -1,7 +1,10 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-Main entry: `pack_folder()`, which also writes the catalog, so that the user needs none. The sets
-are below `folders/` in the folder of all sets, apart from the sets of other catalogs:
+Main entry: `pack_folder(folder, data)` takes that folder and the folder of all shard sets, `data`.
+It writes a catalog, so that the user needs none, and both sets, and returns a `PackedFolder`: the
+paths of the sets and their numbers of images. A missing subfolder or fewer than `FEWEST` images of
+a class raise `CatalogError`. The fraction `HELD_OUT` of the images goes to the validation set.
+Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set

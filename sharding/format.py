@@ -1,15 +1,21 @@
-"""Disk format of a shard set: its files, its index and its samples table.
+"""Define the disk format of a shard set, and read its `index.json` and its table of samples.
 
-Main entries: `open_shards()` and `read_index()`. A set is a folder with these files:
+Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
+`ShardSet`, in which a sample is a row number. `read_index(folder)` returns the `index.json` of one
+set as a dict. Both raise `ShardError` for a missing or damaged set. `join_sets()` concatenates
+`ShardSet`s. The columns of a `ShardSet` are in `SAMPLES_SCHEMA`. A set is a folder with these
+files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
     samples.parquet                 one row per sample
-    _info.json                      shard lengths, for timm's reader
+    _info.json                      shard lengths, for timm's reader (`timm_info()`)
     excluded.csv                    images that are not in the set, with reasons
     index.json                      written last: a folder without it is not a set
 
-`docs/shards.md` describes the format without reference to this code.
+`member_metadata()` is the content of `<key>.json`, and `content_sha256()` a hash of an index.
+`numbers_of()` and `codes_of()` convert table columns to NumPy arrays, and `table_from()` reads a
+table from parquet bytes. `docs/shards.md` describes the format without reference to this code.
 """
 
 import contextlib

@@ -1,8 +1,15 @@
-"""Read and decode every raw image once, and write one row of facts per image: the inventory.
+"""Decode every raw image once and store one row of facts per image in a table, the inventory.
 
-Main entries: `take_inventory()` decodes images, `finish_source()` joins the rows of a source. The
-inventory is stored below the output in `.build/inventory/`, so that the next build decodes only new
-and changed images, and can use packed sources whose raw files are gone.
+Main entries: `take_inventory(raw, folder, name, items)` takes the raw folder and a table of up to
+`CHUNK` listed images (`item_table()`); it writes their rows (SHA-256, size, format, perceptual
+hash, ..., or the error) to the parquet file `folder/name` and returns their number.
+`finish_source()` joins all rows of a source, writes `<source>.parquet` and returns the table; its
+columns are `SCHEMA`.
+
+The folder is `.build/inventory/` below the output of a build, so that the next build decodes only
+new and changed images (`known_facts()`, `missing_chunks()`), and can use packed sources whose raw
+files are gone (`read_source()`). `describe()` and `refuse()` return the row of a good and of a bad
+image.
 """
 
 import hashlib

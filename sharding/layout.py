@@ -1,6 +1,8 @@
-"""Layout of a shard set's `index.json`: every field with its type and meaning.
+"""Describe every field of a shard set's `index.json`, with its type and meaning, as `TypedDict`s.
 
-`docs/reference.py` makes a page of it. Main entry: `Index`.
+Main entry: `Index`, the whole file; the other classes are parts of it: `ShardEntry` (one tar),
+`Totals`, `SourceEntry` and `Quarantined` (one file that could not be decoded). Nothing is read or
+checked here: `docs/reference.py` makes the page docs/fields.md from these types.
 """
 
 from typing import Literal, NotRequired, TypedDict

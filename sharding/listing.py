@@ -1,8 +1,15 @@
-"""List the images of a raw dataset with their labels: a catalog source in, labeled items out.
+"""List the images of a raw dataset with their labels, by the rules of a catalog source.
 
-Main entry: `list_source()`. A label comes from whole parts of the path, ignoring case, or from the
-columns of a table. Of several matching rules, the one with the deepest folder is used. An image
-that matches a real and a fake rule at the same depth is an error: labels are never guessed.
+Main entry: `list_source(name, source, raw)` takes a `Source` of the catalog and the folder of the
+raw datasets; it returns a `Listing`: an `Item` for each image (path, label, generator, group, sets)
+and counts of excluded files by reason, with the first `NAMED` names. No image is read. A label
+comes from whole parts of the path, ignoring case, or from the columns of a table. Of several
+matching rules, the one with the deepest folder is used. An image that matches a real and a fake
+rule at the same depth raises `CatalogError`: labels are never guessed.
+
+`capped(listing, cap)` limits the items of each class, in place. `choose_set(group, share_of)`
+returns the set of a group by the group's hash (`hash_point()`, 0 to 1). `folder_pattern()` compiles
+a rule's folder, and `class_names()` reads the class names of a parquet column.
 """
 
 import contextlib

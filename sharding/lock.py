@@ -1,6 +1,9 @@
-"""Lock the output of a build for one process: `flock` on a local disk, a lease in a bucket.
+"""Lock the output folder of a build, so that only one process writes to it.
 
-Main entry: `locked()`.
+Main entry: `locked(work, what)`, a context manager that yields nothing and raises `BlockingIOError`
+if another process has the lock. `work` is the folder for the lock file, and `what` names the output
+in messages. On a local disk the lock is `flock` and ends with the process; in a bucket it is an
+object that is renewed and expires `LEASE_SECONDS` after its process was killed.
 """
 
 import contextlib

@@ -1,8 +1,13 @@
 """List raw images and read their bytes: files, members of zip archives, cells of parquet tables.
 
-Main entries: `walk()` lists a dataset, with each archive as a folder; `read_all()` reads the listed
-bytes. Nothing is unpacked to disk. Files that cannot be read (links, unsafe names in an archive)
-are listed with a reason.
+Main entries: `walk(raw, root)` yields a `RawFile` for each file below the folder `raw/root`, with
+each zip archive as a folder: path, size in bytes, and the reason if the file is not read (a link,
+an unsafe name in an archive). `read_all(raw, rows)` takes rows with `path`, `member`, `size`,
+`version` and `excluded` and yields for each its bytes, or a `DecodeError` that says why it is
+unreadable. Broken archives and tables raise `RawError`. Nothing is unpacked to disk.
+
+`nfc()` composes the characters of a name (Unicode NFC). `folder_of()` finds a folder on disk whose
+name has another composition, as macOS writes it.
 """
 
 import os

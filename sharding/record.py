@@ -1,8 +1,12 @@
 """Record which files builds wrote into a set's folder, so that builds never touch other files.
 
-Main entries: `read_record()`, `write_record()`, `refuse_foreign_files()` and `remove_earlier()`.
-The record is `.build/<set>/written.json` below the output. A build writes the record before its
-first file, so that the next build recognizes the files of a killed one.
+The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). Main entries:
+`read_record(marks)` returns the file names in it, a set of texts. `write_record(marks, names)`
+writes it; a build does so before its first file, so that the next build recognizes the files of a
+killed one. `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a
+shard or index that is not recorded. `remove_earlier(folder, marks, shards)` deletes recorded files
+that do not belong to `shards`. `files_of(shards)` returns the names of all files of a set with
+these shards.
 """
 
 import json

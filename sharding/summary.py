@@ -1,6 +1,9 @@
 """Print the results of builds, pairs and audits as tables and lines in a terminal.
 
-Main entries: the functions `say_...()`, each for one command of `sharding/__main__.py`.
+Main entries: four functions, each for one command of `sharding/__main__.py`. They take the
+command's result, print to standard output and return nothing. `say_what_was_built()` is for a
+build, `say_what_is_missing()` for a build that found no image, `say_what_was_paired()` for pairs of
+real and fake images, and `say_what_was_audited()` for an audit of metadata.
 """
 
 import console

@@ -1,7 +1,14 @@
-"""Write one shard: planned rows in; the tar, its `.idx` for DALI and its index rows out.
+"""Write one shard of a set: a tar of images, its `.idx` file for DALI, and its rows of the index.
 
-Main entry: `write_shard()`. The tar gets its final name only when complete, and the same rows give
-the same bytes. The index rows are written last and mark the shard as done.
+Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` takes a table with one row
+per sample (path below the folder `raw`, label, source, SHA-256, ...). It writes the tar
+`folder/name`, the `.idx` next to it and, last, the rows to `marks/<name>.parquet`: a shard with
+this file is done. It returns a `Written` (name, number of samples, bytes, SHA-256), or raises
+`ShardError` if a raw file has changed since it was decoded. The same samples give the same bytes,
+and the tar gets its final name only when complete.
+
+`read_done(plan, folder, marks)` returns the `Written` of a shard that an earlier run finished, or
+None. The `fingerprint`, which is stored with the rows, shows whether the shard is up to date.
 """
 
 import hashlib

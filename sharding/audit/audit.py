@@ -1,12 +1,12 @@
-"""Shortcut report of a shard set: how well metadata alone predicts the label (real or fake).
+"""Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit()`: a shard set in, an `Audit` out. `write_report()` writes `report.json`.
-
-A classifier that sees only metadata is cross-validated on the label. A detector may learn the same
-shortcuts (container, size, compression) instead of the picture, and then fail on other photos. A
-group never has images in two folds. `docs/audit.md` explains the figures.
-
-scikit-learn and matplotlib are the optional extra `audit` and are imported when they are used.
+Main entry: `audit(shards)` takes a `ShardSet` and returns an `Audit`: AUROCs of a classifier that
+is cross-validated on metadata (format, size, compression, ...), over all images (`Estimate`), by
+source (`SourceAudit`) and by feature (`FeatureAudit`), values that predict the label (`Shortcut`),
+and a verdict. A detector may learn such shortcuts and then fail on other photos. `cross_fit()` and
+`estimate()` compute the scores and an AUROC for other modules. `write_report()` writes
+`report.json`. `docs/audit.md` explains the figures. A missing scikit-learn (extra `audit`) raises
+`ValueError`.
 """
 
 import functools

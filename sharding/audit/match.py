@@ -1,7 +1,11 @@
-"""Choose a sample of a shard set in which real and fake images agree on metadata, so that a
-detector can be measured without shortcuts.
+"""Choose images of a shard set so that real and fake ones agree on metadata (format, size, ...).
 
-Main entry: `match_classes()`: a shard set in, a `Match` out. `docs/audit.md` explains its use.
+A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
+`match_classes(shards, seed=0)` takes a `ShardSet` and returns a `Match`: the chosen row numbers, as
+many real as fake ones, and the AUROC of metadata before and after. It raises `MatchError` if too
+few images can be matched or the classes still differ: `MATCHED` is the AUROC at which matching
+ends. `sample_list()` formats the chosen images as CSV for `evaluate.py --subset`, and `as_json()`
+as an entry of `report.json`.
 """
 
 import csv

@@ -1,7 +1,14 @@
 """Collect the metadata of every image in a shard set as numbers, for `audit` and `match`.
 
-Main entries: `metadata_of()`: a shard set in, a `Metadata` table out; `assign_folds()` for
-cross-validation.
+Main entry: `metadata_of(shards)` takes a `ShardSet` and returns a `Metadata`: `values`, float32
+(samples, 10), with format, width, height, aspect, bits per pixel, JPEG quality, JPEG tables,
+chroma, EXIF and source; labels; and groups of related images. Only the index is read. `FEATURES`
+maps a feature to its columns, and `NAMED` lists the columns that contain codes of names instead of
+quantities.
+
+`assign_folds(metadata, seed)` returns a fold for each sample, 0 to 4 (`FOLDS`), for
+cross-validation; a group is never in two folds. `spelled(metadata, feature)` returns a feature as
+one integer for each sample, and a function that formats such an integer as text.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,9 @@
-"""Write synthetic raw data for the demo: a seed in, folders of images and a catalog out.
+"""Render synthetic raw images, real and fake, for a demo without any download.
 
-Main entry: `make_demo()`. It writes
+Main entry: `make_demo(folder, seed=0)` writes these files below `folder` and returns the number of
+images per source (`SOURCES`):
 
-    folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp>
+    folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
     folder/catalog.toml
 
 The images contain no photograph and nothing of a published generator. A procedural scene is
@@ -11,11 +12,12 @@ rendered in linear light at twice the final resolution and is then processed in 
     real:  lens -> sensor with Bayer mosaic and noise -> demosaic -> tone curve -> file
     fake:  lens -> tone curve -> reduced to a latent, decoded with learned upsampling -> file
 
-Scenes, lenses, tone curves, sizes, containers and qualities have the same distribution in both
-classes. Only pixels differ. Real images have sensor noise, which the mosaic correlates. Fake images
-have lost detail in the latent, uncorrelated noise, and with some decoders the checkerboard of
-uneven upsampling (Odena et al. 2016). A score on this data shows that the programs work. It shows
-nothing about real generators.
+A `Shot` is one image to make, a `Camera` or a `Decoder` is what makes it. Scenes, lenses, tone
+curves, sizes, containers and qualities have the same distribution in both classes. Only pixels
+differ. Real images have sensor noise, which the mosaic correlates. Fake images have lost detail in
+the latent, uncorrelated noise, and with some decoders the checkerboard of uneven upsampling (Odena
+et al. 2016). A score on this data shows that the programs work. It shows nothing about real
+generators.
 """
 
 import math

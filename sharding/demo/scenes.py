@@ -1,7 +1,10 @@
-"""Procedural scenes for the demo's synthetic images: a random generator in, linear light out.
+"""Paint procedural scenes (nature, street, studio) for the demo's synthetic images.
 
-Main entry: `SCENES`, functions by name. A scene is (height, width, 3) float32 radiance, about 0 to
-1. Real and fake images have the same scenes, so the scene reveals nothing about the label.
+Main entry: `SCENES`, a dict of three functions by name. Each takes a NumPy random generator, a
+height and a width in pixels, and returns linear light: float32 (height, width, 3), about 0 to 1.
+Real and fake images have the same scenes, so the scene reveals nothing about the label. The other
+functions paint parts of a scene: `fractal()` makes 1/f noise, of which `texture()` cuts out a
+region, and `cover()` blends paint over a canvas through a mask.
 """
 
 import functools

@@ -1,7 +1,11 @@
-"""Load a VAE of diffusers from a folder or the Hugging Face hub, to reconstruct whole images.
+"""Load a VAE (an image autoencoder of the library diffusers), to reconstruct whole images with it.
 
-Only `config.json` and a `.safetensors` file are read: no pickles, and no code of a repository. Main
-entry: `load_decoder()`.
+Main entry: `load_decoder(name, device)` takes a folder, or OWNER/NAME or OWNER/NAME/vae on the
+Hugging Face hub, and "cpu", "cuda" or "auto". It returns a `Decoder`: its function `reconstruct`
+takes pixels, uint8 (height, width, 3) RGB, and returns the pixels after encoding and decoding, of
+the same shape. `DecoderError` is raised if the files or libraries cannot be used. `find_decoder()`
+returns the folder of the files. Only `config.json` and a `.safetensors` file are read: no pickles,
+and no code of a repository. `CLASSES` are the supported autoencoders.
 """
 
 import json

@@ -1,8 +1,10 @@
-"""Encode an image like its partner: same format, quality, chroma, gray, alpha and metadata.
+"""Encode the fake image of a pair like the file of its real partner, so that only pixels differ.
 
-Quantization tables, the kind of JPEG, EXIF and color profile are copied from the partner's file.
-The result is decoded again; if its facts differ from the partner's, the pair is refused. Main
-entry: `encode_like()`.
+Main entry: `encode_like(upright, partner, pixels, facts)` takes the pixels of the fake image, uint8
+(height, width, 3) RGB, and the partner's file as bytes, its pixels and its `Facts` (format,
+quality, ...). It returns the bytes of a file with the partner's format, quality, chroma, gray,
+alpha and metadata. It decodes the file again and raises `NoPair` if the facts differ.
+`refuse_partner(data, facts)` raises `NoPair` before the work if such a file cannot be written.
 """
 
 import contextlib

@@ -1,6 +1,9 @@
-"""Make the pairs of a packed set, as a raw folder that `sharding build` packs.
+"""Make a fake partner of each real image of a shard set, as a raw dataset for `sharding build`.
 
-Main entry: `make_pairs()`. These files are written below the output folder:
+Main entry: `make_pairs(folder, out, decoder)` takes the folder of a set, the output folder and a
+`Decoder` (a VAE that reconstructs images). It returns a `Pairs`: the catalog's path, and counts of
+pairs by source and of real images without a partner by reason. Errors are `ShardError`,
+`DecoderError` and `OSError`. These files are written below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
     <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
@@ -9,6 +12,8 @@ Main entry: `make_pairs()`. These files are written below the output folder:
     .pairs/<set>-pairs/started.json             set and decoder; a run with others is refused
 
 The two images of a pair are one group. All pairs are one set, in the split of the packed set.
+Complete pairs are not made again. `real_samples(shards)` returns the row numbers of the real
+images.
 """
 
 import hashlib
