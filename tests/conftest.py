@@ -72,11 +72,15 @@ def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def main_module() -> Iterator[None]:
-    """Restore `__main__`. Streamlit's tests replace it by a script, which spawned processes run."""
+def streamlit_leaves_nothing() -> Iterator[None]:
+    """Restore `__main__`, which Streamlit's tests replace by a script that spawned processes run,
+    and forget the detector that the page keeps for all sessions of a process.
+    """
     main = sys.modules["__main__"]
     yield
     sys.modules["__main__"] = main
+    if "page.detector" in sys.modules:
+        sys.modules["streamlit"].cache_resource.clear()
 
 
 @pytest.fixture(autouse=True)

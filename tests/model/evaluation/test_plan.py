@@ -44,7 +44,7 @@ def test_a_subset_is_scored_with_the_hash_of_the_whole_set(
 @pytest.mark.parametrize(
     ("names", "options", "error", "said"),
     [
-        (["vall"], Options(), ShardError, r"no shard set at .*vall; .* holds new, old, val"),
+        (["vall"], Options(), ShardError, r"no shard set at .*vall; .* has the sets new, old, val"),
         (["val"], Options(reference_reals="nope"), ShardError, "no shard set at .*nope"),
         (["val"], Options(device="gpu"), ValueError, "no such device: gpu"),
         (

@@ -231,7 +231,7 @@ def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
     ("prepare", "said"),
     [
         (lambda _folder: None, r"is no folder; name the one that `python -m model mistakes add`"),
-        (lambda folder: folder.mkdir(), r"holds no mistakes"),
+        (lambda folder: folder.mkdir(), r"has no mistakes"),
         (
             lambda folder: keep_mistake(folder, b"x", "real", WRONG),
             r"of 1 mistake in .* none has a copy of its image.*--keep-image",

@@ -105,7 +105,7 @@ def test_a_folder_and_an_entry_have_limits_when_they_are_read_too(
     keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY, "b"))
     with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_MISTAKES", 1)
-        with pytest.raises(MistakeError, match="holds 2 mistakes, at most 1 may"):
+        with pytest.raises(MistakeError, match="has 2 mistakes, at most 1 are read"):
             read_mistakes(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_VERDICTS", 1)
