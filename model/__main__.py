@@ -11,9 +11,9 @@ Main entry: `main()`, the click group of these commands:
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote;
 - `mistakes add real|fake PATH...` scores labeled images and records each wrong verdict.
 
-Each command writes files and prints where they are; an error is printed in one line. `NAME` is the
-option `--run`, and `RunName` is its type, which refuses names outside the folder of all runs.
-Commands import torch only after their options are checked.
+Each command prints its result, such as the path of a written file; an error is printed in one line.
+The constant `NAME` is the option `--run`, and `RunName` is its type, which refuses names outside
+the folder of all runs. Commands import torch only after their options are checked.
 """
 
 from pathlib import Path
