@@ -7,7 +7,8 @@ Main entry: `report_robustness(scorer, shards, perturbations, temperature, thres
 takes a detector (`VariantScorer`) and a shard set. It scores `per_class` images of each class under
 all perturbations and swaps, and returns the entry `robustness` of `report.json`, a dict. A
 `Container` is the most common lossy format of a class (JPEG or WebP, with quality), found by
-`container_of()`; a `Swap` is one test, planned by `plan_swaps()` and measured by `measure_swaps()`.
+`container_of()`; `on_images` reports progress. A `Swap` is one test, planned by `plan_swaps()` and
+measured by `measure_swaps()`.
 """
 
 from collections.abc import Callable, Sequence
