@@ -8,11 +8,11 @@ the entry `backbone` of its meta names the file of the others (`model/shipped/ba
 
 Main entries: `save(folder, net, recipe, record, state)` writes a checkpoint; `load_network(folder)`
 returns its network (CPU, evaluation mode), `Preprocess` and meta; `find(runs, named)` returns the
-folder of the checkpoint that the user means. Errors: `CheckpointError` and its kinds,
+folder of the checkpoint that the user means. Errors: `CheckpointError` and its subclasses
 `DamagedError` and `NoCheckpointError`. A `Record` is what training notes in the meta. `seal()`
 writes the meta of new files, `annotate()` changes entries. `check()` and `verify()` raise if the
-weights do not fit or a file has changed. `best_of()` takes a run, `best_among()` a list,
-`runs_below()` lists runs.
+weights do not fit or a file has changed. `best_of()` and `best_among()` return the best checkpoint
+of a run and of a list.
 """
 
 import contextlib

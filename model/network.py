@@ -8,10 +8,11 @@ W) and returns float logits (B, 2); `features()` returns the input of the head, 
 tensors by timm's names; `load_backbone_file()` fills it from an ImageNet `.safetensors` file,
 without its classifier. Both raise `NetworkError` if a name or shape does not match.
 
-The functions `check_...()` raise `NetworkError` early, from file headers or without computing on
-images, for what would fail later. `normalization()` returns mean and std. `classifier_names()` and
-`head_prefixes()` return names of the head's modules and parameters. `Backbone` is a type for the
-type checker only; `STAGE_HEAD` is the name prefix of a head of `heads.py`.
+The functions `check_...()` raise `NetworkError` early for what would fail later: an image size, a
+weights file (only its header is read), or a download. `normalization()` returns mean and std.
+`classifier_names()` and `head_prefixes()` return names of the head's modules and parameters.
+`Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
+`heads.py`.
 """
 
 import contextlib

@@ -5,9 +5,9 @@ and both classes alike; scores that follow the compression show that the detecto
 
 Main entry: `report_robustness(scorer, shards, perturbations, temperature, threshold, per_class)`
 takes a detector (`VariantScorer`) and a shard set. It scores `per_class` images of each class under
-all perturbations and swaps, and returns the entry `robustness` of `report.json`, a dict. A
-`Container` is the most common lossy format of a class (JPEG or WebP, with quality), found by
-`container_of()`; `on_images` reports progress. A `Swap` is one test, planned by `plan_swaps()` and
+all perturbations and swaps, and returns the entry `robustness` of `report.json`, a dict
+(`on_images` reports progress). A `Container` is the most common lossy format of a class (JPEG or
+WebP, with quality), found by `container_of()`. A `Swap` is one test, planned by `plan_swaps()` and
 measured by `measure_swaps()`.
 """
 

@@ -1,4 +1,5 @@
-"""Load a checkpoint as a detector that predicts images: used by `predict.py`, the page and Python.
+"""Load a checkpoint as a detector that predicts images: used by `predict.py`, the web page and the
+Python API.
 
     from model import load_detector
     print(load_detector().predict("photo.jpg").verdict)

@@ -1,5 +1,5 @@
 """Compare a trained checkpoint with the detector that its training started from, on recorded
-mistakes (`model/mistakes/keep.py`), and refuse it if too many become wrong.
+mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too many have become wrong.
 
 Main entries, in order: `check_mistakes(gate, start_file)` raises `MistakeError` before a run if the
 folder `gate.mistakes` of the recipe cannot be used. `measure_start(folder, start, file)` scores the

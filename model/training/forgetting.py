@@ -1,5 +1,5 @@
 """Measure forgetting: compare the accuracy on each image source before and after training that
-started from a trained detector, and refuse a checkpoint that lost too much.
+started from a trained detector, and give the reasons to refuse a checkpoint that lost too much.
 
 Main entries, pure functions: `changes(before, after, new)` takes `Metrics` by `set/source` and the
 names of the sources that are new training data, and returns a `Change` (both accuracies) for each.
