@@ -1,5 +1,9 @@
-"""Network, training, evaluation and inference. Main entry: `load_detector()`, which opens a
-detector for prediction; training is started by `model.training.run.train()`.
+"""Open a detector for prediction from Python.
+
+Main entry: `load_detector(checkpoint, ...)` (all arguments are optional) is imported from
+`model.inference.detector` on first use. It returns an `ImageDetector`, whose `predict()` takes
+images and returns a `Prediction` (name, probability of AI-generated, verdict) for each. Training
+starts at `model.training.run.train()`, evaluation at `model.evaluation.run.evaluate()`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,19 @@
-"""Command line `python -m model`: import, fetch, embed, curves, average, export, push, mistakes.
+"""Run the command line `python -m model`, which makes, converts and publishes checkpoints.
 
-Each command imports the modules that it needs after its options are checked, so that `--help` and
-wrong options need no torch. Main entry: `main()`.
+Main entry: `main()`, the click group of these commands:
+
+- `import FILE` converts the original project's `.pth` checkpoint to a checkpoint of this project;
+- `fetch [NAME]` downloads the backbone of a detector into the cache;
+- `embed [SET]...` computes the stored features that training with a recipe reads;
+- `curves RUN` plots the loss and the validation metrics of a training run;
+- `average FIRST LAST` averages the weights of two checkpoints;
+- `export` writes a checkpoint as ONNX files, as a folder for the Hugging Face Hub, or its head;
+- `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote;
+- `mistakes add real|fake PATH...` scores labeled images and records each wrong verdict.
+
+Each command prints its result, such as the path of a written file; an error is printed in one line.
+The constant `NAME` is the option `--run`, and `RunName` is its type, which refuses names outside
+the folder of all runs. Commands import torch only after their options are checked.
 """
 
 from pathlib import Path

@@ -1,9 +1,17 @@
-"""Calibration: fit a temperature, thresholds and an uncertain band to the scores of a validation
-set.
+"""Fit a temperature, decision thresholds and an uncertain band to the scores of a validation set.
 
-Main entries: `calibrate()` and `calibrate_sources()`, pure functions. `evaluate.py calibrate`
-stores the result in a checkpoint's `meta.json`. Test sets are refused: error rates on the images
+Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes labels (0 real, 1
+fake) and logits of fake minus real, each (N,); `calibrate_sources()` takes such arrays per image
+source, and the error rates to keep to (`Calibrating`); `calibrate_by()` calls the one that a rule
+names. All return a `Calibration`, whose `entries()` are stored in a checkpoint's `meta.json`. They
+raise `CalibrationError`, for example with fewer than `FEWEST` images of a class.
+`check_validation_sets()` raises it for sets of another split than `val`: error rates on the images
 that a threshold was fitted to are too optimistic.
+
+`ThresholdAt` names the rule for the decision threshold (such as `fpr5`, 5 % false positives), and
+`Over` whether error rates are taken over all images, most sources or the worst source.
+`TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the allowed temperatures, the tabulated error rates
+and the points of the ROC curve. The other functions compute single parts of the result.
 """
 
 import math

@@ -1,16 +1,18 @@
-"""Checkpoints: write, read and find them. Main entries: `save()`, `load_network()`, `find()`.
+"""Write, read, check and find checkpoints, which are folders with the state of a trained network.
 
-A checkpoint is a folder with `weights.safetensors` (plain timm names), `state.pt` (for resuming
-training only; loaded with `weights_only=True`) and `meta.json`. `meta.json` is written last:
-without it there is no checkpoint. It holds the SHA-256 of every file and of its own other entries;
-a changed file is refused. The checkpoints of a run are its folders `step_` plus at least seven
-digits; other folders are ignored.
+A checkpoint has `weights.safetensors` (plain timm names), `state.pt` (only for resuming training;
+loaded with `weights_only=True`) and, written last, `meta.json` with the SHA-256 of every file and
+of its own entries (fields: `model/layout/meta.py`). A changed file is refused. A run is a folder of
+checkpoints `step_` plus at least seven digits. A shipped detector contains only the head's weights;
+the entry `backbone` of its meta names the file of the others (`model/shipped/backbone.py`).
 
-`model/layout/meta.py` describes every field of `meta.json`. `model/inference/fitness.py` reads the
-reasons against relying on a detector from it.
-
-A shipped detector is a checkpoint whose weights are the head only. The entry `backbone` of its meta
-names the file of the other weights (`model/shipped/backbone.py`).
+Main entries: `save(folder, net, recipe, record, state)` writes a checkpoint; `load_network(folder)`
+returns its network (CPU, evaluation mode), `Preprocess` and meta; `find(runs, named)` returns the
+folder of the checkpoint that the user means. Errors: `CheckpointError` and its subclasses
+`DamagedError` and `NoCheckpointError`. A `Record` is what training notes in the meta. `seal()`
+writes the meta of new files, `annotate()` changes entries. `check()` and `verify()` raise if the
+weights do not fit or a file has changed. `best_of()` and `best_among()` return the best checkpoint
+of a run and of a list.
 """
 
 import contextlib

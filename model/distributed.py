@@ -1,5 +1,10 @@
-"""Multi-process training, one process per GPU: read torchrun's environment and exchange values
-between ranks. Main entry: `init_distributed()`.
+"""Connect the processes of a multi-GPU run (ranks), and exchange values between them.
+
+Main entry: `init_distributed()`, a context manager without arguments. It reads torchrun's
+environment variables, joins the process group and yields a `DistEnv`: rank, number of ranks and
+rank on this machine. Without torchrun it yields rank 0 of 1. All ranks must call `all_reduce_sum()`
+(sum of a tensor), `all_reduce_any()` (is a flag set anywhere) and `all_gather_object()` (list of
+all ranks' values) together; each returns the same result on every rank.
 """
 
 import contextlib

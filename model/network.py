@@ -1,7 +1,18 @@
-"""Network: a timm backbone with two outputs that normalizes its own input.
+"""Build the network of a detector: a timm backbone with two outputs, real and fake, that normalizes
+its own input.
 
-Main entries: `build()` makes a `Detector`, `load_weights()` fills it. A detector takes the uint8
-images of the pipeline and applies mean and std on the device, the same in training and inference.
+Main entries: `build(network, pretrained, empty)` takes the recipe's `Network` settings and returns
+a `Detector` on the CPU, with timm's weights or none. Its `forward()` takes uint8 images (B, 3, H,
+W) and returns float logits (B, 2); `features()` returns the input of the head, (B, D), and
+`classify()` applies the head to it. `load_weights(net, weights, where)` fills a `Detector` with
+tensors by timm's names; `load_backbone_file()` fills it from an ImageNet `.safetensors` file,
+without its classifier. Both raise `NetworkError` if a name or shape does not match.
+
+The functions `check_...()` raise `NetworkError` early for what would fail later: an image size, a
+weights file (only its header is read), or a download. `normalization()` returns mean and std.
+`classifier_names()` and `head_prefixes()` return names of the head's modules and parameters.
+`Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
+`heads.py`.
 """
 
 import contextlib

@@ -1,7 +1,14 @@
-"""Recipe: every setting that decides the result of a training run. Main entry: `Recipe`.
+"""Define the recipe: every setting that decides the result of a training run, as frozen
+dataclasses.
 
-`recipes/` reads recipes from TOML. This module and its imports do not load torch, so that a wrong
-recipe is refused at once.
+Main entry: `Recipe`, one training run. Its fields are the tables of a recipe file: `Data` (sets),
+`Network`, `Optim`, `Run` (length, seed, saving), `Gate` (when a checkpoint is refused), `Features`
+(stored features), `Calibrating` and others. A wrong value raises `ValueError` with the allowed
+values. `recipes/` reads a recipe from TOML; `model/backbones/resolve.py` makes a `ResolvedRecipe`,
+with complete preprocessing settings. `flat_settings()` flattens nested tables to keys such as
+"optim.lr", and `check_run_name()` raises `ValueError` for a name that no run may have. `Triple` is
+a value per RGB channel; `STEP_FOLDER` matches the names of checkpoint folders. This module does not
+load torch, so that a wrong recipe is refused at once.
 """
 
 import re

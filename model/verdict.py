@@ -1,7 +1,12 @@
-"""Verdicts: turn a probability of fake into one of three words, with a checkpoint's uncertain band.
+"""Turn a probability of fake into one of three verdicts, with the uncertain band of a detector.
 
-Main entry: `verdict()`. The band itself is fitted in `model/calibrate.py`, a separate module so
-that prediction does not import the fitting code.
+Main entry: `verdict(probability, band)` takes a probability from 0 to 1 and (low, high), and
+returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" from high on, else "uncertain". It
+raises `ValueError` for NaN or infinity (`NOT_FINITE` is the reason as text). `band_of(meta)`
+returns the band in a checkpoint's parsed `meta.json`. `band_at(meta, max_fpr, max_miss)` returns
+the band that keeps to two error rates, and raises `ValueError` for a rate without a threshold.
+`percent()` formats a probability, `capital()` makes the first letter upper case. The band is fitted
+in `model/calibrate.py`, so that prediction does not import the fitting code.
 """
 
 import math

@@ -1,7 +1,16 @@
-"""Third-party detector: this project reads the files, the detector preprocesses and scores them.
+"""Give a third-party detector the interface of this project's detectors: this project decodes the
+images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector`. This module does not import torch. The computation is in a `Judge`,
-which `model/adapters/open.py` chooses by the name of the detector.
+Main entry: `OtherDetector`. Its `predict()` and `stream()` take image files, bytes, Pillow images
+or arrays, and give a `Prediction` (name, probability of AI-generated from 0 to 1, verdict) for
+each; an unreadable image gets an `error`. It is made from a `Judge`, an object whose `prepare()`
+takes an upright RGB Pillow image and whose `score()` returns the probabilities, and from `meta`
+(name, hash, threshold, temperature; `meta_of()` makes it without calibration).
+`model/adapters/open.py` opens one by name.
+
+`logits_from()` converts probabilities to logits; `probability_at()` applies a temperature to
+probabilities. `DetectorError` says why a detector cannot be used. This module does not import
+torch.
 """
 
 import functools

@@ -1,7 +1,12 @@
-"""Find out which labels of a classifier mean AI-generated: from their words, or from the user.
+"""Find out which outputs of an image classifier mean AI-generated, from the words of their labels
+or from the user's choice.
 
-Main entry: `fake_indices()`. The index of a label is not used: half of the published detectors have
-fake first, half have real first.
+Main entry: `fake_indices(labels, asked, where)` takes the label of each output (index -> text), the
+labels that the user named with `--fake-label` (may be empty) and the name of the classifier for
+messages. It returns the indices of the outputs that mean AI-generated, and raises `DetectorError`
+if a label is unknown or unclear, or if all labels are of one class. `meaning_of()` returns `fake`,
+`real` or "" for one label; a word of `NEGATIONS` ("not real") makes a label unclear. The index of a
+label is not used: half of the published detectors have fake first, half have real first.
 """
 
 import re

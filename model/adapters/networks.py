@@ -1,7 +1,13 @@
-"""Open image classifiers of the Hugging Face Hub with transformers or timm.
+"""Open an image classifier of the Hugging Face Hub, or of a local folder, as a detector.
 
-Main entries: `open_transformers()`, `open_timm()`. Only `.json` and `.safetensors` files are
-downloaded: nothing is unpickled, and no code of a repository is run.
+Main entries: `open_transformers()` and `open_timm()`, which use the library of that name. Both take
+the name (a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`; for timm also its name of a
+network), the device (`auto`, `cpu`, `cuda`), the labels that mean AI-generated (default: chosen by
+their words) and a decision threshold from 0 to 1 (default: 0.5, until a calibration is loaded).
+Both return an `OtherDetector`, whose network is in a `NetworkJudge`: Pillow images in, float64
+probabilities (B,) of AI-generated out. They raise `DetectorError` if the classifier cannot be
+downloaded or used. Only files that match `TAKEN` are downloaded: nothing is unpickled, and no code
+of a repository is run.
 """
 
 import hashlib

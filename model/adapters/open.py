@@ -1,6 +1,14 @@
-"""Open any detector by name: a checkpoint, an ONNX file or a third-party detector.
+"""Open any detector by its name: a checkpoint, an ONNX file or a third-party detector.
 
-Main entry: `load_any()`. Slow imports (torch, timm, transformers) happen only when needed.
+Main entry: `load_any(name, checkpoint, opening, ...)` takes the value of `--detector`
+(`hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py`, `FILE.onnx` or a checkpoint) or of `--checkpoint`,
+and an `Opening` (further options for third-party detectors). With neither name it opens the newest
+run or else the shipped detector. It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`,
+all with `predict()` and `stream()`, and raises `DetectorError` for options that do not fit.
+
+`kind_of()` returns the kind of detector that a name means. `as_checkpoint()` returns the path if
+the names mean a checkpoint, else None. `open_other()` opens the other kinds. Slow imports (torch,
+timm, transformers) happen only when needed.
 """
 
 from collections.abc import Sequence

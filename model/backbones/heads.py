@@ -1,7 +1,13 @@
-"""Linear heads that read features from inside a backbone, not only its last features.
+"""Classify an image from features of several depths of a backbone, by a linear layer with two
+outputs.
 
-`StageHead` and `ClassTokenHead` each have a static method `features`, which does not depend on the
-head's weights, so that features of a frozen backbone can be stored.
+Early layers keep traces of generation; the last layers describe the content of the image. Main
+entries: two torch modules. `StageHead` reads the feature maps of all stages (their mean and
+standard deviation per channel), `ClassTokenHead` reads the class token of a transformer after
+chosen blocks. The static method `features()` of each takes these maps or tokens and returns
+normalized float features (B, D); `forward()` takes these and returns float logits (B, 2), real and
+fake. `features()` uses no weights, so features of a frozen backbone can be stored. `InnerHead` is
+their common base.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,10 @@
-"""timm's record of the preprocessing with which the weights of a network were trained.
+"""Look up the preprocessing with which the published weights of a network were trained.
 
-Main entry: `made_with()`, from a network's name to a `MadeWith`.
+Main entry: `made_with(name)` takes timm's name of a network with weights (or `hf-hub:OWNER/NAME`,
+`local-dir:FOLDER`) and returns a `MadeWith`: input size in pixels, mean and std per channel, crop
+and resize filter, as timm records them. It raises `NetworkError` for an unknown network or one that
+is not for RGB images. `pretrained_config()` returns timm's whole record. `first_line()` shortens
+the text of an exception.
 """
 
 import difflib

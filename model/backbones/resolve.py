@@ -1,7 +1,12 @@
-"""Complete a recipe: fill in the preprocessing that it leaves open from timm's record of the
-weights.
+"""Complete a recipe: fill in the preprocessing that the recipe leaves out, from timm's record of
+the network's weights.
 
-Main entry: `resolved()`.
+Main entry: `resolved(recipe)` takes a `Recipe` and returns a `ResolvedRecipe`, in which mean, std,
+crop size, resize size (pixels) and resize filter have values; settings of the recipe are kept. It
+raises `NetworkError` if timm does not know the network, and `ValueError` if the crop is larger than
+the resized image. `describe_preprocess()` and `normalization_warnings()` return lines of text for
+the user, about preprocessing that differs from that of the weights. `nearest_filter()` replaces a
+filter that the pipeline lacks by bilinear.
 """
 
 import math

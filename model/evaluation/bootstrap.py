@@ -1,7 +1,11 @@
-"""Compute 95 % bootstrap intervals of metrics, over resampled groups of images.
+"""Compute 95 % confidence intervals of metrics by the bootstrap, over resampled groups of images.
 
-Main entries: `resample()` computes each metric in every resample, `intervals()` reduces these
-values to [low, high], the middle 95 %.
+Main entries: `resample(probabilities, images, groups, threshold)` takes the probabilities of fake,
+float64 (N,), the rows of each table line (`Images`: reals and fakes) and the group of each row
+(`Groups`, made by `group_rows()`); it returns, per line, each metric's values in `RESAMPLES`
+resamples (`on_resamples` reports progress). `intervals()` takes these values of one line and
+returns metric -> [low, high], the middle 95 %; `interval()` does so for one metric, and returns
+None if there are too few groups or values.
 
 Images are not independent: twenty images of one prompt, the frames of a video, a photo and its
 reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images

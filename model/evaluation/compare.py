@@ -1,8 +1,13 @@
-"""Compare two evaluations of the same images: metric differences with 95 % intervals, and images
-whose verdict changed.
+"""Compare two evaluations of the same images: differences of the metrics with 95 % intervals, and
+images whose verdict changed.
 
-Main entries: `shared_samples()`, then `compare()` and `flips()`. Differences are paired: both runs
-use the same bootstrap resamples, so the variation between images does not widen the interval.
+Main entries: `shared_samples(*tables, intersect)` takes tables of scores (`ScoreTable`) and returns
+them with their common images only; it raises `ScoresError` if their images differ and `intersect`
+is false. `compare(before, after)` takes two of these tables and returns a `Line` per set, source
+and generator, with a `Change` (both values, and the interval of the difference) for each metric of
+`COMPARED`. `flips(before, after)` returns a `Flip` per image whose verdict changed, and
+`count_flips()` counts them by set and class. Both runs use the same bootstrap resamples
+(differences are paired), so the variation between images does not widen the intervals.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,14 @@
-"""Score and calibrate a detector that is not a checkpoint: a third-party detector or an ONNX file.
+"""Score shard sets with a detector that is not a checkpoint (a third-party detector or an ONNX
+file), and calibrate a third-party detector.
 
-This project reads and decodes the images; the detector preprocesses and scores them. Main entries:
-`score_shards()`, `calibrate_other()`.
+Main entries: `score_shards(detector, shards)` takes an `OtherDetector` or `OnnxDetector` (`Scoring`
+is the part of their interface that is used) and a shard set. It returns `Scores`: labels and
+logits, before the temperature, of all samples, and the reasons of failures (`dist`: the ranks that
+share the work; `on_images` reports progress). `calibrate_other(detector, folders, runs, rule)`
+scores validation sets, fits a `Calibration`, writes it below `runs`, and returns it with its file;
+it raises `CalibrationError`, for example for an ONNX file. `DetectorScorer` is the detector as the
+robustness test needs it. `logits_in_batch()` pads a batch if its size affects the scores. This
+project decodes the images; the detector preprocesses them.
 """
 
 import itertools

@@ -1,9 +1,15 @@
-"""Compute the content of `report.json` from a table of scores: metrics with 95 % intervals,
-protocols and headline sentences.
+"""Compute the content of `report.json` from a table of scores: metrics with 95 % intervals per set,
+source and generator, and the main results as sentences.
 
-`report(scores)` needs no network and no images: `evaluate.py` calls it after scoring, and
-`evaluate.py --scores FILE` on a file of scores, with the same result. Every field is described in
-`model/layout/report.py`.
+Main entry: `report(scores)` takes a `ScoreTable` (`model/evaluation/scores.py`) and returns the
+report as a dict, whose fields `model/layout/report.py` describes. It needs no network and no
+images, so `evaluate.py --scores FILE` makes the same report again. `on_resamples` reports progress.
+
+`Rows` are the readable rows of one set, with real images of a reference set where needed
+(`rows_of_set()`). `lines_of()` returns the images of each line of the report, by `LineKey` (such as
+"overall" or ("sources", name)). `first_of_each()` selects one image per prompt and generator, as in
+the published protocol of the set EvalGEN; `mean_and_std()` averages over generators.
+`on_training_data()` returns the warning about sets that were trained on.
 """
 
 import re

@@ -1,8 +1,17 @@
-"""Measure robustness: score the same samples after many perturbations, and compare the scores.
+"""Measure the robustness of a detector: score the same samples before and after many perturbations
+(such as JPEG compression), and compare the scores.
 
-Main entries: `score_perturbations()`, `measure_perturbations()`. A perturbation changes the decoded
-image as packed, before the preprocessing of evaluation. So the perturbation `original` scores the
-same pixels as a plain evaluation.
+Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`,
+a shard set, row numbers in it (for example of `sample_by_hash()`) and the perturbations. It returns
+`PerturbedScores`: float32 logits (perturbations, samples) and the reasons of failures; `on_images`
+reports progress. `measure_perturbations()` takes these and returns one dict per perturbation for
+`report.json`: metrics (`FIGURES`) with intervals, the share of changed verdicts, and the mean
+change of the logit per class (a `Shift`).
+
+A `VariantScorer` preprocesses and scores decoded images: `Scorer` for checkpoints, `DetectorScorer`
+of `others.py` for all other detectors. A perturbation changes the decoded image as packed, before
+the preprocessing, so the perturbation `original` scores the same pixels as a plain evaluation.
+`group_codes()` returns the group of each sample.
 """
 
 from collections import deque

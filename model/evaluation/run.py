@@ -1,6 +1,14 @@
-"""Evaluate a checkpoint or another detector on shard sets: plan, score, write scores, report.
+"""Evaluate a checkpoint or another detector on shard sets: score every image and compute the
+report.
 
-Main entry: `evaluate()`. `report_on()` makes the same report from a file of scores.
+Main entry: `evaluate(subject, data, names, out, options)` takes the folder of a checkpoint (or
+another detector), the folder of all sets, the names of the sets to score and the output folder. It
+writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`, and
+returns the report as a dict (`model/layout/report.py`). It raises `ValueError` for input that
+cannot be used. `report_on(path)` computes the same report from a scores file, which `find_scores()`
+finds by its folder or report. `choose_subject()` returns the detector that the options `--detector`
+and `--checkpoint` mean, and its output folder. `score_sets()` (for checkpoints), `score_sets_by()`
+(other detectors), `perturb_sets()` and `with_reference()` are parts of `evaluate()`.
 """
 
 import json

@@ -1,9 +1,10 @@
-"""Write and read `scores.parquet`: the score of every image, from which a report can be recomputed
-without the network.
+"""Write and read `scores.parquet`: the score of every image of an evaluation, from which its report
+can be recomputed without the network.
 
-Main entries: `write_scores()`, `read_scores()`. One row per sample of the measured sets, in their
-order; columns in `SCORES_SCHEMA`. The file metadata contains, under `evaluation`, a JSON object
-with the other input of a report:
+Main entries: `write_scores(path, parts, evaluation)` takes tables of `rows_of()` (one per set, one
+row per image, columns `SCORES_SCHEMA`) and a dict about the evaluation. `read_scores(path)` returns
+both as a `ScoreTable`, and raises `ScoresError` for another file or version. Rows have the order of
+the sets. The dict is stored in the file metadata as JSON, under `evaluation`:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its

@@ -1,6 +1,9 @@
-"""Compare any number of runs on the same images: one table per set, with paired 95 % intervals.
+"""Compare the evaluations of any number of detectors on the same images: one table per set, with
+paired 95 % intervals.
 
-Main entry: `side_by_side()`. It returns this JSON object, with the sets that all runs measured:
+Main entry: `side_by_side(runs)` takes a list of `Run` (name, `ScoreTable` from `shared_samples()`,
+images per second) and returns the JSON object below, with the sets that all runs measured. It
+raises `ScoresError` if there is no such set, or if reference reals differ.
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC,
@@ -23,7 +26,8 @@ A RUN has these keys:
   (AUROC), each {"name", "value"} or null;
 - `ranks`: the best and the worst rank of the run over the sources, or null.
 
-If a source has images of one class only, its AUROC uses all images of the other class in the set.
+`mean_of()` builds the run of the mean probability of all runs, named `MEAN`. If a source has images
+of one class only, its AUROC uses all images of the other class in the set (`completed()`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,10 @@
-"""Suites: named lists of sets to evaluate together, from `[suites]` of the catalog.
+"""Look up a suite, which is a named list of sets to evaluate together, in the catalog of data
+sources.
 
-Main entry: `open_suite()`.
+Main entry: `open_suite(name, data)` takes the name of a suite and the folder of all packed sets. It
+returns a `Suite`: the names of its packed and of its missing sets, and a sentence that says how to
+get the missing ones. It raises `ValueError` if there is no such suite or none of its sets is
+packed.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,10 @@
-"""Write the model card of a checkpoint (`README.md` for the Hugging Face Hub) from its record.
+"""Compose the model card of a checkpoint: the text of `README.md` for the Hugging Face Hub.
 
-Main entry: `card_of()`, which returns the text.
+Main entry: `card_of(meta, report, sources, onnx)` takes the parsed `meta.json`, the parsed
+`report.json` of an evaluation (or None), the data sources of each training set (name and license,
+from its index) and whether ONNX files are in the folder. It returns YAML and Markdown as one string
+and writes nothing. `TAGS` are the search words on the hub; `LIMITS` is the section on what the
+detector cannot do.
 """
 
 import re

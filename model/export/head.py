@@ -1,8 +1,13 @@
-"""Write the head of a detector, to ship it without its backbone.
+"""Write the head (classifier) of a detector with a frozen backbone, to ship it without the
+backbone.
 
-Main entry: `save_head()`. The folder (layout in `model/shipped/backbone.py`) contains the weights
-of the head (kilobytes), the checkpoint's record with sources and hashes of the backbone, and the
-model card.
+Main entry: `save_head(checkpoint, target, backbone, report, data)` takes a checkpoint folder, a new
+folder and the download places of the backbone (a `BackboneSpec`, which `backbone_of()` takes from
+the checkpoint's record). It writes the head's weights (kilobytes), `meta.json` with the places and
+hashes of the backbone, and the model card, which shows `report` (`report.json`) and the sources in
+`data` (folder of the training sets). It returns `target`. The layout is described in
+`model/shipped/backbone.py`. `HeadError` is raised if the backbone was trained too, or if its file
+is not in the cache or has other weights; `HubError` if `target` exists.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,16 @@
-"""Write a checkpoint as a folder for the Hugging Face Hub, and upload the folder.
+"""Write a checkpoint as a folder for the Hugging Face Hub, and upload this folder.
 
-Main entries: `write_hub()`, `push()`. timm and transformers read `model.safetensors` and
-`config.json`. `README.md` is the model card (`model/export/card.py`), `meta.json` the checkpoint's
-record. So the folder is also a checkpoint: `python predict.py dir/ --checkpoint FOLDER`.
+Main entries: `write_hub(checkpoint, out, report, data, onnx)` writes the new folder `out` and
+returns it: `model.safetensors` and `config.json`, which timm and transformers read, `README.md`
+(the model card, with the figures of `report`, a `report.json`, and the licenses of the sets below
+`data`), `meta.json` without private paths, and a copy of the ONNX files in the folder `onnx`.
+`push(folder, repository, private)` uploads the folder to OWNER/NAME and returns the URL of the
+commit. Both raise `HubError`. The folder is also a checkpoint:
+`python predict.py dir/ --checkpoint FOLDER`.
+
+`without_paths()` removes private paths and secrets from a record, `preprocessing_of()` describes
+the preprocessing in timm's terms, and `sources_of()` returns the data sources of each training set.
+`refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 
 import json

@@ -1,8 +1,12 @@
-"""Convert the original project's .pth checkpoint to a checkpoint of this project.
+"""Convert the original project's `.pth` checkpoint to a checkpoint of this project.
 
-Main entry: `import_file()`; `fetch()` downloads the published file. The layout is that of the
-original training code: a dictionary of `epoch, model, optimizer, scheduler, scaler`. `model`
-contains the weights of a ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake.
+Main entries: `import_file(file, run)` takes the `.pth` file and the folder of a new run, writes a
+checkpoint there and returns its path. `fetch()` downloads the published file (`FILE` of
+`REPOSITORY` at `REVISION`) into the hub's cache, checks its SHA-256 and returns its path. Both
+raise `OriginalError`. The file is a dictionary, whose key `model` has the weights of a
+ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake. Only tensors are unpickled.
+`recipe_of()` returns a substitute for the unknown recipe; `KNOWN_AGAINST` is the known weakness of
+the published file, stored with it.
 """
 
 import pickle

@@ -1,4 +1,11 @@
-"""Determine the license of a checkpoint's weights from its record. Main entry: `license_of()`."""
+"""Determine the license of a checkpoint's weights from the record of how it was trained.
+
+Main entry: `license_of(meta)` takes the parsed `meta.json` and returns a `License`: the id on the
+Hugging Face Hub (lower case, `other` if unknown), a text for people and the name of the weights
+from which training started. Trained weights keep the license of those first weights. `first_of()`
+follows the record through earlier checkpoints to the first weights. `ORIGINAL_BASE` is timm's name
+of the first weights of the original project.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

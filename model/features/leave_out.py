@@ -1,6 +1,12 @@
-"""Leave-one-source-out calibration: train a head without each source and score the source with it.
+"""Calibrate a detector by leaving sources out: train a new head without each image source, and
+score that source with it, which shows how the detector behaves on a new source.
 
-The scores show how the detector behaves on a new source. Main entry: `calibrate_left_out()`.
+Main entry: `calibrate_left_out(planned, best)` takes the plan of a finished run (`RunPlan`) with
+stored features, and the folder of its best checkpoint. It trains the heads, fits a `Calibration` to
+their scores, stores it in the checkpoint's `meta.json` and returns it. It raises `CalibrationError`
+if there are too few images. `leave_one_out()` returns the labels and logits of each source, and
+`refit()` trains the head without some sources. `head_weights()` copies the weights that learn
+(`HeadWeights`), `set_head()` puts such a copy back.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

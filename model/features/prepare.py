@@ -1,6 +1,16 @@
-"""Compute the features that a run lacks and switch its plan from images to stored features.
+"""Compute the features of a frozen backbone that a training run lacks, and switch the run from
+images to stored features.
 
-Main entries: `with_features()` for training, `embed_part()` for `python -m model embed`.
+Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the state with the
+network. It computes missing features and returns the plan with a `FeatureLoader`, or unchanged if
+the recipe stores no features. `embed_part(recipe, data, runs, init_from, names, rank, world_size)`
+does the computation for `python -m model embed`, as one of several independent tasks, and returns
+the number of images. Both raise `FeatureError` or `LoadError`.
+
+`source_of()` and `source_of_checkpoint()` return the place of the features of a recipe or
+checkpoint. `views_of()` returns the numbers of the stored views: 0 is the center crop, v >= 1 the
+augmentation of epoch v - 1. `embed_run()` and `embed_sets()` compute the features of a whole run,
+and of some sets.
 """
 
 from collections.abc import Mapping, Sequence

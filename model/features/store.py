@@ -1,15 +1,19 @@
-"""Feature store: features of a frozen backbone on disk, one Arrow file per shard and view.
+"""Store the features of a frozen backbone on disk, in one Arrow file per shard and view, and read
+them.
 
     <store>/<backbone>-<hash>/backbone.json          identity of the backbone
     <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
 
-Main entries: `write_file()`, `open_table()`, `missing_of()`. View 0 is the center crop of
-evaluation. View v >= 1 has the augmentation of training epoch v - 1 (counted from 0). A file has
-the rows of its shard in the order of the tar, with the columns `offset` (int64, of the sample in
-the tar), `valid` (bool) and `features` (fixed-size list of float16; zeros if an image cannot be
-decoded). Its schema metadata holds the identity of its inputs (`ShardFile.id`) and the images that
-could not be decoded. A file with another identity counts as missing and is computed again. Files
-are memory-mapped for reading.
+View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (from 0). A
+file has a row per sample, in the order of the tar: `offset` (int64, in the tar), `valid` (bool) and
+`features` (fixed-size list of float16; zeros if the image cannot be decoded). Its metadata has the
+reasons of failures and the identity of its inputs; a file with another identity counts as missing.
+
+Main entries: `write_file(file, offsets, valid, features, failures)` writes the rows of one
+`ShardFile` (path and identity); `missing_of()` returns the files that are still to be computed;
+`open_table(store, backbone, shards, view)` returns a `FeatureTable`, which gives the features of
+sample numbers, float16 (B, D), from memory-mapped files (`Part`). Errors are `FeatureError`. A
+`BackboneId` is the identity of backbone and preprocessing, made by `backbone_id()`.
 """
 
 import hashlib

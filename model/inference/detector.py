@@ -1,10 +1,16 @@
-"""Load a checkpoint and predict images: used by `predict.py`, the web page and the Python API.
+"""Load a checkpoint as a detector that predicts images: used by `predict.py`, the web page and the
+Python API.
 
-Main entry: `load_detector()`.
+    from model import load_detector
+    print(load_detector().predict("photo.jpg").verdict)
 
-from model import load_detector
-
-print(load_detector().predict("photo.jpg").verdict)
+Main entry: `load_detector(checkpoint, runs, device, backend, threshold)` (all optional) takes a
+checkpoint, run or name of a shipped detector; without one it takes the newest run below `runs`,
+else the shipped detector. It returns an `ImageDetector` and raises `CheckpointError`,
+`BackboneError` or `ValueError`. The detector's `predict()` and `stream()` take files, bytes, Pillow
+images or arrays and give a `Prediction` (name, probability of fake, verdict, error) for each.
+`preprocess_file()` returns the network's input, uint8 (size, size, 3); `score()` takes such inputs
+and returns float64 probabilities (B,).
 """
 
 import sys

@@ -1,10 +1,13 @@
-"""List the known reasons not to rely on a detector, from its meta: for the terminal, the page, the
-model card and the HTTP API.
+"""List the known reasons not to rely on a detector, as lines for the terminal, the page, the model
+card and the HTTP API.
 
-Main entry: `notices()`. In a checkpoint's `meta.json`, `data` contains the training `sources`, the
-synthetic ones among these sources (`synthetic_sources`) and weaknesses measured by other people
-(`known_against`, one line each). `calibration` contains the error rates on sources left out of
-training. A missing key gives no notice.
+Main entry: `notices(meta)` takes the parsed `meta.json` of a checkpoint (or the meta of another
+detector) and returns a list of `Notice`, the most serious first: synthetic training images, no
+calibration, or a measured weakness. They are read from `meta["data"]` (`FITNESS_KEYS`) and from the
+error rates on left-out sources in `meta["calibration"]`. `word_for()` returns what the detector's
+number is called, "probability" or "score"; `number()` returns a longer label for it, and `proof()`
+the sentence shown with every verdict. `MOST_CALLED_AI` (false-positive rate) and `LEAST_FOUND`
+(recall) are the limits of a notice; `NAMED` is how many sources it names.
 """
 
 from collections.abc import Mapping

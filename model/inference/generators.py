@@ -1,7 +1,10 @@
-"""Recognize image generators by the names and settings that they write into image files.
+"""Recognize image generators by the names and settings that they write into the metadata of files.
 
-Main entries: `is_named()` for names, `settings_in()`, `settings_of()` and `settings_across()` for
-settings. The patterns were read in the source code of the generators where it is public:
+Main entries: `is_named(field, text)` takes a metadata field and its text and returns whether it
+names a generator; `is_signature()` is for text that is only such a name. `settings_in(text)`,
+`settings_of(value)` (for parsed JSON) and `settings_across(texts)` (for one text per setting)
+return program and prompt, such as "ComfyUI: a dog", or "" if there are no settings. The patterns
+were read in the source code of the generators where it is public:
 
 - https://github.com/AUTOMATIC1111/stable-diffusion-webui
 - https://github.com/Comfy-Org/ComfyUI, https://github.com/Kaharos94/ComfyUI-Saveaswebp

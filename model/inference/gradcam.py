@@ -1,12 +1,18 @@
-"""Compute heatmaps: which parts of an image raised its score for AI, as an overlay on the image.
+"""Compute a heatmap of an image: which parts raised the detector's score for AI.
 
-Main entry: `heatmap()`. The method is Grad-CAM for convolutional networks, and the patches weighted
-by their gradients for transformers.
+Main entry: `heatmap(detector, image)` takes an `ImageDetector` and an image (path, bytes, Pillow
+image or array). It returns uint8 (size, size, 3) RGB: the network's input in gray, with red where
+it raised the score. It raises `DecodeError` or `OSError` for an unreadable image, and
+`ExplainError` if the network has no feature map or patches, or captum is not installed.
+`attribution()` returns the network's input and the raw values per cell, float32 (rows, columns),
+and `overlay()` draws them. `last_features()` finds the layer that they are computed from. `MEANING`
+is the explanation to show with a heatmap.
 
-The result is coarse: 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
-transformer with patches of 16 at 224 pixels. It shows what moved the score, not what is fake, and
-proves nothing. A transformer's patches contain information from the whole image, so a strong patch
-does not prove that its own area caused the score.
+The method is Grad-CAM for convolutional networks, and gradient times patch for transformers. The
+result is coarse: 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
+transformer with patches of 16 at 224 pixels. It shows what moved the score, not what is fake. A
+transformer's patches contain information from the whole image, so a strong patch does not prove
+that its own area caused the score.
 """
 
 import math

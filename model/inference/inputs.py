@@ -1,7 +1,12 @@
 """Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Main entries: `find_images()`, and `watch()` for a folder that receives new files. Both are
-generators, so a million images need no list in memory.
+Main entries, both generators: `find_images(paths, excluded)` takes paths (which may be endless) and
+yields an `ImageFile` (name, and a function that reads the bytes) per image;
+`watch(folder, excluded)` never ends and yields a list of the new and changed images once a second.
+Both count skipped files in the `Counter` `excluded`, by reason. A file that cannot be read is
+yielded too; reading it raises `DecodeError` or `OSError`. `is_there()` returns whether a path or
+pattern matches anything, and `is_compressed()` whether a path is a compressed tar. `RUN` is how
+many names of a folder are sorted at once.
 """
 
 import glob

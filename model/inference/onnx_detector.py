@@ -1,8 +1,13 @@
-"""Run an exported detector (`python -m model export --onnx`) in ONNX Runtime, without torch.
+"""Run a detector that was exported as ONNX (`python -m model export --onnx`) in ONNX Runtime,
+without torch.
 
-Main entry: `load_onnx()`. It predicts like a detector of `model.load_detector`. The file's
-metadata contains everything needed: preprocessing, temperature (already applied in its output
-`probability`), threshold and band. The keys are `META_KEYS`.
+Main entry: `load_onnx(file, device, threshold)` takes the `.onnx` file, `auto`, `cpu` or `cuda`,
+and an optional threshold (0 to 1). It returns an `OnnxDetector`, which predicts images like an
+`ImageDetector` (`predict()`, `stream()`). It raises `OnnxError` if ONNX Runtime is missing or the
+file is no such export, and `ValueError` for an impossible device or threshold. The metadata of the
+file (`META_KEYS`) contains the preprocessing, threshold and band; its output `probability` includes
+the temperature. `preprocess()` crops and resizes pixels, uint8 (height, width, 3), to the network's
+input, with Pillow.
 """
 
 import json

@@ -1,7 +1,17 @@
-"""Base class of all detectors, with helpers that need no torch: read images, score them in batches,
-return predictions.
+"""Define the base class of all detectors, and the helpers without torch that read images, score
+them in batches and return predictions.
 
-Main entry: `AnyDetector.predict()`, described in `docs/python.md`.
+Main entry: `AnyDetector.predict(images)` (see `docs/python.md`) takes one image or many: paths,
+bytes, Pillow images, arrays or `ImageFile` (the type `Picture`). It returns a `Prediction` (name,
+probability of fake, verdict, error) or a list of them; an unreadable image gives an `error`, and a
+wrong type raises `TypeError`. `DecisionRule` has the threshold, the band and the verdict of a
+detector.
+
+`as_source()` and `as_file()` turn a `Picture` into a named file or decoded `Pixels` (a `Source`),
+`pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` checks a requested threshold.
+`ahead()`, `in_groups()` and `preprocess_ahead()` do work on images in threads and yield batches of
+the sizes of `group_sizes()`. `predictions()` turns scores into `Prediction` objects.
+`done_or_reason()` returns the result of a function, or the reason if the image is unreadable.
 """
 
 import functools

@@ -1,9 +1,12 @@
-"""Read what the metadata of an image file says about its origin. The program shows this evidence in
-addition to the score; the score does not depend on it.
+"""Read what the metadata of an image file says about its origin: C2PA manifests, source type, AI
+labels, settings of generators, camera data.
 
-Main entry: `read_evidence()`. Metadata is easily stripped or forged: anybody can write it, and most
-platforms delete it. Only a C2PA signature (`signatures.py`) proves something, and only that its
-signer made the statement.
+Main entry: `read_evidence(data, trust)` takes the bytes of an image file and the `TrustList` of
+C2PA signers (None: no signer is known). It returns a list of `Evidence` (kind, value, place in the
+file, and whether it suggests AI or a camera), at most `MAX_EVIDENCE`; the list may be empty, and
+nothing is ever raised. The program shows this evidence next to the score, which does not depend on
+it. Metadata is easily stripped or forged (`MEANING` is this warning); only a C2PA signature
+(`signatures.py`) proves something, and only that its signer made the statement.
 """
 
 import functools

@@ -1,7 +1,13 @@
-"""Format predictions as table, CSV or JSON lines, and write them to a results file that can be
+"""Format predictions as a table, CSV or JSON lines, and write them to a results file that can be
 resumed.
 
-Main entries: `line()` for one image, `open_results()` for the file.
+Main entries: `line(output, row)` takes a format of `FORMATS` and a dict with the keys `COLUMNS`,
+and returns the text of one image; `header(output)` returns the first line.
+`open_results(path, output, checkpoint, resume)` takes the file, the format, the identity of the
+detector and whether an existing file is continued. It returns a locked `ResultsFile`, which has the
+name `partial_of(path)` until `finish()`. Its `write()` appends a line, and `name in file` says
+whether an image has a row. `ResultsError` is raised if the file exists (without `resume`), is in
+use, or was made by another detector or format.
 """
 
 import csv

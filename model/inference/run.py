@@ -1,7 +1,15 @@
-"""Run a detector over many images: read each image once, score it, write one line of results.
+"""Run a detector over many images: read each image once, score it, and write one line of results.
 
-Main entries: `predict_all()`, `predict_as_they_come()`. Slow imports (torch, timm) are inside the
-functions that use them.
+Main entries: `predict_all(run, paths, batch_size)` scores all images of the paths;
+`predict_as_they_come(run, folder, batch_size)` scores new images of a folder, without end. Both
+take a `Run`: the detector, the output format, and where results go (an open results file, else
+standard output; and a folder for heatmaps, if wanted). They return nothing; counts of verdicts and
+skipped images are in the `Run`. A `Note` holds what is kept of one image between reading and
+writing.
+
+`draw_heatmap()` writes the heatmap of one image to `heatmap_path()`. `named()` replaces the path
+`-` by the lines of standard input. `count_in_background()` counts images for the progress bar. Slow
+imports (torch, timm) are inside the functions that use them.
 """
 
 import contextlib

@@ -1,6 +1,9 @@
-"""Layout of a checkpoint's `meta.json`: every field with its type and meaning.
+"""Describe a checkpoint's `meta.json`: every field with its type and meaning, as `TypedDict`
+classes.
 
-`docs/reference.py` makes a page of it. Main entry: `Meta`.
+Main entry: `Meta`, the whole file; the other classes are objects inside it, and the text below each
+field is its meaning. Nothing is computed here: the program reads and writes the file in
+`model/checkpoint.py`, and `docs/reference.py` makes a page of documentation from these classes.
 """
 
 from typing import Literal, NotRequired, Optional, TypedDict

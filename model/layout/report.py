@@ -1,7 +1,10 @@
-"""Layout of an evaluation's `report.json`: every field with its type and meaning.
+"""Describe an evaluation's `report.json`: every field with its type and meaning, as `TypedDict`
+classes.
 
-`docs/reference.py` makes a page of it. Main entry: `Report`. A field `..._at_0_5` has the key
-`..._at_0.5` in the file.
+Main entry: `Report`, the whole file; the other classes are objects inside it, and the text below
+each field is its meaning. Nothing is computed here: `model/evaluation/report.py` computes the
+report, and `docs/reference.py` makes a page of documentation from these classes. A field
+`..._at_0_5` has the key `..._at_0.5` in the file. `Interval` is [low, high] at 95 %.
 """
 
 from dataclasses import dataclass

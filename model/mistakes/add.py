@@ -1,6 +1,10 @@
-"""Score images that a person has labeled, and keep each wrong verdict.
+"""Score images whose true label a person gives, and record each wrong verdict in a local folder.
 
-Main entry: `keep_wrong()`.
+Main entry: `keep_wrong(detector, paths, label, folder, keep_image)` takes a loaded detector, paths
+of images or folders, their label (`real` or `fake`) and the folder of the mistakes. It records
+wrong verdicts in one JSON file per image (and a copy of the image with `keep_image`), and yields a
+`Reported` per image: one line of text, and whether reading or recording failed. It raises `OSError`
+if the folder cannot be written.
 """
 
 from collections import Counter, deque

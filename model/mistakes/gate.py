@@ -1,7 +1,15 @@
-"""Hold a trained checkpoint against its start over kept mistakes, for the gate of phase 2.
+"""Compare a trained checkpoint with the detector that its training started from, on recorded
+mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too many have become wrong.
 
-The start is measured before the first step, and its verdicts are kept in the run's folder: a
-resumed run knows them too. Nothing is written into the folder of the mistakes.
+Main entries, in order: `check_mistakes(gate, start_file)` raises `MistakeError` before a run if the
+folder `gate.mistakes` of the recipe cannot be used. `measure_start(folder, start, file)` scores the
+mistakes with the first detector before training and writes its verdicts to `file` (`START_FILE` in
+the run's folder), which `read_start()` reads when a run is resumed.
+`against_start(folder, start, detector)` scores them with the trained detector and returns a
+`Regression` per mistake. `refusal(gate, rows)` returns the reason for a refusal as a list of at
+most one sentence; `newly_wrong()` returns the hashes of the images concerned, and `lines_of()`
+lines for the log. `NO_COPY` and `NOT_ASKED` are reasons why a mistake has no outcome. The folder of
+the mistakes is not changed.
 """
 
 import json

@@ -1,6 +1,10 @@
-"""Keep wrong verdicts in a local folder, with one file per image; nothing is sent anywhere.
+"""Record wrong verdicts in a local folder, one JSON file per image, and read them; nothing is sent
+anywhere.
 
-Main entries: `keep_mistake()`, `read_mistakes()`. `FOLDER/<SHA-256 of the image's bytes>.json` is
+Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the bytes of an image,
+its true label and a `Verdict`; it writes or removes the entry of the image and returns a `Kept`
+(whether there is an entry now, and a line of text). `read_mistakes(folder)` returns all entries as
+a list of `Mistake`. Both raise `MistakeError`. `FOLDER/<SHA-256 of the image's bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
      "image": ".jpg",                                # suffix of the copy of the image, or null
@@ -8,7 +12,10 @@ Main entries: `keep_mistake()`, `read_mistakes()`. `FOLDER/<SHA-256 of the image
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
 with the last verdict of each detector that scored the image, the newest at the end. The name of the
-image is not kept.
+image is not recorded. `verdict_of()` makes the `Verdict` of a detector, `standing()` compares a
+verdict with a label (a `Standing`: right, uncertain or wrong), and `verdict_from()` parses a
+verdict in JSON. `UNNAMED` is the suffix of the copy of an image whose name has no suffix of an
+image.
 """
 
 import hashlib

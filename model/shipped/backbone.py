@@ -1,8 +1,11 @@
 """Find and read the backbone of a shipped detector, whose checkpoint contains only the head.
 
-Main entries: `locate()`, `read_backbone()`. `detectors/<name>/` is a checkpoint
-(`model/checkpoint.py`). Its `weights.safetensors` has the parameters outside the frozen backbone,
-and its `meta.json` has one more key:
+Main entries: `locate(spec, folder)` takes the `BackboneSpec` of a checkpoint (from its meta by
+`spec_of()`) and the checkpoint's folder, and returns the path and hash of the cached file with the
+backbone. `read_backbone(spec, folder)` verifies this file and returns its tensors by name. Both
+raise `BackboneError`, or `MissingError` if the file must be fetched first
+(`model/shipped/fetch.py`). `detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json`
+has one more key, `KEY`:
 
     "backbone": {"name": timm name, "license": id or null,
      "files": [{"sha256": hash of a .safetensors file with plain timm names,
@@ -11,8 +14,10 @@ and its `meta.json` has one more key:
                                   "member_sha256": hash, "converter": name}}, ...],
      "tested": {hash: {}, or what replaces `temperature`, `threshold` and `calibration` with it}}
 
-`model/shipped/fetch.py` stores each file under its hash in `cache_folder()`. Only files that the
-head was tested with are used.
+Only files that the head was tested with are used. `with_calibration()` and `recalibrated()` read
+and change the calibration for one file. `with_backbone_inside()` returns the meta for a copy that
+includes the backbone (`KEY_INSIDE`). `output_folder()` returns the folder for files about a
+checkpoint. `KNOWN` are backbones that can be fetched by timm's name.
 """
 
 import re

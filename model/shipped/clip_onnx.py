@@ -1,9 +1,12 @@
 """Convert CLIP's image encoder from an 8-bit ONNX file to float32 weights with timm's names.
 
-Main entry: `convert()`. The input is ONNX Runtime's dynamic quantization of transformers'
-`CLIPVisionModel`: each linear layer has int8 weights (in, out) with a scale and a zero point per
-output channel; all other parameters are float32. The output has the names of timm's
-`VisionTransformer`, without the projection to the joint image-text space.
+Main entry: `convert(data)` takes the bytes of the ONNX file and returns name -> float32 array; it
+raises `ConvertError` if the bytes are no such file. The input is ONNX Runtime's dynamic
+quantization of transformers' `CLIPVisionModel`: each linear layer has int8 weights (in, out) with a
+scale and a zero point per output channel; all other parameters are float32. The output has the
+names of timm's `VisionTransformer`, without the projection to the joint image-text space.
+`dequantized()` converts one weight, `timm_names()` renames all; `RENAMED` and `IN_LAYER` are the
+names outside of and in the layers.
 """
 
 import re

@@ -1,6 +1,12 @@
-"""Forgetting: compare the accuracy per source before and after a phase, and apply the gate.
+"""Measure forgetting: compare the accuracy on each image source before and after training that
+started from a trained detector, and give the reasons to refuse a checkpoint that lost too much.
 
-Main entries: `changes()`, `forgetting()` and `refusals()`, pure functions.
+Main entries, pure functions: `changes(before, after, new)` takes `Metrics` by `set/source` and the
+names of the sources that are new training data, and returns a `Change` (both accuracies) for each.
+`forgetting(rows)` returns the mean loss of accuracy over the old sources, 0 to 1.
+`refusals(gate, rows, sets)` takes the limits of the recipe and returns the reasons for refusing the
+checkpoint, a list of sentences; empty if it passes. `accuracy_of()` is the balanced accuracy, or
+with one class the accuracy.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,11 @@
-"""Training history: append rows to `metrics.jsonl` and send them to TensorBoard and a tracker.
+"""Write the history of a training run (loss, rates, validation metrics) to `metrics.jsonl`,
+TensorBoard and a tracker, and read it.
 
-Main entries: `History` writes, `rows_of()` reads.
+Main entries: `History(folder, done, tracker)`, a context manager, takes the run's folder, the
+number of finished steps (later rows of an interrupted run are removed) and an optional `Tracker`;
+its `write(step, kind, row)` appends a row (name -> value) and sends it on. `rows_of(folder)`
+returns the rows as a list of dicts with `step` and `kind`, and raises `ValueError` for another
+file. `scalars_of()` gives the names and values as TensorBoard and the tracker get them.
 """
 
 import json

@@ -1,8 +1,13 @@
-"""AdamW with layer-wise learning rates, weight decay on weights only, and the schedule.
+"""Make the AdamW optimizer, with a learning rate per layer and weight decay on weights only, and
+compute the schedule of the learning rate.
 
-Main entries: `make_optimizer()`, `schedule()`. timm only stores `lr_scale` in parameter groups, and
-torch's schedulers ignore it. Here each group has a `base_lr`, and every step sets `lr = base_lr *
-schedule`. The schedule is a factor, so a small rate is never raised to an absolute minimum.
+Main entries: `make_optimizer(backbone, optim, fused)` takes the backbone and the recipe's `Optim`
+settings and returns `torch.optim.AdamW`; it raises `OptimError` if a parameter belongs to no layer.
+`schedule(optim, step, steps)` returns the factor for one step (warm-up, then cosine), which
+`set_learning_rate(optimizer, factor)` applies to all groups: `lr = base_lr * factor`. A small rate
+is never raised to an absolute minimum. `parameter_groups()` returns the optimizer's groups, with
+their `base_lr`, and `layer_of_parameters()` the layer index of each parameter. timm's `lr_scale` is
+not used, because torch's schedulers ignore it.
 """
 
 import math

@@ -1,4 +1,11 @@
-"""Save the training state in a checkpoint and restore it. Main entries: `save()`, `restore()`."""
+"""Save the state of training in a checkpoint, and restore it to resume a run exactly.
+
+Main entries: `save(plan, train_state, done, validation, best, gain, ended)` writes the checkpoint
+`step_<done>` in the run's folder (weights, optimizer, random generators, order of samples), removes
+all others but the best, and returns the best as a `Best`. `restore(train_state, folder, done)`
+takes a new `TrainState` and the folder of a checkpoint, and sets the state to that after `done`
+steps; it returns nothing.
+"""
 
 import logging
 from dataclasses import asdict

@@ -1,6 +1,11 @@
-"""Open the shard sets of a training run and check that they fit the recipe.
+"""Open the shard sets of a training run, and check that they fit the recipe.
 
-Main entries: `open_stream()`, `open_validation()`, `check_sets()`, `check_apart()`.
+Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe` and the folder of
+all sets and returns the `Stream` of training batches of this rank. `open_validation(recipe, data)`
+returns the validation sets, name -> `ShardSet`. `check_sets()` raises an error if the sets do not
+fill a batch, lack a source that the recipe names or have one class only; `check_apart()` if a
+validation set shares images with the training sets. The errors are `ValueError` and its subclasses
+`ShardError`, `LoadError` and `OrderError`.
 """
 
 from collections.abc import Mapping, Sequence

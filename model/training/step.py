@@ -1,6 +1,14 @@
-"""One optimizer step: mixed precision, gradient accumulation, EMA, distillation, several ranks.
+"""Take one optimizer step on one batch, with mixed precision, gradient accumulation, a moving
+average of the weights (EMA), distillation and several ranks.
 
-Main entry: `train_step()`, from a `TrainState` and a batch to the loss.
+Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps, distill_weight)`
+takes the `TrainState` (network, optimizer and more, which it changes), the module to call (made by
+`compile_network()` in `assemble.py`), a batch and the recipe's `Optim` settings. It returns this
+rank's part of the loss, a scalar tensor on the device. A loss that is not finite is noted in
+`train_state.bad_step`; no error is raised.
+
+`not_finite_in()` returns the name of the first weight that is not finite. `average_of()` makes the
+EMA copy of a network. `wrap_ddp()` wraps the network for several ranks.
 """
 
 import contextlib

@@ -1,6 +1,15 @@
-"""Validation: score the validation sets, choose the best checkpoint by them and calibrate it.
+"""Score the validation sets during training, to choose the best checkpoint, and calibrate it.
 
-Main entries: `validate()` during training, `calibrate_checkpoint()` after it.
+Main entries: `validate(train_state, sets, preprocess, loading, features)` takes the state of
+training and name -> `ShardSet`, and returns a `Validation`: metrics per set and source, and
+`selection`, the figure (mean accuracy) by which the best checkpoint is chosen.
+`calibrate_checkpoint(checkpoint, folders, loading, device)` scores the validation sets `folders`
+with a checkpoint, fits a `Calibration`, stores it in `meta.json` and returns it; it raises
+`CalibrationError` if none fits. `rule` is the rule for thresholds, `features` the place of stored
+features to score in place of images, and `fitted` a calibration that exists already. `Gain` counts
+validations since the last improvement. `remembered()` reads a `Validation` from a JSON file, or
+computes and writes it; `read_validation()` only reads it, and raises `ValueError` for a damaged
+file.
 """
 
 import json
