@@ -2,12 +2,11 @@
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-IMAGES has `manifest.csv` (path, source, generator, label); WEIGHTS are the network's before phase
-1. A `Cell` is one variant: the settings of both phases. Each is trained with three seeds, seed 0 of
-all first; variants with equal phase 1 share it. `main()` prints and writes to FOLDER `tables.md`
-(AUROC, recall and false positives per variant, mean ± deviation over seeds) and `rows.jsonl` (all
-metrics). Thresholds are from validation sets. Finished runs are skipped; several processes may
-share FOLDER.
+IMAGES has `manifest.csv`; WEIGHTS are the network's before phase 1. A `Cell` is one variant: the
+settings of both phases. Each is trained with three seeds, seed 0 of all first; variants with equal
+phase 1 share it. `main()` prints and writes to FOLDER `tables.md` (AUROC, recall and false
+positives per variant, mean ± deviation over seeds) and `rows.jsonl` (all metrics). Thresholds are
+from validation sets. Finished runs are skipped; several processes may share FOLDER.
 """
 
 import csv

@@ -12,8 +12,8 @@ as in `predict.py`. At the end the server gets SIGTERM during requests, and must
 A table of images/s, CPU milliseconds per image and response times is printed, and written to
 `--json`. The exit code is 1 if an answer is lost, a hostile file is answered wrongly, or the server
 ends with an error. Clients, server and predict.py share the cores. `ratio` is of images per second
-in this run. `CPU ratio`, of CPU time per image (of the server alone), is more reliable beside other
-programs.
+in this run. `CPU ratio`, of CPU time per image (of the server alone), is more reliable next to
+other programs.
 """
 
 import http.client
