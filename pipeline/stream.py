@@ -1,5 +1,4 @@
-"""Make all batches of a training run, epoch after epoch, with replayed old samples, or of an
-evaluation.
+"""Make the batches of a training run, epoch after epoch, or of one evaluation.
 
 Main entries: `open_pool()` opens the named training sets and old sets below the folder `data` as
 one shard set and returns a `Pool`: the row numbers of its new and its old samples. A `Stream`

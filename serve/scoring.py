@@ -1,5 +1,4 @@
-"""Score the images of all requests through one queue: some threads decode, one thread scores in
-batches.
+"""Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
 Main entry: `Scorer` takes a detector, the `Limits` of the server and the `Metrics` to update. Its
 `submit()` takes the `ImageFile`s of one request and returns a `Job` for each; `Job.done` is a
