@@ -1,5 +1,4 @@
-"""Feed files that break image software to every image reader of this project, and print what
-failed.
+"""Feed files that break image software to every image reader of this project, and print failures.
 
     python -m benchmarks.hostile FOLDER [--seconds S] [--memory GB] [--json FILE]
 

@@ -1,5 +1,4 @@
-"""Show the threshold slider of the web page, and the expected verdicts per 100 images at its
-threshold.
+"""Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
 Main entry: `show_threshold()` takes the loaded detector, puts the slider, a sentence (`rule()`) and
 a table (`hundred_html()`) on the page (Streamlit), and returns nothing. The table is computed from

@@ -1,5 +1,4 @@
-"""Show the first screen of the web page: its purpose, the error rates of the detector, and example
-images.
+"""Show the first screen of the web page: its purpose, the detector's error rates, example images.
 
 Main entries, which put HTML on the page (Streamlit) and return nothing: `show_lead()` shows the
 purpose in the element `where`, `show_notices()` the reasons not to rely on the detector,

@@ -1,5 +1,4 @@
-"""Generate random numbers in [0, 1) for many samples at once, each a function of (seed, epoch,
-sample).
+"""Generate random numbers in [0, 1) for many samples at once, from (seed, epoch, sample) alone.
 
 Main entry: `uniform()` takes the seed, the epoch, N sample numbers, how many random numbers each
 sample gets (`count`), and how many times each sample appeared before in the epoch (`repeat_index`,

@@ -1,5 +1,4 @@
-"""Write a PNG that shows augmented samples of a shard set, as both backends make them, side by
-side.
+"""Write a PNG of augmented samples of a shard set, as both backends make them, side by side.
 
 Main entry: `write_preview()` takes the folder of a shard set, the PNG to write (`out`), a recipe
 file, the policy of sources for which the index names none, the number of samples, and the seed that

