@@ -1,11 +1,12 @@
-"""Ablation study: train many variants of the two-phase recipe and measure them on unseen sources.
+"""Train many variants of the two-phase recipe and compare them on sources held out of training.
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-A cell is a recipe of both phases. Each cell is trained with three seeds, and cells that differ only
-in phase 2 share their phase 1. Finished runs are skipped, so that the command can be stopped and
-repeated. Seed 0 of every cell is trained first. Several processes may share a folder. Thresholds
-are computed on validation sets, never on the unseen sources.
+IMAGES has `manifest.csv`; WEIGHTS are the network's before phase 1. A `Cell` is one variant: the
+settings of both phases. Each is trained with three seeds, seed 0 of all first; variants with equal
+phase 1 share it. `main()` prints and writes to FOLDER `tables.md` (AUROC, recall and false
+positives per variant, mean ± deviation over seeds) and `rows.jsonl` (all metrics). Thresholds are
+from validation sets. Finished runs are skipped; several processes may share FOLDER.
 """
 
 import csv

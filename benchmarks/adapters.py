@@ -1,10 +1,16 @@
-"""Measure the overhead of `evaluate.py --detector` against calling a detector directly.
+"""Measure the overhead of `evaluate.py --detector` against calling a third-party detector directly.
 
-`costs()` times both for a Python file, a timm model and a transformers model;
-`python -m benchmarks.evaluation --detector` prints them. By hand: Pillow opens image files in one
-thread, and the library's own calls score them in batches of the same size. By the adapter: the same
-images are read from shards, then the same preprocessing and network run. By hand is timed before
-and after the adapter.
+Main entry: `costs()` takes the folder of packed sets (it uses the set `small`), a folder with the
+same images as JPEG files below `raw/`, to which model files are written, and the timm name of a
+network. It returns a dict with the wall-clock and CPU seconds for a Python file, a timm model and,
+if installed, a transformers model. By hand (before and after the adapter): Pillow opens image files
+in one thread, and the library's own calls score them in batches of the same size. By the adapter:
+the same images are read from shards, then the same preprocessing and network run. `ratio` is the
+adapter's time divided by the mean by hand.
+
+`python -m benchmarks.evaluation --detector` calls `costs()` and prints the table of
+`print_costs()`. `of_file()`, `of_timm()` and `of_transformers()` return both ways of a detector;
+`spent()` times a call.
 """
 
 import importlib.util

@@ -2,11 +2,13 @@
 
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
 
-A small network with random weights is trained on a packed set through `train.py`, stopped by
+A small network with random weights is trained on the packed set SET through `train.py`, stopped by
 SIGTERM in the middle and resumed by the same command. `evaluate.py` measures it, and `predict.py`
-scores the images of FOLDER on the device and on the CPU. The answer lists how far the probabilities
-are apart, which verdicts differ, and which files could be read on only one of the two. The scores
-themselves mean nothing: the network trains for seconds.
+scores the images in the subfolders of `--images` on the device and on the CPU. Runs and reports are
+written to `--work`. Printed, and written to `--json`: the exit code, seconds and last lines of each
+command (`run()`); how far the probabilities of both devices are apart, how many verdicts differ,
+and which files only one of the two could read (`compare()` of two CSV files of `predict.py`). The
+command fails if a script fails. The scores themselves mean nothing: the network trains for seconds.
 """
 
 import csv

@@ -3,12 +3,14 @@
     python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
     python -m benchmarks.evaluation --detector [--images N]     # see benchmarks.adapters
 
-`report` computes intervals and tables from random scores of 15 sources and 40 generators, in groups
-of up to 20 images. It gives the seconds and the peak memory of this process. `scoring` compares
-`evaluate` on small JPEGs, from opening the shards to the report, with the network alone on the same
-number of images in memory. The weights are random, which does not change the speed.
+Two parts are printed, and written to FILE as JSON. `cost_of_report()` writes a report on `--scores`
+random scores of 15 sources and 40 generators, in groups of up to 20 images, and returns its seconds
+and the peak memory of this process in GB. `cost_of_scoring()` evaluates `--images` small JPEGs,
+from opening the shards to the report, and before and after that runs the network alone on as many
+images in memory; it returns the seconds of each and their ratio. NAME is a network of timm; its
+weights are random, which does not change the speed.
 
-CPU seconds (of this process and its loading workers) are printed as well as seconds. They are less
+CPU seconds (of this process and its loading workers) are given as well as seconds. They are less
 affected by other programs. On a CPU the workers and the network share the cores.
 """
 

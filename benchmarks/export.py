@@ -2,10 +2,14 @@
 
     python -m benchmarks.export [--network NAME] [--batch 8] [--rounds 5] [--json FILE]
 
-All ways score the same noise with the same random weights, in turn (A B C A B C ...). A row has the
-images per second of the best round, the CPU seconds per image of the median round, and the largest
-difference of a probability from PyTorch's in fp32. CPU seconds are less affected by other programs.
-All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
+NAME is a network of timm. It is exported with random weights, and each way (PyTorch, and ONNX
+Runtime with several settings) scores the same batch of noise, in turn (A B C A B C ...). The
+command prints a table with a row per way: images per second of the best round, CPU seconds per
+image of the median round (less affected by other programs), and the largest difference of a
+probability from PyTorch's in fp32. FILE gets the differences and the seconds of all rounds. All
+ways are in memory at once (ConvNeXtV2-Base: 6 GB). Main entry: `ways_of()` takes the network and a
+folder for its files, and returns scoring functions by name, from uint8 (N, height, width, 3) to
+probabilities (N,).
 """
 
 import json

@@ -2,13 +2,16 @@
 
     python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
 
-The folder of images has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs in
-its own process with a time limit. A stage that fails or is cut does not end the others, and its
+The folder `--images` has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs
+in its own process with a time limit. A stage that fails or is cut does not end the others, and its
 rows up to then are kept. The results are written to `--out`: a JSON file per stage, `stages.jsonl`
-with the exit code and seconds of each stage, and `log.txt`. The same command again skips the stages
-that succeeded. `--budget` limits the whole call: a stage starts only if its least time is left.
+with the exit code and seconds of each stage, and `log.txt`. The command fails if a stage did not
+succeed; the same command again skips the stages that did. `--budget` limits the whole call: a stage
+starts only if its least time is left. `--cpu` is a dry run on small data. It shows that every stage
+works; its figures mean nothing.
 
-`--cpu` is a dry run on small data. It shows that every stage works; its figures mean nothing.
+Main entries: `stages_of()` returns the `Stage`s (a command and its limits), and `run()` runs one
+and returns its exit code. `pack()` packs copies of the JPEGs as the shard set that the stages use.
 """
 
 import json

@@ -2,13 +2,19 @@
 
     python -m benchmarks.gpu_loader --shards SET --json FILE [--seconds S] [--cpu]
 
-`settings`: training images/s with the augmentation policy of phase 1, by batch size, DALI threads
-and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine decodes). The product's setting is
-the first row; the rows after it omit single operations of the policy, to show their cost.
-`jpeg step`: images/s of the exact JPEG round trip and of DALI's own GPU operator.
-`memory`: host and GPU memory over `--batches` batches, with a damaged image in every fiftieth.
+SET is the folder of a packed set of JPEGs. Three functions yield the rows, which are printed and
+written to FILE as soon as they are measured, so that a crash loses one row:
 
-Each row is written when it is measured, so that a crash loses one row.
+- `settings()`: training images/s with the augmentation policy of phase 1, by batch size, DALI
+  threads and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine decodes). The first row
+  has the product's setting (`OWN`); the rows after it omit single operations of the policy
+  (`WITHOUT`).
+- `jpeg_step()`: images/s of the exact JPEG round trip and of DALI's own GPU operator.
+- `memory()`: host and GPU memory in MiB over `--batches` batches, with a damaged image in every
+  fiftieth.
+
+`--seconds` is the time per row; `--cpu` is a dry run with CPU operators, whose figures mean
+nothing.
 """
 
 import itertools

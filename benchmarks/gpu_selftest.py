@@ -1,13 +1,14 @@
-"""Compare the DALI backend on a GPU with its CPU operators and with Pillow, check by check.
+"""Check that DALI's operators on a GPU give the same pixels as its CPU operators and as Pillow.
 
-    python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--cpu]
+    python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--only CHECK] [--cpu]
 
-FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`. The most important checks
-run first. The answer of each check, or its error, is written at once, so that a crash loses one
-check. Differences are in levels from 0 to 255, as mean, 99th percentile and maximum. `--cpu` runs
-the CPU operators instead of the GPU's, which shows only that the program works.
-
-The command fails if the whole augmentation graph did not run on the device.
+FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`. The checks (`CHECKS`, or
+only those of `--only`) run one after another, the most important first. Each takes a `Given` (the
+images and the device) and returns its answer, which is printed and written to FILE at once, or its
+error, so that a crash loses one check. Differences are in levels from 0 to 255, as [mean, 99th
+percentile, maximum]; people judge them: no difference makes the command fail. The command fails if
+the check `operations` (each operation of the augmentation graph) raised an error. `--cpu` compares
+the CPU operators with themselves: a test of this program, for a machine without GPU.
 """
 
 import io

@@ -2,12 +2,16 @@
 
     python -m benchmarks.headroom [--shards DIR] [--recipe FILE] [--seconds S] [--json FILE]
 
-Three modes run in turn. `step` trains on a few batches that stay on the device, which is the upper
-limit. `loader` takes batches and does nothing with them. `full` is training. AU, the accelerator
-utilization of MLPerf Storage, is the time of a step in `step` divided by that in `full`. An AU of 1
-means that the loader costs nothing; more than 1 is noise. Below `ENOUGH` the loader is the limit.
-Start-up, compilation and the first steps are not counted. The functions are those of `train.py`,
-with its precision and compilation.
+Three modes run in turn, S seconds each: `step` trains on a few batches that stay on the device,
+which is the upper limit; `loader` takes batches and does nothing with them; `full` is training as
+by `train.py`, with its functions, precision and compilation. DIR is a packed set (default: the sets
+of the recipe). A table with images/s, ms per step and waiting times is printed, and written to
+`--json`, with the AU (accelerator utilization of MLPerf Storage): the time of a step in `step`
+divided by that in `full`. An AU of 1 means that the loader costs nothing; more than 1 is noise.
+Below `ENOUGH` the loader is the limit.
+
+Main entry: `run()` takes batches and a function to call with each, and returns the figures of one
+mode as a dict. Start-up, compilation and the first `WARM_UP` batches are not counted.
 """
 
 import itertools

@@ -1,6 +1,10 @@
-"""Write JPEGs to measure with: synthetic ones, or copies of real photographs.
+"""Write JPEG files for the benchmarks to read: synthetic ones, or variants of real photographs.
 
-Main entries: `write_images()`, `write_copies()`.
+Main entries: `write_images()` takes a folder and a count and writes synthetic JPEGs of 500 x 375
+pixels. `write_copies()` takes also a folder of real JPEGs (`originals`): each is copied byte for
+byte, then encoded again at lower and lower quality until `count` different files are written; it
+raises ValueError if too few can be made. Both write half of the files to the subfolder `real` and
+half to `fake`, and return their paths.
 """
 
 import hashlib

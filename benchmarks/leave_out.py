@@ -1,11 +1,12 @@
 """Measure a head on sources that were left out of its training, from stored features.
 
-    python -m benchmarks.leave_out --recipe recipes/clip-all.toml --init-from FILE \
-        [--pairs] [--robustness N]
+    python -m benchmarks.leave_out --recipe FILE --init-from WEIGHTS [--pairs] [--robustness N]
 
-Each source is scored by a head that was trained without it. These metrics are computed:
+The recipe (such as `recipes/clip-all.toml`) names the sets and a network with a frozen backbone,
+WEIGHTS are the backbone's. Each source is scored by a head that was trained without it. These
+metrics and calibrated thresholds are printed as JSON, and written to the file `--json`:
 
-- the AUROC of each pair of a real and a fake source;
+- the AUROC of each pair of a real and a fake source: mean, 95 % interval and the ten lowest;
 - the false positive rate of each real source and the recall of each fake source, at the threshold
   for 5 % false positives over all real sources;
 - the AUROC within subjects: images are clustered by their features, and only images of one cluster

@@ -1,18 +1,21 @@
-"""Measure the throughput of both backends and of other loaders on the same images and policy.
+"""Measure the throughput, start-up time and memory of data loaders on the same images and
+augmentations: this project's two backends (Pillow and DALI) and other libraries.
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are JPEGs of ImageNet's size, packed by the builder; the policy is that of phase 1. Each
-contender runs in its own process, in turn (A B C A B C ...), so that libraries do not disturb each
-other and other programs affect all alike. The speed is measured from the first batch to the last.
-The time up to the first batch is the start-up; a batch or two may be queued by then. Memory is the
-largest sum of the proportional set sizes (PSS, shared pages once) of a contender's processes,
-measured once a second.
+The images are JPEGs of ImageNet's size, made and packed here; the augmentation policy is that of
+phase 1. Each loader runs in its own process, so that libraries do not disturb each other; loaders
+take turns (A B C A B C ...), so that other programs affect all alike. PATH is the Python
+interpreter of libraries that this project does not install. The speed is measured from the first
+batch to the last; the time up to the first batch is the start-up. Memory is the largest sum of the
+proportional set sizes (PSS, shared pages once) of a loader's processes, measured once a second.
 
-A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Runs that
-are not calm are repeated, up to `--repeats` more. The table lists the number of calm runs; without
-any, its figures are of all runs. Speeds of different calls of this command cannot be compared, but
-the ratio to the original's loader within one call can.
+A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Each loader
+runs until `--repeats` runs were calm, at most twice as often. The printed table has a row per
+loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the ratios
+to torchvision's loader (`BASE`, that of the original program) within one call, not speeds of
+different calls. The exit code is 1 if a loader failed. Main entry: `measure()` runs all loaders and
+returns the runs of each.
 """
 
 import contextlib

@@ -1,7 +1,12 @@
-"""Make damaged image files by mutating a valid file of each format that the project reads.
+"""Make damaged image files by changing bytes in a valid file of each format that the project reads.
 
-`python -m benchmarks.mutations FOLDER COUNT` writes them for `benchmarks.hostile`. Main entry:
-`mutations()`.
+    python -m benchmarks.mutations FOLDER COUNT
+
+The command writes COUNT files (of all formats together) to FOLDER, as input of
+`benchmarks.hostile`. Main entry: `mutations()` takes the count and a random seed and yields (name,
+bytes) of each file. A file gets one to four faults (`mutated()`): changed bytes, extreme numbers,
+deleted, repeated or moved parts, or a missing end. `seeds()` returns the valid files (bytes by
+format), which are images of `SIDE` x `SIDE` pixels.
 """
 
 import io

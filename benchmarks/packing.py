@@ -2,11 +2,15 @@
 
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
-Each contender is a process, run on the same JPEGs with the same number of cores: once with a few
-images and once with all. The difference gives images/s without start-up; both are printed. `build`
-decodes and checks every image, finds duplicates, hashes, packs and indexes. The loop packs images
-that Pillow can decode. img2dataset runs if its command is given. The limit only reads the files and
-decodes them with simplejpeg.
+N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. Each contender is a process,
+run with the same number of cores: once with a few images and once with all. The difference gives
+images/s without start-up. A table of speed, start-up seconds and memory is printed, and written to
+`--json`. `build` decodes and checks every image, finds duplicates, hashes, packs and indexes. The
+loop packs images that Pillow can decode. img2dataset runs if its command is given
+(`--img2dataset`). The limit only reads the files and decodes them with simplejpeg.
+
+Main entry: `measure()` runs one contender on a folder of JPEGs and returns its seconds and its peak
+memory in bytes. `commands()` returns the command line of each contender.
 """
 
 import json

@@ -1,10 +1,13 @@
-"""Load images with other libraries under the policy of phase 1, for comparison with this project.
+"""Load images with other libraries under the augmentation policy of phase 1, for comparison with
+this project's loader.
 
 Each `*_images` function takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and
-the shard set `shards/bench`), uses a library as its documentation shows, and yields the number of
-images of each batch. A `prepare_*` function writes the format that a library needs; it is not
-timed. A library without augmentation gets torchvision's transforms on Pillow images. All batches
-are uint8, as in this project: normalization, which users of these libraries add, is not counted.
+the shard set `shards/bench`) and the number of workers (processes or threads), uses a library as
+its documentation shows, and yields the number of images of each batch. A `prepare_*` function
+writes the format that a library needs to the same folder; it is not timed. `BATCH` (images per
+batch) and `EPOCHS` are set by the caller, `benchmarks.contenders`. A library without augmentation
+gets torchvision's transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as
+in this project: normalization, which users of these libraries add, is not counted.
 """
 
 import io

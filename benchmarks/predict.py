@@ -2,13 +2,16 @@
 
     python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
 
-Two ways run in turn (A B A B ...) on the same number of images. `bare` runs the network alone on a
-batch in memory. `predict` runs the loop of `predict.py` over JPEG files and writes JSON lines. The
-weights are random, which does not change the speed. Loading the checkpoint is not counted; the
-small first batches are. Compare ratios, not the speeds of different runs.
+Two ways run in turn (A B A B ...) on the same number of images. `bare()` runs the network alone on
+a batch in memory. `whole()` runs the loop of `predict.py` over JPEG files (synthetic ones, or
+variants of those in FOLDER) and writes JSON lines. The weights are random, which does not change
+the speed. Loading the checkpoint is not counted; the small first batches are. The command prints a
+table with a row per network: images/s and CPU milliseconds per image of both ways, and their
+ratios. FILE gets the figures of all rounds. Main entry: `measure()` returns the seconds and CPU
+seconds per image of each round.
 
-On a machine with other programs, the ratio of CPU time per image is more reliable than that of
-wall-clock time: both ways keep all cores busy.
+Compare ratios, not the speeds of different runs. On a machine with other programs, the ratio of CPU
+time is more reliable than that of wall-clock time: both ways keep all cores busy.
 """
 
 import json

@@ -2,15 +2,18 @@
 
     python -m benchmarks.serve FOLDER [--hostile FOLDER] [--checkpoint NAME] [--images N]
 
-`python -m serve` gets photographs of FOLDER, one per request, from 1, 8 and 32 clients on loopback
-with a connection each. In turn, the loop of `predict.py` runs over the same files, with the
-detector loaded. Every answer is compared with that of `predict.py`. Then each file below --hostile
-is sent alone: the status must be 200 or 4xx, with the same error as in `predict.py`. At the end the
-server gets SIGTERM during requests, and must answer all of them.
+`python -m serve` gets N photographs of FOLDER, one per request, from 1, 8 and 32 clients on
+loopback with a connection each (`load()`). In turn, the loop of `predict.py` runs over the same
+files, with the detector loaded (`predict()`). Every answer is compared with that of `predict.py`.
+Then each file below `--hostile` is sent alone: the status must be 200 or 4xx, with the same error
+as in `predict.py`. At the end the server gets SIGTERM during requests, and must answer all of them
+(`stop()`).
 
-Clients, server and predict.py share the cores. `ratio` is of images per second in this run.
-`CPU ratio`, of CPU time per image (of the server alone), is more reliable on a machine with other
-programs.
+A table of images/s, CPU milliseconds per image and response times is printed, and written to
+`--json`. The exit code is 1 if an answer is lost, a hostile file is answered wrongly, or the server
+ends with an error. Clients, server and predict.py share the cores. `ratio` is of images per second
+in this run. `CPU ratio`, of CPU time per image (of the server alone), is more reliable next to
+other programs.
 """
 
 import http.client

@@ -2,9 +2,12 @@
 
     python -m benchmarks.startup [--rounds N] [--json FILE]
 
-Every line runs in its own process, in turn (A B C ... A B C ...). An empty Python and one that
-imports torch are measured for comparison. `cpu` is the CPU time of the process, which other
-programs hardly change.
+Every command line of `lines()` (each of `COMMANDS` with `--help` and with a wrong option, and
+`REFUSALS`) runs N times in its own process, in turn (A B C ... A B C ...). An empty Python and one
+that imports torch are measured for comparison. The command prints a table: median, minimum and
+maximum of the seconds, and `cpu`, the CPU time of the process, which other programs hardly change.
+FILE gets the seconds of all runs. Main entry: `timed()` takes the arguments of Python and returns
+(seconds, CPU seconds) of one run.
 """
 
 import json

@@ -1,6 +1,11 @@
 """Write docs/recipe-keys.md and docs/fields.md from the types and field docstrings of the code.
 
-Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()`.
+Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()` takes nothing and
+returns the Markdown text of each page by its file name; `main()` writes both. recipe-keys.md
+describes the class `Recipe`, fields.md the classes in `FILES`, which describe JSON files.
+`fields_of()` returns the `Field`s (key, type, default, docstring) of a class, and raises ValueError
+if a field has no docstring; `sections()` yields the classes inside a type; `words()` describes a
+type in plain words.
 """
 
 import ast

@@ -1,4 +1,9 @@
-"""Foot of the page: limits of the detector, and its name and date. Main entry: `about()`."""
+"""Show the foot of the web page: what the detector cannot tell, and its name and date (Streamlit).
+
+Main entry: `about()` takes the loaded detector, puts the text `LIMITS` and the line of `which()` on
+the page, and returns nothing. `which()` returns the detector's network, identity and date and the
+version of the program as one line of text.
+"""
 
 import os
 import tomllib

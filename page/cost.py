@@ -1,6 +1,9 @@
-"""Threshold slider, and the expected verdicts per 100 images at the chosen threshold.
+"""Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
-Main entry: `show_threshold()`.
+Main entry: `show_threshold()` takes the loaded detector, puts the slider, a sentence (`rule()`) and
+a table (`hundred_html()`) on the page (Streamlit), and returns nothing. The table is computed from
+the measured ROC curve in the detector's calibration; without a calibration, a warning replaces it.
+`moved()` returns the detector with the threshold of the slider.
 """
 
 from collections.abc import Sequence

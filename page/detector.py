@@ -1,6 +1,10 @@
-"""Load the detector of the page once, or explain why it cannot be loaded.
+"""Load the detector of the web page once for all visitors, or explain why it cannot be loaded.
 
-Main entry: `loaded_detector()`.
+Main entry: `loaded_detector()` returns the `ImageDetector` of the checkpoint that the environment
+variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of the newest run in the
+folder of `DETECTOR_RUNS` (`RUNS`), or else the shipped one. It raises what loading raises;
+`why_not()` takes that error and returns a text for the page. `folder_in()` returns the folder that
+an environment variable names, None if it is not set, and raises ValueError if it is no folder.
 """
 
 import os

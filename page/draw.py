@@ -1,6 +1,10 @@
-"""Draw the page from top to bottom; Streamlit calls this again after every change of an input.
+"""Draw the web page from top to bottom; Streamlit calls this again after every change of an input.
 
-Main entry: `main()`.
+Main entry: `main()` takes and returns nothing: it loads the detector, shows the uploader, scores
+the uploaded images, and shows the results, or the first screen if there are none. `show_results()`
+shows the table, one image and the threshold slider, `show_image()` one image with its verdict
+(`said`); `sentence()` returns its result as text for screen readers. `STYLE` is the style sheet,
+`ICON` the icon of the browser tab.
 """
 
 import logging

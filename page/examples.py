@@ -1,8 +1,9 @@
-"""Draw three example images for the page, without any photograph or AI generator.
+"""Draw three example images for the web page, without any photograph or AI generator.
 
-The first is only drawn. The second passed the simulated camera of `sharding/demo/`, the third its
-simulated generator. The metadata of each file states that a program drew it. Main entry:
-`examples()`.
+Main entry: `examples()` takes nothing and returns three `Example`s: name, title and JPEG file
+(bytes). The first is only drawn (`landscape()` of a `Scene`, float RGB). The second passed the
+simulated camera of `sharding/demo/`, the third its simulated generator. The metadata of each file
+states that a program drew it. `is_example()` tells whether an uploaded file is one of the examples.
 """
 
 import functools

@@ -1,6 +1,11 @@
-"""Compute the error rates that the page shows from the `meta.json` of the detector.
+"""Compute the error rates that the web page shows from the `meta.json` of the detector.
 
-Pure functions. Main entries: `rates()` for the first screen and `ends()` for the slider.
+Main entries: `rates()` takes the content of `meta.json` (a dict) and returns the `Rates` of the
+first screen: recall, false-positive rate and share of uncertain images, each from 0 to 1, with the
+number of images; None without a calibration. `ends()` takes the ROC curve of the calibration, a
+list of `Row`s (threshold, share of reals, share of fakes at or above it), and the uncertain band
+(low, high). It returns two `Ends`: the share of each verdict among real and among fake images. All
+are pure functions.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,8 @@
-"""Helpers for the page's HTML; `Markup.format` escapes untrusted text. Main entry: `show()`."""
+"""Put HTML on the web page (Streamlit), with untrusted text escaped by `Markup.format`.
+
+Main entry: `show()` takes HTML as `Markup`, and optionally the page element to fill (`where`).
+`icon()` returns the HTML of an icon. `KINDS` maps each verdict to its CSS class.
+"""
 
 import streamlit as st
 from markupsafe import Markup

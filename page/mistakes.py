@@ -1,8 +1,15 @@
-"""Keep a wrong verdict, as `python -m model mistakes add` does: for who runs the page, on demand.
+"""Show a control that keeps a wrong verdict on the disk, as `python -m model mistakes add` does.
 
-Offered on a page of one's own machine alone, and where its folder can be written. On a page that
-others reach the label would be a stranger's, and so would the picture be, which is none of this
-machine's to keep: there nothing is written, whatever is asked.
+Main entry: `show_mistake()` takes the detector, the uploaded file, its result, and its verdict
+(`said`). If the user presses the button, `keep()` writes the true label, the verdict and the file's
+SHA-256, and on request a copy of the image, to the folder that the environment variable
+`DETECTOR_MISTAKES` names (default `mistakes/`). Both report in words what was kept:
+`show_mistake()` as a sentence for screen readers, `keep()` as a `Report` with HTML. Errors are
+shown, not raised.
+
+The control exists only on a page that no other machine can reach (`is_own_machine()`) and whose
+folder can be written (`folder_to_keep_in()`): otherwise strangers could store labels and pictures
+here.
 """
 
 import hashlib

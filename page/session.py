@@ -1,6 +1,8 @@
-"""Free the memory of a visitor's session when files are removed or the page is closed.
+"""Free the memory of a visitor's session when uploaded files are removed or the page is closed.
 
-Main entries: `this_session()` and `forget()`.
+Main entries: `this_session()` takes nothing and returns the id of the visitor's Streamlit session;
+when the page is closed, Streamlit calls `close_soon()`, which deletes the session after `GRACE_S`
+seconds unless the page has reconnected. `forget()` takes uploaded files and deletes them at once.
 """
 
 import os

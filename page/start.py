@@ -1,6 +1,9 @@
-"""First screen: what the page does, the error rates of the detector, and example images.
+"""Show the first screen of the web page: its purpose, the detector's error rates, example images.
 
-Main entries: `show_lead()`, `show_notices()`, `show_figures()` and `show_examples()`.
+Main entries, which put HTML on the page (Streamlit) and return nothing: `show_lead()` shows the
+purpose in the element `where`, `show_notices()` the reasons not to rely on the detector,
+`show_figures()` the error rates in the detector's `meta.json`, `show_examples()` images that a
+click uploads. `figures_html()` returns the error rates as HTML.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,9 @@
-"""Table of many images, one row each, sorted in the browser, with a CSV download.
+"""Show a table of many uploaded images, one row each, sorted in the browser, with a CSV download.
 
-Main entry: `show_table()`.
+Main entry: `show_table()` takes the detector, the results (file id -> `Scored`) and the verdicts
+(file id -> text), puts the table on the page (Streamlit), and returns the id of the image to show
+in full. `summary()` returns the number of images per verdict as text, `row()` the values of one
+row, and `as_csv()` the table in the format of `predict.py --format csv`.
 """
 
 from collections import Counter

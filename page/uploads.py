@@ -1,4 +1,8 @@
-"""Upload images by browsing, dropping or pasting. Main entry: `uploads()`."""
+"""Show the uploader of the web page: images are browsed for, dropped or pasted.
+
+Main entry: `uploads()` takes nothing, puts the uploader and its buttons on the page (Streamlit),
+and returns the list of uploaded files. `announce()` makes screen readers speak a text.
+"""
 
 from pathlib import Path
 

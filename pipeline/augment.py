@@ -1,12 +1,13 @@
-"""Sample augmentation parameters: policies (ranges) in, one `AugmentParams` per image out.
+"""Sample the parameters of image augmentations: crop, flips, color, resizing, JPEG, blur and WebP.
 
-Main entries: `sample_params()` for training, `center_crop_params()` for evaluation. The two
-backends (`pil.py`, `dali.py`) only apply the parameters. Backends use no random numbers.
-
-Random numbers (`pipeline/philox.py`) are used only in this module, on the CPU, with the width and
-height from the index. So the same (seed, epoch, sample) gives the same augmented image with every
-backend, number of workers, rank, and after a resume. The parameters of a whole batch are sampled at
-once, in columns: 3 to 20 us per image.
+Main entries: `sample_params()` for training takes a `PolicyTable` (policies with ranges and
+probabilities), and for each of N images its policy, width and height in pixels, and random key
+(`SampleKeys`: seed, epoch, sample number). `center_crop_params()` for evaluation takes only the
+preprocessing and the sizes. Both return an `AugmentBatch`: an array of N values per parameter.
+`AugmentParams` are the values of one image. Pixels are changed by the two backends (`pil.py`,
+`dali.py`), which use no random numbers. Random numbers (`philox.py`) are used only here, so the
+same (seed, epoch, sample) gives the same parameters with every backend, number of workers and rank,
+and after a resume.
 
 Order of operations (as in the original recipe): random resized crop -> flip -> color jitter ->
 resample down and back up -> JPEG -> 3 x 3 blur -> grayscale. Harsher policies add up to two more

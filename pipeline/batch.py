@@ -1,5 +1,12 @@
-"""Data classes between the loader and its backends: `Request` in, `Pixels` out, and `Batch`, the
-loader's result. Main entry: `Batch`.
+"""Define the data classes that are passed between the loader and its two decoding backends.
+
+A backend takes a `Request` (encoded images of one batch and the augmentation parameters of each)
+and returns `Pixels` (uint8 (B, size, size, 3) RGB, and row -> reason for images that cannot be
+decoded). Main entry: `Batch`, which the loader yields. Its images, uint8 (B, 3, size, size), its
+labels (0 real, 1 fake) and the flags of images that count are on the device; sample numbers, source
+codes and failures are on the CPU. `BatchTiming` has the seconds of reading and decoding a batch.
+`LoadError` means that no batches can be made. `PLACEHOLDER` is a black PNG, used for a sample that
+cannot be read.
 """
 
 import io

@@ -1,12 +1,16 @@
-"""Decode images and apply `AugmentParams` with NVIDIA DALI: the fast backend. Only this file
+"""Decode and augment batches of images with NVIDIA DALI on a GPU or the CPU: the fast backend.
+
+Main entry: `DaliBackend`. Its `run()` takes an iterable of `Request`s (encoded images and the
+augmentation parameters of each) and yields one `Pixels` per request: uint8 (B, size, size, 3) RGB
+on the device, and row -> reason for images that cannot be decoded; these are black. It raises
+`StallError` if no request comes in `stall_error_s` seconds, and RuntimeError if the GPU is lost or
+has no memory left.
+
+`graph()` defines the operators and `COLUMNS` their inputs: encoded bytes and one column per
+parameter, which `columns_of()` fills for a batch. So the graph has no random numbers and no state.
+DALI's `Pipeline.run()` is called directly, because `DALIGenericIterator` silently ends the epoch at
+a bad sample. Here only that batch is lost, and then repaired sample by sample. Only this file
 imports nvidia.
-
-Main entry: `DaliBackend.run()`: `Request`s in, `Pixels` out.
-
-The DALI graph has CPU operators or, on a GPU, `mixed` decoding. Encoded bytes and parameter columns
-are fed from outside, so the graph has no random numbers and no state. `Pipeline.run()` is called
-directly, because `DALIGenericIterator` silently ends the epoch at a bad sample. Here only that
-batch is lost, and then repaired sample by sample.
 """
 
 import gc

@@ -1,4 +1,9 @@
-"""Settings of the loader: the `[loading]` part of a recipe. Main entry: `Loading`.
+"""Define the settings of the loader: the `[loading]` table of a recipe.
+
+Main entry: `Loading`, a frozen dataclass with a default for every field: batch size, number of
+workers, backend, shuffle, checks of SHA-256, cache of remote shards, and time limits in seconds. It
+raises ValueError for a value out of range. `STALL_WARNING_S` and `STALL_ERROR_S` are the default
+seconds without a batch before a warning and before the run ends.
 
 This module imports no image decoder, so that recipes are read without one.
 """

@@ -1,6 +1,10 @@
-"""Find how the real partner of each fake was compressed, from the index alone.
+"""Find how the real partner of each fake was compressed, from the index of a shard set alone.
 
-Main entry: `partners_of()`, which returns a `Partners` table with one entry per sample.
+Main entry: `partners_of()` takes a shard set and names of its sources. A fake's partner is the only
+real image of the same source and group. It returns a `Partners`: for each of the N samples of the
+set, int32, the JPEG quality of the partner (0: the sample is not changed) and the chroma
+subsampling (a position in `imaging.jpeg.CHROMAS`). The numbers of changed and unchanged fakes are
+logged.
 
 A fake that reconstructs a photograph is a lossless file, the photograph a JPEG. A detector trained
 on such pairs may learn to recognize the JPEG. If the fake is first compressed like its partner,

@@ -1,9 +1,15 @@
-"""Choose the augmentation parameters of samples: for training, for evaluation, and for a stored
-view.
+"""Choose the augmentation parameters of the samples of a shard set: for training, for evaluation,
+or for a view. A view is one fixed augmentation of every image, whose features can be stored.
 
-Main entries: `train_params()`, `eval_params()` and `view_params()`. Each takes a shard set and
-returns a function of type `ParamsFor`. A view is one fixed augmentation of every image, whose
-features can be stored (`model/features/`).
+Main entries: `train_params()`, `eval_params()` and `view_params()`. Each takes a shard set and the
+preprocessing; for training and views also the policies by name (`augment`), the name of the default
+policy, the seed, and the epoch or the number of the view. Each returns a function (`ParamsFor`: an
+`EvalParams` or `TrainParams`). This function takes int64 (B,) row numbers and how many times each
+appeared before in the epoch, and returns an `AugmentBatch`. View 0 is the center crop of
+evaluation.
+
+`policies_of()` returns the policy of each source. `LoadError`: the index names a policy that
+`augment` does not have.
 """
 
 from collections.abc import Callable, Mapping

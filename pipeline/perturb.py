@@ -1,13 +1,13 @@
-"""Perturbations for the robustness test: changes of an image between its creation and the detector,
-such as JPEG, resizing or a screenshot.
+"""Perturb images for the robustness test, as an image may change between its creation and the
+detector: by compression, resizing, blur, noise, or a screenshot.
 
-Main entry: `PERTURBATIONS`, a list of `Perturbation`s; `Perturbation.apply()` takes and returns
-(height, width, 3) uint8 RGB. Perturbations are applied to whole upright images, before the
-network's preprocessing.
-
-A perturbation is a chain of steps, which are pure functions. Only noise is random: its generator is
-seeded with the hash of the image's file, so the same image always gives the same pixels. Encoders
-are Pillow's (libjpeg-turbo, libwebp, libaom), decoders those of `imaging.decode`.
+Main entry: `PERTURBATIONS`, the `Perturbation`s that `evaluate.py --robustness` measures.
+`Perturbation.apply()` takes a whole upright image, uint8 (height, width, 3) RGB, and returns the
+perturbed image in the same form, before the network's preprocessing. It raises ValueError if the
+image is too large. A perturbation is a chain of steps such as `jpeg()` and `scale()`, which are
+pure functions. Only noise is random: its generator is seeded with `sha256`, the hash of the image's
+file, so the same image always gives the same pixels. Encoders are Pillow's (libjpeg-turbo, libwebp,
+libaom).
 """
 
 import io

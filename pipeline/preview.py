@@ -1,6 +1,13 @@
-"""Write a picture of augmented samples: the same samples through both backends, side by side.
+"""Write a PNG of augmented samples of a shard set, as both backends make them, side by side.
 
-Main entry: `write_preview()`: a shard set and a recipe in, a PNG file out.
+Main entry: `write_preview()` takes the folder of a shard set, the PNG to write (`out`), a recipe
+file, the policy of sources for which the index names none, the number of samples, and the seed that
+selects them. It returns the number of samples and the absolute difference of the backends in gray
+levels (int16 array; None without DALI), and raises `LoadError` or `RecipeError`.
+
+`Policies` is the part of the recipe that is read, a `Row` is one sample of the picture, and
+`words_of()` describes its augmentation parameters in words. `CELL` is the side of an image in
+pixels.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,13 @@
-"""Read the encoded images of a shard set out of its tars, at the offsets in the index.
+"""Read the encoded images of a shard set from its tars, at the byte offsets in the index.
 
-Main entry: `ShardReader`, safe in any thread or process. `damaged_shards()` checks the tars' sizes.
+Main entry: `ShardReader`, for local tars or tars at an address, in any thread or process. Its
+`read()` takes row numbers of the set and returns a list: for each image the bytes of its file
+(JPEG, PNG or WebP), or a `ReadError` with the reason (such as a missing tar, or with
+`verify_checksums` another SHA-256). It raises OSError if too many files are open. `threads` and
+`cache` are for an address.
+
+`damaged_shards()` returns one line for each local tar that is missing or has another length than in
+the index. `max_open()` is the number of tars that may be open at a time.
 """
 
 import contextlib

@@ -1,7 +1,10 @@
-"""Read the requests of a backend in a background thread, some batches ahead of the decoder.
+"""Read batches of encoded images in a background thread, up to four batches ahead of the decoder.
 
-Main entry: `ReadAhead`, a context manager: an iterable of `Request`s in, the same requests out of
-`next()`.
+Main entry: `ReadAhead`, a context manager. It takes an iterable of `Request`s whose iteration reads
+the images, the `WorkerStatus` that shows the thread's stage, the number of the first step, and a
+time limit. Its `next()` returns the next request, and raises StopIteration after the last one,
+`StallError` if none came in `stall_error_s` seconds, or the error of the thread. `ready` is the
+number of batches read ahead. `READER` and `DECODER` are the rows of the two workers in the status.
 """
 
 import queue

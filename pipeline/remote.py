@@ -1,11 +1,14 @@
-"""Read shards at an address (s3://, hf://, https://) through a local cache of limited size.
+"""Read bytes of shards at an address (s3://, hf://, https://) through a local cache.
 
-Main entry: `RemoteShards`: (shard, offset, size) in, bytes out.
+Main entry: `RemoteShards`, which takes a shard set and a `Cache` (its folder and its limit in
+bytes). Its `read()` takes the number of a shard, an offset and a size in bytes, and returns these
+bytes.
 
-Shards are fetched in pieces of `PIECE` bytes, which all processes of this machine share. With the
-block shuffle, an epoch needs each piece for a while and then never again, so a cache much smaller
-than the data is enough. If a remote does not answer, it is asked again after growing delays; then
-the read fails.
+Shards are fetched in pieces of `PIECE` bytes, which all processes of this machine share; the pieces
+used longest ago are deleted. With the block shuffle, an epoch needs each piece for a while and then
+never again, so a cache much smaller than the data is enough. If a remote does not answer, it is
+asked again after growing delays (`DELAYS_S`); then `read()` raises `RemoteError`. A missing shard
+raises OSError.
 """
 
 import contextlib

@@ -1,10 +1,16 @@
-"""All batches of a training run, epoch after epoch: new sets, replayed old sets, augmented by
-policy.
+"""Make the batches of a training run, epoch after epoch, or of one evaluation.
 
-Main entries: `open_pool()` and `Stream` for training, `evaluation_batches()` for evaluation.
+Main entries: `open_pool()` opens the named training sets and old sets below the folder `data` as
+one shard set and returns a `Pool`: the row numbers of its new and its old samples. A `Stream`
+combines a loader, a pool, the replay settings, the augmentation policies and a seed;
+`Stream.batches()` yields each `Batch` from a global step to the end of the last epoch. It is a pure
+function of the settings: started at any step, it yields the batches of an uninterrupted run.
+`Stream.state()` and `resume()` save and check the step in a checkpoint. `evaluation_batches()`
+yields each sample of a loader's set once. `BatchLoader` is the interface of a loader, of images or
+of stored features.
 
-A stream is a pure function of its settings: `Stream.batches()` started at any step yields the
-batches that an uninterrupted run would have had from that step on.
+Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, no batch) and
+`OrderError` (a saved state belongs to other data or settings).
 """
 
 import functools

@@ -1,8 +1,10 @@
-"""Read a list of samples of shard sets and select them; `sharding audit --match` writes such a
-list.
+"""Read a list of samples from a CSV file, and reduce shard sets to these samples.
 
-Main entries: `read_subset()` (CSV file in, `Subset` out) and `choose_samples()` (shard set in,
-smaller shard set out).
+Main entries: `read_subset()` takes a CSV file with the columns `set` and `key` and returns a
+`Subset` (the keys of each set, and the file's name and SHA-256). `choose_samples()` takes a shard
+set, its name and a subset, and returns a shard set with only the listed samples, in the order of
+the set. Both raise ValueError with the reason, such as a key that is not in the set. The command
+`python -m sharding audit DIR --match FILE` writes such a file.
 """
 
 import csv

@@ -1,6 +1,10 @@
-"""Loading processes: how many fit into shared memory, and which stop signals reach them.
+"""Fit the number of loading processes to the free shared memory, and shield them from signals.
 
-Main entries: `fitting_workers()`, `stop_signals_held()` and `answer_parent_only()`.
+Main entries: `fitting_workers()` takes the wanted number of processes, the bytes of one batch and
+the free bytes of shared memory (`free_shared_memory()`; None means no limit), and returns how many
+processes have room for their batches. `stop_signals_held()` is a context manager that delays SIGINT
+and SIGTERM while processes start. `answer_parent_only()` is called in each new process: it then
+ends on a SIGTERM of its parent only, not on one of the terminal or a batch system.
 """
 
 import contextlib

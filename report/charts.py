@@ -1,8 +1,11 @@
-"""Draw charts as SVG markup for a page with light and dark colors: arrays in, `Markup` out.
+"""Draw the charts of an evaluation as SVG markup for an HTML page with light and dark colors.
 
-Matplotlib draws with placeholder colors, which are then replaced by CSS variables of the page.
-Charts contain no text from users; the page shows such text, because the page escapes it. Main
-entries: `roc_chart()`, `reliability_chart()`, `histogram_chart()` and `robustness_chart()`.
+Main entries, which return `Markup`: `roc_chart()` and `reliability_chart()` take labels (N,), 1 for
+fake, and probabilities of fake (N,); `histogram_chart()` takes the probabilities of reals and of
+fakes and the uncertain band (low, high); `robustness_chart()` takes lines of rates against the
+amount of a perturbation. Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK` ...),
+which are then replaced by CSS variables of the page. Charts contain no text from users; the page
+shows such text, because the page escapes it.
 """
 
 import io

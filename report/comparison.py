@@ -1,6 +1,12 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
-Main entries: `read_runs()`, `print_side_by_side()` and `write_comparison()`.
+Main entries: `read_runs()` takes report folders or report files, and returns a `Run` for each (its
+name, its scores and its speed), reduced to the images that all runs scored, and the numbers of
+images left out. It raises ValueError if the images differ without `intersect`.
+`print_side_by_side()` and `write_comparison()` take the figures that
+`model.evaluation.side_by_side` computes from these runs (set name -> figures of each run), and
+print a table per set, or write the three files to `out` and return their paths.
+`stability_sentence()` describes in words how similarly the sources rank the runs.
 """
 
 import json

@@ -1,4 +1,9 @@
-"""Print collected mistakes that were scored again. Main entry: `print_regressions()`."""
+"""Print how a detector now judges the images of collected mistakes, which were scored again.
+
+Main entry: `print_regressions()` takes the result of `model.mistakes.regressions.report_of` (a dict
+with the counts and, for each mistake, the verdict before and after), prints a table of at most
+`MOST_ROWS` rows, the reasons of images that were not scored, and the counts, and returns nothing.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,13 @@
-"""Write `report.html`: one page that loads nothing from the network. Main entry: `write_page()`.
+"""Write `report.html`: the report of an evaluation as one page that loads nothing from the network.
 
-It takes the report (`report.json`), the scores and the shard sets of the pictures.
+Main entry: `write_page()` takes the report (content of `report.json`), the scores of all images,
+the shard sets with the pictures of mistakes (set name -> `ShardSet`), the folder to write to, and
+the command line to show. It writes the CSV tables too, and returns the paths of all files.
+`render()` returns the page as HTML text, `rendered()` fills a template of this folder.
+
+An `Estimate` is a figure with its 95 % interval; `Rates` are the recall and the false-positive rate
+of a set, which are always shown together. `mistakes_of()` returns the worst mistakes of each set.
+`percent()`, `figure()` and `signed()` format a number, `NOTHING` if it is None.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,11 @@
-"""Write the figures of `report.json` as CSV tables. Main entry: `write_tables()`."""
+"""Write the figures of an evaluation report as CSV tables.
+
+Main entry: `write_tables()` takes the report (content of `report.json`) and a folder, writes
+`figures.csv` (metrics of each set, class, source and generator) and, if perturbations were
+measured, `robustness.csv`, and returns the paths. `figures_csv()`, `robustness_csv()` and
+`table_csv()` return CSV text; in `table_csv()`, a row is a dict, of which only the entries in
+`columns` are written.
+"""
 
 import csv
 import io

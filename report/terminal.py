@@ -1,6 +1,11 @@
-"""Print a report in a terminal: tables, and sentences that explain them.
+"""Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
-Main entries: `print_report()`, `print_comparison()` and `print_calibration()`.
+Main entries, which return nothing: `print_report()` takes a report (content of `report.json`) and
+prints its headline and the metrics of each set, with `print_protocols()` (recall per generator, on
+all images and on the first image of each prompt) and `print_robustness()` (metrics after each
+perturbation). `print_comparison()` takes the scores of two runs on the same images and the list of
+changed verdicts. `print_calibration()` takes a fitted `Calibration` and prints its temperature and
+thresholds.
 """
 
 from collections.abc import Mapping, Sequence

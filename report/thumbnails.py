@@ -1,6 +1,10 @@
-"""Find the worst misclassified images of a report, and make small pictures of them for the page.
+"""Find the worst misclassified images of an evaluation, and make small pictures of them.
 
-Main entries: `worst_mistakes()` and `thumbnails()`.
+Main entries: `worst_mistakes()` takes the scores, the name of a set, the decision threshold and a
+count, and returns a list of `Mistake`s: at most `count` reals called fake, the highest probability
+first, then at most `count` fakes called real. `thumbnails()` takes the shard sets by name and
+mistakes, and returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as a data: URL.
+Undecodable images are left out.
 """
 
 import base64

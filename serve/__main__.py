@@ -1,4 +1,12 @@
-"""The command `python -m serve`: check its options, then start the HTTP API. Main entry: `main()`.
+"""Run an HTTP server that scores images: the command `python -m serve`.
+
+Main entry: `main()` checks the options, loads the detector and serves until SIGTERM or Ctrl-C; a
+wrong option raises `click.UsageError`. Options: the address (`--host`, `--port`), the detector
+(`--checkpoint` or the newest run of `--runs`, `--device`, `--batch-size`), the error rates that set
+its thresholds (`--max-fpr`, `--max-miss`), limits (`--max-mb` and `--max-files` of one request,
+`--queue` images over all requests, `--timeout` seconds), and `--allow-urls` and
+`--allow-private-urls`. `KEY` names the environment variable with the API key, and a host outside
+`LOOPBACK` without a key gets a warning.
 
 Slow imports (torch, FastAPI) are inside the function, so that a wrong option is reported at once.
 """

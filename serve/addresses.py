@@ -1,9 +1,14 @@
-"""Fetch images from http and https URLs for the server option --allow-urls. Main entry: `fetch()`.
+"""Download images from http and https URLs, for the server option `--allow-urls`.
+
+Main entry: `fetch()` takes a URL, the `Limits` of the server, the `Allowance` (bytes that the URLs
+of this request may still give) and a deadline (`until`, seconds of `time.monotonic()`). It returns
+the body as bytes, follows redirects, and raises `Refused` (status 403) for a URL that must not be
+fetched and `FetchError` for a URL that gives no body, or not in time.
 
 A client must not reach hosts through this server that only the server can reach (SSRF). So each
-host name is resolved once, all its IP addresses are checked, and the connection goes to a checked
-IP address. Every redirect is checked in the same way. Proxy settings of the environment are not
-used.
+host name is resolved once, all its IP addresses are checked (`is_public()`), and the connection
+goes to a checked IP address. Every redirect is checked in the same way. Proxy settings of the
+environment are not used.
 """
 
 import contextlib

@@ -1,5 +1,8 @@
-"""Make the HTML page `/docs` from the OpenAPI document. The page has no scripts and loads nothing
-from other hosts. Main entry: `docs_page()`.
+"""Make the HTML page `/docs` that documents the HTTP API.
+
+Main entry: `docs_page()` takes the OpenAPI document of the API (a dict) and the `Limits` of the
+server, and returns the page as HTML text, filled into `TEMPLATE`. The page has no scripts and loads
+nothing from other hosts.
 """
 
 from pathlib import Path

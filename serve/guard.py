@@ -1,6 +1,10 @@
-"""ASGI middleware in front of the routes: check the API key, add security headers, count requests.
+"""Check the API key of each request, add security headers to each response, and count the requests.
 
-Main entry: `Guard`.
+Main entry: `Guard`, an ASGI middleware. It takes the ASGI application to protect, the `Service`
+whose metrics are counted, and the API key; with an empty key, none is required. A request for a
+path of `WITH_KEY` without the right key gets status 401. Other requests are passed to the
+application, and `HEADERS` are added to all responses. `PATHS` are the paths that the metrics list
+by name.
 """
 
 import hmac

@@ -1,4 +1,10 @@
-"""Limits of the HTTP API (`Limits`), and the error of a request that is refused (`Refused`)."""
+"""Define the limits of the HTTP API and the error of a refused request.
+
+Main entries: `Limits`, a frozen dataclass of numbers with defaults: bytes, files and seconds of one
+request, images and bytes of all waiting requests, images per batch, and whether URLs are fetched.
+`Refused` is an exception with an HTTP status, one sentence for the client, and the seconds after
+which to try again (0: never). `MB` is 2**20 bytes.
+"""
 
 from dataclasses import dataclass
 

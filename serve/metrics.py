@@ -1,4 +1,10 @@
-"""Prometheus metrics of the server, read from `GET /metrics`. Main entry: `Metrics`."""
+"""Define the Prometheus metrics of the server, which `GET /metrics` returns.
+
+Main entry: `Metrics()` creates a registry (`registry`) with counters and histograms of requests,
+images and batches, and gauges of waiting images and reserved bytes. Each metric is an attribute
+that the other modules of `serve` update. `SECONDS` and `IMAGES` are the bounds of the histogram
+buckets.
+"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 

@@ -1,4 +1,12 @@
-"""Load the detector and run the server until it is stopped. Main entry: `run()`."""
+"""Load the detector and run the HTTP server until it is stopped.
+
+Main entry: `run()` takes the address, the `Limits`, the API key (empty: none), and the detector: a
+checkpoint, or None for the newest run in the folder `runs`; its device; and `rates`, the highest
+allowed (false-positive rate, miss rate), where None keeps the detector's threshold. It returns
+after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises OSError if the port is
+in use, ValueError if the detector cannot be loaded, and SystemExit if a second signal stopped it at
+once.
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,10 @@
-"""Queue that scores the images of all requests: some threads decode, one thread scores in batches.
+"""Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
-Main entry: `Scorer.submit()`, which takes `ImageFile`s and returns a `Job` with a future for each.
+Main entry: `Scorer` takes a detector, the `Limits` of the server and the `Metrics` to update. Its
+`submit()` takes the `ImageFile`s of one request and returns a `Job` for each; `Job.done` is a
+future of the image's row, a dict with the columns of `predict.py` (path, probability, verdict,
+error ...). It raises `Refused` (status 429) if the queue has no room for all of them. `close()`
+stops the threads.
 """
 
 import contextlib

