@@ -185,7 +185,8 @@ def test_an_interrupted_run_knows_what_its_start_said(
         trained.again(*line)
     mistakes = checkpoint.read_meta(best)["compared"]["mistakes"]
     assert mistakes["counts"]["not measurable"] == 1 and mistakes["newly_wrong"] == [newly]
-    assert trained.again(*line) == best  # judged once, and finished
+    with pytest.raises(Refused, match=newly[:12]):
+        trained.again(*line)  # finished, and refused as before
 
 
 def test_a_mistake_of_one_checkpoint_is_measured_with_the_next(

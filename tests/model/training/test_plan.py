@@ -201,7 +201,7 @@ def test_a_test_set_is_not_trained_on(
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        (['data.train=["odl"]'], ShardError, r"no shard set at .*odl; .* has the sets new, old, val"),
+        (['data.train=["odl"]'], ShardError, "no shard set at .*odl; .* has the sets new, old"),
         (["data.train=[]"], ValueError, "data.train names no set"),
         (['data.validate=["vall"]'], ShardError, "no shard set at .*vall"),
         (["data.validate=[]"], ValueError, "data.validate names no set"),
