@@ -1,72 +1,86 @@
 """Measure how fast `python -m model embed` computes features, compared with the network alone.
 
-    python -m benchmarks.embedding --shards SET [--network NAME] [--json FILE]
+    python -m benchmarks.embedding --shards SET [--recipe FILE] [--set KEY=VALUE] [--json FILE]
 
-SET is the folder of a packed set, NAME a frozen backbone of timm with random weights, which do not
-change the speed. Two rows are measured in turn and printed, and written to FILE, in images/s; the
-last line is their ratio. `network` is the forward pass on a batch that stays on the device. `from
-shards` reads, decodes and center-crops the images of SET, runs the same forward pass and copies the
-features to the host as float16. On a GPU the network is compiled and runs in bf16. Main entry:
-`images_per_s()` takes batches and a function to call with each, and returns images/s.
+SET is the folder of a packed set. FILE is a recipe with a frozen backbone, whose weights are
+random here, which does not change the speed. Two rows are measured in turn and printed in images/s,
+and written to the JSON file; the last line is their ratio. `network` computes the features of one
+batch that stays on the device. `embed` is `model.features.embed.embed()` on a set: it reads,
+decodes and crops the images, computes their features and writes a feature store, into a temporary
+folder. Its time is counted from the first batch to the last. Main entry: `measure()` takes an
+`Embedder`, the set and the place of the store, and returns the images/s of both rows.
 """
 
-import itertools
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-import timm
 import torch
 
 import console
+import recipes
+from model.backbones.resolve import resolved
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
-from pipeline.augment import Preprocess
-from pipeline.batch import Batch
-from pipeline.loader import open_loader
-from pipeline.loading import Loading
-from pipeline.stream import evaluation_batches
-from sharding.format import open_shards
+from model.features.embed import AT_A_TIME_ON_GPU, Embedder, embed
+from model.features.loader import FeatureSource
+from model.features.prepare import source_of
+from model.network import build
+from model.recipe import Recipe
+from model.score import AT_A_TIME, autocast, evaluating
+from sharding.format import ShardSet, open_shards
 
-WARM_UP = 5
-"""Batches before the clock starts."""
-
-
-def batches_of(shards: Path, size: int, loading: Loading, device: torch.device) -> Iterator[Batch]:
-    """Yield full evaluation batches without end, epoch after epoch."""
-    preprocess = Preprocess(crop_size=size, resize_size=round(size * 8 / 7))
-    loader = open_loader(
-        open_shards([shards]), preprocess=preprocess, loading=loading, device=device
-    )
-    while True:
-        yield from (batch for batch in evaluation_batches(loader) if batch.valid.all())
+WARM_UP = 2
+"""Forward passes of `network` before the clock starts."""
 
 
-def images_per_s(
-    batches: Iterator[Batch], use: Callable[[Batch], object], device: torch.device, seconds: float
-) -> float:
-    """Measure images/s over `seconds` after `WARM_UP` batches."""
-    for batch in itertools.islice(batches, WARM_UP):
-        use(batch)
-    synchronize(device)
-    began, count = time.perf_counter(), 0
-    for batch in batches:
-        use(batch)
-        count += len(batch)
-        if time.perf_counter() - began > seconds:
-            break
-    synchronize(device)
-    return count / (time.perf_counter() - began)
+def network_alone(embedder: Embedder, size: int, seconds: float) -> float:
+    """Measure images/s of the features of one batch on the device, of `size` x `size` pixels."""
+    count = AT_A_TIME_ON_GPU if embedder.device.type == "cuda" else AT_A_TIME
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    images = images.to(embedder.device)
+    done = -WARM_UP
+    began = time.perf_counter()
+    with evaluating(embedder.net), torch.inference_mode():
+        while done < 1 or time.perf_counter() - began < seconds:
+            if done == 0:
+                began = time.perf_counter()
+            with autocast(embedder.device, embedder.dtype):
+                embedder.net.features(images).to(torch.float16).cpu()
+            done += 1
+    return done * count / (time.perf_counter() - began)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def whole(embedder: Embedder, shards: ShardSet, source: FeatureSource) -> float:
+    """Measure images/s of `embed()` on a set, from its first batch to its last."""
+    moments: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        embed(
+            embedder, shards, replace(source, store=Path(folder)), 0,
+            lambda count: moments.append((time.perf_counter(), count)),
+        )  # fmt: skip
+    (first, _), (last, _) = moments[0], moments[-1]
+    if len(moments) < 2:
+        raise click.ClickException(
+            f"the set has {len(shards)} images, which is one batch; a speed needs two or more"
+        )
+    return sum(count for _, count in moments[1:]) / (last - first)
+
+
+def measure(
+    embedder: Embedder, shards: ShardSet, source: FeatureSource, seconds: float
+) -> dict[str, float]:
+    """Measure both rows once, in images/s."""
+    size = source.backbone.preprocess.crop_size
+    return {
+        "network": network_alone(embedder, size, seconds),
+        "embed": whole(embedder, shards, source),
+    }
 
 
 @click.command(cls=console.Command)
@@ -76,75 +90,44 @@ def synchronize(device: torch.device) -> None:
     help="A packed set.",
 )  # fmt: skip
 @click.option(
-    "--network",
-    default="vit_base_patch16_clip_224",
-    show_default=True,
-    help="timm name of the backbone.",
-)
-@click.option("--batch-size", default=256, show_default=True)
-@click.option(
-    "--seconds", default=8.0, show_default=True, help="Seconds for each row in each round."
-)
+    "--recipe", "recipe_path", type=click.Path(path_type=Path, exists=True),
+    default=recipes.FOLDER / "clip-all.toml", help="Recipe with a frozen backbone.",
+)  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe.")
+@click.option("--seconds", default=8.0, show_default=True, help="Seconds of `network` in a round.")
 @click.option("--rounds", default=2, show_default=True, help="Rounds of both rows.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
     device: str,
     shards: Path,
-    network: str,
-    batch_size: int,
+    recipe_path: Path,
+    overrides: tuple[str, ...],
     seconds: float,
     rounds: int,
     out: Path | None,
 ) -> None:
-    """Measure embedding from shards against the network alone."""
+    """Measure the computation of features from a packed set, against the network alone."""
     place = choose_device(device)
     keep_freed_memory(place)
     dtype, _ = choose_precision("auto", place)
-    net = timm.create_model(network, pretrained=False, num_classes=0).eval().to(place)
-    size = net.pretrained_cfg["input_size"][-1]
-    mean = 255 * torch.tensor(net.pretrained_cfg["mean"], device=place).reshape(1, 3, 1, 1)
-    std = 255 * torch.tensor(net.pretrained_cfg["std"], device=place).reshape(1, 3, 1, 1)
-
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
-            return net((images.float() - mean) / std)
-
-    forward = torch.compile(embed) if place.type == "cuda" else embed
-    loading = Loading(batch_size=batch_size)
-    source = batches_of(shards, size, loading, place)
-    kept = next(source)
-
-    @torch.inference_mode()
-    def bare(batch: Batch) -> None:
-        forward(batch.images)
-
-    waiting: list[torch.Tensor] = []
-
-    @torch.inference_mode()
-    def to_host(batch: Batch) -> None:
-        # The features of one batch cross to the host while the next is computed.
-        features = forward(batch.images).half()
-        waiting.append(features.to("cpu", non_blocking=True))
-        if len(waiting) > 2:
-            waiting.pop(0)
-
-    rows: dict[str, list[float]] = {"network": [], "from shards": []}
+    recipe = resolved(recipes.load(Recipe, recipe_path, overrides))
+    net = build(recipe.network, pretrained=False).to(place)
+    embedder = Embedder(net=net, device=place, dtype=dtype, loading=recipe.loading)
+    shard_set, source = open_shards([shards]), source_of(recipe, net, dtype)
+    rows: dict[str, list[float]] = {"network": [], "embed": []}
     about = {
-        "network": network, "size": size, "batch": batch_size, "precision": describe(dtype),
+        "network": recipe.network.name, "size": recipe.preprocess.crop_size,
+        "precision": describe(dtype), "images": len(shard_set), "versions": versions(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
-        "versions": versions(),
     }  # fmt: skip
     for _ in range(rounds):
-        for name, batches, use in (
-            ("network", itertools.repeat(kept), bare),
-            ("from shards", source, to_host),
-        ):
-            rows[name].append(images_per_s(batches, use, place, seconds))
-            console.say(f"{name}: {rows[name][-1]:,.1f} images/s")
-            if out:
-                out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
-    middle: dict[str, Any] = {name: statistics.median(rates) for name, rates in rows.items()}
-    console.say(f"from shards / network: {middle['from shards'] / middle['network']:.3f}")
+        for name, speed in measure(embedder, shard_set, source, seconds).items():
+            rows[name].append(speed)
+            console.say(f"{name}: {speed:,.1f} images/s")
+        if out:
+            out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
+    middle: dict[str, Any] = {name: statistics.median(speeds) for name, speeds in rows.items()}
+    console.say(f"embed / network: {middle['embed'] / middle['network']:.3f}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
         if cpu else fast
     )  # fmt: skip
     seconds = "0.5" if cpu else "6"
+    small_backbone = [
+        word for setting in (
+            'network.name="test_vit"', 'network.head="timm"', "network.blocks=[]",
+            "preprocess.crop_size=160", "preprocess.resize_size=160",
+        ) for word in ("--set", setting)
+    ]  # fmt: skip
 
     def stage(name: str, limit_s: int, least_s: int, *command: str, json_to: str = "") -> Stage:
         written = ("--json", str(out / f"{json_to or name}.json")) if json_to != "-" else ()
@@ -91,7 +97,7 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
               "--rounds", "1", "--seconds", seconds),
         stage("embedding", 90, 30, *module, "benchmarks.embedding", "--shards", str(shards),
               "--rounds", "1", "--seconds", seconds,
-              *(("--batch-size", "8", "--network", "test_vit") if cpu else ())),
+              *(small_backbone if cpu else ())),
         stage("loader-memory", 120, 30, *module, "benchmarks.gpu_loader", "--only", "memory",
               "--shards", str(shards), "--batches", "100" if cpu else "1500", *dry),
         stage("step-more", 200, 60, *module, "benchmarks.step", *tiny, "--rounds", "1",
