@@ -3,11 +3,12 @@
     python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
 
 SET is the name of a shard set: a folder of packed images below `--data`. RUN is the folder of a
-training run or of one of its checkpoints, NAME a third-party detector. Every sample of the sets is
-scored exactly once, on any number of ranks (processes). FOLDER gets `scores.parquet`,
-`report.json`, CSV tables and `report.html`; its default is `evaluation/<sets>` in the run's folder,
-or with `--detector` in a folder of that detector below `--runs`. The report gives recall together
-with the false-positive rate on real images; if the sets have no real images, it says so first.
+training run or of a checkpoint, or the name of a shipped detector; NAME is a third-party detector.
+Every sample of the sets is scored exactly once, on any number of ranks (processes). FOLDER gets
+`scores.parquet`, `report.json`, CSV tables and `report.html`; its default is `evaluation/<sets>` in
+the run's folder, or with `--detector` in a folder of that detector below `--runs`. The report gives
+recall together with the false-positive rate on real images; if the sets have no real images, it
+says so first.
 
 `--scores FILE` writes the report again from `scores.parquet`, without network or images. `--suite`
 names a list of sets in the catalog (`sharding/catalog.py`), `--reference-reals` a set whose real

@@ -2,8 +2,8 @@
 
 Main entry: `costs(shards, folder, network)` takes the folder of packed sets (it uses the set
 `small`), a folder with the same images as JPEG files in its subfolder `raw/` (model files are
-written next to `raw/`), and the timm name of a network. The detectors are a Python file and a timm model, both with
-this network, and, if transformers is installed, a tiny ViT of transformers. Each is timed by hand,
+written next to `raw/`), and the timm name of a network. The detectors are a Python file and a timm
+model, both with this network, and a tiny ViT of transformers (if installed). Each is timed by hand,
 by the adapter, and by hand again. By hand: Pillow opens image files in one thread, and the
 library's own calls score them in batches of the same size. By the adapter: the same images are read
 from shards, then the same preprocessing and network run.
