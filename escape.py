@@ -2,9 +2,10 @@
 
 Every function takes a text and returns a text. `printable()` replaces control characters, which a
 terminal would execute, by escapes. `spreadsheet_cell()` puts a `'` before a text that would run as
-a formula, and `from_spreadsheet_cell()` returns the original. `markdown()` returns one line without
-markup and links. `without_secrets()` replaces the logins and queries of web addresses (passwords,
-tokens, signatures) by `***`.
+a formula, and `from_spreadsheet_cell()` returns the original. `markdown()` returns one line in
+which markup is escaped and addresses do not become links; all words stay readable.
+`without_secrets()` replaces the logins and queries of web addresses (passwords, tokens, signatures)
+by `***`.
 """
 
 import re

@@ -2,18 +2,25 @@
 
     python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
 
-Every sample of the sets is scored exactly once, on any number of ranks (processes). FOLDER
-(default: `evaluation/<sets>` in the run's folder) gets `scores.parquet`, `report.json`, CSV tables
-and `report.html`. Recall is given with the false-positive rate on real images; if the sets have
-none, the report says so first. `--scores FILE` writes the report again from `scores.parquet`,
-without network or images. `--suite` names a list of sets in the catalog, `--reference-reals` a set
-whose real images are used for sets without any, and `--subset` a CSV file of samples.
-`--robustness` scores `PER_CLASS` images per class again after JPEG, resizing and more. `--features`
-scores stored features instead of images. `--trust` allows a detector that is a Python file to run.
+SET is the name of a shard set: a folder of packed images below `--data`. RUN is the folder of a
+training run or of a checkpoint, or the name of a shipped detector; NAME is a third-party detector.
+Every sample of the sets is scored exactly once, on any number of ranks (processes). FOLDER gets
+`scores.parquet`, `report.json`, CSV tables and `report.html`; its default is `evaluation/<sets>` in
+the run's folder, or with `--detector` in a folder of that detector below `--runs`. The report gives
+recall together with the false-positive rate on real images; if the sets have no real images, it
+says so first.
+
+`--scores FILE` writes the report again from `scores.parquet`, without network or images. `--suite`
+names a list of sets in the catalog (`sharding/catalog.py`), `--reference-reals` a set whose real
+images are used for the other sets, and `--subset` a CSV file of samples. `--robustness` scores
+`PER_CLASS` images per class again after JPEG, resizing and more. `--features` takes the folder of a
+feature store: stored outputs of a frozen backbone are scored instead of images, and missing ones
+are computed. `--trust` allows a detector that is a Python file to run.
 
 Subcommands: `calibrate` fits temperature and thresholds on validation sets and stores them with the
-detector, `compare` prints the differences between evaluations, and `regressions` scores a folder of
-collected mistakes again and fails if an image is newly wrong. Main entry: `main()`.
+detector. `compare` prints the differences between evaluations. `regressions` scores a folder of
+recorded mistakes again, writes the result to `--json`, and fails if an image is wrong now that
+another detector got right. Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """

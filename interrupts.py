@@ -1,10 +1,11 @@
 """Handle Ctrl-C (SIGINT) and SIGTERM with three context managers, which take no arguments.
 
 `stop_signals()` yields a list to which each received signal is added, so that a loop can save its
-state and stop; a Ctrl-C after the first signal raises `KeyboardInterrupt`. `resumable()` turns
-`KeyboardInterrupt` into exit code 130 and a message that the same command resumes the job.
-`sigterm_interrupts()` raises `KeyboardInterrupt` on SIGTERM. Outside the main thread, the first and
-the last do nothing.
+state and stop. After one signal was received, the next Ctrl-C raises `KeyboardInterrupt`.
+`resumable()` yields nothing; it turns `KeyboardInterrupt` into exit code 130 and a message that the
+same command resumes the job. `sigterm_interrupts()` yields nothing; it raises `KeyboardInterrupt`
+on SIGTERM. Outside the main thread, `stop_signals()` and `sigterm_interrupts()` do not react to
+signals.
 """
 
 import contextlib

@@ -2,8 +2,9 @@
 
     python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
 
-PATH is a file, a folder, a pattern, a zip or tar archive, a shard set, or `-` for a list of paths
-on standard input. Each image gives one line: the path, the probability that the image is
+PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
+list of paths on standard input. RUN is the folder of a training run or of a checkpoint, or the name
+of a shipped detector. Each image gives one line: the path, the probability that the image is
 AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
 image cannot be read. Lines are printed, or written to FILE; `--resume` continues an interrupted
 FILE. `--watch FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and

@@ -1,12 +1,12 @@
-"""Train many variants of the two-phase recipe and compare them on sources held out of training.
+"""Train variants of a recipe of two phases and compare them on sources (datasets) held out of both.
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-IMAGES has `manifest.csv`; WEIGHTS are the network's before phase 1. A `Cell` is one variant: the
-settings of both phases. Each is trained with three seeds, seed 0 of all first; variants with equal
-phase 1 share it. `main()` prints and writes to FOLDER `tables.md` (AUROC, recall and false
-positives per variant, mean ± deviation over seeds) and `rows.jsonl` (all metrics). Thresholds are
-from validation sets. Finished runs are skipped; several processes may share FOLDER.
+IMAGES has `manifest.csv`. Phase 1 starts from WEIGHTS, phase 2 adds images of new generators. A
+`Cell` is one variant of both; `STAR` and `CANDIDATES` list all. All are trained with seed 0, then
+with two more; those with equal phase 1 share its training. `main()` prints tables (AUROC, recall,
+false positives: mean ± deviation over seeds; thresholds from validation sets). `--work`, which
+processes may share, gets `tables.md` and `rows.jsonl` (all metrics). Finished runs are skipped.
 """
 
 import csv

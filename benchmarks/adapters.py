@@ -1,16 +1,19 @@
 """Measure the overhead of `evaluate.py --detector` against calling a third-party detector directly.
 
-Main entry: `costs()` takes the folder of packed sets (it uses the set `small`), a folder with the
-same images as JPEG files below `raw/`, to which model files are written, and the timm name of a
-network. It returns a dict with the wall-clock and CPU seconds for a Python file, a timm model and,
-if installed, a transformers model. By hand (before and after the adapter): Pillow opens image files
-in one thread, and the library's own calls score them in batches of the same size. By the adapter:
-the same images are read from shards, then the same preprocessing and network run. `ratio` is the
-adapter's time divided by the mean by hand.
+Main entry: `costs(shards, folder, network)` takes the folder of packed sets (it uses the set
+`small`), a folder with the same images as JPEG files in its subfolder `raw/` (model files are
+written next to `raw/`), and the timm name of a network. The detectors are a Python file and a timm
+model, both with this network, and a tiny ViT of transformers (if installed). Each is timed by hand,
+by the adapter, and by hand again. By hand: Pillow opens image files in one thread, and the
+library's own calls score them in batches of the same size. By the adapter: the same images are read
+from shards, then the same preprocessing and network run.
 
-`python -m benchmarks.evaluation --detector` calls `costs()` and prints the table of
-`print_costs()`. `of_file()`, `of_timm()` and `of_transformers()` return both ways of a detector;
-`spent()` times a call.
+`costs()` returns a dict by kind of detector: wall-clock and CPU seconds of each way, and `ratio`,
+for both kinds of seconds the adapter's divided by the mean by hand. `python -m
+benchmarks.evaluation --detector` prints them as the table of `print_costs()`. `of_file()`,
+`of_timm()` and `of_transformers()` return the two ways of a detector: the adapter, and a function
+that scores a list of Pillow images directly. `spent()` times a call. `Nothing` is a detector
+without computation, which shows the cost of reading and adapter alone.
 """
 
 import importlib.util

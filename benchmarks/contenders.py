@@ -3,13 +3,16 @@
     python -m benchmarks.contenders NAME PLACE WORKERS OUT BATCH EPOCHS [--prepare]
 
 NAME is a loader of `CONTENDERS` (this project's or another library's), PLACE a folder with
-`images/` and `shards/`, WORKERS the number of its processes or threads, BATCH the images per batch.
-OUT gets JSON: the moments of the first and the last batch (`time.monotonic`, which all processes of
-a machine share), the number of images in all batches but the first, and the library's version; or
-`missing`, if the library is not installed. `--prepare` measures nothing, but writes the files that
-the library needs to PLACE. Main entry: `measure()`, which returns the same figures of a `Contender`
-as a dict. Each library is imported only where it runs, so that no loader's memory and start-up time
-include another library.
+`images/` and `shards/`, WORKERS the number of the loader's processes or threads, BATCH the images
+per batch, EPOCHS how often all images are loaded. OUT gets JSON: the moments of the first and the
+last batch (`time.monotonic`, which all processes of a machine share), the number of images in all
+batches but the first, and the library's version. If the library is not installed, OUT gets only
+`{"missing": package}`. `--prepare` measures nothing, but writes the files that the library needs to
+PLACE.
+
+Main entry: `measure(contender, place, workers)` times a `Contender` and returns the content of OUT
+as a dict. BATCH and EPOCHS are set before, in `benchmarks/peers.py`. Each library is imported only
+where it runs, so that no loader's memory and start-up time include another library.
 """
 
 import importlib.metadata

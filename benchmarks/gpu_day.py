@@ -3,15 +3,17 @@
     python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
 
 The folder `--images` has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs
-in its own process with a time limit. A stage that fails or is cut does not end the others, and its
-rows up to then are kept. The results are written to `--out`: a JSON file per stage, `stages.jsonl`
-with the exit code and seconds of each stage, and `log.txt`. The command fails if a stage did not
-succeed; the same command again skips the stages that did. `--budget` limits the whole call: a stage
-starts only if its least time is left. `--cpu` is a dry run on small data. It shows that every stage
-works; its figures mean nothing.
+in its own process with a time limit. A stage that fails or exceeds its limit does not stop the
+later stages, and the results that it has written are kept. The folder `--out` gets a JSON file per
+measurement, `stages.jsonl` with the exit code and seconds of each stage, and `log.txt`; the folder
+`--work` gets packed images and runs. The command fails if a stage did not succeed; the same command
+again skips the stages that did. `--budget` limits the whole call: a stage starts only if at least
+its minimum time is left. `--cpu` is a dry run on small data. It shows that every stage works; its
+figures mean nothing.
 
-Main entries: `stages_of()` returns the `Stage`s (a command and its limits), and `run()` runs one
-and returns its exit code. `pack()` packs copies of the JPEGs as the shard set that the stages use.
+Main entries: `stages_of(images, out, work, cpu)` returns the `Stage`s (a command and its limits),
+and `run()` runs one stage and returns its exit code. `pack()` packs copies of the JPEGs as the
+shard set (tars with an index) that the stages use.
 """
 
 import json

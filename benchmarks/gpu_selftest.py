@@ -1,4 +1,4 @@
-"""Check that DALI's operators on a GPU give the same pixels as its CPU operators and as Pillow.
+"""Check that DALI's operators on a GPU give the same pixels as DALI's CPU operators and as Pillow.
 
     python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--only CHECK] [--cpu]
 

@@ -5,15 +5,17 @@
 Every file below FOLDER is decoded, prepared as in `predict` by both backends (Pillow and DALI),
 packed, verified, and loaded for one epoch by both backends. Each stage is a child process, which is
 killed after S seconds (default 60; ten times as long in stages other than decoding) without
-progress, or with more than GB of memory (default 8). Then the decoding stage continues with the
-next file; any other stage ends. Outcomes are compared between the backends and with Pillow's own
-decoding. A difference that matches none of `EXPLANATIONS` is unexplained. Tables of crashes, slow
-files and differences are printed; `--json` gets the lines of all stages. The exit code is 1 after a
-crash, a kill, an unexplained difference, a fault found by `verify`, or a sample that loads
-differently or not at all.
+progress, or with more than GB of memory (default 8). After a kill or a crash, the decoding stage
+goes on with the next file; any other stage is over. Outcomes are compared between the backends and
+with Pillow's own decoding. A difference that matches none of `EXPLANATIONS` is unexplained. Tables
+of crashes, slow files and differences are printed; `--json` gets the lines of all stages. The exit
+code is 1 after a crash, a kill, an unexplained difference, a fault found by `verify`, or a sample
+that loads differently or not at all.
 
-Main entries: `run_all()` runs the stages, `report()` prints the tables and counts the failures.
-`python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
+Main entries: `run_all(folder, work, seconds, memory)` yields (stage, result) of each stage; `work`
+is a scratch folder and `memory` is in bytes. `report(folder, stages, work)` takes the results as a
+dict, prints the tables and returns the number of failures. `python -m benchmarks.mutations FOLDER
+COUNT` makes damaged files to try.
 """
 
 import contextlib

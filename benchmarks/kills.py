@@ -2,14 +2,18 @@
 
     python -m benchmarks.kills [COMMAND...] [--times 30] [--seed N] [--work FOLDER] [--json FILE]
 
-COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default: all. Each runs
-twice undisturbed on small inputs made for it. Then it is started in a new folder; at a random time
-within the duration of an undisturbed run, all its processes get SIGKILL, and it is started again.
-After one to four kills it runs to its end. `build`, `train`, `predict --resume` and `fetch` resume;
-`evaluate` and `export` start again from nothing. The names and bytes of all files are compared with
-the undisturbed run, except for `LEFT_OUT` and `MEANT_TO_DIFFER`. A table with a `Row` per command
-is printed, and written to `--json`; the exit code is 1 if a file differs. Main entry:
-`kill_often()` tests one command until `--times` kills have hit it, and returns its `Row`.
+COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default: all. First, each
+command runs twice undisturbed on small inputs made for it, which must give the same files. Then the
+command is started in a new folder; at a random time within the duration of an undisturbed run, all
+its processes get SIGKILL, and the command is started again. After one to four such kills in one
+folder, it runs to its end, and the names and bytes of all files are compared with the undisturbed
+run, except for `LEFT_OUT` and `MEANT_TO_DIFFER`. New folders follow until `--times` kills have hit.
+`build`, `train`, `predict --resume` and `fetch` resume; `evaluate` and `export` start again from
+nothing.
+
+A table with a `Row` per command (kills, restarts, compared files, differences) is printed, and
+written to `--json`; the exit code is 1 if a file differs. Main entry: `kill_often(name, command,
+work, times, rng)` tests one command and returns its `Row`.
 
 Processes are forked from this one, which has imported everything, so that no kill hits an import.
 The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills

@@ -3,7 +3,7 @@ augmentations: this project's two backends (Pillow and DALI) and other libraries
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are JPEGs of ImageNet's size, made and packed here; the augmentation policy is that of
+The images are N JPEGs of ImageNet's size, made and packed here; the augmentation policy is that of
 phase 1. Each loader runs in its own process, so that libraries do not disturb each other; loaders
 take turns (A B C A B C ...), so that other programs affect all alike. PATH is the Python
 interpreter of libraries that this project does not install. The speed is measured from the first
@@ -11,11 +11,14 @@ batch to the last; the time up to the first batch is the start-up. Memory is the
 proportional set sizes (PSS, shared pages once) of a loader's processes, measured once a second.
 
 A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Each loader
-runs until `--repeats` runs were calm, at most twice as often. The printed table has a row per
-loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the ratios
-to torchvision's loader (`BASE`, that of the original program) within one call, not speeds of
-different calls. The exit code is 1 if a loader failed. Main entry: `measure()` runs all loaders and
-returns the runs of each.
+runs until it has `--repeats` calm runs, but at most 2 x `--repeats` times. The printed table has a
+row per loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the
+ratios to torchvision's loader (`BASE`) within one call, not speeds of different calls. The exit
+code is 1 if a loader failed.
+
+Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs all loaders and
+returns the runs of each. `size` is (batch size, epochs); `keep` is called with all runs so far
+after each run.
 """
 
 import contextlib

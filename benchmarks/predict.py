@@ -2,16 +2,20 @@
 
     python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
 
-Two ways run in turn (A B A B ...) on the same number of images. `bare()` runs the network alone on
-a batch in memory. `whole()` runs the loop of `predict.py` over JPEG files (synthetic ones, or
-variants of those in FOLDER) and writes JSON lines. The weights are random, which does not change
-the speed. Loading the checkpoint is not counted; the small first batches are. The command prints a
-table with a row per network: images/s and CPU milliseconds per image of both ways, and their
-ratios. FILE gets the figures of all rounds. Main entry: `measure()` returns the seconds and CPU
-seconds per image of each round.
+Main entry: `measure(detector, folder, images, batch_size, rounds)` takes a loaded detector, a
+folder of JPEG files, the number of images, the batch size and the number of rounds. Two ways run in
+turn (A B A B ...) on the same number of images. `bare()` runs the network alone on a batch in
+memory. `whole()` runs the loop of `predict.py` over the files and writes JSON lines; its time
+includes the small batches with which `predict.py` begins, but not the loading of the checkpoint.
+`measure()` returns a list for each way (`bare`, `predict`): the seconds and CPU seconds per image
+of each round.
 
-Compare ratios, not the speeds of different runs. On a machine with other programs, the ratio of CPU
-time is more reliable than that of wall-clock time: both ways keep all cores busy.
+The command makes the JPEGs (synthetic, or variants of those in FOLDER) and networks with random
+weights, which are as fast as trained ones. It prints a table with a row per network: images/s and
+CPU milliseconds per image of both ways, and their ratios. FILE gets the figures of all rounds.
+Compare ratios, not the speeds of different runs. While other programs use the CPU, the ratio of CPU
+time is more reliable than that of wall-clock time. Because both ways keep all cores busy, the two
+ratios would be about equal on an idle machine.
 """
 
 import json

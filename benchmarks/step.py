@@ -3,15 +3,17 @@
     python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
 
 The step of `model/training/step.py` runs on random images that stay on the device, without loader
-and disk, for S seconds per row. The recipe gives the network, image size, batch and optimizer. The
-first row is the step as `train.py` runs it on this machine; each further row changes one option
-(`Way`). The table has images/s, the ratio to the first row, `of the peak` and memory; `--json` gets
-all figures. `of the peak` divides the operations per second of a step by those of a large matrix
-product of the same dtype, timed in the same run. The operations of forward and backward are counted
+and disk, for S seconds per row. The recipe gives the network, image size, batch and optimizer. A
+row is a `Way`: all options of the step. The first row is the step as `train.py` runs it on this
+machine; each further row differs from the first in one option (`ways_of()`). The table has
+images/s, the ratio to the first row, `of the peak` and memory; `--json` gets all figures. `of the
+peak` divides the operations per second of a step by those of a large matrix product of the same
+dtype, timed in the same run (`matrix_peak()`). The operations of forward and backward are counted
 by torch's FlopCounterMode. The optimizer's time is included, its operations are not.
 
-Main entry: `measure()` measures one `Way` and returns a dict of figures, or `failed` with the
-reason.
+Main entry: `measure(way, recipe, device, seconds, peaks)` measures one `Way`; `peaks` gives the
+operations per second of the matrix product by dtype. It returns a dict of figures, or
+`{"failed": reason}`.
 """
 
 import gc

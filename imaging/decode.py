@@ -1,13 +1,14 @@
 """Decode the bytes of an image file of any usual format to upright 8-bit RGB pixels.
 
-`decode(data)` returns the pixels, uint8 (height, width, 3). `decoded(data)` yields them as a
-context manager, which also reserves memory for them. `prepare(data)` returns a `Prepared`: bytes to
-pack, pixels and `Facts` (size, format, JPEG quality, ...). 8-bit files in JPEG (gray or YCbCr), PNG
-or WebP format are packed unchanged, all others (GIF, TIFF, HEIC, 16-bit, CMYK, animated, ...) as an
-8-bit RGB PNG of their pixels. `decode_image()` decodes packed bytes, given their format and EXIF
-orientation. `as_is(data)` returns an `Encoded` if by its header every decoder decodes the file
-alike, else None. `green_grid()` and `fingerprints()` compute perceptual hashes. Bad files raise
-only `DecodeError` or `MemoryError`. `ImageFile` is a name and a function that reads the bytes.
+Main entry: `decode(data)` returns the pixels, uint8 (height, width, 3). `decoded(data)` is a
+context manager that yields the pixels and reserves their share of the memory for decoding
+(`imaging/budget.py`) until it ends. `prepare(data)` returns a `Prepared`: bytes to pack, pixels and
+`Facts` (size, format, ...). 8-bit JPEG (gray or YCbCr), PNG and WebP files are packed unchanged,
+all others (GIF, 16-bit, CMYK, animated, ...) as an 8-bit RGB PNG of their pixels. `decode_image()`
+decodes packed bytes, given their format and EXIF orientation. If by the header every decoder gives
+the same pixels, `as_is(data)` returns an `Encoded` (the bytes for another decoder, format, size),
+else None. `green_grid()` and `fingerprints()` compute perceptual hashes. Bad files raise only
+`DecodeError` or `MemoryError`. An `ImageFile` has a name and a function that returns its bytes.
 """
 
 import contextlib

@@ -3,11 +3,12 @@
 Main entry: `read_header(data)` returns a `Header` (width, height, chroma subsampling, quantization
 tables) if the file is a plain 8-bit JPEG without EXIF or color profile, else None.
 
-`segments()` yields each `Segment` (marker, start, end) up to the first invalid one.
-`lenient_segments()` yields them to the end of the image, skips bytes between them as libjpeg does,
-and gives the data of a scan the pseudo-marker `PIXELS`. `has_end()` is False for a cut-off file.
-`mended()` returns the JPEG with only the segments that its pixels need. `count_scans()` limits slow
-files (`MAX_SCANS`). `describe_tables(tables)` returns the libjpeg quality, 1 to 100, and a hash.
+`segments()` yields each `Segment` (marker, start, end) and stops at the first invalid one.
+`lenient_segments()` yields segments to the end of the image, skips bytes between them as libjpeg
+does, and gives the data of a scan the pseudo-marker `PIXELS`. `has_end()` is False for a cut-off
+file. `mended()` returns the JPEG with only the segments that its pixels need. `count_scans()`
+limits slow files (`MAX_SCANS`). `describe_tables(tables)` returns the libjpeg quality, 1 to 100,
+and a hash.
 """
 
 import hashlib

@@ -1,12 +1,14 @@
 """Decode the bytes of a JPEG to RGB pixels; missing or damaged pixels raise a `PixelError`.
 
 Main entry: `jpeg_pixels(data)` returns the pixels, uint8 (height, width, 3), as they are stored
-(the EXIF orientation is not applied), and True if a strict decoder accepts the file unchanged.
-`odd_jpeg_pixels(data)` returns the pixels of a file that the strict decoder refuses although no
-pixel is lost: wrong metadata or extra bytes between segments raise no error.
+(the EXIF orientation is not applied), and a bool. The bool is True if the strict mode of simplejpeg
+(libjpeg-turbo, every warning is an error) decodes the file as it is. Otherwise the pixels are those
+of `odd_jpeg_pixels(data)`. This function also decodes files with wrong metadata, extra bytes
+between segments or unusual chroma sampling, which cost no pixel, and raises `PixelError` otherwise.
 
-The `refuse_...(data)` functions return nothing; they raise `PixelError` for a cut-off file, for
-more than 100 scans, or for a CMYK JPEG with missing or damaged pixels.
+The `refuse_...(data)` functions return nothing; they raise `PixelError` for a file without an end
+marker, for more than `MAX_SCANS` scans, or for a CMYK JPEG with missing or damaged pixels.
+`odd_jpeg_pixels()` calls the first two; `imaging/decode.py` calls the one for CMYK.
 """
 
 import io

@@ -1,11 +1,12 @@
 """Read the chunks of a PNG, given its bytes, without decoding it (W3C, PNG, third edition).
 
-Main entries: `chunks(data)` yields (kind, start, end) of each chunk up to the first incomplete one.
-`essential(data)` returns the bytes of the PNG without its metadata chunks; pixels are decoded from
-these bytes, so that bad metadata does no harm. It raises `ValueError` if the palette is missing.
-`is_plain(data)` returns True if every decoder reads the same pixels: at most 8 bits per sample, not
-animated, no unknown, damaged or incomplete chunk. `texts(data)` yields (keyword, content) of each
-text chunk, of which at most `MAX_TEXT_BYTES` are decompressed.
+Main entries: `chunks(data)` yields (kind, start, end) of each whole chunk, with its length and
+checksum, and stops before the first incomplete chunk. `essential(data)` returns the bytes of the
+PNG without its metadata chunks; pixels are decoded from these bytes, so that bad metadata does no
+harm. It raises `ValueError` if the palette is missing. `is_plain(data)` returns True if every
+decoder reads the same pixels: at most 8 bits per sample, not animated, no unknown, damaged or
+incomplete chunk. `texts(data)` yields (keyword, content) of each text chunk; of each compressed
+content, at most `MAX_TEXT_BYTES` are unpacked.
 """
 
 import zlib

@@ -1,18 +1,19 @@
 """Build the network of a detector: a timm backbone with two outputs, real and fake, that normalizes
 its own input.
 
-Main entries: `build(network, pretrained, empty)` takes the recipe's `Network` settings and returns
-a `Detector` on the CPU, with timm's weights or none. Its `forward()` takes uint8 images (B, 3, H,
-W) and returns float logits (B, 2); `features()` returns the input of the head, (B, D), and
-`classify()` applies the head to it. `load_weights(net, weights, where)` fills a `Detector` with
-tensors by timm's names; `load_backbone_file()` fills it from an ImageNet `.safetensors` file,
-without its classifier. Both raise `NetworkError` if a name or shape does not match.
+Main entry: `build(network, pretrained, empty)` takes the recipe's `Network` settings and returns a
+`Detector` on the CPU. The weights are timm's if `pretrained`, uninitialized if `empty` (to be
+loaded next), else random. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns
+float logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies
+the head to it. `load_weights(net, weights, where)` fills a `Detector` with tensors by timm's names;
+`load_backbone_file()` fills it from an ImageNet `.safetensors` file, without its classifier. Wrong
+names or shapes raise `NetworkError`.
 
-The functions `check_...()` raise `NetworkError` early for what would fail later: an image size, a
-weights file (only its header is read), or a download. `normalization()` returns mean and std.
-`classifier_names()` and `head_prefixes()` return names of the head's modules and parameters.
-`Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
-`heads.py`.
+The functions `check_...()` raise `NetworkError` before any work starts: if the network does not
+accept the image size, if a weights file does not match (only its header is read), or if the Hub
+with timm's weights does not answer. `normalization()` returns mean and std. `classifier_names()`
+and `head_prefixes()` return names of the head's modules and parameters. `Backbone` is a type for
+the type checker only; `STAGE_HEAD` is the name prefix of a head of `heads.py`.
 """
 
 import contextlib

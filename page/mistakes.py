@@ -3,7 +3,7 @@
 Main entry: `show_mistake()` takes the detector, the uploaded file, its result, and its verdict
 (`said`). If the user presses the button, `keep()` writes the true label, the verdict and the file's
 SHA-256, and on request a copy of the image, to the folder that the environment variable
-`DETECTOR_MISTAKES` names (default `mistakes/`). Both report in words what was kept:
+`DETECTOR_MISTAKES` names (default `mistakes/`). Both functions return in words what was kept:
 `show_mistake()` as a sentence for screen readers, `keep()` as a `Report` with HTML. Errors are
 shown, not raised.
 

@@ -1,11 +1,11 @@
 """Show an uploaded image on the web page with a frame around the crop that the network sees, and on
 request a heatmap over this crop.
 
-Main entry: `show_photo()` takes the detector, the uploaded file and its result (`Scored`), puts the
-image and a switch for the heatmap on the page (Streamlit), and returns nothing. The heatmap
-(Grad-CAM: regions that changed the score) is computed once per image. `photo_html()` returns the
-figure as HTML; `busy` shows that the heatmap is being computed. `crop_of()` returns the crop as
-fractions of the image's sides.
+Main entry: `show_photo(detector, file, result)` takes the detector, the uploaded file and the
+file's result (`Scored`), puts the image and a switch for the heatmap on the page (Streamlit), and
+returns nothing. The heatmap (Grad-CAM: regions that changed the score) is computed once per image.
+`photo_html()` returns the figure as HTML; with `busy`, the figure says that the heatmap is being
+computed. `crop_of()` returns the crop (left, top, width, height) as fractions of the image's sides.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """Free the memory of a visitor's session when uploaded files are removed or the page is closed.
 
-Main entries: `this_session()` takes nothing and returns the id of the visitor's Streamlit session;
-when the page is closed, Streamlit calls `close_soon()`, which deletes the session after `GRACE_S`
-seconds unless the page has reconnected. `forget()` takes uploaded files and deletes them at once.
+Main entries: `this_session()` takes nothing, returns the id of the visitor's Streamlit session, and
+makes Streamlit call `close_soon()` with this id when the page is closed. `close_soon(session)`
+deletes the session after `GRACE_S` seconds unless the page has reconnected. `forget(files)` takes
+uploaded files and deletes them at once; it returns nothing.
 """
 
 import os

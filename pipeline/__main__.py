@@ -1,14 +1,16 @@
 """Inspect how the loader augments and shuffles a shard set, by two commands.
 
 - `python -m pipeline preview SHARDS` writes a PNG (`--out`) that shows `--count` samples of the set
-  as the network sees them, decoded by both backends (Pillow and DALI), and prints the difference of
-  the backends in gray levels. `--recipe` is the recipe with the augmentation policies and the
-  preprocessing, `--policy` the policy of sources for which the index names none.
+  as the network sees them, decoded by Pillow and, if installed, by DALI, and prints the difference
+  of the two in gray levels. `--recipe` is the recipe with the preprocessing and the augmentation
+  policies (named settings). `--policy` names the policy for sources of which the set's index
+  (`index.json`) names none.
 - `python -m pipeline order SHARDS` prints a table of how well the shuffles `global` and `block` mix
   the samples and their sources into batches of `--batch` images; 1 means as well as a random order.
 
-SHARDS is the folder or address of a shard set; `--seed` selects the samples or the shuffle. A
-command imports its modules inside its function, so that `--help` and errors of options are fast.
+SHARDS is the folder or address of a shard set (tars of images with an index); `--seed` selects the
+samples or the shuffle. A command imports its modules inside its function, so that `--help` and
+errors of options are fast.
 """
 
 from pathlib import Path

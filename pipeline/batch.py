@@ -1,4 +1,5 @@
-"""Define the data classes that are passed between the loader and its two decoding backends.
+"""Define the data classes that are passed between the loader and its two decoding backends (Pillow
+and DALI).
 
 A backend takes a `Request` (encoded images of one batch and the augmentation parameters of each)
 and returns `Pixels` (uint8 (B, size, size, 3) RGB, and row -> reason for images that cannot be

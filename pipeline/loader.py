@@ -1,14 +1,16 @@
-"""Load a shard set as batches of decoded and augmented images on a device.
+"""Load a shard set (tars of images with an index) as batches of decoded and augmented images on a
+device.
 
 Main entry: `open_loader()` takes a `ShardSet`, the preprocessing, the loader's settings (`Loading`)
 and the device; with several ranks also this rank and their number. It checks the lengths of the
-tars, chooses the backend ("dali" or "pil") and returns a `Loader`. `Loader.batches()` takes the
-order of the samples (`Epoch`) and a function that returns augmentation parameters (`ParamsFor`),
-and yields a `Batch` for each step. An image that cannot be decoded is black and named in
-`Batch.failures`.
+tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a
+`Loader`. `Loader.batches()` takes the order of the samples (`Epoch`) and a function that returns
+augmentation parameters (`ParamsFor`), and yields a `Batch` for each step. An image that cannot be
+decoded is black and named in `Batch.failures`.
 
-Both raise `LoadError`: the backend is not installed, a tar is damaged, shared memory is too small,
-a worker died, no batch came in time, or more than 5 % of the samples cannot be decoded.
+`open_loader()` and `batches()` raise `LoadError` if the backend is not installed, a tar is damaged,
+shared memory is too small, a worker died, no batch came in time, or more than 5 % of the samples
+cannot be decoded.
 """
 
 import contextlib

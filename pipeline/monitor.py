@@ -1,8 +1,8 @@
 """Measure the speed of the loader, and report the stage of each worker when no batch arrives.
 
 Main entries: `LoaderStats` takes the names of the sources. Its `timed()` takes an iterable of
-`Batch`es and yields the same ones, counted and timed; `row()` returns a dict of figures since the
-last row (images/s, shares of waiting time, waits in ms, images per source) for `metrics.jsonl`,
+`Batch`es and yields the same batches, counted and timed; `row()` returns a dict of figures since
+the last row (images/s, shares of waiting time, waits in ms, images per source) for `metrics.jsonl`,
 `note()` a short text for a progress bar. `Watchdog` is a context manager that logs a warning when
 one batch takes longer than `stall_warning_s` seconds. The warning lists the stage (`STAGES`) and
 step of each worker, which the workers write to a `WorkerStatus`. `StallError` means that no batch

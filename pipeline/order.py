@@ -1,15 +1,16 @@
 """Compute the order of the samples in an epoch, as a pure function of the seed.
 
-Main entries: `training_epoch()` takes the int64 numbers of the new samples, and of the old ones to
-be replayed, and shuffles them by seed and epoch number. `evaluation_epoch()` takes the number of
-samples and lists each once, padded to whole batches. Both return an `Epoch`: the sample number
-(int64) at each global position. At each step, rank r takes the `batch` positions from (step *
-world_size + r) * batch on. So 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
+Main entries: `training_epoch()` takes the int64 numbers of the new samples and of the replayed old
+samples, and shuffles all by seed and epoch number. `evaluation_epoch()` takes the number of samples
+and lists each once, padded to whole batches. Both return an `Epoch`: the sample number (int64) at
+each global position. At each step, rank r takes the `batch` positions from (step * world_size + r)
+* batch on. So 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
 
 `repeat()` lists the samples of a source several times, `mixing_of()` measures how well an order is
 shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators. A
 run resumes from a few integers: `state_of()` returns them; `check_state()` returns their (epoch,
-step). `OrderError`: no sample or less than a batch, or the seed, batch size or shards have changed.
+step). `OrderError` is raised for less than a batch, or if the seed, batch size or shards have
+changed.
 """
 
 import functools

@@ -1,15 +1,16 @@
-"""Find how the real partner of each fake was compressed, from the index of a shard set alone.
+"""Find how the real partner of each fake was compressed, so that the loader can first compress the
+fake in the same way (`match_pair_jpeg` of a recipe). Only the index of the shard set is read.
 
-Main entry: `partners_of()` takes a shard set and names of its sources. A fake's partner is the only
-real image of the same source and group. It returns a `Partners`: for each of the N samples of the
-set, int32, the JPEG quality of the partner (0: the sample is not changed) and the chroma
-subsampling (a position in `imaging.jpeg.CHROMAS`). The numbers of changed and unchanged fakes are
-logged.
+Main entry: `partners_of(shards, sources)` takes a shard set and the names of the sources whose
+fakes to change. A fake's partner is the only real image of the same source and group (related
+images). It returns a `Partners`: for each of the N samples of the set, int32, the JPEG quality of
+the partner (0: the loader does not change the sample) and the chroma subsampling (a position in
+`imaging.jpeg.CHROMAS`). The numbers of changed and unchanged fakes are logged.
 
-A fake that reconstructs a photograph is a lossless file, the photograph a JPEG. A detector trained
-on such pairs may learn to recognize the JPEG. If the fake is first compressed like its partner,
-only the generator's traces differ (Chen et al., "Dual Data Alignment Makes AI-Generated Image
-Detector Easier Generalizable", 2025).
+Why: in a dataset of photographs and their reconstructions by a generator, the fake is often a
+lossless file and the photograph a JPEG. A detector trained on such pairs may learn to recognize the
+JPEG. After the fake is compressed like its partner, only the generator's traces differ (Chen et
+al., "Dual Data Alignment Makes AI-Generated Image Detector Easier Generalizable", 2025).
 """
 
 import functools

@@ -2,14 +2,14 @@
 or for a view. A view is one fixed augmentation of every image, whose features can be stored.
 
 Main entries: `train_params()`, `eval_params()` and `view_params()`. Each takes a shard set and the
-preprocessing; for training and views also the policies by name (`augment`), the name of the default
-policy, the seed, and the epoch or the number of the view. Each returns a function (`ParamsFor`: an
-`EvalParams` or `TrainParams`). This function takes int64 (B,) row numbers and how many times each
-appeared before in the epoch, and returns an `AugmentBatch`. View 0 is the center crop of
-evaluation.
+preprocessing; for training and views also the augmentation policies by name (`augment`; ranges and
+probabilities), the name of the default policy, the seed, and the epoch or the number of the view.
+Each returns a function (`ParamsFor`: an `EvalParams` or `TrainParams`). This function takes int64
+(B,) row numbers and how many times each appeared before in the epoch, and returns an
+`AugmentBatch`. View 0 is the center crop of evaluation.
 
-`policies_of()` returns the policy of each source. `LoadError`: the index names a policy that
-`augment` does not have.
+`policies_of()` returns the policy of each source. `LoadError` is raised if the index of the shard
+set names a policy that `augment` does not have.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,11 @@
-"""Write a PNG of augmented samples of a shard set, as both backends make them, side by side.
+"""Write a PNG of augmented samples of a shard set, as the two backends (Pillow and DALI) make them,
+side by side.
 
 Main entry: `write_preview()` takes the folder of a shard set, the PNG to write (`out`), a recipe
-file, the policy of sources for which the index names none, the number of samples, and the seed that
-selects them. It returns the number of samples and the absolute difference of the backends in gray
-levels (int16 array; None without DALI), and raises `LoadError` or `RecipeError`.
+file, the augmentation policy of sources for which the set's index names none, the number of
+samples, and the seed that selects them. It returns the number of samples and the absolute
+difference of the backends in gray levels (int16 array; None without DALI), and raises `LoadError`
+or `RecipeError`.
 
 `Policies` is the part of the recipe that is read, a `Row` is one sample of the picture, and
 `words_of()` describes its augmentation parameters in words. `CELL` is the side of an image in

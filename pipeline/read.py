@@ -1,4 +1,5 @@
-"""Read the encoded images of a shard set from its tars, at the byte offsets in the index.
+"""Read the encoded images of a shard set from its tars, at the byte offsets in its index (the table
+of samples).
 
 Main entry: `ShardReader`, for local tars or tars at an address, in any thread or process. Its
 `read()` takes row numbers of the set and returns a list: for each image the bytes of its file

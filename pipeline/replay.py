@@ -2,12 +2,12 @@
 phase 2 does not forget phase 1.
 
 Main entries: `Replay` has the settings of a recipe: the names of the old sets, and the ratio of old
-to new samples, such as "1:8" (2,500 for 20,000 in the original). `sample_old()` takes the numbers,
-sources and labels of all old samples and returns `count` of their numbers, int64, shuffled: in
-equal quotas per source (`share_out()`), and balanced by class within a source. It is called anew
-for each epoch. `interleave()` takes new and old sample numbers and returns them evenly mixed, with
-a bool array that is True where a sample is old. ValueError: a wrong ratio, or no old sample to
-choose.
+to new samples, such as "1:8" (2,500 for 20,000). `sample_old()` takes the numbers, sources and
+labels of all old samples and returns `count` of these numbers, int64, shuffled: in equal quotas per
+source (`share_out()`), and balanced by class within a source. It is called again for each epoch.
+`interleave()` takes new and old sample numbers and returns them evenly mixed, with a bool array
+that is True where a sample is old. `ValueError` is raised for a wrong ratio or if there is no old
+sample to choose.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
 """Make the batches of a training run, epoch after epoch, or of one evaluation.
 
-Main entries: `open_pool()` opens the named training sets and old sets below the folder `data` as
-one shard set and returns a `Pool`: the row numbers of its new and its old samples. A `Stream`
-combines a loader, a pool, the replay settings, the augmentation policies and a seed;
-`Stream.batches()` yields each `Batch` from a global step to the end of the last epoch. It is a pure
-function of the settings: started at any step, it yields the batches of an uninterrupted run.
-`Stream.state()` and `resume()` save and check the step in a checkpoint. `evaluation_batches()`
+Main entries: `open_pool()` opens the named training sets and old sets (to replay) below the folder
+`data` as one shard set and returns a `Pool`: the row numbers of its new and its old samples. A
+`Stream` combines a loader, a pool, the replay settings, the augmentation policies and a seed;
+`Stream.batches()` yields each `Batch` from a global step to the end of the last epoch. The result
+is a pure function of the settings: started at any step, it yields the batches of an uninterrupted
+run. `Stream.state()` and `resume()` save and check the step in a checkpoint. `evaluation_batches()`
 yields each sample of a loader's set once. `BatchLoader` is the interface of a loader, of images or
 of stored features.
 

@@ -1,4 +1,4 @@
-"""Read a list of samples from a CSV file, and reduce shard sets to these samples.
+"""Read a list of samples from a CSV file, and reduce shard sets (packed images) to these samples.
 
 Main entries: `read_subset()` takes a CSV file with the columns `set` and `key` and returns a
 `Subset` (the keys of each set, and the file's name and SHA-256). `choose_samples()` takes a shard

@@ -2,9 +2,9 @@
 
 Main entries: `worst_mistakes()` takes the scores, the name of a set, the decision threshold and a
 count, and returns a list of `Mistake`s: at most `count` reals called fake, the highest probability
-first, then at most `count` fakes called real. `thumbnails()` takes the shard sets by name and
-mistakes, and returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as a data: URL.
-Undecodable images are left out.
+first, then at most `count` fakes called real. `thumbnails()` takes the shard sets (packed images)
+by name and mistakes, and returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as a
+data: URL. Undecodable images are left out.
 """
 
 import base64

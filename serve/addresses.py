@@ -5,10 +5,10 @@ of this request may still give) and a deadline (`until`, seconds of `time.monoto
 the body as bytes, follows redirects, and raises `Refused` (status 403) for a URL that must not be
 fetched and `FetchError` for a URL that gives no body, or not in time.
 
-A client must not reach hosts through this server that only the server can reach (SSRF). So each
-host name is resolved once, all its IP addresses are checked (`is_public()`), and the connection
-goes to a checked IP address. Every redirect is checked in the same way. Proxy settings of the
-environment are not used.
+A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
+name is resolved once, all its IP addresses are checked (`is_public()`), and the connection goes to
+a checked IP address. Every redirect is checked in the same way. Proxy settings of the environment
+are not used.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 Main entry: `Form` takes the content type of the request, with the boundary, and the largest number
 of files. `feed()` takes the next bytes of the body. `finish()` returns the files as (name, bytes).
-All raise `Refused` (status 400 or 413) if the form is invalid or incomplete, has a field that is no
-file, or has too many files; `too_many()` returns that last error.
+The class and its methods raise `Refused` (status 400 or 413) if the form is invalid or incomplete,
+has a field that is no file, or has too many files; `too_many()` returns that last error.
 """
 
 from python_multipart.exceptions import FormParserError

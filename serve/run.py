@@ -1,11 +1,13 @@
 """Load the detector and run the HTTP server until it is stopped.
 
-Main entry: `run()` takes the address, the `Limits`, the API key (empty: none), and the detector: a
-checkpoint, or None for the newest run in the folder `runs`; its device; and `rates`, the highest
-allowed (false-positive rate, miss rate), where None keeps the detector's threshold. It returns
-after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises OSError if the port is
-in use, ValueError if the detector cannot be loaded, and SystemExit if a second signal stopped it at
-once.
+Main entry: `run()`. For the server it takes host, port, the `Limits` and the API key (empty: none).
+For the detector it takes a checkpoint (None: the newest run in the folder `runs`, else the shipped
+detector), the device and `rates`: the pair (highest false-positive rate, highest miss rate), from
+which the limits of the verdicts are chosen. A rate of None keeps the detector's limit.
+
+`run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises
+OSError if the port is in use, ValueError if the detector cannot be loaded or has no threshold for
+a rate, and SystemExit if a second signal stopped the server at once.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 Main entries: `Server` takes the ASGI application and the `Service` that counts the accepted
 requests. Its `run(sockets=[...])` (of uvicorn) serves until SIGTERM or Ctrl-C and the last answer;
-a second signal stops it at once. `bound_socket()` takes a host and a port and returns a socket for
-`run()`, or raises OSError if the address is in use.
+a second signal stops the server at once. `bound_socket()` takes a host and a port and returns a
+socket for `run()`, or raises OSError if the address is in use.
 """
 
 import signal

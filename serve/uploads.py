@@ -1,10 +1,11 @@
 """Read the body of a request: a form with image files, one image, or a JSON list of URLs.
 
-Main entries: `read_images()` takes the request, its content type (from `kind_of()`) and the
-`Limits`, and returns an `ImageFile` for each image. `read_addresses()` returns the URLs of a JSON
-body. `size_of()` returns the size of the body in bytes, before it is read. All raise `Refused` with
-the HTTP status if the body is invalid or too large. Bodies stay in memory; uploaded images are
-never written to disk.
+Main entries: `read_images(request, kind, limits)` takes the request, its content type (from
+`kind_of()`) and the `Limits`, and returns an `ImageFile` for each image. `read_addresses()` returns
+the URLs of a JSON body; `serve/addresses.py` downloads them. `size_of()` returns the size of the
+body in bytes from its Content-Length header, before it is read; without the header, it returns the
+limit. All four functions raise `Refused` with the HTTP status if the request is invalid or too
+large. Bodies stay in memory; uploaded images are never written to disk.
 """
 
 import json

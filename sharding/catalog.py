@@ -1,28 +1,32 @@
 """Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
-Main entry: `read_catalog(files)` takes paths and returns one `Catalog`. A later file overrides an
-earlier one key by key, so two lines change one setting of a built-in source. Any mistake in a file
-raises `CatalogError`. `SHIPPED` are the catalogs of this program, `BUILT_IN` and `TESTS`. A
-`Source` is one dataset. A `Rule` selects its real or its fake images, a `Fetch` (with a `Git`)
-describes its download, and a `Table` its CSV files with one row per image. `shares()` converts the
-set of a source or rule to `{set: share}`. An example of a catalog:
+Main entry: `read_catalog(files)` takes the paths of all files to read, and returns one `Catalog`. A
+later file overrides an earlier one key by key: two lines, the table's name and a key, change one
+setting of a shipped source. Any mistake in a file raises `CatalogError`. `SHIPPED` are the catalogs
+of this program, `BUILT_IN` and `TESTS`; every command passes them first. A `Source` is one dataset.
+A `Rule` selects its real or its fake images, a `Fetch` (with a `Git`) describes its download, and a
+`Table` its CSV files with one row per image. `shares()` converts the set of a source or rule to
+`{set: share}`. An example of a catalog:
 
-    [sets]                                  # set = split; a set is a folder of shards
-    phase1 = "train"
+    [sets]                                  # name of a set = its split: train, val or test
+    phase1 = "train"                        # each set becomes a folder of shards
+    val = "val"
 
     [sources.my_photos]
     root = "my-photos"                      # below the raw folder; default: the source's name
     license = "mine"
-    set = { phase1 = 0.9, val = 0.1 }       # one set, or shares of groups (chosen by hash)
+    set = { phase1 = 0.9, val = 0.1 }       # name of one set, or the share of the groups of each
     real = ["camera"]                       # folders; `*` matches within one part of a path
     fake = [{ folder = "sdxl", generator = "sdxl" }]
-    group = '(\\d+)_\\d+\\.png$'              # optional: equal captures stay in one set
+    group = '(\\d+)_\\d+\\.png$'              # optional: images with equal captures are a group
 
-Labels come only from these rules. A zip archive is read like a folder. Parquet tables are read
-through rules with a `column`:
+Each group goes to one set, chosen by its hash. Without `group`, files that differ only in their
+suffix, and images of one table row, are a group. Labels come only from the rules. A zip archive is
+read like a folder. Parquet tables are read through rules with a `column`; a generator in angle
+brackets is the value of that column:
 
     fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
-    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]     # column "model"
+    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]
 
 A source with `test_only = true` was made to measure detectors: it may only go to sets of the split
 test. `[suites]` names lists of sets for `evaluate.py --suite`.
@@ -31,7 +35,7 @@ A set without real images has no false-positive rate of its own. `[reference]` n
 real images are used instead:
 
     [reference]
-    evalgen = "test"
+    evalgen = "test"                        # set without real images = set that has some
 
 `exclude` names files with hashes of images that no set may contain: one hash per line, at least
 the first 16 hexadecimal digits of the SHA-256. The files are in the folder of the catalog, and the

@@ -1,10 +1,11 @@
-"""Compare two shard sets: list the samples that were added, removed or changed.
+"""Compare two shard sets (tars of images with an index): list the samples that were added, removed
+or changed.
 
 Main entry: `compare_sets(before, after)` takes two `ShardSet` and returns a `Difference`: the keys
-of the samples that are only in one set, and for each changed sample texts such as
-`"label: real -> fake"`. Samples are matched by their key (source and hash of the path). The columns
-`IGNORED` (the location of a sample in the tars) are not compared. A `Difference` is false if there
-is none.
+of the samples that are only in one set, and for each changed sample texts such as `"label: real ->
+fake"`. Samples are matched by their key (source and hash of the path). The columns `IGNORED` (the
+location of a sample in the tars) are not compared. A `Difference` is false if the sets do not
+differ.
 """
 
 from collections import Counter

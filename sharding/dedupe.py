@@ -1,14 +1,17 @@
 """Find duplicates in all sources and assign each image to a set, so that splits never overlap.
 
 Main entry: `decide(inventory, split_of, exclude)` takes a table with one row per raw image
-(`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, ...), the split of each set,
-and beginnings of SHA-256 hashes to exclude. It returns a `Decision`: for each image its set, or ""
-and the reason for its exclusion, the row of the image kept instead, and its group.
+(`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, wanted set or shares of sets,
+...), the split of each set (train, val or test), and beginnings of SHA-256 hashes to exclude. It
+returns a `Decision`: for each image its set, or "" and the reason for its exclusion, the row of the
+image kept instead, and its group.
 
-Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources.
-Images of a group stay in one split: those of lower-ranked splits (`SPLIT_RANK`) are excluded. Of
-exact duplicates one is kept. `near_duplicates(phash, thumbnails)` returns pairs of rows, (m, 2),
-that differ by at most `MAX_BITS` and `MAX_DIFFERENCE`.
+Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
+the images of a group would go to several splits, only those of the highest-ranked split
+(`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake.
+`near_duplicates(phash, thumbnails)` returns pairs of rows, (m, 2), with equal perceptual hashes, or
+with hashes that differ in at most `MAX_BITS` bits and thumbnails that differ by at most
+`MAX_DIFFERENCE` gray levels on average.
 """
 
 import json

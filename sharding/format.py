@@ -1,4 +1,5 @@
-"""Define the disk format of a shard set, and read its `index.json` and its table of samples.
+"""Define the disk format of a shard set (images packed in tars), and read its `index.json` and its
+table of samples.
 
 Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
 `ShardSet`, in which a sample is a row number. `read_index(folder)` returns the `index.json` of one

@@ -3,8 +3,8 @@
 Main entries: `rows_of(catalog, raw, packed)` takes a `Catalog`, the raw folder, and for each source
 texts about the sets that contain its images; it returns one row of texts per source, with the
 headings `COLUMNS`. `facts_of(name, catalog)` returns all facts about one source as lines of text,
-or raises `CatalogError` for an unknown name. `sets_of(source)` lists the sets that its images may
-go to.
+or raises `CatalogError` for an unknown name. `sets_of(source)` lists the sets that a source's
+images may go to.
 """
 
 from collections.abc import Mapping

@@ -8,8 +8,9 @@ matching rules, the one with the deepest folder is used. An image that matches a
 rule at the same depth raises `CatalogError`: labels are never guessed.
 
 `capped(listing, cap)` limits the items of each class, in place. `choose_set(group, share_of)`
-returns the set of a group by the group's hash (`hash_point()`, 0 to 1). `folder_pattern()` compiles
-a rule's folder, and `class_names()` reads the class names of a parquet column.
+returns the set of a group (related images) by the group's hash (`hash_point()`, 0 to 1).
+`folder_pattern()` compiles a rule's folder, and `class_names()` reads the class names of a parquet
+column.
 """
 
 import contextlib

@@ -1,14 +1,17 @@
 """Write one shard of a set: a tar of images, its `.idx` file for DALI, and its rows of the index.
 
-Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` takes a table with one row
-per sample (path below the folder `raw`, label, source, SHA-256, ...). It writes the tar
-`folder/name`, the `.idx` next to it and, last, the rows to `marks/<name>.parquet`: a shard with
-this file is done. It returns a `Written` (name, number of samples, bytes, SHA-256), or raises
-`ShardError` if a raw file has changed since it was decoded. The same samples give the same bytes,
-and the tar gets its final name only when complete.
+Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` takes a pyarrow table with
+one row per sample (path below the folder `raw`, label, source, SHA-256 of the bytes to pack, ...).
+It writes the tar `folder/name`, the `.idx` next to the tar and, last, the rows to
+`marks/<name>.parquet`: a shard with this parquet file is done. It returns a `Written` (name, number
+of samples, bytes, SHA-256). It raises `ShardError` if a raw file no longer gives the SHA-256 of its
+row, because the file has changed since an earlier step of the build decoded it. The same samples
+give the same bytes, and the tar gets its final name only when complete.
 
-`read_done(plan, folder, marks)` returns the `Written` of a shard that an earlier run finished, or
-None. The `fingerprint`, which is stored with the rows, shows whether the shard is up to date.
+`fingerprint` is a hash of everything that determines the shard's bytes and rows. It is stored with
+the rows. `read_done(plan, folder, marks)` takes a `ShardPlan` of `sharding/plan.py` and compares
+the stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
+finished, or None if the shard is missing, damaged or out of date.
 """
 
 import hashlib

@@ -1,12 +1,15 @@
 """Give a third-party detector the interface of this project's detectors: this project decodes the
 images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector`. Its `predict()` and `stream()` take image files, bytes, Pillow images
-or arrays, and give a `Prediction` (name, probability of AI-generated from 0 to 1, verdict) for
-each; an unreadable image gets an `error`. It is made from a `Judge`, an object whose `prepare()`
-takes an upright RGB Pillow image and whose `score()` returns the probabilities, and from `meta`
-(name, hash, threshold, temperature; `meta_of()` makes it without calibration).
-`model/adapters/open.py` opens one by name.
+Main entry: `OtherDetector`, made from a `Judge` and a dict `meta`. A `Judge` is an object with
+`prepare()`, which converts an upright RGB Pillow image to the detector's input, and `score()`,
+which converts a list of such inputs to probabilities of AI-generated, float64 (B,). `meta` has the
+name, hash, threshold and temperature (`meta_of()` makes it without calibration).
+`model/adapters/open.py` opens a detector by name.
+
+`predict()`, inherited from `AnyDetector`, takes an image (file, bytes, Pillow image or array) or
+several, and returns a `Prediction` (name, probability from 0 to 1, verdict) or a list of them.
+`stream()` takes several and yields one at a time. An unreadable image gets an `error`.
 
 `logits_from()` converts probabilities to logits; `probability_at()` applies a temperature to
 probabilities. `DetectorError` says why a detector cannot be used. This module does not import

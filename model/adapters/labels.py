@@ -3,10 +3,13 @@ or from the user's choice.
 
 Main entry: `fake_indices(labels, asked, where)` takes the label of each output (index -> text), the
 labels that the user named with `--fake-label` (may be empty) and the name of the classifier for
-messages. It returns the indices of the outputs that mean AI-generated, and raises `DetectorError`
-if a label is unknown or unclear, or if all labels are of one class. `meaning_of()` returns `fake`,
-`real` or "" for one label; a word of `NEGATIONS` ("not real") makes a label unclear. The index of a
-label is not used: half of the published detectors have fake first, half have real first.
+messages. It returns the indices of the outputs that mean AI-generated. If the user named labels,
+these mean AI-generated and all others real. If not, the words of each label decide: `meaning_of()`
+returns `fake`, `real` or "" for one label, "" also after a word of `NEGATIONS` ("not real").
+
+`fake_indices()` raises `DetectorError` if a named label does not exist, if no label is named and
+the words of a label do not decide, or if all of several outputs are of one class. The position of
+an output is no hint: half of the published detectors have fake first, half have real first.
 """
 
 import re

@@ -4,10 +4,10 @@ outputs.
 Early layers keep traces of generation; the last layers describe the content of the image. Main
 entries: two torch modules. `StageHead` reads the feature maps of all stages (their mean and
 standard deviation per channel), `ClassTokenHead` reads the class token of a transformer after
-chosen blocks. The static method `features()` of each takes these maps or tokens and returns
-normalized float features (B, D); `forward()` takes these and returns float logits (B, 2), real and
-fake. `features()` uses no weights, so features of a frozen backbone can be stored. `InnerHead` is
-their common base.
+chosen blocks. The static method `features()` of each takes the maps or tokens and returns
+normalized float features (B, D); `forward()` takes the features and returns float logits (B, 2),
+real and fake. `features()` uses no weights, so features of a frozen backbone can be stored.
+`InnerHead` is their common base.
 """
 
 from collections.abc import Sequence

@@ -4,11 +4,11 @@ The codec-swap test re-encodes each class of a set with the usual compression of
 and both classes alike; scores that follow the compression show that the detector learned it.
 
 Main entry: `report_robustness(scorer, shards, perturbations, temperature, threshold, per_class)`
-takes a detector (`VariantScorer`) and a shard set. It scores `per_class` images of each class under
-all perturbations and swaps, and returns the entry `robustness` of `report.json`, a dict
-(`on_images` reports progress). A `Container` is the most common lossy format of a class (JPEG or
-WebP, with quality), found by `container_of()`. A `Swap` is one test, planned by `plan_swaps()` and
-measured by `measure_swaps()`.
+takes a detector (`VariantScorer`) and a shard set (packed images). It scores `per_class` images of
+each class under all perturbations and swaps, and returns the entry `robustness` of `report.json`, a
+dict (`on_images` reports progress). A `Container` is the most common lossy format of a class (JPEG
+or WebP, with quality), found by `container_of()`. A `Swap` is one test, planned by `plan_swaps()`
+and measured by `measure_swaps()`.
 """
 
 from collections.abc import Callable, Sequence

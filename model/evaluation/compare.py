@@ -6,7 +6,7 @@ them with their common images only; it raises `ScoresError` if their images diff
 is false. `compare(before, after)` takes two of these tables and returns a `Line` per set, source
 and generator, with a `Change` (both values, and the interval of the difference) for each metric of
 `COMPARED`. `flips(before, after)` returns a `Flip` per image whose verdict changed, and
-`count_flips()` counts them by set and class. Both runs use the same bootstrap resamples
+`count_flips()` counts them by set and class. Both evaluations use the same bootstrap resamples
 (differences are paired), so the variation between images does not widen the intervals.
 """
 

@@ -1,5 +1,5 @@
-"""Score shard sets with a detector that is not a checkpoint (a third-party detector or an ONNX
-file), and calibrate a third-party detector.
+"""Score shard sets (packed images) with a detector that is not a checkpoint (a third-party detector
+or an ONNX file), and calibrate a third-party detector.
 
 Main entries: `score_shards(detector, shards)` takes an `OtherDetector` or `OnnxDetector` (`Scoring`
 is the part of their interface that is used) and a shard set. It returns `Scores`: labels and

@@ -1,9 +1,11 @@
-"""Plan an evaluation: open the shard sets and check all input before any network is loaded.
+"""Plan an evaluation: open the shard sets (packed images) and check all input before any network is
+loaded.
 
 Main entry: `plan(subject, data, names, options)` takes the folder of a checkpoint (or another
 detector), the folder of all sets, the names of the sets to score and `Options`. It returns an
-`EvaluationPlan` (sets, device, precision and backend), which `model/evaluation/run.py` executes. It
-raises `ValueError` if anything does not exist or fit, and writes nothing.
+`EvaluationPlan` (sets, device, precision, and the decoding backend: Pillow or DALI), which
+`model/evaluation/run.py` executes. It raises `ValueError` if anything does not exist or fit, and
+writes nothing.
 
 A `PlannedSet` is one set to score. `Reals` names the set whose real images give the false-positive
 rate of sets without real images, and `choose_reference()` chooses it. `trained_on()` returns the

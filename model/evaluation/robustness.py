@@ -2,11 +2,11 @@
 (such as JPEG compression), and compare the scores.
 
 Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`,
-a shard set, row numbers in it (for example of `sample_by_hash()`) and the perturbations. It returns
-`PerturbedScores`: float32 logits (perturbations, samples) and the reasons of failures; `on_images`
-reports progress. `measure_perturbations()` takes these and returns one dict per perturbation for
-`report.json`: metrics (`FIGURES`) with intervals, the share of changed verdicts, and the mean
-change of the logit per class (a `Shift`).
+a shard set (packed images), row numbers in this set (for example of `sample_by_hash()`) and the
+perturbations. It returns `PerturbedScores`: float32 logits (perturbations, samples) and the reasons
+of failures; `on_images` reports progress. `measure_perturbations()` takes these and returns one
+dict per perturbation for `report.json`: metrics (`FIGURES`) with intervals, the share of changed
+verdicts, and the mean change of the logit per class (a `Shift`).
 
 A `VariantScorer` preprocesses and scores decoded images: `Scorer` for checkpoints, `DetectorScorer`
 of `others.py` for all other detectors. A perturbation changes the decoded image as packed, before

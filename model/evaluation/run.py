@@ -1,5 +1,5 @@
-"""Evaluate a checkpoint or another detector on shard sets: score every image and compute the
-report.
+"""Evaluate a checkpoint or another detector on shard sets (packed images): score every image and
+compute the report.
 
 Main entry: `evaluate(subject, data, names, out, options)` takes the folder of a checkpoint (or
 another detector), the folder of all sets, the names of the sets to score and the output folder. It

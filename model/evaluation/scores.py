@@ -3,8 +3,8 @@ can be recomputed without the network.
 
 Main entries: `write_scores(path, parts, evaluation)` takes tables of `rows_of()` (one per set, one
 row per image, columns `SCORES_SCHEMA`) and a dict about the evaluation. `read_scores(path)` returns
-both as a `ScoreTable`, and raises `ScoresError` for another file or version. Rows have the order of
-the sets. The dict is stored in the file metadata as JSON, under `evaluation`:
+the rows and the dict as a `ScoreTable`, and raises `ScoresError` for another file or version. Rows
+have the order of the sets. The dict is stored in the file metadata as JSON, under `evaluation`:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its

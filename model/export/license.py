@@ -4,7 +4,8 @@ Main entry: `license_of(meta)` takes the parsed `meta.json` and returns a `Licen
 Hugging Face Hub (lower case, `other` if unknown), a text for people and the name of the weights
 from which training started. Trained weights keep the license of those first weights. `first_of()`
 follows the record through earlier checkpoints to the first weights. `ORIGINAL_BASE` is timm's name
-of the first weights of the original project.
+of the first weights of an imported detector: the older project whose checkpoints
+`model/export/import_original.py` converts.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@ the same images.
 
 Main entry: `export_onnx(checkpoint, out, images)` takes a checkpoint folder, an output folder, and
 a folder of images or a shard set for the comparison (None: noise). It writes `FILES` and
-`PARITY_FILE` to `out` and returns the content of the latter as a dict: a `Parity` per file, with
+`PARITY_FILE` to `out` and returns the content of `PARITY_FILE` as a dict: a `Parity` per file, with
 the `Difference` in the probability of fake. `on_images` reports progress. It raises `ExportError`,
 and writes nothing, if a library is missing, no image can be read, or a difference is above
 `TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32

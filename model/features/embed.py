@@ -1,5 +1,5 @@
-"""Compute the features of a frozen backbone for the images of a shard set, and write them to a
-feature store (`model/features/store.py`).
+"""Compute the features of a frozen backbone for the images of a shard set (packed images), and
+write them to a feature store (`model/features/store.py`).
 
 Main entry: `embed(embedder, shards, source, number)` takes an `Embedder` (network, device,
 precision, loading), a shard set, the place of the store (`FeatureSource`) and the number of the

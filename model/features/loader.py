@@ -1,7 +1,7 @@
 """Load batches of stored features in place of images, with the same order, labels and padding.
 
-Main entries: `FeatureLoader(shards, source, loading, device, ...)` takes a shard set and a
-`FeatureSource` (folder of the store, identity of the backbone, augmentation); its
+Main entries: `FeatureLoader(shards, source, loading, device, ...)` takes a shard set (packed
+images) and a `FeatureSource` (folder of the store, identity of the backbone, augmentation); its
 `batches(epoch, params_for)` yields `Batch` objects, in which `images` has float16 features (B, D).
 It raises `FeatureError` if features are missing or damaged. `open_scored()` opens a loader for
 evaluation and returns it: a `FeatureLoader` if it is given `features`, else a loader of images.

@@ -5,12 +5,16 @@ Python API.
     print(load_detector().predict("photo.jpg").verdict)
 
 Main entry: `load_detector(checkpoint, runs, device, backend, threshold)` (all optional) takes a
-checkpoint, run or name of a shipped detector; without one it takes the newest run below `runs`,
-else the shipped detector. It returns an `ImageDetector` and raises `CheckpointError`,
-`BackboneError` or `ValueError`. The detector's `predict()` and `stream()` take files, bytes, Pillow
-images or arrays and give a `Prediction` (name, probability of fake, verdict, error) for each.
-`preprocess_file()` returns the network's input, uint8 (size, size, 3); `score()` takes such inputs
-and returns float64 probabilities (B,).
+checkpoint, run (folder of a training) or name of a shipped detector; without one it takes the
+newest run below `runs`, else the shipped detector. `backend` decodes the images: `dali`, `pil` for
+Pillow, or `auto`. It returns an `ImageDetector` and raises `CheckpointError`, `BackboneError` or
+`ValueError`.
+
+The detector's `predict()` takes one image (file, bytes, Pillow image or array) and returns a
+`Prediction` (name, probability of fake, verdict, error), or takes several and returns a list.
+`stream()` takes any number and yields one `Prediction` at a time. `preprocess_file()` returns the
+network's input, uint8 (size, size, 3); `score()` takes an array of such inputs and returns float64
+probabilities (B,).
 """
 
 import sys

@@ -1,13 +1,16 @@
 """List the known reasons not to rely on a detector, as lines for the terminal, the page, the model
 card and the HTTP API.
 
-Main entry: `notices(meta)` takes the parsed `meta.json` of a checkpoint (or the meta of another
-detector) and returns a list of `Notice`, the most serious first: synthetic training images, no
-calibration, or a measured weakness. They are read from `meta["data"]` (`FITNESS_KEYS`) and from the
-error rates on left-out sources in `meta["calibration"]`. `word_for()` returns what the detector's
-number is called, "probability" or "score"; `number()` returns a longer label for it, and `proof()`
-the sentence shown with every verdict. `MOST_CALLED_AI` (false-positive rate) and `LEAST_FOUND`
-(recall) are the limits of a notice; `NAMED` is how many sources it names.
+Main entry: `notices(meta)` takes the parsed `meta.json` of a checkpoint (or the same dict of an
+ONNX file or third-party detector) and returns a list of `Notice`, the most serious first: synthetic
+training images, no calibration, or a measured weakness. They are read from `meta["data"]`
+(`FITNESS_KEYS`) and `meta["calibration"]`, which has the error rates on each source (dataset) when
+left out of training. A notice names the `NAMED` worst sources whose false-positive rate is above
+`MOST_CALLED_AI` or whose recall is below `LEAST_FOUND`.
+
+`word_for()` returns what the detector's number is called, "probability" or "score"; `number()`
+returns a longer label for the number, and `proof()` the sentence shown with every verdict, such as
+"a probability is not a proof".
 """
 
 from collections.abc import Mapping

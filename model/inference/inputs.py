@@ -1,12 +1,13 @@
 """Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Main entries, both generators: `find_images(paths, excluded)` takes paths (which may be endless) and
-yields an `ImageFile` (name, and a function that reads the bytes) per image;
-`watch(folder, excluded)` never ends and yields a list of the new and changed images once a second.
-Both count skipped files in the `Counter` `excluded`, by reason. A file that cannot be read is
-yielded too; reading it raises `DecodeError` or `OSError`. `is_there()` returns whether a path or
-pattern matches anything, and `is_compressed()` whether a path is a compressed tar. `RUN` is how
-many names of a folder are sorted at once.
+Main entries, both generators: `find_images(paths, excluded)` takes an iterable of paths or
+patterns, which may never end (such as the lines of a pipe), and yields an `ImageFile` (name, and a
+function that reads the bytes) per image. `watch(folder, excluded)` takes one folder and yields,
+once a second without end, a list of the images that are new or changed and complete; the first list
+has those already there, and a list may be empty. Both count skipped files in the `Counter`
+`excluded`, by reason. A file that cannot be read is yielded too; reading it raises `DecodeError` or
+`OSError`. `is_there()` returns whether a path or pattern matches anything, and `is_compressed()`
+whether a path is a compressed tar. `RUN` is how many names of a folder are sorted at once.
 """
 
 import glob

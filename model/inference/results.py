@@ -2,12 +2,15 @@
 resumed.
 
 Main entries: `line(output, row)` takes a format of `FORMATS` and a dict with the keys `COLUMNS`,
-and returns the text of one image; `header(output)` returns the first line.
-`open_results(path, output, checkpoint, resume)` takes the file, the format, the identity of the
-detector and whether an existing file is continued. It returns a locked `ResultsFile`, which has the
-name `partial_of(path)` until `finish()`. Its `write()` appends a line, and `name in file` says
-whether an image has a row. `ResultsError` is raised if the file exists (without `resume`), is in
-use, or was made by another detector or format.
+and returns the text of one image. `header(output, word)` returns the first line ("" for JSON
+lines), with `word` as the title of a table's numbers.
+
+`open_results(path, output, checkpoint, resume)` takes the file, the format, a text that identifies
+the detector and its threshold (`detector.identity`), and whether an existing file is continued. It
+returns a locked `ResultsFile`, which has the name `partial_of(path)` until `finish()`. Its
+`write()` appends a line, and `name in file` says whether an image had a row when the file was
+opened. `ResultsError` is raised if the file exists (without `resume`), is in use, or was made by
+another detector, threshold or format.
 """
 
 import csv

@@ -1,5 +1,5 @@
 """Prepare training on a folder of images with the subfolders `real/` and `fake/`: pack them as
-shard sets and adapt a recipe to these sets.
+shard sets (tars with an index) and adapt a recipe to these sets.
 
 Main entry: `with_folder(recipe, folder, data, keep_name, dist)` takes a `Recipe`, the folder and
 the folder of all sets. It writes a training and a validation set below `data` and returns the

@@ -1,12 +1,12 @@
 """Score recorded mistakes again with a detector: which are fixed, still wrong or newly wrong.
 
 Main entry: `measure_again(folder, mistakes, detector, images)` takes the folder of the records, a
-list of `Mistake`, a loaded detector, and an optional folder with the images that have no copy in
-the first. It returns a `Regression` per mistake (earlier and new `Verdict`, and one of `OUTCOMES`),
-the worst outcome first; it writes nothing. `advance` is called after each image, and `lacking` is
-the reason for an image that is missing. `record(folder, rows)` adds the new verdicts to the
-records. `find_files()` returns the file of each mistake by hash. `counts_of()` counts the outcomes,
-and `report_of()` returns the result as JSON values.
+list of `Mistake`, a loaded detector, and an optional folder with the images of which the records
+have no copy. It returns a `Regression` per mistake (earlier and new `Verdict`, and one of
+`OUTCOMES`), the worst outcome first; it writes nothing. `advance` is called after each image, and
+`lacking` is the reason for an image that is missing. `record(folder, rows)` adds the new verdicts
+to the records. `find_files()` returns the file of each mistake by hash. `counts_of()` counts the
+outcomes, and `report_of()` returns the result as JSON values.
 """
 
 import hashlib

@@ -3,11 +3,12 @@ checkpoint and refuse it if it fails the gate (the recipe's limits on forgetting
 and recorded mistakes).
 
 Main entry: `train(recipe, data, runs, init_from, stop_at, dist)` takes a `Recipe`, the folder of
-the shard sets, the folder of all runs and optional first weights. It writes checkpoints and the
-history to `runs/<name>`, resumes an interrupted run, and returns the folder of the best checkpoint.
-It raises `ValueError` for wrong input or a loss that is not finite, `Refused` if the gate refuses
-the checkpoint, and `Interrupted` after SIGINT or SIGTERM, once a checkpoint is saved. `run_steps()`
-is the training loop alone. `LOCK_FILE` keeps a second training out of the folder.
+the shard sets (packed images), the folder of all runs and optional first weights. It writes
+checkpoints and the history to `runs/<name>`, resumes an interrupted run, and returns the folder of
+the best checkpoint. It raises `ValueError` for wrong input or a loss that is not finite, `Refused`
+if the gate refuses the checkpoint, and `Interrupted` after SIGINT or SIGTERM, once a checkpoint is
+saved. `run_steps()` is the training loop alone. `LOCK_FILE` keeps a second training out of the
+folder.
 """
 
 import contextlib

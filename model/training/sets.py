@@ -1,4 +1,4 @@
-"""Open the shard sets of a training run, and check that they fit the recipe.
+"""Open the shard sets (packed images) of a training run, and check that they fit the recipe.
 
 Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe` and the folder of
 all sets and returns the `Stream` of training batches of this rank. `open_validation(recipe, data)`

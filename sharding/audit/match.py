@@ -1,4 +1,5 @@
-"""Choose images of a shard set so that real and fake ones agree on metadata (format, size, ...).
+"""Choose images of a shard set (packed images) so that real and fake ones agree on metadata
+(format, size, ...).
 
 A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
 `match_classes(shards, seed=0)` takes a `ShardSet` and returns a `Match`: the chosen row numbers, as

@@ -1,4 +1,5 @@
-"""Collect the metadata of every image in a shard set as numbers, for `audit` and `match`.
+"""Collect the metadata of every image in a shard set (tars with an index) as numbers, for `audit`
+and `match`.
 
 Main entry: `metadata_of(shards)` takes a `ShardSet` and returns a `Metadata`: `values`, float32
 (samples, 10), with format, width, height, aspect, bits per pixel, JPEG quality, JPEG tables,

@@ -11,9 +11,9 @@ pairs by source and of real images without a partner by reason. Errors are `Shar
     <set>-pairs.toml                            the catalog, written last
     .pairs/<set>-pairs/started.json             set and decoder; a run with others is refused
 
-The two images of a pair are one group. All pairs are one set, in the split of the packed set.
-Complete pairs are not made again. `real_samples(shards)` returns the row numbers of the real
-images.
+The two images of a pair are one group (related images, which stay in one split). All pairs are one
+set, in the split of the packed set. Complete pairs are not made again. `real_samples(shards)`
+returns the row numbers of the real images.
 """
 
 import hashlib
