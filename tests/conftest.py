@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub.constants
 import pytest
@@ -21,6 +22,7 @@ from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import INDEX_FILE, ShardSet, open_shards
 from storage import sha256_of
+from tests.browser import CHROMIUM
 from tests.builders import (
     CALIBRATION,
     HARSH,
@@ -34,6 +36,9 @@ from tests.builders import (
 )
 from tests.goldens import Golden
 from tests.servers import Server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,6 +93,18 @@ def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a C2PA trust list of this machine, so that tests do not depend on it."""
     monkeypatch.setattr("model.inference.signatures.CACHED", "no list")
     monkeypatch.delenv("DETECTOR_TRUST_LIST", raising=False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator["Browser"]:
+    """A running Chromium. There is one for all tests of a process, as Playwright requires."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

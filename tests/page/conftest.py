@@ -25,7 +25,6 @@ from model.verdict import VERDICTS
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from sharding.format import open_shards
-from tests.browser import CHROMIUM
 from tests.builders import ROOT, encode, photo, train_tiny
 
 if TYPE_CHECKING:
@@ -107,16 +106,6 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     """A server that may not write a byte to a file."""
     with serving(runs, tmp_path_factory.mktemp("tmp"), writes=False) as address:
         yield address
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator["Browser"]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

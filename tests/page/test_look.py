@@ -44,6 +44,7 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
         page.locator(".rate").first.wait_for()
         page.locator(".examples img").first.wait_for()
     if state == "mistake":
+        page.get_by_role("slider").wait_for()  # the page is complete
         page.get_by_text("This verdict is wrong").click()
         page.get_by_role("button", name="Keep it").click()
         wait_for(page, "Not kept: ")  # this server may not write
@@ -74,5 +75,7 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
     page.get_by_role("img", name="dawn.jpg", exact=True).wait_for()
     wait_for(page, "algorithmicMedia", "Their verdicts do not show how good the detector is")
     assert page.get_by_text("Or try an example").count() == 0
-    said = page.locator(".for-readers[role=status]").text_content()
+    status = page.locator(".for-readers[role=status]")
+    status.filter(has_text="dawn.jpg: ").wait_for(state="attached")
+    said = status.text_content()
     assert said.startswith("dawn.jpg: ") and said.endswith("A probability is not a proof.")

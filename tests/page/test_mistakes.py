@@ -165,6 +165,7 @@ def test_what_cannot_be_kept_is_one_line(
 def open_control(page: "Page", data: bytes) -> None:
     browse(page, file_of("mine.jpg", data))
     wait_for(page, "What the file says")
+    page.get_by_role("slider").wait_for()  # the page is complete
     page.get_by_text("This verdict is wrong").click()
     page.get_by_role("button", name="Keep it").wait_for()
 

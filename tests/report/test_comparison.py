@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import evaluate
 from model.evaluation.run import SPEED_FILE
 from model.evaluation.scores import write_scores
 from report.comparison import print_side_by_side, ranks_text, read_runs, stability_sentence
-from tests.browser import CHROMIUM, violations
+from tests.browser import violations
 from tests.builders import table_of
 from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
 
@@ -96,24 +95,13 @@ def test_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "95 % intervals" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_in_a_browser(browser: Any, tmp_path: Path, width: int, height: int, scheme: str) -> None:
+def test_in_a_browser(chromium: Any, tmp_path: Path, width: int, height: int, scheme: str) -> None:
     assert compare(*folders(tmp_path), "--out", tmp_path / "out").exit_code == 0
     address = (tmp_path / "out/comparison.html").as_uri()
-    context = browser.new_context(
+    context = chromium.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
     )
     page = context.new_page()

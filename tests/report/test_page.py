@@ -3,7 +3,6 @@
 import csv
 import io
 import threading
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
-from tests.browser import CHROMIUM, violations
+from tests.browser import violations
 from tests.builders import table_of
 
 HOSTILE = "<script>window.hacked = 1</script>"
@@ -230,17 +229,6 @@ def test_charts_use_the_page_colors_and_stay_small_for_many_images() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write three pages: with perturbations, with hostile names, and without real images."""
     folder = tmp_path_factory.mktemp("pages")
@@ -263,9 +251,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 @pytest.mark.parametrize("name", ["ordinary", "hostile", "fakes"])
 def test_in_a_browser(
-    browser: Any, pages: dict[str, Path], name: str, width: int, height: int, scheme: str
+    chromium: Any, pages: dict[str, Path], name: str, width: int, height: int, scheme: str
 ) -> None:
-    context = browser.new_context(
+    context = chromium.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
     )
     page = context.new_page()
