@@ -3,8 +3,8 @@
 `stop_signals()` yields a list to which each received signal is added, so that a loop can save its
 state and stop; a Ctrl-C after the first signal raises `KeyboardInterrupt`. `resumable()` turns
 `KeyboardInterrupt` into exit code 130 and a message that the same command resumes the job.
-`sigterm_interrupts()` raises `KeyboardInterrupt` on SIGTERM. Outside the main thread, the first and
-the last do nothing.
+`sigterm_interrupts()` raises `KeyboardInterrupt` on SIGTERM. Outside the main thread,
+`stop_signals()` and `sigterm_interrupts()` do nothing.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import console
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM in the returned list; a second SIGINT interrupts at once.
-    Outside the main thread the list stays empty.
+    """Yield a list to which each received SIGINT and SIGTERM is added. A SIGINT after the first
+    signal raises `KeyboardInterrupt`. Outside the main thread the list stays empty.
     """
     received: list[signal.Signals] = []
 
