@@ -20,8 +20,8 @@ import console
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM in the returned list; a second SIGINT interrupts at once.
-    Outside the main thread the list stays empty.
+    """Yield a list to which each received SIGINT and SIGTERM is added. A SIGINT after the first
+    signal raises `KeyboardInterrupt`. Outside the main thread the list stays empty.
     """
     received: list[signal.Signals] = []
 

@@ -38,10 +38,10 @@ RECIPE_PAGE = f"""# Recipe keys
 
 A recipe is a TOML file: one of those in `recipes/`, or yours (`python train.py --recipe FILE`).
 `--set optim.lr=1e-4` changes one key. An unknown key, a value of another type, a number that is not
-finite and a value out of range end the command with one line.
+finite and a value out of range stop the command with an error of one line.
 
-*Unset*: the key may be left out. A range of a list holds for each number in it; of two numbers, the
-first is the lower one.
+*Unset*: the key may be left out. The range of a list applies to each number in the list. In a list
+of two numbers, the first is the lower one.
 """
 
 FIELDS_PAGE = f"""# Fields of index.json, meta.json and report.json
@@ -152,7 +152,7 @@ def sections(kind: Any) -> Iterator[type]:
 
 
 def _described_bases(kind: type) -> list[type]:
-    """Return the base classes whose fields a class adds to, unless the title would be the same."""
+    """Return the base classes to which a class adds fields, without those of the same title."""
     return [
         base
         for base in kind.__bases__
@@ -206,11 +206,11 @@ _EXTENDS = Field(
     "extends",
     list[str],
     [],
-    "Recipes whose keys are taken first, a later file over an earlier one. They are searched in "
-    "the same folder, then in `recipes/`.",
+    "Recipe files to start from. A later file overrides an earlier one, and this recipe overrides "
+    "all. They are searched in the folder of this recipe, then in `recipes/`.",
     may_be_absent=False,
 )
-"""The one key that `recipes.read` takes out before a recipe becomes a `Recipe`."""
+"""Row for the only key that is not a field of `Recipe`: `recipes.read` removes it."""
 
 
 def _recipe_page() -> str:
@@ -284,7 +284,7 @@ def _fields_page() -> str:
 
 
 def _null(text: str) -> str:
-    """Return a docstring in the words of JSON."""
+    """Return a docstring with None replaced by null, the word of JSON."""
     return re.sub(
         r"\bNone\b", lambda found: "Null" if _begins(text, found.start()) else "null", text
     )
@@ -307,7 +307,7 @@ def _field_row(field: Field) -> str:
 
 
 def main() -> None:
-    """Write both pages beside this file."""
+    """Write both pages to the folder of this file."""
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
         console.say(f"wrote {FOLDER / name}")

@@ -2,8 +2,8 @@
 
 Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes labels (0 real, 1
 fake) and logits of fake minus real, each (N,); `calibrate_sources()` takes such arrays per image
-source, and the error rates to keep to (`Calibrating`); `calibrate_by()` calls the one that a rule
-names. All return a `Calibration`, whose `entries()` are stored in a checkpoint's `meta.json`. They
+source, and the highest error rates (`Calibrating`); `calibrate_by()` calls one of both, by a
+rule. All return a `Calibration`, whose `entries()` are stored in a checkpoint's `meta.json`. They
 raise `CalibrationError`, for example with fewer than `FEWEST` images of a class.
 `check_validation_sets()` raises it for sets of another split than `val`: error rates on the images
 that a threshold was fitted to are too optimistic.
@@ -62,11 +62,11 @@ class Calibration:
 
     `at_fpr` lists (rate, lowest threshold at which at most that share of real images is called
     fake). `at_miss` lists (rate, highest threshold below which at most that share of fakes lies).
-    Both contain those of `RATES` that the number of images allows.
+    Both contain only the `RATES` for which there are enough images.
 
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
     `method` names the images that the calibration was fitted to. `sources` is filled by
-    `calibrate_sources`: counts and error rates of each source that was left out of training.
+    `calibrate_sources`: counts and error rates of each source.
     """
 
     temperature: float
@@ -105,8 +105,8 @@ def check_validation_sets(folders: Sequence[AnyPath]) -> None:
         split = read_index(folder)["split"]
         if split != "val":
             raise CalibrationError(
-                f"{folder.name} is of the split {split}; calibration takes validation sets only: "
-                "on images of training or of the test, its error rates would be too optimistic"
+                f"{folder.name} is of the split {split}; calibration takes validation sets only, "
+                "because error rates on training or test images would be too optimistic"
             )
 
 
@@ -173,7 +173,7 @@ def calibrate_by(
     rule: ThresholdAt | Calibrating, labels: np.ndarray, logits: np.ndarray, sources: np.ndarray
 ) -> Calibration:
     """Fit to validation scores by a rule: the name of a threshold (`calibrate`) or two error rates
-    (`calibrate_sources`). `sources` (N,) contains the source's name of each image.
+    (`calibrate_sources`). `sources` (N,) contains the name of each image's source.
 
     Raises:
         CalibrationError: as `calibrate` and `calibrate_sources`.
@@ -267,9 +267,11 @@ def threshold_over_sources(
 
 
 def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
-    """(rate, threshold) for each of `RATES` that so many images allow, by `threshold_over_sources`.
-    A source can be too small for a rate. A rate is listed only if at least half of the sources are
-    large enough, because otherwise it would be a promise about few of them.
+    """Return (rate, threshold) for each of `RATES` that has enough images, by
+    `threshold_over_sources`.
+
+    A source can have too few images for a rate. The rate is listed only if at least half of the
+    sources have enough, because a threshold from fewer sources would not hold for the others.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
     rows = []
@@ -281,7 +283,9 @@ def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[f
 
 
 def _from_above(fakes: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
-    """(rate, threshold below which at most that share of fakes lies), by `thresholds_at_rates`."""
+    """Return (rate, threshold below which at most that share of fakes lies) for each of `RATES`
+    that has enough images, by `thresholds_at_rates`.
+    """
     mirrored = thresholds_at_rates([1 - of_source for of_source in fakes], over)
     return [(rate, 1 - threshold) for rate, threshold in mirrored]
 

@@ -43,7 +43,7 @@ class Metrics:
     fakes: int
     """Fake images."""
     accuracy: float | None
-    """Share of all images that got the right class."""
+    """Share of all images that are classified correctly."""
     balanced_accuracy: float | None
     """Mean of recall and of 1 - false-positive rate."""
     recall: float | None
@@ -56,9 +56,9 @@ class Metrics:
     """Area under the ROC curve."""
     # Since report version 2; a checkpoint's older figures lack them.
     precision: float | None = None
-    """Share of fakes among the images called fake. None where no image is called fake."""
+    """Share of fakes among the images called fake. None if no image is called fake."""
     average_precision: float | None = None
-    """Area under precision over recall."""
+    """Area under the precision-recall curve."""
     eer: float | None = None
     """Error rate at the threshold where both error rates are equal."""
     tpr_at_fpr_1: float | None = None

@@ -34,20 +34,19 @@ class Data:
     """Shard sets to train and to validate on, and the augmentation policy of most sources."""
 
     train: list[str]
-    """Shard sets to train on, by their names below `--data`. Training samples of one class are
-    refused."""
+    """Shard sets to train on, by their names below `--data`. Training samples of only one class are
+    refused without `allow_one_class`."""
     validate: list[str]
     """Shard sets that choose the best checkpoint and calibrate it. At least one is needed."""
     policy: str
-    """Name of the policy, a table of `[augment]`, for each source whose index names no other."""
+    """Augmentation policy, a table of `[augment]`, for each source whose index names no other."""
     repeats: dict[str, float] = field(default_factory=dict)
-    """How often the images of a source are used in an epoch, by the source's name, if not once.
-    2.5: every image twice, and half of them a third time. 0: the source is left out. Range: at
-    least 0"""
+    """Uses of each image per epoch, by the name of its source. 2.5 uses every image twice and half
+    of them a third time, 0 leaves the source out. Other sources: 1. Range: at least 0"""
     allow_one_class: bool = False
-    """Accept training samples of one class."""
+    """Accept training samples of only one class."""
     allow_shared_images: bool = False
-    """Accept images that are both trained and validated on, where nothing but speed is measured."""
+    """Accept images that are in both training and validation sets, for measurements of speed."""
 
     def __post_init__(self) -> None:
         if any(times < 0 for times in self.repeats.values()):
@@ -63,10 +62,10 @@ class Run:
     seed: int = 70
     """Seed of sample order, augmentation and initial weights. Range: at least 0"""
     init_from: str = ""
-    """Run whose best checkpoint is the start. Empty: the start is `network.pretrained`."""
+    """Run whose best checkpoint gives the first weights. Empty: see `network.pretrained`."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating-point format of the forward pass. `auto`: bf16 where the GPU has it, else fp16, else
-    fp32; fp32 on a CPU."""
+    """Floating-point format of the forward pass. `auto`: bf16 if the GPU supports it, else fp16,
+    else fp32; fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile is used. `auto` uses it on a GPU."""
     log_every: int = 50
@@ -77,12 +76,13 @@ class Run:
     validate_every: int = 1
     """Epochs between two validations. The last epoch is always validated. Range: at least 1"""
     stop_after_no_gain: int = 0
-    """Validations in a row without a gain of the selection figure after which the run ends. 0:
-    never. Range: at least 0"""
+    """Number of successive validations without a gain of the selection figure after which the run
+    ends. 0: never. Range: at least 0"""
     grad_accum_steps: int = 1
-    """Pieces that a batch is computed in. More pieces need less memory. Range: at least 1"""
+    """Parts that a batch is split into, with one optimizer step for all. More parts need less
+    memory. Range: at least 1"""
     tracker: TrackerName = ""
-    """Program that gets the scalars in addition to TensorBoard. Empty: none."""
+    """Experiment tracker that receives the scalars in addition to TensorBoard. Empty: none."""
 
     def __post_init__(self) -> None:
         least = min(self.epochs, self.log_every, self.validate_every, self.grad_accum_steps)
@@ -95,16 +95,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The network, where its first weights come from, and which part of it learns."""
+    """The network, its first weights, and the part of it that is trained."""
 
     name: str = "convnextv2_base.fcmae_ft_in1k"
-    """Any classifier of timm, by its name there."""
+    """Name of a classifier of timm."""
     pretrained: bool = True
     """Start from timm's weights, unless the run starts from a checkpoint or a file."""
     init: Literal["timm", "fan_in"] = "timm"
-    """How weights are initialized without pretrained ones: `timm` (sigma 0.02, for wide networks),
-    or `fan_in` (sigma 1 / sqrt(fan-in)), without which a narrow network learns nothing in minutes.
-    """
+    """Initialization without pretrained weights: `timm` (sigma 0.02, for wide networks), or
+    `fan_in` (sigma 1 / sqrt(fan-in), for narrow networks, which learn nothing in minutes with
+    `timm`)."""
     drop_path_rate: float = 0.0
     """Share of residual branches that are dropped in training (stochastic depth). Range: at least
     0, below 1"""
@@ -114,17 +114,17 @@ class Network:
     """Standard deviation of each channel, for RGB values in 0 to 1. Unset: that of the weights.
     Each is above 0."""
     freeze_bn: bool = False
-    """Keep the statistics of batch norm as they were loaded."""
+    """Do not update the loaded statistics of batch norm."""
     head: Literal["timm", "stages", "class_tokens"] = "timm"
-    """What the classifier sees: `timm` the last features, `stages` those of every stage,
-    `class_tokens` a transformer's class tokens behind `blocks`."""
+    """Input of the classifier: `timm` the last features, `stages` the features of every stage,
+    `class_tokens` the class tokens of a transformer after each of `blocks`."""
     blocks: tuple[int, ...] = ()
-    """Blocks of a transformer, numbered from 0, behind which `class_tokens` are read. Blocks behind
-    the last of them are not computed. They must rise. Range: at least 0"""
+    """Transformer blocks after which `class_tokens` are read, numbered from 0, in rising order.
+    Later blocks are not computed. Range: at least 0"""
     freeze_backbone: bool = False
-    """Train the head alone."""
+    """Train only the head."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments for `timm.create_model`, passed on as they are."""
+    """Further arguments of `timm.create_model`, passed unchanged."""
 
     def __post_init__(self) -> None:
         if (self.head == "class_tokens") != bool(self.blocks):
@@ -155,14 +155,14 @@ class Optim:
     weight_decay: float = 0.02
     """Weight decay of AdamW. Range: at least 0"""
     layer_decay: float = 1.0
-    """Factor on the learning rate for each group of layers further from the head. Range: above 0,
-    at most 1"""
+    """Factor on the learning rate from one group of layers to the next, starting at the head.
+    Range: above 0, at most 1"""
     layer_decay_groups: Literal["none", "block", "stage", "stage12"] = "none"
-    """What a group is: `block` (stem, each block, head: 38 for ConvNeXtV2-Base), `stage12` (the
-    official ConvNeXt grouping: stem, 12 groups, head: 14) or `stage` (stem, each stage, head, for
-    other networks: 9 for MobileNetV2)."""
+    """Groups for `layer_decay`: `block` (stem, each block, head: 38 for ConvNeXtV2-Base), `stage12`
+    (the official ConvNeXt grouping: stem, 12 groups, head: 14) or `stage` (stem, each stage, head,
+    for other networks: 9 for MobileNetV2)."""
     warmup_ratio: float = 0.05
-    """Share of all steps that warm up. Range: at least 0, below 1"""
+    """Share of all steps in which the learning rate warms up. Range: at least 0, below 1"""
     warmup_start_factor: float = 0.01
     """First learning rate, as a share of `lr`. Range: 0 to 1"""
     min_lr: float = 0.0
@@ -204,39 +204,39 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """When a trained checkpoint is refused."""
+    """Limits beyond which a trained checkpoint is refused."""
 
     max_forgetting: float = 1.0
-    """Most accuracy that an old source may lose (balanced accuracy where the source has both
-    classes). 1 refuses nothing. Range: 0 to 1"""
+    """Largest loss of accuracy of an old source (balanced accuracy if the source has both classes).
+    1 refuses nothing. Range: 0 to 1"""
     max_fpr: float = 1.0
     """Highest false-positive rate on any validation set. 1 refuses nothing. Range: 0 to 1"""
     mistakes: str = ""
     """Folder of kept mistakes (`python -m model mistakes add`). Their kept images are scored before
     and after training. Empty: none."""
     max_newly_wrong: int = 0
-    """Most images of `mistakes` that the initial detector had right and the trained one has wrong.
-    Range: at least 0"""
+    """Largest number of images of `mistakes` that the initial detector classified correctly and the
+    trained one does not. Range: at least 0"""
 
     def __post_init__(self) -> None:
         if not (0 <= self.max_forgetting <= 1 and 0 <= self.max_fpr <= 1):
             raise ValueError("max_forgetting and max_fpr are shares, from 0 to 1")
         if self.max_newly_wrong < 0:
-            raise ValueError(f"max_newly_wrong is a count from 0 on, got {self.max_newly_wrong}")
+            raise ValueError(f"max_newly_wrong must not be negative, got {self.max_newly_wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Training of a head from features of a frozen backbone that are computed once."""
+    """Training of a head on features of a frozen backbone, which are computed once."""
 
     views: int = 0
-    """Augmented views of each image that are kept: epoch e takes view 1 + e modulo `views`. 0:
-    every epoch takes the center crop of evaluation. Range: 0 to 1000"""
+    """Number of augmented views per image. Epoch e uses view 1 + e modulo `views`. 0: every epoch
+    uses the center crop of evaluation. Range: 0 to 1000"""
     store: str = "data/features"
     """Folder of the feature store."""
     stored: bool = True
-    """Keep the features. `false` computes the same views from pixels in each epoch, which is slow
-    and gives the same head to rounding."""
+    """Store the features. `false` computes the same views from pixels in each epoch, which is slow
+    and gives the same head up to rounding."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.views <= 1000:
@@ -247,25 +247,27 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrating:
-    """How the scores of a trained detector become verdicts."""
+    """Fit of the thresholds by which scores become verdicts."""
 
     on: Literal["validation", "left_out"] = "validation"
-    """Scores to fit to: those of the validation sets, or those of each source by a head that was
-    trained without it (`left_out`), which estimates scores of a new source."""
+    """Scores that the thresholds are fitted to: `validation` those of the validation sets,
+    `left_out` those of each source by a head that was trained without the source. The latter
+    resemble the scores of a new source."""
     threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
-    """With `left_out`, the images over which `max_fpr` and `max_miss` must hold: all together
-    (`pooled`), those of three sources of four, or those of every source."""
+    """With `left_out`, the images for which `max_fpr` and `max_miss` must hold: `pooled` all images
+    together, `most_sources` those of each of three quarters of the sources, `worst_source` those of
+    each source."""
     max_fpr: float = 0.05
     """Largest share of real images that may be called likely AI. Range: above 0, below 0.5"""
     max_miss: float = 0.05
     """Largest share of fake images that may be called no sign of AI. Range: above 0, below 0.5"""
     together: dict[str, list[str]] = field(default_factory=dict)
-    """Groups of sources that are left out together, such as several galleries of one generator: a
-    name, and its sources."""
+    """Groups of sources that are left out together, such as several galleries of one generator: the
+    sources by the name of the group."""
 
     def group_of(self, source: str) -> str:
-        """Return the group that a source is left out with. A source in no group of `together` is a
-        group of its own name.
+        """Return the group that a source is left out with. Without a group in `together`, the group
+        is the source alone and has its name.
         """
         return next((name for name, of in self.together.items() if source in of), source)
 
@@ -279,15 +281,16 @@ class Calibrating:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a run computes; `recipes/` holds recipes as TOML.
+    """All settings that decide the result of a training run. `recipes/` contains recipes as TOML.
 
-    `model.backbones.resolve.resolved` fills what `preprocess` and `network` leave to the weights.
+    `model.backbones.resolve.resolved` sets the unset fields of `preprocess` and `network` to the
+    values of the weights.
     """
 
     name: str
-    """Name of the run, and of its folder in `--runs`. A slash makes a folder in a folder."""
+    """Name of the run, and of its folder in `--runs`. A slash makes a subfolder."""
     data: Data
-    """Shard sets and the usual augmentation policy."""
+    """Shard sets and the default augmentation policy."""
     augment: dict[str, AugmentPolicy]
     """Augmentation policies by name."""
     network: Network
@@ -297,17 +300,17 @@ class Recipe:
     run: Run
     """Length, seed, precision and logging."""
     loading: Loading = field(default_factory=Loading)
-    """How batches are made."""
+    """Reading and decoding of images, and batches."""
     replay: Replay = field(default_factory=Replay)
-    """Old samples among the new ones."""
+    """Old samples that are mixed with the new ones."""
     gate: Gate = field(default_factory=Gate)
-    """When a checkpoint is refused."""
+    """Limits beyond which a trained checkpoint is refused."""
     preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
-    """How an image is scaled and cropped."""
+    """Scaling and cropping of images."""
     features: Features | None = None
     """Stored features of a frozen backbone. Absent: train from pixels."""
     calibration: Calibrating = field(default_factory=Calibrating)
-    """How scores become verdicts."""
+    """Fit of the thresholds by which scores become verdicts."""
 
     def __post_init__(self) -> None:
         check_run_name(self.name)

@@ -1,12 +1,12 @@
 """Turn a probability of fake into one of three verdicts, with the uncertain band of a detector.
 
 Main entry: `verdict(probability, band)` takes a probability from 0 to 1 and (low, high), and
-returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" from high on, else "uncertain". It
-raises `ValueError` for NaN or infinity (`NOT_FINITE` is the reason as text). `band_of(meta)`
-returns the band in a checkpoint's parsed `meta.json`. `band_at(meta, max_fpr, max_miss)` returns
-the band that keeps to two error rates, and raises `ValueError` for a rate without a threshold.
-`percent()` formats a probability, `capital()` makes the first letter upper case. The band is fitted
-in `model/calibrate.py`, so that prediction does not import the fitting code.
+returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" at or above high, else
+"uncertain". It raises `ValueError` for NaN or infinity (`NOT_FINITE` is the reason as text).
+`band_of(meta)` returns the band in a checkpoint's parsed `meta.json`. `band_at(meta, max_fpr,
+max_miss)` returns the band for two highest error rates, and raises `ValueError` for a rate without
+a threshold. `percent()` formats a probability, `capital()` makes the first letter upper case. The
+band is fitted in `model/calibrate.py`, so that prediction does not import the fitting code.
 """
 
 import math
@@ -32,10 +32,12 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
 def band_at(
     meta: Mapping[str, Any], max_fpr: float | None = None, max_miss: float | None = None
 ) -> tuple[float, float]:
-    """(low, high) for the error rates that a person asks for: at most the share `max_fpr` of real
-    images is called likely AI, and at most the share `max_miss` of fakes no sign of AI, on images
-    like those of the calibration. A rate that is None keeps the checkpoint's own end. A rate
-    between two of the calibration takes the smaller one.
+    """Return the band (low, high) for requested error rates, on images like those of the
+    calibration: at most the share `max_fpr` of real images is called likely AI, and at most the
+    share `max_miss` of fakes is called no sign of AI.
+
+    None keeps the checkpoint's end of the band. A rate that is not among the stored rates gets the
+    threshold of the next smaller one.
 
     Raises:
         ValueError: a rate is outside 0 to 0.5, or the checkpoint has no threshold for it.

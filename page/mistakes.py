@@ -1,4 +1,4 @@
-"""Show a control that keeps a wrong verdict on the disk, as `python -m model mistakes add` does.
+"""Show a control that records a wrong verdict on the disk, as `python -m model mistakes add` does.
 
 Main entry: `show_mistake()` takes the detector, the uploaded file, its result, and its verdict
 (`said`). If the user presses the button, `keep()` writes the true label, the verdict and the file's
@@ -7,9 +7,9 @@ SHA-256, and on request a copy of the image, to the folder that the environment 
 `show_mistake()` as a sentence for screen readers, `keep()` as a `Report` with HTML. Errors are
 shown, not raised.
 
-The control exists only on a page that no other machine can reach (`is_own_machine()`) and whose
-folder can be written (`folder_to_keep_in()`): otherwise strangers could store labels and pictures
-here.
+The control is shown only if no other machine can reach the page (`is_own_machine()`), because
+otherwise strangers could store labels and images here, and only if the folder can be written
+(`folder_to_keep_in()`).
 """
 
 import hashlib
@@ -33,31 +33,33 @@ from page.html import icon, show
 from page.scored import Scored
 
 MISTAKES = "DETECTOR_MISTAKES"
-"""The variable that names the folder; `mistakes` without it, and nothing is offered if empty."""
+"""Environment variable for the folder. Unset: `mistakes`. Empty: the control is not shown."""
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-"""Names by which a machine reaches itself."""
+"""Addresses by which a machine reaches only itself."""
 
 FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Via")
-"""Headers of a proxy, which stands before a page for others even where both are on one machine."""
+"""Headers that a proxy adds. Through a proxy on this machine, other machines can reach the page."""
 
 LABELS: dict[str, Label] = {VERDICTS[0]: "fake", VERDICTS[2]: "real"}
-"""What an image is of which a verdict is wrong; an uncertain one claims nothing."""
+"""Wrong verdict -> true label of the image. An *uncertain* verdict is never wrong."""
 
 WORDS: dict[Label, str] = {"fake": "AI-generated", "real": "a real photograph"}
 
 
 class Report(NamedTuple):
-    """What became of a verdict that was to be kept: to be seen, and to be heard."""
+    """Result of keeping a verdict: HTML for the page, and a sentence for screen readers."""
 
     html: Markup
     sentence: str
 
 
 def is_own_machine(listens_on: str | None, headers: Mapping[str, str]) -> bool:
-    """Whether only this machine reaches the page: the server listens on no other address (None is
-    all of them), no proxy stands before it, and the browser asked for it by a name of loopback. A
-    site that points its own name here, to use this machine from afar, is another one.
+    """Return whether only this machine can reach the page.
+
+    The server must listen on a loopback address (None: it listens on all addresses), and the
+    request must have a loopback name as `Host` and no header of a proxy. The check of `Host`
+    refuses a web site whose name was pointed to this machine (DNS rebinding).
     """
     host = urlsplit(f"//{headers.get('Host', '')}").hostname
     return (
@@ -68,10 +70,10 @@ def is_own_machine(listens_on: str | None, headers: Mapping[str, str]) -> bool:
 
 
 def folder_to_keep_in() -> Path | None:
-    """The folder of kept mistakes, or None where this page offers to keep none.
+    """Return the folder of kept mistakes, or None if the control must not be shown.
 
     Raises:
-        ValueError: the variable names no folder of this machine.
+        ValueError: the variable is not a folder of this machine.
     """
     own = is_own_machine(config.get_option("server.address"), st.context.headers)
     if not own or os.environ.get(MISTAKES) == "":
@@ -82,8 +84,8 @@ def folder_to_keep_in() -> Path | None:
 
 
 def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, said: str) -> str:
-    """The control below the verdict `said`, where there may be one; returns what became of it
-    in a sentence, empty before it was to be kept.
+    """Show the control below the verdict `said`, if it is allowed. Return the result as a sentence,
+    empty if the button was not pressed.
     """
     probability = result.prediction.probability
     if said not in LABELS or result.is_example or probability is None:
@@ -99,8 +101,8 @@ def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, sa
     with st.expander("This verdict is wrong"):
         show(
             Markup(
-                '<p class="quiet">Keeps that this image is {}, with the verdict and the SHA-256 of '
-                "the file, in {}. Every later detector can be held against it. Nothing leaves this "
+                '<p class="quiet">Records that this image is {}, with the verdict and the SHA-256 '
+                "of the file, in {}. Later detectors can be tested on it. Nothing leaves this "
                 "machine.</p>"
             ).format(WORDS[label], folder)
         )
@@ -117,7 +119,7 @@ def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, sa
 
 
 def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | None) -> Report:
-    """Keep a verdict, and a copy of the image if it has a `name`; what became of it."""
+    """Keep a wrong verdict, and a copy of the image if `name` is given. Return the result."""
     try:
         kept = keep_mistake(folder, data, label, given, copy_named=name)
     except (MistakeError, OSError) as error:
@@ -129,7 +131,7 @@ def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | No
 
 
 def refusal_html(error: Exception) -> Markup:
-    """Why nothing was kept, in a line."""
+    """Return the reason why nothing was kept, as one line of HTML."""
     return Markup('<div class="card refused">{}<p>Not kept: {}</p></div>').format(
         icon("refused"), console.one_line(error)
     )

@@ -56,18 +56,18 @@ GRID = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """`[preprocess]` as a recipe states it. None: the value that the network's weights were made
+    """Table `[preprocess]` of a recipe. None: the value that the network's weights were trained
     with (`model.backbones.resolve.resolved`).
     """
 
     crop_size: int | None = None
-    """Side in pixels of the square that the network sees: the center crop in evaluation, the random
-    crop in training. Range: at least 16"""
+    """Side of the network's square input in pixels: the center crop in evaluation, the random crop
+    in training. Range: at least 16"""
     resize_size: int | None = None
-    """Length in pixels that the shorter side has before the center crop. Range: at least crop_size
-    """
+    """Length of the image's shorter side before the center crop, in pixels. Range: at least
+    crop_size"""
     interpolation: Filter | None = None
-    """Filter of both resizes."""
+    """Filter for resizing, in evaluation and in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +95,18 @@ class Preprocess(PreprocessSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentPolicy:
-    """One augmentation policy: the ranges that parameters are sampled from. What is not named stays
-    off.
+    """One augmentation policy: the ranges that parameters are sampled from. The defaults change
+    nothing.
     """
 
     scale: Range = (1.0, 1.0)
-    """Share of the image's area that the crop takes. Range: above 0, at most 1"""
+    """Area of the crop, as a share of the image's area. Range: above 0, at most 1"""
     ratio: Range = (1.0, 1.0)
     """Width / height of the crop. Range: above 0"""
     hflip: float = 0.0
     """Probability of a horizontal flip. Range: 0 to 1"""
     color_jitter: float = 0.0
-    """Probability of a change of colors. Range: 0 to 1"""
+    """Probability that brightness, contrast, saturation and hue are changed. Range: 0 to 1"""
     brightness: float = 0.0
     """Brightness changes by a factor of 1 +- value. Range: 0 to 1"""
     contrast: float = 0.0
@@ -114,11 +114,11 @@ class AugmentPolicy:
     saturation: float = 0.0
     """Saturation changes by a factor of 1 +- value. Range: 0 to 1"""
     hue: float = 0.0
-    """Hue changes by +- value of a full turn. Range: 0 to 1"""
+    """Hue changes by +- value of the full color circle. Range: 0 to 1"""
     resample: float = 0.0
     """Probability of scaling down and back up. Range: 0 to 1"""
     resample_scale: Range = (1.0, 1.0)
-    """Intermediate side, as a share of the crop's. Range: above 0"""
+    """Side of the intermediate image, as a share of the crop's side. Range: above 0"""
     jpeg: float = 0.0
     """Probability of JPEG compression. Range: 0 to 1"""
     jpeg_quality: tuple[int, int] = (95, 95)
@@ -128,20 +128,21 @@ class AugmentPolicy:
     blur_sigma: Range = (0.1, 0.1)
     """Sigma of the blur in pixels. Range: above 0"""
     grayscale: float = 0.0
-    """Probability of a gray image. Range: 0 to 1"""
+    """Probability of conversion to gray. Range: 0 to 1"""
     resample_filters: tuple[Filter, ...] = ("bilinear",)
     """Filters that `resample` chooses from."""
     num_jpegs: tuple[int, int] = (1, 1)
-    """JPEG compressions in a row, where there is one. Range: 1 to 3"""
+    """Number of successive JPEG compressions, if `jpeg` applies. Range: 1 to 3"""
     jpeg_grid_shift: float = 0.0
-    """Probability that the JPEG's 8 x 8 blocks begin anywhere, not at the corner. Range: 0 to 1"""
+    """Probability that the grid of 8 x 8 JPEG blocks is shifted from the image's corner. Range: 0
+    to 1"""
     webp: float = 0.0
     """Probability of WebP compression at the end. Range: 0 to 1"""
     webp_quality: tuple[int, int] = (95, 95)
     """libwebp quality. Range: 1 to 100"""
     match_pair_jpeg: bool = False
-    """Turn a fake into a JPEG of its real partner's quality and chroma, where the index knows the
-    partner (`pipeline/pairs.py`)."""
+    """Compress a fake as JPEG with the quality and chroma subsampling of its real partner, if the
+    index has one (`pipeline/pairs.py`)."""
     vflip: float = 0.0
     """Probability of a vertical flip. Range: 0 to 1"""
 

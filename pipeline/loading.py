@@ -25,26 +25,26 @@ STALL_ERROR_S = 900.0
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How batches are made."""
+    """Reading and decoding of images, and batches."""
 
     batch_size: int = 32
     """Images per GPU (rank) and step. Range: at least 1"""
     num_workers: int = -1
-    """Processes (pil) or threads (dali). 0 decodes in the training process. -1 is one per core, at
-    most 16. With pil there are no more than shared memory has room for. Range: at least -1"""
+    """Processes (pil) or threads (dali) that decode. 0: the training process decodes. -1: one per
+    core, at most 16. With pil, shared memory limits their number. Range: at least -1"""
     backend: Backend = "auto"
-    """What decodes and augments. `auto`: dali on a GPU, else pil."""
+    """Library that decodes and augments. `auto`: dali on a GPU, else pil."""
     shuffle: Shuffle = "global"
-    """`global`, or `block` for shards at an address: reads stay in runs of 256 samples, of which 64
-    are mixed."""
+    """`global` shuffles all samples. `block`, for shards at an address, reads runs of 256
+    successive samples and mixes 64 runs at a time."""
     verify_checksums: bool = False
     """Compare the SHA-256 of every image with the index."""
     cache: str = "data/cache"
-    """Folder for pieces of shards at an address."""
+    """Cache folder for parts of shards at an address."""
     cache_gb: float = 20.0
-    """Size of that cache in GB; the pieces used longest ago are dropped. Range: above 0"""
+    """Largest size of the cache in GB. The least recently used parts are removed. Range: above 0"""
     stall_warning_s: float = STALL_WARNING_S
-    """Seconds without a batch after which the log lists what each worker does. Range: above 0"""
+    """Seconds without a batch after which each worker's current stage is logged. Range: above 0"""
     stall_error_s: float = STALL_ERROR_S
     """Seconds without a batch after which the run ends, unless the training process itself decodes.
     Range: above 0"""

@@ -19,12 +19,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Which sets are old, and how many of their samples come with the new ones."""
+    """Old sets, and the number of their samples that are mixed with the new ones."""
 
     sets: list[str] = field(default_factory=list)
     """Old shard sets. Sources whose index entry has `replay = false` are left out."""
     ratio: str | float = "0"
-    """Old to new samples, such as `1:8` or 0.125. 0: no replay. Range: at least 0"""
+    """Ratio of old to new samples, such as `1:8` or 0.125. 0: no replay. Range: at least 0"""
     exclude_sources: list[str] = field(default_factory=list)
     """Sources of the old sets that are not replayed."""
     distill_weight: float = 0.0

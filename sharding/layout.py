@@ -16,13 +16,13 @@ class ShardEntry(TypedDict):
     samples: int
     """Images in the tar."""
     bytes: int
-    """Size of the tar."""
+    """Size of the tar in bytes."""
     sha256: str
     """SHA-256 of the tar."""
 
 
 class Totals(TypedDict):
-    """Images of a set, counted in three ways."""
+    """Numbers of images in a set."""
 
     label: dict[str, int]
     """Images by label, `real` or `fake`."""
@@ -44,11 +44,11 @@ class SourceEntry(TypedDict):
     replay: bool
     """Whether phase 2 may replay images of the source."""
     read_as: dict[str, int]
-    """Files by the layout rule that they matched."""
+    """Number of files by the layout rule that they matched."""
     excluded: dict[str, int]
     """Files that are no images or may not be read, by reason."""
     synthetic: NotRequired[bool]
-    """True where a program drew the images, as those of the demo."""
+    """True if the images are rendered, such as those of the demo."""
 
 
 class Quarantined(TypedDict):
@@ -63,7 +63,7 @@ class Quarantined(TypedDict):
 
 
 class Index(TypedDict):
-    """File of a shard set that is written last. A folder without it is no set."""
+    """Description of a shard set. It is written last: a folder without it is no shard set."""
 
     format_version: int
     """Version of the shard format."""
@@ -80,7 +80,7 @@ class Index(TypedDict):
     shards: list[ShardEntry]
     """Tars of the set, in the order of `samples.parquet`."""
     totals: Totals
-    """Images by label, source and generator."""
+    """Numbers of images by label, source and generator."""
     sources: dict[str, SourceEntry]
     """Sources by name."""
     quarantined: list[Quarantined]
@@ -92,4 +92,4 @@ class Index(TypedDict):
     """SHA-256 of `excluded.csv`."""
     content_sha256: str
     """SHA-256 of the other fields of `index.json`, as `json.dumps(..., sort_keys=True,
-    ensure_ascii=False)` writes them. A changed license or policy shows here."""
+    ensure_ascii=False)` writes them. It also changes with a license or policy."""

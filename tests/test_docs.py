@@ -1,4 +1,4 @@
-"""Links of the documents resolve, versions and figures are those of the code, and agree."""
+"""Tests of the documents: links resolve, and versions and figures agree with the code."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]  # fmt: skip
 CURRENT = [page for page in PAGES if page.name != "log.md"]
-"""Pages that hold today; the entries of the log hold for their day."""
+"""Pages about the present state. An entry of the log describes the state at its date."""
 
 
 def text_of(page: Path) -> str:
@@ -38,7 +38,7 @@ def outside_code(text: str) -> str:
 
 
 def anchors_of(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     anchors: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", outside_code(text), re.M):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
@@ -51,7 +51,7 @@ def anchors_of(text: str) -> set[str]:
 
 
 def links_of(page: Path) -> list[str]:
-    """Links of a page to files and headings of this repository."""
+    """Return the links of a page to files and headings of this repository."""
     links = re.findall(r"\]\(([^)\s]+)\)", outside_code(text_of(page)))
     return [link for link in links if not re.match(r"https?:", link)]
 
@@ -66,7 +66,7 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in anchors_of(text_of(target)), f"{link}: no such heading"
 
 
-def test_what_an_anchor_is() -> None:
+def test_anchors_of_headings() -> None:
     text = "# Who signed?\n## The `[data]` key\n## A (b), c: 0.5\n```\n# no\n```\n## The data key"
     assert anchors_of(text) == {"who-signed", "the-data-key", "a-b-c-05", "the-data-key-1"}
 
@@ -83,12 +83,12 @@ def test_the_readme_links_what_a_newcomer_needs() -> None:
 
 
 def versions_stated(text: str) -> list[str]:
-    """Every number that a page gives as a version, in the order of the page."""
+    """Return every version number in a text, in the order of the text."""
     return re.findall(r"\b(?:[Vv]ersions?|Python) (\d[\d.]*\d|\d)", text)
 
 
 def test_the_versions_in_the_documents_are_those_of_the_code(data: Path) -> None:
-    """A page that states a further version fails until it is tied to the code here."""
+    """A new version number in a page fails until it is added here with its source."""
     index = text_of(next((data / "old").glob("*.idx")))
     python = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
     expected = {
@@ -100,7 +100,7 @@ def test_the_versions_in_the_documents_are_those_of_the_code(data: Path) -> None
         assert versions_stated(text_of(page)) == expected.get(page, []), page.name
 
 
-def test_what_states_a_version() -> None:
+def test_versions_stated_in_a_sentence() -> None:
     assert versions_stated("Version 5. A report has version 12, Python 3.11 or newer") == [
         "5", "12", "3.11",
     ]  # fmt: skip
@@ -119,7 +119,7 @@ GPU = text_of(ROOT / "benchmarks/results/gpu_h200_202611.md")
 
 
 class KeyFigure(NamedTuple):
-    """A figure with the pages that state it and the pattern by which any page would state it."""
+    """A figure, the pattern that finds it in a page, and the pages that must state it."""
 
     value: str
     pattern: str
@@ -212,26 +212,26 @@ KEY_FIGURES = {
         ("CONTRIBUTING.md",),
     ),
 }  # fmt: skip
-"""Figures that come from the code where the code has them."""
+"""Figures by name. Their values are read from the code if it has them."""
 
 WORDS = {"fifty-eight": "58", "two to four": "2 to 4"}
 
 
 def stated(pattern: str, text: str) -> list[str]:
-    """What a pattern captures in a text, with numbers as digits."""
+    """Return the captures of a pattern in a text, with number words as digits."""
     flags = re.M | re.I
     matches = [next(filter(None, match.groups())) for match in re.finditer(pattern, text, flags)]
     return [WORDS.get(one, one) for one in matches]
 
 
 def findings(page: Path) -> str:
-    """The part of a page that holds today: of the log, its table of findings."""
+    """Return the part about the present state: the whole page, or the log's table of findings."""
     text = text_of(page)
     return text.partition("\n## 20")[0] if page.name == "log.md" else text
 
 
 @pytest.mark.parametrize("name", KEY_FIGURES)
-def test_every_page_states_a_figure_alike(name: str) -> None:
+def test_every_page_states_the_same_figure(name: str) -> None:
     value, pattern, pages = KEY_FIGURES[name]
     for page in PAGES:
         figures = stated(pattern, findings(page))

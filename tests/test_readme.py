@@ -1,4 +1,4 @@
-"""What the pages tell people to type exists and parses; what the README does, runs."""
+"""Tests that the commands in the pages parse, and that those of the README run."""
 
 import csv
 import json
@@ -100,20 +100,20 @@ def test_the_four_commands_are_shown() -> None:
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 RUN_ELSEWHERE = {
-    "make setup": "every target of the Makefile that runs tests does it first",
+    "make setup": "every Makefile target that runs tests runs it first",
     "make app": "tests/test_app_server.py",
     "make demo": "tests/sharding/demo/test_render.py",
 }
-"""Commands of the README that the tests below leave to others, and to whom."""
+"""Commands of the README that other tests run -> the tests that run them."""
 
 
 def section(title: str) -> str:
-    """The text below a heading of the README."""
+    """Return the text below a heading of the README."""
     return README.split(f"## {title}\n")[1].partition("\n## ")[0]
 
 
 def commands_of(text: str) -> list[str]:
-    """Its indented lines, as they are typed."""
+    """Return the commands in a text: its indented lines."""
     return re.findall(r"^    (\S.*)$", text, re.M)
 
 
@@ -121,7 +121,7 @@ VERDICT, TRAIN = section("Is this photo AI-generated?"), section("Train your own
 
 needs_clip = pytest.mark.skipif(
     not any(cached_path(file.sha256).exists() for file in CLIP_8_BIT.files),
-    reason="the backbone of the detector that ships is not here; `python -m model fetch` brings it",
+    reason="the backbone of the shipped detector is missing; run `python -m model fetch`",
 )
 
 
@@ -141,7 +141,7 @@ def test_the_page_on_your_own_images_has_the_same_commands() -> None:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Callable[[str], str]:
-    """Runs a line in an empty folder as if it were the checkout, and returns what it prints."""
+    """Return a function that runs a line in an empty folder with the scripts and returns stdout."""
     for name in ("train.py", "evaluate.py", "predict.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -160,7 +160,7 @@ def shell(tmp_path: Path) -> Callable[[str], str]:
 
 @pytest.mark.slow
 @needs_clip
-def test_the_verdict_of_the_readme_is_the_one_that_is_given(
+def test_the_readme_shows_the_real_output_of_predict(
     shell: Callable[[str], str], tmp_path: Path
 ) -> None:
     fractal = Image.effect_mandelbrot((640, 480), (-1.5, -0.2, -1.2, 0.1), 100).convert("RGB")
@@ -184,7 +184,7 @@ def test_the_verdict_of_the_readme_is_the_one_that_is_given(
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Smooth noise as JPEG; every second pixel of a fake is darker."""
+    """Write smooth noise as JPEG files. Every second pixel of a fake is darker."""
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = photo(zlib.crc32(f"{folder.name}/{number}".encode()), 128, 112)

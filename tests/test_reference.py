@@ -1,4 +1,4 @@
-"""docs/recipe-keys.md and docs/fields.md agree with the code, and with files that it writes."""
+"""Tests that docs/recipe-keys.md and docs/fields.md agree with the code and the written files."""
 
 import dataclasses
 import json
@@ -34,13 +34,13 @@ FIELDS = (ROOT / "docs/fields.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", pages())
-def test_a_page_is_as_its_command_writes_it(name: str) -> None:
+def test_a_page_is_up_to_date(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert text == pages()[name], "type `make reference`, and commit the page"
 
 
 def tables_of(kind: type) -> Iterator[tuple[str, type]]:
-    """Each table of a recipe with its dataclass, found without the generator."""
+    """Yield each table of a recipe with its dataclass, without the code of the generator."""
     for name, hint in typing.get_type_hints(kind).items():
         inside = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
         if inside:
@@ -65,7 +65,7 @@ WITH = {
     "crop_size": {"resize_size": 5000},
     "lr": {"min_lr": 0},
 }
-"""Values that a value needs beside it."""
+"""Recipe key -> other keys that a value of this key requires."""
 
 RANGES = [
     pytest.param(Preprocess if table == "preprocess" else kind, table, field, id=field.key)
@@ -73,11 +73,11 @@ RANGES = [
     for field in fields_of(kind)
     if re.search(r"\d", split_range(field.meaning)[1])
 ]
-"""Each recipe key with a range in numbers; that of `preprocess` is checked when all is known."""
+"""Each recipe key with a range in numbers. `Preprocess` checks the ranges of `preprocess`."""
 
 
 def limits_of(text: str) -> tuple[list[float], list[float]]:
-    """Values inside a range, at its ends where they belong to it, and values just outside."""
+    """Return values at or just inside the ends of a range in words, and values just outside."""
     inside, outside = [], []
     step = 1e-6
     if between := re.fullmatch(r"(\S+) to (\S+)", text):
@@ -93,14 +93,14 @@ def limits_of(text: str) -> tuple[list[float], list[float]]:
     return inside, outside
 
 
-def test_what_a_range_means() -> None:
+def test_limits_of_a_range_in_words() -> None:
     assert limits_of("0 to 1") == ([0, 1], [-1e-6, 1 + 1e-6])
     assert limits_of("above 0, below 0.5") == ([1e-6, 0.5 - 1e-6], [0, 0.5])
     assert limits_of("at least -1") == ([-1], [-1 - 1e-6])
 
 
 def value_of(field: Field, number: float) -> Any:
-    """A number near a limit as the field takes it; a whole number is the next on the same side."""
+    """Convert a number near a limit to the field's type. Integers are rounded away from it."""
     if int in (field.kind, *alternatives(field.kind), *typing.get_args(field.kind)):
         number = math.floor(number) if number < round(number) else math.ceil(number)
     if field.key == "repeats":
@@ -112,7 +112,7 @@ def value_of(field: Field, number: float) -> Any:
 @pytest.mark.parametrize(("kind", "table", "field"), RANGES)
 def test_a_range_on_the_page_is_the_range_of_the_code(kind: type, table: str, field: Field) -> None:
     inside, outside = limits_of(split_range(field.meaning)[1])
-    assert inside, f"{field.meaning!r} ends in no range that this test reads"
+    assert inside, f"{field.meaning!r} does not end in a range that this test can parse"
     others = PHASE_1[table] | WITH.get(field.key, {})
     for number in inside:
         recipes.build(kind, others | {field.key: value_of(field, number)}, "here")
@@ -122,7 +122,7 @@ def test_a_range_on_the_page_is_the_range_of_the_code(kind: type, table: str, fi
 
 
 def differences(value: Any, kind: Any, where: str = "") -> list[str]:
-    """What a parsed JSON value has and its type has not, and the other way round."""
+    """List the fields that only a parsed JSON value has, and those that only its type has."""
     for one in alternatives(kind):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
         if is_section(one) and isinstance(value, dict):
@@ -153,7 +153,7 @@ def test_every_field_is_on_the_page(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A phase 1, and a phase 2 that started from it, replayed old samples and was compared."""
+    """Train a phase 1 run, and a phase 2 run from it with replay. Return the folder of runs."""
     runs = train_tiny(data, tmp_path_factory.mktemp("runs"))
     phase_2 = ['name="two"', 'run.init_from="tiny"', 'replay.sets=["old"]', 'replay.ratio="1:2"',
                'data.train=["new"]', 'data.validate=["val", "old"]']  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_new_checkpoint_has_the_fields_of_the_page(trained: Path, run: str) ->
     "path", sorted((ROOT / "detectors").glob(f"*/{META_FILE}")), ids=lambda path: path.parent.name
 )
 def test_a_detector_that_ships_has_no_field_that_the_page_lacks(path: Path) -> None:
-    """Its recipe may lack keys that came later."""
+    """The recipe of a shipped detector may lack keys that were added later."""
     wrong = differences(json.loads(path.read_text(encoding="utf-8")), FILES["meta.json"])
     assert not [one for one in wrong if "not on the page" in one]
 

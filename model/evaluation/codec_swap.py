@@ -49,8 +49,8 @@ class Container:
     chroma: str
     """Chroma subsampling of a JPEG, such as `420`."""
     quality: int
-    """Median of libjpeg's quality, as estimated from the tables. 80 for WebP, whose files do not
-    state a quality."""
+    """Median libjpeg quality, estimated from the quantization tables. 80 for WebP, because WebP
+    files do not state a quality."""
     share: float
     """Share of the class in this format."""
 

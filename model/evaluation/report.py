@@ -43,7 +43,8 @@ _COPIED = (
 
 
 def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Return the report on a table of scores, as a dict (layout above). Deterministic.
+    """Return the report on a table of scores, as a dict (layout in `model/layout/report.py`).
+    The result is deterministic.
 
     `on_resamples(n)` is called after every n bootstrap resamples; each set takes
     `bootstrap.RESAMPLES`.

@@ -58,7 +58,7 @@ class PerturbedScores:
 
 @dataclass(frozen=True)
 class Shift:
-    """Change of the mean logit of a class. Positive is toward fake."""
+    """Change of the mean logit of a class. A positive change is toward fake."""
 
     images: int
     """Images of the class."""

@@ -9,8 +9,8 @@ detector.
 
 `as_source()` and `as_file()` turn a `Picture` into a named file or decoded `Pixels` (a `Source`),
 `pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` checks a requested threshold.
-`ahead()`, `in_groups()` and `preprocess_ahead()` do work on images in threads and yield batches of
-the sizes of `group_sizes()`. `predictions()` turns scores into `Prediction` objects.
+`ahead()`, `in_groups()` and `preprocess_ahead()` process images in threads and yield batches of the
+sizes of `group_sizes()`. `predictions()` turns scores into `Prediction` objects.
 `done_or_reason()` returns the result of a function, or the reason if the image is unreadable.
 """
 
@@ -159,7 +159,7 @@ def pixels_of(source: Source) -> Iterator[np.ndarray]:
 
 
 def band_from(threshold: float | None) -> tuple[float, float] | None:
-    """Return the band of a requested threshold, without *uncertain*. None for None.
+    """Return (threshold, threshold), a band without *uncertain*. Return None for None.
 
     Raises:
         ValueError: the threshold is outside 0 to 1.
@@ -183,10 +183,10 @@ class DecisionRule:
     asked: tuple[float, float] | None
 
     def at_rates(self, max_fpr: float | None = None, max_miss: float | None = None) -> Self:
-        """Return the same detector with a band that keeps to error rates.
+        """Return the same detector with the band for requested error rates.
 
         At most the share `max_fpr` of real images is called likely AI, and at most the share
-        `max_miss` of fakes no sign of AI, on images like those of its calibration. See
+        `max_miss` of fakes is called no sign of AI, on images like those of the calibration. See
         `model.verdict.band_at`.
 
         Raises:

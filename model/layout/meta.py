@@ -37,7 +37,7 @@ class Fit(TypedDict):
 
 
 class SourceRates(TypedDict):
-    """Rates of one source at the threshold and the band, by a head trained without the source."""
+    """Rates of one source at the decision threshold and the band."""
 
     reals: int
     """Real images."""
@@ -52,12 +52,12 @@ class SourceRates(TypedDict):
 
 
 class CalibrationEntry(TypedDict):
-    """What `evaluate.py calibrate`, or the end of a training run, fitted."""
+    """Calibration, fitted by `evaluate.py calibrate` or at the end of a training run."""
 
     fitted_on: list[str]
-    """Shard sets that the scores are of."""
+    """Shard sets whose images were scored."""
     index_sha256: dict[str, str]
-    """Hash of each of these sets."""
+    """Hash of the index of each set in `fitted_on`."""
     reals: int
     """Real images."""
     fakes: int
@@ -79,16 +79,17 @@ class CalibrationEntry(TypedDict):
     after: Fit
     """Fit at the fitted temperature."""
     method: NotRequired[str]
-    """Scores that were fitted to: `validation`, or `sources left out, <rule>`, or `validation sets
-    by source, <rule>`. The rule is that of `calibration.threshold` in a recipe."""
+    """Scores that the calibration was fitted to: `validation`, `sources left out, <rule>`, or
+    `validation sets by source, <rule>`. The rule is `calibration.threshold` of the recipe."""
     sources: NotRequired[dict[str, SourceRates]]
-    """Rates of each source while it was left out of training. Empty for `validation`."""
+    """Rates of each source. With `sources left out`, by a head trained without the source. Empty
+    for `validation`."""
     at_fpr: NotRequired[list[tuple[float, float]]]
-    """Error rate and lowest threshold at which at most that share of real images is called fake,
-    for `--max-fpr`."""
+    """Pairs for `--max-fpr`: an error rate, and the lowest threshold at which at most that share of
+    real images is called fake."""
     at_miss: NotRequired[list[tuple[float, float]]]
-    """Error rate and highest threshold below which at most that share of fakes lies, for
-    `--max-miss`."""
+    """Pairs for `--max-miss`: an error rate, and the highest threshold below which at most that
+    share of fakes lies."""
 
 
 class Mistakes(TypedDict):
@@ -97,18 +98,19 @@ class Mistakes(TypedDict):
     counts: dict[str, int]
     """Mistakes by outcome: `newly wrong`, `still wrong`, `uncertain`, `fixed`, `not measurable`."""
     newly_wrong: list[str]
-    """SHA-256 of each image that the initial detector had right and this one has wrong."""
+    """SHA-256 of each image that the initial detector classified correctly and this one does
+    not."""
 
 
 class Compared(TypedDict):
-    """What phase 2 changed, measured by accuracy at 0.5."""
+    """Comparison of accuracies at a threshold of 0.5 before and after phase 2."""
 
     forgetting: float
     """Mean loss of accuracy over the old sources; a gain counts as 0."""
     worst: float
     """Largest loss of an old source."""
     sources: list[Change]
-    """Each source before and after."""
+    """Accuracy of each source before and after."""
     mistakes: NotRequired[Mistakes | None]
     """Kept mistakes before and after. Null without `gate.mistakes`."""
 
@@ -129,26 +131,26 @@ class TrainingData(TypedDict):
     sources: NotRequired[list[str]]
     """Sources of the sets."""
     synthetic_sources: NotRequired[list[str]]
-    """Sources whose images a program drew."""
+    """Sources with rendered images, such as those of the demo."""
     imported_from: NotRequired[str]
     """File of the original project that the weights were converted from."""
     known_against: NotRequired[list[str]]
-    """What others measured against the detector, one sentence each."""
+    """Weaknesses of the detector that others measured, one sentence each."""
 
 
 class FirstWeights(TypedDict):
-    """Where the weights of the run's first step came from."""
+    """Origin of the weights of the run's first step."""
 
     kind: str
     """`timm`, `random`, `imagenet` (a weights file) or `checkpoint`."""
     name: str
-    """Network of timm, name of the file, or run and checkpoint."""
+    """Name of timm's network, of the file, or of the run and checkpoint."""
     sha256: str
     """SHA-256 of the weights file. Empty for timm's and random weights."""
     license: str | None
     """License that timm states for its weights."""
     first_weights: Optional["FirstWeights"]
-    """The same record of the checkpoint that the run started from."""
+    """Origin of the first weights of the checkpoint that the run started from."""
 
 
 class Average(TypedDict):
@@ -159,18 +161,18 @@ class Average(TypedDict):
     last: str
     """Second checkpoint."""
     weight: float
-    """Share of the second checkpoint."""
+    """Weight of the second checkpoint in the average, 0 to 1."""
 
 
 class Meta(TypedDict):
-    """File of a checkpoint that is written last. A folder without it is no checkpoint."""
+    """Description of a checkpoint. It is written last: a folder without it is no checkpoint."""
 
     format_version: int
     """Version of the checkpoint format."""
     created: str
     """Time of writing, UTC."""
     created_ns: int
-    """The same in nanoseconds since 1970. The newest run is chosen by it."""
+    """Time of writing in nanoseconds since 1970. The newest run is chosen by this value."""
     step: int
     """Optimizer steps done."""
     epoch: float
@@ -193,7 +195,7 @@ class Meta(TypedDict):
     selection: float | None
     """Figure that chooses the best checkpoint, as in `metrics`. Null without a validation."""
     ended: str | None
-    """Why the run ended with this checkpoint. Null: the run went on."""
+    """Reason why the run ended with this checkpoint. Null: the run continued."""
     compared: Compared | None
     """Accuracy before and after phase 2."""
     refused: list[str]
@@ -201,18 +203,18 @@ class Meta(TypedDict):
     data: TrainingData
     """Shard sets and sources of the run."""
     recipe: ResolvedRecipe
-    """All recipe keys of the run, with the values that came from the weights."""
+    """All recipe keys of the run. Unset keys have the values of the weights."""
     first_weights: FirstWeights | None
-    """Where the first weights came from."""
+    """Origin of the first weights."""
     commit: str
     """Commit of this program, with `-dirty` if files differed. Empty outside a checkout."""
     versions: dict[str, str]
-    """Versions of Python and of the libraries that decide the numbers."""
+    """Versions of Python and of the libraries that affect the results."""
     sha256: dict[str, str]
     """SHA-256 of each file of the checkpoint, and, under `meta.json`, of the other fields here."""
     backbone: NotRequired[BackboneSpec]
-    """Only in a head that ships: the backbone that `weights.safetensors` lacks."""
+    """Only in a shipped head: the backbone, which `weights.safetensors` does not contain."""
     backbone_inside: NotRequired[BackboneSpec]
-    """The same record where the backbone was put into the weights, as by `model export --hub`."""
+    """The backbone, if `weights.safetensors` contains it, as after `model export --hub`."""
     average: NotRequired[Average]
     """Only in an average of two checkpoints."""

@@ -27,7 +27,7 @@ class Figures(Metrics):
     """
 
     groups: int
-    """Independent groups of images that the figures rest on."""
+    """Independent groups of images, which the intervals are resampled from."""
     intervals: dict[str, Interval]
     """95 % interval of each figure that has one, by the figure's name."""
 
@@ -46,7 +46,7 @@ class Recall(TypedDict):
 
 
 class Protocol(TypedDict):
-    """Recall by generator, in which each generator counts alike."""
+    """Recall by generator. Each generator has the same weight in the mean."""
 
     images: int
     """Fake images."""
@@ -70,10 +70,10 @@ class Protocols(TypedDict):
     """Recall under both protocols of EvalGEN."""
 
     all_images: Protocol
-    """On all fake images."""
+    """Recall on all fake images."""
     first_per_prompt: Protocol | None
-    """On the first image of each prompt by each generator. Null where each prompt has one image of
-    a generator."""
+    """Recall on each generator's first image of each prompt. Null if every generator has one image
+    per prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,13 @@ class Rates:
     fakes: int
     """Fake images."""
     recall: float | None
-    """As in Figures."""
+    """Share of the fake images called fake."""
     false_positive_rate: float | None
-    """As in Figures."""
+    """Share of the real images called fake."""
     balanced_accuracy: float | None
-    """As in Figures."""
+    """Mean of recall and of 1 - false-positive rate."""
     auroc: float | None
-    """As in Figures."""
+    """Area under the ROC curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +113,15 @@ class PerturbationEntry(Rates):
     flip_rate: float | None
     """Share of the images whose verdict changed."""
     flip_rate_real: float | None
-    """The same, of the real images."""
+    """Share of the real images whose verdict changed."""
     flip_rate_fake: float | None
-    """The same, of the fake images."""
+    """Share of the fake images whose verdict changed."""
     shift: dict[str, Shift | None]
     """Change of the mean logit of each class."""
     failed: int
     """Images that could not be perturbed."""
     failed_first: str | None
-    """Reason of the first one."""
+    """Reason of the first failure."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ class SwapEntry(TypedDict):
     shift: dict[str, Shift | None]
     """Change of the mean logit of each class that was re-encoded; null for the other class."""
     before: Rates
-    """Figures as packed."""
+    """Rates of the images as packed in the shards."""
     after: Rates
-    """Figures after re-encoding."""
+    """Rates after re-encoding."""
 
 
 class Robustness(TypedDict):
-    """What `--robustness` measured, on a fixed sample of the set."""
+    """Results of `--robustness` on a fixed sample of the set."""
 
     images: int
     """Images of the sample that could be read."""
@@ -186,17 +186,17 @@ class SetReport(TypedDict):
     generators: dict[str, Figures]
     """Figures of each generator's fakes with all real images of `reference`, else of `overall`."""
     verdicts: dict[str, dict[str, int]]
-    """Images by class and verdict."""
+    """Number of images by class and verdict."""
     protocols: Protocols | None
     """Recall by generator. Null without fakes."""
     note: str | None
-    """What a reader must know of the set, in words."""
+    """Sentence about a limit of the set's figures, such as a missing class."""
     unreadable: list[str]
     """Images that could not be read: name and reason."""
 
 
 class Subset(TypedDict):
-    """List of samples that `--subset` named."""
+    """List of samples given with `--subset`."""
 
     file: str
     """Name of the list."""
@@ -212,24 +212,24 @@ class ReferenceReals(TypedDict):
     set: str
     """Name of the set."""
     why: str
-    """What chose it: the option or the catalog."""
+    """What chose the set: the option or the catalog."""
     for_all: bool
-    """Whether it is the reference of sets with real images too."""
+    """Whether the set is also the reference of sets with real images."""
 
 
 class Resampling(TypedDict):
-    """How intervals were made."""
+    """Settings of the bootstrap intervals."""
 
     level: float
-    """Level of the intervals."""
+    """Confidence level, such as 0.95."""
     resamples: int
-    """Bootstrap resamples."""
+    """Number of bootstrap resamples."""
     seed: int
     """Seed of the resamples."""
 
 
 class Report(TypedDict):
-    """File of an evaluation. The same file of scores gives the same bytes."""
+    """Report of an evaluation. The same file of scores gives the same bytes."""
 
     report_version: int
     """Version of this layout."""
@@ -241,9 +241,9 @@ class Report(TypedDict):
     checkpoint: str
     """Path of the checkpoint."""
     run: str
-    """Name of its run."""
+    """Name of the checkpoint's run."""
     step: int
-    """Its step."""
+    """Training step of the checkpoint."""
     commit: str
     """Commit of this program at the evaluation."""
     temperature: float
@@ -259,6 +259,6 @@ class Report(TypedDict):
     band: Interval
     """Lower end and upper end of *uncertain*."""
     intervals: Resampling
-    """How intervals were made."""
+    """Settings of the bootstrap intervals."""
     sets: dict[str, SetReport]
     """Each set by its name."""

@@ -37,7 +37,7 @@ class Reported:
 def keep_wrong(
     detector: "Loaded", paths: Sequence[str], label: Label, folder: Path, *, keep_image: bool
 ) -> Iterator[Reported]:
-    """Score the images of `paths`, which all have the label `label`; yields a result for each.
+    """Score the images of `paths`, which all have the true label `label`. Yield a result for each.
 
     Raises:
         OSError: the folder cannot be written.
@@ -67,7 +67,7 @@ def keep_wrong(
 
 
 def _noted(file: ImageFile, read: list[bytes]) -> ImageFile:
-    """Return the same image; reading it also stores its bytes in `read`."""
+    """Return an image file that also stores its bytes in the list `read` when it is read."""
 
     def read_and_note() -> bytes:
         read[:] = [file.read()]

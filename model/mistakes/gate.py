@@ -8,8 +8,8 @@ the run's folder), which `read_start()` reads when a run is resumed.
 `against_start(folder, start, detector)` scores them with the trained detector and returns a
 `Regression` per mistake. `refusal(gate, rows)` returns the reason for a refusal as a list of at
 most one sentence; `newly_wrong()` returns the hashes of the images concerned, and `lines_of()`
-lines for the log. `NO_COPY` and `NOT_ASKED` are reasons why a mistake has no outcome. The folder of
-the mistakes is not changed.
+lines for the log. `NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. The
+folder of the mistakes is not changed.
 """
 
 import json
@@ -29,41 +29,41 @@ if TYPE_CHECKING:
 
 START_FILE = "baseline_mistakes.json"
 
-NO_COPY = "no copy of its image is in the folder; keep it again with --keep-image"
-NOT_ASKED = "kept, or its image, after the run began: the start gave no verdict"
+NO_COPY = "the folder has no copy of the image; add the image again with --keep-image"
+NO_VERDICT = "added after the run began, so the initial detector gave no verdict"
 
 MOST_HASHES = 10
-"""Hashes that a refusal names; `meta.json` has all."""
+"""Largest number of hashes in a refusal. `meta.json` lists all."""
 
 
 def check_mistakes(gate: Gate, start_file: Path | None = None) -> None:
-    """Refuse a gate that cannot be asked, before a run begins; with `start_file` the run is
-    resumed, and its start was measured.
+    """Check before a run that the mistakes can be measured. If the run is resumed, `start_file`
+    must contain the verdicts of its initial detector.
 
     Raises:
-        MistakeError: no folder, no entry, a damaged one, no image to measure, or no verdict of the
-            start.
+        MistakeError: the folder is missing or has no entry, an entry or `start_file` is damaged, or
+            no entry has a copy of its image.
     """
     folder = Path(gate.mistakes)
     if not folder.is_dir():
         raise MistakeError(
-            f"gate.mistakes: {folder} is no folder; name the one that `python -m model mistakes "
+            f"gate.mistakes: {folder} is no folder; give the folder that `python -m model mistakes "
             "add` writes"
         )
     mistakes = read_mistakes(folder)
     copies = (mistake.image_path(folder) for mistake in mistakes)
     if not any(path and path.is_file() for path in copies):
         raise MistakeError(
-            f"gate.mistakes: of {counted(len(mistakes), 'mistake')} in {folder} none has a copy of "
-            "its image, and without one nothing is measured; keep them with --keep-image"
+            f"gate.mistakes: {folder} has {counted(len(mistakes), 'mistake')} but no copy of an "
+            "image, so nothing can be measured; add the images again with --keep-image"
         )
     if start_file:
         read_start(start_file)
 
 
 def measure_start(folder: Path, start: "Loaded", file: Path) -> dict[str, Verdict]:
-    """The verdict of the start of each mistake whose image is kept, by its hash; they are written
-    to `file` as well.
+    """Score the mistakes that have a copy of their image with the initial detector `start`. Write
+    its verdicts to `file` and return them by hash.
     """
     rows = measure_again(folder, read_mistakes(folder), start)
     verdicts = {row.mistake.sha256: row.after for row in rows if row.after}
@@ -73,10 +73,10 @@ def measure_start(folder: Path, start: "Loaded", file: Path) -> dict[str, Verdic
 
 
 def read_start(file: Path) -> dict[str, Verdict]:
-    """What `measure_start` wrote.
+    """Read the verdicts that `measure_start` wrote, by hash.
 
     Raises:
-        MistakeError: it is not there, or damaged.
+        MistakeError: the file is missing or damaged.
     """
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -84,16 +84,17 @@ def read_start(file: Path) -> dict[str, Verdict]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
         raise MistakeError(
-            f"{file} does not say what the start of the run made of the kept mistakes ({fault}); "
-            "take it from a copy, or use --run NAME for a new run"
+            f"{file} has no readable verdicts of the initial detector on the mistakes ({fault}); "
+            "restore the file from a copy, or use --run NAME for a new run"
         ) from error
 
 
 def against_start(
     folder: Path, start: Mapping[str, Verdict], detector: "Loaded"
 ) -> list[Regression]:
-    """Measure the mistakes in `folder`, each against the verdict of the start. One that the start
-    was not asked about is not measurable; so is one without an image.
+    """Score the mistakes in `folder`, and compare each with the verdict of the initial detector in
+    `start` (by hash). A mistake without such a verdict, or without a copy of its image, has the
+    outcome "not measurable".
     """
     mistakes = [
         replace(mistake, verdicts=(start.get(mistake.sha256, mistake.verdicts[-1]),))
@@ -103,33 +104,33 @@ def against_start(
     return [
         row
         if row.after is None or row.mistake.sha256 in start
-        else replace(row, outcome="not measurable", after=None, reason=NOT_ASKED)
+        else replace(row, outcome="not measurable", after=None, reason=NO_VERDICT)
         for row in rows
     ]
 
 
 def newly_wrong(rows: Sequence[Regression]) -> list[str]:
-    """The hashes of the mistakes that the start had right and the checkpoint has wrong."""
+    """Return the hashes of the newly wrong mistakes, which the initial detector had right."""
     return [row.mistake.sha256 for row in rows if row.outcome == "newly wrong"]
 
 
 def refusal(gate: Gate, rows: Sequence[Regression]) -> list[str]:
-    """Why the gate refuses, one sentence at most; empty if it lets the checkpoint pass."""
+    """Return the reason to refuse the checkpoint, as a list of at most one sentence."""
     hashes = newly_wrong(rows)
     if len(hashes) <= gate.max_newly_wrong:
         return []
     named = ", ".join(sha256[:12] for sha256 in hashes[:MOST_HASHES])
     more = f" and {len(hashes) - MOST_HASHES:,} more" if len(hashes) > MOST_HASHES else ""
     return [
-        f"of the kept mistakes in {gate.mistakes} the start had {len(hashes):,} right that are "
-        f"wrong now, more than gate.max_newly_wrong {gate.max_newly_wrong}: {named}{more}"
+        f"{len(hashes):,} of the kept mistakes in {gate.mistakes} became wrong in training, more "
+        f"than gate.max_newly_wrong {gate.max_newly_wrong}: {named}{more}"
     ]
 
 
 def lines_of(gate: Gate, rows: Sequence[Regression]) -> Iterator[str]:
-    """How many mistakes have which outcome, and why some could not be measured."""
+    """Yield one line with the number of each outcome, and one per reason for "not measurable"."""
     counts = ", ".join(f"{count:,} {name}" for name, count in counts_of(rows).items() if count)
-    yield f"{counted(len(rows), 'kept mistake')} in {gate.mistakes}, the start before: {counts}"
+    yield f"{counted(len(rows), 'kept mistake')} in {gate.mistakes}, before and after: {counts}"
     reasons = [row.reason for row in rows if row.reason]
     for reason in dict.fromkeys(reasons):
         yield f"not measurable, {reasons.count(reason):,}: {reason}"

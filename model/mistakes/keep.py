@@ -14,8 +14,7 @@ a list of `Mistake`. Both raise `MistakeError`. `FOLDER/<SHA-256 of the image's 
 with the last verdict of each detector that scored the image, the newest at the end. The name of the
 image is not recorded. `verdict_of()` makes the `Verdict` of a detector, `standing()` compares a
 verdict with a label (a `Standing`: right, uncertain or wrong), and `verdict_from()` parses a
-verdict in JSON. `UNNAMED` is the suffix of the copy of an image whose name has no suffix of an
-image.
+verdict in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
 """
 
 import hashlib
@@ -49,7 +48,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 """Largest size of an entry, and of a copied image, in bytes."""
 
 UNNAMED = ".img"
-"""Suffix of the copy of an image whose name has no suffix of an image."""
+"""Suffix of a copy if the image's name has no image suffix."""
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.json")
 
@@ -95,8 +94,8 @@ class Mistake:
 class Kept:
     """Result of `keep_mistake`.
 
-    `kept` is whether the image has an entry now. `label_was` is its former label if that was
-    another one. `text` is one line for the user.
+    `kept` is whether the image has an entry now. `label_was` is its former label if the label has
+    changed, else None. `text` is one line for the user.
     """
 
     kept: bool
@@ -204,7 +203,7 @@ def write_mistake(folder: Path, mistake: Mistake) -> None:
     """Write an entry atomically."""
     text = json.dumps(asdict(mistake), indent=1) + "\n"
     if len(text) > MAX_ENTRY_BYTES:
-        raise MistakeError(f"an entry of {len(text):,} bytes; at most {MAX_ENTRY_BYTES:,} are kept")
+        raise MistakeError(f"an entry of {len(text):,} bytes; the limit is {MAX_ENTRY_BYTES:,}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(mistake.entry_path(folder), text)
 
@@ -250,7 +249,7 @@ def read_mistake(path: Path) -> Mistake:
     try:
         size = path.stat().st_size
         if size > MAX_ENTRY_BYTES:
-            raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are an entry")
+            raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are read")
         return _mistake_from(json.loads(path.read_text(encoding="utf-8")), path.stem)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
@@ -258,33 +257,37 @@ def read_mistake(path: Path) -> Mistake:
 
 
 def _mistake_from(entry: Mapping[str, Any], name: str) -> Mistake:
-    """The entry that a file of this name holds; `entry` may be anything that JSON can say."""
+    """Check the parsed JSON of the file `name`.json, which may be any value, and convert it.
+
+    Raises:
+        ValueError, KeyError, TypeError: the JSON is no valid entry.
+    """
     verdicts = tuple(verdict_from(each) for each in entry["verdicts"])
     image = entry["image"]
     if entry["sha256"] != name:
-        raise ValueError("its hash is another one than that of its name")
+        raise ValueError("its hash is not that of its file name")
     if entry["label"] not in LABELS:
         raise ValueError("its label is not real or fake")
     if image is not None and image not in {*IMAGE_SUFFIXES, UNNAMED}:
-        raise ValueError("its image has a name that no copy is given")
+        raise ValueError("its image is no suffix that a copy can have")
     if not verdicts or len(verdicts) > MAX_VERDICTS:
         raise ValueError(f"it has {len(verdicts)} verdicts; 1 to {MAX_VERDICTS} are expected")
     return Mistake(sha256=name, label=entry["label"], verdicts=verdicts, image=image)
 
 
 def verdict_from(entry: Mapping[str, Any]) -> Verdict:
-    """The verdict that a file holds; `entry` may be anything that JSON can say.
+    """Check a verdict in parsed JSON, which may be any value, and convert it.
 
     Raises:
-        ValueError, KeyError, TypeError: it is no verdict.
+        ValueError, KeyError, TypeError: the JSON is no valid verdict.
     """
     low, high = map(float, entry["band"])
     score = float(entry["score"])
     if not all(map(math.isfinite, (low, high, score))) or entry["verdict"] not in VERDICTS:
-        raise ValueError(f"a verdict that is not one of {', '.join(VERDICTS)}, or no number")
+        raise ValueError(f"its verdict is none of {', '.join(VERDICTS)}, or a number is not finite")
     detector, date = entry["detector"], entry["date"]
     if not (isinstance(detector, str) and isinstance(date, str)):
-        raise TypeError("the detector and the date are texts")
+        raise TypeError("its detector or its date is no text")
     return Verdict(
         detector=detector, score=score, verdict=entry["verdict"], band=(low, high), date=date
     )

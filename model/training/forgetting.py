@@ -23,7 +23,7 @@ class Change:
     name: str
     """`<set>/<source>`."""
     old: bool
-    """Whether phase 2 did not train on the source as new."""
+    """Whether the source is not among the new training data of phase 2."""
     images: int
     """Images of the source."""
     before: float

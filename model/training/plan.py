@@ -437,7 +437,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) ->
     """
     unused = () if starts_trained or not recipe.gate.mistakes else (
         f"gate.mistakes ({recipe.gate.mistakes}) is not used: this run starts from no trained "
-        "detector, so no mistake can be new",
+        "detector, so there are no earlier verdicts to compare with",
     )  # fmt: skip
     if weights.kind in ("timm", "imagenet"):
         return (*unused, *normalization_warnings(recipe))

@@ -7,8 +7,8 @@ the shard sets (packed images), the folder of all runs and optional first weight
 checkpoints and the history to `runs/<name>`, resumes an interrupted run, and returns the folder of
 the best checkpoint. It raises `ValueError` for wrong input or a loss that is not finite, `Refused`
 if the gate refuses the checkpoint, and `Interrupted` after SIGINT or SIGTERM, once a checkpoint is
-saved. `run_steps()` is the training loop alone. `LOCK_FILE` keeps a second training out of the
-folder.
+saved. `run_steps()` is the training loop alone. A lock on `LOCK_FILE` prevents two trainings in the
+same folder.
 """
 
 import contextlib
@@ -160,11 +160,11 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
 def _conclude(
     planned: RunPlan, best: Best, baseline: Validation | None, start: Mapping[str, Verdict] | None
 ) -> None:
-    """Calibrate the best checkpoint of a run that is over, then hold it against what was known
-    before: of the kept mistakes it is asked with the band that ships.
+    """Calibrate the best checkpoint of a finished run, then compare it with the initial detector.
+    The calibration comes first, so that kept mistakes are scored with the final band.
 
     Raises:
-        Refused: the gate does not let it pass.
+        Refused: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
     if not (baseline and best.validation and planned.dist.is_main):
@@ -181,8 +181,8 @@ def _refused(best: Best, reasons: Sequence[str]) -> Refused:
 
 
 def _conclude_again(planned: RunPlan, best: Best) -> None:
-    """Conclude a finished run that is started again. A run that was killed before its gate is
-    judged now, and a refused one is refused again.
+    """Conclude a finished run whose training is started again. If the run was killed before the
+    gate, the gate is applied now. A refused checkpoint is refused again.
 
     Raises:
         Refused: the gate refuses the best checkpoint.
@@ -199,8 +199,8 @@ def _conclude_again(planned: RunPlan, best: Best) -> None:
 
 
 def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
-    """Take the remaining steps of the plan, up to step `stop_at`. Return the reason why the run is
-    over, empty if it is not, and the best checkpoint.
+    """Train the remaining steps of the plan, up to step `stop_at`. Return the reason why the run
+    is finished (empty if it is not) and the best checkpoint.
 
     Raises:
         ValueError: the loss or a weight is not finite.
@@ -272,7 +272,7 @@ def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | No
 
 
 def _why_over(planned: RunPlan, done: int, gain: Gain) -> str:
-    """Return why the run is over after `done` steps, as stored in `meta.json`; empty if it
+    """Return why the run is finished after `done` steps, as stored in `meta.json`; empty if it
     is not.
     """
     if done == planned.steps:
@@ -309,8 +309,8 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
 
 
 def _start_on_mistakes(planned: RunPlan) -> Mapping[str, Verdict] | None:
-    """What the start of the run says of the kept mistakes of the gate, by their hashes; None on
-    other ranks than the first, and where the gate asks for none.
+    """Return the verdicts of the initial detector on the kept mistakes of the gate, by hash. None
+    on ranks other than 0, without `gate.mistakes`, or without a trained detector to start from.
     """
     gate, file = planned.recipe.gate, planned.folder / START_FILE
     if not gate.mistakes or planned.baseline is None or not planned.dist.is_main:
@@ -351,9 +351,9 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
 def _judge(
     planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
 ) -> list[str]:
-    """Compare the best checkpoint with the metrics before training, and with the verdicts of its
-    `start` on kept mistakes. Print the changes, and mark the checkpoint if the gate refuses it.
-    Return the gate's reasons.
+    """Compare the best checkpoint with the metrics `before` training, and with the verdicts of the
+    initial detector on kept mistakes (`start`). Print the changes and store them in `meta.json`,
+    with the gate's reasons to refuse the checkpoint. Return the reasons.
     """
     assert best.validation is not None  # without one there is nothing to compare
     gate, after = planned.recipe.gate, best.validation
@@ -424,7 +424,7 @@ def _refuse_bad_weights(train_state: TrainState, done: int) -> None:
     if name := not_finite_in(train_state):
         raise ValueError(
             f"the weights are not finite after step {done} (the first is {name}); lower optim.lr, "
-            "or use --set run.precision=fp32; the same command goes on from the last checkpoint"
+            "or use --set run.precision=fp32; the same command resumes from the last checkpoint"
         )
 
 
@@ -435,8 +435,8 @@ def _log_step(
     done: int,
     loss: torch.Tensor,
 ) -> None:
-    """Log one row about the steps since the last row: the mean loss of all ranks, and rank 0's
-    rates and times.
+    """Log one row on the steps since the last row: the mean loss of all ranks, and the rates and
+    times of rank 0.
     """
     mean = all_reduce_sum(train_state.dist, loss).item() / train_state.dist.world_size
     rate = train_state.optimizer.param_groups[-1]["lr"]

@@ -5,8 +5,8 @@ training and name -> `ShardSet`, and returns a `Validation`: metrics per set and
 `selection`, the figure (mean accuracy) by which the best checkpoint is chosen.
 `calibrate_checkpoint(checkpoint, folders, loading, device)` scores the validation sets `folders`
 with a checkpoint, fits a `Calibration`, stores it in `meta.json` and returns it; it raises
-`CalibrationError` if none fits. `rule` is the rule for thresholds, `features` the place of stored
-features to score in place of images, and `fitted` a calibration that exists already. `Gain` counts
+`CalibrationError` if none fits. `rule` is the rule for thresholds, `features` the source of stored
+features to score instead of images, and `fitted` a calibration that exists already. `Gain` counts
 validations since the last improvement. `remembered()` reads a `Validation` from a JSON file, or
 computes and writes it; `read_validation()` only reads it, and raises `ValueError` for a damaged
 file.
@@ -82,7 +82,7 @@ def validate(
     """Score every validation set, on all ranks together.
 
     The selection figure is the mean over the sets of the balanced accuracy, or of the accuracy if a
-    set has one class only. AUROC is not used, because it does not notice a checkpoint that calls
+    set has one class only. AUROC is not used, because it can be high for a checkpoint that calls
     every image fake. With `features`, stored features are scored instead of images.
     """
     dist = train_state.dist
@@ -131,10 +131,10 @@ def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Valid
 
 
 def read_validation(path: Path) -> Validation:
-    """What `remembered` wrote.
+    """Read the validation that `remembered` wrote.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))

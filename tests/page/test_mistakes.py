@@ -1,4 +1,4 @@
-"""A wrong verdict that whoever runs the page keeps: for whom it is offered, and what is written."""
+"""Tests of the page's control for wrong verdicts: when it is shown, and what it writes."""
 
 import errno
 import hashlib
@@ -43,12 +43,12 @@ NO_SIGN, UNCERTAIN, LIKELY = VERDICTS
         ("127.0.0.1", {"Host": "127.0.0.1", "X-Real-Ip": "203.0.113.5"}, False),
     ],
 )
-def test_whose_page_it_is(listens_on: str | None, headers: dict[str, str], own: bool) -> None:
+def test_is_own_machine(listens_on: str | None, headers: dict[str, str], own: bool) -> None:
     assert is_own_machine(listens_on, headers) == own
 
 
 def draw_control(folder: str, verdict: str, score: float, is_example: bool) -> None:
-    """The control below a verdict; it runs as a page of its own."""
+    """Show the control below a verdict on a page without anything else."""
     from types import SimpleNamespace
 
     import streamlit as st
@@ -70,7 +70,7 @@ Draw = Callable[..., AppTest]
 
 @pytest.fixture
 def draw(small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
-    """Draws the control below a verdict, on one's own page, with the folder `tmp_path / "kept"`."""
+    """Return a function that shows the control as on the own machine, with folder `kept`."""
     (checkpoint,) = small_runs.glob("small/step_*")
     monkeypatch.setenv("DETECTOR_MISTAKES", str(tmp_path / "kept"))
     monkeypatch.setattr(mistakes, "is_own_machine", lambda *_arguments: True)
@@ -90,12 +90,12 @@ def draw(small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> D
     ("verdict", "score", "label", "words"),
     [(LIKELY, 0.9, "real", "a real photograph"), (NO_SIGN, 0.1, "fake", "AI-generated")],
 )
-def test_a_wrong_verdict_is_kept_when_it_is_asked_for(
+def test_a_wrong_verdict_is_kept_after_the_button_is_pressed(
     draw: Draw, tmp_path: Path, verdict: str, score: float, label: str, words: str
 ) -> None:
     page, folder = draw(verdict, score), tmp_path / "kept"
     assert page.expander[0].label == "This verdict is wrong"
-    assert not folder.exists(), "nothing is written before it is asked for"
+    assert not folder.exists(), "nothing is written before the button is pressed"
     assert page.button[0].label == f"Keep it: this is {words}"
     assert any(f"is {words}," in html and f"in {folder}." in html for html in html_of(page))
     page.button[0].click().run()
@@ -106,7 +106,7 @@ def test_a_wrong_verdict_is_kept_when_it_is_asked_for(
     assert given.detector.startswith("small/step_0000001 ")
     assert page.text[0].value == "Kept, without its image."
     assert f"<p>Kept, without its image: {folder / HASH}.json</p>" in html_of(page)
-    page.checkbox[0].check().run()  # what was said stays until something else is
+    page.checkbox[0].check().run()  # the report stays until the next press
     assert f"<p>Kept, without its image: {folder / HASH}.json</p>" in html_of(page)
     page.button[0].click().run()
     assert (folder / f"{HASH}.jpg").read_bytes() == JPEG
@@ -116,18 +116,18 @@ def test_a_wrong_verdict_is_kept_when_it_is_asked_for(
 @pytest.mark.parametrize(
     ("verdict", "score", "is_example"), [(UNCERTAIN, 0.5, False), (LIKELY, 0.9, True)]
 )
-def test_what_claims_nothing_and_an_example_are_no_mistakes(
+def test_an_uncertain_verdict_and_an_example_have_no_control(
     draw: Draw, verdict: str, score: float, is_example: bool
 ) -> None:
     assert not draw(verdict, score, is_example).expander
 
 
-def test_it_is_offered_to_nobody_else_and_only_where_it_can_be_written(
+def test_the_control_needs_the_own_machine_and_a_writable_folder(
     draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert draw(LIKELY, 0.9).expander
     with monkeypatch.context() as patched:
-        patched.setattr(mistakes, "is_own_machine", is_own_machine)  # nobody asks for this page
+        patched.setattr(mistakes, "is_own_machine", is_own_machine)  # the test page has no Host
         assert not draw(LIKELY, 0.9).expander
     with monkeypatch.context() as patched:
         patched.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
@@ -146,7 +146,7 @@ def test_it_is_offered_to_nobody_else_and_only_where_it_can_be_written(
     assert any(f"in {tmp_path / 'mistakes'}." in html for html in html_of(draw(LIKELY, 0.9)))
 
 
-def test_what_cannot_be_kept_is_one_line(
+def test_an_error_is_shown_in_one_line(
     draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: object, **_options: object) -> None:
@@ -171,7 +171,7 @@ def open_control(page: "Page", data: bytes) -> None:
 
 
 @in_browser
-def test_a_mistake_goes_from_the_browser_into_the_folder(
+def test_the_browser_keeps_a_mistake_with_its_image(
     chromium, runs: Path, detector: ImageDetector, claimed: tuple[bytes, str], tmp_path: Path
 ) -> None:
     data, verdict = claimed
@@ -199,7 +199,7 @@ def test_a_mistake_goes_from_the_browser_into_the_folder(
 
 
 @in_browser
-def test_a_server_that_may_not_write_says_so(visit, claimed: tuple[bytes, str]) -> None:
+def test_a_server_that_cannot_write_shows_the_error(visit, claimed: tuple[bytes, str]) -> None:
     page = visit()
     open_control(page, claimed[0])
     page.get_by_role("button", name="Keep it").click()

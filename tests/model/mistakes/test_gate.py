@@ -1,4 +1,5 @@
-"""Kept mistakes and two real checkpoints: the gate of phase 2, and regressions before and after."""
+"""Tests of the phase 2 gate on kept mistakes and of `evaluate.py regressions`, with real
+training."""
 
 import hashlib
 import json
@@ -48,13 +49,14 @@ WRONG = Verdict(
 
 
 class Died(Exception):
-    """Stands for a SIGKILL: nothing after it happens."""
+    """Error that ends a run like SIGKILL."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint and a second one that began from it, how to train that one again, and images
-    of which the two say the contrary, or the same.
+    """Two checkpoints: `first`, and a second one that was trained from it with `settings`.
+
+    The two give opposite verdicts on the images `flipped`, and equal ones on `same`.
     """
 
     data: Path
@@ -65,18 +67,18 @@ class Trained:
     same: list[bytes]
 
     def again(self, name: str, *settings: str, **options: int) -> Path:
-        """The second run once more, under another name; returns its best checkpoint."""
+        """Train the second run again under another name. Return its best checkpoint."""
         train_tiny(self.data, self.runs, *self.settings, f'name="{name}"', *settings, **options)
         return checkpoint.best_of(self.runs / name)
 
     def label(self, image: bytes, *, right: bool) -> Label:
-        """The label by which the first checkpoint is right, or wrong."""
+        """Return the label with which the first checkpoint is right, or wrong."""
         said_fake = self.first.predict(image).verdict == VERDICTS[2]
         return "fake" if said_fake == right else "real"
 
     def keep(self, folder: Path, image: bytes, *, right: bool, copy: bool = True) -> str:
-        """Keep a mistake that some detector made, about which the first one is right or wrong;
-        returns its hash.
+        """Keep a mistake of another detector with a label that makes the first checkpoint right or
+        wrong. Return the hash of the image.
         """
         label = self.label(image, right=right)
         given = replace(WRONG, verdict=VERDICTS[0]) if label == "fake" else WRONG
@@ -111,10 +113,10 @@ def trained(
     return Trained(data, runs, settings, first, flipped, same)
 
 
-def test_the_gate_refuses_what_the_start_had_right(
+def test_the_gate_refuses_newly_wrong_mistakes(
     trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """From pixels and from stored features; the folder of the mistakes stays as it is."""
+    """This holds for pixels and for stored features. The folder of the mistakes is unchanged."""
     folder = tmp_path / "kept"
     newly = sorted(trained.keep(folder, image, right=True) for image in trained.flipped[:2])
     trained.keep(folder, trained.flipped[2], right=False)
@@ -126,7 +128,7 @@ def test_the_gate_refuses_what_the_start_had_right(
         trained.again("refused", f'gate.mistakes="{folder}"', "gate.max_newly_wrong=1")
     names = ", ".join(each[:12] for each in newly)
     said = (
-        f"of the kept mistakes in {folder} the start had 2 right that are wrong now, more than "
+        f"2 of the kept mistakes in {folder} became wrong in training, more than "
         f"gate.max_newly_wrong 1: {names}."
     )
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -145,7 +147,7 @@ def test_the_gate_refuses_what_the_start_had_right(
     assert meta["refused"] == [said.removesuffix(".")]
 
 
-def test_as_many_as_are_allowed_pass(trained: Trained, tmp_path: Path) -> None:
+def test_max_newly_wrong_mistakes_pass_the_gate(trained: Trained, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     trained.keep(folder, trained.flipped[0], right=True)
     best = trained.again("passes", f'gate.mistakes="{folder}"', "gate.max_newly_wrong=1")
@@ -153,10 +155,10 @@ def test_as_many_as_are_allowed_pass(trained: Trained, tmp_path: Path) -> None:
     assert meta["refused"] == [] and meta["compared"]["mistakes"]["counts"]["newly wrong"] == 1
 
 
-def test_an_interrupted_run_knows_what_its_start_said(
+def test_a_resumed_run_uses_the_stored_verdicts_of_its_initial_detector(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops before its end, then again before it is judged; the gate is asked all the same."""
+    """The run stops in training, then before the gate, and is refused after it resumes."""
     folder = tmp_path / "kept"
     newly = trained.keep(folder, trained.flipped[0], right=True)
     line = ("interrupted", f'gate.mistakes="{folder}"', "run.save_every=1")
@@ -172,7 +174,7 @@ def test_an_interrupted_run_knows_what_its_start_said(
     with monkeypatch.context() as patched, pytest.raises(MistakeError) as caught:
         patched.setattr(run, "assemble", dies)  # refused before anything is built
         trained.again(*line)
-    assert "does not say what the start" in str(caught.value) and "--run" in str(caught.value)
+    assert "has no readable verdicts" in str(caught.value) and "--run" in str(caught.value)
     start.write_text(said)
     trained.keep(folder, trained.flipped[1], right=True)
 
@@ -181,19 +183,19 @@ def test_an_interrupted_run_knows_what_its_start_said(
         trained.again(*line)
     best = checkpoint.best_of(trained.runs / "interrupted")
     assert checkpoint.read_meta(best)["compared"] is None
-    with pytest.raises(Refused, match=f"the start had 1 right that are wrong now.*{newly[:12]}"):
+    with pytest.raises(Refused, match=f"1 of the kept mistakes.* became wrong.*{newly[:12]}"):
         trained.again(*line)
     mistakes = checkpoint.read_meta(best)["compared"]["mistakes"]
     assert mistakes["counts"]["not measurable"] == 1 and mistakes["newly_wrong"] == [newly]
     with pytest.raises(Refused, match=newly[:12]):
-        trained.again(*line)  # finished, and refused as before
+        trained.again(*line)  # a finished run is refused again
 
 
 def test_a_mistake_of_one_checkpoint_is_measured_with_the_next(
     trained: Trained, tmp_path: Path
 ) -> None:
-    """By the commands: kept as the first one makes it, then both are measured, and the first one
-    again, of which the second one has made a better one.
+    """The commands keep a mistake of the first checkpoint, then measure the first, the second and
+    again the first checkpoint, which is newly wrong because the second one was right.
     """
     folder, image = tmp_path / "kept", tmp_path / "mine.jpg"
     image.write_bytes(trained.flipped[0])
@@ -218,7 +220,7 @@ def test_a_mistake_of_one_checkpoint_is_measured_with_the_next(
 
 
 def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
-    """The one mistake, measured by `evaluate.py regressions`, whose exit code fits."""
+    """Return the only row of `evaluate.py regressions`, and check the exit code."""
     report = tmp_path / "report.json"
     line = ["regressions", folder, "--checkpoint", run_folder, "--json", report]
     result = CliRunner().invoke(evaluate.main, [str(part) for part in line])
@@ -231,15 +233,18 @@ def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda _folder: None, r"is no folder; name the one that `python -m model mistakes add`"),
+        (
+            lambda _folder: None,
+            r"is no folder; give the folder that `python -m model mistakes add`",
+        ),
         (lambda folder: folder.mkdir(), r"has no mistakes"),
         (
             lambda folder: keep_mistake(folder, b"x", "real", WRONG),
-            r"of 1 mistake in .* none has a copy of its image.*--keep-image",
+            r"has 1 mistake but no copy of an image.*--keep-image",
         ),
     ],
 )
-def test_a_gate_that_cannot_be_asked_is_refused_before_the_run(
+def test_mistakes_that_cannot_be_measured_are_refused_before_the_run(
     prepare: Callable[[Path], object], said: str, data: Path, small_runs: Path, tmp_path: Path
 ) -> None:
     prepare(tmp_path / "kept")
@@ -250,7 +255,7 @@ def test_a_gate_that_cannot_be_asked_is_refused_before_the_run(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_without_a_start_says_that_the_gate_is_not_asked(
+def test_a_run_without_an_initial_detector_warns_that_the_gate_is_not_used(
     data: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     train_tiny(data, tmp_path, 'gate.mistakes="none"', stop_at=1)

@@ -1,4 +1,4 @@
-"""What an entry may hold, what happens to it when writing fails, and which mistakes come first."""
+"""Tests of mistakes: valid entries and limits, failed writing, and the order of the outcomes."""
 
 import hashlib
 import json
@@ -37,14 +37,14 @@ def said(verdict: str, detector: str = "a", score: float = 0.9) -> Verdict:
 
 
 class Rule(DecisionRule):
-    """A detector that decides by this band, and gives each image the score of `scores`."""
+    """Detector with the band 0.3 to 0.7 that gives each image its score in `scores`."""
 
     def __init__(self, scores: dict[bytes, float] | None = None) -> None:
         self.checkpoint, self.asked, self.scores = Path("runs/x/step_1"), None, scores or {}
         self.meta = {"threshold": 0.7, "calibration": {"band": [0.3, 0.7]}}
 
     def stream(self, images: Iterator, _batch_size: int = 32) -> Iterator[Prediction]:
-        """Reads all before it gives the first, as threads do."""
+        """Read all images before the first prediction, as the threads of a real detector may."""
         for image, data in [(image, image.read()) for image in images]:
             score = self.scores.get(data)
             yield Prediction(
@@ -61,15 +61,15 @@ def test_a_verdict_has_the_band_of_its_detector_and_the_time_in_utc() -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.exe", "mine"])
-def test_a_copy_never_takes_a_name_that_is_no_image(tmp_path: Path, name: str) -> None:
-    """Least of all that of its entry."""
+def test_a_copy_never_gets_a_suffix_that_is_no_image(tmp_path: Path, name: str) -> None:
+    """The suffix `.json` would overwrite the entry."""
     keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY), copy_named=name)
     (mistake,) = read_mistakes(tmp_path)
     assert mistake.image == ".img"
     assert (tmp_path / f"{HASHES[0]}.img").read_bytes() == IMAGES[0]
 
 
-def test_what_cannot_be_written_leaves_the_old_entry(
+def test_a_failed_write_keeps_the_old_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
@@ -96,7 +96,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert [mistake.sha256 for mistake in read_mistakes(tmp_path)] == [HASHES[0]]
 
 
-def test_a_folder_and_an_entry_have_limits_when_they_are_read_too(
+def test_limits_hold_for_reading_a_folder_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for image in IMAGES[:2]:
@@ -113,11 +113,11 @@ def test_a_folder_and_an_entry_have_limits_when_they_are_read_too(
             read_mistake(path)
     with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_ENTRY_BYTES", 100)
-        with pytest.raises(MistakeError, match=r"bytes, at most 100 are an entry\); remove it"):
+        with pytest.raises(MistakeError, match=r"bytes, at most 100 are read\); remove it"):
             read_mistake(path)
         before = path.read_bytes()
         patched.setattr(keep, "MAX_ENTRY_BYTES", len(before) + 1)
-        with pytest.raises(MistakeError, match=r"an entry of .* bytes; at most"):
+        with pytest.raises(MistakeError, match=r"an entry of .* bytes; the limit is"):
             keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY, "c"))
         assert path.read_bytes() == before
 
@@ -127,7 +127,7 @@ def test_a_folder_and_an_entry_have_limits_when_they_are_read_too(
     [{"score": float("nan")}, {"band": [0.1, float("inf")]}, {"verdict": "likely real"},
      {"detector": 7}, {"date": None}, {"band": [0.1]}],
 )  # fmt: skip
-def test_a_verdict_that_is_none_is_refused(tmp_path: Path, change: dict) -> None:
+def test_an_invalid_verdict_is_refused(tmp_path: Path, change: dict) -> None:
     keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
     path = tmp_path / f"{HASHES[0]}.json"
     entry = json.loads(path.read_text())
@@ -137,10 +137,8 @@ def test_a_verdict_that_is_none_is_refused(tmp_path: Path, change: dict) -> None
         read_mistake(path)
 
 
-def test_the_gravest_come_first_and_before_is_what_was_said_last(tmp_path: Path) -> None:
-    """Of five: one was right and is wrong, one stays wrong, one is uncertain, one right, and one
-    has no image; a copy that cannot be read is no reason to stop.
-    """
+def test_the_worst_outcome_is_first_and_before_is_the_last_verdict(tmp_path: Path) -> None:
+    """There is one mistake of each outcome."""
     images = [*IMAGES, b"not kept"]
     for index, image in enumerate(images):
         name = "a.jpg" if image in IMAGES else None
@@ -162,19 +160,19 @@ def test_the_gravest_come_first_and_before_is_what_was_said_last(tmp_path: Path)
     assert len(done) == 4
 
 
-def test_a_folder_to_search_may_hold_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_in_the_searched_folder_are_skipped(tmp_path: Path) -> None:
     folder, images = tmp_path / "kept", tmp_path / "images"
     keep_mistake(folder, IMAGES[0], "real", said(LIKELY))
     images.mkdir()
     with (images / "a.jpg").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)  # nothing of it is read
+        file.truncate(MAX_BYTES + 1)  # too large, so it is not read
     (images / "b.jpg").write_bytes(IMAGES[0])
     (row,) = measure_again(folder, read_mistakes(folder), Rule({IMAGES[0]: 0.1}), images)
     assert row.outcome == "fixed"
 
 
 def test_each_image_is_kept_with_its_own_bytes(tmp_path: Path) -> None:
-    """They are read ahead of their scores; one in between is no image."""
+    """Images are read before earlier ones are scored, and one file is no image."""
     for index, image in enumerate((*IMAGES[:2], b"no image", IMAGES[2])):
         (tmp_path / f"{index}.jpg").write_bytes(image)
     scores = dict(zip(IMAGES, (0.9, 0.1, 0.8), strict=False))

@@ -1,4 +1,4 @@
-"""Mistakes that a person has found: kept once, measured again, and said before and after."""
+"""Tests of `python -m model mistakes add` and `evaluate.py regressions`, and of the entries."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def measure(folder: Path, detector: Path, *more: object) -> Result:
 
 @pytest.fixture
 def detectors(tmp_path: Path) -> dict[str, Path]:
-    """Detectors that give every image one score; the copy `wrong2` is another detector."""
+    """Return detectors that give every image the same score. `wrong` and `wrong2` differ."""
     scores = {"wrong": 0.9, "right": 0.1, "wrong2": 0.8}
     for name, score in scores.items():
         (tmp_path / f"{name}.py").write_text(f"def predict(images): return [{score}] * len(images)")
@@ -72,7 +72,9 @@ def image(tmp_path: Path) -> Path:
      ("fake", NO_SIGN, "wrong"), ("real", UNCERTAIN, "uncertain"),
      ("fake", UNCERTAIN, "uncertain")],
 )  # fmt: skip
-def test_what_is_a_mistake(label: Label, verdict: str, stands: str, tmp_path: Path) -> None:
+def test_only_a_wrong_verdict_is_kept(
+    label: Label, verdict: str, stands: str, tmp_path: Path
+) -> None:
     assert standing(label, verdict) == stands
     kept = keep_mistake(tmp_path / "kept", DATA, label, said(verdict))
     assert kept.kept == (stands == "wrong") == (tmp_path / "kept").exists()
@@ -80,7 +82,7 @@ def test_what_is_a_mistake(label: Label, verdict: str, stands: str, tmp_path: Pa
         assert kept.text == "the verdict agrees; nothing kept"
 
 
-def test_the_function_for_the_page_keeps_one_entry_of_an_image(tmp_path: Path) -> None:
+def test_keep_mistake_keeps_one_entry_per_image(tmp_path: Path) -> None:
     kept = keep_mistake(tmp_path, DATA, "real", said(LIKELY))
     assert kept.text == "kept, without its image"
     assert [path.name for path in tmp_path.iterdir()] == [f"{HASH}.json"]
@@ -96,27 +98,29 @@ def test_the_function_for_the_page_keeps_one_entry_of_an_image(tmp_path: Path) -
     assert len(mistake.verdicts) == 1
     assert (tmp_path / f"{HASH}.jpg").read_bytes() == DATA
     keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="other.../name")
-    assert len(list(tmp_path.iterdir())) == 2  # one copy, by its first name
+    assert len(list(tmp_path.iterdir())) == 2  # one copy, with the suffix of its first name
 
 
-def test_a_name_never_leads_out_of_the_folder(tmp_path: Path) -> None:
+def test_a_name_cannot_point_outside_the_folder(tmp_path: Path) -> None:
     keep_mistake(tmp_path / "k", DATA, "real", said(LIKELY), copy_named="x./../../evil")
     assert {path.name for path in (tmp_path / "k").iterdir()} == {f"{HASH}.json", f"{HASH}.img"}
 
 
-def test_a_changed_label_is_said_and_can_take_the_entry_back(tmp_path: Path) -> None:
+def test_a_changed_label_is_reported_and_can_remove_the_entry(tmp_path: Path) -> None:
     keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="a.png")
     noted = keep_mistake(tmp_path, DATA, "real", said(NO_SIGN, "b"))
     assert noted.kept and noted.text == "kept; this verdict is right, with its image"
     other = keep_mistake(tmp_path, DATA, "fake", said(LIKELY))
-    assert other.kept and other.label_was == "real"  # b was wrong if it is a fake
+    assert other.kept and other.label_was == "real"  # as a fake, the verdict of b is wrong
     assert other.text.startswith("the label was real and is fake now: kept")
     assert read_mistakes(tmp_path)[0].label == "fake"
     keep_mistake(tmp_path, DATA, "fake", said(LIKELY, "b"))
     assert not list(tmp_path.iterdir())
 
 
-def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_entry_and_folder_have_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keep, "MAX_IMAGE_BYTES", 10)
     with pytest.raises(MistakeError, match="too many for a copy"):
         keep_mistake(tmp_path, DATA, "real", said(LIKELY), copy_named="a.jpg")
@@ -137,7 +141,7 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ["not JSON", "[]", '{"label": "real"}', {"label": "maybe"}, {"image": "/../../x"},
      {"verdicts": []}, {"verdicts": [1]}, {"sha256": "0" * 64}, {"image": []}],
 )  # fmt: skip
-def test_a_damaged_entry_is_one_line(change: str | dict, tmp_path: Path) -> None:
+def test_a_damaged_entry_gives_an_error_of_one_line(change: str | dict, tmp_path: Path) -> None:
     keep_mistake(tmp_path, DATA, "real", said(LIKELY))
     path = tmp_path / f"{HASH}.json"
     entry = json.loads(path.read_text())
@@ -148,7 +152,7 @@ def test_a_damaged_entry_is_one_line(change: str | dict, tmp_path: Path) -> None
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
 
 
-def test_a_kept_mistake_survives_two_detectors_and_shows_before_and_after(
+def test_a_mistake_is_measured_with_several_detectors(
     tmp_path: Path, image: Path, detectors: dict[str, Path]
 ) -> None:
     folder, report = tmp_path / "kept", tmp_path / "out.json"
@@ -177,13 +181,13 @@ def test_a_kept_mistake_survives_two_detectors_and_shows_before_and_after(
     ]
 
 
-def test_an_image_that_was_not_kept_is_found_by_its_bytes(
+def test_an_image_without_a_copy_is_found_by_its_bytes(
     tmp_path: Path, image: Path, detectors: dict[str, Path]
 ) -> None:
     folder = tmp_path / "kept"
     assert add(folder, "real", image, detectors["wrong"]).exit_code == 0
     result = measure(folder, detectors["right"])
-    assert result.exit_code == 1 and "name a folder that holds it with --images" in result.stderr
+    assert result.exit_code == 1 and "give the folder of the image with --images" in result.stderr
     image.rename(image.with_name("renamed.jpg"))
     image.with_name("another.jpg").write_bytes(encode(photo(2)))
     result = measure(folder, detectors["right"], "--images", image.parent)
@@ -192,7 +196,7 @@ def test_an_image_that_was_not_kept_is_found_by_its_bytes(
     assert result.exit_code == 1 and "no file below" in result.stderr
 
 
-def test_what_cannot_be_measured_is_counted_and_said(
+def test_mistakes_that_cannot_be_measured_are_counted_with_reasons(
     tmp_path: Path, image: Path, detectors: dict[str, Path]
 ) -> None:
     folder = tmp_path / "kept"
@@ -211,7 +215,7 @@ def test_what_cannot_be_measured_is_counted_and_said(
     assert len(read_mistake(folder / f"{HASH}.json").verdicts) == 1
 
 
-def test_what_cannot_be_read_is_an_error_and_the_rest_is_kept(
+def test_an_unreadable_image_is_an_error_and_the_others_are_kept(
     tmp_path: Path, image: Path, detectors: dict[str, Path]
 ) -> None:
     image.with_name("broken.jpg").write_bytes(b"no image")
@@ -223,7 +227,7 @@ def test_what_cannot_be_read_is_an_error_and_the_rest_is_kept(
     assert result.exit_code == 1 and "no image in" in result.stderr
 
 
-def test_a_folder_without_mistakes_says_how_one_is_kept(tmp_path: Path) -> None:
+def test_the_error_of_an_empty_folder_names_the_command_that_adds(tmp_path: Path) -> None:
     result = run(evaluate.main, "regressions", tmp_path)
     assert result.exit_code == 1 and "python -m model mistakes add" in result.stderr
 

@@ -21,7 +21,7 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
-def test_every_image_size_is_kept_and_the_result_is_reproducible(kl: Path) -> None:
+def test_any_image_size_is_unchanged_and_the_result_is_reproducible(kl: Path) -> None:
     decoder = load(str(kl), "cpu")
     assert (decoder.name, decoder.kind, decoder.factor) == ("my_kl", "AutoencoderKL", 4)
     assert decoder.sha256 == sha256_of(kl / WEIGHTS_FILE)
@@ -33,7 +33,7 @@ def test_every_image_size_is_kept_and_the_result_is_reproducible(kl: Path) -> No
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
-def test_what_is_missing_at_the_border_repeats_it(kl: Path) -> None:
+def test_padding_repeats_the_border(kl: Path) -> None:
     decoder, pixels = load(str(kl), "cpu"), photo(1, 33, 18)
     whole = np.pad(pixels, [(0, 2), (0, 3), (0, 0)], mode="edge")
     expected = decoder.reconstruct(whole)[:18, :33]
@@ -111,13 +111,13 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
 
 
 class Latents(dict):
-    """What an encoder of diffusers gives: a mapping with attributes."""
+    """Output of a diffusers encoder: a mapping whose keys are also attributes."""
 
     __getattr__ = dict.__getitem__
 
 
 @pytest.mark.parametrize(("levels", "expected"), [(0.6, 101), (0.4, 100), (300, 255), (-300, 0)])
-def test_values_are_rounded_and_held_to_those_of_a_byte(levels: float, expected: int) -> None:
+def test_values_are_rounded_and_clipped_to_0_to_255(levels: float, expected: int) -> None:
     vae = SimpleNamespace(
         encode=lambda image: Latents(latents=image),
         decode=lambda latent: SimpleNamespace(sample=latent + levels / 127.5),
@@ -127,7 +127,7 @@ def test_values_are_rounded_and_held_to_those_of_a_byte(levels: float, expected:
 
 
 @pytest.mark.slow  # loading diffusers takes seconds
-def test_a_decoder_of_other_channels_is_refused(tmp_path: Path) -> None:
+def test_a_decoder_without_three_channels_is_refused(tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
     AutoencoderTiny(

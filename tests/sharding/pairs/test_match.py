@@ -1,4 +1,4 @@
-"""Tests of partners: a fake is written with the same facts as the file of its real image."""
+"""Tests of partners: a fake has the same file format and metadata as its real image."""
 
 import io
 
@@ -50,11 +50,11 @@ def partner_of(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_partner_has_the_facts_and_the_picture_of_its_image(name: str) -> None:
+def test_a_partner_has_the_facts_and_the_pixels_of_its_image(name: str) -> None:
     prepared, made = prepare(FILES[name]), prepare(partner_of(FILES[name]))
     assert made.facts == prepared.facts
     expected = through(prepared.pixels).astype(int)
-    # Both are upright; the codec alone changes this noise by a few levels (quality 60: 8).
+    # Both images are upright. The codec changes this noise by some levels (quality 60: 8).
     assert np.abs(made.pixels - expected).mean() < 12
     turned = np.abs(made.pixels - expected[::-1, ::-1]).mean()
     assert turned > 2 * np.abs(made.pixels - expected).mean()
@@ -82,8 +82,8 @@ def test_metadata_is_copied_and_further_frames_are_not() -> None:
     assert b"MPF\0" in stream.getvalue() and b"MPF\0" not in partner_of(stream.getvalue())
 
 
-def test_a_jpeg_has_no_metadata_beside_its_partners() -> None:
-    """Pillow's own JFIF segment is left out; one that the partner has is there once."""
+def test_a_jpeg_has_only_the_metadata_of_its_partner() -> None:
+    """Pillow adds a JFIF segment, which is removed. A JFIF segment of the partner is kept once."""
     plain = FILES["4:2:0"]
     bare = plain[:2] + plain[2 + 2 + int.from_bytes(plain[4:6], "big") :]  # without its JFIF
     for data, count in ((plain, 1), (bare, 0)):
@@ -147,13 +147,13 @@ def test_a_partner_has_the_alpha_channel_of_its_image() -> None:
         ),
     ],
 )
-def test_an_image_that_cannot_be_written_alike_gets_no_partner(data: bytes, reason: str) -> None:
+def test_an_image_that_the_encoder_cannot_match_gets_no_partner(data: bytes, reason: str) -> None:
     with pytest.raises(NoPair, match=reason):
         partner_of(data)
 
 
 @pytest.mark.parametrize("error", [OSError("odd"), ValueError("odd"), SyntaxError("odd")])
-def test_metadata_that_cannot_be_read_makes_no_pair(
+def test_an_image_with_unreadable_metadata_gets_no_partner(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(FILES["WebP"])

@@ -1,4 +1,4 @@
-"""Tests of `python -m sharding pairs`: a set in, a raw folder of pairs and its catalog out."""
+"""Tests of `python -m sharding pairs`, which writes a raw folder of pairs and its catalog."""
 
 import hashlib
 import json
@@ -130,7 +130,7 @@ def test_the_build_packs_whole_pairs_with_equal_facts(packed: ShardSet, made: Pa
         "shots-pairs-camera": "mine", "shots-pairs-phone": "theirs"
     }  # fmt: skip
     assert {facts["policy"] for facts in sources.values()} == {"dda"}
-    # Training has nothing to match: a fake is already compressed like its partner.
+    # Training must not compress a fake again, because it is compressed like its partner.
     assert not any(partners_of(packed, (name,)).quality.any() for name in sources)
 
 
@@ -177,7 +177,7 @@ def test_an_interrupted_run_resumes(
     fake[0].unlink()
     fake[1].write_bytes(fake[1].read_bytes()[:-200])
     real[2].write_bytes(b"damaged")
-    fake[3].write_bytes(encode(photo(3), quality=33))  # whole, and no partner of its image
+    fake[3].write_bytes(encode(photo(3), quality=33))  # undamaged, but no partner of its image
     pairs = make_pairs(shots, tmp_path, decoder, max_megapixels=0.01)
     assert pairs.already == 19 - 4
     assert hashes(tmp_path) == hashes(made)
@@ -214,7 +214,7 @@ def test_another_decoder_or_limit_is_refused_if_pairs_exist(
         make_pairs(shots, tmp_path, decoder)
 
 
-def test_a_set_without_an_image_to_pair_says_why(
+def test_the_error_of_a_set_without_pairs_gives_the_reason(
     shots: Path, decoder: Decoder, tmp_path: Path
 ) -> None:
     with pytest.raises(ShardError, match=r"66 more than 0.001 megapixels\); choose another set"):
@@ -222,8 +222,8 @@ def test_a_set_without_an_image_to_pair_says_why(
     assert not (tmp_path / "shots-pairs.toml").exists()
 
 
-def test_the_catalog_says_what_the_images_may_be_used_for(decoder: Decoder, tmp_path: Path) -> None:
-    """A test set stays one, and images that a program drew stay known as such."""
+def test_the_catalog_keeps_split_synthetic_and_test_only(decoder: Decoder, tmp_path: Path) -> None:
+    """A test set must stay a test set, and synthetic images must stay marked."""
     (tmp_path / "raw/drawn/real").mkdir(parents=True)
     (tmp_path / "raw/drawn/real/0.png").write_bytes(encode(photo(0), "PNG"))
     (tmp_path / "raw/catalog.toml").write_text(
@@ -244,7 +244,7 @@ def test_the_catalog_says_what_the_images_may_be_used_for(decoder: Decoder, tmp_
             make_pairs(folder, out, decoder)
 
 
-def test_a_source_never_leads_out_of_the_folder(
+def test_a_source_name_cannot_point_outside_the_folder(
     shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = open_shards([shots])
@@ -272,7 +272,7 @@ def test_damaged_shards_are_not_copied(shots: Path, decoder: Decoder, tmp_path: 
 
 
 @pytest.mark.slow  # loads scikit-learn or diffusers
-def test_the_command_writes_pairs_and_says_how_to_pack_them(shots: Path, tmp_path: Path) -> None:
+def test_the_command_writes_pairs_and_prints_how_to_pack_them(shots: Path, tmp_path: Path) -> None:
     decoder, out = save_plain(tmp_path / "plain"), tmp_path / "out"
     line = ["pairs", str(shots), "--decoder", str(decoder), "--out", str(out), "--device", "cpu"]
     result = CliRunner().invoke(sharding, line)
