@@ -102,8 +102,8 @@ def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, sa
         show(
             Markup(
                 '<p class="quiet">Records that this image is {}, with the verdict and the SHA-256 '
-                "of the file, in {}. Later detectors can be tested on it. Nothing leaves this "
-                "machine.</p>"
+                "of the file, in {}. Every later detector can be tested on the image. Nothing "
+                "leaves this machine.</p>"
             ).format(WORDS[label], folder)
         )
         with_image = st.checkbox("Keep a copy of the image too", key=f"copy {file.file_id}")

@@ -134,5 +134,5 @@ def test_a_decoder_without_three_channels_is_refused(tmp_path: Path) -> None:
         in_channels=1, out_channels=3, encoder_block_out_channels=(4,), num_encoder_blocks=(1,),
         decoder_block_out_channels=(4,), num_decoder_blocks=(1,),
     ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(DecoderError, match=r"has \(1, 3\) channels in and out, expected RGB"):
+    with pytest.raises(DecoderError, match=r"has \(1, 3\) channels in and out, expected \(3, 3\)"):
         load(str(tmp_path), "cpu")
