@@ -75,6 +75,12 @@ def wait_for(page: "Page", *texts: str) -> None:
         page.get_by_text(text).first.wait_for()
 
 
+def settle(page: "Page") -> None:
+    """Wait until the script of the page has run to its end after a click."""
+    page.wait_for_timeout(500)  # the click reaches the server
+    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+
+
 def probability_shown(page: "Page") -> str:
     """Return the probability shown for the only image on the page."""
     return page.locator(".verdict strong").inner_text()

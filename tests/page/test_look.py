@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from page.examples import examples
-from tests.browser import browse, file_of, in_browser, violations, wait_for, width_of
+from tests.browser import browse, file_of, in_browser, settle, violations, wait_for, width_of
 from tests.builders import encode, photo
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(
         page.locator(".rate").first.wait_for()
         page.locator(".examples img").first.wait_for()
     if state == "mistake":
-        page.get_by_role("slider").wait_for()  # the page is complete
+        settle(page)
         page.get_by_text("This verdict is wrong").click()
         page.get_by_role("button", name="Keep it").click()
         wait_for(page, "Not kept: ")  # this server may not write

@@ -15,7 +15,7 @@ from model.mistakes.keep import read_mistakes
 from model.verdict import VERDICTS
 from page import mistakes
 from page.mistakes import is_own_machine
-from tests.browser import browse, file_of, html_of, in_browser, wait_for, width_of
+from tests.browser import browse, file_of, html_of, in_browser, settle, wait_for, width_of
 from tests.builders import JPEG
 from tests.page.conftest import serving
 
@@ -165,7 +165,7 @@ def test_an_error_is_shown_in_one_line(
 def open_control(page: "Page", data: bytes) -> None:
     browse(page, file_of("mine.jpg", data))
     wait_for(page, "What the file says")
-    page.get_by_role("slider").wait_for()  # the page is complete
+    settle(page)
     page.get_by_text("This verdict is wrong").click()
     page.get_by_role("button", name="Keep it").wait_for()
 
@@ -184,8 +184,10 @@ def test_the_browser_keeps_a_mistake_with_its_image(
         page.get_by_role("button", name="Paste from the clipboard").wait_for()
         open_control(page, data)
         page.get_by_text("Keep a copy of the image too").click()
+        settle(page)
         page.get_by_role("button", name="Keep it").click()
         wait_for(page, f"Kept, with its image: {folder / sha256}.json")
+        settle(page)
         heard = page.locator(".for-readers[role=status]").text_content()
         assert heard.endswith("Kept, with its image.")
         assert width_of(page) == 390
