@@ -1,13 +1,15 @@
-"""Load images with other libraries under the augmentation policy of phase 1, for comparison with
-this project's loader.
+"""Load images with other libraries under one augmentation policy, for comparison with this
+project's loader.
 
-Each `*_images` function takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and
-the shard set `shards/bench`) and the number of workers (processes or threads), uses a library as
-its documentation shows, and yields the number of images of each batch. A `prepare_*` function
-writes the format that a library needs to the same folder; it is not timed. `BATCH` (images per
-batch) and `EPOCHS` are set by the caller, `benchmarks.contenders`. A library without augmentation
-gets torchvision's transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as
-in this project: normalization, which users of these libraries add, is not counted.
+The policy is `[augment.train]` of `recipes/phase1.toml`, the first training phase: random crop,
+flip, color jitter, resampling, JPEG, blur and grayscale. Each `*_images` function takes a folder
+that `benchmarks.loader` filled (`images/<class>/*.jpg` and the shard set `shards/bench`) and the
+number of workers (processes or threads), uses a library as its documentation shows, and yields the
+number of images of each batch. The caller, `benchmarks.contenders`, measures the time, and sets
+`BATCH` (images per batch) and `EPOCHS`. A `prepare_*` function writes the format that a library
+needs to the same folder; it is not timed. A library without augmentation gets torchvision's
+transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as in this project:
+normalization, which users of these libraries would add, is left out.
 """
 
 import io

@@ -6,9 +6,10 @@ name and either `read`, a function that returns the bytes, or `excluded`, the re
 not read (a link, an unsafe path, too large, ...). A damaged archive raises `DecodeError`; the
 members before the error are good.
 
-In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar is read from
-front to end (`is_compressed()`), and at most `WAITING_BYTES` wait in memory for their `read`. The
-`MAX_...` constants limit what a hostile archive can cost.
+In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar
+(`is_compressed()`) is read from front to end: the bytes of each member stay in memory until its
+`read` is called. At `WAITING_BYTES` of them, `members()` waits until some are read. The `MAX_...`
+constants limit the memory and the work that a hostile archive can cause.
 """
 
 import contextlib

@@ -1,11 +1,13 @@
-"""Compute the error rates that the web page shows from the `meta.json` of the detector.
+"""Compute, from the detector's `meta.json`, the error rates that the web page shows.
 
-Main entries: `rates()` takes the content of `meta.json` (a dict) and returns the `Rates` of the
-first screen: recall, false-positive rate and share of uncertain images, each from 0 to 1, with the
-number of images; None without a calibration. `ends()` takes the ROC curve of the calibration, a
-list of `Row`s (threshold, share of reals, share of fakes at or above it), and the uncertain band
-(low, high). It returns two `Ends`: the share of each verdict among real and among fake images. All
-are pure functions.
+Main entries: `rates()` takes the content of `meta.json` (a dict) and returns `Rates`, or None
+without a calibration: recall and false-positive rate, each a `Measured` (rate, and number of images
+on which it was measured), and the share of uncertain images. `ends()` takes the ROC curve of the
+calibration, a list of `Row`s (threshold, share of reals and share of fakes with a score at or above
+the threshold), and the uncertain band (low, high). It returns two `Ends`, one for real and one for
+fake images: the shares that end as no sign of AI, uncertain and likely AI. All rates and shares are
+0 to 1, and all functions are pure. `row_at()` returns the row of a threshold; `of_hundred()`
+formats a share as a count of 100.
 """
 
 from collections.abc import Mapping

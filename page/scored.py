@@ -1,10 +1,12 @@
-"""Score each uploaded image once, and keep the result in memory while the page shows the image.
+"""Score each uploaded image once, and keep the result in the memory of the browser session until
+the file is removed from the page.
 
-Main entry: `score_all()` takes the detector and the uploaded files, and returns a dict from the id
-of each file to its `Scored`: the prediction or the reason of refusal, the statements in the file
-about its origin, and small JPEGs to show. `score()` does it for the bytes of one image. Images with
-a side below `MIN_SIDE_PX` pixels are refused. `as_jpeg()` encodes a picture, `data_url()` makes a
-data: URL of it.
+Main entry: `score_all()` takes the detector and the uploaded files (Streamlit's `UploadedFile`),
+and returns a dict from the id of each file to its `Scored`: the prediction or the reason of
+refusal, the statements in the file about its origin, and small JPEGs to show. Results are stored by
+file id in `st.session_state["scored"]`, so only new files are scored. `score()` scores the bytes of
+one image. Images with a side below `MIN_SIDE_PX` pixels are refused. `as_jpeg()` encodes a picture,
+`data_url()` makes a data: URL of it.
 """
 
 import base64

@@ -1,15 +1,16 @@
 """Choose the augmentation parameters of the samples of a shard set: for training, for evaluation,
-or for a view. A view is one fixed augmentation of every image, whose features can be stored.
+or for a view. A view is a numbered choice of parameters, sampled separately for each image and the
+same each time, so that the features of the augmented images can be stored.
 
-Main entries: `train_params()`, `eval_params()` and `view_params()`. Each takes a shard set and the
-preprocessing; for training and views also the augmentation policies by name (`augment`; ranges and
-probabilities), the name of the default policy, the seed, and the epoch or the number of the view.
-Each returns a function (`ParamsFor`: an `EvalParams` or `TrainParams`). This function takes int64
-(B,) row numbers and how many times each appeared before in the epoch, and returns an
-`AugmentBatch`. View 0 is the center crop of evaluation.
+Main entries: `eval_params()` takes a shard set and the preprocessing. `train_params()` and
+`view_params()` also take `augment` (policy name -> ranges and probabilities), the name of the
+default policy, the seed, and the number of the epoch or of the view. View 0 is the center crop of
+evaluation. Each returns a callable object, an `EvalParams` or a `TrainParams` (type `ParamsFor`).
+Called with row numbers and with how many times each appeared before in the epoch, both int64 (B,),
+it returns an `AugmentBatch`: the crop, flip, colors, ... of each of the B images, as columns.
 
-`policies_of()` returns the policy of each source. `LoadError` is raised if the index of the shard
-set names a policy that `augment` does not have.
+`policies_of()` returns the policy of each source. It, `train_params()` and `view_params()` raise
+`LoadError` if the index of the shard set names a policy that `augment` does not have.
 """
 
 from collections.abc import Callable, Mapping

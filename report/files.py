@@ -1,6 +1,6 @@
 """Write the files of an evaluation report: `report.json`, CSV tables and an HTML page.
 
-Main entry: `write_report()` takes the report (a dict, the content of `report.json`), the file
+Main entry: `write_report()` takes the report (a dict, the content of `report.json`), the path of
 `scores.parquet`, the folder of shard sets (packed images) `data` (for pictures of mistakes) and the
 folder to write to (`out`). It returns the paths of the written files. A set that is missing or has
 changed gets no pictures.

@@ -2,10 +2,10 @@
 table of samples.
 
 Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
-`ShardSet`, in which a sample is a row number. `read_index(folder)` returns the `index.json` of one
-set as a dict. Both raise `ShardError` for a missing or damaged set. `join_sets()` concatenates
-`ShardSet`s. The columns of a `ShardSet` are in `SAMPLES_SCHEMA`. A set is a folder with these
-files:
+`ShardSet`, whose samples are addressed by row number. `read_index(folder)` returns the `index.json`
+of one set as a dict. Both raise `ShardError` for a missing or damaged set. `join_sets()`
+concatenates `ShardSet`s. The columns of a `ShardSet` are in `SAMPLES_SCHEMA`. A set is a folder
+with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader

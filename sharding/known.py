@@ -1,10 +1,12 @@
-"""List the sources of a catalog: whether they are on disk and packed, and all facts about each.
+"""List the sources (image data sets) of a catalog: whether each is on disk, whether each is packed
+into shard sets, and what the catalog says about it.
 
-Main entries: `rows_of(catalog, raw, packed)` takes a `Catalog`, the raw folder, and for each source
-texts about the sets that contain its images; it returns one row of texts per source, with the
-headings `COLUMNS`. `facts_of(name, catalog)` returns all facts about one source as lines of text,
-or raises `CatalogError` for an unknown name. `sets_of(source)` lists the sets that a source's
-images may go to.
+Main entries: `rows_of(catalog, raw, packed)` takes a `Catalog`, the folder `raw` of the unpacked
+sources, and `packed`, a dict from the name of a source to a list of texts, one per shard set with
+images of this source (such as "val 1,200"). It returns one row of texts per source, with the
+headings `COLUMNS`. `facts_of(name, catalog)` returns what the catalog says about one source as
+lines of text (page, license, size, ...), or raises `CatalogError` for an unknown name.
+`sets_of(source)` lists the sets that a source's images may go to.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,13 @@
-"""Print the results of builds, pairs and audits as tables and lines in a terminal.
+"""Print the results of the commands that build, pair and audit shard sets (images packed in tars)
+as tables and lines in a terminal.
 
-Main entries: four functions, each for one command of `sharding/__main__.py`. They take the
-command's result, print to standard output and return nothing. `say_what_was_built()` is for a
-build, `say_what_is_missing()` for a build that found no image, `say_what_was_paired()` for pairs of
-real and fake images, and `say_what_was_audited()` for an audit of metadata.
+Main entries: four functions, called by `sharding/__main__.py`. They print to standard output and
+return nothing. `say_what_was_built()` takes the built sets, the `SourceScan` (what was found of
+each source) and the output folder. `say_what_is_missing()` takes the catalog, the `SourceScan` and
+the searched folder `raw`; it is for a build that found no image. `say_what_was_paired()` takes the
+`Pairs` of real and fake images and their folder. `say_what_was_audited()` takes a set's name, its
+`Audit` (how well metadata alone separate real from fake images, as AUROC), and the `Match` (a
+subset balanced by metadata), if one was made.
 """
 
 import console

@@ -1,16 +1,21 @@
-"""Compute the features of a frozen backbone that a training run lacks, and switch the run from
-images to stored features.
+"""Compute, with the frozen backbone of a training run, the features that are not stored yet, and
+switch the run from images to stored features. Features are written to the folder `features.store`
+of the recipe.
 
 Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the state with the
-network. It computes missing features and returns the plan with a `FeatureLoader`, or unchanged if
-the recipe stores no features. `embed_part(recipe, data, runs, init_from, names, rank, world_size)`
-does the computation for `python -m model embed`, as one of several independent tasks, and returns
-the number of images. Both raise `FeatureError` or `LoadError`.
+network. It computes the missing features and returns the plan with a `FeatureLoader`, or the plan
+unchanged if the recipe stores no features. `embed_part()` (for `python -m model embed`) takes a
+recipe, the folder of shard sets `data`, the folder of runs `runs`, the first weights of the network
+`init_from` (a path, or None for those of the recipe) and `names`, further shard sets below `data`
+of which only view 0 is computed. Task `rank` of `world_size` independent tasks computes every
+`world_size`-th shard. It returns the number of images that this task computed; an image counts once
+per view. Both raise `FeatureError` or `LoadError`; `embed_part()` also raises `ValueError` if the
+run cannot be planned.
 
-`source_of()` and `source_of_checkpoint()` return the place of the features of a recipe or
-checkpoint. `views_of()` returns the numbers of the stored views: 0 is the center crop, v >= 1 the
-augmentation of epoch v - 1. `embed_run()` and `embed_sets()` compute the features of a whole run,
-and of some sets.
+`views_of()` returns the numbers of the stored views that training reads: 0 is the center crop,
+v >= 1 the augmentation of epoch v - 1. `source_of()` and `source_of_checkpoint()` return the
+`FeatureSource` (folder, backbone, augmentation) of a run or a checkpoint. `embed_run()` computes
+all features of a run, and `embed_sets()` one view of some sets.
 """
 
 from collections.abc import Mapping, Sequence

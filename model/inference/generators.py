@@ -1,8 +1,9 @@
 """Recognize image generators by the names and settings that they write into the metadata of files.
 
-Main entries: `is_named(field, text)` takes a metadata field and its text and returns whether it
-names a generator; `is_signature()` is for text that is only such a name. `settings_in(text)`,
-`settings_of(value)` (for parsed JSON) and `settings_across(texts)` (for one text per setting)
+Main entries: `is_named(field, text)` takes the name of a metadata field and its text, and returns
+whether they name a generator. `is_signature(text)` returns whether a text is a generator's name and
+nothing else but a version or "made with". `settings_in(text)`, `settings_of(value)` (for parsed
+JSON) and `settings_across(texts)` (for metadata with each setting in its own field: field -> text)
 return program and prompt, such as "ComfyUI: a dog", or "" if there are no settings. The patterns
 were read in the source code of the generators where it is public:
 

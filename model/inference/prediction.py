@@ -1,11 +1,12 @@
-"""Define the base class of all detectors, and the helpers without torch that read images, score
-them in batches and return predictions.
+"""Define the base class of all detectors, and helpers without torch that read images, group them
+in batches for a detector to score, and make predictions from the scores.
 
-Main entry: `AnyDetector.predict(images)` (see `docs/python.md`) takes one image or many: paths,
-bytes, Pillow images, arrays or `ImageFile` (the type `Picture`). It returns a `Prediction` (name,
-probability of fake, verdict, error) or a list of them; an unreadable image gives an `error`, and a
-wrong type raises `TypeError`. `DecisionRule` has the threshold, the band and the verdict of a
-detector.
+Main entry: `AnyDetector.predict(images)` (see `docs/python.md`) takes one image or many, of the
+type `Picture`: paths, bytes, Pillow images, uint8 arrays or `ImageFile` (a name and a function that
+reads the bytes). It returns a `Prediction` (name, probability of fake, verdict, error) or a list of
+them; an unreadable image gives an `error`, and a wrong type raises `TypeError`. Subclasses define
+`stream()`, which computes the scores. `DecisionRule` has the threshold, the band and the verdict of
+a detector.
 
 `as_source()` and `as_file()` turn a `Picture` into a named file or decoded `Pixels` (a `Source`),
 `pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` checks a requested threshold.

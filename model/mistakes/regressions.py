@@ -1,12 +1,16 @@
-"""Score recorded mistakes again with a detector: which are fixed, still wrong or newly wrong.
+"""Score recorded mistakes again with a detector, and find out which are fixed, still wrong or newly
+wrong.
 
 Main entry: `measure_again(folder, mistakes, detector, images)` takes the folder of the records, a
-list of `Mistake`, a loaded detector, and an optional folder with the images of which the records
-have no copy. It returns a `Regression` per mistake (earlier and new `Verdict`, and one of
-`OUTCOMES`), the worst outcome first; it writes nothing. `advance` is called after each image, and
-`lacking` is the reason for an image that is missing. `record(folder, rows)` adds the new verdicts
-to the records. `find_files()` returns the file of each mistake by hash. `counts_of()` counts the
-outcomes, and `report_of()` returns the result as JSON values.
+list of `Mistake`, a loaded detector, and optionally a folder `images`, in which it looks for images
+that were not copied into the records. It returns one `Regression` per mistake (earlier and new
+`Verdict`, and one of `OUTCOMES`), the worst outcome first; it writes nothing. A mistake whose image
+is not found or unreadable has the outcome "not measurable" and a `reason`. The text `lacking` is
+this reason if no copy was kept and `images` is not given. `advance` is called after each image.
+
+`record(folder, rows)` adds the new verdicts to the records. `find_files()` returns the file of each
+mistake by hash. `counts_of()` counts the outcomes, and `report_of()` returns the result as JSON
+values.
 """
 
 import hashlib

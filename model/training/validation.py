@@ -1,15 +1,21 @@
-"""Score the validation sets during training, to choose the best checkpoint, and calibrate it.
+"""Score the validation sets during training, to choose the best checkpoint, and calibrate a
+checkpoint.
 
-Main entries: `validate(train_state, sets, preprocess, loading, features)` takes the state of
-training and name -> `ShardSet`, and returns a `Validation`: metrics per set and source, and
-`selection`, the figure (mean accuracy) by which the best checkpoint is chosen.
-`calibrate_checkpoint(checkpoint, folders, loading, device)` scores the validation sets `folders`
-with a checkpoint, fits a `Calibration`, stores it in `meta.json` and returns it; it raises
-`CalibrationError` if none fits. `rule` is the rule for thresholds, `features` the source of stored
-features to score instead of images, and `fitted` a calibration that exists already. `Gain` counts
-validations since the last improvement. `remembered()` reads a `Validation` from a JSON file, or
-computes and writes it; `read_validation()` only reads it, and raises `ValueError` for a damaged
-file.
+Main entries: `validate(train_state, sets, preprocess, loading)` takes the state of training, a dict
+from name to `ShardSet`, the preprocessing, and `loading` (batch size and workers). It returns a
+`Validation`: metrics per set and per source, and `selection`, by which the best checkpoint is
+chosen: the mean over the sets of the balanced accuracy (the accuracy if a set has one class only).
+`calibrate_checkpoint(checkpoint, folders, loading, device)` scores the validation sets in `folders`
+with a checkpoint, fits one `Calibration` to all of them by `rule` (the rule for the threshold),
+stores it in the checkpoint's `meta.json` and returns it. It raises `CalibrationError` if none fits
+or a set is no validation set. With `fitted`, a calibration and the index hashes of its sets, this
+calibration is stored and none is fitted. `dist` is the rank of this process among those that share
+the scoring; rank 0 writes. In both functions, `features` is the source of stored features; with it,
+they are scored instead of images.
+
+`Gain` has the highest `selection` so far and counts validations since then. `remembered()` reads a
+`Validation` from a JSON file, or computes and writes it. `read_validation()` only reads it. Both
+raise `ValueError` for a damaged file.
 """
 
 import json

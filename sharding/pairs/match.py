@@ -1,10 +1,16 @@
 """Encode the fake image of a pair like the file of its real partner, so that only pixels differ.
 
-Main entry: `encode_like(upright, partner, pixels, facts)` takes the pixels of the fake image, uint8
-(height, width, 3) RGB, and the partner's file as bytes, its pixels and its `Facts` (format,
-quality, ...). It returns the bytes of a file with the partner's format, quality, chroma, gray,
-alpha and metadata. It decodes the file again and raises `NoPair` if the facts differ.
-`refuse_partner(data, facts)` raises `NoPair` before the work if such a file cannot be written.
+Main entry: `encode_like(upright, partner, pixels, facts)` takes `upright`, the pixels of the fake
+image, and three things of the real partner: `partner`, the bytes of the file; `pixels`, the decoded
+pixels; and `facts`, its `Facts` (format, size, JPEG quality, EXIF orientation, ...). All pixels are
+uint8 (height, width, 3) RGB and upright, that is, already turned by the EXIF orientation. If all
+pixels of the partner are gray, the fake image becomes gray too. The function returns the bytes of a
+JPEG, PNG or WebP with the partner's quality, chroma subsampling, orientation, alpha and metadata.
+It decodes the new file and raises `NoPair` if the facts of the new file differ from `facts`.
+
+`refuse_partner(data, facts)` takes the partner's bytes and facts, and raises `NoPair` if no such
+file can be written; it is called before the fake image is made. `CHROMA_NAMES` has Pillow's names
+of chroma subsamplings.
 """
 
 import contextlib
