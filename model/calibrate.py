@@ -1,15 +1,18 @@
-"""Fit a temperature, decision thresholds and an uncertain band to the scores of a validation set.
+"""Fit a temperature, decision thresholds and an uncertain band (the scores whose verdict is
+"uncertain") to the scores of a validation set.
 
 Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes labels (0 real, 1
-fake) and logits of fake minus real, each (N,); `calibrate_sources()` takes such arrays per image
-source, and the highest error rates (`Calibrating`); `calibrate_by()` calls one of both, by a
-rule. All return a `Calibration`, whose `entries()` are stored in a checkpoint's `meta.json`. They
-raise `CalibrationError`, for example with fewer than `FEWEST` images of a class.
-`check_validation_sets()` raises it for sets of another split than `val`: error rates on the images
-that a threshold was fitted to are too optimistic.
+fake), logits of fake minus real, each (N,), and the rule for the decision threshold (`ThresholdAt`,
+such as `fpr5`, 5 % false positives). `calibrate_sources(scores, calibrating, origin)` takes a dict,
+source -> (labels, logits), the highest error rates that the ends of the band may have
+(`Calibrating`), and a text that says how the scores were made. `calibrate_by(rule, ...)` calls the
+first if `rule` is a `ThresholdAt`, the second if it is a `Calibrating`. All return a `Calibration`,
+whose `entries()` `calibrate_checkpoint()` stores in a checkpoint's `meta.json`. They raise
+`CalibrationError`, for example with fewer than `FEWEST` images of a class.
+`check_validation_sets()` raises it if a set is not of the split `val`: a threshold fitted to test
+images would make their error rates look too good.
 
-`ThresholdAt` names the rule for the decision threshold (such as `fpr5`, 5 % false positives), and
-`Over` whether error rates are taken over all images, most sources or the worst source.
+`Over` says whether error rates are taken over all images, most sources or the worst source.
 `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the allowed temperatures, the tabulated error rates
 and the points of the ROC curve. The other functions compute single parts of the result.
 """

@@ -6,13 +6,14 @@ of its own entries (fields: `model/layout/meta.py`). A changed file is refused. 
 checkpoints `step_` plus at least seven digits. A shipped detector contains only the head's weights;
 the entry `backbone` of its meta names the file of the others (`model/shipped/backbone.py`).
 
-Main entries: `save(folder, net, recipe, record, state)` writes a checkpoint; `load_network(folder)`
-returns its network (CPU, evaluation mode), `Preprocess` and meta; `find(runs, named)` returns the
-folder of the checkpoint that the user means. Errors: `CheckpointError` and its subclasses
-`DamagedError` and `NoCheckpointError`. A `Record` is what training notes in the meta. `seal()`
-writes the meta of new files, `annotate()` changes entries. `check()` and `verify()` raise if the
-weights do not fit or a file has changed. `best_of()` and `best_among()` return the best checkpoint
-of a run and of a list.
+Main entries: `save(folder, net, recipe, record, state)` writes a checkpoint (`record`: what
+training notes in the meta; `state`: dict for `state.pt` or None). `load_network(folder)` returns
+its network (CPU, evaluation mode), `Preprocess` and meta. `find(runs, named)` returns the folder of
+a checkpoint: `named` itself, the best of the run `named`, the shipped detector `named`, or without
+`named` the best of the newest run below `runs`. Errors: `CheckpointError` and its subclasses
+`DamagedError` and `NoCheckpointError`. `seal()` writes the meta of new files, `annotate()` changes
+entries. `check()` and `verify()` raise if the weights do not fit or a file has changed. `best_of()`
+and `best_among()` return the best checkpoint of a run and of a list.
 """
 
 import contextlib

@@ -1,14 +1,14 @@
 """Compute the metrics of a group of images from their labels and probabilities.
 
-Main entry: `measure(labels, probabilities, threshold)` takes labels (N,), 0 real and 1 fake, and
-probabilities of fake (N,), and returns `Metrics`: counts, accuracy, recall, false-positive rate,
-AUROC, ECE and others. A metric that needs both classes is None where one is missing; accuracy is
-then the accuracy on one class (EvalGEN has no real images, so its accuracy is recall).
-`measure_sources()` returns the `Metrics` of each image source by name. `what_is_missing()` returns
-a sentence for the reader if a class is missing. The other functions compute one metric each:
-`roc()` returns the corners of the ROC curve as counts, which `tpr_at_fpr()` and
-`equal_error_rate()` take; `given_to_truth()` returns the probability of each image's true class.
-Confidence intervals are in `model/evaluation/bootstrap.py`.
+Main entry: `measure(labels, probabilities, threshold)` takes labels (N,), 0 real and 1 fake,
+probabilities of fake (N,), and the probability from which an image counts as fake. It returns
+`Metrics`: counts, accuracy, recall, false-positive rate, AUROC, ECE and others. A metric that needs
+both classes is None where one is missing; accuracy is then the accuracy on one class.
+`measure_sources()` also takes each image's source name and returns a dict, source -> `Metrics`.
+`what_is_missing()` returns a sentence for the reader if a class is missing. The other functions
+compute one metric each: `roc()` returns the corners of the ROC curve as counts, which
+`tpr_at_fpr()` and `equal_error_rate()` take; `given_to_truth()` returns the probability of each
+image's true class. Confidence intervals are in `model/evaluation/bootstrap.py`.
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,9 @@ Main entry: `build(network, pretrained, empty)` takes the recipe's `Network` set
 `Detector` on the CPU. The weights are timm's if `pretrained`, uninitialized if `empty` (to be
 loaded next), else random. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns
 float logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies
-the head to it. `load_weights(net, weights, where)` fills a `Detector` with tensors by timm's names;
-`load_backbone_file()` fills it from an ImageNet `.safetensors` file, without its classifier. Wrong
-names or shapes raise `NetworkError`.
+the head to it. `load_weights(net, weights, where)` fills a `Detector` with tensors by timm's names
+(`where` names their file in an error); `load_backbone_file()` fills it from an ImageNet
+`.safetensors` file, without its classifier. Wrong names or shapes raise `NetworkError`.
 
 The functions `check_...()` raise `NetworkError` before any work starts: if the network does not
 accept the image size, if a weights file does not match (only its header is read), or if the Hub

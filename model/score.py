@@ -1,13 +1,15 @@
 """Score images with a network: take batches of images or stored features, and return one logit
 each.
 
-Main entries: `score_set(net, loader, dtype)` scores every sample of the loader's shard set once,
-divided over the ranks, and returns `Scores`: row numbers, labels (0 real, 1 fake) and float32
-logits of fake minus real, before any temperature, and the reasons of failures. `dist` are the
-ranks; `on_images` reports progress. It raises `ScoreError` for a score that is not finite.
-`score()` returns the `Scores` of an iterable of batches, without this check. `score_batches()`
-yields each batch with its logits. `logits_of()` computes one batch, `probability()` converts logits
-to probabilities of fake, and `join_ranks()` merges the `Scores` of all ranks.
+Main entries: `score_set(net, loader, dtype, on_images, dist)` takes a network, a loader of batches,
+the dtype of mixed precision, a function that is called with the number of images of each batch, and
+this process's rank (`DistEnv`). It scores every sample of the loader's shard set once, divided over
+the ranks, and returns `Scores` of all: row numbers, labels (0 real, 1 fake) and float32 logits of
+fake minus real, before any temperature, and the reasons of failures. It raises `ScoreError` for a
+score that is not finite. `score()` returns the `Scores` of an iterable of batches, without this
+check. `score_batches()` yields each batch with its logits. `logits_of()` computes one batch,
+`probability()` converts logits to probabilities of fake, and `join_ranks()` merges the `Scores` of
+all ranks.
 
 `in_parts()` regroups images into parts of `AT_A_TIME`, `autocast()` returns a context for mixed
 precision, and `evaluating()` sets a network to evaluation mode for a `with` block.

@@ -1,13 +1,13 @@
 """Compute the features of a frozen backbone for the images of a shard set (packed images), and
 write them to a feature store (`model/features/store.py`).
 
-Main entry: `embed(embedder, shards, source, number)` takes an `Embedder` (network, device,
-precision, loading), a shard set, the place of the store (`FeatureSource`) and the number of the
-view: 0 is the center crop, v >= 1 the augmentation of one epoch. It writes the missing Arrow files,
-one per shard, and returns the number of images computed on this rank (`on_images` reports
-progress). It raises `FeatureError` for features that are not finite, and `LoadError` if too many
-images cannot be decoded. A shard is written when it is complete, so an interrupted run resumes
-there.
+Main entry: `embed(embedder, shards, source, number, on_images)` takes an `Embedder` (network,
+device, precision, loading), a shard set, the place of the store (`FeatureSource`), the number of
+the view (0 is the center crop, v >= 1 the augmentation of epoch v - 1) and a function that is
+called with the number of images done since its last call. It writes the missing Arrow files, one
+per shard, and returns the number of images computed on this rank. It raises `FeatureError` for
+features that are not finite, and `LoadError` if too many images cannot be decoded. A shard is
+written when it is complete, so an interrupted run resumes there.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,13 @@
 """Load batches of stored features in place of images, with the same order, labels and padding.
 
-Main entries: `FeatureLoader(shards, source, loading, device, ...)` takes a shard set (packed
-images) and a `FeatureSource` (folder of the store, identity of the backbone, augmentation); its
-`batches(epoch, params_for)` yields `Batch` objects, in which `images` has float16 features (B, D).
-It raises `FeatureError` if features are missing or damaged. `open_scored()` opens a loader for
-evaluation and returns it: a `FeatureLoader` if it is given `features`, else a loader of images.
+Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` takes a shard set
+(packed images), a `FeatureSource` (folder of the store, identity of the backbone, augmentation),
+`Loading` (batch size per rank and more), the device and this process's rank. Its `batches(epoch,
+params_for)` takes the order of the samples (`Epoch`) and a `TrainParams` or `EvalParams`, which
+selects the stored view; it yields `Batch` objects, in which `images` has float16 features (B, D).
+It raises `FeatureError` if features are missing or damaged. `open_scored(..., features)` returns a
+loader for evaluation: a `FeatureLoader` if `features`, a `FeatureSource`, is given, else a loader
+of images.
 """
 
 from collections.abc import Iterator

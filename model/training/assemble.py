@@ -1,11 +1,11 @@
 """Build the objects of a planned training run: the network with its first weights, optimizer,
 gradient scaler, and the moving average of the weights and the teacher if the recipe uses them.
 
-Main entry: `assemble(plan)` takes a `RunPlan` and returns a `TrainState` on the run's device,
-restored from the checkpoint if the run is resumed. It seeds torch and raises `NetworkError` if
-timm's weights cannot be fetched. `compile_network(plan, train_state)` returns the module that the
-training loop calls: the network in `DistributedDataParallel` on several ranks, and compiled if the
-plan says so.
+Main entry: `assemble(plan)` takes a `RunPlan` (made by `plan()` in `plan.py`) and returns a
+`TrainState` (these objects) on the run's device, restored from the checkpoint if the run is
+resumed. It seeds torch and raises `NetworkError` if timm's weights cannot be fetched.
+`compile_network(plan, train_state)` returns the torch module that the training loop calls: the
+network in `DistributedDataParallel` on several ranks, and compiled if the plan says so.
 """
 
 from typing import cast

@@ -1,12 +1,13 @@
 """Measure forgetting: compare the accuracy on each image source before and after training that
 started from a trained detector, and give the reasons to refuse a checkpoint that lost too much.
 
-Main entries, pure functions: `changes(before, after, new)` takes `Metrics` by `set/source` and the
-names of the sources that are new training data, and returns a `Change` (both accuracies) for each.
-`forgetting(rows)` returns the mean loss of accuracy over the old sources, 0 to 1.
-`refusals(gate, rows, sets)` takes the limits of the recipe and returns the reasons for refusing the
-checkpoint, a list of sentences; empty if it passes. `accuracy_of()` is the balanced accuracy, or
-with one class the accuracy.
+Main entries, pure functions: `changes(before, after, new)` takes two dicts, "set/source" ->
+`Metrics`, and the names of the sources that are new training data. It returns a list with a
+`Change` (accuracy before and after, old or new) per source. `forgetting(rows)` takes this list and
+returns the mean loss of accuracy over the old sources, 0 to 1. `refusals(gate, rows, sets)` takes
+the limits of the recipe, this list and set -> `Metrics` after training. It returns the reasons for
+refusing the checkpoint, a list of sentences; empty if it passes. `accuracy_of()` is the balanced
+accuracy, or with one class the accuracy.
 """
 
 from collections.abc import Mapping

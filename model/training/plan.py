@@ -1,11 +1,11 @@
 """Plan a training run: decide, open and check everything before anything is built or written.
 
 Main entry: `plan(recipe, data, runs, init_from, device, dist)` takes a `Recipe`, the folder of the
-shard sets (packed images), the folder of all runs and optional first weights. It returns a
-`RunPlan`: the checkpoint to resume from, number of steps, first weights, batches, validation sets,
-device and precision. It raises `ValueError` for any error in the recipe, data, checkpoint or
-weights. `model/training/assemble.py` builds the objects of a plan, and `model/training/run.py` runs
-it.
+shard sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
+`.safetensors` file; None: the recipe's), a device name (`auto`, `cpu`, `cuda:N`) and this process's
+rank (`DistEnv`). It returns a `RunPlan`: the checkpoint to resume from, number of steps, first
+weights, batches, validation sets, device and precision. It raises `ValueError` for any error in the
+input. `assemble.py` builds the objects of a plan, and `run.py` runs it.
 
 `Weights` is the source of a network's first weights. `Best` is the best checkpoint so far, and
 `better()` returns the better of two. `BASELINE_FILE` has the metrics before the first step.

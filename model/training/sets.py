@@ -1,11 +1,13 @@
 """Open the shard sets (packed images) of a training run, and check that they fit the recipe.
 
-Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe` and the folder of
-all sets and returns the `Stream` of training batches of this rank. `open_validation(recipe, data)`
-returns the validation sets, name -> `ShardSet`. `check_sets()` raises an error if the sets do not
-fill a batch, lack a source that the recipe names or have one class only; `check_apart()` if a
-validation set shares images with the training sets. The errors are `ValueError` and its subclasses
-`ShardError`, `LoadError` and `OrderError`.
+Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe`, the folder of all
+sets, the device for the batches and this process's rank (`DistEnv`; None: one process). It returns
+the `Stream` of this rank's training batches. `open_validation(recipe, data)` returns the validation
+sets, name -> `ShardSet`. The caller then calls two checks, which return nothing: `check_sets()`
+raises an error if an epoch has too few samples for one batch (over all ranks), a source that the
+recipe names is missing or all samples are of one class; `check_apart()` if a validation set shares
+images with the training sets. The errors are `ValueError` and its subclasses `ShardError`,
+`LoadError` and `OrderError`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,8 +14,8 @@ the scoring; rank 0 writes. In both functions, `features` is the source of store
 they are scored instead of images.
 
 `Gain` has the highest `selection` so far and counts validations since then. `remembered()` reads a
-`Validation` from a JSON file, or computes and writes it. `read_validation()` only reads it. Both
-raise `ValueError` for a damaged file.
+`Validation` from the JSON file `path`, or computes it with `find` and, if `first` (this is rank 0),
+writes it. `read_validation()` only reads it. Both raise `ValueError` for a damaged file.
 """
 
 import json
