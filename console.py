@@ -5,9 +5,10 @@ Packages return values and raise errors. Only commands print, and they print thr
 Main entries: `Command` and `Group` are click classes that print a `ValueError` or `OSError` as one
 line and exit with code 1. `options("data", "runs")` is a decorator that adds shared options
 (`OPTIONS`) to a command, and `listen()` adds --host and --port. `say(text)` prints a result to
-standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows)` prints a
-table. `progress(label, total)` shows a bar on standard error and yields the function that advances
-it. `log` is the logger. `LocalPath`, `AnyAddress`, `FiniteRange` and `Device` are types of options.
+standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows, drop)` prints
+a table, without the columns `drop` where the terminal is too narrow. `progress(label, total)` shows
+a bar on standard error (total None: unknown) and yields the function that adds to its count. `log`
+is the logger. `LocalPath`, `AnyAddress`, `FiniteRange` and `Device` are types of options.
 `plain_errors()` is the context manager that both classes use for errors.
 """
 

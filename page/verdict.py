@@ -1,9 +1,9 @@
 """Make the HTML cards for one image: its verdict, and the statements in its file about its origin.
 
 Main entries, which return HTML as `Markup`: `verdict_html()` takes the detector, the result
-(`Scored`), the verdict (`said`) and the HTML heading level, and shows the probability on a scale
-(`scale_html()`). `evidence_html()` takes the statements (such as EXIF or C2PA) and shows them as a
-list. `refused_html()` takes the results of refused files and lists the reasons.
+(`Scored`), the verdict (`said`) and the HTML heading level (`level`), and shows the probability on
+a scale (`scale_html()`). `evidence_html()` takes the statements (such as EXIF or C2PA) and shows
+them as a list. `refused_html()` takes the results of refused files and lists the reasons.
 """
 
 from collections.abc import Sequence

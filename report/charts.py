@@ -3,9 +3,10 @@
 Main entries, which return `Markup`: `roc_chart()` and `reliability_chart()` take labels (N,), 1 for
 fake, and probabilities of fake (N,); `histogram_chart()` takes the probabilities of reals and of
 fakes and the uncertain band (low, high); `robustness_chart()` takes lines of rates against the
-amount of a perturbation. Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK` ...),
-which are then replaced by CSS variables of the page. Charts contain no text from users; the page
-shows such text, because the page escapes it.
+amount of a perturbation: (class, dash pattern, x values, rates). Its `falling` reverses the x axis,
+and `doubling` makes it logarithmic. Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK`
+...), which are then replaced by CSS variables of the page. Charts contain no text from users; the
+page shows such text, because the page escapes it.
 """
 
 import io

@@ -1,12 +1,13 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
 Main entries: `read_runs()` takes report folders or report files, and returns a `Run` for each (its
-name, its scores and its speed), reduced to the images that all runs scored, and the numbers of
-images left out. It raises ValueError if the images differ without `intersect`.
-`print_side_by_side()` and `write_comparison()` take the figures that
-`model.evaluation.side_by_side` computes from these runs (set name -> figures of each run), and
-print a table per set, or write the three files to `out` and return their paths.
-`stability_sentence()` describes in words how similarly the sources rank the runs.
+name, its scores and its speed), reduced to the images that all runs scored, and how many images of
+each run were left out. It raises ValueError if a path has no scores, or if the images differ and
+`intersect` is false. `print_side_by_side(sets)` and `write_comparison(sets, runs, out)` take the
+dict that `model.evaluation.side_by_side` computes from these runs (set name -> figures of each
+run). The first prints a table per set; the second writes the three files to `out` (`runs`: the
+paths of the runs, to record) and returns their paths. `stability_sentence()` says in words whether
+the runs have the same order of quality on each image source.
 """
 
 import json

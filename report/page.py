@@ -2,8 +2,8 @@
 
 Main entry: `write_page()` takes the report (content of `report.json`), the scores of all images,
 the shard sets with the pictures of mistakes (set name -> `ShardSet`), the folder to write to, and
-the command line to show. It writes the CSV tables too, and returns the paths of all files.
-`render()` returns the page as HTML text, `rendered()` fills a template of this folder.
+the command line to show on the page. It writes the CSV tables too, and returns the paths of all
+files. `render()` returns the page as HTML text, `rendered()` fills a template of this folder.
 
 An `Estimate` is a figure with its 95 % interval; `Rates` are the recall and the false-positive rate
 of a set, which are always shown together. `mistakes_of()` returns the worst mistakes of each set.

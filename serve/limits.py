@@ -1,9 +1,10 @@
 """Define the limits of the HTTP API and the error of a refused request.
 
-Main entries: `Limits`, a frozen dataclass of numbers with defaults: bytes, files and seconds of one
-request, images and bytes of all waiting requests, images per batch, and whether URLs are fetched.
-`Refused` is an exception with an HTTP status, one sentence for the client, and the seconds after
-which to try again (0: never). `MB` is 2**20 bytes.
+Main entries: `Limits`, a frozen dataclass with defaults: `max_bytes`, `max_files` and `timeout_s`
+of one request; `queue` (images) and `held_bytes` of all requests together; images per batch; and
+whether URLs of public and of private hosts are fetched. `Refused` is an exception with an HTTP
+status, one sentence for the client (`detail`), and the seconds after which to try again
+(`retry_after`; 0: trying again cannot help). `MB` is 2**20 bytes.
 """
 
 from dataclasses import dataclass

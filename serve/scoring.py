@@ -3,8 +3,8 @@
 Main entry: `Scorer` takes a detector, the `Limits` of the server and the `Metrics` to update. Its
 `submit()` takes the `ImageFile`s of one request and returns a `Job` for each; `Job.done` is a
 future of the image's row, a dict with the columns of `predict.py` (path, probability, verdict,
-error ...). It raises `Refused` (status 429) if the queue has no room for all of them. `close()`
-stops the threads.
+error ...). It raises `Refused` (status 429) if the queue has no room for all of them. A future is
+cancelled if its request has ended. `close()` stops the threads.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
 """Give a third-party detector the interface of this project's detectors: this project decodes the
 images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector`, made from a `Judge` and a dict `meta`. A `Judge` is an object with
-`prepare()`, which converts an upright RGB Pillow image to the detector's input, and `score()`,
-which converts a list of such inputs to probabilities of AI-generated, float64 (B,). `meta` has the
-name, hash, threshold and temperature (`meta_of()` makes it without calibration).
-`model/adapters/open.py` opens a detector by name.
+Main entry: `OtherDetector`, made from the requested name (`checkpoint`), a `Judge`, a dict `meta`,
+a band that replaces the one of `meta` (`asked`, or None) and a text for the log (`reason`). A
+`Judge` is an object with `prepare()`, which converts an upright RGB Pillow image to the detector's
+input, and `score()`, which converts a list of such inputs to probabilities of AI-generated, float64
+(B,). `meta` has the name, hash, threshold and temperature (`meta_of()` makes it without
+calibration). `model/adapters/open.py` opens a detector by name.
 
 `predict()`, inherited from `AnyDetector`, takes an image (file, bytes, Pillow image or array) or
 several, and returns a `Prediction` (name, probability from 0 to 1, verdict) or a list of them.

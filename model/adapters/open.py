@@ -1,10 +1,17 @@
 """Open any detector by its name: a checkpoint, an ONNX file or a third-party detector.
 
-Main entry: `load_any(name, checkpoint, opening, ...)` takes the value of `--detector`
-(`hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py`, `FILE.onnx` or a checkpoint) or of `--checkpoint`,
-and an `Opening` (further options for third-party detectors). With neither name it opens the newest
-run or else the shipped detector. It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`,
-all with `predict()` and `stream()`, and raises `DetectorError` for options that do not fit.
+Main entry: `load_any(name, checkpoint, opening, device, backend, threshold, heatmap)` takes the
+value of `--detector` (`hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py` with a function `predict`,
+`FILE.onnx` or a checkpoint) or of `--checkpoint`, and an `Opening`: whether a Python file may run,
+the labels that mean AI-generated, and the folder of runs and calibrations. With neither name it
+opens the newest run or else the shipped detector. `threshold` (0 to 1) replaces that of the
+detector. `backend` (`pil`, `dali` or `auto`) decodes the images; `dali` and `heatmap` (heatmaps are
+wanted) need a checkpoint.
+
+It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. Their `predict()` takes one image
+or several and returns a `Prediction` (name, probability, verdict, error) or a list; `stream()`
+yields them. It raises `DetectorError` if both names are given, an option does not fit the kind or
+the detector cannot be used, and `ValueError` or `OSError` like `load_detector()`.
 
 `kind_of()` returns the kind of detector that a name means. `as_checkpoint()` returns the path if
 the names mean a checkpoint, else None. `open_other()` opens the other kinds. Slow imports (torch,

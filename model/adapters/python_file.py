@@ -1,10 +1,11 @@
 """Use the function `predict(images: list[PIL.Image.Image]) -> list[float]` of a Python file as a
 detector.
 
-Main entry: `open_file(path, trust, threshold)` runs the file, which is refused unless `trust` is
-true, and returns an `OtherDetector`. It raises `DetectorError` if the file is missing or fails, or
-has no such function. `FileJudge` calls the function and checks that it returns one number per
-image: the probability of AI-generated, 0 to 1, or NaN.
+Main entry: `open_file(path, trust, threshold)` runs the file and returns an `OtherDetector`.
+`threshold` (0 to 1) replaces 0.5 or the threshold of a calibration. It raises `DetectorError` if
+`trust` is false, or if the file is missing, fails or has no such function. `FileJudge` calls the
+function and checks that it returns one number per image: the probability of AI-generated, 0 to 1,
+or NaN.
 """
 
 import importlib.util

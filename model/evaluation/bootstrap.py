@@ -1,11 +1,13 @@
 """Compute 95 % confidence intervals of metrics by the bootstrap, over resampled groups of images.
 
 Main entries: `resample(probabilities, images, groups, threshold)` takes the probabilities of fake,
-float64 (N,), the rows of each table line (`Images`: reals and fakes) and the group of each row
-(`Groups`, made by `group_rows()`); it returns, per line, each metric's values in `RESAMPLES`
-resamples (`on_resamples` reports progress). `intervals()` takes these values of one line and
-returns metric -> [low, high], the middle 95 %; `interval()` does so for one metric, and returns
-None if there are too few groups or values.
+float64 (N,), the rows of each table line (a dict, line -> `Images`: rows of reals and of fakes),
+the group of each row (`Groups`, made by `group_rows()`) and the decision threshold on the
+probability. It returns a dict, line -> metric -> its values in `RESAMPLES` resamples;
+`on_resamples(n)` is called after every n. `intervals()` takes these values of one line and returns
+metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` does so for one
+metric, given its number of groups and the bounds of its range; it returns None for fewer than two
+groups, or if most values are NaN.
 
 Images are not independent: twenty images of one prompt, the frames of a video, a photo and its
 reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images

@@ -1,14 +1,18 @@
 """Measure whether a detector reacts to the content of images or to their file compression.
 
-The codec-swap test re-encodes each class of a set with the usual compression of the other class,
-and both classes alike; scores that follow the compression show that the detector learned it.
+The codec-swap test re-encodes the images of each class as the other class is usually compressed,
+and then both classes in the same way. Scores that follow the compression show that the detector
+learned it.
 
 Main entry: `report_robustness(scorer, shards, perturbations, temperature, threshold, per_class)`
-takes a detector (`VariantScorer`) and a shard set (packed images). It scores `per_class` images of
-each class under all perturbations and swaps, and returns the entry `robustness` of `report.json`, a
-dict (`on_images` reports progress). A `Container` is the most common lossy format of a class (JPEG
-or WebP, with quality), found by `container_of()`. A `Swap` is one test, planned by `plan_swaps()`
-and measured by `measure_swaps()`.
+takes a detector (`VariantScorer`) and a shard set (packed images). It scores at most `per_class`
+images of each class (those with the smallest SHA-256, so the same in every run) under all
+perturbations and swaps, and returns the entry `robustness` of `report.json` as a dict; it writes
+nothing. `threshold` is on the probability, after the `temperature`; `on_images(n)` is called after
+every n images. A `Container` is the most common lossy format of a class (JPEG or WebP, with
+quality); `container_of()` returns None for a class without lossy images, and the other class is
+then not re-encoded in its way. A `Swap` is one test, planned by `plan_swaps()` and measured by
+`measure_swaps()`.
 """
 
 from collections.abc import Callable, Sequence

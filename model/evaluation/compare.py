@@ -5,9 +5,10 @@ Main entries: `shared_samples(*tables, intersect)` takes tables of scores (`Scor
 them with their common images only; it raises `ScoresError` if their images differ and `intersect`
 is false. `compare(before, after)` takes two of these tables and returns a `Line` per set, source
 and generator, with a `Change` (both values, and the interval of the difference) for each metric of
-`COMPARED`. `flips(before, after)` returns a `Flip` per image whose verdict changed, and
-`count_flips()` counts them by set and class. Both evaluations use the same bootstrap resamples
-(differences are paired), so the variation between images does not widen the intervals.
+`COMPARED`. `flips(before, after)` returns a `Flip` per image whose verdict changed (`fixed`: it was
+wrong and is right now). `count_flips(before, changed)` counts these flips: (set, class, images,
+broken, fixed). Both evaluations use the same bootstrap resamples (differences are paired), so the
+variation between images does not widen the intervals.
 """
 
 from collections.abc import Mapping, Sequence

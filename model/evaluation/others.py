@@ -3,12 +3,14 @@ or an ONNX file), and calibrate a third-party detector.
 
 Main entries: `score_shards(detector, shards)` takes an `OtherDetector` or `OnnxDetector` (`Scoring`
 is the part of their interface that is used) and a shard set. It returns `Scores`: labels and
-logits, before the temperature, of all samples, and the reasons of failures (`dist`: the ranks that
-share the work; `on_images` reports progress). `calibrate_other(detector, folders, runs, rule)`
-scores validation sets, fits a `Calibration`, writes it below `runs`, and returns it with its file;
-it raises `CalibrationError`, for example for an ONNX file. `DetectorScorer` is the detector as the
-robustness test needs it. `logits_in_batch()` pads a batch if its size affects the scores. This
-project decodes the images; the detector preprocesses them.
+logits, before the temperature, of all samples, and the reasons of failures (`dist`: the rank of
+this process, None: the only one; `on_images(n)` is called after every n images).
+`calibrate_other(detector, folders, runs, rule)` scores the validation sets in `folders`, fits a
+`Calibration`, writes it below `runs`, and returns it and the path of its file. `rule` is the name
+of a threshold (`ThresholdAt`) or two error rates (`Calibrating`). It raises `CalibrationError` for
+an ONNX file, a set of another split than `val`, or scores to which nothing can be fitted.
+`DetectorScorer` is the detector as the robustness test needs it. `logits_in_batch()` pads a batch
+if its size affects the scores. This project decodes the images; the detector preprocesses them.
 """
 
 import itertools

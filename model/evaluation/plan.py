@@ -2,10 +2,12 @@
 loaded.
 
 Main entry: `plan(subject, data, names, options)` takes the folder of a checkpoint (or another
-detector), the folder of all sets, the names of the sets to score and `Options`. It returns an
-`EvaluationPlan` (sets, device, precision, and the decoding backend: Pillow or DALI), which
-`model/evaluation/run.py` executes. It raises `ValueError` if anything does not exist or fit, and
-writes nothing.
+opened detector), the folder of all sets, the names of the sets to score, and `Options`: device,
+decoding (`loading`), listed samples only (`subset`), the set of `reference_reals`, images per class
+for `robustness` (0: none), and the folder of stored `features`. `dist` is the rank of this process
+(None: the only one). It returns an `EvaluationPlan` (sets, device, precision, and the decoding
+backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError` if a set,
+sample, checkpoint or device does not exist or does not fit, and writes nothing.
 
 A `PlannedSet` is one set to score. `Reals` names the set whose real images give the false-positive
 rate of sets without real images, and `choose_reference()` chooses it. `trained_on()` returns the

@@ -3,7 +3,8 @@ source and generator, and the main results as sentences.
 
 Main entry: `report(scores)` takes a `ScoreTable` (`model/evaluation/scores.py`) and returns the
 report as a dict, whose fields `model/layout/report.py` describes. It needs no network and no
-images, so `evaluate.py --scores FILE` makes the same report again. `on_resamples` reports progress.
+images, so `evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called
+after every n bootstrap resamples.
 
 `Rows` are the readable rows of one set, with real images of a reference set where needed
 (`rows_of_set()`). `lines_of()` returns the images of each line of the report, by `LineKey` (such as

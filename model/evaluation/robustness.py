@@ -2,16 +2,17 @@
 (such as JPEG compression), and compare the scores.
 
 Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`,
-a shard set (packed images), row numbers in this set (for example of `sample_by_hash()`) and the
-perturbations. It returns `PerturbedScores`: float32 logits (perturbations, samples) and the reasons
-of failures; `on_images` reports progress. `measure_perturbations()` takes these and returns one
-dict per perturbation for `report.json`: metrics (`FIGURES`) with intervals, the share of changed
-verdicts, and the mean change of the logit per class (a `Shift`).
+a shard set (packed images), row numbers in this set (`sample_by_hash()` chooses the same ones in
+every run) and the perturbations, among them `ORIGINAL`. It returns `PerturbedScores`: float32
+logits (perturbations, samples) and the reasons of failures; `on_images(n)` is called after every n
+images. `measure_perturbations(perturbed, groups, temperature, threshold)` takes these, the group of
+each sample of the set (`group_codes()`) and the decision threshold on the probability. It returns
+one dict per perturbation for `report.json`: metrics (`FIGURES`) with intervals, the share of
+changed verdicts, and the mean change of the logit per class (a `Shift`).
 
 A `VariantScorer` preprocesses and scores decoded images: `Scorer` for checkpoints, `DetectorScorer`
 of `others.py` for all other detectors. A perturbation changes the decoded image as packed, before
 the preprocessing, so the perturbation `original` scores the same pixels as a plain evaluation.
-`group_codes()` returns the group of each sample.
 """
 
 from collections import deque

@@ -1,13 +1,16 @@
 """Evaluate a checkpoint or another detector on shard sets (packed images): score every image and
 compute the report.
 
-Main entry: `evaluate(subject, data, names, out, options)` takes the folder of a checkpoint (or
-another detector), the folder of all sets, the names of the sets to score and the output folder. It
-writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`, and
-returns the report as a dict (`model/layout/report.py`). It raises `ValueError` for input that
-cannot be used. `report_on(path)` computes the same report from a scores file, which `find_scores()`
-finds by its folder or report. `choose_subject()` returns the detector that the options `--detector`
-and `--checkpoint` mean, and its output folder. `score_sets()` (for checkpoints), `score_sets_by()`
+Main entry: `evaluate(subject, data, names, out, options, dist)` takes the folder of a checkpoint
+(or an opened `OtherDetector` or `OnnxDetector`), the folder of all sets, the names of the sets to
+score and the output folder. `options` are the `Options` of `plan.py` (device, subset, reference
+reals, robustness ...), and `dist` is the rank of this process (None: the only one). It writes
+`scores.parquet` (one row per image) and `speed.json` (images per second) to `out`. It returns the
+report as a dict (`model/layout/report.py`), {} on other ranks than 0, and does not write it. It
+raises `ValueError` if a set, checkpoint or device cannot be used. `report_on(path)` computes the
+same report from a scores file; `find_scores()` returns the path of that file, given its folder or a
+report in it. `choose_subject()` returns the detector that the options `--detector` and
+`--checkpoint` mean, and its output folder. `score_sets()` (for checkpoints), `score_sets_by()`
 (other detectors), `perturb_sets()` and `with_reference()` are parts of `evaluate()`.
 """
 

@@ -1,10 +1,11 @@
 """Average the weights of two checkpoints of the same network, to reduce forgetting after
 fine-tuning.
 
-Main entry: `average(first, last, weight, run)` takes two checkpoint folders, the weight of `last`
-(0 to 1) and the folder of a new run. It writes a checkpoint there, without calibration, and returns
-its path; training can start from it, but cannot resume. It raises `CheckpointError` if the networks
-differ or the run exists. The average of fine-tuned weights and the weights before fine-tuning often
+Main entry: `average(first, last, weight, run)` takes two checkpoint folders (before and after
+fine-tuning), the weight of `last` (0 to 1; `first` has the rest) and the folder of a new run. It
+writes a checkpoint there, without calibration, and returns its path; training can start from it,
+but cannot resume. It raises `CheckpointError` if the networks differ, the weight is outside 0 to 1
+or the run exists. The average of fine-tuned weights and the weights before fine-tuning often
 performs well on both tasks (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models",
 2022).
 """

@@ -4,8 +4,9 @@ Main entries: `write_hub(checkpoint, out, report, data, onnx)` writes the new fo
 returns it: `model.safetensors` and `config.json`, which timm and transformers read, `README.md`
 (the model card, with the figures of `report`, a `report.json`, and the licenses of the sets below
 `data`), `meta.json` without private paths, and a copy of the ONNX files in the folder `onnx`.
-`push(folder, repository, private)` uploads the folder to OWNER/NAME and returns the URL of the
-commit. Both raise `HubError`. The folder is also a checkpoint:
+`push(folder, repository, private)` uploads the folder to OWNER/NAME, which is created if needed,
+and returns the URL of the commit. `HubError` is raised if `out` is not empty, the report is of
+another checkpoint, the folder is incomplete or the upload fails. The folder is also a checkpoint:
 `python predict.py dir/ --checkpoint FOLDER`.
 
 `without_paths()` removes private paths and secrets from a record, `preprocessing_of()` describes

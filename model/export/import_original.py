@@ -3,10 +3,11 @@
 Main entries: `import_file(file, run)` takes the `.pth` file and the folder of a new run, writes a
 checkpoint there and returns its path. `fetch()` downloads the published file (`FILE` of
 `REPOSITORY` at `REVISION`) into the hub's cache, checks its SHA-256 and returns its path. Both
-raise `OriginalError`. The file is a dictionary, whose key `model` has the weights of a
-ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake. Only tensors are unpickled.
-`recipe_of()` returns a substitute for the unknown recipe; `KNOWN_AGAINST` is the known weakness of
-the published file, stored with it.
+raise `OriginalError`, for a file that cannot be downloaded, is not the published one, or has no
+such weights. The file is a dictionary, whose key `model` has the weights of a ConvNeXtV2-Base with
+timm's names and two outputs, 0 real and 1 fake. Only tensors are unpickled. `recipe_of()` returns a
+substitute for the unknown recipe; `KNOWN_AGAINST` is the known weakness of the published file,
+stored with it.
 """
 
 import pickle

@@ -4,13 +4,14 @@ the same images.
 Main entry: `export_onnx(checkpoint, out, images)` takes a checkpoint folder, an output folder, and
 a folder of images or a shard set for the comparison (None: noise). It writes `FILES` and
 `PARITY_FILE` to `out` and returns the content of `PARITY_FILE` as a dict: a `Parity` per file, with
-the `Difference` in the probability of fake. `on_images` reports progress. It raises `ExportError`,
-and writes nothing, if a library is missing, no image can be read, or a difference is above
-`TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32
-(batch,), and the logits (batch, 2); `DESCRIPTION` is the same as text.
+the `Difference` in the probability of fake. `on_images(n)` is called after every n compared images.
+It raises `ExportError`, and writes nothing, if a library is missing, no image can be read, or a
+difference is above `TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB and gives the
+probability, float32 (batch,), and the logits (batch, 2); `DESCRIPTION` is the same as text.
 
-`compare()` does the comparison alone. `fitness_of()` returns the entries of the meta that are
-reasons not to rely on the detector. `IMAGES` and `NOISE` are how many images are compared.
+`compare()` only compares existing files, and returns the `Parity` of each and what was compared.
+`fitness_of()` returns the entries of the meta that are reasons not to rely on the detector.
+`IMAGES` and `NOISE` are how many images are compared.
 """
 
 import json

@@ -6,9 +6,11 @@ Python API.
 
 Main entry: `load_detector(checkpoint, runs, device, backend, threshold)` (all optional) takes a
 checkpoint, run (folder of a training) or name of a shipped detector; without one it takes the
-newest run below `runs`, else the shipped detector. `backend` decodes the images: `dali`, `pil` for
-Pillow, or `auto`. It returns an `ImageDetector` and raises `CheckpointError`, `BackboneError` or
-`ValueError`.
+newest run below `runs`, else the shipped detector. `device` is `auto`, `cpu` or `cuda`; `backend`
+decodes the images: `dali`, `pil` for Pillow, or `auto`. `threshold` (0 to 1) replaces that of the
+checkpoint, and then no verdict is *uncertain*. It returns an `ImageDetector`. It raises
+`CheckpointError` or `BackboneError` if the checkpoint or the backbone of a shipped detector cannot
+be used, and `ValueError` for an impossible device, backend or threshold.
 
 The detector's `predict()` takes one image (file, bytes, Pillow image or array) and returns a
 `Prediction` (name, probability of fake, verdict, error), or takes several and returns a list.

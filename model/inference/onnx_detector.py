@@ -2,8 +2,9 @@
 without torch.
 
 Main entry: `load_onnx(file, device, threshold)` takes the `.onnx` file, `auto`, `cpu` or `cuda`,
-and an optional threshold (0 to 1). It returns an `OnnxDetector`, which predicts images like an
-`ImageDetector` (`predict()`, `stream()`). It raises `OnnxError` if ONNX Runtime is missing or the
+and optionally a threshold (0 to 1) that replaces that of the file, without an uncertain band. It
+returns an `OnnxDetector`, whose `predict()` and `stream()` take images and give `Prediction`
+objects, as those of an `ImageDetector` do. It raises `OnnxError` if ONNX Runtime is missing or the
 file is no such export, and `ValueError` for an impossible device or threshold. The metadata of the
 file (`META_KEYS`) contains the preprocessing, threshold and band; its output `probability` includes
 the temperature. `preprocess()` crops and resizes pixels, uint8 (height, width, 3), to the network's

@@ -5,14 +5,16 @@ Main entry: `AnyDetector.predict(images)` (see `docs/python.md`) takes one image
 type `Picture`: paths, bytes, Pillow images, uint8 arrays or `ImageFile` (a name and a function that
 reads the bytes). It returns a `Prediction` (name, probability of fake, verdict, error) or a list of
 them; an unreadable image gives an `error`, and a wrong type raises `TypeError`. Subclasses define
-`stream()`, which computes the scores. `DecisionRule` has the threshold, the band and the verdict of
-a detector.
+`stream()`, which computes the scores in batches of `batch_size`. `DecisionRule` has the threshold,
+the band and the verdict of a detector; its `at_rates()` returns the detector with the band for the
+highest error rates `max_fpr` and `max_miss`, or raises `ValueError`.
 
 `as_source()` and `as_file()` turn a `Picture` into a named file or decoded `Pixels` (a `Source`),
-`pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` checks a requested threshold.
-`ahead()`, `in_groups()` and `preprocess_ahead()` process images in threads and yield batches of the
-sizes of `group_sizes()`. `predictions()` turns scores into `Prediction` objects.
-`done_or_reason()` returns the result of a function, or the reason if the image is unreadable.
+`pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` makes a band without *uncertain*
+from a requested threshold. `ahead()`, `in_groups()` and `preprocess_ahead()` process images in
+threads and yield batches of the sizes of `group_sizes()`. `predictions()` turns scores into
+`Prediction` objects. `done_or_reason()` returns the result of a function, or the reason if the
+image is unreadable.
 """
 
 import functools

@@ -3,10 +3,11 @@ labels, settings of generators, camera data.
 
 Main entry: `read_evidence(data, trust)` takes the bytes of an image file and the `TrustList` of
 C2PA signers (None: no signer is known). It returns a list of `Evidence` (kind, value, place in the
-file, and whether it suggests AI or a camera), at most `MAX_EVIDENCE`; the list may be empty, and
-nothing is ever raised. The program shows this evidence next to the score, which does not depend on
-it. Metadata is easily stripped or forged (`MEANING` is this warning); only a C2PA signature
-(`signatures.py`) proves something, and only that its signer made the statement.
+file, whether it suggests AI or a camera, and the `state` of a checked C2PA signature), at most
+`MAX_EVIDENCE`; the list may be empty, and nothing is ever raised. The program shows this evidence
+next to the score, which does not depend on it. Metadata is easily stripped or forged (`MEANING` is
+this warning); only a C2PA signature (`signatures.py`) proves something, and only that its signer
+made the statement.
 """
 
 import functools

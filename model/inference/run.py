@@ -2,10 +2,12 @@
 
 Main entries: `predict_all(run, paths, batch_size)` scores all images of the paths;
 `predict_as_they_come(run, folder, batch_size)` scores new images of a folder, without end. Both
-take a `Run`: the detector, the output format, and where results go (an open results file, else
-standard output; and a folder for heatmaps, if wanted). They return nothing; counts of verdicts and
-skipped images are in the `Run`. A `Note` holds what is kept of one image between reading and
-writing.
+take a `Run`: the detector, the output format (`table`, `csv` or `jsonl`), where results go (`out`,
+an open results file, else standard output; `heatmaps`, a folder or None) and the C2PA signers to
+`trust`. They return nothing; the `Run` counts the verdicts, the files left out, by reason
+(`excluded`), the images already in the results file (`skipped`) and the heatmaps not written
+(`undrawn`). An unreadable image gets a line with the reason. A `Note` holds what is kept of one
+image between reading and writing.
 
 `draw_heatmap()` writes the heatmap of one image to `heatmap_path()`. `named()` replaces the path
 `-` by the lines of standard input. `count_in_background()` counts images for the progress bar. Slow

@@ -3,8 +3,8 @@
 Main entry: `keep_wrong(detector, paths, label, folder, keep_image)` takes a loaded detector, paths
 of images or folders, their label (`real` or `fake`) and the folder of the mistakes. It records
 wrong verdicts in one JSON file per image (and a copy of the image with `keep_image`), and yields a
-`Reported` per image: one line of text, and whether reading or recording failed. It raises `OSError`
-if the folder cannot be written.
+`Reported` per image: one line of text, and whether reading or recording failed (the next images are
+still scored). It raises `OSError` if the folder cannot be written.
 """
 
 from collections import Counter, deque

@@ -1,13 +1,15 @@
 """Compare a trained checkpoint with the detector that its training started from, on recorded
 mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too many have become wrong.
 
-Main entries, in order: `check_mistakes(gate, start_file)` raises `MistakeError` before a run if the
-folder `gate.mistakes` of the recipe cannot be used. `measure_start(folder, start, file)` scores the
-mistakes with the first detector before training and writes its verdicts to `file` (`START_FILE` in
-the run's folder), which `read_start()` reads when a run is resumed.
-`against_start(folder, start, detector)` scores them with the trained detector and returns a
-`Regression` per mistake. `refusal(gate, rows)` returns the reason for a refusal as a list of at
-most one sentence; `newly_wrong()` returns the hashes of the images concerned, and `lines_of()`
+Main entries, in order; `gate` is the recipe's `Gate`, and `folder` its folder of mistakes.
+`check_mistakes(gate, start_file)` raises `MistakeError` before a run if the folder, or the
+`start_file` of a resumed run, cannot be used. `measure_start(folder, start, file)` scores the
+mistakes with the loaded first detector before training, writes its verdicts to `file` (`START_FILE`
+in the run's folder) and returns them (image hash -> `Verdict`); `read_start()` reads them when a
+run is resumed. `against_start(folder, start, detector)` takes these verdicts and the trained
+detector, scores the mistakes again and returns a `Regression` per mistake. `refusal(gate, rows)`
+returns the reason for a refusal (more newly wrong images than `gate.max_newly_wrong`) as a list of
+at most one sentence; `newly_wrong()` returns the hashes of the images concerned, and `lines_of()`
 lines for the log. `NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. The
 folder of the mistakes is not changed.
 """

@@ -2,9 +2,11 @@
 anywhere.
 
 Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the bytes of an image,
-its true label and a `Verdict`; it writes or removes the entry of the image and returns a `Kept`
-(whether there is an entry now, and a line of text). `read_mistakes(folder)` returns all entries as
-a list of `Mistake`. Both raise `MistakeError`. `FOLDER/<SHA-256 of the image's bytes>.json` is
+its true label, a detector's `Verdict`, and the image's name if a copy is to be kept (`copy_named`).
+It writes the entry of a wrong verdict, removes an entry of which no verdict is wrong any more, and
+returns a `Kept` (whether there is an entry now, and a line of text). `read_mistakes(folder)`
+returns all entries as a list of `Mistake`. Both raise `MistakeError`, for a damaged entry or too
+many of them, for example. `FOLDER/<SHA-256 of the image's bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
      "image": ".jpg",                                # suffix of the copy of the image, or null

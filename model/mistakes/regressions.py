@@ -6,7 +6,7 @@ list of `Mistake`, a loaded detector, and optionally a folder `images`, in which
 that were not copied into the records. It returns one `Regression` per mistake (earlier and new
 `Verdict`, and one of `OUTCOMES`), the worst outcome first; it writes nothing. A mistake whose image
 is not found or unreadable has the outcome "not measurable" and a `reason`. The text `lacking` is
-this reason if no copy was kept and `images` is not given. `advance` is called after each image.
+this reason if no copy was kept and `images` is not given. `advance()` is called after each image.
 
 `record(folder, rows)` adds the new verdicts to the records. `find_files()` returns the file of each
 mistake by hash. `counts_of()` counts the outcomes, and `report_of()` returns the result as JSON
