@@ -10,8 +10,9 @@ of the recipe). A table with images/s, ms per step and waiting times is printed,
 divided by that in `full`. An AU of 1 means that the loader costs nothing; more than 1 is noise.
 Below `ENOUGH` the loader is the limit.
 
-Main entry: `run()` takes batches and a function to call with each, and returns the figures of one
-mode as a dict. Start-up, compilation and the first `WARM_UP` batches are not counted.
+Main entry: `run()` takes batches, a function to call with each, the `LoaderStats` that time the
+batches, the device and the seconds to run, and returns the figures of one mode as a dict. Start-up,
+compilation and the first `WARM_UP` batches are not counted.
 """
 
 import itertools

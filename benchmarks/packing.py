@@ -9,8 +9,10 @@ images/s without start-up. A table of speed, start-up seconds and memory is prin
 loop packs images that Pillow can decode. img2dataset runs if its command is given
 (`--img2dataset`). The limit only reads the files and decodes them with simplejpeg.
 
-Main entry: `measure()` runs one contender on a folder of JPEGs and returns its seconds and its peak
-memory in bytes. `commands()` returns the command line of each contender.
+Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` on a folder of JPEGs
+with `jobs` processes and returns its seconds and the peak memory of its largest process in bytes;
+`img2dataset` is the path of that command ("": none). `commands()` returns a dict, name -> command
+line of a contender.
 """
 
 import json

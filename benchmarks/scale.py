@@ -5,9 +5,10 @@
 For each `--images`, so many tiny JPEGs (48 x 48 pixels) are packed from a zip archive, so that the
 cost per sample is measured and not that of its pixels. Then a set whose index has `--rows` samples
 is opened five times as in training, with the columns that every loader reads. A table of each is
-printed, and written to FILE: seconds, and the memory of the largest process, or that added by
-opening. `write_archive()` writes the zip, `grow_index()` repeats the rows of a set's index. `OPEN`
-is the code of the process that opens the set.
+printed: for packing (in `--jobs` processes), seconds and the memory of the largest process; for
+opening, the median of the seconds and the largest memory that it added. FILE gets the figures of
+every run. `write_archive()` writes the zip, `grow_index()` repeats the rows of a set's index.
+`OPEN` is the code of the process that opens the set.
 """
 
 import hashlib

@@ -2,18 +2,19 @@
 
     python -m benchmarks.serve FOLDER [--hostile FOLDER] [--checkpoint NAME] [--images N]
 
-`python -m serve` gets N photographs of FOLDER, one per request, from 1, 8 and 32 clients on
-loopback with a connection each (`load()`). In turn, the loop of `predict.py` runs over the same
-files, with the detector loaded (`predict()`). Every answer is compared with that of `predict.py`.
-Then each file below `--hostile` is sent alone: the status must be 200 or 4xx, with the same error
-as in `predict.py`. At the end the server gets SIGTERM during requests, and must answer all of them
-(`stop()`).
+In each of `--rounds` rounds (default 2), first the loop of `predict.py` runs over N photographs of
+FOLDER (default 128), with the detector loaded (`predict()`). Then 1, 8 and 32 clients send these
+files to `python -m serve` on loopback, one per request, with a connection each (`load()`). The
+largest difference of a probability from that of `predict.py` is printed only. NAME is a checkpoint
+as for `predict.py`. Then each file below `--hostile` is sent alone: the status must be 200 or 4xx,
+with the same error as in `predict.py`. At the end the server gets SIGTERM during requests, and must
+answer all of them (`stop()`).
 
 A table of images/s, CPU milliseconds per image and response times is printed, and written to
 `--json`. The exit code is 1 if an answer is lost, a hostile file is answered wrongly, or the server
-ends with an error. Clients, server and predict.py share the cores. `ratio` is of images per second
-in this run. `CPU ratio`, of CPU time per image (of the server alone), is more reliable next to
-other programs.
+ends with an error. Clients, server and predict.py share the cores. `ratio` is the server's images
+per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image of `predict.py`
+divided by the server's (without the clients); it is more reliable next to other programs.
 """
 
 import http.client

@@ -1,10 +1,12 @@
 """List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members(archive)` takes a path and yields a `ZipMember` for each file, sorted by
-name: its name, its location `where`, its size in bytes, and the reason `excluded` if it is not read
-(`HIDDEN`, encrypted, an unsafe path, ...). `read_member(archive, where)` returns the bytes of one
-file. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read too. Errors are `ZipError` for
-an archive that is damaged or incomplete, and `DecodeError` for a damaged file.
+Main entries: `members(archive, name)` takes a path, and a name for messages, and yields a
+`ZipMember` for each file, sorted by name: its name, its location `where`, its size in bytes, and
+the reason `excluded` if it is not read (`HIDDEN`, encrypted, an unsafe path, ...).
+`read_member(archive, where, version)` returns the bytes of one file; `version` is any text that
+changes when the archive changes. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read
+too. Errors are `ZipError` for an archive that is damaged or incomplete, and `DecodeError` for a
+damaged file.
 
 Four functions check names and modes of files in folders and archives of any kind: `is_hidden()`,
 `leaves_archive()`, `kind_of()`, which gives the reason for not reading a link or device, and

@@ -5,8 +5,8 @@ Main entry: `open_loader()` takes a `ShardSet`, the preprocessing, the loader's 
 and the device; with several ranks also this rank and their number. It checks the lengths of the
 tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a
 `Loader`. `Loader.batches()` takes the order of the samples (`Epoch`) and a function that returns
-augmentation parameters (`ParamsFor`), and yields a `Batch` for each step. An image that cannot be
-decoded is black and named in `Batch.failures`.
+augmentation parameters (`ParamsFor`), and yields a `Batch` for each step from `start` on. An image
+that cannot be decoded is black and named in `Batch.failures`.
 
 `open_loader()` and `batches()` raise `LoadError` if the backend is not installed, a tar is damaged,
 shared memory is too small, a worker died, no batch came in time, or more than 5 % of the samples

@@ -3,10 +3,11 @@
 Main entries: `LoaderStats` takes the names of the sources. Its `timed()` takes an iterable of
 `Batch`es and yields the same batches, counted and timed; `row()` returns a dict of figures since
 the last row (images/s, shares of waiting time, waits in ms, images per source) for `metrics.jsonl`,
-`note()` a short text for a progress bar. `Watchdog` is a context manager that logs a warning when
-one batch takes longer than `stall_warning_s` seconds. The warning lists the stage (`STAGES`) and
-step of each worker, which the workers write to a `WorkerStatus`. `StallError` means that no batch
-came in time; `stalled()` returns its message.
+`note()` a short text for a progress bar. `Watchdog` is a context manager that takes a function that
+describes the workers (`WorkerStatus.describe()`), and logs a warning when one batch takes longer
+than `stall_warning_s` seconds. The warning lists the stage (`STAGES`) and step of each worker,
+which the workers write to a `WorkerStatus`. `StallError` means that no batch came in time;
+`stalled()` returns its message.
 """
 
 import contextlib

@@ -1,10 +1,12 @@
 """Compute the order of the samples in an epoch, as a pure function of the seed.
 
 Main entries: `training_epoch()` takes the int64 numbers of the new samples and of the replayed old
-samples, and shuffles all by seed and epoch number. `evaluation_epoch()` takes the number of samples
-and lists each once, padded to whole batches. Both return an `Epoch`: the sample number (int64) at
-each global position. At each step, rank r takes the `batch` positions from (step * world_size + r)
-* batch on. So 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
+samples, and shuffles all by seed and epoch number (`shuffle`: "global", or "block", which suits
+remote shards); `global_batch` is the samples per step over all ranks, and a last partial one is
+dropped. `evaluation_epoch()` takes the number of samples and lists each once, padded to whole
+batches. Both return an `Epoch`: the sample number (int64) at each global position, and `valid`,
+False for padding. At each step, rank r takes the `batch` positions from (step * world_size + r) *
+batch on. So 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
 
 `repeat()` lists the samples of a source several times, `mixing_of()` measures how well an order is
 shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators. A

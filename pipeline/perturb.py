@@ -1,13 +1,14 @@
 """Perturb images for the robustness test, as an image may change between its creation and the
 detector: by compression, resizing, blur, noise, or a screenshot.
 
-Main entry: `PERTURBATIONS`, the `Perturbation`s that `evaluate.py --robustness` measures.
-`Perturbation.apply()` takes a whole upright image, uint8 (height, width, 3) RGB, and returns the
-perturbed image in the same form, before the network's preprocessing. It raises ValueError if the
-image is too large. A perturbation is a chain of steps such as `jpeg()` and `scale()`, which are
-pure functions. Only noise is random: its generator is seeded with `sha256`, the hash of the image's
-file, so the same image always gives the same pixels. Encoders are Pillow's (libjpeg-turbo, libwebp,
-libaom).
+Main entry: `PERTURBATIONS`, a sequence of the `Perturbation`s that `evaluate.py --robustness`
+measures; the first is `ORIGINAL`, the unchanged image. `Perturbation.apply()` takes a whole upright
+image, uint8 (height, width, 3) RGB, and the SHA-256 of its file (bytes), the seed of the noise. It
+returns the perturbed image in the same form, of another size for some, before the network's
+preprocessing. It raises ValueError if the image is too large for the format or for enlarging. A
+perturbation is a chain of steps such as `jpeg()` and `scale()`, which are pure functions. Only
+noise is random, and the same image always gives the same pixels. Encoders are Pillow's
+(libjpeg-turbo, libwebp, libaom).
 """
 
 import io

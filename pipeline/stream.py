@@ -1,13 +1,16 @@
 """Make the batches of a training run, epoch after epoch, or of one evaluation.
 
-Main entries: `open_pool()` opens the named training sets and old sets (to replay) below the folder
-`data` as one shard set and returns a `Pool`: the row numbers of its new and its old samples. A
-`Stream` combines a loader, a pool, the replay settings, the augmentation policies and a seed;
-`Stream.batches()` yields each `Batch` from a global step to the end of the last epoch. The result
-is a pure function of the settings: started at any step, it yields the batches of an uninterrupted
-run. `Stream.state()` and `resume()` save and check the step in a checkpoint. `evaluation_batches()`
-yields each sample of a loader's set once. `BatchLoader` is the interface of a loader, of images or
-of stored features.
+Main entries: `open_pool(data, train, replay)` takes the folder of all sets, the names of the
+training sets and the settings (`Replay`) that name the old sets to replay. It opens all as one
+shard set and returns a `Pool`: this set, and the row numbers of its new and its old samples. A
+`Stream` combines a loader (of `open_loader()`, or of stored features), a pool, the `Replay`, the
+augmentation policies by name, the name of the default policy, a seed, `repeats` (source -> times
+per epoch) and `views` (how many fixed augmentations of each image take turns; 0: center crops;
+None: new ones in each epoch). `Stream.batches()` yields each `Batch` from a global step to the end
+of the last epoch. The result is a pure function of the settings: started at any step, it yields the
+batches of an uninterrupted run. `Stream.state()` returns a dict for a checkpoint; `resume()` checks
+such a dict and returns its number of finished steps. `evaluation_batches()` yields the batches of a
+loader's set, each sample once. `BatchLoader` is the interface of a loader.
 
 Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, no batch) and
 `OrderError` (a saved state belongs to other data or settings).

@@ -1,10 +1,10 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
 Main entry: `build(catalog, raw, out)` takes a `Catalog`, the folder of the raw datasets and the
-output folder. It returns a `SourceScan` (images listed by source) and a `BuiltSet` for each set, or
-raises `ShardError`, `CatalogError`, `RawError` or `OSError`. All images are decoded once,
-duplicates are excluded, shards are packed, and each index is written last. Finished work of an
-earlier, even killed run is kept. `Tolerance` limits unreadable images. `out` contains the sets and:
+output folder; also `only` (names of the sets to build; none: all), `jobs` (processes; 0: one per
+core), `engine` ("local" or "ray") and `tolerance` (limits of bad images). It returns a `SourceScan`
+(images listed by source) and a `BuiltSet` for each set, or raises `ShardError`, `CatalogError`,
+`RawError` or `OSError`. Finished work of a killed run is kept. `out` gets the sets and:
 
     .build/inventory/<source>.parquet      one row per raw image (sharding/inventory.py)
     .build/<set>/<shard>.tar.parquet       rows of a finished shard; marks the shard as done

@@ -2,9 +2,9 @@
 
 Main entry: `decide(inventory, split_of, exclude)` takes a table with one row per raw image
 (`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, wanted set or shares of sets,
-...), the split of each set (train, val or test), and beginnings of SHA-256 hashes to exclude. It
-returns a `Decision`: for each image its set, or "" and the reason for its exclusion, the row of the
-image kept instead, and its group.
+...), the split of each set (train, val or test), and beginnings (hexadecimal) of SHA-256 hashes to
+exclude. It returns a `Decision`: for each image its set, or "" and the reason for its exclusion,
+the row of the image kept instead, and its group.
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split

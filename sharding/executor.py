@@ -1,10 +1,12 @@
 """Run a function on many tasks in parallel, in processes of this machine or on a Ray cluster.
 
 Main entry: `run_all(function, tasks, engine, jobs)` takes a module-level function, an iterable of
-argument tuples, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per core). It
-yields the results in the order of completion, the same ones for both engines. The error of a failed
-task is raised, and tasks that have not started are dropped. A task may write only to storage that
-every worker can reach.
+argument tuples, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per core of
+the machine or cluster). `on_gpu` gives each task one GPU if a Ray cluster has GPUs. `run_all()`
+yields the results in the order of completion. When a task fails, tasks that have not started are
+dropped, those running are awaited (local) or canceled (Ray), and its error is raised. `ValueError`
+means that Ray is not installed or `jobs` is too large. A task may write only to storage that every
+worker can reach.
 """
 
 import contextlib

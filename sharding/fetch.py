@@ -1,11 +1,11 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
 Main entries: `fetch_all(catalog, raw, names)` and `fetch_source(name, source, raw)`. They write a
-folder per source below `raw` and return a `Fetched` for each: its status, and its folder, what to
-do by hand, or the error. Every download can be resumed. A folder is complete if it contains the
-file MARK, written last, and all files listed in MARK at their sizes. The file BEGUN contains the
-revision of an interrupted download, with which the next run continues. Neither contains logins or
-signatures.
+folder per source below `raw` (`names` empty: all); the first yields and the second returns a
+`Fetched`: status, and folder, what to do by hand, or the error, which is not raised. An unknown
+name raises `CatalogError`. `git_mirror` has local copies of Git repositories. A folder is complete
+if it contains the file MARK, written last, and all files listed in MARK at their sizes. The file
+BEGUN contains the revision of an interrupted download, with which the next run continues.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-Main entry: `pack_folder(folder, data)` takes that folder and the folder of all shard sets, `data`.
-It writes a catalog, so that the user needs none, and both sets, and returns a `PackedFolder`: the
-paths of the sets and their numbers of images. A missing subfolder or fewer than `FEWEST` images of
-a class raise `CatalogError`. The fraction `HELD_OUT` of the images goes to the validation set.
-Files below `data`:
+Main entry: `pack_folder(folder, data)` takes that folder, the folder of all shard sets, `data`, and
+the number of processes (0: one per core). It writes a catalog, so that the user needs none, and
+both sets, and returns a `PackedFolder`: the paths of the sets and their numbers of images. A
+missing subfolder or fewer than `FEWEST` images of a class raise `CatalogError`; packing raises the
+errors of `sharding.build.build()`. The fraction `HELD_OUT` of the images goes to the validation
+set. Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set

@@ -3,9 +3,10 @@
 Main entry: `extract(git, folder, work, mirror, progress)` takes the `Git` entry of a catalog source
 (repository, commit, pattern of the files), writes the selected files into `folder`, and returns an
 `Extracted`: their names, and counts of the files left out by reason (`LINKS`, `NAMES`, ...). `work`
-is a Git directory for the download, and `mirror` a folder of local copies to read instead
-(`find_mirror()`). Errors are `FetchError`. `manifest_sha256()` is a hash of the selected files
-(`Entry`), which a catalog can state.
+is a Git directory for the download, which a later call resumes; `mirror` is a folder of local
+copies to read instead (`find_mirror()`), or None; `progress` opens a progress bar. Errors are
+`FetchError`. `manifest_sha256()` is a hash of the selected files (`Entry`), which a catalog can
+state.
 
 Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
 submodule, no prompt. Only the protocols https and file are allowed, and none for a local

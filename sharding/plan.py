@@ -1,11 +1,13 @@
 """Divide the samples of a set into shards (tars); nothing is read from disk or written.
 
-Main entry: `plan_shards(samples, split)` takes a table with one row per sample (source, key, path,
-size, ...) and the name of the split. It returns a `ShardPlan` for each tar to write: its file name,
-its source, the row numbers of its samples, and a hash of the shard's content (`fingerprint`). A
-shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes. Two files with one key
-raise `ValueError`. `sample_key(source, origin)` returns the key of a sample: its source and a hash
-of its path.
+Main entry: `plan_shards(samples, split)` takes a pyarrow table with one row per sample (source,
+key, path, label, SHA-256, `stored` bytes, ...) and the name of the split. It returns a `ShardPlan`
+for each tar to write: its file name, its source, the row numbers of its samples, and `fingerprint`,
+a hash of the tar's name and of the values of its rows in the table (with the SHA-256 of each
+image), by which a build knows whether a shard is up to date. A shard ends before it exceeds
+`MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a shard of its own. Two files with
+one key raise `ValueError`. `sample_key(source, origin)` returns the key of a sample: its source and
+a hash of its path.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """Verify shard sets (tars of images) against their index (`index.json` and a table of samples):
 bytes, images, counts and splits.
 
-Main entry: `verify(folders)` takes the folders of sets and returns all faults as lines of text, an
-empty list if there are none. It raises `ShardError` if a set cannot be opened. Tars are read again,
-images are decoded again and samples are counted again; only the hashes in the index are trusted.
-Between the sets, it is checked that no image and no group of related images is in two splits
-(train, val, test). `verify_shard()` checks one tar, in a worker process. `sets_in(folder)` returns
-the set at a folder, or those directly below it.
+Main entry: `verify(folders)` takes the folders of sets, the number of processes (0: one per core)
+and a function that gets the number of images of each checked tar, and returns all faults as lines
+of text, an empty list if there are none. It raises `ShardError` if a set cannot be opened. Tars are
+read again, images are decoded again and samples are counted again; only the hashes in the index are
+trusted. Between the sets, it is checked that no image and no group of related images is in two
+splits (train, val, test). `verify_shard()` checks one tar, in a worker process. `sets_in(folder)`
+returns the set at a folder, or those directly below it.
 """
 
 import csv

@@ -1,12 +1,12 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards)` takes a `ShardSet` and returns an `Audit`: AUROCs of a classifier that
-is cross-validated on metadata (format, size, compression, ...), over all images (`Estimate`), by
+Main entry: `audit(shards)` takes a `ShardSet`, `seed` (of folds and models) and `on_step` (called
+after each step, for a progress bar) and returns an `Audit`: AUROCs of a classifier that is
+cross-validated on metadata (format, size, compression, ...), over all images (`Estimate`), by
 source (`SourceAudit`) and by feature (`FeatureAudit`), values that predict the label (`Shortcut`),
-and a verdict. A detector may learn such shortcuts and then fail on other photos. `cross_fit()` and
-`estimate()` compute the scores and an AUROC for other modules. `write_report()` writes
-`report.json`. `docs/audit.md` explains the figures. A missing scikit-learn (extra `audit`) raises
-`ValueError`.
+and a verdict. `cross_fit()` and `estimate()` compute the scores and an AUROC for other modules.
+`write_report()` writes `report.json`. `docs/audit.md` explains the figures. A missing scikit-learn
+(extra `audit`) raises `ValueError`.
 """
 
 import functools

@@ -2,11 +2,11 @@
 (format, size, ...).
 
 A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
-`match_classes(shards, seed=0)` takes a `ShardSet` and returns a `Match`: the chosen row numbers, as
-many real as fake ones, and the AUROC of metadata before and after. It raises `MatchError` if too
-few images can be matched or the classes still differ: `MATCHED` is the AUROC at which matching
-ends. `sample_list()` formats the chosen images as CSV for `evaluate.py --subset`, and `as_json()`
-as an entry of `report.json`.
+`match_classes(shards, seed=0)` takes a `ShardSet` and a seed of random choices and returns a
+`Match`: the chosen row numbers, as many real as fake ones, and the AUROC of metadata before and
+after. It raises `MatchError` if too few images can be matched or the classes still differ:
+`MATCHED` is the AUROC at which matching ends. `sample_list()` formats the chosen images as CSV for
+`evaluate.py --subset`, and `as_json()` as an entry of `report.json`.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """Render synthetic raw images, real and fake, for a demo without any download.
 
-Main entry: `make_demo(folder, seed=0)` writes these files below `folder` and returns the number of
-images per source (`SOURCES`):
+Main entry: `make_demo(folder, seed=0)` writes these files below `folder` in `jobs` processes and
+returns the number of images per source (`SOURCES`):
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
     folder/catalog.toml

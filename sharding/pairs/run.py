@@ -1,8 +1,9 @@
 """Make a fake partner of each real image of a shard set, as a raw dataset for `sharding build`.
 
 Main entry: `make_pairs(folder, out, decoder)` takes the folder of a set, the output folder and a
-`Decoder` (a VAE that reconstructs images). It returns a `Pairs`: the catalog's path, and counts of
-pairs by source and of real images without a partner by reason. Errors are `ShardError`,
+`Decoder` (a VAE that reconstructs images). Images of more than `max_megapixels` get no partner;
+`on_image()` is called after each real image. It returns a `Pairs`: the catalog's path, and counts
+of pairs by source and of real images without a partner by reason. Errors are `ShardError`,
 `DecoderError` and `OSError`. These files are written below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
