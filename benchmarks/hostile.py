@@ -146,7 +146,7 @@ def predict_all(folder: Path, backend: str, work: Path) -> None:
         work / f"predict-{backend}.npy", "w+", np.uint8, (len(paths), SIDE, SIDE, 3)
     )
     decoded = detector._by_dali if backend == "dali" else detector._by_pil
-    for group in decoded(files, 32):
+    for group in decoded(files, 32, 0):
         keep[[int(name) for name in group.names]] = group.pixels.cpu().numpy()
         reasons = {group.names[row]: reason for row, reason in group.failures.items()}
         say({"at": int(group.names[-1]), "reasons": reasons})
