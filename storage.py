@@ -2,15 +2,16 @@
 
 Most functions take an `AnyPath`: a `pathlib.Path` on this machine, or a `UPath` (fsspec) for an
 address. Main entries: `any_path(text)` returns one for a text, or raises `ValueError`.
-`write_atomically(path, write)` calls `write(temporary file)`, then renames or uploads the file, so
-that `path` is missing, old or complete, never partial. `write_text()`, `write_bytes()` and, for a
-folder, `atomic_folder()` do the same; `publish()` is their last step, sync and rename.
+`write_atomically(path, write)` calls `write` with the path of a temporary file, then renames or
+uploads the file, so that `path` is missing, old or complete, never partial. `write_text()` and
+`write_bytes()` do the same, and so does the context manager `atomic_folder()` for a folder;
+`publish()` is their last step, sync and rename.
 
 `partial_of()` gives the temporary name, and `file_name()` a name that is not too long.
-`naming(path)` adds the path to errors of a full disk. `check_reachable()` and `check_inside()`
-raise an error if an address does not answer or a path leaves its folder. `text_fault()` describes
-in words why a text or JSON file could not be read. `cores()` counts the processor cores that this
-process may use.
+`naming(path)` is a context manager that adds the path to the error of a full disk.
+`check_reachable()` and `check_inside()` raise an error if an address does not answer or a path
+leaves its folder. `text_fault()` describes in words why a text or JSON file could not be read.
+`cores()` counts the processor cores that this process may use.
 """
 
 import contextlib

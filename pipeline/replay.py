@@ -2,10 +2,10 @@
 phase 2 does not forget phase 1.
 
 Main entries: `Replay` has the settings of a recipe: the names of the old sets, the ratio of old to
-new samples, such as "1:8" (2,500 for 20,000), and the weight of the loss that keeps the logits of
-old samples near those of the initial network. `sample_old()` takes the numbers, sources and labels
-of all old samples and returns `count` of these numbers, int64, shuffled: in equal quotas per source
-(`share_out()`), and balanced by class within a source. It is called again for each epoch.
+new samples, such as "1:8" (2,500 old, 20,000 new), and the weight of the loss that keeps the logits
+of old samples near those of the initial network. `sample_old()` takes the numbers, sources and
+labels of all old samples and returns `count` of these numbers, int64, shuffled: in equal quotas per
+source (`share_out()`), and balanced by class within a source. It is called again for each epoch.
 `interleave()` takes new and old sample numbers and returns them evenly mixed, with a bool array
 that is True where a sample is old. `ValueError` is raised for a wrong ratio or if there is no old
 sample to choose.

@@ -5,8 +5,9 @@ wrong option raises `click.UsageError`. Options: the address (`--host`, `--port`
 (`--checkpoint` or the newest run of `--runs`, `--device`, `--batch-size`), the error rates that set
 its thresholds (`--max-fpr`, `--max-miss`), limits (`--max-mb` and `--max-files` of one request,
 `--queue` images over all requests, `--timeout` seconds), and `--allow-urls` and
-`--allow-private-urls`. `KEY` names the environment variable with the API key, and a host outside
-`LOOPBACK` without a key gets a warning.
+`--allow-private-urls`, with which the server downloads images from addresses in a request. The API
+key is in the environment variable DETECTOR_API_KEY (`KEY`). A host outside `LOOPBACK` without a key
+gets a warning. `serve/api.py` defines the routes.
 
 Slow imports (torch, FastAPI) are inside the function, so that a wrong option is reported at once.
 """

@@ -3,15 +3,15 @@
 Main entry: `extract(git, folder, work, mirror, progress)` takes the `Git` entry of a catalog source
 (repository, commit, pattern of the files), writes the selected files into `folder`, and returns an
 `Extracted`: their names, and counts of the files left out by reason (`LINKS`, `NAMES`, ...). `work`
-is a Git directory for the download, which a later call resumes; `mirror` is a folder of local
-copies to read instead (`find_mirror()`), or None; `progress` opens a progress bar. Errors are
-`FetchError`. `manifest_sha256()` is a hash of the selected files (`Entry`), which a catalog can
-state.
+is a Git directory for the download, which a later call resumes. `mirror` is a folder of local
+copies, or None; `find_mirror()` finds the copy of the repository in it, which is then read instead.
+`progress` opens a progress bar. Errors are `FetchError`. `manifest_sha256()` is a hash of the
+selected files (`Entry`), which a catalog can state.
 
 Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
-submodule, no prompt. Only the protocols https and file are allowed, and none for a local
-repository, which is read in its folder. Each file is checked against its object name, which the
-commit determines.
+submodule, no prompt. Git may use only the protocols https and file. A local repository is read in
+its folder, without a protocol. Each file is checked against its object name, which the commit
+determines.
 """
 
 import functools

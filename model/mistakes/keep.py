@@ -3,7 +3,7 @@ anywhere.
 
 Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the bytes of an image,
 its true label, a detector's `Verdict`, and the image's name if a copy is to be kept (`copy_named`).
-It writes the entry of a wrong verdict, removes an entry of which no verdict is wrong any more, and
+It writes the entry of a wrong verdict, deletes an entry when none of its verdicts is wrong, and
 returns a `Kept` (whether there is an entry now, and a line of text). `read_mistakes(folder)`
 returns all entries as a list of `Mistake`. Both raise `MistakeError`, for a damaged entry or too
 many of them, for example. `FOLDER/<SHA-256 of the image's bytes>.json` is
