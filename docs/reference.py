@@ -286,7 +286,7 @@ def _fields_page() -> str:
 def _null(text: str) -> str:
     """Return a docstring with None replaced by null, the word of JSON."""
     return re.sub(
-        r"\bNone\b", lambda found: "Null" if _begins(text, found.start()) else "null", text
+        r"\bNone\b", lambda match: "Null" if _begins(text, match.start()) else "null", text
     )
 
 
