@@ -21,7 +21,7 @@ import re
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -317,6 +317,28 @@ def options(*names: str) -> Callable[[Callable], Callable]:
         return function
 
     return decorate
+
+
+def refuse_conflicts(conflicts: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options of the running command that were given together but contradict each other.
+
+    Args:
+        conflicts: parameter of an option -> parameters of the options that it excludes.
+
+    Raises:
+        click.UsageError: two such options were given. It names both.
+    """
+    context = click.get_current_context()
+    flags = {option.name: option.opts[0] for option in context.command.params}
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is click.core.ParameterSource.COMMANDLINE
+
+    for name, others in conflicts.items():
+        for other in others:
+            if given(name) and given(other):
+                raise click.UsageError(f"{flags[name]} cannot be combined with {flags[other]}")
 
 
 def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:

@@ -17,10 +17,12 @@ images are used for the other sets, and `--subset` a CSV file of samples. `--rob
 feature store: stored outputs of a frozen backbone are scored instead of images, and missing ones
 are computed. `--trust` allows a detector that is a Python file to run.
 
+`--regressions FOLDER` scores recorded mistakes again (`predict.py --report-mistake`) instead of a
+set, writes `regressions.json` below `--out`, and fails if an image is wrong now that another
+detector got right. `--images` is a folder to search for images of which no copy was recorded.
+
 Subcommands: `calibrate` fits temperature and thresholds on validation sets and stores them with the
-detector. `compare` prints the differences between evaluations. `regressions` scores a folder of
-recorded mistakes again, writes the result to `--json`, and fails if an image is wrong now that
-another detector got right. Main entry: `main()`.
+detector. `compare` prints the differences between evaluations. Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
@@ -29,6 +31,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +44,30 @@ if TYPE_CHECKING:
     from model.calibrate import Over, ThresholdAt
     from model.distributed import DistEnv
     from model.evaluation.scores import ScoreTable
+    from model.inference.run import Loaded
     from pipeline.loading import Backend
 
 PER_CLASS = 1000
 """Default number of images per class for --robustness. The 95 % interval of a rate of 5 % is then
 +-1.4 points, and all perturbations together cost as much as scoring 27,000 to 54,000 images.
 """
+
+REGRESSIONS_FILE = "regressions.json"
+"""Result of `--regressions` in the folder `--out`."""
+
+CONFLICTS = {
+    "scores": ("names", "suite", "subset", "reference_reals", "robustness", "regressions"),
+    "suite": ("names", "subset"),
+    "regressions": (
+        "names",
+        "suite",
+        "subset",
+        "reference_reals",
+        "robustness",
+        "features",
+    ),
+}
+"""Parameter of an option -> parameters of the options that it cannot be combined with."""
 
 
 @click.group(cls=console.Group, invoke_without_command=True)
@@ -85,6 +106,17 @@ PER_CLASS = 1000
     type=console.LocalPath(file_okay=False),
     help="Score the features in this feature store instead of images (frozen backbones only).",
 )
+@click.option(
+    "--regressions",
+    type=console.LocalPath(exists=True, file_okay=False),
+    help="Score the mistakes in this folder (`predict.py --report-mistake`) again, instead of a "
+    "set: which are fixed or new?",
+)
+@click.option(
+    "--images",
+    type=console.LocalPath(exists=True, file_okay=False),
+    help="With --regressions: folder to search, by file content, for images without a copy.",
+)
 @console.options(
     "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
 )
@@ -99,6 +131,8 @@ def main(
     robustness: int | None,
     out: Path | None,
     features: Path | None,
+    regressions: Path | None,
+    images: Path | None,
     checkpoint: Path | None,
     detector: str | None,
     trust: bool,
@@ -108,25 +142,29 @@ def main(
     device: str,
     backend: "Backend",
 ) -> None:
-    """Measure a detector on shard sets.
+    """Measure a detector on shard sets, or on recorded mistakes.
 
-    The commands below calibrate it, compare runs, or measure collected mistakes again.
+    The commands below calibrate it, or compare runs.
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
     if context.invoked_subcommand:
         return
+    console.refuse_conflicts(CONFLICTS)
     if scores:
-        if names or suite or subset or reference_reals or robustness:
-            raise click.UsageError(
-                "--scores cannot be combined with --shards, --suite, --subset, --reference-reals "
-                "or --robustness: the scores file already fixes them"
-            )
         _report_on_scores(scores, data, out)
         return
-    if not (names or subset or suite):
+    if not (names or subset or suite or regressions):
         raise click.UsageError("no set to measure on; name one, such as --shards evalgen")
-    from model.adapters.open import Opening
+    if images and not regressions:
+        raise click.UsageError("--images is for recorded mistakes: add --regressions FOLDER")
+    from model.adapters.open import Opening, load_any
+
+    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
+    if regressions:
+        load = partial(load_any, detector, checkpoint, opening, device=device, backend=backend)
+        _measure_mistakes(regressions, images, out, load)
+        return
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
     from model.evaluation.run import choose_subject, evaluate
@@ -138,12 +176,9 @@ def main(
     from report.terminal import print_report
 
     listed = read_subset(subset) if subset else None
-    if suite and (names or subset):
-        raise click.UsageError("--suite cannot be combined with --shards or --subset")
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folder = (suite or "+".join(names)) + (f"-{subset.stem}" if subset else "")
     with init_distributed() as dist:
         _speak_for(dist)
@@ -163,6 +198,41 @@ def main(
         say_files(written)
         if chosen_suite and chosen_suite.missing:
             raise click.ClickException(chosen_suite.missing_line)
+
+
+def _measure_mistakes(
+    folder: Path, images: Path | None, out: Path | None, load: Callable[[], "Loaded"]
+) -> None:
+    """Score the mistakes recorded in `folder` again with the detector that `load` returns.
+
+    Its verdicts are added to the records. `out` gets `regressions.json`. The exit code is 1 if an
+    image is wrong now that another detector got right.
+    """
+    from model.mistakes.keep import read_mistakes
+
+    mistakes = read_mistakes(folder)
+    from model.mistakes.regressions import measure_again, record, report_of
+    from report.mistakes import print_regressions
+
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    loaded = load()
+    with console.progress("measuring", len(mistakes)) as advance:
+        rows = measure_again(folder, mistakes, loaded, images, advance)
+    if not any(row.after for row in rows):
+        raise click.ClickException(f"no image of {folder} could be scored: {rows[0].reason}")
+    record(folder, rows)
+    result = report_of(rows, loaded)
+    print_regressions(result)
+    console.say(f"checkpoint: {loaded.checkpoint}")
+    if out:
+        file = out / REGRESSIONS_FILE
+        write_text(file, json.dumps(result, indent=1) + "\n")
+        console.say(f"report: {file}")
+    if newly := result["counts"]["newly wrong"]:
+        raise click.ClickException(
+            f"newly wrong: {console.counted(newly, 'image')} that another detector got right"
+        )
 
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
@@ -326,63 +396,6 @@ def compare(
         for path in write_comparison(compared, paths, out):
             console.say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")
     console.say(f"reports: {' and '.join(map(str, paths))}")
-
-
-@main.command()
-@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
-@click.option(
-    "--images",
-    type=console.LocalPath(exists=True, file_okay=False),
-    help="Folder to search, by file content, for images of which no copy was kept.",
-)
-@click.option(
-    "--json",
-    "file",
-    type=console.LocalPath(dir_okay=False),
-    help="JSON file to write the result to.",
-)
-@console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
-def regressions(
-    folder: Path,
-    images: Path | None,
-    file: Path | None,
-    checkpoint: Path | None,
-    detector: str | None,
-    trust: bool,
-    fake_labels: tuple[str, ...],
-    runs: Path,
-    device: str,
-    backend: "Backend",
-) -> None:
-    """Score the mistakes in FOLDER again: which are fixed or new?
-
-    `python -m model mistakes add` puts mistakes into FOLDER. The verdict of each detector is stored
-    there. The exit code is 1 if an image is wrong now that another detector got right.
-    """
-    from model.mistakes.keep import read_mistakes
-
-    mistakes = read_mistakes(folder)
-    from model.adapters.open import Opening, load_any
-    from model.mistakes.regressions import measure_again, record, report_of
-    from report.mistakes import print_regressions
-
-    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
-    loaded = load_any(detector, checkpoint, opening, device=device, backend=backend)
-    with console.progress("measuring", len(mistakes)) as advance:
-        rows = measure_again(folder, mistakes, loaded, images, advance)
-    if not any(row.after for row in rows):
-        raise click.ClickException(f"no image of {folder} could be scored: {rows[0].reason}")
-    record(folder, rows)
-    result = report_of(rows, loaded)
-    print_regressions(result)
-    console.say(f"checkpoint: {loaded.checkpoint}")
-    if file:
-        write_text(file, json.dumps(result, indent=1) + "\n")
-        console.say(f"report: {file}")
-    if newly := result["counts"]["newly wrong"]:
-        raise click.ClickException(
-            f"newly wrong: {console.counted(newly, 'image')} that another detector got right"
-        )
 
 
 def _say_flips(

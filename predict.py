@@ -8,8 +8,10 @@ of a shipped detector. Each image gives one line: the path, the probability that
 AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
 image cannot be read. Lines are printed, or written to FILE; `--resume` continues an interrupted
 FILE. `--watch FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and
-`--heatmap FOLDER` writes pictures of the regions that changed the score. The exit code is 0, 1 if
-an image could not be read, or 2 if nothing could be scored (`NotStarted`). Main entry: `main()`.
+`--heatmap FOLDER` writes pictures of the regions that changed the score. `--report-mistake LABEL`
+records each verdict that contradicts the true label (`real` or `fake`) in a folder, see
+`model/mistakes/add.py`. The exit code is 0, 1 if an image could not be read, or 2 if nothing could
+be scored (`NotStarted`). Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
@@ -28,7 +30,15 @@ from model.inference.signatures import read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
     from model.inference.run import Loaded
+    from model.mistakes.keep import Label
     from pipeline.loading import Backend
+
+CONFLICTS = {
+    "threshold": ("max_fpr", "max_miss"),
+    "onnx": ("checkpoint", "detector", "heatmap"),
+    "label": ("output", "out", "resume", "heatmap", "watch"),
+}
+"""Parameter of an option -> parameters of the options that it cannot be combined with."""
 
 
 class NotStarted(click.ClickException):
@@ -78,6 +88,24 @@ class NotStarted(click.ClickException):
     help="PEM file with the certificates that make C2PA signers trusted. Default: the file named "
     "by DETECTOR_TRUST_LIST, else the public list if it was fetched.",
 )
+@click.option(
+    "--report-mistake",
+    "label",
+    type=click.Choice(["real", "fake"]),
+    help="True label of all images: record each wrong verdict (hash, score, detector and label, no "
+    "image) in the folder --mistakes. Nothing leaves this machine.",
+)
+@click.option(
+    "--mistakes",
+    type=console.LocalPath(file_okay=False),
+    default="mistakes",
+    show_default=True,
+    envvar="DETECTOR_MISTAKES",
+    help="Folder for --report-mistake. `evaluate.py --regressions` scores it again.",
+)
+@click.option(
+    "--keep-image", is_flag=True, help="With --report-mistake: also keep a copy of each image."
+)
 @console.options(
     "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "runs", "device",
     "backend", "batch_size",
@@ -94,6 +122,9 @@ def main(
     watch: str | None,
     onnx: Path | None,
     trust_list: Path | None,
+    label: "Label | None",
+    mistakes: Path,
+    keep_image: bool,
     checkpoint: Path | None,
     detector: str | None,
     trust: bool,
@@ -117,14 +148,7 @@ def main(
     gives the reason), 2 if nothing could be scored.
     """
     output = output or _format_of(out)
-    rates = (max_fpr, max_miss)
-    _check(paths, watch, output, out, resume)
-    if threshold is not None and rates != (None, None):
-        raise click.UsageError("--threshold cannot be combined with --max-fpr or --max-miss")
-    if onnx and (checkpoint or detector or heatmap or backend == "dali"):
-        raise click.UsageError(
-            "--onnx cannot be combined with --checkpoint, --detector, --heatmap or --backend dali"
-        )
+    _check(output)
     try:
         anchors = read_trust_list(trust_list) if trust_list else usual_trust_list()
     except ValueError as error:
@@ -138,11 +162,15 @@ def main(
             str(onnx) if onnx else detector, checkpoint, opening, device=device, backend=backend,
             threshold=threshold, heatmap=heatmap is not None,
         )  # fmt: skip
-        loaded = loaded.at_rates(*rates) if rates != (None, None) else loaded
+        if max_fpr is not None or max_miss is not None:
+            loaded = loaded.at_rates(max_fpr, max_miss)
         file = results.open_results(out, output, loaded.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
         raise NotStarted(console.one_line(error)) from error
+    if label:
+        _report_mistakes(loaded, paths, label, mistakes, keep_image)
+        return
     run = Run(loaded, output, file, heatmap, anchors)
     _introduce(run)
     try:
@@ -167,10 +195,35 @@ def _format_of(out: Path | None) -> str:
     return {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "table")
 
 
-def _check(
-    paths: tuple[str, ...], watch: str | None, output: str, out: Path | None, resume: bool
+def _report_mistakes(
+    detector: "Loaded", paths: tuple[str, ...], label: "Label", folder: Path, keep_image: bool
 ) -> None:
+    """Score images of which the true label is known, and record each wrong verdict in `folder`.
+    Print a line per image. Exit with 1 if an image could not be read or recorded.
+    """
+    from model.mistakes.add import keep_wrong
+
+    _log_detector(detector)
+    failed = total = 0
+    for report in keep_wrong(detector, paths, label, folder, keep_image=keep_image):
+        total += 1
+        failed += report.failed
+        console.say(report.text)
+    if not total:
+        raise NotStarted(f"no image in {', '.join(paths)}; name an image, or a folder of images")
+    if failed:
+        raise click.ClickException(f"{failed:,} of {console.counted(total, 'image')} failed")
+
+
+def _check(output: str) -> None:
     """Refuse a wrong command line before a detector is loaded, which takes seconds."""
+    console.refuse_conflicts(CONFLICTS)
+    given = click.get_current_context().params
+    paths, watch, resume = given["paths"], given["watch"], given["resume"]
+    if given["onnx"] and given["backend"] == "dali":
+        raise click.UsageError("--onnx cannot be combined with --backend dali")
+    if given["keep_image"] and not given["label"]:
+        raise click.UsageError("--keep-image copies images of wrong verdicts: add --report-mistake")
     if bool(paths) == bool(watch):
         raise click.UsageError(
             "name images, folders or archives, or give a folder to --watch"
@@ -179,20 +232,25 @@ def _check(
     for path in paths:
         if path != "-" and not inputs.is_there(path):
             raise click.UsageError(f"{path!r} does not exist")
-    if resume and not out:
+    if resume and not given["out"]:
         raise click.UsageError("--resume continues a results file; name the file with --out")
     if resume and output == "table":
         raise click.UsageError("--resume needs --format csv or jsonl; a table cannot be read back")
 
 
-def _introduce(run: Run) -> None:
-    """Log the detector and what is known against it, and write the heading of the results."""
-    detector = run.detector
+def _log_detector(detector: "Loaded") -> None:
+    """Log the detector and what is known against it."""
     console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
-    if run.trust:
-        console.log.info("C2PA trust list: %s", run.trust.describe())
     for notice in detector.notices:
         console.log.warning("%s", notice.text)
+
+
+def _introduce(run: Run) -> None:
+    """Log the detector and the trust list, and write the heading of the results."""
+    detector = run.detector
+    _log_detector(detector)
+    if run.trust:
+        console.log.info("C2PA trust list: %s", run.trust.describe())
     heading = results.header(run.output, fitness.word_for(detector.meta))
     if run.out and run.output == "table":
         run.out.write(heading)

@@ -27,14 +27,14 @@ ROOT = Path(__file__).parent.parent
 
 COMMANDS = (
     "train.py", "evaluate.py", "evaluate.py calibrate", "evaluate.py compare",
-    "evaluate.py regressions", "predict.py",
+    "predict.py",
     "-m sharding", "-m sharding fetch", "-m sharding build", "-m sharding show",
     "-m sharding list", "-m sharding verify", "-m sharding diff", "-m sharding describe",
     "-m sharding audit", "-m sharding demo", "-m sharding pairs", "-m pipeline",
     "-m pipeline preview",
     "-m pipeline order", "-m model", "-m model import", "-m model fetch", "-m model embed",
     "-m model curves", "-m model average", "-m model export", "-m model push",
-    "-m model mistakes", "-m model mistakes add", "-m serve", "-m ai_images_detector",
+    "-m serve", "-m ai_images_detector",
     "-m ai_images_detector app",
 )  # fmt: skip
 

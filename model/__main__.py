@@ -9,7 +9,6 @@ Main entry: `main()`, the click group of these commands:
 - `average FIRST LAST` averages the weights of two checkpoints;
 - `export` writes a checkpoint as ONNX files, as a folder for the Hugging Face Hub, or its head;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote;
-- `mistakes add real|fake PATH...` scores labeled images and records each wrong verdict.
 
 Each command prints its result, such as the path of a written file; an error is printed in one line.
 The constant `NAME` is the option `--run`, and `RunName` is its type, which refuses names outside
@@ -26,9 +25,7 @@ from installed import command
 from storage import any_path, check_reachable
 
 if TYPE_CHECKING:
-    from model.mistakes.keep import Label
     from model.shipped.backbone import HubPlace
-    from pipeline.loading import Backend
     from sharding.executor import Engine
 
 
@@ -337,61 +334,6 @@ def push_command(folder: Path, repository: str, private: bool) -> None:
     from model.export import hub
 
     console.say(f"uploaded: {hub.push(folder, repository, private=private)}")
-
-
-@main.group("mistakes", cls=console.Group)
-def mistakes() -> None:
-    """Record wrong verdicts; `python evaluate.py regressions` scores those images again."""
-
-
-@mistakes.command("add")
-@click.argument("label", type=click.Choice(["real", "fake"]), metavar="real|fake")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option(
-    "--folder", type=console.LocalPath(file_okay=False), default=Path("mistakes"),
-    show_default=True, help="Folder on this machine for the kept mistakes.",
-)  # fmt: skip
-@click.option("--keep-image", is_flag=True, help="Also keep a copy of each image.")
-@console.options("checkpoint", "detector", "trust", "fake_label", "runs", "device", "backend")
-def add_command(
-    label: "Label",
-    paths: tuple[str, ...],
-    folder: Path,
-    keep_image: bool,
-    checkpoint: Path | None,
-    detector: str | None,
-    trust: bool,
-    fake_labels: tuple[str, ...],
-    runs: Path,
-    device: str,
-    backend: "Backend",
-) -> None:
-    """Score images that are known to be real, or fake, and record each wrong verdict: the hash of
-    the file, its score and its label. Nothing leaves this machine. Images are copied only with
-    --keep-image.
-
-    The exit code is 1 if an image could not be read or recorded.
-    """
-    from model.inference.inputs import is_there
-
-    for path in paths:
-        if not is_there(path):
-            raise click.UsageError(f"{path!r} does not exist")
-    from model.adapters.open import Opening, load_any
-    from model.mistakes.add import keep_wrong
-
-    opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
-    loaded = load_any(detector, checkpoint, opening, device=device, backend=backend)
-    console.log.info("checkpoint: %s", loaded.checkpoint)
-    failed = total = 0
-    for report in keep_wrong(loaded, paths, label, folder, keep_image=keep_image):
-        total += 1
-        failed += report.failed
-        console.say(report.text)
-    if not total:
-        raise click.ClickException(f"no image in {', '.join(paths)}; name an image or a folder")
-    if failed:
-        raise click.ClickException(f"{failed:,} of {console.counted(total, 'image')} failed")
 
 
 if __name__ == "__main__":

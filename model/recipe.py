@@ -212,7 +212,7 @@ class Gate:
     max_fpr: float = 1.0
     """Highest false-positive rate on any validation set. 1 refuses nothing. Range: 0 to 1"""
     mistakes: str = ""
-    """Folder of kept mistakes (`python -m model mistakes add`). Their kept images are scored before
+    """Folder of kept mistakes (`predict.py --report-mistake`). Their kept images are scored before
     and after training. Empty: none."""
     max_newly_wrong: int = 0
     """Largest number of images of `mistakes` that the initial detector classified correctly and the

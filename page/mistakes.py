@@ -1,4 +1,4 @@
-"""Show a control that records a wrong verdict on the disk, as `python -m model mistakes add` does.
+"""Show a control that records a wrong verdict on the disk, as `predict.py --report-mistake` does.
 
 Main entry: `show_mistake()` takes the detector, the uploaded file, its result, and its verdict
 (`said`). If the user presses the button, `keep()` writes the true label, the verdict and the file's

@@ -16,10 +16,10 @@ FUNCTION_LINES = 80
 PARAMETERS = 8
 MODEL_FILES = 12
 RECIPE_KEYS = 100
-FLAGS = 19
-"""Largest number of options of a command, with `--help` and `--verbose`. Evaluate and predict need
-three options for any detector (its name, trust in its program, the meaning of its labels), and
-predict three for a decision (a threshold, or two error rates)."""
+FLAGS = 22
+"""Largest number of options of a command, with `--verbose`. Evaluate and predict need three options
+for any detector (its name, trust in its program, the meaning of its labels), and predict three for
+a decision (a threshold, or two error rates) and three to record mistakes."""
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",

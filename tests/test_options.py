@@ -29,8 +29,7 @@ COMMANDS: dict[str, click.Command] = {
     **{f"evaluate {name}": one for name, one in evaluate.main.commands.items()},
     **{f"sharding {name}": one for name, one in sharding.commands.items()},
     **{f"pipeline {name}": one for name, one in pipeline.commands.items()},
-    **{f"model {name}": one for name, one in model.commands.items() if name != "mistakes"},
-    "model mistakes add": model.commands["mistakes"].commands["add"],  # type: ignore[attr-defined]
+    **{f"model {name}": one for name, one in model.commands.items()},
 }
 
 TEXTS = {
@@ -93,7 +92,6 @@ def base(
         "evaluate": ["--shards", "val", "--out", "report", *sets, *runs],
         "evaluate calibrate": ["--shards", "none", *sets, *runs],
         "evaluate compare": ["folder", "folder"],
-        "evaluate regressions": ["folder", *runs],
         "sharding fetch": ["dummy", "--raw", "fetched", *catalog],
         "sharding build": ["--raw", str(raw), "--out", "built", "--jobs", "1", *catalog],
         "sharding show": [val],
@@ -112,7 +110,6 @@ def base(
         "model curves": [str(small_runs / "small"), "--out", "curves.png"],
         "model average": [checkpoint, checkpoint, "--run", "mean", "--runs", "averaged"],
         "model export": ["--hub", "hub", *runs, *sets],
-        "model mistakes add": ["real", "photo.jpg", *runs],
         "model push": ["folder", "owner/name"],
     }  # fmt: skip
 

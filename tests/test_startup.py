@@ -74,14 +74,16 @@ EXTRA = {
     ],
     "evaluate.py": [
         [], ["--shards", "val", "--device", "gpu"], ["--scores", "README.md", "--shards", "val"],
-        ["--robustness", "0"], ["--shards"],
+        ["--robustness", "0"], ["--shards"], ["--regressions", "nowhere"], ["--images", "docs"],
+        ["--regressions", "docs", "--shards", "val"],
     ],
     "predict.py": [
         [], ["nowhere.jpg"], ["README.md", "--watch", "docs"], ["README.md", "--resume"],
         ["README.md", "--device", "tpu"], ["README.md", "--onnx", "x.onnx", "--heatmap", "x"],
+        ["nowhere.jpg", "--report-mistake", "real"], ["README.md", "--keep-image"],
+        ["README.md", "--report-mistake", "real", "--out", "x.csv"],
     ],
     "-m serve": [["--device", "gpu"], ["--port", "65536"]],
-    "-m model mistakes add": [["real", "nowhere.jpg"], ["real"]],
     "-m model export": [[], ["--hub", "x", "--hub-place", "nowhere"]],
     "-m model embed": [
         ["--recipe", "recipes/clip.toml", "--set", "a.b=1"], ["--recipe", "nowhere.toml"],

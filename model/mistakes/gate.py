@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 START_FILE = "baseline_mistakes.json"
 
-NO_COPY = "the folder has no copy of the image; add the image again with --keep-image"
+NO_COPY = "the folder has no copy of the image; report the image again with --keep-image"
 NO_VERDICT = "added after the run began, so the initial detector gave no verdict"
 
 MOST_HASHES = 10
@@ -49,15 +49,15 @@ def check_mistakes(gate: Gate, start_file: Path | None = None) -> None:
     folder = Path(gate.mistakes)
     if not folder.is_dir():
         raise MistakeError(
-            f"gate.mistakes: {folder} is no folder; give the folder that `python -m model mistakes "
-            "add` writes"
+            f"gate.mistakes: {folder} is no folder; give the folder that `predict.py "
+            "--report-mistake` writes"
         )
     mistakes = read_mistakes(folder)
     copies = (mistake.image_path(folder) for mistake in mistakes)
     if not any(path and path.is_file() for path in copies):
         raise MistakeError(
             f"gate.mistakes: {folder} has {counted(len(mistakes), 'mistake')} but no copy of an "
-            "image, so nothing can be measured; add the images again with --keep-image"
+            "image, so nothing can be measured; report the images again with --keep-image"
         )
     if start_file:
         read_start(start_file)

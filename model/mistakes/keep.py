@@ -232,8 +232,8 @@ def read_mistakes(folder: Path) -> list[Mistake]:
     paths = entries_of(folder)
     if not paths:
         raise MistakeError(
-            f"{folder} has no mistakes; add one with `python -m model mistakes add real PATH "
-            f"--folder {folder}`"
+            f"{folder} has no mistakes; add one with `python predict.py PATH --report-mistake real "
+            f"--mistakes {folder}`"
         )
     if len(paths) > MAX_MISTAKES:
         raise MistakeError(

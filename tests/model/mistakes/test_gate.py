@@ -1,4 +1,4 @@
-"""Tests of the phase 2 gate on kept mistakes and of `evaluate.py regressions`, with real
+"""Tests of the phase 2 gate on kept mistakes and of `evaluate.py --regressions`, with real
 training."""
 
 import hashlib
@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import evaluate
+import predict
 from model import checkpoint
-from model.__main__ import main as model
 from model.inference.detector import ImageDetector, load_detector
 from model.mistakes.gate import MOST_HASHES, NO_COPY, START_FILE, refusal
 from model.mistakes.keep import (
@@ -202,8 +202,8 @@ def test_a_mistake_of_one_checkpoint_is_measured_with_the_next(
     label = trained.label(trained.flipped[0], right=False)
     runs = [trained.runs / name for name in ("tiny", "second")]
     result = CliRunner().invoke(
-        model,
-        ["mistakes", "add", label, str(image), "--folder", str(folder), "--keep-image",
+        predict.main,
+        [str(image), "--report-mistake", label, "--mistakes", str(folder), "--keep-image",
          "--checkpoint", str(runs[0])],
     )  # fmt: skip
     assert result.exit_code == 0 and "kept, with its image" in result.output, result.output
@@ -220,9 +220,9 @@ def test_a_mistake_of_one_checkpoint_is_measured_with_the_next(
 
 
 def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
-    """Return the only row of `evaluate.py regressions`, and check the exit code."""
-    report = tmp_path / "report.json"
-    line = ["regressions", folder, "--checkpoint", run_folder, "--json", report]
+    """Return the only row of `evaluate.py --regressions`, and check the exit code."""
+    report = tmp_path / "again" / "regressions.json"
+    line = ["--regressions", folder, "--checkpoint", run_folder, "--out", report.parent]
     result = CliRunner().invoke(evaluate.main, [str(part) for part in line])
     (row,) = json.loads(report.read_text())["mistakes"]
     assert f"1 {row['outcome']}" in result.output
@@ -235,7 +235,7 @@ def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
     [
         (
             lambda _folder: None,
-            r"is no folder; give the folder that `python -m model mistakes add`",
+            r"is no folder; give the folder that `predict.py --report-mistake`",
         ),
         (lambda folder: folder.mkdir(), r"has no mistakes"),
         (

@@ -1,4 +1,4 @@
-"""Tests of `python -m model mistakes add` and `evaluate.py regressions`, and of the entries."""
+"""Tests of `predict.py --report-mistake` and `evaluate.py --regressions`, and of the entries."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import evaluate
-from model.__main__ import main as model
+import predict
 from model.mistakes import keep
 from model.mistakes.keep import (
     Label,
@@ -41,12 +41,12 @@ def run(command: object, *arguments: object) -> Result:
 
 
 def add(folder: Path, label: str, image: Path, detector: Path, *more: str) -> Result:
-    line = ["mistakes", "add", label, image, "--folder", folder, "--detector", detector, "--trust"]
-    return run(model, *line, *more)
+    line = [image, "--report-mistake", label, "--mistakes", folder, "--detector", detector]
+    return run(predict.main, *line, "--trust", *more)
 
 
 def measure(folder: Path, detector: Path, *more: object) -> Result:
-    return run(evaluate.main, "regressions", folder, "--detector", detector, "--trust", *more)
+    return run(evaluate.main, "--regressions", folder, "--detector", detector, "--trust", *more)
 
 
 @pytest.fixture
@@ -148,21 +148,21 @@ def test_a_damaged_entry_gives_an_error_of_one_line(change: str | dict, tmp_path
     path.write_text(change if isinstance(change, str) else json.dumps({**entry, **change}))
     with pytest.raises(MistakeError, match=r"is no entry of a mistake .* remove it"):
         read_mistake(path)
-    result = run(evaluate.main, "regressions", tmp_path)
+    result = run(evaluate.main, "--regressions", tmp_path)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
 
 
 def test_a_mistake_is_measured_with_several_detectors(
     tmp_path: Path, image: Path, detectors: dict[str, Path]
 ) -> None:
-    folder, report = tmp_path / "kept", tmp_path / "out.json"
+    folder, report = tmp_path / "kept", tmp_path / "again" / "regressions.json"
     result = add(folder, "real", image, detectors["right"])
     assert result.exit_code == 0 and "the verdict agrees; nothing kept" in result.output
     result = add(folder, "real", image.parent, detectors["wrong"], "--keep-image")
     assert result.exit_code == 0 and "likely AI (90.0%); kept, with its image" in result.output
     outcomes = []
     for name in ("wrong", "right", "wrong2", "wrong2"):
-        result = measure(folder, detectors[name], "--json", report)
+        result = measure(folder, detectors[name], "--out", report.parent)
         (row,) = json.loads(report.read_text())["mistakes"]
         outcomes.append(
             (row["outcome"], row["before"]["score"], row["after"]["score"], result.exit_code)
@@ -224,12 +224,12 @@ def test_an_unreadable_image_is_an_error_and_the_others_are_kept(
     assert "broken.jpg" in result.output and "1 of 2 images failed" in result.stderr
     assert [mistake.sha256 for mistake in read_mistakes(tmp_path / "kept")] == [HASH]
     result = add(tmp_path / "kept", "real", tmp_path / "kept", detectors["wrong"])
-    assert result.exit_code == 1 and "no image in" in result.stderr
+    assert result.exit_code == 2 and "no image in" in result.stderr
 
 
 def test_the_error_of_an_empty_folder_names_the_command_that_adds(tmp_path: Path) -> None:
-    result = run(evaluate.main, "regressions", tmp_path)
-    assert result.exit_code == 1 and "python -m model mistakes add" in result.stderr
+    result = run(evaluate.main, "--regressions", tmp_path)
+    assert result.exit_code == 1 and "python predict.py PATH --report-mistake" in result.stderr
 
 
 def test_entries_are_equal_after_reading(tmp_path: Path) -> None:
