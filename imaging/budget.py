@@ -3,11 +3,16 @@
 Main entry: `decoding(pixels)`, a context manager around the decoding of one image of `pixels`
 pixels (width x height). It waits until `pixels * BYTES_PER_PIXEL` of the `DECODE_BYTES` bytes that
 all threads of the process share are free, and reserves them until the block ends. An image that
-needs more reserves all of them, so it is decoded alone. Nothing is yielded or raised.
+needs more than `DECODE_BYTES` reserves all of them, so it is decoded alone. Nothing is yielded or
+raised.
 
-`ByteBudget` is a number of bytes that threads share; `of(size)` reserves some of them.
-`share_large(lock)` makes all processes with the same lock decode one large image (`LARGE_PIXELS` or
-more) at a time. `give_back_freed()` returns memory that is free inside this process to the system.
+`share_large(lock)` takes a lock that several processes share, such as a `multiprocessing.Lock`, and
+returns nothing. From then on, `decoding()` also holds this lock for a large image (`LARGE_PIXELS`
+or more), so that these processes decode one large image at a time.
+
+`ByteBudget(total)` is a number of bytes that threads share. Its `of(size)` is a context manager
+that waits until `size` bytes are free and reserves them until the block ends. `give_back_freed()`
+returns memory that is free inside this process to the system.
 """
 
 import contextlib

@@ -1,14 +1,14 @@
 """Decode the bytes of an image file of any usual format to upright 8-bit RGB pixels.
 
-Main entry: `decode(data)` returns the pixels, uint8 (height, width, 3). `decoded(data)` is a
-context manager that yields the pixels and reserves their share of the memory for decoding
-(`imaging/budget.py`) until it ends. `prepare(data)` returns a `Prepared`: bytes to pack, pixels and
-`Facts` (size, format, ...). 8-bit JPEG (gray or YCbCr), PNG and WebP files are packed unchanged,
-all others (GIF, 16-bit, CMYK, animated, ...) as an 8-bit RGB PNG of their pixels. `decode_image()`
-decodes packed bytes, given their format and EXIF orientation. If by the header every decoder gives
-the same pixels, `as_is(data)` returns an `Encoded` (the bytes for another decoder, format, size),
-else None. `green_grid()` and `fingerprints()` compute perceptual hashes. Bad files raise only
-`DecodeError` or `MemoryError`. An `ImageFile` has a name and a function that returns its bytes.
+Main entry: `decode(data)` takes the bytes of a file and returns pixels, uint8 (height, width, 3).
+`decoded(data)`, a context manager, yields them and reserves memory for them until it ends.
+`prepare(data)` returns a `Prepared`: pixels, `Facts` (size, format, ...) and the bytes to pack.
+8-bit JPEG, PNG and WebP are packed unchanged, others (GIF, CMYK, animated, ...) as an RGB PNG.
+`decode_image(data, image_format, orientation)` decodes packed bytes (JPEG, PNG or WEBP; EXIF, 1 to
+8). `as_is(data)` returns an `Encoded` (bytes, format, size) if by the header all decoders give the
+same pixels, else None. Errors are `DecodeError` (bad file) and `MemoryError`. `green_grid(pixels)`
+returns a (160, 160) sample; `fingerprints(grids)` takes n of them and returns n perceptual hashes
+and n thumbnails. An `ImageFile` has a name and a function that returns the file's bytes.
 """
 
 import contextlib

@@ -1,14 +1,16 @@
 """Decode the bytes of a JPEG to RGB pixels; missing or damaged pixels raise a `PixelError`.
 
-Main entry: `jpeg_pixels(data)` returns the pixels, uint8 (height, width, 3), as they are stored
-(the EXIF orientation is not applied), and a bool. The bool is True if the strict mode of simplejpeg
-(libjpeg-turbo, every warning is an error) decodes the file as it is. Otherwise the pixels are those
-of `odd_jpeg_pixels(data)`. This function also decodes files with wrong metadata, extra bytes
-between segments or unusual chroma sampling, which cost no pixel, and raises `PixelError` otherwise.
+Main entry: `jpeg_pixels(data)` takes the bytes of a file and returns two values. The first is the
+pixels, uint8 (height, width, 3), as they are stored: the EXIF orientation is not applied. The
+second is True if the strict mode of simplejpeg (libjpeg-turbo, every warning is an error) decodes
+the file as it is. Otherwise it is False, and the pixels are those of `odd_jpeg_pixels(data)`, which
+also decodes files with wrong metadata, extra bytes between segments or unusual chroma sampling:
+these faults cost no pixel.
 
-The `refuse_...(data)` functions return nothing; they raise `PixelError` for a file without an end
-marker, for more than `MAX_SCANS` scans, or for a CMYK JPEG with missing or damaged pixels.
-`odd_jpeg_pixels()` calls the first two; `imaging/decode.py` calls the one for CMYK.
+Three functions take the bytes, return nothing and raise `PixelError`: `refuse_cut_off()` for a file
+without an end marker, `refuse_many_scans()` for more than `MAX_SCANS` scans (of `imaging/jpeg.py`),
+and `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels. `odd_jpeg_pixels()`
+calls the first two; `imaging/decode.py` calls the one for CMYK.
 """
 
 import io

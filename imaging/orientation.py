@@ -1,13 +1,16 @@
 """Find the orientation of an image (1 to 8, as in EXIF) and make its pixels upright.
 
-Main entries: `orientation_of(data, image_format)` takes the bytes of a file and its format, JPEG,
-PNG or WEBP; it returns the orientation that EXIF, else XMP, states, and 1 (upright) if none is
-valid. `upright(pixels, orientation)` takes pixels (height, width, channels) and returns them
-rotated and mirrored, as a NumPy view. Only this module reads the orientation.
+Main entries: `orientation_of(data, image_format)` takes the bytes of a file and its format, "JPEG",
+"PNG" or "WEBP". It returns the orientation that EXIF, else XMP, states, and 1 (upright) if none is
+valid. `upright(pixels, orientation)` takes pixels (height, width, channels) and an orientation, and
+returns the pixels rotated and mirrored, as a NumPy view. Only this module reads the orientation.
 
-`orientation_left(image)` is for all other formats: it returns the orientation that Pillow has not
-applied to a decoded image. `carries_exif()` returns whether a file has EXIF data. An orientation is
-undone by exchanging rows and columns (`is_transposed()`), then reversing them (`mirrored()`).
+`orientation_left(image)` is for all other formats: it takes an image opened by Pillow and returns
+the orientation that Pillow has not applied when decoding. `carries_exif(data, image_format)`
+returns whether a JPEG, PNG or WebP has EXIF data. An orientation is undone in two steps:
+`is_transposed(orientation)` says whether rows and columns are exchanged, and
+`mirrored(orientation)` whether the order of the rows, and of the columns, is then reversed (two
+bools).
 """
 
 import re

@@ -1,12 +1,13 @@
 """Read the chunks of a PNG, given its bytes, without decoding it (W3C, PNG, third edition).
 
-Main entries: `chunks(data)` yields (kind, start, end) of each whole chunk, with its length and
-checksum, and stops before the first incomplete chunk. `essential(data)` returns the bytes of the
-PNG without its metadata chunks; pixels are decoded from these bytes, so that bad metadata does no
-harm. It raises `ValueError` if the palette is missing. `is_plain(data)` returns True if every
-decoder reads the same pixels: at most 8 bits per sample, not animated, no unknown, damaged or
-incomplete chunk. `texts(data)` yields (keyword, content) of each text chunk; of each compressed
-content, at most `MAX_TEXT_BYTES` are unpacked.
+Main entries: `chunks(data)` yields (kind, start, end) of each whole chunk: its type, such as
+b"IDAT", and its position in `data`, with its length and checksum. It stops before the first
+incomplete chunk. `essential(data)` returns the bytes of the PNG without its metadata chunks; pixels
+are decoded from these bytes, so that bad metadata does no harm. It raises `ValueError` if the
+palette is missing. `is_plain(data)` returns True if every decoder reads the same pixels: at most 8
+bits per sample, not animated, no unknown, damaged or incomplete chunk. `texts(data)` yields
+(keyword, content) of each text chunk, a text and bytes. Of a compressed content, at most
+`MAX_TEXT_BYTES` are unpacked; a damaged one is skipped.
 """
 
 import zlib

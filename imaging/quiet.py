@@ -1,9 +1,10 @@
 """Keep the warnings and log lines of image decoders off the terminal; exceptions are not affected.
 
-`silence_pillow()` stops Pillow and its libtiff from printing, for the rest of the process.
-`without_warnings()` and `without_chatter()` are context managers without arguments, which several
-threads may use at once: the first hides Python's warnings, the second drops the lines that native
-decoders (libjpeg, libpng, OpenCV, nvImageCodec) write to standard error. Other lines are printed.
+Main entries, all without arguments: `silence_pillow()` stops Pillow and its libtiff from printing,
+for the rest of the process. `without_warnings()` and `without_chatter()` are context managers that
+yield nothing and act until their block ends; several threads may use them at once. The first hides
+Python's warnings. The second drops the lines that native decoders (libjpeg, libpng, OpenCV,
+nvImageCodec) write to standard error; other lines are printed.
 """
 
 import contextlib

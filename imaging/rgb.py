@@ -4,10 +4,11 @@ Main entry: `to_rgb(image)` takes a loaded `PIL.Image.Image` and returns uint8 (
 Alpha is dropped. ICC profiles of RGB and gray images are ignored. CMYK is converted to sRGB by the
 ICC profile of the file, or without a profile by Pillow (docs/design.md explains why).
 
-Values of more than 8 bits are scaled to gray levels from 0 to 255. For floats, 255 is the largest
-value; for integers, the white level that the file declares, else 65,535. `PixelError` is raised if
-no white level is declared and the image would look black (all values below `LEAST_SHARE` of 65,536)
-or is a TIFF of signed or 32-bit integers, and if no value is finite.
+Values of more than 8 bits are scaled to gray levels from 0 to 255, `BAND_PIXELS` at a time. For
+floats, 255 is the largest value. For integers, 255 is the white level that the file declares, else
+65,535. `PixelError` is raised in three cases: no value is finite; no white level is declared and
+the file is a TIFF of signed or 32-bit integers; no white level is declared and all values are below
+`LEAST_SHARE` of 65,536, so that the image would look black.
 """
 
 import io

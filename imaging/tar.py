@@ -1,13 +1,14 @@
 """Read the files in a tar archive one after another, without unpacking the archive to disk.
 
 Main entry: `members(path, wanted)` takes the path of a plain or compressed tar, and a function that
-returns for a name whether the file is wanted. It yields a `TarMember` for each wanted file: its
-name and either `read`, a function that returns the bytes, or `excluded`, the reason why the file is
-not read (a link, an unsafe path, too large, ...). A damaged archive raises `DecodeError`; the
-members before the error are good.
+takes the name of a file and returns whether the file is wanted. It yields a `TarMember` for each
+wanted file, in the order of the archive: its `name`; `excluded`, the reason why the file is not
+read (a link, an unsafe path, too large, ...), or ""; and `read`, a function without arguments that
+returns the bytes, or None if the file is excluded. A damaged archive raises `DecodeError`; the
+members before the error are good. An archive that cannot be opened raises `OSError`.
 
 In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar
-(`is_compressed()`) is read from front to end: the bytes of each member stay in memory until its
+(`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until its
 `read` is called. At `WAITING_BYTES` of them, `members()` waits until some are read. The `MAX_...`
 constants limit the memory and the work that a hostile archive can cause.
 """

@@ -1,10 +1,11 @@
 """Let one small and one large image be decoded at a time, over all users of a web page.
 
 Main entry: `turn(data)`, a context manager around the decoding of an image file with the bytes
-`data`. It waits until no other image of the same class is being decoded (large: `LARGE_PIXELS` or
-more) and makes others wait until the block ends; nothing is yielded. It raises `Busy` after
-`WAIT_S` seconds. `LANES` are the locks of the two classes. `pixels_of(data)` returns the number of
-pixels that the header states, or 0 if it cannot be read.
+`data`. There are two size classes: images of `LARGE_PIXELS` or more, and smaller ones. `turn()`
+waits until no other image of the same class is being decoded and makes others wait until the block
+ends. It yields nothing. It raises `Busy` after `WAIT_S` seconds of waiting. `LANES` are the locks
+of the two classes. `pixels_of(data)` returns the number of pixels that the header states, or 0 if
+the header cannot be read.
 """
 
 import contextlib

@@ -1,16 +1,18 @@
 """List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members(archive, name)` takes a path, and a name for messages, and yields a
-`ZipMember` for each file, sorted by name: its name, its location `where`, its size in bytes, and
-the reason `excluded` if it is not read (`HIDDEN`, encrypted, an unsafe path, ...).
-`read_member(archive, where, version)` returns the bytes of one file; `version` is any text that
-changes when the archive changes. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read
-too. Errors are `ZipError` for an archive that is damaged or incomplete, and `DecodeError` for a
-damaged file.
+Main entries: `members(archive, name)` takes the path of an archive, and a name for messages (empty:
+the path). It yields a `ZipMember` for each file, sorted by name: its `name`, its location `where`,
+its `size` in bytes, and `excluded`, the reason if it is not read (`HIDDEN`, encrypted, an unsafe
+path, ...), or "". `read_member(archive, where, version)` returns the bytes of one file; `where` is
+from its `ZipMember`, and `version` is any text that changes when the archive changes. Archives in
+several volumes (X.z01, X.z02, ..., X.zip) are read too. Errors are `ZipError` for an archive that
+is damaged, incomplete or claims more than `MAX_RATIO` times its size, `DecodeError` for a damaged
+file, and `OSError`.
 
-Four functions check names and modes of files in folders and archives of any kind: `is_hidden()`,
-`leaves_archive()`, `kind_of()`, which gives the reason for not reading a link or device, and
-`printable()`, which escapes bytes that are not UTF-8.
+Four functions check names and modes of files in folders and archives of any kind. `is_hidden(name)`
+and `leaves_archive(name)` (the path would lead out of the target folder) return a bool.
+`kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
+reading it. `printable(name)` returns the name with escapes for bytes that are not UTF-8.
 """
 
 import io

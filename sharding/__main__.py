@@ -1,20 +1,25 @@
 """Run the commands of the package, `python -m sharding COMMAND`: download, pack and check images.
 
-Main entry: `main()`, a click group. Each command parses its options, calls one function, and prints
-the result; an error is printed in one line. `RAW`, `CATALOG` and `JOBS` are options that several
-commands share. A command imports its modules in its function, so that `--help` and wrong options
-answer at once. The commands:
+Main entry: `main()`, a click group. Each command parses its options, calls one function of the
+package and prints the result; an error is one line and exit code 1. `RAW`, `CATALOG` and `JOBS` are
+options that several commands share: the folder of the raw datasets, a TOML file added to the
+built-in catalog, and the number of parallel tasks. The commands and their options:
 
-    fetch       download the raw files of catalog sources to data/raw
-    build       pack raw images into shard sets (tars with an index) in data/shards
-    show        print the images of a set by source, class and generator
-    list        print the known sources, or all facts about some of them
-    verify      check sets against their index; exit code 1 if there are faults
-    diff        list the samples that differ between two sets; exit code 1 if any do
-    describe    propose a catalog for a folder of images
-    audit       report how well metadata alone separates real from fake
-    pairs       make a fake partner of each real image of a set with a VAE
-    demo        make synthetic raw images with their catalog
+    fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
+                       --git-mirror: folder of local copies of Git repositories; --catalog
+    build              pack raw images into shard sets (tars with an index) in --out; --set: only
+                       this set; --engine local or ray; --max-bad: allowed fraction of unreadable
+                       images; --allow-incomplete: accept rules without a file and one class
+    show SET           print the images of a set by source, class and generator
+    list [SOURCE...]   print the known sources and the sets in --out, or all facts about SOURCE
+    verify FOLDER      check the set or sets there against their index; exit code 1 for faults
+    diff SET SET       list the samples that differ between two sets; exit code 1 if any do
+    describe FOLDER    write a proposed catalog for a folder of images to the file --out
+    audit FOLDER...    write to --out how well metadata alone separates real from fake; --match:
+                       CSV file of samples that metadata does not separate; --seed
+    pairs SET          make a fake partner of each real image with the VAE --decoder, in --out;
+                       --max-megapixels: larger images are left out; --device
+    demo FOLDER        make synthetic raw images with their catalog; --seed
 """
 
 import contextlib

@@ -1,14 +1,14 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
-Main entry: `build(catalog, raw, out)` takes a `Catalog`, the folder of the raw datasets and the
-output folder; also `only` (names of the sets to build; none: all), `jobs` (processes; 0: one per
-core), `engine` ("local" or "ray") and `tolerance` (limits of bad images). It returns a `SourceScan`
-(images listed by source) and a `BuiltSet` for each set, or raises `ShardError`, `CatalogError`,
-`RawError` or `OSError`. Finished work of a killed run is kept. `out` gets the sets and:
-
-    .build/inventory/<source>.parquet      one row per raw image (sharding/inventory.py)
-    .build/<set>/<shard>.tar.parquet       rows of a finished shard; marks the shard as done
-    .build/<set>/written.json              files of the set that builds wrote (sharding/record.py)
+Main entry: `build(catalog, raw, out)` takes a `Catalog` and the folders of the raw datasets and of
+the output; also `only` (names of the sets to build; none: all), `jobs` (processes; 0: one per
+core), `engine` ("local" or "ray"), `tolerance` (a `Tolerance`: allowed fraction of unreadable
+images, and whether incomplete data are accepted) and `progress(what, total)`, a context manager
+whose value is called with each number of finished images. It writes a folder per set, and returns a
+`SourceScan` (of `find_sources()`: images by source, sources without images) and a list of
+`BuiltSet` (name, index, shards written), empty without images. Errors are `ShardError`,
+`CatalogError`, `RawError` and `OSError`. Finished work of a killed run is kept in `out/.build`: the
+inventory of each source (sharding/inventory.py) and, for each set, the rows of finished shards.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
 """Compare two shard sets (tars of images with an index): list the samples that were added, removed
 or changed.
 
-Main entry: `compare_sets(before, after)` takes two `ShardSet` and returns a `Difference`: the keys
-of the samples that are only in one set, and for each changed sample texts such as `"label: real ->
-fake"`. Samples are matched by their key (source and hash of the path). The columns `IGNORED` (the
-location of a sample in the tars) are not compared. A `Difference` is false if the sets do not
-differ.
+Main entry: `compare_sets(before, after)` takes two `ShardSet` and returns a `Difference`, which is
+false if the sets do not differ. `added` and `removed` are sorted lists of the keys that only one
+set has. `changed` maps the key of each changed sample to texts such as "label: real -> fake".
+`counts` maps "added" and "removed" to numbers of samples by "source, class". Samples are matched by
+their key (source and hash of the path). The columns `IGNORED` (the location of a sample in the
+tars, and the key) are not compared.
 """
 
 from collections import Counter

@@ -1,17 +1,19 @@
 """Find duplicates in all sources and assign each image to a set, so that splits never overlap.
 
-Main entry: `decide(inventory, split_of, exclude)` takes a table with one row per raw image
+Main entry: `decide(inventory, split_of, exclude)` takes a pyarrow table with one row per raw image
 (`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, wanted set or shares of sets,
-...), the split of each set (train, val or test), and beginnings (hexadecimal) of SHA-256 hashes to
-exclude. It returns a `Decision`: for each image its set, or "" and the reason for its exclusion,
-the row of the image kept instead, and its group.
+...), a dict from the name of a set to its split ("train", "val" or "test"), and the first
+hexadecimal digits of SHA-256 hashes to exclude. It returns a `Decision` with one entry per image:
+the set that the image was meant for (`wanted`), its set (`sets`), or "" and the reason (`reasons`),
+the row of the image kept instead or -1 (`other`), and the name of its group (`groups`).
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split
 (`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake.
-`near_duplicates(phash, thumbnails)` returns pairs of rows, (m, 2), with equal perceptual hashes, or
-with hashes that differ in at most `MAX_BITS` bits and thumbnails that differ by at most
-`MAX_DIFFERENCE` gray levels on average.
+
+`near_duplicates(phash, thumbnails)` takes uint64 (n,) and uint8 (n, 256) and returns pairs of rows,
+(m, 2). Both rows have equal perceptual hashes, or hashes that differ in at most `MAX_BITS` bits and
+thumbnails that differ by at most `MAX_DIFFERENCE` gray levels on average.
 """
 
 import json

@@ -1,10 +1,15 @@
 """Propose a catalog for a folder of images, with classes from words in the folder names.
 
-Main entry: `describe(folder)` takes a path and returns a `Description`: the catalog as TOML text,
-and the number of images for each folder with a class, each folder without one, and each reason why
-images cannot be read. It raises `CatalogError` if there is no image. `WORDS` are the words of both
-classes, such as "photos" and "generated". A folder whose name has no such word, or words of both
-classes, stays undecided. A person has to check the catalog.
+Main entry: `describe(folder)` takes a path and returns a `Description`. Its `text` is the catalog
+as TOML; nothing is written to disk. `folders` maps each folder with a class to (class, number of
+images), `undecided` each folder without a class to its number of images, and `unread` each reason
+why images cannot be read to their number. `CatalogError` is raised if there is no image, or the
+folder's name is not UTF-8.
+
+`WORDS` are the words of both classes, such as "photos" and "generated". A folder gets the class of
+the deepest part of its path that has words of exactly one class. A folder without such a part is
+undecided: the catalog lists it under both classes, each time commented out. A person has to check
+the catalog.
 """
 
 import json

@@ -1,9 +1,10 @@
 """Check that a downloaded file has the content that its name and the catalog promise.
 
-Main entries: `check_content(path, suffix)` compares the first bytes of a file with the type that
-its suffix names, because servers send web pages instead of files. `check_hash(path, digest)`
-compares a file's SHA-256 with the catalog's, 64 hexadecimal digits. Both return nothing, and raise
-`FetchError` if the content is wrong.
+Main entries: `check_content(path, suffix)` compares the first bytes of the file at `path` with the
+type that `suffix` names, such as ".zip" (empty: the suffix of `path`), because servers send web
+pages instead of files. `check_hash(path, digest)` compares a file's SHA-256 with the catalog's, 64
+hexadecimal digits. Both return nothing, and raise `FetchError` if the content is wrong; the file
+stays.
 """
 
 import re

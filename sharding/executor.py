@@ -1,12 +1,13 @@
 """Run a function on many tasks in parallel, in processes of this machine or on a Ray cluster.
 
 Main entry: `run_all(function, tasks, engine, jobs)` takes a module-level function, an iterable of
-argument tuples, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per core of
-the machine or cluster). `on_gpu` gives each task one GPU if a Ray cluster has GPUs. `run_all()`
-yields the results in the order of completion. When a task fails, tasks that have not started are
-dropped, those running are awaited (local) or canceled (Ray), and its error is raised. `ValueError`
-means that Ray is not installed or `jobs` is too large. A task may write only to storage that every
-worker can reach.
+tuples of its arguments, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per
+core of the machine or cluster). It calls `function(*task)` for each tuple and yields the results in
+the order of completion. With `on_gpu=True`, each task gets one GPU if a Ray cluster has GPUs.
+
+When a task fails, its error is raised: tasks that have not started are dropped, and those running
+are awaited (local) or canceled (Ray). `ValueError` is raised if Ray is not installed or `jobs` is
+too large. A task may write only to storage that every worker can reach.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entries: `fetch_all(catalog, raw, names)` and `fetch_source(name, source, raw)`. They write a
-folder per source below `raw` (`names` empty: all); the first yields and the second returns a
-`Fetched`: status, and folder, what to do by hand, or the error, which is not raised. An unknown
-name raises `CatalogError`. `git_mirror` has local copies of Git repositories. A folder is complete
-if it contains the file MARK, written last, and all files listed in MARK at their sizes. The file
-BEGUN contains the revision of an interrupted download, with which the next run continues.
+Main entries: `fetch_all(catalog, raw, names)` yields and `fetch_source(name, source, raw)` returns
+a `Fetched` per source: status ("complete", "downloaded", "by hand", "failed") and note (its folder
+below `raw`, what to do, or the error, which is not raised). `names` empty: all with a `fetch`
+entry; an unknown name raises `CatalogError`. `progress(label, total)` is a context manager that
+yields `advance(count)`. `git_mirror`: folder of copies of Git repositories, or None. MARK, written
+last, lists the files of a complete folder. BEGUN has the state of a download that can be resumed.
 """
 
 import contextlib

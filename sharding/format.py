@@ -2,21 +2,24 @@
 table of samples.
 
 Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
-`ShardSet`, whose samples are addressed by row number. `read_index(folder)` returns the `index.json`
-of one set as a dict. Both raise `ShardError` for a missing or damaged set. `join_sets()`
-concatenates `ShardSet`s. The columns of a `ShardSet` are in `SAMPLES_SCHEMA`. A set is a folder
-with these files:
+`ShardSet`. Its samples are row numbers of its `table`, a pyarrow table with the columns
+`SAMPLES_SCHEMA` (`shard` as the number `shard_code`). Its `column(name)` is a NumPy array, and
+`codes(name)` a column of names as (int32 codes, names). `read_index(folder)` returns the
+`index.json` of one set as a dict (sharding/layout.py has the fields). Both raise `ShardError` for a
+missing or damaged set, and `OSError`. A set is a folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
     samples.parquet                 one row per sample
-    _info.json                      shard lengths, for timm's reader (`timm_info()`)
+    _info.json                      shard lengths, for timm's reader
     excluded.csv                    images that are not in the set, with reasons
     index.json                      written last: a folder without it is not a set
 
-`member_metadata()` is the content of `<key>.json`, and `content_sha256()` a hash of an index.
-`numbers_of()` and `codes_of()` convert table columns to NumPy arrays, and `table_from()` reads a
-table from parquet bytes. `docs/shards.md` describes the format without reference to this code.
+`join_sets(parts)` concatenates `ShardSet`s. `member_metadata(row)` returns the content of
+`<key>.json` and `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a
+hash of an index. `numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet`
+does. `table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes
+the format without reference to this code.
 """
 
 import contextlib

@@ -2,16 +2,22 @@
 
 Main entry: `extract(git, folder, work, mirror, progress)` takes the `Git` entry of a catalog source
 (repository, commit, pattern of the files), writes the selected files into `folder`, and returns an
-`Extracted`: their names, and counts of the files left out by reason (`LINKS`, `NAMES`, ...). `work`
-is a Git directory for the download, which a later call resumes. `mirror` is a folder of local
-copies, or None; `find_mirror()` finds the copy of the repository in it, which is then read instead.
-`progress` opens a progress bar. Errors are `FetchError`. `manifest_sha256()` is a hash of the
-selected files (`Entry`), which a catalog can state.
+`Extracted`: `names`, their paths below `folder`, and `left_out`, counts of other files by reason
+(`LINKS`, `NAMES`, ...). `work` is a Git directory for the download, which a later call resumes.
+`mirror` is None or a folder of local copies, each named OWNER+NAME. If the repository is among
+them, `extract()` reads the copy and downloads nothing. `progress(label, total)` is a context
+manager for a progress bar; its value is called with each number of finished files. Errors are
+`FetchError` (Git, network, wrong files), and `OSError` or `ValueError` for `folder` (disk full, a
+link that leads out of it).
 
 Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
 submodule, no prompt. Git may use only the protocols https and file. A local repository is read in
-its folder, without a protocol. Each file is checked against its object name, which the commit
+place, without a protocol. Each file is checked against its object name, which the commit
 determines.
+
+`find_mirror(mirror, repository)` returns the Git directory of a copy, or None.
+`manifest_sha256(entries)` is a hash of files (`Entry`: path, object name), which a catalog can
+state. `counted(left_out)` formats counts for a message.
 """
 
 import functools

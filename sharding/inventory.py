@@ -1,15 +1,19 @@
 """Decode every raw image once and store one row of facts per image in a table, the inventory.
 
-Main entries: `take_inventory(raw, folder, name, items)` takes the raw folder and a table of up to
-`CHUNK` listed images (`item_table()`); it writes their rows (SHA-256, size, format, perceptual
-hash, ..., or the error) to the parquet file `folder/name` and returns their number.
-`finish_source()` joins all rows of a source, writes `<source>.parquet` and returns the table; its
-columns are `SCHEMA`.
+Main entry: `take_inventory(raw, folder, name, items)` takes the raw folder (a text) and `items`, a
+table of up to `CHUNK` listed images, made by `item_table()` from the `Item`s of
+sharding/listing.py. It writes their rows (SHA-256, size, format, perceptual hash, ...) to the
+parquet file `folder/name` and returns their number. The row of an image that cannot be decoded has
+the reason; a file that cannot be read raises `OSError`. `describe(prepared)` and `refuse(reason)`
+return the row of a good and of a bad image, a dict.
 
-The folder is `.build/inventory/` below the output of a build, so that the next build decodes only
-new and changed images (`known_facts()`, `missing_chunks()`), and can use packed sources whose raw
-files are gone (`read_source()`). `describe()` and `refuse()` return the row of a good and of a bad
-image.
+The folder is `.build/inventory/` below the output of a build. The next build decodes only new and
+changed images: `known_facts(folder, source)` returns the rows of earlier runs or None, and
+`missing_chunks(source, items, facts)` yields (name, items) for `take_inventory()`.
+`finish_source(folder, source, items, listing)` then joins all rows of a source, writes
+`<source>.parquet` with the notes of the `Listing` (what was excluded), and returns the table with
+the columns `SCHEMA`. `read_source(folder, source)` returns (table, `Listing`) of a source whose raw
+files are gone, or None if it was never packed. A damaged file raises `ShardError`.
 """
 
 import hashlib

@@ -3,10 +3,11 @@ into shard sets, and what the catalog says about it.
 
 Main entries: `rows_of(catalog, raw, packed)` takes a `Catalog`, the folder `raw` of the unpacked
 sources, and `packed`, a dict from the name of a source to a list of texts, one per shard set with
-images of this source (such as "val 1,200"). It returns one row of texts per source, with the
-headings `COLUMNS`. `facts_of(name, catalog)` returns what the catalog says about one source as
-lines of text (page, license, size, ...), or raises `CatalogError` for an unknown name.
-`sets_of(source)` lists the sets that a source's images may go to.
+images of this source (such as "val 1,200"). It returns a list of rows, one per source; a row is a
+list of texts, with the headings `COLUMNS`. `facts_of(name, catalog)` returns what the catalog says
+about one source (page, license, size, ...) as a list of lines, or raises `CatalogError` for an
+unknown name. `sets_of(source)` takes a `Source` of the catalog and returns the sorted names of the
+sets that its images may go to. Nothing is printed or written.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,10 @@
 """Describe every field of a shard set's `index.json`, with its type and meaning, as `TypedDict`s.
 
-Main entry: `Index`, the whole file; the other classes are parts of it: `ShardEntry` (one tar),
-`Totals`, `SourceEntry` and `Quarantined` (one file that could not be decoded). Nothing is read or
-checked here: `docs/reference.py` makes the page docs/fields.md from these types.
+Main entry: `Index`, a type for the whole file as a dict. The other classes are types of its parts:
+`ShardEntry` (one tar: name, samples, bytes, SHA-256), `Totals` (numbers of images by label, source
+and generator), `SourceEntry` (license, policy, excluded files, ... of one source) and `Quarantined`
+(one file that could not be decoded: source, path, reason). Nothing is read or checked here:
+`docs/reference.py` makes the page docs/fields.md from these types.
 """
 
 from typing import Literal, NotRequired, TypedDict

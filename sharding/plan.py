@@ -1,13 +1,15 @@
 """Divide the samples of a set into shards (tars); nothing is read from disk or written.
 
 Main entry: `plan_shards(samples, split)` takes a pyarrow table with one row per sample (source,
-key, path, label, SHA-256, `stored` bytes, ...) and the name of the split. It returns a `ShardPlan`
-for each tar to write: its file name, its source, the row numbers of its samples, and `fingerprint`,
-a hash of the tar's name and of the values of its rows in the table (with the SHA-256 of each
-image), by which a build knows whether a shard is up to date. A shard ends before it exceeds
-`MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a shard of its own. Two files with
-one key raise `ValueError`. `sample_key(source, origin)` returns the key of a sample: its source and
-a hash of its path.
+key, path, label, SHA-256, `stored` bytes, ...) and the name of the split. It returns a list of
+`ShardPlan`, one for each tar to write: its file name, its source, the row numbers of its samples,
+and its `fingerprint`. This is a hash of the tar's name and of the values of its rows in the table
+(with the SHA-256 of each image); a build compares it to find out whether a shard is up to date. A
+shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
+shard of its own. Two files with one key raise `ValueError`.
+
+`sample_key(source, origin)` returns the key of a sample: its source and a hash of `origin`, the
+path of the image below the raw folder.
 """
 
 import hashlib

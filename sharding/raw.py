@@ -1,13 +1,19 @@
 """List raw images and read their bytes: files, members of zip archives, cells of parquet tables.
 
-Main entries: `walk(raw, root)` yields a `RawFile` for each file below the folder `raw/root`, with
-each zip archive as a folder: path, size in bytes, and the reason if the file is not read (a link,
-an unsafe name in an archive). `read_all(raw, rows)` takes rows with `path`, `member`, `size`,
-`version` and `excluded` and yields for each its bytes, or a `DecodeError` that says why it is
-unreadable. Broken archives and tables raise `RawError`. Nothing is unpacked to disk.
+Main entries: `walk(raw, root)` takes the folder of all raw datasets and the name of a folder in it.
+It yields a `RawFile` for each file below `raw/root`, sorted by path, with each zip archive as a
+folder. A `RawFile` has the path of the file, its location in an archive (`member`), its size in
+bytes, a `version` that changes with the file, and the reason if it is not read (a link, an unsafe
+name in an archive), else "". A broken archive raises `RawError`, an unreadable folder `OSError`.
 
-`nfc()` composes the characters of a name (Unicode NFC). `folder_of()` finds a folder on disk whose
-name has another composition, as macOS writes it.
+`read_all(raw, rows)` takes dicts with the keys `path`, `member` (also a cell of a parquet table),
+`size`, `version` and `excluded`. It yields for each its bytes, or a `DecodeError` (not raised) that
+says why it is unreadable. A table with fewer rows than were listed raises `RawError`, an unreadable
+file `OSError`. Nothing is unpacked to disk.
+
+`nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
+the folder below `raw` that has the name `root`, even if its name on disk has another composition,
+as macOS writes it; else `root`.
 """
 
 import os

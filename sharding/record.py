@@ -1,12 +1,14 @@
 """Record which files builds wrote into a set's folder, so that builds never touch other files.
 
 The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). Main entries:
-`read_record(marks)` returns the file names in it, a set of texts. `write_record(marks, names)`
-writes it; a build does so before its first file, so that the next build recognizes the files of a
+`read_record(marks)` returns the file names in it, a set of texts (empty if there is no record), or
+raises `ShardError` if it is damaged. `write_record(marks, names)` replaces its names by the set
+`names`; a build does so before its first file, so that the next build recognizes the files of a
 killed one. `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a
-shard or index that is not recorded. `remove_earlier(folder, marks, shards)` deletes recorded files
-that do not belong to `shards`. `files_of(shards)` returns the names of all files of a set with
-these shards.
+shard, index or unfinished file that is not recorded. `remove_earlier(folder, marks, shards)` takes
+the names of the tars to keep; it deletes recorded files that do not belong to them, then records
+theirs. `files_of(shards)` returns the names of all files of a set with these tars.
+`is_recorded(name, record)` returns whether a name, or that of an unfinished file, is in the record.
 """
 
 import json

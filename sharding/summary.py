@@ -2,12 +2,16 @@
 as tables and lines in a terminal.
 
 Main entries: four functions, called by `sharding/__main__.py`. They print to standard output and
-return nothing. `say_what_was_built()` takes the built sets, the `SourceScan` (what was found of
-each source) and the output folder. `say_what_is_missing()` takes the catalog, the `SourceScan` and
-the searched folder `raw`; it is for a build that found no image. `say_what_was_paired()` takes the
-`Pairs` of real and fake images and their folder. `say_what_was_audited()` takes a set's name, its
-`Audit` (how well metadata alone separate real from fake images, as AUROC), and the `Match` (a
-subset balanced by metadata), if one was made.
+return nothing.
+
+`say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (what was
+found of each source) that `sharding.build.build()` returns, and the output folder.
+`say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
+`Catalog`, the `SourceScan` and the searched folder. `say_what_was_paired(pairs, out)` takes the
+`Pairs` of real and fake images and their folder. `say_what_was_audited(name, result, matched)`
+takes a set's name, its `Audit` (how well metadata alone separate real from fake images, as AUROC),
+and `matched`: a `Match` (a subset balanced by metadata), the reason why there is none, or None.
+Only a `Match` is printed.
 """
 
 import console

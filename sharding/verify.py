@@ -1,13 +1,17 @@
 """Verify shard sets (tars of images) against their index (`index.json` and a table of samples):
 bytes, images, counts and splits.
 
-Main entry: `verify(folders)` takes the folders of sets, the number of processes (0: one per core)
-and a function that gets the number of images of each checked tar, and returns all faults as lines
-of text, an empty list if there are none. It raises `ShardError` if a set cannot be opened. Tars are
-read again, images are decoded again and samples are counted again; only the hashes in the index are
-trusted. Between the sets, it is checked that no image and no group of related images is in two
-splits (train, val, test). `verify_shard()` checks one tar, in a worker process. `sets_in(folder)`
-returns the set at a folder, or those directly below it.
+Main entry: `verify(folders)` takes the folders of sets, `jobs` (processes; 0: one per core) and
+`on_images`, a function that is called with the number of images of each checked tar. It returns all
+faults as a list of lines, empty if there are none. It raises `ShardError` if a set cannot be
+opened. Tars are read again, images are decoded again and samples are counted again; only the hashes
+in the index are trusted. Between the sets, it is checked that no image and no group of related
+images is in two splits (train, val, test).
+
+`verify_shard(folder, entry, rows)` checks one tar, in a worker process. It takes the set's folder
+as a text, the tar's entry in the index and its rows of the table of samples, and returns (number of
+images, list of faults). `sets_in(folder)` returns a list of the set at a folder, or of those
+directly below it, and raises `ShardError` if there is none.
 """
 
 import csv

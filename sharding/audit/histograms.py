@@ -1,10 +1,11 @@
 """Draw histograms of the metadata of a shard set, real images against fake ones, as a PNG file.
 
 Main entry: `draw(shards, name, result, path)` takes a `ShardSet`, its name for the title, its
-`Audit` and the path of the PNG to write; it returns nothing. The PNG has a panel for each of the
-eight features of `sharding/audit/metadata.py` (format, size, ...). Without matplotlib (the extra
-`audit`), a `ValueError` is raised. `TITLE_NAME` is the number of characters of the name that fit
-into the title.
+`Audit` (of `sharding/audit/audit.py`, for the AUROCs in the titles) and the path of the PNG to
+write; it returns nothing. The PNG has a panel for each of the eight features of
+`sharding/audit/metadata.py` (format, size, ...). Without matplotlib (the extra `audit`), a
+`ValueError` is raised. `TITLE_NAME` is the number of characters of the name that fit into the
+title.
 """
 
 from typing import Any

@@ -2,11 +2,15 @@
 (format, size, ...).
 
 A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
-`match_classes(shards, seed=0)` takes a `ShardSet` and a seed of random choices and returns a
-`Match`: the chosen row numbers, as many real as fake ones, and the AUROC of metadata before and
-after. It raises `MatchError` if too few images can be matched or the classes still differ:
-`MATCHED` is the AUROC at which matching ends. `sample_list()` formats the chosen images as CSV for
-`evaluate.py --subset`, and `as_json()` as an entry of `report.json`.
+`match_classes(shards, seed=0)` takes a `ShardSet` and a seed of random choices. It returns a
+`Match`: `rows`, the chosen row numbers, as many real as fake ones; the number of images per class;
+the AUROC of metadata `before` and `after`, each an `Estimate` (value and interval); and the number
+of rounds. It raises `MatchError` if too few images can be matched or the classes still differ, and
+`ValueError` without scikit-learn. `MATCHED` is the AUROC at which matching ends.
+
+`sample_list(chosen)` takes a dict from the name of a set to (shards, rows) and returns a CSV text
+for `evaluate.py --subset`, with the columns `set` and `key`. `as_json(match)` takes a `Match`, the
+reason why there is none, or None, and returns the entry for `report.json`.
 """
 
 import csv

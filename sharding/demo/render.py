@@ -1,7 +1,8 @@
 """Render synthetic raw images, real and fake, for a demo without any download.
 
 Main entry: `make_demo(folder, seed=0)` writes these files below `folder` in `jobs` processes and
-returns the number of images per source (`SOURCES`):
+returns a dict from each source (`SOURCES`) to its number of images. After each image it calls
+`on_done(done, total)` with two numbers of images, unless `on_done` is None.
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
     folder/catalog.toml
@@ -12,12 +13,13 @@ rendered in linear light at twice the final resolution and is then processed in 
     real:  lens -> sensor with Bayer mosaic and noise -> demosaic -> tone curve -> file
     fake:  lens -> tone curve -> reduced to a latent, decoded with learned upsampling -> file
 
-A `Shot` is one image to make, a `Camera` or a `Decoder` is what makes it. Scenes, lenses, tone
-curves, sizes, containers and qualities have the same distribution in both classes. Only pixels
-differ. Real images have sensor noise, which the mosaic correlates. Fake images have lost detail in
-the latent, uncorrelated noise, and with some decoders the checkerboard of uneven upsampling (Odena
-et al. 2016). A score on this data shows that the programs work. It shows nothing about real
-generators.
+A `Shot` is one image to make, a `Camera` or a `Decoder` is what makes it. `render(shot, seed)`
+returns its pixels, float32 (height, width, 3), 0 to 1; most other functions are its steps. Scenes,
+lenses, tone curves, sizes, file formats and qualities have the same distribution in both classes.
+Only pixels differ. Real images have sensor noise, which demosaicing makes similar in neighboring
+pixels. Fake images have lost detail in the latent, independent noise, and with some decoders the
+checkerboard of uneven upsampling (Odena et al. 2016). A score on this data shows that the programs
+work. It shows nothing about real generators.
 """
 
 import math

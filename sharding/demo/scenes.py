@@ -2,9 +2,12 @@
 
 Main entry: `SCENES`, a dict of three functions by name. Each takes a NumPy random generator, a
 height and a width in pixels, and returns linear light: float32 (height, width, 3), about 0 to 1.
-Real and fake images have the same scenes, so the scene reveals nothing about the label. The other
-functions paint parts of a scene: `fractal()` makes 1/f noise, of which `texture()` cuts out a
-region, and `cover()` blends paint over a canvas through a mask.
+Real and fake images have the same scenes, so the scene reveals nothing about the label.
+
+The other functions paint parts of a scene; `rng` is the random generator. `fractal(slope, side)`
+returns noise of amplitude 1/f**slope, float32 (side, side). `texture(rng, shape, slope)` cuts a
+random region of this shape out of it. `cover(canvas, mask, paint)` blends `paint` over `canvas` in
+place, with `mask` (0 to 1) as opacity.
 """
 
 import functools

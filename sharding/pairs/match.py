@@ -6,11 +6,12 @@ pixels; and `facts`, its `Facts` (format, size, JPEG quality, EXIF orientation, 
 uint8 (height, width, 3) RGB and upright, that is, already turned by the EXIF orientation. If all
 pixels of the partner are gray, the fake image becomes gray too. The function returns the bytes of a
 JPEG, PNG or WebP with the partner's quality, chroma subsampling, orientation, alpha and metadata.
-It decodes the new file and raises `NoPair` if the facts of the new file differ from `facts`.
+It raises `NoPair` if Pillow cannot read or write the metadata, or if the facts of the new file,
+which it decodes again, differ from `facts`.
 
-`refuse_partner(data, facts)` takes the partner's bytes and facts, and raises `NoPair` if no such
-file can be written; it is called before the fake image is made. `CHROMA_NAMES` has Pillow's names
-of chroma subsamplings.
+`refuse_partner(data, facts)` takes the partner's bytes and facts, returns nothing, and raises
+`NoPair` if no such file can be written; it is called before the fake image is made. `CHROMA_NAMES`
+maps "420" and others to Pillow's names of chroma subsamplings.
 """
 
 import contextlib

@@ -1,20 +1,23 @@
 """Make a fake partner of each real image of a shard set, as a raw dataset for `sharding build`.
 
 Main entry: `make_pairs(folder, out, decoder)` takes the folder of a set, the output folder and a
-`Decoder` (a VAE that reconstructs images). Images of more than `max_megapixels` get no partner;
-`on_image()` is called after each real image. It returns a `Pairs`: the catalog's path, and counts
-of pairs by source and of real images without a partner by reason. Errors are `ShardError`,
-`DecoderError` and `OSError`. These files are written below `out`:
+`Decoder` (a VAE that reconstructs images, from `load_decoder()` of `sharding/pairs/decoder.py`).
+Images of more than `max_megapixels` get no partner. `on_image()` is called without arguments after
+each real image. It returns a `Pairs`: the name of the new set, the catalog's path, `counts` of
+pairs by source, how many of them existed `already`, and `excluded`, counts of real images without a
+partner by reason. These files are written below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
     <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
     <set>-pairs.json                            set, decoder, and counts of pairs and exclusions
     <set>-pairs.toml                            the catalog, written last
-    .pairs/<set>-pairs/started.json             set and decoder; a run with others is refused
+    .pairs/<set>-pairs/started.json             the set, the decoder and `max_megapixels`
 
-The two images of a pair are one group (related images, which stay in one split). All pairs are one
-set, in the split of the packed set. Complete pairs are not made again. `real_samples(shards)`
-returns the row numbers of the real images.
+`ShardError` is raised if the set is missing, damaged or without an image to pair, or if
+started.json has another set, decoder or `max_megapixels`; `DecoderError` if the decoder fails;
+`OSError` for files. Complete pairs are not made again. The two images of a pair are one group
+(related images, which stay in one split). All pairs are one set, in the split of the packed set.
+`real_samples(shards)` takes a `ShardSet` and returns the row numbers of its real images.
 """
 
 import hashlib
