@@ -2,17 +2,23 @@
 
 Main entry: `main()`, the click group of these commands:
 
-- `import FILE` converts the original project's `.pth` checkpoint to a checkpoint of this project;
-- `fetch [NAME]` downloads the backbone of a detector into the cache;
-- `embed [SET]...` computes the stored features that training with a recipe reads;
-- `curves RUN` plots the loss and the validation metrics of a training run;
-- `average FIRST LAST` averages the weights of two checkpoints;
-- `export` writes a checkpoint as ONNX files, as a folder for the Hugging Face Hub, or its head;
+- `import FILE` converts the original project's `.pth` checkpoint to a new run (`--run NAME`);
+- `fetch [NAME]` downloads the backbone of a detector (default: the shipped one) into the cache, or
+  with `original` the original project's checkpoint, which becomes a run; `--file` uses a file
+  downloaded by hand, `--trust-list` fetches C2PA's list of trust anchors instead;
+- `embed [SET]... --recipe FILE` computes the stored features that training with the recipe reads,
+  and those of more sets;
+- `curves RUN` plots the loss and the validation metrics of a run's folder to `--out`, a PNG;
+- `average FIRST LAST --run NAME` writes the average of two checkpoints as a new run; `--weight`, 0
+  to 1, is the share of LAST (default 0.5);
+- `export` writes a checkpoint as ONNX files (`--onnx`), as a folder for the Hugging Face Hub
+  (`--hub FOLDER`), or its head without the backbone (`--head FOLDER`);
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote;
 
-Each command prints its result, such as the path of a written file; an error is printed in one line.
-The constant `NAME` is the option `--run`, and `RunName` is its type, which refuses names outside
-the folder of all runs. Commands import torch only after their options are checked.
+Each command prints its result, such as the path of a written file. An error is printed in one line,
+with exit code 1 (2 for a wrong option). The constant `NAME` is the option `--run`, and `RunName` is
+its type, which refuses names outside the folder of all runs. Commands import torch only after their
+options are checked.
 """
 
 from pathlib import Path

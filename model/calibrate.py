@@ -2,19 +2,23 @@
 "uncertain") to the scores of a validation set.
 
 Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes labels (0 real, 1
-fake), logits of fake minus real, each (N,), and the rule for the decision threshold (`ThresholdAt`,
-such as `fpr5`, 5 % false positives). `calibrate_sources(scores, calibrating, origin)` takes a dict,
-source -> (labels, logits), the highest error rates that the ends of the band may have
-(`Calibrating`), and a text that says how the scores were made. `calibrate_by(rule, ...)` calls the
-first if `rule` is a `ThresholdAt`, the second if it is a `Calibrating`. All return a `Calibration`,
-whose `entries()` `calibrate_checkpoint()` stores in a checkpoint's `meta.json`. They raise
-`CalibrationError`, for example with fewer than `FEWEST` images of a class.
-`check_validation_sets()` raises it if a set is not of the split `val`: a threshold fitted to test
-images would make their error rates look too good.
+fake), logits of fake minus real, each (N,), and the rule for the decision threshold: `0.5`, `fpr5`
+or `fpr1` (5 % or 1 % false positives), or `auto` (the larger of 0.5 and `fpr5`).
+`calibrate_sources(scores, calibrating, origin)` takes a dict, source -> (labels, logits), and a
+`Calibrating` with the highest error rates that the ends of the band may have (`max_fpr`,
+`max_miss`, and `threshold`, an `Over`); `origin` is a text that says how the scores were made.
+`calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is a name of a threshold,
+the second if it is a `Calibrating`; `sources` (N,) are the names of the images' sources.
 
-`Over` says whether error rates are taken over all images, most sources or the worst source.
-`TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the allowed temperatures, the tabulated error rates
-and the points of the ROC curve. The other functions compute single parts of the result.
+All return a `Calibration`: temperature, threshold, band (low, high) and tables of error rates. Its
+`entries(fitted_on)` (set name -> hash) returns the dict for a checkpoint's `meta.json`. They raise
+`CalibrationError` if a class has fewer than `FEWEST` images, a score is not finite or no
+temperature fits. `check_validation_sets(folders)` raises it if a set is not of the split `val`: a
+threshold fitted to test images would make their error rates look too good.
+
+`Over` says whether error rates hold for all images together, for most sources or for the worst
+source. `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the allowed temperatures, the tabulated
+error rates and the points of the ROC curve. The other functions compute single parts of the result.
 """
 
 import math

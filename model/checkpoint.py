@@ -1,18 +1,20 @@
 """Write, read, check and find checkpoints, which are folders with the state of a trained network.
 
-A checkpoint has `weights.safetensors` (plain timm names), `state.pt` (only for resuming training;
-loaded with `weights_only=True`) and, written last, `meta.json` with the SHA-256 of every file and
-of its own entries (fields: `model/layout/meta.py`). A changed file is refused. A run is a folder of
-checkpoints `step_` plus at least seven digits. A shipped detector contains only the head's weights;
-the entry `backbone` of its meta names the file of the others (`model/shipped/backbone.py`).
+A checkpoint has `weights.safetensors` (plain timm names), `state.pt` (only for resuming training)
+and, written last, `meta.json` with the SHA-256 of every file and of its own entries (fields:
+`model/layout/meta.py`). A run is a folder of checkpoints `step_` plus at least seven digits. A
+shipped detector has only the head's weights; `backbone` in its meta names the file of the rest.
 
-Main entries: `save(folder, net, recipe, record, state)` writes a checkpoint (`record`: what
-training notes in the meta; `state`: dict for `state.pt` or None). `load_network(folder)` returns
-its network (CPU, evaluation mode), `Preprocess` and meta. `find(runs, named)` returns the folder of
-a checkpoint: `named` itself, the best of the run `named`, the shipped detector `named`, or without
-`named` the best of the newest run below `runs`. Errors: `CheckpointError` and its subclasses
-`DamagedError` and `NoCheckpointError`. `seal()` writes the meta of new files, `annotate()` changes
-entries. `check()` and `verify()` raise if the weights do not fit or a file has changed. `best_of()`
+Main entries: `save(folder, net, recipe, record, state, replayed)` writes a network with its
+`ResolvedRecipe`, a `Record` (step, metrics and data, for the meta), the dict for `state.pt` or
+None, and (epoch, key) of each replayed sample or None. `load_network(folder)` returns the
+`Detector` (CPU, evaluation mode), `Preprocess` and meta (dict). `find(runs, named, shipped)`
+returns the folder of a checkpoint: `named` itself, the best of the run `named`, or the shipped
+detector `named`. Without `named` it is the best of the newest run below `runs`; if there is no run,
+the default shipped detector if `shipped`. Errors: `CheckpointError`, and its subclasses
+`DamagedError` (a file is missing or has changed) and `NoCheckpointError` (no run, and nothing
+named). `seal()` writes the meta of new files, `annotate()` changes entries. `check()` and
+`verify()` return the meta, or raise if the weights do not fit or a file has changed. `best_of()`
 and `best_among()` return the best checkpoint of a run and of a list.
 """
 

@@ -1,10 +1,14 @@
 """Connect the processes of a multi-GPU run (ranks), and exchange values between them.
 
 Main entry: `init_distributed()`, a context manager without arguments. It reads torchrun's
-environment variables, joins the process group and yields a `DistEnv`: rank, number of ranks and
-rank on this machine. Without torchrun it yields rank 0 of 1. All ranks must call `all_reduce_sum()`
-(sum of a tensor), `all_reduce_any()` (is a flag set anywhere) and `all_gather_object()` (list of
-all ranks' values) together; each returns the same result on every rank.
+environment variables, joins the process group (and leaves it at the end) and yields a `DistEnv`:
+`rank`, number of ranks (`world_size`), rank on this machine (`local_rank`), and `is_main` (rank 0,
+which writes files). Without torchrun it yields rank 0 of 1.
+
+Three functions exchange values. All ranks must call them together; each takes the `DistEnv`
+(`dist`) and this rank's value, and returns the same result on every rank: `all_reduce_sum()` the
+sum of the tensors, `all_reduce_any()` whether a flag is set on any rank, and `all_gather_object()`
+the list of all ranks' values, in the order of ranks.
 """
 
 import contextlib

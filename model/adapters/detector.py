@@ -1,20 +1,23 @@
 """Give a third-party detector the interface of this project's detectors: this project decodes the
 images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector`, made from the requested name (`checkpoint`), a `Judge`, a dict `meta`,
-a band that replaces the one of `meta` (`asked`, or None) and a text for the log (`reason`). A
-`Judge` is an object with `prepare()`, which converts an upright RGB Pillow image to the detector's
-input, and `score()`, which converts a list of such inputs to probabilities of AI-generated, float64
-(B,). `meta` has the name, hash, threshold and temperature (`meta_of()` makes it without
-calibration). `model/adapters/open.py` opens a detector by name.
+Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason)`. `checkpoint` is the name that
+the user typed. `judge` is a `Judge`: an object with `prepare()`, which converts an upright RGB
+Pillow image to the detector's input, and `score()`, which converts a list of such inputs to
+probabilities of AI-generated, float64 (B,). `meta` is a dict with the name, hash, threshold and
+temperature; `meta_of(kind, name, ...)` makes one without calibration (`kind` is `hf`, `timm` or
+`file`; further keywords, such as `sha256`, identify the weights). `asked` is a band (low, high)
+that replaces the one of `meta`, or None. `reason` is a text for the log. `model/adapters/open.py`
+opens a detector by name.
 
-`predict()`, inherited from `AnyDetector`, takes an image (file, bytes, Pillow image or array) or
-several, and returns a `Prediction` (name, probability from 0 to 1, verdict) or a list of them.
-`stream()` takes several and yields one at a time. An unreadable image gets an `error`.
+`predict(images, batch_size)`, inherited from `AnyDetector`, takes one image (path, bytes, Pillow
+image or uint8 array) and returns a `Prediction` (name, probability from 0 to 1, verdict, error), or
+takes several and returns a list. `stream()` takes several and yields one at a time. An unreadable
+image gets an `error` and no probability.
 
 `logits_from()` converts probabilities to logits; `probability_at()` applies a temperature to
-probabilities. `DetectorError` says why a detector cannot be used. This module does not import
-torch.
+probabilities; both return float64 arrays. `DetectorError` (a `ValueError`) says why a detector
+cannot be used. This module does not import torch.
 """
 
 import functools

@@ -1,15 +1,17 @@
 """Find out which outputs of an image classifier mean AI-generated, from the words of their labels
 or from the user's choice.
 
-Main entry: `fake_indices(labels, asked, where)` takes the label of each output (index -> text), the
-labels that the user named with `--fake-label` (may be empty) and the name of the classifier for
-messages. It returns the indices of the outputs that mean AI-generated. If the user named labels,
-these mean AI-generated and all others real. If not, the words of each label decide: `meaning_of()`
-returns `fake`, `real` or "" for one label, "" also after a word of `NEGATIONS` ("not real").
+Main entry: `fake_indices(labels, asked, where)` takes `labels`, the label of each output (index ->
+text), `asked`, the labels that the user named with `--fake-label` (may be empty), and `where`, the
+name of the classifier for messages. It returns the list of indices of the outputs that mean
+AI-generated. If the user named labels (upper or lower case), these mean AI-generated and all others
+real. If not, the words of each label decide: `meaning_of(label)` returns `fake`, `real` or "" for
+one label, by `FAKE_WORDS` and `REAL_WORDS`; "" also if it has a word of `NEGATIONS` ("not real").
 
 `fake_indices()` raises `DetectorError` if a named label does not exist, if no label is named and
-the words of a label do not decide, or if all of several outputs are of one class. The position of
-an output is no hint: half of the published detectors have fake first, half have real first.
+the words of a label do not decide, or if all of several outputs are of one class. A classifier with
+a single output may get an empty list: its label then means real. The position of an output is no
+hint: half of the published detectors have fake first, half have real first.
 """
 
 import re

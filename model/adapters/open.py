@@ -1,21 +1,22 @@
 """Open any detector by its name: a checkpoint, an ONNX file or a third-party detector.
 
-Main entry: `load_any(name, checkpoint, opening, device, backend, threshold, heatmap)` takes the
-value of `--detector` (`hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py` with a function `predict`,
-`FILE.onnx` or a checkpoint) or of `--checkpoint`, and an `Opening`: whether a Python file may run,
-the labels that mean AI-generated, and the folder of runs and calibrations. With neither name it
-opens the newest run or else the shipped detector. `threshold` (0 to 1) replaces that of the
-detector. `backend` (`pil`, `dali` or `auto`) decodes the images; `dali` and `heatmap` (heatmaps are
-wanted) need a checkpoint.
+Main entry: `load_any(name, checkpoint, opening, device, backend, threshold, heatmap)`. `name` is
+the value of `--detector`: `hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py` with a function `predict`,
+`FILE.onnx` or a checkpoint. `checkpoint` is the value of `--checkpoint`. Each may be None; if both
+are, the newest run or else the shipped detector is opened. `opening` is an `Opening`: `trust` (a
+Python file may run), `fake_labels` (the labels that mean AI-generated) and `runs` (the folder of
+all runs and calibrations). `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `backend` (`pil`, `dali`
+or `auto`) decodes the images. `threshold` (0 to 1) replaces that of the detector. `heatmap` says
+that heatmaps are wanted; these, and `dali`, need a checkpoint.
 
 It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. Their `predict()` takes one image
 or several and returns a `Prediction` (name, probability, verdict, error) or a list; `stream()`
-yields them. It raises `DetectorError` if both names are given, an option does not fit the kind or
-the detector cannot be used, and `ValueError` or `OSError` like `load_detector()`.
+yields them. It raises `DetectorError` if both names are given, if an option does not fit the kind
+or if the detector cannot be used, and `ValueError` or `OSError` as `load_detector()` does.
 
-`kind_of()` returns the kind of detector that a name means. `as_checkpoint()` returns the path if
-the names mean a checkpoint, else None. `open_other()` opens the other kinds. Slow imports (torch,
-timm, transformers) happen only when needed.
+`kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint()` returns the
+path if the two names mean a checkpoint, else None. `open_other()` opens the other kinds. Slow
+imports (torch, timm, transformers) happen only when needed.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,14 @@
 """Look up the preprocessing with which the published weights of a network were trained.
 
 Main entry: `made_with(name)` takes timm's name of a network with weights (or `hf-hub:OWNER/NAME`,
-`local-dir:FOLDER`) and returns a `MadeWith`: input size in pixels, mean and std per channel, crop
-and resize filter, as timm records them. It raises `NetworkError` for an unknown network or one that
-is not for RGB images. `pretrained_config()` returns timm's whole record. `first_line()` shortens
-the text of an exception.
+`local-dir:FOLDER`) and returns a `MadeWith`, as timm records it: `height` and `width` of the input
+in pixels and whether this size is `fixed`; `mean` and `std` of red, green and blue (values from 0
+to 1); `crop_pct`, the side of the crop divided by that of the resized image; `interpolation`,
+Pillow's name of the resize filter; and `squashed`, whether the aspect ratio was ignored.
+
+It raises `NetworkError` (a `ValueError`) if the network is unknown, its configuration cannot be
+read, or it is not for RGB images. `pretrained_config(name)` returns timm's whole record.
+`first_line(error)` returns the first line of an exception's text.
 """
 
 import difflib

@@ -1,12 +1,15 @@
 """Complete a recipe: fill in the preprocessing that the recipe leaves out, from timm's record of
 the network's weights.
 
-Main entry: `resolved(recipe)` takes a `Recipe` and returns a `ResolvedRecipe`, in which mean, std,
-crop size, resize size (pixels) and resize filter have values; settings of the recipe are kept. It
-raises `NetworkError` if timm does not know the network, and `ValueError` if the crop is larger than
-the resized image. `describe_preprocess()` and `normalization_warnings()` return lines of text for
-the user, about preprocessing that differs from that of the weights. `nearest_filter()` replaces a
-filter that the pipeline lacks by bilinear.
+Main entry: `resolved(recipe)` takes a `Recipe` (the settings of a training run) and returns a
+`ResolvedRecipe`, in which mean, std, crop size and resize size (pixels) and resize filter have
+values; settings of the recipe are kept. It raises `NetworkError` if timm does not know the network,
+and `ValueError` if the crop is larger than the resized image.
+
+`describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns lines of text for the user: the
+preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)`
+returns a line for mean and for std if they differ from those of the weights (often none).
+`nearest_filter(name)` returns this resize filter if the pipeline has it, else "bilinear".
 """
 
 import math

@@ -1,19 +1,21 @@
 """Compute 95 % confidence intervals of metrics by the bootstrap, over resampled groups of images.
 
 Main entries: `resample(probabilities, images, groups, threshold)` takes the probabilities of fake,
-float64 (N,), the rows of each table line (a dict, line -> `Images`: rows of reals and of fakes),
-the group of each row (`Groups`, made by `group_rows()`) and the decision threshold on the
-probability. It returns a dict, line -> metric -> its values in `RESAMPLES` resamples;
-`on_resamples(n)` is called after every n. `intervals()` takes these values of one line and returns
-metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` does so for one
+float64 (N,), the rows of each table line (a dict, line -> `Images`: row numbers of reals and of
+fakes), the group of each row (`Groups`) and the decision threshold on the probability. It returns a
+dict, line -> metric -> its values in all resamples, float64. `resamples` is their number (default
+`RESAMPLES`), `seed` the random seed, and `on_resamples(n)` is called after every n.
+`intervals(images, groups, resamples)` takes the `Images` and the values of one line and returns a
+dict, metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` does so for one
 metric, given its number of groups and the bounds of its range; it returns None for fewer than two
-groups, or if most values are NaN.
+groups, or if most values are NaN. `group_rows(groups, sources, labels)` makes the `Groups` from
+int64 codes (N,).
 
 Images are not independent: twenty images of one prompt, the frames of a video, a photo and its
 reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images
 (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). Groups are
-resampled within strata: by source and by the classes in a group. The number of groups in a stratum
-was a choice of the set's makers, not chance.
+resampled within strata, which are the source and the classes in a group, because the number of
+groups in a stratum was a choice of the set's makers, not chance.
 
 If every resample gives 0 or every resample gives 1 (no false positive among 45 photographs), the
 bootstrap interval would be a single point. The other end is then the exact bound for that number of

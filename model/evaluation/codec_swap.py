@@ -5,14 +5,18 @@ and then both classes in the same way. Scores that follow the compression show t
 learned it.
 
 Main entry: `report_robustness(scorer, shards, perturbations, temperature, threshold, per_class)`
-takes a detector (`VariantScorer`) and a shard set (packed images). It scores at most `per_class`
-images of each class (those with the smallest SHA-256, so the same in every run) under all
-perturbations and swaps, and returns the entry `robustness` of `report.json` as a dict; it writes
-nothing. `threshold` is on the probability, after the `temperature`; `on_images(n)` is called after
-every n images. A `Container` is the most common lossy format of a class (JPEG or WebP, with
-quality); `container_of()` returns None for a class without lossy images, and the other class is
-then not re-encoded in its way. A `Swap` is one test, planned by `plan_swaps()` and measured by
-`measure_swaps()`.
+takes a detector (a `VariantScorer`, which preprocesses and scores decoded images), a shard set
+(packed images) and a list of `Perturbation` (a degradation such as blur; among them `ORIGINAL`). It
+scores at most `per_class` images of each class (those with the smallest SHA-256, so the same in
+every run) under all perturbations and swaps. It returns the entry `robustness` of `report.json` as
+a dict (numbers of images, a row per perturbation and per swap) and writes nothing. `threshold` is
+on the probability, after the `temperature`; `on_images(n)` is called after every n images.
+
+A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
+`container_of(shards, samples)` returns it for these row numbers, or None without lossy images; the
+other class is then not re-encoded in its way. A `Swap` is one test. `plan_swaps(shards, samples)`
+returns the containers of both classes and the swaps; `measure_swaps(perturbed, swaps, groups, ...)`
+takes the `PerturbedScores` and the group of each sample, and returns a dict per swap.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,14 +1,19 @@
 """Compare two evaluations of the same images: differences of the metrics with 95 % intervals, and
 images whose verdict changed.
 
-Main entries: `shared_samples(*tables, intersect)` takes tables of scores (`ScoreTable`) and returns
-them with their common images only; it raises `ScoresError` if their images differ and `intersect`
-is false. `compare(before, after)` takes two of these tables and returns a `Line` per set, source
-and generator, with a `Change` (both values, and the interval of the difference) for each metric of
-`COMPARED`. `flips(before, after)` returns a `Flip` per image whose verdict changed (`fixed`: it was
-wrong and is right now). `count_flips(before, changed)` counts these flips: (set, class, images,
-broken, fixed). Both evaluations use the same bootstrap resamples (differences are paired), so the
-variation between images does not widen the intervals.
+Main entries: `shared_samples(*tables, intersect)` takes two or more `ScoreTable` (a row per image,
+with label and probability) and returns them with the images that all could read, in one order. It
+raises `ScoresError` if the tables have different images and `intersect` is false, no image in
+common, or different labels. `compare(before, after)` takes two of these tables and returns a `Line`
+per set, source and generator: `changes` has for each metric of `COMPARED` a `Change` (both values,
+and `low` and `high` of the difference after - before), or None if one table lacks it. It raises
+`ScoresError` if a set has different reference reals.
+
+`flips(before, after)` returns a list of `Flip`, one per image whose verdict (fake or not, at each
+table's own threshold) changed, the largest change first; `fixed` means that it was wrong and is
+right now. `count_flips(before, changed)` takes these flips as `changed` and returns a tuple per set
+and class: (set, class, images, broken, fixed). Both evaluations use the same bootstrap resamples
+(differences are paired), so the variation between images does not widen the intervals.
 """
 
 from collections.abc import Mapping, Sequence

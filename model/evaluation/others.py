@@ -1,16 +1,21 @@
 """Score shard sets (packed images) with a detector that is not a checkpoint (a third-party detector
 or an ONNX file), and calibrate a third-party detector.
 
-Main entries: `score_shards(detector, shards)` takes an `OtherDetector` or `OnnxDetector` (`Scoring`
-is the part of their interface that is used) and a shard set. It returns `Scores`: labels and
-logits, before the temperature, of all samples, and the reasons of failures (`dist`: the rank of
-this process, None: the only one; `on_images(n)` is called after every n images).
-`calibrate_other(detector, folders, runs, rule)` scores the validation sets in `folders`, fits a
-`Calibration`, writes it below `runs`, and returns it and the path of its file. `rule` is the name
-of a threshold (`ThresholdAt`) or two error rates (`Calibrating`). It raises `CalibrationError` for
-an ONNX file, a set of another split than `val`, or scores to which nothing can be fitted.
-`DetectorScorer` is the detector as the robustness test needs it. `logits_in_batch()` pads a batch
-if its size affects the scores. This project decodes the images; the detector preprocesses them.
+Main entries: `score_shards(detector, shards, dist, on_images)` takes an `OtherDetector` or
+`OnnxDetector` (`Scoring` is the part of their interface that is used), a shard set, the rank of
+this process (None: the only one) and a function that is called with n after every n images. It
+returns `Scores` of all samples: row numbers, labels (0 real, 1 fake), float32 logits before the
+temperature, and the reasons of failures. A score that is not finite is a failure.
+
+`calibrate_other(detector, folders, runs, rule, dist)` scores the validation sets in `folders`, fits
+one `Calibration` (temperature, threshold, band) to all, writes it below `runs`, the folder of all
+runs, and returns it and the path of its file. `rule` is the name of a threshold (`auto`, `fpr5`,
+`fpr1` or `0.5`) or a `Calibrating` (two highest error rates). It raises `CalibrationError` for an
+ONNX file, a set of another split than `val`, or scores to which nothing can be fitted.
+
+`DetectorScorer` is the detector as the robustness test needs it. `logits_in_batch(detector,
+prepared)` returns the logits of preprocessed images; it pads a batch if its size affects the
+scores. This project decodes the images; the detector preprocesses them.
 """
 
 import itertools

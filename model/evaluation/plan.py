@@ -1,17 +1,22 @@
 """Plan an evaluation: open the shard sets (packed images) and check all input before any network is
 loaded.
 
-Main entry: `plan(subject, data, names, options)` takes the folder of a checkpoint (or another
-opened detector), the folder of all sets, the names of the sets to score, and `Options`: device,
-decoding (`loading`), listed samples only (`subset`), the set of `reference_reals`, images per class
-for `robustness` (0: none), and the folder of stored `features`. `dist` is the rank of this process
-(None: the only one). It returns an `EvaluationPlan` (sets, device, precision, and the decoding
-backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError` if a set,
-sample, checkpoint or device does not exist or does not fit, and writes nothing.
+Main entry: `plan(subject, data, names, options, dist)` takes the folder of a checkpoint (or an
+opened `OtherDetector` or `OnnxDetector`), the folder of all sets, the names of the sets to score,
+and `Options`: `device` (`auto`, `cpu`, `cuda:N`), `loading` (batch size, decoding), `subset` (a
+list of samples; only these), `reference_reals` (name of a set), `robustness` (images per class for
+the robustness test, 0: none) and `features` (folder of stored features, or None). `dist` is the
+rank of this process (None: the only one).
 
-A `PlannedSet` is one set to score. `Reals` names the set whose real images give the false-positive
-rate of sets without real images, and `choose_reference()` chooses it. `trained_on()` returns the
-sets that a checkpoint was trained on. `REAL` is the label of real images, 0.
+It returns an `EvaluationPlan` (opened sets, meta of the checkpoint, device, precision, and the
+decoding backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError`
+if a set, sample, checkpoint or device does not exist or does not fit, and writes nothing.
+
+A `PlannedSet` is one set to score: its samples, hash and split. `Reals` names the set whose real
+images give the false-positive rate of sets without real images, and why; `choose_reference(data,
+opened, asked)` chooses it for the opened sets, or returns None. `trained_on(meta, hashes)` takes a
+checkpoint's meta and a dict, set name -> hash, and returns the names of sets that the checkpoint
+was trained on. `REAL` is the label of real images, 0.
 """
 
 from collections.abc import Mapping, Sequence

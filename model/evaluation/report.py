@@ -1,16 +1,20 @@
 """Compute the content of `report.json` from a table of scores: metrics with 95 % intervals per set,
 source and generator, and the main results as sentences.
 
-Main entry: `report(scores)` takes a `ScoreTable` (`model/evaluation/scores.py`) and returns the
-report as a dict, whose fields `model/layout/report.py` describes. It needs no network and no
-images, so `evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called
-after every n bootstrap resamples.
+Main entry: `report(scores, on_resamples)` takes a `ScoreTable` (`model/evaluation/scores.py`: a row
+per image, and a dict about the evaluation) and returns the report as a dict, whose fields
+`model/layout/report.py` describes. It writes nothing and needs no network and no images, so
+`evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called after every n
+bootstrap resamples.
 
-`Rows` are the readable rows of one set, with real images of a reference set where needed
-(`rows_of_set()`). `lines_of()` returns the images of each line of the report, by `LineKey` (such as
-"overall" or ("sources", name)). `first_of_each()` selects one image per prompt and generator, as in
-the published protocol of the set EvalGEN; `mean_and_std()` averages over generators.
-`on_training_data()` returns the warning about sets that were trained on.
+`rows_of_set(scores, name)` returns the `Rows` of one set: labels, probabilities, sources, ... of
+its readable images, then of the real images of a reference set if the set needs them.
+`lines_of(rows)` returns a dict, `LineKey` (a line of the report, such as "overall" or ("sources",
+name)) -> `Images` (row numbers of reals and of fakes). `first_of_each(origins, groups, generators,
+rows)` selects from `rows` the first image of each prompt and generator, as in the published
+protocol of the set EvalGEN; `mean_and_std(recalls)` averages over generators and returns a dict.
+`on_training_data(sets)` returns the warning, as text, about sets that the checkpoint was trained
+on.
 """
 
 import re

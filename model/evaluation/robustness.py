@@ -2,17 +2,22 @@
 (such as JPEG compression), and compare the scores.
 
 Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`,
-a shard set (packed images), row numbers in this set (`sample_by_hash()` chooses the same ones in
-every run) and the perturbations, among them `ORIGINAL`. It returns `PerturbedScores`: float32
-logits (perturbations, samples) and the reasons of failures; `on_images(n)` is called after every n
-images. `measure_perturbations(perturbed, groups, temperature, threshold)` takes these, the group of
-each sample of the set (`group_codes()`) and the decision threshold on the probability. It returns
-one dict per perturbation for `report.json`: metrics (`FIGURES`) with intervals, the share of
-changed verdicts, and the mean change of the logit per class (a `Shift`).
+a shard set (packed images), row numbers in this set (`sample_by_hash(shards, per_class)` chooses
+the same ones in every run) and a list of `Perturbation`, among them `ORIGINAL`. It returns
+`PerturbedScores`: row numbers and labels, float32 logits (perturbations, samples) before the
+temperature, and the reasons of failures. `on_images(n)` is called after every n images.
 
-A `VariantScorer` preprocesses and scores decoded images: `Scorer` for checkpoints, `DetectorScorer`
-of `others.py` for all other detectors. A perturbation changes the decoded image as packed, before
-the preprocessing, so the perturbation `original` scores the same pixels as a plain evaluation.
+`measure_perturbations(perturbed, groups, temperature, threshold)` takes these, the group of each
+sample of the set (`group_codes()`) and the decision threshold on the probability after the
+temperature. It returns one dict per perturbation for `report.json`: metrics (`FIGURES`) with
+intervals, the share of changed verdicts, and per class the mean change of the logit with its
+interval (a `Shift`, computed by `shifts()` and `shift_of()`).
+
+A `VariantScorer` has `prepare(pixels)`, which preprocesses a decoded image, and `column(variants)`,
+which returns the logits of all variants of one image: `Scorer` for checkpoints, `DetectorScorer` of
+`others.py` for all other detectors. `perturbed_variants()` yields (sample, list of variants). A
+perturbation changes the decoded image as packed, before the preprocessing, so the perturbation
+`original` scores the same pixels as a plain evaluation.
 """
 
 from collections import deque

@@ -2,8 +2,9 @@
 paired 95 % intervals.
 
 Main entry: `side_by_side(runs)` takes a list of `Run` (name, `ScoreTable` from `shared_samples()`,
-images per second) and returns the JSON object below, with the sets that all runs measured. It
-raises `ScoresError` if there is no such set, or if reference reals differ.
+images per second or None) and returns the dict below (null is None), with the sets that all runs
+measured. It adds `mean_of(runs)`, the run of the mean probability, named `MEAN`. It raises
+`ScoresError` if there is no such set, or if reference reals differ.
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC,
@@ -17,17 +18,17 @@ A RUN has these keys:
 
 - `name` and the decision `threshold`;
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
-  the run's own threshold for 1 % and 5 % false positives on these reals). Each is
-  `{"value": v, "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval
-  of the difference to the best run, on the same resamples;
+  the run's own threshold for 1 % and 5 % false positives on these reals). Each is `{"value": v,
+  "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval of the
+  difference to the best run, on the same resamples;
 - `common`: recall and false-positive rate at each common threshold;
-- `ece`, and `images_per_s` or null;
+- `ece` (calibration error), and `images_per_s` or null;
 - `worst_source` (AUROC), `worst_generator` (recall at 5 % false positives) and `worst_perturbation`
   (AUROC), each {"name", "value"} or null;
 - `ranks`: the best and the worst rank of the run over the sources, or null.
 
-`mean_of()` builds the run of the mean probability of all runs, named `MEAN`. If a source has images
-of one class only, its AUROC uses all images of the other class in the set (`completed()`).
+If a source has images of one class only, its AUROC uses all images of the other class in the set
+(`completed()`). `named_runs(names)` makes names unique.
 """
 
 from collections.abc import Mapping, Sequence

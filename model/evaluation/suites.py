@@ -2,9 +2,9 @@
 sources.
 
 Main entry: `open_suite(name, data)` takes the name of a suite and the folder of all packed sets. It
-returns a `Suite`: the names of its packed and of its missing sets, and a sentence that says how to
-get the missing ones. It raises `ValueError` if there is no such suite or none of its sets is
-packed.
+returns a `Suite`: the `name`, the names of its `packed` and of its `missing` sets, and
+`missing_line`, a sentence that says how to get the missing ones ("" if none is missing). It raises
+`ValueError` if there is no such suite or none of its sets is packed.
 """
 
 from dataclasses import dataclass

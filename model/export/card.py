@@ -1,10 +1,11 @@
 """Compose the model card of a checkpoint: the text of `README.md` for the Hugging Face Hub.
 
-Main entry: `card_of(meta, report, sources, onnx)` takes the parsed `meta.json`, the parsed
-`report.json` of an evaluation (or None), the data sources of each training set (name and license,
-from its index) and whether ONNX files are in the folder. It returns YAML and Markdown as one string
-and writes nothing. `TAGS` are the search words on the hub; `LIMITS` is the section on what the
-detector cannot do.
+Main entry: `card_of(meta, report, sources, onnx)` takes the checkpoint's parsed `meta.json`, the
+parsed `report.json` of an evaluation (or None: the card says that there is no evaluation),
+`sources`, and `onnx`, whether ONNX files are in the folder. `sources` is a dict, training set ->
+its data sources (name -> license, homepage, from its index), or None for a set that is not
+available. It returns YAML and Markdown as one string and writes nothing. `TAGS` are the search
+words on the hub; `LIMITS` is the section on what the detector cannot do.
 """
 
 import re

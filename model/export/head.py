@@ -1,13 +1,19 @@
 """Write the head (classifier) of a detector with a frozen backbone, to ship it without the
 backbone.
 
-Main entry: `save_head(checkpoint, target, backbone, report, data)` takes a checkpoint folder, a new
-folder and the download places of the backbone (a `BackboneSpec`, which `backbone_of()` takes from
-the checkpoint's record). It writes the head's weights (kilobytes), `meta.json` with the places and
-hashes of the backbone, and the model card, which shows `report` (`report.json`) and the sources in
-`data` (folder of the training sets). It returns `target`. The layout is described in
-`model/shipped/backbone.py`. `HeadError` is raised if the backbone was trained too, or if its file
-is not in the cache or has other weights; `HubError` if `target` exists.
+Main entry: `save_head(checkpoint, target, backbone, report, data)` takes a checkpoint folder, the
+new folder `target`, and a `BackboneSpec`: the files, with hashes and download places, that contain
+the backbone. One of these files must be in the cache. `report` (path of `report.json`, or None) and
+`data` (folder of the training sets, or None) give the figures and the sources that the model card
+shows. It writes the head's weights (kilobytes), `meta.json` with the places and hashes of the
+backbone, and the model card, and returns `target`. The layout is described in
+`model/shipped/backbone.py`.
+
+It raises `HeadError` if the backbone was trained too, or if its file is not in the cache or has
+other weights; `HubError` if `target` is not empty or the report is of another checkpoint.
+`backbone_of(checkpoint, hub)` returns the `BackboneSpec` from the checkpoint's record of its first
+weights, or raises `HeadError`; `hub`, a `HubPlace` (repository, revision, file) or None, is a place
+to download from first.
 """
 
 from collections.abc import Mapping

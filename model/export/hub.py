@@ -1,16 +1,21 @@
 """Write a checkpoint as a folder for the Hugging Face Hub, and upload this folder.
 
-Main entries: `write_hub(checkpoint, out, report, data, onnx)` writes the new folder `out` and
-returns it: `model.safetensors` and `config.json`, which timm and transformers read, `README.md`
-(the model card, with the figures of `report`, a `report.json`, and the licenses of the sets below
-`data`), `meta.json` without private paths, and a copy of the ONNX files in the folder `onnx`.
-`push(folder, repository, private)` uploads the folder to OWNER/NAME, which is created if needed,
-and returns the URL of the commit. `HubError` is raised if `out` is not empty, the report is of
-another checkpoint, the folder is incomplete or the upload fails. The folder is also a checkpoint:
-`python predict.py dir/ --checkpoint FOLDER`.
+Main entries: `write_hub(checkpoint, out, report, data, onnx)` takes a checkpoint folder and writes
+the new folder `out`, which it returns: `model.safetensors` and `config.json`, which timm and
+transformers read, `meta.json` without private paths, and `README.md`, the model card. Optional
+(None: left out) are `report`, the path of a `report.json` whose figures the card shows, `data`, the
+folder of the training sets, whose licenses the card lists, and `onnx`, a folder of ONNX files that
+is copied to `out/onnx`. The folder is also a checkpoint: `python predict.py dir/ --checkpoint
+FOLDER`.
 
-`without_paths()` removes private paths and secrets from a record, `preprocessing_of()` describes
-the preprocessing in timm's terms, and `sources_of()` returns the data sources of each training set.
+`push(folder, repository, private)` uploads the folder to `repository` (OWNER/NAME), which is
+created if needed (not public if `private`), and returns the URL of the commit. Both raise
+`HubError`: if `out` is not empty, the report is of another checkpoint, the folder is incomplete or
+the upload fails.
+
+`without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
+preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training
+set -> its data sources (None if not found), and `read_report(path, meta)` a checked `report.json`.
 `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 

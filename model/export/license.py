@@ -1,11 +1,15 @@
 """Determine the license of a checkpoint's weights from the record of how it was trained.
 
-Main entry: `license_of(meta)` takes the parsed `meta.json` and returns a `License`: the id on the
-Hugging Face Hub (lower case, `other` if unknown), a text for people and the name of the weights
-from which training started. Trained weights keep the license of those first weights. `first_of()`
-follows the record through earlier checkpoints to the first weights. `ORIGINAL_BASE` is timm's name
-of the first weights of an imported detector: the older project whose checkpoints
-`model/export/import_original.py` converts.
+Main entry: `license_of(meta)` takes the parsed `meta.json` and returns a `License`: `id`, the
+license on the Hugging Face Hub (lower case, `other` if unknown), `text`, a sentence for people, and
+`base`, the name of the weights from which training started ("" if unknown). Trained weights keep
+the license of those first weights; a shipped head has that of its backbone. Licenses of training
+images are not included.
+
+`first_of(weights)` takes the record `first_weights` of a meta, follows it through earlier
+checkpoints to the first weights, and returns their record, or None if it ends before.
+`ORIGINAL_BASE` is timm's name of the first weights of an imported detector: the older project whose
+checkpoints `model/export/import_original.py` converts.
 """
 
 from collections.abc import Mapping

@@ -1,17 +1,21 @@
 """Export a checkpoint as ONNX files in fp32, fp16 and int8, and compare each file with PyTorch on
 the same images.
 
-Main entry: `export_onnx(checkpoint, out, images)` takes a checkpoint folder, an output folder, and
-a folder of images or a shard set for the comparison (None: noise). It writes `FILES` and
-`PARITY_FILE` to `out` and returns the content of `PARITY_FILE` as a dict: a `Parity` per file, with
-the `Difference` in the probability of fake. `on_images(n)` is called after every n compared images.
-It raises `ExportError`, and writes nothing, if a library is missing, no image can be read, or a
-difference is above `TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB and gives the
-probability, float32 (batch,), and the logits (batch, 2); `DESCRIPTION` is the same as text.
+Main entry: `export_onnx(checkpoint, out, images, on_images)` takes a checkpoint folder, an output
+folder, and a folder of images or a shard set for the comparison (None: noise). `on_images(n)` is
+called after every n compared images. It writes `FILES` and `PARITY_FILE` to `out` and returns the
+content of `PARITY_FILE` as a dict: under `files` a `Parity` per file as a dict, with each
+`Difference` in the probability of fake (largest, mean, number of other verdicts), and how many
+images were compared. It raises `ExportError`, and writes nothing, if a library is missing, no image
+can be read, or a difference is above `TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB
+and gives the probability, float32 (batch,), and the logits (batch, 2); `DESCRIPTION` is the same as
+text.
 
-`compare()` only compares existing files, and returns the `Parity` of each and what was compared.
-`fitness_of()` returns the entries of the meta that are reasons not to rely on the detector.
-`IMAGES` and `NOISE` are how many images are compared.
+`compare(net, preprocess, meta, files, images, on_images)` only compares existing `files` with the
+network, `Preprocess` and meta of their checkpoint. It returns a list of `Parity` and a dict: the
+name of `images`, how many were compared, and the unreadable ones. `fitness_of(meta)` returns the
+entries of the meta that are reasons not to rely on the detector. `IMAGES` and `NOISE` are how many
+images are compared.
 """
 
 import json

@@ -2,12 +2,15 @@
 write them to a feature store (`model/features/store.py`).
 
 Main entry: `embed(embedder, shards, source, number, on_images)` takes an `Embedder` (network,
-device, precision, loading), a shard set, the place of the store (`FeatureSource`), the number of
-the view (0 is the center crop, v >= 1 the augmentation of epoch v - 1) and a function that is
-called with the number of images done since its last call. It writes the missing Arrow files, one
-per shard, and returns the number of images computed on this rank. It raises `FeatureError` for
-features that are not finite, and `LoadError` if too many images cannot be decoded. A shard is
-written when it is complete, so an interrupted run resumes there.
+device, precision `dtype`, `Loading` (batch size, decoding), and this process's `rank` of
+`world_size`), a shard set, a `FeatureSource` (folder of the store, identity of the backbone,
+augmentation), the number of the view (0 is the center crop, v >= 1 the augmentation of epoch v - 1)
+and a function that is called with the number of images done since its last call.
+
+It writes the missing Arrow files, one per shard, and returns the number of images computed on this
+rank (0 if no file is missing). It raises `FeatureError` if a feature is not finite or the shard set
+has only a part of a shard, and `LoadError` if too many images cannot be decoded. A shard is written
+when it is complete, so an interrupted run resumes there.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,13 +2,16 @@
 score that source with it, which shows how the detector behaves on a new source.
 
 Main entry: `calibrate_left_out(planned, best)` takes the plan of a finished run (`RunPlan`) with
-stored features, and the folder of its best checkpoint. It trains the heads, fits a `Calibration` to
-their scores, stores it in the checkpoint's `meta.json` and returns it. It raises `CalibrationError`
-if there are too few images. `leave_one_out()` returns a dict, source -> (labels, logits of fake
-minus real), and calls `on_head(sources)` while the network has the head trained without these.
+stored features, and the folder of its best checkpoint. It trains the heads, fits a `Calibration`
+(temperature, threshold, band) to their scores, stores it in the checkpoint's `meta.json` and
+returns it. It raises `CalibrationError` if there are too few images or no calibration fits.
+
+`leave_one_out(planned, train_state, source, on_head)` takes the `TrainState` (network, device, ...)
+and the `FeatureSource` (location of the features). It returns a dict, source -> (labels, logits of
+fake minus real), and calls `on_head(sources)` while the network has the head trained without these.
 `refit(planned, train_state, without)` trains the head in `train_state` without the sources
-`without`. `head_weights()` copies the weights that learn (`HeadWeights`), `set_head()` puts such a
-copy back.
+`without` (names), and returns nothing. `head_weights(train_state)` returns a copy of the weights
+that learn (`HeadWeights`), and `set_head(train_state, weights)` puts such a copy back.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -2,12 +2,15 @@
 
 Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` takes a shard set
 (packed images), a `FeatureSource` (folder of the store, identity of the backbone, augmentation),
-`Loading` (batch size per rank and more), the device and this process's rank. Its `batches(epoch,
-params_for)` takes the order of the samples (`Epoch`) and a `TrainParams` or `EvalParams`, which
-selects the stored view; it yields `Batch` objects, in which `images` has float16 features (B, D).
-It raises `FeatureError` if features are missing or damaged. `open_scored(..., features)` returns a
-loader for evaluation: a `FeatureLoader` if `features`, a `FeatureSource`, is given, else a loader
-of images.
+`Loading` (of which the batch size per rank is used), the device and this process's rank. Its
+`batches(epoch, params_for, start)` takes the order of the samples (`Epoch`), a `TrainParams` or
+`EvalParams`, which selects the stored view, and the first step. It yields `Batch` objects, in which
+`images` has float16 features (B, D). It raises `FeatureError` if features are missing or damaged,
+and `LoadError` if the epoch has another batch size.
+
+`open_scored(shards, preprocess, loading, device, dist, features)` returns a loader for evaluation:
+a `FeatureLoader` if `features`, a `FeatureSource`, is given, else a loader of images, which are
+preprocessed by `preprocess`. `dist` is the rank of this process (None: the only one).
 """
 
 from collections.abc import Iterator

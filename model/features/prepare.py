@@ -2,7 +2,7 @@
 switch the run from images to stored features. Features are written to the folder `features.store`
 of the recipe.
 
-Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the state with the
+Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the `TrainState` with the
 network. It computes the missing features and returns the plan with a `FeatureLoader`, or the plan
 unchanged if the recipe stores no features. `embed_part()` (for `python -m model embed`) takes a
 recipe, the folder of shard sets `data`, the folder of runs `runs`, the first weights of the network
@@ -12,10 +12,13 @@ of which only view 0 is computed. Task `rank` of `world_size` independent tasks 
 per view. Both raise `FeatureError` or `LoadError`; `embed_part()` also raises `ValueError` if the
 run cannot be planned.
 
-`views_of()` returns the numbers of the stored views that training reads: 0 is the center crop,
-v >= 1 the augmentation of epoch v - 1. `source_of()` and `source_of_checkpoint()` return the
-`FeatureSource` (folder, backbone, augmentation) of a run or a checkpoint. `embed_run()` computes
-all features of a run, and `embed_sets()` one view of some sets.
+`views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
+crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and
+`source_of_checkpoint(net, meta, dtype, store)` return the `FeatureSource` (folder, backbone,
+augmentation) of a run's recipe or of a checkpoint's meta, given the loaded network and its
+precision. `embed_run()` computes all features of a run, and view 0 of more `sets`;
+`embed_sets(embedder, sets, source, number)` computes the view `number` of some sets. Both return
+the number of images.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,11 +9,18 @@ file has a row per sample, in the order of the tar: `offset` (int64, in the tar)
 `features` (fixed-size list of float16; zeros if the image cannot be decoded). Its metadata has the
 reasons of failures and the identity of its inputs; a file with another identity counts as missing.
 
-Main entries: `write_file(file, offsets, valid, features, failures)` writes the rows of one
-`ShardFile` (path and identity); `missing_of()` returns the files that are still to be computed;
-`open_table(store, backbone, shards, view)` returns a `FeatureTable`, which gives the features of
-sample numbers, float16 (B, D), from memory-mapped files (`Part`). Errors are `FeatureError`. A
-`BackboneId` is the identity of backbone and preprocessing, made by `backbone_id()`.
+Main entries: `open_table(store, backbone, shards, view)` takes the folder of the store, a
+`BackboneId` (identity of backbone and preprocessing, made by `backbone_id()` from a network and its
+settings), a `ShardSet` (packed images) and a `View` (number and augmentation). It returns a
+`FeatureTable`, whose `rows(samples)` takes row numbers of the set and returns their features,
+float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the same, and `rank` of
+`world_size`, and returns a list of `ShardFile` (path and identity of a file that this rank has to
+compute). `write_file(file, offsets, valid, features, failures)` writes one of them: the three
+columns as arrays, and a dict, row -> reason, of images that cannot be decoded.
+
+They raise `FeatureError` if a file is missing, damaged or incomplete, or a feature to write is not
+finite. `frozen_sha256()` hashes the weights that do not learn, and raises `FeatureError` if the
+backbone is not frozen.
 """
 
 import hashlib

@@ -5,18 +5,20 @@ Python API.
     print(load_detector().predict("photo.jpg").verdict)
 
 Main entry: `load_detector(checkpoint, runs, device, backend, threshold)` (all optional) takes a
-checkpoint, run (folder of a training) or name of a shipped detector; without one it takes the
-newest run below `runs`, else the shipped detector. `device` is `auto`, `cpu` or `cuda`; `backend`
-decodes the images: `dali`, `pil` for Pillow, or `auto`. `threshold` (0 to 1) replaces that of the
-checkpoint, and then no verdict is *uncertain*. It returns an `ImageDetector`. It raises
-`CheckpointError` or `BackboneError` if the checkpoint or the backbone of a shipped detector cannot
-be used, and `ValueError` for an impossible device, backend or threshold.
+checkpoint, run (folder of a training; its best checkpoint) or name of a shipped detector; without
+one it takes the newest run below `runs`, else the shipped detector. `device` is `auto`, `cpu`,
+`cuda` or `cuda:N`; `backend` decodes the images: `dali`, `pil` for Pillow, or `auto`. `threshold`
+(0 to 1) replaces that of the checkpoint, and then no verdict is *uncertain*. It returns an
+`ImageDetector`. It raises `CheckpointError` or `BackboneError` if the checkpoint or the backbone of
+a shipped detector cannot be used, and `ValueError` for an impossible device, backend or threshold.
 
-The detector's `predict()` takes one image (file, bytes, Pillow image or array) and returns a
-`Prediction` (name, probability of fake, verdict, error), or takes several and returns a list.
-`stream()` takes any number and yields one `Prediction` at a time. `preprocess_file()` returns the
-network's input, uint8 (size, size, 3); `score()` takes an array of such inputs and returns float64
-probabilities (B,).
+The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or array)
+and returns a `Prediction`, or takes several and returns a list. A `Prediction` has the name,
+`probability` of fake (0 to 1), `verdict` ("no sign of AI", "uncertain" or "likely AI"), and
+`error`; an unreadable image has an `error`, the verdict "unreadable" and no probability. `stream()`
+takes any number and yields one `Prediction` at a time; `start` is how many images the caller
+skipped. `preprocess_file(image)` returns the network's input, uint8 (size, size, 3);
+`score(pixels)` takes such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
 """
 
 import sys

@@ -1,11 +1,13 @@
 """Recognize image generators by the names and settings that they write into the metadata of files.
 
 Main entries: `is_named(field, text)` takes the name of a metadata field and its text, and returns
-whether they name a generator. `is_signature(text)` returns whether a text is a generator's name and
-nothing else but a version or "made with". `settings_in(text)`, `settings_of(value)` (for parsed
-JSON) and `settings_across(texts)` (for metadata with each setting in its own field: field -> text)
-return program and prompt, such as "ComfyUI: a dog", or "" if there are no settings. The patterns
-were read in the source code of the generators where it is public:
+whether the field is one that programs write and the text names a generator. `is_signature(text)`
+returns whether a text is a generator's name and nothing else but a version or "made with". Three
+functions return program and prompt as one text, such as "ComfyUI: a dog", or "" if there are no
+settings: `settings_in(text)` takes the text of a field; `settings_of(value, text)` takes parsed
+JSON, and its text for use where there is no prompt; `settings_across(texts)` takes metadata with
+each setting in its own field: a dict, field -> text. The patterns were read in the source code of
+the generators where it is public:
 
 - https://github.com/AUTOMATIC1111/stable-diffusion-webui
 - https://github.com/Comfy-Org/ComfyUI, https://github.com/Kaharos94/ComfyUI-Saveaswebp

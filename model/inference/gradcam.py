@@ -1,12 +1,15 @@
 """Compute a heatmap of an image: which parts raised the detector's score for AI.
 
-Main entry: `heatmap(detector, image)` takes an `ImageDetector` and an image (path, bytes, Pillow
-image or array). It returns uint8 (size, size, 3) RGB: the network's input in gray, with red where
-it raised the score. It raises `DecodeError` or `OSError` for an unreadable image, and
-`ExplainError` if the network has no feature map or patches, or captum is not installed.
-`attribution()` returns the network's input and the raw values per cell, float32 (rows, columns),
-and `overlay()` draws them. `last_features()` finds the layer that they are computed from. `MEANING`
-is the explanation to show with a heatmap.
+Main entry: `heatmap(detector, image)` takes an `ImageDetector` (a loaded checkpoint) and an image
+(path, bytes, Pillow image or array). It returns uint8 (size, size, 3) RGB: the network's input in
+gray, with red where it raised the score. It raises `DecodeError` or `OSError` for an unreadable
+image, and `ExplainError` if the network has no feature map or patches, or captum is not installed.
+`MEANING` is the explanation to show with a heatmap.
+
+`attribution(detector, image)` returns the network's input and the raw values per cell, float32
+(rows, columns), positive where the cell raised the score; `overlay(preprocessed, cells)` takes
+these two and draws them. `last_features(net, pixels)` returns the layer that the values are
+computed from, and its output for uint8 images (B, 3, H, W).
 
 The method is Grad-CAM for convolutional networks, and gradient times patch for transformers. The
 result is coarse: 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a

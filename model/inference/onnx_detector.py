@@ -1,14 +1,17 @@
 """Run a detector that was exported as ONNX (`python -m model export --onnx`) in ONNX Runtime,
 without torch.
 
-Main entry: `load_onnx(file, device, threshold)` takes the `.onnx` file, `auto`, `cpu` or `cuda`,
-and optionally a threshold (0 to 1) that replaces that of the file, without an uncertain band. It
-returns an `OnnxDetector`, whose `predict()` and `stream()` take images and give `Prediction`
-objects, as those of an `ImageDetector` do. It raises `OnnxError` if ONNX Runtime is missing or the
-file is no such export, and `ValueError` for an impossible device or threshold. The metadata of the
-file (`META_KEYS`) contains the preprocessing, threshold and band; its output `probability` includes
-the temperature. `preprocess()` crops and resizes pixels, uint8 (height, width, 3), to the network's
-input, with Pillow.
+Main entry: `load_onnx(file, device, threshold)` takes the path of the `.onnx` file, `auto`, `cpu`
+or `cuda`, and optionally a threshold (0 to 1) that replaces that of the file, without an uncertain
+band. It returns an `OnnxDetector`. It raises `OnnxError` if ONNX Runtime is missing or the file is
+no such export, and `ValueError` for an impossible device or threshold.
+
+The detector's `predict()` takes one image (path, bytes, Pillow image or array) and returns a
+`Prediction` (name, probability of fake, verdict, error), or takes several and returns a list;
+`stream()` yields them. An unreadable image gets an `error`. The metadata of the file (`META_KEYS`)
+contains the preprocessing, threshold and band; its output `probability` includes the temperature.
+`preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3), as the
+`Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
 """
 
 import json

@@ -1,20 +1,26 @@
-"""Define the base class of all detectors, and helpers without torch that read images, group them
-in batches for a detector to score, and make predictions from the scores.
+"""Define the base class of all detectors, and helpers without torch that read images, group them in
+batches for a detector to score, and make predictions from the scores.
 
-Main entry: `AnyDetector.predict(images)` (see `docs/python.md`) takes one image or many, of the
-type `Picture`: paths, bytes, Pillow images, uint8 arrays or `ImageFile` (a name and a function that
-reads the bytes). It returns a `Prediction` (name, probability of fake, verdict, error) or a list of
-them; an unreadable image gives an `error`, and a wrong type raises `TypeError`. Subclasses define
-`stream()`, which computes the scores in batches of `batch_size`. `DecisionRule` has the threshold,
-the band and the verdict of a detector; its `at_rates()` returns the detector with the band for the
-highest error rates `max_fpr` and `max_miss`, or raises `ValueError`.
+Main entry: `AnyDetector.predict(images, batch_size)` (see `docs/python.md`) takes one image or
+many, of the type `Picture`: paths, bytes, Pillow images, uint8 arrays or `ImageFile` (a name and a
+function that reads the bytes). It returns a `Prediction` or a list of them: `name`, `probability`
+of fake (0 to 1, or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and
+`error` (the reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong
+array `ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
+`DecisionRule` has the threshold, band and verdict of a detector; its `at_rates()` returns the
+detector with the band for the highest error rates `max_fpr` and `max_miss` (between 0 and 0.5), or
+raises `ValueError`.
 
-`as_source()` and `as_file()` turn a `Picture` into a named file or decoded `Pixels` (a `Source`),
-`pixels_of()` yields RGB uint8 (height, width, 3). `band_from()` makes a band without *uncertain*
-from a requested threshold. `ahead()`, `in_groups()` and `preprocess_ahead()` process images in
-threads and yield batches of the sizes of `group_sizes()`. `predictions()` turns scores into
-`Prediction` objects. `done_or_reason()` returns the result of a function, or the reason if the
-image is unreadable.
+`as_source(image, index)` turns a `Picture` into a named file or decoded `Pixels` (a `Source`;
+without a name it is `image <index>`), `as_file()` does so for paths and bytes. `pixels_of(source)`
+is a context manager that yields RGB uint8 (height, width, 3). `band_from(threshold)` returns the
+band (threshold, threshold), without *uncertain*, or None. `ahead(files, work, batch_size, start)`
+calls `work(file)` in threads and yields (names, results) of a batch; the result for an unreadable
+file is the reason as text, as `done_or_reason(work, file)` returns it. `in_groups()` does so with
+given batch sizes; `group_sizes(batch_size, start)` yields 1, 4, 16, ..., then `batch_size`; `start`
+is how many images are skipped. `preprocess_ahead(files, preprocess_file, size, ...)` calls
+`preprocess_file(file)` and yields (names, pixels uint8 (B, size, size, 3), failures row -> reason).
+`predictions(names, probabilities, failures, band)` yields the `Prediction` of each row.
 """
 
 import functools

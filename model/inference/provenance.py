@@ -1,13 +1,16 @@
 """Read what the metadata of an image file says about its origin: C2PA manifests, source type, AI
 labels, settings of generators, camera data.
 
-Main entry: `read_evidence(data, trust)` takes the bytes of an image file and the `TrustList` of
-C2PA signers (None: no signer is known). It returns a list of `Evidence` (kind, value, place in the
-file, whether it suggests AI or a camera, and the `state` of a checked C2PA signature), at most
-`MAX_EVIDENCE`; the list may be empty, and nothing is ever raised. The program shows this evidence
-next to the score, which does not depend on it. Metadata is easily stripped or forged (`MEANING` is
-this warning); only a C2PA signature (`signatures.py`) proves something, and only that its signer
-made the statement.
+Main entry: `read_evidence(data, trust)` takes the bytes of an image file and the `TrustList`
+(certificates) of C2PA signers (None: no signer is known). It returns a list of `Evidence`, at most
+`MAX_EVIDENCE`. Each has `kind` ("C2PA", "source type", "AI label", "generator", "camera", or "more"
+for a number left out), `value` (a line of text), `where` (the place in the file), `suggests` ("AI",
+"camera" or "") and `state` (of a C2PA signature: "trusted", "valid, signer unknown" or "invalid";
+else ""). The list may be empty, and nothing is ever raised.
+
+The program shows this evidence next to the score, which does not depend on it. Metadata is easily
+stripped or forged (`MEANING` is this warning); only a C2PA signature (`signatures.py`) proves
+something, and only that its signer made the statement.
 """
 
 import functools
