@@ -1,14 +1,19 @@
 """Compute the metrics of a group of images from their labels and probabilities.
 
 Main entry: `measure(labels, probabilities, threshold)` takes labels (N,), 0 real and 1 fake,
-probabilities of fake (N,), and the probability from which an image counts as fake. It returns
-`Metrics`: counts, accuracy, recall, false-positive rate, AUROC, ECE and others. A metric that needs
-both classes is None where one is missing; accuracy is then the accuracy on one class.
-`measure_sources()` also takes each image's source name and returns a dict, source -> `Metrics`.
-`what_is_missing()` returns a sentence for the reader if a class is missing. The other functions
-compute one metric each: `roc()` returns the corners of the ROC curve as counts, which
-`tpr_at_fpr()` and `equal_error_rate()` take; `given_to_truth()` returns the probability of each
-image's true class. Confidence intervals are in `model/evaluation/bootstrap.py`.
+probabilities of fake (N,), and the probability from which an image counts as fake (0.5 by default).
+It returns `Metrics`: counts, accuracy, recall, false-positive rate, AUROC, ECE and others. A metric
+that needs both classes is None where one is missing; accuracy is then the accuracy on one class.
+`measure_sources(labels, probabilities, sources, threshold)` also takes the name of each image's
+source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the numbers of
+real and fake images and returns a sentence for the reader if a class is missing, else None.
+
+The other functions compute one metric each. `roc(labels, scores)` returns the numbers of false and
+of true positives at every threshold, two int64 arrays. `tpr_at_fpr(false, true, rate)` and
+`equal_error_rate(false, true)` take these arrays; the first returns the highest recall at a
+false-positive rate of at most `rate`. `given_to_truth()` returns the probability of each image's
+true class. `ECE_BINS` is the number of bins of the ECE. Confidence intervals are in
+`model/evaluation/bootstrap.py`.
 """
 
 from collections.abc import Sequence

@@ -3,17 +3,22 @@ its own input.
 
 Main entry: `build(network, pretrained, empty)` takes the recipe's `Network` settings and returns a
 `Detector` on the CPU. The weights are timm's if `pretrained`, uninitialized if `empty` (to be
-loaded next), else random. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns
-float logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies
-the head to it. `load_weights(net, weights, where)` fills a `Detector` with tensors by timm's names
-(`where` names their file in an error); `load_backbone_file()` fills it from an ImageNet
-`.safetensors` file, without its classifier. Wrong names or shapes raise `NetworkError`.
+loaded next), else random. It raises `NetworkError` if timm does not know the network or its weights
+cannot be fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns float
+logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies the head
+to it.
 
-The functions `check_...()` raise `NetworkError` before any work starts: if the network does not
-accept the image size, if a weights file does not match (only its header is read), or if the Hub
-with timm's weights does not answer. `normalization()` returns mean and std. `classifier_names()`
-and `head_prefixes()` return names of the head's modules and parameters. `Backbone` is a type for
-the type checker only; `STAGE_HEAD` is the name prefix of a head of `heads.py`.
+`load_weights(net, weights, where, assign)` fills a `Detector` with tensors by timm's names; `where`
+names their file in an error, and `assign` uses the tensors without a copy. `load_backbone_file(net,
+path)` fills it from an ImageNet `.safetensors` file, without its classifier. Both raise
+`NetworkError` for wrong names or shapes. The functions `check_...()` raise it before any work
+starts: if the network does not accept the image size, if a weights file does not match (only its
+header is read), or if the Hub with timm's weights does not answer.
+
+`normalization(network)` returns mean and std. `classifier_names()` and `head_prefixes()` return
+names of the head's modules and parameters, `timm_license(name)` the license of timm's weights or
+None. `Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
+`heads.py`.
 """
 
 import contextlib

@@ -1,19 +1,24 @@
 """Score images with a network: take batches of images or stored features, and return one logit
 each.
 
-Main entries: `score_set(net, loader, dtype, on_images, dist)` takes a network, a loader of batches,
-the dtype of mixed precision, a function that is called with the number of images of each batch, and
-this process's rank (`DistEnv`). It scores every sample of the loader's shard set once, divided over
-the ranks, and returns `Scores` of all: row numbers, labels (0 real, 1 fake) and float32 logits of
-fake minus real, before any temperature, and the reasons of failures. It raises `ScoreError` for a
-score that is not finite. `score()` returns the `Scores` of an iterable of batches, without this
-check. `score_batches()` yields each batch with its logits. `logits_of()` computes one batch,
-`probability()` converts logits to probabilities of fake, and `join_ranks()` merges the `Scores` of
-all ranks.
+Main entries: `score_set(net, loader, dtype, on_images, dist)` takes a network, a loader of batches
+(`BatchLoader`), the dtype of mixed precision (float32: none), a function or None, and this
+process's rank (`DistEnv`; None: one process). `on_images(n)` is called after each batch with its
+number of images. It scores every sample of the loader's shard set once, divided over the ranks, and
+returns `Scores` of all: row numbers, labels (0 real, 1 fake), float32 logits of fake minus real,
+before any temperature, and `failures` (row number -> why the image could not be decoded). It raises
+`ScoreError` for a score that is not finite.
 
-`in_parts()` regroups images into parts of `AT_A_TIME`, `autocast()` returns a context for mixed
-precision, and `evaluating()` sets a network to evaluation mode for a `with` block.
-`DEFAULT_THRESHOLD` is the decision threshold without calibration.
+`score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
+without this check. `score_batches(net, batches, device, dtype)` yields each batch with its logits,
+a float32 array. `logits_of(net, images, device, dtype)` returns the logits of one batch as a
+tensor, `probability(logits, temperature)` the probabilities of fake, and `join_ranks(parts)` merges
+the `Scores` of all ranks.
+
+`in_parts(images, size)` regroups tensors into parts of `size` rows (`AT_A_TIME` by default; the
+last is padded with zeros). `autocast(device, dtype)` returns a context for mixed precision, and
+`evaluating(net)` sets a network to evaluation mode for a `with` block. `DEFAULT_THRESHOLD` is the
+decision threshold without calibration.
 """
 
 import contextlib

@@ -3,10 +3,14 @@
 Main entry: `verdict(probability, band)` takes a probability from 0 to 1 and (low, high), and
 returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" at or above high, else
 "uncertain". It raises `ValueError` for NaN or infinity (`NOT_FINITE` is the reason as text).
-`band_of(meta)` returns the band in a checkpoint's parsed `meta.json`. `band_at(meta, max_fpr,
-max_miss)` returns the band for two highest error rates, and raises `ValueError` for a rate without
-a threshold. `percent()` formats a probability, `capital()` makes the first letter upper case. The
-band is fitted in `model/calibrate.py`, so that prediction does not import the fitting code.
+
+`band_of(meta)` takes a checkpoint's parsed `meta.json` and returns its (low, high). `band_at(meta,
+max_fpr, max_miss)` returns the (low, high) for chosen error rates: at most the share `max_fpr` of
+real images is called likely AI, and at most the share `max_miss` of fakes no sign of AI (None: the
+checkpoint's own end). It raises `ValueError` for a rate that is not between 0 and 0.5 or has no
+threshold. `percent(p)` formats a probability such as "42.0%", `capital(text)` makes the first
+letter upper case. The band is fitted in `model/calibrate.py`, so that prediction does not import
+the fitting code.
 """
 
 import math

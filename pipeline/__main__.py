@@ -2,15 +2,16 @@
 
 - `python -m pipeline preview SHARDS` writes a PNG (`--out`) that shows `--count` samples of the set
   as the network sees them, decoded by Pillow and, if installed, by DALI, and prints the difference
-  of the two in gray levels. `--recipe` is the recipe with the preprocessing and the augmentation
-  policies (named settings). `--policy` names the policy for sources of which the set's index
-  (`index.json`) names none.
+  of the two in gray levels. `--recipe` is the recipe file with the preprocessing and the
+  augmentation policies (named settings; default: the recipe of phase 1). `--policy` names the
+  policy for sources of which the set's index (`index.json`) names none (default: the recipe's).
 - `python -m pipeline order SHARDS` prints a table of how well the shuffles `global` and `block` mix
   the samples and their sources into batches of `--batch` images; 1 means as well as a random order.
+  Nothing is written.
 
 SHARDS is the folder or address of a shard set (tars of images with an index); `--seed` selects the
-samples or the shuffle. A command imports its modules inside its function, so that `--help` and
-errors of options are fast.
+samples or the shuffle. An error, such as a set that cannot be read, is one line and exit status 1.
+A command imports its modules inside its function, so that `--help` and errors of options are fast.
 """
 
 from pathlib import Path

@@ -1,18 +1,18 @@
 """Sample the parameters of image augmentations: crop, flips, color, resizing, JPEG, blur and WebP.
 
-Main entries: `sample_params()` for training takes a `PolicyTable` (policies with ranges and
-probabilities), and for each of N images its policy, width and height in pixels, and random key
-(`SampleKeys`: seed, epoch, sample number). `center_crop_params()` for evaluation takes only the
-preprocessing and the sizes. Both return an `AugmentBatch`: an array of N values per parameter.
-`AugmentParams` are the values of one image. Pixels are changed by the two backends (`pil.py`,
-`dali.py`), which use no random numbers. Random numbers (`philox.py`) are used only here, so the
-same (seed, epoch, sample) gives the same parameters with every backend, number of workers and rank,
-and after a resume.
+Main entries: `sample_params()` for training takes a `PolicyTable` (`policies`: ranges and
+probabilities), each of N images' row in it (`policy`), the output size (`preprocess`), widths and
+heights in pixels, the key of the random numbers (`keys`: seed, epoch, sample numbers), and
+`partners`: JPEG quality (0: none) and chroma subsampling of each image's real partner, or None.
+`center_crop_params()` for evaluation takes only the preprocessing and the sizes. Both return an
+`AugmentBatch`: an array of N values per parameter. `AugmentParams` are the values of one image. Two
+backends (`pil.py`, `dali.py`) change the pixels, without random numbers. So the same (seed, epoch,
+sample) gives the same parameters with every backend, number of workers and rank.
 
-Order of operations (as in the original recipe): random resized crop -> flip -> color jitter ->
-resample down and back up -> JPEG -> 3 x 3 blur -> grayscale. Harsher policies add up to two more
-JPEGs after the first, shift the image relative to the JPEG block grid, and end with WebP. A policy
-for aligned pairs first compresses the whole fake like the JPEG of its real partner.
+Order of operations: random resized crop -> flip -> color jitter -> resample down and back up ->
+JPEG -> 3 x 3 blur -> grayscale. Harsher policies add up to two more JPEGs after the first, shift
+the image relative to the JPEG block grid, and end with WebP. A policy for aligned pairs first
+compresses the whole fake like the JPEG of its real partner.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,13 +1,16 @@
 """Define the data classes that are passed between the loader and its two decoding backends (Pillow
 and DALI).
 
+Main entry: `Batch`, which the loader yields for each step. Its images, uint8 (B, 3, size, size),
+its labels (0 real, 1 fake) and `valid` (False for padding and for images that cannot be decoded)
+are tensors on the device. Its row numbers in the shard set (`samples`), source codes, `replayed`
+(True for old samples) and `failures` (row -> reason) are on the CPU.
+
 A backend takes a `Request` (encoded images of one batch and the augmentation parameters of each)
 and returns `Pixels` (uint8 (B, size, size, 3) RGB, and row -> reason for images that cannot be
-decoded). Main entry: `Batch`, which the loader yields. Its images, uint8 (B, 3, size, size), its
-labels (0 real, 1 fake) and the flags of images that count are on the device; sample numbers, source
-codes and failures are on the CPU. `BatchTiming` has the seconds of reading and decoding a batch.
-`LoadError` means that no batches can be made. `PLACEHOLDER` is a black PNG, used for a sample that
-cannot be read.
+decoded). `BatchTiming` has the seconds of reading and decoding a batch. `LoadError` means that no
+batches can be made. `PLACEHOLDER` (bytes, format and orientation of a black PNG) replaces a sample
+that cannot be read.
 """
 
 import io

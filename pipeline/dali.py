@@ -1,18 +1,19 @@
 """Decode and augment batches of images with NVIDIA DALI on a GPU or the CPU: the fast backend.
 
-Main entry: `DaliBackend`, which takes the side of the output images in pixels, the batch size, the
-device, the number of threads, the share of JPEGs that the GPU's JPEG engine decodes
-(`hw_decoder_load`) and a time limit. Its `run()` takes an iterable of `Request`s (encoded images
-and the augmentation parameters of each) and yields one `Pixels` per request: uint8 (B, size, size,
-3) RGB on the device, and row -> reason for images that cannot be decoded; these are black. It
-raises `StallError` if no request comes in `stall_error_s` seconds, and RuntimeError if the GPU is
-lost or has no memory left.
+Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, stall_error_s)`, which
+takes the side of the output images in pixels, the images per batch, the torch device, the number of
+CPU threads, the share of JPEGs that the GPU's JPEG engine decodes and a time limit in seconds. Its
+`run(requests, start)` takes an iterable of `Request`s (encoded images of one batch and the
+augmentation parameters of each) and the number of the first step. It yields one `Pixels` per
+request: uint8 (B, size, size, 3) RGB on the device, and row -> reason for images that cannot be
+decoded; these are black. It raises `StallError` if no request comes in `stall_error_s` seconds, and
+RuntimeError if the GPU is lost or has no memory left.
 
 `graph()` defines the operators and `COLUMNS` their inputs: encoded bytes and one column per
 parameter, which `columns_of()` fills for a batch. So the graph has no random numbers and no state.
 DALI's `Pipeline.run()` is called directly, because `DALIGenericIterator` silently ends the epoch at
-a bad sample. Here only that batch is lost, and then repaired sample by sample. Only this file
-imports nvidia.
+a bad sample. Here a bad sample loses only its own batch, which is then decoded again sample by
+sample. Only this file imports nvidia.
 """
 
 import gc

@@ -1,16 +1,19 @@
 """Load a shard set (tars of images with an index) as batches of decoded and augmented images on a
 device.
 
-Main entry: `open_loader()` takes a `ShardSet`, the preprocessing, the loader's settings (`Loading`)
-and the device; with several ranks also this rank and their number. It checks the lengths of the
-tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a
-`Loader`. `Loader.batches()` takes the order of the samples (`Epoch`) and a function that returns
-augmentation parameters (`ParamsFor`), and yields a `Batch` for each step from `start` on. An image
-that cannot be decoded is black and named in `Batch.failures`.
+Main entry: `open_loader(shards, preprocess, loading, device, rank, world_size)` takes a `ShardSet`,
+the preprocessing (`Preprocess`: sizes in pixels), the loader's settings (`Loading`) and the torch
+device; with several ranks also this rank and their number. It checks the lengths of the tars,
+chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a `Loader`.
+`Loader.batches(epoch, params_for, start)` takes the order of the samples (`Epoch`) and a function
+that returns the augmentation parameters of given samples (`ParamsFor`, from `params.py`), and
+yields a `Batch` for each step from `start` on. An image that cannot be decoded is black and named
+in `Batch.failures`.
 
 `open_loader()` and `batches()` raise `LoadError` if the backend is not installed, a tar is damaged,
 shared memory is too small, a worker died, no batch came in time, or more than 5 % of the samples
-cannot be decoded.
+cannot be decoded. `choose_backend(asked, device)` returns the backend and the reason;
+`check_shards(shards)` is the check of the tars, which returns nothing.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 """Define the settings of the loader: the `[loading]` table of a recipe.
 
 Main entry: `Loading`, a frozen dataclass with a default for every field: batch size, number of
-workers, backend (the decoder and augmenter: `dali`, `pil` for Pillow, or `auto`), shuffle, a check
-of every image's SHA-256 against the index, cache for pieces of shards at an address, and time
-limits in seconds. It raises ValueError for a value out of range. `STALL_WARNING_S` and
-`STALL_ERROR_S` are the default seconds without a batch before a warning and before the run ends.
+workers, backend (the decoder and augmenter: `dali`, `pil` for Pillow, or `auto`), shuffle (`global`
+or `block`), whether every image's SHA-256 is compared with the index, folder and size in GB of the
+cache for shards at an address, and time limits in seconds. It raises ValueError for a value out of
+range. `STALL_WARNING_S` and `STALL_ERROR_S` are the default seconds without a batch before a
+warning and before the run ends.
 
 This module imports no image decoder, so that recipes are read without one.
 """

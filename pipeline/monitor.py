@@ -1,13 +1,16 @@
 """Measure the speed of the loader, and report the stage of each worker when no batch arrives.
 
-Main entries: `LoaderStats` takes the names of the sources. Its `timed()` takes an iterable of
-`Batch`es and yields the same batches, counted and timed; `row()` returns a dict of figures since
-the last row (images/s, shares of waiting time, waits in ms, images per source) for `metrics.jsonl`,
-`note()` a short text for a progress bar. `Watchdog` is a context manager that takes a function that
-describes the workers (`WorkerStatus.describe()`), and logs a warning when one batch takes longer
-than `stall_warning_s` seconds. The warning lists the stage (`STAGES`) and step of each worker,
-which the workers write to a `WorkerStatus`. `StallError` means that no batch came in time;
-`stalled()` returns its message.
+Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes.
+Its `timed(batches)` takes an iterable of `Batch`es and yields the same batches, counted and timed;
+`row()` returns a dict, name -> number, of figures since the last row (images/s, shares of waiting
+time, waits in ms, images per source) for `metrics.jsonl`, `note()` a short text for a progress bar.
+
+`Watchdog(describe, stall_warning_s)`, a context manager, takes a function without arguments that
+returns a text about the workers, and a time limit. The consumer waits for each batch inside its
+`waiting(step)`; when that takes longer than `stall_warning_s` seconds, a warning with the text is
+logged. `WorkerStatus(workers, shared)` takes the workers' names, and whether they are processes.
+The workers write their stage (`STAGES`) and step to it, and its `describe()` returns the text.
+`StallError` means that no batch came in time; `stalled(seconds, status)` returns its message.
 """
 
 import contextlib

@@ -1,18 +1,20 @@
 """Compute the order of the samples in an epoch, as a pure function of the seed.
 
-Main entries: `training_epoch()` takes the int64 numbers of the new samples and of the replayed old
-samples, and shuffles all by seed and epoch number (`shuffle`: "global", or "block", which suits
-remote shards); `global_batch` is the samples per step over all ranks, and a last partial one is
-dropped. `evaluation_epoch()` takes the number of samples and lists each once, padded to whole
+Main entries: `training_epoch(new, seed, number, global_batch, shuffle, old)` takes the int64
+numbers of the new samples and of the replayed old samples (or None), the seed, the number of the
+epoch and the samples per step over all ranks. It shuffles the new samples ("global", or "block",
+which suits remote shards), spreads the old ones among them and drops a last partial batch.
+`evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
 batches. Both return an `Epoch`: the sample number (int64) at each global position, and `valid`,
-False for padding. At each step, rank r takes the `batch` positions from (step * world_size + r) *
-batch on. So 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
+False for padding. They raise `OrderError` if there is no sample or, in training, less than a batch.
+At each step, rank r takes the `batch` positions from (step * world_size + r) * batch on. So 2 ranks
+of batch 12 see the samples that 1 rank of batch 24 sees.
 
-`repeat()` lists the samples of a source several times, `mixing_of()` measures how well an order is
-shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators. A
-run resumes from a few integers: `state_of()` returns them; `check_state()` returns their (epoch,
-step). `OrderError` is raised for less than a batch, or if the seed, batch size or shards have
-changed.
+A run resumes from a few values: `state_of(epoch, step, index_sha256)` returns them as a dict;
+`check_state(state, seed, global_batch, index_sha256)` returns their (epoch, step), and raises
+`OrderError` if one of the others has changed. `repeat()` lists the samples of a source several
+times, `mixing_of()` measures how well an order is shuffled (`Mixing`), and `rng_of()`,
+`repeat_rng()` and `replay_rng()` return NumPy generators.
 """
 
 import functools

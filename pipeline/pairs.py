@@ -1,11 +1,12 @@
 """Find how the real partner of each fake was compressed, so that the loader can first compress the
 fake in the same way (`match_pair_jpeg` of a recipe). Only the index of the shard set is read.
 
-Main entry: `partners_of(shards, sources)` takes a shard set and the names of the sources whose
-fakes to change. A fake's partner is the only real image of the same source and group (related
-images). It returns a `Partners`: for each of the N samples of the set, int32, the JPEG quality of
-the partner (0: the loader does not change the sample) and the chroma subsampling (a position in
-`imaging.jpeg.CHROMAS`). The numbers of changed and unchanged fakes are logged.
+Main entry: `partners_of(shards, sources)` takes a `ShardSet` and a tuple with the names of the
+sources whose fakes to change. A fake's partner is the only real image of the same source and group
+(related images). It returns a `Partners`: for each of the N samples of the set, int32, the JPEG
+quality of the partner (0: the loader does not change the sample) and the chroma subsampling (a
+position in `imaging.jpeg.CHROMAS`). Fakes without one partner, with a partner that is no common
+JPEG, or that are JPEGs already are not changed. The numbers are logged.
 
 Why: in a dataset of photographs and their reconstructions by a generator, the fake is often a
 lossless file and the photograph a JPEG. A detector trained on such pairs may learn to recognize the

@@ -2,15 +2,18 @@
 or for a view. A view is a numbered choice of parameters, sampled separately for each image and the
 same each time, so that the features of the augmented images can be stored.
 
-Main entries: `eval_params()` takes a shard set and the preprocessing. `train_params()` and
-`view_params()` also take `augment` (policy name -> ranges and probabilities), the name of the
-default policy, the seed, and the number of the epoch or of the view. View 0 is the center crop of
-evaluation. Each returns a callable object, an `EvalParams` or a `TrainParams` (type `ParamsFor`).
-Called with row numbers and with how many times each appeared before in the epoch, both int64 (B,),
-it returns an `AugmentBatch`: the crop, flip, colors, ... of each of the B images, as columns.
+Main entries: `eval_params(shards, preprocess)` takes a `ShardSet` and the preprocessing (sizes in
+pixels). `train_params(shards, augment, policy, preprocess, seed, epoch)` and `view_params(shards,
+augment, policy, preprocess, seed, view)` also take the policies (name -> ranges and probabilities),
+the name of the default policy, the seed, and the number of the epoch or of the view. View 0 is the
+center crop of evaluation. Each returns a callable object, an `EvalParams` or a `TrainParams` (type
+`ParamsFor`). Called with row numbers and with how many times each appeared before in the epoch,
+both int64 (B,), it returns an `AugmentBatch`: the crop, flip, colors, ... of each of the B images,
+as columns.
 
-`policies_of()` returns the policy of each source. It, `train_params()` and `view_params()` raise
-`LoadError` if the index of the shard set names a policy that `augment` does not have.
+`policies_of(shards, augment, policy)` returns a dict, source -> policy. It, `train_params()` and
+`view_params()` raise `LoadError` if the index of the shard set names a policy that `augment` does
+not have.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,13 +2,16 @@
 detector: by compression, resizing, blur, noise, or a screenshot.
 
 Main entry: `PERTURBATIONS`, a sequence of the `Perturbation`s that `evaluate.py --robustness`
-measures; the first is `ORIGINAL`, the unchanged image. `Perturbation.apply()` takes a whole upright
-image, uint8 (height, width, 3) RGB, and the SHA-256 of its file (bytes), the seed of the noise. It
-returns the perturbed image in the same form, of another size for some, before the network's
-preprocessing. It raises ValueError if the image is too large for the format or for enlarging. A
-perturbation is a chain of steps such as `jpeg()` and `scale()`, which are pure functions. Only
-noise is random, and the same image always gives the same pixels. Encoders are Pillow's
-(libjpeg-turbo, libwebp, libaom).
+measures; the first is `ORIGINAL`, the unchanged image. `Perturbation.apply(pixels, sha256)` takes a
+whole upright image, uint8 (height, width, 3) RGB, and the SHA-256 of its file (bytes), the seed of
+the noise. It returns the perturbed image in the same form, of another size for some, before the
+network's preprocessing. It raises ValueError if the image is too large for the format or for
+enlarging.
+
+A perturbation is a chain of steps such as `jpeg()` and `scale()` (type `Step`), which take the
+pixels, a NumPy generator and settings of their own, and return the new pixels. Only noise uses the
+generator, and the same image always gives the same pixels. Encoders are Pillow's (libjpeg-turbo,
+libwebp, libaom).
 """
 
 import io

@@ -1,8 +1,8 @@
 """Generate random numbers in [0, 1) for many samples at once, from (seed, epoch, sample) alone.
 
-Main entry: `uniform()` takes the seed, the epoch, N sample numbers, how many random numbers each
-sample gets (`count`), and how many times each sample appeared before in the epoch (`repeat_index`,
-int (N,); None means never). It returns float64 (N, count).
+Main entry: `uniform(seed, epoch, samples, count, repeat_index)` takes the seed, the epoch's number,
+N sample numbers, how many random numbers each sample gets, and how many times each sample appeared
+before in the epoch (int (N,); None means never). It returns float64 (N, count).
 
 The generator is Philox 4x64 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1,
 2, 3", SC 2011). The bits are those of NumPy's `Philox`. NumPy makes one stream at a time, at 25 us

@@ -1,15 +1,17 @@
 """Write a PNG of augmented samples of a shard set, as the two backends (Pillow and DALI) make them,
 side by side.
 
-Main entry: `write_preview()` takes the folder of a shard set, the PNG to write (`out`), a recipe
-file, the augmentation policy of sources for which the set's index names none, the number of
-samples, and the seed that selects them. It returns the number of samples and the absolute
-difference of the backends in gray levels (int16 array; None without DALI), and raises `LoadError`
-or `RecipeError`.
+Main entry: `write_preview(folder, out, recipe, policy, count, seed)` takes the folder of a shard
+set, the path of the PNG to write, that of a recipe file, the name of the augmentation policy of
+sources for which the set's index names none (None: the recipe's), the number of samples, and the
+seed that selects them. It returns the number of samples shown (fewer than `count` in a smaller set)
+and the absolute difference of the backends in gray levels (int16 array; None without DALI). It
+raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded, and
+`RecipeError` for a wrong recipe.
 
-`Policies` is the part of the recipe that is read, a `Row` is one sample of the picture, and
-`words_of()` describes its augmentation parameters in words. `CELL` is the side of an image in
-pixels.
+`picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
+recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.
+`CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
 """
 
 from collections.abc import Sequence

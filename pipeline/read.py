@@ -1,14 +1,15 @@
 """Read the encoded images of a shard set from its tars, at the byte offsets in its index (the table
 of samples).
 
-Main entry: `ShardReader`, for local tars or tars at an address, in any thread or process. Its
-`read()` takes row numbers of the set and returns a list: for each image the bytes of its file
-(JPEG, PNG or WebP), or a `ReadError` with the reason (such as a missing tar, or with
-`verify_checksums` another SHA-256). It raises OSError if too many files are open. `threads` and
-`cache` are for an address.
+Main entry: `ShardReader(shards, verify_checksums, threads, cache)` takes a `ShardSet`, with local
+tars or tars at an address, and whether every image's SHA-256 is compared with the index. The number
+of parallel reads and the `Cache` (folder and limit) are for an address only. Its `read(samples)`
+takes row numbers of the set and returns a list: for each image the bytes of its file (JPEG, PNG or
+WebP), or a `ReadError` object with the reason (such as a missing tar or another SHA-256). It raises
+OSError if too many files are open. A reader works in any thread or process.
 
-`damaged_shards()` returns one line for each local tar that is missing or has another length than in
-the index. `max_open()` is the number of tars that may be open at a time.
+`damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
+another length than in the index. `max_open()` is the number of tars that may be open at a time.
 """
 
 import contextlib

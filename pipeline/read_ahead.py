@@ -1,10 +1,12 @@
 """Read batches of encoded images in a background thread, up to four batches ahead of the decoder.
 
-Main entry: `ReadAhead`, a context manager. It takes an iterable of `Request`s whose iteration reads
-the images, the `WorkerStatus` that shows the thread's stage, the number of the first step, and a
-time limit. Its `next()` returns the next request, and raises StopIteration after the last one,
-`StallError` if none came in `stall_error_s` seconds, or the error of the thread. `ready` is the
-number of batches read ahead. `READER` and `DECODER` are the rows of the two workers in the status.
+Main entry: `ReadAhead(requests, status, start, stall_error_s)`, a context manager. It takes an
+iterable of `Request`s (each is one batch: encoded images and the augmentation parameters of each),
+the `WorkerStatus` that shows the thread's stage, the number of the first step, and a time limit in
+seconds. Taking a request from the iterable reads its images. `next()` returns the next request. It
+raises StopIteration after the last one, `StallError` if none came in `stall_error_s` seconds, or
+the error of the thread. `ready` is the number of batches that wait, already read. `READER` and
+`DECODER` are the rows of the two workers in the status.
 """
 
 import queue

@@ -1,14 +1,15 @@
 """Read bytes of shards at an address (s3://, hf://, https://) through a local cache.
 
-Main entry: `RemoteShards`, which takes a shard set and a `Cache` (its folder and its limit in
-bytes). Its `read()` takes the number of a shard, an offset and a size in bytes, and returns these
-bytes.
+Main entry: `RemoteShards(shards, cache)`, which takes a `ShardSet` and a `Cache` (its folder and
+its limit in bytes). Its `read(code, offset, size)` takes the number of a shard in the set, an
+offset and a size in bytes, and returns these bytes. If the remote does not answer, it is asked
+again after growing delays (`DELAYS_S`); then `RemoteError` is raised, an OSError. A shard that does
+not exist or may not be read raises another OSError at once.
 
 Shards are fetched in pieces of `PIECE` bytes, which all processes of this machine share; the pieces
 used longest ago are deleted. With the block shuffle, an epoch needs each piece for a while and then
-never again, so a cache much smaller than the data is enough. If a remote does not answer, it is
-asked again after growing delays (`DELAYS_S`); then `read()` raises `RemoteError`. A missing shard
-raises OSError.
+never again, so a cache much smaller than the data is enough. A `Cache` of less than four pieces
+raises ValueError.
 """
 
 import contextlib

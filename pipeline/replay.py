@@ -2,13 +2,17 @@
 phase 2 does not forget phase 1.
 
 Main entries: `Replay` has the settings of a recipe: the names of the old sets, the ratio of old to
-new samples, such as "1:8" (2,500 old, 20,000 new), and the weight of the loss that keeps the logits
-of old samples near those of the initial network. `sample_old()` takes the numbers, sources and
-labels of all old samples and returns `count` of these numbers, int64, shuffled: in equal quotas per
-source (`share_out()`), and balanced by class within a source. It is called again for each epoch.
-`interleave()` takes new and old sample numbers and returns them evenly mixed, with a bool array
-that is True where a sample is old. `ValueError` is raised for a wrong ratio or if there is no old
-sample to choose.
+new samples, such as "1:8" (2,500 old for 20,000 new samples), the sources to leave out, and the
+weight of the loss that keeps the logits of old samples near those of the initial network. Its
+`fraction` is the number of old samples per new one; the caller computes `count` from it.
+
+`sample_old(pool, sources, labels, count, rng)` takes the numbers of all old samples, the source
+code and label of each, and a NumPy generator. It returns `count` of these numbers, int64, shuffled.
+Each source gives an equal share, half of it real and half fake where possible; smaller sources give
+all their samples. If there are fewer than `count` in all, they are used several times.
+`share_out(count, sizes, rng)` computes the shares. `interleave(new, old)` takes arrays of sample
+numbers and returns them evenly mixed, with a bool array that is True where a sample is old.
+`Replay` raises `ValueError` for a wrong ratio, `sample_old()` if there is no old sample.
 """
 
 from collections.abc import Sequence

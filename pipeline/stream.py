@@ -2,18 +2,21 @@
 
 Main entries: `open_pool(data, train, replay)` takes the folder of all sets, the names of the
 training sets and the settings (`Replay`) that name the old sets to replay. It opens all as one
-shard set and returns a `Pool`: this set, and the row numbers of its new and its old samples. A
-`Stream` combines a loader (of `open_loader()`, or of stored features), a pool, the `Replay`, the
+shard set and returns a `Pool`: this set, and the row numbers of its new and its old samples.
+`Stream` combines a loader (a `BatchLoader`, as `open_loader()` returns), a pool, the `Replay`, the
 augmentation policies by name, the name of the default policy, a seed, `repeats` (source -> times
 per epoch) and `views` (how many fixed augmentations of each image take turns; 0: center crops;
-None: new ones in each epoch). `Stream.batches()` yields each `Batch` from a global step to the end
-of the last epoch. The result is a pure function of the settings: started at any step, it yields the
-batches of an uninterrupted run. `Stream.state()` returns a dict for a checkpoint; `resume()` checks
-such a dict and returns its number of finished steps. `evaluation_batches()` yields the batches of a
-loader's set, each sample once. `BatchLoader` is the interface of a loader.
+None: new ones in each epoch).
+
+`Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the global step
+`start` to the end of the last epoch. The result is a pure function of the settings: started at any
+step, it yields the batches of an uninterrupted run. `Stream.state(done)` returns a dict for a
+checkpoint after `done` steps; `resume(state)` checks such a dict and returns its number of finished
+steps. `evaluation_batches(loader)` yields the batches of a loader's set, each sample once, as
+center crops.
 
 Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, no batch) and
-`OrderError` (a saved state belongs to other data or settings).
+`OrderError` (less than a batch, or a state of other data or settings).
 """
 
 import functools

@@ -1,10 +1,12 @@
 """Read a list of samples from a CSV file, and reduce shard sets (packed images) to these samples.
 
-Main entries: `read_subset()` takes a CSV file with the columns `set` and `key` and returns a
-`Subset` (the keys of each set, and the file's name and SHA-256). `choose_samples()` takes a shard
-set, its name and a subset, and returns a shard set with only the listed samples, in the order of
-the set. Both raise ValueError with the reason, such as a key that is not in the set. The command
-`python -m sharding audit DIR --match FILE` writes such a file.
+Main entries: `read_subset(path)` takes the path of a CSV file with the columns `set` and `key`
+(names of the set and of the sample in it) and returns a `Subset`: a dict, set -> keys, and the
+file's name and SHA-256. `choose_samples(shards, name, subset)` takes a `ShardSet`, its name and a
+subset, and returns a `ShardSet` with only the listed samples, in the order of the set. Both raise
+ValueError with the reason, such as a key that is not in the set or a list without a sample of it;
+`read_subset()` also raises OSError. The command `python -m sharding audit DIR --match FILE` writes
+such a file.
 """
 
 import csv

@@ -1,10 +1,13 @@
 """Fit the number of loading processes to the free shared memory, and shield them from signals.
 
-Main entries: `fitting_workers()` takes the wanted number of processes, the bytes of one batch and
-the free bytes of shared memory (`free_shared_memory()`; None means no limit), and returns how many
-processes have room for their batches. `stop_signals_held()` is a context manager that delays SIGINT
-and SIGTERM while processes start. `answer_parent_only()` is called in each new process: it then
-ends on a SIGTERM of its parent only, not on one of the terminal or a batch system.
+Main entries: `fitting_workers(wanted, batch_bytes, free)` takes the wanted number of processes, the
+bytes of one batch and the free bytes of shared memory (None: no limit), and returns how many
+processes have room for their batches, from 0 to `wanted`. `free_shared_memory(folder)` returns the
+free bytes, 0 if the folder (`/dev/shm` by default) is not writable, or None. `stop_signals_held()`
+is a context manager without arguments that delays SIGINT and SIGTERM while processes start.
+`answer_parent_only()` is called in each new process, with its number, which is not used. It returns
+nothing; the process then ends on a SIGTERM of its parent only, not on one of the terminal or a
+batch system.
 """
 
 import contextlib

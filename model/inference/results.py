@@ -1,16 +1,19 @@
 """Format predictions as a table, CSV or JSON lines, and write them to a results file that can be
 resumed.
 
-Main entries: `line(output, row)` takes a format of `FORMATS` and a dict with the keys `COLUMNS`,
-and returns the text of one image. `header(output, word)` returns the first line ("" for JSON
-lines), with `word` as the title of a table's numbers.
+Main entries: `line(output, row)` takes a format of `FORMATS` and a dict with the keys `COLUMNS`, in
+this order; `provenance` in it is a list of `Evidence` (what the metadata of the file says). It
+returns the text of one image, without a newline at the end. `header(output, word)` returns the
+first line of the results ("" for JSON lines); `word` is the title of the numbers in a table.
 
-`open_results(path, output, checkpoint, resume)` takes the file, the format, a text that identifies
-the detector and its threshold (`detector.identity`), and whether an existing file is continued. It
-returns a locked `ResultsFile`, which has the name `partial_of(path)` until `finish()`. Its
-`write()` appends a line, and `name in file` says whether an image had a row when the file was
-opened. `ResultsError` is raised if the file exists (without `resume`), is in use, or was made by
-another detector, threshold or format.
+`open_results(path, output, checkpoint, resume)` takes the path of the file, the format, a text that
+identifies the detector and its threshold (`detector.identity`), and whether an existing file is
+continued (CSV or JSON lines only). It returns a locked `ResultsFile`, which has the name
+`partial_of(path)` until its `finish()` gives it the final name. Its `write(text)` appends a line,
+and `name in file` says whether an image of this name had a row when the file was opened.
+`ResultsError` is raised if the file exists (without `resume`), another process writes it, its
+folder is missing, or it was made by another detector, threshold or format; `OSError` if it cannot
+be written.
 """
 
 import csv

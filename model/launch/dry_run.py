@@ -3,11 +3,11 @@ an estimate of its time and memory.
 
 Main entry: `dry_run(recipe, data, runs, init_from, dist)` takes a `Recipe`, the folder of the shard
 sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
-`.safetensors` file; None: the recipe's) and this process's rank (`DistEnv`). It prints the plan, a
-table of the images and the estimate, writes no file and returns nothing. It raises `ValueError` for
-every error that would stop the run before or in its first steps. A `Trial` contains the measured
-loss and times in seconds. After two batches, no further one is tried once `ENOUGH_S` seconds have
-passed.
+`.safetensors` file; None: the recipe's) and this process's rank (`DistEnv`; None: one process). It
+prints the plan, a table of the images and the estimate, writes no file and returns nothing. It
+raises `ValueError` for every error that would stop the run before or in its first steps. A `Trial`
+contains the measured loss and the times in seconds. `ENOUGH_S` limits the trial: after at least two
+batches, it stops once they took more seconds than this.
 """
 
 import itertools

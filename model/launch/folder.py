@@ -1,13 +1,16 @@
 """Prepare training on a folder of images with the subfolders `real/` and `fake/`: pack them as
 shard sets (tars with an index) and adapt a recipe to these sets.
 
-Main entry: `with_folder(recipe, folder, data, keep_name, dist)` takes a `Recipe`, the folder, the
-folder of all sets and this process's rank (`DistEnv`; rank 0 packs). It writes a training and a
-validation set below `data` and returns the recipe with these sets, a smaller batch if there are few
-images, and, unless `keep_name` is true, the folder's name as the run's name. It raises `ValueError`
-if the folder cannot be packed. `default_weights()` returns the path of the cached backbone of
-`RECIPE`, the recipe that `train.py --folder` uses by default, or raises `ValueError` if it is not
-cached. `FEWEST_STEPS` is the least number of steps per epoch that the batch size leaves.
+Main entry: `with_folder(recipe, folder, data, keep_name, dist)` takes a `Recipe`, the folder of
+images, the folder of all sets and this process's rank (`DistEnv`; rank 0 packs). It writes a
+training and a validation set below `data`, and returns the recipe with these sets. The batch size
+in it is reduced if there are few images, so that an epoch has at least `FEWEST_STEPS` steps. The
+run gets the name of the folder, or with `keep_name` the recipe's own. `ValueError` is raised if the
+folder cannot be packed, for example if a class has too few images; `OSError` if a set cannot be
+written.
+
+`default_weights()` returns the path of the cached backbone of `RECIPE`, the recipe that `train.py
+--folder` uses by default, or raises `ValueError` if it is not cached.
 """
 
 import contextlib

@@ -1,9 +1,11 @@
 """Describe a checkpoint's `meta.json`: every field with its type and meaning, as `TypedDict`
 classes.
 
-Main entry: `Meta`, the whole file; the other classes are objects inside it, and the text below each
-field is its meaning. Nothing is computed here: the program reads and writes the file in
-`model/checkpoint.py`, and `docs/reference.py` makes a page of documentation from these classes.
+Main entry: `Meta`, the type of the whole file: step, recipe, first weights, validation metrics,
+calibration, training data, versions and hashes. The other classes are objects inside it. The string
+below each field is its meaning. There are no functions, and nothing is checked at run time:
+`model/checkpoint.py` reads and writes the file, and `docs/reference.py` makes a page of
+documentation from these classes.
 """
 
 from typing import Literal, NotRequired, Optional, TypedDict

@@ -1,10 +1,11 @@
 """Score images whose true label a person gives, and record each wrong verdict in a local folder.
 
 Main entry: `keep_wrong(detector, paths, label, folder, keep_image)` takes a loaded detector, paths
-of images or folders, their label (`real` or `fake`) and the folder of the mistakes. It records
-wrong verdicts in one JSON file per image (and a copy of the image with `keep_image`), and yields a
-`Reported` per image: one line of text, and whether reading or recording failed (the next images are
-still scored). It raises `OSError` if the folder cannot be written.
+of images or folders (texts), their label (`real` or `fake`), the folder of the mistakes, and
+whether a copy of each image is kept there. It records wrong verdicts in one JSON file per image,
+and yields a `Reported` per image: one line of text, and whether reading or recording failed (the
+next images are still scored). It raises `OSError` if the folder cannot be written. `AT_ONCE` is the
+number of images that are scored at a time.
 """
 
 from collections import Counter, deque

@@ -1,17 +1,25 @@
 """Compare a trained checkpoint with the detector that its training started from, on recorded
 mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too many have become wrong.
 
-Main entries, in order; `gate` is the recipe's `Gate`, and `folder` its folder of mistakes.
-`check_mistakes(gate, start_file)` raises `MistakeError` before a run if the folder, or the
-`start_file` of a resumed run, cannot be used. `measure_start(folder, start, file)` scores the
-mistakes with the loaded first detector before training, writes its verdicts to `file` (`START_FILE`
-in the run's folder) and returns them (image hash -> `Verdict`); `read_start()` reads them when a
-run is resumed. `against_start(folder, start, detector)` takes these verdicts and the trained
-detector, scores the mistakes again and returns a `Regression` per mistake. `refusal(gate, rows)`
-returns the reason for a refusal (more newly wrong images than `gate.max_newly_wrong`) as a list of
-at most one sentence; `newly_wrong()` returns the hashes of the images concerned, and `lines_of()`
-lines for the log. `NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. The
-folder of the mistakes is not changed.
+Main entries, in the order of use. `gate` is the recipe's `Gate` (limits for a checkpoint), and
+`folder` its folder of mistakes, which is not changed.
+
+- `check_mistakes(gate, start_file)`, before a run, raises `MistakeError` if the folder cannot be
+  used. `start_file` has the first verdicts of a resumed run and must be readable; None for a new
+  run.
+- `measure_start(folder, start, file)` scores the mistakes with the loaded first detector `start`.
+  It writes the verdicts to the path `file` (`START_FILE` in the run's folder) and returns them, a
+  dict from image hash to `Verdict`. A resumed run reads the same dict with `read_start(file)`.
+- `against_start(folder, start, detector)`, after training, takes this dict and the trained
+  detector, scores the mistakes again and returns a `Regression` per mistake: both verdicts, and an
+  outcome such as "fixed", "newly wrong" or "not measurable".
+- `refusal(gate, rows)` takes this list. It returns a list with one sentence if more images are
+  newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)` returns the
+  hashes of all newly wrong images; `lines_of(gate, rows)` yields lines with the counts, for the
+  log.
+
+`NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. `MOST_HASHES` limits the
+hashes in a refusal.
 """
 
 import json

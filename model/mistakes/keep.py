@@ -2,21 +2,24 @@
 anywhere.
 
 Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the bytes of an image,
-its true label, a detector's `Verdict`, and the image's name if a copy is to be kept (`copy_named`).
-It writes the entry of a wrong verdict, deletes an entry when none of its verdicts is wrong, and
-returns a `Kept` (whether there is an entry now, and a line of text). `read_mistakes(folder)`
-returns all entries as a list of `Mistake`. Both raise `MistakeError`, for a damaged entry or too
-many of them, for example. `FOLDER/<SHA-256 of the image's bytes>.json` is
+its true label ("real" or "fake") and a detector's `Verdict` (made by `verdict_of(detector,
+score)`). With `copy_named`, the image's file name, it also keeps a copy of the image; None keeps
+none. A wrong verdict makes an entry. Later verdicts on the same image are added to it, whether
+wrong, right or uncertain; once none is wrong, the entry is deleted. It returns a `Kept`: whether
+there is an entry now, the former label if it has changed, and a line of text.
+`read_mistakes(folder)` returns all entries as a list of `Mistake`. Both raise `MistakeError`, for a
+damaged entry or too many of them (`read_mistakes()` also for none), and `OSError`. `FOLDER/<SHA-256
+of the image's bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
      "image": ".jpg",                                # suffix of the copy of the image, or null
      "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-with the last verdict of each detector that scored the image, the newest at the end. The name of the
-image is not recorded. `verdict_of()` makes the `Verdict` of a detector, `standing()` compares a
-verdict with a label (a `Standing`: right, uncertain or wrong), and `verdict_from()` parses a
-verdict in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
+with the last verdict of each detector, the newest at the end. The name of the image is not
+recorded. `standing(label, verdict)` returns "right", "uncertain" or "wrong" (a `Standing`), and
+`verdict_from(entry)` parses a verdict in JSON. `UNNAMED` is the suffix of a copy if the image's
+name has no image suffix.
 """
 
 import hashlib

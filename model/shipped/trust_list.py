@@ -1,10 +1,11 @@
 """Download the public list of C2PA's trust anchors (certificates that vouch for signers of images)
 into the cache, with its date and SHA-256.
 
-Main entry: `fetch_trust_list(by_hand)` downloads the PEM file from `ADDRESS`, or takes the file
-`by_hand` that the user downloaded, writes it to the cache and returns it as a `TrustList`
-(certificates, their number, hash, date). It raises `TrustListError` if there is no answer or no
-valid list, and `OSError` if it cannot be stored; the cached list then stays as it was.
+Main entry: `fetch_trust_list(by_hand)` downloads the PEM file from `ADDRESS` within `TIMEOUT_S`
+seconds, or takes the file whose path is `by_hand`, which the user downloaded (None: download). It
+writes the list to the cache and returns it as a `TrustList` (certificates, their number, hash,
+date). It raises `TrustListError` if there is no answer or no valid list, and `OSError` if it cannot
+be stored; the cached list then stays as it was.
 
 C2PA also publishes a list of time-stamp authorities, which is not used: all its certificates were
 issued under anchors of the first list (August 2026), and c2pa-python 0.38 does not separate the

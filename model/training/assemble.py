@@ -4,8 +4,8 @@ gradient scaler, and the moving average of the weights and the teacher if the re
 Main entry: `assemble(plan)` takes a `RunPlan` (made by `plan()` in `plan.py`) and returns a
 `TrainState` (these objects) on the run's device, restored from the checkpoint if the run is
 resumed. It seeds torch and raises `NetworkError` if timm's weights cannot be fetched.
-`compile_network(plan, train_state)` returns the torch module that the training loop calls: the
-network in `DistributedDataParallel` on several ranks, and compiled if the plan says so.
+`compile_network(plan, train_state)` takes both and returns the torch module that the training loop
+calls: the network in `DistributedDataParallel` on several ranks, and compiled if the plan says so.
 """
 
 from typing import cast

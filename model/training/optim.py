@@ -1,16 +1,17 @@
 """Make the AdamW optimizer, with a learning rate per layer and weight decay on weights only, and
 compute the schedule of the learning rate.
 
-Main entries: `make_optimizer(backbone, optim, fused)` takes the backbone, the recipe's `Optim`
-settings, and whether torch uses its fused AdamW kernel. It returns `torch.optim.AdamW`, and raises
-`OptimError` if a parameter belongs to no layer. `schedule(optim, step, steps)` takes a step, 0 to
-steps - 1, and the number of all steps. It returns the factor of the learning rate at this step:
-warm-up, then a cosine to `min_lr / lr`. `set_learning_rate(optimizer, factor)` sets
-`lr = base_lr * factor` in each group, so the rates of all layers keep their ratios.
+Main entries: `make_optimizer(backbone, optim, fused)` takes the timm network to train, the recipe's
+`Optim` settings, and whether torch uses its fused AdamW kernel. It returns `torch.optim.AdamW`, and
+raises `OptimError` if a parameter belongs to no layer. `schedule(optim, step, steps)` takes a step,
+0 to steps - 1, and the number of all steps. It returns the factor of the learning rate at this
+step: warm-up, then a cosine to `min_lr / lr`. `set_learning_rate(optimizer, factor)` sets `lr =
+base_lr * factor` in each group, so the rates of all layers keep their ratios.
 
-`parameter_groups()` returns the optimizer's groups with their `base_lr`, and
-`layer_of_parameters()` the layer index of each parameter. timm's `lr_scale` is not used, because
-torch's schedulers ignore it.
+`parameter_groups(backbone, optim)` returns the optimizer's groups, a list of dicts with `params`,
+`base_lr` and more. `layer_of_parameters(backbone, layer_decay_groups)` takes the name of a
+grouping, as in the recipe, and returns a dict, parameter name -> layer number (0: the first
+layers). timm's `lr_scale` is not used, because torch's schedulers ignore it.
 """
 
 import math

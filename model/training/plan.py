@@ -3,12 +3,14 @@
 Main entry: `plan(recipe, data, runs, init_from, device, dist)` takes a `Recipe`, the folder of the
 shard sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
 `.safetensors` file; None: the recipe's), a device name (`auto`, `cpu`, `cuda:N`) and this process's
-rank (`DistEnv`). It returns a `RunPlan`: the checkpoint to resume from, number of steps, first
-weights, batches, validation sets, device and precision. It raises `ValueError` for any error in the
-input. `assemble.py` builds the objects of a plan, and `run.py` runs it.
+rank (`DistEnv`; None: one process). It returns a `RunPlan`: the checkpoint to resume from (if
+`runs` has a run of this recipe), number of steps, first weights, batches, validation sets, device
+and precision. It raises `ValueError` for any error in the input. `assemble.py` builds the objects
+of a plan, and `run.py` runs it.
 
-`Weights` is the source of a network's first weights. `Best` is the best checkpoint so far, and
-`better()` returns the better of two. `BASELINE_FILE` has the metrics before the first step.
+`Weights` is the source of a network's first weights. `Best` is a run's best checkpoint so far and
+its validation; `better(best, new)` returns the better of two. `BASELINE_FILE` is the file for the
+metrics before the first step.
 """
 
 import json

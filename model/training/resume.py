@@ -1,14 +1,17 @@
 """Save the state of training in a checkpoint, and restore it to resume a run exactly.
 
 Main entries: `save(plan, train_state, done, validation, best, gain, ended)` takes the `RunPlan`,
-the state, the number of finished steps, the `Validation` of this step (or None), the best
-checkpoint so far (`Best` or None), the record of validations (`Gain`) and why the run is over
-(empty if it is not). It writes the checkpoint `step_<done>` in the run's folder (weights,
-optimizer, random generators, order of samples) and removes all others but the best. It returns as
-`Best` the one whose validation has the higher `selection`. `restore(train_state, folder, done)`
-changes a `TrainState`, whose network has the checkpoint's weights already, to the state saved in
-`folder`; `done` must be its step. It returns nothing, and raises `CheckpointError` for a missing or
-damaged file.
+the `TrainState` (network, optimizer and more), the number of finished steps, the `Validation`
+(metrics) of this step or None, the best checkpoint so far (a `Best`, or None), the `Gain` (record
+of the validations) and the reason why the run is over ("" if it is not). It writes the checkpoint
+`step_<done>` in the run's folder (weights, optimizer, random generators, order of samples) and
+removes all others but the best. It returns the new `Best`: the one whose validation has the higher
+`selection`.
+
+`restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
+checkpoint `folder` already, and sets the rest of it to the saved state; `done` is the number of
+steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing or damaged
+file.
 """
 
 import logging

@@ -5,11 +5,14 @@ and recorded mistakes).
 Main entry: `train(recipe, data, runs, init_from, stop_at, dist)` takes a `Recipe`, the folder of
 the shard sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
 `.safetensors` file; None: the recipe's), the step to stop at (None: the last) and this process's
-rank (`DistEnv`). It writes checkpoints and the history to `runs/<name>`, resumes an interrupted
-run, and returns the folder of the best checkpoint. It raises `ValueError` for wrong input or a loss
-that is not finite, `Refused` if the gate refuses the checkpoint, and `Interrupted` after SIGINT or
-SIGTERM, once a checkpoint is saved. `run_steps()` is the training loop alone. A lock on `LOCK_FILE`
-prevents two trainings in the same folder.
+rank (`DistEnv`; None: one process). It writes checkpoints and the history to `runs/<name>`, resumes
+an interrupted run, and returns the folder of the best checkpoint. It raises `ValueError` for wrong
+input or a loss that is not finite, `Refused` if the gate refuses the checkpoint, and `Interrupted`
+after SIGINT or SIGTERM, once a checkpoint is saved.
+
+`run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
+`TrainState` made from it, and returns why the run is over ("" if it is not) and the best checkpoint
+(a `Best`). A lock on `LOCK_FILE` prevents two trainings in the same folder.
 """
 
 import contextlib

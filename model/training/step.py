@@ -3,15 +3,16 @@ average of the weights (EMA), distillation and several ranks.
 
 Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps, distill_weight)`
 takes the `TrainState` (network, optimizer and more, which it changes), the module to call (made by
-`compile_network()` in `assemble.py`), a batch, the recipe's `Optim` settings and the step's number.
-It splits the batch into `grad_accum_steps` pieces. `distill_weight` is the weight of the distance
-to the logits of `train_state.teacher` on replayed samples (0: none). It returns this rank's share
-of the loss, a scalar tensor on the device; the mean over the ranks is the loss of the batch. A loss
-that is not finite raises no error: the step's number is stored in `train_state.bad_step`, and
-`run.py` reads it and stops the run.
+`compile_network()` in `assemble.py`), a `Batch`, the recipe's `Optim` settings and the step's
+number. It splits the batch into `grad_accum_steps` pieces. `distill_weight` is the weight of the
+distance to the logits of `train_state.teacher` on replayed samples (0: none). It returns this
+rank's share of the loss, a scalar tensor on the device; the mean over the ranks is the loss of the
+batch. A loss that is not finite raises no error: the step's number is stored in
+`train_state.bad_step`, and `run.py` reads it and stops the run.
 
-`not_finite_in()` returns the name of the first weight that is not finite. `average_of()` makes the
-EMA copy of a network. `wrap_ddp()` wraps the network for several ranks.
+`not_finite_in(train_state)` returns the name of the first weight that is not finite, or None.
+`average_of(net)` returns a copy of a network for the EMA. `wrap_ddp(train_state)` returns the
+network, wrapped in `DistributedDataParallel` on several ranks.
 """
 
 import contextlib

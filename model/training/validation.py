@@ -1,21 +1,24 @@
 """Score the validation sets during training, to choose the best checkpoint, and calibrate a
 checkpoint.
 
-Main entries: `validate(train_state, sets, preprocess, loading)` takes the state of training, a dict
-from name to `ShardSet`, the preprocessing, and `loading` (batch size and workers). It returns a
-`Validation`: metrics per set and per source, and `selection`, by which the best checkpoint is
+Main entries: `validate(train_state, sets, preprocess, loading, features)` takes the `TrainState`, a
+dict from name to `ShardSet`, the preprocessing, and `loading` (batch size and workers). It returns
+a `Validation`: metrics per set and per source, and `selection`, by which the best checkpoint is
 chosen: the mean over the sets of the balanced accuracy (the accuracy if a set has one class only).
-`calibrate_checkpoint(checkpoint, folders, loading, device)` scores the validation sets in `folders`
-with a checkpoint, fits one `Calibration` to all of them by `rule` (the rule for the threshold),
-stores it in the checkpoint's `meta.json` and returns it. It raises `CalibrationError` if none fits
-or a set is no validation set. With `fitted`, a calibration and the index hashes of its sets, this
-calibration is stored and none is fitted. `dist` is the rank of this process among those that share
-the scoring; rank 0 writes. In both functions, `features` is the source of stored features; with it,
-they are scored instead of images.
 
-`Gain` has the highest `selection` so far and counts validations since then. `remembered()` reads a
-`Validation` from the JSON file `path`, or computes it with `find` and, if `first` (this is rank 0),
-writes it. `read_validation()` only reads it. Both raise `ValueError` for a damaged file.
+`calibrate_checkpoint(checkpoint, folders, loading, device, rule, dist, features, fitted)` takes the
+folder of a checkpoint and the folders of validation sets. It scores the sets, fits one
+`Calibration` (temperature and thresholds) to all of them by `rule` (a `ThresholdAt` such as "fpr5",
+or a `Calibrating`), stores it in the checkpoint's `meta.json` and returns it. It raises
+`CalibrationError` if none fits or a set is no validation set. With `fitted`, a calibration and the
+index hashes of its sets (set -> hash), this one is stored instead. `dist` is the rank of this
+process among those that share the scoring; rank 0 writes. In both functions, `features` (a
+`FeatureSource` or None) is where features are stored, which are then scored instead of images.
+
+`Gain` has the highest `selection` so far and counts validations since then. `remembered(path, find,
+first)` reads a `Validation` from a JSON file; if there is none, it returns that of `find()` and, if
+`first` (this is rank 0), writes it. `read_validation(path)` only reads it. Both raise `ValueError`
+for a damaged file.
 """
 
 import json
