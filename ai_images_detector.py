@@ -1,10 +1,13 @@
 """Run the commands of the installed wheel, such as `ai-images-detector predict photo.jpg`.
 
 Main entry: `main()`, a click group. Its subcommands (`COMMANDS`) take the same arguments, and print
-and write the same, as the commands of a checkout: `predict` is `predict.py`, `build` is
-`python -m sharding build`, and so on. The exception is `app`, which is defined here: it starts the
-web page and serves it until Ctrl-C. A subcommand is imported only when it is called. `HERE` is the
-folder of the program's modules.
+and write the same, as the commands of a checkout: `predict` is `predict.py`, `build` is `python -m
+sharding build`, and so on. A subcommand is imported only when it is called.
+
+The exception is `app()`, which is defined here: it starts the web page with Streamlit and serves it
+on this machine until Ctrl-C. Its options are `--host` and `--port` of the page, and the detector:
+`--checkpoint`, or the newest run in the folder `--runs`. It fails if Streamlit is not installed.
+`context` is click's context. `HERE` is the folder of the program's modules.
 """
 
 import os

@@ -1,11 +1,12 @@
 """Serve the web page `app.py` with limited memory: `streamlit run app_server.py`.
 
 Main entry: `app`, the web application that Streamlit starts: its server behind `Guard`. `Guard` is
-an ASGI middleware. An upload with which all visitors' uploads would take more than `MAX_HELD_BYTES`
-(environment variable DETECTOR_UPLOADS_MB, default 1024) gets status 503. All other requests are
-passed to Streamlit, and every response gets the security headers `HEADERS`. Streamlit has no
-settings for such a limit or such headers. `held()` returns the bytes of all uploads in memory, each
-file counted with at least `LEAST_BYTES`.
+an ASGI middleware, which takes the ASGI application that it protects (`app`). An upload with which
+all visitors' uploads would take more than `MAX_HELD_BYTES` (environment variable
+DETECTOR_UPLOADS_MB in MiB, default 1024) gets status 503. All other requests are passed to
+Streamlit, and every response gets the security headers `HEADERS`. Streamlit has no settings for
+such a limit or such headers. `held()` takes nothing and returns the bytes of all uploads in memory,
+each file counted with at least `LEAST_BYTES`.
 """
 
 import os

@@ -1,11 +1,12 @@
 """Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
 
-Every function takes a text and returns a text. `printable()` replaces control characters, which a
-terminal would execute, by escapes. `spreadsheet_cell()` puts a `'` before a text that would run as
-a formula, and `from_spreadsheet_cell()` returns the original. `markdown()` returns one line in
-which markup is escaped and addresses do not become links; all words stay readable.
-`without_secrets()` replaces the logins and queries of web addresses (passwords, tokens, signatures)
-by `***`.
+Main entries: every function takes one `text` (str) and returns a new str; none raises an error.
+`printable()` replaces control characters, which a terminal would execute, by visible escapes.
+`spreadsheet_cell()` puts a `'` before a text that would run as a formula, and
+`from_spreadsheet_cell()` takes its result and returns the original text. `markdown()` returns one
+line in which markup is escaped and addresses do not become links; all words stay readable.
+`without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,
+signatures) by `***`.
 """
 
 import re

@@ -1,8 +1,10 @@
 """Name commands in messages so that they work both in a checkout and in an installed wheel.
 
-`command("train")` returns `python train.py` in a checkout, else `ai-images-detector train`.
-`install_extra("ray")` returns the end of a message: how to install the optional libraries of that
-extra. `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
+Main entry: `command(name)` takes the name of a command, such as "train" (not checked), and returns
+how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
+`install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
+the end of a message: how to install them. Both return text. `CHECKOUT` is True in a checkout.
+`DEMO` is the command that makes synthetic demo images.
 """
 
 from pathlib import Path

@@ -1,17 +1,21 @@
 """Read and write files and folders, on this machine or at an address such as `s3://bucket/shards`.
 
 Most functions take an `AnyPath`: a `pathlib.Path` on this machine, or a `UPath` (fsspec) for an
-address. Main entries: `any_path(text)` returns one for a text, or raises `ValueError`.
-`write_atomically(path, write)` calls `write` with the path of a temporary file, then renames or
-uploads the file, so that `path` is missing, old or complete, never partial. `write_text()` and
-`write_bytes()` do the same, and so does the context manager `atomic_folder()` for a folder;
-`publish()` is their last step, sync and rename.
+address. Main entries: `any_path(text)` returns one for a text, or raises `ValueError`;
+`local_path()` and `writable_path()` also refuse addresses, or only those that cannot be written.
+`write_atomically(path, write)` calls `write` with the path of a temporary file, which `write`
+fills, then renames or uploads the file, so that `path` is missing, old or complete, never partial.
+It raises OSError if writing fails. `write_text(path, text)` and `write_bytes(path, data)` write a
+whole file in this way. `atomic_folder(path, replace)` is a context manager: it yields a temporary
+folder to fill, and renames it to `path` if the block ends without an error (`replace`: remove an
+older folder). `publish(partial, path, replace)` is its last step, sync and rename.
 
-`partial_of()` gives the temporary name, and `file_name()` a name that is not too long.
-`naming(path)` is a context manager that adds the path to the error of a full disk.
-`check_reachable()` and `check_inside()` raise an error if an address does not answer or a path
-leaves its folder. `text_fault()` describes in words why a text or JSON file could not be read.
-`cores()` counts the processor cores that this process may use.
+`partial_of(path)` gives the temporary name, and `file_name(stem, suffix)` joins both to a name that
+is not too long. `naming(path)` is a context manager that adds the path to the error of a full disk.
+`check_reachable(path)` raises OSError if an address does not answer, `check_inside(path, folder)`
+ValueError if the path is outside the folder. `text_fault(error)` takes the ValueError of reading a
+text or JSON file and describes it in words. `cores()` counts the processor cores that this process
+may use, `cache_folder()` is for fetched weights.
 """
 
 import contextlib

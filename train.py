@@ -6,11 +6,16 @@ A recipe (TOML) names the shard sets (packed images) below `--data` and all sett
 the recipe `recipes/phase1.toml`, which trains on images of older generators. `--phase 2` starts
 from the best checkpoint of phase 1 and trains on images of newer generators plus a few old ones.
 `--folder` packs the images in DIR/real and DIR/fake first and trains on them. `--set` changes a
-value of the recipe, and `--dry-run` tries a few steps and prints the plan. Checkpoints are folders
-`runs/<run>/step_<N>`; the validation metrics and the path of the best one are printed. An
-interrupted run ends with exit code 130, and the same command resumes the run. Main entry: `main()`.
+value of the recipe, and `--dry-run` tries a few steps and prints the plan. `--run` names the run
+(default: the recipe's name), `--runs` is the folder of all runs. `--init-from` gives the initial
+weights (a checkpoint, a .safetensors file or the name of a backbone), and `--no-pretrained` starts
+from random ones.
 
-Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
+Main entry: `main()`, the click command with these options. Checkpoints are folders
+`runs/<run>/step_<N>`; the validation metrics and the path of the best one are printed. A wrong
+recipe or missing data ends with one line and exit code 1. An interrupted run ends with exit code
+130, and the same command resumes the run. Slow imports (torch, timm) are inside functions, so that
+a wrong option is reported at once.
 """
 
 import json

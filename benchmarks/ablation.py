@@ -3,10 +3,10 @@
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
 IMAGES has `manifest.csv`. Phase 1 starts from WEIGHTS, phase 2 adds images of new generators. A
-`Cell` is one variant of both; `STAR` and `CANDIDATES` list all. All are trained with seed 0, then
-with two more; those with equal phase 1 share its training. `main()` prints tables (AUROC, recall,
-false positives: mean ± deviation over seeds; thresholds from validation sets). `--work`, which
-processes may share, gets `tables.md` and `rows.jsonl` (all metrics). Finished runs are skipped.
+`Cell` is one variant of both. `STAR` is trained (`--candidates`: also `CANDIDATES`; `--cell`: only
+these), by default with seeds 0, 1, 2 (`--seed`). `--set` changes each recipe, `--threads` is
+torch's; `--table` trains nothing. FOLDER gets `rows.jsonl` (all metrics) and `tables.md`, also
+printed (AUROC, recall, FPR: mean ± deviation). Finished runs are skipped.
 """
 
 import csv

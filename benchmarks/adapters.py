@@ -8,12 +8,14 @@ by the adapter, and by hand again. By hand: Pillow opens image files in one thre
 library's own calls score them in batches of the same size. By the adapter: the same images are read
 from shards, then the same preprocessing and network run.
 
-`costs()` returns a dict by kind of detector: wall-clock and CPU seconds of each way, and `ratio`,
-for both kinds of seconds the adapter's divided by the mean by hand. `python -m
-benchmarks.evaluation --detector` prints them as the table of `print_costs()`. `of_file()`,
-`of_timm()` and `of_transformers()` return the two ways of a detector: the adapter, and a function
-that scores a list of Pillow images directly. `spent()` times a call. `Nothing` is a detector
-without computation, which shows the cost of reading and adapter alone.
+`costs()` returns a dict by kind of detector (`file`, `timm`, `hf`): wall-clock and CPU seconds of
+each way, and `ratio`, for both kinds of seconds the adapter's divided by the mean by hand.
+`print_costs(figures, images)` takes this dict and the number of images and prints a table; `python
+-m benchmarks.evaluation --detector` calls both. `of_file()`, `of_timm()` and `of_transformers()`
+take a folder for the model's files, the first two also the network; they return the two ways of a
+detector: the adapter, and a function that scores a list of Pillow images directly. `spent(work)`
+calls `work()` and returns its wall-clock and CPU seconds as a dict. `Nothing` is a detector without
+computation, which shows the cost of reading and adapter alone.
 """
 
 import importlib.util

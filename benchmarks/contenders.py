@@ -4,15 +4,18 @@
 
 NAME is a loader of `CONTENDERS` (this project's or another library's), PLACE a folder with
 `images/` and `shards/`, WORKERS the number of the loader's processes or threads, BATCH the images
-per batch, EPOCHS how often all images are loaded. OUT gets JSON: the moments of the first and the
-last batch (`time.monotonic`, which all processes of a machine share), the number of images in all
-batches but the first, and the library's version. If the library is not installed, OUT gets only
+per batch, EPOCHS how often all images are loaded (some libraries load them only once). OUT is a
+file that gets JSON: `first` and `last`, the moments of the first and the last batch
+(`time.monotonic`, which all processes of a machine share), `images`, the number of images in all
+batches but the first, and `version` of the library. If the library is not installed, OUT gets only
 `{"missing": package}`. `--prepare` measures nothing, but writes the files that the library needs to
 PLACE.
 
-Main entry: `measure(contender, place, workers)` times a `Contender` and returns the content of OUT
-as a dict. BATCH and EPOCHS are set before, in `benchmarks/peers.py`. Each library is imported only
-where it runs, so that no loader's memory and start-up time include another library.
+Main entry: `measure(contender, place, workers)` times a `Contender` (a loader: a function that
+yields the size of each batch, and the package that it needs) in the folder PLACE, with this number
+of processes or threads, and returns the content of OUT as a dict. BATCH and EPOCHS are set before,
+in `benchmarks/peers.py`. Each library is imported only where it runs, so that no loader's memory
+and start-up time include another library.
 """
 
 import importlib.metadata

@@ -1,16 +1,19 @@
 """Measure how fast `python -m model embed` computes features, compared with the network alone.
 
-    python -m benchmarks.embedding --shards SET [--recipe FILE] [--set KEY=VALUE] [--json FILE]
+    python -m benchmarks.embedding --shards SET [--recipe FILE] [--seconds S] [--rounds N]
 
 SET is the folder of a packed set. FILE is a recipe with a frozen backbone, whose weights are random
-here, which does not change the speed. Two rows are measured in turn and printed in images/s, and
-written to the JSON file; the last line is their ratio. `network` computes the features of one batch
-that stays on the device. `embed` is `model.features.embed.embed()` on a set: it reads, decodes and
-crops the images, computes their features and writes a feature store, into a temporary folder. Its
-time is counted from the first batch to the last. Main entry: `measure()` takes an `Embedder`
-(network, device, precision, loader's settings), the set, a `FeatureSource` (identity of the
-backbone and its preprocessing) and the seconds of `network`, and returns the images/s of both rows
-as a dict. A set of one batch is refused.
+here, which does not change the speed; `--set KEY=VALUE` changes the recipe. Two rows are measured
+in each of N rounds, printed in images/s and written to the file `--json`; the last line is their
+ratio. `network` computes the features of one batch that stays on the device, for S seconds. `embed`
+is `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes their
+features and writes a feature store, into a temporary folder. Its time is counted from the first
+batch to the last.
+
+Main entry: `measure(embedder, shards, source, seconds)` takes an `Embedder` (network, device,
+precision, loader's settings), the set, a `FeatureSource` (identity of the backbone and its
+preprocessing) and the seconds of `network`. It returns the images/s of both rows as a dict, or
+raises click.ClickException if the set has only one batch.
 """
 
 import json

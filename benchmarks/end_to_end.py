@@ -2,13 +2,18 @@
 
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
 
-A small network with random weights is trained on the packed set SET through `train.py`, stopped by
-SIGTERM in the middle and resumed by the same command. `evaluate.py` measures it, and `predict.py`
-scores the images in the subfolders of `--images` on the device and on the CPU. Runs and reports are
-written to `--work`. Printed, and written to `--json`: the exit code, seconds and last lines of each
-command (`run()`); how far the probabilities of both devices are apart, how many verdicts differ,
-and which files only one of the two could read (`compare()` of two CSV files of `predict.py`). The
-command fails if a script fails. The scores themselves mean nothing: the network trains for seconds.
+Main entry: `main()`, this click command. A small network with random weights is trained on the
+packed set SET through `train.py`, stopped by SIGTERM in the middle and resumed by the same command.
+`evaluate.py` measures it, and `predict.py` scores the images in the subfolders of `--images` on the
+device and on the CPU. Runs and reports are written to `--work`. `--batch-size` and `--set
+KEY=VALUE` change the recipe. The command fails if a script fails. The scores themselves mean
+nothing: the network trains for seconds.
+
+Printed, and written to `--json`, are the dicts of two functions. `run()` takes the arguments of
+Python, runs a script and returns its exit code (`rc`), seconds and last lines; with `stop_at`, the
+script gets SIGTERM once this training step is logged. `compare(device_csv, cpu_csv)` takes two CSV
+files of `predict.py`. It returns how far the probabilities are apart, how many verdicts differ, and
+which files only one of the two could read.
 """
 
 import csv

@@ -3,12 +3,14 @@
     python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
     python -m benchmarks.evaluation --detector [--images N]     # see benchmarks.adapters
 
-Two parts are printed, and written to FILE as JSON. `cost_of_report()` writes a report on `--scores`
-random scores of 15 sources and 40 generators, in groups of up to 20 images, and returns its seconds
-and the peak memory of this process in GB. `cost_of_scoring()` evaluates `--images` small JPEGs,
-from opening the shards to the report, and before and after that runs the network alone on as many
-images in memory; it returns the seconds of each and their ratio. NAME is a network of timm; its
-weights are random, which does not change the speed.
+Main entry: `main()`, this click command. Two functions are called, and their dicts are printed, and
+written to FILE as JSON. Both take a scratch folder (`folder`). `cost_of_report(count, folder)`
+writes a report on `count` (`--scores`) random scores of 15 sources and 40 generators, in groups of
+up to 20 images, and returns its seconds and the peak memory of this process in GB.
+`cost_of_scoring(count, network, folder)` evaluates `count` (`--images`) small JPEGs, from opening
+the shards to the report, and before and after that runs the network alone on as many images in
+memory; it returns the seconds of each and their ratio. NAME is a network of timm; its weights are
+random, which does not change the speed.
 
 CPU seconds (of this process and its loading workers) are given as well as seconds. They are less
 affected by other programs. On a CPU the workers and the network share the cores.

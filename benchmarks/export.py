@@ -2,14 +2,16 @@
 
     python -m benchmarks.export [--network NAME] [--batch 8] [--rounds 5] [--json FILE]
 
-NAME is a network of timm. It is exported with random weights, and each way (PyTorch, and ONNX
-Runtime with several settings) scores the same batch of noise, in turn (A B C A B C ...). The
-command prints a table with a row per way: images per second of the best round, CPU seconds per
-image of the median round (less affected by other programs), and the largest difference of a
-probability from PyTorch's in fp32. FILE gets the differences and the seconds of all rounds. All
-ways are in memory at once (ConvNeXtV2-Base: 6 GB). Main entry: `ways_of()` takes the network and a
-folder for its files, and returns scoring functions by name, from uint8 (N, height, width, 3) to
-probabilities (N,).
+NAME is a network of timm (default `convnextv2_base`). It is exported with random weights, and each
+way (PyTorch, and ONNX Runtime with several settings) scores the same batch of noise in every round,
+in turn (A B C A B C ...). The command prints a table with a row per way: images per second of the
+best round, CPU seconds per image of the median round (less affected by other programs), and the
+largest difference of a probability from PyTorch's in fp32. FILE gets the differences and the
+seconds of all rounds. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
+
+Main entry: `ways_of(name, folder)` takes the timm name of the network and a folder, to which it
+writes the checkpoint and the ONNX files. It returns a dict from the name of a way to its scoring
+function, from uint8 (N, height, width, 3) to probabilities of fake (N,).
 """
 
 import json

@@ -1,14 +1,17 @@
 """Measure the speed of reading stored features and of training a head on stored features.
 
-    python -m benchmarks.features [--images 400000] [--width 768] [--json FILE]
+    python -m benchmarks.features [--images 400000] [--width 768] [--batch-size 256] [--json FILE]
 
-A feature store of random numbers is written to a temporary folder: `--images` vectors of `--width`
-float16 numbers, in shards of 4,000. Printed, and written to FILE: images/s of `memory` (copies
-batches of random rows from one array in memory) and of `store` (reads the same batches from the
-memory-mapped files), and seconds and images/s of one epoch that trains a linear head from the
-store, by the steps that `train.py` takes. `python -m benchmarks.embedding` measures how fast
-features are computed. `shard_set()` makes an index without tars, for which `write_store()` writes
-the features.
+Main entry: `main()`, this click command. A feature store of random numbers is written to a
+temporary folder: `--images` vectors of `--width` float16 numbers, in shards of 4,000. Printed, and
+written to FILE: images/s of `memory` (copies batches of random rows from one array in memory) and
+of `store` (reads the same batches from the memory-mapped files), and seconds and images/s of one
+epoch that trains a linear head from the store, by the steps that `train.py` takes. `python -m
+benchmarks.embedding` measures how fast features are computed.
+
+`shard_set(folder, count)` returns the index of a set of `count` samples whose tars do not exist,
+and writes nothing. `write_store(store, backbone, shards, width)` writes random features of this set
+to the folder `store` under the identity `backbone`, and returns them as float16 (N, width).
 """
 
 import json

@@ -1,20 +1,23 @@
 """Measure the DALI backend on a GPU: its speed by settings, and its memory over many batches.
 
-    python -m benchmarks.gpu_loader --shards SET --json FILE [--seconds S] [--cpu]
+    python -m benchmarks.gpu_loader --shards SET --json FILE [--only PART] [--seconds S] [--cpu]
 
-SET is the folder of a packed set of JPEGs. Three functions yield the rows, which are printed and
-written to FILE as soon as they are measured, so that a crash loses one row:
+SET is the folder of a packed set of JPEGs. PART is one of `PARTS` (`settings`, `jpeg step`,
+`memory`); without `--only`, all are measured. Three functions yield the rows as dicts, which are
+printed and written to FILE as soon as they are measured, so that a crash loses one row. `device` is
+the GPU, or the CPU for a dry run:
 
-- `settings()`: training images/s with the augmentation policy of phase 1, by batch size, DALI
-  threads and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine decodes). The first row
-  has the product's setting (`OWN`); the rows after it omit single operations of the policy
-  (`WITHOUT`).
-- `jpeg_step()`: images/s of the exact JPEG round trip and of DALI's own GPU operator.
-- `memory()`: host and GPU memory in MiB over `--batches` batches, with a damaged image in every
-  fiftieth.
+- `settings(shards, device, seconds)`: training images/s with the augmentation policy of phase 1, by
+  batch size, DALI threads and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine
+  decodes). The first row has the product's setting (`OWN`); the rows after it omit single
+  operations of the policy (`WITHOUT`).
+- `jpeg_step(device, seconds)`: images/s of the exact JPEG round trip and of DALI's own GPU
+  operator.
+- `memory(shards, device, batches, seconds)`: host and GPU memory in MiB, ten times over `--batches`
+  batches or until `--memory-s` seconds have passed, with a damaged image in every fiftieth batch.
 
-`--seconds` is the time per row; `--cpu` is a dry run with CPU operators, whose figures mean
-nothing.
+`--seconds` is the time per row of the first two; `--cpu` is a dry run with CPU operators, whose
+figures mean nothing. Without a GPU or `--cpu`, ValueError is raised.
 """
 
 import itertools

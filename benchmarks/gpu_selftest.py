@@ -2,13 +2,17 @@
 
     python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--only CHECK] [--cpu]
 
-FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`. The checks (`CHECKS`, or
-only those of `--only`) run one after another, the most important first. Each takes a `Given` (the
-images and the device) and returns its answer, which is printed and written to FILE at once, or its
-error, so that a crash loses one check. Differences are in levels from 0 to 255, as [mean, 99th
-percentile, maximum]; people judge them: no difference makes the command fail. The command fails if
-the check `operations` (each operation of the augmentation graph) raised an error. `--cpu` compares
-the CPU operators with themselves: a test of this program, for a machine without GPU.
+Main entry: `main()`, this click command. FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or
+WebP in `other/`. The checks (`CHECKS`: name -> function, or only those of `--only`) run one after
+another, the most important first. Each takes a `Given` (the encoded images and the device) and
+returns its answer, which is printed and written to FILE at once, or its error, so that a crash
+loses one check. Differences are in levels from 0 to 255, as [mean, 99th percentile, maximum]
+(`difference(images, expected)` of two uint8 arrays); people judge them: no difference makes the
+command fail.
+
+The command fails if the check `operations(given)` (each operation of the augmentation graph) raised
+an error, if `jpeg/` is empty, or if there is no GPU. `--cpu` compares the CPU operators with
+themselves: a test of this program, for a machine without GPU.
 """
 
 import io

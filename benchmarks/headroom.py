@@ -2,17 +2,19 @@
 
     python -m benchmarks.headroom [--shards DIR] [--recipe FILE] [--seconds S] [--json FILE]
 
-Three modes run in turn, S seconds each: `step` trains on a few batches that stay on the device,
-which is the upper limit; `loader` takes batches and does nothing with them; `full` is training as
-by `train.py`, with its functions, precision and compilation. DIR is a packed set (default: the sets
-of the recipe). A table with images/s, ms per step and waiting times is printed, and written to
-`--json`, with the AU (accelerator utilization of MLPerf Storage): the time of a step in `step`
-divided by that in `full`. An AU of 1 means that the loader costs nothing; more than 1 is noise.
-Below `ENOUGH` the loader is the limit.
+Three modes run in turn, S seconds each, in `--rounds` rounds: `step` trains on a few batches that
+stay on the device, which is the upper limit; `loader` takes batches and does nothing with them;
+`full` is training as by `train.py`, with its functions, precision and compilation. DIR is a packed
+set (default: the sets of the recipe, below `--data`). A table with images/s, ms per step and
+waiting times is printed, and written to `--json`, with the AU (accelerator utilization of MLPerf
+Storage): the time of a step in `step` divided by that in `full`. An AU of 1 means that the loader
+costs nothing; more than 1 is noise. Below `ENOUGH` the loader is the limit.
 
-Main entry: `run()` takes batches, a function to call with each, the `LoaderStats` that time the
-batches, the device and the seconds to run, and returns the figures of one mode as a dict. Start-up,
-compilation and the first `WARM_UP` batches are not counted.
+Main entry: `run(batches, use, stats, device, seconds)` calls `use(batch)` for each batch of the
+iterable `batches` until `seconds` have passed; `stats`, the `LoaderStats` of the loader, time the
+waiting for batches. It returns the figures of one mode as a dict: the row of `stats`, `steps`,
+`images_per_s` and `ms_per_step`. Start-up, compilation and the first `WARM_UP` batches are not
+counted.
 """
 
 import itertools

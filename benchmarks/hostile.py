@@ -12,10 +12,11 @@ of crashes, slow files and differences are printed; `--json` gets the lines of a
 code is 1 after a crash, a kill, an unexplained difference, a fault found by `verify`, or a sample
 that loads differently or not at all.
 
-Main entries: `run_all(folder, work, seconds, memory)` yields (stage, result) of each stage; `work`
-is a scratch folder and `memory` is in bytes. `report(folder, stages, work)` takes the results as a
-dict, prints the tables and returns the number of failures. `python -m benchmarks.mutations FOLDER
-COUNT` makes damaged files to try.
+Main entries: `run_all(folder, work, seconds, memory)` takes the folder of files, a scratch folder,
+and the limits S and GB (here in bytes). It yields (name, result) of each stage; the result is a
+dict with the printed lines, failures, seconds and peak memory. `report(folder, stages, work)` takes
+a dict of these pairs and the same folders, prints the tables and returns the number of failures.
+`python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 """Write JPEG files for the benchmarks to read: synthetic ones, or variants of real photographs.
 
-Main entries: `write_images()` takes a folder and a count and writes synthetic JPEGs of 500 x 375
-pixels. `write_copies()` takes also a folder of real JPEGs (`originals`): each is copied byte for
-byte, then encoded again at lower and lower quality until `count` different files are written; it
-raises ValueError if too few can be made. Both write half of the files to the subfolder `real` and
-half to `fake`, and return their paths.
+Main entries: `write_images(folder, count)` writes `count` synthetic JPEGs of 500 x 375 pixels.
+`write_copies(folder, originals, count)` takes a folder of real JPEGs (`originals`) instead: each is
+copied byte for byte, then encoded again at lower and lower quality until `count` different files
+are written. It raises ValueError if there is no JPEG or too few different files can be made. Both
+write half of the files to the subfolder `real` of `folder` and half to `fake`, and return a list of
+their paths.
 """
 
 import hashlib

@@ -13,9 +13,9 @@ nothing.
 
 A table with a `Row` per command (kills, restarts, compared files, differences) is printed, and
 written to `--json`; the exit code is 1 if a file differs. Main entry: `kill_often(name, command,
-work, times, rng)` tests one `Command` (its arguments, and a file that shows that it has finished)
-in folders below `work` until `times` kills at moments drawn from `rng` have hit, and returns its
-`Row`.
+work, times, rng)` kills one `Command` (its arguments, and a file that shows that it has finished)
+until `times` kills have hit, and returns its `Row`. `name` is used in the names of folders and in
+messages, `work` is the folder for all files, and `rng` (random.Random) draws the moments.
 
 Processes are forked from this one, which has imported everything, so that no kill hits an import.
 The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills

@@ -2,8 +2,9 @@
 
     python -m benchmarks.leave_out --recipe FILE --init-from WEIGHTS [--pairs] [--robustness N]
 
-The recipe (such as `recipes/clip-all.toml`) names the sets and a network with a frozen backbone,
-WEIGHTS are the backbone's. Each source is scored by a head that was trained without it. These
+Main entry: `main()`, this click command. The recipe (such as `recipes/clip-all.toml`) names the
+sets below `--data` and a network with a frozen backbone, WEIGHTS are the backbone's; `--set
+KEY=VALUE` changes the recipe. Each source is scored by a head that was trained without it. These
 metrics and calibrated thresholds are printed as JSON, and written to the file `--json`:
 
 - the AUROC of each pair of a real and a fake source: mean, 95 % interval and the ten lowest;
@@ -15,7 +16,8 @@ metrics and calibrated thresholds are printed as JSON, and written to the file `
 With `--pairs` a head is also trained without both sources of each pair, which is harder and takes
 minutes. With `--robustness N`, N images of each source are scored again after each perturbation of
 `pipeline/perturb.py`, by the head trained without the source. This computes features of N times
-sources times perturbations images. Intervals are from 200 resamples of the sources.
+sources times perturbations images. Intervals are from 200 resamples of the sources
+(`interval(values, seed)`: `values` maps "real | fake" to an AUROC; returns low and high).
 """
 
 import itertools

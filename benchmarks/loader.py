@@ -10,15 +10,16 @@ interpreter of libraries that this project does not install. The speed is measur
 batch to the last; the time up to the first batch is the start-up. Memory is the largest sum of the
 proportional set sizes (PSS, shared pages once) of a loader's processes, measured once a second.
 
-A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). Each loader
-runs until it has `--repeats` calm runs, but at most 2 x `--repeats` times. The printed table has a
-row per loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the
-ratios to torchvision's loader (`BASE`) within one call, not speeds of different calls. The exit
-code is 1 if a loader failed.
+A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). The printed
+table has a row per loader, from its calm runs, if any; `--json` gets the figures of all runs.
+Compare only the ratios to torchvision's loader (`BASE`) within one call. The exit code is 1 if a
+loader failed.
 
-Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs all loaders and
-returns the runs of each. `size` is (batch size, epochs); `keep` is called with all runs so far
-after each run.
+Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs the loaders `names`
+(of `benchmarks.contenders`) on the folder `place` with `workers` processes or threads each, until
+each has `repeats` calm runs, but at most twice as often. `pythons` maps a name to its interpreter,
+`size` is (batch size, epochs). It returns a dict, name -> list of runs (dicts with `images_per_s`,
+`start_s`, `bytes`, or with `missing` or `failed`), and calls `keep` with this dict after each run.
 """
 
 import contextlib

@@ -3,16 +3,18 @@
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
 N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. Each contender is a process,
-run with the same number of cores: once with a few images and once with all. The difference gives
-images/s without start-up. A table of speed, start-up seconds and memory is printed, and written to
-`--json`. `build` decodes and checks every image, finds duplicates, hashes, packs and indexes. The
-loop packs images that Pillow can decode. img2dataset runs if its command is given
-(`--img2dataset`). The limit only reads the files and decodes them with simplejpeg.
+run with the same number of cores (`--jobs`): in each of `--repeats` rounds once with a few images
+and once with all. The difference gives images/s without start-up. A table of speed, start-up
+seconds and memory is printed, and written to `--json`. `build` decodes and checks every image,
+finds duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode.
+img2dataset runs if its command is given (`--img2dataset`). The limit only reads the files and
+decodes them with simplejpeg.
 
 Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` on a folder of JPEGs
 with `jobs` processes and returns its seconds and the peak memory of its largest process in bytes;
-`img2dataset` is the path of that command ("": none). `commands()` returns a dict, name -> command
-line of a contender.
+`img2dataset` is the path of that command ("": none). `commands(raw, out, jobs, img2dataset)` takes
+also the folder to pack into; it writes the scripts of the contenders there and returns a dict, name
+-> command line of a contender.
 """
 
 import json

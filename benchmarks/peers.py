@@ -2,14 +2,18 @@
 project's loader.
 
 The policy is `[augment.train]` of `recipes/phase1.toml`, the first training phase: random crop,
-flip, color jitter, resampling, JPEG, blur and grayscale. Each `*_images` function takes a folder
-that `benchmarks.loader` filled (`images/<class>/*.jpg` and the shard set `shards/bench`) and the
-number of workers (processes or threads), uses a library as its documentation shows, and yields the
-number of images of each batch. The caller, `benchmarks.contenders`, measures the time, and sets
-`BATCH` (images per batch) and `EPOCHS`. A `prepare_*` function writes the format that a library
-needs to the same folder; it is not timed. A library without augmentation gets torchvision's
-transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as in this project:
-normalization, which users of these libraries would add, is left out.
+flip, color jitter, resampling, JPEG, blur and grayscale. Main entries: each `*_images(place,
+workers)` takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and the shard set
+`shards/bench`) and the number of workers (processes or threads). It loads the images in batches of
+`BATCH` with a library as its documentation shows, and yields the number of images of each batch: of
+`EPOCHS` epochs with torchvision, WebDataset and DALI, of one with the others. It raises ImportError
+if the library is not installed. The caller, `benchmarks.contenders`, measures the time, and sets
+`BATCH` and `EPOCHS`.
+
+A `prepare_*(place)` function writes the format that a library needs to the same folder, and returns
+nothing; it is not timed. A library without augmentation gets torchvision's transforms on Pillow
+images (`torchvision_policy()`). All batches are uint8, as in this project: normalization, which
+users of these libraries would add, is left out.
 """
 
 import io

@@ -3,12 +3,12 @@
     python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
 
 Main entry: `measure(detector, folder, images, batch_size, rounds)` takes a loaded detector, a
-folder of JPEG files, the number of images, the batch size and the number of rounds. Two ways run in
-turn (A B A B ...) on the same number of images. `bare()` runs the network alone on a batch in
-memory. `whole()` runs the loop of `predict.py` over the files and writes JSON lines; its time
-includes the small batches with which `predict.py` begins, but not the loading of the checkpoint.
-`measure()` returns a list for each way (`bare`, `predict`): the seconds and CPU seconds per image
-of each round.
+folder of JPEG files, the number of these files, the batch size and the number of rounds. Two ways
+run in turn (A B A B ...) on the same number of images. `bare()` runs the network alone on a batch
+in memory. `whole()` runs the loop of `predict.py` over the files and writes JSON lines to a file
+(`out`); its time includes the small batches with which `predict.py` begins, but not the loading of
+the checkpoint. `measure()` returns a dict with a list for each way (`bare`, `predict`): for each
+round a dict with the `seconds` and CPU seconds (`cpu`) per image.
 
 The command makes the JPEGs (synthetic, or variants of those in FOLDER) and networks with random
 weights, which are as fast as trained ones. It prints a table with a row per network: images/s and

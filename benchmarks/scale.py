@@ -2,13 +2,17 @@
 
     python -m benchmarks.scale [--images 10000 --images 100000] [--rows 420000] [--json FILE]
 
-For each `--images`, so many tiny JPEGs (48 x 48 pixels) are packed from a zip archive, so that the
-cost per sample is measured and not that of its pixels. Then a set whose index has `--rows` samples
-is opened five times as in training, with the columns that every loader reads. A table of each is
-printed: for packing (in `--jobs` processes), seconds and the memory of the largest process; for
-opening, the median of the seconds and the largest memory that it added. FILE gets the figures of
-every run. `write_archive()` writes the zip, `grow_index()` repeats the rows of a set's index.
-`OPEN` is the code of the process that opens the set.
+Main entry: `main()`, this click command. For each `--images`, so many tiny JPEGs (48 x 48 pixels)
+are packed from a zip archive, so that the cost per sample is measured and not that of its pixels.
+Then a set whose index has `--rows` samples is opened five times as in training, with the columns
+that every loader reads. A table of each is printed: for packing (in `--jobs` processes), seconds
+and the memory of the largest process; for opening, the median of the seconds and the largest memory
+that it added. FILE gets the figures of every run.
+
+`write_archive(path, count)` writes the zip file `path` with `count` JPEGs. `grow_index(folder,
+rows)` changes the index of the packed set `folder`: its rows are repeated until there are `rows`;
+the tars stay as they are. Both return nothing. `OPEN` is the code of the process that opens the
+set.
 """
 
 import hashlib

@@ -6,8 +6,11 @@ Every command line of `lines()` (each of `COMMANDS` with `--help` and with a wro
 `REFUSALS`) runs N times in its own process, in turn (A B C ... A B C ...). An empty Python and one
 that imports torch are measured for comparison. The command prints a table: median, minimum and
 maximum of the seconds, and `cpu`, the CPU time of the process, which other programs hardly change.
-FILE gets the seconds of all runs. Main entry: `timed()` takes the arguments of Python and returns
-(seconds, CPU seconds) of one run.
+FILE gets the seconds of all runs.
+
+Main entry: `timed(arguments)` takes the list of arguments of one Python process (such as
+`["train.py", "--help"]`), runs it in the folder of the project, and returns its (seconds, CPU
+seconds). Its exit code and output are ignored. `lines()` returns a dict, command line -> arguments.
 """
 
 import json

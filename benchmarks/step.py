@@ -3,17 +3,19 @@
     python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
 
 The step of `model/training/step.py` runs on random images that stay on the device, without loader
-and disk, for S seconds per row. The recipe gives the network, image size, batch and optimizer. A
-row is a `Way`: all options of the step. The first row is the step as `train.py` runs it on this
-machine; each further row differs from the first in one option (`ways_of()`). The table has
-images/s, the ratio to the first row, `of the peak` and memory; `--json` gets all figures. `of the
-peak` divides the operations per second of a step by those of a large matrix product of the same
-dtype, timed in the same run (`matrix_peak()`). The operations of forward and backward are counted
-by torch's FlopCounterMode. The optimizer's time is included, its operations are not.
+and disk, for S seconds per row in each of `--rounds` rounds. The recipe gives the network, image
+size, batch and optimizer. A row is a `Way`: all options of the step. The first row is the step as
+`train.py` runs it on this machine; each further row differs from the first in one option
+(`ways_of(base, on_gpu)` returns them by name; `--only` chooses some). The table has images/s, the
+ratio to the first row, `of the peak` and memory; `--json` gets all figures. `of the peak` divides
+the operations per second of a step by those of a large matrix product of the same dtype, timed in
+the same run (`matrix_peak()`). The operations of forward and backward are counted by torch's
+FlopCounterMode. The optimizer's time is included, its operations are not.
 
-Main entry: `measure(way, recipe, device, seconds, peaks)` measures one `Way`; `peaks` gives the
-operations per second of the matrix product by dtype. It returns a dict of figures, or
-`{"failed": reason}`.
+Main entry: `measure(way, recipe, device, seconds, peaks)` measures one `Way` of the step of a
+loaded `Recipe` on a device; `peaks` gives the operations per second of the matrix product by name
+of the dtype. It returns a dict of figures (`images_per_s`, `share_of_peak`, `bytes` ...). Where
+torch cannot run the way (out of memory, no compiler), the dict is `{"failed": reason}`.
 """
 
 import gc

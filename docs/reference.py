@@ -1,11 +1,14 @@
 """Write docs/recipe-keys.md and docs/fields.md from the types and field docstrings of the code.
 
 Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()` takes nothing and
-returns the Markdown text of each page by its file name; `main()` writes both. recipe-keys.md
-describes the class `Recipe`, fields.md the classes in `FILES`, which describe JSON files.
-`fields_of()` returns the `Field`s (key, type, default, docstring) of a class, and raises ValueError
-if a field has no docstring; `sections()` yields the classes inside a type; `words()` describes a
-type in plain words.
+returns a dict: file name of each page -> its Markdown text. `main()` takes nothing and writes both
+to `docs/`. recipe-keys.md describes the class `Recipe`, fields.md the classes in `FILES`, which
+describe JSON files.
+
+The other functions take a type (`kind`): a dataclass, a TypedDict or a type annotation.
+`fields_of(kind)` returns a tuple of the `Field`s (key, type, default, docstring) of a class, and
+raises ValueError if a field has no docstring. `sections(kind)` yields the classes with fields
+inside a type; `words(kind)` returns the type in plain words, such as "list of numbers".
 """
 
 import ast

@@ -1,8 +1,9 @@
 """Show the foot of the web page: what the detector cannot tell, and its name and date (Streamlit).
 
-Main entry: `about()` takes the loaded detector, puts the text `LIMITS` and the line of `which()` on
-the page, and returns nothing. `which()` returns the detector's network, identity and date and the
-version of the program as one line of text.
+Main entry: `about(detector)` takes the loaded detector (`ImageDetector`), puts the text `LIMITS`
+and the line of `which()` on the page, and returns nothing. `which(detector)` returns one line of
+text: the network, identity and date of the detector, the version of the program, and, for a shipped
+detector that is used because there is no trained run, that this is so.
 """
 
 import os

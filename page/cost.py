@@ -1,9 +1,13 @@
 """Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
-Main entry: `show_threshold()` takes the loaded detector, puts the slider, a sentence (`rule()`) and
-a table (`hundred_html()`) on the page (Streamlit), and returns nothing. The table is computed from
-the measured ROC curve in the detector's calibration; without a calibration, a warning replaces it.
-`moved()` returns the detector with the threshold of the slider.
+Main entry: `show_threshold(detector)` takes the loaded detector (`ImageDetector`), puts the slider,
+a sentence (`rule()`) and a table (`hundred_html()`) on the page (Streamlit), and returns nothing.
+The table is computed from the measured ROC curve in the detector's calibration; without a
+calibration, a warning replaces it. `moved(detector)` returns the detector with the threshold of the
+slider. `rule(detector)` returns a sentence: which probabilities give which verdict.
+`hundred_html(roc, band)` takes the ROC curve (rows of threshold, share of reals and share of fakes
+at or above the threshold) and the band of uncertain probabilities (low, high), and returns the
+table as HTML: of 100 real photographs and 100 fakes, how many get each verdict.
 """
 
 from collections.abc import Sequence

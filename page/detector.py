@@ -1,10 +1,13 @@
 """Load the detector of the web page once for all visitors, or explain why it cannot be loaded.
 
-Main entry: `loaded_detector()` returns the `ImageDetector` of the checkpoint that the environment
-variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of the newest run in the
-folder of `DETECTOR_RUNS` (`RUNS`), or else the shipped one. It raises what loading raises;
-`why_not()` takes that error and returns a text for the page. `folder_in()` returns the folder that
-an environment variable names, None if it is not set, and raises ValueError if it is no folder.
+Main entry: `loaded_detector()` takes nothing and returns the `ImageDetector` of the checkpoint that
+the environment variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of the newest
+run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else the shipped one. It raises
+an error if there is none or it cannot be read: `NoCheckpointError`, `MissingError` (shipped weights
+not downloaded), ValueError, OSError, or anything that a damaged file causes. `why_not(error)` takes
+any such error and returns a text for the page: the reason and what to do. `folder_in(variable)`
+returns the folder that the environment variable of this name gives, as a Path, or None if it is not
+set; it raises ValueError if the value is no folder.
 """
 
 import os

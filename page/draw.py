@@ -1,10 +1,15 @@
 """Draw the web page from top to bottom; Streamlit calls this again after every change of an input.
 
-Main entry: `main()` takes and returns nothing: it loads the detector, shows the uploader, scores
-the uploaded images, and shows the results, or the first screen if there are none. `show_results()`
-shows the table, one image and the threshold slider, `show_image()` one image with its verdict
-(`said`); `sentence()` returns its result as text for screen readers. `STYLE` is the style sheet,
-`ICON` the icon of the browser tab.
+Main entry: `main()` takes and returns nothing: it loads the detector (if that fails, the page shows
+why and nothing else), shows the uploader, scores the uploaded images, and shows the results, or the
+first screen if there are none.
+
+`show_results(detector, files, scored)` takes the uploaded files and their results (both by file id;
+a `Scored` is a prediction or a refusal). It shows the table, one image and the threshold slider,
+and returns a sentence for screen readers. `show_image(detector, file, result, said, level)` shows
+one image with its verdict `said` as a heading of HTML level `level`, and returns what was written
+about a mistake, or "". `sentence(detector, result, verdict)` returns the result of one image as
+text for screen readers. `STYLE` is the style sheet, `ICON` the icon of the browser tab.
 """
 
 import logging

@@ -1,9 +1,12 @@
 """Draw three example images for the web page, without any photograph or AI generator.
 
-Main entry: `examples()` takes nothing and returns three `Example`s: name, title and JPEG file
-(bytes). The first is only drawn (`landscape()` of a `Scene`, float RGB). The second passed the
-simulated camera of `sharding/demo/`, the third its simulated generator. The metadata of each file
-states that a program drew it. `is_example()` tells whether an uploaded file is one of the examples.
+Main entry: `examples()` takes nothing and returns a tuple of three `Example`s: name, title and JPEG
+file (bytes). The first is only drawn. The second passed the simulated camera of `sharding/demo/`,
+the third its simulated generator. The metadata of each file states that a program drew it.
+`is_example(name, data)` takes the name and the bytes of an uploaded file and returns whether it is
+one of the examples. `landscape(scene)` draws a `Scene` (colors and sun of a landscape) and returns
+linear RGB, float32 (`HEIGHT`, `WIDTH`, 3); `as_file(image)` takes RGB from 0 to 1 and returns a
+JPEG file.
 """
 
 import functools

@@ -1,13 +1,16 @@
 """Compute, from the detector's `meta.json`, the error rates that the web page shows.
 
-Main entries: `rates()` takes the content of `meta.json` (a dict) and returns `Rates`, or None
-without a calibration: recall and false-positive rate, each a `Measured` (rate, and number of images
-on which it was measured), and the share of uncertain images. `ends()` takes the ROC curve of the
-calibration, a list of `Row`s (threshold, share of reals and share of fakes with a score at or above
-the threshold), and the uncertain band (low, high). It returns two `Ends`, one for real and one for
-fake images: the shares that end as no sign of AI, uncertain and likely AI. All rates and shares are
-0 to 1, and all functions are pure. `row_at()` returns the row of a threshold; `of_hundred()`
-formats a share as a count of 100.
+Main entries: `rates(meta)` takes the content of `meta.json` (a dict) and returns `Rates`, or None
+without a calibration: recall and false-positive rate, each a `Measured` (rate, number of images on
+which it was measured, and the extreme rates of single sources), and the share of uncertain images.
+`ends(roc, band)` takes the ROC curve of the calibration, a list of `Row`s (threshold, share of
+reals and share of fakes with a score at or above the threshold), and the uncertain band (low,
+high). It returns two `Ends`, one for real and one for fake images: the shares that end as no sign
+of AI, uncertain and likely AI. All rates and shares are 0 to 1, and all functions are pure.
+
+`row_at(roc, threshold)` returns the row of the highest threshold that is not above `threshold`.
+`of_hundred(share)` formats a share as a count of 100, as text ("under 1" and "over 99" at the
+ends).
 """
 
 from collections.abc import Mapping

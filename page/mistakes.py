@@ -1,15 +1,20 @@
 """Show a control that records a wrong verdict on the disk, as `predict.py --report-mistake` does.
 
-Main entry: `show_mistake()` takes the detector, the uploaded file, its result, and its verdict
-(`said`). If the user presses the button, `keep()` writes the true label, the verdict and the file's
-SHA-256, and on request a copy of the image, to the folder that the environment variable
-`DETECTOR_MISTAKES` names (default `mistakes/`). Both functions return in words what was kept:
-`show_mistake()` as a sentence for screen readers, `keep()` as a `Report` with HTML. Errors are
-shown, not raised.
+Main entry: `show_mistake(detector, file, result, said)` takes the detector, the uploaded file, its
+result (`Scored`), and its verdict. It shows the control below a *likely AI* or *no sign of AI*. If
+the user presses the button, `keep()` writes the true label, the verdict and the file's SHA-256, and
+on request a copy of the image, to the folder that the environment variable `DETECTOR_MISTAKES`
+names (default `mistakes/`). `show_mistake()` returns a sentence for screen readers on what was
+kept, "" if the button was not pressed. Errors are shown, not raised.
 
-The control is shown only if no other machine can reach the page (`is_own_machine()`), because
-otherwise strangers could store labels and images here, and only if the folder can be written
-(`folder_to_keep_in()`).
+`keep(folder, data, label, given, name)` takes the bytes of the image, its true label (real or
+fake), the `Verdict` that was given (score and detector), and a file name if a copy is wanted (else
+None). It returns a `Report`: HTML and a sentence on what was kept, or why not.
+
+The control is shown only if no other machine can reach the page, because otherwise strangers could
+store labels and images here, and only if the folder can be written (`folder_to_keep_in()`).
+`is_own_machine(listens_on, headers)` checks this from the address that the server listens on (None:
+all) and the headers of the request.
 """
 
 import hashlib

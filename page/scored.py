@@ -1,12 +1,16 @@
 """Score each uploaded image once, and keep the result in the memory of the browser session until
 the file is removed from the page.
 
-Main entry: `score_all()` takes the detector and the uploaded files (Streamlit's `UploadedFile`),
-and returns a dict from the id of each file to its `Scored`: the prediction or the reason of
-refusal, the statements in the file about its origin, and small JPEGs to show. Results are stored by
-file id in `st.session_state["scored"]`, so only new files are scored. `score()` scores the bytes of
-one image. Images with a side below `MIN_SIDE_PX` pixels are refused. `as_jpeg()` encodes a picture,
-`data_url()` makes a data: URL of it.
+Main entry: `score_all(detector, files)` takes the detector and the uploaded files (Streamlit's
+`UploadedFile`), and returns a dict from the id of each file to its `Scored`: the prediction or the
+reason of refusal, the statements in the file about its origin, and small JPEGs to show. Results are
+stored by file id in `st.session_state["scored"]`, so only new files are scored.
+
+`score(detector, name, data)` scores the bytes `data` of one image file and returns its `Scored`;
+`name` is the name of the file. A file that cannot be decoded, an image with a side below
+`MIN_SIDE_PX` pixels, and any image while the program is too busy give a `Scored` with an error;
+nothing is raised. `as_jpeg(picture)` encodes a Pillow image as a JPEG file, `data_url(jpeg)` makes
+a data: URL of the file.
 """
 
 import base64

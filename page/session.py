@@ -2,8 +2,10 @@
 
 Main entries: `this_session()` takes nothing, returns the id of the visitor's Streamlit session, and
 makes Streamlit call `close_soon()` with this id when the page is closed. `close_soon(session)`
-deletes the session after `GRACE_S` seconds unless the page has reconnected. `forget(files)` takes
-uploaded files and deletes them at once; it returns nothing.
+takes such an id, returns at once, and deletes the session after `GRACE_S` seconds unless the page
+has reconnected. `forget(files)` takes a list of uploaded files, deletes them at once and empties
+the uploader; it returns nothing. `script_context()` returns Streamlit's context of the page that is
+being drawn.
 """
 
 import os

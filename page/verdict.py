@@ -1,9 +1,12 @@
 """Make the HTML cards for one image: its verdict, and the statements in its file about its origin.
 
-Main entries, which return HTML as `Markup`: `verdict_html()` takes the detector, the result
-(`Scored`), the verdict (`said`) and the HTML heading level (`level`), and shows the probability on
-a scale (`scale_html()`). `evidence_html()` takes the statements (such as EXIF or C2PA) and shows
-them as a list. `refused_html()` takes the results of refused files and lists the reasons.
+Main entries, which return HTML as `Markup`: `verdict_html(detector, result, said, level)` takes the
+detector, the result (`Scored`; a refused image is not allowed), the verdict `said` (likely AI,
+uncertain or no sign of AI) and the level of the HTML heading, and shows the probability on a scale.
+`scale_html(p, band)` makes this scale from the probability and the band of uncertain ones (low,
+high). `evidence_html(evidence, level)` takes a list of statements of the file (`Evidence`, such as
+from EXIF or C2PA) and shows them as a list. `refused_html(refused)` takes a list of the results of
+refused files and lists their names and the reasons.
 """
 
 from collections.abc import Sequence

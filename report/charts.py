@@ -1,12 +1,18 @@
 """Draw the charts of an evaluation as SVG markup for an HTML page with light and dark colors.
 
-Main entries, which return `Markup`: `roc_chart()` and `reliability_chart()` take labels (N,), 1 for
-fake, and probabilities of fake (N,); `histogram_chart()` takes the probabilities of reals and of
-fakes and the uncertain band (low, high); `robustness_chart()` takes lines of rates against the
-amount of a perturbation: (class, dash pattern, x values, rates). Its `falling` reverses the x axis,
-and `doubling` makes it logarithmic. Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK`
-...), which are then replaced by CSS variables of the page. Charts contain no text from users; the
-page shows such text, because the page escapes it.
+Main entries, which return the SVG as `Markup`. `roc_chart(labels, probabilities, threshold)` and
+`reliability_chart(labels, probabilities)` take labels (N,), 1 for fake, and probabilities of fake
+(N,); the ROC curve has a dot at the decision threshold. `histogram_chart(reals, fakes, band)` takes
+the probabilities of the real and of the fake images of one source and the uncertain band (low,
+high). `robustness_chart(lines, xlabel, falling, doubling)` draws rates of images called fake
+(recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
+quality. A line is (class "real" or "fake", pattern "solid", "dashed" or "dotted", x values, rates
+from 0 to 1 or None). `xlabel` names the x axis; `falling` reverses it, and `doubling` makes it
+logarithmic.
+
+Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK` ...), which are then replaced by CSS
+variables of the page. Charts contain no text from users; the page shows such text, because the page
+escapes it.
 """
 
 import io

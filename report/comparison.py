@@ -1,13 +1,18 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
-Main entries: `read_runs()` takes report folders or report files, and returns a `Run` for each (its
-name, its scores and its speed), reduced to the images that all runs scored, and how many images of
-each run were left out. It raises ValueError if a path has no scores, or if the images differ and
-`intersect` is false. `print_side_by_side(sets)` and `write_comparison(sets, runs, out)` take the
-dict that `model.evaluation.side_by_side` computes from these runs (set name -> figures of each
-run). The first prints a table per set; the second writes the three files to `out` (`runs`: the
-paths of the runs, to record) and returns their paths. `stability_sentence()` says in words whether
-the runs have the same order of quality on each image source.
+Main entries: `read_runs(paths, intersect)` takes report folders or report files, and returns a list
+with a `Run` for each (its name, its scores and its speed), reduced to the images that all runs
+scored, and a list of how many images of each run were left out. It raises ValueError if a path has
+no scores, or if the images differ and `intersect` is false (the default).
+`print_side_by_side(sets)` and `write_comparison(sets, runs, out)` take the dict that
+`model.evaluation.side_by_side` computes from these runs (set name -> figures of each run). The
+first prints a table per set; the second writes the three files to the folder `out` (`runs`: the
+paths of the runs, to record) and returns a list of their paths.
+
+`comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page
+shows the command line `command`. `stability_sentence(stability)` takes the entry `stability` of a
+set and says in words whether the runs have the same order of quality on each image source; None
+means that there are too few to compare. `ranks_text(ranks)` formats a range of ranks: "1 to 3".
 """
 
 import json

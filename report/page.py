@@ -1,13 +1,18 @@
 """Write `report.html`: the report of an evaluation as one page that loads nothing from the network.
 
-Main entry: `write_page()` takes the report (content of `report.json`), the scores of all images,
-the shard sets with the pictures of mistakes (set name -> `ShardSet`), the folder to write to, and
-the command line to show on the page. It writes the CSV tables too, and returns the paths of all
-files. `render()` returns the page as HTML text, `rendered()` fills a template of this folder.
+Main entry: `write_page(report, scores, shards, folder, command)` takes the report (a dict, content
+of `report.json`), the scores of all images (`ScoreTable`), the shard sets with the pictures of
+mistakes (set name -> `ShardSet`; a missing set gets no pictures), the folder to write to, and the
+command line to show on the page (text). It writes the CSV tables too, and returns a list of the
+paths of all files, the page last.
 
-An `Estimate` is a figure with its 95 % interval; `Rates` are the recall and the false-positive rate
-of a set, which are always shown together. `mistakes_of()` returns the worst mistakes of each set.
-`percent()`, `figure()` and `signed()` format a number, `NOTHING` if it is None.
+`render(report, scores, mistakes, pictures, command)` returns the page as HTML text; `mistakes` is
+the result of `mistakes_of()`, `pictures` that of `report.thumbnails.thumbnails()`.
+`mistakes_of(report, scores)` returns a dict, set name -> list of its worst mistakes.
+`rendered(template, ...)` fills a template file of this folder with named values. An `Estimate` is a
+figure with its 95 % interval; `Rates` are the recall and the false-positive rate of a set, which
+are always shown together. `percent()`, `figure()` and `signed()` format a number as text, `NOTHING`
+if it is None.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,10 +1,13 @@
 """Write the figures of an evaluation report as CSV tables.
 
-Main entry: `write_tables()` takes the report (content of `report.json`) and a folder, writes
-`figures.csv` (metrics of each set, class, source and generator) and, if perturbations were
-measured, `robustness.csv`, and returns the paths. `figures_csv()`, `robustness_csv()` and
-`table_csv()` return CSV text; in `table_csv()`, a row is a dict, of which only the entries in
-`columns` are written.
+Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`)
+and an existing folder, writes `figures.csv` (metrics of each set, class, source and generator) and,
+if perturbations were measured, `robustness.csv` (metrics after each perturbation and codec swap),
+and returns a list of the paths. Values are not rounded; missing ones are empty.
+
+`figures_csv(report)`, `robustness_csv(report)` and `table_csv(columns, rows)` return CSV text with
+a header. In `table_csv()`, a row is a dict, of which only the entries in `columns` are written;
+texts that a spreadsheet would run as a formula get a `'` in front.
 """
 
 import csv

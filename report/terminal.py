@@ -1,10 +1,16 @@
 """Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
-Main entries, which return nothing: `print_report()` takes a report (content of `report.json`) and
-prints its headline and the metrics of each set, with `print_protocols()` (recall per generator, on
-all images and on the first image of each prompt) and `print_robustness()` (metrics after each
-perturbation). `print_comparison()` takes the scores of two runs on the same images and the list of
-changed verdicts. `print_calibration()` takes a fitted `Calibration` and prints its temperature and
+Main entries, which return nothing: `print_report(report)` takes a report (a dict, content of
+`report.json`) and prints its headline and the metrics of each set. For a set with these
+measurements, it calls `print_protocols(name, protocols)` (recall per generator, on all images and
+on the first image of each prompt) and `print_robustness(name, robustness)` (metrics after each
+perturbation) with the set's name and the entry of that name in the set's report.
+
+`print_comparison(before, after, changed)` takes the scores of two runs on the same images
+(`ScoreTable`s) and the list of changed verdicts (`Flip`s: an image, its probabilities before and
+after, and whether the verdict became right). It prints the metrics of both with the interval of
+each difference, the number of changed verdicts and the largest changes.
+`print_calibration(calibration)` takes a fitted `Calibration` and prints its temperature and
 thresholds.
 """
 

@@ -1,10 +1,15 @@
 """Find the worst misclassified images of an evaluation, and make small pictures of them.
 
-Main entries: `worst_mistakes()` takes the scores, the name of a set, the decision threshold and a
-count, and returns a list of `Mistake`s: at most `count` reals called fake, the highest probability
-first, then at most `count` fakes called real. `thumbnails()` takes the shard sets (packed images)
-by name and mistakes, and returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as a
-data: URL. Undecodable images are left out.
+Main entries: `worst_mistakes(scores, name, threshold, count)` takes the scores of all images
+(`ScoreTable`), the name of a set, the decision threshold (a probability of fake) and a count. It
+returns a list of `Mistake`s (the image's set, key, source, label and probability): at most `count`
+reals called fake, the highest probability first, then at most `count` fakes called real, the lowest
+probability first.
+
+`thumbnails(shards, mistakes)` takes the shard sets of all mistakes (set name -> `ShardSet`, packed
+images) and any number of `Mistake`s, and returns a dict from (set, key) to a JPEG of at most `SIDE`
+pixels as a data: URL (text). Images that cannot be read or decoded are left out; a set that is not
+in `shards` raises KeyError. `MOST` is the number of pictures on a page.
 """
 
 import base64

@@ -1,15 +1,18 @@
 """Run an HTTP server that scores images: the command `python -m serve`.
 
-Main entry: `main()` checks the options, loads the detector and serves until SIGTERM or Ctrl-C; a
-wrong option raises `click.UsageError`. Options: the address (`--host`, `--port`), the detector
-(`--checkpoint` or the newest run of `--runs`, `--device`, `--batch-size`), the error rates that set
-its thresholds (`--max-fpr`, `--max-miss`), limits (`--max-mb` and `--max-files` of one request,
-`--queue` images over all requests, `--timeout` seconds), and `--allow-urls` and
-`--allow-private-urls`, with which the server downloads images from addresses in a request. The API
-key is in the environment variable DETECTOR_API_KEY (`KEY`). A host outside `LOOPBACK` without a key
-gets a warning. `serve/api.py` defines the routes.
+Main entry: `main()` checks the options, loads the detector and serves until SIGTERM or Ctrl-C. A
+wrong option, a `--max-files` above `--queue`, or a key that is empty or not ASCII raises
+`click.UsageError`. Options: the address (`--host`, `--port`), the detector (`--checkpoint` or the
+newest run of `--runs`, `--device`, `--batch-size`), the error rates that set its thresholds
+(`--max-fpr`: real images called likely AI, `--max-miss`: AI images called no sign of AI), limits
+(`--max-mb` and `--max-files` of one request, `--queue` images over all requests, `--timeout`
+seconds), and `--allow-urls` and `--allow-private-urls`, with which the server downloads images from
+addresses in a request. The API key is in the environment variable DETECTOR_API_KEY (`KEY`). A host
+outside `LOOPBACK` without a key gets a warning.
 
-Slow imports (torch, FastAPI) are inside the function, so that a wrong option is reported at once.
+POST /predict takes images and answers with JSON: a probability and a verdict for each.
+`serve/api.py` defines this and the other routes. Slow imports (torch, FastAPI) are inside the
+function, so that a wrong option is reported at once.
 """
 
 import os

@@ -1,9 +1,12 @@
 """Download images from http and https URLs, for the server option `--allow-urls`.
 
-Main entry: `fetch()` takes a URL, the `Limits` of the server, the `Allowance` (bytes that the URLs
-of this request may still give) and a deadline (`until`, seconds of `time.monotonic()`). It returns
-the body as bytes, follows redirects, and raises `Refused` (status 403) for a URL that must not be
-fetched and `FetchError` for a URL that gives no body, or not in time.
+Main entry: `fetch(url, limits, allowance, until)` takes a URL (text), the `Limits` of the server
+(only `allow_private_urls` is used), the `Allowance` and a deadline (`until`, seconds of
+`time.monotonic()`). It returns the body as bytes, follows up to `MAX_REDIRECTS` redirects, and
+raises `Refused` (status 403) for a URL that must not be fetched and `FetchError` for a URL that
+gives no body, or not in time. `Allowance(limits)` counts the bytes that the URLs of one request may
+still give together, `limits.max_bytes` at first; `take(size)` subtracts some, and raises
+`FetchError` if fewer are left.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
 name is resolved once, all its IP addresses are checked (`is_public()`), and the connection goes to

@@ -1,11 +1,16 @@
 """Define the routes of the HTTP API and the service that scores the images of a request.
 
-Main entry: `make_app(service)` takes a `Service` (a loaded detector with the `Limits` and `Metrics`
-of the server; while `stopping` is true, new requests are refused) and returns a FastAPI application
-with POST `/predict` and GET `/healthz`, `/readyz`, `/metrics` and `/docs`. The method
-`Service.predict()` takes a request with image files, one image or a list of URLs, and returns a
-JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for each image. It
-raises `Refused` with the HTTP status if the request is invalid or too large, or the server is busy.
+Main entry: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
+`/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 if new requests are
+refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). A `Service` is a loaded detector
+with the `Limits` and `Metrics` of the server; while `stopping` is true, new requests are refused.
+`close()` stops its threads.
+
+The method `Service.predict(request)` takes a request with image files, one image or a list of URLs,
+and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for
+each image. If the only image cannot be read, the status is 422. It raises `Refused` with the HTTP
+status if the request is invalid or too large, or the server is busy; the application turns this
+into a JSON response (`Problem`).
 
 The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
 `Text` is a JSON response in UTF-8.

@@ -1,8 +1,9 @@
 """Make the HTML page `/docs` that documents the HTTP API.
 
-Main entry: `docs_page()` takes the OpenAPI document of the API (a dict) and the `Limits` of the
-server, and returns the page as HTML text, filled into `TEMPLATE`. The page has no scripts and loads
-nothing from other hosts.
+Main entry: `docs_page(document, limits)` takes the OpenAPI document of the API (a dict, from
+`FastAPI.openapi()`) and the `Limits` of the server (such as the number of images in a request), and
+returns the page as HTML text: the routes, the fields of the answers and the limits, filled into the
+file `TEMPLATE`. The page has no scripts and loads nothing from other hosts.
 """
 
 from pathlib import Path

@@ -1,10 +1,14 @@
 """Define the limits of the HTTP API and the error of a refused request.
 
-Main entries: `Limits`, a frozen dataclass with defaults: `max_bytes`, `max_files` and `timeout_s`
-of one request; `queue` (images) and `held_bytes` of all requests together; images per batch; and
-whether URLs of public and of private hosts are fetched. `Refused` is an exception with an HTTP
-status, one sentence for the client (`detail`), and the seconds after which to try again
-(`retry_after`; 0: trying again cannot help). `MB` is 2**20 bytes.
+Main entries: `Limits`, a frozen dataclass, whose fields all have defaults. For one request:
+`max_bytes` of the body, `max_files` images and `timeout_s` seconds until the answer. For all
+requests together: `queue` images that wait and `held_bytes` of bodies in memory. `batch_size` is
+the largest number of images that are scored at once. `allow_urls` and `allow_private_urls` say
+whether images are downloaded from URLs of public and of private hosts.
+
+`Refused(status, detail, retry_after)` is an exception with an HTTP status (such as 413), one
+sentence for the client, and the seconds after which to try again (0: trying again cannot help).
+`MB` is 2**20 bytes.
 """
 
 from dataclasses import dataclass

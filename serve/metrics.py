@@ -1,9 +1,10 @@
 """Define the Prometheus metrics of the server, which `GET /metrics` returns.
 
-Main entry: `Metrics()` creates a registry (`registry`) with counters and histograms of requests,
-images and batches, and gauges of waiting images and reserved bytes. Each metric is an attribute
-that the other modules of `serve` update. `SECONDS` and `IMAGES` are the bounds of the histogram
-buckets.
+Main entry: `Metrics()` takes nothing and creates a registry (`registry`, a `CollectorRegistry`)
+with one attribute per metric, which the other modules of `serve` update: `requests` (counter, by
+path and status), `seconds` of a request (histogram, by path), `images` (counter, by verdict),
+`waiting` images and `held` bytes of request bodies (gauges), `batch_images` and `batch_seconds`
+(histograms). `SECONDS` and `IMAGES` are the bounds of the histogram buckets.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram

@@ -1,13 +1,14 @@
 """Load the detector and run the HTTP server until it is stopped.
 
-Main entry: `run()`. For the server it takes host, port, the `Limits` and the API key (empty: none).
-For the detector it takes a checkpoint (None: the newest run in the folder `runs`, else the shipped
-detector), the device and `rates`: the pair (highest false-positive rate, highest miss rate), from
-which the limits of the verdicts are chosen. A rate of None keeps the detector's limit.
+Main entry: `run()`. For the server it takes `host`, `port`, the `Limits` (of one request and of all
+together) and the API key (`key`, empty: none). For the detector it takes a `checkpoint` (a path;
+None: the newest run in the folder `runs`, else the shipped detector), the `device` (auto, cpu, cuda
+or cuda:N) and `rates`: the pair (highest false-positive rate, highest miss rate), each 0 to 0.5,
+from which the limits of the verdicts are chosen. A rate of None keeps the detector's limit.
 
 `run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises
-OSError if the port is in use, ValueError if the detector cannot be loaded or has no threshold for
-a rate, and SystemExit if a second signal stopped the server at once.
+OSError if the port is in use, ValueError if the detector cannot be loaded or has no threshold for a
+rate, and SystemExit if a second signal stopped the server at once.
 """
 
 from pathlib import Path

@@ -1,10 +1,15 @@
 """Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
-Main entry: `Scorer` takes a detector, the `Limits` of the server and the `Metrics` to update. Its
-`submit()` takes the `ImageFile`s of one request and returns a `Job` for each; `Job.done` is a
-future of the image's row, a dict with the columns of `predict.py` (path, probability, verdict,
-error ...). It raises `Refused` (status 429) if the queue has no room for all of them. A future is
-cancelled if its request has ended. `close()` stops the threads.
+Main entry: `Scorer(detector, limits, metrics)` takes a detector, the `Limits` of the server
+(`queue` and `batch_size` are used) and the `Metrics` to update. Its `submit(files)` takes the
+`ImageFile`s of one request (a name and a function that reads the bytes) and returns a list with a
+`Job` for each, at once; `Job.done` is a future of the image's row, a dict with the columns of
+`predict.py` (path, probability, verdict, error ...). `submit()` raises `Refused` (status 429) if
+the queue has no room for all of them. The caller cancels the futures of a request that has ended;
+these images are not scored. `close()` scores the decoded images and stops the threads.
+
+`is_full` tells whether the queue is full, `works` whether the scoring thread runs, and
+`retry_after` estimates the seconds until all waiting images are scored.
 """
 
 import contextlib

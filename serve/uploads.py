@@ -1,11 +1,15 @@
 """Read the body of a request: a form with image files, one image, or a JSON list of URLs.
 
-Main entries: `read_images(request, kind, limits)` takes the request, its content type (from
-`kind_of()`) and the `Limits`, and returns an `ImageFile` for each image. `read_addresses()` returns
-the URLs of a JSON body; `serve/addresses.py` downloads them. `size_of()` returns the size of the
-body in bytes from its Content-Length header, before it is read; without the header, it returns the
-limit. All four functions raise `Refused` with the HTTP status if the request is invalid or too
-large. Bodies stay in memory; uploaded images are never written to disk.
+Main entries, the first two of which are coroutines: `read_images(request, kind, limits)` takes the
+request, its content type (from `kind_of(request)`) and the `Limits`, and returns a list with an
+`ImageFile` (a name and a function that returns the bytes) for each image. `read_addresses(request,
+limits)` returns the list of URLs of a JSON body `{"urls": [...]}`; `serve/addresses.py` downloads
+them. `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
+header, before it is read; without the header, it returns the limit.
+
+All four functions raise `Refused` with the HTTP status if the request is invalid or too large; the
+coroutines raise starlette's ClientDisconnect if the client is gone. Bodies stay in memory; uploaded
+images are never written to disk.
 """
 
 import json
