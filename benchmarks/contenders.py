@@ -4,12 +4,11 @@
 
 NAME is a loader of `CONTENDERS` (this project's or another library's), PLACE a folder with
 `images/` and `shards/`, WORKERS the number of the loader's processes or threads, BATCH the images
-per batch, EPOCHS how often all images are loaded (some libraries load them only once). OUT is a
-file that gets JSON: `first` and `last`, the moments of the first and the last batch
-(`time.monotonic`, which all processes of a machine share), `images`, the number of images in all
-batches but the first, and `version` of the library. If the library is not installed, OUT gets only
-`{"missing": package}`. `--prepare` measures nothing, but writes the files that the library needs to
-PLACE.
+per batch, EPOCHS how often all images are loaded. OUT is a file that gets JSON: `first` and `last`,
+the moments of the first and the last batch (`time.monotonic`, which all processes of a machine
+share), `images`, the number of images in all batches but the first, and `version` of the library.
+If the library is not installed, OUT gets only `{"missing": package}`. `--prepare` measures nothing,
+but writes the files that the library needs to PLACE.
 
 Main entry: `measure(contender, place, workers)` times a `Contender` (a loader: a function that
 yields the size of each batch, and the package that it needs) in the folder PLACE, with this number

@@ -5,10 +5,9 @@ The policy is `[augment.train]` of `recipes/phase1.toml`, the first training pha
 flip, color jitter, resampling, JPEG, blur and grayscale. Main entries: each `*_images(place,
 workers)` takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and the shard set
 `shards/bench`) and the number of workers (processes or threads). It loads the images in batches of
-`BATCH` with a library as its documentation shows, and yields the number of images of each batch: of
-`EPOCHS` epochs with torchvision, WebDataset and DALI, of one with the others. It raises ImportError
-if the library is not installed. The caller, `benchmarks.contenders`, measures the time, and sets
-`BATCH` and `EPOCHS`.
+`BATCH` with a library as its documentation shows, for `EPOCHS` epochs, and yields the number of
+images of each batch. It raises ImportError if the library is not installed. The caller,
+`benchmarks.contenders`, measures the time, and sets `BATCH` and `EPOCHS`.
 
 A `prepare_*(place)` function writes the format that a library needs to the same folder, and returns
 nothing; it is not timed. A library without augmentation gets torchvision's transforms on Pillow
@@ -224,8 +223,9 @@ def spdl_images(place: Path, workers: int) -> Iterator[int]:
         aggregator=torch.stack,
         num_threads=workers,
     )
-    for images in loader:
-        yield len(images)
+    for _ in range(EPOCHS):
+        for images in loader:
+            yield len(images)
 
 
 def prepare_litdata(place: Path) -> None:
@@ -264,8 +264,9 @@ def litdata_images(place: Path, workers: int) -> Iterator[int]:
 
     dataset = Images(str(place / "litdata"), shuffle=True, drop_last=True)
     loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True)
-    for images, _ in loader:
-        yield len(images)
+    for _ in range(EPOCHS):
+        for images, _labels in loader:
+            yield len(images)
 
 
 def prepare_streaming(place: Path) -> None:
@@ -293,8 +294,10 @@ def streaming_images(place: Path, workers: int) -> Iterator[int]:
         batch_size=BATCH,
         transform=transforms.Compose([to_rgb, torchvision_policy()]),
     )
-    for images, _ in DataLoader(dataset, BATCH, num_workers=workers, drop_last=True):
-        yield len(images)
+    loader = DataLoader(dataset, BATCH, num_workers=workers, drop_last=True)
+    for _ in range(EPOCHS):
+        for images, _labels in loader:
+            yield len(images)
 
 
 ENERGON_DATASET = """
@@ -325,7 +328,7 @@ def prepare_energon(place: Path) -> None:
 
 
 def energon_images(place: Path, workers: int) -> Iterator[int]:
-    """Load one epoch with Megatron-Energon and a task encoder; its loader has no end."""
+    """Load with Megatron-Energon and a task encoder. Its loader never ends."""
     from megatron.energon import (
         DefaultTaskEncoder,
         WorkerConfig,
@@ -355,6 +358,6 @@ def energon_images(place: Path, workers: int) -> Iterator[int]:
         max_samples_per_sequence=100,
         task_encoder=Encoder(),
     )
-    total = len(list((place / "images").rglob("*.jpg"))) // BATCH
+    total = len(list((place / "images").rglob("*.jpg"))) // BATCH * EPOCHS
     for _, batch in zip(range(total), get_loader(dataset), strict=False):
         yield len(batch.image)

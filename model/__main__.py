@@ -13,7 +13,7 @@ Main entry: `main()`, the click group of these commands:
   to 1, is the share of LAST (default 0.5);
 - `export` writes a checkpoint as ONNX files (`--onnx`), as a folder for the Hugging Face Hub
   (`--hub FOLDER`), or its head without the backbone (`--head FOLDER`);
-- `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote;
+- `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote.
 
 Each command prints its result, such as the path of a written file. An error is printed in one line,
 with exit code 1 (2 for a wrong option). The constant `NAME` is the option `--run`, and `RunName` is
