@@ -12,7 +12,8 @@ or more), so that these processes decode one large image at a time.
 
 `ByteBudget(total)` is a number of bytes that threads share. Its `of(size)` is a context manager
 that waits until `size` bytes are free and reserves them until the block ends. `give_back_freed()`
-returns memory that is free inside this process to the system.
+takes no arguments and returns nothing: it gives the memory that this process has freed back to the
+operating system.
 """
 
 import contextlib

@@ -2,12 +2,13 @@
 
 Main entries: `chunks(data)` yields (kind, start, end) of each whole chunk: its type, such as
 b"IDAT", and its position in `data`, with its length and checksum. It stops before the first
-incomplete chunk. `essential(data)` returns the bytes of the PNG without its metadata chunks; pixels
-are decoded from these bytes, so that bad metadata does no harm. It raises `ValueError` if the
-palette is missing. `is_plain(data)` returns True if every decoder reads the same pixels: at most 8
-bits per sample, not animated, no unknown, damaged or incomplete chunk. `texts(data)` yields
-(keyword, content) of each text chunk, a text and bytes. Of a compressed content, at most
-`MAX_TEXT_BYTES` are unpacked; a damaged one is skipped.
+incomplete chunk, and yields nothing for bytes that are no PNG. `essential(data)` returns the bytes
+of the PNG without its metadata chunks; pixels are decoded from these bytes, so that bad metadata
+does no harm. It raises `ValueError` if the palette is missing. `is_plain(data)` returns True if
+every decoder reads the same pixels: at most 8 bits per sample, not animated, no unknown, damaged or
+incomplete chunk. `texts(data)` yields (keyword, content) of each text chunk: a str and bytes.
+Compressed content is unpacked, at most `MAX_TEXT_BYTES` of it; a chunk that cannot be unpacked is
+skipped.
 """
 
 import zlib

@@ -4,8 +4,9 @@ Main entry: `members(path, wanted)` takes the path of a plain or compressed tar,
 takes the name of a file and returns whether the file is wanted. It yields a `TarMember` for each
 wanted file, in the order of the archive: its `name`; `excluded`, the reason why the file is not
 read (a link, an unsafe path, too large, ...), or ""; and `read`, a function without arguments that
-returns the bytes, or None if the file is excluded. A damaged archive raises `DecodeError`; the
-members before the error are good. An archive that cannot be opened raises `OSError`.
+returns the bytes of the file. For an excluded file, `read` is None. A damaged archive raises
+`DecodeError`; the members before the error are good. An archive that cannot be opened raises
+`OSError`.
 
 In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar
 (`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until its

@@ -1,13 +1,14 @@
 """List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members(archive, name)` takes the path of an archive, and a name for messages (empty:
-the path). It yields a `ZipMember` for each file, sorted by name: its `name`, its location `where`,
-its `size` in bytes, and `excluded`, the reason if it is not read (`HIDDEN`, encrypted, an unsafe
-path, ...), or "". `read_member(archive, where, version)` returns the bytes of one file; `where` is
-from its `ZipMember`, and `version` is any text that changes when the archive changes. Archives in
-several volumes (X.z01, X.z02, ..., X.zip) are read too. Errors are `ZipError` for an archive that
-is damaged, incomplete or claims more than `MAX_RATIO` times its size, `DecodeError` for a damaged
-file, and `OSError`.
+Main entries: `members(archive, name)` takes the path of an archive, and the archive's name for
+error messages (empty: the path). It yields a `ZipMember` for each file, sorted by name: its `name`,
+its location `where`, its `size` in bytes, and `excluded`, the reason if it is not read (`HIDDEN`,
+encrypted, an unsafe path, ...), or "". `read_member(archive, where, version)` returns the bytes of
+one file; `where` is from its `ZipMember`, and `version` is any text that changes when the archive
+changes. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read too. `members()` raises
+`ZipError` if the archive is damaged or incomplete, or if its files claim to unpack to more than
+`MAX_RATIO` times its size. `read_member()` raises `DecodeError` if the file in the archive is
+damaged. Both raise `OSError`.
 
 Four functions check names and modes of files in folders and archives of any kind. `is_hidden(name)`
 and `leaves_archive(name)` (the path would lead out of the target folder) return a bool.

@@ -1,25 +1,32 @@
 """Run the commands of the package, `python -m sharding COMMAND`: download, pack and check images.
 
 Main entry: `main()`, a click group. Each command parses its options, calls one function of the
-package and prints the result; an error is one line and exit code 1. `RAW`, `CATALOG` and `JOBS` are
-options that several commands share: the folder of the raw datasets, a TOML file added to the
-built-in catalog, and the number of parallel tasks. The commands and their options:
+package and prints the result; an error is one line and exit code 1. Several commands share three
+options: --raw (`RAW`), the folder of the raw datasets; --catalog (`CATALOG`), a TOML file added to
+the built-in catalog; and --jobs (`JOBS`), the number of parallel tasks (default: one per core). The
+commands and their other arguments and options:
 
     fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
-                       --git-mirror: folder of local copies of Git repositories; --catalog
-    build              pack raw images into shard sets (tars with an index) in --out; --set: only
-                       this set; --engine local or ray; --max-bad: allowed fraction of unreadable
-                       images; --allow-incomplete: accept rules without a file and one class
-    show SET           print the images of a set by source, class and generator
-    list [SOURCE...]   print the known sources and the sets in --out, or all facts about SOURCE
+                       --git-mirror: folder of local copies of Git repositories
+    build              pack raw images into shard sets (tars with an index) in the folder --out;
+                       --set: name of a set, to build no other; --engine: local (processes) or ray
+                       (a Ray cluster); --max-bad: allowed fraction of unreadable images;
+                       --allow-incomplete: accept catalog rules that match no file, and training
+                       sets with only one class
+    show FOLDER        count the images of the set there by source, class and generator
+    list [SOURCE...]   print the known sources and the sets in the folder --out, or only all facts
+                       about each SOURCE
     verify FOLDER      check the set or sets there against their index; exit code 1 for faults
-    diff SET SET       list the samples that differ between two sets; exit code 1 if any do
+    diff BEFORE AFTER  list the samples that differ between two sets, given as folders; exit code 1
+                       if any do
     describe FOLDER    write a proposed catalog for a folder of images to the file --out
-    audit FOLDER...    write to --out how well metadata alone separates real from fake; --match:
-                       CSV file of samples that metadata does not separate; --seed
-    pairs SET          make a fake partner of each real image with the VAE --decoder, in --out;
-                       --max-megapixels: larger images are left out; --device
-    demo FOLDER        make synthetic raw images with their catalog; --seed
+    audit FOLDER...    write to the folder --out how well metadata alone separates real from fake
+                       images in the sets; --match: CSV file to write, of samples that metadata
+                       does not separate; --seed
+    pairs SET          write a fake partner of each real image of the set (a folder) to the folder
+                       --out; --decoder: the VAE, a folder or OWNER/NAME on the Hugging Face hub;
+                       --max-megapixels: larger images are left out; --device: auto, cpu or cuda
+    demo FOLDER        make synthetic raw images and their catalog in FOLDER; --seed
 """
 
 import contextlib

@@ -1,14 +1,14 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
 Main entry: `build(catalog, raw, out)` takes a `Catalog` and the folders of the raw datasets and of
-the output; also `only` (names of the sets to build; none: all), `jobs` (processes; 0: one per
+the output. Options: `only` (names of the sets to build; empty: all), `jobs` (processes; 0: one per
 core), `engine` ("local" or "ray"), `tolerance` (a `Tolerance`: allowed fraction of unreadable
-images, and whether incomplete data are accepted) and `progress(what, total)`, a context manager
-whose value is called with each number of finished images. It writes a folder per set, and returns a
-`SourceScan` (of `find_sources()`: images by source, sources without images) and a list of
-`BuiltSet` (name, index, shards written), empty without images. Errors are `ShardError`,
-`CatalogError`, `RawError` and `OSError`. Finished work of a killed run is kept in `out/.build`: the
-inventory of each source (sharding/inventory.py) and, for each set, the rows of finished shards.
+images, and whether rules without a file and training sets of one class are accepted), and
+`progress`: `progress(what, total)` returns a context manager that yields a function, which is
+called with the number of images finished since its last call. `build()` writes a folder per set. It
+returns a `SourceScan` (images by source, sources without images) and a list of `BuiltSet` (name,
+index, shards written), empty without images. Errors are `ShardError`, `CatalogError`, `RawError`
+and `OSError`. `out/.build` has the finished work of a killed run, for the next run.
 """
 
 import contextlib

@@ -3,9 +3,10 @@
 Main entry: `decide(inventory, split_of, exclude)` takes a pyarrow table with one row per raw image
 (`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, wanted set or shares of sets,
 ...), a dict from the name of a set to its split ("train", "val" or "test"), and the first
-hexadecimal digits of SHA-256 hashes to exclude. It returns a `Decision` with one entry per image:
-the set that the image was meant for (`wanted`), its set (`sets`), or "" and the reason (`reasons`),
-the row of the image kept instead or -1 (`other`), and the name of its group (`groups`).
+hexadecimal digits of SHA-256 hashes to exclude. It returns a `Decision`: arrays with one value per
+row. `wanted` is the set that the image was meant for, and `sets` its final set, or "" if it is
+excluded. `reasons` is the reason for that. `other` is the row of the image that is kept instead, or
+-1. `groups` is the name of its group.
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split

@@ -1,11 +1,11 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entries: `fetch_all(catalog, raw, names)` yields and `fetch_source(name, source, raw)` returns
-a `Fetched` per source: status ("complete", "downloaded", "by hand", "failed") and note (its folder
-below `raw`, what to do, or the error, which is not raised). `names` empty: all with a `fetch`
-entry; an unknown name raises `CatalogError`. `progress(label, total)` is a context manager that
-yields `advance(count)`. `git_mirror`: folder of copies of Git repositories, or None. MARK, written
-last, lists the files of a complete folder. BEGUN has the state of a download that can be resumed.
+Main entry: `fetch_all(catalog, raw, names)` downloads these sources (none: all with a `fetch`
+entry; an unknown name raises `CatalogError`) to folders below `raw`. It yields a `Fetched` for
+each: `status` ("complete", "downloaded", "by hand", "failed") and `note` (folder, what to do, or
+the error, which is not raised). `fetch_source(name, source, raw)` downloads one and returns its
+`Fetched`. `progress(label, total)` returns a context manager that yields a function, called with
+the number of MiB or files since its last call. `git_mirror` is None or a folder of Git copies.
 """
 
 import contextlib

@@ -1,12 +1,14 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-Main entry: `pack_folder(folder, data)` takes that folder, the folder of all shard sets, `data`, the
-number of processes `jobs` (0: one per core), and `progress(what, total)`, a context manager for a
-progress bar whose value is called with each number of finished images. It writes a catalog, so that
-the user needs none, and both sets. It returns a `PackedFolder`: the name, the folder `place`, the
-paths of both sets below `data`, their numbers of images by class, and the number of shards written.
-A missing subfolder or fewer than `FEWEST` images of a class raise `CatalogError`; packing raises
-the errors of `sharding.build.build()`, also if more than `MAX_BAD` of the images are unreadable.
+Main entry: `pack_folder(folder, data)` takes that folder, the folder `data` of all shard sets, the
+number `jobs` of processes (0: one per core) and a function `progress`. `progress(what, total)`
+returns a context manager for a progress bar. It yields a function, which is called with the number
+of images finished since its last call. `pack_folder()` writes a catalog, so that the user needs
+none, and both sets. It returns a `PackedFolder`: the name, the folder `place` with the catalog and
+both sets, the paths of both sets below `data`, their numbers of images by class, and the number of
+shards written. A missing subfolder or fewer than `FEWEST` images of a class raise `CatalogError`;
+packing raises the errors of `sharding.build.build()`, also if more than `MAX_BAD` of the images are
+unreadable.
 
 The fraction `HELD_OUT` of the images goes to the validation set. `CLASS_FOLDERS` are the allowed
 names of the subfolders. Files below `data`:

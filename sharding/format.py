@@ -2,11 +2,12 @@
 table of samples.
 
 Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
-`ShardSet`. Its samples are row numbers of its `table`, a pyarrow table with the columns
-`SAMPLES_SCHEMA` (`shard` as the number `shard_code`). Its `column(name)` is a NumPy array, and
-`codes(name)` a column of names as (int32 codes, names). `read_index(folder)` returns the
-`index.json` of one set as a dict (sharding/layout.py has the fields). Both raise `ShardError` for a
-missing or damaged set, and `OSError`. A set is a folder with these files:
+`ShardSet`. A sample is a row number of its `table`, a pyarrow table with the columns
+`SAMPLES_SCHEMA`. Only the column `shard`, the name of a tar, is replaced by `shard_code`, a
+position in the tuple `shards`. Its `column(name)` is a NumPy array, and `codes(name)` a column of
+names as (int32 codes, names). `read_index(folder)` returns the `index.json` of one set as a dict
+(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set, and
+`OSError`. A set is a folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader

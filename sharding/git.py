@@ -2,13 +2,13 @@
 
 Main entry: `extract(git, folder, work, mirror, progress)` takes the `Git` entry of a catalog source
 (repository, commit, pattern of the files), writes the selected files into `folder`, and returns an
-`Extracted`: `names`, their paths below `folder`, and `left_out`, counts of other files by reason
-(`LINKS`, `NAMES`, ...). `work` is a Git directory for the download, which a later call resumes.
-`mirror` is None or a folder of local copies, each named OWNER+NAME. If the repository is among
-them, `extract()` reads the copy and downloads nothing. `progress(label, total)` is a context
-manager for a progress bar; its value is called with each number of finished files. Errors are
-`FetchError` (Git, network, wrong files), and `OSError` or `ValueError` for `folder` (disk full, a
-link that leads out of it).
+`Extracted`: `names`, their paths below `folder`, and `left_out`, a dict from a reason (`LINKS`,
+`NAMES`, ...) to the number of files left out. `work` is a Git directory for the download, which a
+later call resumes. `mirror` is None or a folder of local copies, each named OWNER+NAME. If the
+repository is among them, `extract()` reads the copy and downloads nothing. `progress(label, total)`
+returns a context manager for a progress bar. It yields a function, which is called with the number
+of files finished since its last call. Errors are `FetchError` (Git, network, wrong files), and
+`OSError` or `ValueError` for `folder` (disk full, a link that leads out of it).
 
 Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
 submodule, no prompt. Git may use only the protocols https and file. A local repository is read in

@@ -1,19 +1,20 @@
 """Decode every raw image once and store one row of facts per image in a table, the inventory.
 
-Main entry: `take_inventory(raw, folder, name, items)` takes the raw folder (a text) and `items`, a
-table of up to `CHUNK` listed images, made by `item_table()` from the `Item`s of
-sharding/listing.py. It writes their rows (SHA-256, size, format, perceptual hash, ...) to the
-parquet file `folder/name` and returns their number. The row of an image that cannot be decoded has
-the reason; a file that cannot be read raises `OSError`. `describe(prepared)` and `refuse(reason)`
-return the row of a good and of a bad image, a dict.
+Main entry: `take_inventory(raw, folder, name, items)` takes two folders as texts: `raw`, of all raw
+datasets, and `folder`, of the inventory (`.build/inventory/` below a build's output). `items` is a
+table of up to `CHUNK` images, made by `item_table()` from the `Item`s of sharding/listing.py. The
+function writes a row of facts for each image (SHA-256, size, format, perceptual hash, ...) to the
+parquet file `folder/name` and returns the number of rows. If an image cannot be decoded, its row
+has the reason. If a file cannot be read, `OSError` is raised. `describe(prepared)` returns the row
+of a good image as a dict, and `refuse(reason)` that of a bad one.
 
-The folder is `.build/inventory/` below the output of a build. The next build decodes only new and
-changed images: `known_facts(folder, source)` returns the rows of earlier runs or None, and
-`missing_chunks(source, items, facts)` yields (name, items) for `take_inventory()`.
-`finish_source(folder, source, items, listing)` then joins all rows of a source, writes
-`<source>.parquet` with the notes of the `Listing` (what was excluded), and returns the table with
-the columns `SCHEMA`. `read_source(folder, source)` returns (table, `Listing`) of a source whose raw
-files are gone, or None if it was never packed. A damaged file raises `ShardError`.
+A build decodes only new and changed images. `known_facts(folder, source)` returns a table of the
+rows of earlier builds, or None. `missing_chunks(source, items, facts)` takes that table and yields
+a file name and a table of images for each call of `take_inventory()`. `finish_source(folder,
+source, items, listing)` then joins all rows of a source and writes them to `<source>.parquet`, with
+the notes of the `Listing` (what was excluded). It returns the table, with the columns `SCHEMA`.
+`read_source(folder, source)` returns (table, `Listing`) of a source whose raw files are gone, or
+None if it was never packed. A damaged file of the inventory raises `ShardError`.
 """
 
 import hashlib

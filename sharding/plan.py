@@ -6,7 +6,7 @@ key, path, label, SHA-256, `stored` bytes, ...) and the name of the split. It re
 and its `fingerprint`. This is a hash of the tar's name and of the values of its rows in the table
 (with the SHA-256 of each image); a build compares it to find out whether a shard is up to date. A
 shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
-shard of its own. Two files with one key raise `ValueError`.
+shard of its own. If two samples have the same key, `ValueError` is raised.
 
 `sample_key(source, origin)` returns the key of a sample: its source and a hash of `origin`, the
 path of the image below the raw folder.

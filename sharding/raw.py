@@ -2,14 +2,16 @@
 
 Main entries: `walk(raw, root)` takes the folder of all raw datasets and the name of a folder in it.
 It yields a `RawFile` for each file below `raw/root`, sorted by path, with each zip archive as a
-folder. A `RawFile` has the path of the file, its location in an archive (`member`), its size in
-bytes, a `version` that changes with the file, and the reason if it is not read (a link, an unsafe
+folder. A `RawFile` has `inside`, the path below `raw/root`; `path`, the file with the bytes, below
+`raw`; `member`, the location in that file if it is an archive, else ""; `size` in bytes; `version`,
+a text that changes with the file; and `excluded`, the reason if it is not read (a link, an unsafe
 name in an archive), else "". A broken archive raises `RawError`, an unreadable folder `OSError`.
 
-`read_all(raw, rows)` takes dicts with the keys `path`, `member` (also a cell of a parquet table),
-`size`, `version` and `excluded`. It yields for each its bytes, or a `DecodeError` (not raised) that
-says why it is unreadable. A table with fewer rows than were listed raises `RawError`, an unreadable
-file `OSError`. Nothing is unpacked to disk.
+`read_all(raw, rows)` takes the folder of all raw datasets and a list of dicts, one per image, with
+the keys `path`, `member` (also the location of a cell in a parquet table), `size`, `version` and
+`excluded`. For each image it yields the bytes, or a `DecodeError` (not raised) that says why it
+cannot be read. A table with fewer rows than were listed raises `RawError`, an unreadable file
+`OSError`. Nothing is unpacked to disk.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the folder below `raw` that has the name `root`, even if its name on disk has another composition,

@@ -10,8 +10,8 @@ found of each source) that `sharding.build.build()` returns, and the output fold
 `Catalog`, the `SourceScan` and the searched folder. `say_what_was_paired(pairs, out)` takes the
 `Pairs` of real and fake images and their folder. `say_what_was_audited(name, result, matched)`
 takes a set's name, its `Audit` (how well metadata alone separate real from fake images, as AUROC),
-and `matched`: a `Match` (a subset balanced by metadata), the reason why there is none, or None.
-Only a `Match` is printed.
+and `matched`: a `Match` (a subset balanced by metadata), the reason why there is none, or None. For
+the last two, nothing is printed about the subset.
 """
 
 import console

@@ -2,11 +2,11 @@
 bytes, images, counts and splits.
 
 Main entry: `verify(folders)` takes the folders of sets, `jobs` (processes; 0: one per core) and
-`on_images`, a function that is called with the number of images of each checked tar. It returns all
-faults as a list of lines, empty if there are none. It raises `ShardError` if a set cannot be
-opened. Tars are read again, images are decoded again and samples are counted again; only the hashes
-in the index are trusted. Between the sets, it is checked that no image and no group of related
-images is in two splits (train, val, test).
+`on_images`, a function that is called after each checked tar with the number of images in it. It
+returns all faults as a list of lines, empty if there are none. It raises `ShardError` if a set
+cannot be opened. Tars are read again, images are decoded again and samples are counted again; only
+the hashes in the index are trusted. Between the sets, it is checked that no image and no group of
+related images is in two splits (train, val, test).
 
 `verify_shard(folder, entry, rows)` checks one tar, in a worker process. It takes the set's folder
 as a text, the tar's entry in the index and its rows of the table of samples, and returns (number of

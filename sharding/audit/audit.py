@@ -1,12 +1,12 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards)` takes a `ShardSet`, `seed` (of folds and models) and `on_step`, called
-`steps_of(shards)` times with 1. It returns an `Audit`: AUROCs of classifiers on metadata (format,
-size, ...), over all images (`Estimate`), by source (`SourceAudit`) and by feature (`FeatureAudit`);
-values that predict the label (`Shortcut`); and a verdict, "little", "some", "strong" or "unknown".
-`open_sets(folders)` returns `ShardSet`s by name. `write_report(path, seed, sets)` writes
-report.json; `sets` are the results of `as_json()` by name. Other modules use `cross_fit()` (scores)
-and `estimate()` (AUROC). A missing scikit-learn (extra `audit`) raises `ValueError`.
+Main entry: `audit(shards)` takes a `ShardSet`, `seed` (of folds and models) and `on_step`, a
+function called with 1 after each of `steps_of(shards)` steps. It returns an `Audit`: AUROCs of
+classifiers on metadata (format, size, ...), over all images (`Estimate`), by source (`SourceAudit`)
+and by feature (`FeatureAudit`); values that predict the label (`Shortcut`); and a verdict,
+"little", "some", "strong" or "unknown". `open_sets(folders)` returns a dict, name of a set ->
+`ShardSet`. `write_report(path, seed, sets)` writes report.json; `sets` is a dict, name of a set ->
+result of `as_json()`. A missing scikit-learn (extra `audit`) raises `ValueError`.
 """
 
 import functools

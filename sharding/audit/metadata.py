@@ -4,8 +4,9 @@ and `match`.
 Main entry: `metadata_of(shards)` takes a `ShardSet` and returns a `Metadata`: `values`, float32
 (samples, 10), with format, width, height, aspect, bits per pixel, JPEG quality, JPEG tables,
 chroma, EXIF and source; `labels`, int8 (0 real, 1 fake); `groups`, int64, equal for related images;
-and `names`, the texts of the codes in a column. Only the index is read. `FEATURES` maps a feature
-to its columns. `NAMED` lists the columns that contain codes of names instead of quantities.
+and `names`, a dict: for each column of `NAMED`, the list of texts that its codes stand for. Only
+the index is read. `FEATURES` maps the name of a feature to the numbers of its columns. `NAMED` are
+the numbers of the columns that contain codes of names instead of quantities.
 
 `assign_folds(metadata, seed)` returns a fold for each sample, int64, 0 to 4 (`FOLDS` is 5), for
 cross-validation; a group is never in two folds. `spelled(metadata, feature)` takes a key of

@@ -1,8 +1,9 @@
 """Render synthetic raw images, real and fake, for a demo without any download.
 
-Main entry: `make_demo(folder, seed=0)` writes these files below `folder` in `jobs` processes and
-returns a dict from each source (`SOURCES`) to its number of images. After each image it calls
-`on_done(done, total)` with two numbers of images, unless `on_done` is None.
+Main entry: `make_demo(folder, seed=0)` writes these files below `folder` in `jobs` processes
+(default 2) and returns a dict from each source (`SOURCES`) to its number of images. After each
+image it calls `on_done(done, total)`: the number of images so far and of all. `on_done` may be
+None.
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
     folder/catalog.toml

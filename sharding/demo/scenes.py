@@ -5,9 +5,9 @@ height and a width in pixels, and returns linear light: float32 (height, width, 
 Real and fake images have the same scenes, so the scene reveals nothing about the label.
 
 The other functions paint parts of a scene; `rng` is the random generator. `fractal(slope, side)`
-returns noise of amplitude 1/f**slope, float32 (side, side). `texture(rng, shape, slope)` cuts a
-random region of this shape out of it. `cover(canvas, mask, paint)` blends `paint` over `canvas` in
-place, with `mask` (0 to 1) as opacity.
+returns noise of amplitude 1/f**slope, float32 (side, side). `texture(rng, shape, slope)` returns a
+random region of such noise; `shape` is (height, width). `cover(canvas, mask, paint)` blends `paint`
+over `canvas` in place, with `mask` (0 to 1) as opacity.
 """
 
 import functools

@@ -2,10 +2,11 @@
 
 Main entry: `make_pairs(folder, out, decoder)` takes the folder of a set, the output folder and a
 `Decoder` (a VAE that reconstructs images, from `load_decoder()` of `sharding/pairs/decoder.py`).
-Images of more than `max_megapixels` get no partner. `on_image()` is called without arguments after
-each real image. It returns a `Pairs`: the name of the new set, the catalog's path, `counts` of
-pairs by source, how many of them existed `already`, and `excluded`, counts of real images without a
-partner by reason. These files are written below `out`:
+Images of more than `max_megapixels` (default `MAX_MEGAPIXELS`) get no partner. `on_image()` is
+called without arguments after each real image, with or without a partner. `make_pairs()` returns a
+`Pairs`: the name of the new set; the catalog's path; `counts`, a dict from a source to its number
+of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason to the
+number of real images without a partner. These files are written below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
     <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
