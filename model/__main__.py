@@ -2,23 +2,27 @@
 
 Main entry: `main()`, the click group of these commands:
 
-- `import FILE` converts the original project's `.pth` checkpoint to a new run (`--run NAME`);
-- `fetch [NAME]` downloads the backbone of a detector (default: the shipped one) into the cache, or
-  with `original` the original project's checkpoint, which becomes a run; `--file` uses a file
-  downloaded by hand, `--trust-list` fetches C2PA's list of trust anchors instead;
-- `embed [SET]... --recipe FILE` computes the stored features that training with the recipe reads,
-  and those of more sets;
-- `curves RUN` plots the loss and the validation metrics of a run's folder to `--out`, a PNG;
-- `average FIRST LAST --run NAME` writes the average of two checkpoints as a new run; `--weight`, 0
-  to 1, is the share of LAST (default 0.5);
-- `export` writes a checkpoint as ONNX files (`--onnx`), as a folder for the Hugging Face Hub
-  (`--hub FOLDER`), or its head without the backbone (`--head FOLDER`);
+- `import FILE` converts FILE, a `.pth` checkpoint of the original project, to a new run with the
+  name `--run` (default `original`);
+- `fetch [NAME]` downloads the backbone of the detector NAME (default: the shipped one) into the
+  cache. If NAME is `original`, it downloads the original project's checkpoint instead, as a new
+  run. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE` takes the
+  backbone or the list from a file that was downloaded by hand;
+- `embed [SET]... --recipe FILE` computes and stores the features of the images that training with
+  the recipe reads, and those of each further set SET;
+- `curves RUN` plots the loss and the validation metrics of the run folder RUN as a PNG file,
+  `--out` (default `curves.png`);
+- `average FIRST LAST --run NAME` writes the average of two checkpoint folders (of a run: its best
+  checkpoint) as the new run NAME; `--weight`, 0 to 1, is the share of LAST (default 0.5);
+- `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
+  (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
+  head without the backbone (`--head FOLDER`);
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote.
 
 Each command prints its result, such as the path of a written file. An error is printed in one line,
-with exit code 1 (2 for a wrong option). The constant `NAME` is the option `--run`, and `RunName` is
-its type, which refuses names outside the folder of all runs. Commands import torch only after their
-options are checked.
+with exit code 1 (2 for a wrong option). The constant `NAME` is the click option `--run`. `RunName`
+is its click type, which refuses names outside the folder of all runs. Commands import torch only
+after their options are checked.
 """
 
 from pathlib import Path

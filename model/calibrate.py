@@ -5,20 +5,22 @@ Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes la
 fake), logits of fake minus real, each (N,), and the rule for the decision threshold: `0.5`, `fpr5`
 or `fpr1` (5 % or 1 % false positives), or `auto` (the larger of 0.5 and `fpr5`).
 `calibrate_sources(scores, calibrating, origin)` takes a dict, source -> (labels, logits), and a
-`Calibrating` with the highest error rates that the ends of the band may have (`max_fpr`,
-`max_miss`, and `threshold`, an `Over`); `origin` is a text that says how the scores were made.
-`calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is a name of a threshold,
-the second if it is a `Calibrating`; `sources` (N,) are the names of the images' sources.
+`Calibrating`: `max_fpr` and `max_miss`, the highest error rates that the ends of the band may have,
+and `threshold`, the images for which they must hold (`Over`). `origin` is a text that says how the
+scores were made. `calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is a name
+of a threshold, the second if it is a `Calibrating`; `sources` (N,) are the names of the images'
+sources.
 
-All return a `Calibration`: temperature, threshold, band (low, high) and tables of error rates. Its
-`entries(fitted_on)` (set name -> hash) returns the dict for a checkpoint's `meta.json`. They raise
-`CalibrationError` if a class has fewer than `FEWEST` images, a score is not finite or no
-temperature fits. `check_validation_sets(folders)` raises it if a set is not of the split `val`: a
-threshold fitted to test images would make their error rates look too good.
+All three return a `Calibration`: temperature, threshold, band (low, high) and tables of error
+rates. Its `entries(fitted_on)` (set name -> hash) returns the dict for a checkpoint's `meta.json`.
+All three raise `CalibrationError` if a class has fewer than `FEWEST` images, a score is not finite
+or no temperature fits. `check_validation_sets(folders)` raises this error if a set is not of the
+split `val`: a threshold fitted to test images would make their error rates look too good.
 
-`Over` says whether error rates hold for all images together, for most sources or for the worst
-source. `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the allowed temperatures, the tabulated
-error rates and the points of the ROC curve. The other functions compute single parts of the result.
+`Over` is `pooled`, `most_sources` or `worst_source`: error rates hold for all images together, for
+each of three quarters of the sources, or for each source. `TEMPERATURES`, `RATES` and
+`ROC_THRESHOLDS` are the allowed temperatures, the tabulated error rates and the points of the ROC
+curve. The other functions compute single parts of the result.
 """
 
 import math

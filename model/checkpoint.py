@@ -2,20 +2,20 @@
 
 A checkpoint has `weights.safetensors` (plain timm names), `state.pt` (only for resuming training)
 and, written last, `meta.json` with the SHA-256 of every file and of its own entries (fields:
-`model/layout/meta.py`). A run is a folder of checkpoints `step_` plus at least seven digits. A
-shipped detector has only the head's weights; `backbone` in its meta names the file of the rest.
+`model/layout/meta.py`). A run is a folder of checkpoints, named `step_` and at least seven digits.
+A shipped detector has only the head; `backbone` in its meta names the file of the rest.
 
-Main entries: `save(folder, net, recipe, record, state, replayed)` writes a network with its
-`ResolvedRecipe`, a `Record` (step, metrics and data, for the meta), the dict for `state.pt` or
-None, and (epoch, key) of each replayed sample or None. `load_network(folder)` returns the
-`Detector` (CPU, evaluation mode), `Preprocess` and meta (dict). `find(runs, named, shipped)`
-returns the folder of a checkpoint: `named` itself, the best of the run `named`, or the shipped
-detector `named`. Without `named` it is the best of the newest run below `runs`; if there is no run,
-the default shipped detector if `shipped`. Errors: `CheckpointError`, and its subclasses
-`DamagedError` (a file is missing or has changed) and `NoCheckpointError` (no run, and nothing
-named). `seal()` writes the meta of new files, `annotate()` changes entries. `check()` and
-`verify()` return the meta, or raise if the weights do not fit or a file has changed. `best_of()`
-and `best_among()` return the best checkpoint of a run and of a list.
+Main entries: `save(folder, net, recipe, record, state, replayed)` writes a new checkpoint folder: a
+network with its `ResolvedRecipe`, a `Record` (step, metrics and data, for the meta), the dict for
+`state.pt` or None, and (epoch, key) of samples reused from old sets, or None.
+`load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta (dict).
+`find(runs, named, shipped)` returns the folder of a checkpoint: `named` itself, the best of the run
+`named`, or the shipped detector `named`. If `named` is None, it is the best of the newest run below
+`runs`; if no run exists and `shipped` is true, the default shipped one. Errors: `CheckpointError`,
+and its subclasses `DamagedError` (a missing or changed file) and `NoCheckpointError` (no run,
+`named` is None). `seal()` writes the `meta.json` of a new checkpoint, `annotate()` changes its
+entries. `check()` raises if the weights do not fit, `verify()` if a file has changed; else they
+return the meta. `best_of()` and `best_among()` return the best of a run or list, or None.
 """
 
 import contextlib

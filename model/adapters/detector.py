@@ -6,9 +6,9 @@ the user typed. `judge` is a `Judge`: an object with `prepare()`, which converts
 Pillow image to the detector's input, and `score()`, which converts a list of such inputs to
 probabilities of AI-generated, float64 (B,). `meta` is a dict with the name, hash, threshold and
 temperature; `meta_of(kind, name, ...)` makes one without calibration (`kind` is `hf`, `timm` or
-`file`; further keywords, such as `sha256`, identify the weights). `asked` is a band (low, high)
-that replaces the one of `meta`, or None. `reason` is a text for the log. `model/adapters/open.py`
-opens a detector by name.
+`file`; further keywords, such as `sha256`, identify the weights). `asked` is a band (low, high):
+probabilities between the two are "uncertain". It replaces the band of `meta`; None keeps that.
+`reason` describes the detector in the log. `model/adapters/open.py` opens a detector by name.
 
 `predict(images, batch_size)`, inherited from `AnyDetector`, takes one image (path, bytes, Pillow
 image or uint8 array) and returns a `Prediction` (name, probability from 0 to 1, verdict, error), or

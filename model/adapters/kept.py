@@ -1,13 +1,14 @@
-"""Store and load the calibration of a third-party detector: its temperature, decision threshold and
-uncertain band, the last with details under `calibration` (`KEYS`).
+"""Store and load the calibration of a third-party detector: a dict with the keys `KEYS`, which are
+`temperature`, `threshold` (for the decision) and `calibration` (the band of probabilities that are
+"uncertain", with details).
 
 Main entries: `keep_calibration(detector, runs, entries)` takes an `OtherDetector`, the folder of
-all runs and a dict with `KEYS` (the result of `Calibration.entries()`). It writes
-`<runs>/<detector.folder_name>/calibration.json` and returns this path (`calibration_path()`).
-`with_calibration(detector, runs)` returns a copy of the detector with the stored values. It returns
-the detector unchanged if there is no such file, or if the file was fitted to other weights (with a
-warning). It raises `DetectorError` if the file is damaged. The detector's own files are not
-changed.
+all runs and this dict (the result of `Calibration.entries()`). It writes
+`<runs>/<detector.folder_name>/calibration.json` and returns this path, as `calibration_path()`
+does. `with_calibration(detector, runs)` returns a copy of the detector with the stored values. It
+returns the detector unchanged if there is no such file, or if the file was fitted to other weights
+(with a warning). It raises `DetectorError` if `calibration.json` is damaged. The detector's own
+files are not changed.
 """
 
 import json

@@ -1,12 +1,12 @@
 """Open an image classifier of the Hugging Face Hub, or of a local folder, as a detector.
 
 Main entries: `open_transformers()` and `open_timm()`, which use the library of that name. Both take
-`name` (a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`; for timm also its name of a network),
-`device` (`auto`, `cpu`, `cuda` or `cuda:N`), `fake_labels` (the labels that mean AI-generated; if
-empty, the words of the labels decide) and `threshold` (from 0 to 1; None: 0.5, until a calibration
-is loaded). Both return an `OtherDetector`, whose `predict()` takes images and returns a
-`Prediction` (probability, verdict) of each. Its network is in a `NetworkJudge`: Pillow images in,
-float64 probabilities (B,) of AI-generated out.
+`name` (a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`; for `open_timm()` also timm's name of
+a network), `device` (`auto`, `cpu`, `cuda` or `cuda:N`), `fake_labels` (the labels that mean
+AI-generated; if empty, the words of the labels decide) and `threshold` (from 0 to 1; None: 0.5,
+until a calibration is loaded). Both return an `OtherDetector`, whose `predict()` takes images and
+returns a `Prediction` (probability, verdict) of each. Its network is in a `NetworkJudge`: Pillow
+images in, float64 probabilities (B,) of AI-generated out.
 
 They raise `DetectorError` if the library is missing, if the classifier cannot be downloaded or
 opened, or if its labels are not clear, and `ValueError` for an impossible device or threshold. Only

@@ -4,19 +4,21 @@ Main entry: `load_any(name, checkpoint, opening, device, backend, threshold, hea
 the value of `--detector`: `hf:OWNER/NAME`, `timm:OWNER/NAME`, `FILE.py` with a function `predict`,
 `FILE.onnx` or a checkpoint. `checkpoint` is the value of `--checkpoint`. Each may be None; if both
 are, the newest run or else the shipped detector is opened. `opening` is an `Opening`: `trust` (a
-Python file may run), `fake_labels` (the labels that mean AI-generated) and `runs` (the folder of
-all runs and calibrations). `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `backend` (`pil`, `dali`
-or `auto`) decodes the images. `threshold` (0 to 1) replaces that of the detector. `heatmap` says
-that heatmaps are wanted; these, and `dali`, need a checkpoint.
+Python file may run), `fake_labels` (the labels that mean AI-generated; empty: their words decide)
+and `runs` (the folder of all runs and calibrations). `device` is `auto`, `cpu`, `cuda` or `cuda:N`.
+`backend` (`pil`, `dali` or `auto`) decodes the images. `threshold` (0 to 1) replaces that of the
+detector; None keeps it. `heatmap` (bool) says that heatmaps are wanted; these, and `dali`, need a
+checkpoint.
 
 It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. Their `predict()` takes one image
 or several and returns a `Prediction` (name, probability, verdict, error) or a list; `stream()`
-yields them. It raises `DetectorError` if both names are given, if an option does not fit the kind
-or if the detector cannot be used, and `ValueError` or `OSError` as `load_detector()` does.
+yields them. It raises `DetectorError` (a `ValueError`) if both names are given, if an option does
+not fit the kind or if the detector cannot be used. It raises other kinds of `ValueError` for a
+checkpoint or ONNX file that cannot be used, and for an impossible device, backend or threshold.
 
 `kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint()` returns the
-path if the two names mean a checkpoint, else None. `open_other()` opens the other kinds. Slow
-imports (torch, timm, transformers) happen only when needed.
+checkpoint that one of the two names means, as a path, or None if neither does. `open_other()` opens
+a detector of another kind. Slow imports (torch, timm, transformers) happen only when needed.
 """
 
 from collections.abc import Sequence

@@ -1,26 +1,30 @@
 """Compute 95 % confidence intervals of metrics by the bootstrap, over resampled groups of images.
 
-Main entries: `resample(probabilities, images, groups, threshold)` takes the probabilities of fake,
-float64 (N,), the rows of each table line (a dict, line -> `Images`: row numbers of reals and of
-fakes), the group of each row (`Groups`) and the decision threshold on the probability. It returns a
-dict, line -> metric -> its values in all resamples, float64. `resamples` is their number (default
-`RESAMPLES`), `seed` the random seed, and `on_resamples(n)` is called after every n.
-`intervals(images, groups, resamples)` takes the `Images` and the values of one line and returns a
-dict, metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` does so for one
-metric, given its number of groups and the bounds of its range; it returns None for fewer than two
-groups, or if most values are NaN. `group_rows(groups, sources, labels)` makes the `Groups` from
-int64 codes (N,).
+Main entries: `resample(probabilities, images, groups, threshold)` takes the probability of fake of
+N images, float64 (N,), `images`, `groups` and the decision threshold. `images` is a dict with an
+entry for each selection of images whose metrics are wanted, such as one source: a key of the
+caller's choice (type `Line`, any hashable value) -> `Images`, the row numbers of its real and of
+its fake images. `groups` is the `Groups`: the group of each of the N images. It returns a dict, key
+-> metric -> values in all resamples (float64). `resamples` is their number (default `RESAMPLES`)
+and `seed` the random seed. `on_resamples(n)` is called from time to time; n is the number of
+resamples since the last call.
 
-Images are not independent: twenty images of one prompt, the frames of a video, a photo and its
-reconstruction. So whole groups (`group` of the index) are resampled with replacement, not images
-(Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). Groups are
-resampled within strata, which are the source and the classes in a group, because the number of
-groups in a stratum was a choice of the set's makers, not chance.
+`intervals(images, groups, resamples)` takes the `Images` and the values of one key. It returns a
+dict, metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` returns [low,
+high] of one metric: it takes the metric's values, the number of groups that it depends on, and its
+lowest and highest possible value (default 0 and 1; () if it has no bounds). It returns None for
+fewer than two groups, or if most values are NaN. `group_rows(groups, sources, labels)` makes the
+`Groups` from the group, source and label of each image, int64 (N,).
+
+Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
+resampled with replacement, not images (Davison and Hinkley, "Bootstrap Methods and their
+Application", 1997, section 3.8), and separately for each source and mix of classes, whose number of
+groups was chosen by the makers of the set.
 
 If every resample gives 0 or every resample gives 1 (no false positive among 45 photographs), the
-bootstrap interval would be a single point. The other end is then the exact bound for that number of
-groups, at a distance of 1 - (0.05 / 2) ** (1 / groups) (Clopper and Pearson, 1934). `ece` has no
-interval: resampling biases it upwards.
+bootstrap interval would be a single point. The other end is then the exact bound, at a distance of
+1 - (0.05 / 2) ** (1 / groups) (Clopper and Pearson, 1934). The metric `ece` has no interval:
+resampling biases it upwards.
 """
 
 import math

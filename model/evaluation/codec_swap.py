@@ -10,13 +10,15 @@ takes a detector (a `VariantScorer`, which preprocesses and scores decoded image
 scores at most `per_class` images of each class (those with the smallest SHA-256, so the same in
 every run) under all perturbations and swaps. It returns the entry `robustness` of `report.json` as
 a dict (numbers of images, a row per perturbation and per swap) and writes nothing. `threshold` is
-on the probability, after the `temperature`; `on_images(n)` is called after every n images.
+on the probability, after the `temperature`. `on_images(n)` is called after each image; n is the
+number of images since the last call, always 1.
 
 A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
-`container_of(shards, samples)` returns it for these row numbers, or None without lossy images; the
-other class is then not re-encoded in its way. A `Swap` is one test. `plan_swaps(shards, samples)`
-returns the containers of both classes and the swaps; `measure_swaps(perturbed, swaps, groups, ...)`
-takes the `PerturbedScores` and the group of each sample, and returns a dict per swap.
+`container_of(shards, samples)` returns the one of the images with the row numbers `samples`, or
+None if none of them is lossy; the other class is then not re-encoded in this way. A `Swap` is one
+test. `plan_swaps(shards, samples)` returns the containers of both classes and the swaps;
+`measure_swaps(perturbed, swaps, groups, ...)` takes the `PerturbedScores`, the swaps and the group
+of each sample of the set, and returns a list with a dict per swap.
 """
 
 from collections.abc import Callable, Sequence

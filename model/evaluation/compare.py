@@ -3,11 +3,12 @@ images whose verdict changed.
 
 Main entries: `shared_samples(*tables, intersect)` takes two or more `ScoreTable` (a row per image,
 with label and probability) and returns them with the images that all could read, in one order. It
-raises `ScoresError` if the tables have different images and `intersect` is false, no image in
-common, or different labels. `compare(before, after)` takes two of these tables and returns a `Line`
-per set, source and generator: `changes` has for each metric of `COMPARED` a `Change` (both values,
-and `low` and `high` of the difference after - before), or None if one table lacks it. It raises
-`ScoresError` if a set has different reference reals.
+raises `ScoresError` if the tables have different images and `intersect` is false (the default), no
+image in common, or different labels. `compare(before, after)` takes two of these tables and returns
+a list with a `Line` per set, source and generator. Its dict `changes` has for each metric of
+`COMPARED` a `Change` (both values, and `low` and `high` of the difference after - before), or None
+if one table lacks it. It raises `ScoresError` if the false-positive rates of a set come from
+different real images (reference reals).
 
 `flips(before, after)` returns a list of `Flip`, one per image whose verdict (fake or not, at each
 table's own threshold) changed, the largest change first; `fixed` means that it was wrong and is

@@ -2,16 +2,18 @@
 or an ONNX file), and calibrate a third-party detector.
 
 Main entries: `score_shards(detector, shards, dist, on_images)` takes an `OtherDetector` or
-`OnnxDetector` (`Scoring` is the part of their interface that is used), a shard set, the rank of
-this process (None: the only one) and a function that is called with n after every n images. It
-returns `Scores` of all samples: row numbers, labels (0 real, 1 fake), float32 logits before the
-temperature, and the reasons of failures. A score that is not finite is a failure.
+`OnnxDetector` (`Scoring` is the part of their interface that is used), a shard set and this
+process's rank (`DistEnv`; None for a single process). `on_images(n)` is called after each batch; n
+is the number of images that this process did since the last call. The function returns the `Scores`
+of all samples: row numbers, labels (0 real, 1 fake), float32 logits before the temperature, and the
+reasons of failures. A score that is not finite is a failure.
 
 `calibrate_other(detector, folders, runs, rule, dist)` scores the validation sets in `folders`, fits
 one `Calibration` (temperature, threshold, band) to all, writes it below `runs`, the folder of all
 runs, and returns it and the path of its file. `rule` is the name of a threshold (`auto`, `fpr5`,
-`fpr1` or `0.5`) or a `Calibrating` (two highest error rates). It raises `CalibrationError` for an
-ONNX file, a set of another split than `val`, or scores to which nothing can be fitted.
+`fpr1` or `0.5`) or a `Calibrating` (the two highest error rates that are allowed); `dist` is as
+above. It raises `CalibrationError` for an ONNX file, a set of another split than `val`, or scores
+to which nothing can be fitted.
 
 `DetectorScorer` is the detector as the robustness test needs it. `logits_in_batch(detector,
 prepared)` returns the logits of preprocessed images; it pads a batch if its size affects the

@@ -4,19 +4,20 @@ loaded.
 Main entry: `plan(subject, data, names, options, dist)` takes the folder of a checkpoint (or an
 opened `OtherDetector` or `OnnxDetector`), the folder of all sets, the names of the sets to score,
 and `Options`: `device` (`auto`, `cpu`, `cuda:N`), `loading` (batch size, decoding), `subset` (a
-list of samples; only these), `reference_reals` (name of a set), `robustness` (images per class for
-the robustness test, 0: none) and `features` (folder of stored features, or None). `dist` is the
-rank of this process (None: the only one).
+`Subset`: the only samples to score; None: all), `reference_reals` (the name of a set, or None),
+`robustness` (images per class for the robustness test, 0: none) and `features` (folder of stored
+features, or None). `dist` is this process's rank (`DistEnv`; None for a single process).
 
 It returns an `EvaluationPlan` (opened sets, meta of the checkpoint, device, precision, and the
 decoding backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError`
 if a set, sample, checkpoint or device does not exist or does not fit, and writes nothing.
 
 A `PlannedSet` is one set to score: its samples, hash and split. `Reals` names the set whose real
-images give the false-positive rate of sets without real images, and why; `choose_reference(data,
-opened, asked)` chooses it for the opened sets, or returns None. `trained_on(meta, hashes)` takes a
-checkpoint's meta and a dict, set name -> hash, and returns the names of sets that the checkpoint
-was trained on. `REAL` is the label of real images, 0.
+images give the false-positive rate of sets without real images, and why. `choose_reference(data,
+opened, asked)` chooses this set and returns the `Reals`, or None if none is needed or known:
+`opened` is a dict, name -> opened set, and `asked` the name of the set that the user wants, or
+None. `trained_on(meta, hashes)` takes a checkpoint's meta and a dict, set name -> hash, and returns
+the names of sets that the checkpoint was trained on. `REAL` is the label of real images, 0.
 """
 
 from collections.abc import Mapping, Sequence

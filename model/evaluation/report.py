@@ -4,17 +4,17 @@ source and generator, and the main results as sentences.
 Main entry: `report(scores, on_resamples)` takes a `ScoreTable` (`model/evaluation/scores.py`: a row
 per image, and a dict about the evaluation) and returns the report as a dict, whose fields
 `model/layout/report.py` describes. It writes nothing and needs no network and no images, so
-`evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called after every n
-bootstrap resamples.
+`evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called from time to
+time; n is the number of bootstrap resamples since the last call.
 
 `rows_of_set(scores, name)` returns the `Rows` of one set: labels, probabilities, sources, ... of
 its readable images, then of the real images of a reference set if the set needs them.
-`lines_of(rows)` returns a dict, `LineKey` (a line of the report, such as "overall" or ("sources",
-name)) -> `Images` (row numbers of reals and of fakes). `first_of_each(origins, groups, generators,
-rows)` selects from `rows` the first image of each prompt and generator, as in the published
-protocol of the set EvalGEN; `mean_and_std(recalls)` averages over generators and returns a dict.
-`on_training_data(sets)` returns the warning, as text, about sets that the checkpoint was trained
-on.
+`lines_of(rows)` returns a dict that says which images each line of the report is about: its key
+(`LineKey`: "overall", "reference", or such as ("sources", name)) -> `Images` (row numbers of reals
+and of fakes). `first_of_each(origins, groups, generators, rows)` selects from `rows` the first
+image of each prompt and generator, as in the published protocol of the set EvalGEN;
+`mean_and_std(recalls)` averages over generators and returns a dict. `on_training_data(sets)`
+returns the warning, as text, about sets that the checkpoint was trained on.
 """
 
 import re

@@ -5,13 +5,14 @@ Main entries: `score_perturbations(scorer, shards, samples, perturbations)` take
 a shard set (packed images), row numbers in this set (`sample_by_hash(shards, per_class)` chooses
 the same ones in every run) and a list of `Perturbation`, among them `ORIGINAL`. It returns
 `PerturbedScores`: row numbers and labels, float32 logits (perturbations, samples) before the
-temperature, and the reasons of failures. `on_images(n)` is called after every n images.
+temperature, and the reasons of failures. `on_images(n)` is called after each image of this process;
+n is the number of images since the last call, always 1.
 
-`measure_perturbations(perturbed, groups, temperature, threshold)` takes these, the group of each
-sample of the set (`group_codes()`) and the decision threshold on the probability after the
-temperature. It returns one dict per perturbation for `report.json`: metrics (`FIGURES`) with
-intervals, the share of changed verdicts, and per class the mean change of the logit with its
-interval (a `Shift`, computed by `shifts()` and `shift_of()`).
+`measure_perturbations(perturbed, groups, temperature, threshold)` takes the `PerturbedScores`, the
+group of each sample of the set (from `group_codes()`), the temperature, and the decision threshold
+on the probability after it. It returns a list with one dict per perturbation for `report.json`:
+metrics (`FIGURES`) with intervals, the share of changed verdicts, and per class the mean change of
+the logit with its interval (a `Shift`, computed by `shifts()` and `shift_of()`).
 
 A `VariantScorer` has `prepare(pixels)`, which preprocesses a decoded image, and `column(variants)`,
 which returns the logits of all variants of one image: `Scorer` for checkpoints, `DetectorScorer` of

@@ -1,12 +1,12 @@
 """Write and read `scores.parquet`: the score of every image of an evaluation, from which its report
 can be recomputed without the network.
 
-Main entries: `write_scores(path, parts, evaluation)` takes a list of Arrow tables (one per set, one
-row per image, columns `SCORES_SCHEMA`) and a dict about the evaluation. `rows_of(name, shards,
-scores, temperature)` makes such a table from a set's name, its `ShardSet` (packed images) and
-`Scores` (logits, failures), and the detector's temperature. `read_scores(path)` returns the rows
-and the dict as a `ScoreTable`, and raises `ScoresError` for another file or version. The dict,
-stored in the file metadata as JSON under `evaluation`, is
+Main entries: `write_scores(path, parts, evaluation)` takes the path of the new file, a list of
+Arrow tables (one per set, one row per image, columns `SCORES_SCHEMA`) and a dict about the
+evaluation. `rows_of(name, shards, scores, temperature)` makes such a table from a set's name, its
+`ShardSet` (packed images) and `Scores` (logits, failures), and the detector's temperature.
+`read_scores(path)` returns the rows and the dict as a `ScoreTable`, and raises `ScoresError` for
+another file or version. The dict, stored in the file metadata as JSON under `evaluation`, is
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its

@@ -4,7 +4,8 @@ paired 95 % intervals.
 Main entry: `side_by_side(runs)` takes a list of `Run` (name, `ScoreTable` from `shared_samples()`,
 images per second or None) and returns the dict below (null is None), with the sets that all runs
 measured. It adds `mean_of(runs)`, the run of the mean probability, named `MEAN`. It raises
-`ScoresError` if there is no such set, or if reference reals differ.
+`ScoresError` if there is no such set, or if the runs took the real images of a set from different
+sets (its reference reals).
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC,
@@ -19,8 +20,8 @@ A RUN has these keys:
 - `name` and the decision `threshold`;
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives on these reals). Each is `{"value": v,
-  "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval of the
-  difference to the best run, on the same resamples;
+  "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval of this run's
+  value minus that of the best run (null for the best run);
 - `common`: recall and false-positive rate at each common threshold;
 - `ece` (calibration error), and `images_per_s` or null;
 - `worst_source` (AUROC), `worst_generator` (recall at 5 % false positives) and `worst_perturbation`
@@ -28,7 +29,7 @@ A RUN has these keys:
 - `ranks`: the best and the worst rank of the run over the sources, or null.
 
 If a source has images of one class only, its AUROC uses all images of the other class in the set
-(`completed()`). `named_runs(names)` makes names unique.
+(`completed()`). `named_runs(names)` returns the names, made unique: a second `a` becomes `a (2)`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,13 +3,13 @@ the same images.
 
 Main entry: `export_onnx(checkpoint, out, images, on_images)` takes a checkpoint folder, an output
 folder, and a folder of images or a shard set for the comparison (None: noise). `on_images(n)` is
-called after every n compared images. It writes `FILES` and `PARITY_FILE` to `out` and returns the
-content of `PARITY_FILE` as a dict: under `files` a `Parity` per file as a dict, with each
-`Difference` in the probability of fake (largest, mean, number of other verdicts), and how many
-images were compared. It raises `ExportError`, and writes nothing, if a library is missing, no image
-can be read, or a difference is above `TOLERANCE`. The graph takes uint8 (batch, size, size, 3) RGB
-and gives the probability, float32 (batch,), and the logits (batch, 2); `DESCRIPTION` is the same as
-text.
+called after each batch; n is the number of images compared since the last call. It writes `FILES`
+and `PARITY_FILE` to `out` and returns the content of `PARITY_FILE` as a dict: under `files` a
+`Parity` per file as a dict, with each `Difference` in the probability of fake (largest, mean,
+number of other verdicts), and how many images were compared. It raises `ExportError`, and writes
+nothing, if a library is missing, no image can be read, or a difference is above `TOLERANCE`. The
+graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32 (batch,), and the
+logits (batch, 2); `DESCRIPTION` is the same as text.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing `files` with the
 network, `Preprocess` and meta of their checkpoint. It returns a list of `Parity` and a dict: the

@@ -8,7 +8,8 @@ returns it. It raises `CalibrationError` if there are too few images or no calib
 
 `leave_one_out(planned, train_state, source, on_head)` takes the `TrainState` (network, device, ...)
 and the `FeatureSource` (location of the features). It returns a dict, source -> (labels, logits of
-fake minus real), and calls `on_head(sources)` while the network has the head trained without these.
+fake minus real), and calls `on_head(sources)` once for each new head: `sources` is the list of
+names that this head was trained without, and the network has this head during the call.
 `refit(planned, train_state, without)` trains the head in `train_state` without the sources
 `without` (names), and returns nothing. `head_weights(train_state)` returns a copy of the weights
 that learn (`HeadWeights`), and `set_head(train_state, weights)` puts such a copy back.

@@ -2,15 +2,16 @@
 
 Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` takes a shard set
 (packed images), a `FeatureSource` (folder of the store, identity of the backbone, augmentation),
-`Loading` (of which the batch size per rank is used), the device and this process's rank. Its
-`batches(epoch, params_for, start)` takes the order of the samples (`Epoch`), a `TrainParams` or
-`EvalParams`, which selects the stored view, and the first step. It yields `Batch` objects, in which
-`images` has float16 features (B, D). It raises `FeatureError` if features are missing or damaged,
-and `LoadError` if the epoch has another batch size.
+`Loading` (of which the batch size per rank is used), the device, and this process's rank (default
+0) among `world_size` processes (default 1). Its `batches(epoch, params_for, start)` takes the order
+of the samples (`Epoch`), a `TrainParams` or `EvalParams`, which selects the stored view, and the
+number of the step to begin with (default 0). It yields `Batch` objects, in which `images` has
+float16 features (B, D). It raises `FeatureError` if features are missing or damaged, and
+`LoadError` if the epoch has another batch size.
 
 `open_scored(shards, preprocess, loading, device, dist, features)` returns a loader for evaluation:
 a `FeatureLoader` if `features`, a `FeatureSource`, is given, else a loader of images, which are
-preprocessed by `preprocess`. `dist` is the rank of this process (None: the only one).
+preprocessed by `preprocess`. `dist` is this process's rank (`DistEnv`; None for a single process).
 """
 
 from collections.abc import Iterator

@@ -5,12 +5,12 @@ of the recipe.
 Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the `TrainState` with the
 network. It computes the missing features and returns the plan with a `FeatureLoader`, or the plan
 unchanged if the recipe stores no features. `embed_part()` (for `python -m model embed`) takes a
-recipe, the folder of shard sets `data`, the folder of runs `runs`, the first weights of the network
-`init_from` (a path, or None for those of the recipe) and `names`, further shard sets below `data`
-of which only view 0 is computed. Task `rank` of `world_size` independent tasks computes every
-`world_size`-th shard. It returns the number of images that this task computed; an image counts once
-per view. Both raise `FeatureError` or `LoadError`; `embed_part()` also raises `ValueError` if the
-run cannot be planned.
+recipe, the folder `data` of all shard sets, the folder `runs` of all runs, the path `init_from` of
+the network's first weights (None: those of the recipe), and the `names` of further shard sets, of
+which only view 0 is computed. The work can be divided among `world_size` independent tasks (default
+1): the task with the number `rank` (from 0) computes every `world_size`-th shard. It returns the
+number of images that this task computed; an image counts once per view. Both raise `FeatureError`
+or `LoadError`; `embed_part()` also raises `ValueError` if the run cannot be planned.
 
 `views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
 crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and

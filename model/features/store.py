@@ -13,14 +13,15 @@ Main entries: `open_table(store, backbone, shards, view)` takes the folder of th
 `BackboneId` (identity of backbone and preprocessing, made by `backbone_id()` from a network and its
 settings), a `ShardSet` (packed images) and a `View` (number and augmentation). It returns a
 `FeatureTable`, whose `rows(samples)` takes row numbers of the set and returns their features,
-float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the same, and `rank` of
-`world_size`, and returns a list of `ShardFile` (path and identity of a file that this rank has to
-compute). `write_file(file, offsets, valid, features, failures)` writes one of them: the three
-columns as arrays, and a dict, row -> reason, of images that cannot be decoded.
+float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the same four arguments, the
+`rank` of this process (default 0) and the number `world_size` of processes (default 1). It returns
+a list of `ShardFile` (path and identity of a file that this rank has to compute). `write_file(file,
+offsets, valid, features, failures)` writes one of them: the three columns as arrays, and a dict,
+row -> reason, of images that cannot be decoded.
 
-They raise `FeatureError` if a file is missing, damaged or incomplete, or a feature to write is not
-finite. `frozen_sha256()` hashes the weights that do not learn, and raises `FeatureError` if the
-backbone is not frozen.
+`open_table()` raises `FeatureError` if a file is missing, damaged or incomplete, and `write_file()`
+if a feature is not finite. `frozen_sha256()` hashes the weights that do not learn, and raises
+`FeatureError` if the backbone is not frozen.
 """
 
 import hashlib

@@ -16,9 +16,10 @@ The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillo
 and returns a `Prediction`, or takes several and returns a list. A `Prediction` has the name,
 `probability` of fake (0 to 1), `verdict` ("no sign of AI", "uncertain" or "likely AI"), and
 `error`; an unreadable image has an `error`, the verdict "unreadable" and no probability. `stream()`
-takes any number and yields one `Prediction` at a time; `start` is how many images the caller
-skipped. `preprocess_file(image)` returns the network's input, uint8 (size, size, 3);
-`score(pixels)` takes such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
+takes any number of images and yields one `Prediction` at a time; if the caller left out images at
+the start of its list, because they were done before, `start` is their number (default 0).
+`preprocess_file(image)` returns the network's input, uint8 (size, size, 3); `score(pixels)` takes
+such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
 """
 
 import sys

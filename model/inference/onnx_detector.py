@@ -1,10 +1,11 @@
 """Run a detector that was exported as ONNX (`python -m model export --onnx`) in ONNX Runtime,
 without torch.
 
-Main entry: `load_onnx(file, device, threshold)` takes the path of the `.onnx` file, `auto`, `cpu`
-or `cuda`, and optionally a threshold (0 to 1) that replaces that of the file, without an uncertain
-band. It returns an `OnnxDetector`. It raises `OnnxError` if ONNX Runtime is missing or the file is
-no such export, and `ValueError` for an impossible device or threshold.
+Main entry: `load_onnx(file, device, threshold)` takes the path of the `.onnx` file. `device` is
+`auto` (the default), `cpu` or `cuda`. `threshold` (0 to 1) replaces that of the file, and then no
+verdict is "uncertain"; None keeps that of the file. It returns an `OnnxDetector`. It raises
+`OnnxError` if ONNX Runtime is missing or the file is no such export, and `ValueError` for an
+impossible device or threshold.
 
 The detector's `predict()` takes one image (path, bytes, Pillow image or array) and returns a
 `Prediction` (name, probability of fake, verdict, error), or takes several and returns a list;

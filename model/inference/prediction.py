@@ -8,19 +8,22 @@ of fake (0 to 1, or None), `verdict` ("no sign of AI", "uncertain", "likely AI" 
 `error` (the reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong
 array `ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
 `DecisionRule` has the threshold, band and verdict of a detector; its `at_rates()` returns the
-detector with the band for the highest error rates `max_fpr` and `max_miss` (between 0 and 0.5), or
-raises `ValueError`.
+detector with the band for the highest error rates `max_fpr` and `max_miss`. It raises `ValueError`
+for a rate outside 0 to 0.5, or one for which the detector has no threshold.
 
 `as_source(image, index)` turns a `Picture` into a named file or decoded `Pixels` (a `Source`;
-without a name it is `image <index>`), `as_file()` does so for paths and bytes. `pixels_of(source)`
-is a context manager that yields RGB uint8 (height, width, 3). `band_from(threshold)` returns the
-band (threshold, threshold), without *uncertain*, or None. `ahead(files, work, batch_size, start)`
-calls `work(file)` in threads and yields (names, results) of a batch; the result for an unreadable
-file is the reason as text, as `done_or_reason(work, file)` returns it. `in_groups()` does so with
-given batch sizes; `group_sizes(batch_size, start)` yields 1, 4, 16, ..., then `batch_size`; `start`
-is how many images are skipped. `preprocess_ahead(files, preprocess_file, size, ...)` calls
-`preprocess_file(file)` and yields (names, pixels uint8 (B, size, size, 3), failures row -> reason).
-`predictions(names, probabilities, failures, band)` yields the `Prediction` of each row.
+without a name it is `image <index>`). `as_file(image, index)` turns a path or bytes into an
+`ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8 (height, width, 3).
+`band_from(threshold)` returns the band (threshold, threshold), without *uncertain*, or None.
+
+`ahead(files, work, batch_size, start)` calls `work(file)` in threads and yields (names, results) of
+each batch; the result for an unreadable file is the reason as text, as `done_or_reason(work, file)`
+returns it. Its batch sizes are those of `group_sizes(batch_size, start)`, which yields 1, 4, 16,
+..., then `batch_size`; `start` is the number of images that the caller left out because they were
+done before. `in_groups(files, work, sizes)` is `ahead()` with the batch sizes `sizes`.
+`preprocess_ahead(files, preprocess_file, size, ...)` calls `preprocess_file(file)` and yields
+(names, pixels uint8 (B, size, size, 3), failures row -> reason). `predictions(names, probabilities,
+failures, band)` yields the `Prediction` of each row.
 """
 
 import functools
