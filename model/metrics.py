@@ -8,12 +8,13 @@ that needs both classes is None where one is missing; accuracy is then the accur
 source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the numbers of
 real and fake images and returns a sentence for the reader if a class is missing, else None.
 
-The other functions compute one metric each. `roc(labels, scores)` returns the numbers of false and
-of true positives at every threshold, two int64 arrays. `tpr_at_fpr(false, true, rate)` and
-`equal_error_rate(false, true)` take these arrays; the first returns the highest recall at a
-false-positive rate of at most `rate`. `given_to_truth()` returns the probability of each image's
-true class. `ECE_BINS` is the number of bins of the ECE. Confidence intervals are in
-`model/evaluation/bootstrap.py`.
+The other functions compute one metric each. `roc(labels, scores)` takes any scores that are higher
+for fakes, such as probabilities. It returns the numbers of false and of true positives at every
+threshold, two int64 arrays. `tpr_at_fpr(false, true, rate)` and `equal_error_rate(false, true)`
+take these arrays. The first returns the highest recall at a false-positive rate of at most `rate`;
+the second returns the rate at which false positives and false negatives are equally frequent.
+`given_to_truth()` returns the probability of each image's true class. `ECE_BINS` is the number of
+bins of the ECE. Confidence intervals are in `model/evaluation/bootstrap.py`.
 """
 
 from collections.abc import Sequence

@@ -8,17 +8,18 @@ cannot be fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) an
 logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies the head
 to it.
 
-`load_weights(net, weights, where, assign)` fills a `Detector` with tensors by timm's names; `where`
-names their file in an error, and `assign` uses the tensors without a copy. `load_backbone_file(net,
-path)` fills it from an ImageNet `.safetensors` file, without its classifier. Both raise
-`NetworkError` for wrong names or shapes. The functions `check_...()` raise it before any work
-starts: if the network does not accept the image size, if a weights file does not match (only its
-header is read), or if the Hub with timm's weights does not answer.
+`load_weights(net, weights, where, assign)` fills a `Detector` with `weights`, a dict from timm's
+names to tensors. The text `where` names their file in an error; with `assign`, the tensors are used
+without a copy. `load_backbone_file(net, path)` fills it from an ImageNet `.safetensors` file,
+without its classifier. Both raise `NetworkError` for wrong names or shapes. Four checks raise it
+before any work starts: `check_size()` if the network does not accept the image size,
+`check_weights_file()` and `check_backbone_file()` if a weights file does not match (only its header
+is read), and `check_pretrained()` if the Hub with timm's weights does not answer.
 
-`normalization(network)` returns mean and std. `classifier_names()` and `head_prefixes()` return
-names of the head's modules and parameters, `timm_license(name)` the license of timm's weights or
-None. `Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
-`heads.py`.
+`normalization(network)` takes the `Network` settings and returns mean and std of each channel.
+`classifier_names()` and `head_prefixes()` return names of the head's modules and parameters,
+`timm_license(name)` the license of timm's weights or None. `Backbone` is a type for the type
+checker only; `STAGE_HEAD` is the name prefix of a head of `heads.py`.
 """
 
 import contextlib

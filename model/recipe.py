@@ -3,15 +3,15 @@ dataclasses.
 
 Main entry: `Recipe`, one training run. Its fields are the tables of a recipe file: `Data` (sets),
 `Network`, `Optim`, `Run` (length, seed, saving), `Gate` (when a checkpoint is refused), `Features`
-(stored features), `Calibrating` (how thresholds are fitted) and others. A wrong value raises
-`ValueError` with the allowed values. `recipes/` reads a recipe from TOML;
-`model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing settings.
+(of images, computed once by a frozen network), `Calibrating` (how thresholds are fitted) and
+others. A wrong value raises `ValueError` with the allowed values. `recipes/` reads a recipe from
+TOML; `model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing settings.
 
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,
 and raises `ValueError` for a name that no run may have. `Triple` is a value per RGB channel;
-`STEP_FOLDER` matches the names of checkpoint folders. This module does not load torch, so that a
-wrong recipe is refused at once.
+`STEP_FOLDER` is the regular expression for the names of checkpoint folders. This module does not
+load torch, so that a wrong recipe is refused at once.
 """
 
 import re

@@ -2,18 +2,18 @@
 each.
 
 Main entries: `score_set(net, loader, dtype, on_images, dist)` takes a network, a loader of batches
-(`BatchLoader`), the dtype of mixed precision (float32: none), a function or None, and this
-process's rank (`DistEnv`; None: one process). `on_images(n)` is called after each batch with its
-number of images. It scores every sample of the loader's shard set once, divided over the ranks, and
-returns `Scores` of all: row numbers, labels (0 real, 1 fake), float32 logits of fake minus real,
-before any temperature, and `failures` (row number -> why the image could not be decoded). It raises
-`ScoreError` for a score that is not finite.
+(`BatchLoader`), the dtype of mixed precision (float32: none), a function `on_images` or None, and
+this process's rank (`DistEnv`; None: one process). `on_images(n)` is called after each batch of
+this rank; n is the number of decodable images in this batch alone. It scores every sample of the
+loader's shard set once, divided over the ranks, and returns `Scores` of all: row numbers, labels (0
+real, 1 fake), float32 logits of fake minus real, before any temperature, and `failures` (row number
+-> why the image could not be decoded). It raises `ScoreError` for a score that is not finite.
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
-without this check. `score_batches(net, batches, device, dtype)` yields each batch with its logits,
-a float32 array. `logits_of(net, images, device, dtype)` returns the logits of one batch as a
-tensor, `probability(logits, temperature)` the probabilities of fake, and `join_ranks(parts)` merges
-the `Scores` of all ranks.
+finite or not. `score_batches(net, batches, device, dtype)` yields each batch with its logits, a
+float32 array. `logits_of(net, images, device, dtype)` returns the logits of one batch as a tensor,
+`probability(logits, temperature)` the probabilities of fake, and `join_ranks(parts)` merges the
+`Scores` of all ranks.
 
 `in_parts(images, size)` regroups tensors into parts of `size` rows (`AT_A_TIME` by default; the
 last is padded with zeros). `autocast(device, dtype)` returns a context for mixed precision, and

@@ -6,11 +6,11 @@ returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" at or above hi
 
 `band_of(meta)` takes a checkpoint's parsed `meta.json` and returns its (low, high). `band_at(meta,
 max_fpr, max_miss)` returns the (low, high) for chosen error rates: at most the share `max_fpr` of
-real images is called likely AI, and at most the share `max_miss` of fakes no sign of AI (None: the
-checkpoint's own end). It raises `ValueError` for a rate that is not between 0 and 0.5 or has no
-threshold. `percent(p)` formats a probability such as "42.0%", `capital(text)` makes the first
-letter upper case. The band is fitted in `model/calibrate.py`, so that prediction does not import
-the fitting code.
+real images is called likely AI, and at most the share `max_miss` of fakes no sign of AI (None: low
+or high is that of `band_of()`). It raises `ValueError` for a rate outside 0 to 0.5, or one for
+which the checkpoint has no threshold. `percent(p)` formats a probability such as "42.0%",
+`capital(text)` makes the first letter upper case. The band is fitted in `model/calibrate.py`, so
+that prediction does not import the fitting code.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Sample the parameters of image augmentations: crop, flips, color, resizing, JPEG, blur and WebP.
 
 Main entries: `sample_params()` for training takes a `PolicyTable` (`policies`: ranges and
-probabilities), each of N images' row in it (`policy`), the output size (`preprocess`), widths and
-heights in pixels, the key of the random numbers (`keys`: seed, epoch, sample numbers), and
+probabilities), N positions in it (`policy`, one per image), the output size (`preprocess`), widths
+and heights in pixels, the key of the random numbers (`keys`: seed, epoch, sample numbers), and
 `partners`: JPEG quality (0: none) and chroma subsampling of each image's real partner, or None.
 `center_crop_params()` for evaluation takes only the preprocessing and the sizes. Both return an
 `AugmentBatch`: an array of N values per parameter. `AugmentParams` are the values of one image. Two

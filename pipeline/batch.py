@@ -3,14 +3,15 @@ and DALI).
 
 Main entry: `Batch`, which the loader yields for each step. Its images, uint8 (B, 3, size, size),
 its labels (0 real, 1 fake) and `valid` (False for padding and for images that cannot be decoded)
-are tensors on the device. Its row numbers in the shard set (`samples`), source codes, `replayed`
-(True for old samples) and `failures` (row -> reason) are on the CPU.
+are tensors on the device. On the CPU are `samples` (the images' row numbers in the shard set),
+`sources` (int32 numbers of their sources in the set), `replayed` (True for old samples) and
+`failures` (position in the batch -> reason).
 
 A backend takes a `Request` (encoded images of one batch and the augmentation parameters of each)
-and returns `Pixels` (uint8 (B, size, size, 3) RGB, and row -> reason for images that cannot be
-decoded). `BatchTiming` has the seconds of reading and decoding a batch. `LoadError` means that no
-batches can be made. `PLACEHOLDER` (bytes, format and orientation of a black PNG) replaces a sample
-that cannot be read.
+and returns `Pixels` (uint8 (B, size, size, 3) RGB, and a dict, position in the batch -> reason, for
+images that cannot be decoded). `BatchTiming` has the seconds of reading and decoding a batch.
+`LoadError` means that no batches can be made. `PLACEHOLDER` (bytes, format and orientation of a
+black PNG) replaces a sample that cannot be read.
 """
 
 import io

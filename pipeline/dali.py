@@ -2,12 +2,13 @@
 
 Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, stall_error_s)`, which
 takes the side of the output images in pixels, the images per batch, the torch device, the number of
-CPU threads, the share of JPEGs that the GPU's JPEG engine decodes and a time limit in seconds. Its
-`run(requests, start)` takes an iterable of `Request`s (encoded images of one batch and the
-augmentation parameters of each) and the number of the first step. It yields one `Pixels` per
-request: uint8 (B, size, size, 3) RGB on the device, and row -> reason for images that cannot be
-decoded; these are black. It raises `StallError` if no request comes in `stall_error_s` seconds, and
-RuntimeError if the GPU is lost or has no memory left.
+CPU threads, the share of JPEGs, 0 to 1, that the GPU's JPEG engine decodes, and a time limit in
+seconds. Its `run(requests, start)` takes an iterable of `Request`s (encoded images of one batch and
+the augmentation parameters of each) and the number of the first step, which only messages show. It
+yields one `Pixels` per request: uint8 (B, size, size, 3) RGB on the device, and a dict, position in
+the batch -> reason, for images that cannot be decoded; these are black. It raises `StallError` if
+no request comes in `stall_error_s` seconds, and RuntimeError if the GPU is lost or has no memory
+left.
 
 `graph()` defines the operators and `COLUMNS` their inputs: encoded bytes and one column per
 parameter, which `columns_of()` fills for a batch. So the graph has no random numbers and no state.

@@ -3,12 +3,12 @@ device.
 
 Main entry: `open_loader(shards, preprocess, loading, device, rank, world_size)` takes a `ShardSet`,
 the preprocessing (`Preprocess`: sizes in pixels), the loader's settings (`Loading`) and the torch
-device; with several ranks also this rank and their number. It checks the lengths of the tars,
-chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a `Loader`.
-`Loader.batches(epoch, params_for, start)` takes the order of the samples (`Epoch`) and a function
-that returns the augmentation parameters of given samples (`ParamsFor`, from `params.py`), and
-yields a `Batch` for each step from `start` on. An image that cannot be decoded is black and named
-in `Batch.failures`.
+device; with several ranks also this rank and their number (0 and 1 by default). It checks the
+lengths of the tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and
+returns a `Loader`. `Loader.batches(epoch, params_for, start)` takes the order of the samples
+(`Epoch`) and a function that returns the augmentation parameters of given samples (`ParamsFor`,
+from `params.py`), and yields a `Batch` for each step from `start` on. An image that cannot be
+decoded is black and named in `Batch.failures`.
 
 `open_loader()` and `batches()` raise `LoadError` if the backend is not installed, a tar is damaged,
 shared memory is too small, a worker died, no batch came in time, or more than 5 % of the samples

@@ -2,15 +2,17 @@
 
 Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes.
 Its `timed(batches)` takes an iterable of `Batch`es and yields the same batches, counted and timed;
-`row()` returns a dict, name -> number, of figures since the last row (images/s, shares of waiting
-time, waits in ms, images per source) for `metrics.jsonl`, `note()` a short text for a progress bar.
+`row()` returns a dict, name -> number, of figures since the last call of `row()` (images/s, shares
+of waiting time, waits in ms, images per source) for `metrics.jsonl`, and `note()` returns a short
+text for a progress bar.
 
 `Watchdog(describe, stall_warning_s)`, a context manager, takes a function without arguments that
 returns a text about the workers, and a time limit. The consumer waits for each batch inside its
 `waiting(step)`; when that takes longer than `stall_warning_s` seconds, a warning with the text is
 logged. `WorkerStatus(workers, shared)` takes the workers' names, and whether they are processes.
 The workers write their stage (`STAGES`) and step to it, and its `describe()` returns the text.
-`StallError` means that no batch came in time; `stalled(seconds, status)` returns its message.
+`StallError` means that no batch came in time. `stalled(seconds, status)` returns its message;
+`seconds` is the time limit and `status` the text of `describe()`.
 """
 
 import contextlib

@@ -11,10 +11,11 @@ At each step, rank r takes the `batch` positions from (step * world_size + r) * 
 of batch 12 see the samples that 1 rank of batch 24 sees.
 
 A run resumes from a few values: `state_of(epoch, step, index_sha256)` returns them as a dict;
-`check_state(state, seed, global_batch, index_sha256)` returns their (epoch, step), and raises
-`OrderError` if one of the others has changed. `repeat()` lists the samples of a source several
-times, `mixing_of()` measures how well an order is shuffled (`Mixing`), and `rng_of()`,
-`repeat_rng()` and `replay_rng()` return NumPy generators.
+`check_state(state, seed, global_batch, index_sha256)` returns the (epoch, step) in such a dict, and
+raises `OrderError` if the seed, the batch over all ranks, the shard set's hash or `ORDER_VERSION`
+in it is another. `repeat()` lists the samples of a source several times, `mixing_of()` measures how
+well an order is shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy
+generators.
 """
 
 import functools

@@ -5,8 +5,9 @@ Main entry: `partners_of(shards, sources)` takes a `ShardSet` and a tuple with t
 sources whose fakes to change. A fake's partner is the only real image of the same source and group
 (related images). It returns a `Partners`: for each of the N samples of the set, int32, the JPEG
 quality of the partner (0: the loader does not change the sample) and the chroma subsampling (a
-position in `imaging.jpeg.CHROMAS`). Fakes without one partner, with a partner that is no common
-JPEG, or that are JPEGs already are not changed. The numbers are logged.
+position in `imaging.jpeg.CHROMAS`). Three kinds of fakes are not changed: those without exactly one
+such real image, those whose partner is no common JPEG, and those that are JPEGs already. The number
+of each kind is logged.
 
 Why: in a dataset of photographs and their reconstructions by a generator, the fake is often a
 lossless file and the photograph a JPEG. A detector trained on such pairs may learn to recognize the

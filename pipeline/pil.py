@@ -2,13 +2,13 @@
 
 Main entries: `decode_request(request, size)` takes a `Request` (encoded images of a batch and the
 augmentation parameters of each) and the side of the output in pixels, and returns `Pixels`: uint8
-(B, size, size, 3) RGB, and row -> reason for images that cannot be decoded, which are black.
-`apply(pixels, params, out)` augments one decoded image, uint8 (height, width, 3) RGB, by its
-`AugmentParams` and writes the result into the tensor `out`, uint8 (size, size, 3). It returns
-nothing, and raises ValueError if the crop reaches outside the image. `preprocess(pixels, settings)`
-takes such an image and the settings of evaluation (`Preprocess`), and returns the center crop,
-uint8 (crop_size, crop_size, 3). The other functions are single steps, from and to uint8 (height,
-width, 3).
+(B, size, size, 3) RGB, and a dict, position in the batch -> reason, for images that cannot be
+decoded, which are black. `apply(pixels, params, out)` augments one decoded image, uint8 (height,
+width, 3) RGB, by its `AugmentParams` and writes the result into the tensor `out`, uint8 (size,
+size, 3). It returns nothing, and raises ValueError if the crop reaches outside the image.
+`preprocess(pixels, settings)` takes such an image and the settings of evaluation (`Preprocess`),
+and returns the center crop, uint8 (crop_size, crop_size, 3). The other functions are single steps,
+from and to uint8 (height, width, 3).
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
 encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Resizing

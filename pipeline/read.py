@@ -2,11 +2,12 @@
 of samples).
 
 Main entry: `ShardReader(shards, verify_checksums, threads, cache)` takes a `ShardSet`, with local
-tars or tars at an address, and whether every image's SHA-256 is compared with the index. The number
-of parallel reads and the `Cache` (folder and limit) are for an address only. Its `read(samples)`
-takes row numbers of the set and returns a list: for each image the bytes of its file (JPEG, PNG or
-WebP), or a `ReadError` object with the reason (such as a missing tar or another SHA-256). It raises
-OSError if too many files are open. A reader works in any thread or process.
+tars or tars at an address, and whether every image's SHA-256 is compared with the index. For an
+address, `threads` is the number of parallel reads, and `cache` a `Cache` (folder and limit; None:
+`data/cache`, 20 GiB); local tars need neither. Its `read(samples)` takes row numbers of the set and
+returns a list: for each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object
+with the reason (such as a missing tar or another SHA-256). It raises OSError if too many files are
+open. A reader works in any thread or process.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.

@@ -6,7 +6,7 @@ the `WorkerStatus` that shows the thread's stage, the number of the first step, 
 seconds. Taking a request from the iterable reads its images. `next()` returns the next request. It
 raises StopIteration after the last one, `StallError` if none came in `stall_error_s` seconds, or
 the error of the thread. `ready` is the number of batches that wait, already read. `READER` and
-`DECODER` are the rows of the two workers in the status.
+`DECODER` are the numbers of the two workers (this thread and the decoder) in the status.
 """
 
 import queue

@@ -10,9 +10,10 @@ weight of the loss that keeps the logits of old samples near those of the initia
 code and label of each, and a NumPy generator. It returns `count` of these numbers, int64, shuffled.
 Each source gives an equal share, half of it real and half fake where possible; smaller sources give
 all their samples. If there are fewer than `count` in all, they are used several times.
-`share_out(count, sizes, rng)` computes the shares. `interleave(new, old)` takes arrays of sample
-numbers and returns them evenly mixed, with a bool array that is True where a sample is old.
-`Replay` raises `ValueError` for a wrong ratio, `sample_old()` if there is no old sample.
+`share_out(count, sizes, rng)` splits `count` as equally as the `sizes` of the sources allow and
+returns a list, the number for each source. `interleave(new, old)` takes arrays of sample numbers
+and returns them evenly mixed, with a bool array that is True where a sample is old. `Replay` raises
+`ValueError` for a wrong ratio, `sample_old()` if there is no old sample.
 """
 
 from collections.abc import Sequence

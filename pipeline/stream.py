@@ -8,12 +8,12 @@ augmentation policies by name, the name of the default policy, a seed, `repeats`
 per epoch) and `views` (how many fixed augmentations of each image take turns; 0: center crops;
 None: new ones in each epoch).
 
-`Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the global step
-`start` to the end of the last epoch. The result is a pure function of the settings: started at any
-step, it yields the batches of an uninterrupted run. `Stream.state(done)` returns a dict for a
-checkpoint after `done` steps; `resume(state)` checks such a dict and returns its number of finished
-steps. `evaluation_batches(loader)` yields the batches of a loader's set, each sample once, as
-center crops.
+`Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
+(counted over all epochs) to the end of the last one of `epochs` epochs. The result is a pure
+function of the settings: started at any step, it yields the batches of an uninterrupted run.
+`Stream.state(done)` returns a dict for a checkpoint after `done` steps; `resume(state)` checks such
+a dict and returns its number of finished steps. `evaluation_batches(loader)` yields the batches of
+a loader's set, each sample once, as center crops.
 
 Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, no batch) and
 `OrderError` (less than a batch, or a state of other data or settings).

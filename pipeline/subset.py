@@ -2,11 +2,11 @@
 
 Main entries: `read_subset(path)` takes the path of a CSV file with the columns `set` and `key`
 (names of the set and of the sample in it) and returns a `Subset`: a dict, set -> keys, and the
-file's name and SHA-256. `choose_samples(shards, name, subset)` takes a `ShardSet`, its name and a
-subset, and returns a `ShardSet` with only the listed samples, in the order of the set. Both raise
-ValueError with the reason, such as a key that is not in the set or a list without a sample of it;
-`read_subset()` also raises OSError. The command `python -m sharding audit DIR --match FILE` writes
-such a file.
+file's name and SHA-256. `choose_samples(shards, name, subset)` takes a `ShardSet`, the name of this
+set in the list, and a `Subset`. It returns a `ShardSet` with only the listed samples, in the order
+of the set. Both raise ValueError with the reason, such as a key that is not in the set, or a list
+that names no sample of this set; `read_subset()` also raises OSError. The command `python -m
+sharding audit DIR --match FILE` writes such a file.
 """
 
 import csv

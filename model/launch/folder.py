@@ -2,12 +2,12 @@
 shard sets (tars with an index) and adapt a recipe to these sets.
 
 Main entry: `with_folder(recipe, folder, data, keep_name, dist)` takes a `Recipe`, the folder of
-images, the folder of all sets and this process's rank (`DistEnv`; rank 0 packs). It writes a
-training and a validation set below `data`, and returns the recipe with these sets. The batch size
-in it is reduced if there are few images, so that an epoch has at least `FEWEST_STEPS` steps. The
-run gets the name of the folder, or with `keep_name` the recipe's own. `ValueError` is raised if the
-folder cannot be packed, for example if a class has too few images; `OSError` if a set cannot be
-written.
+images, the folder `data` of all sets, whether the run keeps the recipe's name (`keep_name`) instead
+of the folder's, and this process's rank (a `DistEnv`; `DistEnv()` for a single process). Rank 0
+packs. It writes a training and a validation set below `data`, and returns the recipe with these
+sets. The batch size in it is reduced if there are few images, so that an epoch has at least
+`FEWEST_STEPS` steps. `ValueError` is raised if the folder cannot be packed, for example if a class
+has too few images; `OSError` if a set cannot be written (with several processes `ValueError` too).
 
 `default_weights()` returns the path of the cached backbone of `RECIPE`, the recipe that `train.py
 --folder` uses by default, or raises `ValueError` if it is not cached.

@@ -1,9 +1,10 @@
 """Score images whose true label a person gives, and record each wrong verdict in a local folder.
 
 Main entry: `keep_wrong(detector, paths, label, folder, keep_image)` takes a loaded detector, paths
-of images or folders (texts), their label (`real` or `fake`), the folder of the mistakes, and
-whether a copy of each image is kept there. It records wrong verdicts in one JSON file per image,
-and yields a `Reported` per image: one line of text, and whether reading or recording failed (the
+of images or folders (texts), their label (`real` or `fake`), the folder of the records (made if
+missing), and whether it also gets a copy of each image with a wrong verdict (`keep_image`). It
+records wrong verdicts in one JSON file per image. For every image, also one with a right verdict,
+it yields a `Reported`: one line of text, and whether the image could not be read or recorded (the
 next images are still scored). It raises `OSError` if the folder cannot be written. `AT_ONCE` is the
 number of images that are scored at a time.
 """

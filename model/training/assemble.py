@@ -1,5 +1,6 @@
 """Build the objects of a planned training run: the network with its first weights, optimizer,
-gradient scaler, and the moving average of the weights and the teacher if the recipe uses them.
+gradient scaler, and, if the recipe uses them, the moving average of the weights and the teacher
+(the trained network that the run started from, for distillation).
 
 Main entry: `assemble(plan)` takes a `RunPlan` (made by `plan()` in `plan.py`) and returns a
 `TrainState` (these objects) on the run's device, restored from the checkpoint if the run is

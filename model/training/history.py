@@ -2,13 +2,14 @@
 TensorBoard and a tracker, and read it.
 
 Main entries: `History(folder, done, tracker)`, a context manager, takes the run's folder, the
-number of finished steps (later rows of an interrupted run are removed) and an open `Tracker`
-(sender to a service such as MLflow) or None. Its `write(step, kind, row)` appends a row (dict, name
--> value; `kind` is a word such as "train") and sends it on; `sync()` flushes the rows to the disk.
-`rows_of(folder)` returns the rows as a list of dicts with `step` and `kind`. `History` and
-`rows_of()` raise `ValueError` if there is a file without such rows. `scalars_of(kind, row)` returns
-a dict, `kind/name` -> value, as TensorBoard and the tracker get it; values that are None are left
-out.
+number of finished steps and an open `Tracker` (sender to a service such as MLflow) or None. The
+history is a list of rows. A row is a dict, name -> value, of one step and one `kind` (a word such
+as "train"). Rows of later steps than `done`, left by an interrupted run, are removed first.
+`write(step, kind, row)` appends a row and sends it on; `sync()` flushes the rows to the disk.
+`rows_of(folder)` returns the rows as a list of dicts, each also with `step` and `kind`. `History`
+and `rows_of()` raise `ValueError` if `metrics.jsonl` does not begin with such a row.
+`scalars_of(kind, row)` returns a dict, `kind/name` -> value, as TensorBoard and the tracker get it;
+values that are None are left out.
 """
 
 import json

@@ -9,9 +9,10 @@ step: warm-up, then a cosine to `min_lr / lr`. `set_learning_rate(optimizer, fac
 base_lr * factor` in each group, so the rates of all layers keep their ratios.
 
 `parameter_groups(backbone, optim)` returns the optimizer's groups, a list of dicts with `params`,
-`base_lr` and more. `layer_of_parameters(backbone, layer_decay_groups)` takes the name of a
-grouping, as in the recipe, and returns a dict, parameter name -> layer number (0: the first
-layers). timm's `lr_scale` is not used, because torch's schedulers ignore it.
+`base_lr` and more. `layer_of_parameters(backbone, layer_decay_groups)` takes the timm network and
+how parameters are grouped into layers (a name as in the recipe: "none", "block", "stage" or
+"stage12"). It returns a dict, parameter name -> layer number (0: the first layers). timm's
+`lr_scale` is not used, because torch's schedulers ignore it.
 """
 
 import math

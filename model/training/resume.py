@@ -5,8 +5,8 @@ the `TrainState` (network, optimizer and more), the number of finished steps, th
 (metrics) of this step or None, the best checkpoint so far (a `Best`, or None), the `Gain` (record
 of the validations) and the reason why the run is over ("" if it is not). It writes the checkpoint
 `step_<done>` in the run's folder (weights, optimizer, random generators, order of samples) and
-removes all others but the best. It returns the new `Best`: the one whose validation has the higher
-`selection`.
+removes the run's other checkpoints except the best one. It returns the new `Best`: of `best` and
+this checkpoint, the one whose validation has the higher `selection`, a number from 0 to 1.
 
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
 checkpoint `folder` already, and sets the rest of it to the saved state; `done` is the number of

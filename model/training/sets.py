@@ -3,10 +3,10 @@
 Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe`, the folder of all
 sets, the device for the batches and this process's rank (`DistEnv`; None: one process). It returns
 the `Stream` of this rank's training batches. `open_validation(recipe, data)` returns a dict, name
--> `ShardSet`, of the validation sets. The caller then passes both to two checks, which return
+-> `ShardSet`, of the validation sets. Two checks take what these functions returned, and return
 nothing. `check_sets(recipe, stream)` raises an error if an epoch has too few samples for one batch
 (over all ranks), a source that the recipe names is missing, or all samples are of one class.
-`check_apart(recipe, stream, validation)` raises one if a validation set shares images with the
+`check_apart(recipe, stream, validation)` raises an error if a validation set shares images with the
 training sets. The errors are `ValueError` and its subclasses `ShardError` (a set is missing or
 damaged), `LoadError` and `OrderError`.
 """

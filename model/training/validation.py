@@ -2,23 +2,26 @@
 checkpoint.
 
 Main entries: `validate(train_state, sets, preprocess, loading, features)` takes the `TrainState`, a
-dict from name to `ShardSet`, the preprocessing, and `loading` (batch size and workers). It returns
-a `Validation`: metrics per set and per source, and `selection`, by which the best checkpoint is
-chosen: the mean over the sets of the balanced accuracy (the accuracy if a set has one class only).
+dict from name to `ShardSet`, the preprocessing (`Preprocess`), and the loader's settings
+(`Loading`: batch size, workers and more). It returns a `Validation`: metrics per set and per
+source, and `selection`, by which the best checkpoint is chosen: the mean over the sets of the
+balanced accuracy (the accuracy if a set has one class only).
 
 `calibrate_checkpoint(checkpoint, folders, loading, device, rule, dist, features, fitted)` takes the
-folder of a checkpoint and the folders of validation sets. It scores the sets, fits one
-`Calibration` (temperature and thresholds) to all of them by `rule` (a `ThresholdAt` such as "fpr5",
-or a `Calibrating`), stores it in the checkpoint's `meta.json` and returns it. It raises
-`CalibrationError` if none fits or a set is no validation set. With `fitted`, a calibration and the
-index hashes of its sets (set -> hash), this one is stored instead. `dist` is the rank of this
-process among those that share the scoring; rank 0 writes. In both functions, `features` (a
-`FeatureSource` or None) is where features are stored, which are then scored instead of images.
+folder of a checkpoint, the folders of validation sets, a `Loading` and the torch device. It scores
+the sets, fits one `Calibration` (temperature and thresholds) to all of them by `rule` (a
+`ThresholdAt` such as "fpr5", or the recipe's `Calibrating`; "auto" by default), stores it in the
+checkpoint's `meta.json` and returns it. It raises `CalibrationError` if none fits or a set is no
+validation set. `fitted` is None, or a pair: a `Calibration`, and the hashes of the indexes of its
+sets (set -> hash); then nothing is fitted, and this one is stored. `dist` is this process's rank
+among those that share the scoring (`DistEnv`; None: one process); rank 0 writes. In both functions,
+`features` (a `FeatureSource` or None) is where features are stored, which are then scored instead
+of images.
 
 `Gain` has the highest `selection` so far and counts validations since then. `remembered(path, find,
-first)` reads a `Validation` from a JSON file; if there is none, it returns that of `find()` and, if
-`first` (this is rank 0), writes it. `read_validation(path)` only reads it. Both raise `ValueError`
-for a damaged file.
+first)` reads a `Validation` from a JSON file. If there is no file, it calls `find()`, which returns
+a `Validation`, writes that if `first` is True (on rank 0), and returns it. `read_validation(path)`
+only reads it. Both raise `ValueError` for a damaged file.
 """
 
 import json
