@@ -5,9 +5,11 @@ and write the same, as the commands of a checkout: `predict` is `predict.py`, `b
 sharding build`, and so on. A subcommand is imported only when it is called.
 
 The exception is `app()`, which is defined here: it starts the web page with Streamlit and serves it
-on this machine until Ctrl-C. Its options are `--host` and `--port` of the page, and the detector:
-`--checkpoint`, or the newest run in the folder `--runs`. It fails if Streamlit is not installed.
-`context` is click's context. `HERE` is the folder of the program's modules.
+on this machine until Ctrl-C. Its options are the address of the page (`--host`, default 127.0.0.1,
+and `--port`, default 8501), and the detector: `--checkpoint` (a checkpoint folder, a run's folder,
+or the name of a shipped detector), or else the newest run in the folder `--runs`. It ends with an
+error if Streamlit is not installed. `context` is given by click. `HERE` is the folder of the
+program's modules.
 """
 
 import os

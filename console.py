@@ -3,12 +3,12 @@
 Packages return values and raise errors. Only commands print, and they print through this module.
 
 Main entries: `Command` and `Group` are click classes that print a `ValueError` or `OSError` as one
-line and exit with code 1. `options("data", "runs")` is a decorator that adds the shared options of
-these names (keys of `OPTIONS`) to a command. `listen(port, lowest)` is one that adds --host and
---port of a server: `port` is the default, `lowest` the smallest allowed (0: any free port).
-`say(text)` prints a result to standard output, `say_data(text)` a line of CSV or JSON.
-`table(title, columns, rows, drop)` prints a table, without the columns `drop` where the terminal is
-too narrow. `progress(label, total, shown)` is a context manager that shows a bar on standard error
+line and exit with code 1. `options("data", "runs")` is a decorator that adds these shared options
+(keys of `OPTIONS`) to a command. The decorator `listen(port, lowest)` adds --host and --port of a
+server: `port` is the default, `lowest` the smallest allowed (0: any free port). `say(text)` prints
+a result to standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows,
+drop)` prints a table; a narrow terminal leaves out the columns named in `drop`, one by one from the
+first. `progress(label, total, shown)` is a context manager that shows a bar on standard error
 (total None: unknown; `shown` false: no bar). It yields `advance(done=1, note="", total=None)`,
 which adds `done` to the count and shows `note`. `log` is the logger.
 

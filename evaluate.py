@@ -3,28 +3,28 @@
     python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
 
 SET is the name of a shard set: a folder of packed images below `--data`. RUN is the folder of a
-training run or of a checkpoint, or the name of a shipped detector; NAME is a third-party detector.
-Every sample of the sets is scored exactly once, on any number of ranks (processes). FOLDER gets
-`scores.parquet`, `report.json`, CSV tables and `report.html`; its default is `evaluation/<sets>` in
-the run's folder, or with `--detector` in a folder of that detector below `--runs`. The report gives
-recall together with the false-positive rate on real images; if the sets have no real images, it
-says so first.
+training run or of a checkpoint, or the name of a shipped detector (default: the newest run). NAME
+is any detector, also an .onnx file, `hf:OWNER/NAME`, `timm:NAME` or a Python file (only with
+`--trust`). Every sample of the sets is scored exactly once, on any number of ranks (processes).
+FOLDER gets `scores.parquet`, `report.json`, CSV tables and `report.html`; its default is
+`evaluation/<sets>` in the run's folder, or with `--detector` in a folder of that detector below
+`--runs`. The report gives recall together with the false-positive rate on real images; if the sets
+have no real images, it says so first.
 
 `--scores FILE` writes the report again from `scores.parquet`, without network or images. `--suite`
 names a list of sets in the catalog (`sharding/catalog.py`), `--reference-reals` a set whose real
-images are used for the other sets, and `--subset` a CSV file of samples. `--robustness` scores
-`PER_CLASS` images per class again after JPEG, resizing and more. `--features` takes the folder of a
-feature store: stored outputs of a frozen backbone are scored instead of images, and missing ones
-are computed. `--trust` allows a detector that is a Python file to run.
+images are used for the other sets, and `--subset` a CSV file (set, key) of samples. `--robustness
+N` scores N images per class (default `PER_CLASS`) again after JPEG, resizing and more. `--features
+STORE` (a folder) scores stored outputs of a frozen backbone instead of images, and computes missing
+ones.
 
 `--regressions FOLDER` scores recorded mistakes again (`predict.py --report-mistake`) instead of a
 set, writes `regressions.json` below `--out`, and fails if an image is wrong now that another
 detector got right. `--images` is a folder to search for images of which no copy was recorded.
 
-Subcommands: `calibrate` fits temperature and thresholds on validation sets and stores them with the
-detector. `compare` prints the differences between evaluations. Main entry: `main()`.
-
-Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
+Main entry: `main()`. Subcommands: `calibrate` fits temperature and thresholds on validation sets
+and stores them with the detector. `compare` prints the differences between evaluations. Slow
+imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """
 
 import json

@@ -4,14 +4,15 @@
 
 PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
 list of paths on standard input. RUN is the folder of a training run or of a checkpoint, or the name
-of a shipped detector. Each image gives one line: the path, the probability that the image is
-AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
-image cannot be read. Lines are printed, or written to FILE; `--resume` continues an interrupted
-FILE. `--watch FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and
-`--heatmap FOLDER` writes pictures of the regions that changed the score. `--report-mistake LABEL`
-records each verdict that contradicts the true label (`real` or `fake`) in a folder, see
-`model/mistakes/add.py`. The exit code is 0, 1 if an image could not be read, or 2 if nothing could
-be scored (`NotStarted`). Main entry: `main()`.
+of a shipped detector (default: the newest run below `--runs`). Each image gives one line: the path,
+the probability that the image is AI-generated, and the verdict *likely AI*, *uncertain* or *no sign
+of AI*, or the reason why the image cannot be read. Lines are printed, or written to FILE (default
+format: by the suffix of FILE, else table); `--resume` continues an interrupted FILE. `--watch
+FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and `--heatmap
+FOLDER` writes pictures of the regions that changed the score. `--report-mistake LABEL` records each
+verdict that contradicts the true label (`real` or `fake`) in a folder, see `model/mistakes/add.py`.
+The exit code is 0, 1 if an image could not be read, or 2 if nothing could be scored (`NotStarted`).
+Main entry: `main()`.
 
 Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
 """

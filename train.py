@@ -2,14 +2,14 @@
 
     python train.py --phase 1 | --recipe FILE | --folder DIR  [--set KEY=VALUE] [--dry-run]
 
-A recipe (TOML) names the shard sets (packed images) below `--data` and all settings. `--phase 1` is
-the recipe `recipes/phase1.toml`, which trains on images of older generators. `--phase 2` starts
-from the best checkpoint of phase 1 and trains on images of newer generators plus a few old ones.
-`--folder` packs the images in DIR/real and DIR/fake first and trains on them. `--set` changes a
-value of the recipe, and `--dry-run` tries a few steps and prints the plan. `--run` names the run
-(default: the recipe's name), `--runs` is the folder of all runs. `--init-from` gives the initial
-weights (a checkpoint, a .safetensors file or the name of a backbone), and `--no-pretrained` starts
-from random ones.
+A recipe (TOML) names the shard sets (packed images) below `--data` (default `data/shards`) and all
+settings. `--phase 1` is the recipe `recipes/phase1.toml`, which trains on images of older
+generators. `--phase 2` starts from the best checkpoint of phase 1 and trains on images of newer
+generators plus a few old ones. `--folder` packs the images in DIR/real and DIR/fake first and
+trains on them. `--set` changes a value of the recipe, and `--dry-run` tries a few steps and prints
+the plan. `--run` names the run (default: the recipe's name), `--runs` is the folder of all runs.
+`--init-from` gives the initial weights (a checkpoint, a .safetensors file or the name of a
+backbone), and `--no-pretrained` starts from random ones.
 
 Main entry: `main()`, the click command with these options. Checkpoints are folders
 `runs/<run>/step_<N>`; the validation metrics and the path of the best one are printed. A wrong

@@ -2,11 +2,11 @@
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-IMAGES has `manifest.csv`. Phase 1 starts from WEIGHTS, phase 2 adds images of new generators. A
-`Cell` is one variant of both. `STAR` is trained (`--candidates`: also `CANDIDATES`; `--cell`: only
-these), by default with seeds 0, 1, 2 (`--seed`). `--set` changes each recipe, `--threads` is
-torch's; `--table` trains nothing. FOLDER gets `rows.jsonl` (all metrics) and `tables.md`, also
-printed (AUROC, recall, FPR: mean ± deviation). Finished runs are skipped.
+IMAGES has `manifest.csv` (path, label, source, generator). Phase 1 starts from WEIGHTS, phase 2
+adds new generators. The variants (`Cell`s) of `STAR` are trained, also `CANDIDATES`
+(`--candidates`) or only each `--cell`, with each `--seed` (default 0, 1, 2). `--set` changes the
+recipes, `--threads` is for torch; `--table` trains nothing. FOLDER gets runs (finished ones are
+skipped), `rows.jsonl` (all metrics) and `tables.md` (also printed).
 """
 
 import csv

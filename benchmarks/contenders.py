@@ -10,11 +10,11 @@ share), `images`, the number of images in all batches but the first, and `versio
 If the library is not installed, OUT gets only `{"missing": package}`. `--prepare` measures nothing,
 but writes the files that the library needs to PLACE.
 
-Main entry: `measure(contender, place, workers)` times a `Contender` (a loader: a function that
-yields the size of each batch, and the package that it needs) in the folder PLACE, with this number
-of processes or threads, and returns the content of OUT as a dict. BATCH and EPOCHS are set before,
-in `benchmarks/peers.py`. Each library is imported only where it runs, so that no loader's memory
-and start-up time include another library.
+Main entry: `measure(contender, place, workers)` times one loader and returns the content of OUT as
+a dict. It takes a `Contender` (a value of `CONTENDERS`: a function that yields the size of each
+batch, and the package that it needs), the folder PLACE, and the number of processes or threads.
+BATCH and EPOCHS are set before, in `benchmarks/peers.py`. Each library is imported only where it
+runs, so that no loader's memory and start-up time include another library.
 """
 
 import importlib.metadata

@@ -3,17 +3,17 @@
     python -m benchmarks.embedding --shards SET [--recipe FILE] [--seconds S] [--rounds N]
 
 SET is the folder of a packed set. FILE is a recipe with a frozen backbone, whose weights are random
-here, which does not change the speed; `--set KEY=VALUE` changes the recipe. Two rows are measured
-in each of N rounds, printed in images/s and written to the file `--json`; the last line is their
-ratio. `network` computes the features of one batch that stays on the device, for S seconds. `embed`
-is `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes their
-features and writes a feature store, into a temporary folder. Its time is counted from the first
-batch to the last.
+here, which does not change the speed; `--set KEY=VALUE` changes the recipe. Two speeds are measured
+in each of N rounds, printed in images/s and written to the file `--json`; the last printed line is
+their ratio. `network` computes the features of one batch that stays on the device, for S seconds.
+`embed` is `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes
+their features and writes a feature store, into a temporary folder. Its time is counted from the
+first batch to the last.
 
 Main entry: `measure(embedder, shards, source, seconds)` takes an `Embedder` (network, device,
-precision, loader's settings), the set, a `FeatureSource` (identity of the backbone and its
-preprocessing) and the seconds of `network`. It returns the images/s of both rows as a dict, or
-raises click.ClickException if the set has only one batch.
+precision, loader's settings), the set (a `ShardSet`), a `FeatureSource` (identity of the backbone
+and its preprocessing) and how many seconds `network` runs. It returns a dict with the images/s of
+`network` and `embed`. It raises click.ClickException if the set has only one batch.
 """
 
 import json

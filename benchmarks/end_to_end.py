@@ -9,11 +9,12 @@ device and on the CPU. Runs and reports are written to `--work`. `--batch-size` 
 KEY=VALUE` change the recipe. The command fails if a script fails. The scores themselves mean
 nothing: the network trains for seconds.
 
-Printed, and written to `--json`, are the dicts of two functions. `run()` takes the arguments of
-Python, runs a script and returns its exit code (`rc`), seconds and last lines; with `stop_at`, the
-script gets SIGTERM once this training step is logged. `compare(device_csv, cpu_csv)` takes two CSV
-files of `predict.py`. It returns how far the probabilities are apart, how many verdicts differ, and
-which files only one of the two could read.
+Printed, and written to `--json`, are the dicts of two functions. `run(*arguments, stop_at)` runs
+Python with these arguments (a script of the project and its options) and returns its exit code
+(`rc`), seconds and last lines of output. With `stop_at`, the number of a training step, the script
+gets SIGTERM once this step is logged (default None: no signal). `compare(device_csv, cpu_csv)`
+takes two CSV files of `predict.py`. It returns how far the probabilities are apart, how many
+verdicts differ, and which files only one of the two could read.
 """
 
 import csv

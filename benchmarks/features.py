@@ -9,9 +9,11 @@ of `store` (reads the same batches from the memory-mapped files), and seconds an
 epoch that trains a linear head from the store, by the steps that `train.py` takes. `python -m
 benchmarks.embedding` measures how fast features are computed.
 
-`shard_set(folder, count)` returns the index of a set of `count` samples whose tars do not exist,
-and writes nothing. `write_store(store, backbone, shards, width)` writes random features of this set
-to the folder `store` under the identity `backbone`, and returns them as float16 (N, width).
+`shard_set(folder, count)` returns a `ShardSet` of `count` samples below `folder`. It is only an
+index in memory: nothing is written, and its tars do not exist. `write_store(store, backbone,
+shards, width)` writes random features of the samples of such a set to the folder `store`, and
+returns them as float16 (N, width). `backbone` (`BackboneId`) is the network whose features they are
+said to be.
 """
 
 import json

@@ -6,17 +6,18 @@ The folder `--images` has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/
 in its own process with a time limit. A stage that fails or exceeds its limit does not stop the
 later stages, and the results that it has written are kept. The folder `--out` gets a JSON file per
 measurement, `stages.jsonl` with the exit code and seconds of each stage, and `log.txt`; the folder
-`--work` gets packed images and runs. The command fails if a stage did not succeed; the same command
-again skips the stages that did. `--only` names the stages to run. `--budget` limits the whole call:
-a stage starts only if at least its minimum time is left. `--cpu` is a dry run on small data. It
-shows that every stage works; its figures mean nothing.
+`--work` (default `gpu-day`) gets packed images and runs. The command fails if a stage did not
+succeed; the same command again skips the stages that did. `--only` names the stages to run.
+`--budget` limits the whole call: a stage starts only if at least its minimum time is left. `--cpu`
+is a dry run on small data. It shows that every stage works; its figures mean nothing.
 
-Main entries: `stages_of(images, out, work, cpu)` takes these three folders and whether it is a dry
-run, and returns the `Stage`s (a command and its limits) in their order. `run(stage, out, limit_s)`
-runs one stage, kills it after `limit_s` seconds, adds to the logs in the folder `out`, and returns
-its exit code (124: killed). `pack(images, work, count, jobs)` writes `count` copies of the JPEGs
-and packs them with `jobs` processes as the shard set (tars with an index) `work/shards/bench`,
-which the stages use.
+Main entries: `stages_of(images, out, work, cpu)` takes the folders `--images`, `--out` and
+`--work`, and whether it is a dry run. It returns a list of all `Stage`s (a command and its limits),
+in the order in which they run. `run(stage, out, limit_s)` runs one stage, kills it after `limit_s`
+seconds, adds to the logs in the folder `out`, and returns its exit code (124: killed).
+`pack(images, work, count, jobs)` writes `count` copies of the JPEGs in `images/jpeg/` to
+`work/raw/`, and packs them with `jobs` processes as the shard set (tars with an index)
+`work/shards/bench`, which the stages use. It returns nothing.
 """
 
 import json

@@ -3,20 +3,22 @@
     python -m benchmarks.gpu_loader --shards SET --json FILE [--only PART] [--seconds S] [--cpu]
 
 SET is the folder of a packed set of JPEGs. PART is one of `PARTS` (`settings`, `jpeg step`,
-`memory`); without `--only`, all are measured. Three functions yield the rows as dicts, which are
-printed and written to FILE as soon as they are measured, so that a crash loses one row. `device` is
-the GPU, or the CPU for a dry run:
+`memory`); without `--only`, all are measured. Main entry: `main()`, this click command. Three
+functions yield their results as dicts, one per measurement; each dict is printed and written to
+FILE at once, so that a crash loses only one. They take SET (`shards`, a path), the GPU, or for a
+dry run the CPU (`device`, a torch.device), and `seconds`:
 
 - `settings(shards, device, seconds)`: training images/s with the augmentation policy of phase 1, by
   batch size, DALI threads and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine
-  decodes). The first row has the product's setting (`OWN`); the rows after it omit single
+  decodes). The first dict is for the settings that training uses (`OWN`); the next ones omit single
   operations of the policy (`WITHOUT`).
 - `jpeg_step(device, seconds)`: images/s of the exact JPEG round trip and of DALI's own GPU
   operator.
-- `memory(shards, device, batches, seconds)`: host and GPU memory in MiB, ten times over `--batches`
-  batches or until `--memory-s` seconds have passed, with a damaged image in every fiftieth batch.
+- `memory(shards, device, batches, seconds)`: host and GPU memory in MiB, ten times while `batches`
+  batches (`--batches`) are loaded. It ends early after `seconds` (`--memory-s`). Every fiftieth
+  batch has a damaged image.
 
-`--seconds` is the time per row of the first two; `--cpu` is a dry run with CPU operators, whose
+`--seconds` is the time per dict of the first two; `--cpu` is a dry run with CPU operators, whose
 figures mean nothing. Without a GPU or `--cpu`, ValueError is raised.
 """
 

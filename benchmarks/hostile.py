@@ -8,15 +8,16 @@ killed after S seconds (default 60; ten times as long in stages other than decod
 progress, or with more than GB of memory (default 8). After a kill or a crash, the decoding stage
 goes on with the next file; any other stage is over. Outcomes are compared between the backends and
 with Pillow's own decoding. A difference that matches none of `EXPLANATIONS` is unexplained. Tables
-of crashes, slow files and differences are printed; `--json` gets the lines of all stages. The exit
-code is 1 after a crash, a kill, an unexplained difference, a fault found by `verify`, or a sample
-that loads differently or not at all.
+of crashes, slow files and differences are printed; `--json` gets the results of all stages. The
+exit code is 1 after a crash, a kill, an unexplained difference, a fault found by `verify`, or a
+sample that loads differently or not at all.
 
 Main entries: `run_all(folder, work, seconds, memory)` takes the folder of files, a scratch folder,
-and the limits S and GB (here in bytes). It yields (name, result) of each stage; the result is a
-dict with the printed lines, failures, seconds and peak memory. `report(folder, stages, work)` takes
-a dict of these pairs and the same folders, prints the tables and returns the number of failures.
-`python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
+and the limits S and GB (here in bytes). It yields (name, result) of each stage. The result is a
+dict: what the stage found for each file (`lines`), its crashes and kills (`bad`), seconds and peak
+memory. `report(folder, stages, work)` takes these results (name -> result) and both folders, prints
+the tables and returns the number of failures. `python -m benchmarks.mutations FOLDER COUNT` makes
+damaged files to try.
 """
 
 import contextlib

@@ -7,9 +7,9 @@ command runs twice undisturbed on small inputs made for it, which must give the 
 command is started in a new folder; at a random time within the duration of an undisturbed run, all
 its processes get SIGKILL, and the command is started again. After one to four such kills in one
 folder, it runs to its end, and the names and bytes of all files are compared with the undisturbed
-run, except for `LEFT_OUT` and `MEANT_TO_DIFFER`. New folders follow until `--times` kills have hit.
-`build`, `train`, `predict --resume` and `fetch` resume; `evaluate` and `export` start again from
-nothing.
+run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER` (times, speeds). New
+folders follow until `--times` kills have hit. `build`, `train`, `predict --resume` and `fetch`
+resume; `evaluate` and `export` start again from nothing.
 
 A table with a `Row` per command (kills, restarts, compared files, differences) is printed, and
 written to `--json`; the exit code is 1 if a file differs. Main entry: `kill_often(name, command,

@@ -3,9 +3,10 @@
     python -m benchmarks.leave_out --recipe FILE --init-from WEIGHTS [--pairs] [--robustness N]
 
 Main entry: `main()`, this click command. The recipe (such as `recipes/clip-all.toml`) names the
-sets below `--data` and a network with a frozen backbone, WEIGHTS are the backbone's; `--set
-KEY=VALUE` changes the recipe. Each source is scored by a head that was trained without it. These
-metrics and calibrated thresholds are printed as JSON, and written to the file `--json`:
+sets below `--data` and a network with a frozen backbone. WEIGHTS is a `.safetensors` file or a
+checkpoint folder with the backbone's weights (default: what the recipe says). `--set KEY=VALUE`
+changes the recipe. Each source is scored by a head that was trained without it. These metrics and
+calibrated thresholds are printed as JSON, and written to the file `--json`:
 
 - the AUROC of each pair of a real and a fake source: mean, 95 % interval and the ten lowest;
 - the false positive rate of each real source and the recall of each fake source, at the threshold

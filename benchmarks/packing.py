@@ -10,11 +10,11 @@ finds duplicates, hashes, packs and indexes. The loop packs images that Pillow c
 img2dataset runs if its command is given (`--img2dataset`). The limit only reads the files and
 decodes them with simplejpeg.
 
-Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` on a folder of JPEGs
-with `jobs` processes and returns its seconds and the peak memory of its largest process in bytes;
-`img2dataset` is the path of that command ("": none). `commands(raw, out, jobs, img2dataset)` takes
-also the folder to pack into; it writes the scripts of the contenders there and returns a dict, name
--> command line of a contender.
+Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` (a key of what
+`commands()` returns) on the folder `raw` of JPEGs with `jobs` processes, and returns its seconds
+and the peak memory of its largest process in bytes; `img2dataset` is the path of that command ("":
+none). `commands(raw, out, jobs, img2dataset)` takes also the folder to pack into; it writes the
+scripts of the contenders there and returns a dict, name -> command line of a contender.
 """
 
 import json

@@ -7,10 +7,11 @@ loop of `predict.py` over N photographs of FOLDER (default 128) with a loaded de
 a path to its bytes, and the results go to the file `out`. Then 1, 8 and 32 clients send these files
 to `python -m serve` on loopback, one per request, with a connection each (`load(port, files,
 clients)`). The largest difference of a probability from that of `predict.py` is printed only. NAME
-is a checkpoint as for `predict.py`. Then each file below `--hostile` is sent alone (`hostile(port,
-folder, detector)`): the status must be 200 or 4xx, with the same error as in `predict.py`. At the
-end the server gets SIGTERM during requests, and must answer all of them (`stop(process, port,
-files)`). All four functions return a dict of what they measured.
+is a checkpoint folder, a run's folder, or the name of a shipped detector (default: the newest run
+below `--runs`). Then each file below `--hostile` is sent alone (`hostile(port, folder, detector)`):
+the status must be 200 or 4xx, with the same error as in `predict.py`. At the end the server gets
+SIGTERM during requests, and must answer all of them (`stop(process, port, files)`). All four
+functions return a dict of what they measured.
 
 A table of images/s, CPU milliseconds per image and response times is printed, and written to
 `--json`. The exit code is 1 if an answer is lost, a hostile file is answered wrongly, or the server

@@ -13,9 +13,10 @@ the same run (`matrix_peak()`). The operations of forward and backward are count
 FlopCounterMode. The optimizer's time is included, its operations are not.
 
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one `Way` of the step of a
-loaded `Recipe` on a device; `peaks` gives the operations per second of the matrix product by name
-of the dtype. It returns a dict of figures (`images_per_s`, `share_of_peak`, `bytes` ...). Where
-torch cannot run the way (out of memory, no compiler), the dict is `{"failed": reason}`.
+loaded `Recipe` on a torch.device, for `seconds` seconds. `peaks` is a dict: name of a dtype (a key
+of `DTYPES`) -> operations per second of the matrix product. It returns a dict of figures
+(`images_per_s`, `share_of_peak`, `bytes` ...). Where torch cannot run the way (out of memory, no
+compiler), the dict is `{"failed": reason}`.
 """
 
 import gc

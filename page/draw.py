@@ -4,12 +4,14 @@ Main entry: `main()` takes and returns nothing: it loads the detector (if that f
 why and nothing else), shows the uploader, scores the uploaded images, and shows the results, or the
 first screen if there are none.
 
-`show_results(detector, files, scored)` takes the uploaded files and their results (both by file id;
-a `Scored` is a prediction or a refusal). It shows the table, one image and the threshold slider,
-and returns a sentence for screen readers. `show_image(detector, file, result, said, level)` shows
-one image with its verdict `said` as a heading of HTML level `level`, and returns what was written
-about a mistake, or "". `sentence(detector, result, verdict)` returns the result of one image as
-text for screen readers. `STYLE` is the style sheet, `ICON` the icon of the browser tab.
+`show_results(detector, files, scored)` takes the detector, the uploaded files (a dict, file id ->
+`UploadedFile`) and their results (file id -> `Scored`, a prediction or a refusal). It shows the
+table, one image and the threshold slider, and returns a sentence for screen readers.
+`show_image(detector, file, result, said, level)` shows one image with its verdict `said` (text) as
+an HTML heading of level `level` (such as 2). It returns a sentence on what was kept if the visitor
+reported the verdict as wrong, else "". `sentence(detector, result, verdict)` returns the result of
+one image as text for screen readers. `STYLE` is the style sheet, `ICON` the icon of the browser
+tab.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Put HTML on the web page (Streamlit), with untrusted text escaped by `Markup.format`.
 
-Main entry: `show(html, where)` takes HTML as `Markup`, and the page element to fill (`where`;
-default None: add it to the end of the page), and returns nothing. `icon(kind)` returns the HTML of
-an icon, for a kind of `style.css`: a value of `KINDS` or "warning". `KINDS` maps each verdict to
-its CSS class.
+Main entry: `show(html, where)` takes HTML as `Markup`, and the page element to fill (`where`, a
+Streamlit element such as `st.empty()`; default None: the HTML goes to the end of the page). It
+returns nothing. `icon(kind)` returns the HTML of an icon, for a kind of `style.css`: a value of
+`KINDS` or "warning". `KINDS` maps each verdict to its CSS class.
 """
 
 import streamlit as st

@@ -1,11 +1,12 @@
 """Show a control that records a wrong verdict on the disk, as `predict.py --report-mistake` does.
 
 Main entry: `show_mistake(detector, file, result, said)` takes the detector, the uploaded file, its
-result (`Scored`), and its verdict. It shows the control below a *likely AI* or *no sign of AI*. If
-the user presses the button, `keep()` writes the true label, the verdict and the file's SHA-256, and
-on request a copy of the image, to the folder that the environment variable `DETECTOR_MISTAKES`
-names (default `mistakes/`). `show_mistake()` returns a sentence for screen readers on what was
-kept, "" if the button was not pressed. Errors are shown, not raised.
+result (`Scored`), and its verdict (text). It shows the control below a *likely AI* or *no sign of
+AI*. If the user presses the button, `keep()` writes the true label, the verdict and the file's
+SHA-256, and on request a copy of the image, to the folder that the environment variable
+`DETECTOR_MISTAKES` names (default `mistakes/`). `show_mistake()` returns a sentence for screen
+readers on what was kept, "" if nothing was shown or the button was not pressed. Errors are shown,
+not raised.
 
 `keep(folder, data, label, given, name)` takes the bytes of the image, its true label (real or
 fake), the `Verdict` that was given (score and detector), and a file name if a copy is wanted (else

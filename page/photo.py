@@ -6,10 +6,11 @@ file's result (`Scored`: prediction, size and a small JPEG), puts the image and 
 heatmap on the page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed
 the score) is computed once per image; if that fails, the reason is shown.
 
-`photo_html(result, preprocess, heatmap, busy)` returns the figure as HTML; `preprocess` are the
-detector's image sizes, `heatmap` is a JPEG file (b"": none), and with `busy` the figure says that
-the heatmap is being computed. `crop_of(preprocess, size)` takes the size of the image (width,
-height) and returns the crop (left, top, width, height) as fractions of the image's sides.
+`photo_html(result, preprocess, heatmap, busy)` returns the figure as HTML. `preprocess` are the
+detector's image sizes (`detector.preprocess`), `heatmap` is a JPEG file as bytes (b"": none), and
+if `busy` is true, the figure says that the heatmap is being computed. `crop_of(preprocess, size)`
+takes the size of the image (width, height) and returns the crop (left, top, width, height) as
+fractions of the image's sides.
 """
 
 import numpy as np

@@ -1,12 +1,12 @@
 """Show the first screen of the web page: its purpose, the detector's error rates, example images.
 
 Main entries, which put HTML on the page (Streamlit) and return nothing: `show_lead(where)` shows
-the purpose in the page element `where`. `show_notices(notices)` takes the detector's `Notice`s
-(reasons not to rely on the detector, as text) and lists them. `show_figures(meta)` takes the
-content of the detector's `meta.json` and shows the error rates in it, or that they were not
-measured. `show_examples()` takes nothing and shows images that a click uploads.
-`figures_html(measured)` takes the `Rates` of `page/figures.py`, or None, and returns the error
-rates as HTML.
+the purpose in the page element `where` (Streamlit's, such as `st.empty()`). `show_notices(notices)`
+takes the detector's `Notice`s (reasons not to rely on the detector, as text) and lists them.
+`show_figures(meta)` takes the content of the detector's `meta.json` and shows the error rates in
+it, or that they were not measured. `show_examples()` takes nothing and shows images that a click
+uploads. `figures_html(measured)` takes the `Rates` of `page/figures.py`, or None, and returns the
+error rates as HTML.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,9 +6,9 @@ Main entries, which return the SVG as `Markup`. `roc_chart(labels, probabilities
 the probabilities of the real and of the fake images of one source and the uncertain band (low,
 high). `robustness_chart(lines, xlabel, falling, doubling)` draws rates of images called fake
 (recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
-quality. A line is (class "real" or "fake", pattern "solid", "dashed" or "dotted", x values, rates
-from 0 to 1 or None). `xlabel` names the x axis; `falling` reverses it, and `doubling` makes it
-logarithmic.
+quality. `lines` is a list; a line is a tuple: class ("real" or "fake"), pattern ("solid", "dashed"
+or "dotted"), x values, and as many rates, each 0 to 1 or None (no dot). `xlabel` names the x axis.
+`falling` reverses it, and `doubling` makes it logarithmic (both default to false).
 
 Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK` ...), which are then replaced by CSS
 variables of the page. Charts contain no text from users; the page shows such text, because the page

@@ -12,7 +12,8 @@ paths of the runs, to record) and returns a list of their paths.
 `comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page
 shows the command line `command`. `stability_sentence(stability)` takes the entry `stability` of a
 set and says in words whether the runs have the same order of quality on each image source; None
-means that there are too few to compare. `ranks_text(ranks)` formats a range of ranks: "1 to 3".
+means that there are too few to compare. `ranks_text(ranks)` formats a range of ranks (lowest,
+highest) as "1 to 3"; it returns None for None.
 """
 
 import json

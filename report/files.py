@@ -1,11 +1,11 @@
 """Write the files of an evaluation report: `report.json`, CSV tables and an HTML page.
 
 Main entry: `write_report(report, scores, data, out)` takes the report (a dict, the content of
-`report.json`), the path of `scores.parquet`, the folder of shard sets (packed images), which may be
-an address and is used only for pictures of mistakes, and the folder to write to, which is made if
-needed. It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `report.html`,
-each atomically, and returns a list of their paths, the page last. A set that is missing or has
-changed gets no pictures, and a log line says why.
+`report.json`), the path of `scores.parquet` (`scores`), the folder or address of all shard sets
+(packed images; `data`), and the folder to write to (`out`), which is made if needed. The sets are
+used only for pictures of mistakes. It writes `report.json`, `figures.csv`, `robustness.csv` (if
+measured) and `report.html`, each atomically, and returns a list of their paths, the page last. A
+set that is missing or has changed gets no pictures, and a log line says why.
 """
 
 import json

@@ -9,10 +9,10 @@ paths of all files, the page last.
 `render(report, scores, mistakes, pictures, command)` returns the page as HTML text; `mistakes` is
 the result of `mistakes_of()`, `pictures` that of `report.thumbnails.thumbnails()`.
 `mistakes_of(report, scores)` returns a dict, set name -> list of its worst mistakes.
-`rendered(template, ...)` fills a template file of this folder with named values. An `Estimate` is a
-figure with its 95 % interval; `Rates` are the recall and the false-positive rate of a set, which
-are always shown together. `percent()`, `figure()` and `signed()` format a number as text, `NOTHING`
-if it is None.
+`rendered(template, name=value, ...)` fills a template file of this folder (its name) with these
+values and returns the text. An `Estimate` is a figure with its 95 % interval; `Rates` are the
+recall and the false-positive rate of a set, which are always shown together. `percent()`,
+`figure()` and `signed()` format a number as text, `NOTHING` if it is None.
 """
 
 from collections.abc import Mapping, Sequence

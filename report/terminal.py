@@ -1,10 +1,11 @@
 """Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
 Main entries, which return nothing: `print_report(report)` takes a report (a dict, content of
-`report.json`) and prints its headline and the metrics of each set. For a set with these
-measurements, it calls `print_protocols(name, protocols)` (recall per generator, on all images and
-on the first image of each prompt) and `print_robustness(name, robustness)` (metrics after each
-perturbation) with the set's name and the entry of that name in the set's report.
+`report.json`) and prints its headline and the metrics of each set. It calls two other functions,
+each only for a set with such measurements. Both take the set's name and one entry of the set's part
+of the report. `print_protocols(name, protocols)` takes the entry `protocols` and prints the recall
+per generator, on all images and on the first image of each prompt. `print_robustness(name,
+robustness)` takes the entry `robustness` and prints the metrics after each perturbation.
 
 `print_comparison(before, after, changed)` takes the scores of two runs on the same images
 (`ScoreTable`s) and the list of changed verdicts (`Flip`s: an image, its probabilities before and

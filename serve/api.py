@@ -2,9 +2,10 @@
 
 Main entry: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
 `/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 if new requests are
-refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). A `Service` is a loaded detector
-with the `Limits` and `Metrics` of the server; while `stopping` is true, new requests are refused.
-`close()` stops its threads.
+refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). `Service(detector, limits,
+metrics)` takes the loaded detector (`ImageDetector`), the `Limits` of the server and its `Metrics`
+(default: new ones). While its attribute `stopping` is true, new requests are refused. `close()`
+stops its threads, and `not_ready()` returns why the server refuses new requests, or "".
 
 The method `Service.predict(request)` takes a request with image files, one image or a list of URLs,
 and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for

@@ -7,8 +7,8 @@ the largest number of images that are scored at once. `allow_urls` and `allow_pr
 whether images are downloaded from URLs of public and of private hosts.
 
 `Refused(status, detail, retry_after)` is an exception with an HTTP status (such as 413), one
-sentence for the client, and the seconds after which to try again (0: trying again cannot help).
-`MB` is 2**20 bytes.
+sentence for the client, and the seconds after which to try again (0, the default: trying again
+cannot help). `MB` is 2**20 bytes.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ or cuda:N) and `rates`: the pair (highest false-positive rate, highest miss rate
 from which the limits of the verdicts are chosen. A rate of None keeps the detector's limit.
 
 `run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises
-OSError if the port is in use, ValueError if the detector cannot be loaded or has no threshold for a
-rate, and SystemExit if a second signal stopped the server at once.
+OSError if the port is in use, ValueError if the detector or the list of trusted C2PA signers cannot
+be loaded, or the detector has no threshold for a rate, and SystemExit if a second signal stopped
+the server at once.
 """
 
 from pathlib import Path

@@ -6,7 +6,8 @@ Main entry: `Scorer(detector, limits, metrics)` takes a detector, the `Limits` o
 `Job` for each, at once; `Job.done` is a future of the image's row, a dict with the columns of
 `predict.py` (path, probability, verdict, error ...). `submit()` raises `Refused` (status 429) if
 the queue has no room for all of them. The caller cancels the futures of a request that has ended;
-these images are not scored. `close()` scores the decoded images and stops the threads.
+these images are not scored. An unexpected error is raised by the futures. `close()` scores the
+images that are already decoded, drops the others and stops the threads.
 
 `is_full` tells whether the queue is full, `works` whether the scoring thread runs, and
 `retry_after` estimates the seconds until all waiting images are scored.

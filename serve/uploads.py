@@ -5,7 +5,7 @@ request, its content type (from `kind_of(request)`) and the `Limits`, and return
 `ImageFile` (a name and a function that returns the bytes) for each image. `read_addresses(request,
 limits)` returns the list of URLs of a JSON body `{"urls": [...]}`; `serve/addresses.py` downloads
 them. `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
-header, before it is read; without the header, it returns the limit.
+header, before it is read; without the header, it returns the largest size that is allowed.
 
 All four functions raise `Refused` with the HTTP status if the request is invalid or too large; the
 coroutines raise starlette's ClientDisconnect if the client is gone. Bodies stay in memory; uploaded
