@@ -22,6 +22,9 @@ ones.
 set, writes `regressions.json` below `--out`, and fails if an image is wrong now that another
 detector got right. `--images` is a folder to search for images of which no copy was recorded.
 
+`--runs` is the folder of all runs; `--device` and `--backend` (decoding) say how to run, and
+`--fake-label` which label of a third-party classifier means fake.
+
 Main entry: `main()`. Subcommands: `calibrate` fits temperature and thresholds on validation sets
 and stores them with the detector. `compare` prints the differences between evaluations. Slow
 imports (torch, timm) are inside functions, so that a wrong option is reported at once.

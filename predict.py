@@ -12,9 +12,14 @@ FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, a
 FOLDER` writes pictures of the regions that changed the score. `--report-mistake LABEL` records each
 verdict that contradicts the true label (`real` or `fake`) in a folder, see `model/mistakes/add.py`.
 The exit code is 0, 1 if an image could not be read, or 2 if nothing could be scored (`NotStarted`).
-Main entry: `main()`.
 
-Slow imports (torch, timm) are inside functions, so that a wrong option is reported at once.
+Main entry: `main()`, the click command. More options: `--threshold`, or `--max-fpr` and
+`--max-miss` (error rates to keep to), replace the decision threshold of the detector; `--detector`
+names any other detector, `--trust` allows one that is a Python file to run, and `--fake-label` says
+which of its labels means fake; `--trust-list FILE` has the certificates of trusted C2PA signers;
+`--mistakes FOLDER` and `--keep-image` (store a copy) are for `--report-mistake`; `--runs`,
+`--device`, `--backend` (decoding) and `--batch-size` say where and how to run. Slow imports (torch,
+timm) are inside functions, so that a wrong option is reported at once.
 """
 
 import signal

@@ -5,14 +5,15 @@
 A recipe (TOML) names the shard sets (packed images) below `--data` (default `data/shards`) and all
 settings. `--phase 1` is the recipe `recipes/phase1.toml`, which trains on images of older
 generators. `--phase 2` starts from the best checkpoint of phase 1 and trains on images of newer
-generators plus a few old ones. `--folder` packs the images in DIR/real and DIR/fake first and
-trains on them. `--set` changes a value of the recipe, and `--dry-run` tries a few steps and prints
-the plan. `--run` names the run (default: the recipe's name), `--runs` is the folder of all runs.
+generators plus a few old ones. `--folder` packs the images in DIR/real and DIR/fake first, as sets
+below `--data`, and trains on them with `recipes/clip-phase1.toml` or the recipe that is given.
+`--set` changes a value of the recipe, and `--dry-run` tries a few steps and prints the plan.
+`--run` names the run (default: the recipe's or DIR's name), `--runs` is the folder of all runs.
 `--init-from` gives the initial weights (a checkpoint, a .safetensors file or the name of a
 backbone), and `--no-pretrained` starts from random ones.
 
 Main entry: `main()`, the click command with these options. Checkpoints are folders
-`runs/<run>/step_<N>`; the validation metrics and the path of the best one are printed. A wrong
+`runs/<run>/step_<N>`; the path of the best one and its validation metrics are printed. A wrong
 recipe or missing data ends with one line and exit code 1. An interrupted run ends with exit code
 130, and the same command resumes the run. Slow imports (torch, timm) are inside functions, so that
 a wrong option is reported at once.

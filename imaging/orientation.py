@@ -7,10 +7,9 @@ returns the pixels rotated and mirrored, as a NumPy view. Only this module reads
 
 `orientation_left(image)` is for all other formats: it takes an image opened by Pillow and returns
 the orientation that Pillow has not applied when decoding. `carries_exif(data, image_format)`
-returns whether a JPEG, PNG or WebP has EXIF data. An orientation is undone in two steps:
-`is_transposed(orientation)` says whether rows and columns are exchanged, and
-`mirrored(orientation)` whether the order of the rows, and of the columns, is then reversed (two
-bools).
+returns whether a JPEG, PNG or WebP has EXIF data. An orientation is undone in two steps: first,
+rows and columns are exchanged if `is_transposed(orientation)` is true; then `mirrored(orientation)`
+returns two bools, whether to reverse the order of the rows, and of the columns.
 """
 
 import re

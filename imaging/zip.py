@@ -5,14 +5,14 @@ error messages (empty: the path). It yields a `ZipMember` for each file, sorted 
 its location `where`, its `size` in bytes, and `excluded`, the reason if it is not read (`HIDDEN`,
 encrypted, an unsafe path, ...), or "". `read_member(archive, where, version)` returns the bytes of
 one file; `where` is from its `ZipMember`, and `version` is any text that changes when the archive
-changes. Archives in several volumes (X.z01, X.z02, ..., X.zip) are read too. `members()` raises
-`ZipError` if the archive is damaged or incomplete, or if its files claim to unpack to more than
-`MAX_RATIO` times its size. `read_member()` raises `DecodeError` if the file in the archive is
-damaged. Both raise `OSError`.
+changes. Of an archive in several volumes (X.z01, X.z02, ...), name the last, X.zip. `members()`
+raises `ZipError` if the archive is damaged or incomplete, or if its files claim to unpack to more
+than `MAX_RATIO` times its size. `read_member()` raises `DecodeError` if the file in the archive is
+damaged. Both raise `OSError` if the archive cannot be read.
 
-Four functions check names and modes of files in folders and archives of any kind. `is_hidden(name)`
-and `leaves_archive(name)` (the path would lead out of the target folder) return a bool.
-`kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
+Four functions are about names and modes of files, in folders and archives of any kind.
+`is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a
+bool. `kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
 reading it. `printable(name)` returns the name with escapes for bytes that are not UTF-8.
 """
 

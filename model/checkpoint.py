@@ -7,14 +7,14 @@ A shipped detector has only the head; `backbone` in its meta names the file of t
 
 Main entries: `save(folder, net, recipe, record, state, replayed)` writes a new checkpoint folder: a
 network with its `ResolvedRecipe`, a `Record` (step, metrics and data, for the meta), the dict for
-`state.pt` or None, and (epoch, key) of samples reused from old sets, or None.
+`state.pt` or None, and pairs (epoch, key) of the samples reused from old sets so far, or None.
 `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta (dict).
 `find(runs, named, shipped)` returns the folder of a checkpoint: `named` itself, the best of the run
 `named`, or the shipped detector `named`. If `named` is None, it is the best of the newest run below
 `runs`; if no run exists and `shipped` is true, the default shipped one. Errors: `CheckpointError`,
 and its subclasses `DamagedError` (a missing or changed file) and `NoCheckpointError` (no run,
 `named` is None). `seal()` writes the `meta.json` of a new checkpoint, `annotate()` changes its
-entries. `check()` raises if the weights do not fit, `verify()` if a file has changed; else they
+entries. `check()` raises if the weights do not fit, `verify()` if a file has changed; both else
 return the meta. `best_of()` and `best_among()` return the best of a run or list, or None.
 """
 

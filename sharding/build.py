@@ -7,8 +7,8 @@ images, and whether rules without a file and training sets of one class are acce
 `progress`: `progress(what, total)` returns a context manager that yields a function, which is
 called with the number of images finished since its last call. `build()` writes a folder per set. It
 returns a `SourceScan` (images by source, sources without images) and a list of `BuiltSet` (name,
-index, shards written), empty without images. Errors are `ShardError`, `CatalogError`, `RawError`
-and `OSError`. `out/.build` has the finished work of a killed run, for the next run.
+index, shards written); it is empty without images. Errors are `ShardError`, `CatalogError`,
+`RawError` and `OSError`. `out/.build` has the finished work of a killed run, for the next run.
 """
 
 import contextlib

@@ -8,10 +8,11 @@ a text that changes with the file; and `excluded`, the reason if it is not read 
 name in an archive), else "". A broken archive raises `RawError`, an unreadable folder `OSError`.
 
 `read_all(raw, rows)` takes the folder of all raw datasets and a list of dicts, one per image, with
-the keys `path`, `member` (also the location of a cell in a parquet table), `size`, `version` and
-`excluded`. For each image it yields the bytes, or a `DecodeError` (not raised) that says why it
-cannot be read. A table with fewer rows than were listed raises `RawError`, an unreadable file
-`OSError`. Nothing is unpacked to disk.
+the keys `path`, `member`, `size`, `version` and `excluded` of a `RawFile`. The cells of a parquet
+table are listed by `sharding/listing.py`; their `member` names row group, row and column. For each
+image it yields the bytes, or a `DecodeError` (not raised) that says why it cannot be read. It
+raises `RawError` if a table has fewer rows than when it was listed, and `OSError` if a file cannot
+be read. Nothing is unpacked to disk.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the folder below `raw` that has the name `root`, even if its name on disk has another composition,

@@ -1,24 +1,25 @@
 """Measure the robustness of a detector: score the same samples before and after many perturbations
 (such as JPEG compression), and compare the scores.
 
-Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`,
-a shard set (packed images), row numbers in this set (`sample_by_hash(shards, per_class)` chooses
-the same ones in every run) and a list of `Perturbation`, among them `ORIGINAL`. It returns
+Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`
+(below), a shard set (packed images), row numbers in this set (`sample_by_hash(shards, per_class)`
+chooses the same ones in every run) and a list of `Perturbation`, among them `ORIGINAL`. It returns
 `PerturbedScores`: row numbers and labels, float32 logits (perturbations, samples) before the
-temperature, and the reasons of failures. `on_images(n)` is called after each image of this process;
-n is the number of images since the last call, always 1.
+temperature, and the reasons of failures. All ranks of `scorer.dist` must call it; each scores a
+part and gets the whole result. `on_images(1)` is called after each image of this rank.
 
 `measure_perturbations(perturbed, groups, temperature, threshold)` takes the `PerturbedScores`, the
-group of each sample of the set (from `group_codes()`), the temperature, and the decision threshold
-on the probability after it. It returns a list with one dict per perturbation for `report.json`:
-metrics (`FIGURES`) with intervals, the share of changed verdicts, and per class the mean change of
-the logit with its interval (a `Shift`, computed by `shifts()` and `shift_of()`).
+group of each image of the whole set (from `group_codes()`), the temperature, and the decision
+threshold on probabilities after the temperature. It returns a list with one dict per perturbation
+for `report.json`: metrics (`FIGURES`) with intervals, the share of changed verdicts, and per class
+the mean change of the logit with its interval (a `Shift`, computed by `shifts()` and `shift_of()`).
 
-A `VariantScorer` has `prepare(pixels)`, which preprocesses a decoded image, and `column(variants)`,
-which returns the logits of all variants of one image: `Scorer` for checkpoints, `DetectorScorer` of
-`others.py` for all other detectors. `perturbed_variants()` yields (sample, list of variants). A
-perturbation changes the decoded image as packed, before the preprocessing, so the perturbation
-`original` scores the same pixels as a plain evaluation.
+A `VariantScorer` scores with a detector. `Scorer(net, preprocess, device, dtype, dist)` is one for
+a checkpoint's network, `DetectorScorer` of `others.py` for any other detector. Its `dist` is a
+`DistEnv` (the ranks that share the images), `prepare(pixels)` preprocesses a decoded image, and
+`column(variants)` returns the logits of all variants of one image. `perturbed_variants()` yields
+(sample, list of variants). A perturbation changes the decoded image as packed, before the
+preprocessing, so the perturbation `original` scores the same pixels as a plain evaluation.
 """
 
 from collections import deque
