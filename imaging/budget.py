@@ -31,8 +31,8 @@ mode (4 each), rows that are being joined, and the result (3 each). Measured in
 """
 
 LARGE_PIXELS = 2**25
-"""Pixels from which an image is large. Builders with several processes decode one large image at a
-time.
+"""Pixels from which an image is large. Builders with several processes, the page and the server
+decode one large image at a time.
 """
 
 

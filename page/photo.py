@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from imaging.turns import Busy, turn
+from imaging.decode_lock import Busy, decode_lock
 from model.inference import gradcam
 from model.inference.detector import ImageDetector
 from page.html import show
@@ -84,7 +84,7 @@ def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> N
         show(photo_html(result, detector.preprocess, busy=True), picture)
         try:
             data = file.getvalue()
-            with turn(data):
+            with decode_lock(data):
                 maps[file.file_id] = as_jpeg(Image.fromarray(gradcam.heatmap(detector, data)))
         except (gradcam.ExplainError, Busy) as error:
             show(photo_html(result, detector.preprocess), picture)

@@ -24,7 +24,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from escape import markdown
 from imaging.decode import decode
-from imaging.turns import Busy, turn
+from imaging.decode_lock import Busy, decode_lock
 from model.inference import signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction
@@ -76,7 +76,7 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """Score one image; the result has a probability, or the reason why the image is refused."""
     try:
-        with turn(data):
+        with decode_lock(data):
             prediction = detector.predict(data)
             if prediction.error:
                 return Scored(name, prediction)

@@ -28,7 +28,7 @@ import numpy as np
 import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import ImageFile
-from imaging.turns import pixels_of
+from imaging.decode_lock import pixels_of
 from model.inference.detector import ImageDetector
 from model.inference.prediction import done_or_reason, predictions, threads
 from model.inference.provenance import Evidence, read_evidence

@@ -7,7 +7,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from imaging import turns
+from imaging import decode_lock as locks
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
@@ -134,17 +134,17 @@ def test_the_metadata_of_the_examples_says_that_a_program_drew_them() -> None:
 def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turns, "LARGE_PIXELS", 10_000)
-    monkeypatch.setattr(turns, "WAIT_S", 0.1)
+    monkeypatch.setattr(locks, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(locks, "WAIT_S", 0.1)
     small, large = encode(photo(1, 50, 50)), encode(photo(1, 200, 100), "PNG")
-    assert [turns.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
+    assert [locks.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
     taken = []
-    with turns.turn(large):
-        with turns.turn(small):
+    with locks.decode_lock(large):
+        with locks.decode_lock(small):
             taken.append("small")
-        with pytest.raises(turns.Busy, match="busy with other images"), turns.turn(large):
+        with pytest.raises(locks.Busy, match="busy with other images"), locks.decode_lock(large):
             taken.append("large")
-    with turns.turn(large):
+    with locks.decode_lock(large):
         taken.append("large again")
     assert taken == ["small", "large again"]
 
@@ -152,7 +152,7 @@ def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
         def predict(self, _images: object) -> None:
             raise AssertionError("it was not this image's turn")
 
-    with turns.turn(large):
+    with locks.decode_lock(large):
         scored = score(Found(), "a.png", large)
     assert scored.prediction.verdict == UNREADABLE
     assert "try this one again later" in scored.prediction.error

@@ -1,11 +1,11 @@
 """Let one small and one large image be decoded at a time, over all users of a web page.
 
-Main entry: `turn(data)`, a context manager around the decoding of an image file with the bytes
-`data`. There are two size classes: images of `LARGE_PIXELS` or more, and smaller ones. `turn()`
-waits until no other image of the same class is being decoded and makes others wait until the block
-ends. It yields nothing. It raises `Busy` after `WAIT_S` seconds of waiting. `LANES` are the locks
-of the two classes. `pixels_of(data)` returns the number of pixels that the header states, or 0 if
-the header cannot be read.
+Main entry: `decode_lock(data)`, a context manager around the decoding of an image file with the
+bytes `data`. There are two size classes: images of `LARGE_PIXELS` or more, and smaller ones.
+`decode_lock()` waits until no other image of the same class is being decoded and makes others wait
+until the block ends. It yields nothing. It raises `Busy` after `WAIT_S` seconds of waiting. `LOCKS`
+are the locks of the two classes. `pixels_of(data)` returns the number of pixels that the header
+states, or 0 if the header cannot be read.
 """
 
 import contextlib
@@ -15,12 +15,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from imaging.budget import LARGE_PIXELS
 from imaging.decode import READABLE, without_warnings
-
-LARGE_PIXELS = 2**25
-"""Pixels from which an image is large. Large images wait only for large ones, small ones only for
-small ones.
-"""
 
 WAIT_S = 60.0
 """Seconds that an image waits for others before it is refused."""
@@ -30,25 +26,25 @@ class Busy(Exception):
     """Other images were being decoded for all of `WAIT_S`; the message says what to do."""
 
 
-LANES = threading.Lock(), threading.Lock()
+LOCKS = threading.Lock(), threading.Lock()
 """Locks of the process: one for small images, one for large ones."""
 
 
 @contextlib.contextmanager
-def turn(data: bytes) -> Iterator[None]:
+def decode_lock(data: bytes) -> Iterator[None]:
     """Wait until no other image of the same size class (small or large) is being decoded, and make
     others wait until the block ends. The largest image takes 2.8 GB and several seconds.
 
     Raises:
         Busy: the wait took longer than `WAIT_S`.
     """
-    lane = LANES[pixels_of(data) >= LARGE_PIXELS]
-    if not lane.acquire(timeout=WAIT_S):
+    lock = LOCKS[pixels_of(data) >= LARGE_PIXELS]
+    if not lock.acquire(timeout=WAIT_S):
         raise Busy("the server is busy with other images; try this one again later")
     try:
         yield
     finally:
-        lane.release()
+        lock.release()
 
 
 def pixels_of(data: bytes) -> int:
