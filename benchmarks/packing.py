@@ -2,19 +2,20 @@
 
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
-N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. Each contender is a process,
-run with the same number of cores (`--jobs`): in each of `--repeats` rounds once with a few images
-and once with all. The difference gives images/s without start-up. A table of speed, start-up
-seconds and memory is printed, and written to `--json`. `build` decodes and checks every image,
-finds duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode.
-img2dataset runs if its command is given (`--img2dataset`). The limit only reads the files and
-decodes them with simplejpeg.
+N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are `--repeats`
+rounds. In each, every contender runs as a process with `--jobs` cores, once on a few images and
+once on all. The difference gives images/s without start-up. A table of speed, start-up seconds and
+memory is printed, and written to `--json`. `build` decodes and checks every image, finds
+duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode. img2dataset
+runs if its command is given (`--img2dataset`). The last contender shows the limit: it only reads
+the files and decodes them with simplejpeg.
 
-Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` (a key of what
-`commands()` returns) on the folder `raw` of JPEGs with `jobs` processes, and returns its seconds
-and the peak memory of its largest process in bytes; `img2dataset` is the path of that command ("":
-none). `commands(raw, out, jobs, img2dataset)` takes also the folder to pack into; it writes the
-scripts of the contenders there and returns a dict, name -> command line of a contender.
+Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` ("sharding build",
+"ShardWriter loop, Pillow check", "bare simplejpeg decode (limit)" or "img2dataset, webdataset
+output") on the folder `raw` of JPEGs with `jobs` processes, and returns its seconds and the peak
+memory of its largest process in bytes; `img2dataset` is the path of that command ("": none).
+`commands(raw, out, jobs, img2dataset)` takes also the folder to pack into; it writes the scripts of
+the contenders there and returns a dict, name -> command line of a contender.
 """
 
 import json

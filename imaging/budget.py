@@ -7,8 +7,8 @@ needs more than `DECODE_BYTES` reserves all of them, so it is decoded alone. Not
 raised.
 
 `share_large(lock)` takes a lock that several processes share, such as a `multiprocessing.Lock`, and
-returns nothing. From then on, `decoding()` also holds this lock for a large image (`LARGE_PIXELS`
-or more), so that these processes decode one large image at a time.
+returns nothing. Each of the processes calls it once. Then `decoding()` holds the lock while it
+decodes a large image (`LARGE_PIXELS` or more), so only one of the processes does so at a time.
 
 `ByteBudget(total)` is a number of bytes that threads share. Its `of(size)` is a context manager
 that waits until `size` bytes are free and reserves them until the block ends. `give_back_freed()`

@@ -1,13 +1,13 @@
 """Make the HTML cards for one image: its verdict, and the statements in its file about its origin.
 
 Main entries, which return HTML as `Markup`: `verdict_html(detector, result, said, level)` takes the
-detector, the result (`Scored`; a refused image is not allowed), the verdict `said` (likely AI,
-uncertain or no sign of AI) and the level of the HTML heading (`level`, such as 2). The card shows
-the probability on a scale. `scale_html(p, band)` makes this scale from the probability and the band
-of uncertain ones (low, high). `evidence_html(evidence, level)` takes a list of statements of the
-file (`Evidence`, such as from EXIF or C2PA) and shows them as a list; if it is empty, the card says
-so. `refused_html(refused)` takes a list of the results of refused files and lists their names and
-the reasons.
+loaded `ImageDetector`, the result (`Scored`; a refused image is not allowed), the verdict `said`
+("likely AI", "uncertain" or "no sign of AI") and the level of the HTML heading (`level`, such as
+2). The card shows the probability on a scale. `scale_html(p, band)` makes this scale from the
+probability and the band of uncertain ones (low, high). `evidence_html(evidence, level)` takes a
+list of statements of the file (`Evidence`, such as from EXIF or C2PA) and shows them as a list; if
+it is empty, the card says so. `refused_html(refused)` takes a list of the results of refused files
+and lists their names and the reasons.
 """
 
 from collections.abc import Sequence

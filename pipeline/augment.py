@@ -3,7 +3,7 @@
 Main entries: `sample_params()` for training takes a `PolicyTable` (`policies`: ranges and
 probabilities), N positions in it (`policy`, one per image), the output size (`preprocess`), widths
 and heights in pixels, the key of the random numbers (`keys`: seed, epoch, sample numbers), and
-`partners`: JPEG quality (0: none) and chroma subsampling of each image's real partner, or None.
+`partners` (quality and chroma of the real partners' JPEGs, two int arrays; 0: none), or None.
 `center_crop_params()` for evaluation takes only the preprocessing and the sizes. Both return an
 `AugmentBatch`: an array of N values per parameter. `AugmentParams` are the values of one image. Two
 backends (`pil.py`, `dali.py`) change the pixels, without random numbers. So the same (seed, epoch,

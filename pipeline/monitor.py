@@ -9,10 +9,11 @@ text for a progress bar.
 `Watchdog(describe, stall_warning_s)`, a context manager, takes a function without arguments that
 returns a text about the workers, and a time limit. The consumer waits for each batch inside its
 `waiting(step)`; when that takes longer than `stall_warning_s` seconds, a warning with the text is
-logged. `WorkerStatus(workers, shared)` takes the workers' names, and whether they are processes.
-The workers write their stage (`STAGES`) and step to it, and its `describe()` returns the text.
-`StallError` means that no batch came in time. `stalled(seconds, status)` returns its message;
-`seconds` is the time limit and `status` the text of `describe()`.
+logged. `WorkerStatus(workers, shared)` takes the workers' names, and whether they are processes. A
+worker (its index) does its work inside `at(worker, stage, step)`, with one of `STAGES`, and calls
+`finished(worker)` after a batch. `made()` returns the number of finished batches, and `describe()`
+the text for the `Watchdog`. The loader raises `StallError` if no batch came within its own, longer
+limit of `seconds`; `stalled(seconds, status)` returns the message, with the text of `describe()`.
 """
 
 import contextlib

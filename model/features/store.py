@@ -10,14 +10,15 @@ file has a row per sample, in the order of the tar: `offset` (int64, in the tar)
 reasons of failures and the identity of its inputs; a file with another identity counts as missing.
 
 Main entries: `open_table(store, backbone, shards, view)` takes the folder of the store, a
-`BackboneId` (identity of backbone and preprocessing, made by `backbone_id()` from a network and its
-settings), a `ShardSet` (packed images) and a `View` (number and augmentation). It returns a
-`FeatureTable`, whose `rows(samples)` takes row numbers of the set and returns their features,
-float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the same four arguments, the
-`rank` of this process (default 0) and the number `world_size` of processes (default 1). It returns
-a list of `ShardFile` (path and identity of a file that this rank has to compute). `write_file(file,
-offsets, valid, features, failures)` writes one of them: the three columns as arrays, and a dict,
-row -> reason, of images that cannot be decoded.
+`BackboneId` (identity of backbone and preprocessing, made by `backbone_id()` from a `Detector`, its
+`Network` settings, `Preprocess` and dtype), a `ShardSet` (packed images) and a `View` (number and
+augmentation). It returns a `FeatureTable`, whose `rows(samples)` takes row numbers of the set and
+returns their features, float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the
+same four arguments, the `rank` of this process (default 0) and the number `world_size` of processes
+(default 1). It returns a list of `ShardFile` (path and identity of a file that this rank has to
+compute). `write_file(file, offsets, valid, features, failures)` writes one of them: the three
+columns as arrays, and a dict, row -> reason, of images that cannot be decoded.
+`describe_backbone(store, backbone)`, called once before, writes `backbone.json`.
 
 `open_table()` raises `FeatureError` if a file is missing, damaged or incomplete, and `write_file()`
 if a feature is not finite. `frozen_sha256()` hashes the weights that do not learn, and raises

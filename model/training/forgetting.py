@@ -6,10 +6,10 @@ Main entries, pure functions: `changes(before, after, new)` takes two dicts, "se
 list with a `Change` (accuracy before and after, old or new) for each source that is in both dicts.
 `forgetting(rows)` takes this list of `Change`s and returns the mean loss of accuracy over the old
 sources, 0 to 1; a gain counts as 0, and without old sources it is 0. `refusals(gate, rows, sets)`
-takes the recipe's `Gate` (limits: `max_forgetting` for each old source, `max_fpr` for each set),
-the list of `Change`s, and a dict, set -> `Metrics` after training. It returns the reasons for
-refusing the checkpoint, a list of sentences; empty if it passes. `accuracy_of(metrics)` is the
-balanced accuracy, or with one class the accuracy.
+takes the recipe's `Gate` (`max_forgetting`: largest loss allowed on any old source; `max_fpr`:
+highest false-positive rate allowed on any set), the list of `Change`s, and a dict, set -> `Metrics`
+after training. It returns the reasons for refusing the checkpoint, a list of sentences; empty if it
+passes. `accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy.
 """
 
 from collections.abc import Mapping
