@@ -1,13 +1,14 @@
 """Run the commands of the installed wheel, such as `ai-images-detector predict photo.jpg`.
 
 Main entry: `main()`, a click group. Its subcommands (`COMMANDS`) take the same arguments, and print
-and write the same, as the commands of a checkout: `predict` is `predict.py`, `build` is `python -m
-sharding build`, and so on. A subcommand is imported only when it is called.
+and write the same, as six commands of a checkout: `predict` is `predict.py`, `train` is `train.py`,
+`evaluate` is `evaluate.py`, `serve` is `python -m serve`, `fetch` is `python -m model fetch`, and
+`build` is `python -m sharding build`. A subcommand is imported only when it is called.
 
-The exception is `app()`, which is defined here: it starts the web page with Streamlit and serves it
-on this machine until Ctrl-C. Its options are the address of the page (`--host`, default 127.0.0.1,
-and `--port`, default 8501), and the detector: `--checkpoint` (a checkpoint folder, a run's folder,
-or the name of a shipped detector), or else the newest run in the folder `--runs`. It ends with an
+The seventh, `app()`, is defined here. It starts the web page with Streamlit and serves it on this
+machine until Ctrl-C. Its options are the address of the page (`--host`, default 127.0.0.1, and
+`--port`, default 8501), and the detector: `--checkpoint` (a checkpoint folder, a run's folder, or
+the name of a shipped detector), or else the newest run in the folder `--runs`. It ends with an
 error if Streamlit is not installed. `context` is given by click. `HERE` is the folder of the
 program's modules.
 """

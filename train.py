@@ -1,6 +1,6 @@
 """Train a detector on shard sets and write its checkpoints to `runs/` (the `train.py` command).
 
-    python train.py --phase 1 | --recipe FILE | --folder DIR  [--set KEY=VALUE] [--dry-run]
+    python train.py [--phase 1 | --recipe FILE] [--folder DIR] [--set KEY=VALUE] [--dry-run]
 
 A recipe (TOML) names the shard sets (packed images) below `--data` (default `data/shards`) and all
 settings. `--phase 1` is the recipe `recipes/phase1.toml`, which trains on images of older

@@ -2,12 +2,12 @@
 
 Main entries: `choose_device(asked, local)` takes `auto`, `cpu`, `cuda` or `cuda:N` and returns a
 `torch.device`. For `auto` it is the GPU with the index `local` (default 0), or the CPU if there is
-no such GPU. It raises `ValueError` if this machine has no such device. `choose_precision(asked,
-device)` takes `auto`, `bf16`, `fp16` or `fp32` and a `torch.device`; it returns the torch dtype and
-the reason for the choice, as text. For `auto` it is bf16 or else fp16 where the GPU is made for it,
-else fp32. `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of a torch dtype.
-`keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
-system; for a GPU it does nothing.
+no GPU. It raises `ValueError` for any other text, or if this machine has no such device.
+`choose_precision(asked, device)` takes `auto`, `bf16`, `fp16` or `fp32` and a `torch.device`; it
+returns the torch dtype and the reason for the choice, as text. For `auto` it is bf16 or else fp16
+where the GPU is made for it, else fp32. `describe(dtype)` returns the short name (`bf16`, `fp16` or
+`fp32`) of a torch dtype. `keep_freed_memory(device)` makes computation on a CPU faster, by not
+returning freed memory to the system; for a GPU it does nothing.
 """
 
 import ctypes

@@ -3,11 +3,11 @@
 Main entry: `show_table(detector, scored, verdicts)` takes the detector, the results (file id ->
 `Scored`: prediction or refusal) and the verdicts (file id -> text, such as "likely AI"), puts the
 table on the page (Streamlit), and returns the id of the image to show in full: the row that the
-visitor chose, or `first_of(scored)`, the first image that was not refused. `summary(scored,
-verdicts)` returns the number of images in all and per verdict as text. `row(key, result, verdict)`
-returns the values of one row as a dict for `table.js`, where `key` is the file id.
-`as_csv(detector, scored, verdicts)` returns the table as text in the format of `predict.py --format
-csv`.
+visitor chose, or `first_of(scored)`, the first image that was not refused (if all were refused, the
+first). `summary(scored, verdicts)` returns the number of images in all and per verdict as text.
+`row(key, result, verdict)` returns the values of one row as a dict for `table.js`, where `key` is
+the file id. `as_csv(detector, scored, verdicts)` returns the table as text in the format of
+`predict.py --format csv`.
 """
 
 from collections import Counter

@@ -7,9 +7,10 @@ in the set `names`; a build does so before its first file, so that the next buil
 files of a killed one. `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder
 has a shard, index or unfinished file that is not recorded. `remove_earlier(folder, marks, shards)`
 takes the set `shards` of the names of the tars to keep. It deletes all other recorded files of the
-set, then writes a record of the remaining ones. `files_of(shards)` returns the names of all files
-of a set with these tars. `is_recorded(name, record)` returns whether the file `name` is in the
-record; the name of an unfinished file counts as that of the finished one.
+set, and the files in `marks` of other tars, then writes a record of the remaining ones.
+`files_of(shards)` returns the names of all files of a set with these tars. `is_recorded(name,
+record)` returns whether the file `name` is in the record; the name of an unfinished file counts as
+that of the finished one.
 """
 
 import json

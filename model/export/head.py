@@ -4,10 +4,10 @@ backbone.
 Main entry: `save_head(checkpoint, target, backbone, report, data)` takes a checkpoint folder, the
 new folder `target`, and a `BackboneSpec`: the files, with hashes and download places, that contain
 the backbone. One of these files must be in this project's cache of backbones (`python -m model
-fetch` fills it) or in the Hugging Face cache. `report` (path of `report.json`, or None) and `data`
-(folder of the training sets, or None) give the figures and the sources that the model card shows.
-It writes the head's weights (kilobytes), `meta.json` with the places and hashes of the backbone,
-and the model card, and returns `target`. The layout is described in `model/shipped/backbone.py`.
+fetch` fills it). `report` (path of `report.json`, or None) and `data` (folder of the training sets,
+or None) give the figures and the sources that the model card shows. It writes the head's weights
+(kilobytes), `meta.json` with the places and hashes of the backbone, and the model card, and returns
+`target`. The layout is described in `model/shipped/backbone.py`.
 
 It raises `HeadError` if the backbone was trained too, or if its file is not in the cache or has
 other weights; `HubError` if `target` is not empty or the report is of another checkpoint.
