@@ -157,10 +157,10 @@ def main(
     if scores:
         _report_on_scores(scores, data, out)
         return
-    if not (names or subset or suite or regressions):
-        raise click.UsageError("no set to measure on; name one, such as --shards evalgen")
     if images and not regressions:
         raise click.UsageError("--images is for recorded mistakes: add --regressions FOLDER")
+    if not (names or subset or suite or regressions):
+        raise click.UsageError("no set to measure on; name one, such as --shards evalgen")
     from model.adapters.open import Opening, load_any
 
     opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner, Result
@@ -237,3 +238,38 @@ def test_entries_are_equal_after_reading(tmp_path: Path) -> None:
     (mistake,) = read_mistakes(tmp_path)
     expected = Mistake(sha256=HASH, label="fake", verdicts=(said(NO_SIGN),), image=".webp")
     assert mistake == expected
+
+
+def test_mistakes_go_to_the_folder_of_the_environment_variable(
+    tmp_path: Path, image: Path, detectors: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTOR_MISTAKES", str(tmp_path / "mine"))
+    line = [image, "--report-mistake", "real", "--detector", detectors["wrong"], "--trust"]
+    assert run(predict.main, *line).exit_code == 0
+    assert len(read_mistakes(tmp_path / "mine")) == 1
+    monkeypatch.setenv("DETECTOR_MISTAKES", "")
+    monkeypatch.chdir(tmp_path)
+    assert run(predict.main, *line).exit_code == 0
+    assert len(read_mistakes(tmp_path / "mistakes")) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "said"),
+    [
+        (predict, ["--report-mistake", "real", "--out", "x.csv"], "--report-mistake cannot be"),
+        (predict, ["--report-mistake", "real", "--format", "csv"], "combined with --format"),
+        (predict, ["--report-mistake", "fake", "--heatmap", "x"], "combined with --heatmap"),
+        (predict, ["--keep-image"], "add --report-mistake"),
+        (predict, ["--onnx", "x.onnx", "--backend", "dali"], "combined with --backend dali"),
+        (predict, ["--threshold", "0.5", "--max-miss", "0.1"], "combined with --max-miss"),
+        (evaluate, ["--regressions", ".", "--shards", "val"], "combined with --shards"),
+        (evaluate, ["--regressions", ".", "--robustness"], "combined with --robustness"),
+        (evaluate, ["--images", "."], "add --regressions FOLDER"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(
+    command: ModuleType, line: list[str], said: str, image: Path
+) -> None:
+    result = run(command.main, *([image] if command is predict else []), *line)
+    assert result.exit_code == 2
+    assert said in result.stderr and len(result.stderr.splitlines()) == 4
