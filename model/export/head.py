@@ -59,14 +59,15 @@ def save_head(
 ) -> Path:
     """Write the head of a checkpoint with a frozen backbone into the new folder `target`.
 
-    `backbone` lists the sources of the backbone. One of its files must be in the cache and contain
-    exactly the checkpoint's backbone weights; this file is recorded as tested. `report` is the
-    checkpoint's `report.json`, `data` the folder with its training sets; the card shows both.
+    `backbone` lists the sources of the backbone. One of its files must be in the cache, or in the
+    hub's cache, and contain exactly the checkpoint's backbone weights; this file is recorded as
+    tested. `report` is the checkpoint's `report.json`, `data` the folder with its training sets;
+    the card shows both.
 
     Raises:
-        HeadError: the backbone was trained too, none of its files is in the cache, or no file has
-            the weights on which the head was trained.
-        HubError: `target` exists, or the report belongs to another checkpoint.
+        HeadError: the backbone was trained too, none of its files is on this machine, or no file
+            has the weights on which the head was trained.
+        HubError: `target` is not empty, or the report belongs to another checkpoint.
     """
     refuse_if_there(target)
     meta = read_meta(checkpoint)
@@ -100,8 +101,8 @@ def _trained_on(body: Mapping[str, torch.Tensor], backbone: BackboneSpec, checkp
     """
     different = []
     for file in backbone.files:
-        path = cached_path(file.sha256)
-        if not path.is_file():
+        path = _path_of(file)
+        if path is None:
             continue
         verify_file(path, file.sha256, "delete it and fetch it again")
         weights = load_file(path)
@@ -114,10 +115,32 @@ def _trained_on(body: Mapping[str, torch.Tensor], backbone: BackboneSpec, checkp
             f"the backbone of {checkpoint} is not the one that would be downloaded "
             f"({'; '.join(different)}); train the head on the downloaded one"
         )
-    raise HeadError(
-        f"no file of the backbone {backbone.name} is on this machine to compare with; type "
-        f"`python -m model fetch {backbone.name}`"
+    known = backbone.name in [spec.name for spec in KNOWN]
+    advice = (
+        f"type `python -m model fetch {backbone.name}`"
+        if known
+        else "export on the machine that trained it, whose hub cache has the file"
     )
+    raise HeadError(
+        f"no file of the backbone {backbone.name} is on this machine to compare with; {advice}"
+    )
+
+
+def _path_of(file: BackboneFile) -> Path | None:
+    """Return the path of a file in this project's cache, else in the hub's cache, else None."""
+    path = cached_path(file.sha256)
+    if path.is_file() or file.hub is None:
+        return path if path.is_file() else None
+    in_hub = _in_hub_cache(file.hub)
+    return in_hub if in_hub and sha256_of(in_hub) == file.sha256 else None
+
+
+def _in_hub_cache(place: HubPlace) -> Path | None:
+    """Return the path of a file in the hub's cache on this machine, or None."""
+    from huggingface_hub import try_to_load_from_cache  # slow import, most of a second
+
+    path = try_to_load_from_cache(place.repository, place.file, revision=place.revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _are_equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
@@ -160,21 +183,20 @@ def _recorded(meta: Mapping[str, Any], checkpoint: Path) -> BackboneSpec:
 def _of_timm(name: str) -> BackboneSpec:
     """Return timm's weights as a backbone, from the hub's cache on this machine."""
     import timm
-    from huggingface_hub import try_to_load_from_cache  # slow import, most of a second
 
     config = timm.get_pretrained_cfg(name)
     repository, _, revision = (config.hf_hub_id if config else "").partition("@")
     file = "model.safetensors"
-    path = repository and try_to_load_from_cache(repository, file, revision=revision or None)
-    if not isinstance(path, str):
+    place = HubPlace(repository=repository, revision=revision or "main", file=file)
+    path = _in_hub_cache(place) if repository else None
+    if path is None:
         raise HeadError(
             f"timm's {file} of {name} is not in the hub's cache, so its revision is not known; "
             "train on this machine, or copy that cache"
         )
-    commit = Path(path).parent.name  # snapshots/<commit>/model.safetensors
-    place = HubPlace(repository=repository, revision=commit, file=file)
+    place = replace(place, revision=path.parent.name)  # snapshots/<commit>/model.safetensors
     return BackboneSpec(
         name=name,
         license=timm_license(name),
-        files=[BackboneFile(sha256=sha256_of(Path(path)), hub=place)],
+        files=[BackboneFile(sha256=sha256_of(path), hub=place)],
     )

@@ -186,14 +186,18 @@ def test_each_backbone_file_may_have_its_own_calibration(
 
 
 def test_only_the_backbone_of_the_training_is_accepted(
-    trained: Path, file: Path, tmp_path: Path
+    trained: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = backbone_file(tmp_path, 12)
     with pytest.raises(head.HeadError, match="is not the one that would be downloaded"):
         head.save_head(trained, tmp_path / "x", spec_of(other))
+    spec = spec_of(other)
     other.unlink()
+    with pytest.raises(head.HeadError, match="export on the machine that trained it"):
+        head.save_head(trained, tmp_path / "x", spec)
+    monkeypatch.setattr(head, "KNOWN", (spec,))
     with pytest.raises(head.HeadError, match=r"type `python -m model fetch tiny.made_up`"):
-        head.save_head(trained, tmp_path / "x", spec_of(other))
+        head.save_head(trained, tmp_path / "x", spec)
     whole = tmp_path / "runs" / "whole" / "step_0000001"
     net = build(TINY, pretrained=False)
     record = checkpoint.Record(step=1, epoch=1, metrics={}, selection=None, data={"train": []})
@@ -249,6 +253,12 @@ def test_timms_file_is_identified_in_the_hub_cache(
     place = HubPlace(repository=f"timm/{name}", revision="a" * 40, file="model.safetensors")
     assert spec.files == [BackboneFile(sha256=file.stem, hub=place)]
     assert (spec.name, spec.license) == (name, "cc-by-nc-4.0")
+    file.unlink()  # not in this project's cache: the hub's file is compared
+    shipped = head.save_head(folder, tmp_path / "from_hub", spec)
+    assert checkpoint.read_meta(shipped)["backbone"]["tested"] == {file.stem: {}}
+    path.write_bytes(b"")
+    with pytest.raises(head.HeadError, match="is on this machine to compare with; export on"):
+        head.save_head(folder, tmp_path / "again", spec)
 
 
 def test_the_card_lists_the_tested_backbone_files(
