@@ -1,12 +1,18 @@
 """Serve the web page `app.py` with limited memory: `streamlit run app_server.py`.
 
-Main entry: `app`, the web application that Streamlit starts: its server behind `Guard`. `Guard` is
-an ASGI middleware, which takes the ASGI application that it protects (`app`). An upload with which
-all visitors' uploads would take more than `MAX_HELD_BYTES` (environment variable
-DETECTOR_UPLOADS_MB in MiB, default 1024) gets status 503. All other requests are passed to
-Streamlit, and every response gets the security headers `HEADERS`. Streamlit has no settings for
-such a limit or such headers. `held()` takes nothing and returns the bytes of all uploads in memory,
-each file counted with at least `LEAST_BYTES`.
+Main entry: `app`, the ASGI application that Streamlit starts: its own server for `app.py` behind
+the middleware `Guard`. `Guard(app)` takes the ASGI application that it protects. For each HTTP
+request:
+
+- An upload is a PUT request to a path that contains `UPLOADS`. It gets status 503, and nothing of
+  it is read, if all visitors' uploads would take more than `MAX_HELD_BYTES` with it. That is the
+  environment variable DETECTOR_UPLOADS_MB in MiB (default 1024), read at the import. An upload's
+  size is its Content-Length, or else the largest size that Streamlit accepts.
+- All other requests are passed on, and every response gets the security headers `HEADERS`.
+
+Streamlit has no settings for such a limit or such headers. `held()` takes nothing and returns the
+bytes (int) of all uploads in memory, each file counted with at least `LEAST_BYTES`. It works only
+while Streamlit's server runs.
 """
 
 import os

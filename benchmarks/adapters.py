@@ -1,21 +1,28 @@
 """Measure the overhead of `evaluate.py --detector` against calling a third-party detector directly.
 
-Main entry: `costs(shards, folder, network)` takes the folder of packed sets (it uses the set
-`small`), a folder with the same images as JPEG files in its subfolder `raw/` (model files are
-written next to `raw/`), and the timm name of a network. The detectors are a Python file and a timm
-model, both with this network, and a tiny ViT of transformers (if installed). Each is timed by hand,
-by the adapter, and by hand again. By hand: Pillow opens image files in one thread, and the
-library's own calls score them in batches of the same size. By the adapter: the same images are read
-from shards, then the same preprocessing and network run.
+Main entry: `costs(shards, folder, network)`.
 
-`costs()` returns a dict by kind of detector (`file`, `timm`, `hf`): wall-clock and CPU seconds of
-each way, and `ratio`, for both kinds of seconds the adapter's divided by the mean by hand.
+- `shards`: the folder (Path) of packed sets; the set `small` in it is used.
+- `folder`: a folder (Path) with the same images as `.jpg` files below its subfolder `raw/`. Model
+  files are written to it: `detector.py`, `timm/`, `hf/`. FileExistsError is raised if `timm/` is
+  there already.
+- `network`: the timm name of a network. Its weights are random.
+
+The detectors are a Python file (`file`) and a timm model (`timm`), both with this network, and a
+tiny ViT of transformers (`hf`, if installed). Each is timed by hand, by the adapter, and by hand
+again. By hand: Pillow opens image files in one thread, and the library's own calls score them in
+batches of the same size. By the adapter: the same images are read from shards, then the same
+preprocessing and network run.
+
+`costs()` returns a dict by kind of detector. A time is a dict of `seconds` and CPU seconds
+(`processor_s`). Each kind has `by_hand` (a list of two times), `adapter` (a time), `ratio` (for
+both kinds of seconds, the adapter's divided by the mean by hand), `alone` (the time of reading and
+adapter without a network) and `alone_ratio` (its CPU seconds divided by those by hand).
+
 `print_costs(figures, images)` takes this dict and the number of images and prints a table; `python
 -m benchmarks.evaluation --detector` calls both. `of_file()`, `of_timm()` and `of_transformers()`
-take a folder for the model's files, the first two also the network; they return the two ways of a
-detector: the adapter, and a function that scores a list of Pillow images directly. `spent(work)`
-calls `work()` and returns its wall-clock and CPU seconds as a dict. `Nothing` is a detector without
-computation, which shows the cost of reading and adapter alone.
+return the two ways of a detector: the adapter, and a function that scores a list of Pillow images.
+`spent(work)` calls `work()` and returns its time. `Nothing` is a detector without computation.
 """
 
 import importlib.util

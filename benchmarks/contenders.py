@@ -2,19 +2,24 @@
 
     python -m benchmarks.contenders NAME PLACE WORKERS OUT BATCH EPOCHS [--prepare]
 
-NAME is a loader of `CONTENDERS` (this project's or another library's), PLACE a folder with
-`images/` and `shards/`, WORKERS the number of the loader's processes or threads, BATCH the images
-per batch, EPOCHS how often all images are loaded. OUT is a file that gets JSON: `first` and `last`,
-the moments of the first and the last batch (`time.monotonic`, which all processes of a machine
-share), `images`, the number of images in all batches but the first, and `version` of the library.
-If the library is not installed, OUT gets only `{"missing": package}`. `--prepare` measures nothing,
-but writes the files that the library needs to PLACE.
+- NAME: a key of `CONTENDERS`: `pil` and `dali` are this project's loader, `read` and `decode` parts
+  of its work; `torchvision`, `webdataset`, `dali-reader`, `spdl`, `litdata`, `streaming` and
+  `energon` are other libraries.
+- PLACE: a folder that `pack()` or `unpack()` of `benchmarks.loader` filled: `images/` and
+  `shards/`.
+- WORKERS: the number of the loader's processes or threads.
+- OUT: a file that gets the result as JSON, or `{"missing": package}` if the library is not
+  installed.
+- BATCH and EPOCHS: images per batch, and how often all images are loaded.
+- `--prepare`: measure nothing, but write the files that the library needs to PLACE, once before the
+  first measurement (`litdata`, `streaming`, `energon`). OUT gets `{}`.
 
-Main entry: `measure(contender, place, workers)` times one loader and returns the content of OUT as
-a dict. It takes a `Contender` (a value of `CONTENDERS`: a function that yields the size of each
-batch, and the package that it needs), the folder PLACE, and the number of processes or threads.
-BATCH and EPOCHS are set before, in `benchmarks/peers.py`. Each library is imported only where it
-runs, so that no loader's memory and start-up time include another library.
+Main entry: `measure(contender, place, workers)` times one loader in this process. It takes a
+`Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). BATCH and EPOCHS are the
+constants of `benchmarks.peers`, which `main()` sets. It returns a dict: `first` and `last`, the
+moments of the first and the last batch (`time.monotonic`, which all processes of a machine share),
+`images`, the number of images in all batches but the first, and `version` of the library. It raises
+ImportError if the library is missing; `is_installed(contender)` tells.
 """
 
 import importlib.metadata

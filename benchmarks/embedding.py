@@ -2,18 +2,25 @@
 
     python -m benchmarks.embedding --shards SET [--recipe FILE] [--seconds S] [--rounds N]
 
-SET is the folder of a packed set. FILE is a recipe with a frozen backbone, whose weights are random
-here, which does not change the speed; `--set KEY=VALUE` changes the recipe. Two speeds are measured
-in each of N rounds, printed in images/s and written to the file `--json`; the last printed line is
-their ratio. `network` computes the features of one batch that stays on the device, for S seconds.
-`embed` is `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes
-their features and writes a feature store, into a temporary folder. Its time is counted from the
-first batch to the last.
+Main entry: `main()`, this click command. Two speeds are measured in each round, and printed in
+images/s; the last printed line is their ratio, `embed` / `network`. `network` computes the features
+of one batch that stays on the device. `embed` is `model.features.embed.embed()` on a set: it reads,
+decodes and crops the images, computes their features and writes them to a temporary folder. Its
+time is counted from the first batch to the last.
 
-Main entry: `measure(embedder, shards, source, seconds)` takes an `Embedder` (network, device,
-precision, loader's settings), the set (a `ShardSet`), a `FeatureSource` (identity of the backbone
-and its preprocessing) and how many seconds `network` runs. It returns a dict with the images/s of
-`network` and `embed`. It raises click.ClickException if the set has only one batch.
+- `--shards`: the folder of a packed set.
+- `--recipe`: a recipe file with a frozen backbone (default `recipes/clip-all.toml`). The weights
+  are random here, which does not change the speed.
+- `--set KEY=VALUE`: changes the recipe; may be repeated.
+- `--seconds`: how long `network` runs in a round (default 8). `--rounds`: default 2.
+- `--device`: `auto` (default: a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+- `--json`: a file for the speeds of all rounds.
+
+`measure(embedder, shards, source, seconds)` measures one round and returns the dict of `network`
+and `embed` in images/s. It takes an `Embedder(net=..., device=..., dtype=..., loading=...)` of
+`model.features.embed`, the set (`open_shards([folder])`), the `FeatureSource` that
+`model.features.prepare.source_of()` makes (backbone and preprocessing), and the seconds.
+click.ClickException is raised if the set has only one batch.
 """
 
 import json

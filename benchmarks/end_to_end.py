@@ -1,21 +1,26 @@
 """Train, interrupt, resume, evaluate and predict on the GPU, if there is one, and compare its
 scores with those of the CPU.
 
-    python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER --json FILE
+    python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER [--json FILE]
 
-Main entry: `main()`, this click command. A small network with random weights is trained on the
-packed set in the folder SET through `train.py`, stopped by SIGTERM in the middle and resumed by the
-same command. `evaluate.py` measures it, and `predict.py` scores the images in the subfolders of
-`--images` on the device and on the CPU. Runs and reports are written to `--work`. `--batch-size`
-and `--set KEY=VALUE` change the recipe. The command fails if a script fails. The scores themselves
-mean nothing: the network trains for seconds.
+Main entry: `main()`, this click command. A small network with random weights is trained through
+`train.py`, stopped by SIGTERM in the middle and resumed by the same command. `evaluate.py` measures
+it, and `predict.py` scores images on the device and on the CPU. The command fails if a script
+fails. The scores themselves mean nothing: the network trains for seconds.
 
-The command prints the dicts that two functions return, and writes them to the file `--json`.
+- `--shards`: the folder of a packed set, for training, validation and evaluation.
+- `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
+- `--work`: a new folder for the run, the report and the CSV files of `predict.py`.
+- `--batch-size`: images per training batch (default 256).
+- `--set KEY=VALUE`: changes the recipe `recipes/phase1-fast.toml`; may be repeated.
+- `--json`: a file for the dicts that are printed, one per step.
+
 `run(*arguments, stop_at)` runs Python with these arguments (a script of the project and its
-options) and returns its exit code (`rc`), seconds and last lines of output. With `stop_at`, the
-number of a training step, the script gets SIGTERM once this step is logged (default None: no
-signal). `compare(device_csv, cpu_csv)` takes two CSV files of `predict.py`. It returns how far the
-probabilities are apart, how many verdicts differ, and which files only one of the two could read.
+options, as str). It returns a dict: exit code (`rc`), `seconds` and the last 25 `lines` of output.
+After `LIMIT_S` seconds it is killed. With `stop_at`, the number of a training step, the script gets
+SIGTERM once this step is logged (default None: no signal). `compare(device_csv, cpu_csv)` takes two
+CSV files of `predict.py` on the same images. It returns a dict: how far the probabilities are apart
+(mean, p99, max), how many verdicts differ, and which files only one of the two could read.
 """
 
 import csv

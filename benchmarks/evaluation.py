@@ -1,19 +1,28 @@
 """Measure what evaluation adds to the network's time, and what a report on many scores takes.
 
     python -m benchmarks.evaluation [--images N] [--scores N] [--network NAME] [--json FILE]
-    python -m benchmarks.evaluation --detector [--images N]     # see benchmarks.adapters
+    python -m benchmarks.evaluation --detector [--images N] [--network NAME] [--json FILE]
 
-Main entry: `main()`, this click command. Two functions are called, and their dicts are printed, and
-written to FILE as JSON. Both take a scratch folder (`folder`). `cost_of_report(count, folder)`
-writes a report on `count` (`--scores`) random scores of 15 sources and 40 generators, in groups of
-up to 20 images, and returns its seconds and the peak memory of this process in GB.
-`cost_of_scoring(count, network, folder)` evaluates `count` (`--images`) small JPEGs, from opening
-the shards to the report, and before and after that runs the network alone on as many images in
-memory; it returns the seconds of each and their ratio. NAME is a network of timm; its weights are
-random, which does not change the speed.
+Main entry: `main()`, this click command.
 
-CPU seconds (of this process and its loading workers) are given as well as seconds. They are less
-affected by other programs. On a CPU the workers and the network share the cores.
+- `--images`: how many small JPEGs are made and scored (default 10000; 0: none).
+- `--scores`: how many random scores the report is written on (default 400000, at least 50).
+- `--network`: a network of timm (default `mobilenetv2_100`), with random weights, which does not
+  change the speed.
+- `--detector`: measure only `benchmarks.adapters.costs()` on the JPEGs, and print its table.
+- `--json`: a file for all figures.
+
+Both functions take an empty folder that exists (`folder`, a Path), write their files there, and
+return a dict. A time is given as `seconds` and as CPU seconds (`processor_s`, of this process and
+its ended workers), which are less affected by other programs.
+
+- `cost_of_report(count, folder)` writes a report on `count` random scores of 15 sources and 40
+  generators, a fifth of them in groups. Besides the time it returns the peak memory of this process
+  in GB, `peak_gb`, and before the report, `peak_before_gb`.
+- `cost_of_scoring(count, network, folder)` evaluates `count` JPEGs on the CPU, from opening the
+  shards to the report (`evaluation`). Before and after that it runs the network alone on as many
+  images in memory (`network`, a list of two times). `ratio_seconds` and `ratio_processor_s` are the
+  evaluation's time divided by the mean of the network's.
 """
 
 import json

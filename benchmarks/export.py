@@ -9,9 +9,16 @@ best round, CPU seconds per image of the median round (less affected by other pr
 largest difference of a probability from PyTorch's in fp32. FILE gets the differences and the
 seconds of all rounds. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
 
-Main entry: `ways_of(name, folder)` takes the timm name of the network and a folder, to which it
-writes the checkpoint and the ONNX files. It returns a dict from the name of a way to its scoring
-function, from uint8 (N, height, width, 3) to probabilities of fake (N,).
+Main entry: `ways_of(name, folder)`.
+
+- `name`: the timm name of the network.
+- `folder`: an empty folder (Path), which gets the checkpoint `step_0000000/`, the ONNX files of
+  fp32 and fp16 in `onnx/`, and `int8.onnx`.
+
+It returns a dict from the name of a way (the first is "PyTorch") to its scoring function. Such a
+function takes RGB images, uint8 (N, 256, 256, 3), and returns the probability that each is fake, a
+float array (N,). The packages of the extra `export` must be installed, or importing this module
+fails.
 """
 
 import json

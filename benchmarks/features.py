@@ -3,17 +3,25 @@
     python -m benchmarks.features [--images 400000] [--width 768] [--batch-size 256] [--json FILE]
 
 Main entry: `main()`, this click command. A feature store of random numbers is written to a
-temporary folder: `--images` vectors of `--width` float16 numbers, in shards of 4,000. Printed, and
-written to FILE: images/s of `memory` (copies batches of random rows from one array in memory) and
-of `store` (reads the same batches from the memory-mapped files), and seconds and images/s of one
-epoch that trains a linear head from the store, by the steps that `train.py` takes. `python -m
-benchmarks.embedding` measures how fast features are computed.
+temporary folder. All work is on the CPU. Printed, and written to FILE as JSON, are:
+
+- images/s of `memory`, which copies batches of random rows from one array in memory;
+- images/s of `store`, which reads the same batches from the memory-mapped files, and their ratio;
+- seconds and images/s of one epoch that trains a linear head from the store, by the steps that
+  `train.py` takes; also the peak memory and the size of the files.
+
+The options:
+
+- `--images`: how many feature vectors are written, in shards of 4,000 (at least one batch).
+- `--width`: float16 numbers per vector.
+- `--batch-size`: vectors per batch.
+- `--json`: the file; without it, the figures are only printed.
 
 `shard_set(folder, count)` returns a `ShardSet` of `count` samples below `folder`. It is only an
 index in memory: nothing is written, and its tars do not exist. `write_store(store, backbone,
 shards, width)` writes random features of the samples of such a set to the folder `store`, and
 returns them as float16 (N, width). `backbone` (`BackboneId`) is the network whose features they are
-said to be.
+said to be. `python -m benchmarks.embedding` measures how fast features are computed.
 """
 
 import json

@@ -2,22 +2,31 @@
 
     python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
 
-The folder `--images` has photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`. Each stage runs
-in its own process with a time limit. A stage that fails or exceeds its limit does not stop the
-later stages, and the results that it has written are kept. The folder `--out` gets a JSON file per
-measurement, `stages.jsonl` with the exit code and seconds of each stage, and `log.txt`; the folder
-`--work` (default `gpu-day`) gets packed images and runs. The command fails if a stage did not
-succeed; the same command again skips the stages that did. `--only` names the stages to run.
-`--budget` limits the whole call: a stage starts only if at least its minimum time is left. `--cpu`
-is a dry run on small data. It shows that every stage works; its figures mean nothing.
+Main entry: `main()`, this click command. Each stage runs in its own process with a time limit. A
+stage that fails or exceeds its limit does not stop the later stages, and the results that it has
+written are kept. The command fails if a stage did not succeed; the same command again skips the
+stages that did.
 
-Main entries: `stages_of(images, out, work, cpu)` takes the folders `--images`, `--out` and
-`--work`, and whether it is a dry run. It returns a list of all `Stage`s (a command and its limits),
-in the order in which they run. `run(stage, out, limit_s)` runs one stage, kills it after `limit_s`
-seconds, adds to the logs in the folder `out`, and returns its exit code (124: killed).
-`pack(images, work, count, jobs)` writes `count` copies of the JPEGs in `images/jpeg/` to
-`work/raw/`, and packs them with `jobs` processes as the shard set (tars with an index)
-`work/shards/bench`, which the stages use. It returns nothing.
+- `--images`: a folder of photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`.
+- `--out`: the folder that gets a JSON file per measurement, `stages.jsonl` with the exit code and
+  seconds of each stage, and `log.txt`.
+- `--work`: the folder for packed images and runs (default `gpu-day`).
+- `--budget`: seconds for the whole call (default 3600). A stage starts only if at least its minimum
+  time is left; otherwise it counts as failed.
+- `--only`: a stage to run, such as `selftest`, `pack`, `step` or `loader`; may be repeated. A wrong
+  name prints all names. Most stages need the files of `pack`.
+- `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing.
+
+Functions (paths must be absolute, because stages run in the project's folder):
+
+- `stages_of(images, out, work, cpu)` takes these folders, and whether it is a dry run. It returns a
+  list of all `Stage`s (name, command and limits), in the order in which they run.
+- `run(stage, out, limit_s)` runs one stage, kills it after `limit_s` seconds, adds to the logs in
+  the existing folder `out`, and returns its exit code (124: killed).
+- `pack(images, work, count, jobs)` writes `count` copies of the JPEGs in `images/jpeg/` to
+  `work/raw/`, and packs them with `jobs` processes as the shard set (tars with an index)
+  `work/shards/bench`, which the stages use. It returns nothing. The subcommand `pack IMAGES WORK
+  [--count N] [--jobs N]` calls it.
 """
 
 import json

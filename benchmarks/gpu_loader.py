@@ -2,24 +2,29 @@
 
     python -m benchmarks.gpu_loader --shards SET --json FILE [--only PART] [--seconds S] [--cpu]
 
-SET is the folder of a packed set of JPEGs. PART is one of `PARTS` (`settings`, `jpeg step`,
-`memory`); without `--only`, all are measured. Main entry: `main()`, this click command. Three
-functions yield their results as dicts, one per measurement; each dict is printed and written to
-FILE at once, so that a crash loses only one. They take SET (`shards`, a path), the GPU, or for a
-dry run the CPU (`device`, a torch.device), and `seconds`:
+Main entry: `main()`, this click command. Three functions yield their results as dicts, one per
+measurement; each dict is printed and written to FILE at once, so that a crash loses only one.
 
-- `settings(shards, device, seconds)`: training images/s with the augmentation policy of phase 1, by
-  batch size, DALI threads and `hw_decoder_load` (share of JPEGs that the GPU's JPEG engine
-  decodes). The first dict is for the settings that training uses (`OWN`); the next ones omit single
-  operations of the policy (`WITHOUT`).
-- `jpeg_step(device, seconds)`: images/s of the exact JPEG round trip and of DALI's own GPU
-  operator.
+- `--shards`: the folder of a packed set of JPEGs.
+- `--json`: the file for all dicts; optional.
+- `--only`: `settings`, `jpeg step` or `memory` (`PARTS`); may be repeated. Default: all three.
+- `--seconds`: the time per dict of the first two parts (default 2).
+- `--batches` and `--memory-s`: batches and seconds at most of `memory` (default 1500 and 90).
+- `--cpu`: a dry run with CPU operators, whose figures mean nothing. Without a GPU or `--cpu`, the
+  command ends with an error.
+
+The functions take SET (`shards`, a Path), the device (a torch.device: `cuda:0`, or `cpu` for a dry
+run), and `seconds`:
+
+- `settings(shards, device, seconds)`: training images/s with the augmentation policy of phase 1
+  (`images_per_s`, or `error`), by batch size, DALI threads and `hw_decoder_load` (`share` of JPEGs
+  that the GPU's JPEG engine decodes). The first dict is for the settings that training uses
+  (`OWN`); the next ones omit operations of the policy (`WITHOUT`).
+- `jpeg_step(device, seconds)`: images/s without a JPEG round trip, with the exact one, and with
+  DALI's own GPU operator.
 - `memory(shards, device, batches, seconds)`: host and GPU memory in MiB, ten times while `batches`
-  batches (`--batches`) are loaded. It ends early after `seconds` (`--memory-s`). Every fiftieth
-  batch has a damaged image.
-
-`--seconds` is the time per dict of the first two; `--cpu` is a dry run with CPU operators, whose
-figures mean nothing. Without a GPU or `--cpu`, ValueError is raised.
+  batches are loaded. It ends early after `seconds`. Every fiftieth batch has a damaged image;
+  `named` counts the failures that were reported.
 """
 
 import itertools

@@ -1,18 +1,23 @@
 """Check that DALI's operators on a GPU give the same pixels as DALI's CPU operators and as Pillow.
 
-    python -m benchmarks.gpu_selftest --images FOLDER --json FILE [--only CHECK] [--cpu]
+    python -m benchmarks.gpu_selftest --images FOLDER [--json FILE] [--only CHECK] [--cpu]
 
-Main entry: `main()`, this click command. FOLDER has photographs: JPEGs in `jpeg/`, and any PNG or
-WebP in `other/`. The checks (`CHECKS`: name -> function, or only those of `--only`) run one after
-another, the most important first. Each takes a `Given` (the encoded images and the device) and
-returns its answer, which is printed and written to FILE at once, or its error, so that a crash
-loses one check. Differences are in levels from 0 to 255, as [mean, 99th percentile, maximum]
-(`difference(images, expected)` of two uint8 arrays); people judge them: no difference makes the
-command fail.
+Main entry: `main()`, this click command. The checks (`CHECKS`: name -> function) run one after
+another, the most important first. Each takes a `Given` (up to 60 encoded JPEGs, the other encoded
+images, the torch.device) and returns its answer, which is printed and written to FILE at once, or
+its error, so that a crash loses one check. Differences are in levels from 0 to 255, as [mean, 99th
+percentile, maximum] (`difference(images, expected)` of two uint8 arrays); people judge them: no
+difference makes the command fail.
 
-The command fails if the check `operations(given)` (each operation of the augmentation graph) raised
-an error, if `jpeg/` is empty, or if there is no GPU. `--cpu` compares the CPU operators with
-themselves: a test of this program, for a machine without GPU.
+- `--images`: a folder of photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`.
+- `--json`: the file for the answers (check -> answer).
+- `--only`: a key of `CHECKS`, such as `operations` or `"damaged files"`; may be repeated. Default:
+  all.
+- `--cpu`: compare the CPU operators with themselves: a test of this program, for a machine without
+  GPU.
+
+The command fails if the check `operations` (each operation of the augmentation graph) was asked for
+and raised an error, if `jpeg/` has no file, or if there is no GPU and no `--cpu`.
 """
 
 import io

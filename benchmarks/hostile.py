@@ -5,19 +5,25 @@
 Every file below FOLDER is decoded, prepared as in `predict` by both backends (Pillow and DALI),
 packed, verified, and loaded for one epoch by both backends. Each stage is a child process, which is
 killed after S seconds (default 60; ten times as long in stages other than decoding) without
-progress, or with more than GB of memory (default 8). After a kill or a crash, the decoding stage
-goes on with the next file; any other stage is over. Outcomes are compared between the backends and
-with Pillow's own decoding. A difference that matches none of `EXPLANATIONS` is unexplained. Tables
-of crashes, slow files and differences are printed; `--json` gets the results of all stages. The
-exit code is 1 after a crash, a kill, an unexplained difference, a fault found by `verify`, or a
-sample that loads differently or not at all.
+progress, or with more than GB of memory (default 8; 2^30 bytes each). After a kill or a crash, the
+decoding stage goes on with the next file; any other stage is over. Outcomes are compared between
+the backends and with Pillow's own decoding. A difference that matches none of `EXPLANATIONS` is
+unexplained. Tables of crashes, slow files and differences are printed; `--json` gets the results of
+all stages. The exit code is 1 after a crash, a kill, an unexplained difference, a fault found by
+`verify`, or a sample that loads differently or not at all; else 0.
 
-Main entries: `run_all(folder, work, seconds, memory)` takes the folder of files, a scratch folder,
-and the limits S and GB (here in bytes). It yields (name, result) of each stage. The result is a
-dict: what the stage found for each file (`lines`), its crashes and kills (`bad`), seconds and peak
-memory. `report(folder, stages, work)` takes these results (name -> result) and both folders, prints
-the tables and returns the number of failures. `python -m benchmarks.mutations FOLDER COUNT` makes
-damaged files to try.
+Main entries, called one after the other with the same folders:
+
+- `run_all(folder, work, seconds, memory)` takes the folder of files, an empty scratch folder that
+  exists (both Paths, absolute), S, and the memory limit in bytes (int). It yields (name, result) of
+  each stage of `STAGES`. The result is a dict: what the stage said about the files (`lines`, a list
+  of dicts), its crashes and kills (`bad`: number of the file, reason), `seconds`, `peak` memory in
+  bytes, and the number of lines on standard error (`words`).
+- `report(folder, stages, work)` takes `dict(run_all(...))` and both folders, prints the tables and
+  returns the number of failures (int).
+
+`main()` has three more parameters, `child`, `work` and `start`, for the child processes only.
+`python -m benchmarks.mutations FOLDER COUNT` makes damaged files to try.
 """
 
 import contextlib

@@ -1,11 +1,16 @@
 """Write JPEG files for the benchmarks to read: synthetic ones, or variants of real photographs.
 
 Main entries: `write_images(folder, count)` writes `count` synthetic JPEGs of 500 x 375 pixels.
-`write_copies(folder, originals, count)` takes a folder of real JPEGs (`originals`) instead: each is
-copied byte for byte, then encoded again at lower and lower quality until `count` different files
-are written. It raises ValueError if there is no JPEG or too few different files can be made. Both
-write half of the files to the subfolder `real` of `folder` and half to `fake`, and return a list of
-their paths.
+`write_copies(folder, originals, count)` makes them from real JPEGs: each is copied byte for byte,
+then encoded again at lower and lower quality until `count` different files are written.
+
+- `folder`: the folder to write to (Path); it is made if missing. Its subfolders `real` and `fake`
+  get files in turn, so half each.
+- `originals`: a folder of JPEGs (Path). All files below it that begin like a JPEG are used.
+- `count`: the number of files in total (int, at least 1).
+
+Both return a list of the paths, in the order of writing. `write_copies()` raises ValueError if
+there is no JPEG or too few different files can be made.
 """
 
 import hashlib

@@ -8,18 +8,25 @@ command is started in a new folder; at a random time within the duration of an u
 its processes get SIGKILL, and the command is started again. After one to four such kills in one
 folder, it runs to its end, and the names and bytes of all files are compared with the undisturbed
 run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER` (times, speeds). New
-folders follow until `--times` kills have hit. `build`, `train`, `predict --resume` and `fetch`
-resume; `evaluate` and `export` start again from nothing.
+folders follow until `--times` kills have hit. `--seed` (default 0) draws the times. `--work` is a
+new folder for all files (default: a temporary one). A table with a `Row` per command is printed,
+and written to `--json`; the exit code is 1 if a file differs.
 
-A table with a `Row` per command (kills, restarts, compared files, differences) is printed, and
-written to `--json`; the exit code is 1 if a file differs. Main entry: `kill_often(name, command,
-work, times, rng)` kills one `Command` (its arguments, and a file that shows that it has finished)
-until `times` kills have hit, and returns its `Row`. `name` is used in the names of folders and in
-messages, `work` is the folder for all files, and `rng` (random.Random) draws the moments.
+Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
+kills (`landed`), restarts, compared `files`, differences (`differing`, a list of texts).
 
-Processes are forked from this one, which has imported everything, so that no kill hits an import.
-The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills
-its workers.
+- `name`: used in the names of folders and in messages.
+- `command`: a `Command(group, words, done)`: a click command, the list of its arguments (relative
+  paths are in the folder of the run), and a file that exists once it has finished ("": it can
+  always run again). `write_inputs(folder, address)` returns those above, by name, and writes their
+  inputs to an absolute, existing folder; `with serving() as address` runs the server of `fetch`.
+- `work`: an existing folder (Path) for all files. Folders that differ are kept.
+- `times`: the number of kills that must hit a running process.
+- `rng`: a random.Random, which draws the moments.
+
+It raises click.ClickException if the undisturbed command fails or hangs, or nearly always ends
+before its kill. Processes are forked, so this needs Linux or macOS. The builder has no worker
+processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills its workers.
 """
 
 import contextlib

@@ -1,12 +1,24 @@
 """Measure a head on sources that were left out of its training, from stored features.
 
-    python -m benchmarks.leave_out --recipe FILE --init-from WEIGHTS [--pairs] [--robustness N]
+    python -m benchmarks.leave_out --recipe FILE [--init-from WEIGHTS] [--pairs] [--robustness N]
 
-Main entry: `main()`, this click command. The recipe (such as `recipes/clip-all.toml`) names the
-sets below `--data` and a network with a frozen backbone. WEIGHTS is a `.safetensors` file or a
-checkpoint folder with the backbone's weights (default: what the recipe says). `--set KEY=VALUE`
-changes the recipe. Each source is scored by a head that was trained without it. These metrics and
-calibrated thresholds are printed as JSON, and written to the file `--json`:
+Main entry: `main()`, this click command. Each source is scored by a head that was trained without
+it (and without the sources that the recipe's `calibration.together` names with it). Missing
+features are computed and written to the recipe's feature store first. No run is written.
+
+- `--recipe`: a recipe file for a head on stored features of a frozen backbone, such as
+  `recipes/clip-all.toml`. `--set KEY=VALUE` changes it; may be repeated.
+- `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights (default:
+  what the recipe says).
+- `--pairs`: also train a head without both sources of each pair, which is harder and takes minutes.
+- `--robustness N`: N images of each source are scored again after each perturbation of
+  `pipeline/perturb.py`, by the head trained without the source. This computes features of N times
+  sources times perturbations images.
+- `--data`: the folder or address of the packed sets (default `data/shards`). `--runs`: the folder
+  of training runs, where the recipe's starting checkpoint may be (default `runs`).
+- `--json`: a file for what is printed.
+
+These metrics and calibrated thresholds are printed as JSON:
 
 - the AUROC of each pair of a real and a fake source: mean, 95 % interval and the ten lowest;
 - the false positive rate of each real source and the recall of each fake source, at the threshold
@@ -14,11 +26,8 @@ calibrated thresholds are printed as JSON, and written to the file `--json`:
 - the AUROC within subjects: images are clustered by their features, and only images of one cluster
   are compared. A head that recognizes nothing but the subject gets 0.5.
 
-With `--pairs` a head is also trained without both sources of each pair, which is harder and takes
-minutes. With `--robustness N`, N images of each source are scored again after each perturbation of
-`pipeline/perturb.py`, by the head trained without the source. This computes features of N times
-sources times perturbations images. Intervals are from 200 resamples of the sources
-(`interval(values, seed)`: `values` maps "real | fake" to an AUROC; returns low and high).
+Intervals are from 200 resamples of the sources (`interval(values, seed)`: `values` maps "real |
+fake" to an AUROC; returns low and high).
 """
 
 import itertools

@@ -2,13 +2,15 @@
 
     python -m benchmarks.mutations FOLDER COUNT
 
-Main entry: `mutations(count, seed)` takes the number of files and a random seed, and yields (name,
-bytes) of each damaged file, from all formats in turn. It writes nothing. A file gets one to four
+Main entry: `mutations(count, seed)` takes the number of files in total and a random seed (int,
+default 0; an equal seed gives equal files). It yields (name, bytes) of each damaged file, from all
+formats in turn, with names such as `000000-jpeg`. It writes nothing. A file gets one to four
 faults: changed bytes, extreme numbers, deleted, repeated or moved parts, or a missing end.
+
 `seeds()` returns the valid files (name of the format -> bytes), images of `SIDE` x `SIDE` pixels,
 and `mutated(seed, rng)` takes the bytes of one of these files and a NumPy generator, and returns a
-damaged copy. The command writes COUNT files in total, not per format, to FOLDER, as input of
-`benchmarks.hostile`.
+damaged copy. The command writes COUNT files in total, not per format, to FOLDER, with the random
+seed 0, as input of `benchmarks.hostile`.
 """
 
 import io

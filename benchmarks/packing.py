@@ -2,20 +2,28 @@
 
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
-N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are `--repeats`
-rounds. In each, every contender runs as a process with `--jobs` cores, once on a few images and
-once on all. The difference gives images/s without start-up. A table of speed, start-up seconds and
-memory is printed, and written to `--json`. `build` decodes and checks every image, finds
-duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode. img2dataset
-runs if its command is given (`--img2dataset`). The last contender shows the limit: it only reads
-the files and decodes them with simplejpeg.
+N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are `--repeats` rounds
+(default 3). In each, every contender runs as a process with `--jobs` cores (default 2), once on a
+few images and once on all. The difference gives images/s without start-up. A table of speed,
+start-up seconds and memory is printed, and written to `--json`. `build` decodes and checks every
+image, finds duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode.
+img2dataset runs if its command is given (`--img2dataset`). The last contender shows the limit: it
+only reads the files and decodes them with simplejpeg.
 
-Main entry: `measure(raw, name, jobs, img2dataset)` runs the contender `name` ("sharding build",
-"ShardWriter loop, Pillow check", "bare simplejpeg decode (limit)" or "img2dataset, webdataset
-output") on the folder `raw` of JPEGs with `jobs` processes, and returns its seconds and the peak
-memory of its largest process in bytes; `img2dataset` is the path of that command ("": none).
-`commands(raw, out, jobs, img2dataset)` takes also the folder to pack into; it writes the scripts of
-the contenders there and returns a dict, name -> command line of a contender.
+Main entry: `measure(raw, name, jobs, img2dataset)` runs one contender once, into a temporary
+folder.
+
+- `raw`: an absolute folder (Path) with the JPEGs in `bench/real/` and `bench/fake/`, as `.jpg`
+  files; `write_images(raw / "bench", count)` of `benchmarks.images` makes them.
+- `name`: "sharding build", "ShardWriter loop, Pillow check", "bare simplejpeg decode (limit)", or,
+  if its command is given, "img2dataset, webdataset output".
+- `jobs`: the number of processes (int).
+- `img2dataset`: the path of that command ("": none).
+
+It returns the pair (seconds, peak memory of the largest process in bytes). It raises
+subprocess.CalledProcessError if the contender fails. `commands(raw, out, jobs, img2dataset)` takes
+also the existing folder to pack into; it writes the scripts of the contenders there and returns a
+dict, name -> command line (a list) of a contender.
 """
 
 import json

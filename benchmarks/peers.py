@@ -3,16 +3,22 @@ project's loader.
 
 The policy is `[augment.train]` of `recipes/phase1.toml`, the first training phase: random crop,
 flip, color jitter, resampling, JPEG, blur and grayscale. Main entries: each `*_images(place,
-workers)` takes a folder that `benchmarks.loader` filled (`images/<class>/*.jpg` and the shard set
-`shards/bench`) and the number of workers (processes or threads). It loads the images in batches of
-`BATCH` with a library as its documentation shows, for `EPOCHS` epochs, and yields the number of
-images of each batch. It raises ImportError if the library is not installed. The caller,
-`benchmarks.contenders`, measures the time, and sets `BATCH` and `EPOCHS`.
+workers)` loads the images with one library, as its documentation shows.
 
-A `prepare_*(place)` function writes the format that a library needs to the same folder, and returns
-nothing; it is not timed. A library without augmentation gets torchvision's transforms on Pillow
-images (`torchvision_policy()`). All batches are uint8, as in this project: normalization, which
-users of these libraries would add, is left out.
+- `place`: a folder (Path) that `benchmarks.loader.pack()` or `unpack()` filled:
+  `images/<class>/*.jpg` and the shard set `shards/bench`.
+- `workers`: the number of worker processes or threads (int, at least 1).
+
+It is a generator of ints: the number of images of each batch, for `EPOCHS` epochs in batches of
+`BATCH`; an incomplete last batch is left out. Both are constants of this module. The caller,
+`benchmarks.contenders`, sets them (`peers.BATCH = 256`) and measures the time. At the first batch,
+ImportError is raised if the library is not installed.
+
+LitData, Streaming and Energon read their own format: `prepare_litdata(place)`,
+`prepare_streaming(place)` or `prepare_energon(place)` must be called once before. It writes a
+folder in `place`, and returns nothing; it is not timed. A library without augmentation gets
+torchvision's transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as in
+this project: normalization, which users of these libraries would add, is left out.
 """
 
 import io

@@ -2,20 +2,28 @@
 
     python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
 
-Main entry: `measure(detector, folder, images, batch_size, rounds)` takes a loaded detector, a
-folder of JPEG files, the number of these files, the batch size and the number of rounds. Two ways
-run in turn (A B A B ...) on the same number of images. `bare()` runs the network alone on a batch
-in memory. `whole()` runs the loop of `predict.py` over the files and writes JSON lines to a file
-(`out`); its time includes the small batches with which `predict.py` begins, but not the loading of
-the checkpoint. `measure()` returns a dict with a list for each way (`bare`, `predict`): for each
-round a dict with the `seconds` and CPU seconds (`cpu`) per image.
+Main entry: `measure(detector, folder, images, batch_size, rounds)`.
+
+- `detector`: an `ImageDetector`, such as `model.load_detector(run_folder)` returns.
+- `folder`: a folder (Path) of JPEG files, also in subfolders. The JSON lines of `predict.py` are
+  written next to it, to `FOLDER.jsonl`, which is replaced.
+- `images`: the number of these files. `batch_size`: images per batch. `rounds`: how often each way
+  runs.
+
+Two ways run in turn (A B A B ...) on the same number of images. `bare()` runs the network alone on
+a batch in memory. `whole()` runs the loop of `predict.py` over the files and writes the JSON lines;
+its time includes the small batches with which `predict.py` begins, but not the loading of the
+checkpoint. `measure()` returns a dict with a list for each way (`bare`, `predict`): for each round
+a dict with the `seconds` and CPU seconds (`cpu`) per image.
 
 The command makes the JPEGs (synthetic, or variants of those in FOLDER) and networks with random
 weights, which are as fast as trained ones. It prints a table with a row per network: images/s and
-CPU milliseconds per image of both ways, and their ratios. FILE gets the figures of all rounds.
-Compare ratios, not the speeds of different runs. While other programs use the CPU, the ratio of CPU
-time is more reliable than that of wall-clock time. Because both ways keep all cores busy, the two
-ratios would be about equal on an idle machine.
+CPU milliseconds per image of both ways, and their ratios. `--network` chooses one
+(`convnextv2_base` or `mobilenetv2_100`; default: both); `--device`, `--backend` and `--batch-size`
+are as in `predict.py`. FILE gets the figures of all rounds. Compare ratios, not the speeds of
+different runs. While other programs use the CPU, the ratio of CPU time is more reliable than that
+of wall-clock time. Because both ways keep all cores busy, the two ratios would be about equal on an
+idle machine.
 """
 
 import json

