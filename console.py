@@ -1,20 +1,20 @@
 """Read options and print results, log lines, progress bars, tables and errors in a terminal.
 
-Packages return values and raise errors. Only commands print, and they print through this module.
+Main entries: `@click.command(cls=Command)` (groups: `Group`) prints a `ValueError` or `OSError` as
+one line and exits with code 1. The decorator `options("data", "runs")` adds these shared options
+(keys of `OPTIONS`) and --verbose to a command. The decorator `listen(port, lowest)` adds --host and
+--port: `port` is the default, `lowest` the smallest allowed (default 1; 0: any free port).
+`say(text)` prints a result to standard output, `say_data(text)` a line of CSV or JSON.
+`table(title, columns, rows, drop)` prints a table: names of columns, and rows of values (as
+`cell()` formats them). In a narrow terminal the columns named in `drop` (default: none) are left
+out, from the first. `progress(label, total, shown)` is a context manager that shows a bar on
+standard error (total None: unknown; `shown` false: no bar). It yields `advance(done=1, note="",
+total=None)`, which adds `done` to the count and shows `note`. `log` is the logger.
 
-Main entries: `Command` and `Group` are click classes that print a `ValueError` or `OSError` as one
-line and exit with code 1. `options("data", "runs")` is a decorator that adds these shared options
-(keys of `OPTIONS`) to a command. The decorator `listen(port, lowest)` adds --host and --port of a
-server: `port` is the default, `lowest` the smallest allowed (0: any free port). `say(text)` prints
-a result to standard output, `say_data(text)` a line of CSV or JSON. `table(title, columns, rows,
-drop)` prints a table; a narrow terminal leaves out the columns named in `drop`, one by one from the
-first. `progress(label, total, shown)` is a context manager that shows a bar on standard error
-(total None: unknown; `shown` false: no bar). It yields `advance(done=1, note="", total=None)`,
-which adds `done` to the count and shows `note`. `log` is the logger.
-
-Types of options: `LocalPath` (a path on this machine), `AnyAddress` (a folder or an address like
-s3://; with `writes`, no read-only address), `FiniteRange` (a number in a range) and `Device` (auto,
-cpu, cuda or cuda:N). `plain_errors()` is the context manager that both classes use for errors.
+Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
+folder or an address like s3://; with `writes`, no read-only address), `FiniteRange(min, max)` and
+`Device` (auto, cpu, cuda or cuda:N). `plain_errors()` is the context manager for errors in both
+classes; `one_line(error)` is its text. `counted(2, "image")` is "2 images".
 """
 
 import contextlib

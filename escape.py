@@ -1,8 +1,8 @@
 """Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
 
 Main entries: every function takes one `text` (str) and returns a new str; none raises an error.
-`printable()` replaces control characters, which a terminal would execute, by visible escapes.
-`spreadsheet_cell()` puts a `'` before a text that would run as a formula, and
+`printable()` replaces control characters, which a terminal would execute, by visible escapes;
+newlines stay. `spreadsheet_cell()` puts a `'` before a text that would run as a formula, and
 `from_spreadsheet_cell()` takes its result and returns the original text. `markdown()` returns one
 line in which markup is escaped and addresses do not become links; all words stay readable.
 `without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,

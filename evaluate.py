@@ -2,32 +2,38 @@
 
     python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
 
-SET is the name of a shard set: a folder of packed images below `--data`. RUN is the folder of a
-training run or of a checkpoint, or the name of a shipped detector (default: the newest run). NAME
-is any detector, also an .onnx file, `hf:OWNER/NAME`, `timm:NAME` or a Python file (only with
-`--trust`). Every sample of the sets is scored exactly once, on any number of ranks (processes).
-FOLDER gets `scores.parquet`, `report.json`, CSV tables and `report.html`; its default is
-`evaluation/<sets>` in the run's folder, or with `--detector` in a folder of that detector below
-`--runs`. The report gives recall together with the false-positive rate on real images; if the sets
-have no real images, it says so first.
+Main entry: `main()`, a click group that runs without a subcommand too. What is scored, one of:
 
-`--scores FILE` writes the report again from `scores.parquet`, without network or images. `--suite`
-names a list of sets in the catalog (`sharding/catalog.py`), `--reference-reals` a set whose real
-images are used for the other sets, and `--subset` a CSV file (set, key) of samples. `--robustness
-N` scores N images per class (default `PER_CLASS`) again after JPEG, resizing and more. `--features
-STORE` (a folder) scores stored outputs of a frozen backbone instead of images, and computes missing
-ones.
+- `--shards SET` (may be repeated): a shard set, a folder of packed images below `--data` (default
+  `data/shards`). Every sample is scored exactly once, on any number of ranks (processes);
+- `--suite NAME`: all packed sets of a suite, a list in the catalog, such as `wild` or `all`;
+- `--subset FILE`: a CSV file (set, key) of the only samples to score; may go with `--shards`;
+- `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
+  images, to `--out` or the folder of FILE;
+- `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
+  verdicts are added to the records. The exit code is 1 if an image is wrong now that another
+  detector got right. `--images FOLDER` is searched for images of which no copy was recorded.
 
-`--regressions FOLDER` scores recorded mistakes again (`predict.py --report-mistake`) instead of a
-set, writes `regressions.json` below `--out`, and fails if an image is wrong now that another
-detector got right. `--images` is a folder to search for images of which no copy was recorded.
+With which detector, and how:
 
-`--runs` is the folder of all runs; `--device` and `--backend` (decoding) say how to run, and
-`--fake-label` which label of a third-party classifier means fake.
+- `--checkpoint RUN`: a run's folder, a checkpoint folder or the name of a shipped detector.
+  Default: the newest run below `--runs` (default `runs`);
+- `--detector NAME`: any detector, also FILE.onnx, `hf:OWNER/NAME`, `timm:NAME` or FILE.py (only
+  with `--trust`). `--fake-label LABEL` (repeatable): a label of a classifier that means fake;
+- `--device` (auto, cpu, cuda, cuda:N) and `--backend` (auto, dali, pil: decoder) say how to run;
+- `--reference-reals SET`: its real images give the false-positive rate of the other sets;
+- `--robustness [N]`: N images per class (default `PER_CLASS`) again after JPEG, resizing and more;
+- `--features STORE`: a folder of stored features of a frozen backbone, scored instead of images.
+  Missing ones are computed.
 
-Main entry: `main()`. Subcommands: `calibrate` fits temperature and thresholds on validation sets
-and stores them with the detector. `compare` prints the differences between evaluations. Slow
-imports (torch, timm) are inside functions, so that a wrong option is reported at once.
+`--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables and `report.html` (default:
+`evaluation/<sets>` in the run's folder, or in that detector's folder below `--runs`); with
+`--regressions`, only `regressions.json` (default: no file). An error is one line and exit code 1;
+wrong options (`CONFLICTS` exclude each other) give 2.
+
+Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
+them with the detector. `compare RUN RUN...` prints the differences between reports. Their other
+options: see `--help`.
 """
 
 import json

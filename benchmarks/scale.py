@@ -1,18 +1,26 @@
-"""Measure time and memory of packing a shard set and of opening one, by number of images.
+"""Measure time and memory of packing a shard set and of opening one, by number of images (Linux).
 
-    python -m benchmarks.scale [--images 10000 --images 100000] [--rows 420000] [--json FILE]
+    python -m benchmarks.scale [--images N]... [--rows N] [--jobs N] [--json FILE]
 
-Main entry: `main()`, this click command. For each `--images`, so many tiny JPEGs (48 x 48 pixels)
-are packed from a zip archive, so that the cost per sample is measured and not that of its pixels.
-Then a set whose index has `--rows` samples is opened five times as in training, with the columns
-that every loader reads. A table of each is printed: for packing (in `--jobs` processes), seconds
-and the memory of the largest process; for opening, the median of the seconds and the largest memory
-that it added. FILE gets the figures of every run.
+Main entry: `main()`, this click command. Its options:
 
-`write_archive(path, count)` writes the zip file `path` with `count` JPEGs. `grow_index(folder,
-rows)` changes the index of the packed set `folder`: its rows are repeated until there are `rows`;
-the tars stay as they are. Both return nothing. `OPEN` is the code of the process that opens the
-set.
+- `--images` (`counts`; default 10000 and 100000; may be repeated): for each, so many tiny JPEGs
+  (48 x 48 pixels) are packed from a zip archive by `python -m sharding build`. They are tiny, so
+  that the cost per sample is measured and not that of its pixels;
+- `--rows` (default 420000): samples in the set that is opened. It is the last packed set, with its
+  index enlarged. It is opened five times as in training, with the columns that every loader reads;
+- `--jobs` (default 2): processes that pack;
+- `--json` (`out`; default: none): a JSON file that gets the figures of every run.
+
+All other files are temporary. A table of each is printed: for packing, seconds and the memory of
+the largest process; for opening, the median of the seconds and the largest memory that it added. If
+packing or opening fails, `subprocess.CalledProcessError` is raised.
+
+`write_archive(path, count)` writes the zip file `path` (a `Path`) with `count` JPEGs. It makes the
+folder of `path`, which must not exist yet. `grow_index(folder, rows)` changes the index of the
+packed set in `folder` (a `Path`) to `rows` samples: its rows are repeated or cut off; the tars stay
+as they are. Both return nothing. `OPEN` is the code of the process that opens the set; its argument
+is the folder of the set.
 """
 
 import hashlib

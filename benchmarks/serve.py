@@ -2,22 +2,32 @@
 
     python -m benchmarks.serve FOLDER [--hostile FOLDER] [--checkpoint NAME] [--images N]
 
-In each of `--rounds` rounds (default 2), first `predict(detector, files, batch_size, out)` runs the
-loop of `predict.py` over N photographs of FOLDER (default 128) with a loaded detector; `files` maps
-a path to its bytes, and the results go to the file `out`. Then 1, 8 and 32 clients send these files
-to `python -m serve` on loopback, one per request, with a connection each (`load(port, files,
-clients)`). The largest difference of a probability from that of `predict.py` is printed only. NAME
-is a checkpoint folder, a run's folder, or the name of a shipped detector (default: the newest run
-below `--runs`). Then each file below `--hostile` is sent alone (`hostile(port, folder, detector)`):
-the status must be 200 or 4xx, with the same error as in `predict.py`. At the end the server gets
-SIGTERM during requests, and must answer all of them (`stop(process, port, files)`). All four
-functions return a dict of what they measured.
+Main entry: `main()`, this click command. Its arguments and options:
 
-A table of images/s, CPU milliseconds per image and response times is printed, and written to
-`--json`. The exit code is 1 if an answer is lost, a hostile file is answered wrongly, or the server
-ends with an error. Clients, server and predict.py share the cores. `ratio` is the server's images
-per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image of `predict.py`
-divided by the server's (without the clients); it is more reliable next to other programs.
+- FOLDER: the folder with the photographs;
+- `--hostile` (`bad`; default: none): a folder of damaged or malicious files;
+- `--images` (default 128): number of photographs of FOLDER that are used;
+- `--rounds` (default 2): how often everything is measured;
+- `--json` (`out`; default: none): the JSON file to write the figures to;
+- `--checkpoint`: a checkpoint folder, a run's folder, or the name of a shipped detector. Default:
+  the newest run below `--runs` (default `runs`), or else the shipped detector;
+- `--device` (default `auto`) and `--batch-size` (default 32) of both programs.
+
+Each round runs the loop of `predict.py` over the files. Then 1, 8 and 32 clients send these files
+to `python -m serve` on loopback, one per request, with a connection each. After the rounds, each
+file below `--hostile` is sent alone: the status must be 200, 422 (unreadable) or 413 (too large),
+with the same error as in `predict.py`. At last the server gets SIGTERM during 16 requests.
+
+A table of images/s, CPU milliseconds per image and response times is printed. `ratio` is the
+server's images per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image
+of `predict.py` divided by the server's (without the clients); it is more reliable next to other
+programs. The largest difference of a probability is printed too. The exit code is 1 if an image
+got no answer with status 200, a hostile file is answered wrongly, or the server ends with an error.
+
+The parts: `started(arguments, log)` starts the server with these options and returns (process,
+port). `files` is a dict, path -> bytes. `predict(detector, files, batch_size, out)`, `load(port,
+files, clients)`, `hostile(port, folder, detector)` and `stop(process, port, files)` each return a
+dict of what they measured; `detector` is a loaded `ImageDetector`.
 """
 
 import http.client

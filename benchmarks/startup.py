@@ -3,10 +3,11 @@
     python -m benchmarks.startup [--rounds N] [--json FILE]
 
 `lines()` has the command lines: each of `COMMANDS` with `--help` and with a wrong option, and those
-of `REFUSALS`. Each runs N times, every time in a new process, in the order A B C A B C. An empty
-Python and one that imports torch are measured for comparison. The command prints a table: median,
-minimum and maximum of the seconds, and `cpu`, the CPU time of the process, which other programs
-hardly change. FILE gets the seconds of all runs.
+of `REFUSALS`. Each runs N times (default 5), every time in a new process, in the order A B C A B C.
+An empty Python and one that imports torch are measured for comparison. The command prints a table:
+median, minimum and maximum of the seconds, and `cpu`, the CPU time of the process, which other
+programs hardly change. FILE (JSON; default: none) gets the (seconds, CPU seconds) of all runs of
+each command line.
 
 Main entry: `timed(arguments)` takes the list of arguments of one Python process (such as
 `["train.py", "--help"]`), runs it in the folder of the project, and returns its (seconds, CPU

@@ -3,20 +3,32 @@
     python -m benchmarks.step [--recipe FILE] [--set KEY=VALUE] [--seconds S] [--json FILE]
 
 The step of `model/training/step.py` runs on random images that stay on the device, without loader
-and disk, for S seconds per row in each of `--rounds` rounds. The recipe gives the network, image
-size, batch and optimizer. A row is a `Way`: all options of the step. The first row is the step as
-`train.py` runs it on this machine; each further row differs from the first in one option
-(`ways_of(base, on_gpu)` returns them by name; `--only` chooses some). The table has images/s, the
-ratio to the first row, `of the peak` and memory; `--json` gets all figures. `of the peak` divides
-the operations per second of a step by those of a large matrix product of the same dtype, timed in
-the same run (`matrix_peak()`). The operations of forward and backward are counted by torch's
-FlopCounterMode. The optimizer's time is included, its operations are not.
+and disk, for S seconds (default 10) per row in each of `--rounds` rounds (default 2). The recipe
+(default: phase 1; `--set` changes a value) gives the network, image size, batch and optimizer. A
+row is a `Way`: all options of the step. The first row is the step as `train.py` runs it on
+`--device` (default `auto`); each further row differs from the first in one option. `--only NAME`,
+which may be repeated, measures only the first row and these. The table has images/s, the ratio to
+the first row, `of the peak` and memory; `--json` gets all figures. `of the peak` divides the
+operations per second of a step by those of a large matrix product of the same dtype, timed in the
+same run. The operations of forward and backward are counted by torch's FlopCounterMode. The
+optimizer's time is included, its operations are not. The exit code is 1 if the first row fails.
 
-Main entry: `measure(way, recipe, device, seconds, peaks)` measures one `Way` of the step of a
-loaded `Recipe` on a torch.device, for `seconds` seconds. `peaks` is a dict: name of a dtype (a key
-of `DTYPES`) -> operations per second of the matrix product. It returns a dict of figures
-(`images_per_s`, `share_of_peak`, `bytes` ...). Where torch cannot run the way (out of memory, no
-compiler), the dict is `{"failed": reason}`.
+Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
+
+- `way`: such as `Way(batch=64, dtype="bf16", channels_last=True, compiled=False, fused=False)`:
+  `dtype` is a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch;
+  the last three may be left out. `ways_of(base, on_gpu)` returns a dict, name -> `Way`: the
+  first row `base` and all others;
+- `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `resolved()` is in
+  `model/backbones/resolve.py`;
+- `device`: a torch.device;
+- `seconds`: the time to measure; at least `LEAST` steps are timed, after `WARM_UP` others;
+- `peaks`: a dict, key of `DTYPES` -> operations per second, as `matrix_peak(device, dtype,
+  seconds)` measures them for a torch dtype. It must have the dtype of `way` (else KeyError).
+
+It returns a dict of figures: `ms_per_step`, `images_per_s`, `operations` (of a step),
+`share_of_peak` (0 to 1), `bytes` (peak memory, or None) and `steps`. Where torch cannot run the way
+(out of memory, no compiler), the dict is `{"failed": reason}`.
 """
 
 import gc

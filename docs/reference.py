@@ -1,14 +1,15 @@
 """Write docs/recipe-keys.md and docs/fields.md from the types and field docstrings of the code.
 
 Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()` takes nothing and
-returns a dict: file name of each page -> its Markdown text. `main()` takes nothing and writes both
-to `docs/`. recipe-keys.md describes the class `Recipe`, fields.md the classes in `FILES`, which
-describe JSON files.
+returns a dict: file name of each page -> its Markdown text. `main()` takes nothing, writes both to
+`docs/` and returns nothing. recipe-keys.md describes the class `Recipe`, fields.md the classes in
+`FILES`, which describe JSON files. Both raise ValueError if a field of a class has no docstring.
 
 The other functions take a type (`kind`): a dataclass, a TypedDict or a type annotation.
-`fields_of(kind)` returns a tuple of the `Field`s (key, type, default, docstring) of a class, and
-raises ValueError if a field has no docstring. `sections(kind)` yields the classes with fields
-inside a type; `words(kind)` returns the type in plain words, such as "list of numbers".
+`fields_of(kind)` returns a tuple of the `Field`s (key, type, default, docstring) of a class.
+`sections(kind)` yields the classes with fields inside a type; `words(kind)` returns the type in
+plain words, such as "list of numbers". `split_range(meaning)` splits a docstring into its meaning
+and the range that it states ("" if none).
 """
 
 import ast

@@ -1,14 +1,14 @@
 """Decode the bytes of an image file of any usual format to upright 8-bit RGB pixels.
 
 Main entry: `decode(data)` takes the bytes of a file and returns pixels, uint8 (height, width, 3). A
-bad file raises `DecodeError`. `decoded(data)` is a context manager that yields these pixels and
-reserves memory for them until its block ends. `prepare(data)` returns a `Prepared`: `pixels`,
+bad file raises `DecodeError`, also below. `decoded(data)` is a context manager that yields these
+pixels and reserves memory until its block ends. `prepare(data)` returns a `Prepared`: `pixels`,
 `facts` (size, format, ...) and `data`, the bytes to pack: the file's own if it is a plain JPEG, PNG
-or WebP, else an RGB PNG. `decode_image(data, image_format, orientation)` decodes packed bytes
-(format "JPEG", "PNG" or "WEBP"; EXIF orientation). `as_is(data)` returns an `Encoded` (bytes,
-format, size) if by the header all decoders give the same pixels, else None. `green_grid(pixels)`
-returns a (160, 160) sample; `fingerprints(grids)` takes n samples and returns n hashes and n
-thumbnails. An `ImageFile` is a name and a function `read` that returns bytes.
+or WebP, else an RGB PNG. `decode_image(data, image_format, orientation)` returns the pixels of
+packed bytes ("JPEG", "PNG" or "WEBP"; orientation 1 to 8 as in EXIF). `as_is(data)` returns an
+`Encoded` (bytes, format, orientation, size) if by the header all decoders give the same pixels,
+else None. `green_grid(pixels)` returns uint8 (160, 160); `fingerprints(grids)` takes n such grids
+and returns uint64 hashes and (n, 16, 16) thumbnails. `ImageFile(name, read)`: `read()` gives bytes.
 """
 
 import contextlib

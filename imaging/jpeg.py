@@ -1,17 +1,19 @@
 """Read the headers and markers of a JPEG, given its bytes, without decoding it (ITU-T T.81).
 
-Main entry: `read_header(data)` returns a `Header` (width, height, chroma subsampling such as "420",
-quantization tables) if the file is a plain 8-bit JPEG without EXIF or color profile, else None.
+Main entry: `read_header(data)` returns a `Header` (width and height as stored, chroma subsampling
+such as "420", quantization tables as a tuple of tuples of 64 sorted numbers) if the file is a plain
+8-bit JPEG without EXIF or color profile, else None.
 
 All functions except `describe_tables()` take the bytes of a JPEG, `data`; none raises an error for
 damaged bytes. `segments()` yields each `Segment` (marker, start and end in `data`) up to the first
-invalid one; the pixels are no segment. `lenient_segments()` yields (marker, start, end) to the end
-of the image, skips bytes between segments as libjpeg does, and gives the pixels of a scan the
-pseudo-marker `PIXELS`. `before_scan()` returns the bytes before the pixels. `has_end()` is False
-for a cut-off file. `mended()` returns the JPEG with only the segments that its pixels need.
-`count_scans()` returns the number of scans, or an upper bound of it; callers refuse a file of more
-than `MAX_SCANS`, which would be slow. `describe_tables(tables)` takes the tables of a `Header` and
-returns the libjpeg quality, 1 to 100, and a hash of 8 hex digits (0 and "" without tables).
+invalid one; the pixels are no segment, so stop at the start of a scan. `lenient_segments()` yields
+(marker, start, end) to the end of the image, skips bytes between segments as libjpeg does, and
+gives the pixels of a scan the pseudo-marker `PIXELS`. `before_scan()` returns the bytes before the
+pixels. `has_end()` is False for a cut-off file. `mended()` returns the JPEG with only the segments
+that its pixels need. `count_scans()` returns the number of scans, or an upper bound of it; callers
+refuse a file of more than `MAX_SCANS`, which would be slow. `describe_tables(tables)` takes the
+tables of a `Header` and returns the libjpeg quality, 1 to 100, and a hash of 8 hex digits (0 and ""
+without tables).
 """
 
 import hashlib

@@ -7,10 +7,14 @@ the file as it is. Otherwise it is False, and the pixels are those of `odd_jpeg_
 also decodes files with wrong metadata, extra bytes between segments or unusual chroma sampling:
 these faults cost no pixel.
 
+`PixelError` (a `ValueError`) is that of `imaging/rgb.py`. The decoders' own exceptions may get
+through for hostile bytes: `imaging/decode.py` turns every exception into a `DecodeError`.
+
 Three functions take the bytes, return nothing and raise `PixelError`: `refuse_cut_off()` for a file
 without an end marker, `refuse_many_scans()` for more than `MAX_SCANS` scans (of `imaging/jpeg.py`),
-and `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels. `odd_jpeg_pixels()`
-calls the first two; `imaging/decode.py` calls the one for CMYK.
+which would be slow, and `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels.
+`odd_jpeg_pixels()` calls the first two. `jpeg_pixels()` does not count the scans of a file that the
+strict mode decodes: call `refuse_many_scans()` before it.
 """
 
 import io

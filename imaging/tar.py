@@ -1,17 +1,23 @@
 """Read the files in a tar archive one after another, without unpacking the archive to disk.
 
-Main entry: `members(path, wanted)` takes the path of a plain or compressed tar, and a function that
-takes the name of a file and returns whether the file is wanted. It yields a `TarMember` for each
-wanted file, in the order of the archive: its `name`; `excluded`, the reason why the file is not
-read (a link, an unsafe path, too large, ...), or ""; and `read`, a function without arguments that
-returns the bytes of the file. For an excluded file, `read` is None. A damaged archive raises
-`DecodeError`; the members before the error are good. An archive that cannot be opened raises
-`OSError`.
+Main entry: `members(path, wanted)` is a generator.
 
-In a plain tar, `read` reads the file at its offset, from any thread. A compressed tar
-(`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until its
-`read` is called. At `WAITING_BYTES` of them, `members()` waits until some are read. The `MAX_...`
-constants limit the memory and the work that a hostile archive can cause.
+- `path`: the `Path` of a plain or compressed tar (gzip, bzip2, xz);
+- `wanted`: a function that takes the name of a file in the archive and returns whether the file is
+  wanted, such as `lambda name: name.endswith(".jpg")`.
+
+It yields a `TarMember` for each wanted file, in the order of the archive: its `name`; `excluded`,
+the reason why the file is not read (a link, an unsafe path, too large, ...), or ""; and `read`, a
+function without arguments that returns the bytes of the file, or raises `DecodeError` or `OSError`.
+For an excluded file, `read` is None. Folders are not yielded. A damaged archive raises
+`DecodeError` during the loop; the members before the error are good. An archive that cannot be
+opened raises `OSError`.
+
+In a plain tar, `read` reads the file at its offset, at any time and from any thread. A compressed
+tar (`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until
+its `read` is called. At `WAITING_BYTES` of them, `members()` waits until another thread reads some.
+So call each `read` in the loop, or in other threads; collecting all members first could wait
+forever. The `MAX_...` constants limit the memory and the work that a hostile archive can cause.
 """
 
 import contextlib

@@ -1,12 +1,13 @@
 """List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members(archive, name)` takes the path of an archive, and the archive's name for
-error messages (empty: the path). It yields a `ZipMember` for each file, sorted by name: its `name`,
-its location `where`, its `size` in bytes, and `excluded`, the reason if it is not read (`HIDDEN`,
-encrypted, an unsafe path, ...), or "". `read_member(archive, where, version)` returns the bytes of
-one file; `where` is from its `ZipMember`, and `version` is any text that changes when the archive
-changes. Of an archive in several volumes (X.z01, X.z02, ...), name the last, X.zip. `members()`
-raises `ZipError` if the archive is damaged or incomplete, or if its files claim to unpack to more
+Main entries: `members(archive, name)` takes the path of an archive (a `Path`, or the `UPath` of an
+address), and the archive's name for error messages (may be left out: the path). It yields a
+`ZipMember` for each file, sorted by name: its `name`, its location `where` (a text), its `size` in
+bytes, and `excluded`, the reason if it is not read (`HIDDEN`, encrypted, an unsafe path, ...), or
+"". `read_member(archive, where, version)` returns the bytes of one file; `where` is from its
+`ZipMember`, and `version` is any text that changes when the archive changes (default ""). Of an
+archive in several volumes (X.z01, X.z02, ...), name the last, X.zip. `members()` raises `ZipError`
+(a `ValueError`) if the archive is damaged or incomplete, or if its files claim to unpack to more
 than `MAX_RATIO` times its size. `read_member()` raises `DecodeError` if the file in the archive is
 damaged. Both raise `OSError` if the archive cannot be read.
 

@@ -1,28 +1,37 @@
 """Run the command line `python -m model`, which makes, converts and publishes checkpoints.
 
-Main entry: `main()`, the click group of these commands:
+Main entry: `main()`, the click group of these commands (`--help` of each has all details):
 
 - `import FILE` converts FILE, a `.pth` checkpoint of the original project, to a new run with the
   name `--run` (default `original`);
-- `fetch [NAME]` downloads the backbone of the detector NAME (default: the shipped one) into the
-  cache. If NAME is `original`, it downloads the original project's checkpoint instead, as a new
-  run. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE` takes the
-  backbone or the list from a file that was downloaded by hand;
-- `embed [SET]... --recipe FILE` computes and stores the features of the images that training with
-  the recipe reads, and those of each further set SET;
+- `fetch [NAME]` downloads the backbone of NAME into the cache and checks it. NAME is a shipped
+  detector (default: the shipped one), a folder that `export --head` wrote, or timm's name of a
+  backbone. If NAME is `original`, it downloads the original project's checkpoint instead, as the
+  new run `--run`. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE`
+  takes the backbone or the list from a file that was downloaded by hand;
+- `embed [SET]... --recipe FILE` computes and stores (in the folder `features.store` of the recipe)
+  the features of the images that training with the recipe reads, and those of each further set
+  SET. `--set KEY=VALUE` changes the recipe, `--init-from` names other weights of the backbone (a
+  checkpoint folder, a .safetensors file or a fetched backbone). `--engine ray` divides the work
+  into `--jobs` tasks of the cluster of RAY_ADDRESS (default `local`: this process);
 - `curves RUN` plots the loss and the validation metrics of the run folder RUN as a PNG file,
   `--out` (default `curves.png`);
 - `average FIRST LAST --run NAME` writes the average of two checkpoint folders (of a run: its best
   checkpoint) as the new run NAME; `--weight`, 0 to 1, is the share of LAST (default 0.5);
 - `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
   (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
-  head without the backbone (`--head FOLDER`);
-- `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote.
+  head without the backbone (`--head FOLDER`); at least one of the three. `--out` is by default
+  `onnx/` in the run's folder; the other two folders must be new or empty. `--images FOLDER` are
+  images to compare ONNX with PyTorch on (default: noise), `--report FILE` is the report.json for
+  the model card, `--hub-place OWNER/NAME@REVISION:FILE` the hub's file with the backbone of
+  `--head`;
+- `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
+  repository private.
 
-Each command prints its result, such as the path of a written file. An error is printed in one line,
-with exit code 1 (2 for a wrong option). The constant `NAME` is the click option `--run`. `RunName`
-is its click type, which refuses names outside the folder of all runs. Commands import torch only
-after their options are checked.
+`--runs` (default `runs`) is the folder of all runs, `--data` (default `data/shards`) that of the
+shard sets. Each command prints its result, such as the path of a written file. An error is printed
+in one line, with exit code 1 (2 for a wrong option). The constant `NAME` is the click option
+`--run`. `RunName` is its click type, which refuses names outside the folder of all runs.
 """
 
 from pathlib import Path

@@ -1,19 +1,27 @@
 """Give a third-party detector the interface of this project's detectors: this project decodes the
 images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason)`. `checkpoint` is the name that
-the user typed. `judge` is a `Judge`: an object with `prepare()`, which converts an upright RGB
-Pillow image to the detector's input, and `score()`, which converts a list of such inputs to
-probabilities of AI-generated, float64 (B,). `meta` is a dict with the name, hash, threshold and
-temperature; `meta_of(kind, name, ...)` makes one without calibration (`kind` is `hf`, `timm` or
-`file`; further keywords, such as `sha256`, identify the weights). `asked` is a band (low, high):
-probabilities between the two are "uncertain". It replaces the band of `meta`; None keeps that.
-`reason` describes the detector in the log. `model/adapters/open.py` opens a detector by name.
+Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason)`.
+
+- `checkpoint`: the name that the user typed, as a `Path`, such as `Path("hf:OWNER/NAME")`;
+- `judge`: a `Judge`, any object with `prepare(image)`, which converts an upright RGB Pillow image
+  to the detector's input (called by several threads); `score(prepared)`, which converts a list of
+  such inputs to probabilities of AI-generated, float64 (B,), 0 to 1 or NaN; and the attribute
+  `fixed_batches`, True if the last bits of a score depend on the batch size;
+- `meta`: a dict with the name, hash, threshold and temperature. `meta_of(kind, name, ...)` makes
+  one with threshold 0.5 and no calibration: `kind` is `hf`, `timm` or `file`; further keywords,
+  such as `sha256="..."`, identify the weights;
+- `asked`: a band (low, high): probabilities between the two are "uncertain". It replaces the band
+  of `meta`; None keeps that;
+- `reason`: a text that describes the detector in the log.
+
+`model/adapters/open.py` opens a detector by name.
 
 `predict(images, batch_size)`, inherited from `AnyDetector`, takes one image (path, bytes, Pillow
 image or uint8 array) and returns a `Prediction` (name, probability from 0 to 1, verdict, error), or
-takes several and returns a list. `stream()` takes several and yields one at a time. An unreadable
-image gets an `error` and no probability.
+takes several and returns a list; `batch_size` (default 32) is how many are scored at a time.
+`stream()` takes several and yields one at a time. An unreadable image gets an `error` and no
+probability. Another type of image raises `TypeError`, an array of another shape `ValueError`.
 
 `logits_from()` converts probabilities to logits; `probability_at()` applies a temperature to
 probabilities; both return float64 arrays. `DetectorError` (a `ValueError`) says why a detector

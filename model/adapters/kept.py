@@ -2,13 +2,17 @@
 `temperature`, `threshold` (for the decision) and `calibration` (the band of probabilities that are
 "uncertain", with details).
 
-Main entries: `keep_calibration(detector, runs, entries)` takes an `OtherDetector`, the folder of
-all runs and this dict (the result of `Calibration.entries()`). It writes
-`<runs>/<detector.folder_name>/calibration.json` and returns this path, as `calibration_path()`
-does. `with_calibration(detector, runs)` returns a copy of the detector with the stored values. It
-returns the detector unchanged if there is no such file, or if the file was fitted to other weights
-(with a warning). It raises `DetectorError` if `calibration.json` is damaged. The detector's own
-files are not changed.
+Main entries: `keep_calibration(detector, runs, entries)` takes an `OtherDetector` (from
+`model/adapters/open.py`), the folder of all runs (a `Path`) and this dict, the result of
+`Calibration.entries()` of `model/calibrate.py`. It writes
+`<runs>/<detector.folder_name>/calibration.json`, with the identity of the detector, and returns
+this path, as `calibration_path()` does. It raises `OSError` if the file cannot be written, and
+`KeyError` if a key is missing.
+
+`with_calibration(detector, runs)` returns a copy of the detector with the stored values. It returns
+the detector unchanged if there is no such file, or if the file was fitted to other weights (with a
+warning). It raises `DetectorError` if `calibration.json` is damaged. The detector's own files are
+not changed.
 """
 
 import json

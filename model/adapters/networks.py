@@ -1,16 +1,24 @@
 """Open an image classifier of the Hugging Face Hub, or of a local folder, as a detector.
 
-Main entries: `open_transformers()` and `open_timm()`, which use the library of that name. Both take
-`name` (a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`; for `open_timm()` also timm's name of
-a network), `device` (`auto`, `cpu`, `cuda` or `cuda:N`), `fake_labels` (the labels that mean
-AI-generated; if empty, the words of the labels decide) and `threshold` (from 0 to 1; None: 0.5,
-until a calibration is loaded). Both return an `OtherDetector`, whose `predict()` takes images and
-returns a `Prediction` (probability, verdict) of each. Its network is in a `NetworkJudge`: Pillow
-images in, float64 probabilities (B,) of AI-generated out.
+Main entries: `open_transformers(name, ...)` and `open_timm(name, ...)`, which use the library of
+that name. All arguments but `name` are keywords and may be left out:
 
-They raise `DetectorError` if the library is missing, if the classifier cannot be downloaded or
-opened, or if its labels are not clear, and `ValueError` for an impossible device or threshold. Only
-files that match `TAKEN` are downloaded: nothing is unpickled, and no code of a repository is run.
+- `name`: a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`, without `hf:` or `timm:`; for
+  `open_timm()` also timm's name of a network;
+- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`;
+- `fake_labels`: a sequence of the labels that mean AI-generated; if empty (default), the words of
+  the labels decide;
+- `threshold`: from 0 to 1; at or above it an image counts as AI-generated, and no verdict is
+  "uncertain". None (default): 0.5, until a calibration is loaded (`model/adapters/kept.py`).
+
+Both return an `OtherDetector`, whose `predict()` takes images and returns a `Prediction`
+(probability, verdict) of each. Its network is in a `NetworkJudge`: Pillow images in, float64
+probabilities (B,) of AI-generated out.
+
+They raise `DetectorError` if the library transformers is missing, if the classifier cannot be
+downloaded or opened, or if its labels are not clear, and `ValueError` for an impossible device or
+threshold. Only files that match `TAKEN` are downloaded: nothing is unpickled, and no code of a
+repository is run.
 """
 
 import hashlib

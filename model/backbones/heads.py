@@ -3,15 +3,15 @@ outputs.
 
 Early layers keep traces of generation; the last layers describe the content of the image. Main
 entries: two torch modules. `StageHead(channels)` reads the feature maps of all stages (their mean
-and standard deviation per channel); `channels` is the number of channels of each stage.
-`ClassTokenHead(width)` reads the class token of a transformer after chosen blocks; `width` is the
-number of blocks times the size of a token.
+and standard deviation per channel); `channels` is a list of the number of channels of each stage.
+`ClassTokenHead(width)` reads the class token of a transformer after chosen blocks; `width` (int) is
+the number of blocks times the size of a token.
 
 The static method `features()` of each takes the list of maps, float (B, C_i, H_i, W_i), or of
 tokens, float (B, C). It normalizes each depth by itself and returns float features (B, D), where D
 is 2 * sum(channels) or `width`. `forward()` takes the features and returns float logits (B, 2),
-real and fake. `features()` uses no weights, so features of a frozen backbone can be stored.
-`InnerHead` is the base class of both.
+real and fake: `logits = head(head.features(maps))`. `features()` uses no weights, so features of a
+frozen backbone can be stored. `InnerHead` is the base class of both.
 """
 
 from collections.abc import Sequence
