@@ -1,26 +1,37 @@
 """Fit a temperature, decision thresholds and an uncertain band (the scores whose verdict is
 "uncertain") to the scores of a validation set.
 
-Main entries, pure functions: `calibrate(labels, logits, threshold_at)` takes labels (0 real, 1
-fake), logits of fake minus real, each (N,), and the rule for the decision threshold: `0.5`, `fpr5`
-or `fpr1` (5 % or 1 % false positives), or `auto` (the larger of 0.5 and `fpr5`).
-`calibrate_sources(scores, calibrating, origin)` takes a dict, source -> (labels, logits), and a
-`Calibrating`: `max_fpr` and `max_miss`, the highest error rates that the ends of the band may have,
-and `threshold`, the images for which they must hold (`Over`). `origin` is a text that says how the
-scores were made. `calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is a name
-of a threshold, the second if it is a `Calibrating`; `sources` (N,) are the names of the images'
-sources.
+Main entries, which write nothing:
 
-All three return a `Calibration`: temperature, threshold, band (low, high) and tables of error
-rates. Its `entries(fitted_on)` (set name -> hash) returns the dict for a checkpoint's `meta.json`.
-All three raise `CalibrationError` if a class has fewer than `FEWEST` images, a score is not finite
-or no temperature fits. `check_validation_sets(folders)` raises this error if a set is not of the
-split `val`: a threshold fitted to test images would make their error rates look too good.
+- `calibrate(labels, logits, threshold_at)` fits to all images together.
+- `calibrate_sources(scores, calibrating, origin)` fits to error rates per source. `scores` is a
+  dict, source -> (labels, logits).
+- `calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is one of the texts for
+  `threshold_at`, the second if it is a `Calibrating`.
 
-`Over` is `pooled`, `most_sources` or `worst_source`: error rates hold for all images together, for
-each of three quarters of the sources, or for each source. `TEMPERATURES`, `RATES` and
-`ROC_THRESHOLDS` are the allowed temperatures, the tabulated error rates and the points of the ROC
-curve. The other functions compute single parts of the result.
+Their arguments:
+
+- `labels`, int (N,): 0 real, 1 fake.
+- `logits`, float (N,): of fake minus real, before any temperature.
+- `sources`, str array (N,): the source of each image.
+- `threshold_at`: the decision threshold, as a text. `"0.5"`, `"fpr5"` or `"fpr1"` (at most 5 % or 1
+  % false positives), or `"auto"` (default: the larger of 0.5 and `fpr5`).
+- `calibrating`: a `Calibrating` of `model/recipe.py`. Its `max_fpr` and `max_miss` (shares below
+  0.5) are the highest error rates at the upper and the lower end of the band. Its `threshold` (an
+  `Over`) says for which images they hold: `pooled` all images together, `worst_source` each source,
+  `most_sources` each of three quarters of the sources. The upper end of the band is the decision
+  threshold.
+- `origin`: a text for the record that says how the scores were made (default "sources left out").
+
+All three return a `Calibration`: `temperature`, `threshold`, `band` (low, high) and tables of error
+rates. Its `entries(fitted_on)` takes a dict, set name -> hash of the set's index, and returns the
+dict for a checkpoint's `meta.json`. All three raise `CalibrationError` (a `ValueError`) if a class
+has fewer than `FEWEST` images, too few for an asked rate, a score is not finite or no temperature
+fits. `check_validation_sets(folders)` takes the paths of packed sets and raises this error if a set
+is not of the split `val`.
+
+`TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the range of temperatures, the tabulated error
+rates and the points of the ROC curve. The other functions compute single parts of the result.
 """
 
 import math

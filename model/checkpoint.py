@@ -1,21 +1,21 @@
 """Write, read, check and find checkpoints, which are folders with the state of a trained network.
 
-A checkpoint has `weights.safetensors` (plain timm names), `state.pt` (only for resuming training)
-and, written last, `meta.json` with the SHA-256 of every file and of its own entries (fields:
-`model/layout/meta.py`). A run is a folder of checkpoints, named `step_` and at least seven digits.
-A shipped detector has only the head; `backbone` in its meta names the file of the rest.
+A checkpoint has `weights.safetensors` (timm's names), `state.pt` (only to resume training) and
+`meta.json` with the SHA-256 of every file (fields: `model/layout/meta.py`). A run is a folder of
+checkpoints, named `step_` and at least seven digits. All folders are `Path` objects.
 
-Main entries: `save(folder, net, recipe, record, state, replayed)` writes a new checkpoint folder: a
-network with its `ResolvedRecipe`, a `Record` (step, metrics and data, for the meta), the dict for
-`state.pt` or None, and pairs (epoch, key) of the samples reused from old sets so far, or None.
-`load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta (dict).
-`find(runs, named, shipped)` returns the folder of a checkpoint: `named` itself, the best of the run
-`named`, or the shipped detector `named`. If `named` is None, it is the best of the newest run below
-`runs`; if no run exists and `shipped` is true, the default shipped one. Errors: `CheckpointError`,
-and its subclasses `DamagedError` (a missing or changed file) and `NoCheckpointError` (no run,
-`named` is None). `seal()` writes the `meta.json` of a new checkpoint, `annotate()` changes its
-entries. `check()` raises if the weights do not fit, `verify()` if a file has changed; both else
-return the meta. `best_of()` and `best_among()` return the best of a run or list, or None.
+Main entries: `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, in place
+of an existing one: the `Detector` (from `build()` of `network.py`), its `ResolvedRecipe`, a
+`Record` (step, epoch, metrics, selection: a figure, best if highest, or None, and data: sets with
+hashes), the dict for `state.pt` or None, and pairs (epoch, sample key) of the samples reused from
+old sets so far, or None (default). `load_network(folder)` returns the `Detector` (CPU, evaluation
+mode), `Preprocess` and meta (dict). `find(runs, named=None, *, shipped=False)` returns a
+checkpoint: `named` itself, the best of the run `named`, or the shipped detector `named` (a `Path`,
+too). For None it is the best of the newest run below `runs` or, without runs and if `shipped` is
+true, the default shipped one. Errors: `CheckpointError`, and its subclasses `DamagedError` (a
+missing or changed file) and `NoCheckpointError` (no run, `named` is None); another `ValueError` if
+weights do not fit or a backbone was not fetched. `check()` raises if weights do not fit, `verify()`
+if a file has changed. `best_of()` and `best_among()` return the best checkpoint, or None.
 """
 
 import contextlib

@@ -1,13 +1,18 @@
 """Choose the device and the floating-point precision of a computation.
 
-Main entries: `choose_device(asked, local)` takes `auto`, `cpu`, `cuda` or `cuda:N` and returns a
-`torch.device`. For `auto` it is the GPU with the index `local` (default 0), or the CPU if there is
-no GPU. It raises `ValueError` for any other text, or if this machine has no such device.
-`choose_precision(asked, device)` takes `auto`, `bf16`, `fp16` or `fp32` and a `torch.device`; it
-returns the torch dtype and the reason for the choice, as text. For `auto` it is bf16 or else fp16
-where the GPU is made for it, else fp32. `describe(dtype)` returns the short name (`bf16`, `fp16` or
-`fp32`) of a torch dtype. `keep_freed_memory(device)` makes computation on a CPU faster, by not
-returning freed memory to the system; for a GPU it does nothing.
+Main entries: `choose_device(asked, local)` takes the text `auto`, `cpu`, `cuda` or `cuda:N` and
+returns a `torch.device`. `local` (default 0) is used for `auto` only: the result is the GPU with
+this index, or the CPU if there is no GPU. It raises `ValueError` for any other text, or if this
+machine has no such device.
+
+`choose_precision(asked, device)` takes the text `auto`, `bf16`, `fp16` or `fp32` and a
+`torch.device`. It returns a pair: the torch dtype and the reason for the choice, as text. For
+`auto` it is bf16 or else fp16 where the GPU is made for it, else fp32. A named precision is
+returned for any device; another text raises `KeyError`.
+
+`describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
+`keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
+system; for a GPU it does nothing.
 """
 
 import ctypes

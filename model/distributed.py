@@ -1,14 +1,20 @@
 """Connect the processes of a multi-GPU run (ranks), and exchange values between them.
 
-Main entry: `init_distributed()`, a context manager without arguments. It reads torchrun's
-environment variables, joins the process group (and leaves it at the end) and yields a `DistEnv`:
-`rank`, number of ranks (`world_size`), rank on this machine (`local_rank`), and `is_main` (rank 0,
-which writes files). Without torchrun it yields rank 0 of 1.
+Main entry: `init_distributed()`, a context manager without arguments (`with init_distributed() as
+dist:`). It reads torchrun's environment variables, joins the process group (and leaves it at the
+end) and yields a `DistEnv`: `rank`, number of ranks (`world_size`), rank on this machine
+(`local_rank`), and `is_main` (rank 0, which writes files). Without torchrun, or with one process,
+it yields `DistEnv()`: rank 0 of 1.
 
-Three functions exchange values. All ranks must call them together; each takes the `DistEnv`
-(`dist`) and this rank's value, and returns the same result on every rank: `all_reduce_sum()` the
-sum of the tensors, `all_reduce_any()` whether a flag is set on any rank, and `all_gather_object()`
-the list of all ranks' values, in the order of ranks.
+Three functions exchange values. All ranks must call them together, each with the `DistEnv` and its
+own value. Each returns the same result on every rank; for one process it is the value itself
+(`all_gather_object()`: a list with it).
+
+- `all_reduce_sum(dist, value)`: the sum of the tensors, which have the same shape on all ranks. The
+  result is on the device of `value` (CPU or GPU).
+- `all_reduce_any(dist, flag)`: whether `flag` (bool) is true on any rank.
+- `all_gather_object(dist, value)`: the list of all ranks' values, in the order of ranks. `value` is
+  any object that can be pickled.
 """
 
 import contextlib

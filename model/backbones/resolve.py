@@ -1,15 +1,18 @@
 """Complete a recipe: fill in the preprocessing that the recipe leaves out, from timm's record of
 the network's weights.
 
-Main entry: `resolved(recipe)` takes a `Recipe` (the settings of a training run) and returns a
-`ResolvedRecipe`, in which mean, std, crop size and resize size (pixels) and resize filter have
-values; settings of the recipe are kept. It raises `NetworkError` if timm does not know the network,
+Main entry: `resolved(recipe)` takes a `Recipe`, the settings of a training run
+(`recipes.load(Recipe, path)` reads one from TOML). It returns a `ResolvedRecipe`, which has values
+for `preprocess.crop_size` and `preprocess.resize_size` (pixels), `preprocess.interpolation` (the
+resize filter), and `network.mean` and `network.std` (three numbers each, for pixels from 0 to 1).
+Settings that the recipe gives are kept. It raises `NetworkError` if timm does not know the network,
 and `ValueError` if the crop is larger than the resized image.
 
-`describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns lines of text for the user: the
-preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)`
-returns a line for mean and for std if they differ from those of the weights (often none).
-`nearest_filter(name)` returns this resize filter if the pipeline has it, else "bilinear".
+`describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns a list of lines for the user: the
+preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)` takes
+the same and returns a line for mean and for std if they differ from those of the weights (often
+none). `nearest_filter(name)` returns the resize filter `name` (Pillow's name) if it is `bilinear`,
+`bicubic` or `lanczos`, else `bilinear`.
 """
 
 import math

@@ -1,30 +1,35 @@
 """Compute 95 % confidence intervals of metrics by the bootstrap, over resampled groups of images.
 
-Main entries: `resample(probabilities, images, groups, threshold)` takes the probability of fake of
-N images, float64 (N,), `images`, `groups` and the decision threshold. `images` is a dict with an
-entry for each selection of images whose metrics are wanted, such as one source: a key of the
-caller's choice (type `Line`, any hashable value) -> `Images`, the row numbers of its real and of
-its fake images. `groups` is the `Groups`: the group of each of the N images. It returns a dict, key
--> metric -> values in all resamples (float64). `resamples` is their number (default `RESAMPLES`)
-and `seed` the random seed. `on_resamples(n)` is called from time to time; n is the number of
-resamples since the last call.
+Main entry: `resample(probabilities, images, groups, threshold, *, resamples, seed, on_resamples)`
+computes the metrics in many resamples, for each selection of images.
 
-`intervals(images, groups, resamples)` takes the `Images` and the values of one key. It returns a
-dict, metric -> [low, high], the middle 95 %. `interval(values, independent, ends)` returns [low,
-high] of one metric: it takes the metric's values, the number of groups that it depends on, and its
-lowest and highest possible value (default 0 and 1; () if it has no bounds). It returns None for
-fewer than two groups, or if most values are NaN. `group_rows(groups, sources, labels)` makes the
-`Groups` from the group, source and label of each image, int64 (N,).
+- `probabilities`, float64 (N,): the probability of fake of each image.
+- `images`: a dict with an entry for each selection whose metrics are wanted, such as one source.
+  The key is any hashable value of the caller's choice (type `Line`). The value is `Images(reals,
+  fakes)`: the positions of its real and of its fake images among the N, int64 arrays, one of which
+  may be empty.
+- `groups`: the `Groups` of the N images, from `group_rows()`.
+- `threshold`: the decision threshold, 0 to 1. An image is called fake from it on.
+- `resamples`, `seed`: number of resamples (default `RESAMPLES`) and random seed (default `SEED`).
+- `on_resamples`: None (default) or a function that is called from time to time with the number of
+  resamples since its last call.
+
+It returns a dict, key -> metric -> values in all resamples: float64 (resamples,), NaN where
+undefined. It raises no errors of its own.
+
+`group_rows(groups, sources, labels)` takes three int64 arrays (N,): numbers that stand for the
+group and the source of each image, and 0 real, 1 fake. `intervals(images, groups, resamples)` takes
+the `Images` and the values of one key, and returns a dict, metric -> [low, high], the middle 95 %.
+`interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
+number of groups that it depends on, and its lowest and highest possible value (default 0 and 1; ()
+if it has no bounds). It returns None for fewer than two groups, or if most values are NaN;
+`intervals()` leaves out such a metric, and `ece`.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
-resampled with replacement, not images (Davison and Hinkley, "Bootstrap Methods and their
-Application", 1997, section 3.8), and separately for each source and mix of classes, whose number of
-groups was chosen by the makers of the set.
-
-If every resample gives 0 or every resample gives 1 (no false positive among 45 photographs), the
-bootstrap interval would be a single point. The other end is then the exact bound, at a distance of
-1 - (0.05 / 2) ** (1 / groups) (Clopper and Pearson, 1934). The metric `ece` has no interval:
-resampling biases it upwards.
+resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
+section 3.8), separately for each source and mix of classes. If every resample gives 0 or every
+resample gives 1, one end is the exact bound, at a distance of 1 - (0.05 / 2) ** (1 / groups)
+(Clopper and Pearson, 1934).
 """
 
 import math

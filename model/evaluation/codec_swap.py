@@ -4,21 +4,31 @@ The codec-swap test re-encodes the images of each class as the other class is us
 and then both classes in the same way. Scores that follow the compression show that the detector
 learned it.
 
-Main entry: `report_robustness(scorer, shards, perturbations, temperature, threshold, per_class)`
-takes a detector (a `VariantScorer`, which preprocesses and scores decoded images), a shard set
-(packed images) and a list of `Perturbation` (a degradation such as blur; among them `ORIGINAL`). It
-scores at most `per_class` images of each class (those with the smallest SHA-256, so the same in
-every run) under all perturbations and swaps. It returns the entry `robustness` of `report.json` as
-a dict (numbers of images, a row per perturbation and per swap) and writes nothing. `threshold` is
-on the probability, after the `temperature`. `on_images(n)` is called after each image; n is the
-number of images since the last call, always 1.
+Main entry: `report_robustness(scorer, shards, perturbations, *, temperature, threshold, per_class,
+on_images)` scores images before and after all perturbations and re-encodings. All ranks must call
+it.
+
+- `scorer`: the detector as a `VariantScorer` (`Scorer` of `robustness.py` for a checkpoint's
+  network, `DetectorScorer` of `others.py` for other detectors).
+- `shards`: an opened set of packed images, from `open_shards([folder])`.
+- `perturbations`: a list of `Perturbation` with `ORIGINAL` in it, such as `PERTURBATIONS` of
+  `pipeline/perturb.py`. Without `ORIGINAL` it raises `ValueError`.
+- `temperature`: the logits are divided by it (1.0: unchanged). `threshold` is the decision
+  threshold on the resulting probability.
+- `per_class`: the most images of each class, those with the smallest SHA-256.
+- `on_images`: None (default) or a function that is called with 1 after each image of this rank.
+
+It returns the entry `robustness` of `report.json` as a dict and writes nothing: `images`, `of`
+(images of the set), `unreadable`, and `perturbations` and `codec_swap` (a list of dicts, one per
+perturbation and per re-encoding), `containers` (the usual compression of each class).
 
 A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
-`container_of(shards, samples)` returns the one of the images with the row numbers `samples`, or
-None if none of them is lossy; the other class is then not re-encoded in this way. A `Swap` is one
-test. `plan_swaps(shards, samples)` returns the containers of both classes and the swaps;
-`measure_swaps(perturbed, swaps, groups, ...)` takes the `PerturbedScores`, the swaps and the group
-of each sample of the set, and returns a list with a dict per swap.
+`container_of(shards, samples)` returns that of the images with the row numbers `samples`, int64, or
+None if none is lossy; the other class is then not re-encoded in this way. A `Swap` is one
+re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the list of
+swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
+`PerturbedScores`, the swaps and the `group_codes()` of the set, and returns a list with a dict per
+swap.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,20 +1,25 @@
 """Compare two evaluations of the same images: differences of the metrics with 95 % intervals, and
 images whose verdict changed.
 
-Main entries: `shared_samples(*tables, intersect)` takes two or more `ScoreTable` (a row per image,
-with label and probability) and returns them with the images that all could read, in one order. It
-raises `ScoresError` if the tables have different images and `intersect` is false (the default), no
-image in common, or different labels. `compare(before, after)` takes two of these tables and returns
-a list with a `Line` per set, source and generator. Its dict `changes` has for each metric of
-`COMPARED` a `Change` (both values, and `low` and `high` of the difference after - before), or None
-if one table lacks it. It raises `ScoresError` if the false-positive rates of a set come from
-different real images (reference reals).
+Main entries: `shared_samples(*tables, intersect=False)` takes two or more `ScoreTable`, one
+argument each (from `read_scores(path)` of `scores.py`: a row per image, with label and
+probability). It returns a tuple of them, each with only the images that every evaluation could
+read, in the same order. It raises `ScoresError` (a `ValueError`) if the tables have different
+images and `intersect` is false, no image in common, or different labels.
 
-`flips(before, after)` returns a list of `Flip`, one per image whose verdict (fake or not, at each
-table's own threshold) changed, the largest change first; `fixed` means that it was wrong and is
-right now. `count_flips(before, changed)` takes these flips as `changed` and returns a tuple per set
-and class: (set, class, images, broken, fixed). Both evaluations use the same bootstrap resamples
-(differences are paired), so the variation between images does not widen the intervals.
+`compare(before, after)` takes two of these returned tables. It returns a list with a `Line` per
+set, source and generator: `set`, `kind` (overall, reference, sources or generators), `name` of the
+source or generator, `images` (their number) and `changes`. This dict has for each metric of
+`COMPARED` a `Change` (`before`, `after`, and `low` and `high` of the difference after - before,
+None if there is no interval), or None if a table lacks the metric. It raises `ScoresError` if the
+false-positive rates of a set come from different real images (reference reals).
+
+`flips(before, after)` takes the same tables. It returns a list of `Flip`, one per image whose
+verdict (fake or not, at each table's own threshold) changed, the largest change first; `fixed`
+means that it was wrong and is right now. `count_flips(before, changed)` takes these flips as
+`changed`. It returns a list with a tuple per set and class: (set, "real" or "fake", images, flips
+to wrong, flips to right). Both evaluations use the same bootstrap resamples, so the variation
+between images does not widen the intervals.
 """
 
 from collections.abc import Mapping, Sequence

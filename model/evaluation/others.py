@@ -1,23 +1,32 @@
 """Score shard sets (packed images) with a detector that is not a checkpoint (a third-party detector
 or an ONNX file), and calibrate a third-party detector.
 
-Main entries: `score_shards(detector, shards, dist, on_images)` takes an `OtherDetector` or
-`OnnxDetector` (`Scoring` is the part of their interface that is used), a shard set and this
-process's rank (`DistEnv`; None for a single process). `on_images(n)` is called after each batch; n
-is the number of images that this process did since the last call. The function returns the `Scores`
-of all samples: row numbers, labels (0 real, 1 fake), float32 logits before the temperature, and the
-reasons of failures. A score that is not finite is a failure.
+The `detector` is an `OtherDetector` or `OnnxDetector`, from `open_other()` of
+`model/adapters/open.py` (`Scoring` is the part of their interface that is used). `dist` is this
+process's rank (`DistEnv`; None, the default, for a single process). All ranks must call the
+functions that take it, and all get the same result.
 
-`calibrate_other(detector, folders, runs, rule, dist)` scores the validation sets in `folders`, fits
-one `Calibration` (temperature, threshold, band) to all, writes it below `runs`, the folder of all
-runs, and returns it and the path of its file. `rule` is the name of a threshold (`auto`, `fpr5`,
-`fpr1` or `0.5`) or a `Calibrating` (the two highest error rates that are allowed); `dist` is as
-above. It raises `CalibrationError` for an ONNX file, a set of another split than `val`, or scores
-to which nothing can be fitted.
+Main entries: `score_shards(detector, shards, dist, on_images)` scores every image of `shards`, an
+opened set from `open_shards([folder])`. `on_images` is None (default) or a function that is called
+after each batch with the number of images that this process did since its last call. It returns
+`Scores`: row numbers, labels (0 real, 1 fake), float32 logits before the temperature, and
+`failures` (a dict, row number -> reason). A score that is not finite is a failure, not an error.
 
-`DetectorScorer` is the detector as the robustness test needs it. `logits_in_batch(detector,
-prepared)` returns the logits of preprocessed images; it pads a batch if its size affects the
-scores. This project decodes the images; the detector preprocesses them.
+`calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits one
+`Calibration` (temperature, threshold, band) to all.
+
+- `folders`: a list of the paths of packed sets of the split `val`.
+- `runs`: the path of the folder of all runs. Rank 0 writes the calibration in a subfolder for this
+  detector.
+- `rule`: the name of a threshold (`auto`, the default, `fpr5`, `fpr1` or `0.5`), or a `Calibrating`
+  of `model/recipe.py` (the two highest error rates that are allowed).
+
+It returns the `Calibration` and the path of its file. It raises `CalibrationError` for an ONNX
+file, a set of another split than `val`, or scores to which nothing can be fitted.
+
+`DetectorScorer(detector, dist)` is the detector as the robustness test needs it.
+`logits_in_batch(detector, prepared)` returns the logits of a list of preprocessed images; it pads a
+batch if its size affects the scores.
 """
 
 import itertools

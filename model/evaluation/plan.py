@@ -1,23 +1,36 @@
 """Plan an evaluation: open the shard sets (packed images) and check all input before any network is
 loaded.
 
-Main entry: `plan(subject, data, names, options, dist)` takes the folder of a checkpoint (or an
-opened `OtherDetector` or `OnnxDetector`), the folder of all sets, the names of the sets to score,
-and `Options`: `device` (`auto`, `cpu`, `cuda:N`), `loading` (batch size, decoding), `subset` (a
-`Subset`: the only samples to score; None: all), `reference_reals` (the name of a set, or None),
-`robustness` (images per class for the robustness test, 0: none) and `features` (folder of stored
-features, or None). `dist` is this process's rank (`DistEnv`; None for a single process).
+Main entry: `plan(subject, data, names, options, dist)` opens and checks everything.
+
+- `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
+  `OnnxDetector` from `open_other()` of `model/adapters/open.py`.
+- `data`: the path of the folder of all packed sets.
+- `names`: a list of the names of the sets to score, which are folders in `data`.
+- `options`: an `Options`, below. `Options()` has the defaults.
+- `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
 
 It returns an `EvaluationPlan` (opened sets, meta of the checkpoint, device, precision, and the
 decoding backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError`
 if a set, sample, checkpoint or device does not exist or does not fit, and writes nothing.
 
+All fields of `Options` are set by keyword:
+
+- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
+- `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
+- `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
+- `reference_reals`: the name of a set whose real images give all sets their false-positive rate, or
+  None (default: the catalog's choice, for sets without real images).
+- `robustness`: images per class for the robustness test (default 0: none).
+- `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
+  None (default).
+
 A `PlannedSet` is one set to score: its samples, hash and split. `Reals` names the set whose real
-images give the false-positive rate of sets without real images, and why. `choose_reference(data,
-opened, asked)` chooses this set and returns the `Reals`, or None if none is needed or known:
-`opened` is a dict, name -> opened set, and `asked` the name of the set that the user wants, or
-None. `trained_on(meta, hashes)` takes a checkpoint's meta and a dict, set name -> hash, and returns
-the names of sets that the checkpoint was trained on. `REAL` is the label of real images, 0.
+images give the false-positive rate of other sets, and why. `choose_reference(data, opened, asked)`
+returns the `Reals`, or None if none is needed or known: `opened` is a dict, name -> opened set,
+`asked` is as `reference_reals`. `trained_on(meta, hashes)` takes a checkpoint's meta and a dict,
+set name -> hash, and returns the names of sets that the checkpoint was trained on. `REAL` is the
+label of real images, 0.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,20 +1,23 @@
 """Compute the content of `report.json` from a table of scores: metrics with 95 % intervals per set,
 source and generator, and the main results as sentences.
 
-Main entry: `report(scores, on_resamples)` takes a `ScoreTable` (`model/evaluation/scores.py`: a row
-per image, and a dict about the evaluation) and returns the report as a dict, whose fields
-`model/layout/report.py` describes. It writes nothing and needs no network and no images, so
-`evaluate.py --scores FILE` makes the same report again. `on_resamples(n)` is called from time to
-time; n is the number of bootstrap resamples since the last call.
+Main entry: `report(scores, on_resamples)` takes a `ScoreTable`, from `read_scores(path)` of
+`model/evaluation/scores.py` (a row per image, and a dict about the evaluation). `on_resamples` is
+None (default) or a function that is called from time to time with the number of bootstrap resamples
+since its last call; each set takes 1,000. It returns the report as a dict, whose fields
+`model/layout/report.py` describes. It writes nothing, needs no network and no images, and raises no
+errors of its own.
 
 `rows_of_set(scores, name)` returns the `Rows` of one set: labels, probabilities, sources, ... of
 its readable images, then of the real images of a reference set if the set needs them.
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
-(`LineKey`: "overall", "reference", or such as ("sources", name)) -> `Images` (row numbers of reals
-and of fakes). `first_of_each(origins, groups, generators, rows)` selects from `rows` the first
-image of each prompt and generator, as in the published protocol of the set EvalGEN;
-`mean_and_std(recalls)` averages over generators and returns a dict. `on_training_data(sets)`
-returns the warning, as text, about sets that the checkpoint was trained on.
+(`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
+`rows` of reals and of fakes, int64). `first_of_each(origins, groups, generators, rows)` selects
+from the positions `rows` the first image of each prompt and generator, as in the published protocol
+of the set EvalGEN. It takes the original file name, the group's number and the generator's number
+of every image, and returns positions. `mean_and_std(recalls)` takes a list of recalls and returns
+{"mean", "std"}. `on_training_data(sets)` takes names of sets that the checkpoint was trained on and
+returns the warning about them, as text.
 """
 
 import re

@@ -1,25 +1,36 @@
 """Measure the robustness of a detector: score the same samples before and after many perturbations
 (such as JPEG compression), and compare the scores.
 
-Main entries: `score_perturbations(scorer, shards, samples, perturbations)` takes a `VariantScorer`
-(below), a shard set (packed images), row numbers in this set (`sample_by_hash(shards, per_class)`
-chooses the same ones in every run) and a list of `Perturbation`, among them `ORIGINAL`. It returns
-`PerturbedScores`: row numbers and labels, float32 logits (perturbations, samples) before the
-temperature, and the reasons of failures. All ranks of `scorer.dist` must call it; each scores a
-part and gets the whole result. `on_images(1)` is called after each image of this rank.
+Main entries: `score_perturbations(scorer, shards, samples, perturbations, on_images)` scores the
+samples after each perturbation. All ranks of `scorer.dist` must call it; each scores a part and
+gets the whole result.
 
-`measure_perturbations(perturbed, groups, temperature, threshold)` takes the `PerturbedScores`, the
-group of each image of the whole set (from `group_codes()`), the temperature, and the decision
-threshold on probabilities after the temperature. It returns a list with one dict per perturbation
-for `report.json`: metrics (`FIGURES`) with intervals, the share of changed verdicts, and per class
-the mean change of the logit with its interval (a `Shift`, computed by `shifts()` and `shift_of()`).
+- `scorer`: the detector as a `VariantScorer`, below.
+- `shards`: an opened set of packed images, from `open_shards([folder])`.
+- `samples`: row numbers in this set, int64 (`sample_by_hash(shards, per_class)` chooses at most
+  `per_class` images of each class, the same ones in every run).
+- `perturbations`: a list of `Perturbation`, such as `PERTURBATIONS` of `pipeline/perturb.py`.
+  `ORIGINAL` must be in it.
+- `on_images`: None (default) or a function that is called with 1 after each image of this rank.
+
+It returns `PerturbedScores`: row numbers and labels, float32 logits (perturbations, samples) before
+the temperature, and the reasons of failures. An image that cannot be read is in `unreadable`, not
+an error.
+
+`measure_perturbations(perturbed, groups, *, temperature, threshold)` takes the `PerturbedScores`,
+the result of `group_codes(shards)`, the temperature (1.0: none), and the decision threshold on
+probabilities after the temperature. It returns a list with one dict per perturbation for
+`report.json`: metrics (`FIGURES`) with intervals, the share of changed verdicts, and per class the
+mean change of the logit with its interval (a `Shift`, computed by `shifts()` and `shift_of()`). It
+raises `ValueError` if `ORIGINAL` is not among the perturbations.
 
 A `VariantScorer` scores with a detector. `Scorer(net, preprocess, device, dtype, dist)` is one for
-a checkpoint's network, `DetectorScorer` of `others.py` for any other detector. Its `dist` is a
-`DistEnv` (the ranks that share the images), `prepare(pixels)` preprocesses a decoded image, and
-`column(variants)` returns the logits of all variants of one image. `perturbed_variants()` yields
-(sample, list of variants). A perturbation changes the decoded image as packed, before the
-preprocessing, so the perturbation `original` scores the same pixels as a plain evaluation.
+a checkpoint: `net` and `preprocess` come from `load_network()`, `net` is already on `device` (a
+`torch.device`), `dtype` is a torch dtype (default float32), and `dist` is the `DistEnv` (default: a
+single process). `DetectorScorer(detector, dist)` of `others.py` is one for any other detector. Its
+`prepare(pixels)` preprocesses a decoded image, uint8 (height, width, 3), and `column(variants)`
+returns the logits of all variants of one image. `perturbed_variants()` yields (sample, list of
+variants).
 """
 
 from collections import deque

@@ -1,23 +1,33 @@
 """Evaluate a checkpoint or another detector on shard sets (packed images): score every image and
 compute the report.
 
-Main entry: `evaluate(subject, data, names, out, options, dist)` takes the folder of a checkpoint
-(or an opened `OtherDetector` or `OnnxDetector`), the folder of all sets, the names of the sets to
-score and the output folder. `options` are the `Options` of `plan.py` (device, subset, reference
-reals, robustness ...; None: the defaults), and `dist` is this process's rank (`DistEnv`; None for a
-single process). It writes `scores.parquet` (one row per image) and `speed.json` (images per second)
-to `out`. It returns the report as a dict (`model/layout/report.py`), {} on other ranks than 0, and
-does not write it. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
+Main entry: `evaluate(subject, data, names, out, *, options, dist)` scores and reports. All ranks
+must call it.
+
+- `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
+  `OnnxDetector`. `choose_subject()` returns one.
+- `data`: the path of the folder of all packed sets.
+- `names`: a list of the names of the sets to score, which are folders in `data`.
+- `out`: the output folder (`Path`), made if needed.
+- `options`: the `Options` of `plan.py` (device, subset, reference reals, robustness ...), or None
+  (default: the defaults of `Options()`).
+- `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
+
+It writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`. It
+returns the report as a dict (`model/layout/report.py`), {} on other ranks than 0; it does not write
+the report. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
 checkpoint's score is not finite.
 
 `report_on(path)` computes the same report from a scores file. `find_scores(path)` returns the path
 of that file, given the file, its folder or a report in it, and raises `ValueError` if there is
-none. `choose_subject(name, checkpoint, opening, device, dist)` returns the detector that the
-options `--detector` (`name`) and `--checkpoint` mean, opened with an `Opening` (runs folder,
-permissions), and its output folder. A checkpoint is returned as its folder; here `dist` must be a
-`DistEnv` (`DistEnv()` for a single process). `score_sets()` (for checkpoints), `score_sets_by()`
-(other detectors), `perturb_sets()` and `with_reference()` are parts of `evaluate()`; they take its
-`EvaluationPlan` as `planned`.
+none. `choose_subject(name, checkpoint, opening, device, dist)` returns the pair (subject, its
+output folder) and raises `ValueError` if there is no such detector. `name` is the text of
+`--detector` (such as `hf:OWNER/NAME`, FILE.onnx or a checkpoint) or None, `checkpoint` the `Path`
+of a checkpoint or run or None; both None: the best checkpoint of the newest run. `opening` is an
+`Opening` of `model/adapters/open.py` (`runs`, the folder of all runs, and permissions), `device` a
+text (`auto`, `cpu`, `cuda:N`) and `dist` a `DistEnv` (`DistEnv()` for a single process).
+`score_sets()` (for checkpoints), `score_sets_by()` (other detectors), `perturb_sets()` and
+`with_reference()` are parts of `evaluate()`; they take its `EvaluationPlan` as `planned`.
 """
 
 import json

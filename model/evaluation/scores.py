@@ -1,12 +1,20 @@
 """Write and read `scores.parquet`: the score of every image of an evaluation, from which its report
 can be recomputed without the network.
 
-Main entries: `write_scores(path, parts, evaluation)` takes the path of the new file, a list of
-Arrow tables (one per set, one row per image, columns `SCORES_SCHEMA`) and a dict about the
-evaluation. `rows_of(name, shards, scores, temperature)` makes such a table from a set's name, its
-`ShardSet` (packed images) and `Scores` (logits, failures), and the detector's temperature.
-`read_scores(path)` returns the rows and the dict as a `ScoreTable`, and raises `ScoresError` for
-another file or version. The dict, stored in the file metadata as JSON under `evaluation`, is
+Main entries:
+
+- `rows_of(name, shards, scores, temperature)` makes the rows of one set, an Arrow table with the
+  columns `SCORES_SCHEMA`. It takes the set's name, the opened set (`ShardSet`, from
+  `open_shards([folder])`), its `Scores` (logits and failures, from `score_shards()` of `others.py`
+  or `score_set()` of `model/score.py`) and the detector's temperature (1.0: none). It raises
+  `ValueError` if the scores and failures are not those of all images of the set.
+- `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, with
+  `evaluation`, the dict below without `scores_version`, which is added. It returns nothing.
+- `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
+  (the dict). It raises `ScoresError` for another kind of file or another version, and `OSError` if
+  the file cannot be read. Its `numbers(name)` and `codes(name)` return a column as NumPy arrays.
+
+The dict is stored in the file metadata as JSON under `evaluation`:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its

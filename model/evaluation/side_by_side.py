@@ -1,10 +1,17 @@
 """Compare the evaluations of any number of detectors on the same images: one table per set, with
 paired 95 % intervals.
 
-Main entry: `side_by_side(runs)` takes a list of `Run` (name, `ScoreTable` from `shared_samples()`,
-images per second or None) and returns the dict below (null is None), with the sets that all runs
-measured. It adds `mean_of(runs)`, the run of the mean probability, named `MEAN`. It raises
-`ScoresError` if there is no such set, or if the runs took the real images of a set from different
+Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s)`:
+
+- `name`: a text, different for each run (`named_runs(names)` makes names unique: a second `a`
+  becomes `a (2)`).
+- `scores`: a `ScoreTable`. The tables of all runs come from one call of `shared_samples()` of
+  `compare.py`.
+- `images_per_s`: the speed, or None (default).
+
+It returns the dict below (null is None), with the sets that all runs measured. It adds
+`mean_of(runs)`, the run of the mean probability, named `MEAN`. It raises `ScoresError` (a
+`ValueError`) if there is no such set, or if the runs took the real images of a set from different
 sets (its reference reals).
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
@@ -29,7 +36,7 @@ A RUN has these keys:
 - `ranks`: the best and the worst rank of the run over the sources, or null.
 
 If a source has images of one class only, its AUROC uses all images of the other class in the set
-(`completed()`). `named_runs(names)` returns the names, made unique: a second `a` becomes `a (2)`.
+(`completed()`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,10 +1,12 @@
 """Look up a suite, which is a named list of sets to evaluate together, in the catalog of data
 sources.
 
-Main entry: `open_suite(name, data)` takes the name of a suite and the folder of all packed sets. It
-returns a `Suite`: the `name`, the names of its `packed` and of its `missing` sets, and
-`missing_line`, a sentence that says how to get the missing ones ("" if none is missing). It raises
-`ValueError` if there is no such suite or none of its sets is packed.
+Main entry: `open_suite(name, data)` takes the name of a suite (such as `wild` or `all`, from the
+table `[suites]` of `sharding/catalog-tests.toml`) and the path of the folder of all packed sets
+(`Path` or `UPath`). It returns a `Suite`: the `name`, the lists of the names of its `packed` and of
+its `missing` sets, and `missing_line`, a sentence that says how to get the missing ones ("" if none
+is missing). It raises `ValueError` if there is no such suite (the message lists all) or none of its
+sets is packed.
 """
 
 from dataclasses import dataclass

@@ -2,12 +2,14 @@
 fine-tuning.
 
 Main entry: `average(first, last, weight, run)` takes two checkpoint folders (before and after
-fine-tuning), the weight of `last` (0 to 1; `first` has the rest) and the folder of a new run. It
-writes a checkpoint there, without calibration, and returns its path (a folder in `run`). A new
-training can start from it, but training cannot be resumed from it. It raises `CheckpointError` if a
-checkpoint cannot be read, the networks differ, the weight is outside 0 to 1 or the run exists. The
-average of fine-tuned weights and the weights before fine-tuning often performs well on both tasks
-(WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+fine-tuning), the weight of `last` (a number from 0 to 1; `first` has the rest) and the folder of a
+new run, all folders as `Path`. It writes a checkpoint there, without calibration, and returns its
+path (a folder `step_...` in `run`). A new training can start from it, but training cannot be
+resumed from it. It raises `CheckpointError` if a checkpoint cannot be read, the networks differ,
+the weight is outside 0 to 1 or `run` exists, and another `ValueError` if the backbone of a shipped
+detector was not fetched. The average of fine-tuned weights and the weights before fine-tuning often
+performs well on both tasks (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models",
+2022).
 """
 
 import time

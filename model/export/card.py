@@ -1,11 +1,17 @@
 """Compose the model card of a checkpoint: the text of `README.md` for the Hugging Face Hub.
 
-Main entry: `card_of(meta, report, sources, onnx)` takes the checkpoint's parsed `meta.json`, the
-parsed `report.json` of an evaluation (or None: the card says that there is no evaluation),
-`sources`, and `onnx`, whether ONNX files are in the folder. `sources` is a dict, training set ->
-its data sources (name -> license, homepage, from its index), or None for a set that is not
-available. It returns YAML and Markdown as one string and writes nothing. `TAGS` are the search
-words on the hub; `LIMITS` is the section on what the detector cannot do.
+Main entry: `card_of(meta, report, sources, *, onnx)` takes these arguments:
+
+- `meta`: the parsed `meta.json` of the checkpoint (a dict, from `read_meta(folder)`).
+- `report`: the parsed `report.json` of an evaluation (a dict), or None: the card says that there is
+  no evaluation.
+- `sources`: a dict, training set -> its data sources, or None for a set that is not available. Data
+  sources are a dict, source name -> {"license": text, "homepage": address without `https://`}.
+  `sources_of(meta, data)` of `hub.py` makes it.
+- `onnx`: True if the folder of the card also has ONNX files in `onnx/`.
+
+It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. `TAGS`
+are the search words on the hub; `LIMITS` is the section on what the detector cannot do.
 """
 
 import re

@@ -1,19 +1,28 @@
 """Write the head (classifier) of a detector with a frozen backbone, to ship it without the
 backbone.
 
-Main entry: `save_head(checkpoint, target, backbone, report, data)` takes a checkpoint folder, the
-new folder `target`, and a `BackboneSpec`: the files, with hashes and download places, that contain
-the backbone. One of these files must be in this project's cache of backbones (`python -m model
-fetch` fills it). `report` (path of `report.json`, or None) and `data` (folder of the training sets,
-or None) give the figures and the sources that the model card shows. It writes the head's weights
-(kilobytes), `meta.json` with the places and hashes of the backbone, and the model card, and returns
-`target`. The layout is described in `model/shipped/backbone.py`.
+Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes the new folder
+`target` and returns it.
+
+- `checkpoint`: the checkpoint folder (`Path`).
+- `target`: the path of the new folder. An existing one must be empty.
+- `backbone`: a `BackboneSpec`, from `backbone_of(checkpoint)`: the files, with hashes and download
+  places, that contain the backbone. One of these files must be in this project's cache of
+  backbones; `fetch_backbone(backbone)` of `model/shipped/fetch.py` downloads it to there.
+- `report`: the path of the checkpoint's `report.json`, whose figures the model card shows, or None
+  (default).
+- `data`: the path of the folder of the training sets, whose sources the card lists, or None
+  (default).
+
+The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
+and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
 
 It raises `HeadError` if the backbone was trained too, or if its file is not in the cache or has
-other weights; `HubError` if `target` is not empty or the report is of another checkpoint.
-`backbone_of(checkpoint, hub)` finds the `BackboneSpec` in the checkpoint, which records the weights
-that its training started from, or raises `HeadError`; `hub`, a `HubPlace` (repository, revision,
-file) or None, is a place to download from first.
+other weights; `HubError` if `target` is not empty or the report is of another checkpoint; other
+`ValueError` if the checkpoint cannot be read. `backbone_of(checkpoint, hub)` finds the
+`BackboneSpec` in the checkpoint, which records the weights that its training started from, or
+raises `HeadError`; `hub`, a `HubPlace` (repository, revision, file) or None (default), is a place
+to download from first.
 """
 
 from collections.abc import Mapping

@@ -1,17 +1,25 @@
 """Write a checkpoint as a folder for the Hugging Face Hub, and upload this folder.
 
-Main entries: `write_hub(checkpoint, out, report, data, onnx)` takes a checkpoint folder and writes
-the new folder `out`, which it returns: `model.safetensors` and `config.json`, which timm and
-transformers read, `meta.json` without private paths, and `README.md`, the model card. Optional
-(None: left out) are `report`, the path of a `report.json` whose figures the card shows, `data`, the
-folder of the training sets, whose licenses the card lists, and `onnx`, a folder of ONNX files that
-is copied to `out/onnx`. The folder is also a checkpoint: `python predict.py dir/ --checkpoint
-FOLDER`.
+Main entry: `write_hub(checkpoint, out, *, report, data, onnx)` writes the new folder `out` and
+returns it.
 
-`push(folder, repository, private)` uploads the folder to `repository` (OWNER/NAME), which is
-created if needed (not public if `private`), and returns the URL of the commit. Both raise
-`HubError`: if `out` is not empty, the report is of another checkpoint, the folder is incomplete or
-the upload fails.
+- `checkpoint`: the checkpoint folder (`Path`).
+- `out`: the path of the new folder. An existing one must be empty.
+- `report`: the path of the checkpoint's `report.json`, whose figures the card shows, or None
+  (default: no figures).
+- `data`: the path of the folder of the training sets, whose licenses the card lists, or None
+  (default: not listed).
+- `onnx`: a folder of ONNX files that is copied to `out/onnx`, or None (default).
+
+The folder has `model.safetensors` and `config.json`, which timm and transformers read, `meta.json`
+without private paths, and `README.md`, the model card. It is also a checkpoint: `python predict.py
+dir/ --checkpoint FOLDER`.
+
+`push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
+created if needed (public unless `private=True`), and returns the URL of the commit. Log in before
+with `hf auth login`, or set HF_TOKEN. Both functions raise `HubError`: if `out` is not empty, the
+report is of another checkpoint, the folder is incomplete or the upload fails; `write_hub()` also
+`CheckpointError` if the checkpoint cannot be read.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training

@@ -1,11 +1,12 @@
 """Convert the original project's `.pth` checkpoint to a checkpoint of this project.
 
-Main entries: `import_file(file, run)` takes the path of the `.pth` file and the folder of a new
-run, writes the checkpoint `step_0000000` there and returns its path. `fetch()`, without arguments,
-downloads the published file (`FILE` of `REPOSITORY` at `REVISION`) into the hub's cache, checks its
-SHA-256 and returns its path. Both raise `OriginalError`: `fetch()` if the file cannot be downloaded
-or is not the published one, `import_file()` if it contains more than tensors or no weights. Weights
-of another network raise `NetworkError`.
+Main entries: `import_file(file, run)` takes the path of the `.pth` file and the folder of a run
+(`Path`, named as the run). It writes the checkpoint `step_0000000` there, in place of an existing
+one, and returns its path. `fetch()`, without arguments, downloads the published file (`FILE` of
+`REPOSITORY` at `REVISION`) into the hub's cache, checks its SHA-256 and returns its path. Both
+raise `OriginalError`: `fetch()` if the file cannot be downloaded or is not the published one,
+`import_file()` if it contains more than tensors or no weights. Weights of another network raise
+`NetworkError`. All errors are `ValueError`.
 
 The file is a dictionary, whose key `model` has the weights of a ConvNeXtV2-Base with timm's names
 and two outputs, 0 real and 1 fake. Only tensors are unpickled. `recipe_of(name)` returns a

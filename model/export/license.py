@@ -1,13 +1,14 @@
 """Determine the license of a checkpoint's weights from the record of how it was trained.
 
-Main entry: `license_of(meta)` takes the parsed `meta.json` and returns a `License`: `id`, the
-license on the Hugging Face Hub (lower case, `other` if unknown), `text`, a sentence for people, and
-`base`, the name of the weights from which training started ("" if unknown). Trained weights keep
-the license of those first weights; a shipped head has that of its backbone. Licenses of training
-images are not included.
+Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_meta(folder)` of
+`model/checkpoint.py`) and returns a `License`: `id`, the license on the Hugging Face Hub (lower
+case, `other` if unknown), `text`, a sentence for people, and `base`, the name of the weights from
+which training started ("" if unknown). It raises no errors of its own. Trained weights keep the
+license of those first weights; a shipped head has that of its backbone. Licenses of training images
+are not included.
 
-`first_of(weights)` takes the record `first_weights` of a meta, follows it through earlier
-checkpoints to the first weights, and returns their record, or None if it ends before.
+`first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
+earlier checkpoints to the first weights, and returns their record, or None if it ends before.
 `ORIGINAL_BASE` is timm's name of the first weights of an imported detector: the older project whose
 checkpoints `model/export/import_original.py` converts.
 """
