@@ -1,9 +1,12 @@
 """Import timm faster, by leaving out two packages that timm imports and this project does not use.
 
-Main entry: `lean_import()`, a context manager without arguments, which yields nothing: import timm
-inside its `with` block. It replaces `torch._dynamo` (torch's compiler, which loads more slowly than
-timm and torchvision together) by a stand-in and blocks wandb (which creates a temporary folder on
-import) until the block ends. A package that is already loaded is left as it is.
+    with lean_import():
+        import timm
+
+Main entry: `lean_import()`, a context manager without arguments, which yields nothing. It replaces
+`torch._dynamo` (torch's compiler, which loads more slowly than timm and torchvision together) by a
+stand-in and blocks wandb (which creates a temporary folder on import) until the block ends. A
+package that is already loaded is left as it is.
 
 The compiler is imported in two places. `torchvision.ops.roi_align` tests for compilation when
 determinism is on; no classifier here calls `roi_align`. timm also marks functions of two models

@@ -1,21 +1,32 @@
 """Export a checkpoint as ONNX files in fp32, fp16 and int8, and compare each file with PyTorch on
 the same images.
 
-Main entry: `export_onnx(checkpoint, out, images, on_images)` takes a checkpoint folder, an output
-folder, and a folder of images or a shard set for the comparison (None: noise). `on_images(n)` is
-called after each batch; n is the number of images compared since the last call. It writes `FILES`
-and `PARITY_FILE` to `out` and returns the content of `PARITY_FILE` as a dict: under `files` a
-`Parity` per file as a dict, with each `Difference` in the probability of fake (largest, mean,
-number of other verdicts), and how many images were compared. It raises `ExportError`, and writes
-nothing, if a library is missing, no image can be read, or a difference is above `TOLERANCE`. The
-graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32 (batch,), and the
-logits (batch, 2); `DESCRIPTION` is the same as text.
+Main entry: `export_onnx(checkpoint, out, images, on_images)` writes the three `FILES` and
+`PARITY_FILE` into a folder.
 
-`compare(net, preprocess, meta, files, images, on_images)` only compares existing `files` with the
-network, `Preprocess` and meta of their checkpoint. It returns a list of `Parity` and a dict: the
-name of `images`, how many were compared, and the unreadable ones. `fitness_of(meta)` returns the
-entries of the meta that are reasons not to rely on the detector. `IMAGES` and `NOISE` are how many
-images are compared.
+- `checkpoint`: `Path` of a checkpoint's folder.
+- `out`: `Path` of the output folder. It is created if it is missing; older files of the same names
+  are replaced.
+- `images`: `Path` of a folder of images, or of a shard set (packed images), for the comparison. At
+  most `IMAGES` images are used. None (the default): `NOISE` noise images.
+- `on_images`: a function, or None (the default). `on_images(n)` is called after each batch; n is
+  the number of images compared since the last call.
+
+It returns the content of `PARITY_FILE` as a dict. Its `files` is a list with a `Parity` per file,
+as a dict: `same_pixels` compares the networks on equal pixels, `from_files` also includes the
+preprocessing (None for noise). Each is a `Difference` in the probability of fake (largest, mean,
+number of other verdicts). `compared` is the number of images. It raises `ExportError`, and writes
+nothing, if a library is missing, no image can be read, or a difference is above `TOLERANCE`; and
+`CheckpointError` or `BackboneError` for a checkpoint that cannot be used.
+
+The graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32 (batch,), and
+the logits (batch, 2); `DESCRIPTION` is the same as text.
+
+`compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
+list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in
+`model/checkpoint.py` returns. It returns a list of `Parity` and a dict: the name of `images`, how
+many were compared, and the unreadable ones. `fitness_of(meta)` returns the entries of the meta that
+are reasons not to rely on the detector.
 """
 
 import json

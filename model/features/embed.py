@@ -1,11 +1,18 @@
 """Compute the features of a frozen backbone for the images of a shard set (packed images), and
 write them to a feature store (`model/features/store.py`).
 
-Main entry: `embed(embedder, shards, source, number, on_images)` takes an `Embedder` (network,
-device, precision `dtype`, `Loading` (batch size, decoding), and this process's `rank` of
-`world_size`), a shard set, a `FeatureSource` (folder of the store, identity of the backbone,
-augmentation), the number of the view (0 is the center crop, v >= 1 the augmentation of epoch v - 1)
-and a function that is called with the number of images done since its last call.
+Main entry: `embed(embedder, shards, source, number, on_images)` computes the features of one view.
+
+- `embedder`: an `Embedder`, made from keyword arguments: `net`, a `Detector` with a frozen
+  backbone, on the torch `device`; the precision `dtype`, such as `torch.float32`; `loading`, a
+  `Loading` (batch size, decoding); this process's `rank` (default 0) among `world_size` processes
+  (default 1). Rank r computes every `world_size`-th shard.
+- `shards`: a `ShardSet`, opened by `open_shards()` in `sharding/format.py`.
+- `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
+  `source_of()` in `prepare.py` makes one from a recipe, `net` and `dtype`.
+- `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
+- `on_images`: a function; it is called with the number of images done since its last call. It may
+  be left out.
 
 It writes the missing Arrow files, one per shard, and returns the number of images computed on this
 rank (0 if no file is missing). It raises `FeatureError` if a feature is not finite or the shard set

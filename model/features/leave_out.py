@@ -1,18 +1,30 @@
 """Calibrate a detector by leaving sources out: train a new head without each image source, and
 score that source with it, which shows how the detector behaves on a new source.
 
-Main entry: `calibrate_left_out(planned, best)` takes the plan of a finished run (`RunPlan`) with
-stored features, and the folder of its best checkpoint. It trains the heads, fits a `Calibration`
-(temperature, threshold, band) to their scores, stores it in the checkpoint's `meta.json` and
-returns it. It raises `CalibrationError` if there are too few images or no calibration fits.
+Main entry: `calibrate_left_out(planned, best)` calibrates a checkpoint of a finished run. On
+several ranks, each must call it.
 
-`leave_one_out(planned, train_state, source, on_head)` takes the `TrainState` (network, device, ...)
-and the `FeatureSource` (location of the features). It returns a dict, source -> (labels, logits of
-fake minus real), and calls `on_head(sources)` once for each new head: `sources` is the list of
-names that this head was trained without, and the network has this head during the call.
-`refit(planned, train_state, without)` trains the head in `train_state` without the sources
-`without` (names), and returns nothing. `head_weights(train_state)` returns a copy of the weights
-that learn (`HeadWeights`), and `set_head(train_state, weights)` puts such a copy back.
+- `planned`: the `RunPlan` of the run, made by `plan()` in `model/training/plan.py`. Its recipe has
+  `[features]` (a frozen backbone); the recipe's `calibration` has the error rates to keep.
+- `best`: `Path` of the folder of the run's best checkpoint.
+
+It computes missing features, trains the heads and fits a `Calibration` (temperature, threshold,
+band) to their scores. It stores the calibration in the checkpoint's `meta.json`, with the metrics
+of the validation sets, and returns it. It raises `CalibrationError` if there are too few images, no
+calibration fits, or a validation set has another split than `val`; `FeatureError` or `LoadError` if
+features cannot be computed.
+
+`leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
+returns the scores: a dict, source -> (labels, logits of fake minus real). It also takes a
+`TrainState` (network, device, ..., from `assemble()`), the `FeatureSource` (location of the
+features, from `source_of()`), and a function that may be left out: `on_head(sources)` is called
+once for each new head, with the list of names that this head was trained without; the network has
+this head during the call.
+
+`refit(planned, train_state, without)` trains the head in `train_state` on the batches of `planned`
+(from `with_features()`) without the sources `without` (names). `head_weights(train_state)` returns
+a copy of the weights that learn (`HeadWeights`, name -> tensor), and `set_head(train_state,
+weights)` puts such a copy back.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

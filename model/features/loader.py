@@ -1,17 +1,29 @@
 """Load batches of stored features in place of images, with the same order, labels and padding.
 
-Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` takes a shard set
-(packed images), a `FeatureSource` (folder of the store, identity of the backbone, augmentation),
-`Loading` (of which the batch size per rank is used), the device, and this process's rank (default
-0) among `world_size` processes (default 1). Its `batches(epoch, params_for, start)` takes the order
-of the samples (`Epoch`), a `TrainParams` or `EvalParams`, which selects the stored view, and the
-number of the step to begin with (default 0). It yields `Batch` objects, in which `images` has
-float16 features (B, D). It raises `FeatureError` if features are missing or damaged, and
-`LoadError` if the epoch has another batch size.
+Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` and its
+`batches(epoch, params_for, start)`.
+
+- `shards`: a `ShardSet` (packed images), opened by `open_shards()` in `sharding/format.py`.
+- `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation), made by
+  `source_of()` or `source_of_checkpoint()` in `prepare.py`.
+- `loading`: a `Loading`, of which only `batch_size`, the batch size per rank, is used.
+- `device`: the torch device of the batches.
+- `rank`, `world_size`: this process's rank (default 0) and the number of processes (default 1).
+- `epoch`: the order of the samples, an `Epoch` from `training_epoch()` or `evaluation_epoch()` in
+  `pipeline/order.py`, made with the loader's `global_batch` (samples per step over all ranks).
+- `params_for`: an `EvalParams` or a `TrainParams` (`pipeline/params.py`). It selects the stored
+  view: 0, or the number of its epoch + 1.
+- `start`: the number of the step to begin with (default 0).
+
+`batches()` yields `Batch` objects, in which `images` has float16 features (B, D). It raises
+`FeatureError` if features are missing or damaged, `LoadError` if the epoch has another batch size,
+and `TypeError` for another kind of `params_for`.
 
 `open_scored(shards, preprocess, loading, device, dist, features)` returns a loader for evaluation:
-a `FeatureLoader` if `features`, a `FeatureSource`, is given, else a loader of images, which are
-preprocessed by `preprocess`. `dist` is this process's rank (`DistEnv`; None for a single process).
+a `FeatureLoader` if `features`, a `FeatureSource`, is given (by keyword), else a loader of images,
+which are preprocessed by `preprocess` (a `Preprocess`). `dist` (by keyword) is this process's rank,
+a `DistEnv`; it may be left out for a single process. It raises `LoadError` if the images cannot be
+loaded.
 """
 
 from collections.abc import Iterator

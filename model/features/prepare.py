@@ -2,20 +2,31 @@
 switch the run from images to stored features. Features are written to the folder `features.store`
 of the recipe.
 
-Main entries: `with_features(planned, train_state)` takes a `RunPlan` and the `TrainState` with the
-network. It computes the missing features and returns the plan with a `FeatureLoader`, or the plan
-unchanged if the recipe stores no features. `embed_part()` (for `python -m model embed`) takes a
-recipe, the folder `data` of all shard sets, the folder `runs` of all runs, the path `init_from` of
-the network's first weights (None: those of the recipe), and the `names` of further shard sets, of
-which only view 0 is computed. The work can be divided among `world_size` independent tasks (default
-1): the task with the number `rank` (from 0) computes every `world_size`-th shard. It returns the
-number of images that this task computed; an image counts once per view. Both raise `FeatureError`
-or `LoadError`; `embed_part()` also raises `ValueError` if the run cannot be planned.
+Main entries: `with_features(planned, train_state)` takes a `RunPlan` from `plan()` and the
+`TrainState` (with the network) from `assemble(planned)`. It computes the missing features and
+returns the plan with a `FeatureLoader`, or the plan unchanged if the recipe stores no features. On
+several ranks, each must call it.
+
+`embed_part(recipe, data, runs, init_from, names, rank, world_size)`, for `python -m model embed`,
+computes all missing features of a recipe's run.
+
+- `recipe`: a `Recipe` with `[features]`, read by `recipes.load(Recipe, path)`.
+- `data`: the folder of all shard sets (packed images), a `Path`, or a `UPath` for an address.
+- `runs`: `Path` of the folder of all runs.
+- `init_from`: `Path` of the network's first weights (checkpoint folder or ImageNet `.safetensors`
+  file), or None for those of the recipe.
+- `names`: a list of further shard sets below `data`, of which only view 0 is computed. It may be
+  empty.
+- `rank`, `world_size`: number of this task, from 0 (the default), and number of independent tasks
+  (default 1) that divide the work. A task computes every `world_size`-th shard.
+
+It returns the number of images that this task computed; an image counts once per view. Both raise
+`FeatureError` or `LoadError`; `embed_part()` also raises `ValueError` if the run cannot be planned.
 
 `views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
 crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and
 `source_of_checkpoint(net, meta, dtype, store)` return the `FeatureSource` (folder, backbone,
-augmentation) of a run's recipe or of a checkpoint's meta, given the loaded network and its
+augmentation) of a `ResolvedRecipe` or of a checkpoint's meta, given the loaded network and its
 precision. `embed_run()` computes all features of a run, and view 0 of more `sets`;
 `embed_sets(embedder, sets, source, number)` computes the view `number` of some sets. Both return
 the number of images.

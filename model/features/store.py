@@ -5,24 +5,32 @@ them.
     <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
 
 View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (from 0). A
-file has a row per sample, in the order of the tar: `offset` (int64, in the tar), `valid` (bool) and
-`features` (fixed-size list of float16; zeros if the image cannot be decoded). Its metadata has the
-reasons of failures and the identity of its inputs; a file with another identity counts as missing.
+file has a row per sample, in the order of the tar. A file with another identity counts as missing.
 
-Main entries: `open_table(store, backbone, shards, view)` takes the folder of the store, a
-`BackboneId` (identity of backbone and preprocessing, made by `backbone_id()` from a `Detector`, its
-`Network` settings, `Preprocess` and dtype), a `ShardSet` (packed images) and a `View` (number and
-augmentation). It returns a `FeatureTable`, whose `rows(samples)` takes row numbers of the set and
-returns their features, float16 (B, D), from memory-mapped files (`Part`). `missing_of()` takes the
-same four arguments, the `rank` of this process (default 0) and the number `world_size` of processes
-(default 1). It returns a list of `ShardFile` (path and identity of a file that this rank has to
-compute). `write_file(file, offsets, valid, features, failures)` writes one of them: the three
-columns as arrays, and a dict, row -> reason, of images that cannot be decoded.
-`describe_backbone(store, backbone)`, called once before, writes `backbone.json`.
+Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
+`missing_of(store, backbone, shards, view, rank, world_size)` lists the files to compute.
 
-`open_table()` raises `FeatureError` if a file is missing, damaged or incomplete, and `write_file()`
-if a feature is not finite. `frozen_sha256()` hashes the weights that do not learn, and raises
-`FeatureError` if the backbone is not frozen.
+- `store`: `Path` of the folder of the store.
+- `backbone`: a `BackboneId`, made by `backbone_id(net, network, preprocess, dtype)` from a
+  `Detector`, the `Network` settings of its recipe, a `Preprocess` and the torch dtype of the
+  features.
+- `shards`: a `ShardSet` (packed images), opened by `open_shards()`.
+- `view`: `View()` for the center crop, else `View(number=v, augment=..., policy=..., seed=...)`
+  with the values of the recipe's `augment`, `data.policy` and `run.seed`.
+- `rank`, `world_size` (by keyword): this process (default 0) and the number of processes (default
+  1).
+
+`open_table()` returns a `FeatureTable`. Its `rows(samples)` takes an int array of row numbers of
+the set and returns their features, float16 (B, D), from memory-mapped files (`Part`). It raises
+`FeatureError` if a file is missing, damaged or incomplete.
+
+`missing_of()` returns a list of `ShardFile`. `write_file(file, offsets, valid, features, failures)`
+writes one of them, with arrays in the order of the tar: `offsets` in the tar, int64 (N,); `valid`,
+bool (N,); `features`, float16 (N, D), zeros where not valid; and `failures`, a dict, row -> reason,
+of images that cannot be decoded. It raises `FeatureError` if a feature is not finite.
+`describe_backbone(store, backbone)` writes `backbone.json`, which only people read.
+`frozen_sha256(net)` hashes the weights that do not learn, and raises `FeatureError`, as
+`backbone_id()` does, if the backbone is not frozen.
 """
 
 import hashlib

@@ -4,22 +4,31 @@ Python API.
     from model import load_detector
     print(load_detector().predict("photo.jpg").verdict)
 
-Main entry: `load_detector(checkpoint, runs, device, backend, threshold)` (all optional) takes a
-checkpoint, run (folder of a training; its best checkpoint) or name of a shipped detector; without
-one it takes the newest run below `runs`, else the shipped detector. `device` is `auto`, `cpu`,
-`cuda` or `cuda:N`; `backend` decodes the images: `dali`, `pil` for Pillow, or `auto`. `threshold`
-(0 to 1) replaces that of the checkpoint, and then no verdict is *uncertain*. It returns an
-`ImageDetector`. It raises `CheckpointError` or `BackboneError` if the checkpoint or the backbone of
-a shipped detector cannot be used, and `ValueError` for an impossible device, backend or threshold.
+Main entry: `load_detector(checkpoint, runs, device, backend, threshold)`. All arguments may be left
+out; all but the first are given by keyword.
 
-The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or array)
-and returns a `Prediction`, or takes several and returns a list. A `Prediction` has the name,
-`probability` of fake (0 to 1), `verdict` ("no sign of AI", "uncertain" or "likely AI"), and
-`error`; an unreadable image has an `error`, the verdict "unreadable" and no probability. `stream()`
-takes any number of images and yields one `Prediction` at a time; if the caller left out images at
-the start of its list, because they were done before, `start` is their number (default 0).
-`preprocess_file(image)` returns the network's input, uint8 (size, size, 3); `score(pixels)` takes
-such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
+- `checkpoint`: path of a checkpoint's folder or of a run (folder of a training; its best checkpoint
+  is loaded), or the name of a shipped detector. Without it, the newest run below `runs` is loaded,
+  or, if there is none, the shipped detector.
+- `runs`: path of the folder of all runs (default "runs").
+- `device`: "auto" (the default: a GPU if there is one), "cpu", "cuda" or "cuda:N".
+- `backend`: what decodes the images: "auto" (the default), "dali", or "pil" for Pillow.
+- `threshold`: a number from 0 to 1 that replaces the threshold of the checkpoint; then no verdict
+  is *uncertain*. None (the default): that of the checkpoint.
+
+It returns an `ImageDetector`. It raises `CheckpointError` or `BackboneError` if the checkpoint or
+the backbone of a shipped detector cannot be used, and `ValueError` for an impossible device,
+backend or threshold.
+
+The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
+array) and returns a `Prediction`, or takes several and returns a list; `batch_size` is 32 by
+default. A `Prediction` has the `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI",
+"uncertain" or "likely AI"), and `error`; an unreadable image has an `error`, the verdict
+"unreadable" and the probability None. `stream(images, batch_size, start)` takes any number of
+images and yields one `Prediction` at a time; if the caller left out images at the start of its
+list, because they were done before, `start` is their number (default 0). `preprocess_file(image)`
+returns the network's input, uint8 (size, size, 3); `score(pixels)` takes such inputs, (B, size,
+size, 3), and returns float64 probabilities (B,).
 """
 
 import sys

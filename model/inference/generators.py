@@ -1,13 +1,19 @@
 """Recognize image generators by the names and settings that they write into the metadata of files.
 
-Main entries: `is_named(field, text)` takes the name of a metadata field and its text, and returns
-whether the field is one that programs write and the text names a generator. `is_signature(text)`
-returns whether a text is a generator's name and nothing else but a version or "made with". Three
-functions return program and prompt as one text, such as "ComfyUI: a dog", or "" if there are no
-settings: `settings_in(text)` takes the text of a field; `settings_of(value, text)` takes parsed
-JSON, and its text for use where there is no prompt; `settings_across(texts)` takes metadata with
-each setting in its own field: a dict, field -> text. The patterns were read in the source code of
-the generators where it is public:
+Main entries: five functions that take text from the metadata of one image.
+
+- `is_named(field, text)`: whether `text` names a generator and `field` is a metadata field that
+  programs write. `field` is a name such as "Software", "CreatorTool" or "Comment", in any case.
+- `is_signature(text)`: whether `text` is a generator's name and nothing else but a version or "made
+  with".
+- `settings_in(text)`: program and prompt of the settings in the text of a field, as one text such
+  as "ComfyUI: a dog"; "" if there are no settings.
+- `settings_of(value, text)`: the same of parsed JSON (any value; only a dict can be settings).
+  `text` (default "") stands for the prompt where there is none; give the JSON text.
+- `settings_across(texts)`: the same of metadata with each setting in its own field: a dict, field
+  -> text.
+
+The patterns were read in the source code of the generators where it is public:
 
 - https://github.com/AUTOMATIC1111/stable-diffusion-webui
 - https://github.com/Comfy-Org/ComfyUI, https://github.com/Kaharos94/ComfyUI-Saveaswebp

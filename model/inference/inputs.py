@@ -1,17 +1,20 @@
 """Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Main entries, both generators: `find_images(paths, excluded)` takes an iterable of paths or patterns
-(text), which may never end (such as the lines of a pipe), and yields an `ImageFile` (`name`, and a
-function `read()` that returns the bytes) per image. `watch(folder, excluded)` takes one folder and
-yields, once a second without end, a list of the images that are new or changed and complete
-(unchanged for 2 seconds); the first list has those already there, and a list may be empty. It skips
-archives.
+Main entries, both generators: `find_images(paths, excluded)` takes an iterable (such as a list) of
+paths or patterns as texts, which may never end (such as the lines of a pipe). It yields an
+`ImageFile` (`name`, and a function `read()` that returns the bytes) per image. `watch(folder,
+excluded)` takes the path of one folder as text. It yields, once a second without end, a list of the
+images that are new or changed and complete (unchanged for 2 seconds); the first list has those
+already there, and a list may be empty. It skips archives.
 
-Both count skipped files in `excluded`, a `Counter` of the caller, by reason; `watch()` counts anew
-in each scan. A file that cannot be read is yielded too; its `read()` raises `DecodeError` or
-`OSError`. `is_there(path)` returns whether a path exists or a pattern matches anything,
-`is_compressed(path)` whether a path is a compressed tar, and `is_image(name)` whether a name has
-the suffix of an image. `RUN` is how many names of a folder are sorted at once.
+Both count skipped files in `excluded`, an empty `Counter` that the caller gives: reason (text) ->
+number of files. `watch()` counts anew in each scan. A file that cannot be read is yielded too; its
+`read()` raises `DecodeError` or `OSError`. `find_images()` does the same for a path that does not
+exist; for such a folder the lists of `watch()` are empty.
+
+`is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
+whether a path is a compressed tar, and `is_image(name)` whether a name has the suffix of an image.
+`RUN` is how many names of a folder are sorted at once.
 """
 
 import glob

@@ -1,18 +1,22 @@
 """Run a detector that was exported as ONNX (`python -m model export --onnx`) in ONNX Runtime,
 without torch.
 
-Main entry: `load_onnx(file, device, threshold)` takes the path of the `.onnx` file. `device` is
-`auto` (the default), `cpu` or `cuda`. `threshold` (0 to 1) replaces that of the file, and then no
-verdict is "uncertain"; None keeps that of the file. It returns an `OnnxDetector`. It raises
-`OnnxError` if ONNX Runtime is missing or the file is no such export, and `ValueError` for an
-impossible device or threshold.
+Main entry: `load_onnx(file, device, threshold)`; the last two are given by keyword.
 
-The detector's `predict()` takes one image (path, bytes, Pillow image or array) and returns a
-`Prediction` (name, probability of fake, verdict, error), or takes several and returns a list;
-`stream()` yields them. An unreadable image gets an `error`. The metadata of the file (`META_KEYS`)
-contains the preprocessing, threshold and band; its output `probability` includes the temperature.
-`preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3), as the
-`Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
+- `file`: path of the `.onnx` file.
+- `device`: "auto" (the default), "cpu" or "cuda".
+- `threshold`: a number from 0 to 1 that replaces the threshold of the file; then no verdict is
+  "uncertain". None (the default): that of the file.
+
+It returns an `OnnxDetector`. It raises `OnnxError` if ONNX Runtime is missing or the file is no
+such export, and `ValueError` for an impossible device or threshold.
+
+The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
+array) and returns a `Prediction` (name, probability of fake, verdict, error), or takes several and
+returns a list; `stream()` yields them. An unreadable image gets an `error`. The metadata of the
+file (`META_KEYS`) contains the preprocessing, threshold and band; its output `probability` includes
+the temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3),
+as the `Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
 """
 
 import json

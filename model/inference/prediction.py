@@ -1,15 +1,21 @@
 """Define the base class of all detectors, and helpers without torch that read images, group them in
 batches for a detector to score, and make predictions from the scores.
 
-Main entry: `AnyDetector.predict(images, batch_size)` (see `docs/python.md`) takes one image or
-many, of the type `Picture`: paths, bytes, Pillow images, uint8 arrays or `ImageFile` (a name and a
-function that reads the bytes). It returns a `Prediction` or a list of them: `name`, `probability`
-of fake (0 to 1, or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and
-`error` (the reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong
-array `ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
-`DecisionRule` has the threshold, band and verdict of a detector; its `at_rates()` returns the
-detector with the band for the highest error rates `max_fpr` and `max_miss`. It raises `ValueError`
-for a rate outside 0 to 0.5, or one for which the detector has no threshold.
+Main entry: `AnyDetector.predict(images, batch_size)`, a method of each loaded detector, such as
+that of `load_detector()` (see `docs/python.md`).
+
+- `images`: one image or an iterable of images. An image (type `Picture`) is a path, the bytes of a
+  file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width) in gray, or an
+  `ImageFile` (a name and a function that reads the bytes).
+- `batch_size`: the largest number of images that are scored together (default 32).
+
+It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
+or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (the
+reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong array
+`ValueError`. Subclasses define `stream()`, which yields the predictions one by one. `DecisionRule`
+has the threshold, band and verdict of a detector; its `at_rates(max_fpr, max_miss)` returns a copy
+of the detector with the band for these highest error rates (None: unchanged). It raises
+`ValueError` for a rate not between 0 and 0.5, or one for which the detector has no threshold.
 
 `as_source(image, index)` turns a `Picture` into a named file or decoded `Pixels` (a `Source`;
 without a name it is `image <index>`). `as_file(image, index)` turns a path or bytes into an

@@ -2,11 +2,16 @@
 labels, settings of generators, camera data.
 
 Main entry: `read_evidence(data, trust)` takes the bytes of an image file and the `TrustList`
-(certificates) of C2PA signers (None: no signer is known). It returns a list of `Evidence`, at most
-`MAX_EVIDENCE`. Each has `kind` ("C2PA", "source type", "AI label", "generator", "camera", or "more"
-for a number left out), `value` (a line of text), `where` (the place in the file), `suggests` ("AI",
-"camera" or "") and `state` (of a C2PA signature: "trusted", "valid, signer unknown" or "invalid";
-else ""). The list may be empty, and nothing is ever raised.
+(certificates) of C2PA signers, which `usual_trust_list()` in `signatures.py` returns. None (the
+default): no signer is known. It returns a list of `Evidence`, at most `MAX_EVIDENCE`. Each has:
+
+- `kind`: "C2PA", "source type", "AI label", "generator", "camera", or "more" for a number left out,
+- `value`: a line of text,
+- `where`: the place in the file,
+- `suggests`: "AI", "camera" or "",
+- `state` of a C2PA signature: "trusted", "valid, signer unknown" or "invalid"; else "".
+
+The list may be empty, and nothing is ever raised.
 
 The program shows this evidence next to the score, which does not depend on it. Metadata is easily
 stripped or forged (`MEANING` is this warning); only a C2PA signature (`signatures.py`) proves

@@ -1,20 +1,28 @@
 """Format predictions as a table, CSV or JSON lines, and write them to a results file that can be
 resumed.
 
-Main entries: `line(output, row)` takes a format of `FORMATS` and a dict with the keys `COLUMNS`, in
-this order; `provenance` in it is a list of `Evidence` (what the metadata of the file says). It
-returns the text of one image, without a newline at the end. `header(output, word)` returns the
-first line of the results ("" for JSON lines); `word` is the title of the column of probabilities in
-a table.
+Main entries: `line(output, row)` returns the text of one image, without a newline at the end.
+`header(output, word)` returns the first line of the results ("" for JSON lines).
 
-`open_results(path, output, checkpoint, resume)` takes the path of the file, the format, a text that
-identifies the detector and its threshold (`detector.identity`), and whether an existing file is
-continued (CSV or JSON lines only). It returns a locked `ResultsFile`, which has the name
-`partial_of(path)` until its `finish()` gives it the final name. A new CSV file has its header
-already. Its `write(text)` appends the text of one image and a newline, and `name in file` says
-whether an image of this name had a row when the file was opened. `ResultsError` is raised if the
-file exists (without `resume`), another process writes it, its folder is missing, or it was made by
-another detector, threshold or format; `OSError` if it cannot be written.
+- `output`: a format of `FORMATS`: "table", "csv" or "jsonl".
+- `row`: a dict with the keys `COLUMNS`, in this order: `path`, `probability` (a number, or None),
+  `verdict`, `error` ("" if there is none), `provenance` (a list of `Evidence`: what the metadata of
+  the file says) and `checkpoint` (`detector.identity`). The others are texts.
+- `word`: the title of the column of probabilities in a table (default "probability").
+
+`open_results(path, output, checkpoint, resume)` opens a file for such texts.
+
+- `path`: `Path` of the file, in an existing folder.
+- `output`: the format of the file, as above.
+- `checkpoint`: a text that identifies the detector and its threshold, `detector.identity`.
+- `resume`: whether an existing file is continued (CSV or JSON lines only).
+
+It returns a locked `ResultsFile`, which has the name `partial_of(path)` until its `finish()` gives
+it the final name; `close()` releases the lock. A new CSV file has its header already. Its
+`write(text)` appends the text of one image and a newline, and `name in file` says whether an image
+of this name had a row when the file was opened. `ResultsError` is raised if the file exists
+(without `resume`), another process writes it, its folder is missing, or it was made by another
+detector, threshold or format; `OSError` if it cannot be written.
 """
 
 import csv

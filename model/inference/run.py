@@ -1,24 +1,37 @@
 """Run a detector over many images: read each image once, score it, and write one line of results.
 
-Main entries: `predict_all(run, paths, batch_size)` scores all images of the paths (texts: images,
-folders, archives, patterns, or `-` for a list on standard input) and shows the progress.
-`batch_size` is the largest number of images in a batch; the first batches are smaller.
-`predict_as_they_come(run, folder, batch_size)` scores the images of a folder, and then new ones as
-they appear, without end. Both take a `Run`: the detector, the output format (`table`, `csv` or
-`jsonl`), where results go (`out`, an open `ResultsFile`, or None for standard output; `heatmaps`,
-the folder for heatmaps, or None for no heatmaps) and `trust`, the `TrustList` of C2PA signers, or
-None (no signer is trusted). They return nothing; the `Run` counts the images by verdict
-(`verdicts`), the files left out, by reason (`excluded`), the images already in the results file
-(`skipped`) and the heatmaps not written (`undrawn`). An unreadable image, or a path that does not
-exist, gets a line with the reason. `OSError` is raised if a result cannot be written.
+Main entries: `predict_all(run, paths, batch_size)` scores all images of the paths and shows the
+progress. `predict_as_they_come(run, folder, batch_size)` scores the images of a folder, and then
+new ones as they appear, without end.
+
+- `run`: a `Run(detector, output, out, heatmaps, trust)`, see below.
+- `paths`: a tuple of texts: images, folders, archives, patterns, or `-` for a list on standard
+  input.
+- `folder`: the path of the folder as text.
+- `batch_size`: the largest number of images in a batch; the first batches are smaller.
+
+A `Run` takes:
+
+- `detector`: a loaded detector, such as that of `load_detector()`,
+- `output`: the format, "table", "csv" or "jsonl",
+- `out`: a `ResultsFile` from `open_results()`, which the caller finishes and closes; None (the
+  default) for standard output, without a header,
+- `heatmaps`: `Path` of the folder for heatmaps, for an `ImageDetector` only; None (the default) for
+  no heatmaps,
+- `trust`: the `TrustList` of C2PA signers; None (the default): no signer is trusted.
+
+Both functions return nothing; the `Run` counts the images by verdict (`verdicts`), the files left
+out, by reason (`excluded`), the images already in the results file (`skipped`) and the heatmaps not
+written (`undrawn`). An unreadable image, or a path that does not exist, gets a line with the
+reason. `OSError` is raised if a result cannot be written, and `ExplainError` if a heatmap cannot be
+computed.
 
 `draw_heatmap(detector, name, data, folder)` takes the name and the bytes of an image, and writes
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these
-paths, and instead of `-` the lines of standard input, one path each. `count_in_background(paths,
-counted)` counts the images in a thread and then appends their number to the list `counted`, for the
-progress bar; it does nothing for `-` and compressed archives. A `Note` holds facts about one image,
-such as its metadata, from its reading until its line is written. Slow imports (torch, timm) are
-inside the functions that use them.
+paths, and instead of `-` the lines of standard input. `count_in_background(paths, counted)` counts
+the images in a thread and then appends their number to the list `counted`; it does nothing for `-`
+and compressed archives. A `Note` holds facts about one image until its line is written. Slow
+imports (torch, timm) are inside the functions that use them.
 """
 
 import contextlib

@@ -3,22 +3,27 @@ and read the list of trusted signers.
 
 Main entries: `read_manifest(data, trust)` takes the bytes of a file and a `TrustList` (None: no
 signer is trusted). It returns a `Manifest`: `state` of the signature (a `State`: "trusted", "valid,
-signer unknown" or "invalid"), the reason `why`, the name of the signer, the programs that made the
-file (`makers`), and `source_types`, the kinds of origin (C2PA's `digitalSourceType`) that the
+signer unknown" or "invalid"), the reason `why`, the name of the `signer`, the programs that made
+the file (`makers`), and `source_types`, the kinds of origin (C2PA's `digitalSourceType`) that the
 manifest states. If there is no manifest or it cannot be read, the library c2pa-python raises
-exceptions of many types, so catch `Exception`. `usual_trust_list()` returns the list that the
-environment variable `DETECTOR_TRUST_LIST` names, else the downloaded public list, else None; it
-raises `TrustListError` for a damaged list. Anybody can make a certificate in any name, for example
-"Adobe"; only such a list of trust anchors (certificates of authorities that verify their signers)
-shows which signer is genuine.
+exceptions of many types, so catch `Exception`. `usual_trust_list()` returns the `TrustList` that
+the environment variable `DETECTOR_TRUST_LIST` names (a PEM file), else the downloaded public list,
+else None; it raises `TrustListError` for a damaged list. Anybody can make a certificate in any
+name, for example "Adobe"; only such a list of trust anchors (certificates of authorities that
+verify their signers) shows which signer is genuine.
 
-`read_trust_list(path, origin)` reads a list from a PEM file, `parse_trust_list(data, name, origin,
-fetched)` from the bytes of such a file, and `read_cached(path)` from the cache. All return a
-`TrustList` or raise `TrustListError`. `origin` is the beginning of an error message, such as the
-option with the path; `name` and `fetched` (date or None) are stored in the list.
-`has_manifest(head)` says whether the first bytes of a file seem to contain a manifest;
-`is_readable()` says whether c2pa-python is installed. `FETCH` is the command that downloads the
-public list, and `OFFLINE` the settings of the library that forbid network access.
+Three functions return a `TrustList` or raise `TrustListError`:
+
+- `read_trust_list(path, origin)` reads a PEM file,
+- `parse_trust_list(data, name, origin, fetched)` reads the bytes of such a file,
+- `read_cached(path)` reads the public list as it is stored in the cache (file `CACHED`).
+
+`path` is a `Path`. `origin` is the beginning of an error message, such as the option with the path.
+`name` and `fetched` (date, or None) are stored in the list. `read_bounded(path, origin)` returns
+the bytes of a file of at most `MAX_BYTES`. `has_manifest(head)` says whether the first bytes of a
+file seem to contain a manifest; `is_readable()` says whether c2pa-python is installed. `FETCH` is
+the command that downloads the public list, and `OFFLINE` the settings of the library that forbid
+network access.
 """
 
 import base64

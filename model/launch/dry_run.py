@@ -1,11 +1,19 @@
 """Try a training run: take up to `BATCHES` steps in memory, and print what the run would do, with
 an estimate of its time and memory.
 
-Main entry: `dry_run(recipe, data, runs, init_from, dist)` takes a `Recipe`, the folder of the shard
-sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
-`.safetensors` file; None: the recipe's) and this process's rank (`DistEnv`; None: one process). It
-prints the plan, a table of the images and the estimate, writes no file and returns nothing. It
-raises `ValueError` for every error that would stop the run before or in its first steps. A `Trial`
+Main entry: `dry_run(recipe, data, runs, init_from, dist)`; the last two are given by keyword and
+may be left out. On several ranks, each must call it.
+
+- `recipe`: a `Recipe`, read by `recipes.load(Recipe, path)`.
+- `data`: the folder of the shard sets (packed images), a `Path`, or a `UPath` for an address.
+- `runs`: `Path` of the folder of all runs.
+- `init_from`: `Path` of the first weights (checkpoint folder or ImageNet `.safetensors` file).
+  None: the recipe's.
+- `dist`: this process's rank, a `DistEnv`. None: one process.
+
+It prints the plan, a table of the images and the estimate, writes nothing to `runs` or the feature
+store, and returns nothing. If the run is finished already, it prints only that. It raises
+`ValueError` for every error that would stop the run before or in its first steps. A `Trial`
 contains the measured loss and the times in seconds. `ENOUGH_S` limits the trial: after at least two
 batches, it stops once they took more seconds than this.
 """

@@ -1,10 +1,17 @@
 """Prepare training on a folder of images with the subfolders `real/` and `fake/`: pack them as
 shard sets (tars with an index) and adapt a recipe to these sets.
 
-Main entry: `with_folder(recipe, folder, data, keep_name, dist)` takes a `Recipe`, the folder of
-images, the folder `data` of all sets, whether the run keeps the recipe's name (`keep_name`) instead
-of the folder's, and this process's rank (a `DistEnv`; `DistEnv()` for a single process). Rank 0
-packs. It writes a training and a validation set below `data`, and returns the recipe with these
+Main entry: `with_folder(recipe, folder, data, keep_name, dist)`; the last two are given by keyword.
+On several ranks, each must call it; rank 0 packs.
+
+- `recipe`: a `Recipe`, read by `recipes.load(Recipe, path)`.
+- `folder`: `Path` of the folder of images.
+- `data`: the folder of all sets, a `Path`, or a `UPath` for an address.
+- `keep_name`: whether the run keeps the recipe's name instead of getting the folder's.
+- `dist`: this process's rank, a `DistEnv`; `DistEnv()` for a single process.
+
+It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
+`folders/<name>-<hash>/` below `data` (`<name>` is the folder's), and returns the recipe with these
 sets. The batch size in it is reduced if there are few images, so that an epoch has at least
 `FEWEST_STEPS` steps. `ValueError` is raised if the folder cannot be packed, for example if a class
 has too few images; `OSError` if a set cannot be written (with several processes `ValueError` too).

@@ -3,9 +3,11 @@ classes.
 
 Main entry: `Meta`, the type of the whole file: step, recipe, first weights, validation metrics,
 calibration, training data, versions and hashes. The other classes are objects inside it. The string
-below each field is its meaning. There are no functions, and nothing is checked at run time:
-`model/checkpoint.py` reads and writes the file, and `docs/reference.py` makes a page of
-documentation from these classes.
+below each field is its meaning. The classes are for annotations, such as `meta: Meta =
+read_meta(folder)`: the value is a plain dict, parsed JSON. Where the type of a field is a data
+class, such as `Preprocess`, the value is a dict with its fields as keys. There are no functions,
+and nothing is checked at run time: `model/checkpoint.py` reads and writes the file, and
+`docs/reference.py` makes a page of documentation from these classes.
 """
 
 from typing import Literal, NotRequired, Optional, TypedDict
