@@ -1,20 +1,29 @@
 """Compute the metrics of a group of images from their labels and probabilities.
 
-Main entry: `measure(labels, probabilities, threshold)` takes labels (N,), 0 real and 1 fake,
-probabilities of fake (N,), and the probability from which an image counts as fake (0.5 by default).
-It returns `Metrics`: counts, accuracy, recall, false-positive rate, AUROC, ECE and others. A metric
-that needs both classes is None where one is missing; accuracy is then the accuracy on one class.
-`measure_sources(labels, probabilities, sources, threshold)` also takes the name of each image's
-source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the numbers of
-real and fake images and returns a sentence for the reader if a class is missing, else None.
+Main entry: `measure(labels, probabilities, threshold)` returns a `Metrics`.
 
-The other functions compute one metric each. `roc(labels, scores)` takes any scores that are higher
-for fakes, such as probabilities. It returns the numbers of false and of true positives at every
+- `labels`: an array of ints (N,), 0 real and 1 fake.
+- `probabilities`: an array of floats (N,), the probability of fake of each image.
+- `threshold`: an image counts as fake if its probability is at least this (0.5 by default).
+
+The fields of `Metrics` are `count`, `reals`, `fakes` (numbers of images), `accuracy`,
+`balanced_accuracy`, `recall`, `false_positive_rate`, `precision`, `f1`, `auroc`,
+`average_precision`, `eer`, `tpr_at_fpr_1`, `tpr_at_fpr_5` (recall at 1 % and 5 % false positives),
+`nll`, `brier` and `ece`. Rates are 0 to 1. A metric that cannot be computed, such as AUROC with one
+class only, is None; accuracy is then the accuracy on one class.
+
+`measure_sources(labels, probabilities, sources, threshold)` also takes a list with the name of each
+image's source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the
+numbers of real and fake images and returns a sentence for the reader if a class is missing, else
+None.
+
+The other functions compute one metric each from the same arrays. `roc(labels, scores)` takes any
+scores that are higher for fakes. It returns the numbers of false and of true positives at every
 threshold, two int64 arrays. `tpr_at_fpr(false, true, rate)` and `equal_error_rate(false, true)`
 take these arrays. The first returns the highest recall at a false-positive rate of at most `rate`;
 the second returns the rate at which false positives and false negatives are equally frequent.
 `given_to_truth()` returns the probability of each image's true class. `ECE_BINS` is the number of
-bins of the ECE. Confidence intervals are in `model/evaluation/bootstrap.py`.
+bins of the ECE.
 """
 
 from collections.abc import Sequence

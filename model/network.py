@@ -1,12 +1,18 @@
 """Build the network of a detector: a timm backbone with two outputs, real and fake, that normalizes
 its own input.
 
-Main entry: `build(network, pretrained, empty)` takes the recipe's `Network` settings and returns a
-`Detector` on the CPU. The weights are timm's if `pretrained`, uninitialized if `empty` (to be
-loaded next), else random. It raises `NetworkError` if timm does not know the network or its weights
-cannot be fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns float
-logits (B, 2); `features()` returns the input of the head, (B, D), and `classify()` applies the head
-to it.
+Main entry: `build(network, pretrained, empty)` returns a `Detector` (a torch module) on the CPU.
+
+- `network`: the recipe's `Network` settings, such as `Network(name="resnet50.a1_in1k")`, a name of
+  timm.
+- `pretrained`: by keyword; True takes timm's weights (downloaded if not in the cache).
+- `empty`: by keyword; True leaves the weights uninitialized, to be loaded next (default: False). If
+  both are False, the weights are random.
+
+It raises `NetworkError` (a `ValueError`) if timm does not know the network or its weights cannot be
+fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns float logits (B, 2),
+real and fake; `features()` returns the input of the head, (B, D), and `classify()` applies the head
+to it. `backbone` is the timm network in it.
 
 `load_weights(net, weights, where, assign)` fills a `Detector` with `weights`, a dict from timm's
 names to tensors. The text `where` names their file in an error; with `assign`, the tensors are used

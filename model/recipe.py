@@ -1,17 +1,32 @@
 """Define the recipe: every setting that decides the result of a training run, as frozen
 dataclasses.
 
-Main entry: `Recipe`, one training run. Its fields are the tables of a recipe file: `Data` (sets),
-`Network`, `Optim`, `Run` (length, seed, saving), `Gate` (when a checkpoint is refused), `Features`
-(of images, computed once by a frozen network), `Calibrating` (how thresholds are fitted) and
-others. A wrong value raises `ValueError` with the allowed values. `recipes/` reads a recipe from
-TOML; `model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing settings.
+Main entry: `Recipe`, one training run. `recipes.load(Recipe, path)` reads one from a TOML file,
+whose tables are its fields. Every field is passed by keyword; the first six are required.
+
+- `name`: a text, the name of the run and of its folder (a slash makes a subfolder).
+- `data`: a `Data`: `train` and `validate`, lists of names of shard sets (packed images), `policy`,
+  the name of the usual augmentation policy, and options.
+- `augment`: a dict, policy name -> `AugmentPolicy` (`pipeline/augment.py`).
+- `network`: a `Network`: `name` (of a timm network), first weights, trained part; all have
+  defaults.
+- `optim`: an `Optim`: `lr` (learning rate, required), schedule, weight decay and more.
+- `run`: a `Run`: `epochs` (required), seed, precision, saving, logging.
+- `loading`: a `Loading` (`pipeline/loading.py`): batch size, workers, decoder.
+- `replay`: a `Replay` (`pipeline/replay.py`): old sets, of which samples are mixed in.
+- `gate`: a `Gate`: the limits beyond which a trained checkpoint is refused.
+- `preprocess`: a `PreprocessSettings` (`pipeline/augment.py`): sizes and filter of the images.
+- `features`: a `Features`, to train a head on stored features of a frozen network, or None.
+- `calibration`: a `Calibrating`: how thresholds are fitted.
+
+A wrong value, or settings that do not fit together, raise `ValueError` with the allowed values.
+`resolved()` in `model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing
+settings.
 
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,
 and raises `ValueError` for a name that no run may have. `Triple` is a value per RGB channel;
-`STEP_FOLDER` is the regular expression for the names of checkpoint folders. This module does not
-load torch, so that a wrong recipe is refused at once.
+`STEP_FOLDER` is the regular expression for the names of checkpoint folders.
 """
 
 import re

@@ -1,13 +1,20 @@
 """Score images with a network: take batches of images or stored features, and return one logit
 each.
 
-Main entries: `score_set(net, loader, dtype, on_images, dist)` takes a network, a loader of batches
-(`BatchLoader`), the dtype of mixed precision (float32: none), a function `on_images` or None, and
-this process's rank (`DistEnv`; None: one process). `on_images(n)` is called after each batch of
-this rank; n is the number of decodable images in this batch alone. It scores every sample of the
-loader's shard set once, divided over the ranks, and returns `Scores` of all: row numbers, labels (0
-real, 1 fake), float32 logits of fake minus real, before any temperature, and `failures` (row number
--> why the image could not be decoded). It raises `ScoreError` for a score that is not finite.
+Main entry: `score_set(net, loader, dtype, on_images, dist)` scores every sample of a shard set
+(packed images) once. With several ranks, all call it; they share the work, and each gets all
+scores.
+
+- `net`: a torch module on the loader's device, such as a `Detector`; returns logits (B, 2).
+- `loader`: a `BatchLoader` of the set, made by `open_scored()` in `model/features/loader.py`.
+- `dtype`: the torch dtype of mixed precision (default: `torch.float32`, which means none).
+- `on_images`: None (the default), or a function that is called as `on_images(n)` after each batch
+  of this rank; n is the number of decodable images in this batch alone.
+- `dist`: this process's rank (`DistEnv`), or None (the default) for one process.
+
+It returns `Scores`: the arrays `samples` (row numbers in the set), `labels` (0 real, 1 fake) and
+`logits` (float32, fake minus real, before any temperature), and `failures`, a dict, row number ->
+why the image could not be decoded. It raises `ScoreError` for a score that is not finite.
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
 finite or not. `score_batches(net, batches, device, dtype)` yields each batch with its logits, a

@@ -1,12 +1,19 @@
 """Score images whose true label a person gives, and record each wrong verdict in a local folder.
 
-Main entry: `keep_wrong(detector, paths, label, folder, keep_image)` takes a loaded detector, paths
-of images or folders (texts), their label (`real` or `fake`), the folder of the records (made if
-missing), and whether it also gets a copy of each image with a wrong verdict (`keep_image`). It
-records wrong verdicts in one JSON file per image. For every image, also one with a right verdict,
-it yields a `Reported`: one line of text, and whether the image could not be read or recorded (the
-next images are still scored). It raises `OSError` if the folder cannot be written. `AT_ONCE` is the
-number of images that are scored at a time.
+Main entry: `keep_wrong(detector, paths, label, folder, keep_image)`, a generator.
+
+- `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
+- `paths`: a list of texts: image files, folders, ZIP or TAR archives, or patterns such as
+  `a/*.jpg`.
+- `label`: the true label of all these images, "real" or "fake".
+- `folder`: a `Path`, the folder of the records (made if missing).
+- `keep_image`: by keyword; whether a copy of each image with a wrong verdict is stored there, too.
+
+It yields a `Reported` for every image, also for one with a right verdict: `text`, one line, and
+`failed`, whether the image could not be read or recorded (the next images are still scored). A
+wrong verdict is written to `folder/<SHA-256 of the image>.json`. `OSError` is raised if the folder
+cannot be written. Nothing happens until the result is iterated. `AT_ONCE` is the number of images
+that are scored at a time.
 """
 
 from collections import Counter, deque

@@ -1,26 +1,33 @@
 """Record wrong verdicts in a local folder, one JSON file per image, and read them; nothing is sent
 anywhere.
 
-Main entries: `keep_mistake(folder, data, label, given, copy_named)` takes the folder (made if
-missing), the bytes of an image, its true label ("real" or "fake") and a detector's `Verdict` (made
-by `verdict_of(detector, score)`). With `copy_named`, the image's file name, it also keeps a copy of
-the image; None keeps none. A wrong verdict makes an entry: the JSON file of this image. Later
-verdicts on the same image are added to it, whether wrong, right or uncertain; once none is wrong,
-the entry is deleted. It returns a `Kept`: whether there is an entry now, the former label if it has
-changed, and a line of text. `read_mistakes(folder)` returns all entries as a list of `Mistake`.
-Both raise `OSError`, and `MistakeError` for a damaged entry or too many entries; `keep_mistake()`
-also for a too large copy, `read_mistakes()` if there is no entry. `FOLDER/<SHA-256 of the image's
-bytes>.json` is
+Main entry: `keep_mistake(folder, data, label, given, copy_named)` adds one verdict.
+
+- `folder`: a `Path`, the folder of the records (made if missing).
+- `data`: the bytes of the image file.
+- `label`: the true label, "real" or "fake".
+- `given`: a `Verdict`. `verdict_of(detector, score)` makes it from a loaded detector and its
+  probability of fake.
+- `copy_named`: by keyword; the image's file name, to keep a copy of the image with its suffix; None
+  (the default) keeps none.
+
+A wrong verdict makes an entry: the JSON file of this image. Later verdicts on the same image are
+added to it, whether wrong, right or uncertain; once none is wrong, the entry and its copy are
+deleted. It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label
+if it has changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as
+a list of `Mistake`. Both raise `OSError`, and `MistakeError` for a damaged entry or too many
+entries; `keep_mistake()` also for a too large copy, `read_mistakes()` if there is no entry.
+`FOLDER/<SHA-256 of the image's bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
      "image": ".jpg",                                # suffix of the copy of the image, or null
      "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-with the last verdict of each detector, the newest at the end. The name of the image is not
-recorded. `standing(label, verdict)` returns "right", "uncertain" or "wrong" (a `Standing`), and
-`verdict_from(entry)` parses a verdict in JSON. `UNNAMED` is the suffix of a copy if the image's
-name has no image suffix.
+with the last verdict of each detector, the newest at the end (`VERDICTS`: "no sign of AI",
+"uncertain", "likely AI"). The name of the image is not recorded. `standing(label, verdict)` returns
+"right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)` parses a verdict in JSON.
+`UNNAMED` is the suffix of a copy if the image's name has no image suffix.
 """
 
 import hashlib

@@ -1,15 +1,23 @@
 """Score recorded mistakes again with a detector, and find out which are fixed, still wrong or newly
 wrong.
 
-Main entry: `measure_again(folder, mistakes, detector, images, advance, lacking)` takes the folder
-of the records (`model/mistakes/keep.py`), a list of `Mistake`, a loaded detector, and a folder
-`images` (or None), in which it looks for images that were not copied into the records. It calls the
-function `advance`, without arguments, after each image. It returns one `Regression` per mistake:
-the earlier `Verdict` (`before`), the new one (`after`, or None) and an outcome: "newly wrong" (a
-recorded verdict of another detector was right), "still wrong", "uncertain", "fixed" or "not
-measurable" (the image is not found or unreadable; `reason` says why). The list is sorted by
-outcome, in the order given here. The text `lacking` is the `reason` for an image without a copy if
-`images` is None. Nothing is written.
+Main entry: `measure_again(folder, mistakes, detector, images, advance, lacking)`. Nothing is
+written.
+
+- `folder`: a `Path`, the folder of the records (`model/mistakes/keep.py`).
+- `mistakes`: a list of `Mistake`, as `read_mistakes(folder)` returns.
+- `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
+- `images`: a `Path` or None (the default). Images that were not copied into the records are looked
+  for below this folder, by their bytes.
+- `advance`: a function without arguments that is called after each scored image (default: nothing
+  is done).
+- `lacking`: a text, the `reason` for an image without a copy if `images` is None (it has a
+  default).
+
+It returns a list with one `Regression` per mistake: `mistake`, the earlier `Verdict` (`before`),
+the new one (`after`, or None) and `outcome`: "newly wrong" (a recorded verdict of another detector
+was right), "still wrong", "uncertain", "fixed" or "not measurable" (the image is not found or
+unreadable; `reason` says why). The list is sorted by outcome, in the order given here.
 
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,
 mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that were not found.

@@ -1,13 +1,18 @@
 """Find and read the backbone of a shipped detector, whose checkpoint contains only the head.
 
-Main entries: `locate(spec, folder)` takes a `BackboneSpec` (the files that contain a checkpoint's
-backbone) and the checkpoint's folder, and returns the path and the SHA-256 of the cached file.
-`read_backbone(spec, folder)` verifies this file and returns its tensors by name. Both raise
-`BackboneError`, or `MissingError` (with the `command` to type) if the file must be fetched first
-(`model/shipped/fetch.py`). `spec_of(meta, where)` returns the `BackboneSpec` in a checkpoint's
-parsed `meta.json`, or None if the weights include the backbone; the text `where` names the file in
-errors. `detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json` has one more key,
-`KEY`:
+Main entries: `locate(spec, folder)` returns the path of the backbone in the cache and its SHA-256.
+`read_backbone(spec, folder)` verifies this file and returns its tensors, a dict by name.
+
+- `spec`: a `BackboneSpec`: the files that contain the backbone. `spec_of(meta, where)` makes it
+  from a checkpoint's parsed `meta.json`; it is None if the weights include the backbone. The text
+  `where` names the file in errors.
+- `folder`: the `Path` of the checkpoint, which is named in errors.
+
+Both raise `MissingError` (with the `command` to type) if the file must be fetched first
+(`model/shipped/fetch.py`), else `BackboneError`: only an untested file is cached, or, for
+`read_backbone()`, the file is damaged. `MissingError` is a `BackboneError`, and this is a
+`ValueError`. `detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json` has one more
+key, `KEY`:
 
     "backbone": {"name": timm name, "license": id or null,
      "files": [{"sha256": hash of a .safetensors file with plain timm names,

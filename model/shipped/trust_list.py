@@ -2,10 +2,12 @@
 into the cache, with its date and SHA-256.
 
 Main entry: `fetch_trust_list(by_hand)` downloads the PEM file from `ADDRESS` within `TIMEOUT_S`
-seconds, or takes the file whose path is `by_hand`, which the user downloaded (None: download). It
-writes the list to the cache and returns it as a `TrustList` (certificates, their number, hash,
-date). It raises `TrustListError` if there is no answer or no valid list, and `OSError` if it cannot
-be stored; the cached list then stays as it was.
+seconds if `by_hand` is None (the default). Else `by_hand` is the `Path` of the PEM file, which the
+user downloaded. The list is written to `c2pa-trust-list.json` in the cache
+(`storage.cache_folder()`), and returned as a `TrustList`: `name`, `pem` (the certificates, a text),
+`anchors` (their number), `sha256` and `fetched` (today's date). It raises `TrustListError` (a
+`ValueError`) if there is no answer or no valid list, and `OSError` if it cannot be stored; the
+cached list then stays as it was.
 
 C2PA also publishes a list of time-stamp authorities, which is not used: all its certificates were
 issued under anchors of the first list (August 2026), and c2pa-python 0.38 does not separate the

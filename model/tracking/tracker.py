@@ -1,17 +1,24 @@
 """Send the figures of a training run to Weights & Biases, MLflow or Trackio.
 
-Main entry: `Tracker(name, folder, run_name, settings)`, a context manager, takes the name of the
-tracker ("wandb", "mlflow" or "trackio"), the folder of the run, the name of the run, and the recipe
-as flat settings (key -> value). Its `log(step, scalars)` takes the number of a step and a dict,
-name -> number. A background thread sends them, so that the server never delays a step. The first
-error, such as an unreachable server, is logged as a warning, and the later figures are not sent;
-nothing is raised. The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so
-that a resumed run continues there. `check_tracker(name)` raises `ValueError` if the package is not
-installed. `TrackerName` is the type of the names; the empty name means no tracker (make no
-`Tracker` then).
+Main entry: `Tracker(name, folder, run_name, settings)`, a context manager.
 
-A `TrackedRun` describes the run for a tracker; a `Connection` is the open run there, made by one of
-the functions `CONNECT`. The figures are those of TensorBoard (`model/training/history.py`).
+- `name`: the tracker, "wandb", "mlflow" or "trackio".
+- `folder`: the `Path` of the run's folder, which must exist.
+- `run_name`: a text, the name that the run has at the tracker.
+- `settings`: the recipe as a flat dict, key -> value (`flat_settings(asdict(recipe))`).
+
+Inside the `with` block, `log(step, scalars)` takes the number of a step and a dict, name -> number.
+A background thread sends them, so that the server never delays a step. The first error, such as an
+unreachable server, is logged as a warning, and the later figures are not sent; nothing is raised.
+The start of the block waits at most `OPEN_TIMEOUT_S` seconds for the connection, its end at most
+`CLOSE_TIMEOUT_S` for the last figures. The run's identity at the tracker is written to
+`TRACKER_FILE` in the folder, so that a resumed run continues there. On several ranks, only rank 0
+makes a `Tracker`.
+
+`check_tracker(name)` raises `ValueError` if the package is not installed. `TrackerName` is the type
+of the names; the empty name means no tracker (make no `Tracker` then). `PROJECT` is the default
+project at the tracker. A `TrackedRun` describes the run for a tracker; a `Connection` is the open
+run there, made by one of the functions `CONNECT`.
 """
 
 import contextlib

@@ -3,10 +3,14 @@ gradient scaler, and, if the recipe uses them, the moving average of the weights
 (the trained network that the run started from, for distillation).
 
 Main entry: `assemble(plan)` takes a `RunPlan` (made by `plan()` in `plan.py`) and returns a
-`TrainState` (these objects) on the run's device, restored from the checkpoint if the run is
-resumed. It seeds torch and raises `NetworkError` if timm's weights cannot be fetched.
+`TrainState` (these objects: `net`, `optimizer`, `scaler`, `ema`, `teacher` and more) on the run's
+device. If the run is resumed, it has the state of the checkpoint. torch's random generators are
+seeded. It raises `NetworkError` if the weights cannot be fetched or do not fit, and
+`CheckpointError` if a checkpoint is damaged (both are `ValueError`s). Nothing is written.
+
 `compile_network(plan, train_state)` takes both and returns the torch module that the training loop
-calls: the network in `DistributedDataParallel` on several ranks, and compiled if the plan says so.
+calls with images: the network in `DistributedDataParallel` on several ranks, and compiled if the
+plan says so. On several ranks, all call both functions.
 """
 
 from typing import cast

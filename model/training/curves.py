@@ -1,9 +1,9 @@
 """Plot the curves of a training run: loss, learning rate and validation metrics over the steps.
 
-Main entry: `draw(run, out)` takes the folder of a run (it reads `metrics.jsonl` there) and the path
-of a PNG file. It writes the PNG and returns the last logged step, a number. A dotted line in it
-marks the best checkpoint. `CurvesError` is raised if the folder is no run or no training step is
-logged yet.
+Main entry: `draw(run, out)` takes the `Path` of a run's folder (it reads `metrics.jsonl` there) and
+the `Path` of a PNG file, in an existing folder. It writes the PNG and returns the last logged step,
+an int. A dotted line in it marks the best checkpoint. `CurvesError` (a `ValueError`) is raised if
+the folder is no run or no training step is logged yet, `ValueError` if `metrics.jsonl` is damaged.
 """
 
 import json

@@ -1,15 +1,20 @@
 """Measure forgetting: compare the accuracy on each image source before and after training that
 started from a trained detector, and give the reasons to refuse a checkpoint that lost too much.
 
-Main entries, pure functions: `changes(before, after, new)` takes two dicts, "set/source" ->
-`Metrics`, and the names (without the set) of the sources that are new training data. It returns a
-list with a `Change` (accuracy before and after, old or new) for each source that is in both dicts.
-`forgetting(rows)` takes this list of `Change`s and returns the mean loss of accuracy over the old
-sources, 0 to 1; a gain counts as 0, and without old sources it is 0. `refusals(gate, rows, sets)`
-takes the recipe's `Gate` (`max_forgetting`: largest loss allowed on any old source; `max_fpr`:
-highest false-positive rate allowed on any set), the list of `Change`s, and a dict, set -> `Metrics`
-after training. It returns the reasons for refusing the checkpoint, a list of sentences; empty if it
-passes. `accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy.
+Main entries, pure functions, in the order of use:
+
+- `changes(before, after, new)` takes two dicts, "set/source" -> `Metrics` (such as the `sources` of
+  a `Validation`), and a set of the names (without "set/") of the sources that are new training
+  data. It returns a list with a `Change` for each source that is in both dicts: `name`, `old` (not
+  in `new`), `images` (their number), accuracy `before` and `after`, and `lost` (before - after).
+- `forgetting(rows)` takes this list and returns the mean loss of accuracy over the old sources, 0
+  to 1; a gain counts as 0, and without old sources it is 0.
+- `refusals(gate, rows, sets)` takes the recipe's `Gate` (`max_forgetting`: largest loss allowed on
+  any old source; `max_fpr`: highest false-positive rate allowed on any set), this list, and a dict,
+  set -> `Metrics` after training. It returns the reasons for refusing the checkpoint, a list of
+  sentences; empty if it passes.
+
+`accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy.
 """
 
 from collections.abc import Mapping

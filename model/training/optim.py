@@ -1,12 +1,17 @@
 """Make the AdamW optimizer, with a learning rate per layer and weight decay on weights only, and
 compute the schedule of the learning rate.
 
-Main entries: `make_optimizer(backbone, optim, fused)` takes the timm network to train, the recipe's
-`Optim` settings, and whether torch uses its fused AdamW kernel. It returns `torch.optim.AdamW`, and
-raises `OptimError` if a parameter belongs to no layer. `schedule(optim, step, steps)` takes a step,
-0 to steps - 1, and the number of all steps. It returns the factor of the learning rate at this
-step: warm-up, then a cosine to `min_lr / lr`. `set_learning_rate(optimizer, factor)` sets `lr =
-base_lr * factor` in each group, so the rates of all layers keep their ratios.
+Main entries:
+
+- `make_optimizer(backbone, optim, fused)` takes the timm network to train (`net.backbone` of a
+  `Detector`), the recipe's `Optim` settings, and by keyword whether torch uses its fused AdamW
+  kernel (`train()` does so on a GPU). It returns `torch.optim.AdamW` over the parameters that are
+  not frozen, and raises `OptimError` (a `ValueError`) if a parameter belongs to no layer.
+- `schedule(optim, step, steps)` takes the `Optim`, a step, 0 to steps - 1, and the number of all
+  steps. It returns the factor of the learning rate at this step, a float up to 1: warm-up, then a
+  cosine to `min_lr / lr`.
+- `set_learning_rate(optimizer, factor)` sets `lr = base_lr * factor` in each group of this
+  optimizer, so the rates of all layers keep their ratios.
 
 `parameter_groups(backbone, optim)` returns the optimizer's groups, a list of dicts with `params`,
 `base_lr` and more. `layer_of_parameters(backbone, layer_decay_groups)` takes the timm network and

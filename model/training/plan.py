@@ -1,12 +1,20 @@
 """Plan a training run: decide, open and check everything before anything is built or written.
 
-Main entry: `plan(recipe, data, runs, init_from, device, dist)` takes a `Recipe`, the folder of the
-shard sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
-`.safetensors` file; None: the recipe's), a device name (`auto`, `cpu`, `cuda:N`) and this process's
-rank (`DistEnv`; None: one process). It returns a `RunPlan`: the checkpoint to resume from (if
-`runs` has a run of this recipe), number of steps, first weights, batches, validation sets, device
-and precision. It raises `ValueError` for any error in the input. `assemble.py` builds the objects
-of a plan, and `run.py` runs it.
+Main entry: `plan(recipe, data, runs, init_from, device, dist)`. All after `runs` are optional and
+passed by keyword.
+
+- `recipe`: a `Recipe`, as `recipes.load(Recipe, path)` reads it from a TOML file.
+- `data`: the `Path` (or `UPath`) of the folder of all shard sets (packed images).
+- `runs`: the `Path` of the folder of all runs; this run's folder is `runs/<recipe.name>`.
+- `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
+  file; None: those that the recipe says.
+- `device`: a text, `auto` (the default: this rank's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None: one process.
+
+It returns a `RunPlan`: `resumed` (the run's checkpoint to resume from, or None), `done` and `steps`
+(numbers of steps), `weights` (the first ones), `stream` (batches), `validation` (sets), `device`,
+`dtype` and more. It raises `ValueError` for any error in the input, also if the run's folder holds
+a run of another recipe. `assemble.py` builds the objects of a plan, and `run.py` runs it.
 
 `Weights` is the source of a network's first weights. `Best` is a run's best checkpoint so far and
 its validation; `better(best, new)` returns the better of two. `BASELINE_FILE` is the file for the

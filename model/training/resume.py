@@ -1,17 +1,26 @@
 """Save the state of training in a checkpoint, and restore it to resume a run exactly.
 
-Main entries: `save(plan, train_state, done, validation, best, gain, ended)` takes the `RunPlan`,
-the `TrainState` (network, optimizer and more), the number of finished steps, the `Validation`
-(metrics) of this step or None, the best checkpoint so far (a `Best`, or None), the `Gain` (record
-of the validations) and the reason why the run is over ("" if it is not). It writes the checkpoint
-`step_<done>` in the run's folder (weights, optimizer, random generators, order of samples) and
-removes the run's other checkpoints except the best one. It returns the new `Best`: of `best` and
-this checkpoint, the one whose validation has the higher `selection`, a number from 0 to 1.
+Main entry: `save(plan, train_state, done, validation, best, gain, ended)`. On several ranks, all
+call it, and rank 0 writes. The last two arguments are passed by keyword.
+
+- `plan`: the `RunPlan` of the run (`plan()` in `plan.py`).
+- `train_state`: its `TrainState` (network, optimizer and more; `assemble()` in `assemble.py`).
+- `done`: the number of finished steps.
+- `validation`: the `Validation` (metrics) of this step, as `validate()` returns, or None.
+- `best`: the best checkpoint so far, a `Best` (`path`, `validation`), or None.
+- `gain`: a `Gain`, the record of the validations: `plan.gain` at first, then `gain.after(step,
+  selection)` of each validation.
+- `ended`: the reason why the run is over, a text ("", the default, if it is not).
+
+It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
+optimizer, random generators, order of samples. It removes the run's other checkpoints except the
+best one. It returns the new `Best`: of `best` and this checkpoint, the one whose validation has the
+higher `selection`, a number from 0 to 1 (the new one if they are equal).
 
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
-checkpoint `folder` already, and sets the rest of it to the saved state; `done` is the number of
-steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing or damaged
-file.
+checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved state; `done` is the
+number of steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing
+or damaged file.
 """
 
 import logging

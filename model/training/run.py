@@ -2,13 +2,23 @@
 checkpoint and refuse it if it fails the gate (the recipe's limits on forgetting, false positives
 and recorded mistakes).
 
-Main entry: `train(recipe, data, runs, init_from, stop_at, dist)` takes a `Recipe`, the folder of
-the shard sets (packed images), the folder of all runs, first weights (checkpoint folder or ImageNet
-`.safetensors` file; None: the recipe's), the step to stop at (None: the last) and this process's
-rank (`DistEnv`; None: one process). It writes checkpoints and the history to `runs/<name>`, resumes
-an interrupted run, and returns the folder of the best checkpoint. It raises `ValueError` for wrong
-input or a loss that is not finite, `Refused` if the gate refuses the checkpoint, and `Interrupted`
-after SIGINT or SIGTERM, once a checkpoint is saved.
+Main entry: `train(recipe, data, runs, init_from, stop_at, dist)`. All after `runs` are optional and
+passed by keyword. On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
+
+- `recipe`: a `Recipe`, as `recipes.load(Recipe, path)` reads it from a TOML file.
+- `data`: the `Path` (or `UPath`) of the folder of all shard sets (packed images).
+- `runs`: the `Path` of the folder of all runs.
+- `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
+  file; None: those that the recipe says.
+- `stop_at`: the number of the step to stop after, above those already done; None: the last. A run
+  that stops before its end is neither calibrated nor judged by the gate.
+- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None: one process.
+
+It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
+`runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. It
+raises `ValueError` for wrong input or a loss that is not finite, `Refused` (a `ValueError`, so
+catch it first) if the gate refuses the checkpoint, and `Interrupted` (no `ValueError`) after SIGINT
+or SIGTERM, once a checkpoint is saved.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
 `TrainState` made from it, and returns why the run is over ("" if it is not) and the best checkpoint

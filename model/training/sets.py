@@ -1,14 +1,21 @@
 """Open the shard sets (packed images) of a training run, and check that they fit the recipe.
 
-Main entries: `open_stream(recipe, data, device, dist)` takes a `ResolvedRecipe`, the folder of all
-sets, the device for the batches and this process's rank (`DistEnv`; None: one process). It returns
-the `Stream` of this rank's training batches. `open_validation(recipe, data)` returns a dict, name
--> `ShardSet`, of the validation sets. Two checks take what these functions returned, and return
-nothing. `check_sets(recipe, stream)` raises an error if an epoch has too few samples for one batch
-(over all ranks), a source that the recipe names is missing, or all samples are of one class.
-`check_apart(recipe, stream, validation)` raises an error if a validation set shares images with the
-training sets. The errors are `ValueError` and its subclasses `ShardError` (a set is missing or
-damaged), `LoadError` and `OrderError`.
+Main entries: `open_stream(recipe, data, device, dist)` returns this rank's training batches, and
+`open_validation(recipe, data)` the validation sets.
+
+- `recipe`: a `ResolvedRecipe`, as `resolved(recipe)` in `model/backbones/resolve.py` returns.
+- `data`: the `Path` (or `UPath`) of the folder of all sets.
+- `device`: the `torch.device` of the batches.
+- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None (the default):
+  one process.
+
+The first returns a `Stream`, whose `batches(start, epochs)` yields each `Batch` from the step
+`start` on. The second returns a dict, name -> `ShardSet`. Two checks take what these functions
+returned, and return nothing. `check_sets(recipe, stream)` raises an error if an epoch has too few
+samples for one batch (over all ranks), a source that the recipe names is missing, or all samples
+are of one class. `check_apart(recipe, stream, validation)` raises an error if a validation set
+shares images with the training sets. The errors of all four are `ValueError` and its subclasses
+`ShardError` (a set is missing or damaged), `LoadError` and `OrderError`. Nothing is written.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,18 +1,28 @@
 """Take one optimizer step on one batch, with mixed precision, gradient accumulation, a moving
 average of the weights (EMA), distillation and several ranks.
 
-Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps, distill_weight)`
-takes the `TrainState` (network, optimizer and more, which it changes), the module to call (made by
-`compile_network()` in `assemble.py`), a `Batch`, the recipe's `Optim` settings and the step's
-number. It splits the batch into `grad_accum_steps` pieces. `distill_weight` is the weight of the
-distance to the logits of `train_state.teacher` on replayed samples (0: none). It returns this
-rank's share of the loss, a scalar tensor on the device; the mean over the ranks is the loss of the
-batch. A loss that is not finite raises no error: the step's number is stored in
+Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps,
+distill_weight)`. The last three are optional and passed by keyword. On several ranks, all call it.
+
+- `train_state`: the `TrainState` (network, optimizer and more), made by `assemble()` in
+  `assemble.py`; it is changed. Set the learning rate before (`set_learning_rate()` in `optim.py`).
+- `forward`: the module to call with images, made by `compile_network()` in `assemble.py`.
+- `batch`: a `Batch` (`pipeline/batch.py`) on the state's device, as `Stream.batches()` yields it.
+- `optim`: the recipe's `Optim` settings (label smoothing, gradient clipping, EMA decay).
+- `step`: the number of steps done before this one (default: 0).
+- `grad_accum_steps`: the number of pieces that the batch is split into, to save memory (default:
+  1).
+- `distill_weight`: the weight of the distance to the logits of `train_state.teacher` on replayed
+  samples (default: 0, none).
+
+It returns this rank's share of the loss, a scalar tensor on the device; the mean over the ranks is
+the loss of the batch. A loss that is not finite raises no error: the step's number is stored in
 `train_state.bad_step`, and `run.py` reads it and stops the run.
 
 `not_finite_in(train_state)` returns the name of the first weight that is not finite, or None.
 `average_of(net)` returns a copy of a network for the EMA. `wrap_ddp(train_state)` returns the
-network, wrapped in `DistributedDataParallel` on several ranks.
+network, wrapped in `DistributedDataParallel` on several ranks. `TrainState.shown` is the network
+that is validated and saved: the EMA, or without one the network.
 """
 
 import contextlib

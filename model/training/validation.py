@@ -1,24 +1,35 @@
 """Score the validation sets during training, to choose the best checkpoint, and calibrate a
-checkpoint.
+checkpoint. On several ranks, all ranks call both main entries.
 
-Main entries: `validate(train_state, sets, preprocess, loading, features)` takes the `TrainState`, a
-dict from name to `ShardSet`, the preprocessing (`Preprocess`), and the loader's settings
-(`Loading`: batch size, workers and more). It returns a `Validation`: metrics per set and per
-source, and `selection`, by which the best checkpoint is chosen: the mean over the sets of the
-balanced accuracy (the accuracy if a set has one class only).
+`validate(train_state, sets, preprocess, loading, features)` returns a `Validation`: `sets` (name ->
+`Metrics`), `sources` ("set/source" -> `Metrics`), and `selection`, by which the best checkpoint is
+chosen: the mean over the sets of the balanced accuracy (the accuracy if a set has one class only).
 
-`calibrate_checkpoint(checkpoint, folders, loading, device, rule, dist, features, fitted)` takes the
-folder of a checkpoint, the folders of validation sets, a `Loading` and the torch device. It scores
-the sets, fits one `Calibration` (temperature and thresholds) to all of them by `rule` (a
-`ThresholdAt` such as "fpr5", or the recipe's `Calibrating`; "auto" by default), stores it in the
-checkpoint's `meta.json` and returns it. It raises `CalibrationError` if none fits or a set is no
-validation set. `fitted` is None, or a pair: a `Calibration`, and the hashes of the indexes of its
-sets (set -> hash); then nothing is fitted, and this one is stored. `dist` is this process's rank
-among those that share the scoring (`DistEnv`; None: one process); rank 0 writes. In both functions,
-`features` (a `FeatureSource` or None) is where features are stored, which are then scored instead
-of images.
+- `train_state`: the `TrainState` of the run (`assemble()` in `assemble.py`).
+- `sets`: a dict, name -> `ShardSet`, as `open_validation()` in `sets.py` returns.
+- `preprocess`: a `Preprocess`, the `preprocess` of a `ResolvedRecipe`.
+- `loading`: the loader's settings (`Loading`: batch size, workers and more), such as
+  `recipe.loading`.
+- `features`: None (the default), or a `FeatureSource`: the place of stored features, which are
+  scored instead of images (`model/features/prepare.py`).
 
-`Gain` has the highest `selection` so far and counts validations since then. `remembered(path, find,
+`calibrate_checkpoint(checkpoint, folders, loading, device, rule, dist, features, fitted)` scores
+the sets, fits one `Calibration` (temperature and thresholds) to all of them, stores it in the
+checkpoint's `meta.json` (rank 0) and returns it. It raises `CalibrationError` if none fits or a set
+is no validation set. `loading` and `features` are as above; the last four are optional and by
+keyword.
+
+- `checkpoint`: the `Path` of the checkpoint's folder.
+- `folders`: a list of `Path`s (or `UPath`s) of the validation sets.
+- `device`: the `torch.device` to score on.
+- `rule`: how the threshold is fitted: "fpr5" or "fpr1" (5 % or 1 % false positives), "0.5", "auto"
+  (the default: the larger of "fpr5" and "0.5"), or the recipe's `Calibrating`.
+- `dist`: this process's rank (`DistEnv`); None: one process.
+- `fitted`: None, or a pair: a `Calibration`, and a dict, set -> hash of its index. Then nothing is
+  fitted, and this one is stored.
+
+Both main entries raise `ValueError` or a subclass for sets or scores that cannot be used. `Gain`
+has the highest `selection` so far and counts validations since then. `remembered(path, find,
 first)` reads a `Validation` from a JSON file. If there is no file, it calls `find()`, which returns
 a `Validation`, writes that if `first` is True (on rank 0), and returns it. `read_validation(path)`
 only reads it. Both raise `ValueError` for a damaged file.
