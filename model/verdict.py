@@ -1,16 +1,23 @@
 """Turn a probability of fake into one of three verdicts, with the uncertain band of a detector.
 
-Main entry: `verdict(probability, band)` takes a probability from 0 to 1 and (low, high), and
-returns one of `VERDICTS`: "no sign of AI" below low, "likely AI" at or above high, else
-"uncertain". It raises `ValueError` for NaN or infinity (`NOT_FINITE` is the reason as text).
+Main entry: `verdict(probability, band)` returns one of `VERDICTS`: "no sign of AI" below the band,
+"uncertain" in it, "likely AI" at or above its upper end. It raises `ValueError` if the probability
+is NaN or infinite (`NOT_FINITE` is the reason as text).
 
-`band_of(meta)` takes a checkpoint's parsed `meta.json` and returns its (low, high). `band_at(meta,
-max_fpr, max_miss)` returns the (low, high) for chosen error rates: at most the share `max_fpr` of
-real images is called likely AI, and at most the share `max_miss` of fakes no sign of AI (None: low
-or high is that of `band_of()`). It raises `ValueError` for a rate outside 0 to 0.5, or one for
-which the checkpoint has no threshold. `percent(p)` formats a probability such as "42.0%",
-`capital(text)` makes the first letter upper case. The band is fitted in `model/calibrate.py`, so
-that prediction does not import the fitting code.
+- `probability`: probability of fake, float from 0 to 1.
+- `band`: (low, high), such as (0.3, 0.7). With low equal to high, no verdict is "uncertain".
+
+`band_of(meta)` returns the (low, high) of a checkpoint. `meta` is its parsed `meta.json`, a dict.
+Without a calibration, low and high are both its decision threshold.
+
+`band_at(meta, max_fpr, max_miss)` returns the (low, high) for chosen error rates. `max_fpr` is the
+largest share of real images that may be called likely AI (sets high), and `max_miss` the largest
+share of fakes that may be called no sign of AI (sets low). None, the default of both, keeps that
+end of `band_of()`. It raises `ValueError` for a rate that is not above 0 and below 0.5, or if the
+checkpoint has no threshold for the rate, such as without a calibration.
+
+`percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
+`capital(text)` makes the first letter upper case.
 """
 
 import math

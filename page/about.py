@@ -1,9 +1,12 @@
 """Show the foot of the web page: what the detector cannot tell, and its name and date (Streamlit).
 
-Main entry: `about(detector)` takes the loaded detector (`ImageDetector`), puts the text `LIMITS`
-and the line of `which()` on the page, and returns nothing. `which(detector)` returns one line of
-text: the network, identity and date of the detector, the version of the program, and, for a shipped
-detector that is used because there is no trained run, that this is so.
+Main entry: `about(detector)` puts the text `LIMITS` (Markdown) and the line of `which()` on the
+page, and returns nothing. `detector` is the loaded detector, an `ImageDetector`, which
+`page.detector.loaded_detector()` returns. It is called while Streamlit draws the page.
+
+`which(detector)` returns one line of text: the network, identity and date of the detector, the
+version of the program, and, for a shipped detector that is used because there is no trained run,
+that this is so. `ROOT` is the folder of the program.
 """
 
 import os

@@ -1,13 +1,21 @@
 """Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
-Main entry: `show_threshold(detector)` takes the loaded detector (`ImageDetector`), puts the slider,
-a sentence (`rule()`) and a table (`hundred_html()`) on the page (Streamlit), and returns nothing.
-The table is computed from the measured ROC curve in the detector's calibration; without a
-calibration, a warning replaces it. `moved(detector)` returns the detector with the threshold of the
-slider. `rule(detector)` returns a sentence: which probabilities give which verdict.
-`hundred_html(roc, band)` takes the ROC curve (rows of threshold, share of reals and share of fakes
-at or above the threshold) and the band of uncertain probabilities (low, high), and returns the
-table as HTML: of 100 real photographs and 100 fakes, how many get each verdict.
+Main entry: `show_threshold(detector)` puts the slider, a sentence (`rule()`) and a table
+(`hundred_html()`) on the page (Streamlit), and returns nothing. `detector` is the `ImageDetector`
+that `page.detector.loaded_detector()` returns. The table is computed from the measured ROC curve in
+the detector's calibration; without a calibration, a warning replaces it.
+
+`moved(detector)` returns the detector with the threshold of the slider: both ends of its uncertain
+band are this threshold. If the slider was not moved or not yet drawn, it returns `detector` itself.
+`rule(detector)` returns a sentence: which probabilities give which verdict.
+
+`hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real photographs and 100
+fakes, how many get each verdict.
+
+- `roc`: the ROC curve, a list of one or more rows (threshold, share of reals, share of fakes), all
+  from 0 to 1; a share is that of the scores at or above the threshold. It is
+  `detector.meta["calibration"]["roc"]`.
+- `band`: the uncertain band of probabilities, (low, high).
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,18 @@
 """Load the detector of the web page once for all visitors, or explain why it cannot be loaded.
 
-Main entry: `loaded_detector()` takes nothing and returns the `ImageDetector` of the checkpoint that
-the environment variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of the newest
-run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else the shipped one. It raises
-an error if there is none or it cannot be read: `NoCheckpointError`, `MissingError` (shipped weights
-not downloaded), ValueError, OSError, or anything that a damaged file causes. `why_not(error)` takes
-any such error and returns a text for the page: the reason and what to do. `folder_in(variable)`
-returns the folder that the environment variable of this name gives, as a Path, or None if it is not
-set; it raises ValueError if the value is no folder.
+Main entry: `loaded_detector()` takes nothing and returns the `ImageDetector` of the checkpoint or
+run that the environment variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of
+the newest run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else the shipped one.
+Streamlit keeps it, so later calls return the same object.
+
+It raises an error if there is no detector or it cannot be read: `NoCheckpointError`, `MissingError`
+(shipped weights not downloaded), ValueError (also for an unusable list of trusted signers),
+OSError, or anything that a damaged file causes. So catch `Exception` and pass it to
+`why_not(error)`, which returns a text for the page: the reason and what to do.
+
+`folder_in(variable)` takes the name of an environment variable and returns the folder in it as a
+Path, or None if it is not set. It raises ValueError for an address or anything else that is no
+folder.
 """
 
 import os

@@ -1,17 +1,27 @@
 """Draw the web page from top to bottom; Streamlit calls this again after every change of an input.
 
-Main entry: `main()` takes and returns nothing: it loads the detector (if that fails, the page shows
-why and nothing else), shows the uploader, scores the uploaded images, and shows the results, or the
-first screen if there are none.
+Main entry: `main()` takes and returns nothing. It is called from the script that Streamlit runs. It
+loads the detector (if that fails, the page shows why and nothing else), shows the uploader, scores
+the uploaded images, and shows the results, or the first screen if there are none.
 
-`show_results(detector, files, scored)` takes the detector, the uploaded files (a dict, file id ->
-`UploadedFile`) and their results (file id -> `Scored`, a prediction or a refusal). It shows the
-table, one image and the threshold slider, and returns a sentence for screen readers.
-`show_image(detector, file, result, said, level)` shows one image with its verdict `said` (text) as
-an HTML heading of level `level` (such as 2). It returns a sentence on what was kept if the visitor
-reported the verdict as wrong, else "". `sentence(detector, result, verdict)` returns the result of
-one image as text for screen readers. `STYLE` is the style sheet, `ICON` the icon of the browser
-tab.
+`show_results(detector, files, scored)` shows the table (of two or more images), one image and the
+threshold slider, and returns a sentence for screen readers.
+
+- `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
+- `files`: a dict, file id -> uploaded file (Streamlit's `UploadedFile`).
+- `scored`: a dict, file id -> `Scored` (a prediction or a refusal), which `page.scored.score_all()`
+  returns for these files. It has at least one entry.
+
+`show_image(detector, file, result, said, level)` shows one image with its verdict. It returns a
+sentence on what was kept if the visitor reported the verdict as wrong, else "".
+
+- `detector`: the detector with the threshold of the slider, which `page.cost.moved()` returns.
+- `file`, `result`: the uploaded file and its `Scored`, which was not refused.
+- `said`: the verdict, "likely AI", "uncertain" or "no sign of AI".
+- `level`: level of the HTML heading, an int such as 2.
+
+`sentence(detector, result, verdict)` returns the result of one image, or its refusal, as text for
+screen readers. `STYLE` is the path of the style sheet, `ICON` the icon of the browser tab (SVG).
 """
 
 import logging

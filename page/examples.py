@@ -1,12 +1,15 @@
 """Draw three example images for the web page, without any photograph or AI generator.
 
-Main entry: `examples()` takes nothing and returns a tuple of three `Example`s: name, title and JPEG
-file (bytes). The first is only drawn. The second passed the simulated camera of `sharding/demo/`,
-the third its simulated generator. The metadata of each file states that a program drew it.
+Main entry: `examples()` takes nothing and returns a tuple of three `Example`s with `name` (`NAMES`,
+such as "dawn.jpg"), `title` (text) and `data` (the JPEG file as bytes). The first is only drawn.
+The second passed the simulated camera of `sharding/demo/`, the third its simulated generator. The
+metadata of each file (`XMP`) states that a program drew it.
+
 `is_example(name, data)` takes the name and the bytes of an uploaded file and returns whether it is
-one of the examples. `landscape(scene)` draws a `Scene` (colors and sun of a landscape) and returns
-linear RGB, float32 (`HEIGHT`, `WIDTH`, 3); `as_file(image)` takes RGB from 0 to 1 and returns a
-JPEG file.
+one of the examples; both must match. `landscape(scene)` draws a `Scene` (colors and sun of a
+landscape, such as `DAWN`) and returns linear RGB from 0 to 1, float32 (480, 640, 3).
+`as_file(image)` takes float RGB from 0 to 1, (height, width, 3), and returns a JPEG file as bytes.
+`ABOUT` is a text that explains the examples to visitors.
 """
 
 import functools

@@ -1,16 +1,26 @@
-"""Compute, from the detector's `meta.json`, the error rates that the web page shows.
+"""Compute, from the detector's `meta.json`, the error rates that the web page shows. All rates and
+shares are from 0 to 1, and no function changes anything.
 
-Main entries: `rates(meta)` takes the content of `meta.json` (a dict) and returns `Rates`, or None
-without a calibration: recall and false-positive rate, each a `Measured` (rate, number of images on
-which it was measured, and the extreme rates of single sources), and the share of uncertain images.
-`ends(roc, band)` takes the ROC curve of the calibration, a list of `Row`s (threshold, share of
-reals and share of fakes with a score at or above the threshold), and the uncertain band (low,
-high). It returns two `Ends`, one for real and one for fake images: the shares that end as no sign
-of AI, uncertain and likely AI. All rates and shares are 0 to 1, and all functions are pure.
+Main entries: `rates(meta)` takes the parsed `meta.json` (a dict, such as `detector.meta`) and
+returns `Rates`, or None if it has no calibration. `Rates` has
 
-`row_at(roc, threshold)` returns the row of the highest threshold that is not above `threshold`.
-`of_hundred(share)` formats a share as a count of 100, as text ("under 1" and "over 99" at the
-ends).
+- `recall` and `false_positives`: the shares of fakes and of real images that are called likely AI,
+  each a `Measured`: `share`, `images` (number of images on which it was measured), `lowest` and
+  `highest` (extreme shares of single sources, or None);
+- `uncertain`: the share of uncertain images, or None;
+- `left_out`: True if each source was scored by a detector that was trained without this source;
+- `fitted_on`: the names of the sets on which the rates were measured.
+
+`ends(roc, band)` returns two `Ends`, of the real and of the fake images: the shares `no_sign` (no
+sign of AI), `uncertain` and `likely` (likely AI).
+
+- `roc`: the ROC curve `meta["calibration"]["roc"]`, a list of `Row`s with at least one entry. A
+  `Row` is (threshold, share of reals, share of fakes with a score at or above the threshold).
+- `band`: the uncertain band, (low, high).
+
+`row_at(roc, threshold)` returns the row of the highest threshold that is not above `threshold`, or
+the first row if all are above. `of_hundred(share)` formats a share as a count of 100, as text
+("under 1" and "over 99" at the ends).
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,14 @@
 """Put HTML on the web page (Streamlit), with untrusted text escaped by `Markup.format`.
 
-Main entry: `show(html, where)` takes HTML as `Markup`, and the page element to fill (`where`, a
-Streamlit element such as `st.empty()`; default None: the HTML goes to the end of the page). It
-returns nothing. `icon(kind)` returns the HTML of an icon, for a kind of `style.css`: a value of
-`KINDS` or "warning". `KINDS` maps each verdict to its CSS class.
+Main entry: `show(html, where)` puts HTML on the page that Streamlit draws. It returns nothing.
+
+- `html`: the HTML as `Markup` (of markupsafe), such as `Markup("<p>{}</p>").format(name)`.
+- `where`: the page element to fill, such as `st.empty()` of Streamlit. None, the default, puts the
+  HTML at the end of the page.
+
+`icon(kind)` returns the HTML of an icon as `Markup`, for a kind of `style.css`: a value of `KINDS`
+or "warning". `KINDS` maps each verdict ("likely AI", "uncertain", "no sign of AI", and "unreadable"
+for a refused file) to its CSS class.
 """
 
 import streamlit as st

@@ -1,21 +1,35 @@
 """Show a control that records a wrong verdict on the disk, as `predict.py --report-mistake` does.
 
-Main entry: `show_mistake(detector, file, result, said)` takes the detector, the uploaded file, its
-result (`Scored`), and its verdict (text). It shows the control below a *likely AI* or *no sign of
-AI*. If the user presses the button, `keep()` writes the true label, the verdict and the file's
-SHA-256, and on request a copy of the image, to the folder that the environment variable
-`DETECTOR_MISTAKES` names (default `mistakes/`). `show_mistake()` returns a sentence for screen
-readers on what was kept, "" if nothing was shown or the button was not pressed. Errors are shown,
-not raised.
+Main entry: `show_mistake(detector, file, result, said)` shows the control on the page (Streamlit).
+It returns a sentence for screen readers on what was kept, or that nothing was, and "" if the
+control was not shown or the button was not pressed. Errors are shown, not raised.
 
-`keep(folder, data, label, given, name)` takes the bytes of the image, its true label (real or
-fake), the `Verdict` that was given (score and detector), and a file name if a copy is wanted (else
-None). It returns a `Report`: HTML and a sentence on what was kept, or why not.
+- `detector`: the `ImageDetector`, with the threshold of the slider (`page.cost.moved()`).
+- `file`: the uploaded file (Streamlit's `UploadedFile`).
+- `result`: the `Scored` of this file, which `page.scored.score_all()` returns.
+- `said`: its verdict. Only for "likely AI" and "no sign of AI" is the control shown.
 
-The control is shown only if no other machine can reach the page, because otherwise strangers could
-store labels and images here, and only if the folder can be written (`folder_to_keep_in()`).
-`is_own_machine(listens_on, headers)` checks this from the address that the server listens on (None:
-all) and the headers of the request.
+If the visitor presses the button, `SHA256.json` with the true label and the verdict, and on request
+a copy of the image, are written to the folder that the environment variable `DETECTOR_MISTAKES`
+(constant `MISTAKES`) names (default `mistakes/`; empty: the control is not shown). The control is
+shown only if no other machine can reach the page, because otherwise strangers could store labels
+and images here, only if the folder can be written, and not for an example image.
+
+`keep(folder, data, label, given, name)` writes these files without the page. It returns a `Report`:
+`html` (what was kept or why not) and a `sentence`. For an image that has no entry yet, a verdict
+that is right or uncertain is not kept.
+
+- `folder`: Path of the folder; it is made if it does not exist.
+- `data`: the bytes of the image file.
+- `label`: its true label, "real" or "fake".
+- `given`: the `Verdict` that was given, which `model.mistakes.keep.verdict_of(detector,
+  probability)` makes.
+- `name`: the file name of the image, if a copy is wanted, else None.
+
+`folder_to_keep_in()` returns the folder, or None if the control must not be shown; it raises
+ValueError if the variable names no folder. `is_own_machine(listens_on, headers)` returns whether
+only this machine can reach the page, from the address that the server listens on (None: all) and
+the HTTP headers of the request (a mapping).
 """
 
 import hashlib

@@ -1,16 +1,24 @@
 """Show an uploaded image on the web page with a frame around the crop that the network sees, and on
 request a heatmap over this crop.
 
-Main entry: `show_photo(detector, file, result)` takes the detector, the uploaded file and the
-file's result (`Scored`: prediction, size and a small JPEG), puts the image and a switch for the
-heatmap on the page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed
-the score) is computed once per image; if that fails, the reason is shown.
+Main entry: `show_photo(detector, file, result)` puts the image and a switch for the heatmap on the
+page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed the score) is
+computed once per image; if it cannot be computed, the reason is shown. `page.scored.score_all()`
+must have been called before in the same session, because it makes the store of the heatmaps.
 
-`photo_html(result, preprocess, heatmap, busy)` returns the figure as HTML. `preprocess` are the
-detector's image sizes (`detector.preprocess`), `heatmap` is a JPEG file as bytes (b"": none), and
-if `busy` is true, the figure says that the heatmap is being computed. `crop_of(preprocess, size)`
-takes the size of the image (width, height) and returns the crop (left, top, width, height) as
-fractions of the image's sides.
+- `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
+- `file`: the uploaded file (Streamlit's `UploadedFile`).
+- `result`: its `Scored`, which `score_all()` returns; not that of a refused file.
+
+`photo_html(result, preprocess, heatmap, busy)` returns the figure as HTML (`Markup`).
+
+- `result`: as above.
+- `preprocess`: the detector's image sizes, `detector.preprocess`.
+- `heatmap`: a JPEG file as bytes (default b"": none).
+- `busy`: True if the figure says that the heatmap is being computed (default False).
+
+`crop_of(preprocess, size)` takes the size of the image in pixels (width, height) and returns the
+crop (left, top, width, height) as fractions of the image's width and height.
 """
 
 import numpy as np

@@ -1,16 +1,24 @@
 """Score each uploaded image once, and keep the result in the memory of the browser session until
 the file is removed from the page.
 
-Main entry: `score_all(detector, files)` takes the detector and the uploaded files (Streamlit's
-`UploadedFile`), and returns a dict from the id of each file to its `Scored`: the prediction or the
-reason of refusal, the statements in the file about its origin, and small JPEGs to show. Results are
-stored by file id in `st.session_state["scored"]`, so only new files are scored.
+Main entry: `score_all(detector, files)` returns a dict, file id -> `Scored`, for all `files`. The
+results are stored in `st.session_state["scored"]`, so only new files are scored; the results of
+files that are not in `files` are dropped.
 
-`score(detector, name, data)` scores the bytes `data` of one image file and returns its `Scored`;
-`name` is the name of the file. A file that cannot be decoded, an image with a side below
-`MIN_SIDE_PX` pixels, and any image while the program is too busy give a `Scored` with an error;
-nothing is raised. `as_jpeg(picture)` encodes a Pillow image as a JPEG file, `data_url(jpeg)` makes
-a data: URL of the file.
+- `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
+- `files`: a list of the uploaded files (Streamlit's `UploadedFile`), as `page.uploads.uploads()`
+  returns it.
+
+A `Scored` has `name`, `prediction` (a `Prediction`: probability of fake, or None and the reason in
+`error`), `evidence` (the statements in the file about its origin, `Evidence`), `preview` and
+`thumbnail` (small JPEG files as bytes, b"" for a refused file), `size` (width, height) in pixels,
+and `is_example`.
+
+`score(detector, name, data)` scores one image file without Streamlit and returns its `Scored`.
+`name` is the file name to show, `data` the bytes of the file. A file that cannot be decoded, an
+image with a side below `MIN_SIDE_PX` pixels, and any image while the program is too busy give a
+`Scored` with an error; nothing is raised. `as_jpeg(picture)` encodes a Pillow image (RGB) as a JPEG
+file, as bytes; `data_url(jpeg)` makes a data: URL (text) of the file.
 """
 
 import base64

@@ -1,11 +1,15 @@
-"""Free the memory of a visitor's session when uploaded files are removed or the page is closed.
+"""Free the memory of a visitor's session when uploaded files are removed or the page is closed. All
+functions need a running Streamlit server.
 
-Main entries: `this_session()` takes nothing, returns the id of the visitor's Streamlit session, and
-makes Streamlit call `close_soon()` with this id when the page is closed. `close_soon(session)`
-takes such an id, returns at once, and deletes the session after `GRACE_S` seconds unless the page
-has reconnected. `forget(files)` takes a list of uploaded files, deletes them at once and empties
-the uploader; it returns nothing. `script_context()` returns Streamlit's context of the page that is
-being drawn.
+Main entries: `this_session()` takes nothing, returns the id (text) of the visitor's Streamlit
+session, and makes Streamlit call `close_soon()` with this id when the page is closed. It is called
+while Streamlit draws the page. `close_soon(session)` takes such an id, returns at once, and deletes
+the session after `GRACE_S` seconds (environment variable `DETECTOR_GRACE_S`, default 30) unless the
+page has reconnected. `forget(files)` takes a list of uploaded files (`UploadedFile`), deletes them
+at once and empties the uploader, which `page.uploads.uploads()` must have shown before; it returns
+nothing.
+
+`script_context()` returns Streamlit's context of the page that is being drawn.
 """
 
 import os

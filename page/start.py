@@ -1,12 +1,18 @@
 """Show the first screen of the web page: its purpose, the detector's error rates, example images.
 
-Main entries, which put HTML on the page (Streamlit) and return nothing: `show_lead(where)` shows
-the purpose in the page element `where` (Streamlit's, such as `st.empty()`). `show_notices(notices)`
-takes the detector's `Notice`s (reasons not to rely on the detector, as text) and lists them.
-`show_figures(meta)` takes the content of the detector's `meta.json` and shows the error rates in
-it, or that they were not measured. `show_examples()` takes nothing and shows images that a click
-uploads. `figures_html(measured)` takes the `Rates` of `page/figures.py`, or None, and returns the
-error rates as HTML.
+Main entries, which put HTML on the page (Streamlit) and return nothing:
+
+- `show_lead(where)` shows the purpose (`LEAD`, `PRIVATE`) in a page element, such as `st.empty()`.
+- `show_notices(notices)` takes `detector.notices` of an `ImageDetector`, a list of `Notice`s
+  (reasons not to rely on the detector, as text), and lists them. Nothing is shown for an empty
+  list.
+- `show_figures(meta)` takes `detector.meta`, the content of the detector's `meta.json` (a dict),
+  and shows the error rates in it, or that they were not measured.
+- `show_examples()` takes nothing and shows three images. A click on one uploads it to the uploader,
+  which `page.uploads.uploads()` must have shown on the same page.
+
+`figures_html(measured)` takes the `Rates` that `page.figures.rates(meta)` returns, or None, and
+returns the error rates as HTML (`Markup`). `HERE` is the folder of this module.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,13 +1,19 @@
 """Show a table of many uploaded images, one row each, sorted in the browser, with a CSV download.
 
-Main entry: `show_table(detector, scored, verdicts)` takes the detector, the results (file id ->
-`Scored`: prediction or refusal) and the verdicts (file id -> text, such as "likely AI"), puts the
-table on the page (Streamlit), and returns the id of the image to show in full: the row that the
-visitor chose, or `first_of(scored)`, the first image that was not refused (if all were refused, the
-first). `summary(scored, verdicts)` returns the number of images in all and per verdict as text.
-`row(key, result, verdict)` returns the values of one row as a dict for `table.js`, where `key` is
-the file id. `as_csv(detector, scored, verdicts)` returns the table as text in the format of
-`predict.py --format csv`.
+Main entry: `show_table(detector, scored, verdicts)` puts the table on the page (Streamlit). It
+returns the id of the image to show in full: the row that the visitor chose, or `first_of(scored)`,
+the first image that was not refused (if all were refused, the first).
+
+- `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
+- `scored`: the results, a dict, file id -> `Scored` (prediction or refusal), as
+  `page.scored.score_all()` returns it. It has at least one entry.
+- `verdicts`: a dict with the same file ids -> "likely AI", "uncertain", "no sign of AI", or
+  "unreadable" for a refused file.
+
+`summary(scored, verdicts)` returns the number of images in all and per verdict as text. `row(key,
+result, verdict)` returns the values of one row as a dict for `table.js`; `key` is the file id,
+`result` its `Scored`. `as_csv(detector, scored, verdicts)` returns the table as text in the format
+of `predict.py --format csv`. `HERE` is the folder of this module.
 """
 
 from collections import Counter

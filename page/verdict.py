@@ -1,13 +1,23 @@
 """Make the HTML cards for one image: its verdict, and the statements in its file about its origin.
 
-Main entries, which return HTML as `Markup`: `verdict_html(detector, result, said, level)` takes the
-loaded `ImageDetector`, the result (`Scored`; a refused image is not allowed), the verdict `said`
-("likely AI", "uncertain" or "no sign of AI") and the level of the HTML heading (`level`, such as
-2). The card shows the probability on a scale. `scale_html(p, band)` makes this scale from the
-probability and the band of uncertain ones (low, high). `evidence_html(evidence, level)` takes a
-list of statements of the file (`Evidence`, such as from EXIF or C2PA) and shows them as a list; if
-it is empty, the card says so. `refused_html(refused)` takes a list of the results of refused files
-and lists their names and the reasons.
+Main entry: `verdict_html(detector, result, said, level)` returns the card with the verdict and the
+probability on a scale, as HTML (`Markup`).
+
+- `detector`: an `ImageDetector`: that of `page.detector.loaded_detector()`, or with the threshold
+  of the slider, `page.cost.moved(detector)`.
+- `result`: the `Scored` of the image, as `page.scored.score()` returns it; not a refused one.
+- `said`: the verdict, "likely AI", "uncertain" or "no sign of AI".
+- `level`: level of the HTML heading, an int such as 2.
+
+The others return `Markup` too:
+
+- `scale_html(p, band)` makes the scale from the probability of fake, 0 to 1, and the uncertain band
+  (low, high).
+- `evidence_html(evidence, level)` lists the statements of the file (`Evidence`, such as from EXIF
+  or C2PA), which are in `Scored.evidence`. If there are none, the card says so. `level` is as
+  above.
+- `refused_html(refused)` takes a list of `Scored`s of refused files and lists their names and the
+  reasons.
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,26 @@
 """Inspect how the loader augments and shuffles a shard set, by two commands.
 
-- `python -m pipeline preview SHARDS` writes a PNG (`--out`) that shows `--count` samples of the set
-  as the network sees them, decoded by Pillow and, if installed, by DALI, and prints the difference
-  of the two in gray levels. `--recipe` is the recipe file with the preprocessing and the
-  augmentation policies (named settings; default: the recipe of phase 1). `--policy` names the
-  policy for sources of which the set's index (`index.json`) names none (default: the recipe's).
+- `python -m pipeline preview SHARDS` writes a PNG that shows samples of the set as the network sees
+  them, decoded by Pillow and, if installed, by DALI, and prints the difference of the two in gray
+  levels.
 - `python -m pipeline order SHARDS` prints a table of how well the shuffles `global` and `block` mix
-  the samples and their sources into batches of `--batch` images; 1 means as well as a random order.
-  Nothing is written.
+  the samples and their sources into batches; 1 means as well as a random order. It writes nothing.
 
-SHARDS is the folder or address of a shard set (tars of images with an index); `--seed` selects the
-samples or the shuffle. An error, such as a set that cannot be read, is one line and exit status 1.
-A command imports its modules inside its function, so that `--help` and errors of options are fast.
+SHARDS is the folder of a shard set (tars of images with an index), or its address, such as
+s3://bucket/set. The options:
+
+- `--out FILE` (preview): the PNG to write (default `grid.png`; an existing file is overwritten).
+- `--recipe FILE` (preview): the recipe (TOML) with the preprocessing and the augmentation policies,
+  which are named settings. Default: the recipe of phase 1.
+- `--policy NAME` (preview): the policy of the recipe for sources of which the set's index
+  (`index.json`) names none. Default: the one that the recipe names.
+- `--count N` (preview): number of samples, 1 to 64 (default 8).
+- `--batch N` (order): images per batch, at least 2 (default 64).
+- `--seed N`: seed that selects the samples or the shuffle (default 0).
+- `--verbose`: more log lines.
+
+An error, such as a set that cannot be read, is one line and exit status 1; for a wrong option the
+exit status is 2.
 """
 
 from pathlib import Path

@@ -1,18 +1,18 @@
 """Sample the parameters of image augmentations: crop, flips, color, resizing, JPEG, blur and WebP.
 
-Main entries: `sample_params()` for training takes a `PolicyTable` (`policies`: ranges and
-probabilities), N positions in it (`policy`, one per image), the output size (`preprocess`), widths
-and heights in pixels, the key of the random numbers (`keys`: seed, epoch, sample numbers), and
-`partners` (quality and chroma of the real partners' JPEGs, two int arrays; 0: none), or None.
-`center_crop_params()` for evaluation takes only the preprocessing and the sizes. Both return an
-`AugmentBatch`: an array of N values per parameter. `AugmentParams` are the values of one image. Two
-backends (`pil.py`, `dali.py`) change the pixels, without random numbers. So the same (seed, epoch,
-sample) gives the same parameters with every backend, number of workers and rank.
+Main entry: `sample_params(policies, policy, preprocess, widths, heights, keys, partners)` returns,
+for N training images, an `AugmentBatch`: an array of N values per field of `AugmentParams`.
 
-Order of operations: random resized crop -> flip -> color jitter -> resample down and back up ->
-JPEG -> 3 x 3 blur -> grayscale. Harsher policies add up to two more JPEGs after the first, shift
-the image relative to the JPEG block grid, and end with WebP. A policy for aligned pairs first
-compresses the whole fake like the JPEG of its real partner.
+- `policies`: ranges and probabilities: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`.
+- `policy`: position of each image's policy in `policies`, int (N,).
+- `preprocess`: size of the output: `Preprocess(crop_size=256, resize_size=288)`.
+- `widths`, `heights`: sizes of the upright images in pixels, int (N,).
+- `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples)`, with int (N,) row numbers.
+- `partners`: quality (0: none) and chroma (position in `imaging.jpeg.CHROMAS`), two int (N,), of a
+  JPEG to which each image is compressed before anything else. Default None: no such JPEG.
+
+`center_crop_params(preprocess, widths, heights)` returns that of evaluation, which is not random.
+Order: crop, flips, color jitter, resampling down and up, JPEGs, blur, grayscale, WebP.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,17 +1,31 @@
 """Define the data classes that are passed between the loader and its two decoding backends (Pillow
 and DALI).
 
-Main entry: `Batch`, which the loader yields for each step. Its images, uint8 (B, 3, size, size),
-its labels (0 real, 1 fake) and `valid` (False for padding and for images that cannot be decoded)
-are tensors on the device. On the CPU are `samples` (the images' row numbers in the shard set),
-`sources` (int32 numbers of their sources in the set), `replayed` (True for old samples) and
-`failures` (position in the batch -> reason).
+Main entry: `Batch`, which `Loader.batches()` of `pipeline/loader.py` yields for each step, with B
+images:
 
-A backend takes a `Request` (encoded images of one batch and the augmentation parameters of each)
-and returns `Pixels` (uint8 (B, size, size, 3) RGB, and a dict, position in the batch -> reason, for
-images that cannot be decoded). `BatchTiming` has the seconds of reading and decoding a batch.
-`LoadError` means that no batches can be made. `PLACEHOLDER` (bytes, format and orientation of a
-black PNG) replaces a sample that cannot be read.
+- `images`: uint8 (B, 3, size, size), RGB, a tensor on the device.
+- `labels`: int64 (B,), 0 real, 1 fake, on the device.
+- `valid`: bool (B,), on the device. False for padding and for images that cannot be decoded, which
+  must not count.
+- `samples`: row numbers of the images in the shard set, a NumPy array int64 (B,).
+- `sources`: codes of their sources, int32 (B,): positions in `shards.codes("source")[1]`.
+- `replayed`: bool (B,), True for old samples.
+- `failures`: a dict, position in the batch -> reason why the image cannot be decoded.
+- `timing`: a `BatchTiming`, the seconds of reading and of decoding.
+
+A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
+tensor uint8 (B, size, size, 3) RGB, and `failures` and `timing` as above. A `Request` has
+
+- `data`: a list of B image files as bytes.
+- `formats`: a list of B names, "JPEG", "PNG" or "WEBP".
+- `orientations`: a list of B EXIF orientations, 1 to 8 (1: upright).
+- `params`: an `AugmentBatch`, the augmentation parameters of the B images.
+- `failures`: as above, for images that cannot be read (default {}); `data` then has `PLACEHOLDER`.
+- `read_s`: seconds that reading took (default 0).
+
+`PLACEHOLDER` is the (bytes, format, orientation) of a black PNG. `LoadError`, a ValueError, means
+that no batches can be made.
 """
 
 import io

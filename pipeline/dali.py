@@ -1,20 +1,26 @@
 """Decode and augment batches of images with NVIDIA DALI on a GPU or the CPU: the fast backend.
+Importing this module needs DALI.
 
-Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, stall_error_s)`, which
-takes the side of the output images in pixels, the images per batch, the torch device, the number of
-CPU threads, the share of JPEGs, 0 to 1, that the GPU's JPEG engine decodes, and a time limit in
-seconds. Its `run(requests, start)` takes an iterable of `Request`s (encoded images of one batch and
-the augmentation parameters of each) and the number of the first step, which only messages show. It
-yields one `Pixels` per request: uint8 (B, size, size, 3) RGB on the device, and a dict, position in
-the batch -> reason, for images that cannot be decoded; these are black. It raises `StallError` if
-no request comes in `stall_error_s` seconds, and RuntimeError if the GPU is lost or has no memory
-left.
+Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, stall_error_s)`.
 
-`graph()` defines the operators and `COLUMNS` their inputs: encoded bytes and one column per
-parameter, which `columns_of()` fills for a batch. So the graph has no random numbers and no state.
-DALI's `Pipeline.run()` is called directly, because `DALIGenericIterator` silently ends the epoch at
-a bad sample. Here a bad sample loses only its own batch, which is then decoded again sample by
-sample. Only this file imports nvidia.
+- `size`: side of the output images in pixels.
+- `batch_size`: largest number of images in a batch.
+- `device`: `torch.device`, a GPU or the CPU.
+- `threads`: number of CPU threads.
+- `hw_decoder_load`: share of the JPEGs, 0 to 1, that the GPU's JPEG engine decodes (default 0.65).
+- `stall_error_s`: seconds to wait for a request (default 900).
+
+Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, size, size, 3) RGB
+on the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
+decoded; these are black.
+
+- `requests`: an iterable of `Request`s (encoded images of one batch and the augmentation parameters
+  of each), which a background thread reads ahead.
+- `start`: number of the first step, which only messages show (default 0).
+
+`run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,
+and RuntimeError if the GPU is lost or has no memory left. A bad sample does not end a batch.
+`graph()` defines the DALI operators and `COLUMNS` their inputs, which `columns_of()` fills.
 """
 
 import gc

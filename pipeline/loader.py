@@ -1,19 +1,31 @@
 """Load a shard set (tars of images with an index) as batches of decoded and augmented images on a
 device.
 
-Main entry: `open_loader(shards, preprocess, loading, device, rank, world_size)` takes a `ShardSet`,
-the preprocessing (`Preprocess`: sizes in pixels), the loader's settings (`Loading`) and the torch
-device; with several ranks also this rank and their number (0 and 1 by default). It checks the
-lengths of the tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and
-returns a `Loader`. `Loader.batches(epoch, params_for, start)` takes the order of the samples
-(`Epoch`) and a function that returns the augmentation parameters of given samples (`ParamsFor`,
-from `params.py`), and yields a `Batch` for each step from `start` on. An image that cannot be
-decoded is black and named in `Batch.failures`.
+Main entry: `open_loader(shards, preprocess=..., loading=..., device=...)` checks the lengths of the
+tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a
+`Loader`. All arguments after the first are keywords.
 
-`open_loader()` and `batches()` raise `LoadError` if the backend is not installed, a tar is damaged,
-shared memory is too small, a worker died, no batch came in time, or more than 5 % of the samples
-cannot be decoded. `choose_backend(asked, device)` returns the backend and the reason;
-`check_shards(shards)` is the check of the tars, which returns nothing.
+- `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
+- `preprocess`: a `Preprocess` (pipeline/augment.py); its `crop_size` is the side of the images.
+- `loading`: the settings, `Loading()` or such as `Loading(batch_size=64)` (pipeline/loading.py).
+- `device`: the `torch.device` on which the images are used.
+- `rank`, `world_size`: this process's rank and the number of ranks (defaults 0 and 1).
+
+`Loader.batches(epoch, params_for, start)` yields a `Batch` for each step: images uint8 (B, 3,
+crop_size, crop_size), labels and more (pipeline/batch.py). An image that cannot be decoded is black
+and named in `Batch.failures`.
+
+- `epoch`: the order of the samples, an `Epoch` of `training_epoch()` or `evaluation_epoch()`
+  (pipeline/order.py), made with `global_batch=loader.global_batch`.
+- `params_for`: what `train_params()` or `eval_params()` (pipeline/params.py) returns: a function of
+  row numbers, and of how often each came before, to their augmentation parameters.
+- `start`: the step to begin with (default 0).
+
+`open_loader()` raises `LoadError` if the backend is not installed, a tar is missing or has another
+length, or shared memory is too small. `batches()` raises it if a worker died, no batch came in
+time, more than 5 % of the samples cannot be decoded, or `epoch` has another batch size, and
+RuntimeError if the GPU fails. `choose_backend(asked, device)` returns (backend, reason) for "auto",
+"dali" or "pil"; `check_shards(shards)` is the check of the tars.
 """
 
 import contextlib

@@ -1,13 +1,22 @@
 """Define the settings of the loader: the `[loading]` table of a recipe.
 
-Main entry: `Loading`, a frozen dataclass with a default for every field: batch size, number of
-workers, backend (the decoder and augmenter: `dali`, `pil` for Pillow, or `auto`), shuffle (`global`
-or `block`), whether every image's SHA-256 is compared with the index, folder and size in GB of the
-cache for shards at an address, and time limits in seconds. It raises ValueError for a value out of
-range. `STALL_WARNING_S` and `STALL_ERROR_S` are the default seconds without a batch before a
-warning and before the run ends.
+Main entry: `Loading(batch_size=64, ...)`, a frozen dataclass of keywords, each with a default:
 
-This module imports no image decoder, so that recipes are read without one.
+- `batch_size`: images per rank and step, at least 1 (32).
+- `num_workers`: processes (Pillow) or threads (DALI) that decode. 0: the training process decodes.
+  -1 (the default): one per core, at most 16.
+- `backend`: the decoder and augmenter, "dali", "pil" for Pillow, or "auto" (the default): DALI on a
+  GPU if it is installed, else Pillow.
+- `shuffle`: "global" (the default) shuffles all samples; "block", for shards at an address,
+  shuffles runs of successive samples.
+- `verify_checksums`: whether every image's SHA-256 is compared with the index (False).
+- `cache`: folder of the cache for shards at an address, a text ("data/cache").
+- `cache_gb`: size of this cache in GB, above 0 (20).
+- `stall_warning_s`: seconds without a batch before a warning, above 0 (60, `STALL_WARNING_S`).
+- `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`).
+
+It raises ValueError for a number out of range; the texts are not checked here. This module imports
+no image decoder, so that recipes are read without one.
 """
 
 from dataclasses import dataclass

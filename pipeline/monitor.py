@@ -1,19 +1,31 @@
 """Measure the speed of the loader, and report the stage of each worker when no batch arrives.
 
-Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes.
-Its `timed(batches)` takes an iterable of `Batch`es and yields the same batches, counted and timed;
-`row()` returns a dict, name -> number, of figures since the last call of `row()` (images/s, shares
-of waiting time, waits in ms, images per source) for `metrics.jsonl`, and `note()` returns a short
-text for a progress bar.
+Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes
+(`shards.codes("source")[1]` of a `ShardSet`). Its `timed(batches)` takes an iterable of `Batch`es
+and yields the same batches, counted and timed. `row()` returns a dict, name -> number, of figures
+since the last `row()`: `images_per_s`, shares of waiting time, waits in ms, `images/SOURCE` and
+more, as in `metrics.jsonl`. `note()` returns a short text for a progress bar, and `rates()` the
+speed and shares as a dict.
 
-`Watchdog(describe, stall_warning_s)`, a context manager, takes a function without arguments that
-returns a text about the workers, and a time limit. The consumer waits for each batch inside its
-`waiting(step)`; when that takes longer than `stall_warning_s` seconds, a warning with the text is
-logged. `WorkerStatus(workers, shared)` takes the workers' names, and whether they are processes. A
-worker (its index) does its work inside `at(worker, stage, step)`, with one of `STAGES`, and calls
-`finished(worker)` after a batch. `made()` returns the number of finished batches, and `describe()`
-the text for the `Watchdog`. The loader raises `StallError` if no batch came within its own, longer
-limit of `seconds`; `stalled(seconds, status)` returns the message, with the text of `describe()`.
+`WorkerStatus(workers, shared=False)` is a table of the workers' stages.
+
+- `workers`: the names of the workers, a list of texts; a worker's number is its position.
+- `shared`: True (keyword) if the workers are processes, False (the default) for threads.
+
+A worker does its work in `with status.at(worker, stage, step):`, with its number, one of `STAGES`
+and the number of the batch, and calls `finished(worker)` after a batch. `made()` returns the number
+of finished batches of all workers, and `describe()` a text with each worker's stage.
+
+`Watchdog(describe, stall_warning_s)` logs a warning when a batch takes too long: `with
+Watchdog(status.describe) as watchdog:`, and in it, each wait for a batch is done in `with
+watchdog.waiting(step):`.
+
+- `describe`: a function without arguments that returns the text about the workers.
+- `stall_warning_s`: seconds of waiting after which the warning is logged (default 60).
+
+`StallError` means that no batch came within a longer limit. This module does not raise it:
+`ReadAhead` does, and the loader turns it into a `LoadError`. `stalled(seconds, status)` returns its
+message; `status` is the text of `describe()`.
 """
 
 import contextlib

@@ -1,21 +1,28 @@
 """Compute the order of the samples in an epoch, as a pure function of the seed.
 
-Main entries: `training_epoch(new, seed, number, global_batch, shuffle, old)` takes the int64
-numbers of the new samples and of the replayed old samples (or None), the seed, the number of the
-epoch and the samples per step over all ranks. It shuffles the new samples ("global", or "block",
-which suits remote shards), spreads the old ones among them and drops a last partial batch.
-`evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
-batches. Both return an `Epoch`: the sample number (int64) at each global position, and `valid`,
-False for padding. They raise `OrderError` if there is no sample or, in training, less than a batch.
-At each step, rank r takes the `batch` positions from (step * world_size + r) * batch on. So 2 ranks
-of batch 12 see the samples that 1 rank of batch 24 sees.
+Main entries: `training_epoch(new, seed=..., number=..., global_batch=..., shuffle=..., old=...)`
+shuffles the samples and drops a last partial batch. All arguments after the first are keywords.
 
-A run resumes from a few values: `state_of(epoch, step, index_sha256)` returns them as a dict;
-`check_state(state, seed, global_batch, index_sha256)` returns the (epoch, step) in such a dict, and
-raises `OrderError` if the seed, the batch over all ranks, the shard set's hash or `ORDER_VERSION`
-in it is another. `repeat()` lists the samples of a source several times, `mixing_of()` measures how
-well an order is shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy
-generators.
+- `new`: the row numbers of the samples in the shard set, int64 (N,).
+- `seed`, `number`: the seed and the number of the epoch, ints from 0 on; each epoch has another
+  order.
+- `global_batch`: samples per step over all ranks.
+- `shuffle`: "global" (the default) or "block", which reads runs of samples and suits remote shards.
+- `old`: row numbers of old samples, int64, which are spread among the new ones (replay; default
+  None).
+
+`evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
+batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
+False for padding, and `replayed`, True for old samples. They raise `OrderError` if there is no
+sample or, in training, less than a batch. `epoch.positions(step, rank, world_size)` returns the
+slice of one rank's batch, so 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
+
+A run resumes from a dict: `state_of(epoch, step, index_sha256)` returns it for the `Epoch`, the
+next step and the set's hash (`ShardSet.sha256`). `check_state(state, seed=..., global_batch=...,
+index_sha256=...)` returns the (epoch, step) in it, and raises `OrderError` if one of these values
+or `ORDER_VERSION` is another. `repeat()` lists the samples of a source several times, `mixing_of()`
+measures how well an order is shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()`
+return NumPy generators.
 """
 
 import functools

@@ -1,13 +1,18 @@
 """Find how the real partner of each fake was compressed, so that the loader can first compress the
 fake in the same way (`match_pair_jpeg` of a recipe). Only the index of the shard set is read.
 
-Main entry: `partners_of(shards, sources)` takes a `ShardSet` and a tuple with the names of the
-sources whose fakes to change. A fake's partner is the only real image of the same source and group
-(related images). It returns a `Partners`: for each of the N samples of the set, int32, the JPEG
-quality of the partner (0: the loader does not change the sample) and the chroma subsampling (a
-position in `imaging.jpeg.CHROMAS`). Three kinds of fakes are not changed: those without exactly one
-such real image, those whose partner is no common JPEG, and those that are JPEGs already. The number
-of each kind is logged.
+Main entry: `partners_of(shards, sources)` returns a `Partners`: two int32 arrays with a value for
+each of the N samples of the set. `quality` is the JPEG quality of the sample's partner (0: the
+loader does not change the sample), `chroma` its chroma subsampling (a position in
+`imaging.jpeg.CHROMAS`).
+
+- `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
+- `sources`: names of the sources whose fakes to change, a tuple (not a list). A name that the set
+  does not have raises ValueError.
+
+A fake's partner is the only real image of the same source and group (related images). Three kinds
+of fakes are not changed: those without exactly one such real image, those whose partner is no
+common JPEG, and those that are JPEGs already. The number of each kind is logged.
 
 Why: in a dataset of photographs and their reconstructions by a generator, the fake is often a
 lossless file and the photograph a JPEG. A detector trained on such pairs may learn to recognize the

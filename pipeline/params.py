@@ -2,18 +2,24 @@
 or for a view. A view is a numbered choice of parameters, sampled separately for each image and the
 same each time, so that the features of the augmented images can be stored.
 
-Main entries: `eval_params(shards, preprocess)` takes a `ShardSet` and the preprocessing (sizes in
-pixels). `train_params(shards, augment, policy, preprocess, seed, epoch)` and `view_params(shards,
-augment, policy, preprocess, seed, view)` also take the policies (name -> ranges and probabilities),
-the name of the default policy, the seed, and the number of the epoch or of the view. View 0 is the
-center crop of evaluation. Each returns a callable object, an `EvalParams` or a `TrainParams` (type
-`ParamsFor`). Called with row numbers and with how many times each appeared before in the epoch,
-both int64 (B,), it returns an `AugmentBatch`: the crop, flip, colors, ... of each of the B images,
-as columns.
+Main entries: `train_params(shards, augment, policy, preprocess, seed, epoch)`, `view_params(shards,
+augment, policy, preprocess, seed, view)` and `eval_params(shards, preprocess)`.
+
+- `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
+- `augment`: a dict, name -> `AugmentPolicy` (ranges and probabilities), the `[augment.NAME]` tables
+  of a recipe.
+- `policy`: name in `augment` of the policy for sources of which the index of the set names none.
+- `preprocess`: a `Preprocess` (sizes in pixels; pipeline/augment.py).
+- `seed`, `epoch`: the seed and the number of the epoch, ints from 0 on.
+- `view`: number of the view, from 0 on. View 0 is the center crop of evaluation.
+
+Each returns a callable object (type `ParamsFor`), a `TrainParams` or, for evaluation and view 0, an
+`EvalParams`. It is called with row numbers of the set and with how many times each appeared before
+in the epoch, both int64 (B,). It returns an `AugmentBatch`: the crop, flip, colors, ... of each of
+the B images, as columns. The object has the number of its view in `view`.
 
 `policies_of(shards, augment, policy)` returns a dict, source -> policy. It, `train_params()` and
-`view_params()` raise `LoadError` if the index of the shard set names a policy that `augment` does
-not have.
+`view_params()` (except view 0) raise `LoadError` if the policy of a source is not in `augment`.
 """
 
 from collections.abc import Callable, Mapping

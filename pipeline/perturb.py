@@ -1,17 +1,22 @@
 """Perturb images for the robustness test, as an image may change between its creation and the
 detector: by compression, resizing, blur, noise, or a screenshot.
 
-Main entry: `PERTURBATIONS`, a sequence of the `Perturbation`s that `evaluate.py --robustness`
-measures; the first is `ORIGINAL`, the unchanged image. `Perturbation.apply(pixels, sha256)` takes a
-whole upright image, uint8 (height, width, 3) RGB, and the SHA-256 of its file (bytes), the seed of
-the noise. It returns the perturbed image in the same form, of another size for some, before the
-network's preprocessing. It raises ValueError if the image is too large for the format or for
-enlarging.
+Main entry: `PERTURBATIONS`, a tuple of the `Perturbation`s that `evaluate.py --robustness`
+measures; the first is `ORIGINAL`, the unchanged image. Each has a `name` (such as "jpeg-90"), a
+`family` and an `amount` (its curve in plots, and its position on it). Its `apply(pixels, sha256)`
+returns the perturbed image, uint8 RGB, of another size for some, before the network's
+preprocessing.
 
-A perturbation is a chain of steps such as `jpeg()` and `scale()` (type `Step`), which take the
-pixels, a NumPy generator and settings of their own, and return the new pixels. Only noise uses the
-generator, and the same image always gives the same pixels. Encoders are Pillow's (libjpeg-turbo,
-libwebp, libaom).
+- `pixels`: a whole upright image, uint8 (height, width, 3) RGB.
+- `sha256`: the SHA-256 of the image's file, 32 bytes, the seed of the noise (default b"").
+
+An image that is too large raises ValueError, or, if an encoder refuses it, another error (OSError
+for JPEG). The same image and hash always give the same pixels.
+
+A perturbation is a chain of steps such as `jpeg(pixels, rng, quality=80)` and `scale(pixels, rng,
+factor=0.5)` (type `Step`), which take the pixels, a NumPy generator (used only by `noise()`) and
+settings as keywords, and return the new pixels. Encoders are Pillow's (libjpeg-turbo, libwebp,
+libaom).
 """
 
 import io

@@ -1,8 +1,13 @@
 """Generate random numbers in [0, 1) for many samples at once, from (seed, epoch, sample) alone.
 
-Main entry: `uniform(seed, epoch, samples, count, repeat_index)` takes the seed, the epoch's number,
-N sample numbers, how many random numbers each sample gets, and how many times each sample appeared
-before in the epoch (int (N,); None means never). It returns float64 (N, count).
+Main entry: `uniform(seed, epoch, samples, count, repeat_index)` returns the random numbers, float64
+(N, count), one row per sample.
+
+- `seed`, `epoch`: the seed and the number of the epoch, ints from 0 on.
+- `samples`: N sample numbers, int (N,).
+- `count`: how many random numbers each sample gets.
+- `repeat_index`: how many times each sample appeared before in the epoch, an int array (N,). None,
+  the default, means never.
 
 The generator is Philox 4x64 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1,
 2, 3", SC 2011). The bits are those of NumPy's `Philox`. NumPy makes one stream at a time, at 25 us

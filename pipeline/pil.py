@@ -1,14 +1,24 @@
 """Decode and augment images on the CPU without DALI: the reference backend, which works everywhere.
 
-Main entries: `decode_request(request, size)` takes a `Request` (encoded images of a batch and the
-augmentation parameters of each) and the side of the output in pixels, and returns `Pixels`: uint8
-(B, size, size, 3) RGB, and a dict, position in the batch -> reason, for images that cannot be
-decoded, which are black. `apply(pixels, params, out)` augments one decoded image, uint8 (height,
-width, 3) RGB, by its `AugmentParams` and writes the result into the tensor `out`, uint8 (size,
-size, 3). It returns nothing, and raises ValueError if the crop reaches outside the image.
+Main entry: `decode_request(request, size)` returns `Pixels`: `images`, a CPU tensor uint8 (B, size,
+size, 3) RGB, and `failures`, a dict, position in the batch -> reason, for images that cannot be
+decoded, which are black.
+
+- `request`: a `Request` (pipeline/batch.py): encoded images of a batch with their formats,
+  orientations and augmentation parameters.
+- `size`: side of the output in pixels.
+
+`apply(pixels, params, out)` augments one decoded image. It returns nothing, and raises ValueError
+if the crop reaches outside the image.
+
+- `pixels`: an upright image, NumPy uint8 (height, width, 3) RGB.
+- `params`: its `AugmentParams`, such as `batch.row(0)` of an `AugmentBatch`.
+- `out`: the tensor for the result, torch uint8 (size, size, 3), on the CPU.
+
 `preprocess(pixels, settings)` takes such an image and the settings of evaluation (`Preprocess`),
-and returns the center crop, uint8 (crop_size, crop_size, 3). The other functions are single steps,
-from and to uint8 (height, width, 3).
+and returns the center crop, NumPy uint8 (crop_size, crop_size, 3). The other functions are single
+steps on NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a position in
+`FILTERS` (pipeline/augment.py), and `encode_jpeg()` returns the JPEG as bytes.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
 encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Resizing

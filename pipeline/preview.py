@@ -1,13 +1,20 @@
 """Write a PNG of augmented samples of a shard set, as the two backends (Pillow and DALI) make them,
 side by side.
 
-Main entry: `write_preview(folder, out, recipe, policy, count, seed)` takes the folder of a shard
-set, the path of the PNG to write, that of a recipe file, the name of the augmentation policy of
-sources for which the set's index names none (None: the recipe's), the number of samples, and the
-seed that selects them. It returns the number of samples shown (fewer than `count` in a smaller set)
-and the absolute difference of the backends in gray levels (int16 array; None without DALI). It
-raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded, and
-`RecipeError` for a wrong recipe.
+Main entry: `write_preview(folder, out, recipe, policy, count, seed)` returns the number of samples
+shown (fewer than `count` in a smaller set) and the absolute difference of the backends in gray
+levels, an int16 array (count, size, size, 3), or None without DALI.
+
+- `folder`: folder of the shard set, a `Path`, or a `UPath` for an address.
+- `out`: `Path` of the PNG to write.
+- `recipe`: `Path` of the recipe file with the preprocessing and the augmentation policies.
+- `policy`: name of the policy for sources of which the set's index names none. None: the one that
+  the recipe names.
+- `count`: number of samples.
+- `seed`: int from 0 on, which selects the samples and the augmentations.
+
+It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded or
+a policy is missing, and `RecipeError` for a wrong recipe.
 
 `picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
 recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.

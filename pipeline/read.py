@@ -1,12 +1,20 @@
 """Read the encoded images of a shard set from its tars, at the byte offsets in its index (the table
 of samples).
 
-Main entry: `ShardReader(shards, verify_checksums, threads, cache)` takes a `ShardSet`, with local
-tars or tars at an address, and whether every image's SHA-256 is compared with the index. For an
-address, `threads` is the number of parallel reads, and `cache` a `Cache` (folder and limit; None:
-`data/cache`, 20 GiB); local tars need neither. Its `read(samples)` takes row numbers of the set and
-returns a list: for each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object
-with the reason (such as a missing tar or another SHA-256). It raises OSError if too many files are
+Main entry: `ShardReader(shards, verify_checksums=..., threads=..., cache=...)`. All arguments after
+the first are keywords with a default.
+
+- `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns, with local
+  tars or tars at an address.
+- `verify_checksums`: whether every image's SHA-256 is compared with the index (default False).
+- `threads`: number of parallel reads from an address (default 1; local tars need none).
+- `cache`: `Cache(folder=Path("data/cache"), limit=20 * 2**30)` of pipeline/remote.py, for tars at
+  an address: the folder of their cached parts and its limit in bytes. None, the default, is this
+  one.
+
+Its `read(samples)` takes row numbers of the set (a list or an int array) and returns a list: for
+each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
+with the reason, such as a missing tar or another SHA-256. It raises OSError if too many files are
 open. A reader works in any thread or process.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has

@@ -1,12 +1,18 @@
 """Read batches of encoded images in a background thread, up to four batches ahead of the decoder.
 
-Main entry: `ReadAhead(requests, status, start, stall_error_s)`, a context manager. It takes an
-iterable of `Request`s (each is one batch: encoded images and the augmentation parameters of each),
-the `WorkerStatus` that shows the thread's stage, the number of the first step, and a time limit in
-seconds. Taking a request from the iterable reads its images. `next()` returns the next request. It
-raises StopIteration after the last one, `StallError` if none came in `stall_error_s` seconds, or
-the error of the thread. `ready` is the number of batches that wait, already read. `READER` and
-`DECODER` are the numbers of the two workers (this thread and the decoder) in the status.
+Main entry: `ReadAhead(requests, status, start, stall_error_s)`, a context manager: `with
+ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next request.
+
+- `requests`: an iterable of `Request`s (each is one batch: encoded images and the augmentation
+  parameters of each). Taking a request from it reads the images.
+- `status`: `WorkerStatus(["reader", "decoder"])` of pipeline/monitor.py, in which the thread writes
+  its stage. `READER` (0) and `DECODER` (1) are the numbers of these two workers.
+- `start`: number of the first step, for the status.
+- `stall_error_s`: time limit of `next()` in seconds.
+
+`next()` raises StopIteration after the last request, `StallError` (pipeline/monitor.py) if none
+came in `stall_error_s` seconds, or the error that ended the thread. The property `ready` is the
+number of batches that wait, already read.
 """
 
 import queue
