@@ -3,23 +3,34 @@
     python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
 
 PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
-list of paths on standard input. RUN is the folder of a training run or of a checkpoint, or the name
-of a shipped detector (default: the newest run below `--runs`). Each image gives one line: the path,
-the probability that the image is AI-generated, and the verdict *likely AI*, *uncertain* or *no sign
-of AI*, or the reason why the image cannot be read. Lines are printed, or written to FILE (default
-format: by the suffix of FILE, else table); `--resume` continues an interrupted FILE. `--watch
-FOLDER` scores images as they appear, `--onnx FILE` uses an exported detector, and `--heatmap
-FOLDER` writes pictures of the regions that changed the score. `--report-mistake LABEL` records each
-verdict that contradicts the true label (`real` or `fake`) in a folder, see `model/mistakes/add.py`.
-The exit code is 0, 1 if an image could not be read, or 2 if nothing could be scored (`NotStarted`).
+list of paths on standard input. Each image gives one line: the path, the probability that the image
+is AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
+image cannot be read. The exit code is 0; 1 if an image could not be read or a file not be written;
+2 if nothing could be scored (`NotStarted`) or the command line is wrong; 130 after Ctrl-C without
+`--watch`.
 
-Main entry: `main()`, the click command. More options: `--threshold`, or `--max-fpr` and
-`--max-miss` (error rates to keep to), replace the decision threshold of the detector; `--detector`
-names any other detector, `--trust` allows one that is a Python file to run, and `--fake-label` says
-which of its labels means fake; `--trust-list FILE` has the certificates of trusted C2PA signers;
-`--mistakes FOLDER` and `--keep-image` (store a copy) are for `--report-mistake`; `--runs`,
-`--device`, `--backend` (decoding) and `--batch-size` say where and how to run. Slow imports (torch,
-timm) are inside functions, so that a wrong option is reported at once.
+Main entry: `main()`, the click command. Options:
+
+- `--checkpoint RUN`: folder of a training run or of a checkpoint, or name of a shipped detector
+  (default: the newest run below `--runs`, else the shipped detector).
+- `--detector`: any other detector: an .onnx file, hf:OWNER/NAME, timm:NAME or a Python file, which
+  `--trust` (no value) allows to run. `--fake-label`: its label that means fake. `--onnx FILE`: an
+  exported detector.
+- `--out FILE`: new file for the lines, which are then not printed (its name ends in .partial until
+  it is complete), in `--format` (default: by the suffix of FILE, else table). `--resume`: continue
+  an interrupted csv or jsonl FILE.
+- `--threshold`: probability (0 to 1) from which an image is *likely AI*. Or `--max-fpr`,
+  `--max-miss`: highest share of real images called *likely AI*, and of fakes called *no sign of AI*
+  (each below 0.5). Default: the thresholds of the detector.
+- `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.
+- `--heatmap FOLDER`: write PNGs of the regions that changed the score.
+- `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers.
+- `--report-mistake LABEL`: record each verdict that contradicts the true label of all images
+  (`real` or `fake`) in the folder `--mistakes`; `--keep-image` also stores a copy of the image.
+- `--runs`, `--device`, `--backend` (decoder) and `--batch-size` say where and how to run: see
+  `--help`.
+
+`CONFLICTS` lists options that exclude each other.
 """
 
 import signal

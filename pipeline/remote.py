@@ -1,15 +1,19 @@
 """Read bytes of shards at an address (s3://, hf://, https://) through a local cache.
 
-Main entry: `RemoteShards(shards, cache)`, which takes a `ShardSet` and a `Cache` (its folder and
-its limit in bytes). Its `read(code, offset, size)` takes the number of a shard in the set, an
-offset and a size in bytes, and returns these bytes. If the remote does not answer, it is asked
-again after growing delays (`DELAYS_S`); then `RemoteError` is raised, an OSError. A shard that does
-not exist or may not be read raises another OSError at once.
+Main entry: `RemoteShards(shards, cache)`.
 
-Shards are fetched in pieces of `PIECE` bytes, which all processes of this machine share; the pieces
-used longest ago are deleted. With the block shuffle, an epoch needs each piece for a while and then
-never again, so a cache much smaller than the data is enough. A `Cache` of less than four pieces
-raises ValueError.
+- `shards`: a `ShardSet` (from `open_shards()` of `sharding/format.py`) whose folders are addresses.
+- `cache`: `Cache(folder=Path, limit=bytes)`; by default `data/cache` and 20 GiB. The folder is made
+  if needed. A limit of less than four pieces raises ValueError.
+
+Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
+offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not
+answer, it is asked again after growing delays (`DELAYS_S`); then `RemoteError`, an OSError, is
+raised. A shard that does not exist or may not be read raises FileNotFoundError or PermissionError
+at once.
+
+Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
+processes of this machine share them; the pieces used longest ago are deleted.
 """
 
 import contextlib

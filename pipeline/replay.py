@@ -1,19 +1,31 @@
 """Choose samples of old shard sets (replay) and spread them among the new ones, so that training
 phase 2 does not forget phase 1.
 
-Main entries: `Replay` has the settings of a recipe: the names of the old sets, the ratio of old to
-new samples, such as "1:8" (2,500 old for 20,000 new samples), the sources to leave out, and the
-weight of the loss that keeps the logits of old samples near those of the initial network. Its
-`fraction` is the number of old samples per new one; the caller computes `count` from it.
+Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults mean no replay):
 
-`sample_old(pool, sources, labels, count, rng)` takes the numbers of all old samples, the source
-code and label of each, and a NumPy generator. It returns `count` of these numbers, int64, shuffled.
-Each source gives an equal share, half of it real and half fake where possible; smaller sources give
-all their samples. If there are fewer than `count` in all, they are used several times.
-`share_out(count, sizes, rng)` splits `count` as equally as the `sizes` of the sources allow and
-returns a list, the number for each source. `interleave(new, old)` takes arrays of sample numbers
-and returns them evenly mixed, with a bool array that is True where a sample is old. `Replay` raises
-`ValueError` for a wrong ratio, `sample_old()` if there is no old sample.
+- `sets`: list of the names of the old sets.
+- `ratio`: old to new samples, such as "1:8" (2,500 old for 20,000 new samples) or 0.125.
+- `exclude_sources`: list of the names of sources to leave out.
+- `distill_weight`: weight of the loss that keeps the logits of old samples near those of the
+  initial network.
+
+Its `fraction` is the number of old samples per new one, exact (a `Fraction`); the caller computes
+`count` from it. A wrong ratio, a ratio above 0 without sets or a negative weight raises ValueError.
+
+`sample_old(pool, sources, labels, count, rng)` returns `count` sample numbers of the pool, int64,
+shuffled. Each source gives an equal share, half of it real and half fake where possible; smaller
+sources give all their samples. If the pool has fewer than `count`, samples are used several times.
+ValueError is raised if `count` is positive and the pool is empty.
+
+- `pool`, `sources`, `labels`: int arrays of the same length, one entry for each old sample: its
+  number, the code of its source, and 0 (real) or 1 (fake).
+- `count`: how many to choose.
+- `rng`: a NumPy `Generator`.
+
+`share_out(count, sizes, rng)` splits `count` as equally as the list `sizes` (samples of each
+source) allows and returns a list, the number for each source. `interleave(new, old)` takes two
+arrays of sample numbers and returns a pair: all of them in one int64 array, the old ones evenly
+spread, and a bool array that is True where a sample is old.
 """
 
 from collections.abc import Sequence

@@ -1,22 +1,33 @@
 """Make the batches of a training run, epoch after epoch, or of one evaluation.
 
-Main entries: `open_pool(data, train, replay)` takes the folder of all sets, the names of the
-training sets and the settings (`Replay`) that name the old sets to replay. It opens all as one
-shard set and returns a `Pool`: this set, and the row numbers of its new and its old samples.
-`Stream` combines a loader (a `BatchLoader`, as `open_loader()` returns), a pool, the `Replay`, the
-augmentation policies by name, the name of the default policy, a seed, `repeats` (source -> times
-per epoch) and `views` (how many fixed augmentations of each image take turns; 0: center crops;
-None: new ones in each epoch).
+Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened as one shard set
+(`shards`), and the row numbers of its `new` and its `old` samples (int64).
+
+- `data`: the folder of all sets (a `Path`, or a `UPath` for an address).
+- `train`: a list of the names of the training sets.
+- `replay`: the `Replay` that names the old sets; `Replay()` for none.
+
+`Stream(loader, pool, replay, augment, policy, seed, repeats, views)`:
+
+- `loader`: a `BatchLoader` of `pool.shards`, from `open_loader()` of `pipeline/loader.py`.
+- `pool` and `replay`: as above.
+- `augment`: dict, name -> `AugmentPolicy` (`pipeline/augment.py`).
+- `policy`: the name in `augment` for each source whose index names no policy.
+- `seed`: an integer.
+- `repeats`: dict, source -> times per epoch, such as 2 or 0.5 (default: 1 for each).
+- `views`: how many fixed augmentations of each image take turns. 0: center crops. None (default):
+  new augmentations in each epoch.
 
 `Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
-(counted over all epochs) to the end of the last one of `epochs` epochs. The result is a pure
-function of the settings: started at any step, it yields the batches of an uninterrupted run.
-`Stream.state(done)` returns a dict for a checkpoint after `done` steps; `resume(state)` checks such
-a dict and returns its number of finished steps. `evaluation_batches(loader)` yields the batches of
-a loader's set, each sample once, as center crops.
+(counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
+yields the batches of an uninterrupted run. `Stream.state(done)` returns a dict for a checkpoint
+after `done` steps; `resume(state)` checks such a dict and returns its number of finished steps.
+`evaluation_batches(loader)` yields the batches of a loader's set, each sample once, as center
+crops.
 
-Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, no batch) and
-`OrderError` (less than a batch, or a state of other data or settings).
+Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, too many
+unreadable images, no batch in time) and `OrderError` (a state of other data or settings).
+`Stream.epoch(0)` raises `OrderError` if the samples do not fill a batch; call it first.
 """
 
 import functools

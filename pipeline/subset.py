@@ -1,12 +1,19 @@
 """Read a list of samples from a CSV file, and reduce shard sets (packed images) to these samples.
 
-Main entries: `read_subset(path)` takes the path of a CSV file with the columns `set` and `key`
-(names of the set and of the sample in it) and returns a `Subset`: a dict, set -> keys, and the
-file's name and SHA-256. `choose_samples(shards, name, subset)` takes a `ShardSet`, the name of this
-set in the list, and a `Subset`. It returns a `ShardSet` with only the listed samples, in the order
-of the set. Both raise ValueError with the reason, such as a key that is not in the set, or a list
-that names no sample of this set; `read_subset()` also raises OSError. The command `python -m
-sharding audit DIR --match FILE` writes such a file.
+Main entries: `read_subset(path)` takes the `Path` of a CSV file with the header `set,key` (names of
+the set and of the sample in it) and returns a `Subset`: `keys`, a dict from a set to the list of
+its keys, the file's name (`file`) and its `sha256`. The command `python -m sharding audit DIR
+--match FILE` writes such a file.
+
+`choose_samples(shards, name, subset)` returns a `ShardSet` with only the listed samples, in the
+order of the set.
+
+- `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
+- `name`: the name of this set in the list.
+- `subset`: a `Subset`.
+
+Both raise ValueError with the reason, such as a key that is not in the set, or a list that names no
+sample of this set; `read_subset()` also raises OSError.
 """
 
 import csv

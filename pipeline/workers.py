@@ -1,13 +1,21 @@
 """Fit the number of loading processes to the free shared memory, and shield them from signals.
 
-Main entries: `fitting_workers(wanted, batch_bytes, free)` takes the wanted number of processes, the
-bytes of one batch and the free bytes of shared memory (None: no limit), and returns how many
-processes have room for their batches, from 0 to `wanted`. `free_shared_memory(folder)` returns the
-free bytes: 0 if the folder (`/dev/shm` by default) is not writable, None if there is no limit (also
-on systems other than Linux). `stop_signals_held()` is a context manager without arguments that
-delays SIGINT and SIGTERM while processes start. `answer_parent_only()` is called in each new
-process, with its number, which is not used. It returns nothing; the process then ends on a SIGTERM
-of its parent only, not on one of the terminal or a batch system.
+Main entries: `fitting_workers(wanted, batch_bytes, free)` returns how many processes have room for
+their batches, from 0 to `wanted`.
+
+- `wanted`: the wanted number of processes.
+- `batch_bytes`: the bytes of one batch (above 0).
+- `free`: the free bytes of shared memory; None: no limit.
+
+`free_shared_memory(folder)` returns the free bytes for `free`: 0 if the folder (a `Path`,
+`/dev/shm` by default) is not writable, None if there is no limit (also on systems other than
+Linux).
+
+`stop_signals_held()` is a context manager without arguments that delays SIGINT and SIGTERM while
+processes start in its block. `answer_parent_only()` is called in each new process, such as the
+`worker_init_fn` of torch's `DataLoader`, with the process's number, which is not used. It returns
+nothing; the process then ends on a SIGTERM of its parent only, not on one of the terminal or a
+batch system.
 """
 
 import contextlib

@@ -1,18 +1,23 @@
 """Draw the charts of an evaluation as SVG markup for an HTML page with light and dark colors.
 
-Main entries, which return the SVG as `Markup`. `roc_chart(labels, probabilities, threshold)` and
-`reliability_chart(labels, probabilities)` take labels (N,), 1 for fake, and probabilities of fake
-(N,); the ROC curve has a dot at the decision threshold. `histogram_chart(reals, fakes, band)` takes
-the probabilities of the real and of the fake images of one source and the uncertain band (low,
-high). `robustness_chart(lines, xlabel, falling, doubling)` draws rates of images called fake
-(recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
-quality. `lines` is a list; a line is a tuple: class ("real" or "fake"), pattern ("solid", "dashed"
-or "dotted"), x values, and as many rates, each 0 to 1 or None (no dot). `xlabel` names the x axis.
-`falling` reverses it, and `doubling` makes it logarithmic (both default to false).
+Main entries. Each returns the SVG as `Markup` (text of markupsafe), with CSS variables of the page
+as colors (`--real`, `--fake`, `--ink` ...).
 
-Matplotlib draws with placeholder colors (`REAL`, `FAKE`, `INK` ...), which are then replaced by CSS
-variables of the page. Charts contain no text from users; the page shows such text, because the page
-escapes it.
+- `roc_chart(labels, probabilities, threshold)`: the ROC curve with a dot at the decision threshold.
+  `labels` is an int array (N,), 0 for real and 1 for fake, with both classes. `probabilities` is a
+  float array (N,), the probabilities of fake. `threshold` is one probability.
+- `reliability_chart(labels, probabilities)`: the share of fakes by predicted probability. The
+  arrays are as above.
+- `histogram_chart(reals, fakes, band)`: `reals` and `fakes` are the probabilities of the real and
+  of the fake images of one source, float arrays, which may be empty. `band` is the uncertain band,
+  a pair (low, high).
+- `robustness_chart(lines, xlabel, falling=False, doubling=False)`: rates of images called fake
+  (recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
+  quality. `lines` is a list of tuples: class ("real" or "fake"), pattern ("solid", "dashed" or
+  "dotted"), list of x values, and list of as many rates, each 0 to 1 or None (no dot). `xlabel` is
+  the title of the x axis. `falling` reverses this axis, and `doubling` makes it logarithmic.
+
+The charts contain no text from users.
 """
 
 import io

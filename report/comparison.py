@@ -1,13 +1,23 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
-Main entries: `read_runs(paths, intersect)` takes report folders or report files, and returns a list
-with a `Run` for each (its name, its scores and its speed), reduced to the images that all runs
-scored, and a list of how many images of each run were left out. It raises ValueError if a path has
-no scores, or if the images differ and `intersect` is false (the default).
-`print_side_by_side(sets)` and `write_comparison(sets, runs, out)` take the dict that
-`model.evaluation.side_by_side` computes from these runs (set name -> figures of each run). The
-first prints a table per set; the second writes the three files to the folder `out` (`runs`: the
-paths of the runs, to record) and returns a list of their paths.
+Main entries: `read_runs(paths, intersect=False)` returns a pair. The first entry is a list with a
+`Run` for each path (its name, its scores as a `ScoreTable`, its images per second or None), reduced
+to the images that all runs could read. The second is a list of how many images of each run were
+left out.
+
+- `paths`: a list of `Path`s, each the folder of a report, or a file in it.
+- `intersect`: whether to go on with the shared images if the runs scored different images.
+
+It raises ValueError if a path has no scores, or if the images differ and `intersect` is false.
+
+`side_by_side(runs)` of `model/evaluation/side_by_side.py` makes of these runs the dict `sets` (name
+of a set -> figures of each run), which the other functions take. `print_side_by_side(sets)` prints
+a table per set. `write_comparison(sets, runs, out)` writes the three files and returns a list of
+their paths, the page last.
+
+- `sets`: that dict.
+- `runs`: the `paths` of the runs, which are recorded in `comparison.json`.
+- `out`: the `Path` of the folder to write to, which is made if needed.
 
 `comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page
 shows the command line `command`. `stability_sentence(stability)` takes the entry `stability` of a

@@ -1,11 +1,19 @@
 """Write the files of an evaluation report: `report.json`, CSV tables and an HTML page.
 
-Main entry: `write_report(report, scores, data, out)` takes the report (a dict, the content of
-`report.json`), the path of `scores.parquet` (`scores`), the folder or address of all shard sets
-(packed images; `data`), and the folder to write to (`out`), which is made if needed. The sets are
-used only for pictures of mistakes. It writes `report.json`, `figures.csv`, `robustness.csv` (if
-measured) and `report.html`, each atomically, and returns a list of their paths, the page last. A
-set that is missing or has changed gets no pictures, and a log line says why.
+Main entry: `write_report(report, scores, data, out)`.
+
+- `report`: the dict that `evaluate()` or `report_on()` of `model/evaluation/run.py` returns, the
+  content of `report.json`.
+- `scores`: the `Path` of the evaluation's `scores.parquet`.
+- `data`: the folder of all shard sets (packed images), a `Path`, or a `UPath` for an address. The
+  sets are used only for pictures of mistakes. A set that is missing or has changed gets no
+  pictures, and a log line says why.
+- `out`: the `Path` of the folder to write to, which is made if needed.
+
+It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `report.html`, each
+atomically, and returns a list of their paths, the page last. The page shows the command line of
+this process. `ScoresError`, a ValueError, is raised for another file than `scores.parquet`, and
+OSError if a file cannot be read or written.
 """
 
 import json

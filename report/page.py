@@ -1,18 +1,24 @@
 """Write `report.html`: the report of an evaluation as one page that loads nothing from the network.
 
-Main entry: `write_page(report, scores, shards, folder, command)` takes the report (a dict, content
-of `report.json`), the scores of all images (`ScoreTable`), the shard sets with the pictures of
-mistakes (set name -> `ShardSet`; a missing set gets no pictures), the folder to write to, and the
-command line to show on the page (text). It writes the CSV tables too, and returns a list of the
-paths of all files, the page last.
+Main entry: `write_page(report, scores, shards, folder, command)` writes the CSV tables and the
+page, and returns a list of the paths of all files, the page last.
+
+- `report`: the report, a dict, content of `report.json`.
+- `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
+  `model/evaluation/scores.py`).
+- `shards`: dict, set name -> `ShardSet`, for the pictures of mistakes. A missing set gets no
+  pictures.
+- `folder`: the `Path` of an existing folder to write to.
+- `command`: the command line to show on the page, text.
 
 `render(report, scores, mistakes, pictures, command)` returns the page as HTML text; `mistakes` is
 the result of `mistakes_of()`, `pictures` that of `report.thumbnails.thumbnails()`.
 `mistakes_of(report, scores)` returns a dict, set name -> list of its worst mistakes.
 `rendered(template, name=value, ...)` fills a template file of this folder (its name) with these
-values and returns the text. An `Estimate` is a figure with its 95 % interval; `Rates` are the
-recall and the false-positive rate of a set, which are always shown together. `percent()`,
-`figure()` and `signed()` format a number as text, `NOTHING` if it is None.
+values and returns the text. An `Estimate` is a figure with its 95 % interval; `estimate()` makes
+one from figures of the report, or returns None. `Rates` are the recall and the false-positive rate
+of a set, which are always shown together; `rates_of()` makes them. `percent()`, `figure()` and
+`signed()` format a number as text, `NOTHING` if it is None.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,13 +1,15 @@
 """Write the figures of an evaluation report as CSV tables.
 
 Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`)
-and an existing folder, writes `figures.csv` (metrics of each set, class, source and generator) and,
-if perturbations were measured, `robustness.csv` (metrics after each perturbation and codec swap),
-and returns a list of the paths. Values are not rounded; missing ones are empty.
+and the `Path` of an existing folder. It writes `figures.csv` (metrics of each set, class, source
+and generator) and, if perturbations were measured, `robustness.csv` (metrics after each
+perturbation and codec swap), and returns a list of the paths. Values are not rounded; missing ones
+are empty. OSError is raised if a file cannot be written.
 
-`figures_csv(report)`, `robustness_csv(report)` and `table_csv(columns, rows)` return CSV text with
-a header. In `table_csv()`, a row is a dict, of which only the entries in `columns` are written;
-texts that a spreadsheet would run as a formula get a `'` in front.
+`figures_csv(report)` and `robustness_csv(report)` return the text of these files.
+`table_csv(columns, rows)` takes a list of column names and a list of dicts, one for each row, and
+returns CSV text with a header. Of a dict, only the entries in `columns` are written; texts that a
+spreadsheet would run as a formula get a `'` in front.
 """
 
 import csv

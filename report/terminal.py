@@ -1,18 +1,21 @@
 """Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
-Main entries, which return nothing: `print_report(report)` takes a report (a dict, content of
-`report.json`) and prints its headline and the metrics of each set. It calls two other functions,
-each only for a set with such measurements. Both take the set's name and one entry of the set's part
-of the report. `print_protocols(name, protocols)` takes the entry `protocols` and prints the recall
-per generator, on all images and on the first image of each prompt. `print_robustness(name,
-robustness)` takes the entry `robustness` and prints the metrics after each perturbation.
+All functions print to standard output and return nothing. Main entry: `print_report(report)` takes
+a report (a dict, content of `report.json`) and prints its headline and the metrics of each set. For
+a set with such measurements, it calls the next two functions, with the set's name and an entry of
+the set's part of the report.
 
-`print_comparison(before, after, changed)` takes the scores of two runs on the same images
-(`ScoreTable`s) and the list of changed verdicts (`Flip`s: an image, its probabilities before and
-after, and whether the verdict became right). It prints the metrics of both with the interval of
-each difference, the number of changed verdicts and the largest changes.
-`print_calibration(calibration)` takes a fitted `Calibration` and prints its temperature and
-thresholds.
+- `print_protocols(name, protocols)`: `protocols` is the entry of this name. It prints the recall
+  per generator, on all images and on the first image of each prompt.
+- `print_robustness(name, robustness)`: `robustness` is the entry of this name. It prints the
+  metrics after each perturbation.
+- `print_comparison(before, after, changed)`: `before` and `after` are the scores of two runs on the
+  same images, `ScoreTable`s from `shared_samples()` of `model/evaluation/compare.py`. `changed` is
+  the list of changed verdicts, from `flips(before, after)` there. It prints the metrics of both
+  with the interval of each difference, the number of changed verdicts and the largest changes.
+  `ScoresError` is raised if a set has other reference reals in `after`.
+- `print_calibration(calibration)`: `calibration` is a fitted `Calibration` of `model/calibrate.py`.
+  It prints the temperature and the thresholds.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,15 +1,23 @@
 """Find the worst misclassified images of an evaluation, and make small pictures of them.
 
-Main entries: `worst_mistakes(scores, name, threshold, count)` takes the scores of all images
-(`ScoreTable`), the name of a set, the decision threshold (a probability of fake) and a count. It
-returns a list of `Mistake`s (the image's set, key, source, label and probability): at most `count`
-reals called fake, the highest probability first, then at most `count` fakes called real, the lowest
-probability first.
+Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Mistake`s (the
+image's set, key, source, label, probability ...): at most `count` reals called fake, the highest
+probability first, then at most `count` fakes called real, the lowest probability first.
 
-`thumbnails(shards, mistakes)` takes the shard sets of all mistakes (set name -> `ShardSet`, packed
-images) and any number of `Mistake`s, and returns a dict from (set, key) to a JPEG of at most `SIDE`
-pixels as a data: URL (text). Images that cannot be read or decoded are left out; a set that is not
-in `shards` raises KeyError. `MOST` is the number of pictures on a page.
+- `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
+  `model/evaluation/scores.py`).
+- `name`: the name of a set in these scores; another name raises ValueError.
+- `threshold`: the decision threshold, a probability of fake.
+- `count`: the largest number of mistakes per class.
+
+`thumbnails(shards, mistakes)` returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as
+a data: URL (text). Images that cannot be read or decoded are left out.
+
+- `shards`: dict, set name -> `ShardSet` (packed images), with the sets of all mistakes; a missing
+  one raises KeyError.
+- `mistakes`: any number of `Mistake`s.
+
+`MOST` is the number of pictures on a page.
 """
 
 import base64

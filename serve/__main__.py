@@ -1,18 +1,27 @@
 """Run an HTTP server that scores images: the command `python -m serve`.
 
-Main entry: `main()` checks the options, loads the detector and serves until SIGTERM or Ctrl-C. A
-wrong option, a `--max-files` above `--queue`, or a key that is empty or not ASCII raises
-`click.UsageError`. Options: the address (`--host`, `--port`), the detector (`--checkpoint` or the
-newest run of `--runs`, `--device`, `--batch-size`), the error rates that set its thresholds
-(`--max-fpr`: real images called likely AI, `--max-miss`: AI images called no sign of AI), limits
-(`--max-mb` and `--max-files` of one request, `--queue` images over all requests, `--timeout`
-seconds), and `--allow-urls` and `--allow-private-urls`, with which the server downloads images from
-addresses in a request. The API key is in the environment variable DETECTOR_API_KEY (`KEY`). A host
-outside `LOOPBACK` without a key gets a warning.
+Main entry: `main()`, the click command, loads the detector and serves until SIGTERM or Ctrl-C. All
+options may be left out:
+
+- `--host`, `--port`: the address, 127.0.0.1 and 8000 by default; port 0 is any free one.
+- `--checkpoint`: folder of a checkpoint or run, or name of a shipped detector. Default: the newest
+  run of the folder `--runs`, else the shipped detector.
+- `--device` (auto, cpu, cuda or cuda:N) and `--batch-size` (images scored at once).
+- `--max-fpr`, `--max-miss`: error rates, above 0 and below 0.5, that set the thresholds: the share
+  of real images called likely AI, and of AI images called no sign of AI.
+- `--max-mb` and `--max-files`: the largest size and number of images of one request.
+- `--queue`: the largest number of images that wait, over all requests.
+- `--timeout`: seconds until a request must be answered.
+- `--allow-urls`: the server downloads images from URLs in a request. With `--allow-private-urls`,
+  the URLs may be of private hosts.
+
+The environment variable DETECTOR_API_KEY (`KEY`) has the API key; unset, none is required. A host
+outside `LOOPBACK` without a key gets a warning. A wrong option, a `--max-files` above `--queue`, or
+a key that is empty or not ASCII ends the command with exit code 2 (`click.UsageError`); a detector
+that cannot be loaded, or a port in use, with one line and exit code 1.
 
 POST /predict takes images and answers with JSON: a probability and a verdict for each.
-`serve/api.py` defines this and the other routes. Slow imports (torch, FastAPI) are inside the
-function, so that a wrong option is reported at once.
+`serve/api.py` defines this and the other routes.
 """
 
 import os

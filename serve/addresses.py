@@ -1,17 +1,21 @@
 """Download images from http and https URLs, for the server option `--allow-urls`.
 
-Main entry: `fetch(url, limits, allowance, until)` takes a URL (text), the `Limits` of the server
-(only `allow_private_urls` is used), the `Allowance` and a deadline (`until`, seconds of
-`time.monotonic()`). It returns the body as bytes, follows up to `MAX_REDIRECTS` redirects, and
-raises `Refused` (status 403) for a URL that must not be fetched and `FetchError` for a URL that
-gives no body, or not in time. `Allowance(limits)` counts the bytes that the URLs of one request may
-still give together, `limits.max_bytes` at first; `take(size)` subtracts some, and raises
-`FetchError` if fewer are left.
+Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
+
+- `url`: the URL, text.
+- `limits`: the `Limits` of the server; only `allow_private_urls` is used.
+- `allowance`: `Allowance(limits)`, one for all URLs of a request. It counts the bytes that they may
+  still give together, `limits.max_bytes` at first; its `take(size)` subtracts some, and raises
+  `FetchError` if fewer are left.
+- `until`: the deadline, in seconds of `time.monotonic()`.
+
+It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (status 403) for a URL that must not
+be fetched, and `FetchError` for a URL that gives no body, too many bytes, or not in time.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
-name is resolved once, all its IP addresses are checked (`is_public()`), and the connection goes to
-a checked IP address. Every redirect is checked in the same way. Proxy settings of the environment
-are not used.
+name is resolved once, all its IP addresses are checked (`is_public(address)`, a text), and the
+connection goes to a checked IP address. Every redirect is checked in the same way. Proxy settings
+of the environment are not used.
 """
 
 import contextlib

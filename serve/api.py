@@ -1,17 +1,25 @@
 """Define the routes of the HTTP API and the service that scores the images of a request.
 
-Main entry: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
+Main entries: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
 `/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 if new requests are
-refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). `Service(detector, limits,
-metrics)` takes the loaded detector (`ImageDetector`), the `Limits` of the server and its `Metrics`
-(default: new ones). While its attribute `stopping` is true, new requests are refused. `close()`
-stops its threads, and `not_ready()` returns why the server refuses new requests, or "".
+refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no API key: see
+`serve/guard.py`.
 
-The method `Service.predict(request)` takes a request with image files, one image or a list of URLs,
-and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for
-each image. If the only image cannot be read, the status is 422. It raises `Refused` with the HTTP
-status if the request is invalid or too large, or the server is busy; the application turns this
-into a JSON response (`Problem`).
+`Service(detector, limits, metrics)` starts the threads that score:
+
+- `detector`: an `ImageDetector`, from `load_detector()` of `model`.
+- `limits`: the `Limits` of the server.
+- `metrics`: its `Metrics` (default: new ones).
+
+While its attribute `stopping` is true, new requests are refused. `close()` stops its threads, and
+`not_ready()` returns why the server refuses new requests, or "". A damaged list of trusted C2PA
+signers raises ValueError.
+
+The coroutine `Service.predict(request)` takes a request (of FastAPI) with image files, one image or
+a list of URLs, and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict,
+or error) for each image. If the only image cannot be read, the status is 422. It raises `Refused`
+with the HTTP status if the request is invalid or too large, or the server is busy; the application
+turns this into a JSON response (`Problem`).
 
 The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
 `Text` is a JSON response in UTF-8.

@@ -1,9 +1,10 @@
 """Make the HTML page `/docs` that documents the HTTP API.
 
-Main entry: `docs_page(document, limits)` takes the OpenAPI document of the API (a dict, from
-`FastAPI.openapi()`) and the `Limits` of the server (such as the number of images in a request), and
-returns the page as HTML text: the routes, the fields of the answers and the limits, filled into the
-file `TEMPLATE`. The page has no scripts and loads nothing from other hosts.
+Main entry: `docs_page(document, limits)` takes the OpenAPI document of the API of `serve/api.py` (a
+dict, from `make_app(service).openapi()`) and the `Limits` of the server (such as the number of
+images in a request). It returns the page as HTML text: the routes, the fields of the answers and
+the limits, filled into the file `TEMPLATE`. The page has no scripts and loads nothing from other
+hosts.
 """
 
 from pathlib import Path

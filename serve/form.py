@@ -1,11 +1,12 @@
 """Parse an uploaded multipart form piece by piece in memory, without files on disk.
 
-Main entry: `Form(content_type, max_files)` takes the content type of the request (text, with the
-boundary), and the largest number of files. `feed(data)` takes the next bytes of the body and
+Main entry: `Form(content_type, max_files)` takes the header Content-Type of the request (text, with
+the boundary), and the largest number of files. `feed(data)` takes the next bytes of the body and
 returns nothing. `finish()`, called after the last bytes, returns a list of the files as (name,
-bytes); a file without a name is called `image N`. The class and its methods raise `Refused` (status
-400 or 413) if the form is invalid or incomplete, has no file, has a field that is no file, or has
-too many files. `too_many(max_files)` returns that last error, for other callers to raise.
+bytes); a file without a name is called `image N` (N: its position, from 0). The class and its
+methods raise `Refused` (status 400 or 413) if the form is invalid or incomplete, has no file, has a
+field that is no file, or has too many files. The caller limits the total size.
+`too_many(max_files)` returns the error for too many files, for other callers to raise.
 """
 
 from python_multipart.exceptions import FormParserError

@@ -1,11 +1,14 @@
 """Check the API key of each request, add security headers to each response, and count the requests.
 
-Main entry: `Guard(app, service, key)`, an ASGI middleware. It takes the ASGI application to
-protect, the `Service` (of `serve/api.py`) in whose metrics the requests are counted, and the API
-key as text; with an empty key, none is required. The result is an ASGI application. A client sends
-the key as `Authorization: Bearer KEY` or `X-API-Key: KEY`. A request for a path of `WITH_KEY`
-without the right key gets status 401. Other requests are passed to the application, and `HEADERS`
-are added to all responses. `PATHS` are the paths that the metrics list by name.
+Main entry: `Guard(app, service, key)`, an ASGI middleware. The result is an ASGI application.
+
+- `app`: the ASGI application to protect, from `make_app()` of `serve/api.py`.
+- `service`: the `Service` of `serve/api.py`, in whose metrics the requests are counted and timed.
+- `key`: the API key, an ASCII text; with an empty one, none is required.
+
+A client sends the key as `Authorization: Bearer KEY` or `X-API-Key: KEY`. A request for a path of
+`WITH_KEY` without the right key gets status 401. Other requests are passed to the application, and
+`HEADERS` are added to all responses. `PATHS` are the paths that the metrics list by name.
 """
 
 import hmac

@@ -1,14 +1,20 @@
 """Define the limits of the HTTP API and the error of a refused request.
 
-Main entries: `Limits`, a frozen dataclass, whose fields all have defaults. For one request:
-`max_bytes` of the body, `max_files` images and `timeout_s` seconds until the answer. For all
-requests together: `queue` images that wait and `held_bytes` of bodies in memory. `batch_size` is
-the largest number of images that are scored at once. `allow_urls` and `allow_private_urls` say
-whether images are downloaded from URLs of public and of private hosts.
+Main entries: `Limits(...)`, a frozen dataclass. All fields may be left out (the defaults are in
+parentheses) and are not checked:
+
+- `max_bytes`: bytes of the body of one request (50 MB).
+- `max_files`: images in one request (64).
+- `queue`: images of all requests that wait or are scored (256).
+- `held_bytes`: bytes of the bodies of all requests in memory (1024 MB).
+- `timeout_s`: seconds until a request is answered (60.0).
+- `batch_size`: the largest number of images that are scored at once (32).
+- `allow_urls`: whether images are downloaded from URLs of public hosts (False).
+- `allow_private_urls`: with `allow_urls`, whether the hosts may be private (False).
 
 `Refused(status, detail, retry_after)` is an exception with an HTTP status (such as 413), one
-sentence for the client, and the seconds after which to try again (0, the default: trying again
-cannot help). `MB` is 2**20 bytes.
+sentence for the client, and the seconds after which to try again, an integer (0, the default:
+trying again cannot help). `MB` is 2**20 bytes.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,18 @@
 """Define the Prometheus metrics of the server, which `GET /metrics` returns.
 
-Main entry: `Metrics()` takes nothing and creates a registry (`registry`, a `CollectorRegistry`)
-with one attribute per metric, which the other modules of `serve` update: `requests` (counter, by
-path and status), `seconds` of a request (histogram, by path), `images` (counter, by verdict),
-`waiting` images and `held` bytes of request bodies (gauges), `batch_images` and `batch_seconds`
-(histograms). `SECONDS` and `IMAGES` are the bounds of the histogram buckets.
+Main entry: `Metrics()` takes nothing and creates a registry (`registry`, a `CollectorRegistry` of
+prometheus_client) with one attribute per metric, which the other modules of `serve` update, such as
+`metrics.requests.labels("/predict", "200").inc()`:
+
+- `requests`: counter, by path and status (texts).
+- `seconds`: histogram of the seconds of a request, by path.
+- `images`: counter, by verdict.
+- `waiting`: gauge, images in the queue.
+- `held`: gauge, bytes of request bodies.
+- `batch_images`, `batch_seconds`: histograms of the images of a scored batch, and of the seconds
+  that the network took for it.
+
+`SECONDS` and `IMAGES` are the bounds of the histogram buckets.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram

@@ -1,16 +1,22 @@
 """Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
-Main entry: `Scorer(detector, limits, metrics)` takes a detector, the `Limits` of the server
-(`queue` and `batch_size` are used) and the `Metrics` to update. Its `submit(files)` takes the
-`ImageFile`s of one request (a name and a function that reads the bytes) and returns a list with a
-`Job` for each, at once; `Job.done` is a future of the image's row, a dict with the columns of
-`predict.py` (path, probability, verdict, error ...). `submit()` raises `Refused` (status 429) if
-the queue has no room for all of them. The caller cancels the futures of a request that has ended;
-these images are not scored. An unexpected error is raised by the futures. `close()` scores the
-images that are already decoded, drops the others and stops the threads.
+Main entry: `Scorer(detector, limits, metrics)`, which starts the threads.
+
+- `detector`: an `ImageDetector`, from `load_detector()` of `model`.
+- `limits`: the `Limits` of the server; `queue` and `batch_size` are used.
+- `metrics`: the `Metrics` to update.
+
+A damaged list of trusted C2PA signers raises `TrustListError`. `submit(files)` takes the images of
+one request, a list of `ImageFile(name, read)` of `imaging/decode.py` (`read()` returns the bytes),
+and returns a list with a `Job` for each, at once. `Job.done` is a future (of `concurrent.futures`)
+of the image's row, a dict with the columns of `predict.py` (path, probability, verdict, error ...).
+An image that cannot be read gets a row with the error; an unexpected error is raised by the
+futures. `submit()` raises `Refused` (status 429) if the queue has no room for all of them. The
+caller cancels the futures of a request that has ended; these images are not scored. `close()`
+scores the images that are already decoded, drops the others and stops the threads.
 
 `is_full` tells whether the queue is full, `works` whether the scoring thread runs, and
-`retry_after` estimates the seconds until all waiting images are scored.
+`retry_after` estimates the seconds until all waiting images are scored. They are properties.
 """
 
 import contextlib

@@ -1,15 +1,21 @@
 """Read the body of a request: a form with image files, one image, or a JSON list of URLs.
 
-Main entries, the first two of which are coroutines: `read_images(request, kind, limits)` takes the
-request, its content type (from `kind_of(request)`) and the `Limits`, and returns a list with an
-`ImageFile` (a name and a function that returns the bytes) for each image. `read_addresses(request,
-limits)` returns the list of URLs of a JSON body `{"urls": [...]}`; `serve/addresses.py` downloads
-them. `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
-header, before it is read; without the header, it returns the largest size that is allowed.
+Main entries, of which the first two are coroutines:
 
-All four functions raise `Refused` with the HTTP status if the request is invalid or too large; the
-coroutines raise starlette's ClientDisconnect if the client is gone. Bodies stay in memory; uploaded
-images are never written to disk.
+- `read_images(request, kind, limits)` reads a form or one image, and returns a list with an
+  `ImageFile` (`name`, and `read()`, which returns the bytes) for each image. The name of one image
+  is the parameter `name` of the URL.
+- `read_addresses(request, limits)` returns the list of URLs of a JSON body `{"urls": [...]}`;
+  `serve/addresses.py` downloads them.
+- `kind_of(request)` returns the content type of the request: "multipart/form-data",
+  "application/json" (then call `read_addresses()`), or one of a single image (`RAW`).
+- `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
+  header, before it is read; without the header, it returns the largest size that is allowed.
+
+`request` is a `Request` of FastAPI, `kind` the text from `kind_of()`, `limits` the `Limits` of the
+server. All four functions raise `Refused` with the HTTP status if the request is invalid or too
+large; the coroutines raise starlette's ClientDisconnect if the client is gone. Bodies stay in
+memory; uploaded images are never written to disk.
 """
 
 import json

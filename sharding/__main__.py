@@ -1,32 +1,36 @@
 """Run the commands of the package, `python -m sharding COMMAND`: download, pack and check images.
 
 Main entry: `main()`, a click group. Each command parses its options, calls one function of the
-package and prints the result; an error is one line and exit code 1. Several commands share three
-options: --raw (`RAW`), the folder of the raw datasets; --catalog (`CATALOG`), a TOML file added to
-the built-in catalog; and --jobs (`JOBS`), the number of parallel tasks (default: one per core). The
-commands and their other arguments and options:
+package and prints the result. An error is one line and exit code 1, a wrong command line 2. Three
+options are shared. --raw (`RAW`), for `fetch`, `build` and `list`: folder of the raw datasets.
+--catalog (`CATALOG`), for the same: a TOML file added to the built-in catalog (may be repeated).
+--jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (default: one per core). The
+commands and their other arguments and options (defaults in parentheses):
 
     fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
-                       --git-mirror: folder of local copies of Git repositories
-    build              pack raw images into shard sets (tars with an index) in the folder --out;
-                       --set: name of a set, to build no other; --engine: local (processes) or ray
-                       (a Ray cluster); --max-bad: allowed fraction of unreadable images;
-                       --allow-incomplete: accept catalog rules that match no file, and training
-                       sets with only one class
+                       --git-mirror: folder of local Git repositories named OWNER+NAME
+    build              pack raw images into shard sets (tars with an index), one subfolder each of
+                       --out (data/shards); --set: name of a set, to build no other (may be
+                       repeated); --engine: local (processes) or ray (a Ray cluster); --max-bad:
+                       allowed fraction of unreadable images, 0 to 1 (0.01); --allow-incomplete: a
+                       flag to accept catalog rules that match no file, and training sets with
+                       only one class
     show FOLDER        count the images of the set there by source, class and generator
-    list [SOURCE...]   print the known sources and the sets in the folder --out, or only all facts
-                       about each SOURCE
+    list [SOURCE...]   print the known sources and the sets in the folder --out (data/shards), or
+                       only all facts about each SOURCE
     verify FOLDER      check the set or sets there against their index; exit code 1 for faults
     diff BEFORE AFTER  list the samples that differ between two sets, given as folders; exit code 1
                        if any do
-    describe FOLDER    write a proposed catalog for a folder of images to the file --out
-    audit FOLDER...    write to the folder --out how well metadata alone separates real from fake
-                       images in the sets; --match: CSV file to write, of samples that metadata
-                       does not separate; --seed
+    describe FOLDER    write a proposed catalog for a folder of images to the new file --out
+                       (my-catalog.toml)
+    audit FOLDER...    write to the folder --out (data/audit) report.json and a PNG per set: how
+                       well metadata alone separates real from fake images; --match: CSV file to
+                       write, of samples that metadata does not separate; --seed (0)
     pairs SET          write a fake partner of each real image of the set (a folder) to the folder
-                       --out; --decoder: the VAE, a folder or OWNER/NAME on the Hugging Face hub;
-                       --max-megapixels: larger images are left out; --device: auto, cpu or cuda
-    demo FOLDER        make synthetic raw images and their catalog in FOLDER; --seed
+                       --out (data/pairs); --decoder, required: the VAE, a folder or OWNER/NAME on
+                       the Hugging Face hub; --max-megapixels: larger images are left out (2);
+                       --device: auto, cpu or cuda
+    demo FOLDER        make synthetic raw images in FOLDER/raw, and FOLDER/catalog.toml; --seed (0)
 """
 
 import contextlib

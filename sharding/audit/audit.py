@@ -1,12 +1,12 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards)` takes a `ShardSet`, `seed` (of folds and models) and `on_step`, a
-function called with 1 after each of `steps_of(shards)` steps. It returns an `Audit`: AUROCs of
-classifiers on metadata (format, size, ...), over all images (`Estimate`), by source (`SourceAudit`)
-and by feature (`FeatureAudit`); values that predict the label (`Shortcut`); and a verdict,
-"little", "some", "strong" or "unknown". `open_sets(folders)` returns a dict, name of a set ->
-`ShardSet`. `write_report(path, seed, sets)` writes report.json; `sets` is a dict, name of a set ->
-result of `as_json()`. A missing scikit-learn (extra `audit`) raises `ValueError`.
+Main entry: `audit(shards, seed=0, on_step=...)` takes a `ShardSet`, the seed of folds and models,
+and a function that is called with 1 after each of `steps_of(shards)` steps (optional). It returns
+an `Audit`: AUROCs of classifiers on metadata (format, size, ...), over all images (`pooled`), by
+source and by feature; values that predict the label (`Shortcut`); and a verdict, "little", "some",
+"strong" or "unknown". `open_sets(folders)` takes paths of sets and returns a dict, name ->
+`ShardSet`. `write_report(path, seed, sets)` writes report.json; `sets` is a dict, name ->
+`as_json(shards, audit)`. A missing scikit-learn (extra `audit`) raises `ValueError`.
 """
 
 import functools

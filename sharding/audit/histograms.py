@@ -1,11 +1,15 @@
 """Draw histograms of the metadata of a shard set, real images against fake ones, as a PNG file.
 
-Main entry: `draw(shards, name, result, path)` takes a `ShardSet`, its name for the title, its
-`Audit` (of `sharding/audit/audit.py`, for the AUROCs in the titles) and the path of the PNG to
-write; it returns nothing. The PNG has a panel for each of the eight features of
-`sharding/audit/metadata.py` (format, size, ...). Without matplotlib (the extra `audit`), a
-`ValueError` is raised. `TITLE_NAME` is the number of characters of the name that fit into the
-title.
+Main entry: `draw(shards, name, result, path)` returns nothing.
+
+- `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
+- `name`: its name for the title; only `TITLE_NAME` characters fit.
+- `result`: its `Audit`, from `audit(shards)` of `sharding/audit/audit.py`, for the counts and
+  AUROCs in the titles.
+- `path`: the `Path` (or `UPath`) of the PNG to write, in an existing folder.
+
+The PNG has a panel for each of the eight features of `sharding/audit/metadata.py` (format, size,
+...). Without matplotlib (the extra `audit`), a `ValueError` is raised.
 """
 
 from typing import Any

@@ -2,15 +2,21 @@
 (format, size, ...).
 
 A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
-`match_classes(shards, seed=0)` takes a `ShardSet` and a seed of random choices. It returns a
-`Match`: `rows`, the chosen row numbers, as many real as fake ones; the number of images per class;
-the AUROC of metadata `before` and `after`, each an `Estimate` (value and interval); and the number
-of rounds. It raises `MatchError` if too few images can be matched or the classes still differ, and
-`ValueError` without scikit-learn. `MATCHED` is the AUROC at which matching ends.
+`match_classes(shards, seed=0)`.
 
-`sample_list(chosen)` takes a dict from the name of a set to (shards, rows) and returns a CSV text
-for `evaluate.py --subset`, with the columns `set` and `key`. `as_json(match)` takes a `Match`, the
-reason why there is none, or None, and returns the entry for `report.json`.
+- `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
+- `seed`: an integer, the seed of random choices (only by keyword).
+
+It returns a `Match`: `rows`, the chosen row numbers (int64 array), as many real as fake ones; the
+number of images per class (`per_class`); the AUROC of metadata `before` and `after`, each an
+`Estimate` (value and interval); and the number of `rounds`. It raises `MatchError` if too few
+images can be matched or the classes still differ, and `ValueError` without scikit-learn. Matching
+ends when the AUROC is at most `MATCHED` or its interval includes 0.5.
+
+`sample_list(chosen)` takes a dict from the name of a set to the pair (its `ShardSet`, its `rows`)
+and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `key`.
+`as_json(match)` takes a `Match`, the reason why there is none (text), or None, and returns the
+entry for `report.json`, a dict or None.
 """
 
 import csv

@@ -1,17 +1,24 @@
 """Collect the metadata of every image in a shard set (tars with an index) as numbers, for `audit`
 and `match`.
 
-Main entry: `metadata_of(shards)` takes a `ShardSet` and returns a `Metadata`: `values`, float32
-(samples, 10), with format, width, height, aspect, bits per pixel, JPEG quality, JPEG tables,
-chroma, EXIF and source; `labels`, int8 (0 real, 1 fake); `groups`, int64, equal for related images;
-and `names`, a dict: for each column of `NAMED`, the list of texts that its codes stand for. Only
-the index is read. `FEATURES` maps the name of a feature to the numbers of its columns. `NAMED` are
-the numbers of the columns that contain codes of names instead of quantities.
+Main entry: `metadata_of(shards)` takes a `ShardSet`, such as `open_shards([folder])` of
+`sharding/format.py` returns, and returns a `Metadata`. No image is read.
 
-`assign_folds(metadata, seed)` returns a fold for each sample, int64, 0 to 4 (`FOLDS` is 5), for
-cross-validation; a group is never in two folds. `spelled(metadata, feature)` takes a key of
-`FEATURES`. It returns one integer for each sample (negative: no value), and a function that formats
-such an integer as text.
+- `values`: float32 (samples, 10), with the columns format, width, height, aspect, bits per pixel,
+  JPEG quality (NaN if the image is no JPEG), JPEG tables, chroma, EXIF and source.
+- `labels`: int8 (samples,), 0 real, 1 fake.
+- `groups`: int64 (samples,), equal for related images.
+- `names`: dict, number of a column of `NAMED` -> list of the texts that its codes stand for.
+
+`FEATURES` maps the name of a feature to the numbers of its columns. `NAMED` are the numbers of the
+columns that contain codes of names instead of quantities; `SOURCE` is that of the source.
+`Metadata.sources` are the codes of the sources, and `take(rows)` returns the metadata of some
+samples.
+
+`assign_folds(metadata, seed)` takes a `Metadata` and an integer and returns a fold for each sample,
+int64, 0 to 4 (`FOLDS` is 5), for cross-validation; a group is never in two folds.
+`spelled(metadata, feature)` takes a key of `FEATURES`. It returns one integer for each sample
+(negative: no value), and a function that formats such an integer as text.
 """
 
 from collections.abc import Callable, Sequence
