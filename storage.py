@@ -1,24 +1,29 @@
 """Read and write files and folders, on this machine or at an address such as `s3://bucket/shards`.
 
 Most functions take an `AnyPath`: a `pathlib.Path` on this machine, or a `UPath` (fsspec) for an
-address. Main entries: `any_path(text)` returns one for a text. `local_path(text)` refuses all
-addresses; `writable_path(text)` refuses addresses that can only be read (http, https). All three
-raise `ValueError` for what they refuse, also for an empty text. `write_atomically(path, write)`
-calls `write` with the path of a temporary file, which `write` fills, then renames or uploads the
-file, so that `path` is missing, old or complete, never partial. It raises OSError if writing fails.
-`write_text(path, text)` writes a whole file in this way, and `write_bytes(path, data)` too.
-`atomic_folder(path, replace)` is a context manager: it yields a temporary folder to fill, and
-renames it to `path` if the block ends without an error. If `replace` is true (default: false), a
-folder that is already at `path` is removed first. `publish(partial, path, replace)` is the last
-step: it syncs `partial` to the disk and renames it to `path`.
+address. Main entries:
 
-`partial_of(path)` returns the temporary path for `path`, and `file_name(stem, suffix)` joins both
-texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the path
-to the error of a full disk. `check_reachable(path)` raises OSError if an address does not answer,
-`check_inside(path, folder)` ValueError if the path is outside the folder. `text_fault(error)` takes
-the ValueError of reading a text or JSON file and describes it in words. `cores()` returns the
-number of processor cores that this process may use, `cache_folder()` the folder for downloaded
-weights.
+- `any_path(text)` returns an `AnyPath` for a text. `local_path(text)` returns a `Path` and refuses
+  all addresses; `writable_path(text)` refuses addresses that can only be read (http, https). All
+  three raise `ValueError` for what they refuse, also for an empty text.
+- `write_atomically(path, write)` calls `write(partial)` with the `Path` of a temporary file, which
+  `write` fills, then renames or uploads the file, so that `path` is missing, old or complete, never
+  partial. The folder of `path` must exist. `OSError` is raised if writing fails.
+- `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
+- `atomic_folder(path, replace=False)` is a context manager for a `Path`: it yields a temporary
+  folder to fill, and renames it to `path` if the block ends without an error. If `replace` (a
+  keyword) is true, a folder that is already at `path` is removed first. `temporary_folder(path)`
+  yields a folder next to `path` and removes it at the end.
+- `publish(partial, path, replace=False)` syncs the file or folder `partial` to the disk and renames
+  it to `path`.
+
+`partial_of(path)` returns the temporary path for `path`. `file_name(stem, suffix)` joins both texts
+to a file name, cut if it is too long. `naming(path)` is a context manager that adds the path to the
+error of a full disk. `check_reachable(path)` raises `OSError` if an address does not answer,
+`check_inside(path, folder)` `ValueError` if the path is outside the folder. `size_of(path)` returns
+bytes, or None if there is no file. `text_fault(error)` takes the `ValueError` of reading a text or
+JSON file and describes it in words. `cores()` returns the number of processor cores that this
+process may use, `cache_folder()` the folder for downloaded weights (the variable `DETECTOR_CACHE`).
 """
 
 import contextlib

@@ -1,22 +1,31 @@
 """Train a detector on shard sets and write its checkpoints to `runs/` (the `train.py` command).
 
-    python train.py [--phase 1 | --recipe FILE] [--folder DIR] [--set KEY=VALUE] [--dry-run]
+    python train.py [--phase 1|2] [--recipe FILE] [--folder DIR] [--set KEY=VALUE] [--dry-run]
 
-A recipe (TOML) names the shard sets (packed images) below `--data` (default `data/shards`) and all
-settings. `--phase 1` is the recipe `recipes/phase1.toml`, which trains on images of older
-generators. `--phase 2` starts from the best checkpoint of phase 1 and trains on images of newer
-generators plus a few old ones. `--folder` packs the images in DIR/real and DIR/fake first, as sets
-below `--data`, and trains on them with `recipes/clip-phase1.toml` or the recipe that is given.
-`--set` changes a value of the recipe, and `--dry-run` tries a few steps and prints the plan.
-`--run` names the run (default: the recipe's or DIR's name), `--runs` is the folder of all runs.
-`--init-from` gives the initial weights (a checkpoint, a .safetensors file or the name of a
-backbone), and `--no-pretrained` starts from random ones.
+Main entry: `main()`, the click command with these options. Exactly one of `--phase` and `--recipe`
+is given; with `--folder` both may be absent.
 
-Main entry: `main()`, the click command with these options. Checkpoints are folders
-`runs/<run>/step_<N>`; the path of the best one and its validation metrics are printed. A wrong
-recipe or missing data ends with one line and exit code 1. An interrupted run ends with exit code
-130, and the same command resumes the run. Slow imports (torch, timm) are inside functions, so that
-a wrong option is reported at once.
+- `--phase`: 1 is the recipe `recipes/phase1.toml`, which trains on images of older generators. 2
+  starts from the best checkpoint of phase 1 and trains on images of newer generators plus a few old
+  ones.
+- `--recipe`: a recipe (TOML file, or name of a built-in one). It names the shard sets (packed
+  images) and all settings.
+- `--folder`: packs the images in DIR/real and DIR/fake first, as sets below `--data`, and trains on
+  them with `recipes/clip-phase1.toml` or the recipe that is given.
+- `--set`: changes a value of the recipe, such as optim.lr=1e-4; may be repeated.
+- `--dry-run`: tries a few steps and prints the plan. No checkpoint is written;
+  `--folder` packs all the same.
+- `--run`: name of the run (default: the recipe's or DIR's name).
+- `--init-from`: initial weights (a checkpoint folder, a .safetensors file or the name of a fetched
+  backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
+- `--no-pretrained`: starts from random weights.
+- `--data`: folder or address of the shard sets (default `data/shards`).
+- `--runs`: folder of all runs (default `runs`).
+- `--verbose`: more log lines, with tracebacks.
+
+Checkpoints are folders `<runs>/<run>/step_<N>`; the path of the best one and its validation metrics
+are printed. A wrong recipe or missing data ends with one line and exit code 1, a wrong option with
+exit code 2. An interrupted run ends with exit code 130, and the same command resumes the run.
 """
 
 import json

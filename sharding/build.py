@@ -1,14 +1,14 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
-Main entry: `build(catalog, raw, out)` takes a `Catalog` and the folders of the raw datasets and of
-the output. Options: `only` (names of the sets to build; empty: all), `jobs` (processes; 0: one per
-core), `engine` ("local" or "ray"), `tolerance` (a `Tolerance`: allowed fraction of unreadable
-images, and whether rules without a file and training sets of one class are accepted), and
-`progress`: `progress(what, total)` returns a context manager that yields a function, which is
-called with the number of images finished since its last call. `build()` writes a folder per set. It
-returns a `SourceScan` (images by source, sources without images) and a list of `BuiltSet` (name,
-index, shards written); it is empty without images. Errors are `ShardError`, `CatalogError`,
-`RawError` and `OSError`. `out/.build` has the finished work of a killed run, for the next run.
+Main entry: `build(catalog, raw, out)` takes a `Catalog` (from `read_catalog()`) and the paths of
+the folders of raw datasets and of the output. Keywords: `only`, a list of the sets to build (empty:
+all); `jobs`, processes (0: one per core); `engine`, "local" or "ray"; `tolerance`, such as
+`Tolerance(max_bad=0.01, allow_incomplete=False)`: allowed fraction of unreadable images, and
+whether rules without a file and training sets of one class are accepted; `progress(what, total)`,
+which returns a context manager that yields a function, called with the number of images finished
+since its last call. `build()` writes `out/<set>/`, and `out/.build` for later runs. It returns
+(`SourceScan`: images by source, missing sources; list of `BuiltSet`: name, index, shards written).
+Errors: `ValueError` (`ShardError`, `CatalogError`, `RawError`), `OSError`.
 """
 
 import contextlib

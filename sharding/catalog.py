@@ -1,14 +1,20 @@
 """Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
-Main entry: `read_catalog(files)` takes the paths of all files to read, and returns one `Catalog`:
-the split of each set, the `Source`s by name, `reference`, `suites` and `exclude` (see below). A
-later file overrides an earlier one key by key: to change one setting of a source in an earlier
-file, write only the header of its table and that key. Any mistake in a file, and an unreadable
-file, raises `CatalogError`. `SHIPPED` are the paths of this program's own catalogs: `BUILT_IN`, and
-`TESTS` (published test sets). Every command passes them first. A `Source` is one dataset. A `Rule`
-selects its real or its fake images, a `Fetch` (with a `Git`) describes its download, and a `Table`
-its CSV files with one row per image. `shares(destination)` takes the `set` of a source or rule, a
-name or a dict, and returns `{set: share}`. An example of a catalog:
+Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all files to read, such as
+`[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. Any mistake in a file, and an unreadable
+file, raises `CatalogError`. A later file overrides an earlier one key by key: to change one setting
+of a source in an earlier file, write only the header of its table and that key. `SHIPPED` are the
+paths of this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command
+passes them first. The fields of a `Catalog`:
+
+- `sets`: dict from the name of a set to its split.
+- `sources`: dict from the name of a source to its `Source`.
+- `reference`, `suites` (dicts) and `exclude` (a set of hexadecimal texts): see below.
+
+A `Source` is one dataset; its fields are the keys of its table. A `Rule` selects its real or its
+fake images, a `Fetch` (with a `Git`) describes its download, and a `Table` its CSV files with one
+row per image. `shares(destination)` takes the `set` of a source or rule, a name or a dict, and
+returns `{set: share}`. An example of a catalog:
 
     [sets]                                  # name of a set = its split: train, val or test
     phase1 = "train"                        # each set becomes a folder of shards

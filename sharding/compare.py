@@ -1,13 +1,18 @@
 """Compare two shard sets (tars of images with an index): list the samples that were added, removed
 or changed.
 
-Main entry: `compare_sets(before, after)` takes two `ShardSet`s, the older and the newer, and
-returns a `Difference`, which is false if the sets do not differ. `added` is a sorted list of the
-keys that only `after` has, and `removed` of those that only `before` has. `changed` maps the key of
-each changed sample to a list of texts such as "label: real -> fake". `counts` maps "added" and
-"removed" each to a dict, "source, class" -> number of samples. Samples are matched by their key
-(source and hash of the path). The columns `IGNORED` (the location of a sample in the tars, and the
-key) are not compared.
+Main entry: `compare_sets(before, after)` takes two `ShardSet`s (from `open_shards()` of
+sharding/format.py), the older and the newer, and returns a `Difference`, which is false if the sets
+do not differ. No file is written. Fields of a `Difference`:
+
+- `added`: sorted list of the keys that only `after` has.
+- `removed`: sorted list of the keys that only `before` has.
+- `changed`: dict from the key of each changed sample to a list of texts such as
+  "label: real -> fake".
+- `counts`: dict from "added" and "removed" to a dict, "source, class" -> number of samples.
+
+Samples are matched by their key (source and hash of the path). The columns `IGNORED` (the location
+of a sample in the tars, and the key) are not compared.
 """
 
 from collections import Counter

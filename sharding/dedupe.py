@@ -1,12 +1,18 @@
 """Find duplicates in all sources and assign each image to a set, so that splits never overlap.
 
-Main entry: `decide(inventory, split_of, exclude)` takes a pyarrow table with one row per raw image
-(`sharding/inventory.py`: SHA-256, perceptual hash, thumbnail, group, wanted set or shares of sets,
-...), a dict from the name of a set to its split ("train", "val" or "test"), and the first
-hexadecimal digits of SHA-256 hashes to exclude. It returns a `Decision`: arrays with one value per
-row. `wanted` is the set that the image was meant for, and `sets` its final set, or "" if it is
-excluded. `reasons` is the reason for that. `other` is the row of the image that is kept instead, or
--1. `groups` is the name of its group.
+Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a `Decision`.
+
+- `inventory`: a pyarrow table with one row per raw image of all sources: the concatenated tables of
+  `finish_source()` in sharding/inventory.py. The columns `error`, `sha256`, `phash`, `thumbnail`,
+  `group`, `label` and `destination` (set or shares of sets, as JSON) are used.
+- `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`.
+- `exclude`: a set of texts, the first hexadecimal digits (lower case) of the SHA-256 of images that
+  no set may contain; `exclude` of a `Catalog`. Default: empty.
+
+A `Decision` has five NumPy arrays with one value per row. `wanted` is the set that the image was
+meant for, and `sets` its final set, or "" if it is excluded. `reasons` is the reason for that, or
+"". `other` is the row of the image that is kept instead, or -1. `groups` is the name of its group.
+A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split

@@ -1,10 +1,15 @@
 """Propose a catalog for a folder of images, with classes from words in the folder names.
 
-Main entry: `describe(folder)` takes a path and returns a `Description`. Its `text` is the catalog
-as TOML; nothing is written to disk. `folders` maps each folder with a class to (class, number of
-images), `undecided` each folder without a class to its number of images, and `unread` each reason
-why images cannot be read to their number. `CatalogError` is raised if there is no image, or the
-folder's name is not UTF-8.
+Main entry: `describe(folder)` takes a `pathlib.Path` and returns a `Description`; nothing is
+written to disk. Its fields:
+
+- `text`: the catalog as TOML.
+- `folders`: dict from each folder with a class (path below `folder`) to (class, number of images).
+- `undecided`: dict from each folder without a class to its number of images.
+- `unread`: dict from each reason why images cannot be read to their number.
+
+`CatalogError` is raised if there is no image, or the folder's name is not UTF-8. A broken zip
+archive raises `RawError`, a folder that is missing or cannot be read `OSError`.
 
 `WORDS` are the words of both classes, such as "photos" and "generated". A folder gets the class of
 the deepest part of its path that has words of exactly one class. A folder without such a part is

@@ -1,10 +1,13 @@
 """Check that a downloaded file has the content that its name and the catalog promise.
 
-Main entries: `check_content(path, suffix)` compares the first bytes of the file at `path` with the
-type that `suffix` names, such as ".zip" (empty: the suffix of `path`), because servers send web
-pages instead of files. `check_hash(path, digest)` compares a file's SHA-256 with the catalog's, 64
-hexadecimal digits. Both return nothing, and raise `FetchError` if the content is wrong; the file
-stays.
+Main entries, which return nothing, raise `FetchError` if the content is wrong, and leave the file
+as it is (`path` is a `pathlib.Path`; an unreadable file raises `OSError`):
+
+- `check_content(path, suffix)` compares the first bytes of the file with the type that `suffix`
+  names, such as ".zip"; "" means the suffix of `path`. Servers send web pages instead of files. If
+  the type is unknown, only web pages are refused.
+- `check_hash(path, digest)` compares the file's SHA-256 with `digest`, the 64 hexadecimal digits
+  (lower case) in the catalog.
 """
 
 import re

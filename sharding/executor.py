@@ -1,9 +1,14 @@
 """Run a function on many tasks in parallel, in processes of this machine or on a Ray cluster.
 
-Main entry: `run_all(function, tasks, engine, jobs)` takes a module-level function, an iterable of
-tuples of its arguments, "local" or "ray" (`Engine`), and the number of parallel tasks (0: one per
-core of the machine or cluster). It calls `function(*task)` for each tuple and yields the results in
-the order of completion. With `on_gpu=True`, each task gets one GPU if a Ray cluster has GPUs.
+Main entry: `run_all(function, tasks, engine, jobs, on_gpu)` is a generator: nothing runs before the
+first result is requested. It calls `function(*task)` for each task and yields the results in the
+order of completion.
+
+- `function`: a function at module level (it is pickled).
+- `tasks`: an iterable of tuples, each with the positional arguments of one call.
+- `engine`: "local" (default) or "ray"; this type is `Engine`.
+- `jobs`: number of parallel tasks (default 0: one per core of the machine or cluster).
+- `on_gpu`: keyword; if true, each task gets one GPU if a Ray cluster has GPUs (default: false).
 
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
 are awaited (local) or canceled (Ray). `ValueError` is raised if Ray is not installed or `jobs` is

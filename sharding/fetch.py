@@ -1,11 +1,11 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entry: `fetch_all(catalog, raw, names)` takes a `Catalog`, the folder `raw` of all raw data and
-names of sources (none: all with a `fetch` entry), and downloads each to a folder below `raw`. It
-yields a `Fetched` for each: `status` ("complete", "downloaded", "by hand", "failed") and `note`
-(folder, what to do, or the error, which is not raised). `fetch_source(name, source, raw)` downloads
-one and returns its `Fetched`. `progress(label, total)` returns a context manager that yields a
-function, called with the MiB or files added since its last call. `git_mirror`: Git copies, or None.
+Main entry: `fetch_all(catalog, raw, names)` takes a `Catalog`, the `Path` of raw data and source
+names (none: all with a `fetch` entry). It is an iterator that fetches each to a folder below `raw`
+and yields a `Fetched`: `source`, `status` ("complete", "downloaded", "by hand", "failed"), `note`
+(folder, what to do, or the error, which is not raised). An unknown name raises `CatalogError`.
+`progress(label, total or None)` is a context manager that yields `f(n)`, called with the MiB or
+files added. `git_mirror`: None, or a folder of Git copies OWNER+NAME. `fetch_source()` fetches one.
 """
 
 import contextlib

@@ -1,17 +1,21 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-Main entry: `pack_folder(folder, data)` takes that folder, the folder `data` of all shard sets, the
-number `jobs` of processes (0: one per core) and a function `progress`. `progress(what, total)`
-returns a context manager for a progress bar. It yields a function, which is called with the number
-of images finished since its last call. `pack_folder()` writes a catalog, so that the user needs
-none, and both sets. It returns a `PackedFolder`: the name, the folder `place` with the catalog and
-both sets, the paths of both sets below `data`, their numbers of images by class, and the number of
-shards written. A missing subfolder or fewer than `FEWEST` images of a class raise `CatalogError`;
-packing raises the errors of `sharding.build.build()`, also if more than `MAX_BAD` of the images are
-unreadable.
+Main entry: `pack_folder(folder, data, jobs, progress)` writes a catalog, so that the user needs
+none, and both sets. It returns a `PackedFolder`.
 
-The fraction `HELD_OUT` of the images goes to the validation set. `CLASS_FOLDERS` are the allowed
-names of the subfolders. Files below `data`:
+- `folder`: the `pathlib.Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
+- `data`: the path of the folder of all shard sets.
+- `jobs`: keyword, number of processes (default 0: one per core).
+- `progress`: keyword, default: no progress. `progress(what, total)` returns a context manager for a
+  progress bar. It yields a function, which is called with the number of images finished since its
+  last call.
+
+A `PackedFolder` has `name`; `place`, the folder with the catalog and both sets; `train` and
+`validate`, the paths of both sets below `data`, as texts; `train_counts` and `validate_counts`,
+each [number of real images, of fake images]; and `shards_written`, a number. A missing subfolder or
+fewer than `FEWEST` images of a class raise `CatalogError`; packing raises the errors of
+`sharding.build.build()`, also if more than the fraction `MAX_BAD` of the images are unreadable. The
+fraction `HELD_OUT` of the images goes to the validation set. Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set

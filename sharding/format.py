@@ -1,13 +1,14 @@
 """Define the disk format of a shard set (images packed in tars), and read its `index.json` and its
 table of samples.
 
-Main entries: `open_shards(folders)` takes the folders of one or more sets and returns them as one
-`ShardSet`. A sample is a row number of its `table`, a pyarrow table with the columns
+Main entries: `open_shards(folders)` takes a list of the paths of one or more sets and returns them
+as one `ShardSet`. A sample is a row number of its `table`, a pyarrow table with the columns
 `SAMPLES_SCHEMA`. Only the column `shard`, the name of a tar, is replaced by `shard_code`, a
-position in the tuple `shards`. Its `column(name)` is a NumPy array, and `codes(name)` a column of
-names as (int32 codes, names). `read_index(folder)` returns the `index.json` of one set as a dict
-(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set, and
-`OSError`. A set is a folder with these files:
+position in the tuple `shards`. Its method `column(name)` returns a NumPy array (such as `label`: 0
+real, 1 fake), and `codes(name)` a column of names as (int32 codes, names). `read_index(folder)`
+takes the path of one set and returns its `index.json` as a dict (sharding/layout.py has the
+fields). Both raise `ShardError` for a missing or damaged set, and `OSError`. A set is a folder with
+these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
@@ -16,11 +17,11 @@ names as (int32 codes, names). `read_index(folder)` returns the `index.json` of 
     excluded.csv                    images that are not in the set, with reasons
     index.json                      written last: a folder without it is not a set
 
-`join_sets(parts)` concatenates `ShardSet`s. `member_metadata(row)` returns the content of
-`<key>.json` and `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a
-hash of an index. `numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet`
-does. `table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes
-the format without reference to this code.
+`join_sets(parts)` concatenates a list of `ShardSet`s. `member_metadata(row)` returns the content of
+`<key>.json` for a row (a dict) of the table, and `timm_info(index)` that of `_info.json`, as dicts.
+`content_sha256(index)` is a hash of an index. `numbers_of(column)` and `codes_of(column)` convert a
+pyarrow column as `ShardSet` does. `table_from(data)` reads a table from the bytes of a parquet
+file. `docs/shards.md` describes the format without reference to this code.
 """
 
 import contextlib

@@ -1,19 +1,23 @@
 """Download the files of one commit of a Git repository with the `git` command, without a checkout.
 
-Main entry: `extract(git, folder, work, mirror, progress)` takes the `Git` entry of a catalog source
-(repository, commit, pattern of the files), writes the selected files into `folder`, and returns an
-`Extracted`: `names`, their paths below `folder`, and `left_out`, a dict from a reason (`LINKS`,
-`NAMES`, ...) to the number of files left out. `work` is a Git directory for the download, which a
-later call resumes. `mirror` is None or a folder of local copies, each named OWNER+NAME. If the
-repository is among them, `extract()` reads the copy and downloads nothing. `progress(label, total)`
-returns a context manager for a progress bar. It yields a function, which is called with the number
-of files finished since its last call. Errors are `FetchError` (Git, network, wrong files), and
-`OSError` or `ValueError` for `folder` (disk full, a link that leads out of it).
+Main entry: `extract(git, folder, work, mirror, progress)` writes the selected files into `folder`
+and returns an `Extracted`: `names`, their paths below `folder`, and `left_out`, a dict from a
+reason (`LINKS`, `NAMES`, ...) to the number of files left out. No argument has a default.
 
-Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
-submodule, no prompt. Git may use only the protocols https and file. A local repository is read in
-place, without a protocol. Each file is checked against its object name, which the commit
-determines.
+- `git`: the `Git` entry of a catalog source, `catalog.sources[name].fetch.git`, or
+  `Git(repository=..., commit=..., pattern=...)` of sharding/catalog.py: an address, 40 hexadecimal
+  digits and a regular expression for the paths of the files.
+- `folder`: the `pathlib.Path` to write to; it is created if necessary.
+- `work`: path of a Git directory for the download, created if necessary. A later call resumes it.
+- `mirror`: None, or a folder of local copies, each named OWNER+NAME. If the repository is among
+  them, `extract()` reads the copy and downloads nothing.
+- `progress`: `progress(label, total)` returns a context manager for a progress bar. It yields a
+  function, which is called with the number of files finished since its last call.
+
+Errors are `FetchError` (Git, network, wrong files), and `OSError` or `ValueError` for `folder`
+(disk full, a link that leads out of it). Nothing in the repository is executed: no checkout (thus
+no filter and no LFS smudge), no hook, no submodule, no prompt. Each file that is written is checked
+against its object name, which the commit determines.
 
 `find_mirror(mirror, repository)` returns the Git directory of a copy, or None.
 `manifest_sha256(entries)` is a hash of files (`Entry`: path, object name), which a catalog can

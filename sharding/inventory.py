@@ -1,20 +1,32 @@
 """Decode every raw image once and store one row of facts per image in a table, the inventory.
 
-Main entry: `take_inventory(raw, folder, name, items)` takes two folders as texts: `raw`, of all raw
-datasets, and `folder`, of the inventory (`.build/inventory/` below a build's output). `items` is a
-table of up to `CHUNK` images, made by `item_table()` from the `Item`s of sharding/listing.py. The
-function writes a row of facts for each image (SHA-256, size, format, perceptual hash, ...) to the
-parquet file `folder/name` and returns the number of rows. If an image cannot be decoded, its row
-has the reason. If a file cannot be read, `OSError` is raised. `describe(prepared)` returns the row
-of a good image as a dict, and `refuse(reason)` that of a bad one.
+Main entry: `take_inventory(raw, folder, name, items)` writes a row of facts for each image
+(SHA-256, size, format, perceptual hash, ...) to the parquet file `folder/name` and returns the
+number of rows. If an image cannot be decoded, its row has the reason in `error`. If a file cannot
+be read, `OSError` or `RawError` is raised.
 
-A build decodes only new and changed images. `known_facts(folder, source)` returns a table of the
-rows of earlier builds, or None. `missing_chunks(source, items, facts)` takes that table and yields
-a file name and a table of images for each call of `take_inventory()`. `finish_source(folder,
-source, items, listing)` then joins all rows of a source and writes them to `<source>.parquet`, with
-the notes of the `Listing` (what was excluded). It returns the table, with the columns `SCHEMA`.
-`read_source(folder, source)` returns (table, `Listing`) of a source whose raw files are gone, or
-None if it was never packed. A damaged file of the inventory raises `ShardError`.
+- `raw`: the folder of all raw datasets, as a text.
+- `folder`: the existing folder of the inventory (`.build/inventory` below a build's output), as a
+  text.
+- `name` and `items`: a file name and a table of up to `CHUNK` images, a pair that
+  `missing_chunks()` yields.
+
+A build decodes only new and changed images. In the other functions `source` is the name of a
+source, and `folder` a path:
+
+- `item_table(items)` makes a table of a list of `Item`s (`list_source()` of sharding/listing.py).
+- `known_facts(folder, source)` returns a table of the rows of earlier builds, or None.
+- `missing_chunks(source, items, facts)` takes these two tables and yields the pairs for
+  `take_inventory()`.
+- `finish_source(folder, source, items, listing)` then joins all rows of a source and writes them to
+  `<source>.parquet`, with the notes of the `Listing` (what was excluded). It returns the table,
+  with the columns `SCHEMA`.
+- `read_source(folder, source)` returns (table, `Listing`) of a source whose raw files are gone, or
+  None if it was never packed.
+- `describe(prepared)` returns facts of a good image (a `Prepared` of imaging/decode.py) as a dict,
+  and `refuse(reason)` the row of a bad one.
+
+A damaged file of the inventory raises `ShardError`.
 """
 
 import hashlib

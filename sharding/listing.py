@@ -1,20 +1,20 @@
 """List the images of a raw dataset with their labels, by the rules of a catalog source.
 
-Main entry: `list_source(name, source, raw)` takes the name of a source, its `Source` of the catalog
-and the folder of the raw datasets. It returns a `Listing`: `items`, an `Item` for each image (path,
-label, generator, group, sets); `excluded`, for each reason the number of excluded files and the
-first `NAMED` names; `read_as`, the number of images by rule; and `unmatched`, the rules without a
-file. No image is read. A label comes from whole parts of the path, ignoring case, or from the
-columns of a table. Of several matching rules, the one with the deepest folder is used. An image
-that matches a real and a fake rule at the same depth raises `CatalogError`: labels are never
-guessed. So does a source whose images match no rule. Unreadable files and folders raise `RawError`
-or `OSError`.
+Main entry: `list_source(name, source, raw)` takes the name of a source, its `Source`
+(`catalog.sources[name]`) and the path of the folder of the raw datasets. It returns a `Listing`:
+`items`, an `Item` for each image (path, label, generator, group, sets); `excluded`, a dict from
+each reason to {"files": number, "first": first `NAMED` names}; `read_as`, a dict from each rule to
+its number of images; and `unmatched`, the rules without a file. No image is read. A label comes
+from whole parts of the path, ignoring case, or from the columns of a table. Of several matching
+rules, the one with the deepest folder is used. An image that matches a real and a fake rule at the
+same depth raises `CatalogError`: labels are never guessed. So does a source whose images match no
+rule. Unreadable files and folders raise `RawError` or `OSError`.
 
-`capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in place.
-`choose_set(group, share_of)` takes the name of a group (related images) and a dict from set to
-share. It returns the name of the group's set, chosen by the group's hash (`hash_point()`, 0 to 1).
-`folder_pattern(folder)` compiles a rule's folder to a regular expression, and `class_names(schema,
-column)` returns the class names of a parquet column.
+`capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
+place. `choose_set(group, share_of)` takes the name of a group (related images) and a dict from set
+to share. It returns the name of the group's set, chosen by the group's hash (`hash_point()`, 0 to
+1). `folder_pattern(folder)` compiles a rule's folder to a regular expression, and
+`class_names(schema, column)` returns the class names of a parquet column.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
 """Lock the output folder of a build, so that only one process writes to it.
 
-Main entry: `locked(work, what)`, a context manager that yields nothing and raises `BlockingIOError`
-if another process has the lock. `work` is an existing folder in the output for temporary files
-(such as `OUT/.build`), which gets the lock file; `what` is the locked folder, for messages. On a
-local disk the lock is `flock` and ends with the process. In a bucket it is an object that is
+Main entry: `with locked(work, what):`, a context manager that yields nothing and raises
+`BlockingIOError` if another process has the lock. `work` is the path of an existing folder in the
+output for temporary files (such as `OUT/.build`), which gets the lock file; if it cannot be
+written, `OSError` is raised. `what` is the path of the locked folder (`OUT`), only for the message.
+On a local disk the lock is `flock` and ends with the process. In a bucket it is an object that is
 renewed while the process lives, and expires `LEASE_SECONDS` after the last renewal.
 """
 

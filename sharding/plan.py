@@ -1,11 +1,18 @@
 """Divide the samples of a set into shards (tars); nothing is read from disk or written.
 
-Main entry: `plan_shards(samples, split)` takes a pyarrow table with one row per sample (source,
-key, path, label, SHA-256, `stored` bytes, ...) and the name of the split. It returns a list of
-`ShardPlan`, one for each tar to write: its file name, its source, the row numbers of its samples,
-and its `fingerprint`. This is a hash of the tar's name and of the values of its rows in the table
-(with the SHA-256 of each image); a build compares it to find out whether a shard is up to date. A
-shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
+Main entry: `plan_shards(samples, split)` takes the name of the split, such as "train", and a
+pyarrow table with one row per sample. Its columns include `source`, `key`, `origin` (path of the
+image, for people), `path` and `member` (location of the bytes), `label`, `generator`, `group`,
+`sha256`, `transcoded_from`, and `stored`, the size in bytes: the columns of sharding/inventory.py,
+and `key`. The function returns a list of `ShardPlan`, one for each tar to write:
+
+- `name`: file name of the tar, `<source>-<split>-<NNNNN>.tar`.
+- `source`: its source.
+- `rows`: NumPy array of the row numbers of its samples in the table.
+- `fingerprint`: a hash of the tar's name and of the values of its rows (with the SHA-256 of each
+  image); a build compares it to find out whether a shard is up to date.
+
+A shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
 shard of its own. If two samples have the same key, `ValueError` is raised.
 
 `sample_key(source, origin)` returns the key of a sample: its source and a hash of `origin`, the

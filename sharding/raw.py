@@ -1,18 +1,24 @@
 """List raw images and read their bytes: files, members of zip archives, cells of parquet tables.
 
-Main entries: `walk(raw, root)` takes the folder of all raw datasets and the name of a folder in it.
-It yields a `RawFile` for each file below `raw/root`, sorted by path, with each zip archive as a
-folder. A `RawFile` has `inside`, the path below `raw/root`; `path`, the file with the bytes, below
-`raw`; `member`, the location in that file if it is an archive, else ""; `size` in bytes; `version`,
-a text that changes with the file; and `excluded`, the reason if it is not read (a link, an unsafe
-name in an archive), else "". A broken archive raises `RawError`, an unreadable folder `OSError`.
+Main entries: `walk(raw, root)` takes the path of the folder of all raw datasets and the name of a
+folder in it. It yields a `RawFile` for each file below `raw/root`, sorted by path, with each zip
+archive as a folder. Hidden files are left out. A broken archive raises `RawError`, an unreadable
+folder `OSError`. The fields of a `RawFile`:
 
-`read_all(raw, rows)` takes the folder of all raw datasets and a list of dicts, one per image, with
-the keys `path`, `member`, `size`, `version` and `excluded` of a `RawFile`. The cells of a parquet
-table are listed by `sharding/listing.py`; their `member` names row group, row and column. For each
-image it yields the bytes, or a `DecodeError` (not raised) that says why it cannot be read. It
-raises `RawError` if a table has fewer rows than when it was listed, and `OSError` if a file cannot
-be read. Nothing is unpacked to disk.
+- `inside`: path below `raw/root`.
+- `path`: path of the file with the bytes, below `raw`.
+- `member`: location in that file if it is an archive, else "".
+- `size`: in bytes.
+- `version`: a text that changes with the file.
+- `excluded`: the reason if it is not read (a link, an unsafe name in an archive), else "".
+
+`read_all(raw, rows)` takes the same folder and a list of dicts, one per image, with the keys
+`path`, `member`, `size`, `version` and `excluded` of a `RawFile`. To read a cell of a parquet
+table, `member` is "<row group>:<row in the group>:<column>", as sharding/listing.py lists cells;
+the cells of a row group must be adjacent and in ascending order of rows. For each image it yields
+the bytes, or a `DecodeError` (not raised) that says why it cannot be read. It raises `RawError` if
+a table has fewer rows than when it was listed, and `OSError` if a file cannot be read. Nothing is
+unpacked to disk.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the folder below `raw` that has the name `root`, even if its name on disk has another composition,

@@ -1,16 +1,20 @@
 """Record which files builds wrote into a set's folder, so that builds never touch other files.
 
-The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). Main entries:
-`read_record(marks)` returns the file names in it, a set of texts (empty if there is no record), or
-raises `ShardError` if it is damaged. `write_record(marks, names)` replaces the names in it by those
-in the set `names`; a build does so before its first file, so that the next build recognizes the
-files of a killed one. `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder
-has a shard, index or unfinished file that is not recorded. `remove_earlier(folder, marks, shards)`
-takes the set `shards` of the names of the tars to keep. It deletes all other recorded files of the
-set, and the files in `marks` of other tars, then writes a record of the remaining ones.
-`files_of(shards)` returns the names of all files of a set with these tars. `is_recorded(name,
-record)` returns whether the file `name` is in the record; the name of an unfinished file counts as
-that of the finished one.
+The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). `folder` is
+the set's folder; both are paths. Main entries:
+
+- `read_record(marks)` returns the file names in the record, a set of texts (empty if there is no
+  record), or raises `ShardError` if it is damaged.
+- `write_record(marks, names)` replaces the names in the record by those in the set `names`. A build
+  does so before its first file, so that the next build recognizes the files of a killed one.
+- `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a shard, index
+  or unfinished file that is not recorded.
+- `remove_earlier(folder, marks, shards)` takes the set `shards` of the names of the tars to keep.
+  It deletes the recorded files in `folder` that are not in `files_of(shards)`, and the files in
+  `marks` that belong to none of these tars. Then it writes `files_of(shards)` as the record.
+- `files_of(shards)` returns the names of all files of a set with these tars.
+- `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
+  unfinished file counts as that of the finished one.
 """
 
 import json

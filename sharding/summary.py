@@ -1,17 +1,19 @@
 """Print the results of the commands that build, pair and audit shard sets (images packed in tars)
 as tables and lines in a terminal.
 
-Main entries: four functions, called by `sharding/__main__.py`. They print to standard output and
-return nothing.
+Main entries: four functions, which print to standard output and return nothing.
 
-`say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (what was
-found of each source) that `sharding.build.build()` returns, and the output folder.
-`say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
-`Catalog`, the `SourceScan` and the searched folder. `say_what_was_paired(pairs, out)` takes the
-`Pairs` of real and fake images and their folder. `say_what_was_audited(name, result, matched)`
-takes a set's name, its `Audit` (how well metadata alone separate real from fake images, as AUROC),
-and `matched`: a `Match` (a subset balanced by metadata), the reason why there is none, or None. For
-the last two, nothing is printed about the subset.
+- `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (what
+  was found of each source) that `sharding.build.build()` returns, and the path of the output.
+- `say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
+  `Catalog`, the `SourceScan` and the path of the searched folder.
+- `say_what_was_paired(pairs, out)` takes the `Pairs` that `make_pairs()` of sharding/pairs/run.py
+  returns, and the path `out` that `make_pairs()` wrote to.
+- `say_what_was_audited(name, result, matched)` takes a set's name and its `Audit` (how well
+  metadata alone separate real from fake images, as AUROC; from `audit()` of
+  sharding/audit/audit.py). `matched` is a `Match` (a subset balanced by metadata; from
+  `match_classes()` of sharding/audit/match.py), or the reason why there is none, or None. For the
+  last two, nothing is printed about the subset.
 """
 
 import console

@@ -1,19 +1,26 @@
 """Write one shard of a set: a tar of images, its `.idx` file for DALI, and its rows of the index.
 
-Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` takes three folders as
-texts: of the raw data, of the set, and of the marks of finished shards. `name` is the file name of
-the tar, and `samples` a pyarrow table with one row per sample (path below `raw`, label, source,
-SHA-256 of the bytes to pack, ...). `fingerprint` is a hash of everything that determines the
-shard's bytes and rows (`plan_shards()`). The function writes the tar `folder/name`, the `.idx` next
-to the tar and, last, the rows and the fingerprint to `marks/<name>.parquet`: a shard with this
-parquet file is done. It returns a `Written` (name, number of samples, bytes, SHA-256). It raises
-`ShardError` if a raw file no longer gives the SHA-256 of its row, because the file has changed
-since an earlier step of the build decoded it, and `OSError`. The same samples give the same bytes,
-and the tar gets its final name only when complete.
+Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` returns a `Written`
+(`name`, number of `samples`, `bytes`, `sha256`).
 
-`read_done(plan, folder, marks)` takes a `ShardPlan` of `sharding/plan.py` and compares the stored
-fingerprint with the plan's. It returns the `Written` of the shard that an earlier build finished,
-or None if the shard is missing, damaged or out of date.
+- `raw`, `folder` and `marks`: three existing folders as texts: of the raw data, of the set, and of
+  the marks of finished shards.
+- `name` and `fingerprint`: file name of the tar, and hash of everything that determines the shard's
+  bytes and rows; both are fields of a `ShardPlan` (`plan_shards()` of sharding/plan.py).
+- `samples`: the rows of this shard, a pyarrow table. The columns are those of the index
+  (`SAMPLES_SCHEMA` of sharding/format.py) except `shard`, `offset` and `size`, which are set here,
+  and the location of the bytes: `path`, `member`, `size`, `version` and `excluded` of the listing.
+
+The function writes the tar `folder/name`, the `.idx` next to the tar and, last, the rows and the
+fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done. It raises
+`ShardError` if a raw file no longer gives the SHA-256 of its row, because it has changed since an
+earlier step of the build decoded it, or if a name is too long for a tar; `RawError` or `OSError` if
+a file cannot be read or written. The same samples give the same bytes, and the tar gets its final
+name only when complete.
+
+`read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
+stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
+finished, or None if the shard is missing, damaged or out of date.
 """
 
 import hashlib

@@ -1,9 +1,16 @@
 """Render synthetic raw images, real and fake, for a demo without any download.
 
-Main entry: `make_demo(folder, seed=0)` writes these files below `folder` in `jobs` processes
-(default 2) and returns a dict from each source (`SOURCES`) to its number of images. After each
-image it calls `on_done(done, total)`: the number of images so far and of all. `on_done` may be
-None.
+Main entry: `make_demo(folder, seed, jobs, on_done)` writes the files below and returns a dict from
+the name of each source (key of `SOURCES`) to its number of images. All arguments except `folder`
+are keywords. A file that cannot be written raises `OSError`.
+
+- `folder`: a `pathlib.Path`, created if it does not exist.
+- `seed`: an integer that determines all images (default 0).
+- `jobs`: number of processes (default 2).
+- `on_done`: None (default), or `on_done(done, total)`, called after each image with the number of
+  images so far and of all.
+
+Files:
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
     folder/catalog.toml

@@ -1,17 +1,22 @@
 """Encode the fake image of a pair like the file of its real partner, so that only pixels differ.
 
-Main entry: `encode_like(upright, partner, pixels, facts)` takes `upright`, the pixels of the fake
-image, and three things of the real partner: `partner`, the bytes of the file; `pixels`, the decoded
-pixels; and `facts`, its `Facts` (format, size, JPEG quality, EXIF orientation, ...). All pixels are
-uint8 (height, width, 3) RGB and upright, that is, already turned by the EXIF orientation. If all
-pixels of the partner are gray, the fake image becomes gray too. The function returns the bytes of a
-JPEG, PNG or WebP with the partner's quality, chroma subsampling, orientation, alpha and metadata.
-It raises `NoPair` if Pillow cannot read or write the metadata, or if the facts of the new file,
-which it decodes again, differ from `facts`.
+Main entry: `encode_like(upright, partner, pixels, facts)` returns the bytes of a JPEG, PNG or WebP
+with the partner's quality, chroma subsampling, orientation, alpha and metadata.
 
-`refuse_partner(data, facts)` takes the partner's bytes and facts, returns nothing, and raises
-`NoPair` if no such file can be written; it is called before the fake image is made. `CHROMA_NAMES`
-maps "420" and others to Pillow's names of chroma subsamplings.
+- `upright`: pixels of the fake image, uint8 (height, width, 3) RGB, of the same size as `pixels`.
+- `partner`: bytes of the real image's file, a JPEG, PNG or WebP.
+- `pixels` and `facts`: the decoded pixels of the partner (same dtype and layout) and its `Facts`
+  (format, size, JPEG quality, EXIF orientation, ...); both are fields of `prepare(partner)` of
+  imaging/decode.py.
+
+All pixels are upright, that is, already turned by the EXIF orientation. If all pixels of the
+partner are gray, the fake image becomes gray too. `encode_like()` raises `NoPair` if Pillow cannot
+read or write the metadata, or if the facts of the new file, which it decodes again, differ from
+`facts`.
+
+Call `refuse_partner(data, facts)` first: it takes the partner's bytes and facts, returns nothing,
+and raises `NoPair` if no such file can be written. `CHROMA_NAMES` maps "420" and others to Pillow's
+names of chroma subsamplings.
 """
 
 import contextlib

@@ -1,12 +1,18 @@
 """Make a fake partner of each real image of a shard set, as a raw dataset for `sharding build`.
 
-Main entry: `make_pairs(folder, out, decoder)` takes the folder of a set, the output folder and a
-`Decoder` (a VAE that reconstructs images, from `load_decoder()` of `sharding/pairs/decoder.py`).
-Images of more than `max_megapixels` (default `MAX_MEGAPIXELS`) get no partner. `on_image()` is
-called without arguments after each real image, with or without a partner. `make_pairs()` returns a
-`Pairs`: the name of the new set; the catalog's path; `counts`, a dict from a source to its number
-of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason to the
-number of real images without a partner. These files are written below `out`:
+Main entry: `make_pairs(folder, out, decoder, max_megapixels, on_image)` writes the files below and
+returns a `Pairs`.
+
+- `folder`: path of the folder of a shard set.
+- `out`: `pathlib.Path` of the output folder.
+- `decoder`: a `Decoder`, a VAE that reconstructs images; `load_decoder()` of
+  `sharding/pairs/decoder.py` returns it.
+- `max_megapixels`: keyword, a number; larger images get no partner. Default: `MAX_MEGAPIXELS`.
+- `on_image`: keyword; called without arguments after each real image, with or without a partner.
+
+A `Pairs` has the `name` of the new set; `catalog`, its path; `counts`, a dict from a source to its
+number of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason
+to the number of real images without a partner. Files below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
     <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
@@ -16,9 +22,10 @@ number of real images without a partner. These files are written below `out`:
 
 `ShardError` is raised if the set is missing, damaged or without an image to pair, or if
 started.json has another set, decoder or `max_megapixels`; `DecoderError` if the decoder fails;
-`OSError` for files. Complete pairs are not made again. The two images of a pair are one group
-(related images, which stay in one split). All pairs are one set, in the split of the packed set.
-`real_samples(shards)` takes a `ShardSet` and returns the row numbers of its real images.
+`CatalogError` if a name is too long; `OSError` for files, or if another run writes to `out`.
+Complete pairs are not made again. The two images of a pair are one group (related images, which
+stay in one split). All pairs are one set, in the split of the packed set. `real_samples(shards)`
+takes a `ShardSet` and returns the row numbers of its real images.
 """
 
 import hashlib
