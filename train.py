@@ -79,7 +79,7 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     multiple=True,
     help="Change a recipe value, such as optim.lr=1e-4. May be repeated.",
 )
-@click.option("--run", "name", help="Name of the run. Default: that of the recipe.")
+@click.option("--run", "name", help="Name of the run. Default: that of the recipe, or of --folder.")
 @click.option(
     "--init-from",
     type=console.LocalPath(),

@@ -50,10 +50,15 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
 def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Return the dtype for mixed precision and the reason. `auto` is bf16 where the GPU supports
     it, else fp16, else fp32.
+
+    Raises:
+        ValueError: `asked` is none of `auto`, `bf16`, `fp16` and `fp32`.
     """
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if asked != "auto":
+    if asked in named:
         return named[asked], "asked for"
+    if asked != "auto":
+        raise ValueError(f"no such precision: {asked}; use auto, bf16, fp16 or fp32")
     if device.type != "cuda":
         return torch.float32, f"no mixed precision on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):

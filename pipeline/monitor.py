@@ -110,7 +110,6 @@ class Watchdog:
         self.describe, self.stall_warning_s = describe, stall_warning_s
         self._asked: tuple[int, float] | None = None
         self._ended = threading.Event()
-        self._consumer = threading.get_ident()
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

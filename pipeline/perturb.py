@@ -10,8 +10,8 @@ preprocessing.
 - `pixels`: a whole upright image, uint8 (height, width, 3) RGB.
 - `sha256`: the SHA-256 of the image's file, 32 bytes, the seed of the noise (default b"").
 
-An image that is too large raises ValueError, or, if an encoder refuses it, another error (OSError
-for JPEG). The same image and hash always give the same pixels.
+An image that is too large, or that an encoder refuses, raises ValueError. The same image and hash
+always give the same pixels.
 
 A perturbation is a chain of steps such as `jpeg(pixels, rng, quality=80)` and `scale(pixels, rng,
 factor=0.5)` (type `Step`), which take the pixels, a NumPy generator (used only by `noise()`) and
@@ -150,7 +150,11 @@ def screenshot(pixels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
 
 def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, image_format, **options)
+    try:
+        image.save(stream, image_format, **options)
+    except (OSError, RuntimeError) as error:  # a side too long for JPEG, for AVIF
+        width, height = image.size
+        raise ValueError(f"{width} x {height} pixels, no {image_format}: {error}") from error
     return stream.getvalue()
 
 

@@ -102,8 +102,11 @@ def import_file(file: Path, run: Path) -> Path:
     """Convert `file` to a checkpoint in the run folder `run`, and return the checkpoint.
 
     Raises:
-        OriginalError: the file contains more than tensors, or not the weights of a network.
+        OriginalError: the file contains more than tensors, or not the weights of a network; or the
+            run exists.
     """
+    if run.exists():
+        raise OriginalError(f"{run} exists; name another run with --run")
     weights = _weights_in(file)
     recipe = recipe_of(run.name)
     net = build(recipe.network, pretrained=False)

@@ -186,14 +186,20 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         ) from error
 
 
-def _providers(device: str) -> list[str]:
-    """Return ONNX Runtime's execution providers for `device`, in order of preference."""
+def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
+    """Return ONNX Runtime's execution providers for `device`, in order of preference. A GPU of a
+    number is a tuple of the provider and its options.
+    """
     import onnxruntime
 
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    kind = device.partition(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"the device for an ONNX file is auto, cpu or cuda, got {device!r}")
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and not (kind == "cuda" and number.isdigit())
+    ):
+        raise ValueError(
+            f"the device for an ONNX file is auto, cpu, cuda or cuda:N, got {device!r}"
+        )
     if kind == "cpu" or (kind == "auto" and cuda not in onnxruntime.get_available_providers()):
         return [cpu]
     if cuda not in onnxruntime.get_available_providers():
@@ -201,7 +207,7 @@ def _providers(device: str) -> list[str]:
             f"--device {device}, but this ONNX Runtime computes on the CPU only; its GPU build is "
             "the package onnxruntime-gpu"
         )
-    return [cuda, cpu]
+    return [(cuda, {"device_id": int(number)}) if number else cuda, cpu]
 
 
 def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, Any]:

@@ -66,16 +66,16 @@ def convert(data: bytes) -> dict[str, np.ndarray]:
         if not one.name.startswith("onnx::")
     }
     quantized = {one.name: one for one in graph.initializer if one.name.startswith("onnx::")}
-    for node in graph.node:
-        if (matched := _LINEAR.fullmatch(node.name)) and node.op_type == "MatMulInteger":
-            base = node.input[1].removesuffix("_quantized")
-            whole, scale, zero = (
-                onnx.numpy_helper.to_array(quantized[base + part])
-                for part in ("_quantized", "_scale", "_zero_point")
-            )
-            module = matched[2].replace("/", ".")
-            arrays[f"{LAYERS}{matched[1]}.{module}.weight"] = dequantized(whole, scale, zero)
     try:
+        for node in graph.node:
+            if (matched := _LINEAR.fullmatch(node.name)) and node.op_type == "MatMulInteger":
+                base = node.input[1].removesuffix("_quantized")
+                whole, scale, zero = (
+                    onnx.numpy_helper.to_array(quantized[base + part])
+                    for part in ("_quantized", "_scale", "_zero_point")
+                )
+                module = matched[2].replace("/", ".")
+                arrays[f"{LAYERS}{matched[1]}.{module}.weight"] = dequantized(whole, scale, zero)
         return timm_names(arrays)
     except KeyError as error:
         raise ConvertError(

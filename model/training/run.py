@@ -248,7 +248,8 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             validating = ended and (epoch % settings.validate_every == 0 or done == steps)
             stopping = all_reduce_any(dist, bool(received))
             due = settings.save_every and done % settings.save_every == 0
-            saving = validating or due or stopping or done == stop_at
+            at_end = stop_at is not None and done >= stop_at
+            saving = validating or due or stopping or at_end
             if saving or done % settings.log_every == 0:
                 _refuse_bad_loss(planned, train_state)
                 _refuse_bad_weights(train_state, done)
@@ -268,7 +269,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             if stopping and not over:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
-            if over or done == stop_at:
+            if over or at_end:
                 break
     assert best is not None  # never None: the last step is always saved
     return over, best

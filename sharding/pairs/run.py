@@ -118,9 +118,11 @@ def make_pairs(
             )
         made = {"pairs": dict(sorted(counts.items())), "excluded": dict(sorted(excluded.items()))}
         write_text(out / f"{name}.json", json.dumps(identity | made, indent=1) + "\n")
-        catalog = out / f"{name}.toml"
-        write_text(catalog, _catalog_text(name, index, decoder, counts))
-        read_catalog([catalog])  # refuses a name that is too long
+        catalog, text = out / f"{name}.toml", _catalog_text(name, index, decoder, counts)
+        tried = work / "catalog.toml"
+        write_text(tried, text)
+        read_catalog([tried])  # refuses a name that is too long
+        write_text(catalog, text)
     return Pairs(name, catalog, dict(sorted(counts.items())), already, dict(excluded))
 
 

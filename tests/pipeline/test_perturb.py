@@ -167,6 +167,9 @@ def test_impossible_perturbations_are_errors_with_a_reason() -> None:
         perturb.scale(np.zeros((800, 2000, 3), np.uint8), RNG, factor=20)
     with pytest.raises(ValueError, match="encod"):
         BY_NAME["webp-80"].apply(np.zeros((2, 17000, 3), np.uint8))
+    for name in ("jpeg-80", "avif-75"):
+        with pytest.raises(ValueError, match=r"70000 x 2 pixels, no (JPEG|AVIF): "):
+            BY_NAME[name].apply(np.zeros((2, 70_000, 3), np.uint8))
 
 
 def test_a_perturbation_without_steps_returns_the_image() -> None:

@@ -47,6 +47,8 @@ def test_the_imported_network_computes_the_same_logits(
     file = published(small, tmp_path / "checkpoint_phase2.pth", prefix)
     result = CliRunner().invoke(main, ["import", str(file), "--runs", str(tmp_path / "runs")])
     assert result.exit_code == 0, result.output
+    again = CliRunner().invoke(main, ["import", str(file), "--runs", str(tmp_path / "runs")])
+    assert again.exit_code == 1 and "exists; name another run with --run" in again.output
     net, preprocess, meta = checkpoint.load_network(checkpoint.find(tmp_path / "runs"))
     assert (preprocess.crop_size, preprocess.resize_size) == (256, 288)
     assert meta["classes"] == ["real", "fake"]

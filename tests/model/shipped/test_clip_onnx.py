@@ -1,6 +1,7 @@
 """Conversion of CLIP's ONNX file: names, numbers, reproducible bytes, refusals."""
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -55,10 +56,19 @@ def test_the_same_file_gives_the_same_bytes(tmp_path) -> None:
     assert int.from_bytes(one.read_bytes()[:8], "little") % 8 == 0  # values are aligned
 
 
+def without_scale() -> bytes:
+    """Return the file of CLIP without the scale of one quantized layer."""
+    model = onnx.load_from_string(clip_onnx_file())
+    arrays = model.graph.initializer
+    arrays.remove(next(one for one in arrays if one.name.endswith("_scale")))
+    return model.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [(b"\xff\xffno onnx", "the file is not ONNX"), (b"", "the file has no"),
-     (clip_onnx_file(without="vision_model.pre_layrnorm.bias"), "no vision_model.pre_layrnorm")],
+     (clip_onnx_file(without="vision_model.pre_layrnorm.bias"), "no vision_model.pre_layrnorm"),
+     (without_scale(), r"the file has no onnx::MatMul_\S*_scale")],
 )  # fmt: skip
 def test_another_file_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(clip_onnx.ConvertError, match=said):

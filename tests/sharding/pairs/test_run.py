@@ -18,7 +18,7 @@ from pipeline.pairs import partners_of
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import audit
 from sharding.build import Tolerance, build
-from sharding.catalog import read_catalog
+from sharding.catalog import LONGEST_NAME, CatalogError, read_catalog
 from sharding.format import ShardError, ShardSet, open_shards
 from sharding.pairs.decoder import Decoder
 from sharding.pairs.run import make_pairs
@@ -242,6 +242,21 @@ def test_the_catalog_keeps_split_synthetic_and_test_only(decoder: Decoder, tmp_p
         started.write_text(text)
         with pytest.raises(ShardError, match=r"started.json is damaged .* away"):
             make_pairs(folder, out, decoder)
+
+
+def test_a_name_that_is_too_long_leaves_no_catalog(decoder: Decoder, tmp_path: Path) -> None:
+    """`<set>-pairs-<source>` must be a name that a catalog accepts."""
+    source = "s" * (LONGEST_NAME - 3)
+    (tmp_path / f"raw/{source}/real").mkdir(parents=True)
+    (tmp_path / f"raw/{source}/real/0.png").write_bytes(encode(photo(0), "PNG"))
+    (tmp_path / "raw/catalog.toml").write_text(
+        f'[sets]\nheld = "test"\n[sources.{source}]\nlicense = "mine"\nset = "held"\n'
+        'real = ["real"]\n'
+    )
+    folder = build_all(tmp_path / "raw", tmp_path / "shards") / "held"
+    with pytest.raises(CatalogError, match="characters; use at most"):
+        make_pairs(folder, tmp_path / "out", decoder)
+    assert not (tmp_path / "out" / "held-pairs.toml").exists()
 
 
 def test_a_source_name_cannot_point_outside_the_folder(
