@@ -148,7 +148,7 @@ def perturbed_features(
     They are NaN where a perturbation fails. Samples that cannot be decoded are missing.
     """
     features = {}
-    prepare = partial(pil.preprocess, preprocess=planned.recipe.preprocess)
+    prepare = partial(pil.preprocess, settings=planned.recipe.preprocess)
     variants = perturbed_variants(planned.stream.pool.shards, rows, PERTURBATIONS, prepare)
     with console.progress("perturbing", len(rows)) as advance, evaluating(state.net):
         for sample, images in variants:

@@ -15,8 +15,8 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
 - `policy`: the name in `augment` for each source whose index names no policy.
 - `seed`: an integer.
 - `repeats`: dict, source -> times per epoch, such as 2 or 0.5 (default: 1 for each).
-- `views`: how many fixed augmentations of each image take turns. 0: center crops. None (default):
-  new augmentations in each epoch.
+- `views`: number of fixed augmentations of each image, which take turns with its center crop. 0:
+  only center crops. None (default): new augmentations in each epoch.
 
 `Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
 (counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
@@ -144,8 +144,8 @@ class Stream:
     `policy` is for sources for which the index names none. `repeats` maps a source of the new sets
     to how many times it appears in an epoch (1 if missing).
 
-    `views` None samples new parameters in each epoch. With `views` = n > 0, epoch e uses view 1 + e
-    mod n of each image. With 0, every epoch uses the center crop (`view_params`).
+    `views` None samples new parameters in each epoch. With `views` = n, epoch e uses view e mod
+    (n + 1) of each image; view 0 is the center crop (`view_params`).
     """
 
     loader: BatchLoader
@@ -213,9 +213,7 @@ class Stream:
         """Return the view number of every image in epoch `epoch_number`, or None if `views` is
         None.
         """
-        if not self.views:
-            return self.views
-        return 1 + epoch_number % self.views
+        return None if self.views is None else epoch_number % (self.views + 1)
 
     def params(self, epoch_number: int) -> ParamsFor:
         """Return the augmentation parameters of epoch `epoch_number`.

@@ -87,9 +87,7 @@ def source_of_checkpoint(
 def views_of(recipe: Recipe) -> range:
     """Return the numbers of the views that training reads."""
     assert recipe.features is not None
-    if not recipe.features.views:
-        return range(1)
-    return range(1, 1 + min(recipe.features.views, recipe.run.epochs))
+    return range(min(recipe.features.views + 1, recipe.run.epochs))
 
 
 def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:

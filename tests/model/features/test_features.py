@@ -20,6 +20,7 @@ from model.__main__ import main as command
 from model.features import embed as embedding
 from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
+from model.features.prepare import views_of
 from model.features.store import (
     FeatureError,
     View,
@@ -32,6 +33,7 @@ from model.features.store import (
 )
 from model.network import Detector, build
 from model.recipe import Features, Network, Recipe
+from model.training.plan import plan
 from model.training.run import train
 from pipeline.augment import AugmentPolicy
 from pipeline.loader import LoadError
@@ -332,6 +334,16 @@ def test_a_run_is_the_same_after_an_interruption(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_epochs_take_the_center_crop_and_the_augmented_views_in_turn(
+    tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    for views, expected in ((0, [0, 0, 0]), (1, [0, 1, 0]), (2, [0, 1, 2]), (5, [0, 1, 2])):
+        recipe = recipes.load(Recipe, tiny_recipe, settings(f"features.views={views}"))
+        planned = plan(recipe, data, tmp_path, init_from=weights)
+        assert [planned.stream.view(epoch) for epoch in range(3)] == expected
+        assert list(views_of(recipe)) == sorted(set(expected))
+
+
 @pytest.mark.parametrize("value", [-1, 1001])
 def test_a_number_of_views_has_bounds(value: int) -> None:
     with pytest.raises(ValueError, match="views must be 0 to 1000"):
@@ -350,7 +362,8 @@ def test_the_command_computes_the_features_that_training_reads(
     result = CliRunner().invoke(command, words)
     assert result.exit_code == 0, result.output
     counts = {name: len(open_shards([data / name])) for name in ("old", "new", "val")}
-    assert f"features of {sum(counts.values())} images were computed" in result.output
+    computed = sum(counts.values()) + counts["old"]  # old is trained on: views 0 and 1
+    assert f"features of {computed} images were computed" in result.output
     files = {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path / "store")}
     again = CliRunner().invoke(command, words)
     assert "features of 0 images were computed" in again.output
