@@ -26,10 +26,10 @@ With which detector, and how:
 - `--features STORE`: a folder of stored features of a frozen backbone, scored instead of images.
   Missing ones are computed.
 
-`--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables and `report.html` (default:
-`evaluation/<sets>` in the run's folder, or in that detector's folder below `--runs`); with
-`--regressions`, only `regressions.json` (default: no file). An error is one line and exit code 1;
-wrong options (`CONFLICTS` exclude each other) give 2.
+`--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`
+(default: `evaluation/<sets>` in the run's folder, or in that detector's folder below `--runs`);
+with `--regressions`, only `regressions.json` (default: no file). An error is one line and exit code
+1; wrong options (`CONFLICTS` exclude each other) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
 them with the detector. `compare RUN RUN...` prints the differences between reports. Their other

@@ -18,16 +18,19 @@ features are computed and written to the recipe's feature store first. No run is
   of training runs, where the recipe's starting checkpoint may be (default `runs`).
 - `--json`: a file for what is printed.
 
-These metrics and calibrated thresholds are printed as JSON:
+A dict is printed as JSON. Its keys:
 
-- the AUROC of each pair of a real and a fake source: mean, 95 % interval and the ten lowest;
-- the false positive rate of each real source and the recall of each fake source, at the threshold
-  for 5 % false positives over all real sources;
-- the AUROC within subjects: images are clustered by their features, and only images of one cluster
-  are compared. A head that recognizes nothing but the subject gets 0.5.
-
-Intervals are from 200 resamples of the sources (`interval(values, seed)`: `values` maps "real |
-fake" to an AUROC; returns low and high).
+- "one left out": `mean`, 95 % `interval` and `worst` (the ten lowest) of the AUROCs of all pairs of
+  a real and a fake source. The interval is from 200 resamples of the sources (`interval()`).
+- "at 5 % over all": source -> share of its images called fake, at the threshold for 5 % false
+  positives over all real sources.
+- "within subjects": `auroc`, the mean over `clusters` clusters of similar images (by their
+  features) that have both classes. A head that recognizes nothing but the subject gets 0.5.
+- "pooled": the AUROC of all images.
+- "threshold pooled", "threshold most_sources", "threshold worst_source": the calibration by each
+  rule (`threshold`, `band`, `sources`, `temperature`).
+- "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`.
+- "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
 """
 
 import itertools

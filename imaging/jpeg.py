@@ -1,8 +1,8 @@
 """Read the headers and markers of a JPEG, given its bytes, without decoding it (ITU-T T.81).
 
-Main entry: `read_header(data)` returns a `Header` (width and height as stored, chroma subsampling
-such as "420", quantization tables as a tuple of tuples of 64 sorted numbers) if the file is a plain
-8-bit JPEG without EXIF or color profile, else None.
+Main entry: `read_header(data)` returns a `Header` if the file is a plain 8-bit JPEG without EXIF or
+color profile, else None. Its fields: `width` and `height` in pixels, as stored; `chroma`, such as
+"420" or "Gray"; `tables`, the quantization tables, a tuple of tuples of 64 sorted numbers.
 
 All functions except `describe_tables()` take the bytes of a JPEG, `data`; none raises an error for
 damaged bytes. `segments()` yields each `Segment` (marker, start and end in `data`) up to the first

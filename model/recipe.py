@@ -248,8 +248,8 @@ class Features:
     """Training of a head on features of a frozen backbone, which are computed once."""
 
     views: int = 0
-    """Number of augmented views per image. Epoch e uses view e modulo (`views` + 1), where view 0 is
-    the center crop of evaluation. 0: every epoch uses the center crop. Range: 0 to 1000"""
+    """Number of augmented views per image. Epoch e uses view e modulo (`views` + 1); view 0 is the
+    center crop of evaluation. 0: every epoch uses the center crop. Range: 0 to 1000"""
     store: str = "data/features"
     """Folder of the feature store."""
     stored: bool = True

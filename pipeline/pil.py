@@ -1,8 +1,8 @@
 """Decode and augment images on the CPU without DALI: the reference backend, which works everywhere.
 
 Main entry: `decode_request(request, size)` returns `Pixels`: `images`, a CPU tensor uint8 (B, size,
-size, 3) RGB, and `failures`, a dict, position in the batch -> reason, for images that cannot be
-decoded, which are black.
+size, 3) RGB, `failures`, a dict, position in the batch -> reason, for images that cannot be read or
+decoded, or whose crop reaches outside the image (no error is raised; they are black), and `timing`.
 
 - `request`: a `Request` (pipeline/batch.py): encoded images of a batch with their formats,
   orientations and augmentation parameters.

@@ -1,4 +1,5 @@
-"""Read batches of encoded images in a background thread, up to four batches ahead of the decoder.
+"""Read batches of encoded images in a background thread, up to `QUEUE_BATCHES` + 1 batches ahead of
+the decoder.
 
 Main entry: `ReadAhead(requests, status, start, stall_error_s)`, a context manager: `with
 ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next request.
@@ -12,7 +13,7 @@ ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next
 
 `next()` raises StopIteration after the last request, `StallError` (pipeline/monitor.py) if none
 came in `stall_error_s` seconds, or the error that ended the thread. The property `ready` is the
-number of batches that wait, already read.
+number of batches that wait, already read (the end counts as one).
 """
 
 import queue

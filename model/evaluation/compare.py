@@ -7,12 +7,14 @@ probability). It returns a tuple of them, each with only the images that every e
 read, in the same order. It raises `ScoresError` (a `ValueError`) if the tables have different
 images and `intersect` is false, no image in common, or different labels.
 
-`compare(before, after)` takes two of these returned tables. It returns a list with a `Line` per
-set, source and generator: `set`, `kind` (overall, reference, sources or generators), `name` of the
-source or generator, `images` (their number) and `changes`. This dict has for each metric of
-`COMPARED` a `Change` (`before`, `after`, and `low` and `high` of the difference after - before,
-None if there is no interval), or None if a table lacks the metric. It raises `ScoresError` if the
-false-positive rates of a set come from different real images (reference reals).
+`compare(before, after)` takes two of these returned tables. It returns a list with a `Line` for
+each set, for each of its sources (if it has several) and for each generator: `set`, `kind`, `name`
+of the source or generator, `images` (their number) and `changes`. `kind` is `sources`,
+`generators`, or for a whole set `overall`, or `reference` if its real images are those of another
+set. This dict has for each metric of `COMPARED` a `Change` (`before`, `after`, and `low` and `high`
+of the difference after - before, None if there is no interval), or None if a table lacks the
+metric. It raises `ScoresError` if the false-positive rates of a set come from different real images
+(reference reals).
 
 `flips(before, after)` takes the same tables. It returns a list of `Flip`, one per image whose
 verdict (fake or not, at each table's own threshold) changed, the largest change first; `fixed`
