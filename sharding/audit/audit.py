@@ -4,10 +4,9 @@ Main entry: `audit(shards, seed=0, on_step=...)` takes a `ShardSet`, the seed of
 and a function that is called with 1 after each of `steps_of(shards)` steps (optional). It returns
 an `Audit`: AUROCs of classifiers on metadata (format, size) over all images (`pooled`, an
 `Estimate`, or None for too few), by source (`sources`) and by feature (`features`), two dicts;
-values that predict the label (`shortcuts`); `notes`; and `verdict`, "little", "some", "strong" or
-"unknown". `open_sets(folders)` takes paths of sets and returns a dict, name -> `ShardSet`.
-`write_report(path, seed, sets)` writes report.json; `sets` is a dict, name -> `as_json(shards,
-audit)`. Without scikit-learn it raises `ValueError`.
+values that predict the label (`shortcuts`); `notes`; and `verdict`: little, some, strong, unknown.
+`open_sets(folders)` returns a dict, name -> `ShardSet`. `write_report(path, seed, sets)` writes
+report.json; `sets` is a dict, name -> `as_json(shards, audit)`. Without scikit-learn: `ValueError`.
 """
 
 import functools
