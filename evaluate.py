@@ -11,25 +11,28 @@ Main entry: `main()`, a click group that runs without a subcommand too. What is 
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
   images, to `--out` or the folder of FILE;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
-  verdicts are added to the records. The exit code is 1 if an image is wrong now that another
-  detector got right. `--images FOLDER` is searched for images of which no copy was recorded.
+  verdicts are added to the records. The exit code is 1 if this detector is wrong on
+  an image on which another one was right. `--images FOLDER` is searched for images of which no
+  copy was recorded.
 
 With which detector, and how:
 
 - `--checkpoint RUN`: a run's folder, a checkpoint folder or the name of a shipped detector.
   Default: the newest run below `--runs` (default `runs`);
-- `--detector NAME`: any detector, also FILE.onnx, `hf:OWNER/NAME`, `timm:NAME` or FILE.py (only
-  with `--trust`). `--fake-label LABEL` (repeatable): a label of a classifier that means fake;
+- `--detector NAME`: any detector: what `--checkpoint` takes, FILE.onnx, `hf:OWNER/NAME`,
+  `timm:NAME` or FILE.py (only with `--trust`). `--fake-label LABEL` (repeatable): a label of a
+  classifier that means fake;
 - `--device` (auto, cpu, cuda, cuda:N) and `--backend` (auto, dali, pil: decoder) say how to run;
 - `--reference-reals SET`: its real images give the false-positive rate of the other sets;
-- `--robustness [N]`: N images per class (default `PER_CLASS`) again after JPEG, resizing and more;
+- `--robustness [N]`: also scores N images per class (default `PER_CLASS`) after JPEG, resizing and
+  more;
 - `--features STORE`: a folder of stored features of a frozen backbone, scored instead of images.
   Missing ones are computed.
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`
-(default: `evaluation/<sets>` in the run's folder, or in that detector's folder below `--runs`);
-with `--regressions`, only `regressions.json` (default: no file). An error is one line and exit code
-1; wrong options (`CONFLICTS` exclude each other) give 2.
+(default: `evaluation/<sets>` in the folder of the run, or, with `--detector`, in the folder that
+the detector has below `--runs`); with `--regressions`, only `regressions.json` (default: no file).
+An error is one line and exit code 1; wrong options (`CONFLICTS` exclude each other) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
 them with the detector. `compare RUN RUN...` prints the differences between reports. Their other

@@ -14,8 +14,8 @@ Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, 
 on the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
 decoded; these are black.
 
-- `requests`: an iterable of `Request`s (encoded images of one batch and the augmentation parameters
-  of each), which a background thread reads ahead.
+- `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
+  augmentation parameters), which a background thread reads ahead.
 - `start`: number of the first step, which only messages show (default 0).
 
 `run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,

@@ -21,8 +21,8 @@ a table has fewer rows than when it was listed, and `OSError` if a file cannot b
 unpacked to disk.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
-the folder below `raw` that has the name `root`, even if its name on disk has another composition,
-as macOS writes it; else `root`.
+the name on disk of the folder `root` below `raw`, which macOS may compose differently; if there is
+none, `root` itself.
 """
 
 import os

@@ -11,17 +11,18 @@ images and `intersect` is false, no image in common, or different labels.
 each set, for each of its sources (if it has several) and for each generator: `set`, `kind`, `name`
 of the source or generator, `images` (their number) and `changes`. `kind` is `sources`,
 `generators`, or for a whole set `overall`, or `reference` if its real images are those of another
-set. This dict has for each metric of `COMPARED` a `Change` (`before`, `after`, and `low` and `high`
-of the difference after - before, None if there is no interval), or None if a table lacks the
-metric. It raises `ScoresError` if the false-positive rates of a set come from different real images
-(reference reals).
+set. `changes` is a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
+`Change` has `before`, `after`, and the interval `low` to `high` of after - before (None: no
+interval). It raises `ScoresError` if the false-positive rates of a set come from different real
+images (reference reals).
 
 `flips(before, after)` takes the same tables. It returns a list of `Flip`, one per image whose
-verdict (fake or not, at each table's own threshold) changed, the largest change first; `fixed`
-means that it was wrong and is right now. `count_flips(before, changed)` takes these flips as
-`changed`. It returns a list with a tuple per set and class: (set, "real" or "fake", images, flips
-to wrong, flips to right). Both evaluations use the same bootstrap resamples, so the variation
-between images does not widen the intervals.
+verdict (fake or not, at each table's own threshold) changed (`before` and `after` are
+probabilities), the largest change of the probability first; `fixed` means that it was wrong and is
+right now. `count_flips(before, changed)` takes the earlier table and the list from `flips()`. It
+returns a list with a tuple per set and class: (set, "real" or "fake", images, flips to wrong, flips
+to right). Both evaluations use the same bootstrap resamples, so the variation between images does
+not widen the intervals.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,7 +12,8 @@ Main entries:
   `evaluation`, the dict below without `scores_version`, which is added. It returns nothing.
 - `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
   (the dict). It raises `ScoresError` for another kind of file or another version, and `OSError` if
-  the file cannot be read. Its `numbers(name)` and `codes(name)` return a column as NumPy arrays.
+  the file cannot be read. Its `numbers(name)` returns a column of numbers
+  as an array; `codes(name)` returns a column of texts as integer codes and the list of the texts.
 
 The dict is stored in the file metadata as JSON under `evaluation`:
 
@@ -28,7 +29,7 @@ The dict is stored in the file metadata as JSON under `evaluation`:
      "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
      "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
 
-A set that only provides reference reals is not in `sets`, and only its real images have rows.
+A set that only provides reference reals is not in `sets`; its table is filtered to its real images.
 """
 
 import json

@@ -8,7 +8,7 @@ Main entries, pure functions, in the order of use:
   data. It returns a list with a `Change` for each source that is in both dicts: `name`, `old` (not
   in `new`), `images` (their number), accuracy `before` and `after`, and `lost` (before - after).
 - `forgetting(rows)` takes this list and returns the mean loss of accuracy over the old sources, 0
-  to 1; a gain counts as 0, and without old sources it is 0.
+  to 1; a source that gained counts as 0, and without old sources it is 0.
 - `refusals(gate, rows, sets)` takes the recipe's `Gate` (`max_forgetting`: largest loss allowed on
   any old source; `max_fpr`: highest false-positive rate allowed on any set), this list, and a dict,
   set -> `Metrics` after training. It returns the reasons for refusing the checkpoint, a list of
