@@ -29,7 +29,8 @@ The dict is stored in the file metadata as JSON under `evaluation`:
      "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
      "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
 
-A set that only provides reference reals is not in `sets`; its table is filtered to its real images.
+A set that only provides reference reals is not in `sets`; `rows_of()` gets it reduced to its real
+images.
 """
 
 import json
