@@ -21,20 +21,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from imaging.jpeg import CHROMAS
+from pipeline.color import IDENTITY, color_matrices
 from pipeline.philox import uniform
 
 Range = tuple[float, float]
-
-IDENTITY = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-"""Color matrix that changes nothing: three rows of (red, green, blue, offset)."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in gray (ITU-R BT.601), as in JPEG and in Pillow's mode "L"."""
-
-GRAY = (*LUMA, 0.0, *LUMA, 0.0, *LUMA, 0.0)
-
-TO_YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
-FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 BLUR_TAPS = 3
 LEAST_SIGMA = 0.25
@@ -145,11 +136,16 @@ class AugmentPolicy:
     index has one (`pipeline/pairs.py`)."""
     vflip: float = 0.0
     """Probability of a vertical flip. Range: 0 to 1"""
+    whole_jpeg: float = 0.0
+    """Probability of JPEG compression (4:2:0) of the whole image before the crop, as web sites do.
+    A compression like a partner's (`match_pair_jpeg`) replaces it. Range: 0 to 1"""
+    whole_jpeg_quality: tuple[int, int] = (95, 95)
+    """libjpeg quality of `whole_jpeg`. Range: 1 to 100"""
 
     def __post_init__(self) -> None:
         for name in (
             "hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale", "jpeg_grid_shift",
-            "webp", "vflip",
+            "webp", "vflip", "whole_jpeg",
         ):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
@@ -167,7 +163,9 @@ class AugmentPolicy:
                 raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
-        for name, most in (("jpeg_quality", 100), ("webp_quality", 100), ("num_jpegs", 3)):
+        qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality")
+        limits = {**dict.fromkeys(qualities, 100), "num_jpegs": 3}
+        for name, most in limits.items():
             if getattr(self, name)[1] > most:
                 raise ValueError(f"{name} is at most {most}, got {list(getattr(self, name))}")
 
@@ -184,8 +182,8 @@ class AugmentParams(NamedTuple):
     - `resample`: intermediate side in pixels, 0 for none. `blur`: sigma in pixels, 0 for none.
     - `jpeg`, `jpeg2`, `jpeg3`: qualities of successive JPEGs, 0 for none. `webp`: likewise.
     - `grid_top`, `grid_left`: pixels between the corners of a JPEG block and the image, 0 to 7.
-    - `pair_jpeg`: quality of a JPEG of the whole image before everything else, 0 for none.
-      `pair_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`.
+    - `whole_jpeg`: quality of a JPEG of the whole image before everything else, 0 for none.
+      `whole_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`.
     """
 
     top: int
@@ -204,8 +202,8 @@ class AugmentParams(NamedTuple):
     grid_top: int = 0
     grid_left: int = 0
     webp: int = 0
-    pair_jpeg: int = 0
-    pair_chroma: int = 0
+    whole_jpeg: int = 0
+    whole_chroma: int = 0
     vflip: bool = False
     crop_filter: int = 0
 
@@ -300,11 +298,11 @@ def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
 
 
 _TRIES = 10
-_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10])
+_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10, 2])
 """End of each group of random numbers among those of one sample: areas to try, ratios to try, crop
 position, six for whether an operation happens, four color factors, three positions in a range, ten
-for harsher policies. The groups are the same for every policy, so that a changed probability does
-not shift the other numbers.
+for harsher policies, two for the JPEG of the whole image. The groups are the same for every policy,
+so that a changed probability does not shift the other numbers.
 """
 
 
@@ -360,7 +358,9 @@ def sample_params(
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
-    areas, ratios, position, chance, color, within, more = np.split(numbers, _NUMBERS[:-1], axis=1)
+    areas, ratios, position, chance, color, within, more, whole = np.split(
+        numbers, _NUMBERS[:-1], axis=1
+    )
     top, left, height, width = _crop(ranges, widths, heights, areas, ratios, position)
     happens = {
         name: chance[:, index] < ranges[name]
@@ -377,8 +377,13 @@ def sample_params(
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
     sigma = _between(ranges["blur_sigma"], within[:, 2])
-    none = np.zeros(len(keys.samples), np.int32)
-    pair_jpeg, pair_chroma = partners or (none, none)
+    quality = _whole(ranges["whole_jpeg_quality"], whole[:, 1])
+    whole_jpeg = np.where(whole[:, 0] < ranges["whole_jpeg"], quality, 0)
+    whole_chroma = np.full(len(keys.samples), CHROMAS.index("420"))
+    if partners:
+        paired = partners[0] > 0
+        whole_jpeg = np.where(paired, partners[0], whole_jpeg)
+        whole_chroma = np.where(paired, partners[1], whole_chroma)
     jitter = _color_jitter(ranges, 2 * color - 1)
     return AugmentBatch(
         top=top,
@@ -397,8 +402,8 @@ def sample_params(
         grid_top=moved[:, 0],
         grid_left=moved[:, 1],
         webp=webp,
-        pair_jpeg=pair_jpeg,
-        pair_chroma=pair_chroma,
+        whole_jpeg=whole_jpeg,
+        whole_chroma=np.where(whole_jpeg > 0, whole_chroma, 0),
         vflip=more[:, 9] < ranges["vflip"],
         crop_filter=_crop_filters(preprocess, len(keys.samples)),
     )
@@ -476,25 +481,3 @@ def _color_jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndar
         saturation=1 + ranges["saturation"] * factors[:, 2],
         hue=ranges["hue"] * factors[:, 3],
     )
-
-
-def color_matrices(
-    brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
-) -> np.ndarray:
-    """Combine brightness, contrast, saturation and hue (in turns), each (N,), into 3 x 4 color
-    matrices, row by row: float32 (N, 12).
-
-    All four are linear here. In torchvision, contrast needs the image's mean, and hue converts to
-    HSV. Here, contrast pivots on mid-gray (127.5), and hue rotates the chroma plane of YIQ (the
-    NTSC primaries, as in DALI's color operators). So the matrix is known before the pixels are, and
-    both backends apply the same numbers.
-    """
-    angle = 2 * np.pi * hue
-    turn = np.zeros((len(hue), 3, 3))
-    turn[:, 0, 0] = 1.0
-    turn[:, 1, 1] = turn[:, 2, 2] = saturation * np.cos(angle)
-    turn[:, 2, 1] = saturation * np.sin(angle)
-    turn[:, 1, 2] = -turn[:, 2, 1]
-    linear = (brightness * contrast)[:, None, None] * (FROM_YIQ @ turn @ TO_YIQ)
-    offset = np.repeat(127.5 * (1.0 - contrast), 3).reshape(-1, 3, 1)
-    return np.concatenate([linear, offset], axis=2).astype(np.float32).reshape(-1, 12)

@@ -44,8 +44,9 @@ from imaging.decode import DecodeError, decode_image, png_of
 from imaging.jpeg import CHROMAS, has_end
 from imaging.orientation import UPRIGHT, is_transposed, mirrored
 from imaging.quiet import without_chatter
-from pipeline.augment import BLUR_TAPS, GRAY, GRID, LEAST_SIGMA, AugmentBatch, blank
+from pipeline.augment import BLUR_TAPS, GRID, LEAST_SIGMA, AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
+from pipeline.color import GRAY
 from pipeline.loading import STALL_ERROR_S
 from pipeline.monitor import WorkerStatus
 from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
@@ -302,13 +303,13 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """Do on the CPU what the graph cannot do (see `_as_partner` and `_by_host`), before the
+        """Do on the CPU what the graph cannot do (see `_compressed` and `_by_host`), before the
         graph. Other damaged images are left to the graph, and then to the reference decoder, which
         gives the reason.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
-        work = dict.fromkeys(np.flatnonzero(params.pair_jpeg).tolist(), self._as_partner)
+        work = dict.fromkeys(np.flatnonzero(params.whole_jpeg).tolist(), self._compressed)
         for row, encoded in enumerate(request.data):
             if not _may_reach_graph(encoded, request.formats[row]):
                 work[row] = self._by_host
@@ -331,17 +332,17 @@ class DaliBackend:
         )
 
     @staticmethod
-    def _as_partner(request: Request, row: int) -> bytes | None:
-        """Apply the first step of a policy for pairs: compress a fake like its partner. DALI's JPEG
-        operator supports only one chroma subsampling. With this step, the graph decodes a fake
-        exactly as it decodes its partner.
+    def _compressed(request: Request, row: int) -> bytes | None:
+        """Apply the first step of a policy: compress the whole image as JPEG. DALI's JPEG operator
+        supports only one chroma subsampling, and only images of one size. With this step, the graph
+        decodes a fake exactly as it decodes its partner.
         """
         params = request.params
         try:
             pixels = decode_image(*_member(request, row))
         except DecodeError:
             return None
-        return encode_jpeg(pixels, int(params.pair_jpeg[row]), CHROMAS[params.pair_chroma[row]])
+        return encode_jpeg(pixels, int(params.whole_jpeg[row]), CHROMAS[params.whole_chroma[row]])
 
     @staticmethod
     def _by_host(request: Request, row: int) -> bytes | DecodeError:

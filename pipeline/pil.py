@@ -37,15 +37,14 @@ from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
 from pipeline.augment import (
     BLUR_TAPS,
-    GRAY,
     GRID,
-    IDENTITY,
     LEAST_SIGMA,
     AugmentParams,
     Preprocess,
     center_crop_params,
 )
 from pipeline.batch import BatchTiming, Pixels, Request
+from pipeline.color import GRAY, IDENTITY
 
 _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 """Pillow's names of `FILTERS`."""
@@ -79,8 +78,8 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     """
     refuse_crop_outside(pixels, params)
     bottom, right = params.top + params.height, params.left + params.width
-    if params.pair_jpeg:
-        pixels = _decode_jpeg(encode_jpeg(pixels, params.pair_jpeg, CHROMAS[params.pair_chroma]))
+    if params.whole_jpeg:
+        pixels = _decode_jpeg(encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma]))
     size = out.shape[0]
     moved = bool(params.grid_top or params.grid_left)
     whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out

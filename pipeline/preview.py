@@ -33,8 +33,9 @@ import console
 import recipes
 from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import FILTERS, IDENTITY, AugmentParams, AugmentPolicy, Preprocess
+from pipeline.augment import FILTERS, AugmentParams, AugmentPolicy, Preprocess
 from pipeline.batch import Request
+from pipeline.color import IDENTITY
 from pipeline.loader import LoadError, choose_backend
 from pipeline.params import train_params
 from pipeline.pil import decode_request
@@ -226,8 +227,8 @@ def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
 def words_of(params: AugmentParams) -> list[str]:
     """Describe the parameters, one line for each operation that is on."""
     words = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
-    pair = f"as its real partner: JPEG {params.pair_jpeg}, {CHROMAS[params.pair_chroma]}"
-    words += [pair] if params.pair_jpeg else []
+    whole = f"whole image: JPEG {params.whole_jpeg}, {CHROMAS[params.whole_chroma]}"
+    words += [whole] if params.whole_jpeg else []
     words += ["horizontal flip"] if params.hflip else []
     words += ["color jitter"] if params.color != IDENTITY else []
     how = f" ({FILTERS[params.filter]})" if params.filter else ""

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from imaging.jpeg import CHROMAS
 from pipeline.augment import (
-    IDENTITY,
     LEAST_SIGMA,
     AugmentParams,
     AugmentPolicy,
@@ -19,6 +19,7 @@ from pipeline.augment import (
     center_crop_params,
     sample_params,
 )
+from pipeline.color import IDENTITY
 from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
@@ -122,6 +123,21 @@ def test_a_harsh_policy_samples_all_its_extra_operations() -> None:
     assert all(abs(kinds.count(k) / len(kinds) - 1 / 3) < 0.05 for k in range(3))
     assert abs(share(lambda d: bool(d.grid_top or d.grid_left)) - 0.4 * 63 / 64) < 0.03
     assert {d.grid_top for d in params} == {d.grid_left for d in params} == set(range(8))
+
+
+def test_the_whole_image_is_compressed_as_often_and_as_much_as_the_policy_says() -> None:
+    policy = replace(PHASE1, whole_jpeg=0.6, whole_jpeg_quality=(35, 90))
+    params = many_params(policy)
+    share = sum(d.whole_jpeg > 0 for d in params) / len(params)
+    assert abs(share - 0.6) < 0.03
+    assert {d.whole_jpeg for d in params if d.whole_jpeg} == set(range(35, 91))
+    assert all(CHROMAS[d.whole_chroma] == "420" for d in params)
+    without = [d._replace(whole_jpeg=0) for d in params]
+    assert without == many_params(PHASE1)  # nothing else changes
+    largest = AugmentPolicy(scale=(1.0, 1.0), ratio=(1.0, 1.0), whole_jpeg=1.0)
+    crops = [d[:4] for d in many_params(largest, 300)]  # of 500 x 375: somewhere along the width
+    assert {(top, height, width) for top, _, height, width in crops} == {(0, 375, 375)}
+    assert len({left for _, left, _, _ in crops}) > 60
 
 
 def test_operations_happen_independently_of_each_other() -> None:
@@ -251,6 +267,9 @@ def test_color_matrices_change_brightness_contrast_saturation_and_hue() -> None:
         ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
         ({"jpeg_quality": (50, 101)}, "at most 100"),
         ({"num_jpegs": (1, 4)}, "jpegs is at most 3"),
+        ({"whole_jpeg": 1.5}, "whole_jpeg is a probability"),
+        ({"whole_jpeg_quality": (0, 90)}, "whole_jpeg_quality must be"),
+        ({"whole_jpeg_quality": (50, 101)}, "whole_jpeg_quality is at most 100"),
         ({"resample_filters": ()}, "resample_filters takes one or more of bilinear, bicubic"),
     ],
 )

@@ -71,10 +71,10 @@ STAGES = {
     "webp": (WHOLE._replace(webp=60), 0),
     "jpeg, then webp": (WHOLE._replace(jpeg=70, webp=80), 0),
     **{
-        f"as a partner of chroma {name}": (WHOLE._replace(pair_jpeg=60, pair_chroma=code), 0)
+        f"as a partner of chroma {name}": (WHOLE._replace(whole_jpeg=60, whole_chroma=code), 0)
         for code, name in enumerate(CHROMAS)
     },
-    "as a partner, then jpeg": (WHOLE._replace(pair_jpeg=75, pair_chroma=2, jpeg=50), 0),
+    "as a partner, then jpeg": (WHOLE._replace(whole_jpeg=75, whole_chroma=2, jpeg=50), 0),
 }
 
 
@@ -420,7 +420,7 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
-    "pair_jpeg": 20, "pair_chroma": 3, "crop_filter": 2,
+    "whole_jpeg": 20, "whole_chroma": 3, "crop_filter": 2,
 }  # fmt: skip
 
 
@@ -431,8 +431,8 @@ def test_both_backends_apply_every_field(field: str, device: torch.device) -> No
     before = AugmentParams(top=2, left=3, height=50, width=48)
     if field == "filter":  # has an effect only with `resample`
         before = before._replace(resample=24)
-    if field == "pair_chroma":
-        before = before._replace(pair_jpeg=90)
+    if field == "whole_chroma":
+        before = before._replace(whole_jpeg=90)
     after = before._replace(**{field: OTHER_VALUES[field]})
     pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after], device=device)
     for name, images in (("pil", pil), ("dali", dali)):

@@ -94,7 +94,7 @@ def test_a_fake_is_compressed_as_its_partner_was(pairs: ShardSet, logged: list[s
     }
     for sample, params in enumerate(sampled):
         wanted = expected.get(sample)
-        assert (params.pair_jpeg, CHROMAS[params.pair_chroma]) == (wanted or (0, "420")), sample
+        assert (params.whole_jpeg, CHROMAS[params.whole_chroma]) == (wanted or (0, "420")), sample
     train_params(pairs, POLICIES, "train", PREPROCESS, seed=1, epoch=1)
     (said,) = [line for line in logged if "match_pair_jpeg" in line]
     assert "of the 6 fakes of pairs, 3 are compressed like their" in said
@@ -113,8 +113,8 @@ def test_matching_changes_no_other_parameter(pairs: ShardSet) -> None:
             AugmentPolicy(hflip=0.5, scale=(0.5, 1.0)),
         )
     )
-    assert not without.pair_jpeg.any()
-    for field in set(AugmentParams._fields) - {"pair_jpeg", "pair_chroma"}:
+    assert not without.whole_jpeg.any()
+    for field in set(AugmentParams._fields) - {"whole_jpeg", "whole_chroma"}:
         np.testing.assert_array_equal(getattr(with_, field), getattr(without, field))
 
 
@@ -133,7 +133,7 @@ def test_the_whole_image_is_compressed_before_the_crop() -> None:
     compressed = np.asarray(Image.open(io.BytesIO(encode(pixels, quality=85, subsampling=0))))
     params = AugmentParams(top=5, left=3, height=40, width=50, hflip=True)
     pixels_out, expected = (torch.zeros((48, 48, 3), dtype=torch.uint8) for _ in range(2))
-    apply(pixels, params._replace(pair_jpeg=85, pair_chroma=CHROMAS.index("444")), pixels_out)
+    apply(pixels, params._replace(whole_jpeg=85, whole_chroma=CHROMAS.index("444")), pixels_out)
     apply(compressed, params, expected)
     assert torch.equal(pixels_out, expected)
 
