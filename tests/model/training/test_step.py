@@ -19,6 +19,7 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,34 @@ def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(inside[1], 1024 * inside[0])
     torch.testing.assert_close(used[1], used[0])
     torch.testing.assert_close(used[0], inside[0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_puts_the_network_in_training_mode_and_frozen_parts_in_evaluation_mode(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step calls `net.train()` only if the mode is not right yet: it takes 3 ms for a ViT-B."""
+    net = build(replace(TINY, freeze_backbone=frozen, drop_path_rate=0.0), pretrained=False)
+    calls = []
+    train_of = type(net).train
+    monkeypatch.setattr(
+        type(net), "train", lambda self, mode=True: (calls.append(mode), train_of(self, mode))[1]
+    )
+    optimizer = make_optimizer(net.backbone, Optim(), fused=False)
+    state = TrainState(
+        net, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU, torch.float32
+    )
+    learning = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(parameter) for parameter in state.learning} == learning
+    batch = small_batch()
+    for before in (True, False):
+        type(net).train(net, before)
+        net.training = before
+        calls.clear()
+        for _ in range(2):
+            train_step(state, net, batch, OPTIM)
+            assert net.training is not frozen
+        assert len(calls) == (before == frozen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
