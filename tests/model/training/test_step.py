@@ -165,7 +165,7 @@ def test_a_step_puts_the_network_in_training_mode_and_frozen_parts_in_evaluation
     monkeypatch.setattr(
         type(net), "train", lambda self, mode=True: (calls.append(mode), train_of(self, mode))[1]
     )
-    optimizer = make_optimizer(net.backbone, Optim(), fused=False)
+    optimizer = make_optimizer(net.backbone, OPTIM, fused=False)
     state = TrainState(
         net, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU, torch.float32
     )
