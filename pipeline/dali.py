@@ -12,7 +12,7 @@ Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, sta
 
 Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, size, size, 3) RGB
 on the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
-decoded; these are black.
+read or decoded; these are black.
 
 - `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
   augmentation parameters), which a background thread reads ahead.

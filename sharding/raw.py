@@ -10,7 +10,8 @@ folder `OSError`. The fields of a `RawFile`:
 - `member`: location in that file if it is an archive, else "".
 - `size`: in bytes.
 - `version`: a text that changes with the file.
-- `excluded`: the reason if it is not read (a link, an unsafe name in an archive), else "".
+- `excluded`: the reason if it is not read (a link, an unsafe name in an archive,
+a volume of a split archive), else "".
 
 `read_all(raw, rows)` takes the same folder and a list of dicts, one per image, with the keys
 `path`, `member`, `size`, `version` and `excluded` of a `RawFile`. To read a cell of a parquet

@@ -9,8 +9,9 @@ functions that take it, and all get the same result.
 Main entries: `score_shards(detector, shards, dist, on_images)` scores every image of `shards`, an
 opened set from `open_shards([folder])`. `on_images` is None (default) or a function that is called
 after each batch with the number of images that this process did since its last call. It returns
-`Scores`: row numbers, labels (0 real, 1 fake), float32 logits before the temperature, and
-`failures` (a dict, row number -> reason). A score that is not finite is a failure, not an error.
+`Scores`: `samples` (row numbers), `labels` (0 real, 1 fake), `logits` (float32, before the
+temperature) and `failures` (a dict, row number -> reason). A score that is not finite is a failure,
+not an error.
 
 `calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits one
 `Calibration` (temperature, threshold, band) to all.
@@ -18,8 +19,9 @@ after each batch with the number of images that this process did since its last 
 - `folders`: a list of the paths of packed sets of the split `val`.
 - `runs`: the path of the folder of all runs. Rank 0 writes the calibration in a subfolder for this
   detector.
-- `rule`: the name of a threshold (`auto`, the default, `fpr5`, `fpr1` or `0.5`), or a `Calibrating`
-  of `model/recipe.py` (the two highest error rates that are allowed).
+- `rule`: "auto" (default: 0.5, or higher if needed for at most 5 % false positives), "fpr5", "fpr1"
+  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py` (the highest
+  false-positive rate and the highest miss rate).
 
 It returns the `Calibration` and the path of its file. It raises `CalibrationError` for an ONNX
 file, a set of another split than `val`, or scores to which nothing can be fitted.

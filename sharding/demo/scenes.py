@@ -2,9 +2,9 @@
 
 Main entry: `SCENES`, a dict of three functions with the keys "street", "nature" and "studio". For
 example, `SCENES["street"](rng, height, width)` takes a NumPy random generator
-(`np.random.default_rng(0)`) and the size in pixels, and returns linear light: a float32 array
-(height, width, 3), about 0 to 1. No file is written. Real and fake images have the same scenes, so
-the scene reveals nothing about the label.
+(`np.random.default_rng(0)`) and the size in pixels (each side below 1024, else ValueError), and
+returns linear light: a float32 array (height, width, 3), mostly 0 to 1. No file is written. Real
+and fake images have the same scenes, so the scene reveals nothing about the label.
 
 The other functions paint parts of a scene; `rng` is the random generator. `fractal(slope, side)`
 returns noise of amplitude 1/f**slope, float32 (side, side). `texture(rng, shape, slope)` returns a
