@@ -19,9 +19,9 @@ not an error.
 - `folders`: a list of the paths of packed sets of the split `val`.
 - `runs`: the path of the folder of all runs. Rank 0 writes the calibration in a subfolder for this
   detector.
-- `rule`: "auto" (default: 0.5, or higher if needed for at most 5 % false positives), "fpr5", "fpr1"
-  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py` (the highest
-  false-positive rate and the highest miss rate).
+- `rule`: "auto" (default: 0.5, or higher if needed for 5 % false positives at most), "fpr5", "fpr1"
+  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py` (highest
+  false-positive rate and highest miss rate).
 
 It returns the `Calibration` and the path of its file. It raises `CalibrationError` for an ONNX
 file, a set of another split than `val`, or scores to which nothing can be fitted.
