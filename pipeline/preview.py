@@ -98,7 +98,9 @@ def write_preview(
         {key: values[key] for key in ("augment", "preprocess") if key in values},
         str(recipe),
     )
-    policy = policy or values["data"]["policy"]
+    policy = policy or values.get("data", {}).get("policy", "")
+    if not policy:
+        raise recipes.RecipeError(f"{recipe} names no data.policy; name one with --policy")
     samples = _spread(opened, count, seed)
     request = _request(opened, samples, policies, policy, seed)
     size = policies.preprocess.crop_size

@@ -81,7 +81,10 @@ def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes
                 answer = ended.enter_context(_ask(sock, parts, port, ended))
                 where = answer.headers.get("Location")
                 if answer.status not in REDIRECTS or not where:
-                    return _body(answer, allowance)
+                    body = _body(answer, allowance)
+                    if time.monotonic() >= until:  # the alarm may have ended the body early
+                        raise FetchError("the URL took too long to answer")
+                    return body
                 url = urljoin(url, where)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() >= until:

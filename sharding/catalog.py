@@ -239,7 +239,11 @@ class Source:
                     "but reads no parquet table; add `column`, or remove < and >"
                 )
         for pattern in self.groups():
-            if re.compile(pattern).groups != 1:
+            try:
+                captured = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"group {pattern!r} is no regular expression: {error}") from error
+            if captured != 1:
                 raise ValueError(f"group {pattern!r} must have exactly one capture group")
 
         if any(count < 0 for counts in (self.cap, self.expected) for count in counts.values()):
@@ -303,6 +307,7 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
     catalog = Catalog()
     for file in files:
         values = _read(file)
+        _check_tables(values, file)
         exclude |= _read_excluded(file, values.pop("exclude", []))
         sets |= values.pop("sets", {})
         reference |= values.pop("reference", {})
@@ -335,6 +340,19 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
     return replace(catalog, exclude=frozenset(exclude))
 
 
+def _check_tables(values: Mapping[str, Any], file: Path) -> None:
+    """Check that the tables that are merged are tables; `recipes.build` checks their content."""
+    sources = values.get("sources")
+    inner = sources.items() if isinstance(sources, dict) else ()
+    tables = {
+        key: values[key] for key in ("sets", "sources", "reference", "suites") if key in values
+    }
+    tables |= {f"sources.{name}": entry for name, entry in inner}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise CatalogError(f"{file}: {name} is {table!r}, expected a table: [{name}]")
+
+
 def _read_excluded(file: Path, lists: Any) -> set[str]:
     """Read hash prefixes from the files that `exclude` names; `#` starts a comment."""
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
@@ -362,7 +380,7 @@ def _read(file: Path) -> dict[str, Any]:
         return recipes.read_toml(file)
     except FileNotFoundError:
         raise CatalogError(f"no catalog at {file}") from None
-    except recipes.RecipeError as error:
+    except (recipes.RecipeError, OSError) as error:
         raise CatalogError(str(error)) from error
 
 

@@ -166,6 +166,8 @@ def read_scores(path: Path) -> ScoreTable:
         raise ScoresError(
             f"{path} is not a file of scores that evaluate.py wrote ({error})"
         ) from error
+    if not isinstance(evaluation, dict):
+        raise ScoresError(f"{path} is not a file of scores that evaluate.py wrote (no evaluation)")
     if evaluation.get("scores_version") != SCORES_VERSION:
         raise ScoresError(
             f"{path} has scores version {evaluation.get('scores_version')}, expected "

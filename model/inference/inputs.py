@@ -182,6 +182,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
     """
     first_seen: dict[str, tuple[tuple[int, int], float]] = {}
     given: dict[str, tuple[int, int]] = {}
+    is_first_scan = True
     while True:
         now, stamps, ready = time.monotonic(), {}, []
         excluded.clear()
@@ -194,11 +195,13 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
             before, since = first_seen.get(file.name, (stamp, now))
             stamps[file.name] = stamp, since if stamp == before else now
             # In the first scan the age of a file is known only from its modification time.
-            age = max(now - stamps[file.name][1], 0 if first_seen else time.time() - facts.st_mtime)
+            age = now - stamps[file.name][1]
+            if is_first_scan:
+                age = max(age, time.time() - facts.st_mtime)
             if facts.st_size and age >= SETTLED_S and given.get(file.name) != stamp:
                 given[file.name] = stamp
                 ready.append(file)
-        first_seen = stamps
+        first_seen, is_first_scan = stamps, False
         given = {name: stamp for name, stamp in given.items() if name in stamps}
         yield ready
         time.sleep(POLL_S)

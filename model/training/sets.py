@@ -112,7 +112,10 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
     if recipe.data.allow_shared_images:
         return
     pool = stream.pool
-    trained = pool.shards.table.column("sha256").take(stream.new(0))
+    codes, names = pool.shards.codes("source")
+    # Of a source with a fractional repeat, every epoch draws other images: all of them are trained.
+    used = np.array([stream.repeats.get(name, 1) > 0 for name in names], np.bool_)
+    trained = pool.shards.table.column("sha256").take(pool.new[used[codes[pool.new]]])
     for name, shards in validation.items():
         shared = pc.is_in(shards.table.column("sha256"), value_set=trained)
         rows = np.flatnonzero(shared.to_numpy())

@@ -177,10 +177,10 @@ def _png_or_webp_like(
     kept = {key: original.info[key] for key in ("exif", "icc_profile") if original.info.get(key)}
     if image_format == "PNG":
         return _save(image, "PNG", compress_level=6, **kept)
-    if _is_lossless(partner):
-        return _save(image, "WEBP", lossless=True, exact=True, **kept)
     if original.info.get("xmp"):
         kept["xmp"] = original.info["xmp"]
+    if _is_lossless(partner):
+        return _save(image, "WEBP", lossless=True, exact=True, **kept)
     return _save(image, "WEBP", quality=_webp_quality(original, len(partner), kept), **kept)
 
 

@@ -149,6 +149,11 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
         ('[sources.s]\nlicense = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
         ('[sources."S 1"]\nlicense = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
         ('[sources.s]\nset = "train"\nreal = ["a"]\n', "sources.s.license is missing; add it"),
+        ('[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\ngroup = "(["\n',
+         "group '([' is no regular expression: unterminated"),
+        ("[sources]\nx = 1\n", "sources.x is 1, expected a table: [sources.x]"),
+        ("[suites]\nx = 1\n", "suites.x"),
+        ("[reference]\nx = 1\n", "reference.x"),
     ],
 )  # fmt: skip
 def test_a_bad_catalog_is_one_clear_error(tmp_path: Path, text: str, said: str) -> None:
@@ -219,6 +224,19 @@ def test_a_byte_order_mark_is_accepted_and_another_encoding_refused(tmp_path: Pa
     path.write_bytes(text.encode("cp1252"))
     with pytest.raises(CatalogError, match=r"catalog\.toml is not UTF-8 \(byte 3 is 0xfc\); save"):
         read_catalog([path])
+
+
+@pytest.mark.parametrize("line", ["sets = 3", 'sources = "a"', "suites = [1]", "reference = 1"])
+def test_what_must_be_a_table_is_one(tmp_path: Path, line: str) -> None:
+    name = line.partition(" ")[0]
+    (tmp_path / "catalog.toml").write_text(line + "\n")
+    with pytest.raises(CatalogError, match=rf"{name} is .*, expected a table: \[{name}\]"):
+        read_catalog([tmp_path / "catalog.toml"])
+
+
+def test_a_catalog_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="Is a directory"):
+        read_catalog([tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,11 @@ def test_profile_and_exif_of_other_formats_are_copied(kind: str, options: dict) 
         assert made.info["icc_profile"] == b"p" * 500 and made.getexif()[0x010F] == "Maker"
 
 
-def test_xmp_of_a_lossy_webp_is_copied() -> None:
+@pytest.mark.parametrize("lossless", [False, True])
+def test_xmp_of_a_webp_is_copied(lossless: bool) -> None:
     xmp = b"<x:xmpmeta><rdf:RDF></rdf:RDF></x:xmpmeta>"
-    with Image.open(io.BytesIO(partner_of(encode(PHOTO, "WEBP", xmp=xmp)))) as made:
+    partner = encode(PHOTO, "WEBP", xmp=xmp, lossless=lossless)
+    with Image.open(io.BytesIO(partner_of(partner))) as made:
         assert made.info["xmp"] == xmp
 
 
