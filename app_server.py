@@ -4,15 +4,18 @@ Main entry: `app`, the ASGI application that Streamlit starts: its own server fo
 the middleware `Guard`. `Guard(app)` takes the ASGI application that it protects. For each HTTP
 request:
 
-- An upload is a PUT request to a path that contains `UPLOADS`. It gets status 503, and nothing of
-  it is read, if all visitors' uploads would take more than `MAX_HELD_BYTES` with it. That is the
-  environment variable DETECTOR_UPLOADS_MB in MiB (default 1024), read at the import. An upload's
-  size is its Content-Length, or else the largest size that Streamlit accepts.
-- All other requests are passed on, and every response gets the security headers `HEADERS`.
+- An upload is a PUT request to a path that contains `UPLOADS`. If the uploads of all visitors,
+  together with this one, would exceed `MAX_HELD_BYTES`, it is answered with status 503, and its
+  body is not read. Its size is its Content-Length, or else the largest size that Streamlit accepts,
+  but at least `LEAST_BYTES`.
+- Other uploads and all other requests are passed on.
+- Every response gets the security headers `HEADERS`.
 
-Streamlit has no settings for such a limit or such headers. `held()` takes nothing and returns the
-bytes (int) of all uploads in memory, each file counted with at least `LEAST_BYTES`. It works only
-while Streamlit's server runs.
+The environment variable DETECTOR_UPLOADS_MB sets `MAX_HELD_BYTES`, in MiB (default 1024). It is
+read at the import. Streamlit has no settings for such a limit or such headers.
+
+`held()` takes nothing and returns the bytes (int) of all uploads in memory, each file counted with
+at least `LEAST_BYTES`. It works only while Streamlit's server runs.
 """
 
 import os

@@ -10,12 +10,15 @@ address. Main entries:
   `write` fills, then renames or uploads the file, so that `path` is missing, old or complete, never
   partial. The folder of `path` must exist. `OSError` is raised if writing fails.
 - `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
-- `atomic_folder(path, replace=False)` is a context manager for a `Path`: it yields a temporary
-  folder to fill, and renames it to `path` if the block ends without an error. If `replace` (a
-  keyword) is true, a folder that is already at `path` is removed first. `temporary_folder(path)`
-  yields a folder next to `path` and removes it at the end.
-- `publish(partial, path, replace=False)` syncs the file or folder `partial` to the disk and renames
-  it to `path`.
+- `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
+  folder to fill, and publishes it as `path` if the block ends without an error.
+- `publish(partial, path, *, replace=False)` syncs the file or folder `partial` to the disk and
+  renames it to `path`. A file replaces an older file. A folder replaces an empty folder, and with
+  `replace` any folder, which is removed just before. Without `replace`, a folder with files at
+  `path` is kept, and `OSError` is raised (by `atomic_folder()` at the end of its block).
+- `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
+  removes it at the end. It first removes those that killed processes left, so `path` must have one
+  writer at a time; this holds for `atomic_folder()` too.
 
 `partial_of(path)` returns the temporary path for `path`. `file_name(stem, suffix)` joins both texts
 to a file name, cut if it is too long. `naming(path)` is a context manager that adds the path to the

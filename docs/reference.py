@@ -1,15 +1,17 @@
 """Write docs/recipe-keys.md and docs/fields.md from the types and field docstrings of the code.
 
 Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()` takes nothing and
-returns a dict: file name of each page -> its Markdown text. `main()` takes nothing, writes both to
-`docs/` and returns nothing. recipe-keys.md describes the class `Recipe`, fields.md the classes in
-`FILES`, which describe JSON files. Both raise ValueError if a field of a class has no docstring.
+returns a dict: file name of each page -> its Markdown text. recipe-keys.md describes the class
+`Recipe`, fields.md the classes in `FILES`, which describe JSON files. `main()` takes nothing,
+writes both pages to `docs/` and returns nothing. `pages()` and `main()` raise ValueError if a field
+of a class has no docstring.
 
 The other functions take a type (`kind`): a dataclass, a TypedDict or a type annotation.
-`fields_of(kind)` returns a tuple of the `Field`s (key, type, default, docstring) of a class.
-`sections(kind)` yields the classes with fields inside a type; `words(kind)` returns the type in
-plain words, such as "list of numbers". `split_range(meaning)` splits a docstring into its meaning
-and the range that it states ("" if none).
+`fields_of(kind)` returns a tuple of the `Field`s of a class (`key`, `kind`: its type, `default`,
+`meaning`: its docstring, `may_be_absent`), or raises the same ValueError. `sections(kind)` yields
+the classes with fields inside a type, itself included. `words(kind)` returns the type in plain
+words, such as "list of numbers". `split_range(meaning)` takes a docstring and returns a pair: the
+text before " Range: ", and the range after it ("" if none).
 """
 
 import ast

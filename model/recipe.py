@@ -6,7 +6,7 @@ whose tables are its fields. Every field is passed by keyword; the first six are
 
 - `name`: a text, the name of the run and of its folder (a slash makes a subfolder).
 - `data`: a `Data`: `train` and `validate`, lists of names of shard sets (packed images), `policy`,
-  the name of the usual augmentation policy, and options.
+  the name in `augment` of the policy for each source whose index names no other, and options.
 - `augment`: a dict, policy name -> `AugmentPolicy` (`pipeline/augment.py`).
 - `network`: a `Network`: `name` (of a timm network), first weights, trained part; all have
   defaults.
@@ -16,12 +16,14 @@ whose tables are its fields. Every field is passed by keyword; the first six are
 - `replay`: a `Replay` (`pipeline/replay.py`): old sets, of which samples are mixed in.
 - `gate`: a `Gate`: the limits beyond which a trained checkpoint is refused.
 - `preprocess`: a `PreprocessSettings` (`pipeline/augment.py`): sizes and filter of the images.
-- `features`: a `Features`, to train a head on stored features of a frozen network, or None.
+- `features`: a `Features`, to train a head on stored features of a frozen network, or None (the
+  default), to train from pixels.
 - `calibration`: a `Calibrating`: how thresholds are fitted.
 
-A wrong value, or settings that do not fit together, raise `ValueError` with the allowed values.
-`resolved()` in `model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing
-settings.
+A number out of range, or settings that do not fit together, raise `ValueError` with the allowed
+values. Types, and texts with a fixed choice (such as `precision`), are checked only by
+`recipes.load()`, which raises `RecipeError` (a `ValueError`). `resolved()` in
+`model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing settings.
 
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,

@@ -2,15 +2,18 @@
 
 Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes
 (`shards.codes("source")[1]` of a `ShardSet`). Its `timed(batches)` takes an iterable of `Batch`es
-and yields the same batches, counted and timed. `row()` returns a dict, name -> number, of figures
-since the last `row()`: `images_per_s`, shares of waiting time, waits in ms, `images/SOURCE` and
-more, as in `metrics.jsonl`. `note()` returns a short text for a progress bar, and `rates()` the
-speed and shares as a dict.
+and yields the same batches, counted and timed. Three methods return figures since the last `row()`:
 
-`WorkerStatus(workers, shared=False)` is a table of the workers' stages.
+- `row()`: a dict, name -> number, with those of `rates()`, waits in ms, `images/SOURCE` and more,
+  as in `metrics.jsonl`. It sets all counts to 0.
+- `rates()`: a dict with `images_per_s` and the shares of the time (0 to 1) that the consumer
+  waited: `wait_share` in all, `wait_read` for bytes and `wait_decode` for pixels.
+- `note()`: the same as a short text for a progress bar.
+
+`WorkerStatus(workers, *, shared=False)` is a table of the workers' stages.
 
 - `workers`: the names of the workers, a list of texts; a worker's number is its position.
-- `shared`: True (keyword) if the workers are processes, False (the default) for threads.
+- `shared`: True if the workers are processes, False (the default) for threads.
 
 A worker does its work in `with status.at(worker, stage, step):`, with its number, one of `STAGES`
 and the number of the batch, and calls `finished(worker)` after a batch. `made()` returns the number
@@ -24,8 +27,8 @@ watchdog.waiting(step):`.
 - `stall_warning_s`: seconds of waiting after which the warning is logged (default 60).
 
 `StallError` means that no batch came within a longer limit. This module does not raise it:
-`ReadAhead` does, and the loader turns it into a `LoadError`. `stalled(seconds, status)` returns its
-message; `status` is the text of `describe()`.
+`ReadAhead` (`pipeline/read_ahead.py`) does, and the loader turns it into a `LoadError`.
+`stalled(seconds, status)` returns its message; `status` is the text of `describe()`.
 """
 
 import contextlib

@@ -1,21 +1,21 @@
 """Read the encoded images of a shard set from its tars, at the byte offsets in its index (the table
 of samples).
 
-Main entry: `ShardReader(shards, verify_checksums=..., threads=..., cache=...)`. All arguments after
-the first are keywords with a default.
+Main entry: `ShardReader(shards, *, verify_checksums, threads, cache)`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns, with local
   tars or tars at an address.
 - `verify_checksums`: whether every image's SHA-256 is compared with the index (default False).
 - `threads`: number of parallel reads from an address (default 1; local tars need none).
-- `cache`: `Cache(folder=Path("data/cache"), limit=20 * 2**30)` of pipeline/remote.py, for tars at
-  an address: the folder of their cached parts and its limit in bytes. None, the default, is this
-  one.
+- `cache`: a `Cache(folder=Path, limit=BYTES)` of pipeline/remote.py, for tars at an address: the
+  folder of their cached parts and its limit. None (the default) means the folder `data/cache` and
+  20 GiB.
 
 Its `read(samples)` takes row numbers of the set (a list or an int array) and returns a list: for
 each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
-with the reason, such as a missing tar or another SHA-256. It raises OSError if too many files are
-open. A reader works in any thread or process.
+with the reason, such as a missing tar, an address that does not answer, another image size than in
+the index, or another SHA-256. It raises OSError if too many files are open. A reader works in any
+thread or process.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.

@@ -1,21 +1,26 @@
 """Load the detector and run the HTTP server until it is stopped.
 
-Main entry: `run(host, port, limits, key, checkpoint=..., runs=..., device=..., rates=...)`:
+Main entry: `run(host, port, limits, key, *, checkpoint, runs, device, rates)`. Only `rates` may be
+left out.
 
 - `host`: host name or IP address to listen on. `port`: its port (0: any free one).
-- `limits`: the `Limits` of the server, of one request and of all together.
+- `limits`: a `Limits` of `serve/limits.py`, for one request and all together. `Limits()` has the
+  defaults.
 - `key`: the API key, ASCII text; "" if none is required.
 - `checkpoint`: the `Path` of a checkpoint or run, or the name of a shipped detector as a `Path`.
   None: the newest run in the folder `runs`, else the shipped detector.
 - `runs`: the `Path` of the folder of training runs.
 - `device`: "auto", "cpu", "cuda" or "cuda:N".
-- `rates`: the pair (highest false-positive rate, highest miss rate), each above 0 and below 0.5,
-  which sets the limits of the verdicts. A rate of None (the default) keeps the detector's limit.
+- `rates`: a pair, which sets the limits of the verdicts: the highest false-positive rate and the
+  highest miss rate, each above 0 and below 0.5, or None to keep the detector's limit. The default
+  is (None, None).
 
-`run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. It raises
-OSError if the address cannot be used (such as a port in use), ValueError if the detector or the
-list of trusted C2PA signers cannot be loaded, or the detector has no threshold for a rate, and
-SystemExit if a second signal stopped the server at once.
+`run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. Errors:
+
+- `OSError`: the address cannot be used (such as a port in use).
+- `ValueError`: the detector or the list of trusted C2PA signers cannot be loaded, or the detector
+  has no threshold for a rate.
+- `SystemExit`: a second signal stopped the server at once.
 """
 
 from pathlib import Path

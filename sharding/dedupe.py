@@ -4,14 +4,21 @@ Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a
 
 - `inventory`: a pyarrow table with one row per raw image of all sources: the concatenated tables of
   `finish_source()` in sharding/inventory.py. The columns `error`, `sha256`, `phash`, `thumbnail`,
-  `group`, `label` and `destination` (set or shares of sets, as JSON) are used.
-- `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`.
+  `group`, `label` and `destination` (JSON, a dict from set to share) are used.
+- `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`. It
+  must have every set that a `destination` names (else `KeyError`).
 - `exclude`: a set of texts, the first hexadecimal digits (lower case) of the SHA-256 of images that
   no set may contain; `exclude` of a `Catalog`. Default: empty.
 
-A `Decision` has five NumPy arrays with one value per row. `wanted` is the set that the image was
-meant for, and `sets` its final set, or "" if it is excluded. `reasons` is the reason for that, or
-"". `other` is the row of the image that is kept instead, or -1. `groups` is the name of its group.
+A `Decision` has five NumPy arrays with one value per row:
+
+- `wanted`: the set that the image was meant for.
+- `sets`: its final set, or "" if it is excluded.
+- `reasons`: why it is excluded, or "" if it is not.
+- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real and
+  fake, it is another row with these bytes, which is excluded too.
+- `groups`: the name of its group.
+
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If

@@ -5,22 +5,24 @@ Main entry: `plan(subject, data, names, options, dist)` opens and checks everyth
 
 - `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
   `OnnxDetector` from `open_other()` of `model/adapters/open.py`.
-- `data`: the path of the folder of all packed sets.
+- `data`: the folder of all packed sets, a `Path` (not a text), or a `UPath` for an address.
 - `names`: a list of the names of the sets to score, which are folders in `data`.
 - `options`: an `Options`, below. `Options()` has the defaults.
 - `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
 
-It returns an `EvaluationPlan` (opened sets, meta of the checkpoint, device, precision, and the
-decoding backend: Pillow or DALI), which `model/evaluation/run.py` executes. It raises `ValueError`
-if a set, sample, checkpoint or device does not exist or does not fit, and writes nothing.
+It returns an `EvaluationPlan`, which `model/evaluation/run.py` executes. Its fields include `sets`
+(a dict, name -> `PlannedSet`, in scoring order), `reference` (the `Reals`, or None), `meta` (a
+dict), `device`, `dtype` (precision) and `backend` (the decoder, "pil" or "dali"). It raises
+`ValueError` if a set, sample, checkpoint or device does not exist or does not fit, and `OSError` if
+a file cannot be read. It writes nothing.
 
 All fields of `Options` are set by keyword:
 
 - `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
-- `reference_reals`: the name of a set whose real images give all sets their false-positive rate, or
-  None (default: the catalog's choice, for sets without real images).
+- `reference_reals`: the name of a set; the false-positive rate of all sets is measured on its real
+  images. None (default): the catalog chooses, for sets without real images only.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default).

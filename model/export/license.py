@@ -1,11 +1,19 @@
 """Determine the license of a checkpoint's weights from the record of how it was trained.
 
 Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_meta(folder)` of
-`model/checkpoint.py`) and returns a `License`: `id`, the license on the Hugging Face Hub (lower
-case, `other` if unknown), `text`, a sentence for people, and `base`, the name of the weights from
-which training started ("" if unknown). It raises no errors of its own. Trained weights keep the
-license of those first weights; a shipped head has that of its backbone. Licenses of training images
-are not included.
+`model/checkpoint.py`) and returns a `License`:
+
+- `id`: the license on the Hugging Face Hub, in lower case. It is `other` if training started from
+  random weights or no license is recorded.
+- `text`: a sentence for people.
+- `base`: timm's name of the weights from which training started, or of a shipped head's backbone.
+  It is "" if that is not recorded or has no known license, or if those weights were random.
+
+Trained weights keep the license of the first weights; a shipped head has that of its backbone. If
+the first weights were a file or are not known, the license is that of timm's weights for the same
+network, and `text` says that this is not certain. (An old run without the record counts as started
+from timm's weights if its recipe asks for them.) Licenses of training images are not included. It
+raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
 earlier checkpoints to the first weights, and returns their record, or None if it ends before.

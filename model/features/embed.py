@@ -3,21 +3,30 @@ write them to a feature store (`model/features/store.py`).
 
 Main entry: `embed(embedder, shards, source, number, on_images)` computes the features of one view.
 
-- `embedder`: an `Embedder`, made from keyword arguments: `net`, a `Detector` with a frozen
-  backbone, on the torch `device`; the precision `dtype`, such as `torch.float32`; `loading`, a
-  `Loading` (batch size, decoding); this process's `rank` (default 0) among `world_size` processes
-  (default 1). Rank r computes every `world_size`-th shard.
+- `embedder`: an `Embedder`, below.
 - `shards`: a `ShardSet`, opened by `open_shards()` in `sharding/format.py`.
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
-  `source_of()` in `prepare.py` makes one from a recipe, `net` and `dtype`.
+  `source_of()` in `prepare.py` makes one from a `ResolvedRecipe`, `net` and `dtype`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
 - `on_images`: a function; it is called with the number of images done since its last call. It may
   be left out.
 
-It writes the missing Arrow files, one per shard, and returns the number of images computed on this
-rank (0 if no file is missing). It raises `FeatureError` if a feature is not finite or the shard set
-has only a part of a shard, and `LoadError` if too many images cannot be decoded. A shard is written
-when it is complete, so an interrupted run resumes there.
+It writes the missing Arrow files, one per shard, and `backbone.json`. It returns the number of
+images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
+an interrupted run resumes there. It raises `FeatureError` if a feature is not finite, or if the
+shard set contains only some samples of one of its shards; `LoadError` if the set cannot be loaded
+or too many images cannot be decoded; and `OSError` if a file cannot be written.
+
+The fields of an `Embedder` are passed by keyword:
+
+- `net`: a `Detector` (a torch module) with a frozen backbone, on `device`. It is the first of the
+  values that `load_network(folder)` of `model/checkpoint.py` returns for a checkpoint, or comes
+  from `build()` of `model/network.py`.
+- `device`: a `torch.device`.
+- `dtype`: the precision, such as `torch.float32`.
+- `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
+- `rank`, `world_size`: this process (default 0) and the number of processes (default 1). Rank r
+  computes every `world_size`-th shard.
 """
 
 from collections.abc import Callable, Iterator

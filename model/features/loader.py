@@ -1,4 +1,5 @@
-"""Load batches of stored features in place of images, with the same order, labels and padding.
+"""Load batches of stored features in place of images, with the order, labels and padding of the
+image loader (`pipeline/loader.py`).
 
 Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)` and its
 `batches(epoch, params_for, start)`.
@@ -15,15 +16,18 @@ Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)`
   view: 0, or the number of its epoch + 1.
 - `start`: the number of the step to begin with (default 0).
 
-`batches()` yields `Batch` objects, in which `images` has float16 features (B, D). It raises
-`FeatureError` if features are missing or damaged, `LoadError` if the epoch has another batch size,
-and `TypeError` for another kind of `params_for`.
+`batches()` yields a `Batch` of `pipeline/batch.py` for each step, with B samples: `images` (the
+features, float16 (B, D)), `labels` (0 real, 1 fake), `valid` (False for padding and for images that
+could not be decoded, which must not count), `samples` (row numbers in `shards`), `sources`,
+`replayed`, and `failures` (a dict, position in the batch -> reason). Errors are raised when the
+first batch is taken: `FeatureError` if features are missing or damaged, `LoadError` if the epoch
+has another batch size, and `TypeError` for another kind of `params_for`.
 
-`open_scored(shards, preprocess, loading, device, dist, features)` returns a loader for evaluation:
-a `FeatureLoader` if `features`, a `FeatureSource`, is given (by keyword), else a loader of images,
-which are preprocessed by `preprocess` (a `Preprocess`). `dist` (by keyword) is this process's rank,
-a `DistEnv`; it may be left out for a single process. It raises `LoadError` if the images cannot be
-loaded.
+`open_scored(shards, preprocess, loading, device, *, dist, features)` returns a loader for
+evaluation, with the same `batches()`. It is a `FeatureLoader` if `features`, a `FeatureSource`, is
+given; else a loader of images, which are preprocessed by `preprocess` (a `Preprocess`). `dist` is
+this process's rank, a `DistEnv`, or None for a single process. Both default to None. It raises
+`LoadError` if the images cannot be loaded.
 """
 
 from collections.abc import Iterator

@@ -5,15 +5,20 @@ Main entry: `notices(meta)` takes the parsed `meta.json` of a checkpoint (or the
 ONNX file or third-party detector; a loaded detector has it as `detector.meta`). It returns a list
 of `Notice` (may be empty), the most serious first. Each has a line of `text` and a `kind`:
 "synthetic" (trained on synthetic images), "known" (a measured weakness) or "uncalibrated". They are
-read from two keys: `meta["data"]`, a dict with the keys `FITNESS_KEYS`, which may be missing, and
-`meta["calibration"]`, None or a dict, which has the error rates on each source (dataset) when left
-out of training. A notice names the `NAMED` worst sources whose false-positive rate is above
-`MOST_CALLED_AI` or whose recall is below `LEAST_FOUND`. A meta without the key `calibration` raises
-`KeyError`.
+read from two keys of `meta`:
 
-Three functions of `meta` return words for the user. `word_for()` returns what the detector's number
-is called: "probability" if it is calibrated, else "score". `number()` returns a longer label for
-the number, and `proof()` the sentence shown with every verdict, such as "a probability is not a
+- `data`: a dict, in which any of the keys `FITNESS_KEYS` may be missing (but "synthetic_sources"
+  needs "sources"). The whole dict may be missing too.
+- `calibration`: None, or a dict. Its `sources`, if there, are the error rates on each source
+  (dataset), measured with a detector that was trained without this source. A meta without the key
+  `calibration` raises `KeyError`.
+
+A notice names the `NAMED` worst sources whose false-positive rate is above `MOST_CALLED_AI` or
+whose recall is below `LEAST_FOUND`.
+
+Three functions take `meta` and return words for the user. `word_for()` returns what the detector's
+number is called: "probability" if it is calibrated, else "score". `number()` returns a longer label
+for the number, and `proof()` the sentence shown with every verdict, such as "a probability is not a
 proof" (`PROOF` is its pattern).
 """
 

@@ -2,15 +2,17 @@
 
 Main entries: five functions that take text from the metadata of one image.
 
-- `is_named(field, text)`: whether `text` names a generator and `field` is a metadata field that
-  programs write. `field` is a name such as "Software", "CreatorTool" or "Comment", in any case.
+- `is_named(field, text)`: whether `text` names a generator and `field`, the name of its metadata
+  field, is one that programs write, such as "Software" or "CreatorTool". Upper and lower case do
+  not matter. People also write "Comment" and "Make"; there the whole text must be a signature.
 - `is_signature(text)`: whether `text` is a generator's name and nothing else but a version or "made
   with".
-- `settings_in(text)`: program and prompt of the settings in the text of a field, as one text such
-  as "ComfyUI: a dog"; "" if there are no settings.
-- `settings_of(value, text)`: the same of parsed JSON (any value; only a dict can be settings).
+- `settings_in(text)`: looks for generator settings in the text of a field. It returns one text,
+  "PROGRAM: PROMPT", such as "ComfyUI: a dog"; the whole `text` stands for a prompt that cannot be
+  told apart. It returns "" if there are no settings.
+- `settings_of(value, text)`: the same for parsed JSON (any value; only a dict can be settings).
   `text` (default "") stands for the prompt where there is none; give the JSON text.
-- `settings_across(texts)`: the same of metadata with each setting in its own field: a dict, field
+- `settings_across(texts)`: the same for metadata with each setting in its own field: a dict, field
   -> text.
 
 The patterns were read in the source code of the generators where it is public:

@@ -1,22 +1,31 @@
 """Run a detector that was exported as ONNX (`python -m model export --onnx`) in ONNX Runtime,
 without torch.
 
-Main entry: `load_onnx(file, device, threshold)`; the last two are given by keyword.
+Main entry: `load_onnx(file, *, device, threshold)`.
 
-- `file`: path of the `.onnx` file.
-- `device`: "auto" (the default), "cpu" or "cuda".
+- `file`: path of the `.onnx` file, `Path` or text.
+- `device`: "auto" (the default: a GPU if ONNX Runtime supports one), "cpu", "cuda" or "cuda:N".
 - `threshold`: a number from 0 to 1 that replaces the threshold of the file; then no verdict is
   "uncertain". None (the default): that of the file.
 
-It returns an `OnnxDetector`. It raises `OnnxError` if ONNX Runtime is missing or the file is no
-such export, and `ValueError` for an impossible device or threshold.
+It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Runtime is missing or
+the file is no such export, and another `ValueError` for an impossible device or threshold.
 
 The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
-array) and returns a `Prediction` (name, probability of fake, verdict, error), or takes several and
-returns a list; `stream()` yields them. An unreadable image gets an `error`. The metadata of the
-file (`META_KEYS`) contains the preprocessing, threshold and band; its output `probability` includes
-the temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3),
-as the `Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
+array) and returns a `Prediction`, or takes several and returns a list. `stream(images, batch_size,
+start)` takes several and yields one `Prediction` at a time. `batch_size` is 32 by default. `start`
+(default 0) is the number of images that the caller left out at the start of its list; a batch must
+begin there.
+
+A `Prediction` has the `name`, the `probability` of fake (0 to 1), the `verdict` ("no sign of AI",
+"uncertain" or "likely AI"), and `error`, which is "". An unreadable image gets an `error`, the
+verdict "unreadable" and the probability None. An image of another type raises `TypeError`, a wrong
+array `ValueError`.
+
+The metadata of the file (`META_KEYS`) contains the preprocessing, threshold and band. The output
+`probability` of its network includes the temperature. `preprocess(pixels, settings)` crops and
+resizes pixels, uint8 (height, width, 3), as the `Preprocess` settings say, to the network's input,
+uint8 (size, size, 3), with Pillow.
 """
 
 import json

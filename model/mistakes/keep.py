@@ -1,21 +1,25 @@
 """Record wrong verdicts in a local folder, one JSON file per image, and read them; nothing is sent
 anywhere.
 
-Main entry: `keep_mistake(folder, data, label, given, copy_named)` adds one verdict.
+Main entry: `keep_mistake(folder, data, label, given, *, copy_named)` adds one verdict.
 
 - `folder`: a `Path`, the folder of the records (made if missing).
 - `data`: the bytes of the image file.
 - `label`: the true label, "real" or "fake".
 - `given`: a `Verdict`. `verdict_of(detector, score)` makes it from a loaded detector and its
   probability of fake.
-- `copy_named`: by keyword; the image's file name, to keep a copy of the image with its suffix; None
-  (the default) keeps none.
+- `copy_named`: the image's file name, to keep a copy of the image with its suffix. None (the
+  default) makes no copy.
 
-A wrong verdict makes an entry: the JSON file of this image. Later verdicts on the same image are
-added to it, whether wrong, right or uncertain; once none is wrong, the entry and its copy are
-deleted. It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label
-if it has changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as
-a list of `Mistake`. Both raise `OSError`, and `MistakeError` for a damaged entry or too many
+A wrong verdict makes an entry: the JSON file of this image. Every later verdict on this image is
+added to it, also a right or uncertain one, and replaces the earlier one of the same detector. The
+new `label` replaces that of the entry. When no verdict in the entry is wrong by this label, the
+entry and its copy are deleted. For an image without an entry, a right or uncertain verdict does
+nothing.
+
+It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label if it has
+changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as a list of
+`Mistake`. Both raise `OSError`, and `MistakeError` (a `ValueError`) for a damaged entry or too many
 entries; `keep_mistake()` also for a too large copy, `read_mistakes()` if there is no entry.
 `FOLDER/<SHA-256 of the image's bytes>.json` is
 

@@ -1,12 +1,13 @@
 """Render synthetic raw images, real and fake, for a demo without any download.
 
-Main entry: `make_demo(folder, seed, jobs, on_done)` writes the files below and returns a dict from
-the name of each source (key of `SOURCES`) to its number of images. All arguments except `folder`
-are keywords. A file that cannot be written raises `OSError`.
+Main entry: `make_demo(folder, *, seed, jobs, on_done)` writes the files below and returns a dict
+from the name of each source (key of `SOURCES`) to its number of images. A file that cannot be
+written raises `OSError`. One JPEG is truncated on purpose.
 
 - `folder`: a `pathlib.Path`, created if it does not exist.
-- `seed`: an integer that determines all images (default 0).
-- `jobs`: number of processes (default 2).
+- `seed`: an integer from 0 on that determines all images (default 0).
+- `jobs`: number of processes (default 2). They are spawned, so a script must make the call below
+  `if __name__ == "__main__":`.
 - `on_done`: None (default), or `on_done(done, total)`, called after each image with the number of
   images so far and of all.
 
@@ -21,13 +22,15 @@ rendered in linear light at twice the final resolution and is then processed in 
     real:  lens -> sensor with Bayer mosaic and noise -> demosaic -> tone curve -> file
     fake:  lens -> tone curve -> reduced to a latent, decoded with learned upsampling -> file
 
-A `Shot` is one image to make, a `Camera` or a `Decoder` is what makes it. `render(shot, seed)`
-returns its pixels, float32 (height, width, 3), 0 to 1; most other functions are its steps. Scenes,
-lenses, tone curves, sizes, file formats and qualities have the same distribution in both classes.
-Only pixels differ. Real images have sensor noise, which demosaicing makes similar in neighboring
-pixels. Fake images have lost detail in the latent, independent noise, and with some decoders the
-checkerboard of uneven upsampling (Odena et al. 2016). A score on this data shows that the programs
-work. It shows nothing about real generators.
+In the source `pairs`, a fake is decoded from the finished real image of the same number. A `Shot`
+is one image to make, a `Camera` or a `Decoder` is what makes it. `render(shot, seed)` returns its
+pixels, float32 (height, width, 3), 0 to 1; most other functions are its steps.
+
+Scenes, lenses, tone curves, sizes, file formats and qualities have the same distribution in both
+classes. Only pixels differ. Real images have sensor noise, which demosaicing makes similar in
+neighboring pixels. Fake images have lost detail in the latent. Some decoders add independent noise
+or the checkerboard of uneven upsampling (Odena et al. 2016). A score on this data shows that the
+programs work. It shows nothing about real generators.
 """
 
 import math
