@@ -6,14 +6,15 @@ Main entry: `main()`, a click group that runs without a subcommand too. What is 
 
 - `--shards SET` (may be repeated): a shard set, a folder of packed images below `--data` (default
   `data/shards`). Every sample is scored exactly once, on any number of ranks (processes);
-- `--suite NAME`: all packed sets of a suite, a list in the catalog, such as `wild` or `all`;
-- `--subset FILE`: a CSV file (set, key) of the only samples to score; may go with `--shards`;
+- `--suite NAME`: all packed sets of a suite, a list in the catalog, such as `wild` or `all`. If
+  others of its sets are not packed, the exit code is 1, although the report is written;
+- `--subset FILE`: a CSV file with the columns set and key. Only the samples that it lists are
+  scored. It may go with `--shards`;
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
   images, to `--out` or the folder of FILE;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
-  verdicts are added to the records. The exit code is 1 if this detector is wrong on
-  an image on which another one was right. `--images FOLDER` is searched for images of which no
-  copy was recorded.
+  verdicts are added to the records. The exit code is 1 if this detector is wrong on an image on
+  which another one was right. `--images FOLDER` is searched for images without a recorded copy.
 
 With which detector, and how:
 
@@ -24,14 +25,13 @@ With which detector, and how:
   classifier that means fake;
 - `--device` (auto, cpu, cuda, cuda:N) and `--backend` (auto, dali, pil: decoder) say how to run;
 - `--reference-reals SET`: its real images give the false-positive rate of the other sets;
-- `--robustness [N]`: also scores N images per class (default `PER_CLASS`) after JPEG, resizing and
-  more;
+- `--robustness [N]`: also scores N images per class (default 1000) after JPEG, resizing and more;
 - `--features STORE`: a folder of stored features of a frozen backbone, scored instead of images.
   Missing ones are computed.
 
-`--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`
-(default: `evaluation/<sets>` in the folder of the run, or, with `--detector`, in the folder that
-the detector has below `--runs`); with `--regressions`, only `regressions.json` (default: no file).
+`--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
+Default: `evaluation/<sets>` in the run's folder; for a detector that is not from a run, in a folder
+of its name below `--runs`. With `--regressions` it gets only `regressions.json` (default: no file).
 An error is one line and exit code 1; wrong options (`CONFLICTS` exclude each other) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores

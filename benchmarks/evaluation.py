@@ -5,12 +5,17 @@
 
 Main entry: `main()`, this click command.
 
-- `--images`: how many small JPEGs are made and scored (default 10000; 0: none).
+- `--images`: how many small JPEGs are made and scored (default 10000; 0: only the report).
 - `--scores`: how many random scores the report is written on (default 400000, at least 50).
 - `--network`: a network of timm (default `mobilenetv2_100`), with random weights, which does not
   change the speed.
 - `--detector`: measure only `benchmarks.adapters.costs()` on the JPEGs, and print its table.
-- `--json`: a file for all figures.
+- `--json`: a file for the figures (default: none). It gets {"report": the dict of
+  `cost_of_report()`, "scoring": the dict of `cost_of_scoring()`, or null if `--images` is 0}; with
+  `--detector`, the dict of `costs()`.
+
+Without `--detector`, a line on the report and a table of the scoring are printed, whether there is
+a `--json` or not.
 
 Both functions take an empty folder that exists (`folder`, a Path), write their files there, and
 return a dict. A time is given as `seconds` and as CPU seconds (`processor_s`, of this process and

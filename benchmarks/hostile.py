@@ -3,22 +3,26 @@
     python -m benchmarks.hostile FOLDER [--seconds S] [--memory GB] [--json FILE]
 
 Every file below FOLDER is decoded, prepared as in `predict` by both backends (Pillow and DALI),
-packed, verified, and loaded for one epoch by both backends. Each stage is a child process, which is
-killed after S seconds (default 60; ten times as long in stages other than decoding) without
-progress, or with more than GB of memory (default 8; 2^30 bytes each). After a kill or a crash, the
-decoding stage goes on with the next file; any other stage is over. Outcomes are compared between
-the backends and with Pillow's own decoding. A difference that matches none of `EXPLANATIONS` is
-unexplained. Tables of crashes, slow files and differences are printed; `--json` gets the results of
-all stages. The exit code is 1 after a crash, a kill, an unexplained difference, a fault found by
-`verify`, or a sample that loads differently or not at all; else 0.
+packed, verified, and loaded for one epoch by both backends. Each stage is a child process. It is
+killed if it makes no progress for S seconds (default 60; ten times as long in stages other than
+decoding), or if it uses more memory than GB, in units of 2^30 bytes (default 8). After a kill or a
+crash, the decoding stage goes on with the next file; any other stage is over.
+
+Outcomes are compared between the backends and with Pillow's own decoding. A difference that matches
+none of `EXPLANATIONS` is unexplained. Tables of crashes, slow files and differences are printed;
+`--json` gets the results of all stages. The exit code is 1 after a crash, a kill, an unexplained
+difference, a fault found by `verify`, or a sample that loads differently or not at all; else 0.
 
 Main entries, called one after the other with the same folders:
 
 - `run_all(folder, work, seconds, memory)` takes the folder of files, an empty scratch folder that
-  exists (both Paths, absolute), S, and the memory limit in bytes (int). It yields (name, result) of
-  each stage of `STAGES`. The result is a dict: what the stage said about the files (`lines`, a list
-  of dicts), its crashes and kills (`bad`: number of the file, reason), `seconds`, `peak` memory in
-  bytes, and the number of lines on standard error (`words`).
+  exists (both Paths, absolute), S, and the memory limit in bytes (int). It yields the pair (name,
+  result) of each stage of `STAGES`. The result is a dict:
+    - `lines`: what the stage said about the files, a list of dicts.
+    - `bad`: a list with a pair for each crash and kill: the number of the file that the stage had
+      reached (when loading: of the batch), and the reason.
+    - `seconds`, and `peak`, the largest memory in bytes.
+    - `words`: how many lines the stage wrote to standard error (int).
 - `report(folder, stages, work)` takes `dict(run_all(...))` and both folders, prints the tables and
   returns the number of failures (int).
 

@@ -2,33 +2,35 @@
 
     python -m benchmarks.leave_out --recipe FILE [--init-from WEIGHTS] [--pairs] [--robustness N]
 
-Main entry: `main()`, this click command. Each source is scored by a head that was trained without
-it (and without the sources that the recipe's `calibration.together` names with it). Missing
-features are computed and written to the recipe's feature store first. No run is written.
+Main entry: `main()`, this click command. For each source, a head is trained without it (and without
+the sources that the recipe's `calibration.together` groups with it). This head scores the source.
+Missing features are first computed and written to the recipe's feature store. No run is written. An
+error in the input is printed in one line, with exit code 1.
 
-- `--recipe`: a recipe file for a head on stored features of a frozen backbone, such as
+- `--recipe`: a recipe file with a table `[features]` (a head on a frozen backbone), such as
   `recipes/clip-all.toml`. `--set KEY=VALUE` changes it; may be repeated.
 - `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights (default:
   what the recipe says).
 - `--pairs`: also train a head without both sources of each pair, which is harder and takes minutes.
-- `--robustness N`: N images of each source are scored again after each perturbation of
-  `pipeline/perturb.py`, by the head trained without the source. This computes features of N times
-  sources times perturbations images.
+- `--robustness N`: up to N images of each source are scored again after each perturbation of
+  `pipeline/perturb.py`, by the head trained without the source. This computes their features.
 - `--data`: the folder or address of the packed sets (default `data/shards`). `--runs`: the folder
   of training runs, where the recipe's starting checkpoint may be (default `runs`).
-- `--json`: a file for what is printed.
+- `--json`: a file for what is printed (default: none).
 
 A dict is printed as JSON. Its keys:
 
 - "one left out": `mean`, 95 % `interval` and `worst` (the ten lowest) of the AUROCs of all pairs of
-  a real and a fake source. The interval is from 200 resamples of the sources (`interval()`).
+  a source of reals and a source of fakes. The interval is from 200 resamples of the sources.
 - "at 5 % over all": source -> share of its images called fake, at the threshold for 5 % false
-  positives over all real sources.
+  positives over all sources of reals together.
 - "within subjects": `auroc`, the mean over `clusters` clusters of similar images (by their
   features) that have both classes. A head that recognizes nothing but the subject gets 0.5.
 - "pooled": the AUROC of all images.
-- "threshold pooled", "threshold most_sources", "threshold worst_source": the calibration by each
-  rule (`threshold`, `band`, `sources`, `temperature`).
+- "threshold pooled", "threshold most_sources", "threshold worst_source": calibrations that keep to
+  the recipe's error rates over all images, in three quarters of the sources, or in every source.
+  Each has `temperature`, `threshold`, `band` ([low, high]: the probabilities called uncertain) and
+  `sources` (source -> `false_positive_rate`, `recall`, `uncertain` and numbers of images).
 - "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`.
 - "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
 """

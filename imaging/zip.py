@@ -1,15 +1,20 @@
 """List and read the files in a zip archive without unpacking the archive to disk.
 
-Main entries: `members(archive, name)` takes the path of an archive (a `Path`, or the `UPath` of an
-address), and the archive's name for error messages (may be left out: the path). It yields a
-`ZipMember` for each file, sorted by name: its `name`, its location `where` (a text), its `size` in
-bytes, and `excluded`, the reason if it is not read (`HIDDEN`, encrypted, an unsafe path, ...), or
-"". `read_member(archive, where, version)` returns the bytes of one file; `where` is from its
-`ZipMember`, and `version` is any text that changes when the archive changes (default ""). Of an
-archive in several volumes (X.z01, X.z02, ...), name the last, X.zip. `members()` raises `ZipError`
-(a `ValueError`) if the archive is damaged or incomplete, or if its files claim to unpack to more
-than `MAX_RATIO` times its size. `read_member()` raises `DecodeError` if the file in the archive is
-damaged. Both raise `OSError` if the archive cannot be read.
+Main entries: `members(archive, name)` yields a `ZipMember` for each file, sorted by name, and
+`read_member(archive, where, version)` returns the bytes of one file.
+
+- `archive`: the path of the archive (a `Path`, or the `UPath` of an address). If the archive has
+  several volumes (X.z01, X.z02, ...), it is the path of the last one, X.zip.
+- `name`: a text, what error messages call the archive (default: its path).
+- `where`: the `where` of the file's `ZipMember`.
+- `version`: any text that changes when the archive changes (default "").
+
+A `ZipMember` has the file's `name`, its location `where` (a text), its `size` in bytes, and
+`excluded`: the reason if the file is not read (`HIDDEN`, encrypted, an unsafe path, ...), or "".
+
+`members()` raises `ZipError` (a `ValueError`) if the archive is damaged or incomplete, or if its
+files claim to unpack to more than `MAX_RATIO` times its size. `read_member()` raises `DecodeError`
+if the file in the archive is damaged. Both raise `OSError` if the archive cannot be read.
 
 Four functions are about names and modes of files, in folders and archives of any kind.
 `is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a

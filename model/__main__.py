@@ -16,8 +16,9 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
   into `--jobs` tasks of the cluster of RAY_ADDRESS (default `local`: this process);
 - `curves RUN` plots the loss and the validation metrics of the run folder RUN as a PNG file,
   `--out` (default `curves.png`);
-- `average FIRST LAST --run NAME` writes the average of two checkpoint folders (of a run: its best
-  checkpoint) as the new run NAME; `--weight`, 0 to 1, is the share of LAST (default 0.5);
+- `average FIRST LAST --run NAME` writes the average of two checkpoints as the new run NAME. FIRST
+  and LAST are checkpoint folders, or run folders, which stand for the best checkpoint of the run.
+  `--weight`, 0 to 1, is the share of LAST (default 0.5);
 - `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
   (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
   head without the backbone (`--head FOLDER`); at least one of the three. `--out` is by default

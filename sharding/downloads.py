@@ -3,9 +3,9 @@
 Main entries, which return nothing, raise `FetchError` if the content is wrong, and leave the file
 as it is (`path` is a `pathlib.Path`; an unreadable file raises `OSError`):
 
-- `check_content(path, suffix)` compares the first bytes of the file with the type that `suffix`
-  names, such as ".zip"; "" means the suffix of `path`. Servers send web pages instead of files. If
-  the type is unknown, only web pages are refused.
+- `check_content(path, suffix)` compares the first bytes of the file (of a zip archive, its end)
+  with the type that `suffix` names, such as ".zip"; "" means the suffix of `path`. Servers send web
+  pages instead of files. If the type is unknown, only web pages are refused.
 - `check_hash(path, digest)` compares the file's SHA-256 with `digest`, the 64 hexadecimal digits
   (lower case) in the catalog.
 """

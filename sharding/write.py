@@ -7,9 +7,11 @@ Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` return
   the marks of finished shards.
 - `name` and `fingerprint`: file name of the tar, and hash of everything that determines the shard's
   bytes and rows; both are fields of a `ShardPlan` (`plan_shards()` of sharding/plan.py).
-- `samples`: the rows of this shard, a pyarrow table. The columns are those of the index
-  (`SAMPLES_SCHEMA` of sharding/format.py) except `shard`, `offset` and `size`, which are set here,
-  and the location of the bytes: `path`, `member`, `size`, `version` and `excluded` of the listing.
+- `samples`: the rows of this shard, a pyarrow table with two kinds of columns. First, those of the
+  index (`SAMPLES_SCHEMA` of sharding/format.py) without `shard`, `offset` and `size`, which are set
+  here. Second, five columns that locate the raw bytes: `path`, `member`, `size`, `version` and
+  `excluded`, the fields of a `RawFile` (sharding/raw.py). This `size` is that of the raw file; it
+  is not stored. Further columns are ignored.
 
 The function writes the tar `folder/name`, the `.idx` next to the tar and, last, the rows and the
 fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done. It raises

@@ -9,13 +9,17 @@ computes the metrics in many resamples, for each selection of images.
   fakes)`: the positions of its real and of its fake images among the N, int64 arrays, one of which
   may be empty.
 - `groups`: the `Groups` of the N images, from `group_rows()`.
-- `threshold`: the decision threshold, 0 to 1. An image is called fake from it on.
+- `threshold`: 0 to 1. An image is called fake if its probability is at least the threshold.
 - `resamples`, `seed`: number of resamples (default `RESAMPLES`) and random seed (default `SEED`).
 - `on_resamples`: None (default) or a function that is called from time to time with the number of
   resamples since its last call.
 
 It returns a dict, key -> metric -> values in all resamples: float64 (resamples,), NaN where
-undefined. It raises no errors of its own.
+undefined. The metrics are named as in `Metrics` of model/metrics.py. Every selection has
+`accuracy`, `nll` and `brier`; one with fakes has `recall`; one with reals has
+`false_positive_rate`; one with both also has `balanced_accuracy`, `precision`, `f1`, `auroc`,
+`average_precision`, `eer`, `tpr_at_fpr_1` and `tpr_at_fpr_5`. There is no `ece`. `resample()`
+raises no errors of its own.
 
 `group_rows(groups, sources, labels)` takes three int64 arrays (N,): numbers that stand for the
 group and the source of each image, and 0 real, 1 fake. `intervals(images, groups, resamples)` takes
@@ -23,13 +27,13 @@ the `Images` and the values of one key, and returns a dict, metric -> [low, high
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
 number of groups that it depends on, and its lowest and highest possible value (default 0 and 1; ()
 if it has no bounds). It returns None for fewer than two groups, or if most values are NaN;
-`intervals()` leaves out such a metric, and `ece`.
+`intervals()` leaves out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
-section 3.8), separately for each source and mix of classes. If every resample gives 0 or every
-resample gives 1, one end is the exact bound, at a distance of 1 - (0.05 / 2) ** (1 / groups)
-(Clopper and Pearson, 1934).
+section 3.8), separately for each source and mix of classes. If both ends are 0 or both are 1, one
+of them is replaced by the exact bound, at a distance of 1 - (0.05 / 2) ** (1 / groups) from the
+other (Clopper and Pearson, 1934).
 """
 
 import math

@@ -9,8 +9,8 @@ images and `intersect` is false, no image in common, or different labels.
 
 `compare(before, after)` takes two of these returned tables. It returns a list with a `Line` for
 each set, for each of its sources (if it has several) and for each generator: `set`, `kind`, `name`
-of the source or generator, `images` (their number) and `changes`. `kind` is `sources`,
-`generators`, or for a whole set `overall`, or `reference` if its real images are those of another
+of the source or generator, `images` (their number) and `changes`. `kind` is `sources` or
+`generators`; for a whole set it is `overall`, or `reference` if the real images come from another
 set. `changes` is a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
 `Change` has `before`, `after`, and the interval `low` to `high` of after - before (None: no
 interval). It raises `ScoresError` if the false-positive rates of a set come from different real

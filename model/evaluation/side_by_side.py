@@ -9,34 +9,34 @@ Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s
   `compare.py`.
 - `images_per_s`: the speed, or None (default).
 
-It returns the dict below (null is None), with the sets that all runs measured. It adds
-`mean_of(runs)`, the run of the mean probability, named `MEAN`. It raises `ScoresError` (a
-`ValueError`) if there is no such set, or if the runs took the real images of a set from different
-sets (its reference reals).
+It returns the dict below (null is None), with the sets that all runs measured. One more run is in
+it: `mean_of(runs)`, named `MEAN`, whose probability is the mean of all runs. It raises
+`ScoresError` (a `ValueError`) if there is no such set, or if the runs took the real images of a set
+from different sets (its reference reals).
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC,
-           "common": {"1": p, "5": p},     # one threshold for all runs; see `common_threshold`
+           "common": {"1": threshold or null, "5": threshold or null},
            "runs": [RUN, ...],             # by AUROC, the highest first
            "sources": {source: {run: AUROC or null}},
-           "generators": {generator: {run: recall or null}},
-           "stability": {"sources": n, "mean": rho, "least": rho} or null}}   # see `stability`
+           "generators": {generator: {run: recall at 5 % false positives, or null}},
+           "stability": {"sources": n, "mean": rho, "least": rho} or null}}
 
-A RUN has these keys:
+- `common`: thresholds that are the same for all runs. Each is the lowest at which at most 1 % (5 %)
+  of the real images, counted over all runs together, are called fake; a single run can have more.
+- `stability`: how equally the sources rank the runs (null: no pair of sources). For each pair, rho
+  is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over all pairs.
 
-- `name` and the decision `threshold`;
+A RUN has `name`, its decision `threshold`, `ece` (calibration error), `images_per_s` or null, and:
+
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
-  the run's own threshold for 1 % and 5 % false positives on these reals). Each is `{"value": v,
-  "low": l, "high": h, "behind": [low, high] or null}`. `behind` is the 95 % interval of this run's
-  value minus that of the best run (null for the best run);
-- `common`: recall and false-positive rate at each common threshold;
-- `ece` (calibration error), and `images_per_s` or null;
-- `worst_source` (AUROC), `worst_generator` (recall at 5 % false positives) and `worst_perturbation`
-  (AUROC), each {"name", "value"} or null;
-- `ranks`: the best and the worst rank of the run over the sources, or null.
+  the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
+  "behind"}; `behind` is the interval [low, high] of this value minus that of the best run, or null;
+- `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds;
+- `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value"} or null;
+- `ranks`: [best, worst] rank of the run over the sources, or null. `MEAN` has no ranks.
 
-If a source has images of one class only, its AUROC uses all images of the other class in the set
-(`completed()`).
+A source with images of one class gets those of the other from the whole set (`completed()`).
 """
 
 from collections.abc import Mapping, Sequence

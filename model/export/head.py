@@ -7,8 +7,9 @@ Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes th
 - `checkpoint`: the checkpoint folder (`Path`).
 - `target`: the path of the new folder. An existing one must be empty.
 - `backbone`: a `BackboneSpec`, from `backbone_of(checkpoint)`: the files, with hashes and download
-  places, that contain the backbone. One of these files must be in this project's cache of
-  backbones; `fetch_backbone(backbone)` of `model/shipped/fetch.py` downloads it to there.
+  places, that contain the backbone. One of these files must be on this machine: in this
+  project's cache of backbones (`fetch_backbone(backbone)` of `model/shipped/fetch.py` downloads it
+  to there) or in the cache of the Hugging Face Hub.
 - `report`: the path of the checkpoint's `report.json`, whose figures the model card shows, or None
   (default).
 - `data`: the path of the folder of the training sets, whose sources the card lists, or None
@@ -17,7 +18,7 @@ Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes th
 The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
 and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
 
-It raises `HeadError` if the backbone was trained too, or if its file is not in the cache or has
+It raises `HeadError` if the backbone was trained too, or if its file is in neither cache or has
 other weights; `HubError` if `target` is not empty or the report is of another checkpoint; other
 `ValueError` if the checkpoint cannot be read. `backbone_of(checkpoint, hub)` finds the
 `BackboneSpec` in the checkpoint, which records the weights that its training started from, or

@@ -17,9 +17,12 @@ dir/ --checkpoint FOLDER`.
 
 `push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
 created if needed (public unless `private=True`), and returns the URL of the commit. Log in before
-with `hf auth login`, or set HF_TOKEN. Both functions raise `HubError`: if `out` is not empty, the
-report is of another checkpoint, the folder is incomplete or the upload fails; `write_hub()` also
-`CheckpointError` if the checkpoint cannot be read.
+with `hf auth login`, or set HF_TOKEN.
+
+`write_hub()` raises `HubError` if `out` is not empty or `report` is no report of this checkpoint,
+`CheckpointError` if the checkpoint cannot be read, and another `ValueError` if its weights do not
+fit or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder
+is incomplete or the upload fails. All of these are `ValueError`s.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training

@@ -5,10 +5,11 @@ Main entry: `read_evidence(data, trust)` takes the bytes of an image file and th
 (certificates) of C2PA signers, which `usual_trust_list()` in `signatures.py` returns. None (the
 default): no signer is known. It returns a list of `Evidence`, at most `MAX_EVIDENCE`. Each has:
 
-- `kind`: "C2PA", "source type", "AI label", "generator", "camera", or "more" for a number left out,
-- `value`: a line of text,
-- `where`: the place in the file,
-- `suggests`: "AI", "camera" or "",
+- `kind`: "C2PA", "source type", "AI label", "generator" or "camera". If the file has more than the
+  maximum, the last entry has the kind "more"; its `value` says how many others are left out.
+- `value`: a line of text.
+- `where`: the place in the file.
+- `suggests`: "AI", "camera" or "".
 - `state` of a C2PA signature: "trusted", "valid, signer unknown" or "invalid"; else "".
 
 The list may be empty, and nothing is ever raised.

@@ -1,20 +1,27 @@
 """Compare a trained checkpoint with the detector that its training started from, on recorded
 mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too many have become wrong.
 
-Main entries, in the order of use. `gate` is the recipe's `Gate`: its `mistakes` is the folder of
-the records, a text, and `max_newly_wrong` the limit. `folder` is `Path(gate.mistakes)`. It is not
-changed. A detector is what `load_detector()` in `model/inference/detector.py` returns.
+Main entries, in the order of use. Their arguments:
+
+- `gate`: the recipe's `Gate`. Its `mistakes` is the folder of the records, a text, and
+  `max_newly_wrong` the limit.
+- `folder`: this folder as a `Path`. No function changes it.
+- A detector is what `load_detector()` in `model/inference/detector.py` returns.
+
+The functions:
 
 - `check_mistakes(gate, start_file)`, before a run, raises `MistakeError` if the folder cannot be
-  used. `start_file` is None for a new run. For a resumed run, it is the path of the file that
-  `measure_start()` wrote, which must be readable.
+  used: it is missing, damaged, empty or without a copy of an image. `start_file` is None (default)
+  for a new run. For a resumed run, it is the path of the file that `measure_start()` wrote, which
+  must be readable.
 - `measure_start(folder, start, file)` scores the mistakes with the detector `start`, from which the
   training starts. It writes the verdicts to the path `file` (`START_FILE` in the run's folder) as
-  JSON and returns them, a dict from image hash to `Verdict`. A resumed run reads the same dict with
-  `read_start(file)`.
-- `against_start(folder, start, detector)`, after training, takes this dict as `start` and the
-  trained detector, and scores the mistakes again. It returns a list with a `Regression` per
-  mistake: both verdicts, and an outcome such as "fixed", "newly wrong" or "not measurable".
+  JSON and returns them, a dict from image hash to `Verdict`. Mistakes without a readable copy of
+  the image are not in it. A resumed run reads the same dict with `read_start(file)`.
+- `against_start(folder, start, detector)`, after training, scores the mistakes again with the
+  trained detector. Here `start` is the dict that `measure_start()` returned. It returns a list
+  with a `Regression` per mistake: both verdicts (`before`, and `after` or None) and an `outcome`
+  such as "fixed", "newly wrong" or "not measurable".
 - `refusal(gate, rows)` takes this list of `Regression`s. It returns a list with one sentence if
   more images are newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)`
   returns the hashes of all newly wrong images; `lines_of(gate, rows)` yields lines of text for the

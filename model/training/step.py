@@ -19,10 +19,11 @@ It returns this rank's share of the loss, a scalar tensor on the device; the mea
 the loss of the batch. A loss that is not finite raises no error: the step's number is stored in
 `train_state.bad_step`, and `run.py` reads it and stops the run.
 
-`not_finite_in(train_state)` returns the name of the first weight that is not finite, or None.
-`average_of(net)` returns a copy of a network for the EMA. `wrap_ddp(train_state)` returns the
-network, wrapped in `DistributedDataParallel` on several ranks. `TrainState.shown` is the network
-that is validated and saved: the EMA, or without one the network.
+`not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
+EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy
+of a network for the EMA. `wrap_ddp(train_state)` returns the network, wrapped in
+`DistributedDataParallel` on several ranks. `TrainState.shown` is the network that is validated and
+saved: the EMA, or without one the network.
 """
 
 import contextlib
