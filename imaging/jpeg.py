@@ -1,19 +1,27 @@
 """Read the headers and markers of a JPEG, given its bytes, without decoding it (ITU-T T.81).
 
-Main entry: `read_header(data)` returns a `Header` if the file is a plain 8-bit JPEG without EXIF or
-color profile, else None. Its fields: `width` and `height` in pixels, as stored; `chroma`, such as
-"420" or "Gray"; `tables`, the quantization tables, a tuple of tuples of 64 sorted numbers.
+Main entry: `read_header(data)` takes the bytes of a file and returns the `Header` of a plain JPEG:
+8 bits, YCbCr or gray, no metadata but JFIF and comments. It returns None for any other file, such
+as one with EXIF, XMP or a color profile, or with a damaged header. A `Header` has:
 
-All functions except `describe_tables()` take the bytes of a JPEG, `data`; none raises an error for
-damaged bytes. `segments()` yields each `Segment` (marker, start and end in `data`) up to the first
-invalid one; the pixels are no segment, so stop at the start of a scan. `lenient_segments()` yields
-(marker, start, end) to the end of the image, skips bytes between segments as libjpeg does, and
-gives the pixels of a scan the pseudo-marker `PIXELS`. `before_scan()` returns the bytes before the
-pixels. `has_end()` is False for a cut-off file. `mended()` returns the JPEG with only the segments
-that its pixels need. `count_scans()` returns the number of scans, or an upper bound of it; callers
-refuse a file of more than `MAX_SCANS`, which would be slow. `describe_tables(tables)` takes the
-tables of a `Header` and returns the libjpeg quality, 1 to 100, and a hash of 8 hex digits (0 and ""
-without tables).
+- `width` and `height`: in pixels, as stored.
+- `chroma`: the chroma subsampling, a text such as "420" or "Gray".
+- `tables`: the quantization tables, a tuple of tuples of 64 sorted numbers.
+
+`describe_tables(tables)` takes these tables and returns the nearest libjpeg quality, 1 to 100, and
+a hash of 8 hex digits (0 and "" without tables). All other functions take the bytes of a JPEG,
+`data`. None raises an error for damaged bytes:
+
+- `segments()` yields each `Segment`: `marker`, `start` and `end` in `data`, and `filled` (True if
+  fill bytes precede it). It ends at the first invalid one, whose `end` may have any value. Pixels
+  are in no segment, so a caller must end its loop at the first start of scan (`SOS`).
+- `lenient_segments()` yields (marker, start, end) to the end of the image. It skips bytes between
+  segments as libjpeg does, and gives the pixels of a scan the pseudo-marker `PIXELS`.
+- `before_scan()` returns the bytes before the first scan, or all bytes if there is no scan.
+- `has_end()` returns False for a cut-off file.
+- `mended()` returns the JPEG with only the segments that its pixels need.
+- `count_scans()` returns an upper bound of the number of scans, or the exact number if the bound is
+  more than `MAX_SCANS`. Callers refuse a file with more scans than that, which would be slow.
 """
 
 import hashlib

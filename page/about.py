@@ -4,9 +4,9 @@ Main entry: `about(detector)` puts the text `LIMITS` (Markdown) and the line of 
 page, and returns nothing. `detector` is the loaded detector, an `ImageDetector`, which
 `page.detector.loaded_detector()` returns. It is called while Streamlit draws the page.
 
-`which(detector)` returns one line of text: the network, identity and date of the detector, the
-version of the program, and, for a shipped detector that is used because there is no trained run,
-that this is so. `ROOT` is the folder of the program.
+`which(detector)` returns one line of text. It states the network, identity and date of the
+detector, the version of the program, and that images stay in memory. For a shipped detector that is
+used because there is no trained run, it says so. `ROOT` is the folder of the program.
 """
 
 import os

@@ -1,11 +1,14 @@
 """Compute color matrices: brightness, contrast, saturation and hue as one linear map of RGB values.
 
-Main entry: `color_matrices(brightness, contrast, saturation, hue)` takes four float arrays (N,) and
-returns the matrices, float32 (N, 12): per image 3 x 4 values, row by row, for RGB values of 0 to
-255.
+Main entry: `color_matrices(brightness, contrast, saturation, hue)` takes four NumPy float arrays
+(N,), one value for each image.
 
 - `brightness`, `contrast`, `saturation`: factors; 1 changes nothing.
 - `hue`: share of the full color circle by which the hue turns; 0 changes nothing.
+
+It returns float32 (N, 12): for each image a 3 x 4 matrix, row by row. The rows give the new red,
+green and blue. A row has the factors of the old red, green and blue, and an offset that is added,
+for RGB values of 0 to 255.
 
 `IDENTITY` is the matrix that changes nothing, `GRAY` the one that makes an image gray.
 """

@@ -4,17 +4,18 @@ Main entry: `describe(folder)` takes a `pathlib.Path` and returns a `Description
 written to disk. Its fields:
 
 - `text`: the catalog as TOML.
-- `folders`: dict from each folder with a class (path below `folder`) to (class, number of images).
-- `undecided`: dict from each folder without a class to its number of images.
+- `folders`: dict from each folder whose name decides a class (path below `folder`) to a pair: the
+  class, "real" or "fake", and the number of images that it decides, also in its subfolders.
+- `undecided`: dict from each folder without a class to its number of images ("." is `folder`).
 - `unread`: dict from each reason why images cannot be read to their number.
 
 `CatalogError` is raised if there is no image, or the folder's name is not UTF-8. A broken zip
 archive raises `RawError`, a folder that is missing or cannot be read `OSError`.
 
-`WORDS` are the words of both classes, such as "photos" and "generated". A folder gets the class of
-the deepest part of its path that has words of exactly one class. A folder without such a part is
-undecided: the catalog lists it under both classes, each time commented out. A person has to check
-the catalog.
+`WORDS` are two sets of words, such as "photo" for real and "generated" for fake. A folder gets the
+class of the deepest part of its path that has words of exactly one class. A folder without such a
+part is undecided. The catalog has two lines for it, one under each class, both commented out; a
+person removes the `#` of the right one. A person has to check the whole catalog.
 """
 
 import json

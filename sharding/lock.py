@@ -1,11 +1,15 @@
 """Lock the output folder of a build, so that only one process writes to it.
 
-Main entry: `with locked(work, what):`, a context manager that yields nothing and raises
-`BlockingIOError` if another process has the lock. `work` is the path of an existing folder in the
-output for temporary files (such as `OUT/.build`), which gets the lock file; if it cannot be
-written, `OSError` is raised. `what` is the path of the locked folder (`OUT`), only for the message.
-On a local disk the lock is `flock` and ends with the process. In a bucket it is an object that is
-renewed while the process lives, and expires `LEASE_SECONDS` after the last renewal.
+Main entry: `with locked(work, what):`, a context manager that yields nothing. Both arguments are a
+`Path`, or a `UPath` for a folder in a bucket (s3://...).
+
+- `work`: the folder for temporary files in the output, such as `OUT/.build`, which gets the lock
+  file. On a local disk it must exist.
+- `what`: the locked folder, such as `OUT`; it is only named in the error message.
+
+It raises `BlockingIOError` if another process has the lock, and `OSError` if the lock file cannot
+be written. On a local disk the lock is `flock` and ends with the process. In a bucket it is an
+object that is renewed while the process lives, and expires `LEASE_SECONDS` after the last renewal.
 """
 
 import contextlib

@@ -1,10 +1,14 @@
 """Divide the samples of a set into shards (tars); nothing is read from disk or written.
 
-Main entry: `plan_shards(samples, split)` takes the name of the split, such as "train", and a
-pyarrow table with one row per sample. Its columns include `source`, `key`, `origin` (path of the
-image, for people), `path` and `member` (location of the bytes), `label`, `generator`, `group`,
-`sha256`, `transcoded_from`, and `stored`, the size in bytes: the columns of sharding/inventory.py,
-and `key`. The function returns a list of `ShardPlan`, one for each tar to write:
+Main entry: `plan_shards(samples, split)`.
+
+- `samples`: a pyarrow table with one row per sample. It has `key`, made by `sample_key()`,
+  and these columns of sharding/inventory.py: `source`, `origin` (path of the image, for people),
+  `path` and `member` (location of the bytes), `stored` (size in bytes), `sha256`, `label`,
+  `generator`, `group` and `transcoded_from`. Other columns are not used.
+- `split`: the name of the split, such as "train".
+
+It returns a list of `ShardPlan`, one for each tar to write:
 
 - `name`: file name of the tar, `<source>-<split>-<NNNNN>.tar`.
 - `source`: its source.

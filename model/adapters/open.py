@@ -1,32 +1,37 @@
 """Open any detector by its name: a checkpoint, an ONNX file or a third-party detector.
 
-Main entry: `load_any(name, checkpoint, opening, device, backend, threshold, heatmap)`. The last
-four are keywords and may be left out.
+Main entry: `load_any(name, checkpoint, opening, *, device, backend, threshold, heatmap)`. The last
+four may be left out.
 
-- `name` (text or None): the value of `--detector`: `hf:OWNER/NAME`, `timm:NAME`, both also with a
-  local folder; `FILE.py` with a function `predict`, `FILE.onnx`, or a checkpoint;
+- `name` (text or None): the value of `--detector`: `hf:OWNER/NAME`, `timm:NAME`, `hf:FOLDER` or
+  `timm:FOLDER` (a local folder), `FILE.py` (with a function `predict`), `FILE.onnx`, or a
+  checkpoint, named as in `checkpoint`.
 - `checkpoint` (`Path` or None): the value of `--checkpoint`: a checkpoint folder, a run's folder
   (its best checkpoint) or the name of a shipped detector. If `name` and `checkpoint` are None, the
-  newest run or else the shipped detector is opened;
-- `opening`: `Opening(trust=False, fake_labels=(), runs=Path("runs"))`: whether a Python file may
-  run, the labels that mean AI-generated (empty: their words decide), and the folder of all runs and
-  calibrations;
-- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`;
-- `backend`: `pil`, `dali` or `auto` (default), the decoder of the images;
-- `threshold`: a probability from 0 to 1 that replaces the threshold of the detector; None
-  (default) keeps it;
-- `heatmap` (bool, default False): heatmaps are wanted; these, and `dali`, need a checkpoint.
+  best checkpoint of the newest run is opened, or the shipped detector if there is no run.
+- `opening`: `Opening(trust=False, fake_labels=(), runs=Path("runs"))`. `trust`: a Python file may
+  run. `fake_labels`: the labels of an `hf:` or `timm:` detector that mean AI-generated; if empty,
+  the words in its labels decide. `runs`: the folder of all runs and calibrations.
+- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
+- `backend`: `pil`, `dali` or `auto` (default), the decoder of the images; `dali` needs a
+  checkpoint.
+- `threshold`: a probability from 0 to 1 that replaces the threshold of the detector; None (default)
+  keeps it.
+- `heatmap` (bool, default False): True if heatmaps are wanted, which need a checkpoint.
 
 It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. Their `predict()` takes one image
-or several and returns a `Prediction` (name, probability, verdict, error) or a list; `stream()`
-yields them. It raises `DetectorError` (a `ValueError`) if both names are given, if an option does
-not fit the kind or if the detector cannot be used. It raises other kinds of `ValueError` for a
-checkpoint or ONNX file that cannot be used, and for an impossible device, backend or threshold, and
-`OSError` for a file that cannot be read.
+and returns a `Prediction` (name, probability, verdict, error), or takes several and returns a list;
+`stream()` yields the predictions.
 
-`kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint()` returns the
-checkpoint that one of the two names means, as a path, or None if neither does. `open_other()` opens
-a detector of another kind. Slow imports (torch, timm, transformers) happen only when needed.
+It raises `DetectorError` (a `ValueError`) if both `name` and `checkpoint` are given, if an option
+does not fit the kind, or if the detector cannot be used. It raises other kinds of `ValueError` for
+a checkpoint or ONNX file that cannot be used, and for an impossible device, backend or threshold,
+and `OSError` for a file that cannot be read.
+
+`kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint(name,
+checkpoint, opening)` returns the checkpoint that one of the two names means, as a `Path`, or None
+if neither does. `open_other(name, opening, *, device, threshold)` opens a detector that is not a
+checkpoint. Slow imports (torch, timm, transformers) happen only when needed.
 """
 
 from collections.abc import Sequence

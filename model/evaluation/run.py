@@ -6,7 +6,7 @@ must call it.
 
 - `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
   `OnnxDetector`. `choose_subject()` returns one.
-- `data`: the path of the folder of all packed sets.
+- `data`: the folder of all packed sets, a `Path`, or a `UPath` for an address.
 - `names`: a list of the names of the sets to score, which are folders in `data`.
 - `out`: the output folder (`Path`), made if needed.
 - `options`: the `Options` of `plan.py` (device, subset, reference reals, robustness ...), or None
@@ -18,16 +18,21 @@ returns the report as a dict (`model/layout/report.py`), {} on other ranks than 
 the report. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
 checkpoint's score is not finite.
 
-`report_on(path)` computes the same report from a scores file. `find_scores(path)` returns the path
-of that file, given the file, its folder or a report in it, and raises `ValueError` if there is
-none. `choose_subject(name, checkpoint, opening, device, dist)` returns the pair (subject, its
-output folder) and raises `ValueError` if there is no such detector. `name` is the text of
-`--detector` (such as `hf:OWNER/NAME`, FILE.onnx or a checkpoint) or None, `checkpoint` the `Path`
-of a checkpoint or run or None; both None: the best checkpoint of the newest run. `opening` is an
-`Opening` of `model/adapters/open.py` (`runs`, the folder of all runs, and permissions), `device` a
-text (`auto`, `cpu`, `cuda:N`) and `dist` a `DistEnv` (`DistEnv()` for a single process).
-`score_sets()` (for checkpoints), `score_sets_by()` (other detectors), `perturb_sets()` and
-`with_reference()` are parts of `evaluate()`; they take its `EvaluationPlan` as `planned`.
+`choose_subject(name, checkpoint, opening, device, dist)` returns a pair: the subject and its output
+folder. No argument has a default. It raises `ValueError` if there is no such detector.
+
+- `name`: the text of `--detector` (such as `hf:OWNER/NAME`, FILE.onnx or a checkpoint), or None.
+- `checkpoint`: the `Path` of a checkpoint or run, or None. If `name` is None, too, the best
+  checkpoint of the newest run is chosen; unlike `load_any()`, never a shipped detector.
+- `opening`: an `Opening` of `model/adapters/open.py` (`runs`, the folder of all runs; permissions).
+- `device`: `auto`, `cpu`, `cuda` or `cuda:N`.
+- `dist`: a `DistEnv` (`DistEnv()` for a single process).
+
+`report_on(path)` computes the same report from a scores file (`Path`). `find_scores(path)` returns
+the `Path` of that file, given the file, its folder or a report in it, and raises `ValueError` if
+there is none. `score_sets()` (for checkpoints), `score_sets_by()` (other detectors),
+`perturb_sets()` and `with_reference()` are parts of `evaluate()`; they take its `EvaluationPlan` as
+`planned`.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""Calibrate a detector by leaving sources out: train a new head without each image source, and
-score that source with it, which shows how the detector behaves on a new source.
+"""Calibrate a detector by leaving sources out: for each image source, train a new head on all other
+sources, and score this source with it. This shows how the detector behaves on a new source.
 
 Main entry: `calibrate_left_out(planned, best)` calibrates a checkpoint of a finished run. On
 several ranks, each must call it.
 
 - `planned`: the `RunPlan` of the run, made by `plan()` in `model/training/plan.py`. Its recipe has
-  `[features]` (a frozen backbone); the recipe's `calibration` has the error rates to keep.
+  `[features]` (a frozen backbone). The recipe's `calibration` has the error rates to keep, and
+  groups of sources that are left out together.
 - `best`: `Path` of the folder of the run's best checkpoint.
 
 It computes missing features, trains the heads and fits a `Calibration` (temperature, threshold,
@@ -15,16 +16,18 @@ calibration fits, or a validation set has another split than `val`; `FeatureErro
 features cannot be computed.
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
-returns the scores: a dict, source -> (labels, logits of fake minus real). It also takes a
-`TrainState` (network, device, ..., from `assemble()`), the `FeatureSource` (location of the
-features, from `source_of()`), and a function that may be left out: `on_head(sources)` is called
-once for each new head, with the list of names that this head was trained without; the network has
-this head during the call.
+returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
+of the training sets, not those that are only replayed. The function also takes a `TrainState`
+(network, device, ..., from `assemble()`), the `FeatureSource` (location of the features, from
+`source_of()`), and a function that may be left out: `on_head(sources)` is called once for each new
+head, with the list of names that this head was trained without; the network has this head during
+the call.
 
-`refit(planned, train_state, without)` trains the head in `train_state` on the batches of `planned`
-(from `with_features()`) without the sources `without` (names). `head_weights(train_state)` returns
-a copy of the weights that learn (`HeadWeights`, name -> tensor), and `set_head(train_state,
-weights)` puts such a copy back.
+`refit(planned, train_state, without)` trains the head in `train_state` from zero, on the batches of
+`planned` (from `with_features()`) without the sources `without` (names). It raises
+`CalibrationError` if the other images fill no batch. `head_weights(train_state)` returns a copy of
+the weights that learn (`HeadWeights`, name -> tensor), and `set_head(train_state, weights)` puts
+such a copy back.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -4,27 +4,29 @@ batches for a detector to score, and make predictions from the scores.
 Main entry: `AnyDetector.predict(images, batch_size)`, a method of each loaded detector, such as
 that of `load_detector()` (see `docs/python.md`).
 
-- `images`: one image or an iterable of images. An image (type `Picture`) is a path, the bytes of a
-  file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width) in gray, or an
-  `ImageFile` (a name and a function that reads the bytes).
+- `images`: one image or an iterable of images. An image (type `Picture`) is a path (text or
+  `Path`), the bytes of a file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height,
+  width) in gray, or an `ImageFile` (a name and a function that reads the bytes).
 - `batch_size`: the largest number of images that are scored together (default 32).
 
 It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (the
 reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong array
-`ValueError`. Subclasses define `stream()`, which yields the predictions one by one. `DecisionRule`
-has the threshold, band and verdict of a detector; its `at_rates(max_fpr, max_miss)` returns a copy
-of the detector with the band for these highest error rates (None: unchanged). It raises
-`ValueError` for a rate not between 0 and 0.5, or one for which the detector has no threshold.
+`ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
 
-`as_source(image, index)` turns a `Picture` into a named file or decoded `Pixels` (a `Source`;
-without a name it is `image <index>`). `as_file(image, index)` turns a path or bytes into an
-`ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8 (height, width, 3).
-`band_from(threshold)` returns the band (threshold, threshold), without *uncertain*, or None.
+`DecisionRule` has the threshold, band and verdict of a detector. Its `at_rates(max_fpr, max_miss)`
+returns a copy of the detector with the band for these highest error rates (None: unchanged).
+`at_rates()` raises `ValueError` if a rate is not above 0 and below 0.5, or if the detector has no
+threshold for it. `band_from(threshold)` returns the band (threshold, threshold), without
+*uncertain*, and None for None.
+
+`as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded `Pixels`. An
+image that has no name is called `image <index>`. `as_file(image, index)` turns a path or bytes into
+an `ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8 (height, width, 3).
 
 `ahead(files, work, batch_size, start)` calls `work(file)` in threads and yields (names, results) of
-each batch; the result for an unreadable file is the reason as text, as `done_or_reason(work, file)`
-returns it. Its batch sizes are those of `group_sizes(batch_size, start)`, which yields 1, 4, 16,
+each batch. The result for an unreadable file is the reason as text, as `done_or_reason(work, file)`
+returns it. The batch sizes are those of `group_sizes(batch_size, start)`, which yields 1, 4, 16,
 ..., then `batch_size`; `start` is the number of images that the caller left out because they were
 done before. `in_groups(files, work, sizes)` is `ahead()` with the batch sizes `sizes`.
 `preprocess_ahead(files, preprocess_file, size, ...)` calls `preprocess_file(file)` and yields

@@ -2,28 +2,36 @@
 and read the list of trusted signers.
 
 Main entries: `read_manifest(data, trust)` takes the bytes of a file and a `TrustList` (None: no
-signer is trusted). It returns a `Manifest`: `state` of the signature (a `State`: "trusted", "valid,
-signer unknown" or "invalid"), the reason `why`, the name of the `signer`, the programs that made
-the file (`makers`), and `source_types`, the kinds of origin (C2PA's `digitalSourceType`) that the
-manifest states. If there is no manifest or it cannot be read, the library c2pa-python raises
-exceptions of many types, so catch `Exception`. `usual_trust_list()` returns the `TrustList` that
-the environment variable `DETECTOR_TRUST_LIST` names (a PEM file), else the downloaded public list,
-else None; it raises `TrustListError` for a damaged list. Anybody can make a certificate in any
-name, for example "Adobe"; only such a list of trust anchors (certificates of authorities that
-verify their signers) shows which signer is genuine.
+signer is trusted). It returns a `Manifest`:
+
+- `state` of the signature (a `State`): "trusted", "valid, signer unknown" or "invalid".
+- `why`: the reason for the state, a text.
+- `signer`: the name in the certificate, "nobody" if there is none.
+- `makers`: a list of the programs that made the file.
+- `source_types`: a list of the kinds of origin (C2PA's `digitalSourceType`) that the manifest and
+  those of its ingredients state.
+
+If there is no manifest or it cannot be read, the library c2pa-python raises exceptions of many
+types, so catch `Exception`.
+
+`usual_trust_list()` returns the `TrustList` that the environment variable `DETECTOR_TRUST_LIST`
+names (a PEM file), else the downloaded public list, else None. It raises `TrustListError` for a
+list that cannot be used. Anybody can make a certificate in any name, for example "Adobe"; only such
+a list of trust anchors (certificates of authorities that verify their signers) shows which signer
+is genuine.
 
 Three functions return a `TrustList` or raise `TrustListError`:
 
-- `read_trust_list(path, origin)` reads a PEM file,
-- `parse_trust_list(data, name, origin, fetched)` reads the bytes of such a file,
+- `read_trust_list(path, origin)` reads a PEM file. `origin` is the name of the option with the path
+  (default `--trust-list`), for error messages.
+- `parse_trust_list(data, name, origin, fetched)` reads the bytes of such a file. `name` and
+  `fetched` (a date, or None, the default) are stored in the list; `origin` begins error messages.
 - `read_cached(path)` reads the public list as it is stored in the cache (file `CACHED`).
 
-`path` is a `Path`. `origin` is the beginning of an error message, such as the option with the path.
-`name` and `fetched` (date, or None) are stored in the list. `read_bounded(path, origin)` returns
-the bytes of a file of at most `MAX_BYTES`. `has_manifest(head)` says whether the first bytes of a
-file seem to contain a manifest; `is_readable()` says whether c2pa-python is installed. `FETCH` is
-the command that downloads the public list, and `OFFLINE` the settings of the library that forbid
-network access.
+`path` is a `Path`. `read_bounded(path, origin)` returns the bytes of a file of at most `MAX_BYTES`.
+`has_manifest(head)` says whether the first bytes of a file seem to contain a manifest;
+`is_readable()` says whether c2pa-python is installed. `FETCH` is the command that downloads the
+public list, and `OFFLINE` the settings of the library that forbid network access.
 """
 
 import base64

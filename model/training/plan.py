@@ -1,24 +1,31 @@
 """Plan a training run: decide, open and check everything before anything is built or written.
 
-Main entry: `plan(recipe, data, runs, init_from, device, dist)`. All after `runs` are optional and
-passed by keyword.
+Main entry: `plan(recipe, data, runs, *, init_from, device, dist)`. The last three may be left out.
 
 - `recipe`: a `Recipe`, as `recipes.load(Recipe, path)` reads it from a TOML file.
 - `data`: the `Path` (or `UPath`) of the folder of all shard sets (packed images).
 - `runs`: the `Path` of the folder of all runs; this run's folder is `runs/<recipe.name>`.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
-  file; None: those that the recipe says.
+  file; None (default): those that the recipe says.
 - `device`: a text, `auto` (the default: this rank's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
-- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None: one process.
+- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None (default): one
+  process.
 
-It returns a `RunPlan`: `resumed` (the run's checkpoint to resume from, or None), `done` and `steps`
-(numbers of steps), `weights` (the first ones), `stream` (batches), `validation` (sets), `device`,
-`dtype` and more. It raises `ValueError` for any error in the input, also if the run's folder holds
-a run of another recipe. `assemble.py` builds the objects of a plan, and `run.py` runs it.
+It returns a `RunPlan`, which has these and more fields:
 
-`Weights` is the source of a network's first weights. `Best` is a run's best checkpoint so far and
-its validation; `better(best, new)` returns the better of two. `BASELINE_FILE` is the file for the
-metrics before the first step.
+- `resumed`: the `Path` of the run's last undamaged checkpoint, to resume from; None for a new run.
+- `done`: the number of steps that were made before `resumed` was saved; 0 for a new run.
+- `steps`: the number of steps of the whole run.
+- `weights`: the `Weights` that are loaded first, with their `kind` and `path`.
+- `stream`: the training batches; `validation`: a dict, name -> opened validation set.
+- `device` and `dtype` (of torch), with which the run computes.
+
+It raises `ValueError` for any error in the input, also if the run's folder holds a run of another
+recipe or from other first weights than `init_from`. It raises `OSError` for a file that cannot be
+read. `assemble.py` builds the objects of a plan, and `run.py` runs it.
+
+`Best` is a run's best checkpoint so far and its validation; `better(best, new)` returns the better
+of two. `BASELINE_FILE` is the file for the metrics before the first step.
 """
 
 import json

@@ -13,11 +13,10 @@ chosen: the mean over the sets of the balanced accuracy (the accuracy if a set h
 - `features`: None (the default), or a `FeatureSource`: the place of stored features, which are
   scored instead of images (`model/features/prepare.py`).
 
-`calibrate_checkpoint(checkpoint, folders, loading, device, rule, dist, features, fitted)` scores
+`calibrate_checkpoint(checkpoint, folders, loading, device, *, rule, dist, features, fitted)` scores
 the sets, fits one `Calibration` (temperature and thresholds) to all of them, stores it in the
 checkpoint's `meta.json` (rank 0) and returns it. It raises `CalibrationError` if none fits or a set
-is no validation set. `loading` and `features` are as above; the last four are optional and by
-keyword.
+is no validation set. `loading` and `features` are as above. The last four may be left out.
 
 - `checkpoint`: the `Path` of the checkpoint's folder.
 - `folders`: a list of `Path`s (or `UPath`s) of the validation sets.
@@ -25,14 +24,15 @@ keyword.
 - `rule`: how the threshold is fitted: "fpr5" or "fpr1" (5 % or 1 % false positives), "0.5", "auto"
   (the default: the larger of "fpr5" and "0.5"), or the recipe's `Calibrating`.
 - `dist`: this process's rank (`DistEnv`); None: one process.
-- `fitted`: None, or a pair: a `Calibration`, and a dict, set -> hash of its index. Then nothing is
-  fitted, and this one is stored.
+- `fitted`: None, or a pair: the `Calibration` to store, for which nothing is fitted, and a dict of
+  the sets that it was fitted to: name -> SHA-256 of the set's `index.json` (`ShardSet.sha256`).
 
 Both main entries raise `ValueError` or a subclass for sets or scores that cannot be used. `Gain`
 has the highest `selection` so far and counts validations since then. `remembered(path, find,
-first)` reads a `Validation` from a JSON file. If there is no file, it calls `find()`, which returns
-a `Validation`, writes that if `first` is True (on rank 0), and returns it. `read_validation(path)`
-only reads it. Both raise `ValueError` for a damaged file.
+first)` returns the `Validation` in a JSON file (`Path`). If there is no file, it calls `find()`,
+which returns a `Validation`, and returns that. If `first` is True, it also writes it to the file
+(True only on rank 0). `read_validation(path)` only reads it. Both raise `ValueError` for a damaged
+file.
 """
 
 import json
