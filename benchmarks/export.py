@@ -11,7 +11,7 @@ seconds of all rounds. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
 
 Main entry: `ways_of(name, folder)`.
 
-- `name`: the timm name of the network.
+- `name`: the timm name of a network that takes images of 256 x 256 pixels.
 - `folder`: an empty folder (Path), which gets the checkpoint `step_0000000/`, the ONNX files of
   fp32 and fp16 in `onnx/`, and `int8.onnx`.
 

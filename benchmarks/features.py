@@ -8,7 +8,7 @@ temporary folder. All work is on the CPU. Printed, and written to FILE as JSON, 
 - images/s of `memory`, which copies batches of random rows from one array in memory;
 - images/s of `store`, which reads the same batches from the memory-mapped files, and their ratio;
 - seconds and images/s of one epoch that trains a linear head from the store, by the steps that
-  `train.py` takes; also the peak memory and the size of the files.
+  `train.py` takes; also the peak memory of the process and the bytes per image in the files.
 
 The options:
 

@@ -3,18 +3,23 @@
 Main entry: `jpeg_pixels(data)` takes the bytes of a file and returns two values. The first is the
 pixels, uint8 (height, width, 3), as they are stored: the EXIF orientation is not applied. The
 second is True if the strict mode of simplejpeg (libjpeg-turbo, every warning is an error) decodes
-the file as it is. Otherwise it is False, and the pixels are those of `odd_jpeg_pixels(data)`, which
-also decodes files with wrong metadata, extra bytes between segments or unusual chroma sampling:
-these faults cost no pixel.
+the file as it is. Otherwise it is False, and the pixels come from `odd_jpeg_pixels(data)`. That
+function also accepts faults that lose no pixel: wrong metadata, extra bytes between segments,
+unusual chroma sampling.
 
-`PixelError` (a `ValueError`) is that of `imaging/rgb.py`. The decoders' own exceptions may get
-through for hostile bytes: `imaging/decode.py` turns every exception into a `DecodeError`.
+`PixelError` (a `ValueError`) is defined in `imaging/rgb.py`. Bytes that are no JPEG raise it, too.
+The decoders' own exceptions may get through for hostile bytes: `imaging/decode.py` turns every
+exception into a `DecodeError`.
 
-Three functions take the bytes, return nothing and raise `PixelError`: `refuse_cut_off()` for a file
-without an end marker, `refuse_many_scans()` for more than `MAX_SCANS` scans (of `imaging/jpeg.py`),
-which would be slow, and `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels.
-`odd_jpeg_pixels()` calls the first two. `jpeg_pixels()` does not count the scans of a file that the
-strict mode decodes: call `refuse_many_scans()` before it.
+Three functions take the bytes, return nothing and raise `PixelError`:
+
+- `refuse_cut_off()` for a file without an end marker.
+- `refuse_many_scans()` for more than `MAX_SCANS` scans (of `imaging/jpeg.py`), which would be slow.
+  Call it before `jpeg_pixels()`, which does not count the scans of a file that the strict mode
+  decodes. `odd_jpeg_pixels()` calls this function and `refuse_cut_off()` itself.
+- `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels. Call it for a CMYK file,
+  then decode the file with Pillow, as `imaging/decode.py` does. `jpeg_pixels()` finds such damage,
+  too, but ignores the color profile of the file.
 """
 
 import io

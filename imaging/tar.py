@@ -15,9 +15,10 @@ opened raises `OSError`.
 
 In a plain tar, `read` reads the file at its offset, at any time and from any thread. A compressed
 tar (`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until
-its `read` is called. At `WAITING_BYTES` of them, `members()` waits until another thread reads some.
-So call each `read` in the loop, or in other threads; collecting all members first could wait
-forever. The `MAX_...` constants limit the memory and the work that a hostile archive can cause.
+its `read` is called. Before more than `WAITING_BYTES` wait in memory, the loop waits until another
+thread calls a `read`. So call each `read` in the loop, or in other threads: a loop that only
+collects the members could wait forever. The `MAX_...` constants limit the memory and the work that
+a hostile archive can cause.
 """
 
 import contextlib

@@ -11,8 +11,8 @@ OSError, or anything that a damaged file causes. So catch `Exception` and pass i
 `why_not(error)`, which returns a text for the page: the reason and what to do.
 
 `folder_in(variable)` takes the name of an environment variable and returns the folder in it as a
-Path, or None if it is not set. It raises ValueError for an address or anything else that is no
-folder.
+Path, or None if it is not set. It raises ValueError for an address or a path of anything else than
+a folder. A folder that does not exist is returned, too.
 """
 
 import os

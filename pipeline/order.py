@@ -15,7 +15,8 @@ shuffles the samples and drops a last partial batch. All arguments after the fir
 batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
 False for padding, and `replayed`, True for old samples. They raise `OrderError` if there is no
 sample or, in training, less than a batch. `epoch.positions(step, rank, world_size)` returns the
-slice of one rank's batch, so 2 ranks of batch 12 see the samples that 1 rank of batch 24 sees.
+slice of one rank's batch. In each step, 2 ranks with 12 samples each together see the same samples
+as 1 rank with 24.
 
 A run resumes from a dict: `state_of(epoch, step, index_sha256)` returns it for the `Epoch`, the
 next step and the set's hash (`ShardSet.sha256`). `check_state(state, seed=..., global_batch=...,

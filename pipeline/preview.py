@@ -1,20 +1,21 @@
 """Write a PNG of augmented samples of a shard set, as the two backends (Pillow and DALI) make them,
 side by side.
 
-Main entry: `write_preview(folder, out, recipe, policy, count, seed)` returns the number of samples
-shown (fewer than `count` in a smaller set) and the absolute difference of the backends in gray
-levels, an int16 array (count, size, size, 3), or None without DALI.
+Main entry: `write_preview(folder, out, recipe, policy, count, seed)` writes the PNG.
 
 - `folder`: folder of the shard set, a `Path`, or a `UPath` for an address.
 - `out`: `Path` of the PNG to write.
 - `recipe`: `Path` of the recipe file with the preprocessing and the augmentation policies.
-- `policy`: name of the policy for sources of which the set's index names none. None: the one that
-  the recipe names.
+- `policy`: name of the policy for each source to which the set's index gives none. None: the one
+  that the recipe names.
 - `count`: number of samples.
 - `seed`: int from 0 on, which selects the samples and the augmentations.
 
-It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded or
-a policy is missing, and `RecipeError` for a wrong recipe.
+It returns two values: N, the number of samples shown (fewer than `count` in a smaller set), and the
+absolute difference of the backends in gray levels, an int16 array (N, size, size, 3), where `size`
+is the recipe's `crop_size`. Without DALI, the difference is None, and only Pillow's images are
+shown. It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or
+decoded or a policy is missing, and `RecipeError` for a wrong recipe.
 
 `picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
 recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.

@@ -1,14 +1,18 @@
 """Run a uvicorn server that answers all accepted requests before it stops.
 
-Main entries: `Server(app, service)` takes the ASGI application (a `Guard` around that of
-`make_app()`) and the same `Service` of `serve/api.py`, which counts the accepted requests. Its
-`run(sockets=[...])` (of uvicorn) takes the sockets to listen on, and serves until SIGTERM or Ctrl-C
-and the last answer; it returns nothing. The caller then calls `service.close()`. A second signal
-stops the server at once and sets `force_exit`.
+Main entry: `Server(app, service)`.
+
+- `service`: the `Service` of `serve/api.py` that counts the accepted requests of `app`.
+- `app`: the ASGI application, `Guard(make_app(service), service, key)`, with `make_app()` of
+  `serve/api.py` and `Guard` of `serve/guard.py`; `key` is the API key, "" for none.
+
+Its `run(sockets=[...])` (of uvicorn) takes the sockets to listen on. It serves until SIGTERM or
+Ctrl-C and the last answer, and returns nothing. The caller then calls `service.close()`. A second
+signal stops the server at once and sets its `force_exit` to True.
 
 `bound_socket(host, port)` takes a host name or IP address and a port (0: any free one) and returns
-a socket for `run()`, or raises OSError if the address is in use or not of this machine.
-`handle_exit()` is called by uvicorn at a signal.
+a socket for `run()`. It raises OSError if the host is unknown, or the address is in use or not of
+this machine. `handle_exit()` is called by uvicorn at a signal.
 """
 
 import signal

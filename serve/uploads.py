@@ -12,10 +12,16 @@ Main entries, of which the first two are coroutines:
 - `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
   header, before it is read; without the header, it returns the largest size that is allowed.
 
-`request` is a `Request` of FastAPI, `kind` the text from `kind_of()`, `limits` the `Limits` of the
-server. All four functions raise `Refused` with the HTTP status if the request is invalid or too
-large; the coroutines raise starlette's ClientDisconnect if the client is gone. Bodies stay in
-memory; uploaded images are never written to disk.
+Their arguments:
+
+- `request`: a `Request` of FastAPI.
+- `kind`: the text from `kind_of()`.
+- `limits`: a `Limits` of `serve/limits.py`; `Limits()` has the defaults.
+
+All four raise `Refused` (of `serve/limits.py`) if the request is invalid, not supported or too
+large: its `status` is the HTTP status, its `detail` a sentence for the client. The coroutines raise
+starlette's ClientDisconnect if the client is gone. Bodies stay in memory; uploaded images are never
+written to disk.
 """
 
 import json

@@ -1,21 +1,29 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
-Main entry: `pack_folder(folder, data, jobs, progress)` writes a catalog, so that the user needs
-none, and both sets. It returns a `PackedFolder`.
+Main entry: `pack_folder(folder, data, *, jobs, progress)` writes a catalog, so that the user needs
+none, and both sets; existing sets are updated.
 
-- `folder`: the `pathlib.Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
-- `data`: the path of the folder of all shard sets.
-- `jobs`: keyword, number of processes (default 0: one per core).
-- `progress`: keyword, default: no progress. `progress(what, total)` returns a context manager for a
-  progress bar. It yields a function, which is called with the number of images finished since its
-  last call.
+- `folder`: the `Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
+- `data`: the folder of all shard sets, a `Path`, or a `UPath` for an address.
+- `jobs`: number of processes (default 0: one per core).
+- `progress`: a function (default: no progress). `progress(what, total)` returns a context manager
+  for a progress bar. It yields a function, which is called with the number of images finished since
+  its last call.
 
-A `PackedFolder` has `name`; `place`, the folder with the catalog and both sets; `train` and
-`validate`, the paths of both sets below `data`, as texts; `train_counts` and `validate_counts`,
-each [number of real images, of fake images]; and `shards_written`, a number. A missing subfolder or
-fewer than `FEWEST` images of a class raise `CatalogError`; packing raises the errors of
-`sharding.build.build()`, also if more than the fraction `MAX_BAD` of the images are unreadable. The
-fraction `HELD_OUT` of the images goes to the validation set. Files below `data`:
+It returns a `PackedFolder`:
+
+- `name`: the name of the training set, made from the name of `folder`.
+- `place`: the path of the folder with the catalog and both sets.
+- `train`, `validate`: the paths of both sets below `data`, as texts.
+- `train_counts`, `validate_counts`: each [number of real images, of fake images].
+- `shards_written`: the number of shards that this call wrote.
+
+It raises `CatalogError` if a subfolder is missing, a class has fewer than `FEWEST` images, or a
+class has no image in one of the sets; `ShardError` if more than the fraction `MAX_BAD` of a set's
+images are unreadable, or packed images would be lost; `RawError` for a damaged archive (these three
+are `ValueError`s); and `OSError` if a file cannot be read or written, or another process packs the
+folder. About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the
+validation set. Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set

@@ -1,14 +1,22 @@
 """List the images of a raw dataset with their labels, by the rules of a catalog source.
 
-Main entry: `list_source(name, source, raw)` takes the name of a source, its `Source`
-(`catalog.sources[name]`) and the path of the folder of the raw datasets. It returns a `Listing`:
-`items`, an `Item` for each image (path, label, generator, group, sets); `excluded`, a dict from
-each reason to {"files": number, "first": first `NAMED` names}; `read_as`, a dict from each rule to
-its number of images; and `unmatched`, the rules without a file. No image is read. A label comes
-from whole parts of the path, ignoring case, or from the columns of a table. Of several matching
-rules, the one with the deepest folder is used. An image that matches a real and a fake rule at the
-same depth raises `CatalogError`: labels are never guessed. So does a source whose images match no
-rule. Unreadable files and folders raise `RawError` or `OSError`.
+Main entry: `list_source(name, source, raw)`. It reads no image.
+
+- `name`: the name of the source.
+- `source`: its `Source`, `catalog.sources[name]`.
+- `raw`: the folder of the raw datasets, a `Path`, or a `UPath` for an address.
+
+It returns a `Listing`: `items`, an `Item` for each image (`path`, `label`, `generator`, `group`,
+`destination`: its sets, and more); `excluded`, a dict from each reason to {"files": number,
+"first": first `NAMED` names}; `read_as`, a dict from each rule, and from notes on a missing table
+or row, to a number of images; and `unmatched`, the rules without a file. A label comes from whole
+parts of the path, ignoring case, or from the columns of a table. Of several matching rules, the one
+with the deepest folder is used; for the rows of a parquet table, the first.
+
+It raises `CatalogError` if an image matches a real and a fake rule of equal depth, or a parquet row
+matches both (labels are never guessed); if there are images but no rule matches any; or if a table
+is damaged or lacks a column that a rule names. Unreadable files and folders raise `RawError` or
+`OSError`.
 
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
 place. `choose_set(group, share_of)` takes the name of a group (related images) and a dict from set

@@ -1,18 +1,21 @@
-"""Store and load the calibration of a third-party detector: a dict with the keys `KEYS`, which are
-`temperature`, `threshold` (for the decision) and `calibration` (the band of probabilities that are
-"uncertain", with details).
+"""Store and load the calibration of a third-party detector.
 
-Main entries: `keep_calibration(detector, runs, entries)` takes an `OtherDetector` (from
-`model/adapters/open.py`), the folder of all runs (a `Path`) and this dict, the result of
-`Calibration.entries()` of `model/calibrate.py`. It writes
+The calibration is a dict with three keys (`KEYS`): `temperature`; `threshold`, for the decision;
+and `calibration`, the band of probabilities that are "uncertain", with details.
+
+Main entries: `keep_calibration(detector, runs, entries)` writes
 `<runs>/<detector.folder_name>/calibration.json`, with the identity of the detector, and returns
-this path, as `calibration_path()` does. It raises `OSError` if the file cannot be written, and
-`KeyError` if a key is missing.
+this path, as `calibration_path(detector, runs)` does. It raises `OSError` if the file cannot be
+written, and `KeyError` if a key is missing.
+
+- `detector`: an `OtherDetector`, from `open_other()` of `model/adapters/open.py`.
+- `runs`: the `Path` of the folder of all runs.
+- `entries`: the dict, from `Calibration.entries()` of `model/calibrate.py`.
 
 `with_calibration(detector, runs)` returns a copy of the detector with the stored values. It returns
 the detector unchanged if there is no such file, or if the file was fitted to other weights (with a
-warning). It raises `DetectorError` if `calibration.json` is damaged. The detector's own files are
-not changed.
+warning). It raises `DetectorError` if `calibration.json` is damaged or cannot be read. The
+detector's own files are not changed.
 """
 
 import json

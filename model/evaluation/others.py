@@ -1,34 +1,37 @@
 """Score shard sets (packed images) with a detector that is not a checkpoint (a third-party detector
 or an ONNX file), and calibrate a third-party detector.
 
-The `detector` is an `OtherDetector` or `OnnxDetector`, from `open_other()` of
-`model/adapters/open.py` (`Scoring` is the part of their interface that is used). `dist` is this
-process's rank (`DistEnv`; None, the default, for a single process). All ranks must call the
-functions that take it, and all get the same result.
+Main entry: `score_shards(detector, shards, dist, on_images)` scores every image of a set.
 
-Main entries: `score_shards(detector, shards, dist, on_images)` scores every image of `shards`, an
-opened set from `open_shards([folder])`. `on_images` is None (default) or a function that is called
-after each batch with the number of images that this process did since its last call. It returns
-`Scores`: `samples` (row numbers), `labels` (0 real, 1 fake), `logits` (float32, before the
-temperature) and `failures` (a dict, row number -> reason). A score that is not finite is a failure,
-not an error.
+- `detector`: an `OtherDetector` or `OnnxDetector`, from `open_other()` of `model/adapters/open.py`
+  (`Scoring` is the part of their interface that is used).
+- `shards`: the opened set, from `open_shards([folder])`.
+- `dist`: this process's rank, a `DistEnv`. None (default): a single process. All ranks must call a
+  function that takes it, and all get the same result.
+- `on_images`: None (default), or a function that is called after each batch with the number of
+  images that this process did since its last call.
 
-`calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits one
-`Calibration` (temperature, threshold, band) to all.
+It returns `Scores`: `samples` (row numbers), `labels` (0 real, 1 fake), `logits` (float32, before
+the temperature) and `failures` (a dict, row number -> reason). A score that is not finite is a
+failure, not an error.
 
-- `folders`: a list of the paths of packed sets of the split `val`.
-- `runs`: the path of the folder of all runs. Rank 0 writes the calibration in a subfolder for this
-  detector.
+Main entry: `calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits
+one `Calibration` (temperature, threshold, band) to all; `detector` and `dist` are as above.
+
+- `folders`: a list of packed sets of the split `val`, each a `Path`, or a `UPath` for an address.
+- `runs`: the `Path` of the folder of all runs. Rank 0 writes the calibration in a subfolder for
+  this detector.
 - `rule`: "auto" (default: 0.5, or higher if needed for 5 % false positives at most), "fpr5", "fpr1"
   (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py` (highest
   false-positive rate and highest miss rate).
 
-It returns the `Calibration` and the path of its file. It raises `CalibrationError` for an ONNX
+It returns the `Calibration` and the `Path` of its file. It raises `CalibrationError` for an ONNX
 file, a set of another split than `val`, or scores to which nothing can be fitted.
 
-`DetectorScorer(detector, dist)` is the detector as the robustness test needs it.
-`logits_in_batch(detector, prepared)` returns the logits of a list of preprocessed images; it pads a
-batch if its size affects the scores.
+`DetectorScorer(detector, dist)` wraps the detector for the robustness test, which calls its
+`prepare()` and `column()`. `logits_in_batch(detector, prepared)` returns the logits of a list of at
+most `AT_A_TIME` (of `model/score.py`) preprocessed images. It pads a smaller batch if the size of a
+batch affects the scores.
 """
 
 import itertools

@@ -1,26 +1,25 @@
 """Write and read `scores.parquet`: the score of every image of an evaluation, from which its report
 can be recomputed without the network.
 
-Main entries:
+Main entries (each `path` is a `Path`):
 
-- `rows_of(name, shards, scores, temperature)` makes the rows of one set, an Arrow table with the
+- `rows_of(name, shards, scores, temperature)` returns the rows of one set, an Arrow table with the
   columns `SCORES_SCHEMA`. It takes the set's name, the opened set (`ShardSet`, from
-  `open_shards([folder])`), its `Scores` (logits and failures, from `score_shards()` of `others.py`
-  or `score_set()` of `model/score.py`) and the detector's temperature (1.0: none). It raises
-  `ValueError` if the scores and failures are not those of all images of the set.
+  `open_shards([folder])`), its `Scores` (from `score_shards()` of `others.py` or `score_set()` of
+  `model/score.py`) and the detector's temperature (1.0: none). It raises `ValueError` if the scores
+  and failures are not those of all images of `shards`.
 - `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, with
   `evaluation`, the dict below without `scores_version`, which is added. It returns nothing.
 - `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
-  (the dict). It raises `ScoresError` for another kind of file or another version, and `OSError` if
-  the file cannot be read. Its `numbers(name)` returns a column of numbers
-  as an array; `codes(name)` returns a column of texts as integer codes and the list of the texts.
+  (the dict). Its `numbers(name)` returns a column of numbers as an array; `codes(name)` returns a
+  column of texts as integer codes and the list of the texts. It raises `ScoresError` for another
+  kind of file or another version, and `OSError` if the file cannot be read.
 
 The dict is stored in the file metadata as JSON under `evaluation`:
 
-    {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": commit,
+    {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": of this program,
      "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its
                   weights or file, "revision": commit, "fake_labels": [label, ...]},
-                  # the last three only where the kind of detector has them
      "precision": "fp32", "backend": "pil",
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
@@ -29,8 +28,11 @@ The dict is stored in the file metadata as JSON under `evaluation`:
      "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
      "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
 
-A set that only provides reference reals is not in `sets`; `rows_of()` gets it reduced to its real
-images.
+For an ONNX file, `checkpoint` is its path, and `run` and `step` are those of the exported
+checkpoint. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the
+name of the detector, and `step` 0. `sha256`, `revision` and `fake_labels` are left out if the kind
+of detector has none. If only the real images of a set are used, as reference, the set is not in
+`sets`, and `rows_of()` gets its real images only.
 """
 
 import json

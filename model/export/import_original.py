@@ -1,17 +1,21 @@
 """Convert the original project's `.pth` checkpoint to a checkpoint of this project.
 
-Main entries: `import_file(file, run)` takes the path of the `.pth` file and the folder of a run
-(`Path`, named as the run). It writes the checkpoint `step_0000000` there, in place of an existing
-one, and returns its path. `fetch()`, without arguments, downloads the published file (`FILE` of
-`REPOSITORY` at `REVISION`) into the hub's cache, checks its SHA-256 and returns its path. Both
-raise `OriginalError`: `fetch()` if the file cannot be downloaded or is not the published one,
-`import_file()` if it contains more than tensors or no weights. Weights of another network raise
-`NetworkError`. All errors are `ValueError`.
+Main entry: `import_file(file, run)` writes the checkpoint and returns its path, `run/step_0000000`.
 
-The file is a dictionary, whose key `model` has the weights of a ConvNeXtV2-Base with timm's names
-and two outputs, 0 real and 1 fake. Only tensors are unpickled. `recipe_of(name)` returns a
-substitute (`ResolvedRecipe`) for the unknown recipe, for a run of this name. `KNOWN_AGAINST` is the
-known weakness of the published file, stored with it.
+- `file`: the `Path` of the `.pth` file, a dictionary whose key `model` has the weights of a
+  ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake. Only tensors are unpickled.
+- `run`: the `Path` of the new run's folder, which must not exist. Its name is the run's name.
+
+It raises `OriginalError` if `run` exists, or if the file cannot be read, contains more than tensors
+or has no weights; `NetworkError` for weights of another network; and `CheckpointError` if the
+checkpoint cannot be written.
+
+Main entry: `fetch()`, without arguments, downloads the published file (`FILE` of `REPOSITORY` at
+`REVISION`) into the hub's cache, checks its SHA-256 and returns its path. It raises `OriginalError`
+if the file cannot be downloaded or is not the published one. All these errors are `ValueError`s.
+
+`recipe_of(name)` returns a substitute (`ResolvedRecipe`) for the unknown recipe, for a run of this
+name. `KNOWN_AGAINST` is the known weakness of the published file, stored with it.
 """
 
 import pickle

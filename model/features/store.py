@@ -13,16 +13,17 @@ Main entries: `open_table(store, backbone, shards, view)` reads the features of 
 - `store`: `Path` of the folder of the store.
 - `backbone`: a `BackboneId`, made by `backbone_id(net, network, preprocess, dtype)` from a
   `Detector`, the `Network` settings of its recipe, a `Preprocess` and the torch dtype of the
-  features.
+  computation.
 - `shards`: a `ShardSet` (packed images), opened by `open_shards()`.
 - `view`: `View()` for the center crop, else `View(number=v, augment=..., policy=..., seed=...)`
   with the values of the recipe's `augment`, `data.policy` and `run.seed`.
 - `rank`, `world_size` (by keyword): this process (default 0) and the number of processes (default
   1).
 
-`open_table()` returns a `FeatureTable`. Its `rows(samples)` takes an int array of row numbers of
-the set and returns their features, float16 (B, D), from memory-mapped files (`Part`). It raises
-`FeatureError` if a file is missing, damaged or incomplete.
+`open_table()` returns a `FeatureTable` of memory-mapped files (`Part`). It raises `FeatureError` if
+a file is missing, damaged or incomplete. Two methods take an int array of row numbers of the set:
+`rows(samples)` returns their features, float16 (B, D), zeros for images that could not be decoded.
+`failures(samples)` returns a dict of these images, position in `samples` -> reason.
 
 `missing_of()` returns a list of `ShardFile`. `write_file(file, offsets, valid, features, failures)`
 writes one of them, with arrays in the order of the tar: `offsets` in the tar, int64 (N,); `valid`,

@@ -1,19 +1,23 @@
 """Score images whose true label a person gives, and record each wrong verdict in a local folder.
 
-Main entry: `keep_wrong(detector, paths, label, folder, keep_image)`, a generator.
+Main entry: `keep_wrong(detector, paths, label, folder, *, keep_image)`, a generator.
 
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
 - `paths`: a list of texts: image files, folders, ZIP or TAR archives, or patterns such as
   `a/*.jpg`.
 - `label`: the true label of all these images, "real" or "fake".
 - `folder`: a `Path`, the folder of the records (made if missing).
-- `keep_image`: by keyword; whether a copy of each image with a wrong verdict is stored there, too.
+- `keep_image`: whether a copy of each recorded image is stored there, too.
 
-It yields a `Reported` for every image, also for one with a right verdict: `text`, one line, and
-`failed`, whether the image could not be read or recorded (the next images are still scored). A
-wrong verdict is written to `folder/<SHA-256 of the image>.json`. `OSError` is raised if the folder
-cannot be written. Nothing happens until the result is iterated. `AT_ONCE` is the number of images
-that are scored at a time.
+It yields a `Reported` for every image, whatever the verdict: `text`, one line, and `failed`,
+whether the image could not be read or recorded (the next images are still scored). Nothing happens
+until the result is iterated. It raises `OSError` if the folder cannot be written.
+
+A verdict is wrong if it is the opposite of `label`; "uncertain" is not wrong. A wrong verdict is
+written to `folder/<SHA-256 of the image>.json`. Later verdicts on the same image are added to this
+record, also right ones; it is deleted once none of its verdicts is wrong (see `keep.py`).
+
+`AT_ONCE` is the number of images that are scored at a time.
 """
 
 from collections import Counter, deque

@@ -8,26 +8,29 @@ Main entries: `locate(spec, folder)` returns the path of the backbone in the cac
   `where` names the file in errors.
 - `folder`: the `Path` of the checkpoint, which is named in errors.
 
-Both raise `MissingError` (with the `command` to type) if the file must be fetched first
-(`model/shipped/fetch.py`), else `BackboneError`: only an untested file is cached, or, for
-`read_backbone()`, the file is damaged. `MissingError` is a `BackboneError`, and this is a
-`ValueError`. `detectors/<name>/` (`DETECTORS`) is such a checkpoint; its `meta.json` has one more
-key, `KEY`:
+Both raise `MissingError` if the file must be fetched first (`model/shipped/fetch.py`); its
+`command` is what to type. Both raise `BackboneError` if the cache has only a file that the head was
+not tested with; `read_backbone()` also if the file is damaged. `MissingError` is a `BackboneError`,
+and this is a `ValueError`.
+
+`detectors/<name>/` (`DETECTORS`) is such a checkpoint. Its `meta.json` has one more key, `KEY`:
 
     "backbone": {"name": timm name, "license": id or null,
      "files": [{"sha256": hash of a .safetensors file with plain timm names,
                 "hub": null or {"repository": owner/name, "revision": commit, "file": name},
                 "wheel": null or {"package": name, "version": v, "member": path in the wheel,
                                   "member_sha256": hash, "converter": name}}, ...],
-     "tested": {hash: {}, or what replaces `temperature`, `threshold` and `calibration` with it}}
+     "tested": {hash: {"temperature": t, "threshold": p, "calibration": c}, ...}}
 
-Only files that the head was tested with are used. `with_calibration(meta, spec, sha256)` returns
-the meta with the calibration for the backbone file of this hash, `recalibrated(meta, changes, spec,
-folder)` the meta with `changes` (keys and new values) for the cached backbone file.
-`with_backbone_inside()` returns the meta for a copy that includes the backbone (`KEY_INSIDE`).
-`output_folder(checkpoint, runs)` returns the folder for files about a checkpoint: that of its run,
-or for a shipped detector one below `runs`. `KNOWN` are backbones that can be fetched by timm's
-name.
+`tested` has an entry for each file that the head was tested with; only these are used. The values
+in the entry replace those of `meta.json`; {} replaces none.
+
+`with_calibration(meta, spec, sha256)` returns the meta with the calibration for the backbone file
+of this hash, `recalibrated(meta, changes, spec, folder)` the meta with `changes` (keys and new
+values) for the cached backbone file. `with_backbone_inside()` returns the meta for a copy that
+includes the backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files
+about a checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are
+backbones that can be fetched by timm's name.
 """
 
 import re
