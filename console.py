@@ -6,10 +6,10 @@ one line and exits with code 1. The decorator `options("data", "runs")` adds the
 --port: `port` is the default, `lowest` the smallest allowed (default 1; 0: any free port).
 `say(text)` prints a result to standard output, `say_data(text)` a line of CSV or JSON.
 `table(title, columns, rows, drop)` prints a table: names of columns, and rows of values (as
-`cell()` formats them). In a narrow terminal the columns named in `drop` (default: none) are left
-out, from the first. `progress(label, total, shown)` is a context manager that shows a bar on
-standard error (total None: unknown; `shown` false: no bar). It yields `advance(done=1, note="",
-total=None)`, which adds `done` to the count and shows `note`. `log` is the logger.
+`cell()` formats them). In a narrow terminal the columns in `drop` (default: none) are left out, the
+first one first. `progress(label, total, shown)` is a context manager that shows a bar on standard
+error (`total` None: unknown; `shown` false: none). It yields `advance(done=1, note="",
+total=None)`. This counts `done` more, shows `note` and sets a given `total`. `log` is the logger.
 
 Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
 folder or an address like s3://; with `writes`, no read-only address), `FiniteRange(min, max)` and

@@ -14,15 +14,20 @@ again. By hand: Pillow opens image files in one thread, and the library's own ca
 batches of the same size. By the adapter: the same images are read from shards, then the same
 preprocessing and network run.
 
-`costs()` returns a dict by kind of detector. A time is a dict of `seconds` and CPU seconds
-(`processor_s`). Each kind has `by_hand` (a list of two times), `adapter` (a time), `ratio` (for
-both kinds of seconds, the adapter's divided by the mean by hand), `alone` (the time of reading and
-adapter without a network) and `alone_ratio` (its CPU seconds divided by those by hand).
+`costs()` returns a dict: kind of detector -> dict of its figures. A time is a dict of `seconds` and
+CPU seconds (`processor_s`).
+
+- `by_hand`: a list of the two times by hand.
+- `adapter`: the time by the adapter.
+- `ratio`: for both kinds of seconds, `adapter` divided by the mean of `by_hand`.
+- `alone`: the time by the adapter without preprocessing and network (`Nothing`): reading and
+  decoding remain.
+- `alone_ratio`: the CPU seconds of `alone`, divided by the mean CPU seconds by hand.
 
 `print_costs(figures, images)` takes this dict and the number of images and prints a table; `python
 -m benchmarks.evaluation --detector` calls both. `of_file()`, `of_timm()` and `of_transformers()`
-return the two ways of a detector: the adapter, and a function that scores a list of Pillow images.
-`spent(work)` calls `work()` and returns its time. `Nothing` is a detector without computation.
+each make one kind of detector and return a pair: its adapter, and a function that scores a list of
+Pillow images by hand. `spent(work)` calls `work()` and returns its time.
 """
 
 import importlib.util

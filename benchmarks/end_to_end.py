@@ -5,8 +5,8 @@ scores with those of the CPU.
 
 Main entry: `main()`, this click command. A small network with random weights is trained through
 `train.py`, stopped by SIGTERM in the middle and resumed by the same command. `evaluate.py` measures
-it, and `predict.py` scores images on the device and on the CPU. The command fails if a script
-fails. The scores themselves mean nothing: the network trains for seconds.
+it, and `predict.py` scores images on the device and on the CPU. After the last step the command
+fails if a script failed. The scores themselves mean nothing: the network trains for seconds.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
@@ -17,10 +17,11 @@ fails. The scores themselves mean nothing: the network trains for seconds.
 
 `run(*arguments, stop_at)` runs Python with these arguments (a script of the project and its
 options, as str). It returns a dict: exit code (`rc`), `seconds` and the last 25 `lines` of output.
-After `LIMIT_S` seconds it is killed. With `stop_at`, the number of a training step, the script gets
-SIGTERM once this step is logged (default None: no signal). `compare(device_csv, cpu_csv)` takes two
-CSV files of `predict.py` on the same images. It returns a dict: how far the probabilities are apart
-(mean, p99, max), how many verdicts differ, and which files only one of the two could read.
+After `LIMIT_S` seconds it is killed at its next line of output. With `stop_at`, the number of a
+training step, the script gets SIGTERM once this step is logged, and the dict has `seconds_to_stop`
+(default None: no signal). `compare(device_csv, cpu_csv)` takes the `Path`s of two CSV files of
+`predict.py` on the same images. It returns a dict: how far the probabilities are apart (mean, p99,
+max), how many verdicts differ, and which files only one of the two could read.
 """
 
 import csv

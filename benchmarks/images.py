@@ -5,7 +5,7 @@ Main entries: `write_images(folder, count)` writes `count` synthetic JPEGs of 50
 then encoded again at lower and lower quality until `count` different files are written.
 
 - `folder`: the folder to write to (Path); it is made if missing. Its subfolders `real` and `fake`
-  get files in turn, so half each.
+  get files in turn, about half each.
 - `originals`: a folder of JPEGs (Path). All files below it that begin like a JPEG are used.
 - `count`: the number of files in total (int, at least 1).
 

@@ -2,20 +2,20 @@
 
 A checkpoint has `weights.safetensors` (timm's names), `state.pt` (only to resume training) and
 `meta.json` with the SHA-256 of every file (fields: `model/layout/meta.py`). A run is a folder of
-checkpoints, named `step_` and at least seven digits. All folders are `Path` objects.
+checkpoints, named `step_` and at least seven digits. All folders are `Path`s.
 
 Main entries: `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, in place
-of an existing one: the `Detector` (from `build()` of `network.py`), its `ResolvedRecipe`, a
-`Record` (step, epoch, metrics, selection: a figure, best if highest, or None, and data: sets with
-hashes), the dict for `state.pt` or None, and pairs (epoch, sample key) of the samples reused from
-old sets so far, or None (default). `load_network(folder)` returns the `Detector` (CPU, evaluation
-mode), `Preprocess` and meta (dict). `find(runs, named=None, *, shipped=False)` returns a
-checkpoint: `named` itself, the best of the run `named`, or the shipped detector `named` (a `Path`,
-too). For None it is the best of the newest run below `runs` or, without runs and if `shipped` is
-true, the default shipped one. Errors: `CheckpointError`, and its subclasses `DamagedError` (a
-missing or changed file) and `NoCheckpointError` (no run, `named` is None); another `ValueError` if
-weights do not fit or a backbone was not fetched. `check()` raises if weights do not fit, `verify()`
-if a file has changed. `best_of()` and `best_among()` return the best checkpoint, or None.
+of an existing one: a `Detector` (of `network.py`), its `ResolvedRecipe`, a `Record`, the dict for
+`state.pt` or None, and pairs (epoch, key) of the old samples reused so far, or None (default). A
+`Record` has `step`, `epoch`, `selection` (the best checkpoint has the highest; or None) and the
+JSON dicts `metrics` and `data` (may be empty); its other fields have defaults.
+`load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta (dict).
+`find(runs, named=None, *, shipped=False)` returns a checkpoint. `named` is a checkpoint, a run (its
+best one is returned) or the name of a shipped detector. None: the best of the newest run below
+`runs`; without a run, if `shipped` is true, the default shipped one. Errors: `CheckpointError`, its
+subclasses `DamagedError` (a missing or changed file) and `NoCheckpointError` (no run, `named` is
+None); another `ValueError` if weights do not fit or a backbone is not fetched. `check()` raises if
+weights do not fit, `verify()` for a changed file. `best_of()`, `best_among()`: the best, or None.
 """
 
 import contextlib

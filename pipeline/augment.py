@@ -5,14 +5,19 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 
 - `policies`: ranges and probabilities: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`.
 - `policy`: position of each image's policy in `policies`, int (N,).
-- `preprocess`: size of the output: `Preprocess(crop_size=256, resize_size=288)`.
+- `preprocess`: side of the output and filter: `Preprocess(crop_size=256, interpolation="bicubic")`.
 - `widths`, `heights`: sizes of the upright images in pixels, int (N,).
-- `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples)`, with int (N,) row numbers.
-- `partners`: quality (0: none) and chroma (position in `imaging.jpeg.CHROMAS`), two int (N,), of a
-  JPEG to which each image is compressed before anything else. Default None: no such JPEG.
+- `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `samples`:
+  row numbers, int (N,). `repeat_index`: how often each came before in the epoch, int (N,) (None,
+  the default: never).
+- `partners`: a pair of int (N,): quality (0: none) and chroma (position in `imaging.jpeg.CHROMAS`)
+  of a JPEG to which each image is compressed first. A quality above 0 replaces `whole_jpeg` of the
+  policy. None (the default): no image has such a JPEG.
 
-`center_crop_params(preprocess, widths, heights)` returns that of evaluation, which is not random.
-Order: crop, flips, color jitter, resampling down and up, JPEGs, blur, grayscale, WebP.
+`center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
+crop, nothing random. A setting out of range raises ValueError when its `AugmentPolicy` or
+`Preprocess` is made. Order: JPEG of the whole image, crop, flips, color jitter, resampling down and
+up, JPEGs, blur, grayscale, WebP.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,8 @@
 """Make the batches of a training run, epoch after epoch, or of one evaluation.
 
 Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened as one shard set
-(`shards`), and the row numbers of its `new` and its `old` samples (int64).
+(`shards`), the row numbers of its `new` and its `old` samples (int64), and `hashes` (name of a set
+-> SHA-256 of its index).
 
 - `data`: the folder of all sets (a `Path`, or a `UPath` for an address).
 - `train`: a list of the names of the training sets.
@@ -12,11 +13,12 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
 - `loader`: a `BatchLoader` of `pool.shards`, from `open_loader()` of `pipeline/loader.py`.
 - `pool` and `replay`: as above.
 - `augment`: dict, name -> `AugmentPolicy` (`pipeline/augment.py`).
-- `policy`: the name in `augment` for each source whose index names no policy.
+- `policy`: the name in `augment` for sources that have no policy of their own in the set's index.
 - `seed`: an integer.
 - `repeats`: dict, source -> times per epoch, such as 2 or 0.5 (default: 1 for each).
-- `views`: number of fixed augmentations of each image, which take turns with its center crop. 0:
-  only center crops. None (default): new augmentations in each epoch.
+- `views`: None (default): new augmentations in each epoch. A number n: each image has n fixed
+  augmentations; the epochs use the center crop and then each of these, in turn. 0: only center
+  crops.
 
 `Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
 (counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
@@ -25,9 +27,15 @@ after `done` steps; `resume(state)` checks such a dict and returns its number of
 `evaluation_batches(loader)` yields the batches of a loader's set, each sample once, as center
 crops.
 
-Errors: `ShardError` (a set cannot be read), `LoadError` (a wrong source or policy, too many
-unreadable images, no batch in time) and `OrderError` (a state of other data or settings).
-`Stream.epoch(0)` raises `OrderError` if the samples do not fill a batch; call it first.
+Errors:
+
+- `open_pool()`: `ShardError` or `OSError` if a set cannot be read.
+- `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for an unknown
+  source in `repeats`. Call it before `batches()`.
+- `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are
+  unreadable, or no batch comes in time.
+- `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size.
+- `evaluation_batches()`: `OrderError` if the set is empty; `LoadError` as above.
 """
 
 import functools

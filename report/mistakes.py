@@ -2,9 +2,9 @@
 
 Main entry: `print_regressions(result)` takes the dict that `report_of(rows, detector)` of
 `model/mistakes/regressions.py` returns: the detector, the counts per outcome and, for each mistake,
-its label, its outcome (newly wrong, still wrong, uncertain or fixed) and the verdict before and
-after. It prints to standard output a table of at most `MOST_ROWS` rows, the reasons of images that
-were not scored, and the counts. It returns nothing and writes no file.
+its label, its outcome (newly wrong, still wrong, uncertain, fixed or not measurable) and the
+verdict before and after. It prints to standard output a table of at most `MOST_ROWS` rows, the
+reasons of images that were not scored, and the counts. It returns nothing and writes no file.
 """
 
 from collections.abc import Mapping

@@ -6,19 +6,21 @@ options may be left out:
 - `--host`, `--port`: the address, 127.0.0.1 and 8000 by default; port 0 is any free one.
 - `--checkpoint`: folder of a checkpoint or run, or name of a shipped detector. Default: the newest
   run of the folder `--runs`, else the shipped detector.
-- `--device` (auto, cpu, cuda or cuda:N) and `--batch-size` (images scored at once).
-- `--max-fpr`, `--max-miss`: error rates, above 0 and below 0.5, that set the thresholds: the share
-  of real images called likely AI, and of AI images called no sign of AI.
-- `--max-mb` and `--max-files`: the largest size and number of images of one request.
-- `--queue`: the largest number of images that wait, over all requests.
-- `--timeout`: seconds until a request must be answered.
+- `--device` (auto, cpu, cuda or cuda:N) and `--batch-size` (images scored at once, default 32).
+- `--max-fpr`: the allowed share of real images that are called likely AI.
+- `--max-miss`: the allowed share of AI images that are called no sign of AI. Both shares are above
+  0 and below 0.5; the limits of the verdicts follow from them. Default: the checkpoint's limits.
+- `--max-mb`: the largest size of one request, 1 to 512 (default 50).
+- `--max-files`: the largest number of images of one request (default 64).
+- `--queue`: the largest number of images that wait, over all requests (default 256).
+- `--timeout`: seconds until a request must be answered, at most 3600 (default 60).
 - `--allow-urls`: the server downloads images from URLs in a request. With `--allow-private-urls`,
-  the URLs may be of private hosts.
+  which needs `--allow-urls`, the URLs may be of private hosts.
 
 The environment variable DETECTOR_API_KEY (`KEY`) has the API key; unset, none is required. A host
 outside `LOOPBACK` without a key gets a warning. A wrong option, a `--max-files` above `--queue`, or
-a key that is empty or not ASCII ends the command with exit code 2 (`click.UsageError`); a detector
-that cannot be loaded, or a port in use, with one line and exit code 1.
+a key that is empty or not ASCII ends the command with exit code 2 (`click.UsageError`). A detector
+that cannot be loaded, a port in use or a missing package ends it with one line and exit code 1.
 
 POST /predict takes images and answers with JSON: a probability and a verdict for each.
 `serve/api.py` defines this and the other routes.

@@ -8,18 +8,20 @@ refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no A
 `Service(detector, limits, metrics)` starts the threads that score:
 
 - `detector`: an `ImageDetector`, from `load_detector()` of `model`.
-- `limits`: the `Limits` of the server.
-- `metrics`: its `Metrics` (default: new ones).
+- `limits`: a `Limits` of `serve/limits.py`, such as `Limits(max_files=10)`; all fields have
+  defaults.
+- `metrics`: a `Metrics` of `serve/metrics.py` (default: a new one).
+
+`Service()` raises ValueError if the list of trusted C2PA signers is damaged.
 
 While its attribute `stopping` is true, new requests are refused. `close()` stops its threads, and
-`not_ready()` returns why the server refuses new requests, or "". A damaged list of trusted C2PA
-signers raises ValueError.
+`not_ready()` returns why the server refuses new requests, or "".
 
 The coroutine `Service.predict(request)` takes a request (of FastAPI) with image files, one image or
 a list of URLs, and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict,
 or error) for each image. If the only image cannot be read, the status is 422. It raises `Refused`
-with the HTTP status if the request is invalid or too large, or the server is busy; the application
-turns this into a JSON response (`Problem`).
+with the HTTP status if the request is invalid or too large, or the server is busy, too slow or
+stopping; the application turns this into a JSON response (`Problem`).
 
 The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
 `Text` is a JSON response in UTF-8.

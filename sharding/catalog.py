@@ -1,11 +1,12 @@
 """Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
 Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all files to read, such as
-`[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. Any mistake in a file, and an unreadable
-file, raises `CatalogError`. A later file overrides an earlier one key by key: to change one setting
-of a source in an earlier file, write only the header of its table and that key. `SHIPPED` are the
-paths of this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command
-passes them first. The fields of a `Catalog`:
+`[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. A missing file, and a wrong key, name,
+value, set or share in a file, raises `CatalogError`; a file that cannot be read, `OSError`. A later
+file overrides an earlier one key by key: to change one setting of a source in an earlier file,
+write only the header of its table and that key. `SHIPPED` are the paths of this program's own
+catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command passes them first. The fields
+of a `Catalog`:
 
 - `sets`: dict from the name of a set to its split.
 - `sources`: dict from the name of a source to its `Source`.
@@ -43,11 +44,11 @@ A set without real images has no false-positive rate of its own. `[reference]` n
 real images are used instead:
 
     [reference]
-    evalgen = "test"                        # set without real images = set that has some
+    evalgen = "test"                        # evalgen has only fakes: take the real images of test
 
-`exclude` names files with hashes of images that no set may contain: one hash per line, at least
-the first 16 hexadecimal digits of the SHA-256. The files are in the folder of the catalog, and the
-key is above the first table of the TOML:
+`exclude` names files with hashes of images that no set may contain: one hash per line, at least the
+first 16 hexadecimal digits of the SHA-256. The files are in the folder of the catalog, and the key
+is above the first table of the TOML:
 
     exclude = ["kept-for-testing.txt"]
 """

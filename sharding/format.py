@@ -1,14 +1,16 @@
 """Define the disk format of a shard set (images packed in tars), and read its `index.json` and its
 table of samples.
 
-Main entries: `open_shards(folders)` takes a list of the paths of one or more sets and returns them
-as one `ShardSet`. A sample is a row number of its `table`, a pyarrow table with the columns
-`SAMPLES_SCHEMA`. Only the column `shard`, the name of a tar, is replaced by `shard_code`, a
-position in the tuple `shards`. Its method `column(name)` returns a NumPy array (such as `label`: 0
-real, 1 fake), and `codes(name)` a column of names as (int32 codes, names). `read_index(folder)`
-takes the path of one set and returns its `index.json` as a dict (sharding/layout.py has the
-fields). Both raise `ShardError` for a missing or damaged set, and `OSError`. A set is a folder with
-these files:
+Main entries: `open_shards(folders)` takes a list of the folders of one or more sets, each a `Path`
+or, for an address, a `UPath` (no text), and returns them as one `ShardSet`. A sample is a row
+number of its `table`, a pyarrow table with the columns `SAMPLES_SCHEMA`. Only the column `shard`,
+the name of a tar, is replaced by `shard_code`, a position in the tuple `shards`. `column(name)`
+returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake), `codes(name)` a
+column of names as (int32 codes, names), and `text(name, sample)` one value of a text column.
+
+`read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
+(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set, and
+`OSError` for a file that cannot be read. A set is a folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader

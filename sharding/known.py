@@ -3,10 +3,11 @@ into shard sets, and what the catalog says about it.
 
 Main entries; nothing is printed or written:
 
-- `rows_of(catalog, raw, packed)` takes a `Catalog`, the path `raw` of the folder of the unpacked
-  sources, and `packed`, a dict from the name of a source to a list of texts, one per shard set with
-  images of this source (such as "val 1,200"). Sources that are not packed may be absent. It returns
-  a list of rows, one per source; a row is a list of texts, with the headings `COLUMNS`.
+- `rows_of(catalog, raw, packed)` takes a `Catalog`, the folder `raw` of the unpacked sources (a
+  `Path`, or a `UPath` for an address), and `packed`, a dict from the name of a source to a list of
+  texts, one per shard set with images of this source (such as "val 1,200"). Sources that are not
+  packed may be absent. It returns a list of rows, one per source; a row is a list of texts, with
+  the headings `COLUMNS`.
 - `facts_of(name, catalog)` returns what the catalog says about one source (page, license, size,
   ...) as a list of lines, or raises `CatalogError` for an unknown name.
 - `sets_of(source)` takes a `Source` of the catalog (`catalog.sources[name]`) and returns the sorted

@@ -1,7 +1,8 @@
 """Print the results of the commands that build, pair and audit shard sets (images packed in tars)
 as tables and lines in a terminal.
 
-Main entries: four functions, which print to standard output and return nothing.
+Main entries: four functions, which print to standard output and return nothing. A path is a `Path`,
+or a `UPath` for an address.
 
 - `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (what
   was found of each source) that `sharding.build.build()` returns, and the path of the output.
@@ -12,8 +13,8 @@ Main entries: four functions, which print to standard output and return nothing.
 - `say_what_was_audited(name, result, matched)` takes a set's name and its `Audit` (how well
   metadata alone separate real from fake images, as AUROC; from `audit()` of
   sharding/audit/audit.py). `matched` is a `Match` (a subset balanced by metadata; from
-  `match_classes()` of sharding/audit/match.py), or the reason why there is none, or None. For the
-  last two, nothing is printed about the subset.
+  `match_classes()` of sharding/audit/match.py), the reason why there is none (text), or None (not
+  wanted). Only for a `Match`, something is printed about the subset.
 """
 
 import console

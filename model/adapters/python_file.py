@@ -1,12 +1,21 @@
 """Use the function `predict(images: list[PIL.Image.Image]) -> list[float]` of a Python file as a
 detector.
 
-Main entry: `open_file(path, trust, threshold)` runs the Python file `path` (a `Path`) and returns
-an `OtherDetector`, whose `predict()` takes images and returns a `Prediction` (probability, verdict)
-of each. The keyword `trust` must be True: the user allows the file to run. The keyword `threshold`
-is the decision threshold from 0 to 1 (None, the default: 0.5, until a calibration is loaded). It
-raises `DetectorError` if `trust` is false, or if the file is missing, fails or has no such
-function, and `ValueError` for a threshold outside 0 to 1.
+Main entry: `open_file(path, *, trust, threshold)` runs a Python file and returns an
+`OtherDetector`.
+
+- `path`: the `Path` of the file. Its suffix is `.py`.
+- `trust`: must be True: the user allows the file to run.
+- `threshold`: the decision threshold, from 0 to 1. None (the default) means 0.5; a calibration that
+  is loaded later replaces it.
+
+The detector's `predict(images)` takes one image (path, bytes of a file, Pillow image or uint8
+array) and returns a `Prediction` (name, probability, verdict, error), or takes several and returns
+a list. An image that cannot be read, or for which the function returns NaN, has an `error`, the
+verdict "unreadable" and the probability None.
+
+`open_file()` raises `DetectorError` if `trust` is false, or if the file is missing, fails or has no
+such function, and `ValueError` for a threshold outside 0 to 1.
 
 `FileJudge` calls the function on upright RGB images and checks the result: one number per image,
 the probability of AI-generated, 0 to 1, or NaN. Any other result, or an exception, raises

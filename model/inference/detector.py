@@ -17,18 +17,18 @@ out; all but the first are given by keyword.
   is *uncertain*. None (the default): that of the checkpoint.
 
 It returns an `ImageDetector`. It raises `CheckpointError` or `BackboneError` if the checkpoint or
-the backbone of a shipped detector cannot be used, and `ValueError` for an impossible device,
-backend or threshold.
+the backbone of a shipped detector cannot be used, and another `ValueError` for weights that do not
+fit, or an impossible device, backend or threshold.
 
 The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
 array) and returns a `Prediction`, or takes several and returns a list; `batch_size` is 32 by
 default. A `Prediction` has the `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI",
 "uncertain" or "likely AI"), and `error`; an unreadable image has an `error`, the verdict
 "unreadable" and the probability None. `stream(images, batch_size, start)` takes any number of
-images and yields one `Prediction` at a time; if the caller left out images at the start of its
-list, because they were done before, `start` is their number (default 0). `preprocess_file(image)`
-returns the network's input, uint8 (size, size, 3); `score(pixels)` takes such inputs, (B, size,
-size, 3), and returns float64 probabilities (B,).
+images and yields one `Prediction` at a time. `start` is how many images of the list were done in an
+earlier call and are not in `images` (default 0); ValueError if no batch begins there.
+`preprocess_file(image)` returns the network's input, uint8 (size, size, 3); `score(pixels)` takes
+such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
 """
 
 import sys
