@@ -1,12 +1,15 @@
 """Let one small and one large image be decoded at a time in this process, over all users of a web
 page.
 
-Main entry: `decode_lock(data)`, a context manager around the decoding of an image file with the
-bytes `data`. There are two size classes: images of `LARGE_PIXELS` or more, and smaller ones.
-`decode_lock()` waits until no other image of the same class is being decoded and makes others wait
-until the block ends. It yields nothing. It raises `Busy` (an `Exception`) after `WAIT_S` seconds of
-waiting. `LOCKS` are the locks of the two classes. `pixels_of(data)` returns the number of pixels
-that the header states, or 0 if the header cannot be read; such a file counts as small.
+Main entry: `with decode_lock(data):`, a context manager around the decoding of an image file. It
+takes `data`, the bytes of the file, and yields nothing.
+
+There are two size classes: images of `LARGE_PIXELS` (`imaging/budget.py`) or more, and smaller
+ones. The block starts when no other image of the same class is being decoded. Until it ends, other
+images of this class wait. After `WAIT_S` seconds of waiting, `Busy` (an `Exception`) is raised.
+
+`LOCKS` are the locks of the two classes. `pixels_of(data)` returns the number of pixels that the
+header states, or 0 if the header cannot be read; such a file counts as small.
 """
 
 import contextlib

@@ -5,13 +5,20 @@ returns uint8 (height, width, 3). It is not turned upright. Alpha is dropped. IC
 and gray images are ignored. CMYK is converted to sRGB by the ICC profile of the file, or without a
 usable profile by Pillow (docs/design.md explains why).
 
-Values of more than 8 bits are scaled to gray levels from 0 to 255, `BAND_PIXELS` at a time. For
-floats, 255 is the largest value, and 0 is zero or the smallest negative value. For integers, 255 is
-the white level that the file declares (in a TIFF), else 65,535; 0 is the declared black level or
-zero. `PixelError` (a `ValueError`) is raised in three cases: no value is finite; no white level is
-declared and the file is a TIFF of signed or 32-bit integers; no white level is declared and all
-values are below `LEAST_SHARE` of 65,536, so that the image would look black. A declared white level
-that is smaller than a value of the image does not count.
+Values of more than 8 bits are scaled to gray levels from 0 to 255, `BAND_PIXELS` at a time:
+
+- Floats: 255 is the largest value; 0 is zero or the smallest negative value.
+- Integers: 255 is the white level that the file declares (in a TIFF), else 65,535; 0 is the
+  declared black level, or zero. A white level that is not above the black level, or that is below
+  a value of the image, does not count as declared.
+- In a TIFF whose zero is white, the gray levels are then inverted.
+
+`PixelError` (a `ValueError`) is raised in three cases:
+
+- No value is finite.
+- No white level is declared, and the file is a TIFF of signed or 32-bit integers.
+- No white level is declared, and all integers are below `LEAST_SHARE` of 65,536, so that the image
+  would look black.
 """
 
 import io

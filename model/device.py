@@ -1,19 +1,23 @@
 """Choose the device and the floating-point precision of a computation.
 
-Main entries: `choose_device(asked, local)` takes the text `auto`, `cpu`, `cuda` or `cuda:N` and
-returns a `torch.device`. `local` (default 0) is used for `auto` only: the result is the GPU with
-this index, or the CPU if there is no GPU. It raises `ValueError` for any other text, or if this
-machine has no such device.
+Main entries: `choose_device(asked, local)` takes the text `asked` and returns a `torch.device`.
 
-`choose_precision(asked, device)` takes the text `auto`, `bf16`, `fp16` or `fp32` and a
-`torch.device`. It returns a pair: the torch dtype and the reason for the choice, as text. For
-`auto` it is bf16 or else fp16 where the GPU is made for it, else fp32. A named precision is
-returned for any device; another text raises `ValueError`.
+- `auto`: the GPU with the index `local` (default 0), or the CPU if there is no GPU.
+- `cpu`, `cuda` or `cuda:N`: this device. `local` is not used.
+- Another text raises `ValueError`, and so does a GPU that this machine does not have. (`cpu:N`
+  means `cpu`.)
+
+`choose_precision(asked, device)` takes a text and a `torch.device`. It returns a pair: the torch
+dtype and the reason for the choice, as text.
+
+- `auto`: on a GPU that computes in bf16, bf16; on another GPU with tensor cores, fp16; else fp32.
+- `bf16`, `fp16` or `fp32`: this precision, on any device.
+- Another text raises `ValueError`.
 
 `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
 `keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
 system; for a GPU it does nothing. `one_thread(active)` is a context manager: in its block torch
-computes with one CPU thread, if `active`.
+computes with one CPU thread, if `active` (default True).
 """
 
 import contextlib

@@ -5,27 +5,29 @@ Main entry: `score_set(net, loader, dtype, on_images, dist)` scores every sample
 (packed images) once. With several ranks, all call it; they share the work, and each gets all
 scores.
 
-- `net`: a torch module on the loader's device, such as a `Detector`; returns logits (B, 2).
+- `net`: a torch module on the loader's device, such as a `Detector`; returns logits (B, 2), real
+  and fake. It is set to evaluation mode, and back at the end.
 - `loader`: a `BatchLoader` of the set, made by `open_scored()` in `model/features/loader.py`.
-- `dtype`: the torch dtype of mixed precision (default: `torch.float32`, which means none).
+- `dtype`: the torch dtype of mixed precision (default `torch.float32`: no mixed precision).
 - `on_images`: None (the default), or a function that is called as `on_images(n)` after each batch
   of this rank; n is the number of decodable images in this batch alone.
 - `dist`: this process's rank (`DistEnv`), or None (the default) for one process.
 
-It returns `Scores`: the arrays `samples` (row numbers in the set), `labels` (0 real, 1 fake) and
-`logits` (float32, fake minus real, before any temperature), and `failures`, a dict, row number ->
-why the image could not be decoded. It raises `ScoreError` for a score that is not finite.
+It returns `Scores`, sorted by sample: the arrays `samples` (row numbers in the set), `labels` (0
+real, 1 fake) and `logits` (float32, fake minus real, before any temperature), and `failures`, a
+dict, row number -> why the image could not be decoded. An image in `failures` is not in the arrays.
+It raises `ScoreError` (a `ValueError`) for a score that is not finite.
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
 finite or not. `score_batches(net, batches, device, dtype)` yields each batch with its logits, a
-float32 array. `logits_of(net, images, device, dtype)` returns the logits of one batch as a tensor,
-`probability(logits, temperature)` the probabilities of fake, and `join_ranks(parts)` merges the
-`Scores` of all ranks.
+float32 array (NaN for an image that could not be decoded). Both set the evaluation mode too.
+`logits_of(net, images, device, dtype)` does not; it returns the logits of one batch as a tensor.
 
-`in_parts(images, size)` regroups tensors into parts of `size` rows (`AT_A_TIME` by default; the
-last is padded with zeros). `autocast(device, dtype)` returns a context for mixed precision, and
-`evaluating(net)` sets a network to evaluation mode for a `with` block. `DEFAULT_THRESHOLD` is the
-decision threshold without calibration.
+`probability(logits, temperature)` returns the probabilities of fake, `join_ranks(parts)` merges the
+`Scores` of all ranks. `in_parts(images, size)` regroups tensors into parts of `size` rows
+(`AT_A_TIME` by default; the last is padded with zeros). `autocast(device, dtype)` returns a context
+for mixed precision. `evaluating(net)` is the context manager for the evaluation mode.
+`DEFAULT_THRESHOLD` is the decision threshold without calibration.
 """
 
 import contextlib

@@ -9,16 +9,23 @@ files that are not in `files` are dropped.
 - `files`: a list of the uploaded files (Streamlit's `UploadedFile`), as `page.uploads.uploads()`
   returns it.
 
-A `Scored` has `name`, `prediction` (a `Prediction`: probability of fake, or None and the reason in
-`error`), `evidence` (the statements in the file about its origin, `Evidence`), `preview` and
-`thumbnail` (small JPEG files as bytes, b"" for a refused file), `size` (width, height) in pixels,
-and `is_example`.
+Fields of a `Scored`:
+
+- `name`: the file name.
+- `prediction`: a `Prediction`: `probability` of fake, or None and the reason in `error`.
+- `evidence`: the statements in the file about its origin (`Evidence`).
+- `preview`, `thumbnail`: small JPEG files as bytes.
+- `size`: (width, height) in pixels.
+- `is_example`: True if the file is one of the page's own examples (`page/examples.py`).
+
+A file is refused if it cannot be decoded, if a side is below `MIN_SIDE_PX` pixels, or if the
+program is too busy. Its `Scored` has the reason in `prediction.error`; the fields after
+`prediction` are empty and `size` is (0, 0). Only a damaged list of trusted C2PA signers raises an
+error (`TrustListError`).
 
 `score(detector, name, data)` scores one image file without Streamlit and returns its `Scored`.
-`name` is the file name to show, `data` the bytes of the file. A file that cannot be decoded, an
-image with a side below `MIN_SIDE_PX` pixels, and any image while the program is too busy give a
-`Scored` with an error; nothing is raised. `as_jpeg(picture)` encodes a Pillow image (RGB) as a JPEG
-file, as bytes; `data_url(jpeg)` makes a data: URL (text) of the file.
+`name` is the file name to show, `data` the bytes of the file. `as_jpeg(picture)` encodes a Pillow
+image (RGB) as a JPEG file, as bytes; `data_url(jpeg)` makes a data: URL (text) of the file.
 """
 
 import base64

@@ -1,19 +1,21 @@
 """Define the settings of the loader: the `[loading]` table of a recipe.
 
-Main entry: `Loading(batch_size=64, ...)`, a frozen dataclass of keywords, each with a default:
+Main entry: `Loading(...)`, a frozen dataclass. All fields are keywords and may be left out; the
+default is in parentheses:
 
 - `batch_size`: images per rank and step, at least 1 (32).
 - `num_workers`: processes (Pillow) or threads (DALI) that decode. 0: the training process decodes.
-  -1 (the default): one per core, at most 16.
-- `backend`: the decoder and augmenter, "dali", "pil" for Pillow, or "auto" (the default): DALI on a
-  GPU if it is installed, else Pillow.
-- `shuffle`: "global" (the default) shuffles all samples; "block", for shards at an address,
-  shuffles runs of successive samples.
+  -1: one per core, at most 16 (-1).
+- `backend`: the decoder and augmenter: "dali", "pil" for Pillow, or "auto": DALI on a GPU if it is
+  installed, else Pillow ("auto").
+- `shuffle`: "global" shuffles all samples; "block", for shards at an address, shuffles runs of
+  successive samples ("global").
 - `verify_checksums`: whether every image's SHA-256 is compared with the index (False).
 - `cache`: folder of the cache for shards at an address, a text ("data/cache").
 - `cache_gb`: size of this cache in GB, above 0 (20).
 - `stall_warning_s`: seconds without a batch before a warning, above 0 (60, `STALL_WARNING_S`).
-- `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`).
+- `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`). Not
+  used if the training process decodes.
 
 It raises ValueError for a number out of range; the texts are not checked here. This module imports
 no image decoder, so that recipes are read without one.

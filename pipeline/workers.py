@@ -11,11 +11,14 @@ their batches, from 0 to `wanted`.
 `/dev/shm` by default) is not writable, None if there is no limit (also on systems other than
 Linux).
 
-`stop_signals_held()` is a context manager without arguments that delays SIGINT and SIGTERM while
-processes start in its block. `answer_parent_only()` is called in each new process, such as the
-`worker_init_fn` of torch's `DataLoader`, with the process's number, which is not used. It returns
-nothing; the process then ends on a SIGTERM of its parent only, not on one of the terminal or a
-batch system.
+`stop_signals_held()` is a context manager without arguments. It delays SIGINT and SIGTERM until its
+block ends. Processes that are forked in the block never get these signals, unless they call
+`answer_parent_only()`.
+
+`answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
+`DataLoader`. It takes the number of the process, which is not used, and returns nothing. The
+process then ends on a SIGTERM of its parent. It ignores SIGINT, and any SIGTERM of the terminal or
+a batch system. On macOS, which does not tell the sender, it ignores both signals from all.
 """
 
 import contextlib

@@ -1,22 +1,27 @@
 """Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
-Main entry: `Scorer(detector, limits, metrics)`, which starts the threads.
+Main entry: `Scorer(detector, limits, metrics)`, which starts the threads. A damaged list of trusted
+C2PA signers raises `TrustListError`.
 
 - `detector`: an `ImageDetector`, from `load_detector()` of `model`.
-- `limits`: the `Limits` of the server; `queue` and `batch_size` are used.
-- `metrics`: the `Metrics` to update.
+- `limits`: the `Limits` of `serve/limits.py`; `queue` and `batch_size` are used.
+- `metrics`: the `Metrics` of `serve/metrics.py` to update.
 
-A damaged list of trusted C2PA signers raises `TrustListError`. `submit(files)` takes the images of
-one request, a list of `ImageFile(name, read)` of `imaging/decode.py` (`read()` returns the bytes),
-and returns a list with a `Job` for each, at once. `Job.done` is a future (of `concurrent.futures`)
-of the image's row, a dict with the columns of `predict.py` (path, probability, verdict, error ...).
-An image that cannot be read gets a row with the error; an unexpected error is raised by the
-futures. `submit()` raises `Refused` (status 429) if the queue has no room for all of them. The
-caller cancels the futures of a request that has ended; these images are not scored. `close()`
-scores the images that are already decoded, drops the others and stops the threads.
+`submit(files)` takes the images of one request, a list of `ImageFile(name, read)` of
+`imaging/decode.py` (`read()` returns the bytes). It returns a list with a `Job` for each, at once.
+If the queue has no room for all of them, it raises `Refused` (status 429).
 
-`is_full` tells whether the queue is full, `works` whether the scoring thread runs, and
-`retry_after` estimates the seconds until all waiting images are scored. They are properties.
+`Job.done` is a future (of `concurrent.futures`) of the image's row, a dict with the columns of
+`predict.py`: path, probability, verdict, error, provenance, checkpoint. An image that cannot be
+read gets a row with the error. An unexpected error is raised by the future. The caller cancels the
+futures of a request that has ended; these images are not scored.
+
+`close()` scores the images that are already decoded, drops the others and stops the threads. The
+futures of dropped images never finish: call it when no request waits, or wait with a timeout.
+
+Three properties: `is_full` tells whether the queue is full, `works` whether the scoring thread
+runs, and `retry_after` estimates the seconds until all waiting images are scored (1 to
+`MAX_RETRY_S`).
 """
 
 import contextlib

@@ -1,20 +1,21 @@
 """Run the commands of the package, `python -m sharding COMMAND`: download, pack and check images.
 
-Main entry: `main()`, a click group. Each command parses its options, calls one function of the
-package and prints the result. An error is one line and exit code 1, a wrong command line 2. Three
-options are shared. --raw (`RAW`), for `fetch`, `build` and `list`: folder of the raw datasets.
---catalog (`CATALOG`), for the same: a TOML file added to the built-in catalog (may be repeated).
---jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (default: one per core). The
-commands and their other arguments and options (defaults in parentheses):
+Main entry: `main()`, a click group. Each command parses its options, calls functions of the package
+and prints the result. An error is one line and exit code 1, a wrong command line 2, Ctrl-C 130.
+Shared options: --raw (`RAW`), for `build` and `list`: folder or address of the raw datasets
+(data/raw); `fetch` has its own --raw, only a folder. --catalog (`CATALOG`), for these three: a TOML
+file added to the built-in catalog (may be repeated). --jobs (`JOBS`), for `build` and `verify`:
+number of parallel tasks (default: one per core). --verbose, for all: more log lines. The commands
+and their other arguments and options (defaults in parentheses):
 
     fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
                        --git-mirror: folder of local Git repositories named OWNER+NAME
     build              pack raw images into shard sets (tars with an index), one subfolder each of
                        --out (data/shards); --set: name of a set, to build no other (may be
-                       repeated); --engine: local (processes) or ray (a Ray cluster); --max-bad:
-                       allowed fraction of unreadable images, 0 to 1 (0.01); --allow-incomplete: a
-                       flag to accept catalog rules that match no file, and training sets with
-                       only one class
+                       repeated); --engine: local (processes, the default) or ray (a Ray cluster);
+                       --max-bad: allowed fraction of unreadable images, 0 to 1 (0.01);
+                       --allow-incomplete: a flag to accept catalog rules that match no file, and
+                       training sets with only one class
     show FOLDER        count the images of the set there by source, class and generator
     list [SOURCE...]   print the known sources and the sets in the folder --out (data/shards), or
                        only all facts about each SOURCE
@@ -29,7 +30,7 @@ commands and their other arguments and options (defaults in parentheses):
     pairs SET          write a fake partner of each real image of the set (a folder) to the folder
                        --out (data/pairs); --decoder, required: the VAE, a folder or OWNER/NAME on
                        the Hugging Face hub; --max-megapixels: larger images are left out (2);
-                       --device: auto, cpu or cuda
+                       --device: auto (default), cpu or cuda
     demo FOLDER        make synthetic raw images in FOLDER/raw, and FOLDER/catalog.toml; --seed (0)
 """
 

@@ -1,14 +1,14 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
-Main entry: `build(catalog, raw, out)` takes a `Catalog` (from `read_catalog()`) and the paths of
-the folders of raw datasets and of the output. Keywords: `only`, a list of the sets to build (empty:
-all); `jobs`, processes (0: one per core); `engine`, "local" or "ray"; `tolerance`, such as
-`Tolerance(max_bad=0.01, allow_incomplete=False)`: allowed fraction of unreadable images, and
-whether rules without a file and training sets of one class are accepted; `progress(what, total)`,
-which returns a context manager that yields a function, called with the number of images finished
-since its last call. `build()` writes `out/<set>/`, and `out/.build` for later runs. It returns
-(`SourceScan`: images by source, missing sources; list of `BuiltSet`: name, index, shards written).
-Errors: `ValueError` (`ShardError`, `CatalogError`, `RawError`), `OSError`.
+Main entry: `build(catalog, raw, out, *, only, jobs, engine, tolerance, progress)`:
+- `catalog`: from `read_catalog()`. `raw`, `out`: folders of raw data and of sets (`Path`, `UPath`).
+- `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
+- `tolerance`: `Tolerance(max_bad=0.01, allow_incomplete=False)`: largest fraction of unreadable
+  images; whether rules that match no file and training sets of one class are accepted.
+- `progress(what, total)` returns a context manager that yields `advance(n)`: n more images done.
+It writes `out/<set>/` and `out/.build`. It returns a `SourceScan` (with the `missing` sources) and
+a list of `BuiltSet` (`name`, `index`, `shards_written`). Errors: `CatalogError` (files do not fit),
+`RawError` (broken file), `ShardError` (bad images, one class, lost files), `ValueError`, `OSError`.
 """
 
 import contextlib

@@ -9,8 +9,8 @@ do not differ. No file is written. Fields of a `Difference`:
 - `removed`: sorted list of the keys that only `before` has.
 - `changed`: dict from the key of each changed sample to a list of texts such as
   "label: real -> fake".
-- `counts`: dict from "added" and "removed" to a dict from a text such as
-  "camera, real" (source and class) to the number of samples.
+- `counts`: number of added and of removed samples by source and class, such as
+  {"added": {"camera, real": 3}, "removed": {}}.
 
 Samples are matched by their key (source and hash of the path). The columns `IGNORED` (the location
 of a sample in the tars, and the key) are not compared.

@@ -1,29 +1,32 @@
 """List raw images and read their bytes: files, members of zip archives, cells of parquet tables.
 
-Main entries: `walk(raw, root)` takes the path of the folder of all raw datasets and the name of a
-folder in it. It yields a `RawFile` for each file below `raw/root`, sorted by path, with each zip
-archive as a folder. Hidden files are left out. A broken archive raises `RawError`, an unreadable
-folder `OSError`. The fields of a `RawFile`:
+Main entries, two generators: `walk(raw, root)` takes the folder of all raw datasets (a `Path` or
+`UPath`) and the name of a folder in it, a text. It yields a `RawFile` for each file below
+`raw/root`, sorted by path, with each zip archive as a folder. Left out are hidden files, and the
+volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive raises `RawError` (a
+`ValueError`), an unreadable folder `OSError`. The fields of a `RawFile`:
 
 - `inside`: path below `raw/root`.
 - `path`: path of the file with the bytes, below `raw`.
 - `member`: location in that file if it is an archive, else "".
 - `size`: in bytes.
 - `version`: a text that changes with the file.
-- `excluded`: the reason if it is not read (a link, an unsafe name in an archive,
-a volume of a split archive), else "".
+- `excluded`: the reason if it is not read (such as a link, a name that is not UTF-8, or an
+  encrypted member of an archive), else "".
 
 `read_all(raw, rows)` takes the same folder and a list of dicts, one per image, with the keys
-`path`, `member`, `size`, `version` and `excluded` of a `RawFile`. To read a cell of a parquet
-table, `member` is "<row group>:<row in the group>:<column>", as sharding/listing.py lists cells;
-the cells of a row group must be adjacent and in ascending order of rows. For each image it yields
-the bytes, or a `DecodeError` (not raised) that says why it cannot be read. It raises `RawError` if
-a table has fewer rows than when it was listed, and `OSError` if a file cannot be read. Nothing is
-unpacked to disk.
+`path`, `member`, `size`, `version` and `excluded` of a `RawFile`. For each image it yields the
+bytes, or a `DecodeError` (not raised) that says why it cannot be read. It raises `OSError` if a
+file cannot be read. Nothing is unpacked to disk.
+
+To read a cell of a parquet table, `member` is "<row group>:<row in the group>:<column>", as
+sharding/listing.py lists cells. Adjacent cells of a row group are read together; they must be in
+ascending order of rows. `read_all()` raises `RawError` if a table has fewer rows than when it was
+listed.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
-the name on disk of the folder `root` below `raw`, which macOS may compose differently; if there is
-none, `root` itself.
+the name of the folder `root` below `raw` as it is on disk, where macOS may have decomposed its
+accents; if there is no such folder, `root` itself.
 """
 
 import os

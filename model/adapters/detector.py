@@ -1,31 +1,36 @@
 """Give a third-party detector the interface of this project's detectors: this project decodes the
 images, and the third party's code preprocesses and scores them.
 
-Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason)`.
+Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason, backend)`.
 
-- `checkpoint`: the name that the user typed, as a `Path`, such as `Path("hf:OWNER/NAME")`;
-- `judge`: a `Judge`, any object with `prepare(image)`, which converts an upright RGB Pillow image
-  to the detector's input (called by several threads); `score(prepared)`, which converts a list of
-  such inputs to probabilities of AI-generated, float64 (B,), 0 to 1 or NaN; and the attribute
-  `fixed_batches`, True if the last bits of a score depend on the batch size;
-- `meta`: a dict with the name, hash, threshold and temperature. `meta_of(kind, name, ...)` makes
-  one with threshold 0.5 and no calibration: `kind` is `hf`, `timm` or `file`; further keywords,
-  such as `sha256="..."`, identify the weights;
-- `asked`: a band (low, high): probabilities between the two are "uncertain". It replaces the band
-  of `meta`; None keeps that;
-- `reason`: a text that describes the detector in the log.
+- `checkpoint`: the name that the user typed, as a `Path`, such as `Path("hf:OWNER/NAME")`.
+- `judge`: a `Judge`, any object with these methods and this attribute:
+  - `prepare(image)` converts an upright RGB Pillow image to the detector's input. Several threads
+    call it.
+  - `score(prepared)` converts a list of such inputs to the probabilities of AI-generated, float64
+    (B,), 0 to 1 or NaN.
+  - `fixed_batches` is True if the last bits of a score depend on the batch size.
+- `meta`: a dict with the identity, threshold, temperature and more, from `meta_of()`.
+- `asked`: a band (low, high) that is used in place of the one in `meta`; None: the one in `meta`.
+- `reason`: a text that describes the computation in the log.
+- `backend`: a text, the image decoder that the log names (default "pil").
 
-`model/adapters/open.py` opens a detector by name.
+`meta_of(kind, name, ...)` returns a `meta` with the threshold 0.5, temperature 1 and no
+calibration. Its band is then (0.5, 0.5). `kind` is `hf`, `timm` or `file`. Further keywords, such
+as `sha256="..."`, identify the weights. `model/adapters/open.py` opens a detector by name.
 
 `predict(images, batch_size)`, inherited from `AnyDetector`, takes one image (path, bytes, Pillow
-image or uint8 array) and returns a `Prediction` (name, probability from 0 to 1, verdict, error), or
-takes several and returns a list; `batch_size` (default 32) is how many are scored at a time.
-`stream()` takes several and yields one at a time. An unreadable image gets an `error` and no
-probability. Another type of image raises `TypeError`, an array of another shape `ValueError`.
+image, `ImageFile` or uint8 array) and returns a `Prediction`, or takes several and returns a list.
+`batch_size` (default 32) is how many are scored at a time. `stream()` takes several and yields one
+at a time. Another type of image raises `TypeError`, an array of another shape `ValueError`. Fields
+of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
+"uncertain" in it, "likely AI" from its upper end on) and `error` ("": none). For an unreadable
+image or a score of NaN, `error` has the reason, `probability` is None and `verdict` is
+"unreadable".
 
-`logits_from()` converts probabilities to logits; `probability_at()` applies a temperature to
-probabilities; both return float64 arrays. `DetectorError` (a `ValueError`) says why a detector
-cannot be used. This module does not import torch.
+`logits_from()` converts probabilities to logits, `probability_at()` applies a temperature to
+probabilities; both take and return float64 arrays. `DetectorError` (a `ValueError`) is raised by
+the other modules of this package if a detector cannot be used. This module does not import torch.
 """
 
 import functools

@@ -1,16 +1,23 @@
 """Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Main entries, both generators: `find_images(paths, excluded)` takes an iterable (such as a list) of
-paths or patterns as texts, which may never end (such as the lines of a pipe). It yields an
-`ImageFile` (`name`, and a function `read()` that returns the bytes) per image. `watch(folder,
-excluded)` takes the path of one folder as text. It yields, once a second without end, a list of the
-images that are new or changed and complete (unchanged for 2 seconds); the first list has those
-already there, and a list may be empty. It skips archives.
+Main entries, two generators of `ImageFile`s (`name`, and a function `read()` that returns the
+bytes):
 
-Both count skipped files in `excluded`, an empty `Counter` that the caller gives: reason (text) ->
-number of files. `watch()` counts anew in each scan. A file that cannot be read is yielded too; its
-`read()` raises `DecodeError` or `OSError`. `find_images()` does the same for a path that does not
-exist; for such a folder the lists of `watch()` are empty.
+- `find_images(paths, excluded)` takes an iterable (such as a list) of paths or patterns as texts.
+  It may never end (such as the lines of a pipe). Images are yielded one by one.
+- `watch(folder, excluded)` takes the path of one folder as text. It yields a list of images, once a
+  second without end: those that are new or changed, complete (unchanged for 2 seconds) and not
+  empty. The first list has those already there. A list may be empty.
+- `excluded`: an empty `Counter` that the caller gives. Both count skipped files in it: reason
+  (text) -> number of files. `watch()` counts anew in each scan.
+
+Folders are searched with their subfolders. Hidden files, links to folders, and archives in a folder
+are skipped. `find_images()` reads an archive that is itself one of the paths, and the tars of a
+shard set in a folder; `watch()` reads none.
+
+A file that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`. So is a
+path of `find_images()` that does not exist, or a pattern that matches nothing. If the folder of
+`watch()` does not exist, its lists are empty.
 
 `is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
 whether a path is a compressed tar, and `is_image(name)` whether a name has the suffix of an image.

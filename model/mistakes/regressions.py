@@ -9,15 +9,22 @@ written.
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
 - `images`: a `Path` or None (the default). Images that were not copied into the records are looked
   for below this folder, by their bytes.
-- `advance`: a function without arguments that is called after each scored image (default: nothing
-  is done).
+- `advance`: a function without arguments that is called after each image that was found (default:
+  nothing is done).
 - `lacking`: a text, the `reason` for an image without a copy if `images` is None (it has a
   default).
 
-It returns a list with one `Regression` per mistake: `mistake`, the earlier `Verdict` (`before`),
-the new one (`after`, or None) and `outcome`: "newly wrong" (a recorded verdict of another detector
-was right), "still wrong", "uncertain", "fixed" or "not measurable" (the image is not found or
-unreadable; `reason` says why). The list is sorted by outcome, in the order given here.
+It returns a list with one `Regression` per mistake, sorted by outcome in the order given here.
+Fields:
+
+- `mistake`: the `Mistake`.
+- `before`: the earlier `Verdict`: the last recorded one of another detector, or of this one if
+  there is no other. If not measurable: the last recorded one. A detector with another band is
+  another detector.
+- `after`: the new `Verdict`, or None if not measurable.
+- `outcome`: "newly wrong" (a recorded verdict of another detector was right), "still wrong" (none
+  was), "uncertain", "fixed" or "not measurable" (the image is not found or cannot be scored).
+- `reason`: why it is not measurable, else "".
 
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,
 mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that were not found.

@@ -2,27 +2,31 @@
 checkpoint and refuse it if it fails the gate (the recipe's limits on forgetting, false positives
 and recorded mistakes).
 
-Main entry: `train(recipe, data, runs, init_from, stop_at, dist)`. All after `runs` are optional and
-passed by keyword. On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
+Main entry: `train(recipe, data, runs, *, init_from, stop_at, dist)`. All after `*` may be left out.
+On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 
 - `recipe`: a `Recipe`, as `recipes.load(Recipe, path)` reads it from a TOML file.
 - `data`: the `Path` (or `UPath`) of the folder of all shard sets (packed images).
 - `runs`: the `Path` of the folder of all runs.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None: those that the recipe says.
-- `stop_at`: the number of the step to stop after, above those already done; None: the last. A run
-  that stops before its end is neither calibrated nor judged by the gate.
+- `stop_at`: the step to stop after, counted from the start of the run. It must be larger than the
+  number of steps already done (else one more is done). None: train to the end. A run that stops
+  before its end is neither calibrated nor judged by the gate.
 - `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
-`runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. It
-raises `ValueError` for wrong input or a loss that is not finite, `Refused` (a `ValueError`, so
-catch it first) if the gate refuses the checkpoint, and `Interrupted` (no `ValueError`) after SIGINT
-or SIGTERM, once a checkpoint is saved.
+`runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. For
+a finished run it only returns this path, or raises `Refused` again. Errors:
+
+- `ValueError`: wrong input, a run of another recipe in the folder, or a loss or weight that is not
+  finite. Also, at once, if another training has the lock on `LOCK_FILE` in the folder.
+- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint.
+- `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
-`TrainState` made from it, and returns why the run is over ("" if it is not) and the best checkpoint
-(a `Best`). A lock on `LOCK_FILE` prevents two trainings in the same folder.
+`TrainState` made from it. It returns a pair: a text that says why the run is finished, or "" if it
+only stopped at `stop_at`; and the best checkpoint (a `Best`).
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Open the shard sets (packed images) of a training run, and check that they fit the recipe.
 
-Main entries: `open_stream(recipe, data, device, dist)` returns this rank's training batches, and
-`open_validation(recipe, data)` the validation sets.
+Main entries: `open_stream(recipe, data, device, dist)` returns this rank's training batches, a
+`Stream`. `open_validation(recipe, data)` returns the validation sets, a dict, name -> `ShardSet`.
+Nothing is written.
 
 - `recipe`: a `ResolvedRecipe`, as `resolved(recipe)` in `model/backbones/resolve.py` returns.
 - `data`: the `Path` (or `UPath`) of the folder of all sets.
@@ -9,13 +10,26 @@ Main entries: `open_stream(recipe, data, device, dist)` returns this rank's trai
 - `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None (the default):
   one process.
 
-The first returns a `Stream`, whose `batches(start, epochs)` yields each `Batch` from the step
-`start` on. The second returns a dict, name -> `ShardSet`. Two checks take what these functions
-returned, and return nothing. `check_sets(recipe, stream)` raises an error if an epoch has too few
-samples for one batch (over all ranks), a source that the recipe names is missing, or all samples
-are of one class. `check_apart(recipe, stream, validation)` raises an error if a validation set
-shares images with the training sets. The errors of all four are `ValueError` and its subclasses
-`ShardError` (a set is missing or damaged), `LoadError` and `OrderError`. Nothing is written.
+`Stream.batches(start, epochs)` yields each `Batch` from the step `start` (counted over all epochs)
+to the end of the run, which has `epochs` epochs in total. Errors of both functions, all
+`ValueError`s:
+
+- `ValueError`: the recipe names no set, the same validation set twice, an empty validation set, or
+  for training or replay a set of the split test.
+- `ShardError`: a set is missing or damaged.
+- `LoadError`: a tar is missing or has another length than in the index; for training, also if the
+  image decoder is not installed or shared memory is too small.
+
+Two checks take what these functions returned, and return nothing. `check_sets(recipe, stream)`
+raises
+
+- `OrderError` if the samples of an epoch do not fill one batch (over all ranks);
+- `LoadError` if a source of `data.repeats` or the augmentation policy of a source is missing;
+- `ValueError` if a source of `replay.exclude_sources` is missing, if there is nothing to replay, or
+  if all samples are of one class (unless `data.allow_one_class`).
+
+`check_apart(recipe, stream, validation)` raises `ValueError` if a validation set shares images with
+the training sets (unless `data.allow_shared_images`). Sets that are only replayed do not count.
 """
 
 from collections.abc import Mapping, Sequence
