@@ -2,21 +2,24 @@
 
 Main entry: `main()`, a click group: the console command `ai-images-detector`. From Python, call it
 with the list of words, as in `main(["predict", "photo.jpg"])`; like every click command it ends
-with SystemExit, which has the exit code. It has seven subcommands (`COMMANDS`). Six take the same
-arguments, and print and write the same, as a command of a checkout:
+with SystemExit, which has the exit code. It has seven subcommands (`COMMANDS`). Six of them are
+commands of a checkout, with the same arguments, output and files:
 
 - `predict`, `train` and `evaluate` are `predict.py`, `train.py` and `evaluate.py`.
 - `serve` is `python -m serve`, `fetch` is `python -m model fetch`, `build` is `python -m sharding
   build`.
 
 The seventh, `app`, is the function `app()` here. It starts the web page with Streamlit and serves
-it on this machine until Ctrl-C. It ends with an error if Streamlit is not installed. Its options:
+it on this machine until Ctrl-C. It ends with exit code 1 if Streamlit is not installed. Its
+options:
 
 - `--host` and `--port`: the address of the page (default 127.0.0.1 and 8501).
 - `--checkpoint`: the detector, as a checkpoint folder, a run's folder, or the name of a shipped
   detector. Default: the environment variable DETECTOR_CHECKPOINT, or else the newest run.
-- `--runs`: the folder of the runs, used without `--checkpoint`. Default: the environment variable
-  DETECTOR_RUNS, or else `runs`. If there is no run, the shipped detector is used.
+- `--runs`: the folder of the runs. Default: the environment variable DETECTOR_RUNS, or else `runs`.
+  It is used if neither `--checkpoint` nor DETECTOR_CHECKPOINT is given. If there is no run, the
+  shipped detector is used.
+- `--verbose`: more log lines, with tracebacks.
 
 `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported
 only when it is called.

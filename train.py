@@ -13,19 +13,22 @@ is given; with `--folder` both may be absent.
 - `--folder`: packs the images in DIR/real and DIR/fake first, as sets below `--data`, and trains on
   them with `recipes/clip-phase1.toml` or the recipe that is given.
 - `--set`: changes a value of the recipe, such as optim.lr=1e-4; may be repeated.
-- `--dry-run`: tries a few steps and prints the plan. No checkpoint is written;
-  `--folder` packs all the same.
+- `--dry-run`: tries a few steps and prints the plan. No checkpoint is written. With `--folder`, the
+  images are packed nevertheless.
 - `--run`: name of the run (default: the recipe's or DIR's name).
 - `--init-from`: initial weights (a checkpoint folder, a .safetensors file or the name of a fetched
   backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
-- `--no-pretrained`: starts from random weights.
+- `--no-pretrained`: starts from random weights instead of timm's. It has no effect if the weights
+  are those of a checkpoint or file, as in phase 2 or with `--folder` alone.
 - `--data`: folder or address of the shard sets (default `data/shards`).
 - `--runs`: folder of all runs (default `runs`).
 - `--verbose`: more log lines, with tracebacks.
 
 Checkpoints are folders `<runs>/<run>/step_<N>`; the path of the best one and its validation metrics
 are printed. A wrong recipe or missing data ends with one line and exit code 1, a wrong option with
-exit code 2. An interrupted run ends with exit code 130, and the same command resumes the run.
+exit code 2. The exit code is 1 too if the gate (the recipe's limits for the result) refuses the
+trained checkpoint. An interrupted run ends with exit code 130, and the same command resumes the
+run.
 """
 
 import json

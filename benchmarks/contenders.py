@@ -7,19 +7,25 @@
   `energon` are other libraries.
 - PLACE: a folder that `pack()` or `unpack()` of `benchmarks.loader` filled: `images/` and
   `shards/`.
-- WORKERS: the number of the loader's processes or threads.
+- WORKERS: the number of the loader's processes or threads. `read` always has one process.
 - OUT: a file that gets the result as JSON, or `{"missing": package}` if the library is not
   installed.
-- BATCH and EPOCHS: images per batch, and how often all images are loaded.
+- BATCH and EPOCHS: images per batch, and how often all images are loaded. `read` loads at least
+  `READ_IMAGES` images instead.
 - `--prepare`: measure nothing, but write the files that the library needs to PLACE, once before the
   first measurement (`litdata`, `streaming`, `energon`). OUT gets `{}`.
 
 Main entry: `measure(contender, place, workers)` times one loader in this process. It takes a
-`Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). BATCH and EPOCHS are the
-constants of `benchmarks.peers`, which `main()` sets. It returns a dict: `first` and `last`, the
-moments of the first and the last batch (`time.monotonic`, which all processes of a machine share),
-`images`, the number of images in all batches but the first, and `version` of the library. It raises
-ImportError if the library is missing; `is_installed(contender)` tells.
+`Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). `main()` sets `BATCH` and
+`EPOCHS` of `benchmarks.peers` before; their defaults are 30 and 1. It returns a dict:
+
+- `first` and `last`: the moments of the first and the last batch (`time.monotonic`, which all
+  processes of a machine share).
+- `images`: the number of images in all batches but the first.
+- `version`: that of the library, "" for `read`, `decode` and `pil`.
+
+If the library is missing, it raises ImportError, or `LoadError` (a ValueError) for `dali`.
+`is_installed(contender)` tells before.
 """
 
 import importlib.metadata

@@ -5,26 +5,27 @@
 The step of `model/training/step.py` runs on random images that stay on the device, without loader
 and disk, for S seconds (default 10) per row in each of `--rounds` rounds (default 2). The recipe
 (default: phase 1; `--set` changes a value) gives the network, image size, batch and optimizer. A
-row is a `Way`: all options of the step. The first row is the step as `train.py` runs it on
-`--device` (default `auto`); each further row differs from the first in one option. `--only NAME`,
-which may be repeated, measures only the first row and these. The table has images/s, the ratio to
-the first row, `of the peak` and memory; `--json` gets all figures. `of the peak` divides the
-operations per second of a step by those of a large matrix product of the same dtype, timed in the
-same run. The operations of forward and backward are counted by torch's FlopCounterMode. The
-optimizer's time is included, its operations are not. The exit code is 1 if the first row fails.
+row is a `Way`: all options of the step. The first row has the options of `train.py` on `--device`
+(default `auto`), without EMA, distillation and gradient accumulation; each further row differs from
+it in one option. `--only NAME`, which may be repeated, measures only the first row and the row of
+this name, such as "with compile". The table has images/s, the ratio to the first row, `of the peak`
+and memory; `--json` gets all figures. `of the peak` divides the operations per second of a step by
+those of a large matrix product of the same dtype, timed in the same run. The operations of forward
+and backward are counted by torch's FlopCounterMode. The optimizer's time is included, its
+operations are not. The exit code is 1 if the first row fails.
 
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
 
-- `way`: such as `Way(batch=64, dtype="bf16", channels_last=True, compiled=False, fused=False)`:
-  `dtype` is a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch;
-  the last three may be left out. `ways_of(base, on_gpu)` returns a dict, name -> `Way`: the
-  first row `base` and all others;
-- `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `resolved()` is in
-  `model/backbones/resolve.py`;
-- `device`: a torch.device;
-- `seconds`: the time to measure; at least `LEAST` steps are timed, after `WARM_UP` others;
+- `way`: `Way(batch=64, dtype="bf16", channels_last=True, compiled=False, fused=False)`. `dtype` is
+  a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. The values
+  shown for the last three are their defaults. `ways_of(base, on_gpu)` returns a dict, name ->
+  `Way`: the first row `base` and all others.
+- `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `Recipe` is in
+  `model/recipe.py`, `resolved()` in `model/backbones/resolve.py`.
+- `device`: a torch.device.
+- `seconds`: the time to measure; at least `LEAST` steps are timed, after `WARM_UP` others.
 - `peaks`: a dict, key of `DTYPES` -> operations per second, as `matrix_peak(device, dtype,
-  seconds)` measures them for a torch dtype. It must have the dtype of `way` (else KeyError).
+  seconds)` measures them for a torch dtype. If `way.dtype` is not a key, KeyError is raised.
 
 It returns a dict of figures: `ms_per_step`, `images_per_s`, `operations` (of a step),
 `share_of_peak` (0 to 1), `bytes` (peak memory, or None) and `steps`. Where torch cannot run the way

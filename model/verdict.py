@@ -13,8 +13,9 @@ Without a calibration, low and high are both its decision threshold.
 `band_at(meta, max_fpr, max_miss)` returns the (low, high) for chosen error rates. `max_fpr` is the
 largest share of real images that may be called likely AI (sets high), and `max_miss` the largest
 share of fakes that may be called no sign of AI (sets low). None, the default of both, keeps that
-end of `band_of()`. It raises `ValueError` for a rate that is not above 0 and below 0.5, or if the
-checkpoint has no threshold for the rate, such as without a calibration.
+end of `band_of()`. If low would be above high, it is set to high. It raises `ValueError` for a rate
+that is not above 0 and below 0.5, or if the checkpoint has no threshold for the rate, such as
+without a calibration.
 
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.

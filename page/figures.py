@@ -18,9 +18,9 @@ sign of AI), `uncertain` and `likely` (likely AI).
   `Row` is (threshold, share of reals, share of fakes with a score at or above the threshold).
 - `band`: the uncertain band, (low, high).
 
-`row_at(roc, threshold)` returns the row of the highest threshold that is not above `threshold`, or
-the first row if all are above. `of_hundred(share)` formats a share as a count of 100, as text
-("under 1" and "over 99" at the ends).
+`row_at(roc, threshold)` returns the row with the largest threshold <= `threshold`, or the first row
+if there is none. `of_hundred(share)` formats a share as a count of 100, as text ("under 1" and
+"over 99" at the ends).
 """
 
 from collections.abc import Mapping

@@ -2,17 +2,21 @@
 and DALI).
 
 Main entry: `Batch`, which `Loader.batches()` of `pipeline/loader.py` yields for each step, with B
-images:
+images. Three fields are tensors on the device:
 
-- `images`: uint8 (B, 3, size, size), RGB, a tensor on the device.
-- `labels`: int64 (B,), 0 real, 1 fake, on the device.
-- `valid`: bool (B,), on the device. False for padding and for images that cannot be decoded, which
-  must not count.
-- `samples`: row numbers of the images in the shard set, a NumPy array int64 (B,).
+- `images`: uint8 (B, 3, size, size), RGB.
+- `labels`: int64 (B,), 0 real, 1 fake.
+- `valid`: bool (B,). False for padding and for images that cannot be decoded, which must not count.
+
+The others are on the CPU, the first three as NumPy arrays:
+
+- `samples`: row numbers of the images in the shard set, int64 (B,).
 - `sources`: codes of their sources, int32 (B,): positions in `shards.codes("source")[1]`.
-- `replayed`: bool (B,), True for old samples.
+- `replayed`: bool (B,), True for a sample of an old set, which phase 2 mixes with the new ones
+  (`pipeline/replay.py`).
 - `failures`: a dict, position in the batch -> reason why the image cannot be decoded.
-- `timing`: a `BatchTiming`, the seconds of reading and of decoding.
+- `timing`: a `BatchTiming`: `read_s` and `decode_s`, the seconds of reading and of decoding, and
+  `ready`, the number of batches that waited.
 
 A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
 tensor uint8 (B, size, size, 3) RGB, and `failures` and `timing` as above. A `Request` has
@@ -21,7 +25,8 @@ tensor uint8 (B, size, size, 3) RGB, and `failures` and `timing` as above. A `Re
 - `formats`: a list of B names, "JPEG", "PNG" or "WEBP".
 - `orientations`: a list of B EXIF orientations, 1 to 8 (1: upright).
 - `params`: an `AugmentBatch`, the augmentation parameters of the B images.
-- `failures`: as above, for images that cannot be read (default {}); `data` then has `PLACEHOLDER`.
+- `failures`: as above, for images that cannot be read (default {}); `data` then has the bytes of
+  `PLACEHOLDER`.
 - `read_s`: seconds that reading took (default 0).
 
 `PLACEHOLDER` is the (bytes, format, orientation) of a black PNG. `LoadError`, a ValueError, means

@@ -1,9 +1,9 @@
 """Load a shard set (tars of images with an index) as batches of decoded and augmented images on a
 device.
 
-Main entry: `open_loader(shards, preprocess=..., loading=..., device=...)` checks the lengths of the
-tars, chooses the backend that decodes and augments ("dali", or "pil" for Pillow) and returns a
-`Loader`. All arguments after the first are keywords.
+Main entry: `open_loader(shards, *, preprocess, loading, device, rank, world_size)` checks the
+lengths of the tars on this machine, chooses the backend that decodes and augments ("dali", or "pil"
+for Pillow) and returns a `Loader`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
 - `preprocess`: a `Preprocess` (pipeline/augment.py); its `crop_size` is the side of the images.
@@ -17,15 +17,22 @@ and named in `Batch.failures`.
 
 - `epoch`: the order of the samples, an `Epoch` of `training_epoch()` or `evaluation_epoch()`
   (pipeline/order.py), made with `global_batch=loader.global_batch`.
-- `params_for`: what `train_params()` or `eval_params()` (pipeline/params.py) returns: a function of
-  row numbers, and of how often each came before, to their augmentation parameters.
+- `params_for`: what `train_params()` or `eval_params()` (pipeline/params.py) returns: a function
+  that takes row numbers, and how often each came before in the epoch, and returns their
+  augmentation parameters.
 - `start`: the step to begin with (default 0).
 
 `open_loader()` raises `LoadError` if the backend is not installed, a tar is missing or has another
-length, or shared memory is too small. `batches()` raises it if a worker died, no batch came in
-time, more than 5 % of the samples cannot be decoded, or `epoch` has another batch size, and
-RuntimeError if the GPU fails. `choose_backend(asked, device)` returns (backend, reason) for "auto",
-"dali" or "pil"; `check_shards(shards)` is the check of the tars.
+length, or shared memory has no room for even one of the workers that `loading` asks for.
+`batches()` raises `LoadError` with the first batch or a later one
+
+- if `epoch` has another batch size,
+- if a worker died, or no batch came in `loading.stall_error_s` seconds,
+- if more than 5 % of the samples so far (at least `MIN_SEEN`, or the epoch) cannot be decoded.
+
+It raises RuntimeError if the GPU fails, and OSError if too many files are open.
+`choose_backend(asked, device)` returns (backend, reason) for "auto", "dali" or "pil";
+`check_shards(shards)` is the check of the tars.
 """
 
 import contextlib

@@ -21,8 +21,9 @@ steps on NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a
 `FILTERS` (pipeline/augment.py), and `encode_jpeg()` returns the JPEG as bytes.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
-encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Resizing
-is torch's vectorized form of Pillow's algorithm: five times as fast, and within one gray level.
+encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Bilinear
+resizing is torch's vectorized form of Pillow's algorithm: five times as fast, and within one gray
+level. The other filters are Pillow's.
 """
 
 import io

@@ -1,16 +1,17 @@
 """Read bytes of shards at an address (s3://, hf://, https://) through a local cache.
 
-Main entry: `RemoteShards(shards, cache)`.
+Main entry: `RemoteShards(shards, cache)`. Both must be given.
 
 - `shards`: a `ShardSet` (from `open_shards()` of `sharding/format.py`) whose folders are addresses.
-- `cache`: `Cache(folder=Path, limit=bytes)`; by default `data/cache` and 20 GiB. The folder is made
-  if needed. A limit of less than four pieces raises ValueError.
+- `cache`: a `Cache(*, folder, limit)`: the `Path` of the folder, which is made if needed, and its
+  size in bytes. `Cache()` is `data/cache` and 20 GiB. `Cache` raises ValueError for a limit of less
+  than four pieces.
 
 Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
 offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not
 answer, it is asked again after growing delays (`DELAYS_S`); then `RemoteError`, an OSError, is
 raised. A shard that does not exist or may not be read raises FileNotFoundError or PermissionError
-at once.
+at once. OSError is also raised if the cache cannot be written.
 
 Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
 processes of this machine share them; the pieces used longest ago are deleted.

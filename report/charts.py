@@ -8,10 +8,10 @@ as colors (`--real`, `--fake`, `--ink` ...).
   float array (N,), the probabilities of fake. `threshold` is one probability.
 - `reliability_chart(labels, probabilities)`: the share of fakes by predicted probability. The
   arrays are as above.
-- `histogram_chart(reals, fakes, band)`: `reals` and `fakes` are the probabilities of the real and
-  of the fake images of one source, float arrays, which may be empty. `band` is the uncertain band,
-  a pair (low, high).
-- `robustness_chart(lines, xlabel, falling=False, doubling=False)`: rates of images called fake
+- `histogram_chart(reals, fakes, band)`: `reals` and `fakes` are the probabilities of fake for the
+  real and for the fake images of one source, float arrays, which may be empty. `band` is the
+  uncertain band, a pair (low, high).
+- `robustness_chart(lines, xlabel, *, falling=False, doubling=False)`: rates of images called fake
   (recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
   quality. `lines` is a list of tuples: class ("real" or "fake"), pattern ("solid", "dashed" or
   "dotted"), list of x values, and list of as many rates, each 0 to 1 or None (no dot). `xlabel` is

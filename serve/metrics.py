@@ -1,14 +1,14 @@
 """Define the Prometheus metrics of the server, which `GET /metrics` returns.
 
-Main entry: `Metrics()` takes nothing and creates a registry (`registry`, a `CollectorRegistry` of
-prometheus_client) with one attribute per metric, which the other modules of `serve` update, such as
+Main entry: `Metrics()` takes nothing. It has `registry`, a `CollectorRegistry` of prometheus_client
+of its own, and one attribute per metric. The other modules of `serve` update them, such as
 `metrics.requests.labels("/predict", "200").inc()`:
 
 - `requests`: counter, by path and status (texts).
 - `seconds`: histogram of the seconds of a request, by path.
 - `images`: counter, by verdict.
-- `waiting`: gauge, images in the queue.
-- `held`: gauge, bytes of request bodies.
+- `waiting`: gauge, images that wait or are scored now.
+- `held`: gauge, bytes of memory reserved for request bodies.
 - `batch_images`, `batch_seconds`: histograms of the images of a scored batch, and of the seconds
   that the network took for it.
 

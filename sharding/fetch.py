@@ -1,11 +1,11 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entry: `fetch_all(catalog, raw, names)` takes a `Catalog`, the `Path` of raw data and source
-names (none: all with a `fetch` entry). It is an iterator that fetches each to a folder below `raw`
-and yields a `Fetched`: `source`, `status` ("complete", "downloaded", "by hand", "failed"), `note`
-(folder, what to do, or the error, which is not raised). An unknown name raises `CatalogError`.
-`progress(label, total or None)` is a context manager that yields `f(n)`, called with the MiB or
-files added. `git_mirror`: None, or a folder of Git copies OWNER+NAME. `fetch_source()` fetches one.
+Main entry: `fetch_all(catalog, raw, names, progress, git_mirror)` is an iterator. It fetches each
+source to a folder below `raw` (a `Path`) and yields a `Fetched`: `source`, `status` ("complete",
+"downloaded", "by hand", "failed"), `note` (folder, what to do, or the error, which is not raised).
+`names`: default (), all with a `fetch` entry; an unknown one raises `CatalogError`. `git_mirror`:
+None (default), or the `Path` of Git copies OWNER+NAME. `progress(label, total or None)` (default:
+no bar) returns a context manager that yields `f`; `f(n)` is called for n more MiB or files.
 """
 
 import contextlib

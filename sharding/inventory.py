@@ -8,8 +8,8 @@ be read, `OSError` or `RawError` is raised.
 - `raw`: the folder of all raw datasets, as a text.
 - `folder`: the existing folder of the inventory (`.build/inventory` below a build's output), as a
   text.
-- `name` and `items`: a file name and a table of up to `CHUNK` images, a pair that
-  `missing_chunks()` yields.
+- `name`: the file name, a text.
+- `items`: a table of at most `CHUNK` images. `missing_chunks()` yields pairs (name, items).
 
 A build decodes only new and changed images. In the other functions `source` is the name of a
 source, and `folder` a path:

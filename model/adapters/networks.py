@@ -1,24 +1,28 @@
 """Open an image classifier of the Hugging Face Hub, or of a local folder, as a detector.
 
-Main entries: `open_transformers(name, ...)` and `open_timm(name, ...)`, which use the library of
-that name. All arguments but `name` are keywords and may be left out:
+Main entries: `open_transformers(name, *, ...)` and `open_timm(name, *, ...)`, which use the library
+of that name. All arguments but `name` may be left out:
 
-- `name`: a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`, without `hf:` or `timm:`; for
-  `open_timm()` also timm's name of a network;
-- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`;
+- `name`: a text: a local folder, `OWNER/NAME` or `OWNER/NAME@REVISION`, without `hf:` or `timm:`;
+  for `open_timm()` also timm's name of a network.
+- `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
 - `fake_labels`: a sequence of the labels that mean AI-generated; if empty (default), the words of
-  the labels decide;
-- `threshold`: from 0 to 1; at or above it an image counts as AI-generated, and no verdict is
-  "uncertain". None (default): 0.5, until a calibration is loaded (`model/adapters/kept.py`).
+  the labels decide.
+- `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
+  sign of AI"; no verdict is "uncertain". None (default): 0.5, until a calibration is loaded
+  (`model/adapters/kept.py`).
 
-Both return an `OtherDetector`, whose `predict()` takes images and returns a `Prediction`
-(probability, verdict) of each. Its network is in a `NetworkJudge`: Pillow images in, float64
-probabilities (B,) of AI-generated out.
+Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images)` takes one image
+or several (paths, bytes, Pillow images or uint8 arrays), and returns a `Prediction` (probability,
+verdict, error), or a list of them. Its network is in a `NetworkJudge`: `prepare(image)` converts a
+Pillow image to the network's input, `score(prepared)` a list of such inputs to the probabilities of
+AI-generated, float64 (B,).
 
-They raise `DetectorError` if the library transformers is missing, if the classifier cannot be
-downloaded or opened, or if its labels are not clear, and `ValueError` for an impossible device or
-threshold. Only files that match `TAKEN` are downloaded: nothing is unpickled, and no code of a
-repository is run.
+They raise `DetectorError` if the classifier cannot be downloaded or opened, has no safetensors
+file, or has labels that are not clear; `open_transformers()` also if the library transformers is
+missing. They raise `ValueError` for an impossible device or threshold; `DetectorError` is a
+`ValueError` too. Only files that match `TAKEN` are downloaded: nothing is unpickled, and no code of
+a repository is run.
 """
 
 import hashlib

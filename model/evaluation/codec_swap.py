@@ -1,34 +1,39 @@
 """Measure whether a detector reacts to the content of images or to their file compression.
 
-The codec-swap test re-encodes the images of each class as the other class is usually compressed,
-and then both classes in the same way. Scores that follow the compression show that the detector
-learned it.
+The codec-swap test gives the images of each class the usual compression of the other class. After
+that it gives both classes one and the same compression. Scores that follow the compression show
+that the detector learned it.
 
 Main entry: `report_robustness(scorer, shards, perturbations, *, temperature, threshold, per_class,
 on_images)` scores images before and after all perturbations and re-encodings. All ranks must call
-it.
+it; all get the result.
 
 - `scorer`: the detector as a `VariantScorer` (`Scorer` of `robustness.py` for a checkpoint's
   network, `DetectorScorer` of `others.py` for other detectors).
-- `shards`: an opened set of packed images, from `open_shards([folder])`.
+- `shards`: an opened set of packed images, from `open_shards([folder])` of `sharding/format.py`.
 - `perturbations`: a list of `Perturbation` with `ORIGINAL` in it, such as `PERTURBATIONS` of
   `pipeline/perturb.py`. Without `ORIGINAL` it raises `ValueError`.
-- `temperature`: the logits are divided by it (1.0: unchanged). `threshold` is the decision
-  threshold on the resulting probability.
+- `temperature`: the logits are divided by it (1.0: unchanged).
+- `threshold`: the decision threshold on the resulting probability.
 - `per_class`: the most images of each class, those with the smallest SHA-256.
 - `on_images`: None (default) or a function that is called with 1 after each image of this rank.
 
-It returns the entry `robustness` of `report.json` as a dict and writes nothing: `images`, `of`
-(images of the set), `unreadable`, and `perturbations` and `codec_swap` (a list of dicts, one per
-perturbation and per re-encoding), `containers` (the usual compression of each class).
+It writes nothing and returns the entry `robustness` of `report.json`, a dict:
+
+- `images`, `of`, `unreadable`: the numbers of scored images, of images in the set, and of chosen
+  images that cannot be decoded.
+- `perturbations`: a list of dicts, one per perturbation, from `measure_perturbations()`.
+- `codec_swap`: a list of dicts, one per re-encoding, from `measure_swaps()`.
+- `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. It is a
+  dict: the fields of `Container`, and `name`.
 
 A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
-`container_of(shards, samples)` returns that of the images with the row numbers `samples`, int64, or
-None if none is lossy; the other class is then not re-encoded in this way. A `Swap` is one
+`container_of(shards, samples)` returns the `Container` of these images (row numbers, int64), or
+None if none is lossy; then the other class is not re-encoded in this way. A `Swap` is one
 re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the list of
 swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
-`PerturbedScores`, the swaps and the `group_codes()` of the set, and returns a list with a dict per
-swap.
+`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns a list with a dict per
+swap: `name`, `what`, `images`, `shift` per class, and the metrics `before` and `after`.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,21 +12,24 @@ Main entry: `export_onnx(checkpoint, out, images, on_images)` writes the three `
 - `on_images`: a function, or None (the default). `on_images(n)` is called after each batch; n is
   the number of images compared since the last call.
 
-It returns the content of `PARITY_FILE` as a dict. Its `files` is a list with a `Parity` per file,
-as a dict: `same_pixels` compares the networks on equal pixels, `from_files` also includes the
-preprocessing (None for noise). Each is a `Difference` in the probability of fake (largest, mean,
-number of other verdicts). `compared` is the number of images. It raises `ExportError`, and writes
-nothing, if a library is missing, no image can be read, or a difference is above `TOLERANCE`; and
-`CheckpointError` or `BackboneError` for a checkpoint that cannot be used.
+It returns the content of `PARITY_FILE`, a dict. `compared` is the number of images, `unreadable` a
+list of texts. `files` is a list of dicts, one per ONNX file, with the fields of `Parity`: `file`,
+`precision`, `same_pixels` (the networks on equal pixels) and `from_files` (the preprocessing
+included; None for noise). Each of the last two is a dict, a `Difference` in the probability of
+fake: `max`, `mean`, and `verdicts`, the number of images with another verdict.
 
-The graph takes uint8 (batch, size, size, 3) RGB and gives the probability, float32 (batch,), and
-the logits (batch, 2); `DESCRIPTION` is the same as text.
+It writes nothing and raises `ExportError` if a library is missing, no image can be read, or a
+difference on equal pixels is above `TOLERANCE` (int8: only if it is NaN). For a checkpoint that
+cannot be used it raises `CheckpointError`, `BackboneError` or `NetworkError`.
+
+The graph takes `images`, uint8 (batch, size, size, 3) RGB, and gives `probability` (of fake),
+float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in
-`model/checkpoint.py` returns. It returns a list of `Parity` and a dict: the name of `images`, how
-many were compared, and the unreadable ones. `fitness_of(meta)` returns the entries of the meta that
-are reasons not to rely on the detector.
+`model/checkpoint.py` returns. It returns a list of `Parity` and a dict: `images` (their name),
+`compared` and `unreadable`. `fitness_of(meta)` returns the entries of `meta["data"]` that are
+reasons not to rely on the detector, as a dict.
 """
 
 import json

@@ -5,18 +5,20 @@ Main entry: `History(folder, done, tracker)`, a context manager.
 
 - `folder`: the `Path` of the run's folder (made if missing). It gets `metrics.jsonl` and the folder
   `tensorboard`.
-- `done`: the number of finished steps. Rows of later steps, left by an interrupted run, are removed
-  from `metrics.jsonl` first.
-- `tracker`: an open `Tracker` (sender to a service such as MLflow), or None (the default).
+- `done`: the number of finished steps, 0 for a new run. Rows of later steps, left by an interrupted
+  run, are removed from `metrics.jsonl` first.
+- `tracker`: an open `Tracker` of `model/tracking/tracker.py` (sender to a service such as MLflow),
+  or None (the default).
 
 Its `write(step, kind, row)` appends a row and sends it on. `step` is the step's number, `kind` a
 text such as "train" or "validate/SET", and `row` a dict, name -> number or None. `sync()` flushes
 the rows to the disk. On several ranks, only rank 0 makes a `History`.
 
 `rows_of(folder)` returns the rows of `metrics.jsonl` as a list of dicts, each also with `step` and
-`kind`. `History` and `rows_of()` raise `ValueError` if the file does not begin with such a row;
-`rows_of()` raises `FileNotFoundError` if there is none. `scalars_of(kind, row)` returns a dict,
-`kind/name` -> value, as TensorBoard and the tracker get it; values that are None are left out.
+`kind`. It raises `FileNotFoundError` if there is no file. It and `History` raise `ValueError` if
+the first line of the file is not a row with `step` and `kind`. An incomplete end, left by a kill,
+is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` -> value, as TensorBoard and the
+tracker get it; values that are None are left out.
 """
 
 import json

@@ -1,26 +1,31 @@
 """Save the state of training in a checkpoint, and restore it to resume a run exactly.
 
-Main entry: `save(plan, train_state, done, validation, best, gain, ended)`. On several ranks, all
-call it, and rank 0 writes. The last two arguments are passed by keyword.
+Main entry: `save(plan, train_state, done, validation, best, *, gain, ended)`. On several ranks, all
+call it, and rank 0 writes.
 
 - `plan`: the `RunPlan` of the run (`plan()` in `plan.py`).
 - `train_state`: its `TrainState` (network, optimizer and more; `assemble()` in `assemble.py`).
 - `done`: the number of finished steps.
-- `validation`: the `Validation` (metrics) of this step, as `validate()` returns, or None.
-- `best`: the best checkpoint so far, a `Best` (`path`, `validation`), or None.
-- `gain`: a `Gain`, the record of the validations: `plan.gain` at first, then `gain.after(step,
-  selection)` of each validation.
+- `validation`: the `Validation` (metrics) of this step, as `validate()` in `validation.py` returns,
+  or None.
+- `best`: the best checkpoint so far, a `Best` of `plan.py` (`path`, `validation`), or None.
+- `gain`: a `Gain` of `validation.py`, the record of the validations. Begin with `plan.gain`, and
+  replace it by `gain.after(step, selection)` after each validation.
 - `ended`: the reason why the run is over, a text ("", the default, if it is not).
 
 It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
-optimizer, random generators, order of samples. It removes the run's other checkpoints except the
-best one. It returns the new `Best`: of `best` and this checkpoint, the one whose validation has the
-higher `selection`, a number from 0 to 1 (the new one if they are equal).
+optimizer, random generators, order of samples. Then it removes the run's other checkpoints except
+the best one. It raises `CheckpointError` if the folder cannot be written.
+
+It returns the new `Best`, never None: the better one of `best` and this checkpoint. That is the one
+whose validation has the higher `selection`, a number from 0 to 1 (this checkpoint if they are
+equal). One without a validation is worse; if neither has one, this checkpoint is returned.
 
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
 checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved state; `done` is the
 number of steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing
-or damaged file.
+or damaged file. If the number of ranks has changed, random numbers are others (a warning is
+logged).
 """
 
 import logging
