@@ -13,24 +13,26 @@ Main entry: `main()`, the click command. Options:
 
 - `--checkpoint RUN`: folder of a training run or of a checkpoint, or name of a shipped detector
   (default: the newest run below `--runs`, else the shipped detector).
-- `--detector`: any other detector: an .onnx file, hf:OWNER/NAME, timm:NAME or a Python file, which
-  `--trust` (no value) allows to run. `--fake-label`: its label that means fake. `--onnx FILE`: an
-  exported detector.
+- `--detector`: any detector: what `--checkpoint` takes, an .onnx file, hf:OWNER/NAME, timm:NAME or
+  a Python file, which `--trust` (no value) allows to run.
+- `--fake-label`: the label of an hf: or timm: detector that means fake; may be repeated.
+- `--onnx FILE`: the same as `--detector FILE`, for an .onnx file of `python -m model export`.
 - `--out FILE`: new file for the lines, which are then not printed (its name ends in .partial until
   it is complete), in `--format` (default: by the suffix of FILE, else table). `--resume`: continue
   an interrupted csv or jsonl FILE.
-- `--threshold`: probability (0 to 1) from which an image is *likely AI*. Or `--max-fpr`,
-  `--max-miss`: highest share of real images called *likely AI*, and of fakes called *no sign of AI*
-  (each below 0.5). Default: the thresholds of the detector.
+- `--threshold`: probability (0 to 1) from which an image is *likely AI*. Default: the thresholds of
+  the detector.
+- `--max-fpr`, `--max-miss`: instead, the highest share of real images that may be called *likely
+  AI*, and of fakes that may be called *no sign of AI* (each above 0 and below 0.5).
 - `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.
-- `--heatmap FOLDER`: write PNGs of the regions that changed the score.
+- `--heatmap FOLDER`: write PNGs of the regions that changed the score (only with a checkpoint).
 - `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers.
-- `--report-mistake LABEL`: record each verdict that contradicts the true label of all images
-  (`real` or `fake`) in the folder `--mistakes`; `--keep-image` also stores a copy of the image.
+- `--report-mistake LABEL`: the true label of all images, `real` or `fake`. Each verdict that
+  contradicts it is recorded in the folder `--mistakes`, with `--keep-image` also the image.
 - `--runs`, `--device`, `--backend` (decoder) and `--batch-size` say where and how to run: see
   `--help`.
 
-`CONFLICTS` lists options that exclude each other.
+`CONFLICTS` lists options that exclude each other, by the names of their parameters.
 """
 
 import signal

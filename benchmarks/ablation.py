@@ -2,11 +2,11 @@
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-IMAGES has `manifest.csv`: path, label, source, generator (see `ablation-catalog.toml`). Phase 1
-starts from WEIGHTS (MobileNetV2), phase 2 adds sources. The variants (`Cell`s) of `STAR` are
-trained, also `CANDIDATES` (`--candidates`) or only each `--cell NAME`, with each `--seed` (0, 1,
-2). `--set KEY=VALUE` changes all recipes, `--threads N` is for torch, `--table` trains nothing.
-FOLDER gets sets, runs (finished ones are skipped), `rows.jsonl`, `tables.md` (also printed).
+`IMAGES/manifest.csv` has path, label, source, generator. Phase 1 starts from WEIGHTS (MobileNetV2).
+It trains the variants (`Cell`s) of `STAR`, with `--candidates` also `CANDIDATES`, or only each
+`--cell NAME`, once per `--seed` (0, 1, 2). `--set KEY=VALUE` changes all recipes, `--threads N` is
+for torch, `--table` trains nothing. FOLDER gets sets, runs (finished: skipped), `rows.jsonl` (all
+metrics) and `tables.md` (AUROC, recall, ...; also printed). The first error ends the command.
 """
 
 import csv

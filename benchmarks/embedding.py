@@ -3,18 +3,19 @@
     python -m benchmarks.embedding --shards SET [--recipe FILE] [--seconds S] [--rounds N]
 
 Main entry: `main()`, this click command. Two speeds are measured in each round, and printed in
-images/s; the last printed line is their ratio, `embed` / `network`. `network` computes the features
-of one batch that stays on the device. `embed` is `model.features.embed.embed()` on a set: it reads,
-decodes and crops the images, computes their features and writes them to a temporary folder. Its
-time is counted from the first batch to the last.
+images/s; the last printed line is the ratio of their medians, `embed` / `network`. `network`
+computes the features of one batch that stays on the device. `embed` is
+`model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes their
+features and writes them to a temporary folder. Its time is counted from the first batch to the
+last.
 
 - `--shards`: the folder of a packed set.
-- `--recipe`: a recipe file with a frozen backbone (default `recipes/clip-all.toml`). The weights
-  are random here, which does not change the speed.
+- `--recipe`: a recipe file with a frozen backbone and the table `[features]` (default
+  `recipes/clip-all.toml`). The weights are random here, which does not change the speed.
 - `--set KEY=VALUE`: changes the recipe; may be repeated.
 - `--seconds`: how long `network` runs in a round (default 8). `--rounds`: default 2.
 - `--device`: `auto` (default: a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
-- `--json`: a file for the speeds of all rounds.
+- `--json`: a file for the speeds of all rounds, written after each round.
 
 `measure(embedder, shards, source, seconds)` measures one round and returns the dict of `network`
 and `embed` in images/s. It takes an `Embedder(net=..., device=..., dtype=..., loading=...)` of

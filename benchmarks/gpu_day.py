@@ -15,7 +15,8 @@ stages that did.
   time is left; otherwise it counts as failed.
 - `--only`: a stage to run, such as `selftest`, `pack`, `step` or `loader`; may be repeated. A wrong
   name prints all names. Most stages need the files of `pack`.
-- `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing.
+- `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing. Give
+  it an `--out` of its own: a later call skips the stages that succeeded in it.
 
 Functions (paths must be absolute, because stages run in the project's folder):
 

@@ -10,23 +10,28 @@ folder, it runs to its end, and the names and bytes of all files are compared wi
 run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER` (times, speeds). New
 folders follow until `--times` kills have hit. `--seed` (default 0) draws the times. `--work` is a
 new folder for all files (default: a temporary one). A table with a `Row` per command is printed,
-and written to `--json`; the exit code is 1 if a file differs.
+and written to `--json`. The exit code is 1 if a file differs or a restarted command fails.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
-kills (`landed`), restarts, compared `files`, differences (`differing`, a list of texts).
+kills (`landed`), `restarts`, number of compared `files`, and `differing`, a list of texts: the
+differences and the failures of restarted commands.
 
 - `name`: used in the names of folders and in messages.
 - `command`: a `Command(group, words, done)`: a click command, the list of its arguments (relative
-  paths are in the folder of the run), and a file that exists once it has finished ("": it can
-  always run again). `write_inputs(folder, address)` returns those above, by name, and writes their
-  inputs to an absolute, existing folder; `with serving() as address` runs the server of `fetch`.
-- `work`: an existing folder (Path) for all files. Folders that differ are kept.
+  paths are in the folder of the run), and a file or folder that exists once it has finished ("":
+  it can always run again).
+- `work`: an existing folder (Path) for all files. Folders that differ are kept; others are deleted.
 - `times`: the number of kills that must hit a running process.
 - `rng`: a random.Random, which draws the moments.
 
-It raises click.ClickException if the undisturbed command fails or hangs, or nearly always ends
-before its kill. Processes are forked, so this needs Linux or macOS. The builder has no worker
-processes here (`--jobs 1`); `tests/sharding/test_build_robust.py` kills its workers.
+`write_inputs(folder, address)` writes the inputs of the six commands above to `folder` (an
+absolute, existing Path) and returns a dict, name -> `Command`. `address` is that of the server of
+`fetch`, which `with serving() as address` runs.
+
+`kill_often()` raises click.ClickException if the undisturbed command fails or hangs, or if it is so
+short that it has nearly always ended before its kill. Processes are forked, so this needs Linux or
+macOS. The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py`
+kills its workers.
 """
 
 import contextlib

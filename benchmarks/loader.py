@@ -3,14 +3,14 @@ augmentations: this project's two backends (Pillow and DALI) and other libraries
 
     python -m benchmarks.loader [--images N] [--repeats N] [--peers-python PATH] [--json FILE]
 
-The images are N JPEGs of ImageNet's size, made and packed here (`--originals FOLDER`: from real
-JPEGs), or those of the packed set `--shards`. The augmentation policy is that of phase 1. Each
-loader runs in its own process; loaders take turns (A B C A B C ...), so that other programs affect
-all alike. PATH is the Python interpreter of libraries that this project does not install. `--only
-NAME` (repeatable) chooses loaders; `--workers`, `--batch-size` and `--epochs` are the same for all.
-The speed is measured from the first batch to the last; the time up to the first batch is the
-start-up. Memory is the largest sum of the proportional set sizes (PSS, shared pages once) of a
-loader's processes, measured once a second.
+The images are N JPEGs (default 3000) of ImageNet's size, made and packed here (`--originals
+FOLDER`: from real JPEGs), or those of the packed set `--shards`. The augmentation policy is that of
+phase 1. Each loader runs in its own process; loaders take turns (A B C A B C ...), so that other
+programs affect all alike. PATH is the Python interpreter of libraries that this project does not
+install. `--only NAME` (repeatable) chooses loaders; `--workers`, `--batch-size` and `--epochs` are
+the same for all. The speed is measured from the first batch to the last; the time up to the first
+batch is the start-up. Once a second, the memory of a loader's processes is added up (PSS, which
+counts shared pages once); the largest sum is reported.
 
 A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). The printed
 table has a row per loader, from its calm runs, if any; `--json` gets the figures of all runs.
@@ -21,8 +21,8 @@ Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs 
 has `repeats` calm runs, but at most twice as often.
 
 - `names`: a list of keys of `benchmarks.contenders.CONTENDERS`, such as `["pil", "torchvision"]`.
-- `place`: an absolute folder (Path) that `pack(place, images, originals, workers)` or
-  `unpack(place, set_folder)` has filled with the images; logs are written there.
+- `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled, see below; logs are
+  written there.
 - `workers`: processes or threads of each loader.
 - `pythons`: a dict with the path of a Python interpreter for each name, such as `sys.executable`.
 - `size`: the pair (batch size, epochs).
@@ -30,7 +30,12 @@ has `repeats` calm runs, but at most twice as often.
 
 It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `start_s` (seconds),
 `bytes` (memory), `version` and `others` (share of CPU time of other programs), or with `missing`
-(the package) or `failed` (the reason).
+(the package) or `failed` (the reason); such a loader is not run again.
+
+First call one of these, which return nothing. `pack(place, images, originals, workers)` makes the
+images and packs them with `workers` processes; `images` is their number, `originals` the folder of
+real JPEGs (Path), or None to draw the images. `unpack(place, folder)` takes those of a packed set
+(Path of its folder); it raises ValueError if not all are JPEGs.
 """
 
 import contextlib

@@ -6,10 +6,11 @@ The second passed the simulated camera of `sharding/demo/`, the third its simula
 metadata of each file (`XMP`) states that a program drew it.
 
 `is_example(name, data)` takes the name and the bytes of an uploaded file and returns whether it is
-one of the examples; both must match. `landscape(scene)` draws a `Scene` (colors and sun of a
-landscape, such as `DAWN`) and returns linear RGB from 0 to 1, float32 (480, 640, 3).
-`as_file(image)` takes float RGB from 0 to 1, (height, width, 3), and returns a JPEG file as bytes.
-`ABOUT` is a text that explains the examples to visitors.
+one of the examples: its name is in `NAMES`, and its bytes are those of an example.
+`landscape(scene)` draws a `Scene` (colors and sun of a landscape, such as `DAWN`) and returns
+linear RGB from 0 to 1, float32 (480, 640, 3). `as_file(image)` takes float RGB from 0 to 1,
+(height, width, 3), and returns a JPEG file as bytes. `ABOUT` is a text that explains the examples
+to visitors.
 """
 
 import functools

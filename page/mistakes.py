@@ -1,8 +1,9 @@
 """Show a control that records a wrong verdict on the disk, as `predict.py --report-mistake` does.
 
 Main entry: `show_mistake(detector, file, result, said)` shows the control on the page (Streamlit).
-It returns a sentence for screen readers on what was kept, or that nothing was, and "" if the
-control was not shown or the button was not pressed. Errors are shown, not raised.
+It returns a sentence for screen readers on what was kept, or that nothing was. It returns "" if the
+control is not shown or the button was never pressed for this file and verdict. Errors are shown,
+not raised.
 
 - `detector`: the `ImageDetector`, with the threshold of the slider (`page.cost.moved()`).
 - `file`: the uploaded file (Streamlit's `UploadedFile`).
@@ -11,13 +12,14 @@ control was not shown or the button was not pressed. Errors are shown, not raise
 
 If the visitor presses the button, `SHA256.json` with the true label and the verdict, and on request
 a copy of the image, are written to the folder that the environment variable `DETECTOR_MISTAKES`
-(constant `MISTAKES`) names (default `mistakes/`; empty: the control is not shown). The control is
-shown only if no other machine can reach the page, because otherwise strangers could store labels
-and images here, only if the folder can be written, and not for an example image.
+(constant `MISTAKES`) names. Without the variable, it is `mistakes/`; with an empty one, the control
+is not shown. The control is shown only if no other machine can reach the page, because otherwise
+strangers could store labels and images here, only if the folder can be written, and not for an
+example image.
 
 `keep(folder, data, label, given, name)` writes these files without the page. It returns a `Report`:
-`html` (what was kept or why not) and a `sentence`. For an image that has no entry yet, a verdict
-that is right or uncertain is not kept.
+`html` (what was kept or why not) and a `sentence`. A right or uncertain verdict is kept only if the
+image already has an entry.
 
 - `folder`: Path of the folder; it is made if it does not exist.
 - `data`: the bytes of the image file.
@@ -27,9 +29,9 @@ that is right or uncertain is not kept.
 - `name`: the file name of the image, if a copy is wanted, else None.
 
 `folder_to_keep_in()` returns the folder, or None if the control must not be shown; it raises
-ValueError if the variable names no folder. `is_own_machine(listens_on, headers)` returns whether
-only this machine can reach the page, from the address that the server listens on (None: all) and
-the HTTP headers of the request (a mapping).
+ValueError if the variable names a file or an address instead of a folder.
+`is_own_machine(listens_on, headers)` returns whether only this machine can reach the page, from the
+address that the server listens on (None: all) and the HTTP headers of the request (a mapping).
 """
 
 import hashlib

@@ -3,9 +3,9 @@ detector: by compression, resizing, blur, noise, or a screenshot.
 
 Main entry: `PERTURBATIONS`, a tuple of the `Perturbation`s that `evaluate.py --robustness`
 measures; the first is `ORIGINAL`, the unchanged image. Each has a `name` (such as "jpeg-90"), a
-`family` and an `amount` (its curve in plots, and its position on it). Its `apply(pixels, sha256)`
-returns the perturbed image, uint8 RGB, of another size for some, before the network's
-preprocessing.
+`family` (the curve in plots that it belongs to) and an `amount` (its position on this curve). Its
+`apply(pixels, sha256)` returns the perturbed image, uint8 (height, width, 3) RGB; some
+perturbations change the size.
 
 - `pixels`: a whole upright image, uint8 (height, width, 3) RGB.
 - `sha256`: the SHA-256 of the image's file, 32 bytes, the seed of the noise (default b"").

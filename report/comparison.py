@@ -1,14 +1,15 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
-Main entries: `read_runs(paths, intersect=False)` returns a pair. The first entry is a list with a
-`Run` for each path (its name, its scores as a `ScoreTable`, its images per second or None), reduced
-to the images that all runs could read. The second is a list of how many images of each run were
-left out.
+Main entries: `read_runs(paths, *, intersect=False)` returns a pair. The first entry is a list with
+a `Run` for each path (its name, its scores as a `ScoreTable`, its images per second or None),
+reduced to the images that all runs could read. The second is a list of how many images of each run
+were left out.
 
 - `paths`: a list of `Path`s, each the folder of a report, or a file in it.
 - `intersect`: whether to go on with the shared images if the runs scored different images.
 
-It raises ValueError if a path has no scores, or if the images differ and `intersect` is false.
+It raises ValueError if a path has no scores, if the images differ and `intersect` is false, or if
+no image is in all runs.
 
 `side_by_side(runs)` of `model/evaluation/side_by_side.py` makes of these runs the dict `sets` (name
 of a set -> figures of each run), which the other functions take. `print_side_by_side(sets)` prints

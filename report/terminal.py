@@ -1,14 +1,15 @@
 """Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
 All functions print to standard output and return nothing. Main entry: `print_report(report)` takes
-a report (a dict, content of `report.json`) and prints its headline and the metrics of each set. For
-a set with such measurements, it calls the next two functions, with the set's name and an entry of
-the set's part of the report.
+a report (a dict, content of `report.json`) and prints its headline and the metrics of each set. It
+also calls the next two functions for each set that has these measurements. `entry` below is
+`report["sets"][name]`.
 
-- `print_protocols(name, protocols)`: `protocols` is the entry of this name. It prints the recall
-  per generator, on all images and on the first image of each prompt.
-- `print_robustness(name, robustness)`: `robustness` is the entry of this name. It prints the
-  metrics after each perturbation.
+- `print_protocols(name, protocols)`: the set's name and `entry["protocols"]`, whose
+  "first_per_prompt" must not be None. It prints the recall per generator, on all images and on the
+  first image of each prompt.
+- `print_robustness(name, robustness)`: the set's name and `entry["robustness"]`, not None. It
+  prints the metrics after each perturbation.
 - `print_comparison(before, after, changed)`: `before` and `after` are the scores of two runs on the
   same images, `ScoreTable`s from `shared_samples()` of `model/evaluation/compare.py`. `changed` is
   the list of changed verdicts, from `flips(before, after)` there. It prints the metrics of both

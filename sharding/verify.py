@@ -1,17 +1,18 @@
 """Verify shard sets (tars of images) against their index (`index.json` and a table of samples):
 bytes, images, counts and splits.
 
-Main entry: `verify(folders, jobs, on_images)` returns all faults as a list of lines, empty if there
-are none. It raises `ShardError` or `OSError` if a set cannot be opened, and writes nothing.
+Main entry: `verify(folders, *, jobs, on_images)` returns all faults as a list of lines, empty if
+there are none. It writes nothing. It raises `ShardError` or `OSError` if a set cannot be opened,
+and `ValueError` if `jobs` is too large for this machine.
 
-- `folders`: list of the paths of sets.
-- `jobs`: keyword, number of processes (default 0: one per core).
-- `on_images`: keyword, a function that is called after each checked tar with the number of images
-  in it (default: does nothing).
+- `folders`: list of the folders of sets, each a `Path` or `UPath`.
+- `jobs`: number of processes (default 0: one per core).
+- `on_images`: a function that is called after each checked tar with the number of images in it
+  (default: does nothing).
 
-Tars are read again, images are decoded again and samples are counted again; only the hashes in the
-index are trusted. Between the sets, it is checked that no image and no group of related images is
-in two splits (train, val, test).
+Tars are read again, images are decoded again and samples are counted again, and all is compared
+with the index. Over all the sets, no file may occur twice, and no image (perceptual hash) and no
+group of related images may be in two splits (train, val, test).
 
 `verify_shard(folder, entry, rows)` checks one tar, in a worker process. It takes the set's folder
 as a text, the tar's entry in `shards` of the index (a dict) and its rows of the table of samples (a

@@ -9,7 +9,8 @@ since its last call; each set takes 1,000. It returns the report as a dict, whos
 errors of its own.
 
 `rows_of_set(scores, name)` returns the `Rows` of one set: labels, probabilities, sources, ... of
-its readable images, then of the real images of a reference set if the set needs them.
+its readable images (`own` is True for them). If the evaluation names `reference_reals`, the real
+images of that set follow: for a set without real images, or with `for_all` for every set.
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
 (`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
 `rows` of reals and of fakes, int64). `first_of_each(origins, groups, generators, rows)` selects

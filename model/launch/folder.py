@@ -1,8 +1,8 @@
 """Prepare training on a folder of images with the subfolders `real/` and `fake/`: pack them as
 shard sets (tars with an index) and adapt a recipe to these sets.
 
-Main entry: `with_folder(recipe, folder, data, keep_name, dist)`; the last two are given by keyword.
-On several ranks, each must call it; rank 0 packs.
+Main entry: `with_folder(recipe, folder, data, *, keep_name, dist)`. On several ranks, each must
+call it; rank 0 packs.
 
 - `recipe`: a `Recipe`, read by `recipes.load(Recipe, path)`.
 - `folder`: `Path` of the folder of images.
@@ -11,10 +11,14 @@ On several ranks, each must call it; rank 0 packs.
 - `dist`: this process's rank, a `DistEnv`; `DistEnv()` for a single process.
 
 It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
-`folders/<name>-<hash>/` below `data` (`<name>` is the folder's), and returns the recipe with these
-sets. The batch size in it is reduced if there are few images, so that an epoch has at least
-`FEWEST_STEPS` steps. `ValueError` is raised if the folder cannot be packed, for example if a class
-has too few images; `OSError` if a set cannot be written (with several processes `ValueError` too).
+`folders/<name>-<hash>/` below `data` (`<name>` is made from the folder's name). It returns the
+recipe with these two sets; a recipe that replays old sets keeps its own validation sets too. The
+batch size in it is reduced if there are few images, so that an epoch has at least `FEWEST_STEPS`
+steps.
+
+`ValueError` is raised if the folder cannot be packed, for example if a class has too few images;
+`OSError` if the folder cannot be read or a set cannot be written. On several ranks, both are a
+`ValueError`, on every rank.
 
 `default_weights()` returns the path of the cached backbone of `RECIPE`, the recipe that `train.py
 --folder` uses by default, or raises `ValueError` if it is not cached.

@@ -4,21 +4,22 @@ Main entry: `Tracker(name, folder, run_name, settings)`, a context manager.
 
 - `name`: the tracker, "wandb", "mlflow" or "trackio".
 - `folder`: the `Path` of the run's folder, which must exist.
-- `run_name`: a text, the name that the run has at the tracker.
+- `run_name`: a text, the name that the run has at the tracker (Trackio: `<run_name>-<identity>`).
 - `settings`: the recipe as a flat dict, key -> value (`flat_settings(asdict(recipe))`).
 
 Inside the `with` block, `log(step, scalars)` takes the number of a step and a dict, name -> number.
 A background thread sends them, so that the server never delays a step. The first error, such as an
 unreachable server, is logged as a warning, and the later figures are not sent; nothing is raised.
-The start of the block waits at most `OPEN_TIMEOUT_S` seconds for the connection, its end at most
-`CLOSE_TIMEOUT_S` for the last figures. The run's identity at the tracker is written to
-`TRACKER_FILE` in the folder, so that a resumed run continues there. On several ranks, only rank 0
-makes a `Tracker`.
+The start of the block imports the tracker's package, and then waits at most `OPEN_TIMEOUT_S`
+seconds for the connection. Its end waits at most `CLOSE_TIMEOUT_S` seconds for the last figures.
+The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so that a resumed run
+continues there. On several ranks, only rank 0 makes a `Tracker`.
 
-`check_tracker(name)` raises `ValueError` if the package is not installed. `TrackerName` is the type
-of the names; the empty name means no tracker (make no `Tracker` then). `PROJECT` is the default
-project at the tracker. A `TrackedRun` describes the run for a tracker; a `Connection` is the open
-run there, made by one of the functions `CONNECT`.
+`check_tracker(name)` raises `ValueError` if the tracker's package is not installed. `TrackerName`
+is the type of the names; the empty name means no tracker (make no `Tracker` then). `PROJECT` is the
+project at the tracker, unless an environment variable of the tracker names another. A `TrackedRun`
+describes the run for a tracker; a `Connection` is the open run there, made by one of the functions
+`CONNECT`.
 """
 
 import contextlib

@@ -1,12 +1,12 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards, seed=0, on_step=...)` takes a `ShardSet`, the seed of folds and models,
-and a function that is called with 1 after each of `steps_of(shards)` steps (optional). It returns
-an `Audit`: AUROCs of classifiers on metadata (format, size) over all images (`pooled`, an
-`Estimate`, or None for too few), by source (`sources`) and by feature (`features`), two dicts;
-values that predict the label (`shortcuts`); `notes`; and `verdict`: little, some, strong, unknown.
-`open_sets(folders)` returns a dict, name -> `ShardSet`. `write_report(path, seed, sets)` writes
-report.json; `sets` is a dict, name -> `as_json(shards, audit)`. Without scikit-learn: `ValueError`.
+Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` and calls `on_step(1)`
+`steps_of(shards)` times. It raises ValueError without scikit-learn. It returns an `Audit` of AUROCs
+(`Estimate`; None: too few): `pooled` of all images; `across`, each source by a classifier of the
+others; `source_name`, by the name alone; dicts `sources` (`within` the source; `from_others` as in
+`across`) and `features` (`alone`; `drop`: loss without it). Also `shortcuts` (values that predict
+the label), `notes`, `verdict` (little, some, strong, unknown). `open_sets(folders)`: name ->
+`ShardSet`. `write_report(path, seed, {name: as_json(shards, audit)})` writes report.json.
 """
 
 import functools

@@ -1,14 +1,14 @@
 """Make a fake partner of each real image of a shard set, as a raw dataset for `sharding build`.
 
-Main entry: `make_pairs(folder, out, decoder, max_megapixels, on_image)` writes the files below and
-returns a `Pairs`.
+Main entry: `make_pairs(folder, out, decoder, *, max_megapixels, on_image)` writes the files below
+and returns a `Pairs`.
 
-- `folder`: path of the folder of a shard set.
+- `folder`: `Path` (or `UPath`) of the folder of a shard set.
 - `out`: `pathlib.Path` of the output folder.
 - `decoder`: a `Decoder`, a VAE that reconstructs images; `load_decoder()` of
   `sharding/pairs/decoder.py` returns it.
-- `max_megapixels`: keyword, a number; larger images get no partner. Default: `MAX_MEGAPIXELS`.
-- `on_image`: keyword; called without arguments after each real image, with or without a partner.
+- `max_megapixels`: a number; larger images get no partner. Default: `MAX_MEGAPIXELS`.
+- `on_image`: called without arguments after each real image, with or without a partner.
 
 A `Pairs` has the `name` of the new set; `catalog`, its path; `counts`, a dict from a source to its
 number of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason
@@ -20,9 +20,9 @@ to the number of real images without a partner. Files below `out`:
     <set>-pairs.toml                            the catalog, written last
     .pairs/<set>-pairs/started.json             the set, the decoder and `max_megapixels`
 
-`ShardError` is raised if the set is missing, damaged or without an image to pair, or if
-started.json has another set, decoder or `max_megapixels`; `DecoderError` if the decoder fails;
-`CatalogError` if a name is too long; `OSError` for files, or if another run writes to `out`.
+`ShardError` is raised if the set is missing, damaged or without an image to pair, or if `out` has
+pairs of another set, decoder or `max_megapixels` (see started.json); `DecoderError` if the decoder
+fails; `CatalogError` if a name is too long; `OSError` for files, or if another run writes to `out`.
 Complete pairs are not made again. The two images of a pair are one group (related images, which
 stay in one split). All pairs are one set, in the split of the packed set. `real_samples(shards)`
 takes a `ShardSet` and returns the row numbers of its real images.
