@@ -103,6 +103,8 @@ def app(context: click.Context, host: str, port: int, checkpoint: Path | None, r
         os.environ["DETECTOR_CHECKPOINT"] = str(checkpoint)
     if context.get_parameter_source("runs") is not click.core.ParameterSource.DEFAULT:
         os.environ["DETECTOR_RUNS"] = str(runs)
+        if not checkpoint:
+            os.environ.pop("DETECTOR_CHECKPOINT", None)
     from streamlit.web.cli import main as streamlit
 
     console.say(f"page: http://{host}:{port} (Ctrl-C stops it)")

@@ -68,7 +68,22 @@ REGRESSIONS_FILE = "regressions.json"
 """Result of `--regressions` in the folder `--out`."""
 
 CONFLICTS = {
-    "scores": ("names", "suite", "subset", "reference_reals", "robustness", "regressions"),
+    "scores": (
+        "names",
+        "suite",
+        "subset",
+        "reference_reals",
+        "robustness",
+        "regressions",
+        "images",
+        "features",
+        "checkpoint",
+        "detector",
+        "trust",
+        "fake_labels",
+        "device",
+        "backend",
+    ),
     "suite": ("names", "subset"),
     "regressions": (
         "names",

@@ -108,6 +108,11 @@ def main(
 
     On several GPUs: torchrun --nproc-per-node 4 train.py --phase 1
     """
+    if no_pretrained and (init_from or (folder and not recipe_path and not phase)):
+        raise click.UsageError(
+            "--no-pretrained starts from random weights; it cannot be combined with --init-from, "
+            "or with --folder alone, which starts from a fetched backbone"
+        )
     named = (phase is not None) + (recipe_path is not None)
     if named != 1 and not (folder and not named):
         raise click.UsageError(

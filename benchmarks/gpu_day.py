@@ -15,8 +15,8 @@ stages that did.
   time is left; otherwise it counts as failed.
 - `--only`: a stage to run, such as `selftest`, `pack`, `step` or `loader`; may be repeated. A wrong
   name prints all names. Most stages need the files of `pack`.
-- `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing. Give
-  it an `--out` of its own: a later call skips the stages that succeeded in it.
+- `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing. A
+  stage of a dry run does not count as done for a GPU.
 
 Functions (paths must be absolute, because stages run in the project's folder):
 
@@ -149,14 +149,17 @@ def pack(images: Path, work: Path, count: int, jobs: int) -> None:
     build(catalog, work / "raw", work / "shards", jobs=jobs, tolerance=Tolerance(max_bad=0))
 
 
-def done_in(out: Path) -> set[str]:
-    """Return the names of the stages that succeeded in an earlier call."""
+def done_in(out: Path, cpu: bool) -> set[str]:
+    """Return the names of the stages that succeeded in an earlier call of the same kind: a dry run
+    (`cpu`) does nothing for a run on a GPU.
+    """
     path = out / "stages.jsonl"
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["stage"] for row in map(json.loads, rows) if row["rc"] == 0}
+    done = (row for row in map(json.loads, rows) if row["rc"] == 0 and row["cpu"] == cpu)
+    return {row["stage"] for row in done}
 
 
-def run(stage: Stage, out: Path, limit_s: float) -> int:
+def run(stage: Stage, out: Path, limit_s: float, cpu: bool) -> int:
     """Run one stage, log its output, and return its exit code, which is 124 after `limit_s`."""
     console.say(f"== {stage.name}: at most {limit_s:.0f} s")
     began = time.monotonic()
@@ -178,7 +181,8 @@ def run(stage: Stage, out: Path, limit_s: float) -> int:
     with (out / "log.txt").open("a", encoding="utf-8") as stream:
         stream.write("\n".join([f"##### {stage.name} rc {code}", *lines[-LOG_LINES:], ""]))
     with (out / "stages.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"stage": stage.name, "rc": code, "seconds": seconds}) + "\n")
+        row = {"stage": stage.name, "rc": code, "seconds": seconds, "cpu": cpu}
+        stream.write(json.dumps(row) + "\n")
     log.unlink()
     for line in lines[-4:]:
         console.say(line[:300])
@@ -221,7 +225,7 @@ def main(
     if unknown := set(only) - {stage.name for stage in stages}:
         names = ", ".join(stage.name for stage in stages)
         raise click.UsageError(f"no stage {', '.join(sorted(unknown))}; there are {names}")
-    done, failed = done_in(out), []
+    done, failed = done_in(out, cpu), []
     for stage in stages:
         if stage.name in done or (only and stage.name not in only):
             continue
@@ -229,7 +233,7 @@ def main(
         if left < stage.least_s:
             failed.append(f"{stage.name} (no time)")
             continue
-        if run(stage, out, min(stage.limit_s, left)):
+        if run(stage, out, min(stage.limit_s, left), cpu):
             failed.append(stage.name)
     if failed:
         raise click.ClickException(f"not done: {', '.join(failed)}; run the same command again")

@@ -84,8 +84,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         overall = set_report["overall"]
-        quality = [f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n]]
-        console.say(f"{', '.join(quality)}. In parentheses: 95 % intervals over groups of images.")
+        quality = [
+            f"{n.upper()} {overall[n]:.3f}" for n in ("nll", "ece") if overall[n] is not None
+        ]
+        parts = [", ".join(quality), "In parentheses: 95 % intervals over groups of images."]
+        console.say(". ".join(filter(None, parts)))
         if set_report["generators"] and (set_report["reference"] or overall)["reals"]:
             console.say("Rows of generators use all real images of the set.")
         if set_report["note"]:

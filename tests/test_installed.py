@@ -53,6 +53,8 @@ def test_the_app_command_passes_its_options_to_the_page(
     assert invoke("app", *options).exit_code == 0
     assert os.environ["DETECTOR_RUNS"] == str(tmp_path)
     assert os.environ["DETECTOR_CHECKPOINT"] == "clip"
+    assert invoke("app", "--runs", tmp_path).exit_code == 0
+    assert "DETECTOR_CHECKPOINT" not in os.environ  # the newest of these runs, as --help says
     script = str(Path(ai_images_detector.__file__).with_name("app_server.py"))
     assert started[1] == ["run", script, "--server.address=0.0.0.0", "--server.port=80"]
 

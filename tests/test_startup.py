@@ -71,6 +71,8 @@ EXTRA = {
         [], ["--phase", "1", "--set", "optim.rate=1"], ["--phase", "1", "--set", "optim.lr=-1"],
         ["--phase", "1", "--set", "run"], ["--recipe", "nowhere.toml"], ["--phase", "3"],
         ["--phase", "1", "--run", "../elsewhere"],
+        ["--phase", "1", "--no-pretrained", "--init-from", "recipes"],
+        ["--folder", "docs", "--no-pretrained"],
     ],
     "evaluate.py": [
         [], ["--shards", "val", "--device", "gpu"], ["--scores", "README.md", "--shards", "val"],

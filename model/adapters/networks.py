@@ -243,9 +243,12 @@ def _weights_of(folder: Path, name: str) -> list[Path]:
 
 def _json_of(path: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DetectorError(f"{name} has no readable {path.name} ({_one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise DetectorError(f"{name} has a {path.name} that is no object of JSON: {values!r:.60}")
+    return values
 
 
 def _one_line(error: Exception) -> str:

@@ -201,6 +201,11 @@ def _is_graph(value: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_named(properties: Any) -> bool:
+    """Return whether the properties of a node are those that ComfyUI writes."""
+    return isinstance(properties, Mapping) and "Node name for S&R" in properties
+
+
 def _is_workflow(value: Mapping[str, Any]) -> bool:
     """Return whether JSON is a graph of ComfyUI's editor (list of nodes with widgets, and links) or
     of InvokeAI (nodes by name, and edges).
@@ -208,10 +213,7 @@ def _is_workflow(value: Mapping[str, Any]) -> bool:
     nodes = value.get("nodes")
     if isinstance(nodes, list) and "links" in value:
         nodes = [node for node in nodes if isinstance(node, Mapping) and "type" in node]
-        return any(
-            "widgets_values" in node or "Node name for S&R" in (node.get("properties") or ())
-            for node in nodes
-        )
+        return any("widgets_values" in node or _is_named(node.get("properties")) for node in nodes)
     if isinstance(nodes, Mapping) and "edges" in value:
         return any(isinstance(node, Mapping) and "is_intermediate" in node
                    for node in nodes.values())  # fmt: skip

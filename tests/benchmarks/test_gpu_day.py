@@ -17,17 +17,19 @@ def stage(code: str, name: str = "stage") -> Stage:
 
 def test_output_of_a_stage_over_its_time_limit_is_kept(tmp_path: Path) -> None:
     code = "import time; print('a row', flush=True); time.sleep(60)"
-    assert run(stage(code), tmp_path, 1.0) == 124
+    assert run(stage(code), tmp_path, 1.0, cpu=False) == 124
     assert "a row" in (tmp_path / "log.txt").read_text()
-    assert done_in(tmp_path) == set()
+    assert done_in(tmp_path, cpu=False) == set()
 
 
 def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:
-    assert run(stage("raise SystemExit(3)", "bad"), tmp_path, 30) == 3
-    assert run(stage("print('fine')", "good"), tmp_path, 30) == 0
-    assert done_in(tmp_path) == {"good"}
+    assert run(stage("raise SystemExit(3)", "bad"), tmp_path, 30, cpu=False) == 3
+    assert run(stage("print('fine')", "good"), tmp_path, 30, cpu=False) == 0
+    assert run(stage("print(1)", "dry"), tmp_path, 30, cpu=True) == 0
+    assert done_in(tmp_path, cpu=False) == {"good"}  # a dry run did not measure a GPU
+    assert done_in(tmp_path, cpu=True) == {"dry"}
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["rc"]) for row in rows] == [("bad", 3), ("good", 0)]
+    assert [(row["stage"], row["rc"]) for row in rows] == [("bad", 3), ("good", 0), ("dry", 0)]
 
 
 @pytest.mark.slow

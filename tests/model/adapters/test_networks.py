@@ -104,6 +104,10 @@ def test_neither_pickles_nor_code_of_a_repository_are_loaded(tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(many))
     with pytest.raises(DetectorError, match="probability of its own"):
         open_transformers(str(folder))
+    for opened in (open_transformers, open_timm):
+        (folder / "config.json").write_text("[1, 2]")
+        with pytest.raises(DetectorError, match=r"config.json that is no object of JSON: \[1, 2\]"):
+            opened(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(DetectorError, match="never opened"):

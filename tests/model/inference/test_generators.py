@@ -56,6 +56,13 @@ def test_settings_of_invokeai_2(prompt: str) -> None:
     assert settings_in("tar -s 50 -S 12") == ""
 
 
+def test_odd_properties_of_a_node_are_no_error() -> None:
+    """An error here would hide all other statements of the file."""
+    for properties in (5, None, "Node name for S&R", ["Node name for S&R"], True):
+        graph = {"nodes": [{"type": "x", "properties": properties}], "links": []}
+        assert settings_in(json.dumps(graph)) == ""
+
+
 def test_a_nested_or_truncated_graph_is_recognized() -> None:
     graph = {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog"}}}
     assert settings_in(json.dumps({"prompt": graph, "workflow": {}})) == "ComfyUI: a dog"
