@@ -15,10 +15,10 @@ options:
 
 - `--host` and `--port`: the address of the page (default 127.0.0.1 and 8501).
 - `--checkpoint`: the detector, as a checkpoint folder, a run's folder, or the name of a shipped
-  detector. Default: the environment variable DETECTOR_CHECKPOINT, or else the newest run.
-- `--runs`: the folder of the runs. Default: the environment variable DETECTOR_RUNS, or else `runs`.
-  It is used if neither `--checkpoint` nor DETECTOR_CHECKPOINT is given. If there is no run, the
-  shipped detector is used.
+  detector.
+- `--runs`: the folder of the runs, of which the newest is used without `--checkpoint`. Without both
+  options: the detector of the environment variable DETECTOR_CHECKPOINT, else the newest run in the
+  folder DETECTOR_RUNS or `runs`, else the shipped detector.
 - `--verbose`: more log lines, with tracebacks.
 
 `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported

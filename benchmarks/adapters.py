@@ -19,7 +19,8 @@ CPU seconds (`processor_s`).
 
 - `by_hand`: a list of the two times by hand.
 - `adapter`: the time by the adapter.
-- `ratio`: for both kinds of seconds, `adapter` divided by the mean of `by_hand`.
+- `ratio`: a dict of `seconds` and `processor_s`, each that of `adapter` divided by the mean of
+  `by_hand`.
 - `alone`: the time by the adapter without preprocessing and network (`Nothing`): reading and
   decoding remain.
 - `alone_ratio`: the CPU seconds of `alone`, divided by the mean CPU seconds by hand.

@@ -17,9 +17,9 @@ operations are not. The exit code is 1 if the first row fails.
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
 
 - `way`: `Way(batch=64, dtype="bf16", channels_last=True, compiled=False, fused=False)`. `dtype` is
-  a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. The values
-  shown for the last three are their defaults. `ways_of(base, on_gpu)` returns a dict, name ->
-  `Way`: the first row `base` and all others.
+  a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. `batch`
+  and `dtype` must be given; the others have these defaults. `ways_of(base, on_gpu)` returns a dict,
+  name -> `Way`: the first row `base` and all others.
 - `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `Recipe` is in
   `model/recipe.py`, `resolved()` in `model/backbones/resolve.py`.
 - `device`: a torch.device.

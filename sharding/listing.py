@@ -6,12 +6,13 @@ Main entry: `list_source(name, source, raw)`. It reads no image.
 - `source`: its `Source`, `catalog.sources[name]`.
 - `raw`: the folder of the raw datasets, a `Path`, or a `UPath` for an address.
 
-It returns a `Listing`: `items`, an `Item` for each image (`path`, `label`, `generator`, `group`,
-`destination`: its sets, and more); `excluded`, a dict from each reason to {"files": number,
-"first": first `NAMED` names}; `read_as`, a dict from each rule, and from notes on a missing table
-or row, to a number of images; and `unmatched`, the rules without a file. A label comes from whole
-parts of the path, ignoring case, or from the columns of a table. Of several matching rules, the one
-with the deepest folder is used; for the rows of a parquet table, the first.
+It returns a `Listing`: `items`, an `Item` for each image (`path`; `label`, 0 real or 1 fake;
+`generator`; `group`; `destination`, the dict set -> share as JSON text; and more); `excluded`, a
+dict from each reason to {"files": number, "first": first `NAMED` names}; `read_as`, a dict, rule
+(or note that a table or row is missing) -> number of images; and `unmatched`, the rules without a
+file. A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
+several matching rules, the one with the deepest folder is used; for the rows of a parquet table,
+the first.
 
 It raises `CatalogError` if an image matches a real and a fake rule of equal depth, or a parquet row
 matches both (labels are never guessed); if there are images but no rule matches any; or if a table

@@ -10,8 +10,8 @@ the set's folder; both are paths. Main entries:
 - `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a shard, index
   or unfinished file that is not recorded.
 - `remove_earlier(folder, marks, shards)` takes the set `shards` of the names of the tars to keep.
-  It deletes the recorded files in `folder` that are not in `files_of(shards)`, and the files in
-  `marks` that belong to none of these tars. Then it writes `files_of(shards)` as the record.
+  In `folder`, it deletes the recorded files that are not in `files_of(shards)`. In `marks`, it
+  deletes the files of all other tars. Then it writes `files_of(shards)` as the record.
 - `files_of(shards)` returns the names of all files of a set with these tars.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
   unfinished file counts as that of the finished one.
