@@ -18,7 +18,7 @@ options:
   detector.
 - `--runs`: the folder of the runs, of which the newest is used without `--checkpoint`. Without both
   options: the detector of the environment variable DETECTOR_CHECKPOINT, else the newest run in the
-  folder DETECTOR_RUNS or `runs`, else the shipped detector.
+  folder DETECTOR_RUNS or `runs`. Where there is no run: the shipped detector.
 - `--verbose`: more log lines, with tracebacks.
 
 `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported

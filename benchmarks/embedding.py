@@ -6,8 +6,7 @@ Main entry: `main()`, this click command. Two speeds are measured in each round,
 images/s; the last printed line is the ratio of their medians, `embed` / `network`. `network`
 computes the features of one batch that stays on the device. `embed` is
 `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes their
-features and writes them to a temporary folder. Its time is counted from the first batch to the
-last.
+features and writes them to a temporary folder. The clock starts when the first batch is done.
 
 - `--shards`: the folder of a packed set.
 - `--recipe`: a recipe file with a frozen backbone and the table `[features]` (default

@@ -11,7 +11,7 @@ scores.
 - `dtype`: the torch dtype of mixed precision (default `torch.float32`: no mixed precision).
 - `on_images`: None (the default), or a function that is called as `on_images(n)` after each batch
   of this rank; n is the number of decodable images in this batch alone.
-- `dist`: this process's rank (`DistEnv`), or None (the default) for one process.
+- `dist`: a `DistEnv` (from `init_distributed()`), or None (the default) for one process.
 
 It returns `Scores`, sorted by sample: the arrays `samples` (row numbers in the set), `labels` (0
 real, 1 fake) and `logits` (float32, fake minus real, before any temperature), and `failures`, a

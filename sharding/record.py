@@ -7,11 +7,12 @@ the set's folder; both are paths. Main entries:
   record), or raises `ShardError` if it is damaged.
 - `write_record(marks, names)` replaces the names in the record by those in the set `names`. A build
   does so before its first file, so that the next build recognizes the files of a killed one.
-- `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a shard, index
-  or unfinished file that is not recorded.
+- `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a shard, a table
+  or index of a set, or an unfinished file that is not recorded.
 - `remove_earlier(folder, marks, shards)` takes the set `shards` of the names of the tars to keep.
   In `folder`, it deletes the recorded files that are not in `files_of(shards)`. In `marks`, it
-  deletes the files of all other tars. Then it writes `files_of(shards)` as the record.
+  deletes every file but the record and those of these tars. Then it writes `files_of(shards)` as
+  the record.
 - `files_of(shards)` returns the names of all files of a set with these tars.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
   unfinished file counts as that of the finished one.

@@ -18,11 +18,11 @@ Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)`
 
 `batches()` yields a `Batch` of `pipeline/batch.py` for each step, with B samples: `images` (the
 features, float16 (B, D)), `labels` (0 real, 1 fake), `valid` (False for padding and for images that
-could not be decoded, which must not count), `samples` (row numbers in `shards`), `sources` (codes
-of the sources), `replayed` (True for old samples of phase 2), and `failures` (a dict, position in
-the batch -> reason). Errors are raised when the first batch is taken: `FeatureError` if features
-are missing or damaged, `LoadError` if the epoch has another batch size, and `TypeError` for another
-kind of `params_for`.
+could not be decoded, which must not count), `samples` (row numbers in `shards`), `sources` (int32,
+positions in `shards.codes("source")[1]`), `replayed` (True for samples of an old set, which phase 2
+mixes in and which count like the others), and `failures` (a dict, position in the batch -> reason).
+Errors are raised when the first batch is taken: `FeatureError` if features are missing or damaged,
+`LoadError` if the epoch has another batch size, and `TypeError` for another kind of `params_for`.
 
 `open_scored(shards, preprocess, loading, device, *, dist, features)` returns a loader for
 evaluation, with the same `batches()`. It is a `FeatureLoader` if `features`, a `FeatureSource`, is

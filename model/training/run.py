@@ -13,7 +13,7 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 - `stop_at`: the step to stop after, counted from the start of the run. It must be larger than the
   number of steps already done (else one more is done). None: train to the end. A run that stops
   before its end is neither calibrated nor judged by the gate.
-- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None: one process.
+- `dist`: a `DistEnv`, as `init_distributed()` yields it; None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
 `runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. For

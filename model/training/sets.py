@@ -7,8 +7,7 @@ Nothing is written.
 - `recipe`: a `ResolvedRecipe`, as `resolved(recipe)` in `model/backbones/resolve.py` returns.
 - `data`: the `Path` (or `UPath`) of the folder of all sets.
 - `device`: the `torch.device` of the batches.
-- `dist`: this process's rank, as `init_distributed()` yields it (`DistEnv`); None (the default):
-  one process.
+- `dist`: a `DistEnv`, as `init_distributed()` yields it; None (the default): one process.
 
 `Stream.batches(start, epochs)` yields each `Batch` from the step `start` (counted over all epochs)
 to the end of the run, which has `epochs` epochs in total. Errors of both functions, all

@@ -23,7 +23,7 @@ is no validation set. `loading` and `features` are as above. The last four may b
 - `device`: the `torch.device` to score on.
 - `rule`: how the threshold is fitted: "fpr5" or "fpr1" (5 % or 1 % false positives), "0.5", "auto"
   (the default: the larger of "fpr5" and "0.5"), or the recipe's `Calibrating`.
-- `dist`: this process's rank (`DistEnv`); None: one process.
+- `dist`: a `DistEnv` (from `init_distributed()`); None: one process.
 - `fitted`: None, or a pair: the `Calibration` to store, for which nothing is fitted, and a dict of
   the sets that it was fitted to: name -> SHA-256 of the set's `index.json` (`ShardSet.sha256`).
 
