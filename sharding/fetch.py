@@ -1,11 +1,21 @@
 """Download the raw files of catalog sources from the Hugging Face hub, Kaggle, Git or the web.
 
-Main entry: `fetch_all(catalog, raw, names, progress, git_mirror)` is an iterator. It fetches each
-source to a folder below `raw` (a `Path`) and yields a `Fetched`: `source`, `status` ("complete",
-"downloaded", "by hand", "failed"), `note` (folder, what to do, or the error, which is not raised).
-`names`: default (), all with a `fetch` entry; an unknown one raises `CatalogError`. `git_mirror`:
-None (default), or the `Path` of Git copies OWNER+NAME. `progress(label, total or None)` (default:
-no bar) returns a context manager that yields `f`; `f(n)` is called for n more MiB or files.
+Main entry: `fetch_all(catalog, raw, names, progress, git_mirror)` is an iterator. It downloads one
+source after the other, each to a folder below `raw`, and yields a `Fetched` for each.
+
+- `catalog`: a `Catalog`, from `read_catalog()` of `sharding/catalog.py`.
+- `raw`: the folder of all raw datasets, a `Path`.
+- `names`: the names of the sources to fetch. The default () means all sources with a `fetch` entry
+  in the catalog. An unknown name raises `CatalogError`.
+- `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
+  called for n more MiB or files. Default: no progress is shown.
+- `git_mirror`: the `Path` of a folder with one copy of each Git repository, named OWNER+NAME, which
+  is read instead of the address; or None (default).
+
+Fields of a `Fetched`: `source` (its name), `status` ("complete": nothing was left to do,
+"downloaded", "by hand": a person must do it, "failed"), and `note` (the folder, what to do, or the
+error, which is not raised). `fetch_source(name, source, raw, progress, git_mirror)` fetches one
+`Source` and returns its `Fetched`.
 """
 
 import contextlib
@@ -31,17 +41,11 @@ from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.git import counted, extract
-from storage import check_inside, naming, publish, write_text
+from sharding.http import TIMEOUT_S, Progress, ask, download, size_of
+from storage import check_inside, publish, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
-
-# Seconds to connect, and to wait for the next bytes.
-TIMEOUT_S = (10, 60)
-MIB = 2**20
-
-Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
-"""`progress(label, total)` is a context manager with the value `advance(done)`, as in `console`."""
 
 
 @dataclass(frozen=True)
@@ -375,21 +379,6 @@ def _kaggle_cache(folder: Path) -> Iterator[None]:
 # --- plain addresses ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Remote:
-    """File to download: its address, target, size and version; the server reports the last two."""
-
-    url: str
-    path: Path
-    size: int | None
-    version: str  # ETag, which changes with the file; "" if there is none
-    sha256: str  # from the catalog; "" if it gives none
-
-    @property
-    def partial(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.partial")
-
-
 def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
     """Download each address as one file, in the order of the catalog."""
     by_hand = f"download it by hand, to {target}"
@@ -401,19 +390,19 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         remotes = []
         for url, name in zip(fetch.urls, names, strict=True):
             with _explained(url, by_hand, target / BEGUN):
-                remotes.append(_ask(session, url, target / name, fetch.sha256.get(name, "")))
+                remotes.append(ask(session, url, target / name, fetch.sha256.get(name, "")))
         begun = _read(target / BEGUN).get("versions", {})
         for remote in remotes:
             if not remote.version or begun.get(remote.path.name) != remote.version:
                 remote.partial.unlink(missing_ok=True)  # may be of another version
-        lacking = [each for each in remotes if each.size is None or _size(each.path) != each.size]
-        _check_space(target, sum((each.size or 0) - _size(each.partial) for each in lacking))
+        lacking = [each for each in remotes if each.size is None or size_of(each.path) != each.size]
+        _check_space(target, sum((each.size or 0) - size_of(each.partial) for each in lacking))
         target.mkdir(exist_ok=True)
         versions = {each.path.name: each.version for each in remotes}
         _write(target / BEGUN, {"fetch": _wanted(fetch), "versions": versions})
         for remote in lacking:
             with _explained(remote.url, by_hand, remote.partial):
-                _download(session, remote, progress)
+                download(session, remote, progress)
     for remote in remotes:
         check_content(remote.path, "")
     _finish(target, fetch, names, versions=versions)
@@ -424,77 +413,3 @@ def _file_name(url: str) -> str:
     if not name or name.startswith(".") or re.search(r"[/\\:\0]", name):
         raise FetchError(f"{url} does not end in a file name; correct the catalog")
     return name
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _ask(session: requests.Session, url: str, path: Path, sha256: str) -> _Remote:
-    response = session.head(url, allow_redirects=True, timeout=TIMEOUT_S)
-    if response.status_code in (429, 500, 502, 503, 504):
-        response.raise_for_status()
-    facts = response.headers if response.ok else {}  # not every server answers HEAD
-    size = int(facts.get("Content-Length", 0)) or None
-    version = facts.get("ETag") or ""
-    return _Remote(url, path, size, "" if version.startswith("W/") else version, sha256)
-
-
-def _download(session: requests.Session, remote: _Remote, progress: Progress) -> None:
-    """Download the rest of a file, and give the file its name when complete."""
-    have = _size(remote.partial)
-    if have and have == remote.size:
-        _accept(remote)
-        return
-    with _open(session, remote, have) as response, naming(remote.partial):
-        have = have if response.status_code == 206 else 0
-        size = _expected(response, have)
-        bar = progress(f"{remote.path.name}, MiB", size and size // MIB)
-        with bar as advance, remote.partial.open("ab" if have else "wb") as stream:
-            advance(have / MIB)
-            for chunk in response.iter_content(MIB):
-                stream.write(chunk)
-                advance(len(chunk) / MIB)
-    if size is not None and _size(remote.partial) != size:
-        raise FetchError(
-            f"{remote.url} has {size:,} bytes, of which {_size(remote.partial):,} arrived; "
-            "run the command again to resume"
-        )
-    _accept(remote)
-
-
-def _accept(remote: _Remote) -> None:
-    """Check a complete file and give it its name; delete the file if the check fails."""
-    try:
-        check_content(remote.partial, remote.path.suffix)
-        if remote.sha256:
-            check_hash(remote.partial, remote.sha256)
-    except FetchError:
-        remote.partial.unlink()
-        raise
-    publish(remote.partial, remote.path)
-
-
-def _open(session: requests.Session, remote: _Remote, have: int) -> requests.Response:
-    """Request the file from byte `have` on (status 206); a server may send the whole file."""
-    url = remote.url
-    headers = {"Range": f"bytes={have}-", "If-Range": remote.version} if have else {}
-    response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
-    begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-    if have and (response.status_code == 416 or (response.status_code == 206 and not begins)):
-        response.close()
-        return _open(session, remote, 0)
-    response.raise_for_status()
-    return response
-
-
-def _expected(response: requests.Response, have: int) -> int | None:
-    """Return the length of the whole file; None for a chunked response, which marks its end."""
-    if "Content-Length" in response.headers:
-        return have + int(response.headers["Content-Length"])
-    if response.headers.get("Transfer-Encoding", "").lower() == "chunked":
-        return None
-    raise FetchError(
-        f"{response.url}: the server gives no length, so an incomplete file could not be "
-        "detected; download the file by hand"
-    )

@@ -1,0 +1,126 @@
+"""Download files from the web, so that an interrupted download resumes.
+
+Main entries: `ask(session, url, path, sha256)` asks the server for the size and the version of a
+file, and returns a `Remote`. `download(session, remote, progress)` downloads the rest of this file
+and returns nothing.
+
+- `session`: a `requests.Session`.
+- `url`, `path`: the address of the file, and the `Path` that it gets. Until it is complete, it is
+  called `<name>.partial`.
+- `sha256`: the SHA-256 that the catalog gives, or "".
+- `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
+  called for n more MiB.
+
+`FetchError` is raised if the server gives no length, bytes are missing, or the content is wrong (a
+file with wrong content is deleted); errors of requests and `OSError` pass through.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from sharding.downloads import FetchError, check_content, check_hash
+from storage import naming, publish
+
+TIMEOUT_S = (10, 60)
+"""Seconds to connect, and to wait for the next bytes."""
+
+MIB = 2**20
+
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
+"""`progress(label, total)` is a context manager with the value `advance(done)`, as in `console`."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """File to download: its address, target, size and version; the server reports the last two."""
+
+    url: str
+    path: Path
+    size: int | None
+    version: str  # ETag, which changes with the file; "" if there is none
+    sha256: str  # from the catalog; "" if it gives none
+
+    @property
+    def partial(self) -> Path:
+        """Path of the file until it is complete."""
+        return self.path.with_name(f"{self.path.name}.partial")
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def ask(session: requests.Session, url: str, path: Path, sha256: str) -> Remote:
+    """Ask the server for the size and the version of a file."""
+    response = session.head(url, allow_redirects=True, timeout=TIMEOUT_S)
+    if response.status_code in (429, 500, 502, 503, 504):
+        response.raise_for_status()
+    facts = response.headers if response.ok else {}  # not every server answers HEAD
+    size = int(facts.get("Content-Length", 0)) or None
+    version = facts.get("ETag") or ""
+    return Remote(url, path, size, "" if version.startswith("W/") else version, sha256)
+
+
+def download(session: requests.Session, remote: Remote, progress: Progress) -> None:
+    """Download the rest of a file, and give the file its name when complete."""
+    have = size_of(remote.partial)
+    if have and have == remote.size:
+        _accept(remote)
+        return
+    with _open(session, remote, have) as response, naming(remote.partial):
+        have = have if response.status_code == 206 else 0
+        size = _expected(response, have)
+        bar = progress(f"{remote.path.name}, MiB", size and size // MIB)
+        with bar as advance, remote.partial.open("ab" if have else "wb") as stream:
+            advance(have / MIB)
+            for chunk in response.iter_content(MIB):
+                stream.write(chunk)
+                advance(len(chunk) / MIB)
+    if size is not None and size_of(remote.partial) != size:
+        raise FetchError(
+            f"{remote.url} has {size:,} bytes, of which {size_of(remote.partial):,} arrived; "
+            "run the command again to resume"
+        )
+    _accept(remote)
+
+
+def _accept(remote: Remote) -> None:
+    """Check a complete file and give it its name; delete the file if the check fails."""
+    try:
+        check_content(remote.partial, remote.path.suffix)
+        if remote.sha256:
+            check_hash(remote.partial, remote.sha256)
+    except FetchError:
+        remote.partial.unlink()
+        raise
+    publish(remote.partial, remote.path)
+
+
+def _open(session: requests.Session, remote: Remote, have: int) -> requests.Response:
+    """Request the file from byte `have` on (status 206); a server may send the whole file."""
+    url = remote.url
+    headers = {"Range": f"bytes={have}-", "If-Range": remote.version} if have else {}
+    response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    if have and (response.status_code == 416 or (response.status_code == 206 and not begins)):
+        response.close()
+        return _open(session, remote, 0)
+    response.raise_for_status()
+    return response
+
+
+def _expected(response: requests.Response, have: int) -> int | None:
+    """Return the length of the whole file; None for a chunked response, which marks its end."""
+    if "Content-Length" in response.headers:
+        return have + int(response.headers["Content-Length"])
+    if response.headers.get("Transfer-Encoding", "").lower() == "chunked":
+        return None
+    raise FetchError(
+        f"{response.url}: the server gives no length, so an incomplete file could not be "
+        "detected; download the file by hand"
+    )
