@@ -15,8 +15,8 @@ Three functions take the bytes, return nothing and raise `PixelError`:
 
 - `refuse_cut_off()` for a file without an end marker.
 - `refuse_many_scans()` for more than `MAX_SCANS` scans (of `imaging/jpeg.py`), which would be slow.
-  Call it before `jpeg_pixels()`, which does not count the scans of a file that the strict mode
-  decodes. `odd_jpeg_pixels()` calls this function and `refuse_cut_off()` itself.
+  Call it before `jpeg_pixels()`: that function counts the scans only when the strict mode fails.
+  `odd_jpeg_pixels()` calls this function and `refuse_cut_off()` itself.
 - `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels. Call it for a CMYK file,
   then decode the file with Pillow, as `imaging/decode.py` does. `jpeg_pixels()` finds such damage,
   too, but ignores the color profile of the file.

@@ -20,6 +20,9 @@ whose tables are its fields. Every field is passed by keyword; the first six are
   default), to train from pixels.
 - `calibration`: a `Calibrating`: how thresholds are fitted.
 
+All fields of `gate`, `features` and `calibration` have defaults; the default gate refuses nothing.
+The text below each field in this file gives its meaning, default and range.
+
 A number out of range, or settings that do not fit together, raise `ValueError` with the allowed
 values. Types, and texts with a fixed choice (such as `precision`), are checked only by
 `recipes.load()`, which raises `RecipeError` (a `ValueError`). `resolved()` in

@@ -4,9 +4,9 @@ Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
 
 - `url`: the URL, text.
 - `limits`: the `Limits` of the server; only `allow_private_urls` is used.
-- `allowance`: `Allowance(limits)`, one for all URLs of a request. It counts the bytes that they may
-  still give together, `limits.max_bytes` at first; its `take(size)` subtracts some, and raises
-  `FetchError` if fewer are left.
+- `allowance`: `Allowance(limits)`, one for all URLs of a request. It holds how many bytes all URLs
+  of the request together may still send, `limits.max_bytes` at first; its `take(size)` subtracts
+  some, and raises `FetchError` if fewer are left.
 - `until`: the deadline, in seconds of `time.monotonic()`.
 
 It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (status 403) for a URL that must not

@@ -11,8 +11,9 @@ order of completion.
 - `on_gpu`: keyword; if true, each task gets one GPU if a Ray cluster has GPUs (default: false).
 
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
-are awaited (local) or canceled (Ray). `ValueError` is raised if Ray is not installed or `jobs` is
-too large. A task may write only to storage that every worker can reach.
+are awaited (local) or canceled (Ray). `ValueError` is raised if `engine` is "ray" and Ray is not
+installed, or if it is "local" and `jobs` is above 64 and above 8 per core. A task may write only to
+storage that every worker can reach.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ source after the other, each to a folder below `raw`, and yields a `Fetched` for
 - `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
   called for n more MiB or files. Default: no progress is shown.
 - `git_mirror`: the `Path` of a folder with one copy of each Git repository, named OWNER+NAME, which
-  is read instead of the address; or None (default).
+  is read instead of the address (a missing one is downloaded); or None (default).
 
 Fields of a `Fetched`: `source` (its name), `status` ("complete": nothing was left to do,
 "downloaded", "by hand": a person must do it, "failed"), and `note` (the folder, what to do, or the

@@ -24,9 +24,9 @@ It returns the number of images that this task computed; an image counts once pe
 
 Both raise `FeatureError` if the backbone is not frozen or a feature is not finite, and `LoadError`
 if too many images cannot be decoded. `with_features()` also raises `FeatureError` if the teacher of
-the run has another backbone, `embed_part()` if the recipe has no `[features]`. `embed_part()`
-raises another `ValueError` if the run cannot be planned, its weights cannot be loaded or a set of
-`names` cannot be opened. All of these are `ValueError`s.
+the run has another backbone, `embed_part()` if the recipe has no `[features]`. `embed_part()` also
+raises `ValueError` if the run cannot be planned, its weights cannot be loaded or a set of `names`
+cannot be opened. All of these are `ValueError`s.
 
 `views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
 crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and

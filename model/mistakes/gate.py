@@ -3,8 +3,8 @@ mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too man
 
 Main entries, in the order of use. Their arguments:
 
-- `gate`: the recipe's `Gate`. Its `mistakes` is the folder of the records, a text, and
-  `max_newly_wrong` the limit.
+- `gate`: the recipe's `Gate`. Its `mistakes` is the folder of the records, a text; if it is empty,
+  do not call these functions. `max_newly_wrong` is the limit.
 - `folder`: this folder as a `Path`. No function changes it.
 - A detector is what `load_detector()` in `model/inference/detector.py` returns.
 
@@ -19,9 +19,9 @@ The functions:
   JSON and returns them, a dict from image hash to `Verdict`. Mistakes without a readable copy of
   the image are not in it. A resumed run reads the same dict with `read_start(file)`.
 - `against_start(folder, start, detector)`, after training, scores the mistakes again with the
-  trained detector. Here `start` is the dict that `measure_start()` returned. It returns a list
-  with a `Regression` per mistake: both verdicts (`before`, and `after` or None) and an `outcome`
-  such as "fixed", "newly wrong" or "not measurable".
+  trained detector. Here `start` is the dict that `measure_start()` returned. It returns a list with
+  a `Regression` per mistake: both verdicts (`before`, and `after` or None) and an `outcome` such as
+  "fixed", "newly wrong" or "not measurable".
 - `refusal(gate, rows)` takes this list of `Regression`s. It returns a list with one sentence if
   more images are newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)`
   returns the hashes of all newly wrong images; `lines_of(gate, rows)` yields lines of text for the
