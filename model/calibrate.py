@@ -294,15 +294,19 @@ def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[f
     `threshold_over_sources`.
 
     A source can have too few images for a rate. The rate is listed only if at least half of the
-    sources have enough, because a threshold from fewer sources would not hold for the others.
+    sources have enough, because a threshold from fewer sources would not hold for the others. For
+    the same reason a lower rate has other sources, so its own threshold can be lower than that of a
+    higher rate; it gets the higher one.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
-    rows = []
-    for rate in RATES:
+    rows: list[tuple[float, float]] = []
+    highest = 0.0
+    for rate in reversed(RATES):
         enough = [g for g in groups if threshold_at_fpr(g, rate) is not None]
         if enough and 2 * len(enough) >= len(groups):
-            rows.append((rate, threshold_over_sources(enough, rate, over)))
-    return rows
+            highest = max(highest, threshold_over_sources(enough, rate, over))
+            rows.append((rate, highest))
+    return rows[::-1]
 
 
 def _from_above(fakes: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:

@@ -16,11 +16,12 @@ the rows to the disk. On several ranks, only rank 0 makes a `History`.
 
 `rows_of(folder)` returns the rows of `metrics.jsonl` as a list of dicts, each also with `step` and
 `kind`. It raises `FileNotFoundError` if there is no file. It and `History` raise `ValueError` if
-the first line of the file is not a row with `step` and `kind`. An incomplete end, left by a kill,
-is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` -> value, as TensorBoard and the
-tracker get it; values that are None are left out.
+the file does not begin with a row with `step` and `kind`, or if rows follow a damaged line. An
+incomplete end, left by a kill, is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` ->
+value, as TensorBoard and the tracker get it; values that are None are left out.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -40,24 +41,35 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     end, left by a kill or a power cut, is ignored.
 
     Raises:
-        ValueError: the file does not start with such a row.
+        ValueError: the file does not start with such a row, or rows follow a line that is none.
     """
     path = folder / HISTORY_FILE
-    rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if not (isinstance(row, dict) and row.keys() >= {"step", "kind"}):
-            if not rows and line.endswith(b"\n") and line.strip(b"\0\n"):
-                raise ValueError(
-                    f"{path} is no history of a run (it begins with {line[:40]!r}); move it away, "
-                    "or use --run NAME for another folder"
-                )
-            break
-        rows.append(row)
+    lines = path.read_bytes().splitlines(keepends=True)
+    parsed = [_row_in(line) for line in lines]
+    rows = list(itertools.takewhile(lambda row: row is not None, parsed))
+    if len(rows) == len(lines):
+        return rows
+    damaged = lines[len(rows)]
+    if any(parsed[len(rows) :]):
+        raise ValueError(
+            f"{path}, line {len(rows) + 1}: {damaged[:40]!r} is no row, and rows follow it; "
+            "restore the file from a copy, or move it away"
+        )
+    if not rows and damaged.endswith(b"\n") and damaged.strip(b"\0\n"):
+        raise ValueError(
+            f"{path} is no history of a run (it begins with {damaged[:40]!r}); move it away, or "
+            "use --run NAME for another folder"
+        )
     return rows
+
+
+def _row_in(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a complete line of the file, or None if there is none."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= {"step", "kind"} else None
 
 
 def scalars_of(kind: str, row: Mapping[str, Any]) -> dict[str, float]:

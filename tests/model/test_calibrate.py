@@ -1,14 +1,18 @@
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from model.calibrate import (
     CalibrationError,
+    Over,
     calibrate,
     fit_temperature,
     threshold_at_fpr,
-)  # fmt: skip
+    threshold_over_sources,
+    thresholds_at_rates,
+)
 from model.metrics import measure
 from model.score import probability
 from model.verdict import band_of, verdict
@@ -133,3 +137,18 @@ def test_a_threshold_at_1_percent_needs_99_reals() -> None:
     labels, logits = calibrated_scores(120)
     with pytest.raises(CalibrationError, match="too few for a threshold at 1 %"):
         calibrate(labels, logits, "fpr1")
+
+
+def test_a_lower_error_rate_never_has_a_lower_threshold() -> None:
+    """Sources with few images, here the hard ones, do not count for low rates."""
+    rng = np.random.default_rng(0)
+    easy = [rng.uniform(0, 0.6, 2000) for _ in range(6)]
+    hard = [rng.uniform(0.5, 0.9, 60) for _ in range(5)]
+    reals = [*easy, *hard]
+    for over in get_args(Over):
+        rates, thresholds = zip(*thresholds_at_rates(reals, over), strict=True)
+        assert list(rates) == sorted(rates)
+        assert list(thresholds) == sorted(thresholds, reverse=True)
+    few = thresholds_at_rates(reals, "most_sources")
+    alone = threshold_over_sources(easy, 0.01, "most_sources")
+    assert dict(few)[0.01] == dict(few)[0.02] > alone

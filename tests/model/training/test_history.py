@@ -1,0 +1,41 @@
+"""The history of a run: rows after a kill, and files that are none or are damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.training.history import HISTORY_FILE, History, rows_of
+
+ROWS = [{"step": step, "kind": "train", "loss": 1 / step} for step in (1, 2, 3)]
+LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]
+
+
+@pytest.mark.parametrize("end", [b"", b'{"step": 4, "ki', b"\0" * 40, b"\0\0\n", b'{"step": 4}\n'])
+def test_an_incomplete_end_is_ignored_and_rows_after_the_checkpoint_are_removed(
+    end: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / HISTORY_FILE
+    path.write_bytes(b"".join(LINES) + end)
+    assert rows_of(tmp_path) == ROWS
+    with History(tmp_path, 2) as history:
+        history.write(3, "train", {"loss": 0.5})
+    assert rows_of(tmp_path) == [*ROWS[:2], {"step": 3, "kind": "train", "loss": 0.5}]
+
+
+@pytest.mark.parametrize("bad", [b"oops\n", b"\0\0\0\n", b'{"step": 2}\n', b"[1]\n"])
+def test_rows_after_a_damaged_line_are_never_dropped_in_silence(bad: bytes, tmp_path: Path) -> None:
+    path = tmp_path / HISTORY_FILE
+    path.write_bytes(LINES[0] + bad + LINES[2])
+    for read in (rows_of, lambda folder: History(folder, 3)):
+        with pytest.raises(
+            ValueError, match=r"metrics.jsonl, line 2: .* is no row, and rows follow"
+        ):
+            read(tmp_path)
+    assert path.read_bytes() == LINES[0] + bad + LINES[2]
+
+
+def test_another_file_of_this_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / HISTORY_FILE).write_text("a diary\n")
+    with pytest.raises(ValueError, match="is no history of a run .*--run NAME"):
+        rows_of(tmp_path)
