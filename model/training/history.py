@@ -46,7 +46,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / HISTORY_FILE
     lines = path.read_bytes().splitlines(keepends=True)
     parsed = [_row_in(line) for line in lines]
-    rows = list(itertools.takewhile(lambda row: row is not None, parsed))
+    rows = [row for row in itertools.takewhile(lambda row: row is not None, parsed) if row]
     if len(rows) == len(lines):
         return rows
     damaged = lines[len(rows)]

@@ -37,5 +37,5 @@ def test_rows_after_a_damaged_line_are_never_dropped_in_silence(bad: bytes, tmp_
 
 def test_another_file_of_this_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / HISTORY_FILE).write_text("a diary\n")
-    with pytest.raises(ValueError, match="is no history of a run .*--run NAME"):
+    with pytest.raises(ValueError, match=r"is no history of a run .*--run NAME"):
         rows_of(tmp_path)
