@@ -18,8 +18,8 @@ is given; with `--folder` both may be absent.
 - `--run`: name of the run (default: the recipe's or DIR's name).
 - `--init-from`: initial weights (a checkpoint folder, a .safetensors file or the name of a fetched
   backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
-- `--no-pretrained`: starts from random weights instead of timm's. It has no effect if the weights
-  are those of a checkpoint or file, as in phase 2 or with `--folder` alone.
+- `--no-pretrained`: starts from random weights instead of timm's. It is refused with `--init-from`
+  and with `--folder` alone, and has no effect in phase 2, which starts from a checkpoint.
 - `--data`: folder or address of the shard sets (default `data/shards`).
 - `--runs`: folder of all runs (default `runs`).
 - `--verbose`: more log lines, with tracebacks.

@@ -11,7 +11,7 @@ crash, the decoding stage goes on with the next file; any other stage is over.
 Outcomes are compared between the backends and with Pillow's own decoding. A difference that matches
 none of `EXPLANATIONS` is unexplained. Tables of crashes, slow files and differences are printed;
 `--json` gets the results of all stages. The exit code is 1 after a crash, a kill, an unexplained
-difference, a fault found by `verify`, or a sample that loads differently or not at all; else 0.
+difference, a fault that `verify` reports, or a sample that loads differently or not at all; else 0.
 
 Main entries, called one after the other with the same folders:
 

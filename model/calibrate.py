@@ -85,7 +85,8 @@ class Calibration:
 
     `at_fpr` lists (rate, lowest threshold at which at most that share of real images is called
     fake). `at_miss` lists (rate, highest threshold below which at most that share of fakes lies).
-    Both contain only the `RATES` for which there are enough images.
+    Both contain only the `RATES` for which there are enough images. A lower rate never has a less
+    strict threshold than a higher one.
 
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
     `method` names the images that the calibration was fitted to. `sources` is filled by

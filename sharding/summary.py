@@ -4,8 +4,8 @@ as tables and lines in a terminal.
 Main entries: four functions, which print to standard output and return nothing. A path is a `Path`,
 or a `UPath` for an address.
 
-- `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (what
-  was found of each source) that `sharding.build.build()` returns, and the path of the output.
+- `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (images
+  of each source) that `sharding.build.build()` returns, and the path of the output.
 - `say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
   `Catalog`, the `SourceScan` and the path of the searched folder.
 - `say_what_was_paired(pairs, out)` takes the `Pairs` that `make_pairs()` of sharding/pairs/run.py

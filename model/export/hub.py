@@ -26,7 +26,7 @@ is incomplete or the upload fails. All of these are `ValueError`s.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training
-set -> its data sources (None if not found), and `read_report(path, meta)` a checked `report.json`.
+set -> its data sources (None if not known), and `read_report(path, meta)` a checked `report.json`.
 `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 

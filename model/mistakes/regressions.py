@@ -9,7 +9,7 @@ written.
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
 - `images`: a `Path` or None (the default). Images that were not copied into the records are looked
   for below this folder, by their bytes.
-- `advance`: a function without arguments that is called after each image that was found (default:
+- `advance`: a function without arguments that is called after each image that is there (default:
   nothing is done).
 - `lacking`: a text, the `reason` for an image without a copy if `images` is None (it has a
   default).
@@ -23,11 +23,11 @@ Fields:
   another detector.
 - `after`: the new `Verdict`, or None if not measurable.
 - `outcome`: "newly wrong" (a recorded verdict of another detector was right), "still wrong" (none
-  was), "uncertain", "fixed" or "not measurable" (the image is not found or cannot be scored).
+  was), "uncertain", "fixed" or "not measurable" (the image is missing or cannot be scored).
 - `reason`: why it is not measurable, else "".
 
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,
-mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that were not found.
+mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that are missing.
 `counts_of(rows)` returns the number of mistakes with each outcome, and `report_of(rows, detector)`
 a dict for JSON: detector, band, counts, and each mistake.
 """
