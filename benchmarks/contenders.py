@@ -62,9 +62,10 @@ def our_stream(place: Path, backend: str, workers: int):
     """Open this project's training stream with the augmentation policy of phase 1."""
     import recipes
     from model.device import choose_device
-    from pipeline.augment import AugmentPolicy, Preprocess
+    from pipeline.augment import AugmentPolicy
     from pipeline.loader import open_loader
     from pipeline.loading import Loading
+    from pipeline.preprocess import Preprocess
     from pipeline.replay import Replay
     from pipeline.stream import Stream, open_pool
 

@@ -154,8 +154,8 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
     shards = pack(count, folder)
     cpu = torch.device("cpu")
     keep_freed_memory(cpu)
-    size = recipe.preprocess.crop_size
-    images = torch.randint(0, 256, (AT_A_TIME, 3, size, size), dtype=torch.uint8)
+    shape = recipe.preprocess.shape
+    images = torch.randint(0, 256, (AT_A_TIME, 3, *shape), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def network_alone() -> None:

@@ -43,8 +43,8 @@ from model.network import build
 from model.recipe import Network, Optim
 from model.training.optim import make_optimizer
 from model.training.step import TrainState, train_step
-from pipeline.augment import Preprocess
 from pipeline.loading import Loading
+from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream
 from sharding.format import SAMPLES_SCHEMA, ShardSet

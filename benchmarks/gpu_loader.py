@@ -44,12 +44,13 @@ from nvidia.dali import fn, pipeline_def
 import console
 import recipes
 from benchmarks import peers
-from pipeline.augment import AugmentPolicy, Preprocess
+from pipeline.augment import AugmentPolicy
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
 from pipeline.loader import _Requests, open_loader
 from pipeline.loading import Loading
 from pipeline.params import train_params
+from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool
 
@@ -104,7 +105,7 @@ def images_per_s(
 ) -> float:
     """Measure images/s of the backend over `s` seconds after `WARM_UP` batches."""
     batch, threads, share = setting
-    batches = DaliBackend(peers.SIZE, batch, device, threads, share).run(requests)
+    batches = DaliBackend((peers.SIZE, peers.SIZE), batch, device, threads, share).run(requests)
     for _ in itertools.islice(batches, WARM_UP):
         pass
     synchronize(device)
@@ -189,7 +190,7 @@ def memory(shards: Path, device: torch.device, batches: int, seconds: float) -> 
             yield request
 
     lost, images, began = 0, 0, time.monotonic()
-    backend = DaliBackend(peers.SIZE, batch, device, threads, share)
+    backend = DaliBackend((peers.SIZE, peers.SIZE), batch, device, threads, share)
     for step, pixels in enumerate(backend.run(damaged()), start=1):
         lost += len(pixels.failures)
         images += len(pixels.images)

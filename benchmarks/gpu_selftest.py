@@ -130,7 +130,7 @@ def pixels_of(
     device: torch.device, requests: list[Request], batch: int, share: float = 0.65
 ) -> list[tuple[np.ndarray, dict[int, str]]]:
     """Run requests through the DALI backend; returns images (uint8 on the host) and failures."""
-    backend = DaliBackend(SIZE, batch, device, 4, share)
+    backend = DaliBackend((SIZE, SIZE), batch, device, 4, share)
     return [
         (pixels.images.cpu().numpy(), dict(pixels.failures))
         for pixels in backend.run(iter(requests))
@@ -271,7 +271,7 @@ def files(given: Given) -> Any:
     for name, request, (images, failures) in zip(
         kinds, requests, pixels_of(given.device, requests, 3), strict=True
     ):
-        expected = decode_request(request, SIZE).images.numpy()
+        expected = decode_request(request, (SIZE, SIZE)).images.numpy()
         answer[name] = [*difference(images, expected), failures]
     return answer
 
@@ -331,7 +331,9 @@ def damage(given: Given) -> Any:
                 requests[-2].data[row] = data
         done = []
         try:
-            for pixels in DaliBackend(SIZE, BATCH, given.device, 4, share).run(iter(requests)):
+            for pixels in DaliBackend((SIZE, SIZE), BATCH, given.device, 4, share).run(
+                iter(requests)
+            ):
                 done.append((pixels.images.cpu().numpy(), dict(pixels.failures)))
         except Exception as error:  # the batches before it are still compared
             answer[f"share {share}: ended"] = f"ERROR {type(error).__name__}: {error}"[:600]
@@ -355,7 +357,7 @@ def hand_over(given: Given) -> Any:
 
     def checksums(late: bool) -> list[int]:
         sums = []
-        for pixels in DaliBackend(SIZE, BATCH, given.device, 4).run(iter(requests)):
+        for pixels in DaliBackend((SIZE, SIZE), BATCH, given.device, 4).run(iter(requests)):
             if on_gpu and late:
                 torch.cuda._sleep(SLEEP_CYCLES)
             elif on_gpu:

@@ -147,7 +147,7 @@ def predict_all(folder: Path, backend: str, work: Path) -> None:
 
     from imaging.decode import ImageFile, read_file
     from model.inference.detector import ImageDetector
-    from pipeline.augment import Preprocess
+    from pipeline.preprocess import Preprocess
 
     preprocess, paths = Preprocess(crop_size=SIDE, resize_size=SIDE), files_in(folder)
     detector = ImageDetector(
@@ -205,11 +205,11 @@ def load_all(_folder: Path, backend: str, work: Path) -> None:
     """Load the packed set for one epoch; writes the pixels to `work`."""
     import torch
 
-    from pipeline.augment import Preprocess
     from pipeline.loader import open_loader
     from pipeline.loading import Loading
     from pipeline.order import evaluation_epoch
     from pipeline.params import eval_params
+    from pipeline.preprocess import Preprocess
     from sharding.format import open_shards
 
     shards, preprocess = (

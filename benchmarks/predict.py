@@ -75,8 +75,9 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
     """Run the network alone on one batch, repeated until `images` images are done."""
-    size = detector.preprocess.crop_size
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (batch_size, *detector.preprocess.shape, 3), np.uint8
+    )
     batch = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2)
     with torch.inference_mode():
         for start in range(0, images, batch_size):

@@ -44,7 +44,7 @@ from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, sha256_of, text_fault, write_text
 

@@ -44,6 +44,7 @@ from model.backbones.heads import ClassTokenHead, StageHead
 from model.backbones.made_with import NetworkError, first_line, made_with
 from model.lean_import import lean_import
 from model.recipe import Network, Triple
+from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
 with lean_import():
@@ -77,7 +78,8 @@ class Backbone(nn.Module):
 
 class Detector(nn.Module):
     """Backbone, head and normalization. `forward`: uint8 (B, 3, H, W) -> float logits (B, 2),
-    columns in the order of `CLASSES`.
+    columns in the order of `CLASSES`. An image may hold several crops, one below the other
+    (`crops`): the backbone sees each by itself, and the head their features together.
     """
 
     mean: torch.Tensor
@@ -86,7 +88,7 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, network: Network):
         super().__init__()
         self.backbone = backbone
-        self.head, self.blocks = network.head, network.blocks
+        self.head, self.blocks, self.crops = network.head, network.blocks, network.crops
         self.freeze_backbone = network.freeze_backbone
         self.freeze_bn = network.freeze_bn
         shape = (1, 3, 1, 1)
@@ -117,6 +119,20 @@ class Detector(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Return the input of the head: uint8 (B, 3, H, W) -> float (B, D)."""
+        if self.crops > 1:
+            features = self._of_one_crop(self._apart(images))
+            return features.reshape(-1, self.crops * features.shape[1])
+        return self._of_one_crop(images)
+
+    def _apart(self, images: torch.Tensor) -> torch.Tensor:
+        """Separate the crops: (B, 3, crops * S, S) -> (B * crops, 3, S, S), the crops of an image
+        next to each other. No copy is made of a channels_last tensor.
+        """
+        channels, height, width = images.shape[1:]
+        rows = images.permute(0, 2, 3, 1).reshape(-1, height // self.crops, width, channels)
+        return rows.permute(0, 3, 1, 2)
+
+    def _of_one_crop(self, images: torch.Tensor) -> torch.Tensor:
         images = self._normalized(images)
         if self.head == "timm":
             last = self.backbone.forward_features(images)
@@ -159,15 +175,16 @@ def normalization(network: Network) -> tuple[Triple, Triple]:
     return network.mean or made.mean, network.std or made.std
 
 
-def check_size(net: Detector, name: str, crop_size: int) -> None:
-    """Refuse an image size `crop_size` (pixels, height and width) that a network does not accept.
+def check_size(net: Detector, name: str, preprocess: Preprocess) -> None:
+    """Refuse the image size of a `preprocess` that a network does not accept.
     `net` is built for this check only (`build` with `empty`): shapes are propagated on the meta
     device, and `net` is unusable afterward.
 
     Raises:
         NetworkError: the network does not accept the size; the message says what to set.
     """
-    images = torch.empty((1, 3, crop_size, crop_size), dtype=torch.uint8, device="meta")
+    size = preprocess.crop_size
+    images = torch.empty((1, 3, *preprocess.shape), dtype=torch.uint8, device="meta")
     try:
         with torch.inference_mode():
             net.to("meta").eval()(images)
@@ -176,7 +193,7 @@ def check_size(net: Detector, name: str, crop_size: int) -> None:
             return  # the network reads values, which a meta tensor lacks: no verdict on the size
         made = made_with(name)
         raise NetworkError(
-            f"{name} does not accept {crop_size} x {crop_size} images ({first_line(error)}); set "
+            f"{name} does not accept {size} x {size} images ({first_line(error)}); set "
             f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a "
             "multiple of its patch size"
         ) from error
@@ -212,7 +229,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         license = backbone.pretrained_cfg.get("license")
         log.info("%s: pretrained weights from timm, license %s", network.name, license)
     if network.head == "stages":
-        _put_stage_head(backbone)
+        _put_stage_head(backbone, network.crops)
     if network.head == "class_tokens":
         _put_class_token_head(backbone, network)
     if network.freeze_backbone:
@@ -227,13 +244,13 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
     return net.to(memory_format=torch.channels_last)
 
 
-def _put_stage_head(backbone: Backbone) -> None:
+def _put_stage_head(backbone: Backbone, crops: int) -> None:
     """Add a `StageHead` to the backbone, so that it is saved and loaded with the backbone's
     weights. It starts at 0, so that the first gradient of the backbone does not come from random
     head weights.
     """
     stages = backbone.feature_info
-    backbone.stage_head = StageHead([stage["num_chs"] for stage in stages])
+    backbone.stage_head = StageHead([stage["num_chs"] for stage in stages] * crops)
     nn.init.zeros_(backbone.stage_head.fc.weight)
     nn.init.zeros_(backbone.stage_head.fc.bias)
     last = stages[-1]["module"].partition(".")[0]
@@ -259,7 +276,9 @@ def _put_class_token_head(backbone: Backbone, network: Network) -> None:
             f"{network.name} has blocks 0 to {len(backbone.blocks) - 1}, but network.blocks has "
             f"{network.blocks[-1]}"
         )
-    backbone.stage_head = ClassTokenHead(len(network.blocks) * backbone.num_features)
+    backbone.stage_head = ClassTokenHead(
+        network.crops * len(network.blocks) * backbone.num_features
+    )
     nn.init.zeros_(backbone.stage_head.fc.weight)
     nn.init.zeros_(backbone.stage_head.fc.bias)
 

@@ -15,7 +15,7 @@ whose tables are its fields. Every field is passed by keyword; the first six are
 - `loading`: a `Loading` (`pipeline/loading.py`): batch size, workers, decoder.
 - `replay`: a `Replay` (`pipeline/replay.py`): old sets, of which samples are mixed in.
 - `gate`: a `Gate`: the limits beyond which a trained checkpoint is refused.
-- `preprocess`: a `PreprocessSettings` (`pipeline/augment.py`): sizes and filter of the images.
+- `preprocess`: a `PreprocessSettings` (`pipeline/preprocess.py`): sizes and filter of the images.
 - `features`: a `Features`, to train a head on stored features of a frozen network, or None (the
   default), to train from pixels.
 - `calibration`: a `Calibrating`: how thresholds are fitted.
@@ -40,8 +40,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.tracking.tracker import TrackerName
-from pipeline.augment import AugmentPolicy, Preprocess, PreprocessSettings
+from pipeline.augment import AugmentPolicy
 from pipeline.loading import Loading
+from pipeline.preprocess import Preprocess, PreprocessSettings
 from pipeline.replay import Replay
 
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
@@ -146,6 +147,9 @@ class Network:
     Later blocks are not computed. Range: at least 0"""
     freeze_backbone: bool = False
     """Train only the head."""
+    crops: int = 1
+    """Number of crops of an image that the head reads together. Leave it out: it follows from
+    `preprocess.detail_crop`. Range: 1 to 2"""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `timm.create_model`, passed unchanged."""
 
@@ -161,6 +165,8 @@ class Network:
             )
         if self.head == "class_tokens" and not self.freeze_backbone:
             raise ValueError("head class_tokens needs a frozen backbone: set freeze_backbone=true")
+        if self.crops not in (1, 2):
+            raise ValueError(f"crops is 1 or 2, got {self.crops}")
         if self.drop_path_rate < 0 or self.drop_path_rate >= 1:
             raise ValueError(
                 f"drop_path_rate is a share, at least 0 and below 1, got {self.drop_path_rate}"

@@ -1,5 +1,5 @@
-"""Show an uploaded image on the web page with a frame around the crop that the network sees, and on
-request a heatmap over this crop.
+"""Show an uploaded image on the web page with a frame around each crop that the network sees, and
+on request a heatmap over the crops.
 
 Main entry: `show_photo(detector, file, result)` puts the image and a switch for the heatmap on the
 page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed the score) is
@@ -10,16 +10,18 @@ must have been called before in the same session, because it makes the store of 
 - `file`: the uploaded file (Streamlit's `UploadedFile`).
 - `result`: its `Scored`, which `score_all()` returns; not that of a refused file.
 
-`photo_html(result, preprocess, heatmap, busy)` returns the figure as HTML (`Markup`).
+`photo_html(result, preprocess, heatmaps, busy)` returns the figure as HTML (`Markup`).
 
 - `result`: as above.
 - `preprocess`: the detector's image sizes, `detector.preprocess`.
-- `heatmap`: a JPEG file as bytes (default b"": none).
+- `heatmaps`: JPEG files as bytes, one for each crop (default (): none).
 - `busy`: True if the figure says that the heatmap is being computed (default False).
 
-`crop_of(preprocess, size)` takes the size of the image in pixels (width, height) and returns the
-crop (left, top, width, height) as fractions of the image's width and height.
+`crops_of(preprocess, size)` takes the size of the image in pixels (width, height) and returns the
+crops, a list of (left, top, width, height) as fractions of the image's width and height.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import streamlit as st
@@ -32,52 +34,57 @@ from model.inference import gradcam
 from model.inference.detector import ImageDetector
 from page.html import show
 from page.scored import Scored, as_jpeg, data_url
-from pipeline.augment import Preprocess, center_crop_params
+from pipeline.augment import center_crop_params
+from pipeline.preprocess import Preprocess
 
 
-def crop_of(preprocess: Preprocess, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the crop (left, top, width, height) that the network sees of an image of `size`
-    (width, height), as fractions of the width and the height.
+def crops_of(
+    preprocess: Preprocess, size: tuple[int, int]
+) -> list[tuple[float, float, float, float]]:
+    """Return the crops (left, top, width, height) that the network sees of an image of `size`
+    (width, height), as fractions of the width and the height: the resized one, then the detail if
+    there is one.
     """
     width, height = size
-    params = center_crop_params(preprocess, np.array([width]), np.array([height]))
-    return (
-        float(params.left[0]) / width,
-        float(params.top[0]) / height,
-        float(params.width[0]) / width,
-        float(params.height[0]) / height,
-    )
+    params = center_crop_params(preprocess, np.array([width]), np.array([height])).row(0)
+    return [
+        (left / width, top / height, wide / width, high / height)
+        for top, left, high, wide in params.windows
+    ]
 
 
 def photo_html(
-    result: Scored, preprocess: Preprocess, heatmap: bytes = b"", busy: bool = False
+    result: Scored, preprocess: Preprocess, heatmaps: Sequence[bytes] = (), busy: bool = False
 ) -> Markup:
-    """Return the figure as HTML. `heatmap` (a JPEG file) covers the crop; `busy` shows that the
-    heatmap is being computed.
+    """Return the figure as HTML. `heatmaps` (JPEG files), one for each crop, cover the crops;
+    `busy` shows that they are being computed.
     """
-    crop = crop_of(preprocess, result.size)
-    place = "left: {:.3f}%; top: {:.3f}%; width: {:.3f}%; height: {:.3f}%".format(
-        *(100 * share for share in crop)
-    )
-    inside: Markup | str = ""
-    if heatmap:
-        inside = Markup('<img src="{}" alt="Heatmap of {}">').format(data_url(heatmap), result.name)
-    elif busy:
-        inside = Markup('<span class="busy">Computing the heatmap</span>')
-    size = preprocess.crop_size
-    whole = min(crop[2:]) > 0.999
-    seen = (
-        f"The network sees the whole image, at {size} x {size} pixels."
-        if whole
-        else f"The network sees the part in the frame, at {size} x {size} pixels."
-    )
+    crops = crops_of(preprocess, result.size)
+    crops = crops[:1] if crops[-1] == crops[0] else crops  # a small image: both crops are equal
+    size, whole = preprocess.crop_size, min(crops[0][2:]) > 0.999
+    frames = []
+    for number, crop in enumerate(crops):
+        kind = "detail" if number else "whole" if whole else ""
+        inside: Markup | str = ""
+        if heatmaps:
+            name = f"Heatmap of {'the detail of ' if number else ''}{result.name}"
+            inside = Markup('<img src="{}" alt="{}">').format(data_url(heatmaps[number]), name)
+        elif busy and not number:
+            inside = Markup('<span class="busy">Computing the heatmap</span>')
+        place = "left: {:.3f}%; top: {:.3f}%; width: {:.3f}%; height: {:.3f}%".format(
+            *(100 * share for share in crop)
+        )
+        frames.append(
+            Markup('<div class="crop {}" style="{}">{}</div>').format(kind, place, inside)
+        )
+    seen = "the whole image" if whole else "the part in the frame"
+    detail = ", and the small frame at full resolution" if len(crops) > 1 else ""
     return Markup(
-        '<figure class="photo"><div class="picture"><img src="{}" alt="{}">'
-        '<div class="crop{}" style="{}">{}</div></div>'
-        "<figcaption><b>{}</b> {}{}</figcaption></figure>"
+        '<figure class="photo"><div class="picture"><img src="{}" alt="{}">{}</div>'
+        "<figcaption><b>{}</b> The network sees {}, at {} x {} pixels{}.{}</figcaption></figure>"
     ).format(
-        data_url(result.preview), result.name, " whole" if whole else "", place, inside,
-        result.name, seen, Markup("<br>{}").format(gradcam.MEANING) if heatmap else "",
+        data_url(result.preview), result.name, Markup("").join(frames), result.name, seen, size,
+        size, detail, Markup("<br>{}").format(gradcam.MEANING) if heatmaps else "",
     )  # fmt: skip
 
 
@@ -93,7 +100,9 @@ def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> N
         try:
             data = file.getvalue()
             with decode_lock(data):
-                maps[file.file_id] = as_jpeg(Image.fromarray(gradcam.heatmap(detector, data)))
+                drawn = gradcam.heatmap(detector, data)
+            crops = np.split(drawn, detector.preprocess.crops)
+            maps[file.file_id] = [as_jpeg(Image.fromarray(crop)) for crop in crops]
         except (gradcam.ExplainError, Busy) as error:
             show(photo_html(result, detector.preprocess), picture)
             show(Markup('<p class="card refused">{}</p>').format(error))

@@ -22,13 +22,24 @@ up, JPEGs, blur, grayscale, WebP.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from imaging.jpeg import CHROMAS
 from pipeline.color import IDENTITY, color_matrices
 from pipeline.philox import uniform
+from pipeline.preprocess import (
+    CROP_TRIES,
+    FILTERS,
+    Crops,
+    Filter,
+    Preprocess,
+    between,
+    center_crops,
+    detail_crops,
+    random_crops,
+)
 
 Range = tuple[float, float]
 
@@ -39,54 +50,8 @@ change. Each of the two passes changes a value by at most 510 times the outer we
 sigma^2)). Both passes together change a value by at most 0.34 gray levels.
 """
 
-Filter = Literal["bilinear", "bicubic", "lanczos"]
-
-FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic", "lanczos")
-"""Resampling filters, all antialiased. `AugmentParams.filter` and `AugmentParams.crop_filter` are
-positions in this tuple.
-"""
-
 GRID = 8
 """Side of a JPEG block in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """Table `[preprocess]` of a recipe. None: the value that the network's weights were trained
-    with (`model.backbones.resolve.resolved`).
-    """
-
-    crop_size: int | None = None
-    """Side of the network's square input in pixels: the center crop in evaluation, the random crop
-    in training. Range: at least 16"""
-    resize_size: int | None = None
-    """Length of the image's shorter side before the center crop, in pixels. Range: at least
-    crop_size"""
-    interpolation: Filter | None = None
-    """Filter for resizing, in evaluation and in training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess(PreprocessSettings):
-    """Evaluation preprocessing: resize the shorter side to `resize_size` pixels with the filter
-    `interpolation`, then take a center crop of `crop_size` x `crop_size` pixels.
-
-    Training crops are resized to `crop_size` with the same filter.
-
-    Raises:
-        ValueError: not 16 <= crop_size <= resize_size.
-    """
-
-    crop_size: int = 256
-    resize_size: int = 288
-    interpolation: Filter = "bilinear"
-
-    def __post_init__(self) -> None:
-        if not 16 <= self.crop_size <= self.resize_size:
-            raise ValueError(
-                "crop_size and resize_size must satisfy 16 <= crop_size <= resize_size, got "
-                f"{self.crop_size} and {self.resize_size}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +154,8 @@ class AugmentParams(NamedTuple):
     - `grid_top`, `grid_left`: pixels between the corners of a JPEG block and the image, 0 to 7.
     - `whole_jpeg`: quality of a JPEG of the whole image before everything else, 0 for none.
       `whole_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`.
+    - `detail_top`, `detail_left`, `detail_side`: square of a second crop in pixels of the upright
+      image, side 0 for none. It is augmented like the first one, and placed below it.
     """
 
     top: int
@@ -211,6 +178,19 @@ class AugmentParams(NamedTuple):
     whole_chroma: int = 0
     vflip: bool = False
     crop_filter: int = 0
+    detail_top: int = 0
+    detail_left: int = 0
+    detail_side: int = 0
+
+    @property
+    def windows(self) -> list[tuple[int, int, int, int]]:
+        """Crops of the image, (top, left, height, width) in pixels: the one that is resized, then
+        the detail if there is one.
+        """
+        crops = [(self.top, self.left, self.height, self.width)]
+        if side := self.detail_side:
+            crops.append((self.detail_top, self.detail_left, side, side))
+        return crops
 
 
 _DTYPES = {int: np.int32, bool: np.bool_, float: np.float64, tuple[float, ...]: np.float32}
@@ -302,12 +282,12 @@ def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
     return AugmentBatch(**{name: np.array(column) for name, column in columns})
 
 
-_TRIES = 10
-_NUMBERS = np.cumsum([_TRIES, _TRIES, 2, 6, 4, 3, 10, 2])
+_NUMBERS = np.cumsum([CROP_TRIES, CROP_TRIES, 2, 6, 4, 3, 10, 2, 2])
 """End of each group of random numbers among those of one sample: areas to try, ratios to try, crop
 position, six for whether an operation happens, four color factors, three positions in a range, ten
-for harsher policies, two for the JPEG of the whole image. The groups are the same for every policy,
-so that a changed probability does not shift the other numbers.
+for harsher policies, two for the JPEG of the whole image, the position of the detail crop. The
+groups are the same for every policy, so that a changed probability does not shift the other
+numbers.
 """
 
 
@@ -363,17 +343,20 @@ def sample_params(
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
-    areas, ratios, position, chance, color, within, more, whole = np.split(
+    areas, ratios, position, chance, color, within, more, whole, detail = np.split(
         numbers, _NUMBERS[:-1], axis=1
     )
-    top, left, height, width = _crop(ranges, widths, heights, areas, ratios, position)
+    crops = random_crops(
+        ranges["scale"], ranges["ratio"], widths, heights, (areas, ratios, position)
+    )
+    top, left, height, width = crops
     happens = {
         name: chance[:, index] < ranges[name]
         for index, name in enumerate(
             ("hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale")
         )
     }
-    side = np.rint(preprocess.crop_size * _between(ranges["resample_scale"], within[:, 0]))
+    side = np.rint(preprocess.crop_size * between(ranges["resample_scale"], within[:, 0]))
     jpegs = np.where(happens["jpeg"], _whole(ranges["num_jpegs"], more[:, 0]), 0)
     qualities = [
         np.where(jpegs > index, _whole(ranges["jpeg_quality"], share), 0)
@@ -381,7 +364,7 @@ def sample_params(
     ]
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
-    sigma = _between(ranges["blur_sigma"], within[:, 2])
+    sigma = between(ranges["blur_sigma"], within[:, 2])
     quality = _whole(ranges["whole_jpeg_quality"], whole[:, 1])
     whole_jpeg = np.where(whole[:, 0] < ranges["whole_jpeg"], quality, 0)
     whole_chroma = np.full(len(keys.samples), CHROMAS.index("420"))
@@ -411,6 +394,7 @@ def sample_params(
         whole_chroma=np.where(whole_jpeg > 0, whole_chroma, 0),
         vflip=more[:, 9] < ranges["vflip"],
         crop_filter=_crop_filters(preprocess, len(keys.samples)),
+        **_detail_columns(preprocess, crops, detail),
     )
 
 
@@ -419,21 +403,27 @@ def center_crop_params(
 ) -> AugmentBatch:
     """Compute the parameters of evaluation: the center crop of N upright images of `widths` x
     `heights` pixels, int (N,). Nothing is random.
-
-    Cropping `crop_size / resize_size` of the shorter side and resizing once equals resizing the
-    whole image and cropping the center, up to the rounding of the crop to whole pixels.
     """
-    shorter = np.minimum(widths, heights)
-    side = np.maximum(1, np.rint(shorter * preprocess.crop_size / preprocess.resize_size)).astype(
-        np.int32
-    )
+    crops = center_crops(preprocess, widths, heights)
+    top, left, height, width = crops
     return AugmentBatch(
-        top=(heights - side) // 2,
-        left=(widths - side) // 2,
-        height=side,
-        width=side,
-        crop_filter=_crop_filters(preprocess, len(side)),
+        top=top,
+        left=left,
+        height=height,
+        width=width,
+        crop_filter=_crop_filters(preprocess, len(widths)),
+        **_detail_columns(preprocess, crops),
     )
+
+
+def _detail_columns(
+    preprocess: Preprocess, crops: Crops, position: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return the columns of the detail crop; none without `detail_crop`."""
+    if not preprocess.detail_crop:
+        return {}
+    top, left, side, _ = detail_crops(preprocess, crops, position)
+    return {"detail_top": top, "detail_left": left, "detail_side": side}
 
 
 def _crop_filters(preprocess: Preprocess, count: int) -> np.ndarray:
@@ -441,41 +431,9 @@ def _crop_filters(preprocess: Preprocess, count: int) -> np.ndarray:
     return np.full(count, FILTERS.index(preprocess.interpolation), np.int32)
 
 
-def _crop(
-    ranges: dict[str, np.ndarray],
-    widths: np.ndarray,
-    heights: np.ndarray,
-    areas: np.ndarray,
-    ratios: np.ndarray,
-    position: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sample torchvision's random resized crop (Inception's): the first of ten tries that fits."""
-    area = _between(ranges["scale"][..., None], areas) * (widths * heights)[:, None]
-    ratio = np.exp(_between(np.log(ranges["ratio"])[..., None], ratios))
-    tried_width, tried_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (0 < tried_width) & (tried_width <= widths[:, None])
-    fits &= (0 < tried_height) & (tried_height <= heights[:, None])
-    first = np.argmax(fits, axis=1)[:, None]
-    width = np.take_along_axis(tried_width, first, 1)[:, 0]
-    height = np.take_along_axis(tried_height, first, 1)[:, 0]
-    # None of the tries fits a very long image: take the largest crop of an allowed ratio.
-    low, high = ranges["ratio"]
-    none = ~fits.any(axis=1)
-    width = np.where(none, np.clip(np.rint(heights * high), 1, widths), width)
-    height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)
-    top = position[:, 0] * (heights - height + 1)
-    left = position[:, 1] * (widths - width + 1)
-    top, left, height, width = (c.astype(np.int32) for c in (top, left, height, width))
-    return top, left, height, width
-
-
 def _whole(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Map `share`, in [0, 1), to a whole number of the range `limits`, both ends included."""
     return limits[0] + np.floor(share * (limits[1] - limits[0] + 1))
-
-
-def _between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return limits[0] + (limits[1] - limits[0]) * share
 
 
 def _color_jitter(ranges: dict[str, np.ndarray], factors: np.ndarray) -> np.ndarray:

@@ -1,17 +1,17 @@
 """Decode and augment batches of images with NVIDIA DALI on a GPU or the CPU: the fast backend.
 Importing this module needs DALI.
 
-Main entry: `DaliBackend(size, batch_size, device, threads, hw_decoder_load, stall_error_s)`.
+Main entry: `DaliBackend(shape, batch_size, device, threads, hw_decoder_load, stall_error_s)`.
 
-- `size`: side of the output images in pixels.
+- `shape`: height and width of the output images in pixels: `preprocess.shape`.
 - `batch_size`: largest number of images in a batch.
 - `device`: `torch.device`, a GPU or the CPU.
 - `threads`: number of CPU threads.
 - `hw_decoder_load`: share of the JPEGs, 0 to 1, that the GPU's JPEG engine decodes (default 0.65).
 - `stall_error_s`: seconds to wait for a request (default 900).
 
-Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, size, size, 3) RGB
-on the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
+Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, *shape, 3) RGB on
+the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
 read or decoded; these are black.
 
 - `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
@@ -20,7 +20,7 @@ read or decoded; these are black.
 
 `run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,
 and RuntimeError if the GPU is lost or has no memory left. A bad sample does not end a batch.
-`graph()` defines the DALI operators and `COLUMNS` their inputs, which `columns_of()` fills.
+The DALI operators are in `pipeline/dali_graph.py`.
 """
 
 import gc
@@ -31,202 +31,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when DALI loads its own OpenCV
 from nvidia import nvimgcodec
-from nvidia.dali import fn, pipeline_def, types
 
 from imaging.decode import DecodeError, decode_image, png_of
 from imaging.jpeg import CHROMAS, has_end
-from imaging.orientation import UPRIGHT, is_transposed, mirrored
+from imaging.orientation import UPRIGHT
 from imaging.quiet import without_chatter
-from pipeline.augment import BLUR_TAPS, GRID, LEAST_SIGMA, AugmentBatch, blank
+from pipeline.augment import AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
-from pipeline.color import GRAY
+from pipeline.dali_graph import HW_DECODER_LOAD, columns_of, graph
 from pipeline.loading import STALL_ERROR_S
 from pipeline.monitor import WorkerStatus
 from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
-
-HW_DECODER_LOAD = 0.65
-"""Share of JPEGs decoded by the GPU's JPEG engine, if it has one; its cores decode the rest. This
-is DALI's default.
-"""
-
-# DALI's names of `augment.FILTERS`.
-_FILTERS = np.array(
-    [int(kind) for kind in (types.INTERP_LINEAR, types.INTERP_CUBIC, types.INTERP_LANCZOS3)],
-    np.int32,
-)
-
-
-_TURNS = np.array(
-    [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
-)  # row = orientation: whether transposed, then whether rows and columns are mirrored
-
-
-class Fed(NamedTuple):
-    """Input of the graph for one batch: encoded images, their parameters, bool (3, N) flags that
-    make the images upright (see `_TURNS`), and the side of the result in pixels.
-    """
-
-    data: list[bytes]
-    params: AugmentBatch
-    turns: np.ndarray
-    size: int
-
-
-class Column(NamedTuple):
-    """Input of the graph: dtype, dimensions per sample, and a function that returns its values for
-    a batch.
-    """
-
-    dtype: Any
-    dimensions: int
-    values: Callable[[Fed], Any]
-
-
-def _of(name: str, dtype: Any) -> Column:
-    """Return the column of a parameter whose only conversion is its dtype."""
-    numpy_dtype = {types.INT32: np.int32, types.FLOAT: np.float32, types.BOOL: np.bool_}[dtype]
-    return Column(dtype, 0, lambda fed: getattr(fed.params, name).astype(numpy_dtype, copy=False))
-
-
-def _matrices(fed: Fed) -> np.ndarray:
-    return fed.params.color.reshape(-1, 3, 4)
-
-
-COLUMNS = {
-    "data": Column(
-        types.UINT8, 1, lambda fed: [np.frombuffer(item, np.uint8) for item in fed.data]
-    ),
-    "transposed": Column(types.BOOL, 0, lambda fed: fed.turns[0]),
-    "mirrored": Column(types.BOOL, 0, lambda fed: fed.turns[1] | fed.turns[2]),
-    "mirrored_rows": Column(types.INT32, 0, lambda fed: fed.turns[1].astype(np.int32)),
-    "mirrored_columns": Column(types.INT32, 0, lambda fed: fed.turns[2].astype(np.int32)),
-    "anchor": Column(
-        types.INT32, 1, lambda fed: np.stack([fed.params.top, fed.params.left], axis=1)
-    ),
-    "shape": Column(
-        types.INT32, 1, lambda fed: np.stack([fed.params.height, fed.params.width], axis=1)
-    ),
-    "crop_filter": Column(types.INT32, 0, lambda fed: _FILTERS[fed.params.crop_filter]),
-    "hflip": _of("hflip", types.INT32),
-    "vflip": _of("vflip", types.INT32),
-    "color_jitter": _of("color_jitter", types.BOOL),
-    "matrix": Column(types.FLOAT, 2, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, :3])),
-    "offset": Column(types.FLOAT, 1, lambda fed: np.ascontiguousarray(_matrices(fed)[:, :, 3])),
-    "resample": _of("resample", types.FLOAT),
-    "filter": Column(types.INT32, 0, lambda fed: _FILTERS[fed.params.filter]),
-    "jpeg": _of("jpeg", types.INT32),
-    "jpeg2": _of("jpeg2", types.INT32),
-    "jpeg3": _of("jpeg3", types.INT32),
-    "blur": Column(
-        types.FLOAT, 0,
-        lambda fed: np.where(fed.params.blur >= LEAST_SIGMA, fed.params.blur, 0).astype(np.float32),
-    ),
-    "grayscale": _of("grayscale", types.BOOL),
-    "side": Column(
-        types.FLOAT, 0, lambda fed: (fed.size + GRID * fed.params.moved).astype(np.float32)
-    ),
-    "moved": _of("moved", types.BOOL),
-    "grid": Column(
-        types.INT32, 1, lambda fed: np.stack([fed.params.grid_top, fed.params.grid_left], axis=1)
-    ),
-}  # fmt: skip
-"""Inputs of the graph by name, in the order in which they are fed."""
-
-
-@pipeline_def(enable_conditionals=True)
-def graph(
-    feed: Callable[[], tuple], size: int, on_gpu: bool, hw_decoder_load: float = HW_DECODER_LOAD
-) -> Any:
-    """Define the DALI graph: encoded images and columns in, (size, size, 3) uint8 out. The order of
-    operations is that of `augment`.
-    """
-    outputs = fn.external_source(
-        source=feed,
-        num_outputs=len(COLUMNS),
-        batch=True,
-        dtype=[column.dtype for column in COLUMNS.values()],
-        ndim=[column.dimensions for column in COLUMNS.values()],
-    )
-    fed = dict(zip(COLUMNS, outputs))  # noqa: B905  DALI's zip takes no strict
-    side = fed["side"]
-    image = fn.decoders.image(
-        fed["data"],
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,  # done by the index: DALI reads it from fewer kinds of metadata
-        jpeg_fancy_upsampling=True,
-        use_fast_idct=False,
-        hw_decoder_load=hw_decoder_load,
-    )
-    if fed["transposed"]:
-        image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
-    if fed["mirrored"]:
-        image = fn.flip(image, vertical=fed["mirrored_rows"], horizontal=fed["mirrored_columns"])
-    image = fn.slice(image, fed["anchor"], fed["shape"], axes=(0, 1))
-    image = _resize(image, side, fn.reinterpret(fed["crop_filter"], dtype=types.INTERP_TYPE))
-    image = fn.flip(image, horizontal=fed["hflip"], vertical=fed["vflip"])
-    if fed["color_jitter"]:
-        image = _color(image, fed["matrix"], fed["offset"])
-    if fed["resample"] > 0.0:
-        kind = fn.reinterpret(fed["filter"], dtype=types.INTERP_TYPE)
-        image = _resize(_resize(image, fed["resample"], kind), side, kind)
-    if fed["jpeg"] > 0:
-        image = _jpeg(image, fed["jpeg"], on_gpu)
-    if fed["jpeg2"] > 0:
-        image = _jpeg(image, fed["jpeg2"], on_gpu)
-    if fed["jpeg3"] > 0:
-        image = _jpeg(image, fed["jpeg3"], on_gpu)
-    if fed["blur"] > 0.0:
-        image = fn.gaussian_blur(image, sigma=fed["blur"], window_size=BLUR_TAPS)
-    if fed["grayscale"]:
-        rows = np.array(GRAY, np.float32).reshape(3, 4)
-        image = _color(image, rows[:, :3].ravel().tolist(), rows[:, 3].tolist())
-    if fed["moved"]:
-        image = fn.slice(image, start=fed["grid"], shape=[size, size], axes=[0, 1])
-    return image
-
-
-def _resize(image: Any, side: Any, kind: Any) -> Any:
-    """Resize as Pillow does: antialiased, and without shifting the grid by part of a pixel."""
-    return fn.resize(
-        image,
-        resize_x=side,
-        resize_y=side,
-        interp_type=kind,
-        antialias=True,
-        subpixel_scale=False,
-    )
-
-
-def _color(image: Any, matrix: Any, offset: Any) -> Any:
-    turned = fn.coord_transform(image, M=matrix, T=offset, dtype=types.UINT8)
-    return fn.reshape(turned, layout="HWC")
-
-
-def _jpeg(image: Any, quality: Any, on_gpu: bool) -> Any:
-    """Encode and decode with libjpeg on the CPU. DALI's GPU operator is another algorithm, so a GPU
-    batch is copied to the CPU for this step: 200 kB per image that has it.
-    """
-    if not on_gpu:
-        return fn.jpeg_compression_distortion(image, quality=quality)
-    return fn.jpeg_compression_distortion(image.cpu(), quality=quality, device="cpu").gpu()
-
-
-def columns_of(
-    data: list[bytes], orientations: list[int], params: AugmentBatch, size: int
-) -> tuple:
-    """Return the graph's inputs for one batch, in the order of `COLUMNS`."""
-    turns = np.ascontiguousarray(_TURNS[orientations].T)
-    fed = Fed(data, params, turns, size)
-    return tuple(column.values(fed) for column in COLUMNS.values())
 
 
 class DaliBackend:
@@ -234,7 +57,7 @@ class DaliBackend:
 
     def __init__(
         self,
-        size: int,
+        shape: tuple[int, int],
         batch_size: int,
         device: torch.device,
         threads: int,
@@ -242,7 +65,7 @@ class DaliBackend:
         stall_error_s: float = STALL_ERROR_S,
     ):
         self.stall_error_s = stall_error_s
-        self.size = size
+        self.shape = shape
         self.batch_size = batch_size
         self.device = device
         self.threads = threads
@@ -251,7 +74,7 @@ class DaliBackend:
         self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
-        """Yield the pixels of each request, uint8 (B, size, size, 3) on the device. The first
+        """Yield the pixels of each request, uint8 (B, *shape, 3) on the device. The first
         request is that of step `start`.
         """
         try:
@@ -274,7 +97,7 @@ class DaliBackend:
                 request = ahead.next()
                 waited += time.perf_counter() - began
                 fed.put(request)
-                return columns_of(request.data, request.orientations, request.params, self.size)
+                return columns_of(request.data, request.orientations, request.params, self.shape)
 
             pipe = self._build(feed, self.batch_size, depth=2)
             step = start
@@ -391,7 +214,7 @@ class DaliBackend:
         on_gpu = self.device.type == "cuda"
         pipe = graph(
             feed,
-            self.size,
+            self.shape,
             on_gpu,
             self.hw_decoder_load,
             batch_size=batch_size,
@@ -409,7 +232,7 @@ class DaliBackend:
         if self._repair is None:
             self._repair = self._build_repair()
         images = torch.zeros(
-            (len(request.data), self.size, self.size, 3), dtype=torch.uint8, device=self.device
+            (len(request.data), *self.shape, 3), dtype=torch.uint8, device=self.device
         )
         failures = {}
         for row, data in enumerate(request.data):
@@ -446,7 +269,7 @@ class DaliBackend:
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)
 
         def decode(data: bytes, orientation: int, params: AugmentBatch) -> torch.Tensor:
-            waiting.append(columns_of([data], [orientation], params, self.size))
+            waiting.append(columns_of([data], [orientation], params, self.shape))
             return _tensor_of(pipe.run(*self._stream))[0]
 
         return decode

@@ -6,7 +6,7 @@ lengths of the tars on this machine, chooses the backend that decodes and augmen
 for Pillow) and returns a `Loader`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
-- `preprocess`: a `Preprocess` (pipeline/augment.py); its `crop_size` is the side of the images.
+- `preprocess`: a `Preprocess` (pipeline/preprocess.py); its `shape` is that of the images.
 - `loading`: the settings, `Loading()` or such as `Loading(batch_size=64)` (pipeline/loading.py).
 - `device`: the `torch.device` on which the images are used.
 - `rank`, `world_size`: this process's rank and the number of ranks (defaults 0 and 1).
@@ -39,6 +39,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -50,11 +51,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.augment import (
-    AugmentBatch,
-    Preprocess,
-    blank,
-)
+from pipeline.augment import AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request
 from pipeline.loading import Backend, Loading
 from pipeline.monitor import (
@@ -66,6 +63,7 @@ from pipeline.monitor import (
 from pipeline.order import Epoch
 from pipeline.params import ParamsFor
 from pipeline.pil import decode_request
+from pipeline.preprocess import Preprocess
 from pipeline.read import ReadError, ShardReader, damaged_shards
 from pipeline.remote import Cache
 from pipeline.workers import (
@@ -254,7 +252,7 @@ class Loader:
         wanted = asked if asked >= 0 else min(16, cores())
         if self.backend == "dali" or not wanted:
             return wanted
-        batch_bytes = 3 * self.loading.batch_size * self.preprocess.crop_size**2
+        batch_bytes = 3 * self.loading.batch_size * math.prod(self.preprocess.shape)
         free = free_shared_memory()
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         fitting = fitting_workers(wanted, batch_bytes, None if free is None else free // ranks)
@@ -280,10 +278,9 @@ class Loader:
 
         # With a GPU too, one thread per core: the JPEG step, PNG and WebP run on the CPU. On an
         # H200 with 16 cores, 4 threads gave 2,338 images/s and 16 gave 3,303 (docs/log.md).
-        size, batch = self.preprocess.crop_size, self.loading.batch_size
         return DaliBackend(
-            size,
-            batch,
+            self.preprocess.shape,
+            self.loading.batch_size,
             self.device,
             max(1, self._workers),
             stall_error_s=self.loading.stall_error_s,
@@ -319,11 +316,8 @@ class _Requests(Dataset):
 
     def __init__(self, loader: Loader, epoch: Epoch, params_for: ParamsFor):
         self.epoch, self.params_for = epoch, params_for
-        self.rank, self.world_size, self.size = (
-            loader.rank,
-            loader.world_size,
-            loader.preprocess.crop_size,
-        )
+        self.rank, self.world_size = loader.rank, loader.world_size
+        self.shape = loader.preprocess.shape
         loading = loader.loading
         self.reader = ShardReader(
             loader.shards,
@@ -345,7 +339,7 @@ class _Requests(Dataset):
         with self.status.at(worker_id, "reading", step):
             request = self.make(step)
         with self.status.at(worker_id, "decoding", step):
-            pixels = decode_request(request, self.size)
+            pixels = decode_request(request, self.shape)
         self.status.finished(worker_id)
         return pixels
 

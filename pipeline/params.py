@@ -10,7 +10,7 @@ augment, policy, preprocess, seed, view)` and `eval_params(shards, preprocess)`.
   of a recipe.
 - `policy`: the key in `augment` of the policy for each source for which the set's index names no
   policy.
-- `preprocess`: a `Preprocess` (sizes in pixels; pipeline/augment.py).
+- `preprocess`: a `Preprocess` (sizes in pixels; pipeline/preprocess.py).
 - `seed`, `epoch`: the seed and the number of the epoch, ints from 0 on.
 - `view`: number of the view, from 0 on. View 0 is the center crop of evaluation.
 
@@ -32,13 +32,13 @@ from pipeline.augment import (
     AugmentBatch,
     AugmentPolicy,
     PolicyTable,
-    Preprocess,
     SampleKeys,
     center_crop_params,
     sample_params,
 )
 from pipeline.batch import LoadError
 from pipeline.pairs import Partners, partners_of
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
 
 ParamsFor = Callable[[np.ndarray, np.ndarray], AugmentBatch]

@@ -1,24 +1,26 @@
 """Decode and augment images on the CPU without DALI: the reference backend, which works everywhere.
 
-Main entry: `decode_request(request, size)` returns `Pixels`: `images`, a CPU tensor uint8 (B, size,
-size, 3) RGB, `failures`, a dict, position in the batch -> reason, for images that cannot be read or
-decoded, or whose crop reaches outside the image (no error is raised; they are black), and `timing`.
+Main entry: `decode_request(request, shape)` returns `Pixels`: `images`, a CPU tensor uint8 (B,
+height, width, 3) RGB, `failures`, a dict, position in the batch -> reason, for images that cannot
+be read or decoded, or whose crop reaches outside the image (no error is raised; they are black),
+and `timing`.
 
 - `request`: a `Request` (pipeline/batch.py): encoded images of a batch with their formats,
   orientations and augmentation parameters.
-- `size`: side of the output in pixels.
+- `shape`: height and width of the output in pixels: `preprocess.shape`.
 
 `apply(pixels, params, out)` augments one decoded image. It returns nothing, and raises ValueError
 if the crop reaches outside the image.
 
 - `pixels`: an upright image, NumPy uint8 (height, width, 3) RGB.
 - `params`: its `AugmentParams`, such as `batch.row(0)` of an `AugmentBatch`.
-- `out`: the tensor for the result, torch uint8 (size, size, 3), on the CPU.
+- `out`: the tensor for the result, torch uint8 (size, size, 3), on the CPU. With a detail crop it
+  has 2 * size rows: the resized crop, then the detail.
 
 `preprocess(pixels, settings)` takes such an image and the settings of evaluation (`Preprocess`),
-and returns the center crop, NumPy uint8 (crop_size, crop_size, 3). The other functions are single
+and returns the center crop, NumPy uint8 (*settings.shape, 3). The other functions are single
 steps on NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a position in
-`FILTERS` (pipeline/augment.py), and `encode_jpeg()` returns the JPEG as bytes.
+`FILTERS` (pipeline/preprocess.py), and `encode_jpeg()` returns the JPEG as bytes.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
 encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Bilinear
@@ -41,22 +43,22 @@ from pipeline.augment import (
     GRID,
     LEAST_SIGMA,
     AugmentParams,
-    Preprocess,
     center_crop_params,
 )
 from pipeline.batch import BatchTiming, Pixels, Request
 from pipeline.color import GRAY, IDENTITY
+from pipeline.preprocess import Preprocess
 
 _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 """Pillow's names of `FILTERS`."""
 
 
-def decode_request(request: Request, size: int) -> Pixels:
-    """Decode and augment one batch: uint8 (B, size, size, 3) on the CPU. An image that fails is
+def decode_request(request: Request, shape: tuple[int, int]) -> Pixels:
+    """Decode and augment one batch: uint8 (B, *shape, 3) on the CPU. An image that fails is
     black, and its row is in `failures` with the reason.
     """
     started = time.perf_counter()
-    images = torch.zeros((len(request.data), size, size, 3), dtype=torch.uint8)
+    images = torch.zeros((len(request.data), *shape, 3), dtype=torch.uint8)
     failures = dict(request.failures)
     for row, params in enumerate(request.params.rows()):
         try:
@@ -72,22 +74,30 @@ def decode_request(request: Request, size: int) -> Pixels:
 
 def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     """Apply `params` to `pixels`, an upright (height, width, 3) uint8 RGB image, and write the
-    result into `out`, uint8 (size, size, 3).
+    result into `out`, uint8 (size, size, 3), or (2 * size, size, 3) with a detail crop.
 
     Raises:
         ValueError: the crop reaches outside the image, so the parameters belong to another image.
     """
     refuse_crop_outside(pixels, params)
-    bottom, right = params.top + params.height, params.left + params.width
     if params.whole_jpeg:
         pixels = _decode_jpeg(encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma]))
+    size = out.shape[1]
+    for number, (top, left, height, width) in enumerate(params.windows):
+        crop = pixels[top : top + height, left : left + width]
+        if not crop.flags.writeable:  # Pillow's arrays are not, and torch warns about them
+            crop = crop.copy()
+        _apply(torch.from_numpy(crop), params, out[number * size : (number + 1) * size])
+
+
+def _apply(crop: torch.Tensor, params: AugmentParams, out: torch.Tensor) -> None:
+    """Resize one crop, uint8 (height, width, 3), and augment it. The result is written into `out`,
+    uint8 (size, size, 3).
+    """
     size = out.shape[0]
     moved = bool(params.grid_top or params.grid_left)
     whole, out = out, torch.empty((size + GRID,) * 2 + (3,), dtype=torch.uint8) if moved else out
-    crop = pixels[params.top : bottom, params.left : right]
-    if not crop.flags.writeable:  # Pillow's arrays are not, and torch warns about them
-        crop = crop.copy()
-    resize(torch.from_numpy(crop), out, params.crop_filter)
+    resize(crop, out, params.crop_filter)
     image = out.numpy()
     if params.hflip:
         out.copy_(out.flip(1))  # NumPy takes twenty times as long
@@ -113,24 +123,25 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
 
 
 def refuse_crop_outside(pixels: np.ndarray, params: AugmentParams) -> None:
-    """Check that the crop of `params` is inside the upright (height, width, 3) image.
+    """Check that the crops of `params` are inside the upright (height, width, 3) image.
 
     Raises:
         ValueError: the crop reaches outside the image, so the parameters belong to another image.
     """
-    bottom, right = params.top + params.height, params.left + params.width
-    if bottom > pixels.shape[0] or right > pixels.shape[1]:
-        raise ValueError(
-            f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-            f"but its crop reaches to {right} x {bottom}"
-        )
+    for top, left, height, width in params.windows:
+        bottom, right = top + height, left + width
+        if bottom > pixels.shape[0] or right > pixels.shape[1]:
+            raise ValueError(
+                f"the image has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"but its crop reaches to {right} x {bottom}"
+            )
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
     """Resize and center-crop an upright (height, width, 3) uint8 RGB image for evaluation: uint8
-    (crop_size, crop_size, 3).
+    (*settings.shape, 3).
     """
-    out = torch.empty((settings.crop_size, settings.crop_size, 3), dtype=torch.uint8)
+    out = torch.empty((*settings.shape, 3), dtype=torch.uint8)
     height, width = pixels.shape[:2]
     apply(pixels, center_crop_params(settings, np.array([width]), np.array([height])).row(0), out)
     return out.numpy()

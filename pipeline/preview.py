@@ -34,12 +34,13 @@ import console
 import recipes
 from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import FILTERS, AugmentParams, AugmentPolicy, Preprocess
+from pipeline.augment import AugmentParams, AugmentPolicy
 from pipeline.batch import Request
 from pipeline.color import IDENTITY
 from pipeline.loader import LoadError, choose_backend
 from pipeline.params import train_params
 from pipeline.pil import decode_request
+from pipeline.preprocess import FILTERS, Preprocess
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath
@@ -104,12 +105,12 @@ def write_preview(
         raise recipes.RecipeError(f"{recipe} names no data.policy; name one with --policy")
     samples = _spread(opened, count, seed)
     request = _request(opened, samples, policies, policy, seed)
-    size = policies.preprocess.crop_size
-    pil = decode_request(request, size)
+    shape = policies.preprocess.shape
+    pil = decode_request(request, shape)
     if pil.failures:
         row, reason = next(iter(pil.failures.items()))
         raise LoadError(f"{opened.name(samples[row])}: {reason}")
-    dali = _by_dali(request, size)
+    dali = _by_dali(request, shape)
     rows = [
         Row(
             whole=decode_image(data, request.formats[row], request.orientations[row]),
@@ -156,7 +157,7 @@ def _request(
     )
 
 
-def _by_dali(request: Request, size: int) -> np.ndarray | None:
+def _by_dali(request: Request, shape: tuple[int, int]) -> np.ndarray | None:
     """Decode the request with DALI, on the GPU if there is one. Without DALI, logs a warning and
     returns None.
     """
@@ -168,7 +169,7 @@ def _by_dali(request: Request, size: int) -> np.ndarray | None:
         return None
     from pipeline.dali import DaliBackend
 
-    (pixels,) = DaliBackend(size, len(request.data), device, threads=2).run([request])
+    (pixels,) = DaliBackend(shape, len(request.data), device, threads=2).run([request])
     return pixels.images.cpu().numpy()
 
 

@@ -47,7 +47,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pipeline.augment import AugmentPolicy, Preprocess
+from pipeline.augment import AugmentPolicy
 from pipeline.batch import Batch
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
@@ -62,6 +62,7 @@ from pipeline.order import (
     training_epoch,
 )
 from pipeline.params import ParamsFor, eval_params, train_params, view_params
+from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay, sample_old
 from sharding.format import INDEX_FILE, ShardSet, open_shards
 from storage import AnyPath, sha256_of

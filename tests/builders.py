@@ -33,8 +33,9 @@ from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
 from model.score import probability
 from model.training.history import rows_of
 from model.training.run import train
-from pipeline.augment import AugmentPolicy, Preprocess
+from pipeline.augment import AugmentPolicy
 from pipeline.color import color_matrices
+from pipeline.preprocess import Preprocess
 from sharding.build import Tolerance, build
 from sharding.catalog import Catalog, read_catalog
 from sharding.format import ShardSet, open_shards

@@ -25,7 +25,7 @@ from docs.reference import (
 )
 from model.checkpoint import META_FILE, find
 from model.recipe import Recipe
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from sharding.format import INDEX_FILE
 from tests.builders import ROOT, train_tiny
 

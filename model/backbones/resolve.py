@@ -22,7 +22,7 @@ from dataclasses import fields, replace
 
 from model.backbones.made_with import made_with
 from model.recipe import Recipe, ResolvedRecipe
-from pipeline.augment import FILTERS, Filter, Preprocess
+from pipeline.preprocess import FILTERS, Filter, Preprocess
 
 
 def resolved(recipe: Recipe) -> ResolvedRecipe:
@@ -32,7 +32,7 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
 
     Raises:
         NetworkError: timm does not know the network.
-        ValueError: the crop is larger than the resized image.
+        ValueError: the crop is larger than the resized image, or the head cannot read two crops.
     """
     network, stated = recipe.network, recipe.preprocess
     made = made_with(network.name)
@@ -45,9 +45,19 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
         crop_size=crop_size,
         resize_size=stated.resize_size or math.floor(crop_size / min(1, made.crop_pct)),
         interpolation=stated.interpolation or nearest_filter(made.interpolation),
+        detail_crop=stated.detail_crop,
     )
+    if preprocess.detail_crop and network.head == "timm":
+        raise ValueError(
+            "preprocess.detail_crop needs a head that reads two crops: set network.head to stages "
+            "or class_tokens, or leave detail_crop out"
+        )
     network = replace(
-        network, mean=network.mean or made.mean, std=network.std or made.std, options=options
+        network,
+        mean=network.mean or made.mean,
+        std=network.std or made.std,
+        options=options,
+        crops=preprocess.crops,
     )
     values = {own.name: getattr(recipe, own.name) for own in fields(recipe)}
     return ResolvedRecipe(**values | {"network": network, "preprocess": preprocess})
@@ -68,6 +78,8 @@ def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
         f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
         f"{_list(recipe.network.std)}"
     ]
+    if seen.detail_crop:
+        lines.append(f"second input: {seen.crop_size} x {seen.crop_size} pixels, not resized")
     resize = math.floor(made.height / min(1, made.crop_pct))
     if (seen.crop_size, seen.resize_size, seen.interpolation) != (
         made.height, resize, made.interpolation,

@@ -53,9 +53,9 @@ from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
 from model.score import probability, score_batches
 from pipeline import pil
-from pipeline.augment import Preprocess
 from pipeline.batch import Batch
 from pipeline.perturb import ORIGINAL, Perturbation
+from pipeline.preprocess import Preprocess
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet
 from storage import cores

@@ -65,8 +65,8 @@ from model.inference.onnx_detector import OnnxDetector
 from model.network import Detector
 from model.score import score_set
 from model.shipped.backbone import output_folder
-from pipeline.augment import Preprocess
 from pipeline.perturb import PERTURBATIONS
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, join_sets, open_shards
 from storage import AnyPath, write_text
 

@@ -48,7 +48,7 @@ from model.export.card import card_of
 from model.export.license import license_of
 from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
 from storage import AnyPath, atomic_folder, sha256_of
 

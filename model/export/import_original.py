@@ -32,7 +32,7 @@ from model.network import build, load_weights
 from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
 from model.shipped.backbone import HubPlace
 from model.shipped.fetch import FetchError, ask_hub
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from storage import sha256_of
 
 REPOSITORY = "xRayon/convnext-ai-images-detector"

@@ -56,7 +56,7 @@ from model.network import Detector
 from model.score import probability
 from model.verdict import band_of, verdict
 from pipeline import pil
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from pipeline.read import ReadError, ShardReader
 from sharding.format import INDEX_FILE, open_shards
 from storage import publish, temporary_folder
@@ -186,7 +186,7 @@ def export_onnx(
 
 def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
     """Convert the network to an ONNX model in fp32, without paths of this machine."""
-    example = torch.zeros((2, preprocess.crop_size, preprocess.crop_size, 3), dtype=torch.uint8)
+    example = torch.zeros((2, *preprocess.shape, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         _Graph(net.eval(), temperature).eval(),
         (example,),
@@ -272,8 +272,9 @@ def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
     """Return the metadata of an ONNX file: each of `META_KEYS` as JSON text."""
-    size = meta["preprocess"]["crop_size"]
-    interpolation = Preprocess(**meta["preprocess"]).interpolation
+    preprocess = Preprocess(**meta["preprocess"])
+    size, (height, width) = preprocess.crop_size, preprocess.shape
+    detail = f"; below it the {size} x {size} pixels in the center of that square, not resized"
     values = {
         "format_version": FORMAT_VERSION,
         "classes": meta["classes"],
@@ -287,9 +288,9 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "step": meta["step"],
         "network": meta["recipe"]["network"]["name"],
         "license": license_of(meta).text,
-        "input": f"images: uint8 (batch, {size}, {size}, 3) RGB, 0 to 255, upright; the center "
+        "input": f"images: uint8 (batch, {height}, {width}, 3) RGB, 0 to 255, upright; the center "
         "square with crop_size / resize_size of the shorter side, resized "
-        f"(antialiased {interpolation})",
+        f"(antialiased {preprocess.interpolation})" + (detail if preprocess.detail_crop else ""),
         "outputs": "probability: float32 (batch,), of fake, after the temperature; logits: float32 "
         "(batch, 2), in the order of classes, before the temperature",
     }
@@ -372,9 +373,7 @@ def _preprocessed(
     (B, size, size, 3). Without `images`, yield noise and None, because noise is not resized.
     """
     if images is None:
-        noise = np.random.default_rng(0).integers(
-            0, 256, (NOISE, settings.crop_size, settings.crop_size, 3), np.uint8
-        )
+        noise = np.random.default_rng(0).integers(0, 256, (NOISE, *settings.shape, 3), np.uint8)
         for first in range(0, NOISE, _BATCH):
             yield noise[first : first + _BATCH], None
         return

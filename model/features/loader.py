@@ -40,12 +40,12 @@ import torch
 
 from model.distributed import DistEnv
 from model.features.store import BackboneId, FeatureTable, View, open_table
-from pipeline.augment import Preprocess
 from pipeline.batch import Batch
 from pipeline.loader import LoadError, open_loader
 from pipeline.loading import Loading
 from pipeline.order import Epoch
 from pipeline.params import EvalParams, ParamsFor, TrainParams
+from pipeline.preprocess import Preprocess
 from pipeline.stream import BatchLoader
 from sharding.format import ShardSet
 

@@ -55,7 +55,7 @@ from model.recipe import Network, Recipe, ResolvedRecipe
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath
 

@@ -48,8 +48,9 @@ import torch
 
 from model.network import Detector
 from model.recipe import Network
-from pipeline.augment import AugmentPolicy, Preprocess
+from pipeline.augment import AugmentPolicy
 from pipeline.params import policies_of
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
 from storage import write_atomically, write_text
 
@@ -87,7 +88,10 @@ class BackboneId:
     @property
     def folder(self) -> str:
         """Name of the backbone's folder in a store."""
-        digest = hashlib.sha256(_canonical(asdict(self)).encode()).hexdigest()
+        own = asdict(self)
+        if not self.preprocess.detail_crop:  # as in stores that are older than this setting
+            del own["preprocess"]["detail_crop"]
+        digest = hashlib.sha256(_canonical(own).encode()).hexdigest()
         return f"{self.network}-{digest[:16]}"
 
 

@@ -65,10 +65,11 @@ from model.network import Detector
 from model.score import evaluating, logits_of, probability, score_batches
 from model.shipped.backbone import is_shipped
 from pipeline import pil
-from pipeline.augment import Preprocess, center_crop_params
+from pipeline.augment import center_crop_params
 from pipeline.batch import PLACEHOLDER, Batch, Request
 from pipeline.loader import choose_backend
 from pipeline.loading import Backend
+from pipeline.preprocess import Preprocess
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,7 +128,7 @@ class ImageDetector(AnyDetector):
     def _by_pil(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
         """Yield groups of preprocessed images, decoded by Pillow."""
         for names, pixels, failures in preprocess_ahead(
-            files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
+            files, self.preprocess_file, self.preprocess.shape, batch_size, start
         ):
             yield _Group(names, torch.from_numpy(pixels), failures)
 
@@ -142,7 +143,7 @@ class ImageDetector(AnyDetector):
                 names.append(of_group)
                 yield self._request(encoded_files)
 
-        dali = DaliBackend(self.preprocess.crop_size, batch_size, self.device, threads())
+        dali = DaliBackend(self.preprocess.shape, batch_size, self.device, threads())
         for pixels in dali.run(requests()):
             yield _Group(names.popleft(), pixels.images, pixels.failures)
 
@@ -174,26 +175,18 @@ class ImageDetector(AnyDetector):
                 rows.append((*PLACEHOLDER, 1, 1))
             elif isinstance(encoded_file, bytes):
                 seen.append(row)
-                rows.append(
-                    (
-                        encoded_file,
-                        "PNG",
-                        UPRIGHT,
-                        self.preprocess.crop_size,
-                        self.preprocess.crop_size,
-                    )
-                )
+                height, width = self.preprocess.shape
+                rows.append((encoded_file, "PNG", UPRIGHT, width, height))
             else:
                 rows.append(encoded_file)
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         params = center_crop_params(self.preprocess, np.array(widths), np.array(heights))
-        for column, value in (
-            (params.top, 0),
-            (params.left, 0),
-            (params.height, self.preprocess.crop_size),
-            (params.width, self.preprocess.crop_size),
-        ):
-            column[seen] = value
+        size = self.preprocess.crop_size
+        made = {"top": 0, "left": 0, "height": size, "width": size}  # they have their crops already
+        if self.preprocess.detail_crop:
+            made |= {"detail_top": size, "detail_left": 0, "detail_side": size}
+        for name, value in made.items():
+            getattr(params, name)[seen] = value
         return Request(data, formats, orientations, params, failures)
 
     def _score(

@@ -2,10 +2,10 @@
 
 Main entry: `heatmap(detector, image)` takes an `ImageDetector` (a loaded checkpoint, from
 `load_detector()`) and an image: a path, the bytes of a file, a Pillow image, or a uint8 array
-(height, width, 3) in RGB. It returns uint8 (size, size, 3) RGB: the network's input in gray, with
-red where it raised the score. It raises `DecodeError` or `OSError` for an unreadable image, and
-`ExplainError` if the network has no feature map or patches, or captum is not installed. `MEANING`
-is the explanation to show with a heatmap.
+(height, width, 3) in RGB. It returns uint8 (*detector.preprocess.shape, 3) RGB: the network's input
+in gray, with red where it raised the score. It raises `DecodeError` or `OSError` for an unreadable
+image, and `ExplainError` if the network has no feature map or patches, or captum is not installed.
+`MEANING` is the explanation to show with a heatmap.
 
 `attribution(detector, image)` returns the network's input and the raw values per cell, float32
 (rows, columns), positive where the cell raised the score; `overlay(preprocessed, cells)` takes
@@ -50,7 +50,7 @@ class ExplainError(ValueError):
 
 
 def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np.ndarray]:
-    """Return the network's input, uint8 (size, size, 3) RGB, and the attribution of each cell of
+    """Return the network's input, uint8 (*shape, 3) RGB, and the attribution of each cell of
     its last features, float32 (rows, columns): the first-order contribution of the cell to the
     logit of fake minus the logit of real.
 
@@ -80,7 +80,8 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
         return fake - real
 
     if _is_map(net, features):
-        cells = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)[0, 0]
+        of_crops = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
+        cells = of_crops[:, 0].flatten(0, 1)
         return preprocessed, cells.detach().float().cpu().numpy()
     cells = _by_tokens(net, margin, layer, pixels)
     if not cells.any():  # the head classifies only the class token
@@ -183,22 +184,23 @@ def _is_map(net: Detector, features: torch.Tensor) -> bool:
 
 
 def _on_grid(net: Detector, values: torch.Tensor) -> torch.Tensor:
-    """Reshape values of one image, (1, rows, columns, C) or (1, N, C), to the grid of patches,
-    (rows, columns, C). Class and register tokens are dropped.
+    """Reshape values of one image, (crops, rows, columns, C) or (crops, N, C), to the grid of
+    patches, (crops * rows, columns, C). Class and register tokens are dropped.
 
     Raises:
         ExplainError: the tokens do not form a square of patches.
     """
     if values.ndim == 4:
-        return values[0]
-    patches = values[0, getattr(net.backbone, "num_prefix_tokens", 0) :]
-    side = math.isqrt(len(patches))
-    if side * side != len(patches):
+        return values.flatten(0, 1)
+    patches = values[:, getattr(net.backbone, "num_prefix_tokens", 0) :]
+    count = patches.shape[1]
+    side = math.isqrt(count)
+    if side * side != count:
         raise ExplainError(
-            f"{type(net.backbone).__name__} keeps {len(patches)} tokens, which form no square of "
+            f"{type(net.backbone).__name__} keeps {count} tokens, which form no square of "
             "patches, so a heatmap is not possible"
         )
-    return patches.reshape(side, side, -1)
+    return patches.reshape(len(patches) * side, side, -1)
 
 
 def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
@@ -224,8 +226,8 @@ def _last_attention(net: Detector, features: torch.Tensor) -> nn.Module:
 
 
 def heatmap(detector: ImageDetector, image: Picture) -> np.ndarray:
-    """Return the heatmap of an image: uint8 (size, size, 3) RGB, the network's input in gray with
-    red where it raised the score for AI. Show `MEANING` with it.
+    """Return the heatmap of an image: uint8 (*detector.preprocess.shape, 3) RGB, the network's
+    input in gray with red where it raised the score for AI. Show `MEANING` with it.
 
     Raises:
         DecodeError, OSError, ExplainError: as `attribution`.

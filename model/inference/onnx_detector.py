@@ -51,7 +51,8 @@ from model.inference.prediction import (
     preprocess_ahead,
     threads,
 )
-from pipeline.augment import Preprocess, center_crop_params
+from pipeline.augment import center_crop_params
+from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 from storage import sha256_of
 
@@ -104,7 +105,7 @@ class OnnxDetector(AnyDetector):
         """
         files = map(as_source, images, range(sys.maxsize))
         for names, pixels, failures in preprocess_ahead(
-            files, self.preprocess_file, self.preprocess.crop_size, batch_size, start
+            files, self.preprocess_file, self.preprocess.shape, batch_size, start
         ):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
@@ -137,19 +138,21 @@ class OnnxDetector(AnyDetector):
 
 
 def preprocess(pixels: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """Crop and resize an upright RGB image, uint8 (height, width, 3), to uint8 (size, size, 3).
+    """Crop and resize an upright RGB image, uint8 (height, width, 3), to uint8
+    (*settings.shape, 3).
 
     Uses Pillow's resize, because `pipeline.pil` needs torch. Values differ by at most one level.
     """
     height, width = pixels.shape[:2]
     params = center_crop_params(settings, np.array([width]), np.array([height])).row(0)
-    crop = pixels[params.top : params.top + params.height, params.left : params.left + params.width]
-    image = Image.fromarray(np.ascontiguousarray(crop))
-    return np.asarray(
-        image.resize(
-            (settings.crop_size, settings.crop_size),
-            Image.Resampling[settings.interpolation.upper()],
-        )
+    size, kind = (settings.crop_size,) * 2, Image.Resampling[settings.interpolation.upper()]
+    return np.concatenate(
+        [
+            Image.fromarray(
+                np.ascontiguousarray(pixels[top : top + height, left : left + width])
+            ).resize(size, kind)
+            for top, left, height, width in params.windows
+        ]
     )
 
 

@@ -367,16 +367,16 @@ def in_groups(
 def preprocess_ahead(
     files: Iterable[Source],
     preprocess_file: Callable[[Any], np.ndarray],
-    size: int,
+    shape: tuple[int, int],
     batch_size: int,
     start: int = 0,
 ) -> Iterator[tuple[list[str], np.ndarray, dict[int, str]]]:
     """Preprocess images in threads, ahead of the network. Yield batches: names, pixels uint8
-    (B, size, size, 3), and failures (row -> reason), whose rows are black.
+    (B, *shape, 3), and failures (row -> reason), whose rows are black.
     """
     for names, images in ahead(files, preprocess_file, batch_size, start):
         failures = {row: image for row, image in enumerate(images) if isinstance(image, str)}
-        pixels = np.zeros((len(images), size, size, 3), np.uint8)
+        pixels = np.zeros((len(images), *shape, 3), np.uint8)
         for row, image in enumerate(images):
             if row not in failures:
                 pixels[row] = image

@@ -16,7 +16,7 @@ from model.metrics import Metrics
 from model.recipe import ResolvedRecipe
 from model.shipped.backbone import BackboneSpec
 from model.training.forgetting import Change
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 
 
 class ValidationEntry(TypedDict):

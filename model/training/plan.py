@@ -433,7 +433,7 @@ def _check_network(
     outline = build(recipe.network, pretrained=False, empty=True)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     rates = {group["base_lr"] for group in parameter_groups(outline.backbone, recipe.optim)}
-    check_size(outline, recipe.network.name, recipe.preprocess.crop_size)
+    check_size(outline, recipe.network.name, recipe.preprocess)
     if weights.path is None:
         if weights.kind == "timm":
             check_pretrained(recipe.network)
@@ -464,7 +464,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) ->
     differ = [
         f"{table}.{name} is {now[table][name]}, but was {there[name]} in {weights.path}"
         for table, there in zip(("preprocess", "network"), seen, strict=True)
-        for name in ("crop_size", "resize_size", "interpolation", "mean", "std")
+        for name in ("crop_size", "resize_size", "interpolation", "detail_crop", "mean", "std")
         if name in there and there[name] != now[table][name]
     ]
     return (*unused, *differ)

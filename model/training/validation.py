@@ -54,8 +54,8 @@ from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
-from pipeline.augment import Preprocess
 from pipeline.loading import Loading
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath, write_text
 

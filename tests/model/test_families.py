@@ -38,7 +38,7 @@ from model.training.optim import layer_of_parameters
 from model.training.plan import plan
 from model.training.run import train
 from pipeline import pil
-from pipeline.augment import Preprocess, PreprocessSettings
+from pipeline.preprocess import Preprocess, PreprocessSettings
 from tests.builders import encode, photo, small_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

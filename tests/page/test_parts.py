@@ -14,11 +14,11 @@ from model.verdict import percent
 from page.cost import hundred_html
 from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
-from page.photo import crop_of, photo_html
+from page.photo import crops_of, photo_html
 from page.scored import Scored, score
 from page.start import figures_html
 from page.verdict import evidence_html, refused_html, scale_html
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from tests.builders import JPEG, encode, photo
 
 ROC = [(0.1, 0.5, 1.0), (0.4, 0.3, 0.9), (0.7, 0.04, 0.6), (0.9, 0.0, 0.2)]
@@ -79,7 +79,7 @@ def test_the_verdicts_of_100_images_follow_the_band() -> None:
 
 def test_the_drawn_frame_is_the_crop_of_the_network() -> None:
     preprocess = Preprocess(resize_size=64, crop_size=32)
-    assert crop_of(preprocess, (400, 200)) == (0.375, 0.25, 0.25, 0.5)
+    assert crops_of(preprocess, (400, 200)) == [(0.375, 0.25, 0.25, 0.5)]
     prediction = Prediction(name="a", probability=0.4, verdict="uncertain")
     result = Scored("a", prediction, preview=JPEG, size=(400, 200))
     html = photo_html(result, preprocess)
@@ -87,6 +87,23 @@ def test_the_drawn_frame_is_the_crop_of_the_network() -> None:
     assert "the part in the frame, at 32 x 32 pixels" in html
     whole = photo_html(replace(result, size=(90, 90)), Preprocess(resize_size=32, crop_size=32))
     assert "crop whole" in whole and "sees the whole image" in whole
+
+
+def test_the_detail_crop_has_a_frame_and_a_heatmap_of_its_own() -> None:
+    preprocess = Preprocess(resize_size=64, crop_size=32, detail_crop=True)
+    assert crops_of(preprocess, (400, 200)) == [
+        (0.375, 0.25, 0.25, 0.5), (0.46, 0.42, 0.08, 0.16),
+    ]  # fmt: skip
+    prediction = Prediction(name="a", probability=0.4, verdict="uncertain")
+    result = Scored("a", prediction, preview=JPEG, size=(400, 200))
+    html = photo_html(result, preprocess)
+    assert "crop detail" in html and "left: 46.000%; top: 42.000%; width: 8.000%" in html
+    assert "at 32 x 32 pixels, and the small frame at full resolution." in html
+    assert "busy" not in html and photo_html(result, preprocess, busy=True).count("busy") == 1
+    drawn = photo_html(result, preprocess, [JPEG, JPEG])
+    assert "Heatmap of a" in drawn and "Heatmap of the detail of a" in drawn
+    small = photo_html(replace(result, size=(20, 20)), replace(preprocess, resize_size=32))
+    assert "crop whole" in small and "detail" not in small and "full resolution" not in small
 
 
 @pytest.mark.parametrize(

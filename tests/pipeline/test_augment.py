@@ -14,7 +14,6 @@ from pipeline.augment import (
     AugmentParams,
     AugmentPolicy,
     PolicyTable,
-    Preprocess,
     SampleKeys,
     center_crop_params,
     sample_params,
@@ -23,6 +22,7 @@ from pipeline.color import IDENTITY
 from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur
+from pipeline.preprocess import Preprocess
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
 from tests.goldens import Golden
 

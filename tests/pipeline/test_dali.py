@@ -83,15 +83,18 @@ def _not_wanted(_request: Request) -> None:
 
 
 def both(
-    data: list[bytes], params: list[AugmentParams], size: int = SIZE, device: torch.device = CPU
+    data: list[bytes],
+    params: list[AugmentParams],
+    shape: tuple[int, int] = (SIZE, SIZE),
+    device: torch.device = CPU,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode the same images and parameters with Pillow and with DALI: uint8 (B, S, S, 3) each."""
+    """Decode the same images and parameters with Pillow and with DALI: uint8 (B, *shape, 3)."""
     facts = [prepare(item).facts for item in data]
     request = Request(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
     )
-    pil = decode_request(request, size)
-    backend = DaliBackend(size, len(data), device, threads=2)
+    pil = decode_request(request, shape)
+    backend = DaliBackend(shape, len(data), device, threads=2)
     backend._one_by_one = _not_wanted  # its repair may use the reference itself
     (dali,) = backend.run([request])
     assert not pil.failures
@@ -265,7 +268,7 @@ def test_both_apply_the_orientation_of_the_index(
             stored = Image.fromarray(decode_image(data[-1], image_format))
             expected.append(np.asarray(stored.transpose(turn))[3:43, 5:45])
     crop = AugmentParams(top=3, left=5, height=40, width=40)
-    pil, dali = both(data, [crop] * len(data), size=40, device=device)
+    pil, dali = both(data, [crop] * len(data), shape=(40, 40), device=device)
     assert not any(prepare(item).facts.transcoded_from for item in data)
     for row, pixels in enumerate(expected):
         np.testing.assert_array_equal(pil[row], pixels)
@@ -281,9 +284,11 @@ def test_the_orientation_in_the_index_overrides_the_file(number: int, device: to
     data = with_orientation(6, "PNG")
     request = Request([data], ["PNG"], [number], stack([WHOLE]))
     expected = IMAGE if number == 1 else IMAGE.transpose(TURNS[number])
-    (dali,) = DaliBackend(SIZE, 1, device, threads=1).run([request])
+    (dali,) = DaliBackend((SIZE, SIZE), 1, device, threads=1).run([request])
     np.testing.assert_array_equal(dali.images[0].cpu(), np.asarray(expected))
-    np.testing.assert_array_equal(decode_request(request, SIZE).images[0], np.asarray(expected))
+    np.testing.assert_array_equal(
+        decode_request(request, (SIZE, SIZE)).images[0], np.asarray(expected)
+    )
 
 
 ODD = {
@@ -308,8 +313,8 @@ def test_images_that_dali_refuses_are_decoded_by_the_reference(device: torch.dev
     good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
     bad = b"\xff\xd8" + odd[200:]
     request = Request([good, odd, bad, good], ["JPEG"] * 4, [1] * 4, stack([WHOLE] * 4))
-    pil = decode_request(request, SIZE)
-    (dali,) = DaliBackend(SIZE, 4, device, threads=2).run([request])
+    pil = decode_request(request, (SIZE, SIZE))
+    (dali,) = DaliBackend((SIZE, SIZE), 4, device, threads=2).run([request])
     assert set(pil.failures) == {2}
     assert dali.failures == pil.failures
     if device.type == "cpu":
@@ -324,14 +329,14 @@ def test_images_that_dalis_parser_refuses_never_reach_the_graph() -> None:
     good, odd = FILES["jpeg 420"], ODD["three bytes between segments"]
     formats = ["JPEG", "WEBP", "JPEG", "PNG"] * 2
     request = Request([good, webp, odd, b"no image"] * 2, formats, [1] * 8, stack([WHOLE] * 8))
-    backend = DaliBackend(SIZE, 8, CPU, threads=2)
+    backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=2)
     checked = backend._on_host(request)
     assert set(checked.failures) == {1, 3, 5, 7}
     assert [new is old for new, old in zip(checked.data, request.data, strict=True)] == [
         True, False, False, False] * 2  # fmt: skip
     backend._one_by_one = _not_wanted
     (dali,) = backend.run([request])
-    pil = decode_request(request, SIZE)
+    pil = decode_request(request, (SIZE, SIZE))
     assert dali.failures == pil.failures
     np.testing.assert_array_equal(dali.images, pil.images)
 
@@ -345,16 +350,18 @@ def test_a_bad_image_changes_no_pixel_of_batches_of_any_size() -> None:
         Request(group, ["JPEG"] * len(group), [1] * len(group), stack([WHOLE] * len(group)))
         for group in groups
     ]
-    images = [one.images.clone() for one in DaliBackend(SIZE, 8, CPU, threads=2).run(requests)]
+    images = [
+        one.images.clone() for one in DaliBackend((SIZE, SIZE), 8, CPU, threads=2).run(requests)
+    ]
     for request, pixels in zip(requests, images, strict=True):
-        np.testing.assert_array_equal(pixels, decode_request(request, SIZE).images)
+        np.testing.assert_array_equal(pixels, decode_request(request, (SIZE, SIZE)).images)
 
 
 def test_a_crop_outside_the_image_has_the_same_reason_in_both() -> None:
     outside = WHOLE._replace(top=1)
     request = Request([FILES["png"]] * 2, ["PNG"] * 2, [1] * 2, stack([outside, WHOLE]))
-    (dali,) = DaliBackend(SIZE, 2, CPU, threads=1).run([request])
-    assert dali.failures == decode_request(request, SIZE).failures
+    (dali,) = DaliBackend((SIZE, SIZE), 2, CPU, threads=1).run([request])
+    assert dali.failures == decode_request(request, (SIZE, SIZE)).failures
     assert "its crop reaches to 64 x 65" in dali.failures[0]
 
 
@@ -367,12 +374,12 @@ def test_a_jpeg_that_is_cut_off_never_reaches_the_gpu(kind: str, kept: float | s
     whole = FILES[kind]
     cut = whole[: int(len(whole) * kept)] if isinstance(kept, float) else whole[:-2]
     request = Request([whole, cut, whole], ["JPEG"] * 3, [1] * 3, stack([WHOLE] * 3))
-    backend = DaliBackend(SIZE, 3, CPU, threads=2)
+    backend = DaliBackend((SIZE, SIZE), 3, CPU, threads=2)
     checked = backend._on_host(request)
     assert checked.data[0] is whole and checked.data[2] is whole
     assert checked.data[1] == PLACEHOLDER[0]
     (dali,) = backend.run([request])
-    assert dali.failures == decode_request(request, SIZE).failures
+    assert dali.failures == decode_request(request, (SIZE, SIZE)).failures
     assert set(dali.failures) == {1}
 
 
@@ -402,7 +409,7 @@ def test_a_lost_gpu_is_distinguished_from_a_bad_sample(monkeypatch: pytest.Monke
     memory = RuntimeError(
         MESSAGE.format(cause="CUDA runtime API error cudaErrorMemoryAllocation (2)")
     )
-    backend = DaliBackend(SIZE, 1, CPU, threads=1)
+    backend = DaliBackend((SIZE, SIZE), 1, CPU, threads=1)
     assert not backend._device_failed(memory)
     backend.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
@@ -420,7 +427,8 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
-    "whole_jpeg": 20, "whole_chroma": 3, "crop_filter": 2,
+    "whole_jpeg": 20, "whole_chroma": 3, "crop_filter": 2, "detail_top": 9, "detail_left": 9,
+    "detail_side": 30,
 }  # fmt: skip
 
 
@@ -433,8 +441,12 @@ def test_both_backends_apply_every_field(field: str, device: torch.device) -> No
         before = before._replace(resample=24)
     if field == "whole_chroma":
         before = before._replace(whole_jpeg=90)
+    detail = field.startswith("detail_")
+    if detail:
+        before = before._replace(detail_side=40)
     after = before._replace(**{field: OTHER_VALUES[field]})
-    pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after], device=device)
+    shape = ((2 if detail else 1) * SIZE, SIZE)
+    pil, dali = both([encode(IMAGE, "PNG")] * 2, [before, after], shape, device)
     for name, images in (("pil", pil), ("dali", dali)):
         assert np.abs(images[0] - images[1]).mean() > 0.5, f"{name} ignores {field}"
 

@@ -56,7 +56,7 @@ def test_fewer_workers_are_logged_and_none_is_an_error(
 SMALL = """
 import sys, torch
 from pathlib import Path
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from pipeline.loading import Loading
 from pipeline.loader import LoadError, open_loader
 from pipeline.stream import evaluation_batches

@@ -18,10 +18,10 @@ from model.evaluation.robustness import (
     shift_of,
 )
 from model.score import score_set
-from pipeline.augment import Preprocess
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from pipeline.perturb import ORIGINAL, PERTURBATIONS, Perturbation
+from pipeline.preprocess import Preprocess
 from pipeline.read import ShardReader
 from sharding.format import ShardSet, join_sets, open_shards
 from tests.builders import write_shards

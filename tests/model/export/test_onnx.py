@@ -28,7 +28,7 @@ from model.inference.onnx_detector import (
 from model.network import build
 from model.recipe import Network
 from pipeline import pil
-from pipeline.augment import Preprocess
+from pipeline.preprocess import Preprocess
 from tests.builders import PREPROCESS, ROOT, encode, photo
 
 KINDS = [("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"quality": 80}), ("BMP", {})]

@@ -16,7 +16,7 @@ MOBILE = Network(name="mobilenetv2_035", pretrained=False, init="fan_in")
 
 
 def detector_of(network: Network, folder: Path, size: int = 64):
-    from pipeline.augment import Preprocess
+    from pipeline.preprocess import Preprocess
 
     torch.manual_seed(2)
     recipe = small_recipe(network=network, preprocess=Preprocess(crop_size=size, resize_size=size))
